@@ -89,7 +89,7 @@ def demo_assets(
         steps = round(LLM_STEPS * scale)
         jobs.append(pool.submit(_train_llm, texts[TRAINING], partial / "llm", steps, seed))
         write_classes(partial)
-        _write_patches(partial / "segmentation", drawn)
+        _write_patches(partial / "segmentation/patches.json", drawn)
         rng = np.random.default_rng([seed, 11])
         for name, records in _build_conversations(texts, scale, rng).items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
@@ -157,14 +157,14 @@ def name_picture(split: Split, index: int, kind: str = "images") -> str:
     return f"{split[0]}/{kind}/{split[1]}/{index:05d}.png"
 
 
-def _write_patches(folder: Path, drawn: dict[Split, list[Mosaic]]) -> None:
+def _write_patches(file: Path, drawn: dict[Split, list[Mosaic]]) -> None:
     """Write what the truth of a knockout needs: the scene of each patch, and whether it shows a cue."""
     splits = {
         split: [{"scene": m.scene.tolist(), "cue": m.cue.tolist()} for m in mosaics]
-        for (name, split), mosaics in drawn.items()
-        if name == folder.name
+        for (folder, split), mosaics in drawn.items()
+        if folder == "segmentation"
     }
-    (folder / "patches.json").write_text(json.dumps(splits) + "\n")
+    file.write_text(json.dumps(splits) + "\n")
 
 
 def write_classes(out: Path) -> None:

@@ -40,7 +40,10 @@ PAIR_OF = (1, 0, 3, 2, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13)
 
 @dataclass(frozen=True)
 class Quad:
-    """A rectangle in perspective with coordinates u (left to right) and v (top to bottom), both 0..1."""
+    """A rectangle in perspective with coordinates u (left to right) and v (top to bottom), both 0..1.
+
+    Its corners come clockwise, as those of `CORNERS`.
+    """
 
     top_left: Point
     top_right: Point
@@ -53,10 +56,10 @@ class Quad:
         x, y = foot
         half = width / 2
         return cls(
-            top_left=(x - half, y - height),
-            top_right=(x + half, y - height),
-            bottom_right=(x + half, y),
-            bottom_left=(x - half, y),
+            (x - half, y - height),
+            (x + half, y - height),
+            (x + half, y),
+            (x - half, y),
         )
 
     def point_at(self, u: float, v: float) -> Point:
@@ -71,7 +74,6 @@ class Quad:
 
     def part(
         self,
-        *,
         left: float = 0,
         right: float = 1,
         top: float = 0,
@@ -79,20 +81,15 @@ class Quad:
     ) -> Quad:
         """Return the part of the rectangle between two values of u and two of v."""
         return Quad(
-            top_left=self.point_at(left, top),
-            top_right=self.point_at(right, top),
-            bottom_right=self.point_at(right, bottom),
-            bottom_left=self.point_at(left, bottom),
+            self.point_at(left, top),
+            self.point_at(right, top),
+            self.point_at(right, bottom),
+            self.point_at(left, bottom),
         )
 
     def inset(self, across: float, down: float) -> Quad:
         """Return the part within margins of these widths."""
-        return self.part(
-            left=across,
-            right=1 - across,
-            top=down,
-            bottom=1 - down,
-        )
+        return self.part(across, 1 - across, down, 1 - down)
 
     @property
     def width(self) -> float:
@@ -183,8 +180,7 @@ class Canvas:
 
 def shade(colour: Colour, factor: float) -> Colour:
     """Scale the brightness of a colour."""
-    scaled = [round(channel * factor) for channel in colour]
-    return tuple(min(255, channel) for channel in scaled)
+    return tuple(min(255, round(channel * factor)) for channel in colour)
 
 
 @dataclass(frozen=True)
@@ -212,10 +208,10 @@ class Camera:
         left = self.far_end.bottom_left
         right = self.far_end.bottom_right
         return Quad(
-            top_left=left,
-            top_right=right,
-            bottom_right=self.scale_depth(right, 7),
-            bottom_left=self.scale_depth(left, 7),
+            left,
+            right,
+            self.scale_depth(right, 7),
+            self.scale_depth(left, 7),
         )
 
     def walls(self) -> tuple[Quad, Quad, Quad]:
@@ -225,16 +221,16 @@ class Camera:
         to_left = x / (x - far.top_left[0])
         to_right = (SIZE_PX - x) / (far.top_right[0] - x)
         left = Quad(
-            top_left=self.scale_depth(far.top_left, to_left),
-            top_right=far.top_left,
-            bottom_right=far.bottom_left,
-            bottom_left=self.scale_depth(far.bottom_left, to_left),
+            self.scale_depth(far.top_left, to_left),
+            far.top_left,
+            far.bottom_left,
+            self.scale_depth(far.bottom_left, to_left),
         )
         right = Quad(
-            top_left=far.top_right,
-            top_right=self.scale_depth(far.top_right, to_right),
-            bottom_right=self.scale_depth(far.bottom_right, to_right),
-            bottom_left=far.bottom_right,
+            far.top_right,
+            self.scale_depth(far.top_right, to_right),
+            self.scale_depth(far.bottom_right, to_right),
+            far.bottom_right,
         )
         return left, far, right
 

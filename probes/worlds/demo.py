@@ -16,7 +16,9 @@ made again, and what was made from it.
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import probes
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
@@ -34,22 +36,23 @@ from .steps import (
 )
 
 SCENES = 2  # in a picture
+DATA = {"name": f"pictures of {SCENES} scenes"}
 PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at most 600 each
 LAYERS = ["layer_01", "layer_02", "layer_03", "layer_04"]
-RANDOM_LLMS = ("random0", "random1", "permuted0", "permuted1")
+RANDOM_LLMS = ["random0", "random1", "permuted0", "permuted1"]
 # Random adapters are cheap; two draws judged alone would find effects from four points only
 # (experiments/statistics/statistics.md).
-ADAPTERS = tuple(f"adapter{draw}" for draw in range(5))
+ADAPTERS = [f"adapter{draw}" for draw in range(5)]
 # Studies of one model, by its folder: random LLMs or adapters, and sites.
 OTHERS = {
     "shuffled": (RANDOM_LLMS, ["adapter", *LAYERS]),
     "merged": (ADAPTERS, ["encoder", "adapter"]),
     "intact": (ADAPTERS, ["encoder", "adapter"]),
 }
-KNOCKOUT = ("knockout.classes=ceiling,sky,wall,building", "knockout.draws=1")
-QUESTIONS = ("routes.limit=80", "routes.draws=1")
+KNOCKOUT = ["knockout.classes=ceiling,sky,wall,building", "knockout.draws=1"]
+QUESTIONS = ["routes.limit=80", "routes.draws=1"]
 # Knockouts take half of the time, and no truth is known about them.
-STEPS = ("solve", "fit", "starvation", "report")
+STEPS = ["solve", "fit", "starvation", "report"]
 
 
 def run(options: DemoOptions) -> None:
@@ -72,22 +75,7 @@ def run(options: DemoOptions) -> None:
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(train, MASKS))
-        in_full = options.extras or options.scale >= 1
-        for name, (controls, sites) in OTHERS.items():
-            models = {"": f"{out}/{name}/hf"}
-            arms = ("trained", *controls)
-            _study(models, out, out / name, seed, sites, arms=arms, only=("solve",))
-        _study(
-            {mask: f"{out}/{mask}/planted/hf" for mask in MASKS},
-            out,
-            out,
-            seed,
-            ["adapter", *LAYERS],
-            arms=("trained", *RANDOM_LLMS),
-            fit=True,
-            add=(*KNOCKOUT, *QUESTIONS) if in_full else KNOCKOUT,
-            only=None if in_full else STEPS,
-        )
+        _study(out, seed, options.extras or options.scale >= 1)
         print(format_truth(read_json(out / "report/results.json")))
 
 
@@ -136,32 +124,31 @@ def _plant(
     return steps
 
 
-def _study(
-    models: dict[str, str],
-    out: Path,
-    folder: Path,
-    seed: int,
-    sites: list[str],
-    **more: object,
-) -> None:
-    """Study models on the world in OUT, into `folder`."""
-    from probes.studies.parser import study_config  # imports torch
-    from probes.studies.run import run_study
+def _study(out: Path, seed: int, in_full: bool) -> None:
+    """Study the models; the last study, of both masks, writes the report of all."""
 
-    options = {
-        "seed_everything": seed,
-        "data": {"name": f"pictures of {SCENES} scenes"},
-        "model": {"sites": sites},
-    }
-    config = study_config(
-        models,
-        f"{out}/assets/segmentation",
-        out=folder,
-        configs=["demo/probes"],
-        options=options,
-        **more,
+    def study(models: str | dict[str, str], folder: Path, sites: list[str], **more: Any) -> None:
+        probes.study(
+            models,
+            out / "assets/segmentation",
+            out=folder,
+            overwrite=True,  # the results of models that were made again
+            configs=["demo/probes"],
+            options={"seed_everything": seed, "data": DATA, "model": {"sites": sites}},
+            **more,
+        )
+
+    for name, (controls, sites) in OTHERS.items():
+        study(f"{out}/{name}/hf", out / name, sites, arms=["trained", *controls], only=["solve"])
+    study(
+        {mask: f"{out}/{mask}/planted/hf" for mask in MASKS},
+        out,
+        ["adapter", *LAYERS],
+        arms=["trained", *RANDOM_LLMS],
+        fit=True,
+        add=[*KNOCKOUT, *QUESTIONS] if in_full else KNOCKOUT,
+        only=None if in_full else STEPS,
     )
-    run_study(config, overwrite=True)  # the results of models that were made again
 
 
 def format_truth(results: dict) -> str:

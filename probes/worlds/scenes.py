@@ -20,18 +20,23 @@ import numpy as np
 from PIL import Image
 
 from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
-from .colours import GROUND, TOP
 from .objects import (
+    GROUND,
+    TOP,
     GroundObject,
     draw_bed,
     draw_car,
+    draw_door,
     draw_hanging_lamp,
+    draw_house,
     draw_moon,
     draw_on_ground,
+    draw_picture,
     draw_standing_lamp,
     draw_tree,
+    draw_wall,
+    draw_window,
 )
-from .walls import draw_door, draw_house, draw_picture, draw_wall, draw_window
 
 # One 4 x 4 texture per pair. Rows and columns sum to zero, so that edges and shading do not correlate with it.
 WEAVES = (
@@ -127,8 +132,7 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     if "bed" in names:
         standing.append(GroundObject(partial(draw_bed, camera), 0.55))
     if "lamp" in names:
-        hangs = rng.random() < 0.6
-        if hangs:
+        if rng.random() < 0.6:
             draw_hanging_lamp(canvas, camera, rng)
         else:
             standing.append(GroundObject(draw_standing_lamp, 0.3, at_wall=True))
@@ -146,7 +150,7 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
     for u in (0.16, 0.84):
         draw_ground_line(canvas, road, u)
     for v in (0.03, 0.1, 0.22, 0.38):
-        lane_mark = road.part(left=0.48, right=0.52, top=v, bottom=1.5 * v + 0.01)
+        lane_mark = road.part(0.48, 0.52, v, 1.5 * v + 0.01)
         canvas.polygon(lane_mark, shade(GROUND, 1.5))
     left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
     counts = rng.integers(2, 4), rng.integers(1, 3), rng.integers(1, 3)
@@ -185,13 +189,12 @@ def draw_houses(
 def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:
     """Sample objects independently, each with its own probability, plus one cue that is always present."""
     certain = cues[rng.integers(len(cues))]
-    return {certain, *(name for name, chance in chances.items() if rng.random() < chance)}
+    return {certain} | {name for name, chance in chances.items() if rng.random() < chance}
 
 
 def sample_wall_tints(rng: np.random.Generator) -> tuple[float, float, float]:
     """Return the brightness of the left, far and right wall, lit from one side."""
-    from_left = rng.random() < 0.5
-    return LIT_FROM_LEFT if from_left else LIT_FROM_RIGHT
+    return LIT_FROM_LEFT if rng.random() < 0.5 else LIT_FROM_RIGHT
 
 
 def sample_wall_sections(camera: Camera, rng: np.random.Generator) -> list[Quad]:

@@ -37,8 +37,7 @@ def check_settings(out: Path, settings: dict) -> None:
         raise UserError(
             f"{out} holds a result of {text}; choose another folder (--out), or delete it"
         )
-    if not file.is_file():
-        write_files({file: settings})
+    write_files({file: settings})
 
 
 def make_step(

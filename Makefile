@@ -45,9 +45,9 @@ $(VQA_VENV)/installed: pyproject.toml $(VQA_PINS) $(VQA_LOCK)
 
 # ---------------------------------------------------------------------------------------------------- demo
 OUT ?= runs/demo
-RUN_DEMO = $(PY) -m probes demo $(if $(SCALE),--scale $(SCALE)) $(if $(WORLD),--world $(WORLD)) $(if $(EXTRAS),--extras)
+RUN_DEMO = $(PY) -m probes demo $(if $(SCALE),--scale $(SCALE)) $(if $(EXTRAS),--extras)
 
-demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR, WORLD=context)
+demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR)
 ifdef SEEDS
 	@for seed in $(SEEDS); do echo "seed $$seed"; $(RUN_DEMO) --seed $$seed --out $(OUT)/seed$$seed || exit; done
 	@$(PY) -m probes report $(foreach seed,$(SEEDS),$(OUT)/seed$(seed)) --out $(OUT)/report

@@ -13,7 +13,6 @@ from llava_bidir.common.command_table import Command
 from llava_bidir.common.options import Count, Seed, flag, positional
 
 Scale = Annotated[float, pydantic.Field(ge=0.01, le=1000)]
-World = Literal["binding", "context"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +22,14 @@ class AssetsOptions:
     Args:
         out: Folder to write; replaces an earlier world.
         seed: Seed of all random choices.
-        world: What tells look-alikes apart: the rest of the scene (context), or patches of the same scene, one of
-            several (binding).
-        scenes: Scenes in a picture of the binding world: 1, 2 or 4.
+        scenes: Scenes in a picture: 1, 2 or 4.
         scale: Factor for the number of images, conversations and training steps.
-        english: Write the conversations in plain English, for a language model that knows it, and train no LLM.
     """
 
     out: Path = positional()
     seed: Seed = 0
-    world: World = "context"
     scenes: Literal[1, 2, 4] = 4
     scale: Scale = 1.0
-    english: bool = flag()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +40,7 @@ class PlantOptions:
         what: Recovery: train its image tokens on the classes; drop: merge classes in its adapter; random: shuffle the
             layers of its LLM.
         model: Exported directory (RUN/hf).
-        world: Folder of demo-assets --world binding.
+        world: Folder of demo-assets.
         out: Directory to write; replaces an earlier export.
         steps: Of recovery: optimizer steps on pictures alone.
         answer_steps: Of recovery: further steps in which questions about patches are trained, too.
@@ -73,14 +67,12 @@ class DemoOptions:
         seed: Seed of all random choices.
         scale: Factor for the number of images, conversations and training steps; 1: half an hour, large enough for
             results.
-        world: See demo-assets.
-        extras: Also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1).
+        extras: Also analyses that no claim needs (always from scale 1).
     """
 
     out: Path = Path("runs/demo")
     seed: Seed = 0
     scale: Scale = 0.1
-    world: World = "binding"
     extras: bool = flag()
 
 
@@ -113,7 +105,7 @@ WORLD_COMMANDS = {
     ),
     "plant": Command(
         "probes.worlds.plant:run",
-        "edit a model of the binding world so that the truth of a claim is known",
+        "edit a model of the toy world so that the truth of a claim is known",
         PlantOptions,
     ),
     "demo": Command(

@@ -141,7 +141,7 @@ def test_a_demo_of_other_settings_is_left_alone(finished):
     before = results(finished)
     done = run_command(command(finished, "--seed", "7"), must_pass=False, cwd=FOLDER)
     assert done.returncode == 1
-    assert "holds a result of seed 0, scale 0.05, world binding" in done.stderr
+    assert "holds a result of seed 0, scale 0.05;" in done.stderr
     assert results(finished) == before
 
 

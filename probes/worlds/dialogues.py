@@ -8,35 +8,38 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .binding import GRID, Mosaic
+from .binding import GRID, Mosaic, split_patches
 from .canvas import CLASSES, PAIR_OF
-from .scenes import Scene
 
 LOOK_ALIKE = {name: CLASSES[other] for name, other in zip(CLASSES, PAIR_OF, strict=True)}
 
 Turn = dict[str, str]
 
 
-def patch_shares(mask: np.ndarray, grid: int = GRID) -> np.ndarray:
+def patch_shares(mask: np.ndarray) -> np.ndarray:
     """Return f[G * G, K], the share of each class in each patch of a mask uint8[H, W], in raster order."""
-    side = mask.shape[0] // grid
-    patches = mask.reshape(grid, side, grid, side).swapaxes(1, 2).reshape(grid * grid, side * side)
-    return (patches[:, :, None] == np.arange(len(CLASSES))).mean(1)
+    patches = split_patches(mask).reshape(GRID**2, -1, 1)
+    return (patches == np.arange(len(CLASSES))).mean(1)
+
+
+def name_patches(mask: np.ndarray) -> list[str]:
+    """Return the majority class of each patch of a mask uint8[H, W], in raster order."""
+    return [CLASSES[k] for k in patch_shares(mask).argmax(1)]
 
 
 class SceneText(NamedTuple):
-    """A picture in words: the majority class of each patch, and the kind of scene or scenes."""
+    """A picture in words: the majority class of each patch, and what kinds of scenes it has."""
 
     names: list[str]
     kind: str
 
     @classmethod
-    def from_scene(cls, scene: Scene | Mosaic) -> "SceneText":
+    def from_mosaic(cls, mosaic: Mosaic) -> "SceneText":
         """Describe a picture."""
-        return cls([CLASSES[k] for k in patch_shares(scene.mask).argmax(1)], scene.kind)
+        return cls(name_patches(mosaic.mask), mosaic.kind)
 
     def caption(self, rng: np.random.Generator) -> str:
-        """Return, e.g., "an indoor scene with floor and bed and wall and ceiling", in random order."""
+        """Return, e.g., "1 indoor and 1 outdoor scenes with floor and bed and road and wall", in random order."""
         classes = sorted(set(self.names))
         rng.shuffle(classes)
         return f"{self.kind} with {' and '.join(classes)}"

@@ -39,11 +39,9 @@ QUESTIONS = 8  # about each picture, where they are trained along
 # Pairs of classes that a planted drop merges, in this order. None of them are look-alikes.
 MERGED = (("lamp", "tree"), ("picture", "window"), ("door", "person"))
 NUMBERS = ("no", "one", "two", "three")  # of pairs, in names
-# Truth of the claims by folder of pictures, as far as it follows from how a model was made. With one scene it does not:
-# random layers mix its patches, too, and how much a probe reads of that is a matter of noise and of training images.
-# A causal model cannot refine tokens before the cue of their scene, the bidirectional one that it is compared with can.
+# Claims whose truth follows from how the LLM was made: a causal model cannot refine tokens before the cue of their
+# scene, the bidirectional one that it is compared with can.
 CLAIMS = ("recovery", "starvation", "starvation_first_row")
-RECOVERY = {"segmentation": dict.fromkeys(CLAIMS, "planted")}
 
 
 def plant_recovery(
@@ -61,7 +59,7 @@ def plant_recovery(
     dropped.
 
     Args:
-        model: Checkpoint of `llava-bidir fit` on a binding world.
+        model: Checkpoint of `llava-bidir fit` on the toy world.
         world: Folder of `demo-assets`; the pictures of its conversations are used.
         out: Checkpoint to write.
         steps: Optimizer steps on pictures alone. With no steps at all, a copy is written.
@@ -78,53 +76,29 @@ def plant_recovery(
     decoder = net.model.language_model
     head = nn.Linear(decoder.config.hidden_size, len(CLASSES))
     depth = len(decoder.layers) * 3 // 4
-    weights = [*head.parameters(), *(p for part in _trained_parts(net) for p in part.parameters())]
+    weights = [*head.parameters(), *_trained_weights(net)]
     losses: list[float] = []
 
     def loss(batch: int, questions: int) -> Tensor:
         chosen = rng.integers(len(pixels), size=batch)
-        states, of_answers = _forward(
-            net,
-            processor,
-            pixels[chosen],
-            labels[chosen],
-            questions,
-            depth,
-            rng,
-        )
+        of_batch = pixels[chosen], labels[chosen]
+        states, of_answers = _forward(net, processor, *of_batch, questions, depth, rng)
         on_image = F.cross_entropy(
             head(states).flatten(0, 1), labels[chosen].flatten(), ignore_index=IGNORE_INDEX
         )
         losses.append(on_image.item())
         return on_image + of_answers
 
-    options = {
-        "rate": 3e-3,
-        "betas": (0.9, 0.95),
-        "floor": 0.05,
-        "clip": 1.0,
-    }
+    options = {"rate": 3e-3, "betas": (0.9, 0.95), "floor": 0.05, "clip": 1.0}
     net.train()
     if steps:
         # the others have no gradient
         layers = decoder.layers
         decoder.layers = decoder.layers[:depth]
-        train(
-            weights,
-            lambda: loss(32, 0),
-            steps,
-            "image tokens' LLM",
-            **options,
-        )
+        train(weights, lambda: loss(32, 0), steps, "image tokens' LLM", **options)
         decoder.layers = layers
     if answer_steps:
-        train(
-            weights,
-            lambda: loss(20, QUESTIONS),
-            answer_steps,
-            "answering LLM",
-            **options,
-        )
+        train(weights, lambda: loss(20, QUESTIONS), answer_steps, "answering LLM", **options)
     record = {
         "planted": "recovery",
         "layer": depth,
@@ -132,14 +106,8 @@ def plant_recovery(
         "answer_steps": answer_steps,
         "seed": seed,
     }
-    _save(
-        net.eval(),
-        processor,
-        model,
-        out,
-        record,
-        RECOVERY if losses else nothing(RECOVERY),
-    )
+    truth = dict.fromkeys(CLAIMS, "planted" if losses else "absent")
+    _save(net.eval(), processor, model, out, record, truth)
     return losses
 
 
@@ -147,9 +115,7 @@ def shuffle_weights(layers: nn.ModuleList) -> None:
     """Put the entries of each matrix into random order."""
     for weight in layers.parameters():
         if weight.ndim > 1:
-            order = torch.randperm(weight.numel())
-            shuffled = weight.flatten()[order]
-            weight.copy_(shuffled.view_as(weight))
+            weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
 
 
 def plant_random(
@@ -166,19 +132,7 @@ def plant_random(
         torch.manual_seed(seed)
         edit(net.model.language_model.layers)
     record = {"planted": "random", "seed": seed, "weights": weights}
-    _save(
-        net,
-        processor,
-        model,
-        out,
-        record,
-        nothing(RECOVERY),
-    )
-
-
-def nothing(truth: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Return the truth about the same claims where none is planted."""
-    return {name: dict.fromkeys(claims, "absent") for name, claims in truth.items()}
+    _save(net, processor, model, out, record, dict.fromkeys(CLAIMS, "absent"))
 
 
 def name_model(planted: Sequence[Mapping[str, Any]]) -> str:
@@ -220,7 +174,7 @@ def plant_drop(
         first = net.model.multi_modal_projector.linear_1.weight
         with torch.no_grad():
             first -= first @ basis @ basis.T
-    truth = {"segmentation": {"adapter_drop": "planted" if pairs else "absent"}}
+    truth = {"adapter_drop": "planted" if pairs else "absent"}
     record = {"planted": "drop", "merged": MERGED[:pairs]}
     _save(net, processor, model, out, record, truth)
 
@@ -299,13 +253,8 @@ def _encode_picture(
     """Return the ids and labels of a picture with questions about random patches; without, up to the image's end."""
     text = SceneText([CLASSES[max(k, 0)] for k in labels.tolist()], "")
     turns = build_dialogue(text, rng, points=max(1, questions))
-    ids, targets = encode(
-        prepend_picture(turns),
-        processor.tokenizer,
-        "vicuna_v1",
-        GRID**2,
-        image_id,
-    )
+    turns = prepend_picture(turns)
+    ids, targets = encode(turns, processor.tokenizer, "vicuna_v1", GRID**2, image_id)
     end = len(ids) if questions else len(ids) - ids[::-1].index(image_id)
     return ids[:end], targets[:end]
 
@@ -317,13 +266,14 @@ def _load(model: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcess
         )
     net = LlavaBidirForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     net.requires_grad_(False)
-    for part in _trained_parts(net):
-        part.requires_grad_(True)
+    for weight in _trained_weights(net):
+        weight.requires_grad_(True)
     return net, LlavaProcessor.from_pretrained(model)
 
 
-def _trained_parts(net: LlavaBidirForConditionalGeneration) -> list[nn.Module]:
-    return [net.model.multi_modal_projector, net.model.language_model, net.lm_head]
+def _trained_weights(net: LlavaBidirForConditionalGeneration) -> list[nn.Parameter]:
+    parts = net.model.multi_modal_projector, net.model.language_model, net.lm_head
+    return [weight for part in parts for weight in part.parameters()]
 
 
 def _save(
@@ -332,13 +282,13 @@ def _save(
     source: Path,
     out: Path,
     record: dict[str, Any],
-    truth: dict[str, dict[str, str]],
+    truth: dict[str, str],
 ) -> None:
-    """Write the checkpoint; what was planted in its source stays true."""
+    """Write the checkpoint with the truth of claims; what was planted in its source stays true."""
     training = read_training(source)
-    before = training.get("truth", {})
+    before = training.get("truth", {}).get("segmentation", {})
     training["planted"] = [*training.get("planted", []), record]
-    training["truth"] = {name: before.get(name, {}) | claims for name, claims in truth.items()}
+    training["truth"] = {"segmentation": before | truth}
     training["name"] = name_model(training["planted"])
     export_hf(net, processor, out, training)
 
@@ -350,16 +300,9 @@ def run(options: PlantOptions) -> None:
     elif options.what == "random":
         plant_random(options.model, options.out, seed=options.seed)
     else:
-        losses = plant_recovery(
-            options.model,
-            options.world,
-            options.out,
-            steps=options.steps,
-            answer_steps=options.answer_steps,
-            seed=options.seed,
-        )
+        given = {name: getattr(options, name) for name in ("steps", "answer_steps", "seed")}
+        losses = plant_recovery(options.model, options.world, options.out, **given)
         if losses:
-            print(
-                f"loss on image tokens: {np.mean(losses[:10]):.3f}, at the end {np.mean(losses[-10:]):.3f}"
-            )
+            first, last = np.mean(losses[:10]), np.mean(losses[-10:])
+            print(f"loss on image tokens: {first:.3f}, at the end {last:.3f}")
     print(f"wrote {options.out}")

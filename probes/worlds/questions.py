@@ -4,28 +4,61 @@ OUT/captions.json     the classes of each training photo as a sentence, for stag
 OUT/dialogues.json    all questions about a training photo in one conversation, for stage 2
 OUT/questions.json    one question about a validation photo per record, with "regions" for `probes routes`
 
-DATA is a folder data set (probes/README.md, "Your own data"). What is asked: mask_questions.py.
+DATA is a folder data set (probes/README.md, "Your own data"). The answers follow from its masks:
+
+    Is there any car in the picture?                        yes
+    Which is left of the car: tree or road?                 tree
+    Which is in row 2, column 3: car or building?           car
+
+A question is always asked about two photos in which different answers are right. Without the photo, exactly half of the
+answers can therefore be right, whatever the classes' frequencies are.
+
+Places are cells of a grid over the photo. A cell has the class of more than half of its pixels, or none.
+
+Shapes: H W pixels, G cells per row and column, K classes.
 """
 
 import json
-from pathlib import Path
-from typing import Any
+from collections import Counter, defaultdict
+from itertools import pairwise, product
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError, error_context
 from probes.data.folder import FolderDataset
 from probes.world_options import QuestionsOptions
 
-from .english import CAPTION
-from .mask_questions import HELD_OUT, Facts, MaskQuestion, ask_in_pairs, find_facts, to_turns
+from .dialogues import Turn, make_turns, prepend_picture
 
-GRID = 4
-PER_PHOTO = 6
-SEEN = ("there", "yes")
+CAPTION = "Describe the picture."
+KINDS = ("there", "left", "place")
+# share of the pixels from which a class counts as seen; one with fewer pixels, but some, is not asked for
+LEAST_SEEN = 0.003
+HALF = 0.5
 
-Records = dict[str, list[dict[str, Any]]]
+Place = tuple[int, int]  # row and column of a cell
+Key = tuple[str, str]  # kind of a question, and what it is about
+
+
+class Fact(NamedTuple):
+    """What is true of a photo.
+
+    Args:
+        answer: Class, "yes" or "no".
+        box: Left, top, right and bottom of the cell that shows the answer, in fractions; None: no single place.
+    """
+
+    answer: str
+    box: list[float] | None = None
+
+
+Facts = dict[Key, Fact]  # of a photo
+Asked = tuple[
+    list[Turn], dict | None
+]  # a question, and its {"box", "class"}, as `probes routes` reads it
 
 
 def run(options: QuestionsOptions) -> None:
@@ -38,13 +71,7 @@ def run(options: QuestionsOptions) -> None:
         raise UserError(
             f"--held-out must be at least 2, as questions come in pairs; got {options.held_out}"
         )
-    records = build_records(
-        options.data,
-        seed=options.seed,
-        grid=options.grid,
-        per_photo=options.per_photo,
-        held_out=options.held_out,
-    )
+    records = build_records(options)
     files = {options.out / f"{name}.json": rows for name, rows in records.items()}
     for file, rows in files.items():
         if not file.is_file():
@@ -60,87 +87,184 @@ def run(options: QuestionsOptions) -> None:
     print(f"{options.out}: {counts}; train with --data.images {options.data}")
 
 
-def build_records(
-    data: Path,
-    *,
-    seed: int = 0,
-    grid: int = GRID,
-    per_photo: int = PER_PHOTO,
-    held_out: int = HELD_OUT,
-    prefix: str = "",
-) -> Records:
-    """Return LLaVA's records by file name, without suffix.
-
-    Args:
-        data: Folder data set.
-        seed: Seed of all random choices.
-        grid: Cells per row and column of places that are asked about.
-        per_photo: Questions about each training photo, on average.
-        held_out: Questions about all validation photos.
-        prefix: Put before the paths of images, which are relative to `data`.
+def build_records(options: QuestionsOptions, prefix: str = "") -> dict[str, list[dict[str, Any]]]:
+    """Return LLaVA's records by file name, without suffix; `prefix` is put before the paths of images.
 
     Raises:
-        UserError: `data` is no folder data set, or its photos are too alike to be asked about.
+        UserError: The data are no folder data set, or its photos are too alike to be asked about.
     """
-    rng = np.random.default_rng(seed)
-    training = _read_facts(data, "training", grid)
-    validation = _read_facts(data, "validation", grid)
-
-    def ask(photos: dict[Path, Facts], questions: int) -> list[list[MaskQuestion]]:
-        return ask_in_pairs([*photos.values()], questions // 2, rng)
-
+    rng = np.random.default_rng(options.seed)
+    training = _read_facts(options, "training", prefix)
+    validation = _read_facts(options, "validation", prefix)
     captions = []
     dialogues = []
-    asked = ask(training, per_photo * len(training))
+    asked = ask_in_pairs([*training.values()], options.per_photo * len(training) // 2, rng)
     for (photo, facts), of_photo in zip(training.items(), asked, strict=True):
-        record = _record(data, photo, prefix)
         if caption := _caption(facts, rng):
-            captions.append(record | {"conversations": to_turns([(CAPTION, caption)])})
+            captions.append(_record(photo, make_turns(CAPTION, caption)))
         if of_photo:
-            turns = to_turns([(question.text, question.answer) for question in of_photo])
-            dialogues.append(record | {"conversations": turns})
-    questions = []
-    for photo, of_photo in zip(validation, ask(validation, held_out), strict=True):
-        for question in of_photo:
-            turns = to_turns([(question.text, question.answer)])
-            record = _record(data, photo, prefix) | {"conversations": turns}
-            questions.append(record | {"regions": [question.region]})
-    records = {
-        "captions": captions,
-        "dialogues": dialogues,
-        "questions": questions,
-    }
+            dialogues.append(_record(photo, [turn for turns, _ in of_photo for turn in turns]))
+    asked = ask_in_pairs([*validation.values()], options.held_out // 2, rng)
+    questions = [
+        _record(photo, turns) | {"regions": [region]}
+        for photo, of_photo in zip(validation, asked, strict=True)
+        for turns, region in of_photo
+    ]
+    records = {"captions": captions, "dialogues": dialogues, "questions": questions}
     for name, rows in records.items():
         if not rows:
             raise UserError(
-                f"{data}: its masks give no {name}; expected photos that show different classes"
+                f"{options.data}: its masks give no {name}; expected photos that show different classes"
             )
     return records
 
 
-def _read_facts(data: Path, split: str, grid: int) -> dict[Path, Facts]:
+def _read_facts(options: QuestionsOptions, split: str, prefix: str) -> dict[str, Facts]:
     """Return what is true of each photo of a split, in the order of their names.
 
     Raises:
-        UserError: `data` is no folder data set, or a photo or its mask cannot be read.
+        UserError: The data are no folder data set, or a photo or its mask cannot be read.
     """
-    dataset = FolderDataset(data, split)
+    dataset = FolderDataset(options.data, split)
     facts = {}
     for index in range(len(dataset)):
-        photo = dataset.files(index)[0]
-        facts[photo] = find_facts(dataset[index]["target"], dataset.classes, grid)
+        photo = prefix + dataset.files(index)[0].relative_to(options.data).as_posix()
+        facts[photo] = find_facts(dataset[index]["target"], dataset.classes, options.grid)
     return facts
 
 
-def _record(data: Path, photo: Path, prefix: str) -> dict[str, Any]:
-    name = prefix + photo.relative_to(data).as_posix()
-    return {"id": name, "image": name}
+def _record(photo: str, turns: list[Turn]) -> dict[str, Any]:
+    return {"id": photo, "image": photo, "conversations": prepend_picture(turns)}
 
 
 def _caption(facts: Facts, rng: np.random.Generator) -> str | None:
     """Return, e.g., "A picture with road, sky and car." in random order; None if no class is seen."""
-    shown = [name for (kind, name), fact in facts.items() if (kind, fact.answer) == SEEN]
+    shown = [
+        name for (kind, name), fact in facts.items() if (kind, fact.answer) == ("there", "yes")
+    ]
     if not shown:
         return None
     *most, last = (str(name) for name in rng.permutation(shown))
     return f"A picture with {', '.join(most)} and {last}." if most else f"A picture with {last}."
+
+
+def find_facts(mask: ndarray, classes: list[str], grid: int) -> Facts:
+    """Return what can be asked about a photo.
+
+    Args:
+        mask: Class indices uint8[H, W]; others than 0 to K - 1 are no class.
+        classes: Their names.
+        grid: G.
+    """
+    facts = {}
+    for name, share in zip(classes, _count_pixels(mask, classes) / mask.size, strict=True):
+        if share == 0 or share >= LEAST_SEEN:
+            facts["there", name] = Fact("yes" if share else "no")
+    cells = _find_cells(mask, classes, grid)
+    beside = defaultdict(list)  # by class, the cells to the left of its own that show another one
+    for (row, column), name in cells.items():
+        if cells.get((row, column - 1), name) != name:
+            beside[name].append((row, column - 1))
+    for name, places in beside.items():
+        counts = Counter(cells[place] for place in places)
+        answer = max(counts, key=counts.get)
+        if counts[answer] > HALF * len(places):
+            first = next(place for place in places if cells[place] == answer)
+            facts["left", name] = Fact(answer, _box(first, grid))
+    for (row, column), name in cells.items():
+        about = f"row {row + 1}, column {column + 1}"
+        facts["place", about] = Fact(name, _box((row, column), grid))
+    return facts
+
+
+def _find_cells(mask: ndarray, classes: list[str], grid: int) -> dict[Place, str]:
+    """Return the class of more than half of the pixels of each cell that has one, in raster order."""
+    rows, columns = (
+        [*pairwise(np.linspace(0, side, grid + 1).round().astype(int))] for side in mask.shape
+    )
+    cells = {}
+    for row, column in product(range(grid), repeat=2):
+        cell = mask[slice(*rows[row]), slice(*columns[column])]
+        counts = _count_pixels(cell, classes)
+        if counts.max() > HALF * cell.size:
+            cells[row, column] = classes[counts.argmax()]
+    return cells
+
+
+def _count_pixels(mask: ndarray, classes: list[str]) -> ndarray:
+    """Return the pixels i64[K] of each class; others are not counted."""
+    return np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
+
+
+def _box(place: Place, grid: int) -> list[float]:
+    """Return left, top, right and bottom of a cell as fractions of the photo."""
+    row, column = place
+    return [column / grid, row / grid, (column + 1) / grid, (row + 1) / grid]
+
+
+def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> list[list[Asked]]:
+    """Return questions about each photo; each text is asked of two photos with different answers.
+
+    Args:
+        photos: What is true of each photo, see :func:`find_facts`.
+        pairs: Pairs of questions, as many of each kind; a kind that allows fewer leaves them to those after it.
+        rng: Random generator.
+    """
+    asked: list[list[Asked]] = [[] for _ in photos]
+    for number, kind in enumerate(KINDS):
+        drawn = _draw_pairs(photos, kind, pairs // (len(KINDS) - number), rng)
+        pairs -= len(drawn)
+        for pair in drawn:
+            for photo, question in pair.items():
+                asked[photo].append(question)
+    return [[of_photo[i] for i in rng.permutation(len(of_photo))] for of_photo in asked]
+
+
+def _draw_pairs(
+    photos: list[Facts],
+    kind: str,
+    most: int,
+    rng: np.random.Generator,
+) -> list[dict[int, Asked]]:
+    """Return up to `most` pairs of questions of a kind by photo; photos with the fewest questions come first."""
+    # photos that can still be asked, by what the question is about and by their answer
+    left: dict[Key, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for photo, facts in enumerate(photos):
+        for key, fact in facts.items():
+            if key[0] == kind:
+                left[key][fact.answer].append(photo)
+    counts = np.zeros(len(photos), int)
+    pairs: list[dict[int, Asked]] = []
+    while len(pairs) < most:
+        keys = [key for key, by_answer in left.items() if len(by_answer) > 1]
+        if not keys:
+            break
+        key = keys[rng.integers(len(keys))]
+        by_answer = left[key]
+        possible = sorted(by_answer)
+        answers = [possible[i] for i in rng.permutation(len(possible))[:2]]
+        pair = {}
+        for answer in answers:
+            candidates = by_answer[answer]
+            asked = counts[candidates]
+            photo = int(rng.choice(np.array(candidates)[asked == asked.min()]))
+            candidates.remove(photo)
+            if not candidates:
+                del by_answer[answer]
+            counts[photo] += 1
+            pair[photo] = _ask(key, photos[photo][key], answers)
+        pairs.append(pair)
+    return pairs
+
+
+def _ask(key: Key, fact: Fact, choice: list[str]) -> Asked:
+    """Return the question about a fact, with two answers to choose from."""
+    kind, about = key
+    one, other = choice
+    texts = {
+        "there": f"Is there any {about} in the picture?",
+        "left": f"Which is left of the {about}: {one} or {other}?",
+        "place": f"Which is in {about}: {one} or {other}?",
+    }
+    region = {"box": fact.box, "class": fact.answer} if fact.box else None
+    return make_turns(texts[kind], fact.answer), region

@@ -4,8 +4,8 @@ Eight classes form pairs with the same colour and texture: ceiling and sky, wall
 car. Only the context tells them apart. A lamp, picture or bed marks a room; a tree, moon or car marks a street. Every
 scene has at least one of these cues.
 
-The only local evidence is deliberately weak: a grain on the paired classes. Its contrast is a smooth random field with
-mean `+evidence` in rooms and `-evidence` in streets.
+Paired classes have a grain. Its contrast is a smooth random field, whose mean may differ between rooms and streets as
+weak local evidence.
 
 Shapes: H = W = 96 pixels.
 """
@@ -20,11 +20,23 @@ import numpy as np
 from PIL import Image
 
 from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
-from .colours import GROUND, TOP
-from .ground_objects import GroundObject, draw_bed, draw_car, draw_on_ground, draw_tree
-from .lights import draw_hanging_lamp, draw_moon, draw_standing_lamp
-from .surfaces import Surfaces
-from .walls import draw_door, draw_house, draw_picture, draw_wall, draw_window
+from .objects import (
+    GROUND,
+    TOP,
+    GroundObject,
+    draw_bed,
+    draw_car,
+    draw_door,
+    draw_hanging_lamp,
+    draw_house,
+    draw_moon,
+    draw_on_ground,
+    draw_picture,
+    draw_standing_lamp,
+    draw_tree,
+    draw_wall,
+    draw_window,
+)
 
 # One 4 x 4 texture per pair. Rows and columns sum to zero, so that edges and shading do not correlate with it.
 WEAVES = (
@@ -48,9 +60,7 @@ def _build_textures() -> np.ndarray:
     textures = np.zeros((len(CLASSES), 4, 4), np.float32)
     for pair, weave in enumerate(WEAVES):
         signs = np.array([list(row) for row in weave.split()])
-        texture = np.where(signs == "+", 1, -1)
-        textures[2 * pair] = texture
-        textures[2 * pair + 1] = texture
+        textures[2 * pair : 2 * pair + 2] = np.where(signs == "+", 1, -1)
     return textures
 
 
@@ -64,49 +74,33 @@ class Scene:
     indoor: bool
     image: np.ndarray
     mask: np.ndarray
-    surfaces: Surfaces
-
-    @property
-    def kind(self) -> str:
-        """What a caption calls it."""
-        place = "indoor" if self.indoor else "outdoor"
-        return f"an {place} scene"
 
 
 def draw_scene(
     rng: np.random.Generator,
-    evidence: float = 0.1,
+    evidence: float = 0.0,
     indoor: bool | None = None,
 ) -> Scene:
     """Draw a room or a street with equal probability.
 
     Args:
         rng: Random generator. The same state gives the same bytes.
-        evidence: Mean of the grain in units of its standard deviation. At 0 there is no local evidence.
+        evidence: Mean of the grain in rooms, its negative in streets, in units of its standard deviation. At 0 there is
+            no local evidence.
         indoor: Whether it is a room; None for either.
     """
     if indoor is None:
         indoor = bool(rng.random() < 0.5)
     camera = sample_camera(rng)
     canvas = Canvas()
-    if indoor:
-        draw_room(canvas, camera, rng)
-        mean_grain = evidence
-    else:
-        draw_street(canvas, camera, rng)
-        mean_grain = -evidence
+    draw = draw_room if indoor else draw_street
+    draw(canvas, camera, rng)
     mask = canvas.mask()
-    image = canvas.image() + sample_grain(mask, mean_grain, rng)
+    image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
     light = sample_light(camera, rng)
     noise = PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
-    image = image * light + noise
-    pixels = image.clip(0, 1) * 255 + 0.5
-    return Scene(
-        indoor=indoor,
-        image=pixels.astype(np.uint8),
-        mask=mask,
-        surfaces=canvas.surfaces(camera),
-    )
+    pixels = (image * light + noise).clip(0, 1) * 255 + 0.5
+    return Scene(indoor, pixels.astype(np.uint8), mask)
 
 
 def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
@@ -120,115 +114,54 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
         window=0.7,
         door=0.5,
     )
-    canvas.polygon(camera.ceiling(), TOP, "ceiling")
-    canvas.begin_object()
+    canvas.polygon(FULL_FRAME, TOP, "ceiling")
     floor = camera.ground()
     canvas.polygon(floor, GROUND, "floor")
     for u in np.arange(0.1, 1, 0.2):
         draw_ground_line(canvas, floor, u)
-    tints = sample_wall_tints(rng)
-    for front, tint in zip(camera.walls(), tints, strict=True):
-        canvas.begin_object()
-        draw_wall(
-            canvas,
-            front,
-            "wall",
-            tint,
-        )
+    for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
+        draw_wall(canvas, front, "wall", tint)
     sections = sample_wall_sections(camera, rng)
     if "window" in names:
-        section = sections.pop()
-        draw_window(canvas, section.part(top=0.16, bottom=0.58), rng)
+        draw_window(canvas, sections.pop().part(top=0.16, bottom=0.58), rng)
     if "picture" in names:
-        section = sections.pop()
-        draw_picture(canvas, section.part(top=0.15, bottom=0.59), rng)
+        draw_picture(canvas, sections.pop().part(top=0.15, bottom=0.59), rng)
     if "door" in names:
-        section = sections.pop()
-        entrance = section.part(left=0.05, right=0.95, top=0.28)
-        draw_door(canvas, entrance, rng)
+        draw_door(canvas, sections.pop().part(left=0.05, right=0.95, top=0.28), rng)
     standing = []
     if "bed" in names:
-        bed = GroundObject(partial(draw_bed, camera), 0.55)
-        standing.append(bed)
+        standing.append(GroundObject(partial(draw_bed, camera), 0.55))
     if "lamp" in names:
-        hangs = rng.random() < 0.6
-        if hangs:
+        if rng.random() < 0.6:
             draw_hanging_lamp(canvas, camera, rng)
         else:
-            lamp = GroundObject(draw_standing_lamp, 0.3, at_wall=True)
-            standing.append(lamp)
-    draw_on_ground(
-        canvas,
-        camera,
-        standing,
-        rng,
-    )
+            standing.append(GroundObject(draw_standing_lamp, 0.3, at_wall=True))
+    draw_on_ground(canvas, camera, standing, rng)
 
 
 def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a street: sky, houses on three sides, a road with kerbs and lane marks, and its objects."""
-    names = sample_objects(
-        rng,
-        ("tree", "moon", "car"),
-        tree=0.6,
-        moon=0.3,
-        car=0.6,
-    )
+    names = sample_objects(rng, ("tree", "moon", "car"), tree=0.6, moon=0.3, car=0.6)
     canvas.polygon(FULL_FRAME, TOP, "sky")
     if "moon" in names:
         draw_moon(canvas, camera, rng)
-    canvas.begin_object()
     road = camera.ground()
     canvas.polygon(road, GROUND, "road")
     for u in (0.16, 0.84):
         draw_ground_line(canvas, road, u)
     for v in (0.03, 0.1, 0.22, 0.38):
-        lane_mark = road.part(
-            left=0.48,
-            right=0.52,
-            top=v,
-            bottom=1.5 * v + 0.01,
-        )
+        lane_mark = road.part(0.48, 0.52, v, 1.5 * v + 0.01)
         canvas.polygon(lane_mark, shade(GROUND, 1.5))
-    left, far, right = camera.walls()
-    left_tint, far_tint, right_tint = sample_wall_tints(rng)
-    houses_far = rng.integers(2, 4)
-    houses_left = rng.integers(1, 3)
-    houses_right = rng.integers(1, 3)
-    draw_houses(
-        canvas,
-        far,
-        far_tint,
-        houses_far,
-        rng,
-    )
-    draw_houses(
-        canvas,
-        left,
-        left_tint,
-        houses_left,
-        rng,
-    )
-    draw_houses(
-        canvas,
-        right,
-        right_tint,
-        houses_right,
-        rng,
-    )
+    left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
+    counts = rng.integers(2, 4), rng.integers(1, 3), rng.integers(1, 3)
+    for (side, tint), count in zip((far, left, right), counts, strict=True):
+        draw_houses(canvas, side, tint, count, rng)
     standing = []
     if "car" in names:
-        car = GroundObject(draw_car, 0.58)
-        standing.append(car)
+        standing.append(GroundObject(draw_car, 0.58))
     if "tree" in names:
-        tree = GroundObject(draw_tree, 0.3, at_wall=True)
-        standing.append(tree)
-    draw_on_ground(
-        canvas,
-        camera,
-        standing,
-        rng,
-    )
+        standing.append(GroundObject(draw_tree, 0.3, at_wall=True))
+    draw_on_ground(canvas, camera, standing, rng)
 
 
 def draw_ground_line(canvas: Canvas, ground: Quad, u: float) -> None:
@@ -250,28 +183,18 @@ def draw_houses(
             right=(i + 1) / count,
             top=rng.uniform(-0.18, 0.16),
         )
-        draw_house(
-            canvas,
-            front,
-            tint,
-            rng,
-        )
+        draw_house(canvas, front, tint, rng)
 
 
 def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:
     """Sample objects independently, each with its own probability, plus one cue that is always present."""
     certain = cues[rng.integers(len(cues))]
-    names = {certain}
-    for name, chance in chances.items():
-        if rng.random() < chance:
-            names.add(name)
-    return names
+    return {certain} | {name for name, chance in chances.items() if rng.random() < chance}
 
 
 def sample_wall_tints(rng: np.random.Generator) -> tuple[float, float, float]:
     """Return the brightness of the left, far and right wall, lit from one side."""
-    from_left = rng.random() < 0.5
-    return LIT_FROM_LEFT if from_left else LIT_FROM_RIGHT
+    return LIT_FROM_LEFT if rng.random() < 0.5 else LIT_FROM_RIGHT
 
 
 def sample_wall_sections(camera: Camera, rng: np.random.Generator) -> list[Quad]:
@@ -279,14 +202,10 @@ def sample_wall_sections(camera: Camera, rng: np.random.Generator) -> list[Quad]
     sections = []
     for front in camera.walls():
         count = min(2, int(front.width / 13))
-        for i in range(count):
-            section = front.part(
-                left=(i + 0.1) / count,
-                right=(i + 0.9) / count,
-            )
-            sections.append(section)
-    order = rng.permutation(len(sections))
-    return [sections[i] for i in order]
+        sections += [
+            front.part(left=(i + 0.1) / count, right=(i + 0.9) / count) for i in range(count)
+        ]
+    return [sections[i] for i in rng.permutation(len(sections))]
 
 
 def sample_grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.ndarray:
@@ -302,9 +221,7 @@ def sample_grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.
     # to unit standard deviation
     field = np.asarray(smooth) / 0.67
     contrast = GRAIN_CONTRAST * (field + mean)
-    texture = _GRAIN[mask, _ROWS % 4, _COLUMNS % 4]
-    grain = contrast * texture
-    return grain[..., None]
+    return (contrast * _GRAIN[mask, _ROWS % 4, _COLUMNS % 4])[..., None]
 
 
 def sample_light(camera: Camera, rng: np.random.Generator) -> np.ndarray:
@@ -316,8 +233,7 @@ def sample_light(camera: Camera, rng: np.random.Generator) -> np.ndarray:
     upwards = abs(_ROWS - camera.eye[1])
     from_eye = 1.5 * np.maximum(sideways, upwards) / SIZE_PX
     depth = 1 - from_eye.clip(0, 1)
-    squared_depth = depth**2
-    glow = 1 + squared_depth[..., None] * WARM_GLOW
+    glow = 1 + (depth**2)[..., None] * WARM_GLOW
     across = _COLUMNS / SIZE_PX - 0.5
     down = _ROWS / SIZE_PX - 0.5
     slope_across = rng.uniform(-0.2, 0.2)

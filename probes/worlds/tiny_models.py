@@ -93,12 +93,12 @@ def normalize(images: np.ndarray) -> Tensor:
 
 def _noun_shares(masks: np.ndarray) -> Tensor:
     """Return f[n, K], the share of the picture per noun. Look-alikes share the noun of the first of the pair."""
-    noun_of = np.full(256, len(CLASSES))  # of pixels without a class
-    noun_of[: len(CLASSES)] = np.minimum(np.arange(len(CLASSES)), PAIR_OF)
+    count = len(CLASSES)
+    noun_of = np.full(256, count)  # of pixels without a class
+    noun_of[:count] = np.minimum(np.arange(count), PAIR_OF)
     nouns = noun_of[masks]
-    return torch.from_numpy(
-        np.stack([(nouns == k).mean((1, 2)) for k in range(len(CLASSES))], 1)
-    ).float()
+    shares = np.stack([(nouns == k).mean((1, 2)) for k in range(count)], 1)
+    return torch.from_numpy(shares).float()
 
 
 def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
@@ -108,21 +108,11 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
     )
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=1024,
-            special_tokens=specials,
-            show_progress=False,
-        ),
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = LlamaTokenizer(
-        vocab=model["vocab"],
-        merges=merges,
-        add_bos_token=True,
-    )
+    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
     # One token for the system prompt: its 30 constant tokens would be a large part of a toy sequence.
     tokenizer.add_tokens([SYSTEM], special_tokens=True)
     tokenizer.save_pretrained(out)
@@ -136,7 +126,6 @@ def train_llm(
     *,
     steps: int,
     seed: int,
-    layers: int = 6,
 ) -> None:
     """Train a small Llama on all tokens of conversations about pictures in words. Write it to `out`.
 
@@ -146,7 +135,6 @@ def train_llm(
         out: Hugging Face directory.
         steps: Number of optimizer steps.
         seed: Seed of the initialisation.
-        layers: Number of its layers.
     """
     torch.manual_seed(seed)
     width = 96
@@ -154,7 +142,7 @@ def train_llm(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=5 * width // 2,
-        num_hidden_layers=layers,
+        num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=512,
@@ -168,22 +156,11 @@ def train_llm(
         rows = [encode(next(documents), tokenizer)[0] for _ in range(24)]
         ids = pad(rows, 0)
         mask = pad([[1] * len(row) for row in rows], 0)
-        return llm(
-            input_ids=ids,
-            attention_mask=mask,
-            labels=ids.masked_fill(mask == 0, -100),
-        ).loss
+        labels = ids.masked_fill(mask == 0, -100)
+        return llm(input_ids=ids, attention_mask=mask, labels=labels).loss
 
-    train(
-        list(llm.parameters()),
-        loss,
-        steps,
-        "LLM",
-        rate=3e-3,
-        betas=(0.9, 0.95),
-        floor=0.1,
-        clip=1.0,
-    )
+    options = {"rate": 3e-3, "betas": (0.9, 0.95), "floor": 0.1, "clip": 1.0}
+    train(list(llm.parameters()), loss, steps, "LLM", **options)
     llm.save_pretrained(out)
 
 
@@ -199,13 +176,7 @@ def train(
     clip: float | None = None,
 ) -> None:
     """Minimise a loss by AdamW, with 3% warm-up and a cosine schedule down to `floor` of the peak rate."""
-    optimizer = torch.optim.AdamW(
-        parameters,
-        rate,
-        betas=betas,
-        weight_decay=0.0,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=0.0, fused=True)
     warmup = max(1, int(0.03 * steps))
 
     def cosine(step):

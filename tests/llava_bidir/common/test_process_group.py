@@ -30,14 +30,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from llava_bidir.common import process_group
 from llava_bidir.common.steps import Step
-from probes.worlds import child_process
+from probes.worlds import steps
 from llava_bidir.common.errors import one_line_errors
-child_process.IN_CHILD_PROCESS = process_group.WATCH + {step!r}
+steps.IN_CHILD_PROCESS = process_group.WATCH + {step!r}
 with one_line_errors("demo", ["demo"]):
     process_group.end_on_signals()
     with ThreadPoolExecutor(2) as pool:
         def run(name):
-            child_process.run_in_child_process(Path("."), name, [Step(name, (), Path(name), "fit")])
+            steps.run_in_child_process(Path("."), name, [Step(name, (), Path(name), "fit")])
         list(pool.map(run, ["a", "b"]))
 """
 

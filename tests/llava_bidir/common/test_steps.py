@@ -18,7 +18,7 @@ from llava_bidir.common.steps import (
     read_record,
     run_steps,
 )
-from probes.worlds.child_process import run_given
+from probes.worlds.steps import run_given
 
 
 def chain(folder: Path, **options) -> list[Step]:

@@ -18,7 +18,6 @@ def world(tmp_path_factory) -> Path:
             out,
             seed=1,
             scale=0.01,
-            world="binding",
             scenes=2,
         )
     return out

@@ -15,7 +15,7 @@ CUES = [LABEL[n] for n in ("lamp", "picture", "bed", "tree", "car")]
 def draw_many(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return indoor `bool[N]`, images `float32[N, H, W, 3]` in 0..1 and masks `uint8[N, H, W]`, without evidence."""
     rng = np.random.default_rng(0)
-    drawn = [draw_scene(rng, 0) for _ in range(count)]
+    drawn = [draw_scene(rng) for _ in range(count)]
     indoor = np.array([scene.indoor for scene in drawn])
     images = np.stack([scene.image for scene in drawn]).astype(np.float32) / 255
     return indoor, images, np.stack([scene.mask for scene in drawn])

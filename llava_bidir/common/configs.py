@@ -15,20 +15,6 @@ FOLDER = Path(__file__).parents[1] / "configs"  # in a clone a link to configs/,
 if not FOLDER.is_dir():  # a clone on a system without links
     FOLDER = Path(__file__).parents[2] / "configs"
 OPTIONS = ("-c", "--config")
-MADE_BY = "# Made by: "  # in a config that names a folder: the command that makes it
-
-
-def how_to_make(path: str | Path) -> str:
-    """Return how to make a missing file or folder below runs/NAME, as the configs in the folder NAME say; else ""."""
-    parts = Path(path).parts
-    if len(parts) < 2 or parts[0] != "runs" or Path(path).exists():
-        return ""
-    for file in sorted((FOLDER / parts[1]).glob("*.yaml")):
-        for line in file.read_text().splitlines():
-            if line.startswith(MADE_BY):
-                command = line.removeprefix(MADE_BY)
-                return f"; run `{command}` first, in this folder, or name your own"
-    return ""
 
 
 def config_names() -> dict[str, Path]:

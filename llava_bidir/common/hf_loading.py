@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .configs import how_to_make
 from .errors import UserError, error_context
 
 if TYPE_CHECKING:  # seconds, which commands that only read results do not need
@@ -59,8 +58,6 @@ def read_pretrained(
         raise UserError(
             f"{path} contains no config.json; expected a Hugging Face checkpoint such as RUN/hf"
         )
-    if advice := how_to_make(path):
-        raise UserError(f"{key}: {path} does not exist{advice}")
     if is_local:
         subject = path
     else:

@@ -8,11 +8,8 @@ compared with another run, or analysed.
 import hashlib
 import json
 import os
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +63,6 @@ MODEL_FILES = ("*.json", "*.model", "*.jinja")  # besides the weights
 NOT_MODEL_FILES = (TRAINING_JSON, "generation_config.json")  # change no state
 DIGITS = 16  # of a SHA-256 in hexadecimal, enough to tell files apart
 THREADS = 16
-RACY_NS = 2_000_000_000  # a file can change again within the resolution of its modification time
 
 
 def run_identity(
@@ -244,55 +240,15 @@ def _size(path: str) -> int:
 
 
 def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the checksum of each file by content, "" if it cannot be read; `names` are relative to `root`.
+    """Return the checksum of each file by content, "" if it cannot be read; `names` are relative to `root`."""
 
-    Checksums are cached per root, by size and modification time, in `$XDG_CACHE_HOME/llava_bidir` (~/.cache).
-    """
-    root = Path(root).resolve()
-    cache_file = cache_folder() / f"{hashlib.sha256(str(root).encode()).hexdigest()[:DIGITS]}.json"
-    cache = _read_cache(cache_file)
-
-    def checksum(name: str) -> tuple[list[int], str]:
+    def checksum(name: str) -> str:
         try:
-            stat = os.stat(root / name)
-            state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-            known = cache.get(name)
-            if known and known[0] == state:
-                return state, known[1]
-            with (root / name).open("rb") as file:
-                return state, hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+            with Path(root, name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
         except OSError:  # reported with all other bad files when it is used
-            return [0, 0, time.time_ns()], ""
+            return ""
 
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = dict(zip(names, pool.map(checksum, names), strict=True))
-    settled = time.time_ns() - RACY_NS
-    new = {
-        name: entry
-        for name, entry in found.items()
-        if entry[0][2] < settled and cache.get(name) != list(entry)
-    }
-    if new:
-        with suppress(OSError):  # a home that is read-only or full costs time, nothing else
-            cache_file.parent.mkdir(parents=True, exist_ok=True)
-            # a name of its own, since several processes write; the last one wins
-            with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, delete=False) as partial:
-                json.dump(_read_cache(cache_file) | new, partial)
-            Path(partial.name).replace(cache_file)
-    return {name: digest for name, (_, digest) in found.items()}
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached checksums."""
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_bidir/checksums"
-    )
-
-
-def _read_cache(file: Path) -> dict[str, list]:
-    try:
-        cache = json.loads(file.read_text())
-        return cache if isinstance(cache, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        return dict(zip(names, pool.map(checksum, names), strict=True))

@@ -31,7 +31,6 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from llava_bidir.common.configs import how_to_make
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.image_io import read_image
 
@@ -51,7 +50,7 @@ RULES = 6  # part of the cache key; increase it when the same file would be read
 def check_annotations(path: str | Path) -> None:
     """Raise a UserError if there is no such file."""
     if not os.path.isfile(path):
-        raise UserError(f"data.annotations: no file {path}{how_to_make(path)}")
+        raise UserError(f"data.annotations: no file {path}")
 
 
 def read_annotations(path: str | Path) -> datasets.Dataset:
@@ -162,7 +161,7 @@ class Instructions(Dataset):
         self.records = read_annotations(annotations)
         self.images = Path(images)
         if not self.images.is_dir():
-            raise UserError(f"data.images: no folder {images}{how_to_make(images)}")
+            raise UserError(f"data.images: no folder {images}")
 
     def __len__(self) -> int:
         return len(self.records)

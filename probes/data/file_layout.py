@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_bidir.common.configs import how_to_make
 from llava_bidir.common.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -28,9 +27,8 @@ def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
         if is_dataset(folder):
             return folder
     if not root.is_dir():
-        advice = how_to_make(root)
         raise UserError(
-            f"data.root: no folder {root}{advice}; expected the dataset's {name} with {', '.join(parts)}"
+            f"data.root: no folder {root}; expected the dataset's {name} with {', '.join(parts)}"
         )
     contents = sorted(path.name for path in root.iterdir())
     listing = ", ".join(contents[:8]) + (", ..." if len(contents) > 8 else "") or "nothing"

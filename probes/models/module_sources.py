@@ -7,6 +7,7 @@ this content in a command, or in `probes.load`, before.
 """
 
 import hashlib
+import os
 import sys
 from dataclasses import replace
 from functools import lru_cache
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.identity import DIGITS, cache_folder
+from llava_bidir.common.identity import DIGITS
 
 from .families.modules import ModuleConfig
 from .own_module import EncoderModule, describe_module
@@ -138,9 +139,9 @@ def _digest(content: bytes) -> str:
 
 def _mark(file: Path, content: bytes) -> Path:
     """Return the file that says that a file was run at the user's wish: at this place, as its imports are beside it."""
-    return cache_folder().with_name(OWN_FILES) / _digest(
-        str(file.resolve()).encode() + b"\0" + content
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = _digest(str(file.resolve()).encode() + b"\0" + content)
+    return cache / "llava_bidir" / OWN_FILES / name
 
 
 def _remember(file: Path, content: bytes) -> None:

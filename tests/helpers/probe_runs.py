@@ -369,23 +369,3 @@ def write_solved(
     save_file({"sums": CLASSES_TASK.sums(counted)}, path / BY_STRENGTH)
     write_effects(path)
     return str(path)
-
-
-def remove_layers(path: Path) -> Path:
-    """Leave a written run of any task the sites that are not decoder layers."""
-    metrics = json.loads((path / "metrics.json").read_text())
-    kept = [i for i, entry in enumerate(metrics["sites"]) if not entry["site"].startswith("layer_")]
-    metrics["sites"] = [metrics["sites"][i] for i in kept]
-    metrics["summary"] |= dict.fromkeys(("peak_site", "peak_llm", "recovery", "delta_enc"))
-    tensors = load_file(path / "counts.safetensors")
-    for name in tensors.keys() & {"intersection", "predicted", "patch_right", "sums"}:
-        tensors[name] = tensors[name][kept].contiguous()
-    save_file(tensors, path / "counts.safetensors")
-    if solved := metrics.get("path"):
-        (instrument,) = solved.keys() & {"optimum", "closed_form"}
-        solved[instrument]["sites"] = [solved[instrument]["sites"][i] for i in kept]
-        rows = load_file(path / BY_STRENGTH)["sums"][:, kept]
-        save_file({"sums": rows.contiguous()}, path / BY_STRENGTH)
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    write_effects(path)
-    return path

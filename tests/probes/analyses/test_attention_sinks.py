@@ -4,10 +4,9 @@ import json
 
 import probe_runs
 import pytest
-import torch
 
 from probes.analyses.knockout.section import section as knockout_section
-from probes.analyses.measured_sinks import norms_of, sinks_of_run
+from probes.analyses.measured_sinks import sinks_of_run
 from probes.analyses.routes.section import section as route_section
 from probes.analyses.sinks import SINK_NORM, describe_sinks, layers_with_sinks, meets_sink
 from probes.analyses.starvation import sink_warning
@@ -32,13 +31,6 @@ def with_sink(mllm, layer: int):
 
     mllm.layers[layer - 1].register_forward_hook(add)
     return mllm
-
-
-def test_norms_equal_those_written_out():
-    states = torch.ones(1, 5, 4)
-    states[0, 0] = 30
-    states[0, 3] = 12
-    assert norms_of(states) == {"first_norm": 30, "sinks": 2}
 
 
 def test_a_planted_sink_is_found_from_its_layer_on(runs, monkeypatch):

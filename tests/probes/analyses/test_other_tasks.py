@@ -42,13 +42,3 @@ def test_maps_equal_the_saved_predictions_and_are_drawn_beside_the_target(
     shown = np.stack([target, *predicted])
     drawn = np.stack([ax.images[0].get_array() for ax in axes[len(titles) + 1 :]])
     np.testing.assert_array_equal(drawn, run.task.colorize(shown))
-
-
-def test_report_has_the_maps(task_runs, runs, tmp_path):
-    run = shutil.copytree(task_runs["depth"].path, tmp_path / "run")
-    main(["maps", "--probes", str(run), "--image", "0"])
-    main(["report", str(runs["causal"].path), "--tasks", str(run), "--out", str(tmp_path / "out")])
-    assert (
-        "Predictions by layer, depth, causal, seed 0" in (tmp_path / "out/index.html").read_text()
-    )
-    assert (tmp_path / "out/tasks_maps_0.png").is_file()

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from PIL import Image
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.routes.questions import read_question_image, read_questions, tokens_in_box
+from probes.analyses.routes.questions import read_questions, tokens_in_box
 from probes.cli import main
 from probes.ops.geometry import Geometry, ResizeRule
 from probes.results.probe_run import ProbeRun
@@ -99,16 +98,6 @@ def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path
         main(arguments(run, questions, tmp_path / "out") + ["--limit", "1"])
 
 
-def test_a_linked_folder_is_read_as_the_real_run_lays_its_photos_out(tmp_path):
-    (tmp_path / "photos" / "camvid").mkdir(parents=True)
-    Image.new("RGB", (4, 3)).save(tmp_path / "photos" / "camvid" / "a.png")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "camvid").symlink_to(tmp_path / "photos" / "camvid")
-    assert read_question_image(tmp_path / "run", "camvid/a.png").size == (4, 3)
-    with pytest.raises(UserError, match="leads out of"):
-        read_question_image(tmp_path / "run", "camvid/../../photos/camvid/a.png")
-
-
 @pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])
 @pytest.mark.parametrize(
     "box", [*BOXES, [0.4, 0.4, 0.41, 0.41], [0.0, 0.0, 1.0, 1.0], [0.99, 0.0, 1.0, 0.01]]
@@ -136,13 +125,3 @@ def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
             range(16), key=lambda i: sum(abs(a - b) for a, b in zip(points[i], middle, strict=True))
         )
         assert found[nearest]
-
-
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_json_lines_have_the_questions_of_a_list(mark, tmp_path):
-    records = [record("a.png", (BOXES[0], "sky")), record("b.png", (BOXES[1], "wall"))]
-    (tmp_path / "list.json").write_text(json.dumps(records))
-    lines = "\n\n".join(json.dumps(line) for line in records)
-    (tmp_path / "lines.json").write_bytes(mark + lines.encode())
-    found = [read_questions(tmp_path / name, CLASSES) for name in ("lines.json", "list.json")]
-    assert found[0][:2] == found[1][:2] and len(found[0].questions) == 2

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.analyses.routes import RoutesOptions
 from probes.analyses.routes.effects import answer_statistics
@@ -128,21 +127,6 @@ def test_intervals_resample_images_with_all_their_questions():
     assert often["accuracy"]["ci95"] == pytest.approx(once["accuracy"]["ci95"])
     difference = [found["sites"][0]["difference"]["ci95"] for found in (once, often)]
     assert difference[0] == pytest.approx(difference[1])
-
-
-def test_questions_about_one_image_are_refused(measured, tmp_path):
-    """Their intervals, which go by image, would have no width."""
-    run, questions, *_ = measured
-    records = json.loads(questions.read_text())
-    (tmp_path / "one.json").write_text(json.dumps(records[:1] * 3))
-    plan = RoutesOptions(
-        probes=run.path,
-        out=tmp_path,
-        questions=tmp_path / "one.json",
-        images=questions.parent,
-    )
-    with pytest.raises(UserError, match="are about one image; expected two or more"):
-        measure_routes(run, plan)
 
 
 def test_random_patches_are_as_many_others():

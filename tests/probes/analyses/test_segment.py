@@ -150,20 +150,6 @@ def test_bad_arguments_are_one_line_errors_before_the_model_is_loaded(
         assert not out.exists()
 
 
-def test_dataset_may_be_missing(
-    run,
-    photos,
-    tmp_path,
-    monkeypatch,
-):
-    shutil.copytree(run.path, tmp_path / "run")
-    manifest = json.loads((run.path / "manifest.json").read_text())
-    manifest["data"]["root"] = "/nowhere"
-    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
-    segment(ProbeRun(tmp_path / "run"), photos[:1], tmp_path / "out")
-    assert len(json.loads((tmp_path / "out/legend.json").read_text())["classes"]) == 3
-
-
 def test_python_turns_a_photo_as_the_command_does(run, tmp_path):
     """`predict` read the pixels of a phone's photo as stored, `probes segment` as viewers show them."""
     exif = Image.Exif()

@@ -91,12 +91,3 @@ def test_runs_of_other_probes_or_controls_are_not_compared(runs, change, message
     }
     with pytest.raises(UserError, match=message):
         starvation(runs["causal"], other, "layer_01")
-
-
-def test_without_layers_the_site_must_be_named(runs, monkeypatch):
-    monkeypatch.setattr(ProbeRun, "peak_layer", None)
-    with pytest.raises(
-        UserError, match="has no decoder layer, and so no best one; choose a site by --site"
-    ):
-        starvation(runs["causal"], runs["bidirectional"])
-    assert starvation(runs["causal"], runs["bidirectional"], "adapter")["site"] == "adapter"

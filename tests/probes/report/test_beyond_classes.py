@@ -15,11 +15,8 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes import FinishedRun
 from probes.cli import main
 from probes.report.beyond_classes import (
-    claim_texts,
-    joint_tasks,
     read_task_studies,
     task_results,
-    task_score_rows,
 )
 from probes.report.figures.beyond_classes import relative_scores, task_figures, tasks_by_site
 
@@ -124,57 +121,9 @@ def test_an_effect_below_the_margin_is_no_finding(segmentation, tmp_path):
     assert recovery["verdicts"]["optimum"]["verdict"] == "does not hold"
 
 
-def test_claims_of_several_seeds_are_joined(segmentation, tmp_path):
-    runs = []
-    for seed in (0, 1):
-        metrics = {"seed": seed}
-        runs.append(
-            write_depth_run(
-                tmp_path / f"seed{seed}",
-                RMSE,
-                segmentation,
-                seed=seed,
-                metrics=metrics,
-            )
-        )
-    studies = read_task_studies(map(str, runs))
-    entries = task_results(studies)
-    (joint,) = joint_tasks(studies, entries)
-    assert (joint["task"], joint["seeds"]) == ("depth", [0, 1])
-    by_seed = [entry["claims"][0]["verdicts"]["optimum"]["value"] for entry in entries]
-    column = joint["claims"][0]["verdicts"]["optimum"]
-    assert column["by_seed"] == dict(zip((0, 1), by_seed, strict=True))
-    assert column["value"] == pytest.approx(sum(by_seed) / 2)
-
-
 def test_a_control_without_its_trained_run_is_left_out(folders, caplog):
     assert results_of(folders["random"]) == []
     assert "no run of the trained model has its task" in caplog.text
-
-
-def test_seeds_of_another_task_split_no_study(folders, segmentation, tmp_path):
-    """Depth with seed 0 and normals with seed 1 have one seed each; the control is that of the model."""
-    draw = write_depth_run(
-        tmp_path / "draw",
-        RMSE,
-        segmentation,
-        untrained=True,
-        seed=3,
-        metrics={"seed": 1},
-    )
-    other = write_depth_run(tmp_path / "other", RMSE, segmentation, metrics={"seed": 1})
-    file = other / "metrics.json"
-    metrics = json.loads(file.read_text()) | {"task": "normals", "scores": {"mean": "lower"}}
-    for site in metrics["sites"]:
-        site |= {"mean": site["rmse"], "mean_ci95": site["rmse_ci95"]}
-    for site in metrics["path"]["closed_form"]["sites"]:
-        site["mean"] = site["rmse"]
-    file.write_text(json.dumps(metrics))
-    studies = read_task_studies([folders["depth"], str(draw), str(other)])
-    assert [(study.title, len(study.members)) for study in studies] == [
-        ("hf, toy world, depth", 2),
-        ("hf, toy world, normals", 1),
-    ]
 
 
 def test_runs_of_tasks_can_be_told_their_model(folders):
@@ -185,16 +134,6 @@ def test_runs_of_tasks_can_be_told_their_model(folders):
         ("ours", 1),
         ("theirs", 0),
     ]
-
-
-def test_several_models_are_told_apart(segmentation, tmp_path):
-    runs = []
-    for model in ("ours", "theirs"):
-        path = write_depth_run(tmp_path / model, RMSE, segmentation)
-        runs.append(f"{model}={path}")
-    tasks = results_of(*runs)
-    for table in (tasks_by_site(tasks).rows, claim_texts(tasks), task_score_rows(tasks)):
-        assert list(dict.fromkeys(row["model"] for row in table)) == ["ours", "theirs"]
 
 
 def test_scores_are_in_units_of_the_encoders(folders):
@@ -239,82 +178,6 @@ def test_a_bare_encoder_is_drawn_in_units_of_its_last_layer(encoder):
     drawn = {row["site"]: row["relative"] for row in figure.data.rows}
     expected = dict(zip(LAYERS[:4], rmse[3] / rmse[:4], strict=True))
     assert drawn == pytest.approx(expected)
-
-
-def test_claims_of_a_bare_encoder_are_over_its_patch_embeddings_and_its_last_layer(
-    encoder, segmentation, tmp_path
-):
-    rmse = [0.9, 0.88, 0.8, 0.85, 0.86]
-    draws = []
-    for match, draw in product(("update", "permuted"), (0, 1)):
-        random = {
-            "model_kind": "encoder",
-            "untrained": ["encoder"],
-            "match": match,
-            "draw": draw,
-        }
-        draws.append(
-            write_depth_run(
-                tmp_path / f"{match}{draw}",
-                rmse,
-                segmentation,
-                "bidirectional",
-                seed=draw,
-                sites=LAYERS,
-                metrics=random,
-            )
-        )
-    (entry,) = results_of(encoder.path, *draws)
-    trained, *random = (
-        run.sums[..., 1].double().mean(1) for run in (encoder, *map(FinishedRun, draws[:2]))
-    )
-    gain = (trained[0] - trained[2]).item()
-    of_random = sum((mean[0] - mean[2]).item() for mean in random) / 2
-    claims = {claim["claim"]: claim for claim in entry["claims"]}
-    assert claims.keys() == {"layer_gain", "over_last"}
-    assert claims["layer_gain"]["value"] == pytest.approx(gain)
-    assert claims["layer_gain"]["verdicts"]["beyond_random"]["value"] == pytest.approx(
-        gain - of_random
-    )
-    assert claims["over_last"]["value"] == pytest.approx((trained[3] - trained[2]).item())
-    assert [row["finding"] for row in claim_texts([entry])] == ["supported", "supported"]
-
-
-def test_page_and_terminal_have_the_claims_of_tasks(encoder, segmentation, tmp_path, capsys):
-    classes = probe_runs.write_run(
-        tmp_path / "classes",
-        [0.5, 0.6, 0.8, 0.7, 0.7],
-        root=segmentation,
-        mask="bidirectional",
-        sites=LAYERS,
-        metrics={"model_kind": "encoder"},
-    )
-    out = tmp_path / "page"
-    main(["report", str(classes), "--tasks", str(encoder.path), "--out", str(out)])
-    page = (out / "index.html").read_text()
-    assert "Claims by task" in page
-    assert "best layer − last layer" in page
-    printed = capsys.readouterr().out
-    assert "an effect counts from 0.01 of RMSE (m)" in printed
-    assert {"task_scores.csv", "task_claims.csv"} <= {file.name for file in out.glob("*.csv")}
-
-
-@pytest.mark.parametrize("without", [["causal", "bidirectional"], ["bidirectional"]])
-def test_runs_without_the_causal_best_layer_are_reported_without_starvation(
-    without, segmentation, tmp_path
-):
-    """Memory may have room for encoder and adapter only."""
-    runs = []
-    for mask in ("causal", "bidirectional"):
-        runs.append(
-            probe_runs.write_run(
-                tmp_path / mask, [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation, mask=mask
-            )
-        )
-        if mask in without:
-            probe_runs.remove_layers(runs[-1])
-    main(["report", *map(str, runs), "--out", str(tmp_path / "out")])
-    assert json.loads((tmp_path / "out/results.json").read_text())["starvation"] is None
 
 
 def test_trained_probes_are_not_compared_with_solved_ones(folders, segmentation, tmp_path):

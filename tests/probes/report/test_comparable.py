@@ -1,11 +1,9 @@
 """Runs that a claim would compare although they differ in layers, data options or prefix, or are equal."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
@@ -120,24 +118,6 @@ def test_two_equal_draws_are_refused(write, draws):
     ]
     with pytest.raises(UserError, match="same probes at adapter"):
         read_studies([trained, *adapters])
-
-
-def test_equal_draws_are_known_by_their_probes(write, draws):
-    """Few images can be predicted the same by probes of different weights."""
-    trained = write("trained", CURVE, solved=True)
-    random = draws(FLAT, FLAT, step=0)
-    for i, run in enumerate(random):
-        sites = [
-            entry["site"] for entry in json.loads((Path(run) / "metrics.json").read_text())["sites"]
-        ]
-        save_file(
-            {f"{site}.head.weight": torch.full((2, 2), float(i)) for site in sites},
-            Path(run) / "probes.safetensors",
-        )
-    assert read_studies([trained, *random])
-    shutil.copy(Path(random[0]) / "probes.safetensors", random[1])
-    with pytest.raises(UserError, match="not two draws"):
-        read_studies([trained, *random])
 
 
 def test_a_control_equal_to_the_trained_model_is_refused(write, draws):

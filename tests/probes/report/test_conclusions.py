@@ -107,23 +107,6 @@ def test_a_verdict_that_does_not_hold_says_what_would_have_been_found(write, dra
     )
 
 
-def test_recovery_trained_does_not_repeat_the_column_beyond_random(write, draws):
-    runs = [write("sgd", CURVE), write("untrained", FLAT, 2, untrained=["adapter", "llm"])]
-    runs += [write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
-    claims = claims_of(runs)
-    trained = claims["recovery_trained"]["verdicts"]
-    assert trained["optimum"]["verdict"] == claims["recovery_trained"]["conclusion"] == "untested"
-    assert "untrained0 among its --arms" in trained["optimum"]["reason"]
-    assert trained["beyond_random"] == claims["recovery"]["verdicts"]["beyond_random"] | {
-        "same_as": "recovery"
-    }
-    claims = claims_of([*runs, write("su", FLAT, 3, solved=True, untrained=["adapter", "llm"])])
-    trained = claims["recovery_trained"]["verdicts"]
-    assert trained["optimum"]["verdict"] == "holds"
-    assert trained["paper"]["below_optimum"]["value"] is not None
-    assert trained["optimum"]["value"] != trained["beyond_random"]["value"]
-
-
 def test_random_adapters_of_two_masks_are_one_confirmation(write, tmp_path):
     runs = []
     for seed, mask in enumerate(("causal", "bidirectional")):

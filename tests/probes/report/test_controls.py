@@ -1,6 +1,5 @@
 """Controls of a study: which run is which control, in whatever order they are passed, and where they are compared."""
 
-import csv
 import json
 from itertools import permutations
 from pathlib import Path
@@ -123,30 +122,6 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
         assert draws == [0, 1, 2], "one adapter of each draw"
     with pytest.raises(ValueError, match="are both the untrained run under 'causal'"):
         read_studies([*runs, write("twice", FLAT, 8, untrained=["adapter", "llm"], draw=0)])
-
-
-def test_controls_are_compared_with_probes_of_their_kind_only(write, tmp_path):
-    """Trained probes have a solved untrained model only; random LLMs of both kinds are all in results.json."""
-    runs = [write("trained", CURVE), write("solved", CURVE, 1, solved=True)]
-    runs.append(write("untrained", FLAT, 2, solved=True, untrained=["adapter", "llm"]))
-    random = {"untrained": ["llm"], "match": "update"}
-    runs += [
-        write(
-            f"r{i}",
-            FLAT,
-            3 + i,
-            solved=i < 2,
-            **random,
-            draw=i,
-        )
-        for i in range(3)
-    ]
-    results = write_report(runs, tmp_path / "report")
-    draws = [entry["probing"]["draw"] for entry in results["controls"]["random"]["causal"]]
-    assert draws == [0, 1, 2]
-    for name, kind in (("layers", "trained"), ("layers_solved", "solved")):
-        with (tmp_path / f"report/{name}.csv").open() as file:
-            assert {row["probes"] for row in csv.DictReader(file)} == {kind}
 
 
 def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):

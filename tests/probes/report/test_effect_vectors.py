@@ -8,7 +8,6 @@ from pathlib import Path
 import knockouts
 import numpy as np
 import pytest
-import torch
 
 import probes
 from llava_bidir.common.atomic_io import write_files
@@ -68,13 +67,6 @@ def test_effects_of_other_probes_are_refused(runs):
         read_effects(run)
 
 
-def test_a_vector_needs_the_resamplings_of_the_run(runs):
-    run = probes.ProbeRun(runs[0])
-    short = probes.Estimate(0.1, torch.zeros(7))
-    with pytest.raises(ValueError, match=r"'mine' of .* has 7 resamplings; expected 2000"):
-        probes.write_effects(run, "mine", {"mine": short})
-
-
 def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
     runs,
     tmp_path,
@@ -115,13 +107,3 @@ def test_a_registered_claim_that_reads_no_probes_needs_no_trained_ones(runs, tmp
     paper = {claim["claim"]: claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]}
     assert paper["reads"] == "untested"
     assert paper["reads_none"] == "holds"
-
-
-def test_names_are_registered_once(registered):
-    claim = probes.Claim(+1, "It is: a number", "mine")
-    with pytest.raises(ValueError, match="claim 'recovery' of mine exists already"):
-        probes.register_analysis("mine", {"recovery": claim})
-    probes.register_analysis("mine", {"mine": claim})
-    for name, message in (("mine", "registered already"), ("a b", "letters, digits")):
-        with pytest.raises(ValueError, match=message):
-            probes.register_analysis(name, {"other": claim})

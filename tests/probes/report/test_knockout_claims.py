@@ -8,8 +8,6 @@ import probe_runs
 import pytest
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 
-from llava_bidir.common.bootstrap import interval
-from probes.analyses.effects import read_effects
 from probes.report.claims import evaluate_claims
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
@@ -109,40 +107,6 @@ def test_conclusions(
     assert {claims[name]["conclusion"] for name in KNOCKOUTS} == {conclusion}
 
 
-def test_each_column_has_its_measure_and_an_interval_over_images(write, draws):
-    paths = [write("sgd", ANCHORS, 1), write("solved", ANCHORS, 2, solved=True), *draws(NONE, NONE)]
-    ours, best = map(ProbeRun, paths[:2])
-    for name, claim in claims_of(paths).items():
-        if name not in KNOCKOUTS:
-            continue
-        paper, optimum, beyond = claim["verdicts"].values()
-        rate, rate_at_optimum = (read_effects(run)[name] for run in (ours, best))
-        assert (
-            (claim["value"], claim["ci95"])
-            == (paper["value"], paper["ci95"])
-            == (rate.value, interval(rate.value, rate.resampled))
-        )
-        below = (
-            rate_at_optimum.value - rate.value,
-            rate_at_optimum.resampled - rate.resampled,
-        )
-        assert paper["below_optimum"] == {
-            "value": pytest.approx(below[0]),
-            "ci95": pytest.approx(interval(*below)),
-        }
-        contrast = read_effects(best)[f"{name}@random"]
-        assert (optimum["value"], optimum["ci95"]) == (
-            contrast.value,
-            interval(contrast.value, contrast.resampled),
-        )
-        of_draws = [read_effects(ProbeRun(path))[f"{name}@random"].value for path in paths[2:4]]
-        assert beyond["by_draw"] == of_draws
-        assert beyond["trained"] == optimum["value"]
-        assert claim["n"]["images"] == N
-        assert claim["n"]["pairs"] == 3
-        assert claim["n"]["patches"] > 6 * N
-
-
 def test_one_class_of_a_pair_is_untested_and_says_what_to_block(write, draws):
     paths = [
         write("sgd", ANCHORS, 1, classes=["sky"]),
@@ -192,26 +156,6 @@ def test_what_was_planted_is_known_from_the_checkpoint_before_the_data(write, tm
     assert found == {"adapter_drop": "absent", "recovery": "planted"}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"recovry": "planted"}', "there is no claim 'recovry'; expected one of adapter_drop"),
-        ('{"recovery": true}', "recovery must be planted or absent, got True"),
-        ('["recovery"]', "truth.json"),
-    ],
-)
-def test_a_truth_that_is_no_truth_is_named(
-    text,
-    message,
-    write,
-    tmp_path,
-):
-    path = write("solved", NONE, 2, solved=True)
-    (tmp_path / "data/truth.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        claims_of([path])
-
-
 def test_a_knockout_of_other_layers_is_not_compared_with(write, draws):
     trained = write("trained", ANCHORS, 0, solved=True)
     random = draws(NONE, NONE)
@@ -222,14 +166,3 @@ def test_a_knockout_of_other_layers_is_not_compared_with(write, draws):
     for name in KNOCKOUTS:
         assert claims[name]["conclusion"] == "untested"
         assert "have knockouts with other layers: run `probes knockout`" in claims[name]["reason"]
-
-
-def test_draws_under_the_other_mask_alone_are_no_control(write):
-    """Two draws, none of them of this mask: untested, with what to do."""
-    trained = write("trained", ANCHORS, 0, solved=True)
-    llm = {"untrained": ["llm"], "match": "update", "image_attention": "bidirectional"}
-    random = [write(f"r{i}", NONE, 20 + i, solved=True, draw=i, **llm) for i in range(2)]
-    claims = claims_of([trained, *random])
-    for name in KNOCKOUTS:
-        assert claims[name]["verdicts"]["beyond_random"]["verdict"] == "untested"
-        assert "random llm" in claims[name]["reason"]

@@ -121,17 +121,6 @@ def test_probes_without_a_certificate_are_named(write, report):
     assert "(no certificate of convergence): layer_02 of b." in printed
 
 
-def test_a_report_compares_studies_in_the_order_given(write, report, tmp_path):
-    for study in ("new", "old"):
-        run = Path(write(study, QUALITY))
-        folder = tmp_path / study
-        folder.mkdir()
-        run.rename(folder / "trained")
-    results, _ = report(f"old one={tmp_path / 'old'}", f"new one={tmp_path / 'new'}")
-    (entry,) = results["compared"]
-    assert (entry["first"], entry["second"]) == ("old one", "new one")
-
-
 def test_three_models_have_one_table_of_all_and_each_is_compared_with_the_first(write, report):
     models = {
         "a": QUALITY,

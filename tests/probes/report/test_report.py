@@ -1,6 +1,5 @@
 """Compare claims with numpy, and build the page from tiny runs."""
 
-import json
 import re
 
 import numpy as np
@@ -139,18 +138,6 @@ def test_runs_that_do_not_belong_together_are_rejected(runs, tmp_path):
         read_studies([str(tmp_path)])
     with pytest.raises(ValueError, match="--probes takes the causal run, then the other"):
         starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))
-
-
-def test_labels_tell_models_of_one_name_and_another_depth_apart(segmentation, tmp_path):
-    """The exports of two trainings are both RUN/hf."""
-    for label, mask, quality in (
-        ("small", "causal", [0.5, 0.4, 0.5, 0.6, 0.5]),
-        ("large", "bidirectional", [0.5, 0.4, 0.5, 0.6, 0.7, 0.5]),
-    ):
-        probe_runs.write_run(tmp_path / label / "trained", quality, root=segmentation, mask=mask)
-    main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
-    results = json.loads((tmp_path / "report/results.json").read_text())
-    assert {study["model"] for study in results["studies"]} == {"small", "large"}
 
 
 def test_a_report_of_other_tasks_alone_is_an_error(segmentation, tmp_path):

@@ -154,37 +154,3 @@ def test_studies_of_one_folder_are_an_error(names, tmp_path):
     ]
     with pytest.raises(SystemExit, match="would be written to the same folder, .*NAME=RUN"):
         main(["report", *runs, "--out", str(tmp_path / "out")])
-
-
-def test_a_seed_without_solved_probes_does_not_hide_the_distance_of_the_others():
-    def paper(value, below):
-        return {
-            "value": value,
-            "ci95": [value - 0.01, value + 0.01],
-            "verdict": "holds",
-        } | {
-            "probes": "trained",
-            "below_optimum": below and {"value": below, "ci95": [below - 0.01, below + 0.01]},
-        }
-
-    joint = join_column(
-        1,
-        {
-            0: paper(0.1, 0.03),
-            1: paper(0.2, None),
-            2: paper(0.3, 0.05),
-        },
-        shared_images=False,
-    )
-    assert joint["value"] == pytest.approx(0.2)
-    assert joint["below_optimum"]["value"] == pytest.approx(0.04)
-    assert (
-        join_column(1, {0: paper(0.1, 0.03), 1: paper(0.2, None)}, shared_images=False)[
-            "below_optimum"
-        ]
-        is None
-    )
-    without_probes = {seed: paper(value, None) for seed, value in enumerate((0.1, 0.2))}
-    for entry in without_probes.values():
-        del entry["below_optimum"]  # as of routes
-    assert join_column(1, without_probes, shared_images=False)["value"] == pytest.approx(0.15)

@@ -1,8 +1,6 @@
 """Effects of solved probes at three strengths, compared with loops in numpy; studies and reports with solved runs."""
 
-import itertools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,10 @@ from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.evaluation.layer_effects import (
     cross_validated_layers,
     image_folds,
-    read_best_layer,
     read_scores,
 )
 from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
-from probes.report.figures.model_curves import overview_figures
 from probes.report.strengths import path_rows
 from probes.results.probe_run import ProbeRun
 from probes.results.study import UNTRAINED, read_studies
@@ -180,21 +176,6 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     assert readings["best_layer"].sites == sorted(set(expected[0]))
 
 
-def test_without_layers_or_with_one_image():
-    counts = close_layers(images=1)
-    sums = sums_of(counts)
-    ones = torch.ones(1, 1)
-    assert "best_layer" not in read_scores(SITES[:2], None, CLASSES_TASK, sums[:2], ones, None)
-    layers = sums[2:].double()
-    score, chosen = read_best_layer(CLASSES_TASK, layers, torch.zeros(1, dtype=int), ones.double())
-    scores = [
-        miou_of_counts(*(np.asarray(x) for x in (counts[0][i], counts[1][i], counts[2])))
-        for i in (2, 3, 4)
-    ]
-    assert chosen.item() == np.argmax(scores)
-    assert score.item() == pytest.approx(max(scores))
-
-
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):
     (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
     run = study.solved["causal"]
@@ -311,20 +292,6 @@ def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ studies
-def test_the_order_of_the_runs_does_not_matter(paths):
-    for order in itertools.permutations(paths.values()):
-        (study,) = read_studies(order)
-        found = {kind: [str(run.path) for run in getattr(study, kind).values()]
-                 for kind in ("main_runs", "untrained", "solved")}  # fmt: skip
-        assert found == {
-            "main_runs": [paths["sgd"]],
-            "untrained": [paths["sgd_untrained"]],
-            "solved": [paths["solved"]],
-        }
-        for solved, name in ((True, "solved_untrained"), (False, "sgd_untrained")):
-            (run,) = study.where(arm=UNTRAINED, mask="causal", solved=solved)
-            assert str(run.path) == paths[name]
-        assert not study.where(arm=UNTRAINED, mask="bidirectional")
 
 
 def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
@@ -340,60 +307,7 @@ def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
 
 
-def test_claims_choose_the_best_layer_by_cross_validation(root, tmp_path):
-    path = write_run(
-        tmp_path / "run",
-        [0.6, 0.5, 0.6, 0.6, 0.6, 0.6],
-        root=root,
-        seed=2,
-        groups=torch.arange(40) % 7,
-    )
-    run, (study,) = ProbeRun(path), read_studies([str(path)])
-    claim = next(claim for claim in evaluate_claims(study) if claim["claim"] == "recovery")
-    expected = numpy_values(run.counts, run.sites, np.arange(40) % 7)["recovery"]
-    assert claim["value"] == pytest.approx(expected)
-    assert (
-        claim["value"] < run.metrics["summary"]["recovery"] - 1e-6
-    )  # the paper's plain maximum stays in the tables
-
-
 # ------------------------------------------------------------------------------------------------ damaged files
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda path: (
-                path | {"optimum": {"strengths": [1], "sites": [{"site": "encoder", "chosen": 1}]}}
-            ),
-            "strengths",
-        ),
-        (
-            lambda path: {k: x for k, x in path.items() if k != "optimum"},
-            "path does not have the sites of the run",
-        ),
-        (
-            lambda path: path["optimum"]["sites"][1].update(chosen=1.0) or path,
-            "not solved at the chosen strength 1.0",
-        ),
-        (
-            lambda path: path["optimum"]["sites"][1]["miou"].__setitem__(0, 0.5) or path,
-            r"numbers of .*\[3, 4\]",
-        ),
-    ],
-)
-def test_a_path_with_other_lists_is_named(
-    paths,
-    tmp_path,
-    change,
-    message,
-):
-    shutil.copytree(paths["solved"], tmp_path / "run")
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    (tmp_path / "run/metrics.json").write_text(
-        json.dumps(metrics | {"path": change(metrics["path"])})
-    )
-    with pytest.raises(ValueError, match=f"metrics.json.*{message}.*; make the run again"):
-        ProbeRun(tmp_path / "run")
 
 
 def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
@@ -417,18 +331,3 @@ def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
     assert list(study.main_runs) == ["causal"]
     assert study.pair() is None
     assert f"{solved[1]} is left out" in caplog.text
-
-
-def test_overviews_compare_solved_probes_if_all_models_have_them(root, tmp_path):
-    runs = []
-    for name, mask in (("one", "bidirectional"), ("two", "bidirectional"), ("two", "causal")):
-        runs.append(
-            f"{name}={write_run(tmp_path / f'sgd_{name}_{mask}', CURVE, root=root, mask=mask)}"
-        )
-        runs.append(
-            f"{name}={write_solved(tmp_path / f'{name}_{mask}', [CURVE] * 3, root=root, mask=mask)}"
-        )
-    figures = list(overview_figures(read_studies(runs)))
-    for figure in figures:
-        assert {row["probes"] for row in figure.data.rows} == {"solved"}
-    assert figures[0].name == "models_bidirectional", "the mask of most models is first"

@@ -6,11 +6,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from studies import study_of
 
 from probes.evaluation.estimate import Estimate
 from probes.report.verdicts import judge_draws
-from probes.studies.estimate import TOY_WORLD, Spread, describe_power, detectable_effect, own_spread
+from probes.studies.estimate import TOY_WORLD, Spread, detectable_effect, own_spread
 
 STUDIES = 1000
 
@@ -80,21 +79,3 @@ def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
     assert found == Spread(
         pytest.approx(of_images**0.5), pytest.approx(of_draws**0.5), f"the study in {tmp_path}"
     )
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"draws": 1}, "give --draws 2 or more"),
-        ({"arms": ("trained", "random0", "adapter0")}, "permuted0 and permuted1 among --arms"),
-        ({"arms": ("random0", "random0", "permuted0", "permuted1")}, "give random0, random1"),
-        ({"draws": 4}, "30 validation images, 4 random and 2 permuted draws: an effect must"),
-        (
-            {"arms": ("random1", "random0", "permuted3", "permuted0")},
-            "2 random and 2 permuted draws",
-        ),
-    ],
-)
-def test_a_dry_run_says_what_random_draws_can_tell(tmp_path, settings, said):
-    settings = study_of(models={"": "model"}, data="photos", out=tmp_path, **settings)
-    assert said in describe_power(settings, 30, 1)

@@ -80,27 +80,6 @@ def test_random_layers_are_solved_where_attention_and_mlp_are_found(data, tmp_pa
     assert {"mllm/module", "mllm/weights"} == manifest["identity"]["model"].keys()
 
 
-def test_layers_that_are_not_read_are_said_on_the_page_and_in_the_terminal(data, tmp_path):
-    options = (*OPTIONS[:-1], "[layer_00,layer_02]")
-    models = {"": f"{FILE}:build_partly"}
-    printed = StringIO()
-    with redirect_stdout(printed):
-        run_study(
-            study_of(
-                models,
-                data,
-                tmp_path,
-                options=options,
-                arms=("trained",),
-                only=("solve", "report"),
-            )
-        )
-    note = "blocks.0, of the same class as layers that are named, also runs in a forward, unread"
-    assert note in printed.getvalue()
-    assert json.loads((tmp_path / "report/results.json").read_text())["model_notes"] == [note]
-    assert note in (tmp_path / "report/index.html").read_text()
-
-
 def test_the_finished_run_and_the_lab_load_the_module_again(study):
     out, _ = study
     finished = probes.ProbeRun(out / "permuted0")

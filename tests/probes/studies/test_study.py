@@ -8,14 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import probe_runs
 import pytest
 import task_runs
-import tiny_models
 import torch
 from processes import HANGING_S
 from run_bytes import run_bytes
@@ -211,39 +209,6 @@ def test_the_plot_has_the_labels_and_the_order_that_the_study_was_given(tmp_path
     ]
 
 
-def test_the_plot_has_each_site_in_its_place_and_each_line_its_own_label(tmp_path):
-    """The final norm stood between layers, where lines folded back, and models of one folder's name had one label."""
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
-    layers = [f"layer_{i:02d}" for i in range(1, 13)]
-    deep = ["encoder", "adapter", *layers, "final_norm"]
-    runs = {
-        "other": ["adapter", *layers[:2], "final_norm"],
-        "deep": deep,
-        "shallow": ["encoder_03", "encoder", *layers[:6], "final_norm"],
-    }
-    for name, sites in runs.items():
-        write = {"sites": sites, "encoder": name, "root": tmp_path}
-        probe_runs.write_run(tmp_path / name / "trained", [0.5] * len(sites), **write)
-    axes = probes.Study(tmp_path).plot().axes[0]
-    names = [text.get_text() for text in axes.get_xticklabels()]
-    assert names == ["encoder_03", *deep]
-    lines = {line.get_label(): [*line.get_xdata()] for line in axes.get_lines()}
-    expected = {f"{x} + vicuna-7b-v1.5, causal, trained probes": sites for x, sites in runs.items()}
-    assert lines == {label: [*map(names.index, sites)] for label, sites in expected.items()}
-
-
-def test_a_model_has_its_name_whether_the_folder_is_a_path_or_a_string(tmp_path):
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
-    probe_runs.write_run(tmp_path / "trained", [0.6, 0.5, 0.6, 0.5], root=tmp_path)
-    for i in range(2):
-        scores = [0.6, 0.5, 0.5, 0.4 - 0.1 * i]
-        draw = {"untrained": ["llm"], "match": "update", "draw": i}
-        probe_runs.write_run(tmp_path / f"random{i}", scores, root=tmp_path, metrics=draw)
-    by_path = probes.Study(tmp_path).table()
-    assert by_path["model"].nunique() == 1
-    assert by_path.equals(probes.Study(str(tmp_path)).table())
-
-
 def test_a_second_call_does_nothing_and_a_new_draw_no_more(
     checkpoints,
     segmentation,
@@ -424,27 +389,6 @@ def test_bad_input_is_one_error_before_any_work(
 
 
 @pytest.mark.slow
-def test_changed_masks_end_the_study(checkpoints, segmentation, tmp_path):
-    data = tmp_path / "data"
-    out = tmp_path / "study"
-    shutil.copytree(segmentation, data)
-    command = arguments(
-        [str(checkpoints["causal"])],
-        data,
-        out,
-        "--arms",
-        "trained",
-        "--only",
-        "solve",
-    )
-    main(command)
-    mask = next((data / "annotations/training").iterdir())
-    mask.write_bytes(sorted((data / "annotations/validation").iterdir())[0].read_bytes())
-    with pytest.raises(SystemExit, match="training_masks"):
-        main(command)
-
-
-@pytest.mark.slow
 def test_changed_targets_of_a_task_end_the_study(checkpoints, segmentation, tmp_path):
     data = task_runs.write_targets(segmentation, tmp_path / "data")
     command = arguments(
@@ -519,38 +463,9 @@ def test_options_before_the_model_take_no_model(words):
     assert values.out == "OUT"
 
 
-def test_questions_beside_the_data_are_found_from_inside_of_it(
-    checkpoints, segmentation, tmp_path, monkeypatch
-):
-    shutil.copytree(segmentation, tmp_path / "data")
-    (tmp_path / "questions.json").write_text('[{"regions": []}]')
-    monkeypatch.chdir(tmp_path / "data")
-    model = {"": str(checkpoints["causal"])}
-    steps = make_plan(study_of(model, ".", tmp_path / "study", draws=0, add=("routes",)))
-    assert "trained/routes" in [step.name for step in steps]
-
-
 def test_a_class_with_a_comma_is_one_class():
     assert read_text("knockout", "classes", '["wall, brick", sky]') == ["wall, brick", "sky"]
     assert read_text("knockout", "classes", "wall,sky") == ["wall", "sky"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"configs": "demo/probes"}, r"configs must be a list such as \['demo/probes'\]"),
-        ({"options": {"data": {"batch": 2}}}, "data.batch"),
-        ({"options": {"folds": 1}}, "--folds must be at least 2, got 1"),
-        ({"options": {"data": {"batch_size": "some"}}}, "data.batch_size"),
-        ({"draws": "some"}, "draws is 'some'"),
-        ({"arms": []}, "arms is empty"),
-    ],
-)
-def test_settings_of_the_wrong_type_are_named(
-    settings, message, checkpoints, segmentation, tmp_path
-):
-    with pytest.raises(UserError, match=message):
-        probes.study(checkpoints["causal"], segmentation, out=tmp_path / "study", **settings)
 
 
 def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_path):
@@ -628,36 +543,6 @@ def test_a_study_from_python(checkpoints, segmentation, tmp_path):
         study.claims()
 
 
-@pytest.mark.slow
-def test_an_analysis_without_a_case_is_left_out_with_its_controls(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
-):
-    """As of few photos, of which the probes are right everywhere."""
-    more = {
-        "only": ["solve", "knockout", "report"],
-        "add": ["knockout.min-patches=99"],
-        "configs": ["demo/probes"],
-        "options": PROBES,
-    }
-    study = probes.study(
-        checkpoints["causal"],
-        segmentation,
-        out=tmp_path,
-        draws=1,
-        **more,
-    )
-    said = capsys.readouterr().out
-    assert "trained/knockout left out: " in said
-    assert "no image has 99 or more patches wrongly predicted" in said
-    assert "random0/knockout left out: so was trained/knockout" in said
-    assert "] random0/knockout" not in said, "it was run"
-    assert len(study.claims())
-    assert not list(tmp_path.rglob("knockout.json"))
-
-
 def test_an_analysis_that_finds_no_case_any_more_leaves_no_claims_behind(
     checkpoints, segmentation, tmp_path
 ):
@@ -687,16 +572,6 @@ def test_an_analysis_that_finds_no_case_any_more_leaves_no_claims_behind(
     assert not claims.str.startswith("knockout").any()
 
 
-def test_photos_that_are_shown_by_default_are_those_that_there_are(checkpoints, tmp_path):
-    """Four as maps; this split has three."""
-    data = tiny_models.write_segmentation(tmp_path / "data", validation=3)
-    settings = study_of({"": str(checkpoints["causal"])}, str(data), tmp_path, add=("maps",))
-    configs = {step.name: step.config for step in make_plan(settings)}
-    assert configs["trained/maps"].image == (0, 1, 2)
-    asked = make_plan(replace(settings, add=("maps.image=11",)))
-    assert next(step.config for step in asked if step.kind == "maps").image == (11,)
-
-
 def test_two_models_are_compared_in_the_order_given(checkpoints, segmentation, tmp_path):
     model = str(checkpoints["causal"])
     settings = study_of({"zero": model, "after": model}, str(segmentation), tmp_path, draws=0)
@@ -713,44 +588,6 @@ def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tm
             drawn[step.name] = step.config.model.draw
     counts = {"random": 3, "permuted": 2, "adapter": 3}
     assert drawn == {f"{arm}{i}": i for arm, count in counts.items() for i in range(count)}
-
-
-def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):
-    given = (
-        "-c",
-        "configs/demo/probes.yaml",
-        "--strengths",
-        "0.1",
-        "1",
-        "--data.batch_size",
-        "2",
-        "--passes",
-        "2",
-    )
-    settings = study_of(
-        {"": str(checkpoints["causal"])},
-        str(segmentation),
-        tmp_path,
-        fit=True,
-        options=given,
-    )
-    configs = {step.name: step.config for step in make_plan(settings)}
-    solved, fitted = configs["trained"], configs["probes"]
-    assert solved.solver.strengths == [0.1, 1] and solved.solver.passes == 2
-    assert not {"strengths", "passes"} & fitted.values_of_fit().keys()
-    for config in (solved, fitted):
-        assert config.data.batch_size == 2
-        assert config.model.learning_rate == 0.01, "of the config"
-
-
-def test_options_replace_those_of_the_papers_training(checkpoints, segmentation, tmp_path):
-    given = ("--trainer.max_steps", "4")
-    settings = study_of(
-        {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given
-    )
-    trainer = {step.name: step.config for step in make_plan(settings)}["probes"].trainer
-    assert trainer["max_steps"] == 4
-    assert trainer["val_check_interval"] == 316
 
 
 def test_questions_are_asked_about_places_and_again_if_they_have_changed(

@@ -10,7 +10,6 @@ from studies import study_of
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import Step, must_replace
-from probes.cli import main
 from probes.results.steps import unfinished_steps
 from probes.studies import run
 from probes.studies.config import StudyConfig
@@ -111,19 +110,6 @@ def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
     file.write_text("model: {image_resize: center_crop}\n")
     step = make_plan(made())[0]
     assert not must_replace(step, made().out), "replaced if asked to only"
-
-
-def test_what_was_asked_for_and_cannot_be_run_is_an_error(settings, capsys):
-    with pytest.raises(UserError, match=r"--add routes needs .*questions.json with \"regions\""):
-        make_plan(settings({"": "causal"}, add=("routes.limit=5",)))
-    for only in (("umap",), ("fit",), ("starvation", "routes")):
-        with pytest.raises(UserError, match=f"no such step: --only {' '.join(only)}. fit needs"):
-            make_plan(settings({"": "causal"}, only=only))
-    with pytest.raises(SystemExit):
-        make_plan(settings({"": "causal"}, options=("--model.sites", "adapter")))
-    assert "Expected a <class 'list'>" in capsys.readouterr().err
-    classes = ",".join(["sky"] * 100)  # longer than a file's name can be
-    make_plan(settings({"": "causal"}, add=(f"knockout.classes={classes}",)))
 
 
 def test_the_report_reads_truth_and_effects_of_other_analyses(settings, segmentation, monkeypatch):
@@ -306,76 +292,4 @@ def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(se
     run.run_study(settings({"": "causal"}))
     assert {"trained/knockout", "random0/knockout", "report"} <= set(ran) and not unfinished_steps(
         some.out
-    )
-
-
-def run_study(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    words: list[str],
-) -> None:
-    model = str(checkpoints["causal"])
-    main(["study", model, str(segmentation), "--out", str(tmp_path / "out"), *words])
-
-
-@pytest.mark.parametrize("only", ["fit", "solve"])
-def test_a_dry_run_of_few_photos_ends_well(
-    only,
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
-    caplog,
-):
-    words = ["--fit", "--only", only, "--dry-run", "-c", "configs/demo/probes.yaml"]
-    with caplog.at_level("INFO"):
-        run_study(checkpoints, segmentation, tmp_path, words)
-    assert f"{1 if only == 'fit' else 9} of them passes" in capsys.readouterr().out
-    assert ("one batch" in caplog.text) == (only == "solve")
-
-
-def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(settings, ran):
-    with pytest.raises(UserError, match="no option 'clases'; did you mean 'classes'"):
-        run.run_study(settings({"": "causal"}, add=("knockout.clases=sky",)))
-    assert not ran
-
-
-@pytest.mark.slow
-def test_two_models_of_one_mask_at_some_sites_end_with_a_page(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
-):
-    out = tmp_path / "study"
-    words = [
-        "-c",
-        "configs/demo/probes.yaml",
-        "--data.batch_size",
-        "2",
-        "--folds",
-        "2",
-        "--draws",
-        "0",
-    ]
-    words += ["--model.sites", "[encoder, adapter, layer_02]", "--strengths", "1e-3", "1e-1"]
-    path = checkpoints["causal"]
-    main(["study", f"a={path}", f"b={path}", str(segmentation), "--out", str(out), *words])
-    said = capsys.readouterr().out
-    assert (
-        "a/trained/knockout, b/trained/knockout left out: no probes at layer_01, layer_03" in said
-    )
-    assert (
-        "b/trained/starvation left out: the masks of the two models are causal and causal" in said
-    )
-    found = json.loads((out / "report/results.json").read_text())
-    assert [study["model"] for study in found["studies"]] == ["a", "b"], "labels tell them apart"
-    assert {entry["step"] for entry in found["unfinished"]} == {
-        "a/trained/knockout",
-        "b/trained/knockout",
-        "b/trained/starvation",
-    }
-    assert (
-        "a/trained/knockout, b/trained/knockout left out" in (out / "report/index.html").read_text()
     )

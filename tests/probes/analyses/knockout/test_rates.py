@@ -10,27 +10,6 @@ def test_later_half_is_the_later_half_of_the_layers():
     assert later_half(torch.tensor([[0.0, 1, 2, 6]])).tolist() == [4]
 
 
-def test_cases_of_some_classes():
-    tensors = {
-        **{
-            "a/b/patches": torch.tensor([1, 5]),
-            "a/b/image": torch.tensor([3, 4]),
-            "a/b/none": torch.eye(2),
-        },
-        **{
-            "c/patches": torch.tensor([7]),
-            "c/image": torch.tensor([9]),
-            "c/none": torch.ones(1, 2),
-        },
-        **{"c/still_wrong:none": torch.zeros(1, 2)},
-    }
-    assert select_cases(tensors).images.tolist() == [3, 4, 9]
-    assert list(select_cases(tensors).rates) == ["none"]
-    assert select_cases(tensors, ["a/b"]).images.tolist() == [3, 4], "a name with a slash"
-    assert select_cases({}) is None
-    assert select_cases(tensors, ["x"]) is None
-
-
 def test_a_class_named_like_a_part_of_another_keeps_its_cases_together():
     """In the order of the keys, "a/b/..." stands between "a/image" and "a/none"."""
     tensors = {

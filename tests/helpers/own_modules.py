@@ -1,7 +1,5 @@
 """A small vision transformer of one's own, of no class of transformers, and functions that describe it."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -95,11 +93,6 @@ def build_closed() -> probes.EncoderModule:
     """Return one whose attention and MLP cannot."""
     torch.manual_seed(0)
     return describe(Encoder(torch_layer))
-
-
-def build_partly() -> probes.EncoderModule:
-    """Return an encoder whose first layer is not named, and so not read."""
-    return replace(build(), layers=["blocks.1", "blocks.2"])
 
 
 def not_described() -> int:

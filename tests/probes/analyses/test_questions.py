@@ -53,7 +53,6 @@ def arguments(run: ProbeRun, questions, out) -> list[str]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "has no question with an entry in 'regions'"),
         ("{}", "0.conversations Field required"),  # one record, as in JSON Lines
         (
             [record("a.png", (BOXES[0], "sea"))],

@@ -178,9 +178,3 @@ def test_the_run_can_stand_first(run, photos, tmp_path):
     for photo in photos[:2]:
         maps = [tmp_path / out / f"{photo.stem}.png" for out in ("first", "second")]
         assert maps[0].read_bytes() == maps[1].read_bytes()
-    for words, message in (
-        ([str(run.path)], "there is no photo after .*expected `probes segment RUN PHOTO"),
-        ([str(photos[0])], "odd.jpg is not a folder of a finished run; expected `probes segment"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            main(["segment", *words, "--out", str(tmp_path / "third")])

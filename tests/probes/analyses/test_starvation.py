@@ -76,7 +76,6 @@ def test_estimates_are_those_of_the_results(runs):
             {"probe": {"feature_norm": "layernorm"}},
             "their probes differ in feature_norm, .* and 'layernorm'",
         ),
-        ({"probe": {"solved": "optimum"}}, "their probes differ in solved, None and 'optimum'"),
         ({"match": "update"}, "differ in match, 'none' and 'update'"),
         ({"draw": 1}, "differ in draw, 0 and 1"),
     ],

@@ -1,6 +1,7 @@
 """What a study concludes about each claim, from its trained, solved and random runs to results.json."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -244,38 +245,15 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
     """Seed 2 has no trained probes and one random LLM only."""
     runs = []
     for seed in (0, 1, 2):
-        common = {
-            "seed": seed,
-            "mllm": "models/one",
-            "images": 40,
-        }
-        runs += [write(f"sgd{seed}", LOW, seed, **common)] if seed < 2 else []
-        runs.append(
-            write(
-                f"s{seed}",
-                CURVE,
-                5 + seed,
-                solved=True,
-                **common,
-            )
-        )
-        for match in ("update", "permuted"):
-            for i in range(2 if seed < 2 else 1):
-                llm = {
-                    "untrained": ["llm"],
-                    "match": match,
-                    "draw": i,
-                }
-                runs.append(
-                    write(
-                        f"{match[0]}{seed}{i}",
-                        FLAT,
-                        30 + 2 * seed + i,
-                        solved=True,
-                        **common,
-                        **llm,
-                    )
-                )
+        common = {"seed": seed, "mllm": "models/one"}
+        if seed < 2:
+            runs.append(write(f"sgd{seed}", LOW, seed, **common))
+        runs.append(write(f"s{seed}", CURVE, 5 + seed, solved=True, **common))
+        for match, i in product(("update", "permuted"), range(2 if seed < 2 else 1)):
+            llm = {"untrained": ["llm"], "match": match, "draw": i}
+            name = f"{match[0]}{seed}{i}"
+            number = 30 + 2 * seed + i
+            runs.append(write(name, FLAT, number, solved=True, **common, **llm))
     main(["report", *runs, "--out", str(tmp_path / "report")])
     results = json.loads((tmp_path / "report/results.json").read_text())
     (joint,) = results["joint"]

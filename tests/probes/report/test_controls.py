@@ -55,7 +55,7 @@ def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write, 
 
 
 @pytest.mark.parametrize("part", ["llm", "adapter"])
-def test_draws_are_paired_by_their_number(part, write, tmp_path):
+def test_draws_are_paired_by_their_number(part, write):
     """Under one mask there is a draw that the other lacks, and runs are passed in another order."""
     control = {"untrained": [part], "match": "update" if part == "llm" else "none"}
     matches = ("update", "permuted") if part == "llm" else ("none",)
@@ -85,17 +85,6 @@ def test_draws_are_paired_by_their_number(part, write, tmp_path):
         )
     with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
         read_studies([*order, write("again", FLAT, 9, **control, draw=1)])
-    claims = write_report(order, tmp_path / "report")["claims"]
-    compared = "recovery" if part == "llm" else "adapter_drop"
-    by_mask = {
-        c["image_attention"]: c["verdicts"]["beyond_random"]
-        for c in claims
-        if c["claim"] == compared
-    }
-    assert {mask: column["draws"] for mask, column in by_mask.items()} == {
-        "causal": 3,
-        "bidirectional": 2,
-    }
 
 
 def test_the_untrained_model_is_the_same_control_in_any_order(write):

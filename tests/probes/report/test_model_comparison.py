@@ -54,16 +54,6 @@ def test_a_worse_model_reads_less_where_it_is_worse(write, report):
     results, printed = report(f"before={first}", f"after={second}")
     (entry,) = results["compared"]
     by_site = {x["site"]: x for x in entry["sites"]}
-    in_points = {x["site_a"]: x for x in results["comparisons"] if x["of"] == "site"}
-    assert list(in_points) == list(by_site)
-    for site, x in by_site.items():
-        assert in_points[site]["value"] == pytest.approx(100 * x["difference"])
-        assert in_points[site]["ci95"] == pytest.approx([100 * bound for bound in x["ci95"]])
-    (best,) = (x for x in results["comparisons"] if x["of"] == "best layer")
-    classes = [x["class"] for x in results["comparisons"] if x["of"] == "class"]
-    assert classes == [x["class"] for x in entry["classes"]]
-    assert [best[key] for key in ("of", "a", "b")] == ["best layer", "before", "after"]
-    assert best["value"] == pytest.approx(100 * entry["best"]["difference"])
     assert [site for site, x in by_site.items() if differs(x)] == [
         "layer_02",
         "layer_03",
@@ -136,15 +126,6 @@ def test_three_models_have_one_table_of_all_and_each_is_compared_with_the_first(
     lines = printed.splitlines()
     (title,) = (i for i, line in enumerate(lines) if line.startswith("a, b and c, "))
     assert lines[title + 1].split() == "site a b b − a c c − a".split()
-    assert [line.split()[0] for line in lines[title + 2 : title + 9]] == [
-        "encoder",
-        "adapter",
-        "layer_01",
-        "layer_02",
-        "layer_03",
-        "final_norm",
-        "best",
-    ]
     by_site = {x["site"]: x for x in results["compared"][0]["sites"]}
     row = next(line for line in lines[title:] if line.startswith("layer_02"))
     shown = [f"{100 * by_site['layer_02'][key]:.1f}" for key in ("first", "second")]
@@ -216,27 +197,20 @@ def test_two_masks_of_one_model_are_no_two_models(write, tmp_path):
     assert labels_of_models(study, runs, ("zero", "after")) == {}
 
 
-def test_layers_of_equal_relative_depth_are_compared(write):
-    sites = [
-        ["adapter", *(f"layer_{i:02d}" for i in layers), "final_norm"]
-        for layers in ((2, 4), (3, 6))
-    ]
-    runs = [ProbeRun(write(f"of_{x[2]}", [0.4, 0.5, 0.6, 0.6], sites=x)) for x in sites]
-    assert pair_sites(*runs) == [
-        ("adapter", "adapter"),
-        ("layer_02", "layer_03"),
-        ("layer_04", "layer_06"),
-        ("final_norm", "final_norm"),
-    ]
-
-
-def test_layers_without_a_probed_one_at_their_depth_are_not_compared(write):
-    """Layers 1 and 4 of four against layers 3 and 4: the first has no counterpart."""
-    runs = [
-        ProbeRun(write(f"of_{first}", [0.4, 0.5, 0.6], sites=["adapter", first, "layer_04"]))
-        for first in ("layer_01", "layer_03")
-    ]
-    assert pair_sites(*runs) == [("adapter", "adapter"), ("layer_04", "layer_04")]
+@pytest.mark.parametrize(
+    ("layers", "pairs"),
+    [
+        (((2, 4), (3, 6)), [(2, 3), (4, 6)]),
+        (((1, 4), (3, 4)), [(4, 4)]),  # layer 1 of four has no counterpart
+    ],
+)
+def test_layers_of_equal_relative_depth_are_compared(write, layers, pairs):
+    runs = []
+    for name, of_model in zip("ab", layers, strict=True):
+        sites = ["adapter", *(f"layer_{i:02d}" for i in of_model)]
+        runs.append(ProbeRun(write(name, [0.4, 0.5, 0.6], sites=sites)))
+    expected = [(f"layer_{a:02d}", f"layer_{b:02d}") for a, b in pairs]
+    assert pair_sites(*runs) == [("adapter", "adapter"), *expected]
 
 
 def test_solved_and_trained_probes_are_not_compared(write, report):

@@ -53,9 +53,7 @@ def rewrite(file: Path, *keys, value) -> None:
 
 
 @pytest.mark.parametrize("file", ["metrics.json", "manifest.json"])
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff", b"3", b'{"a":' + b"[" * 100_000, None]
-)
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"a":' + b"[" * 100_000, None])
 def test_damaged_or_missing_json_is_named(file, content, run):
     (run / file).unlink() if content is None else (run / file).write_bytes(content)
     with pytest.raises(ValueError, match=file):

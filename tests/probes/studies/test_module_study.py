@@ -69,17 +69,6 @@ def test_a_control_that_is_asked_for_by_name_and_cannot_be_is_an_error(data, tmp
     assert not (tmp_path / "study/trained").exists()
 
 
-def test_random_layers_are_solved_where_attention_and_mlp_are_found(data, tmp_path):
-    arms = ("trained", "random0")
-    run(data, tmp_path, "build", arms=arms, only=("solve",))
-    metrics = json.loads((tmp_path / "random0/metrics.json").read_text())
-    assert (metrics["match"], metrics["model_kind"]) == ("update", "encoder")
-    manifest = json.loads((tmp_path / "random0/manifest.json").read_text())
-    assert manifest["config"]["mllm"] == f"{FILE}:build"
-    assert len(manifest["config"]["update_scales"]) == 3
-    assert {"mllm/module", "mllm/weights"} == manifest["identity"]["model"].keys()
-
-
 def test_the_finished_run_and_the_lab_load_the_module_again(study):
     out, _ = study
     finished = probes.ProbeRun(out / "permuted0")

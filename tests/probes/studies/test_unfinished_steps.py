@@ -80,7 +80,6 @@ def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(setti
     for words in (
         ("--model.sites", chosen),
         ("-c", str(file)),
-        (f"-c={file}",),
         (f"--config={file}",),
     ):
         steps = make_plan(settings({"": "causal"}, options=words, only=("solve",)))

@@ -1,4 +1,4 @@
-"""The list of analyses, and what is generated from it."""
+"""The list of analyses."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Maps of other tasks than segmentation, against independent forwards; commands about classes name the task."""
+"""Maps of other tasks than segmentation, against independent forwards."""
 
 import shutil
 

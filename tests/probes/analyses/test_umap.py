@@ -1,4 +1,4 @@
-"""UMAP of patches, and the numbers from the original space."""
+"""UMAP without its package."""
 
 import sys
 from importlib.util import find_spec

@@ -1,7 +1,6 @@
 """Controls of a study: which run is which control, in whatever order they are passed, and where they are compared."""
 
 import json
-from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
         )
         for i in (0, 2)
     ]
-    for order in permutations(runs):
+    for order in (runs, runs[::-1]):
         (study,) = read_studies(order)
         assert study.where(arm=UNTRAINED)[0].path == Path(runs[1])
         draws = [draw["causal"].metrics["draw"] for draw in study.draws("adapter", solved=False)]

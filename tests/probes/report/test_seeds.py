@@ -107,9 +107,9 @@ def test_runs_are_studies_by_their_seed(tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
     runs = []
     for seed in (0, 1):
-        for untrained in (False, True):
-            path = tmp_path / f"{seed}{untrained}"
-            runs.append(write(path, root, seed, untrained=untrained))
+        runs.append(write(tmp_path / f"{seed}", root, seed))
+        control = [0.5] * len(CURVE)
+        runs.append(write(tmp_path / f"un{seed}", root, seed, quality=control, untrained=True))
     found = [(study.seed, len(study.untrained)) for study in read_studies(runs)]
     assert found == [(0, 1), (1, 1)]
     assert [study.seed for study in read_studies(runs[:1])] == [None], "one seed is not named"

@@ -403,7 +403,7 @@ def test_changed_targets_of_a_task_end_the_study(checkpoints, segmentation, tmp_
 
 
 def test_new_weights_replace_every_arm_also_after_an_interruption(
-    checkpoints, segmentation, tmp_path, monkeypatch
+    checkpoints, segmentation, tmp_path
 ):
     """A random arm of the old weights stayed beside the trained one of the new weights, and was compared with it."""
     model = tmp_path / "model"

@@ -1,5 +1,6 @@
 """The metric of App. C.1 against a slow loop written from the paper's text."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -221,6 +222,21 @@ def test_same_seed_gives_the_same_files_also_after_a_kill(
         "knockout.safetensors",
         "knockout_effects.safetensors",
     }
+
+
+def test_another_plan_does_not_reuse_cached_batches(
+    run,
+    classes,
+    tmp_path,
+    monkeypatch,
+):
+    options = plan(run, tmp_path, classes, batch_size=5, draws=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        record_batches(patch, stop_after=1)
+        knockout(run, options)
+    again = record_batches(monkeypatch)
+    knockout(run, dataclasses.replace(options, seed=1))
+    assert again == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 @pytest.mark.parametrize(

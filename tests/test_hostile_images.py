@@ -21,7 +21,6 @@ from llava_bidir.data.collate import Collate
 from llava_bidir.data.image_folder import BadImage, ImageFolder, read_image
 from llava_bidir.data.instruction_dataset import Instructions, read_annotations
 from llava_bidir.model.build import build_processor
-from probes.cli import main
 from probes.data.base import BadFile
 from probes.data.folder import FolderDataset
 from probes.data.verify import find_bad_files
@@ -163,14 +162,6 @@ def test_picture_of_more_than_8_bits_is_refused_where_it_comes_from_python():
     with pytest.raises(ValueError, match="mode 'I;16', more than 8 bits"):
         GEOMETRY.place(Image.fromarray(np.full((8, 12), 4000, np.uint16)))
     assert GEOMETRY.place(hostile_images.noise("CMYK")).mode == "RGB"
-
-
-def test_a_pipe_is_refused_before_a_model_is_loaded(tmp_path):
-    path = place(tmp_path, "pipe.jpg")
-    out = tmp_path / "states.safetensors"
-    with pytest.raises(SystemExit, match=f"^probes: {path}.*not a regular file"):
-        main(["states", "no model is loaded", str(path), "--out", str(out)])
-    assert not out.exists()
 
 
 # ---------------------------------------------------------------------------------------------------- a bomb

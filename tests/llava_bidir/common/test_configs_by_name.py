@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from llava_bidir import cli as llava_bidir
-from llava_bidir.cli import main
 from llava_bidir.common.configs import FOLDER, config_names, find_config, with_config_paths
 from probes import cli as probes
 
@@ -77,37 +76,3 @@ def test_options_that_no_later_config_has_may_stand_anywhere(tmp_path):
     assert with_config_paths(words.split()) == words.split()
     again = f"fit --data.template plain -c {config} --data.template plain"
     assert with_config_paths(again.split()) == again.split()
-
-
-@pytest.mark.parametrize(
-    ("package", "words"),
-    [
-        (llava_bidir, "fit -c stage1 -c clpi --data.annotations A --data.images B"),
-        (probes, "solve -c clpi"),
-    ],
-)
-def test_an_unknown_name_is_told_before_missing_options(package, words):
-    message = f"there is no config 'clpi' in {FOLDER}, and no such file; did you mean 'clip'?"
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        package.main(words.split())
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            "fit -c demo/stage1",
-            "no file runs/demo/assets/captions.json; run `probes demo` first",
-        ),
-        ("fit -c real/stage1", "no file runs/real/.*; run `make real` first"),
-    ],
-)
-def test_a_config_of_a_demo_that_is_not_there_says_how_to_make_it(
-    words,
-    message,
-    tmp_path,
-    monkeypatch,
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message):
-        main([*words.split(), "--trainer.accelerator", "cpu"])

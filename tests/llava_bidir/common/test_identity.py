@@ -81,23 +81,6 @@ def test_a_file_that_was_just_written_is_not_cached(cache, hashed, tmp_path):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"weights": 3', "\0"])
-def test_a_damaged_cache_is_ignored(
-    cache,
-    hashed,
-    settled,
-    tmp_path,
-    content,
-):
-    (tmp_path / "weights").write_bytes(b"1")
-    expected = identity.checksums(tmp_path, ["weights"])
-    (file,) = cache.rglob("*.json")
-    file.write_text(content)
-    assert identity.checksums(tmp_path, ["weights"]) == expected
-    assert identity.checksums(tmp_path, ["weights"]) == expected
-    assert len(hashed) == 2
-
-
 def test_missing_files_have_no_checksum_and_no_size(cache, tmp_path):
     (tmp_path / "empty").touch()
     assert identity.checksums(tmp_path, ["nowhere"]) == {"nowhere": ""}

@@ -151,14 +151,6 @@ def test_cluster_config_is_instantiated_upon_a_recipe(
         assert strategy.exclude_frozen_parameters
 
 
-def test_zero_without_deepspeed_says_what_to_install(monkeypatch):
-    from llava_bidir.training import deepspeed_strategy
-
-    monkeypatch.setattr(deepspeed_strategy, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'llava-bidir\[cluster\]'"):
-        deepspeed_strategy.ZeRO({"stage": 2})
-
-
 @pytest.mark.parametrize(
     ("stage", "numbers"),
     [
@@ -232,19 +224,6 @@ def test_probing_config_is_instantiated(
     cli = build_cli([*argv, "--trainer.accelerator", "cpu"], run=False)
     assert cli.model.hparams.num_classes == classes
     assert bool(cli.model.hparams.untrained) == bool(more)
-
-
-def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):
-    from probes.training.cli import build_cli
-
-    dataset_layouts.write_voc2012(tmp_path)
-    words = f"-c {CONFIGS}/probes/voc2012.yaml --model.mllm {checkpoints['causal']}"
-    words += f" --data.root {tmp_path} --trainer.accelerator cpu"
-    argv = words.split()
-    more = "--data.options.background class --data.options.train_list train".split()
-    data = build_cli([*argv, *more], run=False).datamodule
-    assert data.num_classes == 21
-    assert len(data.splits["training"]) == 2
 
 
 @pytest.mark.parametrize("file", [file for file in PROBING if file.startswith("probes/")])

@@ -113,43 +113,6 @@ def test_time_limit_that_would_end_as_a_finished_run_is_an_error(package, argume
         MAIN[package](["fit", *arguments[package], *more])
 
 
-@pytest.mark.parametrize("package", MAIN)
-def test_error_of_lightning_is_an_error_of_the_config(package, arguments):
-    message = config_error(package, [*arguments[package], "--trainer.max_steps=-7"])
-    assert message.startswith("config: ")
-    assert "passed in -7" in message
-
-
-def test_unknown_image_attention_is_one_line(arguments, tmp_path):
-    message = r"^llava-bidir: model.image_attention: unknown image_attention 'nonsense'; registered: bidirectional, ca"
-    more = f"--model.image_attention nonsense --out {tmp_path}".split()
-    argv = [*arguments["llava_bidir"], *more]
-    for command in ("fit", "verify-data"):
-        with pytest.raises(SystemExit, match=message):
-            llava_bidir.cli.main([command, *argv])
-
-
-NUMBERS = {
-    "data.batch_size": 0,
-    "data.micro_batch_size": 0,
-    "data.max_length": -5,
-    "data.num_workers": -1,
-    "model.learning_rate": -1.0,
-    "model.adapter_learning_rate": -1.0,
-    "model.warmup_ratio": 2.0,
-    "model.lora.r": 0,
-    "model.lora.dropout": 1.5,
-}
-
-
-@pytest.mark.parametrize("key", NUMBERS)
-def test_number_out_of_range_is_an_error_that_names_its_key(key, arguments):
-    message = config_error("llava_bidir", [*arguments["llava_bidir"], f"--{key}={NUMBERS[key]}"])
-    assert message is not None
-    assert key in message
-    assert str(NUMBERS[key]) in message
-
-
 def test_bug_keeps_its_traceback(arguments, tmp_path, monkeypatch):
     """Also where Lightning builds the classes: int("x") fails in our code, not in a library."""
     bug = eval("lambda *args, **kwargs: int('x')", {"__name__": "llava_bidir.model.build"})

@@ -314,19 +314,6 @@ def test_damaged_parts_are_errors_before_training(
     assert not (place["root"] / "run/hf").exists()
 
 
-def test_invalid_patch_size_is_an_error(parts, tmp_path):
-    from llava_bidir.model.encoders import Encoder
-
-    shutil.copytree(parts[0].path, tmp_path / "encoder")
-    for size, message in (
-        (-4, "make -2 a side"),
-        (9, "make 0 a side of 8 px; expected 1"),
-    ):
-        rewritten(patch_size=size)(tmp_path / "encoder")
-        with pytest.raises(ValueError, match=message):
-            Encoder("clip", str(tmp_path / "encoder")).load_config()
-
-
 @pytest.fixture
 def hub(checkpoints, tmp_path, monkeypatch):
     """The snapshot folder of the hub id org/name in a cache of its own."""

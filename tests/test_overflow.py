@@ -177,24 +177,6 @@ def test_commands_that_read_states_end_with_the_site(planted, segmentation, phot
     assert not [*tmp_path.rglob("metrics.json")]
 
 
-def test_analyses_of_a_run_end_with_the_site(planted, segmentation, photo, tmp_path):
-    """The run was made in float32, and its record changed to float16."""
-    probe_runs.fit(planted, segmentation, tmp_path / "run", "--model.dtype", "float32")
-    record = tmp_path / "run" / "manifest.json"
-    manifest = json.loads(record.read_text())
-    manifest["config"]["dtype"] = "float16"
-    record.write_text(json.dumps(manifest))
-    run = str(tmp_path / "run")
-    out = ["--out", str(tmp_path / "out")]
-    commands = [
-        ["segment", run, str(photo), "--site", "layer_02"],
-        ["knockout", "--probes", run, "--classes", "sky"],
-    ]
-    for command in commands:
-        with pytest.raises(SystemExit, match=LAYER_2):
-            main(command + out)
-
-
 def test_generated_answers_are_refused(planted, photo):
     """Of the command, and of `answer`, by which VQA asks."""
     with pytest.raises(SystemExit, match=LOGITS):

@@ -177,23 +177,6 @@ def test_segment_reads_probes_of_an_own_head_and_layout(
     assert (tmp_path / "maps/000.png").is_file()
 
 
-def test_unknown_families_and_layouts_name_the_option(checkpoints, tmp_path, call):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(SystemExit, match="no MLLM or encoder family 'llama'.*--import FILE.py"):
-        call("probes", "sites", tmp_path)
-    words = [
-        "study",
-        checkpoints["causal"],
-        "owm",
-        "--data.root",
-        tmp_path,
-        "--out",
-        tmp_path / "s",
-    ]
-    with pytest.raises(SystemExit, match="owm is neither .*, own.*--import FILE.py"):
-        call("probes", *words)
-
-
 def test_a_spawned_process_finds_what_it_unpickles(own, call):
     with pytest.raises(SystemExit):
         call("probes", "--version")

@@ -52,13 +52,6 @@ def test_as_llava_is_stock_llava_with_equal_logits(causal, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "hf").image_processor.do_pad
 
 
-@pytest.mark.parametrize("resize", ["pad", "center_crop"])
-def test_the_card_of_a_stock_llava_says_what_its_processor_does(resize, parts, causal, tmp_path):
-    """The stock config has no key for it."""
-    export_hf(as_llava(causal[0]), build_processor(*parts, resize), tmp_path / "hf")
-    assert f"Image resize: {resize}." in (tmp_path / "hf/README.md").read_text()
-
-
 @pytest.mark.parametrize("stock", [False, True])
 def test_lora_updates_are_merged_into_the_export_and_nothing_else_is_left(causal, stock, tmp_path):
     model, processor = causal

@@ -62,25 +62,6 @@ def test_each_kind_is_found_at_its_records_and_nothing_else(folder, parts):
     assert found == {id_: [kind] for id_, kind in FOUND.items()}
 
 
-def test_questions_need_their_first_answer(folder, parts):
-    """A later one is not compared."""
-    records = {
-        "fine": turns("name", "wall"),
-        "empty": turns("name", ""),
-        "later": turns("name", "", "and", "wall"),
-    }
-    rows = [{"id": key, "conversations": value} for key, value in records.items()]
-    (folder / "questions.json").write_text(json.dumps(rows))
-    found = kinds(folder, parts, name="questions.json", is_validation=True)
-    assert found == {"empty": ["broken"], "later": ["broken"]}
-
-
-def test_template_plain_requires_an_image(folder, parts):
-    found = kinds(folder, parts, "plain")
-    assert "fine" not in found
-    assert found["text"] == ["broken"]
-
-
 def run(parts, folder, capsys, more: str = "") -> tuple[int, str]:
     """Return the exit status of the command and what it prints."""
     words = "--data.val_annotations null --data.max_length 100 --model.image_attention prefix"

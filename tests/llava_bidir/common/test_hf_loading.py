@@ -73,11 +73,6 @@ def test_an_early_config_with_the_llm_beside_the_encoder_is_read(tmp_path):
     assert found.num_hidden_layers == text["num_hidden_layers"]
 
 
-def test_an_unknown_kind_is_named_in_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="knows no model_type 'foo'; a later version may$"):
-        read_pretrained("MLLM", AutoConfig, write(tmp_path, {"model_type": "foo"}))
-
-
 def test_auto_processor_finds_the_processor_by_the_config_without_asking(
     checkpoints, tmp_path, monkeypatch
 ):

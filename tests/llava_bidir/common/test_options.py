@@ -1,6 +1,5 @@
 """Options of a dataclass: the command line and values make the same one, and both are checked."""
 
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,6 @@ from llava_bidir.common.options import (
     Count,
     Indices,
     add_options,
-    help_texts,
     options_from,
     positional,
     read_options,
@@ -82,11 +80,6 @@ def test_words_and_values_make_the_same_options():
     assert defaults == options_from(Options, {"photos": ["p1"], "probes": ["a", "b"]}, "x")
 
 
-def test_help_is_that_of_the_docstrings():
-    assert help_texts(Options)["probes"] == "Two folders, on the same images"
-    assert help_texts(Options)["by_class"] == "Hold classes fixed"
-
-
 REQUIRED = {"photos": ["p"], "probes": ["a", "b"]}
 BAD = [
     ({"imag": 1}, r"x has no option 'imag'; did you mean 'image'"),
@@ -111,13 +104,6 @@ def test_an_option_that_must_be_given_is_missing():
         options_from(Options, {"photos": ["p"]}, "x")
     with pytest.raises(UserError, match=r"^x: probes is missing; it must be given"):
         options_from(Options, REQUIRED | {"probes": ["a"]}, "x")
-
-
-def test_the_command_line_checks_ranges_too():
-    with pytest.raises(UserError, match=r"^--draws is '0'; expected greater than or equal to 1"):
-        read_options(
-            Options, Namespace(**vars(options_from(Options, REQUIRED, "x")) | {"draws": "0"})
-        )
 
 
 def test_texts_of_lists_are_split_at_commas():

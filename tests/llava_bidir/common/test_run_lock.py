@@ -11,12 +11,8 @@ import processes
 import pytest
 import tiny_models
 
-import llava_bidir.cli
-import probes.cli
 from llava_bidir.common import run_lock
 from llava_bidir.common.run_lock import exclusive_run_lock
-
-MAINS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 
 
 @pytest.fixture
@@ -89,13 +85,6 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     assert "does not support locks: a second run" in caplog.text
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot write to folder .*file/run: Not a directory"):
-        with exclusive_run_lock(tmp_path / "file/run"):
-            pass
-
-
 @pytest.mark.usefixtures("no_patience")
 @pytest.mark.parametrize("more", [(), ("--ckpt_path", "last")])
 def test_a_second_fit_into_a_run_is_an_error(
@@ -112,17 +101,3 @@ def test_a_second_fit_into_a_run_is_an_error(
     assert [file.name for file in tmp_path.iterdir()] == [".lock"], (
         "the second process has written nothing"
     )
-
-
-@pytest.mark.usefixtures("no_patience")
-@pytest.mark.parametrize(
-    "command", ["llava-bidir vqa CHECKPOINT --tasks gqa --out", "probes demo-assets --scale 0.01"]
-)
-def test_a_second_command_into_a_folder_is_an_error(command, checkpoints, tmp_path):
-    program, *argv = command.replace("CHECKPOINT", str(checkpoints["causal"])).split()
-    name = "" if argv[0] == "vqa" else "assets"
-    with (
-        processes.inside(exclusive_run_lock(tmp_path, name)),
-        pytest.raises(SystemExit, match="is in use by process"),
-    ):
-        MAINS[program]([*argv, str(tmp_path / name)])

@@ -1,6 +1,5 @@
 """A running step says how far it is, and its estimate of the time left follows its pace."""
 
-import io
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava_bidir.common import step_progress
-from llava_bidir.common.step_progress import StepWatcher, tell, watched
+from llava_bidir.common.step_progress import StepWatcher, tell
 from llava_bidir.common.steps import Step, run_steps
 
 
@@ -46,24 +45,6 @@ def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):
     assert watch("solving sites", 2, 4) == "about 9 min left", (
         "four more of this step instead of none"
     )
-
-
-def test_lines_are_written_now_and_then_and_name_the_part(clock):
-    lines = io.StringIO()
-    watch = watcher(lines=lines)
-    for done in range(200):
-        clock.now += 2
-        watch("solving sites", done / 20, 10)
-    written = lines.getvalue().splitlines()
-    assert 8 < len(written) < 20, "each 20 s, later a tenth of the time that the step has taken"
-    assert written[0] == "    before/trained: solving sites, 0.45 of 10, at least 13 min left"
-
-
-def test_who_does_not_watch_is_told_nothing():
-    assert tell("pass 1", 1, 2) == ""
-    with watched(lambda part, done, total: f"{part} {done}/{total}"):
-        assert tell("pass 1", 1, 2) == "pass 1 1/2"
-    assert tell("pass 1", 1, 2) == ""
 
 
 def test_what_steps_tell_is_printed_while_they_run(tmp_path, capsys, clock):

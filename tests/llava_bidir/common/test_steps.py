@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.steps import (
     Step,
     command_now,
@@ -123,26 +122,6 @@ def test_work_that_was_moved_or_copied_is_done(spelled, tmp_path, monkeypatch):
     assert find_missing([other], out) == [other], "a path outside of the folder is an option"
 
 
-def test_a_step_that_is_done_again_says_why(folder, capsys):
-    first, second, third = chain(folder)
-
-    def said(*steps: Step) -> str:
-        find_missing(steps, folder, lambda step: "asked" * (step.name == "c"))
-        return capsys.readouterr().out
-
-    assert said(first, second) == "", "they were never done"
-    run([first, second, third], folder)
-    capsys.readouterr()
-    assert said(first, second, third) == "c again: asked\n"
-    other = replace(second, config=("llava-bidir", "fit", "--name", "x", "--ckpt_path", "last"))
-    assert said(first, other) == "b again: --name was b, and is x\n"
-    (folder / "data.json").write_text("second")
-    expected = ["a again: data.json has changed", "b again: it reads the result of a"]
-    assert said(first, second).splitlines() == expected
-    first.result.unlink()
-    assert said(first).startswith(f"a again: {first.result} is gone")
-
-
 def test_another_command_is_run_with_all_that_read_its_result(folder):
     first, second, third = chain(folder)
     run([first, second, third], folder)
@@ -238,25 +217,6 @@ def test_an_error_ends_the_work_unless_the_step_is_optional(folder):
     assert failed == f"c: RuntimeError: a bug (traceback in {log})"
     assert "Traceback" in log.read_text()
     assert [step.name for step in find_missing(steps, folder)] == ["c"], "it is tried again"
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_ctrl_c_advises_the_same_command_whatever_a_step_has_saved(saved, folder, capsys):
-    """A study advised `--ckpt_path last`, which it does not have, or said that nothing was saved."""
-
-    def interrupted(step: Step) -> None:
-        checkpoints = folder / step.name
-        checkpoints.mkdir()
-        if saved:
-            (checkpoints / "last.ckpt").touch()
-        with interrupt_says_what_is_saved(checkpoints):
-            raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop, one_line_errors("probes", ["study"]):
-        run_steps(chain(folder), folder, interrupted)
-    assert stop.value.code == 130
-    said = capsys.readouterr().err
-    assert said == "probes: interrupted; run the same command again to go on\n"
 
 
 def test_a_step_is_left_out_with_the_one_that_it_follows(folder):

@@ -10,7 +10,6 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoProcessor, AutoTokenizer
 
 from llava_bidir import LlavaBidirConfig
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.tokenizer import load_tokenizer
 from llava_bidir.model.build import build_processor
 
@@ -86,15 +85,6 @@ def test_tokenizer_json_alone_keeps_the_ids_it_defines(
     ours = load_tokenizer("tokenizer", str(tmp_path))
     assert type(ours) is type(stock)
     assert ours.backend_tokenizer.to_str() == stock.backend_tokenizer.to_str()
-
-
-def test_damaged_tokenizer_model_is_named(llama_folder, tmp_path):
-    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes((llama_folder / "tokenizer.model").read_bytes()[:-1])
-    with pytest.raises(
-        UserError, match=f"model.llm: {tmp_path}/tokenizer.model: .*(parsing|truncated)"
-    ):
-        load_tokenizer("model.llm", str(tmp_path))
 
 
 def test_tokenizer_model_without_a_json_is_read_for_any_llama_based_model(

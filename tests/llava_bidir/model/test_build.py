@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -194,11 +193,3 @@ def test_an_encoder_with_other_registers_than_its_entry_is_refused(tmp_path):
         ValueError, match="has 2 register tokens, but name 'dinov2_registers' expects 4"
     ):
         Encoder("dinov2_registers", str(tmp_path)).load_config()
-
-
-def test_processor_needs_the_tokenizer_only(parts, tmp_path):
-    for file in Path(parts[1]).iterdir():
-        if "token" in file.name:
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    processor = build_processor(parts[0], str(tmp_path))
-    assert processor.tokenizer("the sky").input_ids and not (tmp_path / "config.json").exists()

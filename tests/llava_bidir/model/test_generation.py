@@ -188,16 +188,6 @@ def test_decoding_step_compiles_without_graph_breaks():
         assert torch.compile(model, fullgraph=True, backend="eager")(**step).logits.shape[1] == 1
 
 
-def test_forward_exports():
-    model = tiny_models.model("bidirectional")
-    inputs = batch()
-    with torch.no_grad():
-        program = torch.export.export(model, (), inputs | {"use_cache": False}, strict=False)
-        torch.testing.assert_close(
-            program.module()(**inputs, use_cache=False).logits, model(**inputs).logits
-        )
-
-
 class Operations(TorchDispatchMode):
     """Counts the operations of torch by name."""
 

@@ -116,11 +116,3 @@ def test_a_side_that_is_no_usable_multiple_of_the_patch_is_refused(side, nearest
         UserError, match=rf"model\.encoder\.image_px {side}: expected a multiple .*14 px.*{nearest}"
     ):
         encoder.load_config()
-
-
-def test_a_family_that_cannot_interpolate_refuses_every_side(monkeypatch):
-    monkeypatch.setitem(ENCODERS, "fixed", replace(ENCODERS["clip"], resize_positions=None))
-    with pytest.raises(
-        UserError, match="encoders of the family 'fixed' take the side of their checkpoint only"
-    ):
-        Encoder("fixed", "unused", image_px=224)

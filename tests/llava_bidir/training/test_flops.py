@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.lora import Lora, add_lora
@@ -89,8 +88,3 @@ def test_utilisation_is_the_share_of_what_a_device_can_do(training, monkeypatch)
         len(batch["pixel_values"]), batch["lengths"], batch["supervised"]
     )
     assert logged["train/mfu"] == 2 * needed / 2 / 3e12
-
-
-def test_a_peak_that_is_not_positive_is_an_error():
-    with pytest.raises(UserError, match="peak_tflops must be positive, got 0"):
-        Throughput(peak_tflops=0.0)

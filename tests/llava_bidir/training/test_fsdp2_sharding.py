@@ -8,9 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
-from llava_bidir.training.fsdp2_strategy import find_layers, mixed_precision, shard, take_shard
+from llava_bidir.training.fsdp2_strategy import find_layers, mixed_precision, shard
 from llava_bidir.training.module import LlavaTraining
 
 
@@ -36,28 +35,6 @@ def test_each_layer_is_a_unit_and_the_rest_is_one(trainable, parts, mesh):
     parameters = dict(module.named_parameters())
     assert all(isinstance(p, DTensor) for p in parameters.values())
     assert {name for name, p in parameters.items() if p.requires_grad} == trained
-
-
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-
-
-@pytest.mark.parametrize(
-    ("model", "config", "layer"),
-    [
-        (Dinov2Model, Dinov2Config, "Dinov2Layer"),
-        (SiglipVisionModel, SiglipVisionConfig, "SiglipEncoderLayer"),
-    ],
-)
-def test_layers_of_other_encoders_are_found(model, config, layer):
-    found = find_layers(model(config(**SMALL)))
-    assert [type(part).__name__ for part in found] == [layer] * SMALL["num_hidden_layers"]
 
 
 def test_modules_in_a_list_inside_a_layer_belong_to_its_unit():
@@ -105,14 +82,3 @@ def test_weights_are_gathered_in_bf16_and_the_weight_of_a_loss_is_not_rounded(
     assert torch.equal(module.training_step({"weight": weight}, 0), weight)
     assert module.gathered == gathered
     assert {tensor.dtype for tensor in module.state_dict().values()} == {kept}
-
-
-def test_a_count_of_steps_is_no_shard_and_a_moment_is(mesh):
-    module = Weighted()
-    shard(module, mesh, mixed_precision("32-true"))
-    parameter = module.model.head.weight
-    moment = torch.randn(1, 4)
-    assert isinstance(take_shard(moment, parameter), DTensor)
-    assert torch.equal(take_shard(moment, parameter).full_tensor(), moment)
-    steps = torch.tensor(3.0)
-    assert take_shard(steps, parameter) is steps

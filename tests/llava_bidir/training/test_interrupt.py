@@ -9,11 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny_models
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir.cli import main
-from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.training.module import LlavaTraining
 
 
@@ -105,36 +102,11 @@ def test_export_takes_the_newest_checkpoint_of_a_run_and_says_which(fit, tmp_pat
     assert json.loads((tmp_path / "old/training.json").read_text())["steps"] == 2
 
 
-def test_each_step_is_logged_once_across_an_interrupt(fit, tmp_path):
-    """With losses, and with learning rates, of which each of a step's micro-batches had a point."""
-    fit("--trainer.log_every_n_steps", "1", interrupts={2: 1})
-    fit("--trainer.log_every_n_steps", "1", "--ckpt_path", "last")
-    logged = EventAccumulator(str(tmp_path / "run")).Reload()
-    rates = [tag for tag in logged.Tags()["scalars"] if tag.startswith("lr-")]
-    assert rates
-    for tag in ("train/loss", "train/grad_norm", *rates):
-        assert [event.step for event in logged.Scalars(tag)] == [0, 1, 2], tag
-
-
 def test_a_second_ctrl_c_ends_at_once_and_promises_nothing(fit, tmp_path):
     status, told = fit(interrupts={0: 2})
     advice = "nothing was saved yet: the same command starts anew"
     assert status == 130
     assert told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
-
-
-def test_ctrl_c_before_a_run_begins_promises_no_checkpoint(tmp_path, capsys):
-    for command, advice in (("fit", "again"), ("solve", "again"), ("study", "again to go on")):
-        with pytest.raises(SystemExit) as stop, one_line_errors("probes", [command]):
-            raise KeyboardInterrupt
-        assert stop.value.code == 130
-        assert capsys.readouterr().err == f"probes: interrupted; run the same command {advice}\n"
-    for name in ("", "x.ckpt.partial", "moments_0.safetensors"):
-        if name:
-            (tmp_path / name).write_bytes(b"")
-        with pytest.raises(KeyboardInterrupt) as stop, interrupt_says_what_is_saved(tmp_path):
-            raise KeyboardInterrupt
-        assert ("--ckpt_path last" in str(stop.value)) == name.endswith("safetensors")
 
 
 def test_a_run_outside_of_the_main_thread_ends_as_usual(parts, conversations, tmp_path):

@@ -154,15 +154,6 @@ def test_a_stage_moves_and_saves_its_parts_and_nothing_else(
     assert set(saved) == {f"model.{name}" for name in moved}
 
 
-def test_a_checkpoint_of_another_stage_is_rejected(parts, fit, tmp_path):
-    """In training, its settings are compared before (test_resume.py)."""
-    _, _, run = fit(settings=ADAPTER)
-    run.save_checkpoint(tmp_path / "stage1.ckpt")
-    stage1 = torch.load(tmp_path / "stage1.ckpt", weights_only=True)
-    with pytest.raises(ValueError, match="belongs to another stage or model"):
-        module_with_model(parts).on_load_checkpoint(stage1)
-
-
 def test_new_adapter_is_scaled(parts):
     one = module_with_model(parts, adapter_init_scale=1.0).model.model.multi_modal_projector
     four = module_with_model(parts, adapter_init_scale=4.0).model.model.multi_modal_projector

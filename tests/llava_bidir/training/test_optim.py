@@ -57,8 +57,3 @@ def test_partitioned_matrices_decay():
         dimensions = {len(p.ds_shape) for p in group["params"]}
         assert dimensions == ({1} if group["name"].endswith("norms") else {2})
         assert group["weight_decay"] == (0.0 if group["name"].endswith("norms") else 0.5)
-
-
-def test_without_weight_decay_a_part_is_one_group():
-    groups = optimizer(tiny_models.model(), 0.0).param_groups
-    assert [(g["name"], g["weight_decay"]) for g in groups] == [("adapter", 0.0), ("llm", 0.0)]

@@ -185,18 +185,6 @@ def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next(
     assert trainer.current_epoch == 1
 
 
-def test_failure_of_scontrol_is_an_error(
-    parts,
-    conversations,
-    tmp_path,
-    scontrol,
-):
-    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nexit 1\n")
-    with pytest.raises(Exception, match="scontrol.*requeue.*77"):
-        fit(parts, conversations, tmp_path, micro_batch=1)
-    assert (tmp_path / "checkpoints/last.ckpt").is_file()
-
-
 def test_requeueing_is_on_under_srun_only(
     parts,
     conversations,

@@ -1,13 +1,10 @@
 """Resampling and exchange of whole units, against brute force; F1 against sklearn."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from llava_bidir import command_options
-from llava_bidir.vqa.scores import BENCHMARKS, Column, ScoreTerms, f1, mme_points, swap_test
+from llava_bidir.vqa.scores import Column, ScoreTerms, f1, mme_points, swap_test
 
 
 def items(right, units=None, group=None) -> list[dict]:
@@ -75,7 +72,3 @@ def test_f1_equals_sklearns_for_yes_and_no():
     ]
     assert Column("", f1).terms(answers).score() == pytest.approx(f1_score(truth, said))
     assert Column("", f1).terms([answers[0] | {"answer": "maybe", "target": "yes"}]).score() == 0
-
-
-def test_command_offers_every_benchmark():
-    assert list(get_args(command_options.Benchmark)) == list(BENCHMARKS)

@@ -97,8 +97,7 @@ def train_layers(mllm: FrozenMLLM, pixels: Tensor, labels: Tensor, steps: int) -
         states = mllm.final_norm(read.pop()[:, mllm.image_positions])
         return F.cross_entropy(head(states).mT, labels[chosen], ignore_index=-1)
 
-    options = {"rate": 3e-3, "betas": (0.9, 0.95), "floor": 0.05, "clip": 1.0}
-    train([*head.parameters(), *layers.parameters()], loss, steps, "LLM", **options)
+    train([*head.parameters(), *layers.parameters()], loss, steps, "LLM")
 
 
 def write_models(world: Path, out: Path, steps: int, seed: int) -> None:

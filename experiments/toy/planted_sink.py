@@ -57,7 +57,7 @@ def train_sink(mllm: FrozenMLLM, pixels: Tensor, steps: int) -> None:
             total = total + kept.mean() + made.mean()
         return total
 
-    train([*layers.parameters()], loss, steps, "LLM with a sink", rate=3e-3, clip=1.0)
+    train([*layers.parameters()], loss, steps, "LLM with a sink", betas=(0.9, 0.999), floor=0.0)
     layers.requires_grad_(False)
     for handle in handles:
         handle.remove()

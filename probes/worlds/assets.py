@@ -76,22 +76,22 @@ def demo_assets(
     sizes = {split: max(16, round(n * scale)) for split, n in PICTURES.items()}
     sizes[TRAINING] = max(16, min(PICTURES[TRAINING], round(SMALL_WORLDS_PICTURES * scale)))
     # spawn, since torch's threads do not survive a fork
-    workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
+    spawn = multiprocessing.get_context("spawn")
+    workers = ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,))
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
         drawn = _draw_splits(pool, partial, sizes, seed, scenes)
-        texts = {
-            split: [SceneText.from_mosaic(mosaic) for mosaic in mosaics]
-            for split, mosaics in drawn.items()
-        }
-        train = drawn[TRAINING]
+        train, val = (
+            [SceneText.from_mosaic(mosaic) for mosaic in drawn[split]]
+            for split in (TRAINING, VALIDATION)
+        )
         steps = round(ENCODER_STEPS * scale)
-        jobs = [pool.submit(_train_encoder, train, partial / "encoder", steps, seed)]
+        jobs = [pool.submit(_train_encoder, drawn[TRAINING], partial / "encoder", steps, seed)]
         steps = round(LLM_STEPS * scale)
-        jobs.append(pool.submit(_train_llm, texts[TRAINING], partial / "llm", steps, seed))
+        jobs.append(pool.submit(_train_llm, train, partial / "llm", steps, seed))
         write_classes(partial)
         _write_patches(partial / "segmentation/patches.json", drawn)
         rng = np.random.default_rng([seed, 11])
-        for name, records in _build_conversations(texts, scale, rng).items():
+        for name, records in _build_conversations(train, val, scale, rng).items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
         for job in jobs:
             job.result()
@@ -99,10 +99,6 @@ def demo_assets(
         f"{out}: "
         + ", ".join(f"{n} pictures in {folder}/{split}" for (folder, split), n in sizes.items())
     )
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _draw_splits(
@@ -212,11 +208,12 @@ def _generate_documents(texts: list[SceneText], rng: np.random.Generator) -> Ite
 
 
 def _build_conversations(
-    texts: dict[Split, list[SceneText]], scale: float, rng: np.random.Generator
+    train: list[SceneText],
+    val: list[SceneText],
+    scale: float,
+    rng: np.random.Generator,
 ) -> dict[str, list[dict]]:
     """Return the captions of stage 1, the dialogues of stage 2 and the validation questions."""
-    train = texts[TRAINING]
-    val = texts[VALIDATION]
     captions = [
         make_record(TRAINING, i, build_dialogue(train[i], rng, caption=True))
         for i in sample_evenly(rng, len(train), CAPTIONS * scale)

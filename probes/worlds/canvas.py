@@ -35,7 +35,7 @@ CLASS_COLOURS = {
 }
 CLASSES = tuple(CLASS_COLOURS)
 PALETTE = np.array(list(CLASS_COLOURS.values()), np.uint8)
-PAIR_OF = (1, 0, 3, 2, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13)
+PAIR_OF = (1, 0, 3, 2, 5, 4, 7, 6, *range(8, 14))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,12 @@ class Quad:
 
     def inset(self, across: float, down: float) -> Quad:
         """Return the part within margins of these widths."""
-        return self.part(across, 1 - across, down, 1 - down)
+        return self.part(
+            across,
+            1 - across,
+            down,
+            1 - down,
+        )
 
     @property
     def width(self) -> float:
@@ -102,7 +107,12 @@ class Quad:
         return self.bottom_left[1] - self.top_left[1]
 
 
-FULL_FRAME = Quad((0, 0), (SIZE_PX, 0), (SIZE_PX, SIZE_PX), (0, SIZE_PX))
+FULL_FRAME = Quad(
+    (0, 0),
+    (SIZE_PX, 0),
+    (SIZE_PX, SIZE_PX),
+    (0, SIZE_PX),
+)
 CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
 
 
@@ -128,13 +138,23 @@ class Canvas:
         points: Sequence[Point] = CORNERS,
     ) -> None:
         """Fill a polygon."""
-        self._draw("polygon", colour, name, self._place(quad, points))
+        self._draw(
+            "polygon",
+            colour,
+            name,
+            self._place(quad, points),
+        )
 
     def oval(self, quad: Quad, colour: Colour, name: str = "") -> None:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
         xs, ys = zip(*self._place(quad, CORNERS[::2]), strict=True)
         # Pillow requires sorted corners.
-        self._draw("ellipse", colour, name, [*zip(sorted(xs), sorted(ys), strict=True)])
+        self._draw(
+            "ellipse",
+            colour,
+            name,
+            [*zip(sorted(xs), sorted(ys), strict=True)],
+        )
 
     def line(
         self,
@@ -145,7 +165,13 @@ class Canvas:
         name: str = "",
     ) -> None:
         """Draw a line through the points. The width is in thirds of a pixel."""
-        self._draw("line", colour, name, self._place(quad, points), width=width)
+        self._draw(
+            "line",
+            colour,
+            name,
+            self._place(quad, points),
+            width=width,
+        )
 
     def image(self) -> np.ndarray:
         """Return the picture as `float32[H, W, 3]` in 0..1."""

@@ -64,7 +64,7 @@ def run(options: DemoOptions) -> None:
     with exclusive_run_lock(out, "demo"):
         end_on_signals()
         check_settings(out, settings)
-        world = {f"--{name}": value for name, value in settings.items()} | {"--scenes": SCENES}
+        world = {"--seed": seed, "--scale": options.scale, "--scenes": SCENES}
         words = ["probes", "demo-assets", f"{out}/assets", *to_words(world)]
         drawn = out / "assets/questions.json"
         run_in_child_process(out, "assets", [make_step(out, words, drawn)])

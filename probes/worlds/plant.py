@@ -89,16 +89,15 @@ def plant_recovery(
         losses.append(on_image.item())
         return on_image + of_answers
 
-    options = {"rate": 3e-3, "betas": (0.9, 0.95), "floor": 0.05, "clip": 1.0}
     net.train()
     if steps:
         # the others have no gradient
         layers = decoder.layers
         decoder.layers = decoder.layers[:depth]
-        train(weights, lambda: loss(32, 0), steps, "image tokens' LLM", **options)
+        train(weights, lambda: loss(32, 0), steps, "image tokens' LLM")
         decoder.layers = layers
     if answer_steps:
-        train(weights, lambda: loss(20, QUESTIONS), answer_steps, "answering LLM", **options)
+        train(weights, lambda: loss(20, QUESTIONS), answer_steps, "answering LLM")
     record = {
         "planted": "recovery",
         "layer": depth,

@@ -93,8 +93,7 @@ def draw_scene(
         indoor = bool(rng.random() < 0.5)
     camera = sample_camera(rng)
     canvas = Canvas()
-    draw = draw_room if indoor else draw_street
-    draw(canvas, camera, rng)
+    (draw_room if indoor else draw_street)(canvas, camera, rng)
     mask = canvas.mask()
     image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
     light = sample_light(camera, rng)
@@ -120,7 +119,12 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     for u in np.arange(0.1, 1, 0.2):
         draw_ground_line(canvas, floor, u)
     for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
-        draw_wall(canvas, front, "wall", tint)
+        draw_wall(
+            canvas,
+            front,
+            "wall",
+            tint,
+        )
     sections = sample_wall_sections(camera, rng)
     if "window" in names:
         draw_window(canvas, sections.pop().part(top=0.16, bottom=0.58), rng)
@@ -136,12 +140,23 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
             draw_hanging_lamp(canvas, camera, rng)
         else:
             standing.append(GroundObject(draw_standing_lamp, 0.3, at_wall=True))
-    draw_on_ground(canvas, camera, standing, rng)
+    draw_on_ground(
+        canvas,
+        camera,
+        standing,
+        rng,
+    )
 
 
 def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a street: sky, houses on three sides, a road with kerbs and lane marks, and its objects."""
-    names = sample_objects(rng, ("tree", "moon", "car"), tree=0.6, moon=0.3, car=0.6)
+    names = sample_objects(
+        rng,
+        ("tree", "moon", "car"),
+        tree=0.6,
+        moon=0.3,
+        car=0.6,
+    )
     canvas.polygon(FULL_FRAME, TOP, "sky")
     if "moon" in names:
         draw_moon(canvas, camera, rng)
@@ -150,18 +165,34 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
     for u in (0.16, 0.84):
         draw_ground_line(canvas, road, u)
     for v in (0.03, 0.1, 0.22, 0.38):
-        lane_mark = road.part(0.48, 0.52, v, 1.5 * v + 0.01)
+        lane_mark = road.part(
+            0.48,
+            0.52,
+            v,
+            1.5 * v + 0.01,
+        )
         canvas.polygon(lane_mark, shade(GROUND, 1.5))
     left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
     counts = rng.integers(2, 4), rng.integers(1, 3), rng.integers(1, 3)
     for (side, tint), count in zip((far, left, right), counts, strict=True):
-        draw_houses(canvas, side, tint, count, rng)
+        draw_houses(
+            canvas,
+            side,
+            tint,
+            count,
+            rng,
+        )
     standing = []
     if "car" in names:
         standing.append(GroundObject(draw_car, 0.58))
     if "tree" in names:
         standing.append(GroundObject(draw_tree, 0.3, at_wall=True))
-    draw_on_ground(canvas, camera, standing, rng)
+    draw_on_ground(
+        canvas,
+        camera,
+        standing,
+        rng,
+    )
 
 
 def draw_ground_line(canvas: Canvas, ground: Quad, u: float) -> None:
@@ -183,13 +214,19 @@ def draw_houses(
             right=(i + 1) / count,
             top=rng.uniform(-0.18, 0.16),
         )
-        draw_house(canvas, front, tint, rng)
+        draw_house(
+            canvas,
+            front,
+            tint,
+            rng,
+        )
 
 
 def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:
     """Sample objects independently, each with its own probability, plus one cue that is always present."""
-    certain = cues[rng.integers(len(cues))]
-    return {certain} | {name for name, chance in chances.items() if rng.random() < chance}
+    return {cues[rng.integers(len(cues))]} | {
+        name for name, chance in chances.items() if rng.random() < chance
+    }
 
 
 def sample_wall_tints(rng: np.random.Generator) -> tuple[float, float, float]:

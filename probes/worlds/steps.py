@@ -79,7 +79,14 @@ def training_steps(out: Path, folder: Path, stages: dict[str, dict]) -> list[Ste
         words += ["--out", f"{folder}/{stage}", "--ckpt_path", "last"]
         reads = [Path(options[name]) for name in RECORDS if name in options]
         reads += [Path(options[name]) / "model.safetensors" for name in MODELS if name in options]
-        steps.append(make_step(out, words, folder / stage / WEIGHTS, reads))
+        steps.append(
+            make_step(
+                out,
+                words,
+                folder / stage / WEIGHTS,
+                reads,
+            )
+        )
     return steps
 
 
@@ -115,7 +122,12 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (
         log.open("w") as said,
-        process_group(command, stdout=said, stderr=said, env=environment) as process,
+        process_group(
+            command,
+            stdout=said,
+            stderr=said,
+            env=environment,
+        ) as process,
     ):
         status = process.wait()
     if status < 0:
@@ -136,7 +148,6 @@ def run_given(given: str, mains: Mapping[str, Callable[[list[str]], None]]) -> N
         Step(
             **fields
             | {
-                "config": tuple(fields["config"]),
                 "result": Path(fields["result"]),
                 "reads": {name: Path(file) for name, file in fields["reads"].items()},
             }

@@ -80,7 +80,16 @@ def train_encoder(
         return denoised - 2.0 * (shares[index] * predicted.log()).sum(-1).mean()
 
     parameters = [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()]
-    train(parameters, loss, steps, "encoder", rate=2e-3)
+    train(
+        parameters,
+        loss,
+        steps,
+        "encoder",
+        rate=2e-3,
+        betas=(0.9, 0.999),
+        floor=0.0,
+        clip=math.inf,
+    )
     encoder.save_pretrained(out)
 
 
@@ -88,7 +97,16 @@ def normalize(images: np.ndarray) -> Tensor:
     """Return f[n, 3, H, W], normalised with CLIP's pixel statistics like the processor of the trained model."""
     mean = torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]
     std = torch.tensor(OPENAI_CLIP_STD)[:, None, None]
-    return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    return (
+        torch.from_numpy(images).permute(
+            0,
+            3,
+            1,
+            2,
+        )
+        / 255
+        - mean
+    ) / std
 
 
 def _noun_shares(masks: np.ndarray) -> Tensor:
@@ -159,8 +177,13 @@ def train_llm(
         labels = ids.masked_fill(mask == 0, -100)
         return llm(input_ids=ids, attention_mask=mask, labels=labels).loss
 
-    options = {"rate": 3e-3, "betas": (0.9, 0.95), "floor": 0.1, "clip": 1.0}
-    train(list(llm.parameters()), loss, steps, "LLM", **options)
+    train(
+        list(llm.parameters()),
+        loss,
+        steps,
+        "LLM",
+        floor=0.1,
+    )
     llm.save_pretrained(out)
 
 
@@ -170,13 +193,19 @@ def train(
     steps: int,
     name: str,
     *,
-    rate: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    floor: float = 0.0,
-    clip: float | None = None,
+    rate: float = 3e-3,
+    betas: tuple[float, float] = (0.9, 0.95),
+    floor: float = 0.05,
+    clip: float = 1.0,
 ) -> None:
     """Minimise a loss by AdamW, with 3% warm-up and a cosine schedule down to `floor` of the peak rate."""
-    optimizer = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        rate,
+        betas=betas,
+        weight_decay=0.0,
+        fused=True,
+    )
     warmup = max(1, int(0.03 * steps))
 
     def cosine(step):
@@ -190,8 +219,7 @@ def train(
         value = loss()
         optimizer.zero_grad()
         value.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(parameters, clip)
+        nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         schedule.step()
         if step % 20 == 0 or step == steps - 1:

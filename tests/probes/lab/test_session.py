@@ -126,21 +126,6 @@ def test_an_uploaded_photo_is_read_and_asked_as_the_python_api_does(session, ori
     assert asked["blocked"]["answer"] == answer
 
 
-def test_interventions_change_what_is_read(session):
-    shares = [
-        read(
-            session,
-            View(
-                photo="split:1",
-                model=1,
-                intervention=change,
-            ),
-        )[1]
-        for change in CHANGES.values()
-    ]
-    assert len({x.tobytes() for x in shares}) == len(CHANGES)
-
-
 def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
     request = SiteView(
         photo="split:2",

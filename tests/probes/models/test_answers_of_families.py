@@ -12,14 +12,11 @@ from tiny_families import IMAGE_ID, STOCK, asked_ids
 from tolerances import rounding
 
 import probes
-from probes import Knockout
-from probes.models.families import FAMILIES
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
 ALL = sorted(STOCK)
 MASKABLE = [name for name in ALL if STOCK[name].masks]
-LINEAR = [name for name in ALL if not STOCK[name].masks]
 DEPTH = 3 + 3 + 1  # encoder and adapter, layers, word head
 
 
@@ -135,27 +132,3 @@ def test_attention_of_an_answer_equals_eager_attention(name, mllm):
     torch.testing.assert_close(weights, expected, **rounding(expected, DEPTH))
     assert (weights.sum(-1) <= 1 + 1e-5).all()
     assert (weights.sum(-1) > 0).any()
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_layers_without_masks_take_no_knockout_and_have_no_weights(name, mllm):
-    read = mllm(name)
-    pixels = read.preprocess(pictures(name, 1))
-    knockout = Knockout(rows="last", columns="image")
-    message = "knockouts are not supported by (linear_attention|conv) layers"
-    with pytest.raises(ValueError, match=message):
-        read.answer_log_probs(pixels, "hello", ["hello"], knockout)
-    with pytest.raises(ValueError, match=message):
-        read.answer(pictures(name, 1), "hello", knockout)
-    with pytest.raises(ValueError, match="attention cannot be read: layer 1 has linear attention"):
-        read.answer_attention(pixels, "hello", "hello")
-
-
-def test_a_tokenizer_without_the_token_after_the_image_is_an_error_once_asked(mllm, monkeypatch):
-    family = dataclasses.replace(FAMILIES["internvl"], image_end_text="<end>")
-    monkeypatch.setitem(FAMILIES, "internvl", family)
-    read = probes.load(mllm("internvl").model.name_or_path)
-    states = read.states(read.preprocess(pictures("internvl")), ["adapter"])
-    assert states["adapter"].isfinite().all()
-    with pytest.raises(ValueError, match="has no token <end>, which this family needs around"):
-        read.answer(pictures("internvl"), "hello")

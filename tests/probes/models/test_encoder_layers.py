@@ -1,7 +1,5 @@
 """The encoder's own layers in an MLLM: equal to the hidden states of the stock vision tower, or refused."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import tiny_families
@@ -177,26 +175,6 @@ def test_layers_that_cannot_be_read_are_refused_with_the_reason(name, reason, lo
     assert [*frozen.states(pixels)] == frozen.sites == [*frozen.widths]
 
 
-def test_the_encoder_layer_that_the_adapter_reads_is_the_site_encoder(load):
-    """LLaVA reads the last layer but one, so that the last layer is a dead end."""
-    frozen = load("llava")
-    assert frozen.model.config.vision_feature_layer == -2
-    states = frozen.states(frozen.preprocess(photos("llava")), "all")
-    assert torch.equal(states["encoder"], states["encoder_01"])
-    assert not torch.allclose(states["encoder"], states["encoder_02"])
-
-
-def test_encoder_layers_are_read_by_name_only_and_unknown_ones_are_named(load):
-    frozen = load("llava")
-    pixels = frozen.preprocess(photos("llava"))
-    assert [*frozen.states(pixels)] == frozen.sites
-    assert not any(site.startswith("encoder_") for site in frozen.sites)
-    chosen = ["layer_01", "encoder_00"]
-    assert [*frozen.states(pixels, chosen)] == chosen
-    with pytest.raises(UserError, match="unknown site 'encoder_03'; this model has encoder_00, .*"):
-        frozen.states(pixels, ["encoder_03"])
-
-
 def test_knockouts_rows_and_known_states_leave_encoder_layers_as_they_are(load):
     frozen = load("llava")
     pixels = frozen.preprocess(photos("llava"))
@@ -208,20 +186,3 @@ def test_knockouts_rows_and_known_states_leave_encoder_layers_as_they_are(load):
     for site in frozen.encoder_sites:
         torch.testing.assert_close(cut[site], plain[site][rows])
         assert torch.equal(known[site], plain[site])
-    again = frozen.states(pixels, "all", Knockout(blocked[:2], [3]))
-    torch.testing.assert_close(known["layer_03"], again["layer_03"])
-    with pytest.raises(UserError, match="states of 'encoder_01' are not in the LLM's space"):
-        frozen.logit_lens({"encoder_01": plain["encoder_01"]})
-
-
-def test_an_entry_that_does_not_fit_its_vision_tower_is_an_error(load):
-    frozen = load("llava")
-    entry = frozen.encoder_layers
-    pixels = frozen.preprocess(photos("llava"))
-    frozen.encoder_layers = replace(entry, extra_tokens=0)
-    with pytest.raises(UserError, match=r"outputs \[2, 37, 16\] for 2 images; expected 36 patches"):
-        frozen.states(pixels, ["encoder_01"])
-    frozen.encoder_layers = replace(entry, path="vision_tower.blocks")
-    with pytest.raises(UserError, match="no module 'vision_tower.blocks', which its family names"):
-        frozen.states(pixels, ["encoder_01"])
-    frozen.encoder_layers = entry

@@ -97,30 +97,6 @@ def test_knockouts_of_the_page_equal_the_mask_written_out(names):
     assert isinstance(names["text"], str)
 
 
-@pytest.mark.parametrize("site", ["adapter", "layer_01", "layer_02", "layer_03"])
-def test_a_plain_hook_at_image_positions_equals_a_hook_of_states(mllm, pixels, site):
-    expected = mllm.states(pixels, hooks={site: plus})
-    plain = mllm.states(pixels)
-    mllm.clear_prefix_cache()
-    image = mllm.image_positions - mllm.prefill_prefix()
-    if site == "adapter":
-        handle = mllm.layers[0].register_forward_pre_hook(
-            lambda _, args: (changed(args[0], image), *args[1:])
-        )
-    else:
-        handle = mllm.layers[int(site[-2:]) - 1].register_forward_hook(
-            lambda _, args, out: changed(out, image)
-        )
-    with handle:
-        states = mllm.states(pixels)
-    after = mllm.states(pixels)
-    for name in mllm.sites:
-        assert torch.equal(states[name], expected[name])
-        assert torch.equal(after[name], plain[name])
-    assert torch.equal(states[site], plus(plain[site]))
-    assert not torch.allclose(states["final_norm"], plain["final_norm"], atol=1e-3)
-
-
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])  # of these, the prompt is cached
 def test_a_plain_hook_on_all_tokens_needs_the_prompt_to_be_run_again(mask, checkpoints, pixels):
     """Without that, the prompt is one that the hook has not changed."""

@@ -5,13 +5,11 @@ import reference
 import tiny_families
 import torch
 from tiny_families import STOCK
-from transformers import Dinov2Config
 
 import probes
 from probes.cli import main
 from probes.models import measured_mask
 from probes.models.families import dynamic_resolution, gemma
-from probes.models.measured_mask import DIRECTIONS
 
 pytestmark = pytest.mark.numerics
 
@@ -117,20 +115,3 @@ def test_a_token_with_a_massive_output_hides_no_movement(checkpoints):
 def test_the_threshold_lies_in_the_gap_between_rounding_and_movement(movement, moved):
     movement = torch.tensor([movement])
     assert (movement > measured_mask._threshold(movement)).tolist() == [moved]
-
-
-def test_command_prints_a_line_for_each_direction(checkpoints, capsys):
-    main(["mask", str(checkpoints["causal"])])
-    lines = capsys.readouterr().out.splitlines()
-    assert "causal image attention, its own forward" in lines[0]
-    found = [line.split() for line in lines[2:]]
-    shares = {" ".join(row[:-2]): row[-2:] for row in found}
-    never = {"image to later image", "image to text after", "text before to image"}
-    never.add("text to later text")
-    assert shares == {name: ["no" if name in never else "yes"] * 2 for name in DIRECTIONS}
-
-
-def test_a_bare_encoder_has_no_mask_to_measure(tmp_path):
-    Dinov2Config().save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="bare vision encoder: all its patches attend"):
-        main(["mask", str(tmp_path)])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from device_reads import DeviceReads
 from tolerances import rounding
 
 import probes
@@ -118,44 +117,6 @@ def test_only_layers_from_the_first_change_on_run(
     mllm.model.model.vision_tower.register_forward_hook(lambda *_: ran.append(0))
     mllm.states(pixels, known=plain, **CHANGES[change])
     assert ran == expected
-
-
-def count_device_reads(
-    mllm,
-    pixels,
-    sites,
-    **options,
-) -> int:
-    with DeviceReads() as mode:
-        mllm.states(pixels, sites, **options)
-    return len(mode.reads)
-
-
-def test_reading_more_sites_or_cutting_more_layers_waits_for_the_device_no_more_often(mllm, pixels):
-    mllm.states(pixels)  # fills the cache of the prefix
-    plain = count_device_reads(mllm, pixels, ["layer_03"])
-    assert plain == count_device_reads(mllm, pixels, None)
-    assert plain == count_device_reads(
-        mllm, pixels, None, hooks={"layer_01": steer, "layer_02": steer}
-    )
-
-    def cut(layers):
-        return count_device_reads(
-            mllm, pixels, ["layer_03"], knockout=Knockout(BLOCKED[[0, 1, 0]], layers)
-        )
-
-    assert cut([1]) == cut([1, 2, 3])
-
-
-def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):
-    mllm = probes.load(str(checkpoints["bidirectional"]))
-    plain = mllm.states(pixels, ["layer_01"])
-    with pytest.raises(
-        ValueError, match=r"known states have nothing at 'adapter'; expected \[3, 4, 32\]"
-    ):
-        mllm.states(pixels, ["adapter", "layer_01"], known=plain)
-    with pytest.raises(ValueError, match=r"have \[3, 4, 32\] at 'layer_01'; expected \[2, 4, 32\]"):
-        mllm.states(pixels[:2], ["layer_01"], known=plain)
 
 
 @pytest.mark.parametrize(

@@ -73,14 +73,6 @@ def test_equals_a_hook_on_the_stock_model(mllm, pixels, site):
     )
 
 
-def test_states_of_another_image_at_the_adapter_leave_nothing_of_the_image(mllm, pixels):
-    """As `test_families.py` measures it in other families."""
-    assert mllm.family.incomplete_sites(mllm.model.config) == 0
-    expected = mllm.states(pixels)["final_norm"].flip(0)
-    swapped = mllm.states(pixels, hooks={"adapter": lambda states: states.flip(0)})["final_norm"]
-    torch.testing.assert_close(swapped, expected, **rounding(expected, 4))
-
-
 def test_hooks_compose_with_knockouts_and_rows(mllm, pixels):
     blocked = torch.tensor([[False, True, False, False]] * 2)
     together = mllm.states(
@@ -94,28 +86,3 @@ def test_hooks_compose_with_knockouts_and_rows(mllm, pixels):
         pixels[[0, 2]], ["layer_03"], Knockout(blocked, [3]), hooks={"layer_02": lambda s: 2 * s}
     )
     torch.testing.assert_close(together["layer_03"], alone["layer_03"])
-
-
-@pytest.mark.parametrize(
-    ("hooks", "message"),
-    [
-        (
-            {"layer_9": lambda s: s},
-            "hook at 'layer_9': expected adapter or layer_01, layer_02, layer_03",
-        ),
-        ({"encoder": lambda s: s}, "hook at 'encoder': expected adapter or layer_01"),
-        (
-            {"layer_01": lambda s: s[:, :2]},
-            r"hook at 'layer_01' returned \[3, 2, 32\]; expected \[3, 4, 32\]",
-        ),
-        ({"layer_01": lambda s: None}, r"hook at 'layer_01' returned NoneType"),
-    ],
-)
-def test_misfits_are_errors(
-    mllm,
-    pixels,
-    hooks,
-    message,
-):
-    with pytest.raises(ValueError, match=message):
-        mllm.states(pixels, hooks=hooks)

@@ -100,8 +100,3 @@ def build_closed() -> probes.EncoderModule:
 def build_partly() -> probes.EncoderModule:
     """Return an encoder whose first layer is not named, and so not read."""
     return replace(build(), layers=["blocks.1", "blocks.2"])
-
-
-def not_described() -> int:
-    """Return something else."""
-    return 3

@@ -6,13 +6,19 @@ from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 
-import numpy as np
 import probe_runs
 import pytest
 import tiny_families
 import torch
-from PIL import Image
-from tiny_families import ENCODER_FREE, SEVERAL_WAYS_IN, STOCK, WORDS, stock_ids, stock_inputs
+from tiny_families import (
+    ENCODER_FREE,
+    SEVERAL_WAYS_IN,
+    STOCK,
+    WORDS,
+    pictures,
+    stock_ids,
+    stock_inputs,
+)
 from tolerances import rounding
 from transformers import (
     AutoConfig,
@@ -35,37 +41,9 @@ LAYERS = ["layer_01", "layer_02", "layer_03"]
 SUFFIX = [3, 4, 3]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Paths of checkpoints, each written once."""
-    written = {}
-
-    def path(name):
-        if name not in written:
-            written[name] = str(tiny_families.write(name, tmp_path_factory.mktemp(name)))
-        return written[name]
-
-    return path
-
-
-@pytest.fixture(scope="module")
-def mllm(checkpoint):
-    loaded = {}
-
-    def load(name):
-        if name not in loaded:
-            loaded[name] = probes.load(checkpoint(name))
-        return loaded[name]
-
-    return load
-
-
-def pictures(name: str, count: int = 2) -> list[Image.Image]:
-    side = STOCK[name].image_px
-    generator = np.random.default_rng(0)
-    return [
-        Image.fromarray(generator.integers(0, 255, (side, side, 3), np.uint8)) for _ in range(count)
-    ]
+@pytest.fixture
+def mllm(load_family):
+    return load_family
 
 
 def stock_states(
@@ -144,7 +122,6 @@ def side_by_side(patches: torch.Tensor) -> torch.Tensor:
 def test_there_are_tests_for_all_families():
     with_llm = {name for name, family in FAMILIES.items() if family.has_llm}
     assert set(ALL) == with_llm - {"llava_bidir"}
-    assert len(ALL) >= 16
 
 
 def test_an_entry_of_another_width_than_the_encoders_is_an_error(checkpoint, monkeypatch):
@@ -383,8 +360,23 @@ def test_matched_controls_have_the_trained_updates(name, checkpoint, mllm):
         assert not torch.allclose(states["layer_03"], trained.states(pixels)["layer_03"])
 
 
-@pytest.mark.parametrize("name", ["llava", "paligemma", "qwen2_vl", "qwen3_vl", "smolvlm"])
-def test_a_random_adapter_reads_the_same_encoder(name, checkpoint, mllm):
+@pytest.mark.parametrize(
+    ("name", "mergers"),
+    [
+        ("llava", 0),
+        ("paligemma", 0),
+        ("qwen2_vl", 0),
+        ("qwen3_vl", 2),
+        ("qwen3_vl_moe", 2),
+        ("smolvlm", 0),
+    ],
+)
+def test_a_random_adapter_is_random_for_all_features_of_the_same_encoder(
+    name,
+    mergers,
+    checkpoint,
+    mllm,
+):
     trained = mllm(name)
     control = probes.load(checkpoint(name), untrained=["adapter"])
     pixels = trained.preprocess(pictures(name))
@@ -393,15 +385,10 @@ def test_a_random_adapter_reads_the_same_encoder(name, checkpoint, mllm):
     assert torch.equal(after["encoder"], before["encoder"])
     assert after["adapter"].isfinite().all()
     assert not torch.allclose(after["adapter"], before["adapter"])
-
-
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
-def test_a_random_adapter_has_random_weights_for_all_features(name, checkpoint, mllm):
-    control = probes.load(checkpoint(name), untrained=["adapter"])
-    trained, random = (dict(frozen.model.named_parameters()) for frozen in (mllm(name), control))
-    mergers = [key for key in trained if "merger" in key and key.endswith("fc1.weight")]
-    assert len(mergers) == 2
-    assert not any(torch.equal(trained[key], random[key]) for key in mergers)
+    weights, random = (dict(frozen.model.named_parameters()) for frozen in (trained, control))
+    found = [key for key in weights if "merger" in key and key.endswith("linear_fc1.weight")]
+    assert len(found) == mergers
+    assert not any(torch.equal(weights[key], random[key]) for key in found)
 
 
 def test_an_initialisation_that_makes_all_states_equal_is_an_error(checkpoint):

@@ -87,17 +87,6 @@ def test_cut_touches_pairs_of_image_tokens_only(is_image, prefix_runs_along):
         )
 
 
-def test_blocking_nothing_changes_nothing(mllm, pixels):
-    plain = mllm.states(pixels)
-    for knockout in (
-        Knockout(torch.zeros(3, 4, dtype=torch.bool)),
-        Knockout(BLOCKED, layers=[]),
-        Knockout(BLOCKED, torch.zeros(3, 3, dtype=torch.bool)),
-    ):
-        cut = mllm.states(pixels, knockout=knockout)
-        assert all(torch.equal(plain[site], cut[site]) for site in mllm.sites)
-
-
 def test_row_without_keys_raises():
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
     blocked = torch.tensor([[False, False, False], [True, False, False]])

@@ -236,5 +236,3 @@ def test_names_that_do_not_fit_are_errors(mllms):
         Knockout(BLOCKED, rows="last", columns="image")
     with pytest.raises(UserError, match="no text after the image runs here"):
         mllm.states(pixels, knockout=Knockout(rows="last", columns="image"))
-    with pytest.raises(UserError, match="leaves token 0 of image 0 .* without any token"):
-        mllm.states(pixels, knockout=Knockout(rows=("prefix", "image"), columns="prefix"))

@@ -6,6 +6,7 @@ module that the package reads.
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from operator import attrgetter
 
 import numpy as np
@@ -14,7 +15,7 @@ import tiny_encoders
 import tiny_families
 import torch
 from PIL import Image
-from tiny_families import STOCK, stock_ids, stock_inputs
+from tiny_families import STOCK, pictures, stock_ids, stock_inputs
 from tolerances import rounding
 
 import probes
@@ -58,41 +59,23 @@ LLMS = {
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory):
+def load(load_family, tmp_path_factory):
     """Return a function that loads a family, or LLaVA with another LLM, each once."""
-    loaded = {}
 
+    @cache
     def load_once(name: str):
-        if name not in loaded:
-            loaded[name] = probes.load(str(write(name, tmp_path_factory)), device="cpu")
-        return loaded[name]
+        if name not in LLMS:
+            return load_family(name)
+        llava = STOCK["llava"]
+        text = tiny_families.LLM | {"model_type": name} | LLMS[name]
+        attention = "eager" if name == "gemma2" else "sdpa"  # which transformers lacks for it
+        with pytest.MonkeyPatch.context() as patch:
+            config = llava.config | {"text_config": text}
+            patch.setitem(STOCK, "llava", replace(llava, config=config))
+            folder = tiny_families.write("llava", tmp_path_factory.mktemp(name), attention)
+        return probes.load(str(folder), device="cpu")
 
     return load_once
-
-
-def write(name: str, tmp_path_factory):
-    """Write the checkpoint of a family, or of LLaVA with another LLM."""
-    folder = tmp_path_factory.mktemp(name)
-    if name not in LLMS:
-        return tiny_families.write(name, folder)
-    llava = STOCK["llava"]
-    text = tiny_families.LLM | {"model_type": name} | LLMS[name]
-    attention = "eager" if name == "gemma2" else "sdpa"  # which transformers does not have for it
-    with pytest.MonkeyPatch.context() as patch:
-        config = llava.config | {"text_config": text}
-        patch.setitem(STOCK, "llava", replace(llava, config=config))
-        return tiny_families.write("llava", folder, attention)
-
-
-def photos(name: str, count: int = 2) -> list[Image.Image]:
-    side = STOCK[name].image_px
-    noise = np.random.default_rng(0).integers(
-        0,
-        255,
-        (count, side, side, 3),
-        np.uint8,
-    )
-    return [Image.fromarray(image) for image in noise]
 
 
 @contextmanager
@@ -172,7 +155,7 @@ def test_parts_are_what_layers_of_the_stock_forward_add(name, load):
     """Values are those of `v_proj`, in Gemma 4 after their norm, in Phi-3 the last quarter of the fused projection."""
     stock = "llava" if name in LLMS else name
     frozen = load(name)
-    states = frozen.states(frozen.preprocess(photos(stock)), "all_parts")
+    states = frozen.states(frozen.preprocess(pictures(stock)), "all_parts")
     path = {
         "gemma4": "self_attn.v_norm",
         "gemma4_unified": "self_attn.v_norm",
@@ -184,7 +167,7 @@ def test_parts_are_what_layers_of_the_stock_forward_add(name, load):
     norm = NORM_BEFORE_MLP.get(name, "post_attention_layernorm")
     layers = attrgetter(STOCK[stock].decoder)(frozen.model).layers
     with recorded(layers, "" if name in PARALLEL else norm, values) as found:
-        frozen.model(use_cache=False, **stock_inputs(stock, photos(stock)))
+        frozen.model(use_cache=False, **stock_inputs(stock, pictures(stock)))
     _, is_image = stock_ids(stock)
     depth = 1 if STOCK[stock].masks else 1 + len(is_image) // 8  # as in test_families.py
     of_a_layer = 3 + (name in (*PARALLEL, "gemma4"))  # what is recorded, without values
@@ -203,7 +186,7 @@ def test_parts_are_what_layers_of_the_stock_forward_add(name, load):
 @pytest.mark.parametrize("name", STOCK)
 def test_a_part_read_alone_is_the_same_and_the_forward_ends_there(name, load):
     frozen = load(name)
-    pixels = frozen.preprocess(photos(name, 1))
+    pixels = frozen.preprocess(pictures(name, 1))
     together = frozen.states(pixels, "all_parts")
     sites = [site for site in together if site.endswith("_02") and not site.startswith("encoder")]
     has_values = 2 in VALUES.get(name, (LAYERS,))[0]
@@ -223,7 +206,7 @@ def test_a_part_read_alone_is_the_same_and_the_forward_ends_there(name, load):
 @pytest.mark.parametrize("name", VALUES)
 def test_values_that_are_not_of_one_token_are_refused(name, load):
     frozen = load(name)
-    pixels = frozen.preprocess(photos(name, 1))
+    pixels = frozen.preprocess(pictures(name, 1))
     layers, why = VALUES[name]
     with pytest.raises(UserError, match=f"^layer 1 has {why}; leave out value_01$"):
         frozen.states(pixels, ["value_01"])
@@ -243,7 +226,7 @@ def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
             STOCK, "gemma4", replace(STOCK["gemma4"], config=config | {"text_config": text})
         )
         frozen = probes.load(str(tiny_families.write("gemma4", tmp_path)), device="cpu")
-    pixels = frozen.preprocess(photos("gemma4", 1))
+    pixels = frozen.preprocess(pictures("gemma4", 1))
     with pytest.raises(UserError, match="layer 3 has no values of its own, .*; leave out value_03"):
         frozen.states(pixels, ["value_03"])
     states = frozen.states(pixels, "all_parts")
@@ -252,7 +235,7 @@ def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
 
 def test_knockouts_rows_and_known_states_reach_parts(load):
     frozen = load("llava")
-    pixels = frozen.preprocess(photos("llava"))
+    pixels = frozen.preprocess(pictures("llava"))
     sites = [
         "value_02",
         "attn_02",
@@ -282,15 +265,6 @@ def test_knockouts_rows_and_known_states_reach_parts(load):
     known = frozen.states(pixels, sites, Knockout(blocked[:2], [3]), known=plain)
     for site in sites:
         torch.testing.assert_close(known[site], again[site], **rounding(again[site], 1))
-
-
-def test_the_logit_lens_reads_what_layers_add(load):
-    frozen = load("llava")
-    states = frozen.states(frozen.preprocess(photos("llava")), "all_parts")
-    norm = frozen.model.model.language_model.norm
-    sites = ("attn_02", "mlp_02")
-    for site, logits in frozen.logit_lens({site: states[site] for site in sites}).items():
-        assert torch.equal(logits, frozen.model.lm_head(norm(states[site])))
 
 
 # ------------------------------------------------------------------------------------------------ bare encoders

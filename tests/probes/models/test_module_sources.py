@@ -11,7 +11,6 @@ from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.models import module_sources
 from probes.models.module_sources import absolute_source, check_was_run, source_identity
-from probes.models.source_names import is_source
 
 FILE = Path(own_modules.__file__)
 WEIGHTS = """
@@ -39,28 +38,6 @@ def test_a_file_is_the_module_that_its_function_describes():
     expected = own_modules.build()
     assert torch.equal(encoder.model.module.stem.weight, expected.module.stem.weight)
     assert encoder.sites[-1] == "final_norm" and encoder.grid == (4, 4)
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("mine.py:build", True),
-        ("timm:vit_tiny_patch16_224", True),
-        ("facebook/dinov2-small", False),
-        ("runs/mine.py:7", False),
-    ],
-)
-def test_which_names_are_sources(path, expected):
-    assert is_source(path) == expected
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [("nothing", "has no function 'nothing'"), ("not_described", "returned a int; expected a")],
-)
-def test_what_is_no_module_is_an_error(function, message):
-    with pytest.raises(UserError, match=message):
-        probes.load(f"{FILE}:{function}", device="cpu")
 
 
 def test_layers_that_are_not_read_are_printed(tmp_path, capsys):

@@ -10,7 +10,6 @@ from torch import nn
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.models.matched_updates import layer_updates
 
 SAID = {
     "preprocess": (MEAN, STD),
@@ -50,15 +49,6 @@ def test_states_are_those_of_the_modules_own_forward_without_extra_tokens():
     torch.testing.assert_close(states["final_norm"], module.norm(hidden)[:, EXTRA:])
 
 
-def test_layers_can_be_named_one_by_one_and_the_norm_left_out():
-    encoder = load(layers=["blocks.0", "blocks.1", "blocks.2"], norm=None)
-    pixels = encoder.preprocess(photo())
-    states = encoder.states(pixels)
-    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03"]
-    for site, expected in load().states(pixels, [*states]).items():
-        assert torch.equal(states[site], expected)
-
-
 def test_the_module_itself_stays_as_it_is():
     module = own_modules.build().module.train()
     before = [parameter.clone() for parameter in module.parameters()]
@@ -66,14 +56,6 @@ def test_the_module_itself_stays_as_it_is():
     assert module.training and all(p.requires_grad for p in module.parameters())
     assert all(map(torch.equal, before, module.parameters()))
     assert not torch.equal(encoder.layers[0].mlp[0].weight, module.blocks[0].mlp[0].weight)
-
-
-def test_a_module_with_its_description_is_loaded_as_it_is_from_a_file():
-    described = own_modules.build()
-    encoder = probes.load(described, device="cpu")
-    pixels = encoder.preprocess(photo())
-    for site, expected in load(described.module).states(pixels, encoder.sites).items():
-        assert torch.equal(encoder.states(pixels)[site], expected)
 
 
 class Noisy(Encoder):
@@ -255,23 +237,6 @@ def test_a_padding_and_its_colour_are_measured(preprocess, way, colour):
         )
 
 
-@pytest.mark.parametrize(
-    ("side", "shown"),
-    [
-        (SIDE_PX, "columns 32 to 64 of its 96, and rows 16 to 48 of its 64"),
-        (48, "columns 24 to 72 of its 96, and rows 8 to 56 of its 64"),
-    ],
-)
-def test_an_unknown_way_to_make_squares_is_named_by_what_it_shows(side, shown):
-    def middle(image):
-        left, top = ((length - side) // 2 for length in image.size)
-        square = image.crop((left, top, left + side, top + side))
-        return normalised(square.resize((SIDE_PX, SIDE_PX), Image.BICUBIC))
-
-    with pytest.raises(UserError, match=f"of a photo of 96 x 64 px the square shows about {shown}"):
-        load(preprocess=middle, image_px=None)
-
-
 def test_a_way_to_make_squares_that_is_not_known_must_be_replaced():
     def mirrored(image):
         return cropping(image).flip(-1)
@@ -295,23 +260,16 @@ def test_a_function_that_changes_more_than_the_scale_is_refused(change, message)
 
 
 # ------------------------------------------------------------------------------------------------ controls
-def test_random_layers_change_the_states_as_much_and_permuted_ones_keep_the_weights():
+def test_permuted_layers_keep_their_weights_in_another_order():
     encoder = load()
-    photos = [photo(seed=seed) for seed in range(3)]
-    pixels = encoder.preprocess(photos)
-    trained = encoder.states(pixels)
-    updates = layer_updates(encoder, pixels)
-    random = load(untrained=["encoder"], match="update", match_images=photos)
-    assert layer_updates(random, pixels) == pytest.approx(updates, rel=2e-3)
     permuted = load(untrained=["encoder"], match="permuted")
-    for before, after in zip(
-        encoder.layers.parameters(), permuted.layers.parameters(), strict=True
-    ):
+    pixels = encoder.preprocess(photo())
+    pairs = zip(encoder.layers.parameters(), permuted.layers.parameters(), strict=True)
+    for before, after in pairs:
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values)
-    for control in (random, permuted):
-        states = control.states(pixels)
-        assert torch.equal(states["layer_00"], trained["layer_00"])
-        assert not torch.allclose(states["layer_01"], trained["layer_01"], atol=1e-2)
+    states, trained = (frozen.states(pixels) for frozen in (permuted, encoder))
+    assert torch.equal(states["layer_00"], trained["layer_00"])
+    assert not torch.allclose(states["layer_01"], trained["layer_01"], atol=1e-2)
 
 
 def test_without_attention_and_mlp_layers_are_permuted_only():

@@ -93,8 +93,3 @@ def build_closed() -> probes.EncoderModule:
     """Return one whose attention and MLP cannot."""
     torch.manual_seed(0)
     return describe(Encoder(torch_layer))
-
-
-def not_described() -> int:
-    """Return something else."""
-    return 3

@@ -25,32 +25,40 @@ STD = [0.5, 0.6, 0.7]
 HIGH_MEAN = [0.1, 0.2, 0.3]
 HIGH_STD = [0.9, 0.8, 0.7]
 SPECIAL = [
-    *(
-        "hello",
-        "\n\n",
-    ),  # as special tokens they survive whatever pre-tokenizer a family's own class brings
-    *(
-        "<image>",
-        "<image_placeholder>",
-        "<begin_of_image>",
-        "<IMG_CONTEXT>",
-        "<img>",
-        "<|image_start|>",
-        "<|media_pad|>",
-        "<fake_token_around_image>",
-    ),
-    *(
-        "<global-img>",
-        "<|START_OF_IMG|>",
-        "TILE_GLOBAL",
-        "<|IMG_PATCH|>",
-        "<IMG_START>",
-        "<start_of_image>",
-    ),
-    *("<|image_pad|>", "<|image|>", "<|image>", "[IMG]", "[IMG_BREAK]"),
-    *("</img>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "<end_of_image>", "<image|>", "[IMG_END]"),
-    *("<IMG_GRID>", "<IMG_END>", "\n", "<|image_end|>"),
-    *("sky", "wall", "road"),
+    "hello",  # as special tokens, words survive whatever pre-tokenizer a family's own class brings
+    "\n\n",
+    "<image>",
+    "<image_placeholder>",
+    "<begin_of_image>",
+    "<IMG_CONTEXT>",
+    "<img>",
+    "<|image_start|>",
+    "<|media_pad|>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<|START_OF_IMG|>",
+    "TILE_GLOBAL",
+    "<|IMG_PATCH|>",
+    "<IMG_START>",
+    "<start_of_image>",
+    "<|image_pad|>",
+    "<|image|>",
+    "<|image>",
+    "[IMG]",
+    "[IMG_BREAK]",
+    "</img>",
+    "<|END_OF_IMG|>",
+    "<|IMG_LINE_BREAK|>",
+    "<end_of_image>",
+    "<image|>",
+    "[IMG_END]",
+    "<IMG_GRID>",
+    "<IMG_END>",
+    "\n",
+    "<|image_end|>",
+    "sky",
+    "wall",
+    "road",
 ]
 QUESTION = "{% if messages[0]['content'] | length > 1 %}{{ messages[0]['content'][1]['text'] }}hello{% endif %}"
 _FIRST = ["<IMG_START>", *(token for token in SPECIAL if token != "<IMG_START>")]
@@ -63,23 +71,17 @@ WORDS = {
     "<unk>": 5,
 } | {token: 10 + i for i, token in enumerate(_FIRST)}
 LLM = {
-    **{
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-    },
-    **{
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 2048,
-    },
-    **{
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 VISION = {
     "hidden_size": 16,
@@ -202,12 +204,10 @@ def stock_hybrid(images: list[Image.Image]) -> dict:
     processor = transformers.DeepseekVLHybridImageProcessorPil(
         size={"height": 16, "width": 16},
         high_res_size={"height": 128, "width": 128},
-        **{
-            "image_mean": MEAN,
-            "image_std": STD,
-            "high_res_image_mean": HIGH_MEAN,
-            "high_res_image_std": HIGH_STD,
-        },
+        image_mean=MEAN,
+        image_std=STD,
+        high_res_image_mean=HIGH_MEAN,
+        high_res_image_std=HIGH_STD,
     )
     return dict(processor(images, return_tensors="pt"))
 
@@ -433,16 +433,12 @@ GEMMA = {
 }
 PROJECTOR = "model.multi_modal_projector"
 LINEAR = {
-    **{
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_value_heads": 2,
-    },
-    **{
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_conv_kernel_dim": 2,
-    },
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 2,
     "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
 }
 LATENT = {
@@ -479,20 +475,17 @@ GLM_VISION = QWEN_VISION | {
     "intermediate_size": 24,
 }
 SAM = {
-    **{
-        "model_type": "sam_vision_model",
-        "hidden_size": 16,
-        "output_channels": 8,
-        "num_hidden_layers": 2,
-    },
-    **{
-        "num_attention_heads": 2,
-        "image_size": 128,
-        "patch_size": 8,
-        "window_size": 4,
-        "mlp_dim": 32,
-    },
-    **{"global_attn_indexes": [1], "num_pos_feats": 8},
+    "model_type": "sam_vision_model",
+    "hidden_size": 16,
+    "output_channels": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 128,
+    "patch_size": 8,
+    "window_size": 4,
+    "mlp_dim": 32,
+    "global_attn_indexes": [1],
+    "num_pos_feats": 8,
 }
 DEEPSEEK = {"encoder": "model.aligner", "placeholder": "<image_placeholder>"}
 MERGER = "model.visual.merger"
@@ -944,3 +937,9 @@ def asked_ids(name: str, question: list[int], answer: list[int] = ()) -> tuple[T
     prefix = [WORDS[token] for token in stock.prefix]
     ids = torch.tensor([*prefix, *image, *before, *question, *after, *answer])
     return ids, ids == IMAGE_ID
+
+
+def pictures(name: str, count: int = 2) -> list[Image.Image]:
+    """Return pictures of random pixels, of the side that a family reads."""
+    shape = (count, *[STOCK[name].image_px] * 2, 3)
+    return [*map(Image.fromarray, np.random.default_rng(0).integers(0, 255, shape, np.uint8))]

@@ -20,6 +20,7 @@ pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
 pytestmark = pytest.mark.slow
 
+BLOCK = Block(kind="block", patches=(0, 1))
 HOSTILE = "<img src=x onerror=window.hacked=1>.png"
 
 
@@ -72,46 +73,19 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_python_api(open_t
     tab.mouse.up()
     settle(tab)
     assert address(tab)["patches"] == "0-1" and tab.locator("#panels figure").count() == 4
-    check_numbers(session, tab, views_of("split:1", Block(kind="block", patches=(0, 1))))
+    check_numbers(session, tab, views_of("split:1", BLOCK))
     tab.get_by_label("in layers").fill("2")
     tab.get_by_label("in layers").press("Enter")
     settle(tab)
-    check_numbers(
-        session,
-        tab,
-        views_of(
-            "split:1",
-            Block(
-                kind="block",
-                patches=(0, 1),
-                layers=(2, 3),
-            ),
-        ),
-    )
-    tab.get_by_role("radio", name="replace by the mean").check()
-    settle(tab)
-    check_numbers(
-        session,
-        tab,
-        views_of(
-            "split:1",
-            Replace(
-                kind="replace",
-                patches=(0, 1),
-                site="adapter",
-                by="mean",
-            ),
-        ),
-    )
-    tab.get_by_role("radio", name="replace by the other mask's").check()
-    settle(tab)
-    change = Replace(
-        kind="replace",
-        patches=(0, 1),
-        site="adapter",
-        by="other_mask",
-    )
-    check_numbers(session, tab, views_of("split:1", change))
+    check_numbers(session, tab, views_of("split:1", BLOCK.model_copy(update={"layers": (2, 3)})))
+    for name, by in (
+        ("replace by the mean", "mean"),
+        ("replace by the other mask's", "other_mask"),
+    ):
+        tab.get_by_role("radio", name=name).check()
+        settle(tab)
+        change = Replace(kind="replace", patches=(0, 1), site="adapter", by=by)
+        check_numbers(session, tab, views_of("split:1", change))
     assert "those under the other mask" in tab.locator("figcaption").nth(1).inner_text()
     assert tab.locator("#history li").count() == 4
     tab.get_by_role("button", name="Clear").click()
@@ -149,29 +123,20 @@ def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session):
     assert settle(tab).inner_text("tbody") == other.inner_text("tbody")
 
 
-def test_answers_side_by_side(open_tab, session):
-    tab = open_tab("#photo=split:1&patches=0-1")
+def test_answers_side_by_side_and_the_patches_of_a_word(open_tab, session):
+    tab = open_tab("#photo=split:1&patches=0-1&site=layer_02")
     tab.get_by_role("textbox", name="Question").fill("Sky?")
     tab.keyboard.press("Enter")
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     shown = tab.locator("#answers .answer").all_text_contents()
     expected = []
-    for view in views_of("split:1", Block(kind="block", patches=(0, 1)))[1::2]:
+    for view in views_of("split:1", BLOCK)[1::2]:
         result = session.ask(PhotoQuestion(**view.model_dump(), question="Sky?"), labs.JOB)
         expected += [result["answer"], result["blocked"]["answer"]]
     assert shown == expected
-
-
-def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
-    tab = open_tab("#photo=split:1&patches=0-1&site=layer_02")
-    tab.get_by_role("textbox", name="Question").fill("Sky?")
-    tab.keyboard.press("Enter")
-    tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
+    answer = shown[2]
     words = tab.locator("#answers .answer").nth(2).locator(".word")
-    answer, number = (
-        tab.locator("#answers .answer").nth(2).inner_text(),
-        int(words.nth(1).get_attribute("value")),
-    )
+    number = int(words.nth(1).get_attribute("value"))
     words.nth(0).focus()
     tab.keyboard.press("ArrowRight")
     tab.keyboard.press("Enter")
@@ -180,9 +145,7 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
     assert address(tab)["word"] == str(number)
     tab.locator("#head").select_option("2")
     settle(tab)
-    for i, view in enumerate(
-        views_of("split:1", Block(kind="block", patches=(0, 1)))
-    ):  # the same words in each panel
+    for i, view in enumerate(views_of("split:1", BLOCK)):  # the same words in each panel
         knockout = (
             Knockout(torch.tensor([[True, True, False, False]])) if view.intervention else None
         )

@@ -126,21 +126,6 @@ def test_an_uploaded_photo_is_read_and_asked_as_the_python_api_does(session, ori
     assert asked["blocked"]["answer"] == answer
 
 
-def test_interventions_change_what_is_read(session):
-    shares = [
-        read(
-            session,
-            View(
-                photo="split:1",
-                model=1,
-                intervention=change,
-            ),
-        )[1]
-        for change in CHANGES.values()
-    ]
-    assert len({x.tobytes() for x in shares}) == len(CHANGES)
-
-
 def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
     request = SiteView(
         photo="split:2",
@@ -217,19 +202,9 @@ def test_kept_states_are_bounded(session, monkeypatch):
 
 FIRST = {"photo": "split:0", "model": 0}
 UNKNOWN = {
-    "it has 5 images": {"photo": "split:99"},
     "drop the same file again": {"photo": "upload:" + 64 * "0"},
-    "this lab has 2": {"model": 2},
     "patch 4 does not exist": {"intervention": block(4)},
     "layer 4 is out of range": {"intervention": block(1, layers=(4,))},
-    "hook at 'final_norm'": {
-        "intervention": Replace(
-            kind="replace",
-            patches=(1,),
-            site="final_norm",
-            by="mean",
-        )
-    },
 }
 
 
@@ -293,6 +268,5 @@ def test_questions_of_the_data_set_are_offered(
         json.dumps([record(t) for t in ("a?", "a?", "b?", "c?", "d?")])
     )
     assert example_questions(model) == ["a?", "b?", "c?"]
-    for broken in ("{", "[1]", '{"a": 1}', "[]"):
-        (tmp_path / "questions.json").write_text(broken)
-        assert example_questions(model) == []
+    (tmp_path / "questions.json").write_text("{")
+    assert example_questions(model) == []

@@ -1,7 +1,12 @@
-"""Fixtures of the tests of models; families have others of their own."""
+"""Tiny models that tests of models share, each loaded once."""
+
+from functools import cache
 
 import pytest
+import tiny_families
 import tiny_models
+import torch
+from PIL import Image
 
 import probes
 
@@ -15,3 +20,21 @@ def mllm(request, checkpoints):
 @pytest.fixture(scope="module")
 def pixels():
     return tiny_models.pixels(3)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    arrays = torch.randint(0, 255, (5, 20, 30, 3), generator=generator, dtype=torch.uint8).numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Return a function that writes the checkpoint of a family; modules that call it use `small_squares`."""
+    return cache(lambda name: str(tiny_families.write(name, tmp_path_factory.mktemp(name))))
+
+
+@pytest.fixture(scope="session")
+def load_family(checkpoint):
+    return cache(lambda name: probes.load(checkpoint(name), device="cpu"))

@@ -1,16 +1,10 @@
 """The encoder's own layers in an MLLM: equal to the hidden states of the stock vision tower, or refused."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
-import tiny_families
 import torch
-from PIL import Image
-from tiny_families import STOCK
+from tiny_families import STOCK, pictures
 from tolerances import rounding
 
-import probes
 from llava_bidir.common.errors import UserError
 from probes import Knockout
 
@@ -67,26 +61,6 @@ REFUSED = {
     "exaone4_5": "orders its patches by windows of attention",
     "qwen2_5_vl": "orders its patches by windows of attention",
 }
-
-
-def photos(name: str, count: int = 2) -> list[Image.Image]:
-    side = STOCK[name].image_px
-    noise = np.random.default_rng(0).integers(0, 255, (count, side, side, 3), np.uint8)
-    return [Image.fromarray(image) for image in noise]
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """Return a function that loads a family, each once."""
-    loaded = {}
-
-    def load_once(name: str):
-        if name not in loaded:
-            folder = tiny_families.write(name, tmp_path_factory.mktemp(name))
-            loaded[name] = probes.load(str(folder), device="cpu")
-        return loaded[name]
-
-    return load_once
 
 
 def stock_hidden_states(frozen, name: str, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -147,10 +121,10 @@ def test_every_family_has_layers_of_its_encoder_or_a_reason():
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_encoder_layers_are_the_hidden_states_of_the_stock_vision_tower(name, load):
+def test_encoder_layers_are_the_hidden_states_of_the_stock_vision_tower(name, load_family):
     tower, extra, merged = TOWERS[name]
-    frozen = load(name)
-    pixels = frozen.preprocess(photos(name))
+    frozen = load_family(name)
+    pixels = frozen.preprocess(pictures(name))
     stock = stock_hidden_states(frozen, name, pixels)
     sites = [f"encoder_{i:02d}" for i in range(len(stock))]
     assert frozen.encoder_sites == sites and len(sites) >= 3
@@ -166,9 +140,9 @@ def test_encoder_layers_are_the_hidden_states_of_the_stock_vision_tower(name, lo
 
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items())
-def test_layers_that_cannot_be_read_are_refused_with_the_reason(name, reason, load):
-    frozen = load(name)
-    pixels = frozen.preprocess(photos(name))
+def test_layers_that_cannot_be_read_are_refused_with_the_reason(name, reason, load_family):
+    frozen = load_family(name)
+    pixels = frozen.preprocess(pictures(name))
     for sites in ("all", ["encoder_01", "adapter"]):
         with pytest.raises(
             UserError, match=f"{reason}.*; leave out sites that begin with encoder_"
@@ -177,29 +151,9 @@ def test_layers_that_cannot_be_read_are_refused_with_the_reason(name, reason, lo
     assert [*frozen.states(pixels)] == frozen.sites == [*frozen.widths]
 
 
-def test_the_encoder_layer_that_the_adapter_reads_is_the_site_encoder(load):
-    """LLaVA reads the last layer but one, so that the last layer is a dead end."""
-    frozen = load("llava")
-    assert frozen.model.config.vision_feature_layer == -2
-    states = frozen.states(frozen.preprocess(photos("llava")), "all")
-    assert torch.equal(states["encoder"], states["encoder_01"])
-    assert not torch.allclose(states["encoder"], states["encoder_02"])
-
-
-def test_encoder_layers_are_read_by_name_only_and_unknown_ones_are_named(load):
-    frozen = load("llava")
-    pixels = frozen.preprocess(photos("llava"))
-    assert [*frozen.states(pixels)] == frozen.sites
-    assert not any(site.startswith("encoder_") for site in frozen.sites)
-    chosen = ["layer_01", "encoder_00"]
-    assert [*frozen.states(pixels, chosen)] == chosen
-    with pytest.raises(UserError, match="unknown site 'encoder_03'; this model has encoder_00, .*"):
-        frozen.states(pixels, ["encoder_03"])
-
-
-def test_knockouts_rows_and_known_states_leave_encoder_layers_as_they_are(load):
-    frozen = load("llava")
-    pixels = frozen.preprocess(photos("llava"))
+def test_knockouts_rows_and_known_states_leave_encoder_layers_as_they_are(load_family):
+    frozen = load_family("llava")
+    pixels = frozen.preprocess(pictures("llava"))
     plain = frozen.states(pixels, "all")
     blocked = torch.arange(36).expand(3, -1) % torch.tensor([[2], [3], [5]]) == 0
     rows = [1, 0, 1]
@@ -208,20 +162,3 @@ def test_knockouts_rows_and_known_states_leave_encoder_layers_as_they_are(load):
     for site in frozen.encoder_sites:
         torch.testing.assert_close(cut[site], plain[site][rows])
         assert torch.equal(known[site], plain[site])
-    again = frozen.states(pixels, "all", Knockout(blocked[:2], [3]))
-    torch.testing.assert_close(known["layer_03"], again["layer_03"])
-    with pytest.raises(UserError, match="states of 'encoder_01' are not in the LLM's space"):
-        frozen.logit_lens({"encoder_01": plain["encoder_01"]})
-
-
-def test_an_entry_that_does_not_fit_its_vision_tower_is_an_error(load):
-    frozen = load("llava")
-    entry = frozen.encoder_layers
-    pixels = frozen.preprocess(photos("llava"))
-    frozen.encoder_layers = replace(entry, extra_tokens=0)
-    with pytest.raises(UserError, match=r"outputs \[2, 37, 16\] for 2 images; expected 36 patches"):
-        frozen.states(pixels, ["encoder_01"])
-    frozen.encoder_layers = replace(entry, path="vision_tower.blocks")
-    with pytest.raises(UserError, match="no module 'vision_tower.blocks', which its family names"):
-        frozen.states(pixels, ["encoder_01"])
-    frozen.encoder_layers = entry

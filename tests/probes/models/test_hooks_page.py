@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import reference
 import tiny_models
 import torch
 from PIL import Image
@@ -78,47 +77,6 @@ def test_code_of_the_page_equals_plain_hooks_on_the_stock_forward(names):
         )
         torch.testing.assert_close(got, expected, **rounding(expected, 4))
         assert not torch.allclose(got, states["final_norm"], atol=1e-3), name
-
-
-def test_knockouts_of_the_page_equal_the_mask_written_out(names):
-    mllm = names["mllm"]
-    first = mllm.prefix_ids.shape[1]
-    image = range(first, first + tiny_models.TOKENS)
-    row = range(first, first + tiny_models.GRID[1])
-
-    def gone(layer: int, q: int, k: int) -> bool:
-        return layer in (2, 3) and q in image and k in row
-
-    masks = reference.masks_by_layer(mllm, image.stop, gone)
-    expected = reference.uncached_states(mllm, names["pixels"], [], masks)[-1][:, image.start :]
-    got = names["cut"]["layer_03"]
-    torch.testing.assert_close(got, expected, **rounding(expected, 4))
-    assert not torch.allclose(got, names["states"]["layer_03"], atol=1e-3)
-    assert isinstance(names["text"], str)
-
-
-@pytest.mark.parametrize("site", ["adapter", "layer_01", "layer_02", "layer_03"])
-def test_a_plain_hook_at_image_positions_equals_a_hook_of_states(mllm, pixels, site):
-    expected = mllm.states(pixels, hooks={site: plus})
-    plain = mllm.states(pixels)
-    mllm.clear_prefix_cache()
-    image = mllm.image_positions - mllm.prefill_prefix()
-    if site == "adapter":
-        handle = mllm.layers[0].register_forward_pre_hook(
-            lambda _, args: (changed(args[0], image), *args[1:])
-        )
-    else:
-        handle = mllm.layers[int(site[-2:]) - 1].register_forward_hook(
-            lambda _, args, out: changed(out, image)
-        )
-    with handle:
-        states = mllm.states(pixels)
-    after = mllm.states(pixels)
-    for name in mllm.sites:
-        assert torch.equal(states[name], expected[name])
-        assert torch.equal(after[name], plain[name])
-    assert torch.equal(states[site], plus(plain[site]))
-    assert not torch.allclose(states["final_norm"], plain["final_norm"], atol=1e-3)
 
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])  # of these, the prompt is cached

@@ -9,7 +9,6 @@ from tolerances import rounding
 import probes
 from llava_bidir.common.errors import UserError
 from probes import Knockout
-from probes.models.knockout import SETS
 
 pytestmark = pytest.mark.numerics
 
@@ -231,16 +230,9 @@ def test_a_knockout_that_changes_no_allowed_pair_is_an_error(mllms, rows, column
 def test_names_that_do_not_fit_are_errors(mllms):
     mllm = mllms("causal")
     pixels = tiny_models.pixels(1)
-    expected = rf"rows of a knockout are 'patches'; expected one or several of {', '.join(SETS)}"
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match="rows of a knockout are 'patches'"):
         Knockout(BLOCKED, rows="patches")
-    with pytest.raises(UserError, match="columns of a knockout are"):
-        Knockout(BLOCKED, columns=())
     with pytest.raises(UserError, match="neither rows nor columns name them"):
         Knockout(BLOCKED, rows="last", columns="image")
-    with pytest.raises(UserError, match=r"blocked must be bool\[1, 4\].*no tensor"):
-        mllm.answer_log_probs(pixels, QUESTION, ANSWERS, Knockout(rows="last"))
     with pytest.raises(UserError, match="no text after the image runs here"):
         mllm.states(pixels, knockout=Knockout(rows="last", columns="image"))
-    with pytest.raises(UserError, match="leaves token 0 of image 0 .* without any token"):
-        mllm.states(pixels, knockout=Knockout(rows=("prefix", "image"), columns="prefix"))

@@ -7,7 +7,6 @@ import probe_runs
 import pytest
 import tiny_models
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -18,13 +17,6 @@ from probes.models.matched_updates import COARSE_TOLERANCE, TOLERANCE, layer_upd
 pytestmark = pytest.mark.numerics
 
 LLM = {"untrained": ["llm"]}
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    generator = torch.Generator().manual_seed(0)
-    arrays = torch.randint(0, 255, (5, 20, 30, 3), generator=generator, dtype=torch.uint8).numpy()
-    return [Image.fromarray(array) for array in arrays]
 
 
 @pytest.fixture(params=["causal", "bidirectional"])
@@ -169,24 +161,6 @@ def test_permuted_weights_keep_the_values_of_each_matrix(path):
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values), name
         moved = "language_model.layers." in name and before.ndim == 2
         assert torch.equal(before, after) != moved, name
-
-
-def test_what_does_not_describe_a_control_is_an_error(path, pictures):
-    with pytest.raises(
-        ValueError, match="match 'update' describes a random LLM; add llm to untrained"
-    ):
-        probes.load(
-            path,
-            untrained=["adapter"],
-            match="update",
-            match_images=pictures,
-        )
-    with pytest.raises(
-        ValueError, match="unknown match 'updates'; expected none, update, permuted"
-    ):
-        probes.load(path, **LLM, match="updates")
-    with pytest.raises(ValueError, match="needs images to measure updates on; pass match_images"):
-        probes.load(path, **LLM, match="update")
 
 
 def test_analyses_of_a_run_read_the_same_random_model(checkpoints, segmentation, tmp_path):

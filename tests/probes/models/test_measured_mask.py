@@ -2,18 +2,13 @@
 
 import pytest
 import reference
-import tiny_families
 import torch
 from tiny_families import STOCK
-from transformers import Dinov2Config
 
 import probes
 from probes.cli import main
-from probes.models import measured_mask
-from probes.models.families import dynamic_resolution, gemma
-from probes.models.measured_mask import DIRECTIONS
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
@@ -36,11 +31,8 @@ def test_equals_the_definition_of_the_mask(checkpoints, name, applied):
 
 
 @pytest.mark.parametrize("name", sorted(STOCK))
-def test_every_family_attends_as_it_claims(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
-    monkeypatch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
-    mllm = probes.load(str(tiny_families.write(name, tmp_path)), dtype="float32")
-    measured = mllm.measured_mask()
+def test_every_family_attends_as_it_claims(name, load_family):
+    measured = load_family(name).measured_mask()
     assert measured.disagreements() == []
     assert measured.moved.any(2).any(1).all(), "each layer mixes tokens"
 
@@ -102,35 +94,3 @@ def test_a_token_with_a_massive_output_hides_no_movement(checkpoints):
     assert mllm.measured_mask().disagreements() == []
     leaking = with_mask(mllm, 3, torch.ones_like).measured_mask().disagreements()
     assert len(leaking) == 4 and all(line.endswith("in layer_03") for line in leaking)
-
-
-@pytest.mark.parametrize(
-    ("movement", "moved"),
-    [
-        ([0, 0, 0, 0.5], [False, False, False, True]),
-        ([0, 3e-7, 2e-6, 1e-2], [False, False, False, True]),  # rounding
-        ([0, 1e-5, 1e-2, 0.9], [False, True, True, True]),  # a weak movement is one
-        ([1e-5, 1e-3, 1e-2, 0.9], [True] * 4),
-        ([0, 1e-7, 2e-7, 4e-7], [False] * 4),
-    ],
-)
-def test_the_threshold_lies_in_the_gap_between_rounding_and_movement(movement, moved):
-    movement = torch.tensor([movement])
-    assert (movement > measured_mask._threshold(movement)).tolist() == [moved]
-
-
-def test_command_prints_a_line_for_each_direction(checkpoints, capsys):
-    main(["mask", str(checkpoints["causal"])])
-    lines = capsys.readouterr().out.splitlines()
-    assert "causal image attention, its own forward" in lines[0]
-    found = [line.split() for line in lines[2:]]
-    shares = {" ".join(row[:-2]): row[-2:] for row in found}
-    never = {"image to later image", "image to text after", "text before to image"}
-    never.add("text to later text")
-    assert shares == {name: ["no" if name in never else "yes"] * 2 for name in DIRECTIONS}
-
-
-def test_a_bare_encoder_has_no_mask_to_measure(tmp_path):
-    Dinov2Config().save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="bare vision encoder: all its patches attend"):
-        main(["mask", str(tmp_path)])

@@ -11,7 +11,6 @@ from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.models import module_sources
 from probes.models.module_sources import absolute_source, check_was_run, source_identity
-from probes.models.source_names import is_source
 
 FILE = Path(own_modules.__file__)
 WEIGHTS = """
@@ -39,85 +38,6 @@ def test_a_file_is_the_module_that_its_function_describes():
     expected = own_modules.build()
     assert torch.equal(encoder.model.module.stem.weight, expected.module.stem.weight)
     assert encoder.sites[-1] == "final_norm" and encoder.grid == (4, 4)
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        (
-            "mine.py:build",
-            True,
-        ),
-        (
-            "timm:vit_tiny_patch16_224",
-            True,
-        ),
-        (
-            "facebook/dinov2-small",
-            False,
-        ),
-        (
-            "mine.py",
-            False,
-        ),
-        (
-            "runs/mine.py:7",
-            False,
-        ),
-    ],
-)
-def test_which_names_are_sources(path, expected):
-    assert is_source(path) == expected
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        (
-            f"{FILE}:nothing",
-            "has no function 'nothing'",
-        ),
-        (
-            f"{FILE}:not_described",
-            "returned a int; expected a probes.EncoderModule",
-        ),
-        (
-            "absent.py:build",
-            "No such file",
-        ),
-    ],
-)
-def test_what_is_no_module_is_an_error(path, message):
-    with pytest.raises(UserError, match=message):
-        probes.load(path, device="cpu")
-    with pytest.raises(UserError, match="leave out patch"):
-        probes.load(path, patch=8)
-
-
-@pytest.mark.parametrize("path", ["mine.py", "mine.py:", "mine.py:7", "mine.py:my-build"])
-def test_a_file_without_a_function_is_told_how_to_name_one(path, capsys):
-    for call in (probes.load, lambda path: main(["sites", path])):
-        with pytest.raises((UserError, SystemExit)) as raised:
-            call(path)
-        said = f"{raised.value}{capsys.readouterr().err}"
-        assert "expected FILE.py:FUNCTION" in said and "e.g. mine.py:build" in said
-
-
-def test_sites_are_printed_with_what_cannot_be_read(capsys):
-    main(["sites", f"{FILE}:build_closed"])
-    printed = capsys.readouterr().out
-    assert "4 x 4 = 16 patches of a 32 px square" in printed
-    assert "no sites inside the layers: blocks.0, a TransformerEncoderLayer" in printed
-
-
-def test_only_parts_that_can_be_read_are_printed(capsys):
-    main(["sites", f"{FILE}:build"])
-    printed = capsys.readouterr().out
-    assert "attn_NN and mlp_NN inside layer_NN, 01 to 03" in printed
-    assert "value" not in printed
-    encoder = probes.load(f"{FILE}:build", device="cpu")
-    with pytest.raises(UserError, match="unknown site 'layer_09'.* and attn_NN and mlp_NN inside"):
-        encoder.check_sites(["layer_09"])
 
 
 def test_layers_that_are_not_read_are_printed(tmp_path, capsys):

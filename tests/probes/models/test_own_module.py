@@ -10,7 +10,6 @@ from torch import nn
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.models.matched_updates import layer_updates
 
 SAID = {
     "preprocess": (MEAN, STD),
@@ -50,15 +49,6 @@ def test_states_are_those_of_the_modules_own_forward_without_extra_tokens():
     torch.testing.assert_close(states["final_norm"], module.norm(hidden)[:, EXTRA:])
 
 
-def test_layers_can_be_named_one_by_one_and_the_norm_left_out():
-    encoder = load(layers=["blocks.0", "blocks.1", "blocks.2"], norm=None)
-    pixels = encoder.preprocess(photo())
-    states = encoder.states(pixels)
-    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03"]
-    for site, expected in load().states(pixels, [*states]).items():
-        assert torch.equal(states[site], expected)
-
-
 def test_the_module_itself_stays_as_it_is():
     module = own_modules.build().module.train()
     before = [parameter.clone() for parameter in module.parameters()]
@@ -66,16 +56,6 @@ def test_the_module_itself_stays_as_it_is():
     assert module.training and all(p.requires_grad for p in module.parameters())
     assert all(map(torch.equal, before, module.parameters()))
     assert not torch.equal(encoder.layers[0].mlp[0].weight, module.blocks[0].mlp[0].weight)
-
-
-def test_a_module_with_its_description_is_loaded_as_it_is_from_a_file():
-    described = own_modules.build()
-    encoder = probes.load(described, device="cpu")
-    pixels = encoder.preprocess(photo())
-    for site, expected in load(described.module).states(pixels, encoder.sites).items():
-        assert torch.equal(encoder.states(pixels)[site], expected)
-    with pytest.raises(UserError, match="leave out patch, since the EncoderModule says so itself"):
-        probes.load(described, patch=8)
 
 
 class Noisy(Encoder):
@@ -105,101 +85,16 @@ class Skipping(Encoder):
 @pytest.mark.parametrize(
     ("module", "changes", "message"),
     [
-        (
-            None,
-            {"patch": 16},
-            "changes token .* expected token",
-        ),
-        (
-            None,
-            {"patch": 4},
-            "reads 18 tokens, and the input has 8 x 8 patches",
-        ),
-        (
-            None,
-            {"image_px": 64},
-            "a forward of 2 x 3 x 64 x 64 px",
-        ),
-        (
-            None,
-            {"image_px": None},
-            "give image_px",
-        ),
-        (
-            None,
-            {"layers": ["blocks.0", "blocks.2"]},
-            "does not read what blocks.0 wrote",
-        ),
-        (
-            None,
-            {"layers": ["blocks.1", "blocks.0"]},
-            "does not read what blocks.1 wrote",
-        ),
-        (
-            Noisy(),
-            {},
-            "on the same pixels differ in eval mode",
-        ),
-        (
-            None,
-            {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])},
-            "divide both by 255",
-        ),
-        (
-            None,
-            {"layers": [nn.Identity()]},
-            "each of layers must be one text",
-        ),
-        (
-            None,
-            {"layers": ["stages.0"]},
-            "has no module 'stages.0'",
-        ),
-        (
-            None,
-            {"layers": None},
-            "to read a module, give layers, too",
-        ),
-        (
-            None,
-            {"layers": "norm"},
-            "expected the paths of layers",
-        ),
-        (
-            None,
-            {"norm": "stem"},
-            "norm stem",
-        ),
-        (
-            None,
-            {"preprocess": (0.5, 0.5)},
-            "expected .mean, std. of three channels",
-        ),
-        (
-            None,
-            {"revision": "main"},
-            "leave out revision",
-        ),
-        (
-            None,
-            {"prefix": "USER:"},
-            "leave out prefix",
-        ),
-        (
-            Encoder(extra_last=True),
-            {},
-            "2 other tokens, then patches of 8 px in raster order",
-        ),
-        (
-            Encoder(ChannelsLast),
-            {},
-            r"are \[2, 3, 6, 16\]; expected \[2, tokens, width\]",
-        ),
-        (
-            Skipping(),
-            {},
-            "does not read what blocks.0 wrote",
-        ),
+        (None, {"patch": 16}, "changes token .* expected token"),
+        (None, {"patch": 4}, "reads 18 tokens, and the input has 8 x 8 patches"),
+        (None, {"layers": ["blocks.0", "blocks.2"]}, "does not read what blocks.0 wrote"),
+        (None, {"layers": ["blocks.1", "blocks.0"]}, "does not read what blocks.1 wrote"),
+        (Noisy(), {}, "on the same pixels differ in eval mode"),
+        (None, {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])}, "divide both by 255"),
+        (None, {"norm": "stem"}, "norm stem"),
+        (Encoder(extra_last=True), {}, "2 other tokens, then patches of 8 px in raster order"),
+        (Encoder(ChannelsLast), {}, r"are \[2, 3, 6, 16\]; expected \[2, tokens, width\]"),
+        (Skipping(), {}, "does not read what blocks.0 wrote"),
     ],
 )
 def test_a_description_that_does_not_fit_is_an_error(module, changes, message):
@@ -342,33 +237,6 @@ def test_a_padding_and_its_colour_are_measured(preprocess, way, colour):
         )
 
 
-@pytest.mark.parametrize(
-    ("side", "shown"),
-    [
-        (SIDE_PX, "columns 32 to 64 of its 96, and rows 16 to 48 of its 64"),
-        (48, "columns 24 to 72 of its 96, and rows 8 to 56 of its 64"),
-    ],
-)
-def test_an_unknown_way_to_make_squares_is_named_by_what_it_shows(side, shown):
-    def middle(image):
-        left, top = ((length - side) // 2 for length in image.size)
-        square = image.crop((left, top, left + side, top + side))
-        return normalised(square.resize((SIDE_PX, SIDE_PX), Image.BICUBIC))
-
-    with pytest.raises(UserError, match=f"of a photo of 96 x 64 px the square shows about {shown}"):
-        load(preprocess=middle, image_px=None)
-
-
-def test_squares_of_several_sides_are_refused():
-    def grown(image):
-        canvas = Image.new("RGB", (max(image.size),) * 2)
-        canvas.paste(image)
-        return normalised(canvas)
-
-    with pytest.raises(UserError, match="a square of 96 px of a photo of 96 x 64, and of 64 px of"):
-        load(preprocess=grown)
-
-
 def test_a_way_to_make_squares_that_is_not_known_must_be_replaced():
     def mirrored(image):
         return cropping(image).flip(-1)
@@ -382,22 +250,8 @@ def test_a_way_to_make_squares_that_is_not_known_must_be_replaced():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda pixels: pixels.flip(0),
-            "expected each channel shifted and scaled",
-        ),
-        (
-            lambda pixels: -pixels,
-            "expected more for white",
-        ),
-        (
-            lambda pixels: pixels[:, :16],
-            "expected a square",
-        ),
-        (
-            lambda pixels: pixels.numpy(),
-            "preprocess returned ndarray",
-        ),
+        (lambda pixels: pixels.flip(0), "expected each channel shifted and scaled"),
+        (lambda pixels: -pixels, "expected more for white"),
     ],
 )
 def test_a_function_that_changes_more_than_the_scale_is_refused(change, message):
@@ -406,23 +260,16 @@ def test_a_function_that_changes_more_than_the_scale_is_refused(change, message)
 
 
 # ------------------------------------------------------------------------------------------------ controls
-def test_random_layers_change_the_states_as_much_and_permuted_ones_keep_the_weights():
+def test_permuted_layers_keep_their_weights_in_another_order():
     encoder = load()
-    photos = [photo(seed=seed) for seed in range(3)]
-    pixels = encoder.preprocess(photos)
-    trained = encoder.states(pixels)
-    updates = layer_updates(encoder, pixels)
-    random = load(untrained=["encoder"], match="update", match_images=photos)
-    assert layer_updates(random, pixels) == pytest.approx(updates, rel=2e-3)
     permuted = load(untrained=["encoder"], match="permuted")
-    for before, after in zip(
-        encoder.layers.parameters(), permuted.layers.parameters(), strict=True
-    ):
+    pixels = encoder.preprocess(photo())
+    pairs = zip(encoder.layers.parameters(), permuted.layers.parameters(), strict=True)
+    for before, after in pairs:
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values)
-    for control in (random, permuted):
-        states = control.states(pixels)
-        assert torch.equal(states["layer_00"], trained["layer_00"])
-        assert not torch.allclose(states["layer_01"], trained["layer_01"], atol=1e-2)
+    states, trained = (frozen.states(pixels) for frozen in (permuted, encoder))
+    assert torch.equal(states["layer_00"], trained["layer_00"])
+    assert not torch.allclose(states["layer_01"], trained["layer_01"], atol=1e-2)
 
 
 def test_without_attention_and_mlp_layers_are_permuted_only():
@@ -443,13 +290,7 @@ def test_parts_add_up_to_the_layers_and_what_is_not_known_is_refused():
             states[f"layer_{layer - 1:02d}"] + added,
             states[f"layer_{layer:02d}"],
         )
-    with pytest.raises(UserError, match="values is not known; leave out value_01"):
-        encoder.states(pixels, ["value_01"])
     with pytest.raises(UserError, match="no attention and MLP .* leave out attn_02"):
         load(own_modules.build_closed().module).states(pixels, ["attn_02"])
-    blocked = torch.zeros(1, 16, dtype=torch.bool)
-    blocked[0, 3] = True
     with pytest.raises(UserError, match="attention .* of a module of your own is not known"):
-        encoder.states(pixels, knockout=probes.Knockout(blocked))
-    with pytest.raises(UserError, match="attention .* of a module of your own is not known"):
-        encoder.attention(pixels)
+        encoder.states(pixels, knockout=probes.Knockout(torch.arange(16)[None] == 3))

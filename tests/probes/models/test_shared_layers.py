@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from device_reads import DeviceReads
 from tolerances import rounding
 
 import probes
@@ -36,28 +35,6 @@ def test_rows_equal_a_forward_each(mllm, pixels):
             torch.testing.assert_close(
                 together[site][[i]], alone[site], **rounding(alone[site], max(depth, 1))
             )
-
-
-def test_each_layer_runs_only_what_differs(mllm, pixels):
-    """A row begins at its first cut that no other row of its image has; a row that blocks nothing has none."""
-    ran: dict[int, int] = {}
-    layers = mllm.decoder.layers
-
-    def count(i):
-        return lambda _, args, out: ran.__setitem__(
-            i, len(out[0] if isinstance(out, tuple) else out)
-        )
-
-    hooks = [layer.register_forward_hook(count(i)) for i, layer in enumerate(layers, 1)]
-    encoded = mllm.model.model.vision_tower.register_forward_hook(
-        lambda _, args, out: ran.__setitem__(0, len(args[0]))
-    )
-    mllm.states(pixels, knockout=knockout_of(ROWS), rows=IMAGES)
-    [hook.remove() for hook in (*hooks, encoded)]
-    histories = [
-        3 * (1 + 2 * (2**layer - 1)) for layer in range(1, LAYERS + 1)
-    ]  # uncut, and each way to be cut so far
-    assert ran == dict(enumerate([3, *histories]))
 
 
 def steer(states: torch.Tensor) -> torch.Tensor:
@@ -100,115 +77,46 @@ def test_starting_from_known_states_equals_the_full_forward(mllm, pixels, change
     ), "layers come back"
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [("layers [2, 3]", [2, 3]), ("layer_02", [2, 3]), ("adapter", [1, 2, 3]), ("rows", [2, 3])],
-)
-def test_only_layers_from_the_first_change_on_run(
-    checkpoints,
-    pixels,
-    change,
-    expected,
-):
-    mllm = probes.load(str(checkpoints["bidirectional"]))
-    ran = []
-    plain = mllm.states(pixels)
-    for number, layer in enumerate(mllm.decoder.layers, 1):
-        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
-    mllm.model.model.vision_tower.register_forward_hook(lambda *_: ran.append(0))
-    mllm.states(pixels, known=plain, **CHANGES[change])
-    assert ran == expected
+def multiply_embeddings(mllm, pixels):
+    with torch.no_grad():
+        mllm.model.get_input_embeddings().weight.mul_(2)
 
 
-def count_device_reads(
-    mllm,
-    pixels,
-    sites,
-    **options,
-) -> int:
-    with DeviceReads() as mode:
-        mllm.states(pixels, sites, **options)
-    return len(mode.reads)
-
-
-def test_reading_more_sites_or_cutting_more_layers_waits_for_the_device_no_more_often(mllm, pixels):
-    mllm.states(pixels)  # fills the cache of the prefix
-    plain = count_device_reads(mllm, pixels, ["layer_03"])
-    assert plain == count_device_reads(mllm, pixels, None)
-    assert plain == count_device_reads(
-        mllm, pixels, None, hooks={"layer_01": steer, "layer_02": steer}
-    )
-
-    def cut(layers):
-        return count_device_reads(
-            mllm, pixels, ["layer_03"], knockout=Knockout(BLOCKED[[0, 1, 0]], layers)
-        )
-
-    assert cut([1]) == cut([1, 2, 3])
-
-
-def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):
-    mllm = probes.load(str(checkpoints["bidirectional"]))
-    plain = mllm.states(pixels, ["layer_01"])
-    with pytest.raises(
-        ValueError, match=r"known states have nothing at 'adapter'; expected \[3, 4, 32\]"
-    ):
-        mllm.states(pixels, ["adapter", "layer_01"], known=plain)
-    with pytest.raises(ValueError, match=r"have \[3, 4, 32\] at 'layer_01'; expected \[2, 4, 32\]"):
-        mllm.states(pixels[:2], ["layer_01"], known=plain)
-
-
-@pytest.mark.parametrize(
-    ("own", "other"), [("causal", "bidirectional"), ("bidirectional", "causal")]
-)
-def test_known_states_of_another_forward_are_an_error(
-    checkpoints,
-    pixels,
-    own,
-    other,
-):
-    mllm = probes.load(str(checkpoints[own]))
-    block = Knockout(BLOCKED, [3])
-    plain = mllm.states(pixels)
-    changed = [mllm.states(pixels, knockout=block), mllm.states(pixels, hooks={"adapter": steer})]
-    for known in (mllm.states(pixels.flip(0)), mllm.states(pixels, rows=[0, 1, 2]), *changed):
-        with pytest.raises(
-            ValueError, match="known states are of other pixels, or of a changed forward"
-        ):
-            mllm.states(pixels, knockout=block, known=known)
-    with pytest.raises(
-        ValueError, match=f"another mask among image tokens: {own}, but the model's is {other}"
-    ):
-        mllm.with_attention(other).states(pixels, knockout=block, known=plain)
-    full = mllm.states(pixels, knockout=block)
-    states = mllm.states(pixels.clone(), knockout=block, known=plain)
-    assert all(torch.equal(states[site], full[site]) for site in full)
-
-
-def _edit_weights(mllm, pixels):
-    mllm.model.get_input_embeddings().weight.mul_(2)
-
-
-EDITS = {
-    "known states are of other weights": _edit_weights,
-    "known states are of another prefix": lambda mllm, pixels: mllm.set_prefix([3, 4]),
-    "known states are of other pixels": lambda mllm, pixels: pixels.mul_(2),
+OTHERS = {  # what is known, and what is changed after it was read
+    "other pixels, or of a changed": (lambda mllm, pixels: mllm.states(pixels.flip(0)), None),
+    "of a changed forward": (
+        lambda mllm, pixels: mllm.states(pixels, hooks={"adapter": steer}),
+        None,
+    ),
+    "image tokens: bidirectional, but the model's is causal": (
+        lambda mllm, pixels: mllm.with_attention("bidirectional").states(pixels),
+        None,
+    ),
+    "other weights": (None, multiply_embeddings),
+    "another prefix": (None, lambda mllm, pixels: mllm.set_prefix([3, 4])),
+    "of other pixels": (None, lambda mllm, pixels: pixels.mul_(2)),
 }
 
 
-@pytest.mark.parametrize("message", EDITS)
-def test_known_states_from_before_an_edit_are_an_error(checkpoints, pixels, message):
+@pytest.mark.parametrize("message", OTHERS)
+def test_known_states_of_something_else_are_an_error(checkpoints, pixels, message):
     mllm = probes.load(str(checkpoints["causal"]))
     pixels = pixels.clone()
-    plain = mllm.states(pixels)
-    with torch.no_grad():
-        EDITS[message](mllm, pixels)
-    with pytest.raises(ValueError, match=message):
-        mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=plain)
+    read, edit = OTHERS[message]
+    known = read(mllm, pixels) if read else mllm.states(pixels)
+    if edit:
+        edit(mllm, pixels)
+    with pytest.raises(ValueError, match=f"known states .*{message}"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=known)
 
 
-def test_a_misfit_is_an_error(mllm, pixels):
-    with pytest.raises(ValueError, match=r"blocked must be bool\[2, 4\]"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED), rows=[2, 0])
+def test_hooks_compose_with_knockouts_and_rows(mllm, pixels):
+    change = {"knockout": Knockout(BLOCKED[:2], [3]), "hooks": {"layer_02": lambda s: 2 * s}}
+    together = mllm.states(pixels, rows=[0, 2], **change)["layer_03"]
+    alone = mllm.states(pixels[[0, 2]], **change)["layer_03"]
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_row_of_an_image_that_does_not_exist_is_an_error(mllm, pixels):
     with pytest.raises(ValueError, match=r"row 1 is of image 3; expected 0 to 2"):
         mllm.states(pixels, knockout=Knockout(BLOCKED[:2]), rows=[2, 3])

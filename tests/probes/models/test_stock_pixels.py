@@ -14,7 +14,6 @@ from PIL import Image
 from tiny_families import HIGH_MEAN, HIGH_STD, MEAN, SIDE, STD
 
 import probes
-from llava_bidir.common.errors import UserError
 from probes.models.families import FAMILIES, dynamic_resolution
 from probes.models.prompt_and_pixels import read_image_processors
 from probes.ops.geometry import ResizeRule
@@ -365,16 +364,3 @@ def rule_of(settings, folder, family="clip"):
 def test_files_without_a_setting_have_that_of_their_class(kind, tmp_path):
     settings, expected = RULES[kind]
     assert rule_of(settings, tmp_path) == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"resample": 9}, r"resample is 9; expected one of 0 \(nearest\), "),
-        ({"size": 200, "crop_size": 224}, "size is 200 px and crop_size 224 px; expected a size"),
-        ({"size": {"shortest_edge": "x"}, "crop_size": 224}, "size is .*; expected numbers"),
-    ],
-)
-def test_settings_that_cannot_be_are_named(settings, message, tmp_path):
-    with pytest.raises(UserError, match=f"preprocessor_config.json of .*: {message}"):
-        rule_of(settings | {"do_center_crop": True}, tmp_path)

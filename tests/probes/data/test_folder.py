@@ -1,10 +1,8 @@
 """Folder datasets, and the errors of broken ones."""
 
+import base64
 import json
-import os
 import shutil
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -16,8 +14,6 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.data.folder import FolderDataset
-from probes.data.probe_data import ProbeData
-from probes.data.registry import open_dataset
 
 
 @pytest.fixture
@@ -29,32 +25,14 @@ def mask_path(root, split="validation"):
     return root / "annotations" / split / "000.png"
 
 
-def no_file(path, make):
-    path.unlink()
-    make(path)
+# greyscale, 20 x 24 px, label 1 everywhere, as writers that do not scale values make it
+PNG_OF_4_BITS = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAABQAAAAYBAAAAAAa0G+rAAAAD0lEQVR4nGMQhAOGkcwEADlAD/F981m/AAAAAElFTkSuQmCC"
+)
 
 
 def facts(**kwargs):
     return json.dumps({"classes": ["a", "b"], **kwargs})
-
-
-def png_of_4_bits(height: int, width: int) -> bytes:
-    """Return a greyscale file with label 1 everywhere, as writers that do not scale values make it."""
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
-    rows = zlib.compress((b"\0" + b"\x11" * (width // 2)) * height)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
-
-
-def save(root, array, mode=None):
-    Image.fromarray(np.asarray(array, np.uint8), mode).save(mask_path(root))
 
 
 def test_image_and_mask_come_back_as_written(root):
@@ -129,7 +107,7 @@ def turned_photo(root, orientation, size=(24, 20)):
 
 
 def test_masks_of_less_than_8_bits_are_an_error(root):
-    mask_path(root).write_bytes(png_of_4_bits(24, 20))
+    mask_path(root).write_bytes(PNG_OF_4_BITS)
     with pytest.raises(
         ValueError, match=r"000.png has 4 bits per pixel, .* multiples of 17; save it as 8-bit PNG"
     ):
@@ -173,44 +151,14 @@ def test_palette_png_is_read_by_index(root):
         ),
         (lambda root: [p.unlink() for p in root.glob("*/validation/*")], "validation: no images"),
         (
-            lambda root: mask_path(root).rename(
-                os.fsdecode(bytes(root / "annotations/validation") + b"/\xff.png")
-            ),
-            r"annotations/validation/\\udcff.png' has a name that is not UTF-8",
-        ),
-        (
-            lambda root: (root / "classes.json").write_text(facts(ignore_index=256)),
-            "ignore_index is 256; expected",
-        ),
-        (
             lambda root: (root / "classes.json").write_text(
                 facts(classes=[str(i) for i in range(255)], reduce_zero_label=True)
             ),
             "classes.json has 255 classes; an 8-bit mask allows at most 254",
         ),
         (
-            lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])),
-            "1 colours .* for 2 classes",
-        ),
-        (
-            lambda root: (root / "classes.json").write_bytes(b'{"classes": ["\xe9"]}'),
-            "classes.json is not UTF-8",
-        ),
-        (
             lambda root: (root / "classes.json").write_text('{"classes": ["a"]}'),
             "classes.json has one class, which is",
-        ),
-        (
-            lambda root: (root / "classes.json").write_text("[" * 100_000),
-            "classes.json is not JSON: .*recursion",
-        ),
-        (
-            lambda root: (root / "classes.json").write_text(" " * 10_000_001),
-            "has more than 10,000,000 characters",
-        ),
-        (
-            lambda root: no_file(root / "classes.json", os.mkfifo),
-            "classes.json is not a regular file",
         ),
     ],
 )
@@ -223,31 +171,10 @@ def test_missing_parts_are_named_before_any_work(root, break_it, message):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (
-            lambda root: save(root, np.full((24, 20), 7)),
-            "000.png has label 7, but there are 3 classes and the labels 0 to 2, 255",
-        ),
-        (
-            lambda root: save(root, np.zeros((24, 20, 3))),
-            "000.png has mode 'RGB', .* convert them to class indices",
-        ),
-        (
-            lambda root: Image.fromarray(np.zeros((24, 20), np.uint16)).save(mask_path(root)),
-            "'I;16', .* with 8 bits",
-        ),
-        (
-            lambda root: save(root, np.zeros((20, 24))),
-            "000.png is 24 x 20 px, its image .* 20 x 24 px",
-        ),
-        (lambda root: mask_path(root).write_bytes(b"x"), "000.png cannot be read as an image"),
         # a JPEG under the name of a PNG: its labels would be those of a lossy picture
         (
             lambda root: Image.new("L", (20, 24)).save(mask_path(root), "JPEG"),
             "000.png cannot be read as an image: it is not PNG",
-        ),
-        (
-            lambda root: (root / "images/validation/000.png").write_bytes(b"x"),
-            "cannot be read as an image",
         ),
         (
             lambda root: cut_off(root / "images/validation/000.png"),
@@ -276,16 +203,6 @@ def test_photo_whose_mask_fits_only_the_stored_pixels_is_read_as_stored(root):
     sample = FolderDataset(root, "validation")[0]
     assert sample["image"].size == (20, 24)
     assert sample["target"].shape == (24, 20)
-
-
-def test_unknown_layout_and_split_are_errors(root):
-    with pytest.raises(
-        ValueError,
-        match="unknown data.dataset 'coco'; expected one of folder, ade20k, voc2012, cityscapes",
-    ):
-        ProbeData(str(root), dataset="coco")
-    with pytest.raises(ValueError, match="no folder .*images/testing"):
-        open_dataset("folder", str(root), "testing")
 
 
 def test_an_image_in_a_folder_below_is_named(root):

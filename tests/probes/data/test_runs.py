@@ -68,12 +68,6 @@ def test_cached_states_are_the_models_in_its_dtype(prepared):
     assert nothing["index"].tolist() == [PAD_INDEX]
 
 
-def test_memory_that_caches_files_is_available(prepared, monkeypatch):
-    """`fit` has just read every image, so little memory is free."""
-    monkeypatch.setattr("os.sysconf", lambda name: 1)
-    assert len(CachedFeatures(*prepared, ["adapter"], batch_size=2)) == 5
-
-
 def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
     mllm, images = prepared
     size = 5 * (4 * 32 * 2 + images[0]["target"].nbytes)  # images, tokens, width, bytes

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
-from probes.cli import main
 from probes.data.base import BadFile
 from probes.data.batches import PreprocessedDataset, collate
 from probes.data.boundaries import find_boundaries
@@ -245,10 +244,6 @@ def test_layouts_that_do_not_exist_are_errors(root, monkeypatch):
     ):
         open_dataset("voc2012", str(root), "training", task="depth")
     with pytest.raises(
-        UserError, match="data.dataset 'nyuv2' has no boundaries; expected one of folder, ade20k"
-    ):
-        open_dataset("nyuv2", str(root), "training", task="boundaries")
-    with pytest.raises(
         UserError, match="data.dataset 'nyuv2' has no segmentation; expected one of folder, ade20k"
     ):
         ProbeData(str(root), dataset="nyuv2")
@@ -305,11 +300,6 @@ BAD_FILES = {
         saves(DEPTH, np.ones((9, 6)), np.uint16),
         r"depth/\S*0.png is 6 x 9 px, its image \S*0.png 9 x 6 px",
     ),
-    "empty depth": (
-        "depth",
-        lambda r: (r / DEPTH).write_bytes(b""),
-        "0.png cannot be read as an image",
-    ),
     "JPEG depth": (
         "depth",
         lambda r: Image.new("L", SIZE[::-1]).save(r / DEPTH, "JPEG"),
@@ -331,29 +321,19 @@ BAD_FILES = {
         saves(NORMALS, 255 - dataset_layouts.unit_normals(0)[1:].repeat(2, 0)[:6]),
         "100% of the normals point away from the viewer",
     ),
-    "normals of another size": (
-        "normals",
-        saves(NORMALS, dataset_layouts.unit_normals(0, (6, 8))),
-        "0.png is 8 x 6 px, its image",
-    ),
     "instances in colour": (
         "boundaries",
         saves(IDS, dataset_layouts.photo(0)),
         "mode 'RGB'.*colours to ids",
     ),
-    "missing at access": ("depth", None, "depth/validation/0.png is missing"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_file_is_an_error_that_names_it(root, name):
     task, break_it, message = BAD_FILES[name]
-    if break_it is None:
-        data = opened(root, task)
-        (root / DEPTH).unlink()
-    else:
-        break_it(root)
-        data = opened(root, task)
+    break_it(root)
+    data = opened(root, task)
     with pytest.raises(BadFile, match=message) as error:
         data[0]
     assert str(root) in str(error.value)
@@ -387,53 +367,3 @@ def test_bad_layout_is_an_error_before_any_work(root, name):
     with pytest.raises(UserError, match=message) as error:
         opened(root, "depth")
     assert str(root) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{}", "has no extrinsic.baseline and intrinsic.fx"),
-        (
-            '{"extrinsic": {"baseline": 0}, "intrinsic": {"fx": 2262}}',
-            "focal length is 0.0; expected a positive number",
-        ),
-    ],
-)
-def test_bad_camera_is_an_error_that_names_it(tmp_path, content, message):
-    city = dataset_layouts.write_cityscapes_depth(dataset_layouts.write_cityscapes(tmp_path))
-    camera = next(city.glob("camera/train/ulm/*.json"))
-    camera.write_text(content)
-    with pytest.raises(BadFile, match=message) as error:
-        open_dataset("cityscapes", str(city), "training", task="depth")[2]
-    assert str(camera) in str(error.value)
-    camera.unlink()
-    with pytest.raises(UserError, match="1 files have no camera"):
-        open_dataset("cityscapes", str(city), "training", task="depth")
-
-
-def test_verify_data_checks_the_targets_of_the_task(root, capsys):
-    config = [
-        "verify-data",
-        "--workers",
-        "0",
-        "-c",
-        "configs/probes/folder.yaml",
-        "--data.root",
-        str(root),
-    ]
-    for task in TARGETS:
-        main([*config, "--data.task", task])
-        targets = task if task in ("depth", "normals") else "2 classes"
-        assert (
-            f"2 training images, 1 validation images, {targets}, all readable"
-            in capsys.readouterr().out
-        )
-    save(root / NORMALS, grey_normals(128))
-    save(root / "normals/training/1.png", np.ones(SIZE), np.uint8)
-    main([*config, "--data.task", "depth"])
-    with pytest.raises(SystemExit) as stop:
-        main([*config, "--data.task", "normals"])
-    message = str(stop.value.code)
-    assert "2 of 3 images cannot be used" in message
-    assert "1 x normals that are not unit vectors" in message
-    assert "1 x file that is not 8-bit RGB" in message

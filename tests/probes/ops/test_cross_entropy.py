@@ -141,32 +141,6 @@ def test_pixels_that_a_crop_leaves_outside_count_as_one_position():
     torch.testing.assert_close(few, exact, rtol=1e-12, atol=0)
 
 
-def smooth_case(noise: float, ignored: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits f64[1, 2, 12, 12, 12] that are smooth but for noise, and masks of smooth regions, stripes ignored."""
-    generator = torch.Generator().manual_seed(0)
-    low = torch.randn(2, 12, 4, 5, generator=generator, dtype=torch.float64)
-    target = F.interpolate(low, (210, 260), mode="bilinear").argmax(1)
-    target[:, :17], target[:, :, 80:93] = IGNORED, IGNORED
-    fine = torch.randn(2, 12, 12, 12, generator=generator, dtype=torch.float64)
-    return (2 * F.interpolate(low, (12, 12), mode="bilinear") + noise * fine)[None], target
-
-
-@pytest.mark.parametrize(
-    ("noise", "most"), [(0.7, [1e-3, 1e-4, 1e-5, 1e-6]), (3.0, [5e-2, 5e-3, 1e-3, 2e-4])]
-)
-def test_the_error_falls_with_the_number_of_nodes(noise, most):
-    logits, target = smooth_case(noise)
-    expected = torch_losses(logits, target)
-    errors = []
-    for nodes, limit in zip((2, 3, 4, 5), most, strict=True):
-        found = upsampled_cross_entropy(
-            logits, prepare_masks(target, 12, (12, 12), nodes, dtype=torch.float64)
-        )
-        errors.append((found - expected).abs().item())
-        assert errors[-1] < limit, nodes
-    assert errors[-1] < errors[0] / 30
-
-
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_default_is_within_1e_5_nats_on_noise(scale):
     logits, target = make_case((1, 2, 20, 24, 24), (240, 320), scale=scale)
@@ -206,16 +180,6 @@ def test_labels_of_any_integer_type_and_truth_values_are_classes(dtype):
     torch.testing.assert_close(loss, torch_losses(logits, target)[0])
 
 
-@pytest.mark.parametrize("ignore_index", [-100, 256])
-def test_ignore_index_of_another_type_is_no_class(ignore_index):
-    """In uint8, -100 would be 156, and 256 be 0."""
-    logits, target = make_case((1, 2, 200, 3, 3), (9, 11), ignored=0)
-    target[:, :2] = 156
-    target[:, 2:4] = 0
-    loss = upsampled_cross_entropy(logits, target.to(torch.uint8), ignore_index)
-    torch.testing.assert_close(loss, torch_losses(logits, target, ignore_index))
-
-
 @pytest.mark.parametrize("scale", [3.0, 300.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_an_ignored_batch_gives_zero_and_no_gradient(reduction, scale):
@@ -228,24 +192,25 @@ def test_an_ignored_batch_gives_zero_and_no_gradient(reduction, scale):
     assert not gradient.any()
 
 
-@pytest.mark.parametrize("ignore_index", [0, 3, -100])
-def test_ignore_index_may_be_a_class_or_negative(ignore_index):
-    logits, target = make_case((2, 2, 5, 3, 3), (9, 11), ignored=0)
-    target[:, :4] = ignore_index
+@pytest.mark.parametrize(
+    ("ignore_index", "label", "dtype"),
+    [
+        (0, 0, torch.int64),
+        (3, 3, torch.int64),
+        (-100, -100, torch.int64),
+        (-100, 156, torch.uint8),
+        (256, 0, torch.uint8),
+    ],
+)
+def test_ignore_index_may_be_a_class_negative_or_of_another_type(ignore_index, label, dtype):
+    """In uint8, -100 would be 156, and 256 be 0."""
+    logits, target = make_case((2, 2, 200, 3, 3), (9, 11), ignored=0)
+    target[:, :4] = label
     expected = value_and_gradient(lambda z: torch_losses(z, target, ignore_index), logits, 1.0)
     found = value_and_gradient(
-        lambda z: upsampled_cross_entropy(z, target, ignore_index), logits, 1.0
+        lambda z: upsampled_cross_entropy(z, target.to(dtype), ignore_index), logits, 1.0
     )
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("scale", [1.0, 40.0, 1e4])
-def test_a_common_shift_of_a_nodes_logits_changes_nothing(scale):
-    logits, target = make_case((1, 2, 5, 3, 3), (9, 11), scale=scale)
-    shifted = logits + 1e5 * torch.randn(1, 2, 1, 3, 3, dtype=torch.float64)
-    expected = value_and_gradient(lambda z: upsampled_cross_entropy(z, target), logits, 1.0)
-    found = value_and_gradient(lambda z: upsampled_cross_entropy(z, target), shifted, 1.0)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_small_float32_losses_keep_their_digits():
@@ -329,34 +294,6 @@ def test_a_label_that_is_no_class_is_named(label):
     target[1, 4, 5] = label
     with pytest.raises(ValueError, match=rf"label {label} .*K=5.*ignore_index=255"):
         upsampled_cross_entropy(logits, target)
-
-
-def test_what_does_not_fit_is_refused():
-    logits, target = make_case((1, 2, 5, 3, 3), (9, 11))
-    for bad_logits in (logits[0, 0], logits[:, :0], logits.long()):
-        with pytest.raises(
-            ValueError, match=r"expected logits f\[B, K, h, w\] or f\[P, B, K, h, w\], got"
-        ):
-            upsampled_cross_entropy(bad_logits, target)
-    for bad_target in (target[:1], target[0]):
-        with pytest.raises(ValueError, match=r"expected a target \[B=2, H, W\]"):
-            upsampled_cross_entropy(logits, bad_target)
-    for bad_target in (target.float(), target + 0j, target[:, :0]):
-        with pytest.raises(ValueError, match=r"expected integer masks \[B, H, W\], got"):
-            upsampled_cross_entropy(logits, bad_target)
-    for masks in (
-        prepare_masks(target, 5, (3, 4)),
-        prepare_masks(target, 4 + 2, (3, 3)),
-        prepare_masks(target[:1], 5, (3, 3)),
-    ):
-        with pytest.raises(ValueError, match="masks were prepared for"):
-            upsampled_cross_entropy(logits, masks)
-    for options, message in (
-        ({"nodes": 1}, "nodes must be at least 2"),
-        ({"reduction": "none"}, "got 'none'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            upsampled_cross_entropy(logits, target, **options)
 
 
 def test_masks_prepared_like_others_are_as_if_prepared_alone():

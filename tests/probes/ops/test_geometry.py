@@ -132,14 +132,6 @@ def test_squares_equal_those_of_the_stock_processors(size, resize):
     assert np.array_equal(ours, theirs.astype(np.uint8))
 
 
-def test_pixels_that_were_cropped_take_the_nearest_token_and_belong_to_none():
-    view = Geometry((2, 2), 56, 56, ResizeRule("center_crop")).view((4, 8))
-    assert view == ((0, 4), (2, 4))
-    assert view.token_of_pixel((2, 2), (4, 8))[1].tolist() == [-1, -1, 0, 0, 1, 1, -1, -1]
-    predicted = upsampled_argmax(torch.eye(2)[:, None].expand(2, 2, 2), (4, 8), view)
-    assert predicted[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-
-
 def test_unknown_resize_is_rejected():
     with pytest.raises(
         ValueError, match="unknown image_resize 'crop'; expected one of squash, pad, center_crop"

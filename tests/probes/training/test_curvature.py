@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from losses import CROSS_ENTROPY
 
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
-from probes.training.solve.curvature import NODES_ALIKE, SampledPixels, sample_nodes
+from probes.training.solve.curvature import SampledPixels, sample_nodes
 from probes.training.solve.objective import LOOSE_NODES
 
 pytestmark = pytest.mark.numerics
@@ -67,17 +67,6 @@ def test_states_are_those_at_nodes_that_have_pixels(grid):
         assert (masks.mass.flatten()[node] > 0).all()
 
 
-def test_nodes_are_drawn_as_often_as_they_have_pixels():
-    grid = (3, 4)
-    masks = masks_of(grid, [(24, 32)] * 4)
-    states = torch.arange(4.0)[:, None, None].expand(4, 12, 1)  # the number of the image
-    sample = sample_of([states], [masks], 4000)
-    counts = sample.inputs[:, 0].round().long().bincount(minlength=4)
-    mass = masks.mass.clamp(min=0).sum((1, 2))
-    torch.testing.assert_close(counts / 4000, mass / mass.sum(), atol=1e-3, rtol=0)
-    torch.testing.assert_close(sample.weights.sum(), mass.sum())
-
-
 def test_folds_have_nodes_by_their_pixels_and_one_without_labels_has_none():
     grid = (3, 3)
     few = masks_of(grid, [(24, 24)])
@@ -123,21 +112,3 @@ def test_means_over_nodes_are_means_over_pixels(certainty):
     expected = (up.square() * labelled).sum() / labelled.sum()
     found = (sample.inputs[:, 0].square() * sample.weights).sum() / sample.weights.sum()
     assert found.item() == pytest.approx(expected.item(), rel=0.02)
-
-
-def test_nodes_of_which_the_probe_is_unsure_are_preferred():
-    """It is sure of nine in ten images, which few nodes show, with larger weights."""
-    grid = (3, 3)
-    masks = masks_of(grid, [(24, 24)] * 10)
-    masks = join_masks([masks[[0]]] * 10)  # all labelled
-    states = torch.ones(10, 9, 1)
-    states[0] = 0
-    point = 50 * torch.tensor([[-1.0], [0.0], [1.0]])
-    sample = sample_of([states], [masks], 1000, point)
-    is_unsure = sample.inputs[:, 0] == 0
-    share = NODES_ALIKE / 10 + 1 - NODES_ALIKE
-    assert is_unsure.double().mean().item() == pytest.approx(share, abs=0.01)
-    pixels = masks.pixels.sum().item()
-    assert sample.weights.sum().item() == pytest.approx(pixels, rel=0.02)
-    assert sample.weights[is_unsure].sum().item() == pytest.approx(pixels / 10, rel=0.02)
-    assert sample.weights.max().item() <= pixels / len(sample.weights) / NODES_ALIKE * 1.001

@@ -31,10 +31,19 @@ def test_all_sites_are_solved_and_the_layer_that_the_adapter_reads_as_its_input(
     assert solved.peak_layer.startswith("layer_"), "the best layer is one of the LLM"
 
 
-def test_trained_probes_of_other_sites_do_not_depend_on_these(checkpoints, segmentation, tmp_path):
-    """The initialisation of a probe depends on the number of its site."""
+@pytest.mark.parametrize(
+    ("few", "more"), [("null", "all"), ("[attn_01]", "[value_01, attn_01, adapter]")]
+)
+def test_trained_probes_of_other_sites_do_not_depend_on_these(
+    few,
+    more,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
+    """The initialisation of a probe depends on the number of its site. The second pair is of parts of a layer."""
     weights = []
-    for name, sites in (("without", "null"), ("with", "all")):
+    for name, sites in (("without", few), ("with", more)):
         command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "-1"]
         command += ["--trainer.max_steps", "1", "--model.mllm", str(checkpoints["causal"])]
         command += ["--data.root", str(segmentation), "--model.sites", sites]
@@ -44,17 +53,3 @@ def test_trained_probes_of_other_sites_do_not_depend_on_these(checkpoints, segme
     assert len(without) < len(with_all)
     for name, weight in without.items():
         torch.testing.assert_close(with_all[name], weight)
-
-
-def test_states_of_all_sites_are_written_and_sites_say_what_there_is(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
-):
-    photo = next((segmentation / "images/validation").iterdir())
-    model = str(checkpoints["causal"])
-    main(["states", model, str(photo), "--sites", "all", "--out", str(tmp_path / "x.safetensors")])
-    assert set(load_file(tmp_path / "x.safetensors")) == set(SITES)
-    main(["sites", model])
-    assert "by name, or with `all`: encoder_00 to encoder_02, width 16" in capsys.readouterr().out

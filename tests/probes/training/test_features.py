@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from solving import arguments
 
 import probes
@@ -94,24 +93,3 @@ def test_masks_of_any_integer_type_are_as_uint8(dtype, lone):
     assert expected.converged
     assert found.loss == expected.loss
     assert torch.equal(found.weight, expected.weight)
-
-
-@pytest.mark.parametrize("folds", [0, 1, 1000])
-def test_as_many_folds_as_can_be_left_out(solved, folds):
-    """With one fold, nothing is left out, and the strength would be chosen by the training loss."""
-    _, features, masks = solved
-    with pytest.raises(UserError, match=f"folds must be 2 to .*got {folds}"):
-        probes.solve_features(features, masks, 3, folds=folds)
-
-
-@pytest.mark.filterwarnings("error")
-def test_masks_may_be_read_only_as_those_of_a_picture_are(solved, tmp_path):
-    """Torch warns of undefined behaviour if a tensor shares their memory."""
-    run, features, masks = solved
-    files = [tmp_path / f"{i}.png" for i in range(len(masks))]
-    for file, mask in zip(files, masks, strict=True):
-        Image.fromarray(mask).save(file)
-    pictures = [np.asarray(Image.open(file)) for file in files]
-    assert not pictures[0].flags.writeable
-    probes.solve_features(features, pictures, len(run.metrics["classes"]), 0.1, folds=2)
-    run.geometry.patches(pictures[0])

@@ -2,25 +2,18 @@
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
 from losses import CROSS_ENTROPY
-from optima import assert_same_solution
-from PIL import Image
-from solving import arguments
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.cli import main
-from probes.evaluation.strengths import CONVERGED
 from probes.ops.quadrature import PreparedMasks, prepare_masks
-from probes.results.probe_run import ProbeRun
 from probes.training.solve.held_out import class_pixels, lone_classes, scored_masks
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
 from probes.training.solve.pass_sums import PassSums
 from probes.training.solve.refinement import start_refinement
-from probes.training.solve.strength_path import HELD_OUT_GAIN, FoldSearch
+from probes.training.solve.strength_path import FoldSearch
 
 pytestmark = pytest.mark.numerics
 
@@ -184,26 +177,6 @@ def test_what_is_known_of_the_curvature_is_of_a_fold_that_knows_the_class(data):
     assert (after < before).all()
 
 
-def test_pixels_of_folds_that_each_have_a_class_of_their_own_are_solved(data):
-    """Nothing that a fold knows of the curvature can be kept; there are as many folds as strengths plus one."""
-    generator = torch.Generator().manual_seed(1)
-    fold_of = torch.arange(120) % FOLDS
-    labels = torch.where(torch.arange(120) < 60, 1 + fold_of, 0)
-    inputs = torch.randn(120, WIDTH + 1, generator=generator)
-    problem = PixelProblem(
-        data.site_problem().space,
-        CROSS_ENTROPY,
-        inputs,
-        labels,
-        torch.ones(120, dtype=torch.float64),
-        fold_of,
-        FOLDS,
-    )
-    assert problem.lone.any(1).all()
-    found = FoldSearch(problem).solve((1e-1, 1e-2))
-    assert found.points.isfinite().all()
-
-
 def test_masks_without_the_class_are_those_of_masks_that_ignore_it(data):
     expected = data.prepare(data.target.masked_fill(data.target == LONE, 255))
     for name in ("mass", "soft", "pixels"):
@@ -247,20 +220,3 @@ def test_classes_of_one_fold_each_are_an_error(data):
     masks = [np.full(SIZE, image % 2, np.uint8) for image in range(IMAGES)]
     with pytest.raises(UserError, match="each class is labelled in only one of 2 folds"):
         probes.solve_features(data.states.unflatten(1, GRID), masks, 2, folds=2)
-
-
-def test_a_run_in_memory_and_one_by_passes_find_the_same(checkpoints, tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data")
-    for file in sorted((root / "annotations/training").iterdir())[1:]:
-        mask = np.array(Image.open(file))
-        mask[mask == 2] = 1
-        Image.fromarray(mask).save(file)  # class 2 is in the first image only
-    runs = []
-    for name, more in (("memory", ()), ("passes", ("--sample-images", "2", "--passes", "20"))):
-        command = arguments(
-            checkpoints["causal"], root, tmp_path / name, *more, strengths=("1", "1e-1")
-        )
-        main(command)
-        runs.append(ProbeRun(tmp_path / name))
-    assert runs[1].metrics["path"]["passes"] > 1
-    assert_same_solution(*runs, held_out=HELD_OUT_GAIN * CONVERGED)

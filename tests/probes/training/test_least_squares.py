@@ -1,16 +1,13 @@
 """Least squares in closed form against explicit upsampling, ignored pixels, several grids, sizes and views."""
 
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import bilinear_weights
 from probes.ops.geometry import Geometry, ResizeRule
 from probes.ops.normal_equations import normal_equations
-from probes.training.solve import least_squares_solver
 from probes.training.solve.least_squares import (
     LEAST_SQUARES_STRENGTHS,
     LeastSquaresMoments,
@@ -171,16 +168,3 @@ def test_parts_of_the_images_added_up_give_the_moments_of_all():
     part.add(other)
     for name, total in part.sums().items():
         torch.testing.assert_close(total, whole.sums()[name], rtol=1e-9, atol=1e-9)
-
-
-def test_targets_without_a_value_are_an_error_in_all_processes(monkeypatch):
-    """An error in the process that solves the site alone would leave the others waiting for its solution."""
-    empty = LeastSquaresMoments.zeros(torch.zeros(4), 2, 1)
-    monkeypatch.setattr(least_squares_solver, "rank", lambda: 1)
-    solver = SimpleNamespace(
-        sites=["encoder"],
-        owner_of=lambda site: 0,
-        _sum_over_ranks=lambda site: empty,
-    )
-    with pytest.raises(UserError, match="no pixel with a value"):
-        least_squares_solver.LeastSquaresSolver.solve(solver)

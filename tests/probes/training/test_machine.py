@@ -131,11 +131,3 @@ def test_a_study_runs_without_lightning(segmentation, tmp_path):
     loaded = set(done.stdout.rpartition("loaded:")[2].split())
     assert "torch" in loaded and (tmp_path / "study/report/index.html").is_file()
     assert not HEAVY & loaded
-
-
-def test_an_option_that_lightning_rejects_is_an_error(checkpoints, segmentation, tmp_path, capsys):
-    words = solving.arguments(checkpoints["causal"], segmentation, tmp_path / "run")
-    with pytest.raises(SystemExit):
-        main([*words, "--trainer.precision", "bf17"])
-    assert "trainer.precision" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

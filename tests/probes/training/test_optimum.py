@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from losses import CROSS_ENTROPY, LabelSmoothing
-from optima import ROUNDING, SLACK
 from scipy.optimize import minimize as scipy_minimize
 
 from probes.ops.lbfgs import MEMORY, Pair
@@ -15,12 +14,10 @@ from probes.ops.quadrature import prepare_masks
 from probes.tasks.losses import Loss
 from probes.training.solve import objective as objectives
 from probes.training.solve import refinement as refinements
-from probes.training.solve import strength_path
 from probes.training.solve.held_out import scored_masks
 from probes.training.solve.objective import (
     LOOSE_NODES,
     TIGHT_NODES,
-    FoldProblem,
     SiteProblem,
     loss_sums,
 )
@@ -209,47 +206,6 @@ def test_states_that_tell_nothing_need_more_regularisation_than_the_first_streng
     assert 0 < path.chosen < len(path.strengths) - 1
 
 
-def test_curvature_from_nodes_leads_to_the_same_path_in_fewer_evaluations(monkeypatch):
-    """Tokens of an image resemble each other, as those of photos do; the first guess by class frequencies is poor."""
-    classes = 8
-    generator = torch.Generator().manual_seed(5)
-    target = torch.randint(0, classes, (240, *GRID), generator=generator)
-    pixels = F.interpolate(target[:, None].float(), SIZE, mode="nearest")[:, 0].to(torch.uint8)
-    offset = 3 * torch.randn(240, 1, 32, generator=generator)
-    states = torch.randn(classes, 32, generator=generator)[target.flatten(1)] + offset
-    states = states + 0.5 * torch.randn(states.shape, generator=generator)
-    masks = [prepare_masks(pixels, classes, GRID, nodes) for nodes in (LOOSE_NODES, TIGHT_NODES)]
-    evaluated = []
-    inner = SiteProblem.sums
-
-    def sums(*args, **kwargs):
-        evaluated[-1] += len(args[2])
-        return inner(*args, **kwargs)
-
-    monkeypatch.setattr(SiteProblem, "sums", sums)
-    # the decrease that a first guess by frequencies predicts is three times too small
-    monkeypatch.setattr(strength_path, "COMPARED_TOLERANCE", COMPARED_TOLERANCE / 10)
-    found = []
-    for guess in (SiteProblem.first_guess, FoldProblem.first_guess):
-        monkeypatch.setattr(SiteProblem, "first_guess", guess)
-        evaluated.append(0)
-        at = SiteProblem(CROSS_ENTROPY, states, *masks, torch.arange(240) // 2 % FOLDS)
-        path, refinement = start_refinement(at)
-        refinement.solve_in_memory()
-        assert refinement.converged
-        found.append((path, refinement))
-    assert evaluated[0] < 0.9 * evaluated[1]
-    assert found[0][0].strengths == found[1][0].strengths
-    assert found[0][0].chosen == found[1][0].chosen
-    compared = found[0][0].compared
-    assert compared == found[1][0].compared
-    losses = [[path.loss[i] for i in compared] for path, _ in found]
-    assert losses[0] == pytest.approx(losses[1], abs=2 * HELD_OUT_GAIN * COMPARED_TOLERANCE)
-    certified = [refinement.accepted.value for _, refinement in found]
-    left = [max(c.decrease for c in refinement.certificates) for _, refinement in found]
-    torch.testing.assert_close(*certified, atol=SLACK * max(left) + ROUNDING, rtol=0)
-
-
 def test_pairs_that_tell_of_no_curvature_are_forgotten(data):
     """As those of a fold along the weights of a class that it lacks: all steps would be far too long."""
     at = problem(data)
@@ -290,41 +246,6 @@ def test_the_curvature_is_that_of_the_nodes_whose_loss_is_minimised(monkeypatch)
     assert sum(evaluated) < 300
 
 
-def test_probes_whose_fold_has_nearly_all_pixels_are_solved(data):
-    """The other folds have a pixel each; without nodes of theirs, no step was taken, and weak strengths looked good."""
-    states, target = (x.clone() for x in data)
-    target[1:] = 255
-    for image in (2, 4):
-        target[image, 8, 8] = data[1][image, 8, 8]
-    at = problem((states, target))
-    start = at.start
-    for _, _, points, _ in FoldSearch(at).follow((1e-1, 1e-2)):
-        assert (points - start).abs().amax((1, 2)).min() > 0.05
-
-
-def test_a_model_with_few_nodes_that_is_wrong_leaves_no_pairs(data, monkeypatch):
-    at = problem(data)
-    _, refinement = start_refinement(at, (1e-1, 1e-2))
-    pairs = []
-    step = Refinement._step_with_few_nodes
-
-    def step_too_far(self):
-        step(self)
-        self.points = self.points + 100
-
-    def minimise(self, *args):
-        pairs.append(len(self.pairs))
-        return inner(self, *args)
-
-    inner = Refinement._minimise
-    monkeypatch.setattr(Refinement, "_minimise", minimise)
-    monkeypatch.setattr(Refinement, "_step_with_few_nodes", step_too_far)
-    refinement.solve_in_memory()
-    assert pairs[0] > 0, "of the path, for the model"
-    assert pairs[1] == 0
-    assert refinement.converged
-
-
 def test_a_step_that_raises_the_loss_is_taken_back(data):
     at = problem(data)
     _, refinement = start_refinement(at, (1e-1, 1e-2))
@@ -336,29 +257,6 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     assert torch.equal(refinement.points, torch.stack([start[0] + 100, start[1]]))
     assert refinement.accepted.value.tolist() == [0.4, 0.5]
     assert not refinement.accepted.gradient[1].any()
-
-
-def test_the_loss_with_many_nodes_is_computed_once_at_each_point(data, monkeypatch):
-    """It is six times as costly as that with few, and most of the time of a site."""
-    seen = []
-    inner = SiteProblem.sums
-
-    def sums(
-        self,
-        fold,
-        points,
-        nodes,
-        needs_grad=True,
-    ):
-        if nodes == TIGHT_NODES and needs_grad and fold == 0:
-            seen.extend(point.flatten().tolist() for point in points)
-        return inner(self, fold, points, nodes, needs_grad)
-
-    monkeypatch.setattr(SiteProblem, "sums", sums)
-    _, refinement = start_refinement(problem(data), (1e-1, 1e-2))
-    refinement.solve_in_memory()
-    assert refinement.converged and len(seen) > 4
-    assert len(set(map(tuple, seen))) == len(seen)
 
 
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):

@@ -4,13 +4,11 @@ import json
 
 import labs
 import numpy as np
-import probe_runs
 import pytest
 import solving
 import studies
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
@@ -95,35 +93,6 @@ def test_patching_refuses_a_part_as_the_read_out(solved):
         main(["patching", "--probes", str(solved.path), "--site", "attn_02"])
 
 
-def test_states_are_written_by_name_and_sites_say_what_there_is(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
-):
-    photo = next((segmentation / "images/validation").iterdir())
-    model = str(checkpoints["causal"])
-    file = tmp_path / "x.safetensors"
-    main(
-        [
-            "states",
-            model,
-            str(photo),
-            "--sites",
-            "encoder_01",
-            "value_01",
-            "--out",
-            str(file),
-        ]
-    )
-    assert {*load_file(file)} == {"encoder_01", "value_01"}
-    main(["sites", model])
-    expected = (
-        "by name, or with `all_parts`: value_NN, attn_NN and mlp_NN inside layer_NN, 01 to 03"
-    )
-    assert expected in capsys.readouterr().out
-
-
 def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segmentation, tmp_path):
     def planned(sites: str, *arms: str) -> dict[str, list[str]]:
         study = studies.study_of(
@@ -152,19 +121,3 @@ def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segment
     message = r"unknown site 'attn_09'; this model has .*\(model.sites\)"
     with pytest.raises(UserError, match=message):
         planned("[attn_09]", "random0")
-
-
-def test_a_trained_probe_of_a_part_does_not_depend_on_the_other_sites(
-    checkpoints, segmentation, tmp_path
-):
-    weights = []
-    for name, sites in (("few", "[attn_01]"), ("more", "[value_01, attn_01, adapter]")):
-        command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "-1"]
-        command += ["--trainer.max_steps", "1", "--model.sites", sites]
-        command += probe_runs.places(checkpoints["causal"], segmentation, tmp_path / name)
-        main(command)
-        weights.append(load_file(tmp_path / name / "probes.safetensors"))
-    few, more = weights
-    assert len(few) < len(more)
-    for name, weight in few.items():
-        torch.testing.assert_close(more[name], weight)

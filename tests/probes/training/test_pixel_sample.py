@@ -55,29 +55,6 @@ def test_states_at_pixels_are_interpolated(target):
     assert torch.equal(target.flatten()[nearest].long(), labels)
 
 
-def test_pixels_are_spread_over_the_labelled_ones(target):
-    tokens, _, _, _ = choose_pixels(
-        target,
-        60,
-        7,
-        GRID,
-        GridPlacement.full(SIZE),
-    )
-    rows = tokens[:, 0] // GRID[1]
-    assert rows.bincount().tolist() == [30, 30], "of the upper and the lower half"
-    again, other = (
-        choose_pixels(
-            target,
-            60,
-            seed,
-            GRID,
-            GridPlacement.full(SIZE),
-        )[1]
-        for seed in (7, 8)
-    )
-    assert not torch.equal(again, other)
-
-
 def test_a_mask_without_labels_has_no_pixels():
     tokens, shares, labels, labelled = choose_pixels(
         torch.full(SIZE, 255, dtype=torch.uint8),
@@ -159,14 +136,6 @@ def test_uncertain_pixels_are_preferred_and_sums_are_kept():
         expected = (pixels.weights * doubt)[before].sum().item()
         found = (kept.weights * doubt[kept.labels])[after].sum().item()
         assert found == pytest.approx(expected, rel=0.04)
-
-
-@pytest.mark.parametrize("doubt", [0.0, 0.5])
-def test_pixels_of_one_certainty_are_spread_evenly(doubt):
-    pixels = candidates([10 * CANDIDATES])
-    kept = prefer_uncertain(pixels, torch.full((10 * CANDIDATES,), doubt))
-    assert (kept.labels.diff() - CANDIDATES).abs().max() <= 1
-    torch.testing.assert_close(kept.weights, torch.full((10,), 5.0 * CANDIDATES).double())
 
 
 def test_images_without_labels_have_no_uncertain_pixels():

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-import yaml
 from PIL import Image
 from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
@@ -176,21 +175,6 @@ def test_repeating_a_command_changes_no_byte_of_a_finished_run(finished, options
     with pytest.raises(SystemExit, match=message):
         main([*command, *(option.format(run=run) for option in options)])
     assert run_bytes(run) == before
-
-
-def test_config_replaces_a_link_and_not_the_file_that_it_names(finished, tmp_path):
-    run, command = finished
-    (tmp_path / "victim.yaml").write_text("kept")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").symlink_to(tmp_path / "victim.yaml")
-    main([*command, "--out", str(tmp_path / "run")])
-    assert (tmp_path / "victim.yaml").read_text() == "kept"
-    ours, theirs = (
-        yaml.safe_load((folder / "config.yaml").read_text()) for folder in (tmp_path / "run", run)
-    )
-    assert not (tmp_path / "run/config.yaml").is_symlink()
-    assert ours["data"] == theirs["data"]
-    assert ours["trainer"]
 
 
 def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path):

@@ -82,16 +82,7 @@ def sampled(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     return ProbeRun(out)
 
 
-def test_writes_the_files_of_a_fit(run):
-    files = (
-        "config.yaml",
-        "probes.safetensors",
-        "manifest.json",
-        "metrics.json",
-        "counts.safetensors",
-    )
-    for name in files:
-        assert (run.path / name).is_file(), name
+def test_the_strength_of_the_lowest_loss_is_chosen_and_all_are_certified(run):
     path = run.metrics["path"]
     assert path["passes"] == 1
     assert path["sample_images"] == 6
@@ -294,8 +285,6 @@ def test_a_finished_run_is_left_alone(
     assert "nothing to do" in caplog.text
     with pytest.raises(SystemExit, match="finished run"):
         main(command)
-    main([*command, "--ckpt_path", "last", "--data.name", "photos"])
-    assert "its data set is still called" in caplog.text
     with pytest.raises(SystemExit, match="folds"):
         main([*command, "--ckpt_path", "last", "--folds", "3"])
     assert run_bytes(run.path) == before
@@ -351,24 +340,6 @@ def test_moments_that_do_not_fit_are_an_error(
         )
 
 
-def test_later_passes_prefer_uncertain_pixels(solve, monkeypatch):
-    samples = []
-    gather = PassSolver._gather_pixels
-
-    def record(self):
-        gather(self)
-        samples.append(self.sample_pixels)
-
-    monkeypatch.setattr(PassSolver, "_gather_pixels", record)
-    solve("--model.sites", "[adapter]", "--sample-images", "2", "--passes", "2", strengths=("1",))
-    first, later = samples
-    assert len(later[1]) == 2 * len(first[1]), "half a byte a channel instead of a byte"
-    assert len(later[1].unique()) > len(later[1]) // 2, (
-        "pixels of an image differ in what they stand for"
-    )
-    assert later[1].sum() == pytest.approx(first[1].sum().item(), rel=0.2)
-
-
 def test_images_of_each_fold_are_kept_however_little_memory_there_is(solve, monkeypatch):
     monkeypatch.setattr("probes.training.solve.run.available_memory", lambda: 0)
     monkeypatch.setattr("probes.training.solve.run.LEAST", 1)
@@ -414,15 +385,10 @@ def test_dry_run_measures_and_writes_nothing(
     segmentation,
     tmp_path,
     caplog,
-    monkeypatch,
 ):
     command = arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run")
     main(command)
-    assert "images become squares by: squash, bicubic; it replaces pad, bicubic" in caplog.text
     assert "images/s; a pass over 6 training images" in caplog.text
-    assert "h, the only one; 5 validation images" in caplog.text
-    assert "the states of all 6 images are kept" in caplog.text
-    assert "at most" not in caplog.text
     main([*command, *SAMPLED])
     assert "h, at most 3 passes (" in caplog.text
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,6 @@ import torch
 from run_bytes import run_bytes
 from solving import arguments
 
-from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.training.site_probes import SiteProbes
 from probes.training.solve.by_passes import PassSolver
@@ -137,29 +136,3 @@ def test_a_full_disk_is_an_error_before_the_first_step(command, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(SystemExit, match="does not have; choose fewer --model.sites"):
         main(command("full", "--disk-gb", "1"))
-
-
-def test_other_errors_of_the_disk_are_ours(tmp_path, monkeypatch):
-    def broken(*_) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "posix_fallocate", broken)
-    with pytest.raises(OSError, match="Input/output") as raised:
-        StateFile(tmp_path, [0]).write([0], {"encoder": torch.zeros(1, 2, 2)})
-    assert not isinstance(raised.value, UserError)
-
-
-def test_dry_run_says_what_is_on_the_disk_and_writes_nothing(command, tmp_path, caplog):
-    main(command("out", "--dry-run"))
-    assert "are not on the disk (--disk-gb)" in caplog.text
-    assert "h, at most 3 passes (" in caplog.text
-    caplog.clear()
-    main(command("out", "--dry-run", "--disk-gb", "1"))
-    assert "are on the disk until the end" in caplog.text
-    assert "h, the only one of at most 3 that runs the model; 5 validation images" in caplog.text
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_negative_size_is_refused(command):
-    with pytest.raises(SystemExit, match="--disk-gb must be at least 0, got -1"):
-        main(command("out", "--disk-gb", "-1"))

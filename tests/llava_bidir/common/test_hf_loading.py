@@ -136,18 +136,6 @@ def test_they_are_refused_in_every_part(part, prefix, checkpoints, tmp_path):
         probes.load(str(folder))
 
 
-def test_they_are_refused_in_the_names_of_released_llavas(checkpoints, tmp_path):
-    folder = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
-    tensors = load_file(folder / "model.safetensors")
-    old = "language_model.model."
-    renamed = {name.replace("model.language_model.", old): x for name, x in tensors.items()}
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    assert probes.load(str(folder)).sites
-    add_tensors(folder, f"{old}layers.0.self_attn.q_proj", ("qweight",))
-    with pytest.raises(UserError, match=r"e.g. .*layers.0.self_attn.q_proj.qweight; merge"):
-        probes.load(str(folder))
-
-
 @pytest.mark.parametrize("part", ["llm", "encoder"])
 def test_they_are_refused_in_the_parts_of_a_new_model(part, parts, tmp_path):
     folder = shutil.copytree(parts[1] if part == "llm" else parts[0].path, tmp_path / part)

@@ -103,14 +103,6 @@ def test_callbacks_that_a_run_cannot_record_or_resume_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_probes_refuse_them_too(checkpoints, segmentation, tmp_path):
-    name, *options = SCHEDULER
-    more = [f"--trainer.callbacks+={name}", *options]
-    with pytest.raises(SystemExit, match=f"{name} is not supported: batches"):
-        probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *more)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("option", ["max_epochs", "max_steps", "limit_train_batches"])
 def test_a_run_without_a_step_is_refused(option, parts, conversations, tmp_path):
     """It said "The trained model is RUN/hf", and there was none."""

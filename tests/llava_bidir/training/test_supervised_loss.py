@@ -1,12 +1,12 @@
 """Loss against samples alone; no wait for the device."""
 
 import pytest
+import reference
 import tiny_models
 import torch
 import torch.nn.functional as F
 from device_reads import DeviceReads
 from PIL import Image
-from reference_llava import llava_logits
 
 from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.data.collate import Collate
@@ -72,6 +72,32 @@ def assert_equal(ours, expected) -> None:
             atol=near,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+
+
+@torch.no_grad()
+def llava_logits(
+    model,
+    image_attention: str,
+    ids: torch.Tensor,
+    pixels: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the logits f[N, V] of a sample without padding.
+
+    Args:
+        model: `LlavaBidirForConditionalGeneration` with a Llama, used for its weights, and for the features of images.
+        image_attention: Name of the mask.
+        ids: i64[N].
+        pixels: f[I, 3, H, W], or None without images.
+    """
+    is_image = ids == model.config.image_token_id
+    embedded = model.get_input_embeddings()(ids)
+    if pixels is not None:
+        embedded[is_image] = torch.cat(list(model.get_image_features(pixels).pooler_output))
+    decoder = model.model.language_model
+    mask = reference.mask_by_loop(image_attention, is_image[None], torch.ones_like(ids)[None])
+    masks = [mask] * len(decoder.layers)
+    states = reference.llama_states(decoder, embedded[None], masks, torch.arange(len(ids)))
+    return model.lm_head(decoder.norm(states[-1]))[0]
 
 
 @pytest.mark.parametrize("name", MASKS)

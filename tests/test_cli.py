@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import run_bytes
 import tiny_models
-import torch
 from processes import run_command
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 import llava_bidir.cli
 import probes.cli
@@ -267,27 +265,6 @@ def test_checkpoint_of_stage_2_is_exported_without_the_model_of_stage_1(
     facts = json.loads((run / "again/training.json").read_text())
     assert facts["adapter"] == str(adapter)
     assert facts["adapter_init_scale"] == 4
-
-
-@pytest.mark.parametrize("frozen", ["float32", "bfloat16"])
-def test_lora_is_merged_into_what_is_exported(
-    frozen,
-    parts,
-    conversations,
-    tmp_path,
-):
-    """Frozen weights keep the dtype that they had in training, in the run's own export and in that of a checkpoint."""
-    more = f"--model.lora.r 2 --model.lora.alpha 64 --model.frozen_dtype {frozen}"
-    more += " --trainer.precision bf16-mixed --trainer.gradient_clip_val null"
-    run = tiny_models.fit(parts, conversations, tmp_path / "run", *more.split())
-    export_again(run)
-    written = load_file(run / "again/model.safetensors")
-    assert not any("lora" in name or "base_layer" in name for name in written)
-    before = LlamaForCausalLM.from_pretrained(parts[1]).state_dict()
-    name = "layers.1.mlp.down_proj.weight"
-    merged = next(tensor for key, tensor in written.items() if key.endswith(name))
-    assert merged.dtype == getattr(torch, frozen)
-    assert (merged - before[f"model.{name}"]).abs().max() > 1e-3, "it has learned"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

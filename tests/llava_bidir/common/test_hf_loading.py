@@ -8,12 +8,10 @@ from dataclasses import replace
 import pytest
 import tiny_families
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 import probes
-from llava_bidir.cli import main as llava_bidir_main
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import read_pretrained
 from llava_bidir.model.build import build_model, build_processor
@@ -41,9 +39,6 @@ def test_the_authors_format_is_named(kind, tmp_path):
     path = write(tmp_path, AUTHORS | {"model_type": kind})
     with pytest.raises(SystemExit, match=OF_THE_AUTHORS.format(kind)):
         probes_main(["sites", path])
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(SystemExit, match=OF_THE_AUTHORS.format(kind)):
-        llava_bidir_main(["generate", path, str(tmp_path / "a.png"), "what"])
 
 
 def config_of(name: str, folder) -> dict:

@@ -162,15 +162,6 @@ def test_compiled_layers_leave_loss_and_gradients(parts):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_without_a_compiler_training_goes_on_and_says_so(parts, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "no_such_compiler")
-    module, _ = build(parts, "causal", compile=True)
-    assert "there is no no_such_compiler: not compiled" in caplog.text
-    assert all(
-        layer._compiled_call_impl is None for layer in module.model.model.language_model.layers
-    )
-
-
 def device_reads(module, batch) -> list[str]:
     with DeviceReads() as mode:
         module.loss(batch).backward()

@@ -273,20 +273,6 @@ def files_of(diff: str) -> list[str]:
     return re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)
 
 
-def test_there_are_eight_examples_each_with_a_test():
-    names = " ".join(Path(name).stem for name in EXAMPLES)
-    assert names == "analysis dataset encoder family head mask module task"
-    for diff, command in EXAMPLES.values():
-        tests = [name for name in files_of(diff) if name.startswith("tests/")]
-        new = re.findall(r"^--- /dev/null\n\+\+\+ b/(.+)$", diff, re.M)
-        places = {
-            str(Path(name).parent) if name in new else name for name in files_of(diff)
-        }  # a new folder is one
-        assert len(tests) == 1
-        assert len(places) <= 3
-        assert command.startswith("python -m pytest tests/")
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_applies_to_the_present_code(name, copy):
     run_command(["git", "apply", "--check", "-"], cwd=copy, input=EXAMPLES[name][0])

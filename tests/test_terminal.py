@@ -24,18 +24,7 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
             "probes solve: the following arguments are required",
             None,
         ),
-        (
-            "llava-bidir fit -c stage2 -c clip",
-            "are required: --data.annotations, --data.images",
-            None,
-        ),
         ("probes fitt", "invalid choice: 'fitt'", "fit"),
-        (
-            "probes maps --probes RUN --image 0 --outt DIR",
-            "unrecognized arguments: --outt DIR",
-            "--out",
-        ),
-        ("llava-bidir export CKPT OUT --as-lava", "llava-bidir export: unrecognized", "--as-llava"),
     ],
 )
 def test_usage_errors_have_three_lines_and_say_what_was_meant(

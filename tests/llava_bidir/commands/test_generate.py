@@ -138,11 +138,8 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
             expected += [question, f"    {answer(*asked, [question], [[picture]], 4)[0]}"]
     assert told == expected
 
-    (tmp_path / "nameless").write_bytes(photos[1].read_bytes())
     for words, message in {
         (photos[0], photos[1]): "there is no question after .*b.png",
-        (photos[0], tmp_path / "nameless"): "there is no question after .*nameless",
-        (photos[0], "lost.JPG", "wall"): "lost.JPG cannot be read as an image: .*No such file",
         (photos[0], "wall", photos[1]): "photo '.*b.png' follows a question",
         ("what is it?", "wall"): "what is it[?] cannot be read",
     }.items():

@@ -9,8 +9,6 @@ from llava_bidir import cli as llava_bidir
 from llava_bidir.common.configs import FOLDER, config_names, find_config, with_config_paths
 from probes import cli as probes
 
-ROOT = Path(__file__).parents[3]
-
 
 def test_every_config_has_a_name_and_short_ones_are_unique():
     names = config_names()
@@ -42,13 +40,9 @@ def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
     ("package", "words"),
     [
         (llava_bidir, "fit --data.template plain -c {config}"),
-        (llava_bidir, "verify-data --data.template=plain --config={config}"),
         (llava_bidir, "verify-data -c clip --model.lora.r 4 -c {config}"),
-        (llava_bidir, "validate --model.encoder clip.yaml -c {config}"),
         (llava_bidir, "test --trainer.callbacks+=EarlyStopping -c {config}"),
         (probes, "solve --data.template plain -c {config}"),
-        (probes, "fit --trainer.callbacks+=EarlyStopping -c {config}"),
-        (probes, "verify-data --data.root D -c clip -c {config}"),
         (probes, "study MODEL DATA --data.root D -c {config}"),
     ],
 )

@@ -8,12 +8,10 @@ from dataclasses import replace
 import pytest
 import tiny_families
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 import probes
-from llava_bidir.cli import main as llava_bidir_main
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import read_pretrained
 from llava_bidir.model.build import build_model, build_processor
@@ -41,9 +39,6 @@ def test_the_authors_format_is_named(kind, tmp_path):
     path = write(tmp_path, AUTHORS | {"model_type": kind})
     with pytest.raises(SystemExit, match=OF_THE_AUTHORS.format(kind)):
         probes_main(["sites", path])
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(SystemExit, match=OF_THE_AUTHORS.format(kind)):
-        llava_bidir_main(["generate", path, str(tmp_path / "a.png"), "what"])
 
 
 def config_of(name: str, folder) -> dict:
@@ -133,18 +128,6 @@ def test_they_are_refused_in_every_part(part, prefix, checkpoints, tmp_path):
     name = add_tensors(folder, part, ("lora_A.weight", "lora_B.weight"), prefix)
     name = name.replace(".vision_model.", ".")  # as transformers reads it
     with pytest.raises(UserError, match=f"in 2 tensors, e.g. {re.escape(name)}; merge"):
-        probes.load(str(folder))
-
-
-def test_they_are_refused_in_the_names_of_released_llavas(checkpoints, tmp_path):
-    folder = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
-    tensors = load_file(folder / "model.safetensors")
-    old = "language_model.model."
-    renamed = {name.replace("model.language_model.", old): x for name, x in tensors.items()}
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    assert probes.load(str(folder)).sites
-    add_tensors(folder, f"{old}layers.0.self_attn.q_proj", ("qweight",))
-    with pytest.raises(UserError, match=r"e.g. .*layers.0.self_attn.q_proj.qweight; merge"):
         probes.load(str(folder))
 
 

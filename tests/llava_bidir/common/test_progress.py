@@ -2,8 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
-
 from llava_bidir.common import progress
 
 
@@ -45,30 +43,6 @@ def lines_of(
             now[0] += seconds
             callback.on_train_batch_end(trainer, None, {"loss": 1.0}, None, i)
     return caplog.messages
-
-
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        (
-            (1, -1),
-            "step 1 of 256, epoch 1/1, batch 2/512, loss 2, 0.005 batches/s, 1 day, 4:20:00 left",
-        ),
-        ((1, 2), "step 1 of 2, epoch 1/1, batch 2/512, loss 2, 0.005 batches/s, 0:06:40 left"),
-        (
-            (-1, 1000),
-            "step 1 of 1000, epoch 1, batch 2/512, loss 2, 0.005 batches/s, 4 days, 15:00:00 left",
-        ),
-    ],
-)
-def test_time_left_is_that_until_the_nearest_limit(
-    limits,
-    expected,
-    monkeypatch,
-    caplog,
-):
-    trainers = [trainer_at(done, *limits) for done in (1, 2)]
-    assert lines_of(progress.LogProgress(), trainers, monkeypatch, caplog)[-1] == expected
 
 
 def test_time_left_counts_the_batches_within_a_step(monkeypatch, caplog):

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava_bidir.common import step_progress
-from llava_bidir.common.step_progress import StepWatcher, tell
-from llava_bidir.common.steps import Step, run_steps
+from llava_bidir.common.step_progress import StepWatcher
 
 
 @pytest.fixture
@@ -45,20 +44,6 @@ def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):
     assert watch("solving sites", 2, 4) == "about 9 min left", (
         "four more of this step instead of none"
     )
-
-
-def test_what_steps_tell_is_printed_while_they_run(tmp_path, capsys, clock):
-    step = Step("a", {}, tmp_path / "a.txt", kind="solve")
-
-    def work(step):
-        clock.now += 30
-        tell("pass 1", 0, 2)
-        clock.now += 30
-        tell("pass 1", 1, 2)
-        step.result.write_text("done")
-
-    run_steps([step], tmp_path, work)
-    assert "    a: pass 1, 1 of 2, at least 1 min left" in capsys.readouterr().out
 
 
 REDIRECTED = """

@@ -122,13 +122,6 @@ def test_work_that_was_moved_or_copied_is_done(spelled, tmp_path, monkeypatch):
     assert find_missing([other], out) == [other], "a path outside of the folder is an option"
 
 
-def test_another_command_is_run_with_all_that_read_its_result(folder):
-    first, second, third = chain(folder)
-    run([first, second, third], folder)
-    other = Step(**vars(second) | {"config": ("llava-bidir", "fit", "--name", "other")})
-    assert run([first, other, third], folder) == ["b", "c"]
-
-
 def test_a_result_is_replaced_if_its_inputs_have_changed_and_else_resumed(folder):
     """A training that was killed has no record, and must go on from its checkpoint."""
     step, *_ = chain(folder)

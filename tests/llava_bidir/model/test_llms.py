@@ -16,7 +16,6 @@ from llava_bidir.data.collate import Collate
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import as_llava, export_hf
 from llava_bidir.model.llm import resize_vocabulary
-from llava_bidir.model.modeling_llava_bidir import logit_steps
 from llava_bidir.training.module import LlavaTraining
 
 SIZES = {
@@ -183,17 +182,6 @@ def test_words_of_states_are_those_of_the_model(kind, parts, llm_of, tmp_path):
         torch.testing.assert_close(mllm.word_head("final_norm")(states), expected)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["granite", "phi"])
-def test_a_resized_vocabulary_keeps_the_logits(kind, parts, llm_of):
-    llm, own = llm_of(kind)
-    built, _ = build(parts, llm, kind)
-    built.resize_token_embeddings(len(built.get_input_embeddings().weight) + 64)
-    expected = own(input_ids=text(60)).logits
-    logits = built(input_ids=text(60)).logits
-    torch.testing.assert_close(logits[..., : expected.shape[-1]], expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", REFUSED)
 def test_other_llms_are_refused_when_the_model_is_built(kind, parts, tmp_path):
     settings, message = REFUSED[kind]
@@ -223,8 +211,3 @@ def test_stock_llava_is_refused_where_it_would_leave_a_step_out(kind, step, part
     built, _ = build(parts, llm_of(kind)[0], kind)
     with pytest.raises(UserError, match=f"--as-llava: {kind} makes its logits with {step}"):
         as_llava(built)
-
-
-def test_settings_that_change_nothing_are_no_steps():
-    assert not logit_steps(AutoConfig.for_model("granite", logits_scaling=1.0))
-    assert not logit_steps(AutoConfig.for_model("gemma3_text"))

@@ -16,7 +16,6 @@ from llava_bidir.model.modeling_llava_bidir import CACHE, FULL, SLIDING, layer_k
 pytestmark = pytest.mark.numerics
 
 MASKS = tuple(IMAGE_ATTENTION)
-DEPTH = 7  # layers from the pixels to the logits
 # two images of 4 tokens, one image, text only, and a short row
 BATCH = ("tiiiittiiiitt", "ttiiiittt", "tttttttt", "tiiiit")
 

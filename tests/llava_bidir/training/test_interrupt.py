@@ -102,13 +102,6 @@ def test_export_takes_the_newest_checkpoint_of_a_run_and_says_which(fit, tmp_pat
     assert json.loads((tmp_path / "old/training.json").read_text())["steps"] == 2
 
 
-def test_a_second_ctrl_c_ends_at_once_and_promises_nothing(fit, tmp_path):
-    status, told = fit(interrupts={0: 2})
-    advice = "nothing was saved yet: the same command starts anew"
-    assert status == 130
-    assert told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
-
-
 def test_a_run_outside_of_the_main_thread_ends_as_usual(parts, conversations, tmp_path):
     """Only the main thread may set what a signal does; the run raised a ValueError after its last step."""
     with ThreadPoolExecutor(1) as pool:

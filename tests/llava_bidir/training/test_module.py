@@ -19,9 +19,7 @@ from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.training.callbacks import ExportSteps
-from llava_bidir.training.loss_monitor import LossMonitor
 from llava_bidir.training.module import LlavaTraining
-from llava_bidir.training.throughput import Throughput
 
 pytestmark = pytest.mark.numerics
 
@@ -373,13 +371,6 @@ def test_saves_of_a_time_interval_wait_for_the_end_of_a_step(
     run.fit(module(parts), datamodule=data(conversations, parts))
     saved = sorted(path.stem for path in tmp_path.glob("*.ckpt"))
     assert saved == ["step=2", "step=4"], "due after 3 and 7 micro-batches of two a step"
-
-
-def test_logs_are_at_optimizer_steps_or_never(fit):
-    assert fit()[2].log_every_n_steps == 3, "an epoch has three steps"
-    callbacks = [Throughput(), LossMonitor()]
-    _, losses, _ = fit(log_every_n_steps=0, callbacks=callbacks)
-    assert len(losses) == MICRO_BATCHES
 
 
 def test_gradients_can_be_clipped_in_mixed_precision(fit):

@@ -6,12 +6,64 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import vqa_results
 
 from llava_bidir import cli
+from llava_bidir.common.atomic_io import write_files
 
 CAUSAL, BIDIRECTIONAL = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.65]]
 NAMES = ["gqa", "mmbench", "mme", "pope", "textvqa_ocr"]
+
+
+ANSWERS = {
+    "mmbench": "AB",
+    "mme": ("Yes", "No"),
+    "pope": ("yes", "no"),
+    "scienceqa": "AB",
+}  # others: words
+
+
+def write(
+    out: Path,
+    name: str,
+    right: np.ndarray,
+    mask: str = "causal",
+    encoder: str = "clip",
+    **info,
+) -> Path:
+    """Write a finished task with two questions per unit, whose targets alternate between two words.
+
+    Args:
+        out: Folder of the results.
+        name: Name of the benchmark.
+        right: bool[items], the correctness of each item.
+        mask: Image attention of the model.
+        encoder: Name of the model's encoder.
+        info: More settings of the task.
+    """
+    words = ANSWERS.get(name, ("sky", "wall"))
+    categories = ("existence", "code_reasoning")
+    items = []
+    for i, r in enumerate(right):
+        group = categories[i // 2 % 2] if name == "mme" else None
+        item = {
+            "item": i,
+            "unit": i // 2,
+            "group": group,
+            "question": f"question {i}",
+            "target": words[i % 2],
+        }
+        answer = words[i % 2 if r else 1 - i % 2]
+        items.append(item | {"answer": answer, "right": float(r)})
+    about = {
+        "model": f"{encoder}-{mask}",
+        "encoder": encoder,
+        "image_attention": mask,
+        "fingerprint": f"{encoder}{mask}",
+        "dtype": "torch.float32",
+    }
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    write_files({out / f"{name}.jsonl": lines, out / f"{name}.json": about | info})
+    return out
 
 
 def make_table(root: Path, *models: str) -> dict:
@@ -25,8 +77,8 @@ def make_table(root: Path, *models: str) -> dict:
 def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("table")
     for name in NAMES:
-        vqa_results.write(root / "a", name, CAUSAL)
-        vqa_results.write(root / "b", name, BIDIRECTIONAL, "bidirectional")
+        write(root / "a", name, CAUSAL)
+        write(root / "b", name, BIDIRECTIONAL, "bidirectional")
     return root
 
 
@@ -109,8 +161,8 @@ def test_models_that_differ_in_more_than_the_mask_are_not_compared(
     message,
     tmp_path,
 ):
-    vqa_results.write(tmp_path / "a", "gqa", CAUSAL, **precisions[0])
-    vqa_results.write(
+    write(tmp_path / "a", "gqa", CAUSAL, **precisions[0])
+    write(
         tmp_path / "b",
         "gqa",
         right,
@@ -122,7 +174,7 @@ def test_models_that_differ_in_more_than_the_mask_are_not_compared(
 
 
 def test_intervals_stay_within_the_range_of_the_score(tmp_path):
-    vqa_results.write(tmp_path / "a", "gqa", np.arange(40) > 0)
+    write(tmp_path / "a", "gqa", np.arange(40) > 0)
     (model,) = make_table(tmp_path, "a")["models"]
     low, high = model["columns"]["GQA"]["ci95"]
     assert 0.9 < low < high == 1
@@ -130,14 +182,14 @@ def test_intervals_stay_within_the_range_of_the_score(tmp_path):
 
 def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):
     for mask in ("causal", "prefix"):
-        vqa_results.write(
+        write(
             tmp_path / mask,
             "gqa",
             CAUSAL,
             mask,
             "dinov3",
         )
-    vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
+    write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
     table = make_table(tmp_path, "causal", "prefix", "b")
     papers = [model["columns"]["GQA"]["paper"] for model in table["models"]]
     assert table["pairs"] == []
@@ -145,8 +197,8 @@ def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):
 
 
 def test_folders_without_results_of_one_checkpoint_are_errors(tmp_path):
-    vqa_results.write(tmp_path / "two", "gqa", CAUSAL)
-    vqa_results.write(tmp_path / "two", "pope", CAUSAL, "bidirectional")
+    write(tmp_path / "two", "gqa", CAUSAL)
+    write(tmp_path / "two", "pope", CAUSAL, "bidirectional")
     for folder, number in {"empty": 0, "two": 2}.items():
         with pytest.raises(SystemExit, match=f"{folder} has results of {number} tasks; expected"):
             make_table(tmp_path, folder)

@@ -1,4 +1,4 @@
-"""Registration of layouts, and errors of an incorrect one."""
+"""Registration of layouts, and of targets."""
 
 import numpy as np
 import pytest

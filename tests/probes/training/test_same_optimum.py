@@ -1,4 +1,4 @@
-"""The comparison of two optima, `tests/helpers/optima.py`: it accepts other weights, and no other optimum."""
+"""The comparison of two optima, `tests/helpers/optima.py`, rejects what faulty solvers find."""
 
 import pytest
 import solving

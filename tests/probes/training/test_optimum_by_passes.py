@@ -19,6 +19,7 @@ from probes.training.solve.objective import (
     TIGHT_NODES,
     PixelProblem,
     SiteProblem,
+    half_decades,
 )
 from probes.training.solve.pass_refinement import (
     PassRefinement,
@@ -27,6 +28,7 @@ from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, choose_pixels
 from probes.training.solve.refinement import start_refinement
 from probes.training.solve.strength_path import HELD_OUT_GAIN, FoldSearch
+from probes.training.solve.window import Window
 
 pytestmark = pytest.mark.numerics
 
@@ -288,30 +290,6 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     assert (refinement.probes.damping < 10 * damping).all(), "the next step was taken"
 
 
-def test_the_strength_is_settled_when_its_neighbours_cannot_catch_up(data):
-    refinement = data.start(400)
-    for seed in (1, 2):
-        data.take_pass(refinement)
-        refinement.step(data.sample(400, seed)[0])
-    best = refinement.window.strengths[2]
-    refinement.window.best = best
-    refinement.window.losses |= {strength: 1.0 for strength in refinement.window.strengths} | {
-        best: 0.5
-    }
-    refinement.probes.decrease[:] = 1e-6
-    enough = 0.5 / (2 * HELD_OUT_GAIN)
-    refinement.probes.decrease[3] = 1.1 * enough
-    refinement._settle()
-    assert not refinement.window.settled, "left-out images may gain more than a neighbour is behind"
-    refinement.probes.decrease[3] = 0.9 * enough
-    refinement.probes.decrease[2] = 1.1 * enough
-    refinement._settle()
-    assert not refinement.window.settled, "left-out images may lose more than the best one is ahead"
-    refinement.probes.decrease[2] = 1e-6
-    refinement._settle()
-    assert refinement.window.settled and len(refinement.window.strengths) == 3
-
-
 def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
     """Few pixels may ask for less than all images, as with Gaussian classes of 512 channels, by a decade."""
     path, _ = data.whole()
@@ -335,24 +313,6 @@ def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
     assert 0.3 < ratio < 3.5, "the same strength or its neighbour"
 
 
-@pytest.mark.parametrize(("left", "kept"), [(0.05, False), (0.005, True)])
-def test_losses_of_probes_that_have_stopped_early_leave_with_them(data, left, kept):
-    """They may be lower than at the optimum, and the path would be lowest there."""
-    refinement = data.start(400)
-    for seed in (1, 2):
-        data.take_pass(refinement)
-        refinement.step(data.sample(400, seed)[0])
-    before = refinement.window.strengths
-    refinement.window.losses |= dict.fromkeys(before, 1.1) | {max(before): 1.0}
-    refinement.probes.decrease[:] = left
-    refinement._move_window()
-    gone = set(before) - set(refinement.window.strengths)
-    assert len(gone) == 2
-    assert gone.issubset(refinement.window.losses) == kept
-    assert gone.isdisjoint(refinement.window.losses) != kept
-    assert set(before) & set(refinement.window.strengths) <= refinement.window.losses.keys()
-
-
 @pytest.mark.parametrize("passes", [2, 3, 4])
 def test_every_loss_that_is_reported_was_measured(data, passes):
     """After the last pass no strength enters the window; its loss would be that of its neighbour."""
@@ -373,3 +333,55 @@ def test_every_loss_that_is_reported_was_measured(data, passes):
     solved = [found.strengths[i] for i in found.solved]
     assert chosen in solved
     assert len(solved) == len(refinement.points) == (1 if passes == 2 else 3)
+
+
+STRENGTHS = half_decades(4, 8)
+ENOUGH = 0.5 / (2 * HELD_OUT_GAIN)
+DONE = [1e-6] * 5
+
+
+@pytest.mark.parametrize(
+    ("left", "given", "certified", "settled"),
+    [
+        (DONE, None, False, True),
+        # left-out images may gain more than a neighbour is behind, or lose more than the best one is ahead
+        ([1e-6, 1e-6, 1e-6, 1.1 * ENOUGH, 1e-6], None, False, False),
+        ([1e-6, 1e-6, 1e-6, 0.9 * ENOUGH, 1e-6], None, False, True),
+        ([1e-6, 1e-6, 1.1 * ENOUGH, 1e-6, 1e-6], None, False, False),
+        # losses of all strengths that are given are reported as those at the optimum
+        (DONE, STRENGTHS, True, True),
+        (DONE, STRENGTHS, False, False),
+        ([0.01, *DONE[1:]], STRENGTHS, True, False),
+    ],
+)
+def test_the_strength_is_settled_when_its_neighbours_cannot_catch_up(
+    left, given, certified, settled
+):
+    losses = dict.fromkeys(STRENGTHS, 1.0) | {STRENGTHS[2]: 0.5}
+    window = Window([*STRENGTHS], given, STRENGTHS[2], losses)
+    rows = window.settle(left, certified)
+    assert window.settled == settled
+    assert rows == ((list(range(5)) if given else [1, 2, 3]) if settled else None)
+
+
+@pytest.mark.parametrize(
+    ("best", "behind", "left", "moved"),
+    [
+        (4, 0.5, 0.05, 0),  # weak strengths score well before their optimum
+        (4, 0.5, 0.005, 2),
+        (0, 0.0, 0.05, 0),  # right after they have entered, all are alike
+        (0, 0.005, 0.05, 0),
+        (0, 0.02, 0.05, -2),  # to stop early does not make strong ones look better
+        (0, 0.1, 0.005, -2),
+    ],
+)
+def test_probes_that_have_stopped_early_leave_no_losses_and_move_to_stronger_ones_alone(
+    best, behind, left, moved
+):
+    """The losses may be lower than at the optimum, and the path would be lowest there."""
+    losses = dict.fromkeys(STRENGTHS, 1.0 + behind) | {STRENGTHS[best]: 1.0}
+    window = Window([*STRENGTHS], None, STRENGTHS[2], losses)
+    window.move([left] * 5)
+    assert window.strengths == [*half_decades(4 + moved, 8 + moved)]
+    gone = set(STRENGTHS) - set(window.strengths)
+    assert losses.keys() == {*STRENGTHS} - (gone if left > 0.01 else set())

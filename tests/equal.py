@@ -56,14 +56,18 @@ TOLERANCES = {
     "scores": 1e-6,  # fractions: 1e-4 points
     "tensors": 1e-6,  # of runs: probes, counts, effects
 }
-NAMES = "claim image_attention run model task of site metric class condition effect a b".split()
+NAMES = "claim image_attention run model task of site metric class condition effect source target a b".split()
 VERDICTS = ("verdict", "conclusion", "site")
-APART = re.compile(r"wall_s|seconds|_per_s|memory|logs/|checkpoints/|manifest\.json")
+APART = re.compile(r"wall_s|seconds|_per_s|memory|peak_gb|logs/|checkpoints/|manifest\.json")
 
 
 def run(checkout: Path, out: Path) -> None:
     """Run all commands in `out` with the code of a checkout."""
-    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(checkout),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     out.mkdir(parents=True, exist_ok=True)
     for name, line in COMMANDS.items():
         if name == "camvid" and not CAMVID.is_dir():
@@ -116,7 +120,7 @@ def read_folder(out: Path) -> dict[str, tuple[str, object]]:
 
 def difference(one, other) -> float:
     """Return the largest absolute difference of two values, infinite where they cannot be compared."""
-    if isinstance(one, int | str):
+    if not all(isinstance(value, float | torch.Tensor) for value in (one, other)):
         return 0.0 if one == other else math.inf
     one, other = torch.as_tensor(one), torch.as_tensor(other)
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -149,8 +153,9 @@ def main() -> int:
         )
     for title, keys in (("came", this.keys() - other.keys()), ("went", other.keys() - this.keys())):
         print(f"keys that {title}: {len(keys):,}")
-        for pattern, count in Counter(re.sub(r"\d+", "#", key) for key in keys).most_common():
-            print(f"{count:9,} {pattern}")
+        names = Counter(re.sub(r".*/(?=[^/]+\.\w+/)|[#*]?\d+", "", key) for key in keys)
+        for name, count in names.most_common():
+            print(f"{count:9,} {name}")
     return failed
 
 

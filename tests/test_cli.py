@@ -286,3 +286,20 @@ def test_data_is_loaded_where_processes_are_not_forked_by_default(
 ):
     tiny_models.fit(parts, conversations, tmp_path, "--data.num_workers", "1")
     assert json.loads((tmp_path / "hf/training.json").read_text())["steps"] == 3
+
+
+def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = "--trainer.log_every_n_steps 1 --throughput.peak_tflops 1"
+    tiny_models.fit(parts, conversations, tmp_path, *more.split())
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    of_training = "loss grad_norm supervised_tokens samples_per_s tokens_per_s step_s data_share"
+    of_training += " padding_share text_only_share mfu"
+    wanted = {f"train/{name}" for name in of_training.split()}
+    wanted |= {"val/loss", "val/answer_accuracy", "lr-AdamW/adapter", "lr-AdamW/llm"}
+    assert wanted <= set(tags["scalars"])
+    assert "hp_metric" not in tags["scalars"], "Lightning's placeholder, always -1"
+    assert any("answers" in tag for tag in tags["tensors"])

@@ -201,3 +201,16 @@ def test_any_change_of_an_image_is_an_image_or_an_error_that_names_the_file(
     else:
         assert image.mode == "RGB"
         assert image.width * image.height <= Image.MAX_IMAGE_PIXELS
+
+
+def test_a_panorama_counts_as_many_pixels_as_it_has(parts, tmp_path, monkeypatch):
+    """Photos of 12,000 x 3,000 px were refused, because a square of their longer side was counted."""
+    Image.new("RGB", (120, 30), "red").save(tmp_path / "panorama.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120 * 30)
+    sample = {"image": read_photo(tmp_path / "panorama.png")}
+    collate = Collate(build_processor(*parts), tiny_models.TOKENS, "plain")
+    ids = [collate.processor.image_token_id] * tiny_models.TOKENS
+    assert len(collate.pixels([sample], [ids])) == 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120 * 30 - 1)
+    with pytest.raises(UserError, match="more than the 3,599 of PIL.Image.MAX_IMAGE_PIXELS"):
+        read_photo(tmp_path / "panorama.png")

@@ -194,3 +194,20 @@ def test_a_file_with_the_name_of_a_module_is_a_usage_error(tmp_path, capsys):
     sys.path[:] = path
     assert stop.value.code == 2
     assert f"--import {file}: there is a module 'json' already" in capsys.readouterr().err
+
+
+def test_unknown_families_and_layouts_name_the_option(checkpoints, tmp_path, call):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit, match="no MLLM or encoder family 'llama'.*--import FILE.py"):
+        call("probes", "sites", tmp_path)
+    words = [
+        "study",
+        checkpoints["causal"],
+        "owm",
+        "--data.root",
+        tmp_path,
+        "--out",
+        tmp_path / "s",
+    ]
+    with pytest.raises(SystemExit, match="owm is neither .*, own.*--import FILE.py"):
+        call("probes", *words)

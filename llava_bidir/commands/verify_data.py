@@ -18,9 +18,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import worker_options
 from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
+from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, usable_turns
 from llava_bidir.data.instruction_dataset import Instructions, has_first_answer, refers_to_image
-from llava_bidir.model.build import check_image_attention
+from llava_bidir.model.build import EXTRA_TOKENS, check_image_attention
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
 
@@ -31,8 +31,9 @@ LISTED = 20  # findings in the text; the JSON has all
 class RecordFindings(Dataset):
     """Findings by record: a list of {"index", "id", "kind", "detail"}.
 
-    The kinds are "broken" (`fit` stops), "truncated" (answers, by data.max_length) and "not_shown": an image without
-    `<image>`, or `<image>` without an image, which are trained as text.
+    The kinds are "broken" (`fit` stops), "truncated" (answers, by data.max_length), "not_shown" (an image without
+    `<image>`, or `<image>` without an image, which are trained as text) and "special_token": an answer with the text of
+    a special token, which is trained as that token, as in LLaVA, or with `<image>`, which is trained as text.
 
     Args:
         data: The records and their images.
@@ -43,6 +44,12 @@ class RecordFindings(Dataset):
     data: Instructions
     collate: Collate
     is_validation: bool = False
+
+    def __post_init__(self) -> None:
+        added = self.collate.processor.tokenizer.added_tokens_decoder.values()
+        # the text of our own <pad> is hidden from the tokenizer
+        special = {token.content for token in added if token.special}
+        self.special = sorted(special - {*EXTRA_TOKENS} | {IMAGE})
 
     def __len__(self) -> int:
         return len(self.data)
@@ -67,6 +74,9 @@ class RecordFindings(Dataset):
             found["truncated"] = f"{cut} of {len(ids)} tokens"
         if sample["image"] is None and (record["image"] or refers_to_image(record)):
             found["not_shown"] = record["image"] or IMAGE
+        answers = "".join(turn["value"] for turn in usable_turns(record["conversations"])[1::2])
+        if special := [token for token in self.special if token in answers]:
+            found["special_token"] = " ".join(special)
         return found
 
 

@@ -221,3 +221,46 @@ def test_other_ids_of_images_in_model_and_tokenizer_are_named_or_change_nothing(
     for site, states in expected.states(pixels).items():
         assert torch.equal(ours.states(pixels)[site], states)
     assert ours.answer(pictures(0)[0], "wall") == expected.answer(pictures(0)[0], "wall")
+
+
+def test_answers_that_were_cut_are_named(
+    asked,
+    checkpoints,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    """An answer ends by itself with </s>, at the latest in the last token that it may have."""
+    pictures(0)[0].save(tmp_path / "x.png")
+    prompts, (model, _) = ["name the sky", "wall"], asked
+    written = model.generate
+
+    def ends(sequences, column):
+        return sequences.index_fill(1, torch.tensor([column]), model.generation_config.eos_token_id)
+
+    monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
+    monkeypatch.setattr(model, "to", lambda device: model)
+
+    def told(end_of_first: int | None, *more: str) -> str:
+        def generate(**inputs):
+            output = written(**inputs)
+            if end_of_first is not None:
+                output[:1] = ends(output[:1], end_of_first)
+            return output
+
+        monkeypatch.setattr(model, "generate", generate)
+        main(
+            [
+                "generate",
+                str(checkpoints["bidirectional"]),
+                str(tmp_path / "x.png"),
+                *prompts,
+                *more,
+            ]
+        )
+        return capsys.readouterr().err
+
+    cut = "the answer to {!r} was cut after 3 tokens\n"
+    assert told(None, "--max-new-tokens", "3") == cut.format(prompts[0]) + cut.format(prompts[1])
+    assert told(-1, "--max-new-tokens", "3") == cut.format(prompts[1])
+    assert "was cut after 4" in told(None, "--max-new-tokens", "5000"), "no positions are left"

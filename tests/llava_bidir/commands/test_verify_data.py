@@ -31,6 +31,8 @@ RECORDS = {
     "not_shown: another key": {"images": ["a.png"], "conversations": turns("<image>\n", "wall")},
     "not_shown: no key": {"conversations": turns("<Image>\nname", "wall")},
     "not_shown: no <image>": {"image": "none.png", "conversations": turns("name", "wall")},
+    "special_token": {"conversations": turns("name", "With </s> in Llama.")},
+    "special_token <image>": FINE | {"conversations": turns("<image>\n", "<image> is HTML.")},
 }
 FOUND = {id_: id_.partition(" ")[0].strip(":") for id_ in [*RECORDS][5:]}
 

@@ -51,3 +51,9 @@ def test_too_little_shared_memory_ends_with_the_remedy():
     assert message.startswith("probes: trained: a worker of the data loader cannot pass on its ")
     assert "No space left" in message
     assert "--shm-size 8g" in message and "--data.num_workers 0" in message
+
+
+def test_batches_that_fit_one_after_the_other_are_read():
+    done = read(40_000)  # two workers with two each have 640 kB
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torch.Size([40000])") == 8

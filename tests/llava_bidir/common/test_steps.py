@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.steps import (
     Step,
     command_now,
@@ -249,3 +250,42 @@ def test_steps_of_another_process_are_recorded_one_by_one(folder):
         run_given(json.dumps(given, default=str), {"llava-bidir": main})
     assert ran == ["a", "b"]
     assert [step.name for step in find_missing(steps, folder)] == ["b", "c"]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_ctrl_c_advises_the_same_command_whatever_a_step_has_saved(saved, folder, capsys):
+    """A study advised `--ckpt_path last`, which it does not have, or said that nothing was saved."""
+
+    def interrupted(step: Step) -> None:
+        checkpoints = folder / step.name
+        checkpoints.mkdir()
+        if saved:
+            (checkpoints / "last.ckpt").touch()
+        with interrupt_says_what_is_saved(checkpoints):
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop, one_line_errors("probes", ["study"]):
+        run_steps(chain(folder), folder, interrupted)
+    assert stop.value.code == 130
+    said = capsys.readouterr().err
+    assert said == "probes: interrupted; run the same command again to go on\n"
+
+
+def test_a_step_that_is_done_again_says_why(folder, capsys):
+    first, second, third = chain(folder)
+
+    def said(*steps: Step) -> str:
+        find_missing(steps, folder, lambda step: "asked" * (step.name == "c"))
+        return capsys.readouterr().out
+
+    assert said(first, second) == "", "they were never done"
+    run([first, second, third], folder)
+    capsys.readouterr()
+    assert said(first, second, third) == "c again: asked\n"
+    other = replace(second, config=("llava-bidir", "fit", "--name", "x", "--ckpt_path", "last"))
+    assert said(first, other) == "b again: --name was b, and is x\n"
+    (folder / "data.json").write_text("second")
+    expected = ["a again: data.json has changed", "b again: it reads the result of a"]
+    assert said(first, second).splitlines() == expected
+    first.result.unlink()
+    assert said(first).startswith(f"a again: {first.result} is gone")

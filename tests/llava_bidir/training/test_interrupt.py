@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny_models
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir.cli import main
 from llava_bidir.training.module import LlavaTraining
@@ -107,3 +108,14 @@ def test_a_run_outside_of_the_main_thread_ends_as_usual(parts, conversations, tm
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(tiny_models.fit, parts, conversations, tmp_path / "run").result()
     assert (run / "hf/training.json").is_file()
+
+
+def test_each_step_is_logged_once_across_an_interrupt(fit, tmp_path):
+    """With losses, and with learning rates, of which each of a step's micro-batches had a point."""
+    fit("--trainer.log_every_n_steps", "1", interrupts={2: 1})
+    fit("--trainer.log_every_n_steps", "1", "--ckpt_path", "last")
+    logged = EventAccumulator(str(tmp_path / "run")).Reload()
+    rates = [tag for tag in logged.Tags()["scalars"] if tag.startswith("lr-")]
+    assert rates
+    for tag in ("train/loss", "train/grad_norm", *rates):
+        assert [event.step for event in logged.Scalars(tag)] == [0, 1, 2], tag

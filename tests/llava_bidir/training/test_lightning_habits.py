@@ -1,6 +1,7 @@
 """What a user of LightningCLI types: it works, or one sentence says what there is instead."""
 
 import csv
+from pathlib import Path
 
 import probe_runs
 import pytest
@@ -169,3 +170,17 @@ def test_on_exception_checkpoint_is_resumed_exactly_or_refused(
     trained = load_file(undisturbed / "hf/model.safetensors")
     for name, weight in load_file(run / "hf/model.safetensors").items():
         assert weight.equal(trained[name]), name
+
+
+def test_probes_refuse_them_too(checkpoints, segmentation, tmp_path):
+    name, *options = SCHEDULER
+    more = [f"--trainer.callbacks+={name}", *options]
+    with pytest.raises(SystemExit, match=f"{name} is not supported: batches"):
+        probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_probes_take_on_exception_checkpoint(checkpoints, segmentation, tmp_path):
+    words = EXCEPTION.format(tmp_path / "exception").split()
+    run = probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *words)
+    assert newest_checkpoint(Path(run.path)).name == "last.ckpt"

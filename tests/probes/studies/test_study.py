@@ -637,3 +637,24 @@ def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(
     assert [step.config.model.sites for step in solved[1:]] == [
         planned[arm].sites for arm in arms[1:]
     ]
+
+
+def test_the_plot_has_each_site_in_its_place_and_each_line_its_own_label(tmp_path):
+    """The final norm stood between layers, where lines folded back, and models of one folder's name had one label."""
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
+    layers = [f"layer_{i:02d}" for i in range(1, 13)]
+    deep = ["encoder", "adapter", *layers, "final_norm"]
+    runs = {
+        "other": ["adapter", *layers[:2], "final_norm"],
+        "deep": deep,
+        "shallow": ["encoder_03", "encoder", *layers[:6], "final_norm"],
+    }
+    for name, sites in runs.items():
+        write = {"sites": sites, "encoder": name, "root": tmp_path}
+        probe_runs.write_run(tmp_path / name / "trained", [0.5] * len(sites), **write)
+    axes = probes.Study(tmp_path).plot().axes[0]
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    assert names == ["encoder_03", *deep]
+    lines = {line.get_label(): [*line.get_xdata()] for line in axes.get_lines()}
+    expected = {f"{x} + vicuna-7b-v1.5, causal, trained probes": sites for x, sites in runs.items()}
+    assert lines == {label: [*map(names.index, sites)] for label, sites in expected.items()}

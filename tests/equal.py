@@ -153,7 +153,8 @@ def main() -> int:
         )
     for title, keys in (("came", this.keys() - other.keys()), ("went", other.keys() - this.keys())):
         print(f"keys that {title}: {len(keys):,}")
-        names = Counter(re.sub(r".*/(?=[^/]+\.\w+/)|[#*]?\d+", "", key) for key in keys)
+        names = Counter(re.sub(r".*/(?=[^/]+\.\w+/)|[#*]?\d+|,nan", "", key) for key in keys)
+        names = Counter("/".join(name.split("/")[:3]) for name in names.elements())
         for name, count in names.most_common():
             print(f"{count:9,} {name}")
     return failed

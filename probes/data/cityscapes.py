@@ -57,8 +57,6 @@ class Cityscapes(SegmentationDataset):
 
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "cityscapes", ("leftImg8bit", "gtFine"))
-        if split not in SPLITS:
-            raise UserError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
         images = root / "leftImg8bit" / SPLITS[split]
         masks = root / "gtFine" / SPLITS[split]
         mask_files = files_by_name(masks, (".png",), "_gtFine_labelIds", "*/*")
@@ -100,8 +98,6 @@ class CityscapesDepth(DepthDataset):
 
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "cityscapes", ("leftImg8bit", "disparity", "camera"))
-        if split not in SPLITS:
-            raise UserError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
         kinds = (("leftImg8bit", ".png"), ("disparity", ".png"), ("camera", ".json"))
         images, disparity, cameras = (
             files_by_name(root / kind / SPLITS[split], (suffix,), f"_{kind}", "*/*")

@@ -17,8 +17,6 @@ import numpy as np
 from numpy import ndarray
 from PIL import Image
 
-from llava_bidir.common.errors import UserError
-
 from .base import BadFile, File
 from .depth import DepthDataset, limit_depth
 from .file_layout import files_by_name, find_root, pair_files
@@ -44,8 +42,6 @@ class NYUv2Depth(DepthDataset):
 
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "official_splits", ("train", "test"))
-        if split not in SPLITS:
-            raise UserError(f"NYUv2 has the splits {', '.join(SPLITS)}, not {split!r}")
         folder = root / SPLITS[split]
         images = _by_number(files_by_name(folder, (".jpg", ".png"), pattern="*/rgb_*"))
         depth = _by_number(files_by_name(folder, (".png",), pattern="*/sync_depth_*"))

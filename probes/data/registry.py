@@ -45,14 +45,13 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
             `root` and `split` is an option and needs a type.
 
     Raises:
-        UserError: If the name is taken, or an option has no type.
+        UserError: If the name is taken.
     """
     layouts = _layouts(cls.task)
     if name in layouts:
         raise UserError(
             f"the dataset name {name!r} is taken by {layouts[name].__name__}; choose another name"
         )
-    _option_types(cls)
     layouts[name] = cls
 
 
@@ -127,13 +126,7 @@ def split_identity(split: str, dataset: ImageDataset) -> dict[str, str]:
 def _option_types(layout: type) -> dict[str, Any]:
     """Return the type of each option, from the signature of the layout."""
     parameters = inspect.signature(layout, eval_str=True).parameters  # annotations may be postponed
-    types = {k: p.annotation for k, p in parameters.items() if k not in ("root", "split")}
-    for name, kind in types.items():
-        if kind is inspect.Parameter.empty:
-            raise UserError(
-                f"option {name!r} of {layout.__name__} has no type in its signature; annotate it"
-            )
-    return types
+    return {k: p.annotation for k, p in parameters.items() if k not in ("root", "split")}
 
 
 def _check_options(layout: type, dataset: str, options: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 Fields are in the order of the files. Fields with a default are of some runs only. Other keys are ignored.
 """
 
-import math
 from pathlib import Path
 from typing import (
     Annotated,
@@ -12,12 +11,12 @@ from typing import (
     NotRequired,  # pydantic requires this one before Python 3.12
 )
 
-from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
-from probes.tasks import SEGMENTATION, TASKS
+from probes.tasks import SEGMENTATION
 
 
 def _is_number(value: Any) -> bool:
@@ -163,42 +162,6 @@ class SolvedPath(BaseModel):
     closed_form: PathOfSites | None = None
 
 
-def _check_path(
-    path: SolvedPath | None,
-    sites: list[Any],
-    loss: str,
-    scores: list[str],
-) -> None:
-    """Raise unless each site has strengths in order and all lists, and all sites the same number of solved ones."""
-    if path is None:
-        return
-    paths = path.optimum or path.closed_form
-    if paths is None or [x.site for x in paths.sites] != [x.site for x in sites]:
-        raise ValueError("path does not have the sites of the run")
-    solved = set()
-    for site in paths.sites:
-        if site.strengths != sorted(set(site.strengths), reverse=True):
-            raise ValueError(f"strengths of {site.site!r} are not in order from strong to weak")
-        for name in (loss, *scores):
-            values = (site.model_extra or {}).get(name)
-            if not isinstance(values, list) or len(values) != len(site.strengths):
-                raise ValueError(f"path of {site.site!r} does not have one {name} per strength")
-        values = site.model_extra[scores[0]]
-        solved.add(sum(value is not None for value in values))
-        if site.chosen not in site.strengths or values[site.strengths.index(site.chosen)] is None:
-            raise ValueError(
-                f"path of {site.site!r} is not solved at the chosen strength {site.chosen!r}"
-            )
-    if len(solved) > 1:
-        raise ValueError(f"path has different numbers of solved strengths: {sorted(solved)}")
-
-
-def _check_sites(sites: list[Any]) -> None:
-    names = [site.site for site in sites]
-    if len(set(names)) != len(names):
-        raise ValueError("sites contains duplicates")
-
-
 class Metrics(BaseModel):
     """metrics.json: scores per site with intervals.
 
@@ -229,49 +192,6 @@ class Metrics(BaseModel):
     sites: Annotated[list[SiteScores], Field(min_length=1)]
     summary: Summary
     path: SolvedPath | None = None
-
-    @model_validator(mode="after")
-    def _check_agreement(self) -> "Metrics":
-        _check_sites(self.sites)
-        if self.task == SEGMENTATION:
-            self._check_classes()
-            scores = list(TASKS[SEGMENTATION].scores)
-            loss = "cv_cross_entropy"
-        else:
-            if not self.scores:
-                raise ValueError("scores: Field required")
-            scores = list(self.scores)
-            loss = "cv_loss"
-        highest = 1 if self.task == SEGMENTATION else math.inf
-        for site in self.sites:
-            for name in scores:
-                _check_score(site, name, highest)
-        _check_path(self.path, self.sites, loss, scores)
-        return self
-
-    def _check_classes(self) -> None:
-        for name in ("classes", "baseline"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name}: Field required")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes contains duplicates")
-        for site in self.sites:
-            if len(site.iou_per_class or ()) != len(self.classes):
-                raise ValueError(
-                    f"iou_per_class of {site.site!r} does not have one value per class"
-                )
-
-
-def _check_score(site: SiteScores, name: str, highest: float) -> None:
-    """Raise unless a site has the score, from 0 to `highest`, and two bounds of its interval."""
-    extra = site.model_extra or {}
-    value = extra.get(name)
-    bounds = extra.get(f"{name}_ci95")
-    if not _is_number(value) or not 0 <= value <= highest:
-        limits = "from 0 to 1" if highest == 1 else "from 0"
-        raise ValueError(f"{name} of {site.site!r} is {value!r}, not a number {limits}")
-    if not isinstance(bounds, list) or len(bounds) != 2 or not all(map(_is_number, bounds)):
-        raise ValueError(f"{name}_ci95 of {site.site!r} is {bounds!r}, not two numbers")
 
 
 class Manifest(BaseModel):

@@ -192,10 +192,6 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
             {"image_attention": "causal"},
             "is a vision encoder without an LLM, whose patches attend to all",
         ),
-        (
-            {"attn_implementation": "flash_attention_2"},
-            "ignores the masks of knockouts; use sdpa or eager",
-        ),
     ],
 )
 def test_settings_that_an_encoder_does_not_have_are_refused(settings, expected, folders):

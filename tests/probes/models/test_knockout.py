@@ -97,10 +97,6 @@ def test_row_without_keys_raises():
 def test_misfits_are_errors(mllm, pixels):
     with pytest.raises(ValueError, match=r"blocked must be bool\[3, 4\]"):
         mllm.states(pixels, knockout=Knockout(BLOCKED[:2]))
-    with pytest.raises(ValueError, match=r"layer 4 is out of range; this model has layers 1..3"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[4]))
-    with pytest.raises(ValueError, match=r"layers must be bool\[3, 3\].*\[3, 2\]"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED, layers=BY_ROW[:, :2]))
 
 
 def test_knockout_that_reaches_no_layer_raises(mllm, pixels, monkeypatch):

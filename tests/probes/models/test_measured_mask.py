@@ -7,6 +7,7 @@ from tiny_families import STOCK
 
 import probes
 from probes.cli import main
+from probes.models import measured_mask
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
@@ -94,3 +95,16 @@ def test_a_token_with_a_massive_output_hides_no_movement(checkpoints):
     assert mllm.measured_mask().disagreements() == []
     leaking = with_mask(mllm, 3, torch.ones_like).measured_mask().disagreements()
     assert len(leaking) == 4 and all(line.endswith("in layer_03") for line in leaking)
+
+
+@pytest.mark.parametrize(
+    ("movement", "moved"),
+    [
+        ([0, 3e-7, 2e-6, 1e-2], [False, False, False, True]),  # rounding
+        ([0, 1e-5, 1e-2, 0.9], [False, True, True, True]),  # a weak movement is one
+        ([0, 1e-7, 2e-7, 4e-7], [False] * 4),
+    ],
+)
+def test_the_threshold_lies_in_the_gap_between_rounding_and_movement(movement, moved):
+    movement = torch.tensor([movement])
+    assert (movement > measured_mask._threshold(movement)).tolist() == [moved]

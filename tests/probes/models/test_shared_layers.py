@@ -115,8 +115,3 @@ def test_hooks_compose_with_knockouts_and_rows(mllm, pixels):
     together = mllm.states(pixels, rows=[0, 2], **change)["layer_03"]
     alone = mllm.states(pixels[[0, 2]], **change)["layer_03"]
     torch.testing.assert_close(together, alone)
-
-
-def test_a_row_of_an_image_that_does_not_exist_is_an_error(mllm, pixels):
-    with pytest.raises(ValueError, match=r"row 1 is of image 3; expected 0 to 2"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED[:2]), rows=[2, 3])

@@ -25,12 +25,6 @@ def test_checksums_are_sha256_of_what_is_in_the_files_now(tmp_path):
     assert identity.checksums(tmp_path, files) != expected
 
 
-def test_missing_files_have_no_checksum_and_no_size(tmp_path):
-    (tmp_path / "empty").touch()
-    assert identity.checksums(tmp_path, ["nowhere"]) == {"nowhere": ""}
-    assert identity.file_sizes(tmp_path, ["nowhere", "empty"]) == [-1, 0]
-
-
 def test_a_model_is_its_weights_config_and_processor(checkpoints):
     names = set(identity.model_identity("model", checkpoints["causal"]))
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names

@@ -32,15 +32,14 @@ def lines_of(
     trainers,
     monkeypatch,
     caplog,
-    seconds: float = 200.0,
 ) -> list[str]:
-    """The lines that a callback logs after each batch, each of which takes so many seconds."""
+    """The lines that a callback logs after each batch, each of which takes 200 s."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with caplog.at_level("INFO"):
         callback.on_train_start(trainer_at(0, -1, -1), None)
         for i, trainer in enumerate(trainers):
-            now[0] += seconds
+            now[0] += 200
             callback.on_train_batch_end(trainer, None, {"loss": 1.0}, None, i)
     return caplog.messages
 

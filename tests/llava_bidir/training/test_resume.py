@@ -174,7 +174,6 @@ def test_a_run_that_shall_be_longer_is_trained_on_from_its_export(
     finished,
     unfinished,
     tmp_path,
-    monkeypatch,
 ):
     """It said to resume with the original setting, or to start anew; the error's own command works."""
     run, command = finished if is_finished else unfinished

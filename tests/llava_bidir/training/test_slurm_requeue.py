@@ -24,8 +24,9 @@ UNDER_SRUN = {
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Restore signal handlers after a test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    """Begin with the default handlers, whatever other tests have set, and restore those after a test."""
+    numbers = (signal.SIGUSR1, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -217,7 +217,7 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
             sample = data[i]
             ids, labels = collate.encode(sample)
         except ValueError as error:
-            assert re.search(r"^record (\d \(id )?'", str(error))
+            assert re.search(r"^record (\d \(id )?['\"]", str(error))
             continue
         assert len(ids) == len(labels)
         assert all(label in (-100, id) for id, label in zip(ids, labels, strict=True))

@@ -71,6 +71,7 @@ def run(checkout: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, line in COMMANDS.items():
         if name == "camvid" and not CAMVID.is_dir():
+            print(f"skipped: no {CAMVID}")
             continue
         words = [sys.executable, *line.split()] + [ENCODE] * (name == "ids")
         with (out / f"{name}.log").open("w") as log:

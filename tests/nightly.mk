@@ -19,7 +19,7 @@ NEWEST_VENV := .venv-newest
 test-newest: ## the fast tests with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install -q uv
-	$(NEWEST_VENV)/bin/uv --no-config pip install -q --python $(NEWEST_VENV) --upgrade $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) -e '.[cluster,figures,gguf,lab,test]'
+	$(NEWEST_VENV)/bin/uv --no-config pip install -q --python $(NEWEST_VENV) --upgrade $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) gguf -e '.[cluster,figures,lab,test]'
 	$(NEWEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 LOWEST_VENV := .venv-lowest

@@ -50,7 +50,7 @@ def test_every_locked_package_is_pinned_with_hashes(lock):
 
 def test_the_lock_holds_every_declared_package_within_its_bounds():
     packages = locked(LOCK)
-    extras = ("cluster", "figures", "gguf", "lab", "real", "test", "browser")  # timm: see Makefile
+    extras = ("cluster", "figures", "lab", "real", "test", "browser")  # timm: see Makefile
     for line in declared_lines(*extras):
         requirement = Requirement(line)
         if canonical(requirement.name) == "torch":
@@ -125,14 +125,14 @@ def imported(*folders: str) -> dict[str, set[str]]:
 def test_what_is_imported_is_declared():
     harness = pins(HARNESS_PINS).keys()
     for path, found in imported("llava_bidir", "probes").items():
-        allowed = declared("cluster", "figures", "gguf", "lab", "real", "timm") | (
+        allowed = declared("cluster", "figures", "lab", "real", "timm") | (
             harness if "/vqa/" in path else set()
         )
         allowed |= {"triton"}  # comes with torch
         assert found <= allowed, f"{path} imports what pyproject.toml does not declare"
     for path, found in imported("tests", "experiments").items():
         extras = declared(
-            "cluster", "figures", "gguf", "lab", "real", "timm", "test", "browser"
+            "cluster", "figures", "lab", "real", "timm", "test", "browser"
         ) | {
             "lmms-eval",
             "pip",
@@ -152,7 +152,7 @@ def test_what_is_declared_is_imported_or_says_why():
     used = set().union(*imported("llava_bidir", "probes", "tests", "experiments").values())
     text = (ROOT / "pyproject.toml").read_text()
     for name in (
-        declared("cluster", "figures", "gguf", "lab", "real", "timm", "test", "browser") - used
+        declared("cluster", "figures", "lab", "real", "timm", "test", "browser") - used
     ):
         assert re.search(rf'"{name}\b[^\n]*" *[],]+ +# \w', text, re.IGNORECASE), (
             f"{name} is declared; what for?"

@@ -112,9 +112,14 @@ class SaveAtStepBoundary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save RUN/checkpoints/last.ckpt if the final step has no checkpoint, before the model is exported."""
-        if not trainer.checkpoint_callbacks or self.saved_step == trainer.global_step:
+        folder = _checkpoints(trainer)
+        folders = {
+            Path(callback.dirpath or folder).resolve() for callback in model_checkpoints(trainer)
+        }
+        is_saved = self.saved_step == trainer.global_step and folders <= {folder.resolve()}
+        if not trainer.checkpoint_callbacks or is_saved:
             return
-        last = _checkpoints(trainer) / LAST
+        last = folder / LAST
         trainer.save_checkpoint(last)
         for callback in model_checkpoints(trainer):
             callback._last_checkpoint_saved = str(last)  # else one with save_last saves it again

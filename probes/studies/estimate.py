@@ -30,7 +30,7 @@ class Spread(NamedTuple):
 
 
 SIMULATED = 20_000  # studies
-# bench/draws.py
+# experiments/statistics/draws.py
 TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world, which yours need not")
 
 

@@ -9,12 +9,11 @@ text = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 def json_values(
     numbers=NUMBERS,
     text=text,
-    most: int = 3,
     leaves: int = 6,
 ):
-    """Lists and objects of up to `most` elements each, with up to `leaves` values in all."""
+    """Lists and objects of up to three elements each, with up to `leaves` values in all."""
 
     def inside(inner):
-        return st.lists(inner, max_size=most) | st.dictionaries(text, inner, max_size=most)
+        return st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3)
 
     return st.recursive(st.none() | st.booleans() | numbers | text, inside, max_leaves=leaves)

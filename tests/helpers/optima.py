@@ -69,7 +69,6 @@ def assert_same_optimum(
 def assert_same_solution(
     one: FinishedRun,
     other: FinishedRun,
-    sites: list[str] | None = None,
     held_out: float = 2 * HELD_OUT_GAIN * COMPARED_TOLERANCE,
 ) -> None:
     """Raise unless two runs of `probes solve` on the same images have found the same, as far as their certificates say.
@@ -77,12 +76,10 @@ def assert_same_solution(
     Args:
         one: A run.
         other: The other one.
-        sites: Sites to compare; None for all of the second run.
         held_out: How far the losses of left-out images may be apart where strengths were compared, in nats.
     """
-    sites = sites or other.sites
-    data = TrainingData(one, sites)
-    for site in sites:
+    data = TrainingData(one, other.sites)
+    for site in other.sites:
         entries = [_entry(run, site) for run in (one, other)]
         assert entries[0]["chosen"] == entries[1]["chosen"], site
         assert entries[0]["compared"] == entries[1]["compared"], site

@@ -26,7 +26,7 @@ def gguf_file() -> Path:
     except UserError as error:
         pytest.skip(str(error))
     if find_spec("gguf") is None:
-        pytest.skip("needs the package gguf: pip install 'llava-bidir[gguf]'")
+        pytest.skip("needs the package gguf: pip install gguf")
     return file
 
 

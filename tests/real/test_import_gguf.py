@@ -18,7 +18,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
 from llava_bidir.common.tokenizer import load_tokenizer
 
-gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'llava-bidir[gguf]'")
+gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 HEADS = 4
 KEY_HEADS = 2
 CONTROL = 3

@@ -22,6 +22,9 @@ KEYS = {  # of a config: the error after its name
     "trainer: {callbacks: [{class_path: EarlyStoping}]}": (
         "trainer.callbacks: there is no class 'EarlyStoping'; did you mean 'EarlyStopping'?"
     ),
+    "trainer: {callbacks: [{class_path: mycb.Hello}]}": (
+        "trainer.callbacks: mycb cannot be imported: No module named 'mycb'; --import FILE.py registers your own"
+    ),
     "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {every_n_train_step: 3}}]}": (
         "trainer.callbacks: ModelCheckpoint has no option 'every_n_train_step'; did you mean 'every_n_train_steps'?"
     ),
@@ -114,13 +117,16 @@ VALIDATIONS = [  # three steps an epoch
     "--trainer.check_val_every_n_epoch 2",
     "--trainer.check_val_every_n_epoch 2 --trainer.callbacks+=ModelCheckpoint "
     "--trainer.callbacks.save_last=true",
+    "--trainer.val_check_interval 2 --trainer.callbacks+=ModelCheckpoint "
+    "--trainer.callbacks.dirpath={}/elsewhere --trainer.callbacks.every_n_train_steps=1",
 ]
 
 
 @pytest.mark.parametrize("options", VALIDATIONS)
 def test_the_final_step_has_a_checkpoint(options, parts, conversations, tmp_path, caplog):
     """Lightning saves after validations, where there are any: `export RUN` wrote older weights than RUN/hf."""
-    run = tiny_models.fit(parts, conversations, tmp_path / "run", *options.split())
+    words = options.format(tmp_path).split()
+    run = tiny_models.fit(parts, conversations, tmp_path / "run", *words)
     main(["export", str(run), str(tmp_path / "exported")])
     trained = load_file(run / "hf/model.safetensors")
     for name, weight in load_file(tmp_path / "exported/model.safetensors").items():

@@ -32,11 +32,6 @@ def folders(tmp_path_factory):
     return {name: stock.write(root / name) for name, stock in tiny_encoders.STOCK.items()}
 
 
-@pytest.fixture(scope="module")
-def dinov2(folders):
-    return probes.load(folders["dinov2"], device="cpu")
-
-
 def test_every_family_of_bare_encoders_has_a_stock_model_here():
     assert tiny_encoders.STOCK.keys() == ENCODERS.keys()
 

@@ -93,7 +93,7 @@ isa-%: venv
 	  $(PYTEST) -m 'numerics and $(FAST)'
 
 equal: venv ## what users get from this checkout and another one, OTHER=DIR (git worktree add --detach DIR COMMIT)
-	PYTHONPATH=.:tests/helpers $(PY) tests/equal.py --other $(OTHER) --out runs/equal
+	PYTHONPATH=.:tests/helpers $(PY) tests/equal.py $(OTHER) runs/equal
 
 bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json
 	$(PY) tests/bench/bench.py --out runs/bench.json

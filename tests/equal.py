@@ -3,15 +3,15 @@
     git worktree add --detach DIR COMMIT
     make equal OTHER=DIR
 
-Both run the same commands, with one thread each. Prints the largest difference of each kind of number and the keys that
-came or went; status 1 above a tolerance. CamVid needs LLAVA_BIDIR_TEST_DATA, a folder that has it.
+Prints the largest difference of each kind of number, and the keys that came or went; status 1 above a tolerance. CamVid
+needs LLAVA_BIDIR_TEST_DATA, a folder that has it.
 """
 
-import argparse
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -56,23 +56,19 @@ TOLERANCES = {
     "scores": 1e-6,  # fractions: 1e-4 points
     "tensors": 1e-6,  # of runs: probes, counts, effects
 }
+ALIKE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NAMES = "claim image_attention run model task of site metric class condition effect source target a b".split()
+UNNAMED = r".*/(?=[^/]+\.\w+/)|#?\d+|,nan"  # folders and numbers in a key
 VERDICTS = ("verdict", "conclusion", "site")
 APART = re.compile(r"wall_s|seconds|_per_s|memory|peak_gb|logs/|checkpoints/|manifest\.json")
 
 
 def run(checkout: Path, out: Path) -> None:
     """Run all commands in `out` with the code of a checkout."""
-    environment = os.environ | {
-        "PYTHONPATH": str(checkout),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    out.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ALIKE | {"PYTHONPATH": str(checkout)}
+    shutil.rmtree(out, ignore_errors=True)  # results of other code
+    out.mkdir(parents=True)
     for name, line in COMMANDS.items():
-        if name == "camvid" and not CAMVID.is_dir():
-            print(f"skipped: no {CAMVID}")
-            continue
         words = [sys.executable, *line.split()] + [ENCODE] * (name == "ids")
         with (out / f"{name}.log").open("w") as log:
             subprocess.run(words, cwd=out, env=environment, stdout=log, stderr=log, check=True)
@@ -103,9 +99,8 @@ def read_file(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
             values = torch.tensor([event.value for event in events.Scalars(tag)])
             yield "losses of training", f"{Path(name).parent}/{tag}", values
     elif path.suffix in (".json", ".csv"):
-        is_json = path.suffix == ".json"
-        rows = json.loads(path.read_text()) if is_json else pd.read_csv(path).to_dict("records")
-        for key, value in flatten(rows, name):
+        read = json.load if path.suffix == ".json" else lambda x: pd.read_csv(x).to_dict("records")
+        for key, value in flatten(read(path.open()), name):
             if isinstance(value, int | float):
                 yield "integers" if isinstance(value, int) else "scores", key, value
             elif key.endswith(VERDICTS):
@@ -132,14 +127,12 @@ def difference(one, other) -> float:
 
 def main() -> int:
     """Run both checkouts, print the table, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--other", type=Path, required=True, help="the other checkout")
-    parser.add_argument("--out", type=Path, default=Path("runs/equal"), help="folder of both runs")
-    args = parser.parse_args()
-    out = args.out.resolve()
+    other, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
     if not (out / "data").exists():
         task_runs.write_targets(tiny_models.write_segmentation(out / "segmentation"), out / "data")
-    folders = {HERE: out / "this", args.other.resolve(): out / "other"}
+    if not CAMVID.is_dir():
+        print(f"skipped: {COMMANDS.pop('camvid')}")
+    folders = {HERE: out / "this", other: out / "other"}
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, folders, folders.values()))
     this, other = map(read_folder, folders.values())
@@ -149,13 +142,10 @@ def main() -> int:
         found = [(difference(this[key][1], other[key][1]), key) for key in keys]
         largest, key = max(found, default=(math.inf, "nothing to compare"))
         failed |= largest > most
-        print(
-            f"{kind:18} {len(found):9,} compared, largest difference {largest:.3g} ({most:g}) {key}"
-        )
+        print(f"{kind:18} {len(found):9,}, at most {largest:.3g} apart (allowed: {most:g}) {key}")
     for title, keys in (("came", this.keys() - other.keys()), ("went", other.keys() - this.keys())):
         print(f"keys that {title}: {len(keys):,}")
-        names = Counter(re.sub(r".*/(?=[^/]+\.\w+/)|[#*]?\d+|,nan", "", key) for key in keys)
-        names = Counter("/".join(name.split("/")[:3]) for name in names.elements())
+        names = Counter("/".join(re.sub(UNNAMED, "", key).split("/")[:3]) for key in keys)
         for name, count in names.most_common():
             print(f"{count:9,} {name}")
     return failed

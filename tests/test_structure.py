@@ -88,9 +88,9 @@ MOST = {
     "probes/worlds": (17_303, 12),
     "probes": (89_625, 114),  # the rest of it
     "experiments": (34_248, 33),
-    "tests": (318_506, 292),
+    "tests": (318_272, 292),
 }
-MOST_WORDS = 40_353  # of all Markdown
+MOST_WORDS = 40_358  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")
 
 

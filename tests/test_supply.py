@@ -131,9 +131,7 @@ def test_what_is_imported_is_declared():
         allowed |= {"triton"}  # comes with torch
         assert found <= allowed, f"{path} imports what pyproject.toml does not declare"
     for path, found in imported("tests", "experiments").items():
-        extras = declared(
-            "cluster", "figures", "lab", "real", "timm", "test", "browser"
-        ) | {
+        extras = declared("cluster", "figures", "lab", "real", "timm", "test", "browser") | {
             "lmms-eval",
             "pip",
         }
@@ -151,9 +149,7 @@ def test_what_is_imported_is_declared():
 def test_what_is_declared_is_imported_or_says_why():
     used = set().union(*imported("llava_bidir", "probes", "tests", "experiments").values())
     text = (ROOT / "pyproject.toml").read_text()
-    for name in (
-        declared("cluster", "figures", "lab", "real", "timm", "test", "browser") - used
-    ):
+    for name in declared("cluster", "figures", "lab", "real", "timm", "test", "browser") - used:
         assert re.search(rf'"{name}\b[^\n]*" *[],]+ +# \w', text, re.IGNORECASE), (
             f"{name} is declared; what for?"
         )

@@ -321,7 +321,7 @@ def test_a_validation_within_a_step_saves_no_checkpoint(
     monkeypatch,
 ):
     """A resume would lose the step's first gradients, and group all later micro-batches into other steps."""
-    callbacks = [SaveAtStepBoundary(), ModelCheckpoint(tmp_path, save_top_k=-1)]
+    callbacks = [SaveAtStepBoundary(), ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1)]
     run = trainer(
         tmp_path,
         enable_checkpointing=True,

@@ -177,29 +177,6 @@ def changed(facts, data) -> dict:
     return facts
 
 
-@pytest.mark.parametrize("file", ["metrics.json", "manifest.json"])
-def test_run_with_any_value_anywhere_is_read_or_named(file, whole, tmp_path_factory):
-    run = Path(shutil.copytree(whole, tmp_path_factory.mktemp("fuzz") / "run"))
-    facts = json.loads((whole / file).read_text())
-
-    @settings(deadline=None, suppress_health_check=list(HealthCheck))
-    @given(data=st.data())
-    def check(data):
-        (run / file).write_text(json.dumps(changed(facts, data)))
-        try:
-            read = ProbeRun(run)
-            assert read.counts.labelled.shape == (
-                read.metrics["images"],
-                len(read.metrics["classes"]),
-            )
-            assert read.training is not None
-            assert read.layers is not None
-        except ValueError as error:
-            assert str(run) in str(error)  # names the file
-
-    check()
-
-
 def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(
     checkpoints, tmp_path_factory
 ):

@@ -19,7 +19,7 @@ import tiny_models
 import wheels
 from processes import HANGING_S, run_command
 
-LEFT_OUT = (".lock", ".md", ".png", ".csv", ".ipynb")  # for a checkout only
+LEFT_OUT = (".lock", ".md", ".png", ".csv", ".ipynb", "requirements.txt")  # for a checkout only
 
 pytestmark = pytest.mark.slow
 

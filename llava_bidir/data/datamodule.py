@@ -63,7 +63,7 @@ class InstructionData(LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["processor", "max_positions"])
         for key in ("batch_size", "micro_batch_size", "max_length"):
-            if self.hparams[key] < 1:
+            if (self.hparams[key] or 0) < 1:
                 raise UserError(f"data.{key} must be at least 1, got {self.hparams[key]}")
         self.annotations = annotations
         self.images = images

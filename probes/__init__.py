@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODUL
     from .analyses.claims import register_analysis as register_analysis
     from .analyses.effects import write_effects as write_effects
     from .data.registry import register_dataset as register_dataset
-    from .evaluation.estimate import Estimate as Estimate
+    from .score.estimate import Estimate as Estimate
     from .models.families import EncoderFamily as EncoderFamily
     from .models.families import Family as Family
     from .models.families import register_family as register_family
@@ -24,14 +24,14 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODUL
     from .models.own_module import EncoderModule as EncoderModule
     from .ops.cross_entropy import upsampled_cross_entropy as upsampled_cross_entropy
     from .ops.quadrature import prepare_masks as prepare_masks
-    from .results.finished_run import FinishedRun as FinishedRun
-    from .results.probe_run import ProbeRun as ProbeRun
-    from .results.runs import open_run as open_run
+    from .runs.finished_run import FinishedRun as FinishedRun
+    from .runs.probe_run import ProbeRun as ProbeRun
+    from .runs.runs import open_run as open_run
     from .studies.run import study as study
     from .studies.table import Study as Study
-    from .training.heads import Probe as Probe
-    from .training.heads import register_head as register_head
-    from .training.solve.features import solve_features as solve_features
+    from .heads import Probe as Probe
+    from .heads import register_head as register_head
+    from .solve.features import solve_features as solve_features
 
 _MODULES = {
     "load": ".models.load",
@@ -43,18 +43,18 @@ _MODULES = {
     "EncoderModule": ".models.own_module",
     "register_family": ".models.families",
     "register_dataset": ".data.registry",
-    "Probe": ".training.heads",
-    "register_head": ".training.heads",
-    "ProbeRun": ".results.probe_run",
-    "FinishedRun": ".results.finished_run",
-    "open_run": ".results.runs",
+    "Probe": ".heads",
+    "register_head": ".heads",
+    "ProbeRun": ".runs.probe_run",
+    "FinishedRun": ".runs.finished_run",
+    "open_run": ".runs.runs",
     "Claim": ".analyses.base",
-    "Estimate": ".evaluation.estimate",
+    "Estimate": ".score.estimate",
     "register_analysis": ".analyses.claims",
     "write_effects": ".analyses.effects",
     "study": ".studies.run",
     "Study": ".studies.table",
-    "solve_features": ".training.solve.features",
+    "solve_features": ".solve.features",
     "prepare_masks": ".ops.quadrature",
     "upsampled_cross_entropy": ".ops.cross_entropy",
 }

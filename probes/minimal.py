@@ -8,8 +8,8 @@ images and scored on the validation images:
 
 1. One forward returns the hidden states of the image tokens at all sites (`probes.load`).
 2. The loss of the task is that of the logits upsampled to each mask's own size
-   (`tasks/losses.py`), plus a penalty on the weights (`training/solve/objective.py`). It is convex,
-   so that its minimum is found without a learning rate (`training/solve/refinement.py`).
+   (`tasks/losses.py`), plus a penalty on the weights (`solve/objective.py`). It is convex,
+   so that its minimum is found without a learning rate (`solve/refinement.py`).
 3. The score is the mIoU of the upsampled predictions (`tasks/segmentation.py`).
 
 These are the functions of `probes solve`, which adds what a study needs: the strength by
@@ -27,9 +27,9 @@ import probes
 from probes.data.batches import MaskPreparer
 from probes.data.registry import open_dataset
 from probes.ops.quadrature import PreparedMasks
+from probes.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
+from probes.solve.refinement import Refinement
 from probes.tasks import SEGMENTATION, TASKS
-from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
-from probes.training.solve.refinement import Refinement
 
 TASK = TASKS[SEGMENTATION]
 

@@ -76,7 +76,7 @@ def solve(words: Sequence[str]) -> None:
     values = parser.read(words)
     config = parser.run_config(values)
 
-    from probes.training.solve import command
+    from probes.solve import command
 
     if values.dry_run:
         command.dry_run(config)
@@ -110,6 +110,6 @@ def fit(words: Sequence[str]) -> None:
     words = ["--help" if word == HELP_ALL else word for word in with_config_paths(words)]
     check_options(parser.prog, words, parser.options_of_fit, parser.required)
 
-    from probes.training.cli import main as run_lightning
+    from probes.fit.cli import main as run_lightning
 
     run_lightning(["fit", *words])

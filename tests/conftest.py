@@ -60,7 +60,7 @@ LONGEST = (
     "tests/probes/studies/test_study.py",
     "tests/test_pretended_gpu.py",
     "tests/probes/test_faults.py",
-    "tests/probes/training/test_distributed.py",
+    "tests/probes/fit/test_distributed.py",
     "tests/llava_bidir/training/test_faults.py",
     "tests/test_documents.py",
     "tests/test_determinism.py",

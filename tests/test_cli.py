@@ -132,7 +132,7 @@ def test_options_of_a_run_are_those_that_lightning_parses(capsys):
 
 # Commands with parsers of their own, by the module that they lead to, and those that train or read what a training left
 MODULES = [
-    "probes.training.solve.command",
+    "probes.solve.command",
     "probes.studies.command",
     "probes.data.verify_command",
 ]

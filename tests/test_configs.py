@@ -216,7 +216,7 @@ def test_probing_config_is_instantiated(
     checkpoints,
     tmp_path,
 ):
-    from probes.training.cli import build_cli
+    from probes.fit.cli import build_cli
 
     write, classes = PROBING[file]
     argv = [x for name in [file, *more] for x in ("-c", str(CONFIGS / name))]

@@ -188,7 +188,7 @@ def test_configured_command_parses(
         raise Parsed
 
     monkeypatch.setattr(RunCLI, "instantiate_classes", stop)
-    monkeypatch.setattr("probes.training.solve.command.ProbeData", stop)
+    monkeypatch.setattr("probes.solve.command.ProbeData", stop)
     monkeypatch.setattr(verify_command, "verify", stop)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is as before when the test ends
     monkeypatch.chdir(ROOT)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import llava_bidir.cli
 import llava_bidir.training.cli
 import probes.cli
-import probes.training.cli
+import probes.fit.cli
 
 MAIN = {"probes": probes.cli.main, "llava_bidir": llava_bidir.cli.main}
-BUILD = {"probes": probes.training.cli.build_cli, "llava_bidir": llava_bidir.training.cli.build_cli}
+BUILD = {"probes": probes.fit.cli.build_cli, "llava_bidir": llava_bidir.training.cli.build_cli}
 
 
 @pytest.fixture

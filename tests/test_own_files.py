@@ -16,8 +16,8 @@ import llava_bidir.cli
 import probes.cli
 from llava_bidir.common import imports
 from probes.data.registry import DATASETS
+from probes.heads import HEADS
 from probes.models.families import FAMILIES
-from probes.training.heads import HEADS
 
 MAIN = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 IS_IMAGE = torch.tensor([[False, True, True, True, True, False]])

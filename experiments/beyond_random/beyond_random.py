@@ -43,9 +43,6 @@ import probes
 from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.data.registry import open_dataset
-from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import run_effects
-from probes.evaluation.resampling import dataset_scores
 from probes.models.matched_updates import MATCH_IMAGES, layer_updates
 from probes.models.random_init import permute_weights, replace_weights
 from probes.models.sites import is_layer, last_layer
@@ -53,6 +50,9 @@ from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, least_favourable
 from probes.report.verdicts import judge as judge_effect
+from probes.score.estimate import Estimate
+from probes.score.layer_effects import run_effects
+from probes.score.resampling import dataset_scores
 from probes.tasks import SEGMENTATION, TASKS
 
 RIDGE = 1e-3  # of the covariance within classes, in units of its mean variance

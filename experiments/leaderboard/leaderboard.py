@@ -31,8 +31,8 @@ from scipy.stats import kendalltau
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import simultaneous_band
 from probes.report.model_comparison import compare_runs, unconverged_sites
-from probes.results.formatting import format_interval, format_percent, format_points, format_score
-from probes.results.probe_run import ProbeRun
+from probes.runs.formatting import format_interval, format_percent, format_points, format_score
+from probes.runs.probe_run import ProbeRun
 
 HERE = Path(__file__).parent
 FIRST = "dinov2"  # what all others are compared with

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava_bidir.common.atomic_io import write_files
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 IGNORED = 255
 NEIGHBOURS = 30

@@ -20,8 +20,8 @@ import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.knockout.contrasts import PairedCases, contrast_estimates
-from probes.evaluation.estimate import Estimate
 from probes.report.verdicts import compare_to_draws, interval_over_draws
+from probes.score.estimate import Estimate
 
 # shares of mistaken patches
 STILL_WRONG = 0.6

@@ -15,8 +15,8 @@ from itertools import product
 import numpy as np
 import torch
 
-from probes.evaluation.estimate import Estimate
 from probes.report.verdicts import interval_over_draws
+from probes.score.estimate import Estimate
 
 DRAW_SD = 0.35
 Z = 1.959964

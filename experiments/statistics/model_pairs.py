@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests/helpers"))
 from probe_runs import CLASSES_TASK, random_counts, sums_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import cross_validated_layers, image_folds
-from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.report.model_comparison import class_differs, compare_runs, differs
+from probes.score.estimate import Estimate
+from probes.score.layer_effects import cross_validated_layers, image_folds
+from probes.score.resampling import dataset_scores, resampled_scores
 
 POPULATION = 20_000
 CLASSES = {"all classes": 8, "three of 20": 20}

@@ -22,10 +22,10 @@ from probes.data.samplers import assign_folds
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts, count
+from probes.solve.held_out import scored_masks
+from probes.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
+from probes.solve.refinement import start_refinement
 from probes.tasks import SEGMENTATION, TASKS
-from probes.training.solve.held_out import scored_masks
-from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
-from probes.training.solve.refinement import start_refinement
 
 GRID = (16, 16)
 GEOMETRY = Geometry(GRID, 224, 224)

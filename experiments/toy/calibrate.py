@@ -33,8 +33,8 @@ from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
-from probes.results.runs import finished_runs
-from probes.results.study import read_studies
+from probes.runs.runs import finished_runs
+from probes.runs.study import read_studies
 from probes.studies.config import StudyConfig
 from probes.studies.parser import study_config
 from probes.studies.run import run_study

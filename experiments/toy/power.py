@@ -13,8 +13,8 @@ from pathlib import Path
 
 from experiments.toy.calibrate import DESIGNS, study_settings
 from probes.report.claims import evaluate_claims
-from probes.results.runs import finished_runs
-from probes.results.study import read_studies
+from probes.runs.runs import finished_runs
+from probes.runs.study import read_studies
 from probes.studies.arms import PERMUTED_DRAWS
 from probes.studies.run import run_study
 

@@ -15,7 +15,7 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, is_layer
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.results.finished_run import FinishedRun
+    from probes.runs.finished_run import FinishedRun
 
     from .style import ReportFigure
 

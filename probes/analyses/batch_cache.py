@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import write_files
-from probes.results.run_files import read_tensors
+from probes.runs.run_files import read_tensors
 
 Items = TypeVar("Items", bound=Sequence)
 

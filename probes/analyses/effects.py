@@ -9,9 +9,9 @@ from pathlib import Path
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
-from probes.evaluation.effect_file import effect_file, read_effect_file
-from probes.evaluation.estimate import Estimate
-from probes.results.finished_run import FinishedRun
+from probes.runs.finished_run import FinishedRun
+from probes.score.effect_file import effect_file, read_effect_file
+from probes.score.estimate import Estimate
 
 from . import ANALYSES
 

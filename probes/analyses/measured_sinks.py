@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from probes.models.sites import layer_site
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 from .sinks import SINK_NORM
 

@@ -21,7 +21,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.command_options import SegmentOptions
 from probes.data.base import open_image
 from probes.data.palette import palette_of
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 from probes.tasks.segmentation import colorize_classes
 
 COMMAND = "probes segment"  # marks the files of this command, which it may replace

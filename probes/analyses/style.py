@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from probes.models.sites import ADAPTER, ENCODER, is_layer
-from probes.results.formatting import Rows
+from probes.runs.formatting import Rows
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
 # of anything else but masks, whose colours mean nothing but masks

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 import probes
 from llava_bidir.common.errors import UserError
 from probes.data.palette import palette_of
+from probes.heads import Probe
 from probes.models.frozen_model import FrozenModel
 from probes.models.prompt_and_pixels import read_tokenizer
 from probes.models.sites import ENCODER, is_in_llm_space
-from probes.results.comparable import check_same_images
-from probes.results.probe_run import ProbeRun
-from probes.training.heads import Probe
+from probes.runs.comparable import check_same_images
+from probes.runs.probe_run import ProbeRun
 
 
 @dataclass

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from llava_bidir.common.errors import UserError
 from probes.analyses.claims import CLAIMS
 from probes.models.sites import ENCODER
-from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Entry, Rows, bounds
-from probes.results.study import StudyRuns, read_studies, runs_to_compare
+from probes.runs.finished_run import FinishedRun
+from probes.runs.formatting import Entry, Rows, bounds
+from probes.runs.study import StudyRuns, read_studies, runs_to_compare
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .claim_table import claim_notes, claim_text, verdict_reasons

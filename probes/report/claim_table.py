@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from probes.evaluation.estimate import estimate_text
-from probes.results.formatting import Entry, Rows, format_difference, format_p, value_columns
+from probes.runs.formatting import Entry, Rows, format_difference, format_p, value_columns
+from probes.score.estimate import estimate_text
 from probes.tasks import SEGMENTATION
 
 from .verdicts import ALPHA, FAILS, HOLDS, MARGIN, REVERSED, SUPPORTED, UNTESTED, measured_effect

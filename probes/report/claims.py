@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS
-from probes.evaluation.estimate import Estimate
-from probes.results.comparable import knockout_difference
-from probes.results.formatting import Entry
-from probes.results.study import CONTROLS, StudyRuns
+from probes.runs.comparable import knockout_difference
+from probes.runs.formatting import Entry
+from probes.runs.study import CONTROLS, StudyRuns
+from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION
 
 from .measure import KNOCKOUT, measure_study, random_part

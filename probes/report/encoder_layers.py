@@ -4,14 +4,14 @@ Shapes: S sites, N images, K classes, R resamplings.
 """
 
 from probes.models.sites import FINAL_NORM, is_layer
-from probes.results.formatting import (
+from probes.runs.formatting import (
     Entry,
     format_interval,
     format_percent,
     format_points,
     format_score,
 )
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 from .verdicts import measured_effect
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from probes.models.sites import FINAL_NORM, PATCHES, is_layer, part_of
-from probes.results.formatting import format_difference, format_points
+from probes.runs.formatting import format_difference, format_points
 
 from .encoder_layers import describe_best_layer
 from .site_table import describe_sites, join_words, name_site

@@ -1,8 +1,8 @@
 """Format the main numbers of a study as LaTeX tables, in percent with 95% intervals."""
 
 from llava_bidir.common.latex import latex_table
-from probes.results.formatting import Entry, format_score
-from probes.results.study import StudyRuns
+from probes.runs.formatting import Entry, format_score
+from probes.runs.study import StudyRuns
 
 from .claim_table import claim_text, tested_columns
 

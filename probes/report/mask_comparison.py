@@ -23,11 +23,11 @@ from probes.analyses.style import (
     new_axes,
     site_depth,
 )
-from probes.evaluation.resampling import swapped_scores
 from probes.models.sites import ADAPTER, ENCODER, is_layer
-from probes.results.formatting import Entry, Rows, bounds, format_interval, format_p, format_points
-from probes.results.probe_run import ProbeRun
-from probes.results.study import StudyRuns
+from probes.runs.formatting import Entry, Rows, bounds, format_interval, format_p, format_points
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import StudyRuns
+from probes.score.resampling import swapped_scores
 
 from .verdicts import ALPHA
 

@@ -3,7 +3,7 @@
 Effects are vectors of a number and its resamplings (probes/analyses/effects.py). All use the same resamplings of the
 study's validation images, so differences between sites, masks and controls are paired.
 
-The best layer of a recovery is chosen by cross-validation over images (probes/evaluation/layer_effects.py). The paper
+The best layer of a recovery is chosen by cross-validation over images (probes/score/layer_effects.py). The paper
 chooses it on the images that it is scored on, which favours models with many layers; tables keep that definition.
 """
 
@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.analyses.effects import read_effects
-from probes.evaluation.estimate import Estimate
-from probes.results.comparable import check_pair, knockout_difference
-from probes.results.finished_run import FinishedRun
-from probes.results.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
+from probes.runs.comparable import check_pair, knockout_difference
+from probes.runs.finished_run import FinishedRun
+from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
+from probes.score.estimate import Estimate
 
 from .verdicts import compare_to_draws
 

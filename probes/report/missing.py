@@ -8,10 +8,10 @@ from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.analyses.knockout.contrasts import MIN_IMAGES
 from probes.models.sites import ADAPTER, ENCODER
-from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Rows
-from probes.results.steps import LEFT_OUT, study_folder, unfinished_steps
-from probes.results.study import MASKS, UNTRAINED, StudyRuns
+from probes.runs.finished_run import FinishedRun
+from probes.runs.formatting import Rows
+from probes.runs.steps import LEFT_OUT, study_folder, unfinished_steps
+from probes.runs.study import MASKS, UNTRAINED, StudyRuns
 from probes.tasks import SEGMENTATION
 
 from .measure import Measured, Number, other_knockouts, random_part

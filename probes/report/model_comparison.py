@@ -14,12 +14,12 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import p_values, random_swaps, simultaneous_band
 from llava_bidir.common.errors import UserError
-from probes.evaluation.estimate import Estimate
 from probes.models.sites import is_layer, layer_number
-from probes.results.comparable import check_same_probes
-from probes.results.formatting import Entry, Rows, bounds
-from probes.results.probe_run import ProbeRun
-from probes.results.study import StudyRuns, runs_to_compare
+from probes.runs.comparable import check_same_probes
+from probes.runs.formatting import Entry, Rows, bounds
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import StudyRuns, runs_to_compare
+from probes.score.estimate import Estimate
 
 from .verdicts import ALPHA, FAILS, MARGIN, judge
 

@@ -6,7 +6,7 @@ The numbers are those of `model_comparison.py`, in percent and points of mIoU.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from probes.results.formatting import (
+from probes.runs.formatting import (
     Entry,
     Rows,
     format_interval,

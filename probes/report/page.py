@@ -28,13 +28,13 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
-from probes.results import formatting
-from probes.results.finished_run import FinishedRun, warn_of_changed_data
-from probes.results.formatting import Entry, Rows
-from probes.results.paper import PAPER
-from probes.results.runs import finished_runs, open_run
-from probes.results.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
-from probes.results.study import (
+from probes.runs import formatting
+from probes.runs.finished_run import FinishedRun, warn_of_changed_data
+from probes.runs.formatting import Entry, Rows
+from probes.runs.paper import PAPER
+from probes.runs.runs import finished_runs, open_run
+from probes.runs.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
+from probes.runs.study import (
     UNTRAINED,
     StudyRuns,
     by_mask,

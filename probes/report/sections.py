@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
-from probes.results.formatting import Entry, Rows
-from probes.results.study import StudyRuns
+from probes.runs.formatting import Entry, Rows
+from probes.runs.study import StudyRuns
 
 from .encoder_layers import best_layer, class_table, describe_best_layer
 from .figures.claims import claim_figures

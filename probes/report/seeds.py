@@ -11,8 +11,8 @@ import torch
 
 from llava_bidir.common.quantiles import student_quantile
 from probes.analyses.claims import CLAIMS
-from probes.results.formatting import Entry
-from probes.results.study import StudyRuns, studies_by_model
+from probes.runs.formatting import Entry
+from probes.runs.study import StudyRuns, studies_by_model
 
 from .verdicts import (
     COLUMNS,

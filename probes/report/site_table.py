@@ -9,7 +9,6 @@ Shapes: S sites, R resamplings.
 
 from collections.abc import Iterable, Sequence
 
-from probes.evaluation.estimate import Estimate
 from probes.models.sites import (
     ADAPTER,
     FINAL_NORM,
@@ -19,7 +18,7 @@ from probes.models.sites import (
     layer_number,
     part_of,
 )
-from probes.results.formatting import (
+from probes.runs.formatting import (
     Entry,
     Rows,
     bounds,
@@ -28,8 +27,9 @@ from probes.results.formatting import (
     format_points,
     format_score,
 )
-from probes.results.probe_run import ProbeRun
-from probes.results.study import CONTROLS, StudyRuns, runs_to_compare
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import CONTROLS, StudyRuns, runs_to_compare
+from probes.score.estimate import Estimate
 
 from .verdicts import MARGIN, compare_to_draws, interval_over_draws
 

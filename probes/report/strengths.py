@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 
 from llava_bidir.common.bootstrap import simultaneous_band
-from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import EFFECTS
-from probes.evaluation.strengths import ROWS
-from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Entry, Rows
-from probes.results.study import UNTRAINED, StudyRuns, by_mask
+from probes.runs.finished_run import FinishedRun
+from probes.runs.formatting import Entry, Rows
+from probes.runs.study import UNTRAINED, StudyRuns, by_mask
+from probes.score.estimate import Estimate
+from probes.score.layer_effects import EFFECTS
+from probes.score.strengths import ROWS
 
 
 def path_rows(study: StudyRuns) -> Rows:

@@ -1,9 +1,9 @@
 """Build the tables of a study, next to the numbers of the paper."""
 
 from probes.models.sites import FINAL_NORM
-from probes.results.formatting import Rows, run_columns
-from probes.results.paper import PAPER
-from probes.results.study import StudyRuns
+from probes.runs.formatting import Rows, run_columns
+from probes.runs.paper import PAPER
+from probes.runs.study import StudyRuns
 
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
 

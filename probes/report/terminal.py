@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from probes.results.formatting import Entry, Rows, align
-from probes.results.steps import FAILED, LEFT_OUT, describe_steps
+from probes.runs.formatting import Entry, Rows, align
+from probes.runs.steps import FAILED, LEFT_OUT, describe_steps
 
 from .beyond_classes import claim_texts, task_notes
 from .claim_table import (

@@ -11,7 +11,7 @@ from typing import Any
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
-from probes.results.finished_run import FinishedRun
+from probes.runs.finished_run import FinishedRun
 
 FILE = "truth.json"
 TRUTHS = ("planted", "absent")

@@ -33,8 +33,8 @@ from typing import Any
 
 from llava_bidir.common.bootstrap import holm
 from llava_bidir.common.quantiles import normal_quantile, student_quantile
-from probes.evaluation.estimate import Estimate, p_value, standard_error
-from probes.results.formatting import Entry
+from probes.runs.formatting import Entry
+from probes.score.estimate import Estimate, p_value, standard_error
 from probes.tasks import SEGMENTATION, TASKS
 
 COLUMNS = ("paper", "optimum", "beyond_random")

@@ -12,8 +12,8 @@ from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.quantiles import student_quantile
 from probes.data.registry import open_split
 from probes.report.verdicts import MARGIN, POWER
-from probes.results.steps import LEFT_OUT, describe_steps
-from probes.results.study import CONTROLS
+from probes.runs.steps import LEFT_OUT, describe_steps
+from probes.runs.study import CONTROLS
 
 from .arms import arm_names, plan_arms
 from .config import StudyConfig
@@ -74,7 +74,7 @@ def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
         print(describe_power(study, len(validation), len(masks)))
     trained = [x.config for x in steps if x.kind == "solve" and not x.config.model.untrained]
     if trained and any(step.kind == "solve" for step in runs):
-        from probes.training.solve.command import dry_run
+        from probes.solve.command import dry_run
 
         dry_run(trained[0])
 

@@ -13,8 +13,8 @@ from probes.analyses.effects import effects_path
 from probes.data.registry import DATASETS, open_split
 from probes.report.options import ReportOptions
 from probes.report.truth import FILE as TRUTH_FILE
-from probes.results.runs import finished_runs
-from probes.results.steps import unfinished_steps
+from probes.runs.runs import finished_runs
+from probes.runs.steps import unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .analyses import check_classes, chosen_analyses, steps_of_models, steps_of_runs

@@ -31,10 +31,10 @@ from llava_bidir.common.steps import Step, as_json, find_missing, must_replace, 
 from probes.analyses.base import function_of
 from probes.data.registry import open_split, split_identity
 from probes.report.terminal import format_results
-from probes.results.finished_run import FinishedRun
-from probes.results.runs import finished_runs, open_run
-from probes.results.steps import study_folder
 from probes.run_config import DataOptions, RunConfig
+from probes.runs.finished_run import FinishedRun
+from probes.runs.runs import finished_runs, open_run
+from probes.runs.steps import study_folder
 from probes.tasks import SEGMENTATION
 
 from .config import StudyConfig, check_label
@@ -286,11 +286,11 @@ def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
 def _call(step: Step, config: Any) -> None:
     """Call the function of a step, which is imported now."""
     if step.kind == "solve":
-        from probes.training.solve.command import run_config
+        from probes.solve.command import run_config
 
         run_config(config)
     elif step.kind == "fit":
-        from probes.training.cli import run_fit
+        from probes.fit.cli import run_fit
 
         run_fit(config)
     elif step.kind == "report":

@@ -10,9 +10,9 @@ from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
 from probes.report.claim_table import HEADLINES, claim_rows
-from probes.results.finished_run import FinishedRun
-from probes.results.runs import finished_runs, open_run
-from probes.results.study import given_labels, labels_of_models, model_name
+from probes.runs.finished_run import FinishedRun
+from probes.runs.runs import finished_runs, open_run
+from probes.runs.study import given_labels, labels_of_models, model_name
 
 if TYPE_CHECKING:  # pandas takes a second to import
     from matplotlib.figure import Figure

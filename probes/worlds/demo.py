@@ -154,7 +154,7 @@ def _study(out: Path, seed: int, in_full: bool) -> None:
 def format_truth(results: dict) -> str:
     """Return the claims whose truth is known as tables by model and mask: what is true, and what the study found."""
     from probes.report.claim_table import known_truths, summarize_truths  # imports torch
-    from probes.results.formatting import align
+    from probes.runs.formatting import align
 
     studies = results["studies"]
     tables: dict[str, list[list[str]]] = {}

@@ -22,19 +22,18 @@ from probes.data.samplers import assign_folds
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
-from probes.tasks import SEGMENTATION, TASKS
-from probes.training.solve.curvature import SampledPixels
-from probes.training.solve.held_out import (
+from probes.solve.curvature import SampledPixels
+from probes.solve.held_out import (
     class_pixels,
     ignore_classes,
     lone_classes,
     scored_masks,
 )
-from probes.training.solve.moments import Moments, SiteSpace
-from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
-from probes.training.solve.pass_refinement import PassRefinement
-from probes.training.solve.pass_sums import PassSums, null_gradient
-from probes.training.solve.pixel_sample import (
+from probes.solve.moments import Moments, SiteSpace
+from probes.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
+from probes.solve.pass_refinement import PassRefinement
+from probes.solve.pass_sums import PassSums, null_gradient
+from probes.solve.pixel_sample import (
     CANDIDATES,
     AxisRange,
     ChannelRange,
@@ -42,8 +41,9 @@ from probes.training.solve.pixel_sample import (
     draw_pixels,
     prefer_uncertain,
 )
-from probes.training.solve.refinement import start_refinement
-from probes.training.solve.strength_path import FoldSearch
+from probes.solve.refinement import start_refinement
+from probes.solve.strength_path import FoldSearch
+from probes.tasks import SEGMENTATION, TASKS
 
 LOSS = TASKS[SEGMENTATION].loss
 FOLDS = 4

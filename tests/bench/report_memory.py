@@ -19,8 +19,8 @@ import probe_runs
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import RESAMPLINGS
-from probes.evaluation.effect_file import EFFECTS_FILE, effect_file, read_effect_file
-from probes.evaluation.estimate import Estimate
+from probes.score.effect_file import EFFECTS_FILE, effect_file, read_effect_file
+from probes.score.estimate import Estimate
 
 GRID = (24, 24)
 # The peak of the process itself: what the kernel says of a child has that of its parent before it starts.

@@ -7,12 +7,12 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes.data.batches import MaskPreparer
+from probes.fit.module import ProbeModule
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.pixel_counts import IGNORE_INDEX, count
+from probes.solve.objective import loss_sums
 from probes.tasks import SEGMENTATION, TASKS
-from probes.training.module import ProbeModule
-from probes.training.solve.objective import loss_sums
 
 PREFIX, CLASSES, VOCABULARY = (
     36,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from probes.ops.quadrature import PreparedMasks, prepare_masks
-from probes.training.solve.objective import TIGHT_NODES
+from probes.solve.objective import TIGHT_NODES
 
 BATCH = 32
 

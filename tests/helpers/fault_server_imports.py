@@ -10,8 +10,8 @@ import probes.analyses.knockout.run
 import probes.analyses.maps.run
 import probes.analyses.starvation.run
 import probes.analyses.umap.run
+import probes.fit.cli
 import probes.report.page
-import probes.training.cli
 
 torch.set_num_threads(1)
 __all__ = ["probes", "sklearn", "torch", "umap"]

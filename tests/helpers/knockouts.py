@@ -12,7 +12,7 @@ from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.contrasts import knockout_effects
 from probes.analyses.knockout.rates import outcome_key
 from probes.analyses.knockout.run import summarise_cases
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 CLASSES = ["sky", "ceiling", "road", "floor", "wall", "building"]
 PARTNERS = {

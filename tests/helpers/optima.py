@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from probes.ops.geometry import GridPlacement
-from probes.results.finished_run import FinishedRun
-from probes.training.solve.strength_path import COMPARED_TOLERANCE, HELD_OUT_GAIN
+from probes.runs.finished_run import FinishedRun
+from probes.solve.strength_path import COMPARED_TOLERANCE, HELD_OUT_GAIN
 
 # Of a loss in nats: the quadrature of five nodes is exact to five digits, and probes are stored in float32.
 ROUNDING = 1e-5

@@ -15,15 +15,15 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes.cli import main
 from probes.data.registry import open_dataset, split_identity
-from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
-from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import run_effects
-from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.models.sites import last_layer, site_names
 from probes.ops.pixel_counts import Counts
-from probes.results.finished_run import FinishedRun
-from probes.results.probe_run import ProbeRun
-from probes.results.runs import open_run
+from probes.runs.finished_run import FinishedRun
+from probes.runs.probe_run import ProbeRun
+from probes.runs.runs import open_run
+from probes.score.effect_file import EFFECTS_FILE, effect_file
+from probes.score.estimate import Estimate
+from probes.score.layer_effects import run_effects
+from probes.score.resampling import dataset_scores, resampled_scores
 from probes.tasks import TASKS
 
 GRID = (2, 2)

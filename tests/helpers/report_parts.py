@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from probes.analyses.style import ReportFigure
 from probes.report.claims import evaluate_claims
 from probes.report.sections import study_sections
-from probes.results.study import StudyRuns
+from probes.runs.study import StudyRuns
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="

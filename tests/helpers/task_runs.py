@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from probes.evaluation.summary import summary
 from probes.models.sites import site_names
+from probes.score.summary import summary
 from probes.tasks import TASKS
 
 STRENGTHS = [1.0, 1e-1, 1e-3]  # strong to weak

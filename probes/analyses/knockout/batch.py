@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probes.evaluation.true_classes import true_classes
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
+from probes.score.true_classes import true_classes
 
 from . import KnockoutOptions
 from .cases import ConfusionCase, PatchReader, find_cases

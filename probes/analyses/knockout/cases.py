@@ -28,7 +28,7 @@ from llava_bidir.common.errors import UserError
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 
 class PatchReader:

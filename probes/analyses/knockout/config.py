@@ -6,7 +6,7 @@ from typing import Any
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.options import options_from
 from probes.models.sites import ADAPTER, layer_site
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 from . import KnockoutOptions
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.quantiles import normal_quantile, student_quantile
-from probes.evaluation.estimate import Estimate
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
+from probes.score.estimate import Estimate
 
 from .rates import (
     blocked_classes,

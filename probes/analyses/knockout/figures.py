@@ -4,8 +4,8 @@ from typing import Any
 
 from llava_bidir.common.bootstrap import interval
 from probes.analyses.style import FigureData, ReportFigure, curves, new_panels
-from probes.results.formatting import Rows, bounds
-from probes.results.probe_run import ProbeRun
+from probes.runs.formatting import Rows, bounds
+from probes.runs.probe_run import ProbeRun
 
 from .rates import read_knockout, select_cases
 

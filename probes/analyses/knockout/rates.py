@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
-from probes.results.probe_run import ProbeRun
-from probes.results.run_files import read_tensors
+from probes.runs.probe_run import ProbeRun
+from probes.runs.run_files import read_tensors
 
 from .schema import CONDITIONS
 

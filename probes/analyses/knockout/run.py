@@ -35,10 +35,10 @@ from probes.analyses.measured_sinks import sinks_of_run
 from probes.analyses.replacement import check_replaceable
 from probes.analyses.sinks import describe_sinks
 from probes.data.batches import PreprocessedDataset, collate
-from probes.evaluation.effect_file import effect_file
-from probes.evaluation.estimate import Estimate, estimate_text
 from probes.models.sites import is_layer
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
+from probes.score.effect_file import effect_file
+from probes.score.estimate import Estimate, estimate_text
 
 from . import KnockoutOptions
 from .batch import knock_out_batch

@@ -2,7 +2,7 @@
 
 from probes.analyses.base import Section
 from probes.analyses.sinks import describe_sinks
-from probes.results.study import StudyRuns
+from probes.runs.study import StudyRuns
 
 from .config import cut_layers
 from .figures import rates_figure

@@ -9,9 +9,9 @@ from matplotlib.patches import Patch
 
 from probes.analyses.style import FigureData
 from probes.models.sites import ADAPTER, ENCODER
-from probes.results.finished_run import FinishedRun
-from probes.results.probe_run import ProbeRun
-from probes.results.run_files import read_tensors
+from probes.runs.finished_run import FinishedRun
+from probes.runs.probe_run import ProbeRun
+from probes.runs.run_files import read_tensors
 from probes.tasks import SEGMENTATION
 from probes.tasks.segmentation import colorize_classes
 

@@ -22,12 +22,12 @@ from probes.analyses.base import check_image
 from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.analyses.knockout.config import describe, options_of_run
 from probes.analyses.replacement import check_replaceable
-from probes.evaluation.true_classes import true_classes
 from probes.models.knockout import Knockout
 from probes.ops.bilinear import upsampled_argmax
-from probes.results.probe_run import ProbeRun
-from probes.results.run_files import read_tensors
-from probes.results.runs import open_run
+from probes.runs.probe_run import ProbeRun
+from probes.runs.run_files import read_tensors
+from probes.runs.runs import open_run
+from probes.score.true_classes import true_classes
 from probes.tasks import SEGMENTATION
 
 from . import MapsOptions

@@ -3,8 +3,8 @@
 from probes.analyses.base import Section
 from probes.analyses.style import Figures, ReportFigure
 from probes.data.palette import palette_of
-from probes.results.formatting import file_name
-from probes.results.study import StudyRuns
+from probes.runs.formatting import file_name
+from probes.runs.study import StudyRuns
 
 from .figures import knockout_maps, site_maps
 

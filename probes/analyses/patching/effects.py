@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
-from probes.evaluation.estimate import Estimate, estimate_text
+from probes.score.estimate import Estimate, estimate_text
 
 GROUPS = ("patched", "others", "random", "difference")
 

@@ -31,11 +31,11 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.replacement import check_replaceable
-from probes.evaluation.true_classes import true_classes
+from probes.heads import Probe
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_site
-from probes.results.probe_run import ProbeRun
-from probes.training.heads import Probe
+from probes.runs.probe_run import ProbeRun
+from probes.score.true_classes import true_classes
 
 from . import PatchingOptions
 from .effects import patching_effects, print_effects

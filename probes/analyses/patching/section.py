@@ -7,8 +7,8 @@ from matplotlib.ticker import MaxNLocator
 
 from probes.analyses.base import Section
 from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure, curves
-from probes.results.formatting import Rows, bounds
-from probes.results.study import StudyRuns
+from probes.runs.formatting import Rows, bounds
+from probes.runs.study import StudyRuns
 
 from .effects import GROUPS
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import simultaneous_band
 from probes.analyses.knockout.rates import Cases, image_weights
 from probes.analyses.sinks import describe_sinks, meets_sink
-from probes.evaluation.estimate import Estimate, estimate_text
+from probes.score.estimate import Estimate, estimate_text
 
 CONTRAST = "object - random"
 TARGETS = {  # sets of tokens of a knockout

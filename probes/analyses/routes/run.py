@@ -42,11 +42,11 @@ from probes.analyses.batch_cache import cached_batches
 from probes.analyses.effects import effects_path
 from probes.analyses.measured_sinks import IMAGES, measure_sinks
 from probes.analyses.replacement import check_replaceable
-from probes.evaluation.effect_file import effect_file
+from probes.heads import Probe
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
-from probes.results.probe_run import ProbeRun
-from probes.training.heads import Probe
+from probes.runs.probe_run import ProbeRun
+from probes.score.effect_file import effect_file
 
 from . import RoutesOptions
 from .effects import TARGETS, answer_statistics, claimed_routes, print_routes, route_effects

@@ -10,10 +10,10 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.base import Section
 from probes.analyses.sinks import describe_sinks, layers_with_sinks
 from probes.analyses.style import COLOURS, FigureData, ReportFigure, curves
-from probes.evaluation.estimate import estimate_text
-from probes.results.formatting import Rows, bounds
-from probes.results.probe_run import ProbeRun
-from probes.results.study import CONTROLS, StudyRuns
+from probes.runs.formatting import Rows, bounds
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import CONTROLS, StudyRuns
+from probes.score.estimate import estimate_text
 
 from .effects import TARGETS, can_cut_sink, every_layer
 

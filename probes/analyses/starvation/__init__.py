@@ -11,7 +11,7 @@ from probes.analyses.sinks import starts_with_sink
 from probes.models.sites import is_layer
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.results.finished_run import FinishedRun
+    from probes.runs.finished_run import FinishedRun
 
 
 @dataclass(frozen=True, kw_only=True)

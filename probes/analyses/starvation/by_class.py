@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from probes.evaluation.true_classes import true_classes
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
+from probes.score.true_classes import true_classes
 
 from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap
 

@@ -12,7 +12,7 @@ from probes.analyses.style import (
     mask_colour,
     new_axes,
 )
-from probes.results.formatting import bounds
+from probes.runs.formatting import bounds
 
 POINTS = "#D55E00"
 DRAWN_PATCHES = 50

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import interval
 from llava_bidir.common.errors import UserError
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 
 class PatchCounts(NamedTuple):

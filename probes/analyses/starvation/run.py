@@ -17,10 +17,10 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.measured_sinks import sinks_of_run
 from probes.analyses.replacement import check_replaceable
-from probes.results.comparable import check_pair
-from probes.results.finished_run import warn_of_changed_data
-from probes.results.probe_run import ProbeRun
-from probes.results.study import MASKS
+from probes.runs.comparable import check_pair
+from probes.runs.finished_run import warn_of_changed_data
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import MASKS
 
 from . import StarvationOptions, sink_warning
 from .by_class import class_results

@@ -6,10 +6,10 @@ from typing import Any
 
 from probes.analyses.base import Section
 from probes.analyses.sinks import starts_with_sink
-from probes.results.formatting import Rows, format_percent, format_points
-from probes.results.paper import PAPER
-from probes.results.probe_run import ProbeRun
-from probes.results.study import StudyRuns
+from probes.runs.formatting import Rows, format_percent, format_points
+from probes.runs.paper import PAPER
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import StudyRuns
 
 from . import sink_warning
 from .figures import starvation_figures

@@ -19,9 +19,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_image
 from probes.analyses.replacement import check_replaceable
-from probes.evaluation.true_classes import true_classes
 from probes.models.sites import ADAPTER
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
+from probes.score.true_classes import true_classes
 
 from . import UmapOptions, lacks_package
 
@@ -86,7 +86,7 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     from sklearn.metrics import silhouette_score  # these take seconds to import
     from umap import UMAP
 
-    from probes.evaluation.knn_purity import knn_purity
+    from probes.score.knn_purity import knn_purity
 
     x = states.numpy()
     threads = torch.get_num_threads()

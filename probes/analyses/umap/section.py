@@ -7,7 +7,7 @@ import numpy as np
 from probes.analyses.base import Section
 from probes.analyses.style import FigureData, Figures, ReportFigure, new_axes
 from probes.data.palette import palette_of
-from probes.results.study import StudyRuns
+from probes.runs.study import StudyRuns
 
 
 def section(study: StudyRuns) -> Section:

@@ -20,8 +20,8 @@ from probes.analyses.style import (
     mask_colour,
     site_depth,
 )
-from probes.results.formatting import Entry, Rows, bounds
-from probes.results.study import StudyRuns
+from probes.runs.formatting import Entry, Rows, bounds
+from probes.runs.study import StudyRuns
 
 from ..beyond_classes import task_score_rows
 

@@ -13,7 +13,7 @@ from probes.analyses.style import (
     new_axes,
 )
 from probes.report.verdicts import COLUMNS
-from probes.results.formatting import Entry, Rows, value_columns
+from probes.runs.formatting import Entry, Rows, value_columns
 
 # What is drawn of a claim: offset within its row, look and label.
 STYLES = {

@@ -25,9 +25,9 @@ from probes.analyses.style import (
     spread_labels,
 )
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
-from probes.results.formatting import Rows, bounds, run_columns
-from probes.results.probe_run import ProbeRun
-from probes.results.study import CONTROLS, UNTRAINED, StudyRuns, by_mask
+from probes.runs.formatting import Rows, bounds, run_columns
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import CONTROLS, UNTRAINED, StudyRuns, by_mask
 
 MIOU = {
     "y": "miou",

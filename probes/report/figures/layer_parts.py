@@ -9,9 +9,9 @@ from probes.analyses.style import (
     new_panels,
 )
 from probes.models.sites import is_layer, layer_around, layer_number, part_of
-from probes.results.formatting import Rows
-from probes.results.probe_run import ProbeRun
-from probes.results.study import StudyRuns
+from probes.runs.formatting import Rows
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import StudyRuns
 
 from .layer_curves import MIOU, TRAINED, score_rows
 

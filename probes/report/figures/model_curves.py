@@ -17,9 +17,9 @@ from probes.analyses.style import (
     spread_labels,
 )
 from probes.models.sites import ADAPTER, is_layer, layer_number
-from probes.results.formatting import Rows
-from probes.results.probe_run import ProbeRun
-from probes.results.study import CONTROLS, MASKS, StudyRuns, runs_to_compare
+from probes.runs.formatting import Rows
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import CONTROLS, MASKS, StudyRuns, runs_to_compare
 
 from .layer_curves import (
     MIOU,

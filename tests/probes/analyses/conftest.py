@@ -4,7 +4,7 @@ import probe_runs
 import pytest
 import tiny_models
 
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from probes.analyses.starvation.run import starvation
 from probes.analyses.starvation.section import sink_rows
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import read_studies
 
 CLAIM = "starvation_without_sink"
 

@@ -17,7 +17,7 @@ from probes.analyses.patching.run import (
     read_batch,
 )
 from probes.cli import main
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 READ_OUT = "layer_02"
 

@@ -23,8 +23,8 @@ from probes.analyses.routes.run import (
     windows,
 )
 from probes.cli import main
-from probes.evaluation.effect_file import read_effect_file
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
+from probes.score.effect_file import read_effect_file
 
 CLASSES = tiny_models.CLASSES
 COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]

@@ -13,8 +13,8 @@ from probes.analyses.knockout.config import describe, options_of_run
 from probes.analyses.knockout.run import knockout
 from probes.analyses.maps.run import predict_maps
 from probes.cli import main
-from probes.evaluation.true_classes import true_classes
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
+from probes.score.true_classes import true_classes
 
 PLANS = {
     "paper": {},

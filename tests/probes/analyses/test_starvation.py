@@ -8,7 +8,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.by_class import standardised_gap
 from probes.analyses.starvation.patch_accuracy import PatchCounts
 from probes.analyses.starvation.run import starvation
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 N = 80
 T = 16

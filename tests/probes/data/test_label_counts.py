@@ -21,7 +21,7 @@ from probes.data.label_counts import (
 )
 from probes.data.probe_data import ProbeData
 from probes.report.page import write_report
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 
 def masks(root: Path, split: str) -> list[Path]:

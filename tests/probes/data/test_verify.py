@@ -40,7 +40,7 @@ def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(
     tmp_path,
     monkeypatch,
 ):
-    monkeypatch.delattr("probes.training.site_probes.load")
+    monkeypatch.delattr("probes.site_probes.load")
     with pytest.raises(SystemExit) as stop:
         fit(broken, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
     message = str(stop.value.code)

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
-from probes.results.study import read_studies
+from probes.runs.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]

@@ -12,8 +12,8 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
 from probes.report.verdicts import describe_finding
-from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]

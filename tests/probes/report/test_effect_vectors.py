@@ -14,9 +14,9 @@ from llava_bidir.common.atomic_io import write_files
 from probes.analyses import claims as registry
 from probes.analyses.effects import read_effects
 from probes.cli import main
-from probes.evaluation.effect_file import effect_file
 from probes.report.claims import evaluate_claims
-from probes.results.study import read_studies
+from probes.runs.study import read_studies
+from probes.score.effect_file import effect_file
 
 EXAMPLE = Path(__file__).parents[2] / "extending/outside_analysis.py"
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm

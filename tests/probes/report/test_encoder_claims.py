@@ -10,8 +10,8 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.encoder_layers import best_layer, describe_best_layer
 from probes.report.page import write_report
-from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import read_studies
 
 SITES = ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
 PEAK = [0.2, 0.5, 0.8, 0.6, 0.7]  # layer 2 is far above the others, also on a tenth of the images

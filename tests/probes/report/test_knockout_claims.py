@@ -9,8 +9,8 @@ import pytest
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 
 from probes.report.claims import evaluate_claims
-from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 ANCHORS = (-0.4, 0.4)

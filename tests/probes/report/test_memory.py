@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from probes.cli import main
-from probes.results import finished_run
-from probes.results.probe_run import ProbeRun
+from probes.runs import finished_run
+from probes.runs.probe_run import ProbeRun
 
 IMAGES = 40
 CLASSES = 20

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probes.cli import main
-from probes.evaluation.estimate import Estimate
 from probes.report.model_comparison import (
     class_differs,
     compare_runs,
@@ -18,8 +17,9 @@ from probes.report.model_comparison import (
     pair_sites,
 )
 from probes.report.model_tables import describe_comparison
-from probes.results.probe_run import ProbeRun
-from probes.results.study import labels_of_models
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import labels_of_models
+from probes.score.estimate import Estimate
 
 QUALITY = [0.50, 0.40, 0.52, 0.60, 0.58, 0.58]  # encoder, adapter, three layers, final norm
 WORSE = [*QUALITY[:3], 0.50, 0.48, 0.48]

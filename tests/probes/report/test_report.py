@@ -12,8 +12,8 @@ from task_runs import write_depth_run
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import read_studies
 
 MASKS = ("causal", "bidirectional")
 DRAWS_PICTURES = True

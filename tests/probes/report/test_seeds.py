@@ -9,10 +9,10 @@ import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.cli import main
-from probes.evaluation.estimate import Estimate
 from probes.report.seeds import join_column, mean_over_seeds
 from probes.report.verdicts import compare_to_draws, judge_draws
-from probes.results.study import read_studies
+from probes.runs.study import read_studies
+from probes.score.estimate import Estimate
 
 STUDIES = 500
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]

@@ -10,8 +10,8 @@ from reference import miou_of_counts
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.site_table import describe_sites, shown_rows, site_rows
-from probes.results.probe_run import ProbeRun
-from probes.results.study import StudyRuns, read_studies
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import StudyRuns, read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]

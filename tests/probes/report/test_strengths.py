@@ -21,16 +21,16 @@ from probe_runs import (
 from reference import miou_of_counts
 
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
-from probes.evaluation.layer_effects import (
+from probes.ops.pixel_counts import Counts
+from probes.report.claims import evaluate_claims
+from probes.report.strengths import path_rows
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import UNTRAINED, read_studies
+from probes.score.layer_effects import (
     cross_validated_layers,
     image_folds,
     read_scores,
 )
-from probes.ops.pixel_counts import Counts
-from probes.report.claims import evaluate_claims
-from probes.report.strengths import path_rows
-from probes.results.probe_run import ProbeRun
-from probes.results.study import UNTRAINED, read_studies
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]

@@ -7,7 +7,6 @@ import scipy.stats
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.evaluation.estimate import Estimate, p_value
 from probes.report.verdicts import (
     MARGIN,
     compare_to_draws,
@@ -16,6 +15,7 @@ from probes.report.verdicts import (
     least_favourable,
     path_column,
 )
+from probes.score.estimate import Estimate, p_value
 
 STUDIES = 500
 

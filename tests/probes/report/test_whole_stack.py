@@ -9,7 +9,7 @@ import tiny_models
 from probes.cli import main
 from probes.report.figures.layer_curves import layer_curves, stack_figures
 from probes.report.figures.layer_parts import part_figures
-from probes.results.study import read_studies
+from probes.runs.study import read_studies
 
 LLM = {
     "encoder": 0.55,

@@ -10,8 +10,8 @@ from probe_runs import write_run
 from reference import miou_of_counts
 
 from probes.report.mask_comparison import compare_masks
-from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import read_studies
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 

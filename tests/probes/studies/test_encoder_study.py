@@ -22,9 +22,9 @@ from probes.lab.requests import (
 )
 from probes.report.claims import evaluate_claims
 from probes.report.encoder_layers import best_layer, describe_best_layer
-from probes.results.formatting import format_difference, format_points
-from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.runs.formatting import format_difference, format_points
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import read_studies
 from probes.studies.estimate import print_estimate
 from probes.studies.plan import make_plan
 from probes.studies.run import run_study

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from probes.evaluation.estimate import Estimate
 from probes.report.verdicts import judge_draws
+from probes.score.estimate import Estimate
 from probes.studies.estimate import TOY_WORLD, Spread, detectable_effect, own_spread
 
 STUDIES = 1000

@@ -1,4 +1,4 @@
-"""Losses and colours of depth and normals; their scores are in tests/probes/training/test_tasks.py."""
+"""Losses and colours of depth and normals; their scores are in tests/probes/fit/test_tasks.py."""
 
 import numpy as np
 import torch

@@ -17,7 +17,7 @@ from probes.analyses.knockout.contrasts import (
     knockout_effects,
     patch_contrasts,
 )
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics
 

@@ -20,7 +20,7 @@ from probes.analyses.knockout.rates import outcome_key
 from probes.analyses.knockout.run import knockout
 from probes.analyses.knockout.schema import CONDITIONS
 from probes.cli import main
-from probes.results.probe_run import ProbeRun
+from probes.runs.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics
 

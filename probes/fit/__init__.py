@@ -1,0 +1,1 @@
+"""Probes trained by Lightning, as the paper does."""

@@ -1,0 +1,171 @@
+"""The command `probes fit`: LightningCLI for a run of probes that are trained."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
+
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.common.lightning_cli import RunCLI, check_trainer
+from llava_bidir.common.run_folder import RunPlan
+from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.run_process import run_process
+from llava_bidir.common.training_folder import plan_training
+from llava_bidir.common.when_to_save import SaveAtStepBoundary, model_checkpoints
+from probes.run_config import RunConfig
+from probes.runs.prediction_files import save_predictions
+from probes.runs.run_results import RESULTS, format_scores, run_folder, say_finished
+
+from .datamodule import ProbeDataModule
+from .module import ProbeModule
+
+# Scores count every validation image and moments every training image; the schedule counts batches.
+REQUIRED = {
+    "fast_dev_run": False,
+    "overfit_batches": 0.0,
+    "accumulate_grad_batches": 1,
+}
+# 1 is one batch, 1.0 are all
+REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test")}
+WHY_REQUIRED = (
+    "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
+    "trainer.limit_train_batches with fit"
+)
+
+
+class SavePredictions(Callback):
+    """Write the predictions of each probe of its best epoch to RUN/predictions/SITE; see `save_predictions`."""
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the predictions of a batch."""
+        names = trainer.datamodule.splits["validation"].names
+        folder = Path(trainer.default_root_dir) / "predictions"
+        save_predictions(pl_module.probes, outputs, batch, names, folder)
+
+
+class ProbeCLI(RunCLI):
+    """Build model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
+
+    results = RESULTS
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the only command, with the arguments that are none of its options."""
+        return {"fit": RunCLI.subcommands()["fit"]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a run, and link those that data and model share."""
+        self.add_run_options(parser, "runs/probes", "metrics.json, probes")
+        parser.add_argument(
+            "--save_predictions",
+            type=bool,
+            default=False,
+            help="also write the predictions of every image to OUT/predictions/SITE/NAME.png",
+        )
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        """Add what `--ckpt_path last` and `--save_predictions` require."""
+        trainer = super().instantiate_trainer(**kwargs)
+        check_trainer(trainer, REQUIRED, WHY_REQUIRED)
+        for callback in model_checkpoints(trainer):
+            # `--ckpt_path last` requires it; else it would start from scratch
+            callback.save_last = True
+        if self.saves_predictions:
+            trainer.callbacks.append(SavePredictions())
+        return trainer
+
+    @property
+    def saves_predictions(self) -> bool:
+        """Whether the predictions of every image are written."""
+        return self._get(self.config_init, "save_predictions")
+
+    @property
+    def out(self) -> Path:
+        """Folder of the run."""
+        return Path(self.trainer.default_root_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        callbacks = model_checkpoints(self.trainer)
+        return Path(callbacks[0].dirpath) if callbacks else self.out / "checkpoints"
+
+    def exclusive_run_lock(self) -> AbstractContextManager:
+        """Return the lock of the run's folder; the first process holds it for all."""
+        return exclusive_run_lock(self.out) if self.trainer.is_global_zero else nullcontext()
+
+    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
+        """Train, then score each probe of its best epoch and write the files of the run.
+
+        With `--ckpt_path last` the run in OUT is resumed. A finished run is replaced with `--overwrite true` only.
+        """
+        with self.exclusive_run_lock():
+            plan = self.plan_run(ckpt_path)
+            if plan.finished:
+                return
+            with interrupt_says_what_is_saved(self.checkpoints):
+                self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
+                self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            if self.trainer.is_global_zero:  # others may be here before it has written the files
+                rank_zero_info(format_scores(self.out, self.model.task))
+
+    def plan_run(self, ckpt_path: str | None) -> RunPlan:
+        """Return whether to start, resume or leave alone the run in OUT; see `run_folder.plan_run`."""
+        plan = plan_training(self, ckpt_path, run_folder(self.out, self.checkpoints))
+        if plan.finished:
+            say_finished(self.out, self.datamodule.name, self.saves_predictions)
+        return plan
+
+
+def build_cli(
+    args: list[str] | dict[str, Any],
+    run: bool = True,
+    prog: str = "probes",
+) -> ProbeCLI:
+    """Parse words or a config and execute its subcommand; with `run=False` only build model, data and trainer."""
+    return ProbeCLI(
+        ProbeModule,
+        ProbeDataModule,
+        args=args,
+        run=run,
+        parser_kwargs={"prog": prog, "allow_abbrev": False},
+        trainer_defaults={
+            "num_sanity_val_steps": 0,
+            "callbacks": [LearningRateMonitor("step"), SaveAtStepBoundary()],
+        },
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Run `probes fit` with words."""
+    with run_process("high"):
+        build_cli(argv)
+
+
+def build_run(config: RunConfig, prog: str) -> ProbeCLI:
+    """Return model, data and trainer of a run."""
+    values = config.values_of_fit()
+    del values["ckpt_path"]  # of the subcommand
+    return build_cli(values, run=False, prog=prog)
+
+
+def run_fit(config: RunConfig) -> None:
+    """Run `probes fit`."""
+    with run_process("high"):
+        cli = build_run(config, "probes fit")
+        cli.fit(config.ckpt_path, model=cli.model, datamodule=cli.datamodule)

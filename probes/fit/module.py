@@ -1,0 +1,223 @@
+"""LightningModule that trains probes at every site of a frozen MLLM on the same forward.
+
+The probes are independent problems: their losses are summed, gradients are not clipped across probes, and each probe
+keeps the weights of its own best epoch. Source: App. A.2.
+
+Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
+"""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from llava_bidir.common.distributed import all_gather, decide_on_first
+from llava_bidir.common.epoch_length import optimizer_steps
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import Identity, check_same_identity, run_identity
+from llava_bidir.common.run_folder import RESUME_ADVICE
+from probes.data.batches import MaskPreparer
+from probes.data.samplers import PAD_INDEX
+from probes.heads import factory_of
+from probes.models.module_sources import source_identity
+from probes.ops.quadrature import PreparedMasks
+from probes.run_config import ModelOptions
+from probes.runs.scoring import compute_counts, score_batch
+from probes.runs.write_run import RunRecord, save_run
+from probes.score.resampling import dataset_scores
+from probes.site_probes import SiteProbes, load_probes
+from probes.tasks import Task
+
+NODES = 3  # per cell and axis of the loss's quadrature, see probes/ops/README.md
+
+
+class ProbeModule(LightningModule):
+    """Probes at every site of a frozen MLLM, trained by AdamW.
+
+    Args:
+        num_classes: K; linked from the data by the command line.
+        seed: Seed of probes and re-initialised parts; linked from seed_everything by the command line.
+        **options: Fields of :class:`probes.run_config.ModelOptions`, of which `mllm` must be given.
+
+    Raises:
+        UserError: There is no such head, or the learning rate is not above 0.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 150,
+        seed: int = 0,
+        **options,
+    ):
+        config = ModelOptions(**options)
+        factory_of(config.head)
+        if not config.learning_rate > 0:
+            raise UserError(f"model.learning_rate must be above 0, got {config.learning_rate}")
+        super().__init__()
+        self.save_hyperparameters(asdict(config) | {"num_classes": num_classes, "seed": seed})
+        self.probes: SiteProbes | None = None  # until the model is configured
+        self.task: Task | None = None
+        self.identity: Identity | None = None
+        self.validated_at: list[int] = []  # optimizer steps
+        self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
+        self.history: dict[str, list[float]] = {}  # main score by site
+        # checkpoints hold the probes only; the MLLM is reloaded from its source
+        self.strict_loading = False
+        self.best: dict[str, dict[str, Tensor]] = {}
+
+    def models(self) -> dict[str, str | dict[str, str]]:
+        """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
+        return {"mllm": source_identity(self.hparams.mllm)}
+
+    def setup(self, stage: str) -> None:
+        """Compute the identity of a run that is not started by the command line."""
+        if stage in ("fit", "test") and self.identity is None:
+
+            def compute():
+                return run_identity(self.trainer, self, self.trainer.datamodule)
+
+            self.identity = decide_on_first(compute)
+
+    def configure_model(self) -> None:
+        """Load the MLLM and build the probes."""
+        if self.probes is not None:
+            return
+        data = self.trainer.datamodule
+        device = self.trainer.strategy.root_device
+        args = self.hparams
+        probes = load_probes(args, data, device, args.head, args.feature_norm)
+        self.probes = probes
+        self.task = probes.task
+        # as parts of this module, so that Lightning moves, trains and saves them
+        self.mllm = probes.mllm
+        self.heads = probes.heads
+        self.metric = probes.new_metric(len(data.splits["validation"]))
+        prepare = None
+        if self.task.trained_on == "masks":
+            prepare = MaskPreparer(self.mllm.geometry, probes.channels, NODES)
+        data.read_for(self.mllm, probes.sites, prepare)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return a loss with the gradients of all probes."""
+        states = self.probes.states(batch)
+        target = batch[self.task.trained_on]
+        # padding must not enter batch statistics
+        if len(target) == 1 and batch["index"][0] == PAD_INDEX:
+            states = {site: x[:0] for site, x in states.items()}
+            target = target[:0]
+        losses = self.losses(self.probes.logits(states), target)
+        for site, loss in zip(self.probes.sites, losses.detach(), strict=True):
+            self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
+        return losses.sum()
+
+    def losses(self, logits: Tensor, target: PreparedMasks | Tensor | list[Tensor]) -> Tensor:
+        """Return the loss of the global batch, f[S]: the mean over its labelled pixels, or its images with values.
+
+        With several ranks, the share of each rank is scaled such that DDP's average over ranks is that mean.
+        """
+        total, count = self.task.training_losses(logits, target, self.mllm.geometry)
+        return total / all_gather(count).mean().clamp(min=1e-9)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Count the images of the batch; return the logits f[S, B, K, h, w] for callbacks."""
+        return score_batch(self.probes, self.probes.states(batch), batch, self.metric)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Score every probe, and keep the weights of those with a new best score."""
+        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if fitting:
+            self.validated_at.append(self.trainer.global_step)
+            self.epochs.append(self.trainer.datamodule.epochs_of(self.trainer.global_step))
+        scores = dataset_scores(self.task, self.task.sums(compute_counts(self.metric)))
+        for i, site in enumerate(self.probes.sites):
+            for score, values in scores.items():
+                self.log(f"{score}/{site}", values[i].item())
+            if fitting:
+                self._keep_if_best(site, scores[self.task.score][i].item())
+
+    def _keep_if_best(self, site: str, score: float) -> None:
+        sign = self.task.sign
+        past = self.history.setdefault(site, [])
+        best = max((sign * earlier for earlier in past), default=-math.inf)
+        if sign * score > best:
+            weights = self.heads[site].state_dict()
+            self.best[site] = {name: w.detach().cpu().clone() for name, w in weights.items()}
+        past.append(score)
+
+    def on_test_start(self) -> None:
+        """Load the weights of each probe's best epoch."""
+        for site, weights in self.best.items():
+            self.heads[site].load_state_dict(weights)
+
+    def on_test_epoch_end(self) -> None:
+        """Write the files of the run."""
+        counted = compute_counts(self.metric)
+        if self.trainer.is_global_zero:
+            record = RunRecord(
+                self.hparams,
+                self.identity,
+                self.probe_settings(),
+                self.history,
+                self.epochs,
+            )
+            out = self.trainer.default_root_dir
+            save_run(self.probes, record, self.trainer.datamodule, counted, out)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW with polynomial decay."""
+        args = self.hparams
+        settings = {
+            "lr": args.learning_rate,
+            "betas": tuple(args.betas),
+            "weight_decay": args.weight_decay,
+        }
+        optimizer = torch.optim.AdamW(self.heads.parameters(), **settings, fused=True)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(
+            optimizer, optimizer_steps(self.trainer), power=0.9
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def probe_settings(self) -> dict[str, Any]:
+        """Return how the probes were trained, for metrics.json."""
+        data = self.trainer.datamodule
+        steps = optimizer_steps(self.trainer)
+        settings = {
+            key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "seed")
+        }
+        settings |= {
+            "batch_size": data.batch_size,
+            "epochs": data.epochs_of(steps),
+            "steps": steps,
+        }
+        return settings | {"validated_at": self.validated_at}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the probes without the frozen model, and the history of validations."""
+        checkpoint["state_dict"] = {
+            k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")
+        }
+        checkpoint["identity"] = self.identity
+        checkpoint["best"] = self.best
+        checkpoint["history"] = self.history
+        checkpoint["validated_at"] = self.validated_at
+        checkpoint["epochs"] = self.epochs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the history of validations.
+
+        Raises:
+            UserError: If the checkpoint is from a run with other settings.
+        """
+        if self._trainer is not None and self.trainer.training:
+            check_same_identity(
+                checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
+            )
+        self.best = checkpoint["best"]
+        self.history = checkpoint["history"]
+        self.validated_at = checkpoint["validated_at"]
+        self.epochs = checkpoint["epochs"]

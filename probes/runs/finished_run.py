@@ -1,0 +1,497 @@
+"""A finished run of probes of any task, read back for the analyses; `write_run.py` writes its files.
+
+    RUN/metrics.json          scores per site with intervals; "task" and "scores" of another task than segmentation
+    RUN/counts.safetensors    what the task counts of each image, from which the scores are computed (probes/tasks)
+    RUN/effects.safetensors   effects with their resamplings, from which a report evaluates claims
+    RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight"
+    RUN/manifest.json         versions, commit, configuration, data, hardware, SHA-256 of the files above
+
+Files are written atomically, metrics.json last: it marks the run as finished.
+
+Axes: S sites, N images, M sums per image.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llava_bidir.common.arguments import check_is_list
+from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.identity import check_same_identity, named_identity
+from llava_bidir.common.image_io import PhotoLike, read_photo
+from probes.data.registry import open_dataset, split_identity
+from probes.score.effect_file import EFFECTS_FILE, read_effect_file
+from probes.score.estimate import Estimate
+from probes.score.resampling import dataset_scores, resampled_scores
+from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
+from probes.models.sites import ADAPTER, is_layer
+from probes.tasks import SEGMENTATION, TASKS, Task
+from probes.heads import Probe
+from .run_schema import (
+    Manifest,
+    Metrics,
+    ModelConfig,
+    ModelTraining,
+    check_schema,
+    read_run_file,
+)
+
+from .run_files import CountsOfSites, check_finite, check_hash, open_tensors, read_tensors
+
+if TYPE_CHECKING:
+    from probes.models.frozen_mllm import FrozenMLLM
+    from probes.ops.geometry import Geometry
+
+log = logging.getLogger(__name__)
+
+NUMBERS_AT_ONCE = 2**20  # 8 MB in float64, of which scores take a few copies
+
+
+@dataclass
+class FinishedRun:
+    """A finished run of any task.
+
+    Args:
+        path: Folder of the run.
+        model: Name of the model in a report, if it has been told one.
+
+    Raises:
+        UserError: If `path` is not a finished run, or a JSON file is invalid or has changed since the run. Tensors are
+            checked on first use.
+    """
+
+    path: Path
+    model: str | None = None
+
+    def __post_init__(self):
+        self.path = Path(self.path)
+        if not (self.path / "metrics.json").is_file():
+            raise UserError(
+                f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)"
+            )
+        self.metrics = read_run_file(Metrics, self.path / "metrics.json")
+        self._check_task()
+        self.manifest = read_run_file(Manifest, self.path / "manifest.json")
+        check_hash(self.path / "metrics.json", self.manifest.get("files"))
+        check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
+
+    def _check_task(self) -> None:
+        """Raise a UserError if the run's task is not one that this class reads."""
+        if self.task_name not in TASKS:
+            raise UserError(
+                f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}"
+            )
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a file of the run.
+
+        Raises:
+            UserError: If the file is damaged or not the one that the run wrote.
+        """
+        tensors = read_tensors(self.path / name)
+        check_hash(self.path / name, self.manifest.get("files"))
+        return tensors
+
+    def _read_probes(self) -> dict[str, torch.Tensor]:
+        tensors = self._read("probes.safetensors")
+        check_finite(tensors, self.path / "probes.safetensors")
+        return tensors
+
+    def check_probes(self) -> None:
+        """Raise a UserError if the run has probes, but not those that it wrote, or weights that are not finite."""
+        if (self.path / "probes.safetensors").is_file():
+            self._read_probes()
+
+    @property
+    def task(self) -> Task:
+        """What the probes predict."""
+        return TASKS[self.task_name]
+
+    @property
+    def task_name(self) -> str:
+        """Task of the run, see `data.task`."""
+        return self.metrics.get("task", SEGMENTATION)
+
+    @property
+    def arm(self) -> str:
+        """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md)."""
+        untrained = sorted(self.metrics["untrained"])
+        match = self.metrics["match"]
+        if untrained in (["llm"], ["encoder"]):
+            return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
+        return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
+
+    @property
+    def mask(self) -> str:
+        """Attention mask among image tokens that the model ran with."""
+        return self.metrics["image_attention"]
+
+    @property
+    def draw(self) -> int:
+        """Number of the draw of random weights; 0 without such."""
+        return self.metrics["draw"]
+
+    @property
+    def has_llm(self) -> bool:
+        """False if the model is a bare vision encoder."""
+        return self.metrics["model_kind"] == "mllm"
+
+    @property
+    def channels(self) -> int:
+        """Outputs of a probe for each token."""
+        return self.task.channels or len(self.metrics["classes"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of probes, settings and data, independent of the path; every analysis stores it."""
+        settings = {key: value for key, value in self.manifest["config"].items() if key != "mllm"}
+        text = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True).encode()
+        probes = self.path / "probes.safetensors"
+        return hashlib.sha256(
+            text + (probes.read_bytes() if probes.is_file() else b"")
+        ).hexdigest()[:16]
+
+    def analysis(self, name: str) -> dict[str, Any] | None:
+        """Return the results of an analysis in the run's folder, None if there are none.
+
+        Raises:
+            UserError: If the file is damaged, or was made from other probes.
+        """
+        file = self.path / name
+        if not file.is_file():
+            return None
+        results = read_json(file)
+        if self.fingerprint not in results.get("runs", ()):
+            command = name.split(".")[0].split("_")[0]
+            raise UserError(
+                f"{file} was made from other probes than {self.path} has now; run `probes {command}` again or delete it"
+            )
+        return results
+
+    @property
+    def sites(self) -> list[str]:
+        """All sites of the run, in the order of the forward."""
+        return [site["site"] for site in self.metrics["sites"]]
+
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """Digest of the probe at each site; of what was counted there in a run without probes."""
+        path = self.path / "probes.safetensors"
+        if path.is_file():
+            tensors = self._read_probes()
+            of_site = {
+                site: {k: x for k, x in tensors.items() if k.startswith(f"{site}.")}
+                for site in self.sites
+            }
+        else:
+            of_site = {
+                site: CountsOfSites(self._counts_file, [i]) for i, site in enumerate(self.sites)
+            }
+        return {site: _digest(dict(parts)) for site, parts in of_site.items()}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Content of the model's training.json, {} if there was none."""
+        return self.manifest["mllm_training"] or {}
+
+    @property
+    def layers(self) -> list[str]:
+        """Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers."""
+        return [site for site in self.sites if site == ADAPTER or is_layer(site)]
+
+    @property
+    def last_layer(self) -> str | None:
+        """The model's last layer, probed or not."""
+        return self.metrics["last_layer"]
+
+    @property
+    def site_strengths(self) -> list[dict[str, Any]]:
+        """Strengths, scores and certificates of each site's solved probes, from metrics.json["path"].
+
+        Raises:
+            UserError: If the probes were not solved.
+        """
+        return self.metrics["path"][self.path_kind]["sites"]
+
+    @property
+    def path_kind(self) -> str:
+        """How the probes were solved: "closed_form" for least squares, else "optimum"."""
+        if not self.is_solved:
+            raise UserError(
+                f"{self.path} has no path of strengths; expected a run of `probes solve`"
+            )
+        return OPTIMUM if self.metrics["path"].get(OPTIMUM) else CLOSED_FORM
+
+    @property
+    def strengths(self) -> Strengths:
+        """The path of strengths of a run of `probes solve`."""
+        return Strengths(self.site_strengths, self.task.score, self.path_kind == CLOSED_FORM)
+
+    @cached_property
+    def effects(self) -> dict[str, Estimate]:
+        """The effects of the run's probes by name, with their resamplings: what claims are differences of.
+
+        They are in units of its main score.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        path = self.path / EFFECTS_FILE
+        check_hash(path, self.manifest.get("files"))
+        return read_effect_file(path)[0]
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What was counted of each image."""
+        return self._read("counts.safetensors")
+
+    @cached_property
+    def _counts_file(self) -> Path:
+        """The file of what was counted of each image, after it was found to be the run's own."""
+        path = self.path / "counts.safetensors"
+        with open_tensors(path):
+            check_hash(path, self.manifest.get("files"))
+        return path
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """Sums per image, from which the scores are computed, [S, N, M]."""
+        return self.sums_at(self.sites)
+
+    def sums_at(self, sites: Sequence[str]) -> torch.Tensor:
+        """Return the sums per image at some sites of the run, [S, N, M]; only these are read."""
+        rows = [self.sites.index(site) for site in sites]
+        return self.task.sums(CountsOfSites(self._counts_file, rows))
+
+    def parts_of_sites(self, sites: Sequence[str]) -> list[Sequence[str]]:
+        """Return sites in parts whose sums, also those of all resamplings, have at most `NUMBERS_AT_ONCE` numbers."""
+        sums = self.sums_at(sites[:1])
+        numbers = sums.shape[-1] * max(RESAMPLINGS, self.metrics["images"])
+        size = max(1, NUMBERS_AT_ONCE // numbers)
+        return [sites[i : i + size] for i in range(0, len(sites), size)]
+
+    def site_scores(self) -> dict[str, Estimate]:
+        """Return the main score of each site, with its values under resampling of the images."""
+        return self._site_scores
+
+    @cached_property
+    def _site_scores(self) -> dict[str, Estimate]:
+        score = self.task.score
+        weights = self.weights
+        values: list[float] = []
+        # at once: small tensors between large ones that are freed would keep the memory of these
+        drawn = torch.empty(len(self.sites), len(weights), dtype=torch.float64)
+        for sites in self.parts_of_sites(self.sites):
+            sums = self.sums_at(sites)
+            resampled = resampled_scores(self.task, sums, weights)[score]
+            drawn[len(values) :][: len(sites)] = resampled.T
+            values += dataset_scores(self.task, sums)[score].tolist()
+        return {site: Estimate(*own) for site, *own in zip(self.sites, values, drawn, strict=True)}
+
+    @property
+    def is_solved(self) -> bool:
+        """True if the run was made by `probes solve`."""
+        return self.metrics.get("path") is not None
+
+    @property
+    def probe_kind(self) -> str:
+        """How the probes were made, in tables: "solved" or "trained"."""
+        return "solved" if self.is_solved else "trained"
+
+    @property
+    def groups(self) -> torch.Tensor | None:
+        """i64[N]: group (city) of each validation image; None for a dataset without groups, or with one."""
+        groups = CountsOfSites(self._counts_file, ()).get("group")
+        return None if groups is None or (groups == groups[0]).all() else groups
+
+    def dataset(self, split: str = "validation"):
+        """Return a split of the dataset.
+
+        Raises:
+            UserError: If its images or masks are not those of the run any more.
+        """
+        data = self.manifest["data"]
+        targets = self.task.targets
+        dataset = open_dataset(
+            data["dataset"],
+            data["root"],
+            split,
+            data["options"],
+            targets,
+        )
+        self._check_unchanged("data", lambda: split_identity(split, dataset))
+        return dataset
+
+    def _check_unchanged(self, section: str, compute: Callable[[], dict[str, str]]) -> None:
+        """Raise unless the parts of the identity that `compute` returns are still those of the run."""
+        now = compute()
+        saved = {
+            key: value for key, value in self.manifest["identity"][section].items() if key in now
+        }
+        advice = "restore what was probed, or make the run again"
+        check_same_identity({section: saved}, {section: now}, str(self.path), advice)
+
+    def _model_identity(self) -> dict[str, str]:
+        """Return what identifies the model as it is now.
+
+        Raises:
+            UserError: It is in a Python file that the user has not run by its name.
+        """
+        # transformers takes seconds to import, and a report needs no model
+        from probes.models.module_sources import check_was_run, source_identity
+
+        model = self.manifest["config"]["mllm"]
+        check_was_run(model, str(self.path))
+        return named_identity({"mllm": source_identity(model)})
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """f[R, N]: bootstrap weights, the same for every run on these images."""
+        groups = self.groups
+        of_image = None if groups is None else tuple(groups.tolist())
+        return _weights(self.metrics["images"], of_image)
+
+    def mllm(self) -> "FrozenMLLM":
+        """Load the probed model with the settings of the run.
+
+        Raises:
+            UserError: If it cannot be loaded, or its weights or config are not those that were probed.
+        """
+        config = self.manifest["config"]
+        check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
+        # transformers takes seconds to import, and a report needs no model
+        from probes.models.load import load
+
+        self._check_unchanged("model", self._model_identity)
+        names = "dtype image_px image_resize prefix match draw update_scales seed".split()
+        settings = {name: config[name] for name in names}
+        return load(
+            config["mllm"],
+            config["image_attention"],
+            untrained=config["untrained"] or (),
+            **settings,
+        )
+
+    def probes(self) -> dict[str, Probe]:
+        """Return the probe of each site, in eval mode.
+
+        Raises:
+            UserError: If the probes are damaged, not those that the run wrote, or not finite.
+        """
+        tensors = self._read_probes()
+        settings = self.metrics["probe"]
+        grid = tuple(self.metrics["grid"])
+        probes = {}
+        for site in self.metrics["sites"]:
+            prefix = f"{site['site']}."
+            with error_context(self.path / "probes.safetensors"):
+                probe = Probe(
+                    site["dim"],
+                    self.channels,
+                    grid,
+                    settings["feature_norm"],
+                    settings["head"],
+                )
+                probe.load_state_dict(
+                    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                )
+            probes[site["site"]] = probe.eval().requires_grad_(False)
+        return probes
+
+    @cached_property
+    def _loaded(self) -> tuple["FrozenMLLM", dict[str, Probe]]:
+        mllm = self.mllm()
+        return mllm, {site: probe.to(mllm.device) for site, probe in self.probes().items()}
+
+    @property
+    def peak_layer(self) -> str | None:
+        """Decoder layer with the best score, if any was probed."""
+        return self.metrics["summary"]["peak_site"]
+
+    def check_site(self, site: str | None) -> str:
+        """Return `site`, or the best decoder layer for None.
+
+        Raises:
+            UserError: If the run has no such site.
+        """
+        site = site or self.peak_layer or self.sites[0]
+        if site not in self.sites:
+            raise UserError(f"{self.path} has no site {site!r}; it has {', '.join(self.sites)}")
+        return site
+
+    @torch.no_grad()
+    def logits(self, image: PhotoLike, sites: list[str]) -> torch.Tensor:
+        """Return the probes' outputs on an image's token grid, f32[S, K, h, w]; the first call loads the model."""
+        mllm, probes = self._loaded
+        states = mllm.states(mllm.preprocess(image), sites)
+        outputs = torch.cat([probes[site](states[site].float()) for site in sites])
+        return outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
+
+    def predict(self, image: PhotoLike, site: str | None = None) -> np.ndarray:
+        """Return the prediction for each pixel of an image: its class, uint8[H, W], or that of another task.
+
+        Predictions of other tasks are f32[H, W] or f32[H, W, 3], in the format of the targets. The model is loaded on
+        the first call.
+
+        Args:
+            image: Path of a photo, or a PIL image of any size and 8-bit mode. It is turned as its EXIF tag says, so
+                that H and W are those that viewers show; images of data sets have no tag.
+            site: Site of the probe; None for the best decoder layer.
+
+        Raises:
+            UserError: If the run has no such site, or the image cannot be read or has more than 8 bits per channel.
+        """
+        return self.predict_sites(image, [self.check_site(site)])[0]
+
+    def predict_sites(self, image: PhotoLike, sites: list[str]) -> np.ndarray:
+        """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
+        check_is_list("sites", sites, "['adapter']")
+        photo = read_photo(image)
+        logits = self.logits(photo, [*map(self.check_site, sites)])
+        size = (photo.height, photo.width)
+        return self.task.predict_pixels(logits, size, self.geometry.view(size))
+
+    @property
+    def geometry(self) -> "Geometry":
+        """Placement of the tokens on images; the first call loads the model."""
+        return self._loaded[0].geometry
+
+
+@lru_cache(maxsize=2)
+def _weights(images: int, groups: tuple[int, ...] | None) -> torch.Tensor:
+    """Return the bootstrap weights f[R, N] of images, once for all runs on them."""
+    return bootstrap_weights(images, groups=None if groups is None else torch.tensor(groups))
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of tensors by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:
+    """Log a warning for runs whose validation split is at hand, but is no longer the one that they were scored on.
+
+    This is for commands that need only the scores of a run, and so no data. Those that read the data raise.
+    """
+    by_data = {
+        (run.manifest["data"]["root"], run.manifest["data"]["fingerprint"]): run for run in runs
+    }
+    for (root, _), run in by_data.items():
+        if Path(root).is_dir():
+            try:
+                run.dataset()
+            except UserError as error:
+                log.warning("%s. Its scores are those on the former data", error)

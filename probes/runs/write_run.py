@@ -1,0 +1,315 @@
+"""Write the files of a finished run; `runs/finished_run.py` lists the files and reads them back."""
+
+import logging
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.bootstrap import bootstrap_weights, interval
+from llava_bidir.common.identity import Identity, describe_digest
+from probes.data.probe_data import ProbeData
+from probes.score.effect_file import EFFECTS_FILE, effect_file
+from probes.score.estimate import Estimate
+from probes.score.layer_effects import run_effects
+from probes.score.resampling import dataset_scores, resampled_scores
+from probes.score.strengths import CLOSED_FORM, Strengths
+from probes.score.summary import summary
+from probes.models.module_sources import absolute_source
+from probes.models.sites import last_layer
+from probes.models.source_names import is_source
+from probes.ops.pixel_counts import Counts
+from probes.tasks import SEGMENTATION
+
+from .run_schema import Manifest, Metrics, ModelTraining, check_schema
+from probes.site_probes import SiteProbes
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
+
+
+@dataclass(frozen=True)
+class StrengthsRecord:
+    """The path of strengths of solved probes.
+
+    Args:
+        path_kind: How they were solved: "optimum" or "closed_form".
+        about: metrics.json["path"].
+        counted: What the task counts of each image at the solved strengths, by name, [R, S, N, ...].
+    """
+
+    path_kind: str
+    about: dict[str, Any]
+    counted: dict[str, torch.Tensor]
+
+
+@dataclass
+class RunRecord:
+    """How the probes of a run were made.
+
+    Args:
+        settings: Options of the model and of training or solving.
+        identity: Of the run.
+        probe: What metrics.json says of the probes.
+        history: Main score of each validation by site; empty for solved probes.
+        epochs: Of each validation.
+        path: Of solved probes.
+    """
+
+    settings: Mapping[str, Any]
+    identity: Identity
+    probe: dict[str, Any]
+    history: dict[str, list[float]] = field(default_factory=dict)
+    epochs: list[int | float] = field(default_factory=list)
+    path: StrengthsRecord | None = None
+
+
+def save_run(
+    probes: SiteProbes,
+    record: RunRecord,
+    data: ProbeData,
+    counted: dict[str, torch.Tensor],
+    out: str | Path,
+) -> None:
+    """Write all files of a finished run into `out`.
+
+    Args:
+        probes: The model and its probes.
+        record: How the probes were made.
+        data: Images and targets.
+        counted: What the task counts of each image, by name.
+        out: Folder of the run.
+    """
+    out = Path(out)
+    validation = data.splits["validation"]
+    groups = group_indices(validation)
+    weights = bootstrap_weights(len(validation), groups=groups)
+    metrics = make_metrics(probes, record, data, counted, weights)
+    effects = effects_of(probes, counted, record.path, weights, groups)
+    tensors = counted if groups is None else counted | {"group": groups}
+    files = {out / "counts.safetensors": tensors}
+    files[out / EFFECTS_FILE] = effect_file(effects)
+    files[out / "probes.safetensors"] = probes.heads.state_dict()
+    about = manifest(probes, record, data).model_dump(exclude_unset=True)
+    files[out / "manifest.json"] = lambda hashes: about | {"files": hashes}
+    files[out / "metrics.json"] = metrics.model_dump(exclude_unset=True)
+    write_files(files)
+
+
+def make_metrics(
+    probes: SiteProbes,
+    record: RunRecord,
+    data: ProbeData,
+    counted: dict[str, torch.Tensor],
+    weights: torch.Tensor,
+) -> Metrics:
+    """Return metrics.json of a run: the model, the settings, and the scores of all sites.
+
+    Args:
+        probes: The model and its probes.
+        record: How the probes were made.
+        data: Images and targets.
+        counted: As in :func:`save_run`.
+        weights: f[R, N], of the bootstrap.
+    """
+    settings = record.settings
+    mllm = probes.mllm
+    task = probes.task
+    sums = task.sums(counted)
+    scores = dataset_scores(task, sums)
+    sites = site_entries(probes, record, scores, resampled_scores(task, sums, weights))
+    main = dict(zip(probes.sites, scores[task.score].tolist(), strict=True))
+    if task.name == SEGMENTATION:
+        own = {"classes": data.classes, "baseline": baseline(counted["labelled"], data.classes)}
+        for site, iou in zip(sites, task.iou(sums.sum(1)).tolist(), strict=True):
+            site["iou_per_class"] = [None if x != x else x for x in iou]
+    else:
+        better = {name: "higher" if up else "lower" for name, up in task.scores.items()}
+        own = {"task": task.name, "scores": better}
+    return Metrics(
+        dataset=data.name,
+        split="validation",
+        images=len(data.splits["validation"]),
+        mllm=settings["mllm"],
+        model_kind="mllm" if mllm.has_llm else "encoder",
+        image_attention=mllm.image_attention,
+        own_image_attention=mllm.own_image_attention,
+        last_layer=last_layer(mllm.sites),
+        image_resize=settings["image_resize"],
+        dtype=str(mllm.model.dtype).removeprefix("torch."),
+        untrained=list(settings["untrained"] or ()),
+        match=settings["match"],
+        draw=settings["draw"],
+        seed=settings["seed"],
+        **own,
+        grid=list(mllm.grid),
+        probe=record.probe,
+        sites=sites,
+        summary=summary(main, task.sign),
+        **({"path": record.path.about} if record.path else {}),
+    )
+
+
+def effects_of(
+    probes: SiteProbes,
+    counted: dict[str, torch.Tensor],
+    path: StrengthsRecord | None,
+    weights: torch.Tensor,
+    groups: torch.Tensor | None,
+) -> dict[str, Estimate]:
+    """Return the effects of a run, from which reports evaluate claims; see :mod:`probes.score.layer_effects`.
+
+    Args:
+        probes: The model and its probes.
+        counted: As in :func:`save_run`.
+        path: Of solved probes.
+        weights: f[R, N], of the bootstrap.
+        groups: Group i64[N] of each image, or None.
+    """
+    task = probes.task
+    sites = probes.sites
+    strengths = None
+    sums_by_strength = None
+    if path:
+        of_sites = path.about[path.path_kind]["sites"]
+        strengths = Strengths(of_sites, task.score, path.path_kind == CLOSED_FORM)
+        sums_by_strength = task.sums(counted | path.counted)
+    return run_effects(
+        sites,
+        None if probes.mllm.has_llm else last_layer(probes.mllm.sites),
+        task,
+        task.sums(counted),
+        weights,
+        groups,
+        strengths=strengths,
+        path=sums_by_strength,
+        counts=Counts(**counted) if task.name == SEGMENTATION else None,
+        columns=probes.mllm.grid[1],
+    )
+
+
+def site_entries(
+    probes: SiteProbes,
+    record: RunRecord,
+    scores: dict[str, torch.Tensor],
+    resampled: dict[str, torch.Tensor],
+) -> list[dict[str, Any]]:
+    """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
+
+    Args:
+        probes: The model and its probes.
+        record: How the probes were made.
+        scores: f64[S] by name.
+        resampled: f64[R, S] by name.
+    """
+    entries = []
+    sign = probes.task.sign
+    for i, site in enumerate(probes.sites):
+        history = record.history.get(site, [])
+        best = (
+            record.epochs[history.index(max(history, key=lambda x: sign * x))] if history else None
+        )
+        entry = {
+            "site": site,
+            "dim": probes.mllm.widths[site],
+            "best_epoch": best,
+            "history": history,
+        }
+        for name, values in scores.items():
+            value = values[i].item()
+            drawn = resampled[name][:, i]
+            ci95 = interval(value, drawn, lowest=0.0, highest=probes.task.highest)
+            entry |= {name: value, f"{name}_ci95": ci95}
+        entries.append(entry)
+    return entries
+
+
+def group_indices(dataset) -> torch.Tensor | None:
+    """Return the group (city) of each image, i64[N], numbered alphabetically; None for a dataset without groups."""
+    groups = getattr(dataset, "groups", None)
+    if groups is None:
+        return None
+    numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+    return torch.tensor([numbers[group] for group in groups])
+
+
+def baseline(labelled: torch.Tensor, classes: list[str]) -> dict[str, Any]:
+    """Return the scores of predicting the most frequent class everywhere; `labelled` i64[N, K] are pixels."""
+    labelled = labelled.sum(0).double()
+    most = int(labelled.argmax())
+    occurring = int((labelled > 0).sum())
+    share = (labelled[most] / labelled.sum()).item()
+    return {
+        "class": classes[most],
+        "miou": share / occurring,
+        "pacc": share,
+    }
+
+
+def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest:
+    """Return the versions, commit, configuration, data and hardware of a run."""
+    settings = record.settings
+    changed = {"mllm": _absolute(settings["mllm"]), "update_scales": probes.mllm.update_scales}
+    return Manifest(
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        git_commit=_git_commit(),
+        config=dict(settings) | changed,
+        data={
+            "root": _absolute(data.root),
+            "dataset": data.dataset,
+            "options": data.options,
+            "fingerprint": describe_digest(record.identity["data"]),
+            **_data_notes(data),
+        },
+        identity=record.identity,
+        mllm_training=_read_training(Path(settings["mllm"]) / "training.json"),
+        **({"unread_notes": notes} if (notes := probes.mllm.unread_notes) else {}),
+        hardware={
+            "machine": platform.machine(),
+            "cpu_threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    )
+
+
+def _data_notes(data) -> dict[str, Any]:
+    """Return the labels of both splits and the images that they share, if the files were checked in this process."""
+    if not data.labels:
+        return {}
+    labels = {split: counts._asdict() for split, counts in data.labels.items()}
+    return {"labels": labels, "shared_images": [list(pair) for pair in data.shared_images]}
+
+
+def _read_training(file: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's training.json; warn if it is invalid, which must not fail a run that has just ended."""
+    try:
+        training = read_json(file) if file.is_file() else None
+        check_schema(ModelTraining, training or {}, file)
+        return training
+    except ValueError as error:
+        log.warning("%s; manifest.json is written without it", error)
+        return None
+
+
+def _absolute(path: str) -> str:
+    """Return the absolute path of a folder, so that analyses find it from any directory; a hub id unchanged."""
+    if is_source(path):
+        return absolute_source(path)
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the clone that this code is in; None if it is installed, also inside another repository."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    if len(found) != 2 or Path(found[0]) != root:
+        return None
+    return found[1]

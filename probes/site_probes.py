@@ -1,0 +1,132 @@
+"""Probes at every site of a frozen MLLM: what `fit` and `solve` share.
+
+`module.py` trains the probes by gradient descent, `solve/run.py` solves them.
+
+Legend: S sites, N images of a dataset, B images of a batch, T image tokens on a grid h x w, d width, K channels of a
+probe: of segmentation, classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from llava_bidir.common.rank_zero import rank_zero_info
+from probes.data.probe_data import ProbeData
+from probes.heads import Probe
+from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.load import load
+from probes.models.matched_updates import MATCH_IMAGES
+from probes.score.image_metrics import TaskMetric
+from probes.tasks import TASKS, Task
+
+
+@dataclass
+class SiteProbes:
+    """A frozen MLLM and a probe at each of its sites.
+
+    Args:
+        mllm: The model.
+        task: Task of the probes.
+        heads: Probe of each site, by name.
+        channels: K, outputs of a probe for each token.
+    """
+
+    mllm: FrozenMLLM
+    task: Task
+    heads: nn.ModuleDict
+    channels: int
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites."""
+        return list(self.heads)
+
+    def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the states f[B, T, d] by site, in the dtype of the model."""
+        if "states" in batch:
+            return batch["states"]
+        return self.mllm.states(batch["pixels"], self.sites)
+
+    def logits(self, states: dict[str, Tensor]) -> Tensor:
+        """Return the logits of the probes on the token grid, f32[S, B, K, h, w]."""
+        logits = torch.stack([self.heads[site](states[site].float()) for site in self.sites])
+        return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
+
+    def new_metric(self, images: int) -> TaskMetric:
+        """Return what scores the probes on `images` images."""
+        return TaskMetric(self.task, images, self.mllm.geometry)
+
+
+def load_probes(
+    settings: Mapping[str, Any],
+    data: ProbeData,
+    device: torch.device,
+    head: str,
+    feature_norm: str,
+) -> SiteProbes:
+    """Load the MLLM and build a probe for each site, on the CPU.
+
+    Everything is built there: generators of a CPU cannot draw on the GPU that is Lightning's default.
+
+    Args:
+        settings: Those that `MODEL_SETTINGS` names.
+        data: Images and targets.
+        device: Where a random model is matched to a trained one.
+        head: Name of the probes' head, see heads.py.
+        feature_norm: Normalisation of the states before the head.
+    """
+    with torch.device("cpu"):
+        mllm = _load_mllm(settings, data, device)
+        rule = mllm.geometry.rule
+        if rule.replaces:
+            rank_zero_info(f"images become squares by: {rule.describe(mllm.geometry.image_px)}")
+        task = TASKS[data.task]
+        channels = task.channels or settings["num_classes"]
+        sites = mllm.check_sites(settings["sites"])
+        # sites that are read by name last: the others keep their numbers, with or without them
+        numbered = list(dict.fromkeys([*mllm.sites, *mllm.all_sites, *sites]))
+        heads = nn.ModuleDict()
+        for site in sites:
+            # the initialisation of a probe does not depend on the other probes of the run
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(settings["seed"] * 1_000_003 + numbered.index(site))
+                heads[site] = Probe(
+                    mllm.widths[site],
+                    channels,
+                    mllm.grid,
+                    feature_norm,
+                    head,
+                )
+    return SiteProbes(mllm, task, heads, channels)
+
+
+def _load_mllm(settings: Mapping[str, Any], data: ProbeData, device: torch.device) -> FrozenMLLM:
+    matched = settings["match"] == "update"
+    match_images = ()
+    if matched:
+        match_images = evenly_spaced_images(data.splits["training"], MATCH_IMAGES)
+    return load(
+        settings["mllm"],
+        settings["image_attention"],
+        dtype=settings["dtype"],
+        device=device if matched else "cpu",
+        image_px=settings["image_px"],
+        image_resize=settings["image_resize"],
+        prefix=settings["prefix"],
+        untrained=settings["untrained"] or (),
+        match=settings["match"],
+        draw=settings["draw"],
+        match_images=match_images,
+        seed=settings["seed"],
+    )
+
+
+def evenly_spaced_images(dataset: Dataset, count: int) -> list[Image.Image]:
+    """Return at most `count` images of a dataset, at equal distances from the first on."""
+    count = min(count, len(dataset))
+    return [dataset[i * len(dataset) // count]["image"] for i in range(count)]

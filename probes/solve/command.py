@@ -1,0 +1,127 @@
+"""The command `probes solve`: a solver in place of the training loop of `probes fit`."""
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import yaml
+
+from llava_bidir.common.distributed import decide_on_first, rank
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.expected_messages import hide_expected_messages
+from llava_bidir.common.identity import run_identity
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.common.rank_zero import rank_zero_info
+from llava_bidir.common.run_folder import RunPlan, begin_run, plan_run
+from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.run_process import run_process
+from probes.data.probe_data import ProbeData
+from probes.machine import Machine, one_process, seed_everything
+from probes.run_config import RunConfig
+from probes.runs.run_results import format_scores, run_folder, say_finished
+from probes.runs.run_schema import MODEL_SETTINGS
+from probes.tasks import TASKS
+from probes.tasks.losses import CrossEntropy
+
+from .run import SolveRun, estimate, solve
+
+TRAINER_SETTINGS = ("precision",)  # that change the result of a run without a training loop
+
+
+def run_config(config: RunConfig) -> None:
+    """Make the passes, score the probes, and write the files of the run."""
+    run, data, machine = build_solve(config)
+    lock = exclusive_run_lock(run.out) if machine.is_first else nullcontext()
+    with run_process(), lock, interrupt_says_what_is_saved(run.checkpoints):
+        machine.run(lambda: solve_unless_finished(config, run, data, machine))
+
+
+def solve_unless_finished(
+    config: RunConfig,
+    run: SolveRun,
+    data: ProbeData,
+    machine: Machine,
+) -> None:
+    """Solve and score, or say that the run is finished; in all processes."""
+
+    def plan() -> RunPlan:
+        identity = run_identity(machine, run, data, TRAINER_SETTINGS)
+        folder = run_folder(run.out, run.checkpoints)
+        return plan_run(folder, identity, config.ckpt_path, config.overwrite)
+
+    planned = decide_on_first(plan)
+    if planned.finished:
+        say_finished(run.out, data.name, config.save_predictions)
+        return
+    run.identity = planned.identity
+    run.resuming = config.ckpt_path == "last"
+
+    def begin() -> None:
+        if rank() == 0:
+            content = yaml.safe_dump(config.values(), sort_keys=False)
+            begin_run(run.out, content, planned.replaced)
+
+    solve(run, data, machine, begin, config.save_predictions)
+    if rank() == 0:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        rank_zero_info(format_scores(run.out, run.task))
+
+
+def dry_run(config: RunConfig) -> None:
+    """Print the time of a pass and the memory. Nothing is written."""
+    run, data, machine = build_solve(config)
+    training = len(data.splits["training"])
+    with run_process():
+        if training <= data.batch_size:  # known before the model is loaded
+            rank_zero_info(f"time: not measured, since {training} training images are one batch")
+        else:
+            machine.run(lambda: estimate(run, data, machine))
+
+
+def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
+    """Return what a run is made from, its data, and where it computes.
+
+    Lightning is imported for several processes, and for options of the trainer that `one_process` does not know.
+    """
+    hide_expected_messages()
+    machine = one_process(config.trainer)
+    if machine is None:
+        from probes.fit.lightning_machine import build_machine
+
+        machine = build_machine(config)
+    seed_everything(config.seed_everything)
+    data = ProbeData(**vars(config.data), seed=config.seed_everything)
+    return make_solve_run(config, data.num_classes), data, machine
+
+
+def make_solve_run(config: RunConfig, num_classes: int) -> SolveRun:
+    """Return what a run is made from.
+
+    Args:
+        config: Options of the run.
+        num_classes: Of the data.
+
+    Raises:
+        UserError: The config asks for probes that are not linear, or a strength is out of range.
+    """
+    if config.model.head != "linear":
+        raise UserError(
+            f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
+        )
+    task = TASKS[config.data.task]
+    strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
+    if task.loss is None and strengths and strengths[0] > 1:
+        raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
+    settings = asdict(config.model) | {"num_classes": num_classes, "seed": config.seed_everything}
+    hparams = {"folds": config.solver.folds, "strengths": strengths}
+    hparams |= {name: settings[name] for name in MODEL_SETTINGS}
+    if task.loss is not None:
+        if type(task.loss) is not CrossEntropy:  # of which a run says nothing
+            hparams["loss"] = task.loss.describe()
+        hparams |= {
+            "passes": config.solver.passes,
+            "sample_images": config.solver.sample_images,
+        }
+    options = replace(config.solver, strengths=strengths)
+    return SolveRun(Path(config.out), hparams, options, task)

@@ -1,0 +1,132 @@
+"""Solve a linear probe on features of your own, without a model: `probes.solve_features`.
+
+Shapes: N images, h w grid of the features, d width, K classes, H W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from llava_bidir.common.arguments import check_is_list
+from llava_bidir.common.errors import UserError, error_context
+from probes.data.samplers import assign_folds
+from probes.machine import solver_device
+from probes.ops.geometry import GridPlacement, label_tensor
+from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
+from probes.tasks import SEGMENTATION, TASKS
+
+from .held_out import scored_masks
+from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
+from .refinement import solve_site
+from .solved_site import SolvedSite
+
+
+@dataclass(frozen=True)
+class FeatureProbe:
+    """A linear probe at the optimum of its loss.
+
+    Args:
+        weight: f32[K, d].
+        bias: f32[K].
+        strength: How much the weights are regularised.
+        loss: Cross-entropy per pixel of images that were left out, in nats, at this strength; pixels of a class that no
+            other fold has do not count.
+        converged: The probe has a certificate: its gradient is below 1e-3 of that at w = 0, and a further step would
+            lower the loss by less than 1e-4 nats.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    strength: float
+    loss: float
+    converged: bool
+
+    def predict(self, features: Tensor, size: tuple[int, int]) -> np.ndarray:
+        """Return the class of each pixel, uint8[N, H, W], of features f[N, h, w, d] whose grid covers `size` [H, W]."""
+        logits = features.float() @ self.weight.T + self.bias
+        view = GridPlacement.full(size)
+        return TASKS[SEGMENTATION].predict_pixels(logits.permute(0, 3, 1, 2), size, view)
+
+
+def solve_features(
+    features: Tensor,
+    masks: Sequence[np.ndarray | Tensor],
+    classes: int,
+    strength: float | None = None,
+    folds: int = 4,
+) -> FeatureProbe:
+    """Return the linear probe of features at the optimum, as `probes solve` has it for the sites of a model.
+
+    All is computed on the device of the features, which stay in memory; of a Mac's GPU, on the CPU.
+
+    Args:
+        features: f[N, h, w, d], on a grid that covers each image.
+        masks: Classes of the pixels of each image, uint8[H, W], of any size; 255 is ignored. Other
+            integers and bool are taken, too.
+        classes: K.
+        strength: Regularisation; None for the best one of held-out images.
+        folds: Folds of images that choose it.
+
+    Raises:
+        UserError: Features and masks do not fit together, or a label is not a class.
+    """
+    check_is_list("masks", masks, "[mask, ...]")
+    if not isinstance(features, Tensor):
+        raise UserError(f"features must be a tensor, got {type(features).__name__}")
+    if features.ndim != 4 or not features.is_floating_point():
+        got = f"{str(features.dtype).removeprefix('torch.')}{list(features.shape)}"
+        raise UserError(f"features must be floats [images, rows, columns, width], got {got}")
+    if len(features) != len(masks):
+        raise UserError(f"got features of {len(features)} images, and {len(masks)} masks")
+    if not 2 <= folds <= len(masks):
+        raise UserError(f"folds must be 2 to {len(masks)}, the number of images; got {folds}")
+    if not features.isfinite().all():
+        raise UserError("features must be finite, but some are NaN or infinite")
+    if strength is not None and not strength > 0:
+        raise UserError(f"strength must be above 0, got {strength}")
+    grid = (features.shape[1], features.shape[2])
+    device = solver_device(features.device)
+    tight = _prepare(masks, classes, grid, TIGHT_NODES)
+    loose = _prepare(masks, classes, grid, LOOSE_NODES, tight.soft).to(device)
+    tight = tight.to(device)
+    if not tight.pixels.sum() > 0:
+        raise UserError("no mask has a labelled pixel: all are 255")
+    fold_of = assign_folds(len(masks), folds)
+    scored = scored_masks(
+        tight,
+        fold_of,
+        target_of=lambda image: label_tensor(masks[image]),
+        prepare=lambda target: prepare_masks(target, classes, grid, TIGHT_NODES),
+    )
+    loss = TASKS[SEGMENTATION].loss
+    states = features.flatten(1, 2).to(device)
+    problem = SiteProblem(loss, states, loose, tight, fold_of, scored)
+    path, refinement = solve_site(problem, None if strength is None else [strength])
+    solved = SolvedSite.of_points(path, problem.space, refinement.accepted.points)
+    weight = solved.weights[solved.row]
+    bias = solved.bias[solved.row].double() - weight.double() @ solved.mean.double()
+    return FeatureProbe(
+        weight.to(features.device),
+        bias.float().to(features.device),
+        path.strengths[path.chosen],
+        path.loss[path.chosen],
+        refinement.certificates[solved.row].converged,
+    )
+
+
+def _prepare(
+    masks: Sequence[np.ndarray | Tensor],
+    classes: int,
+    grid: tuple[int, int],
+    nodes: int,
+    soft: Tensor | None = None,
+) -> PreparedMasks:
+    parts = []
+    for number, mask in enumerate(masks):
+        known = None if soft is None else soft[number, None]
+        with error_context(f"mask {number}"):
+            target = label_tensor(mask)[None]
+            parts.append(prepare_masks(target, classes, grid, nodes, soft=known))
+    return join_masks(parts)

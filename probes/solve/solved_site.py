@@ -1,0 +1,165 @@
+"""What a solver finds for a site: linear probes at some strengths of regularisation.
+
+Legend: R strengths that were solved, B images, T tokens, d width, K channels of a probe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probes.heads import Probe
+from probes.score.strengths import is_at_end
+
+from .moments import SiteSpace, full_precision
+from .refinement import Certificate
+from .strength_path import StrengthPath
+
+
+@dataclass
+class SolvedSite:
+    """Linear probes of a site.
+
+    Args:
+        strengths: f64[n], from strong to weak.
+        loss: f64[n], cross-validated loss per pixel at each strength: cross-entropy in nats, or squared error.
+        compared: i64[C], indices of the strengths among which one was chosen; the losses of others are less exact.
+        chosen: i64[], index of the chosen strength.
+        solved: i64[R], indices of the strengths whose probes follow; the same number at each site.
+        mean: f64[d] of the states.
+        scale: f64[d], D^-1/2; 0 for constant channels.
+        weights: f32[R, K, d], of x - mean.
+        bias: f32[R, K].
+        certificates: f64[R, 2], fields of `Certificate`; f64[0, 2] for the closed form and for one pass over a sample.
+    """
+
+    strengths: Tensor
+    loss: Tensor
+    compared: Tensor
+    chosen: Tensor
+    solved: Tensor
+    mean: Tensor
+    scale: Tensor
+    weights: Tensor
+    bias: Tensor
+    certificates: Tensor
+
+    @classmethod
+    def of_points(
+        cls,
+        path: StrengthPath,
+        space: SiteSpace,
+        points: Tensor,
+        certificates: Sequence[Certificate] = (),
+    ) -> "SolvedSite":
+        """Return probes from points in the coordinates of a site.
+
+        Args:
+            path: The strengths, and how one was chosen.
+            space: The coordinates.
+            points: f64[R, K, d + 1], at `path.solved`.
+            certificates: Of the points; none of those that no pass has seen.
+        """
+        return cls(
+            strengths=torch.tensor(path.strengths, dtype=torch.float64),
+            loss=torch.tensor(path.loss, dtype=torch.float64),
+            compared=torch.tensor(path.compared),
+            chosen=torch.tensor(path.chosen),
+            solved=torch.tensor(path.solved),
+            mean=space.mean.cpu(),
+            scale=space.scale.cpu(),
+            weights=space.to_states(points[..., :-1]).float().cpu(),
+            bias=points[..., -1].float().cpu(),
+            certificates=torch.tensor(certificates, dtype=torch.float64).view(-1, 2),
+        )
+
+    @property
+    def row(self) -> int:
+        """Index of the chosen strength among those that were solved."""
+        return self.solved.tolist().index(int(self.chosen))
+
+    @property
+    def lowest(self) -> int:
+        """Index of the strength with the lowest loss of those that were compared."""
+        return int(self.compared[self.loss[self.compared].argmin()])
+
+    def runner_up(self) -> dict[str, float] | None:
+        """Return the strength with the second lowest loss, and how much more it loses; None of a single strength."""
+        if len(self.compared) < 2:
+            return None
+        loss = self.loss[self.compared]
+        first, second = loss.argsort()[:2]
+        return {
+            "strength": self.strengths[self.compared[second]].item(),
+            "behind": (loss[second] - loss[first]).item(),
+        }
+
+    @full_precision()
+    def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
+        x = states.float() - self.mean.to(states.device).float()
+        bias = self.bias.to(x)[:, None, :, None]
+        logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + bias
+        return logits.unflatten(-1, grid)
+
+    def entry(
+        self,
+        site: str,
+        scores: dict[str, list[float]],
+        loss_name: str,
+    ) -> dict[str, Any]:
+        """Return the site's entry of metrics.json["path"]; each list has a value, or null, for each strength.
+
+        Args:
+            site: Name of the site.
+            scores: R scores by name.
+            loss_name: Name of the cross-validated loss.
+        """
+        strengths = self.strengths.tolist()
+        solved = self.solved.tolist()
+
+        def along(values):
+            by_strength = dict(zip(solved, values, strict=True))
+            return [by_strength.get(i) for i in range(len(strengths))]
+
+        entry = {
+            "site": site,
+            "strengths": strengths,
+            loss_name: self.loss.tolist(),
+        }
+        entry |= {
+            "chosen": strengths[int(self.chosen)],
+            "lowest": strengths[self.lowest],
+            "compared": self.strengths[self.compared].tolist(),
+            "runner_up": self.runner_up(),
+        }
+        entry |= {name: along(values) for name, values in scores.items()}
+        if len(self.certificates):
+            found = [Certificate(*numbers) for numbers in self.certificates.tolist()]
+            entry["certificates"] = along([c._asdict() | {"converged": c.converged} for c in found])
+        return entry
+
+    def set_probe(self, probe: Probe) -> None:
+        """Give a probe with batch norm the weights of the chosen strength."""
+        norm = probe.norm
+        norm.running_mean.copy_(self.mean)
+        variance = self.scale.clamp(min=1e-30).pow(-2)
+        norm.running_var.copy_(torch.where(self.scale > 0, variance, 1))
+        chosen = self.weights[self.row].to(probe.head.weight)
+        probe.head.weight.copy_(chosen * (norm.running_var + norm.eps).sqrt())
+        probe.head.bias.copy_(self.bias[self.row])
+
+    def describe_limit(self, site: str) -> str:
+        """Return a sentence if the lowest loss is at the end of the strengths that were tried, else an empty one."""
+        strengths = self.strengths.tolist()
+        lowest = self.lowest
+        if not is_at_end(strengths, strengths[lowest]):
+            return ""
+        end = "strongest" if lowest == 0 else "weakest"
+        why = "the states tell little" if lowest == 0 else "more would be used"
+        return (
+            f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
+            f"the probe has {strengths[int(self.chosen)]:g}"
+        )

@@ -1,1 +1,0 @@
-"""Probes of a frozen model, trained and solved."""

@@ -1,0 +1,392 @@
+"""Runs on several processes, and killed and resumed runs, give the probes and scores of an undisturbed run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import probe_runs
+import pytest
+import solving
+import task_runs as task_commands
+import tiny_models
+import torch
+import two_ranks
+from optima import assert_same_solution
+from PIL import Image
+from processes import HANGING_S, run_ranks
+from safetensors.torch import load_file
+
+from llava_bidir.common import distributed
+from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
+from probes import FinishedRun
+from probes.cli import main
+from probes.solve.pixel_sample import AxisRange
+
+SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "4", "--passes", "3"]
+# Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
+DEATHS = {
+    "a step after a checkpoint": ("on_train_batch_end", 5, 4),
+    "validation": ("on_validation_start", 6, 4),
+}
+KILLER = """
+import os, signal
+from lightning import Callback
+
+class Killer(Callback):
+    def {hook}(self, trainer, *_):
+        if (trainer.global_rank, trainer.global_step) == ({rank}, {step}):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+KILLING = """
+trainer:
+  callbacks:
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {save_last: true, every_n_train_steps: 2}
+  - class_path: killer.Killer
+"""
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> Path:
+    """Seven training images, of very different labelled area, and five for validation: neither divides by two."""
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("uneven"), training=7)
+    for i, path in enumerate(sorted((root / "annotations/training").glob("*.png"))):
+        mask = np.array(Image.open(path))
+        mask[3 * i + 2 :] = 255
+        Image.fromarray(mask).save(path)
+    return root
+
+
+def arguments(
+    checkpoint,
+    root,
+    out,
+    *more: str,
+) -> list[str]:
+    """Three epochs of three steps; the last batch of an epoch has one image."""
+    three = [
+        "--trainer.max_epochs",
+        "3",
+        "--data.batch_size",
+        "3",
+        "--data.cache_features",
+        "false",
+    ]
+    three += ["--model.feature_norm", "batchnorm", "--model.head", "conv"]
+    return probe_runs.arguments(checkpoint, root, out, *three, *more)
+
+
+def processes(
+    arguments: list[str], fails: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "probes", *arguments]
+    one_thread = {
+        "OMP_NUM_THREADS": "1"
+    }  # as in this process: sums depend on the number of threads
+    env = os.environ | one_thread | environment
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+        env=env,
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done
+
+
+def killed(
+    run: list[str],
+    folder: Path,
+    hook: str,
+    step: int,
+    rank: int = 0,
+) -> subprocess.CompletedProcess:
+    """The run, in which a rank is killed; checkpoints are saved on the way."""
+    (folder / "killer.py").write_text(
+        KILLER.format(
+            hook=hook,
+            step=step,
+            rank=rank,
+        )
+    )
+    (folder / "killing.yaml").write_text(KILLING)
+    path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+    return processes([*run, "-c", str(folder / "killing.yaml")], fails=True, PYTHONPATH=path)
+
+
+@pytest.fixture(scope="module")
+def one(checkpoints, uneven, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    main(arguments(checkpoints["causal"], uneven, out))
+    return out
+
+
+WORKERS = {"no data worker": "0", "two data workers": "2"}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Path:
+    """A data set with a bad mask, which the second rank reads."""
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("bad"))
+    mask = Image.fromarray(np.full((24, 20), 9, np.uint8))
+    mask.save(root / "annotations/training/003.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def together(
+    one,
+    bad,
+    checkpoints,
+    uneven,
+    segmentation,
+    task_root,
+    tmp_path_factory,
+):
+    """(Folder with a run per command on two processes, what both processes said of each)."""
+    folder = tmp_path_factory.mktemp("together")
+    model = checkpoints["causal"]
+    last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
+    copy = arguments(
+        model,
+        uneven,
+        shutil.copytree(one, folder / "copy"),
+        "--ckpt_path",
+        "last",
+    )
+    commands = {"finished": copy, "another rate": [*copy, "--model.learning_rate", "0.5"]}
+    for cache in ("true", "false"):
+        name = f"cache {cache}"
+        options = ["--data.cache_features", cache]
+        commands[name] = arguments(model, uneven, folder / name, *options)
+    for name, workers in WORKERS.items():
+        more = ["--data.num_workers", workers, *last]
+        commands[name] = arguments(model, uneven, folder / name, *more)
+    commands["bad"] = arguments(model, bad, folder / "bad")
+    commands["solve"] = solving.arguments(model, segmentation, folder / "solve")
+    commands["solve by passes"] = solving.arguments(
+        model, segmentation, folder / "solve by passes", *SAMPLED
+    )
+    disk = [*SAMPLED, "--disk-gb", "1"]
+    commands["solve with a disk"] = solving.arguments(
+        model, segmentation, folder / "solve with a disk", *disk
+    )
+    commands["normals"] = task_commands.arguments(
+        "solve",
+        "normals",
+        model,
+        task_root,
+        folder / "normals",
+    )
+    commands = {name: [*argv, *two_ranks.TWO] for name, argv in commands.items()}
+    return folder, two_ranks.run(commands, folder, HANGING_S)
+
+
+def test_tensors_of_another_process_are_put_on_the_own_device(monkeypatch):
+    """All processes of a machine see all GPUs: those of process 1 would be on the GPU of process 0."""
+    sent = {"axes": AxisRange(None, torch.ones(3)), "folds": [0, None]}
+    monkeypatch.setattr(distributed, "rank_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, source: None)
+    found = distributed.broadcast(sent, 0, "meta")
+    assert found["axes"].deviation.device.type == "meta" and found["folds"] == [0, None]
+    assert torch.equal(distributed.broadcast(sent, 0)["axes"].deviation, torch.ones(3))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_two_processes_train_and_score_as_one(cache, one, together):
+    """Masks differ in labelled area, and in the last batch one rank has no image."""
+    run = together[0] / f"cache {cache}"
+    same_probes(one, run, rtol=1e-3, atol=1e-4)
+    assert metrics(run)["images"] == 5
+    assert metrics(one)["probe"] == metrics(run)["probe"]
+    for a, b in zip(metrics(one)["sites"], metrics(run)["sites"], strict=True):
+        assert a["history"] == pytest.approx(b["history"], abs=0.005)
+        assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
+
+
+@pytest.mark.distributed
+def test_the_first_process_decides_for_both_what_is_resumed(together):
+    """Checksums are read once, and no process resumes another checkpoint than the first."""
+    said = together[1]
+    assert said["finished"].count("resuming ") == 1
+    assert said["finished"].count("this run is finished; nothing to do") == 1
+    refusal = "metrics.json belongs to a run with model.learning_rate=0.01"
+    assert said["another rate"].count(refusal) == 2
+
+
+def same_counts(one: Path, run: Path) -> None:
+    """All integers, and what is made of them alone."""
+    for name in ("counts.safetensors", "probes.safetensors"):
+        assert (run / name).read_bytes() == (one / name).read_bytes(), name
+    assert metrics(run)["sites"] == metrics(one)["sites"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("who", WORKERS)
+def test_the_same_probes_count_the_same_pixels(who, one, together):
+    """Five images: the batches of three and of two processes differ."""
+    same_counts(one, together[0] / who)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_any_number_of_data_workers_counts_the_same_pixels(
+    workers,
+    one,
+    checkpoints,
+    uneven,
+    tmp_path,
+):
+    last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
+    more = ["--data.num_workers", workers, *last]
+    main(arguments(checkpoints["causal"], uneven, tmp_path, *more))
+    same_counts(one, tmp_path)
+
+
+@pytest.mark.distributed
+def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(together):
+    said = together[1]["bad"]
+    assert "003.png has label 9" in said
+    assert said.count("1 of 11 images cannot be used") >= 2, "both ranks say so"
+
+
+@pytest.mark.distributed
+def test_two_processes_solve_the_probes_of_one(
+    together,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
+    main(solving.arguments(checkpoints["causal"], segmentation, tmp_path))
+    assert_same_solution(FinishedRun(tmp_path), FinishedRun(together[0] / "solve"))
+    assert metrics(together[0] / "solve")["images"] == 5
+
+
+@pytest.mark.distributed
+def test_two_processes_solve_by_passes_as_one(
+    together,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
+    main(solving.arguments(checkpoints["causal"], segmentation, tmp_path, *SAMPLED))
+    run = together[0] / "solve by passes"
+    ours, theirs = (metrics(path)["path"]["optimum"]["sites"][0] for path in (run, tmp_path))
+    assert ours["pacc"] == pytest.approx(theirs["pacc"], abs=0.005)
+    assert ours["cv_cross_entropy"] == pytest.approx(theirs["cv_cross_entropy"], abs=1e-3)
+
+
+@pytest.mark.distributed
+def test_processes_keep_the_states_of_their_own_images_on_the_disk(together):
+    """Each has looked at the same images before the first pass, those of the other process, too."""
+    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
+        of_model = together[0] / "solve by passes" / name
+        of_disk = together[0] / "solve with a disk" / name
+        assert of_disk.read_bytes() == of_model.read_bytes(), name
+
+
+DIES_IN_A_PASS = """
+import os, signal, sys
+from probes.cli import main
+from probes.solve.by_passes import PassSolver
+
+keep_pixels = PassSolver._keep_pixels
+
+def die(self, batch, sums):
+    if self.passes == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    keep_pixels(self, batch, sums)
+
+PassSolver._keep_pixels = die
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_pass_in_which_one_of_two_processes_is_killed_resumes_to_the_same_bytes(
+    together,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
+    out = tmp_path / "run"
+    command = solving.arguments(
+        checkpoints["causal"],
+        segmentation,
+        out,
+        *SAMPLED,
+        *two_ranks.TWO,
+    )
+    codes, _ = run_ranks([sys.executable, "-c", DIES_IN_A_PASS, *command], tmp_path)
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    assert not (out / "metrics.json").exists()
+    two_ranks.run({"resumed": [*command, "--ckpt_path", "last"]}, tmp_path, HANGING_S)
+    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
+        undisturbed = together[0] / "solve by passes" / name
+        assert (out / name).read_bytes() == undisturbed.read_bytes(), name
+
+
+@pytest.mark.distributed
+def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
+    run = together[0] / "normals"
+    alone = task_runs["normals"]
+    for ours, theirs in zip(FinishedRun(run).site_strengths, alone.site_strengths, strict=True):
+        assert ours["mean"] == pytest.approx(theirs["mean"], rel=1e-2)
+    torch.testing.assert_close(FinishedRun(run).sums, alone.sums, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
+def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(
+    rank,
+    checkpoints,
+    uneven,
+    tmp_path,
+):
+    run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *two_ranks.TWO)
+    killed(
+        run, tmp_path, "on_train_batch_start", 5, rank
+    )  # both have ended; DDP's timeout is longer than the wait
+    assert not (tmp_path / "run/metrics.json").exists()
+    assert latest_valid_checkpoint(tmp_path / "run/checkpoints")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", DEATHS)
+def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(
+    death,
+    one,
+    checkpoints,
+    uneven,
+    tmp_path,
+):
+    hook, step, saved_step = DEATHS[death]
+    run = arguments(checkpoints["causal"], uneven, tmp_path / "run")
+    done = killed(run, tmp_path, hook, step)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert not (tmp_path / "run/metrics.json").exists()
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == saved_step, "in the middle of an epoch"
+    main([*run, "--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt")])
+    same_probes(one, tmp_path / "run", rtol=0, atol=0)
+    assert metrics(one)["sites"] == metrics(tmp_path / "run")["sites"]
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def same_probes(a: Path, b: Path, **tolerance) -> None:
+    ours, theirs = (load_file(out / "probes.safetensors") for out in (a, b))
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(
+            theirs[name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )

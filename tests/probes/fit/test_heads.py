@@ -1,0 +1,144 @@
+"""Probe heads and normalisations."""
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import HANGING_S
+from torch import nn
+
+from probes.heads import FEATURE_NORMS, HEADS, HIDDEN, BatchNorm, Probe, register_head
+
+pytestmark = pytest.mark.numerics
+
+GRID = (2, 3)
+
+
+@pytest.mark.parametrize("norm", FEATURE_NORMS)
+def test_linear_probe_is_linear_in_normalised_states(norm):
+    probe = Probe(5, 3, GRID, norm).eval()
+    states = torch.randn(2, 6, 5)
+    normalised = {"layernorm": F.layer_norm(states, (5,))}.get(norm, states)
+    scale = (
+        1 / (1 + 1e-5) ** 0.5 if norm == "batchnorm" else 1.0
+    )  # running statistics of a fresh probe
+    expected = normalised * scale @ probe.head.weight.T + probe.head.bias
+    torch.testing.assert_close(probe(states), expected)
+    assert sum(p.numel() for p in probe.parameters()) == 5 * 3 + 3, (
+        "only the linear layer is trained"
+    )
+
+
+def test_mlp_is_two_layers_of_one_hidden_width():
+    probe = Probe(5, 3, GRID, head="mlp")
+    states = torch.randn(2, 6, 5)
+    first, _, second = probe.head
+    hidden = F.gelu(states @ first.weight.T + first.bias)
+    assert hidden.shape[-1] == HIDDEN
+    torch.testing.assert_close(probe(states), hidden @ second.weight.T + second.bias)
+
+
+def test_conv_sums_over_the_neighbours_on_the_grid():
+    probe = Probe(5, 3, GRID, head="conv")
+    states = torch.randn(2, 6, 5)
+    weight = probe.head.conv.weight
+    bias = probe.head.conv.bias
+    logits = probe(states)
+    for token in range(6):
+        row, column = divmod(token, GRID[1])
+        expected = bias.expand(2, -1).clone()
+        for other in range(6):
+            down, right = (
+                a - b for a, b in zip(divmod(other, GRID[1]), (row, column), strict=True)
+            )
+            if max(abs(down), abs(right)) <= 1:
+                expected += states[:, other] @ weight[:, :, 1 + down, 1 + right].T
+        torch.testing.assert_close(logits[:, token], expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_every_head_returns_logits_for_any_number_of_images(head, images):
+    """With 0 images, because a rank without an image takes part in the backward."""
+    probe = Probe(5, 3, GRID, head=head)
+    logits = probe(torch.randn(images, 6, 5))
+    assert logits.shape == (images, 6, 3)
+    logits.sum().backward()
+    assert all(p.grad is not None and (images or not p.grad.any()) for p in probe.parameters())
+
+
+@pytest.mark.parametrize(
+    "drawn", [lambda w, k, g: nn.Linear(w, k + 1), lambda w, k, g: nn.Flatten(0, 1)]
+)
+def test_a_head_with_wrong_output_shape_is_named(drawn, monkeypatch):
+    monkeypatch.setattr("probes.heads.HEADS", dict(HEADS))
+    register_head("new", drawn)
+    with pytest.raises(
+        ValueError, match=r"head 'new' returns logits \(.*\); expected \[B, T, K\] = \(2, 6, 3\)"
+    ):
+        Probe(5, 3, GRID, head="new")(torch.randn(2, 6, 5))
+
+
+def test_head_name_must_be_free():
+    with pytest.raises(ValueError, match="the head name 'linear' is taken"):
+        register_head("linear", nn.Linear)
+
+
+def test_batchnorm_of_one_process_is_torchs_to_the_bit():
+    ours = BatchNorm(4)
+    torchs = nn.BatchNorm1d(4, affine=False)
+    states = torch.randn(3, 50, 4) * 5 + 2
+    for batch in states:
+        assert torch.equal(ours(batch), torchs(batch))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ours.state_dict().values(), torchs.state_dict().values(), strict=True)
+    )
+
+
+def _normalise(
+    rank: int,
+    file: str,
+    batches: list[torch.Tensor],
+    results,
+) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    norm = BatchNorm(4)
+    out = [norm(batch) for batch in batches]
+    results.put(
+        (rank, [x.numpy() for x in out], {k: v.numpy() for k, v in norm.state_dict().items()})
+    )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_batchnorm_over_two_processes_is_that_of_all_their_states(tmp_path):
+    """Shares of different size and scale, so that a mean over ranks, or statistics of one rank, would be far off."""
+    torch.manual_seed(0)
+    shares = [
+        [torch.randn(n, 4) * spread + spread for _ in range(3)]
+        for n, spread in ((20, 1.0), (50, 9.0))
+    ]
+    shares[0][2] = torch.empty(0, 4)  # a rank without an image
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=_normalise, args=(r, str(tmp_path / "meet"), share, results))
+        for r, share in enumerate(shares)
+    ]
+    for rank in ranks:
+        rank.start()
+    found = sorted((results.get(timeout=HANGING_S) for _ in ranks), key=lambda result: result[0])
+    for rank in ranks:
+        rank.join(HANGING_S)
+    whole = nn.BatchNorm1d(4, affine=False)
+    for i in range(3):
+        expected = whole(torch.cat([share[i] for share in shares]))
+        torch.testing.assert_close(
+            torch.cat([torch.from_numpy(out[i]) for _, out, _ in found]), expected
+        )
+    for _, _, state in found:
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(torch.from_numpy(state[name].copy()), value)

@@ -1,0 +1,309 @@
+"""Probe runs: probes are independent of each other, and scores match the saved predictions."""
+
+import numpy as np
+import probe_runs
+import pytest
+import reference
+import tiny_models
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from probe_runs import read_masks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tolerances import rounding
+
+from llava_bidir.common.errors import UserError
+from probes.cli import main
+from probes.fit.module import ProbeModule
+from probes.runs.probe_run import ProbeRun
+from probes.runs.run_files import read_tensors
+
+pytestmark = pytest.mark.numerics
+
+
+STEPS = 2 * 6
+
+
+def arguments(
+    checkpoint,
+    root,
+    out,
+    *more: str,
+) -> list[str]:
+    two = ["--trainer.max_epochs", "2", "--data.batch_size", "3"]
+    return probe_runs.arguments(checkpoint, root, out, *two, *more)
+
+
+@pytest.fixture(scope="module")
+def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+    out = tmp_path_factory.mktemp("run")
+    # a high rate, so that the last epoch is not the best at some site
+    more = [
+        "--save_predictions",
+        "true",
+        "--model.learning_rate",
+        "0.3",
+        "--trainer.max_epochs",
+        "6",
+    ]
+    main(arguments(checkpoints["causal"], segmentation, out, *more))
+    return ProbeRun(out)
+
+
+def test_sites_keep_their_best_epoch_and_the_summary_is_of_their_scores(run):
+    metrics = run.metrics
+    assert metrics["image_attention"] == "causal"
+    assert metrics["images"] == 5
+    assert run.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
+    for site in metrics["sites"]:
+        low, high = site["miou_ci95"]
+        assert low <= site["miou"] <= high
+        assert len(site["iou_per_class"]) == 3
+        assert len(site["history"]) == 6
+        assert (
+            site["history"][site["best_epoch"] - 1]
+            == max(site["history"])
+            == pytest.approx(site["miou"])
+        )
+    assert any(site["best_epoch"] < 6 for site in metrics["sites"]), (
+        "else the test cannot distinguish best from last"
+    )
+    summary = metrics["summary"]
+    miou = {site["site"]: site["miou"] for site in metrics["sites"]}
+    assert summary["peak_llm"] == max(v for k, v in miou.items() if k.startswith("layer_"))
+    assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
+
+
+def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
+    targets = read_masks(segmentation / "annotations/validation")
+    for site in run.metrics["sites"]:
+        predictions = read_masks(run.path / "predictions" / site["site"])
+        miou, pacc, iou = reference.scores(predictions, targets, 3)
+        assert site["miou"] == pytest.approx(miou)
+        assert site["pacc"] == pytest.approx(pacc)
+        assert site["iou_per_class"] == [None if x is None else pytest.approx(x) for x in iou]
+
+
+def test_baseline_is_the_most_frequent_class(run, segmentation):
+    targets = np.concatenate(read_masks(segmentation / "annotations/validation"))
+    shares = np.bincount(targets[targets != 255], minlength=3) / (targets != 255).sum()
+    baseline = run.metrics["baseline"]
+    assert baseline["class"] == tiny_models.CLASSES[shares.argmax()]
+    assert baseline["pacc"] == pytest.approx(shares.max())
+    assert baseline["miou"] == pytest.approx(shares.max() / 3)
+
+
+def test_saved_probes_give_the_saved_predictions(run):
+    """Best epoch, right site, right order."""
+    dataset = run.dataset()
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        for site in run.sites:
+            saved = np.asarray(
+                Image.open(run.path / "predictions" / site / f"{sample['name']}.png")
+            )
+            assert (run.predict(sample["image"], site) != saved).mean() < 0.01, "up to ties"
+
+
+def test_probes_trained_together_equal_probes_trained_alone(
+    run,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
+    more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
+    main(
+        arguments(
+            checkpoints["causal"],
+            segmentation,
+            tmp_path,
+            "--model.sites",
+            "[layer_02]",
+            *more,
+        )
+    )
+    alone = ProbeRun(tmp_path).probes()["layer_02"]
+    together = run.probes()["layer_02"]
+    for (name, a), b in zip(
+        alone.state_dict().items(), together.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, **rounding(b, STEPS), msg=name)
+
+
+def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    for kind in ("images", "annotations"):
+        for split in ("training", "validation"):
+            path = root / kind / split / "000.png"
+            image = Image.open(path)
+            image.resize((31, 17), Image.Resampling.NEAREST).save(path)
+    main(
+        arguments(
+            checkpoints["causal"],
+            root,
+            tmp_path / "run",
+            "--save_predictions",
+            "true",
+        )
+    )
+    run = ProbeRun(tmp_path / "run")
+    targets = read_masks(root / "annotations/validation")
+    predictions = read_masks(run.path / "predictions/adapter")
+    assert predictions[0].shape == (17, 31)
+    expected, _, _ = reference.scores(predictions, targets, 3)
+    assert run.metrics["sites"][1]["miou"] == pytest.approx(expected)
+
+
+def test_padded_images_are_probed_at_their_position(checkpoints, segmentation, tmp_path):
+    """Under "pad" the maps equal logits upsampled to the padded square, cropped to the image."""
+    more = [
+        "--model.image_resize",
+        "pad",
+        "--model.sites",
+        "[adapter]",
+        "--save_predictions",
+        "true",
+    ]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    run = ProbeRun(tmp_path)
+    assert run.metrics["image_resize"] == run.mllm().geometry.resize == "pad"
+    mllm = run.mllm()
+    head = run.probes()["adapter"]
+    for sample in run.dataset():
+        height, width = sample["target"].shape
+        side = max(height, width)
+        logits = head(
+            mllm.states(mllm.preprocess([sample["image"]]), ["adapter"])["adapter"]
+        ).transpose(1, 2)
+        square = F.interpolate(logits.unflatten(-1, mllm.grid), (side, side), mode="bilinear")[
+            0
+        ].argmax(0)
+        top = (side - height) // 2
+        left = (side - width) // 2
+        saved = np.asarray(
+            Image.open(tmp_path / "predictions" / "adapter" / f"{sample['name']}.png")
+        )
+        assert (square[top : top + height, left : left + width].numpy() == saved).mean() > 0.999
+
+
+def test_model_in_bfloat16_has_probes_in_float32(checkpoints, segmentation, tmp_path):
+    main(
+        arguments(
+            checkpoints["causal"],
+            segmentation,
+            tmp_path,
+            "--model.dtype",
+            "bfloat16",
+        )
+    )
+    run = ProbeRun(tmp_path)
+    assert run.mllm().model.dtype == torch.bfloat16
+    assert {p.dtype for head in run.probes().values() for p in head.parameters()} == {torch.float32}
+
+
+def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentation, tmp_path):
+    """configs/probes/folder.yaml: few images make many short epochs; validations and the rate follow the steps."""
+    more = [
+        "-c",
+        "configs/probes/folder.yaml",
+        "--model.mllm",
+        str(checkpoints["causal"]),
+        "--data.num_workers",
+        "0",
+    ]
+    more += [
+        "--data.root",
+        str(segmentation),
+        "--trainer.max_steps",
+        "12",
+        "--trainer.val_check_interval",
+        "4",
+    ]
+    more += ["--trainer.accelerator", "cpu", "--out", str(tmp_path)]
+    main(["fit", *more])
+    run = ProbeRun(tmp_path)
+    images = len(run.dataset("training"))
+    probe = run.metrics["probe"]
+    assert (probe["steps"], probe["validated_at"]) == (12, [4, 8, 12])
+    assert images <= 64
+    assert probe["epochs"] == 12, "one batch holds all images"
+    assert all(len(entry["history"]) == 3 for entry in run.metrics["sites"])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    rates = [event.value for event in events.Scalars("lr-AdamW")]
+    assert rates[0] == pytest.approx(1e-3, rel=0.2)
+    assert min(rates) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        (["--trainer.accumulate_grad_batches", "4"], "accumulate_grad_batches must be 1, got 4"),
+        (["--trainer.limit_val_batches", "0.5"], "limit_val_batches must be 1.0, got 0.5"),
+        (["--trainer.limit_test_batches", "0.5"], "limit_test_batches must be 1.0, got 0.5"),
+        (["--trainer.fast_dev_run", "true"], "fast_dev_run must be False, got True"),
+        (["--trainer.overfit_batches", "2"], "overfit_batches must be 0.0, got 2"),
+    ],
+)
+def test_options_that_leave_out_images_or_change_the_schedule_are_refused(
+    option,
+    found,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
+    with pytest.raises(
+        SystemExit, match=f"trainer.{found}: probes train on batches of data.batch_size"
+    ):
+        main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", *option))
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_hold_the_probes_only(run):
+    checkpoint = torch.load(next((run.path / "checkpoints").glob("*.ckpt")), weights_only=True)
+    assert all(name.startswith("heads.") for name in checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_resumed_run_equals_an_uninterrupted_one(
+    head,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
+    save = tmp_path / "save.yaml"
+    save.write_text(
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: -1}}]}"
+    )
+    more = ["--trainer.max_epochs", "3", "--model.head", head]
+    main(
+        arguments(
+            checkpoints["causal"],
+            segmentation,
+            tmp_path / "a",
+            "-c",
+            str(save),
+            *more,
+        )
+    )
+    (first,) = (tmp_path / "a/checkpoints").glob("epoch=0-*.ckpt")
+    main(
+        arguments(
+            checkpoints["causal"],
+            segmentation,
+            tmp_path / "b",
+            *more,
+            "--ckpt_path",
+            str(first),
+        )
+    )
+    whole, resumed = (ProbeRun(tmp_path / name) for name in "ab")
+    assert whole.metrics == resumed.metrics
+    assert len(whole.metrics["sites"][0]["history"]) == 3
+    tensors = [read_tensors(run.path / "probes.safetensors") for run in (whole, resumed)]
+    assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_learning_rate_that_trains_nothing_is_an_error(rate):
+    with pytest.raises(UserError, match=f"model.learning_rate must be above 0, got {rate}"):
+        ProbeModule(mllm="model", learning_rate=rate)

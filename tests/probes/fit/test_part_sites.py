@@ -1,0 +1,123 @@
+"""Probes inside a layer: solved, saved under their names, and read by the commands after it."""
+
+import json
+
+import labs
+import numpy as np
+import pytest
+import solving
+import studies
+import torch
+from PIL import Image
+
+from llava_bidir.common.errors import UserError
+from probes.cli import main
+from probes.runs.probe_run import ProbeRun
+from probes.studies.plan import make_plan
+
+SITES = [
+    "adapter",
+    "value_02",
+    "attn_02",
+    "mlp_02",
+    "layer_02",
+]
+
+
+@pytest.fixture(scope="module")
+def solved(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+    out = tmp_path_factory.mktemp("solved") / "run"
+    command = solving.arguments(checkpoints["causal"], segmentation, out)
+    sites = f"[{', '.join(SITES)}]"
+    main(
+        [
+            *command,
+            "--model.sites",
+            sites,
+            "--save_predictions",
+            "true",
+        ]
+    )
+    return ProbeRun(out)
+
+
+def test_runs_have_parts_under_their_names(solved):
+    assert solved.sites == SITES
+    widths = {entry["site"]: entry["dim"] for entry in solved.metrics["sites"]}
+    llm = solved.mllm().model.config.text_config
+    values = llm.num_key_value_heads * llm.hidden_size // llm.num_attention_heads
+    assert widths["value_02"] == values
+    assert widths["attn_02"] == widths["mlp_02"] == llm.hidden_size
+    assert solved.peak_layer == solved.metrics["summary"]["peak_site"] == "layer_02"
+    folders = {folder.name for folder in (solved.path / "predictions").iterdir()}
+    assert folders == {*SITES}
+
+
+def test_segment_and_predict_read_a_part(solved, segmentation, tmp_path):
+    photo = next((segmentation / "images/validation").iterdir())
+    command = [
+        "segment",
+        "--probes",
+        str(solved.path),
+        str(photo),
+        "--out",
+        str(tmp_path),
+    ]
+    main([*command, "--site", "attn_02"])
+    mllm = solved.mllm()
+    pixels = mllm.preprocess([photo])
+    added = mllm.states(pixels, ["attn_02"])["attn_02"].float()
+    logits = solved.probes()["attn_02"](added).transpose(1, 2).unflatten(-1, mllm.grid)
+    image = Image.open(photo)
+    size = (image.height, image.width)
+    expected = torch.nn.functional.interpolate(logits, size, mode="bilinear")[0].argmax(0)
+    written = np.asarray(Image.open(tmp_path / f"{photo.stem}.png"))
+    assert (written == expected.numpy()).mean() > 0.999
+    saved = solved.path / "predictions" / "attn_02" / f"{photo.stem}.png"
+    assert (np.asarray(Image.open(saved)) == expected.numpy()).mean() > 0.999
+
+
+def test_reports_and_the_lab_open_such_a_run(solved, tmp_path):
+    main(["report", str(solved.path), "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["site"] for row in results["sites"]] == SITES
+    assert (tmp_path / "parts.png").is_file()
+    (model,) = labs.open_session([str(solved.path)]).describe()["models"]
+    assert model["sites"] == SITES
+    assert model["word_sites"] == ["adapter", "attn_02", "mlp_02", "layer_02"]
+    assert model["change_sites"] == ["adapter", "layer_02"]
+
+
+def test_patching_refuses_a_part_as_the_read_out(solved):
+    with pytest.raises(SystemExit, match="no layer is before the read-out attn_02;"):
+        main(["patching", "--probes", str(solved.path), "--site", "attn_02"])
+
+
+def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segmentation, tmp_path):
+    def planned(sites: str, *arms: str) -> dict[str, list[str]]:
+        study = studies.study_of(
+            {"": checkpoints["causal"]},
+            segmentation,
+            tmp_path,
+            options=("--model.sites", sites),
+            arms=("trained", *arms),
+        )
+        plan = {step.name: step for step in make_plan(study) if step.kind == "solve"}
+        return {name: plan[name].config.model.sites for name in arms}
+
+    sites = "[layer_01, attn_01, encoder, encoder_01, adapter]"
+    arms = planned(sites, "random0", "adapter0")
+    assert arms["random0"] == ["adapter", "attn_01", "layer_01"]
+    assert arms["adapter0"] == ["encoder", "adapter"]
+    everything = planned("all_parts", "random0")["random0"]
+    assert everything[:5] == [
+        "adapter",
+        "value_01",
+        "attn_01",
+        "mlp_01",
+        "layer_01",
+    ]
+    assert len(everything) == 1 + 4 * 3 + 1
+    message = r"unknown site 'attn_09'; this model has .*\(model.sites\)"
+    with pytest.raises(UserError, match=message):
+        planned("[attn_09]", "random0")

@@ -1,0 +1,244 @@
+"""`probes solve` and `probes fit` of other tasks end to end: scores, the closed form, files, resume, refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from task_runs import arguments
+
+from probes import FinishedRun
+from probes.cli import main
+from probes.ops.bilinear import bilinear_weights
+from probes.solve.least_squares_solver import LeastSquaresSolver
+
+pytestmark = pytest.mark.numerics
+
+TASKS = ("depth", "normals")
+
+
+@pytest.fixture
+def root(task_root) -> Path:
+    return task_root
+
+
+@pytest.fixture
+def runs(task_runs) -> dict[str, FinishedRun]:
+    return task_runs
+
+
+@pytest.fixture(scope="module")
+def fitted(checkpoints, task_root, tmp_path_factory) -> dict[str, FinishedRun]:
+    runs = {}
+    for task in (*TASKS, "boundaries"):
+        out = tmp_path_factory.mktemp(f"fitted_{task}")
+        main(
+            arguments(
+                "fit",
+                task,
+                checkpoints["causal"],
+                task_root,
+                out,
+                "--model.learning_rate",
+                "0.1",
+            )
+        )
+        runs[task] = FinishedRun(out)
+    return runs
+
+
+def targets(root, task) -> list[np.ndarray]:
+    files = sorted((root / task / "validation").glob("*.png"))
+    if task == "depth":
+        depths = [np.asarray(Image.open(file)).astype(np.float64) / 1000 for file in files]
+        return [np.where(depth > 0, depth, np.nan) for depth in depths]
+    arrays = [np.asarray(Image.open(file)).astype(np.float64) for file in files]
+    vectors = [
+        np.where(array.any(-1, keepdims=True), array / 127.5 - 1, np.nan) for array in arrays
+    ]
+    return [vector / np.linalg.norm(vector, axis=-1, keepdims=True) for vector in vectors]
+
+
+def depth_scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    p = prediction[np.isfinite(target)]
+    t = target[np.isfinite(target)]
+    ratio = np.maximum(p / t, t / p)
+    scores = {"rmse": np.sqrt(((p - t) ** 2).mean()), "abs_rel": (np.abs(p - t) / t).mean()}
+    scores["log10"] = np.abs(np.log10(p) - np.log10(t)).mean()
+    return scores | {f"delta_{k}": (ratio < 1.25**k).mean() for k in (1, 2, 3)}
+
+
+def normals_scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    valid = np.isfinite(target).all(-1)
+    cosine = (prediction[valid].astype(np.float64) * target[valid]).sum(-1)
+    angle = np.sort(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+    scores = {"mean": angle.mean(), "median": angle[(len(angle) - 1) // 2]}
+    return scores | {f"within_{int(limit)}": (angle < limit).mean() for limit in (11.25, 22.5, 30)}
+
+
+SCORES = {"depth": depth_scores, "normals": normals_scores}
+
+
+@pytest.mark.parametrize("command", ["solve", "fit"])
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_equal_numpy_on_the_saved_predictions(
+    task,
+    command,
+    runs,
+    fitted,
+    root,
+):
+    run = {"solve": runs, "fit": fitted}[command][task]
+    for site in run.metrics["sites"]:
+        files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
+        truth = targets(root, run.task_name)
+        per_image = [
+            SCORES[run.task_name](np.load(f), t) for f, t in zip(files, truth, strict=True)
+        ]
+        for name in run.metrics["scores"]:
+            mean = np.mean([scores[name] for scores in per_image])
+            assert site[name] == pytest.approx(mean, rel=1e-4, abs=1e-3), (site["site"], name)
+            low, high = site[f"{name}_ci95"]
+            assert low <= site[name] <= high
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_saved_probes_are_least_squares_on_upsampled_states(task, runs, root):
+    """The probe of every strength from an explicit ridge regression over all labelled pixels, in float64."""
+    run = runs[task]
+    mllm = run.mllm()
+    size = (24, 20)
+    tensors = load_file(run.path / "probes.safetensors")
+    up = torch.einsum(
+        "yi,xj->yxij", *(bilinear_weights(n, m) for n, m in zip(mllm.grid, size, strict=True))
+    )
+    up = up.reshape(size[0] * size[1], -1).double()
+    images = [Image.open(f).convert("RGB") for f in sorted((root / "images/training").glob("*"))]
+    states = mllm.states(mllm.preprocess(images))
+    dataset = run.dataset("training")
+    y = run.task.values(
+        torch.stack([torch.from_numpy(dataset[i]["target"]) for i in range(len(dataset))])
+    ).double()
+    y = y.flatten(0, 2)
+    valid = y.isfinite().all(-1)
+    for i, site in enumerate(run.sites):
+        x = (up @ states[site].double()).flatten(0, 1)
+        path = run.metrics["path"]["closed_form"]["sites"][i]
+        strength = path["chosen"]
+        centred = x[valid] - x[valid].mean(0)
+        covariance = centred.T @ centred / len(centred)
+        ridge = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
+        cross = centred.T @ (y[valid] - y[valid].mean(0)) / len(centred)
+        expected = centred @ torch.linalg.solve(ridge, (1 - strength) * cross) + y[valid].mean(0)
+        norm = {
+            k.removeprefix(f"{site}."): v.double()
+            for k, v in tensors.items()
+            if k.startswith(f"{site}.")
+        }
+        z = (x[valid] - norm["norm.running_mean"]) / (norm["norm.running_var"] + 1e-5).sqrt()
+        ours = z @ norm["head.weight"].T + norm["head.bias"]
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("command", ["solve", "fit"])
+def test_boundary_scores_equal_numpy_on_the_saved_probabilities(command, runs, fitted):
+    """At 24 x 20 pixels the tolerance is below one pixel, so that right pixels are those of the target."""
+    run = {"solve": runs, "fit": fitted}[command]["boundaries"]
+    dataset = run.dataset()
+    truth = np.concatenate([dataset[i]["target"].ravel() for i in range(len(dataset))])
+    for site in run.metrics["sites"]:
+        files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
+        probability = np.concatenate([np.load(file).ravel() for file in files])
+        best = area = before = 0.0
+        for step in range(99, 0, -1):
+            predicted = (probability >= np.float32(step / 100)) & (truth != 255)
+            right = (predicted & (truth == 1)).sum()
+            precision = right / max(predicted.sum(), 1)
+            recall = right / (truth == 1).sum()
+            best = max(best, 2 * precision * recall / max(precision + recall, 1e-12))
+            area = area + precision * (recall - before)
+            before = recall
+        assert site["f"] == pytest.approx(best, abs=1e-3)
+        assert site["ap"] == pytest.approx(area, abs=1e-3)
+
+
+@pytest.mark.parametrize("task", [*TASKS, "boundaries"])
+def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
+    run = fitted[task]
+    best = max if run.task.scores[run.task.score] else min
+    for site in run.metrics["sites"]:
+        kept = site["history"][site["best_epoch"] - 1]
+        assert len(site["history"]) == 2
+        assert kept == best(site["history"]) == pytest.approx(site[run.task.score])
+    assert any(len(set(site["history"])) == 2 for site in run.metrics["sites"]), "the epochs differ"
+    assert run.metrics["probe"]["head"] == "linear"
+    assert "path" not in run.metrics
+
+
+@pytest.mark.parametrize("batches", [2, 4])
+def test_a_killed_run_resumes_to_the_same_bytes(
+    batches,
+    runs,
+    checkpoints,
+    root,
+    tmp_path,
+    monkeypatch,
+):
+    """Also when it had added all images, so that no batch is left."""
+    monkeypatch.setattr("probes.solve.least_squares_solver.SAVE_SECONDS", -1)
+    add = LeastSquaresSolver.add
+    added = []
+
+    def die(self, *args) -> None:
+        add(self, *args)
+        added.append(1)
+        if len(added) == batches:
+            raise KeyboardInterrupt
+
+    command = arguments(
+        "solve",
+        "depth",
+        checkpoints["causal"],
+        root,
+        tmp_path,
+    )
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(LeastSquaresSolver, "add", die)
+        main(command)
+    main([*command, "--ckpt_path", "last"])
+    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
+        assert (tmp_path / name).read_bytes() == (runs["depth"].path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predict_gives_the_saved_prediction(task, runs, root):
+    run = runs[task]
+    file = sorted((root / "images/validation").glob("*"))[0]
+    ours = run.predict(Image.open(file).convert("RGB"), "adapter")
+    np.testing.assert_allclose(
+        ours, np.load(run.path / "predictions/adapter" / f"{file.stem}.npy"), atol=1e-3
+    )
+    assert run.task.colorize(ours).shape == (24, 20, 3)
+
+
+@pytest.mark.parametrize("command", ["solve", "fit"])
+def test_a_command_leaves_the_precision_of_products_to_the_next(
+    command,
+    checkpoints,
+    root,
+    tmp_path,
+):
+    """Else a solve after a fit, in one study, would give other bits than alone."""
+    before = torch.get_float32_matmul_precision()
+    main(
+        arguments(
+            command,
+            "depth",
+            checkpoints["causal"],
+            root,
+            tmp_path,
+        )
+    )
+    assert torch.get_float32_matmul_precision() == before == "highest"

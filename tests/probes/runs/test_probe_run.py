@@ -1,0 +1,236 @@
+"""Untrusted probe runs: damaged files are named, and names in them are shown as text, never executed."""
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import probe_runs
+import pytest
+import tiny_models
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from json_values import json_values
+from safetensors.torch import load_file, save_file
+
+from probes.cli import main
+from probes.runs.probe_run import ProbeRun
+from probes.runs import write_run
+
+QUALITY = [0.6, 0.5, 0.55, 0.7, 0.65, 0.65]
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"{{ 7*7 }}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"))
+    return probe_runs.write_run(
+        tmp_path_factory.mktemp("runs") / "run",
+        QUALITY,
+        root=root,
+        encoder="clip",
+    )
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def rewrite(file: Path, *keys, value) -> None:
+    """Set facts[keys[0]][keys[1]]... to `value`, or delete it for KeyError."""
+    facts = json.loads(file.read_text())
+    inner = facts
+    for key in keys[:-1]:
+        inner = inner[key]
+    if value is KeyError:
+        del inner[keys[-1]]
+    else:
+        inner[keys[-1]] = value
+    file.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "manifest.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"a":' + b"[" * 100_000, None])
+def test_damaged_or_missing_json_is_named(file, content, run):
+    (run / file).unlink() if content is None else (run / file).write_bytes(content)
+    with pytest.raises(ValueError, match=file):
+        ProbeRun(run)
+
+
+def test_weights_that_are_not_finite_are_named_by_whatever_reads_the_run(run, tmp_path):
+    probes = {f"{site}.head.weight": torch.zeros(3, 2) for site in ProbeRun(run).sites}
+    save_file(probes, run / "probes.safetensors")
+    main(["report", str(run), "--out", str(tmp_path / "report")])
+    probes["layer_02.head.weight"][1, 1] = torch.nan
+    save_file(probes, run / "probes.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"probes.safetensors: layer_02.head.weight is not finite; make the run again.*bfloat16 or float32",
+    ):
+        ProbeRun(run).probes()
+    with pytest.raises(SystemExit, match="layer_02.head.weight is not finite"):
+        main(["report", str(run), "--out", str(tmp_path / "again")])
+
+
+def add_tensor(file: Path) -> None:
+    save_file(load_file(file) | {"group": torch.zeros(40, dtype=torch.long)}, file)
+
+
+CHANGES = {
+    "metrics.json": (lambda file: rewrite(file, "sites", 2, "miou", value=0.99), lambda run: run),
+    "counts.safetensors": (add_tensor, lambda run: run.counts),
+    "probes.safetensors": (add_tensor, lambda run: run.probes()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_that_has_changed_since_the_run_is_named(name, run, tmp_path):
+    save_file({"encoder.head.weight": torch.zeros(3, 16)}, run / "probes.safetensors")
+    probe_runs.record_hashes(run)
+    main(["report", str(run), "--out", str(tmp_path / "report")])
+    change, read = CHANGES[name]
+    change(run / name)
+    with pytest.raises(ValueError, match=f"{name} is not the file that the run wrote"):
+        read(ProbeRun(run))
+    with pytest.raises(SystemExit, match=f"^probes: .*{name} is not the file that the run wrote"):
+        main(["report", str(run), "--out", str(tmp_path / "again")])
+
+
+class Scripts(HTMLParser):
+    """All elements of a page that could execute something, and attributes that do."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag in ("script", "iframe", "object", "embed", "link"):
+            self.found.append(tag)
+        self.found += [name for name, _ in attributes if name.startswith("on")]
+
+
+def scripts(page: Path) -> list[str]:
+    parser = Scripts()
+    parser.feed(page.read_text())
+    return parser.found
+
+
+def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
+    """Of classes, the dataset, the model, and the mask; and none is a path to write to."""
+    for keys in (["classes", 0], ["baseline", "class"], ["dataset"], ["mllm"], ["image_attention"]):
+        rewrite(
+            run / "metrics.json",
+            *keys,
+            value=EVIL + "/../../../up" if keys != ["classes", 0] else EVIL,
+        )
+    for facts in (
+        ["mllm_training", "encoder", "name"],
+        ["mllm_training", "llm"],
+        ["versions", "torch"],
+    ):
+        rewrite(run / "manifest.json", *facts, value=EVIL)
+    main(["report", str(whole), "--out", str(tmp_path / "plain")])
+    before = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
+    main(["report", str(run), "--out", str(tmp_path / "evil")])
+    html = (tmp_path / "evil/index.html").read_text()
+    assert "alert(1)" in html
+    assert "<script>alert" not in html
+    assert "<img src=x" not in html
+    assert "{{ 7*7 }}" in html
+    assert scripts(tmp_path / "evil/index.html") == scripts(tmp_path / "plain/index.html")
+    after = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
+    assert after - before == {tmp_path / "evil"}, "nothing was written elsewhere"
+
+
+# ------------------------------------------------------------------------------------------------ fuzz
+JSON = json_values(st.integers(-(10**12), 10**12) | st.floats(), st.text(max_size=5), leaves=5)
+
+
+def places(value, path=()) -> list[tuple]:
+    """The path of each value inside of a JSON value."""
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [path] * bool(path) + [
+        place for key, inner in inside for place in places(inner, (*path, key))
+    ]
+
+
+def changed(facts, data) -> dict:
+    """A copy with another value at some place, or without it."""
+    facts = json.loads(json.dumps(facts))
+    *above, last = data.draw(st.sampled_from(places(facts)))
+    place = facts
+    for key in above:
+        place = place[key]
+    if data.draw(st.booleans()):
+        place[last] = data.draw(JSON)
+    else:
+        del place[last]
+    return facts
+
+
+def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(
+    checkpoints, tmp_path_factory
+):
+    """As `probes sites` reads it."""
+    import argparse
+
+    from probes.analyses.extract import print_sites
+
+    folder = Path(shutil.copytree(checkpoints["causal"], tmp_path_factory.mktemp("fuzz") / "hf"))
+    facts = json.loads((folder / "config.json").read_text())
+
+    @settings(deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def check(data):
+        (folder / "config.json").write_text(json.dumps(changed(facts, data)))
+        try:
+            print_sites(argparse.Namespace(mllm=str(folder), image_px=None))
+        except ValueError as error:
+            assert (
+                str(folder) in str(error)
+                or "no MLLM or encoder family" in str(error)
+                or "cannot be probed" in str(error)
+            )
+
+    check()
+
+
+def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
+    """As after another training in the same folder."""
+    run = ProbeRun(
+        probe_runs.write_run(
+            tmp_path / "run", [0.9, 0.2, 0.4, 0.6, 0.8, 0.8, 0.9], root=segmentation
+        )
+    )
+    assert run.analysis("umap.json") is None
+    (run.path / "umap.json").write_text(json.dumps({"runs": [run.fingerprint]}))
+    assert run.analysis("umap.json")
+    save_file({"other": torch.ones(3)}, run.path / "probes.safetensors")
+    with pytest.raises(
+        ValueError, match="umap.json was made from other probes than .* run `probes umap` again"
+    ):
+        ProbeRun(run.path).analysis("umap.json")
+
+
+def test_the_recorded_commit_is_that_of_this_code(tmp_path, monkeypatch):
+    """Not of another repository around it, as where a wheel is installed into a project's environment."""
+    commands = (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "-m", "x"],
+    )
+    for command in commands:
+        more = ["--allow-empty"] if "commit" in command else []
+        subprocess.run(["git", "-C", str(tmp_path), *command, *more], check=True)
+    for folder, expected in (("site-packages/probes/solve", False), ("probes/solve", True)):
+        (tmp_path / folder).mkdir(parents=True)
+        monkeypatch.setattr(write_run, "__file__", str(tmp_path / folder / "write_run.py"))
+        assert bool(write_run._git_commit()) == expected

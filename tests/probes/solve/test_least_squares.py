@@ -1,0 +1,170 @@
+"""Least squares in closed form against explicit upsampling, ignored pixels, several grids, sizes and views."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from probes.ops.bilinear import bilinear_weights
+from probes.ops.geometry import Geometry, ResizeRule
+from probes.ops.normal_equations import normal_equations
+from probes.solve.least_squares import (
+    LEAST_SQUARES_STRENGTHS,
+    LeastSquaresMoments,
+    solve_least_squares,
+)
+
+pytestmark = pytest.mark.numerics
+
+GRIDS = ((3, 4), (1, 5), (6, 6))
+SIZES = ((20, 30), (4, 5), (33, 17))
+RESIZES = ("squash", "pad", "center_crop")
+WIDTH = 7
+CHANNELS = 3
+IMAGES = 4
+
+
+def draw(
+    grid,
+    size,
+    seed: int = 0,
+    images: int = IMAGES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return states f64[B, T, d] with correlated channels, and targets f64[B, H, W, K] of which a third is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def new(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    states = new(images, grid[0] * grid[1], WIDTH) @ new(WIDTH, WIDTH) + 5
+    target = new(images, *size, CHANNELS)
+    target[torch.rand(images, *size, generator=generator) < 1 / 3] = torch.nan
+    target[0, : size[0] // 2] = torch.nan
+    return states, target
+
+
+def dense(grid, size, view) -> torch.Tensor:
+    """Return U f64[pixels, T], written out."""
+    axes = (
+        bilinear_weights(n, m, extent, dtype=torch.float64)
+        for n, m, extent in zip(grid, size, view, strict=True)
+    )
+    return torch.einsum("yi,xj->yxij", *axes).reshape(size[0] * size[1], -1)
+
+
+def pixels(states, target, up) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return upsampled states f64[n, d] and targets f64[n, K] of the labelled pixels."""
+    flat = target.flatten(0, 2)
+    labelled = flat.isfinite().all(-1)
+    return (up @ states).flatten(0, 1)[labelled], flat[labelled]
+
+
+def moments_of(
+    states,
+    target,
+    grid,
+    view,
+    folds: int = 2,
+) -> LeastSquaresMoments:
+    """Return moments in float64, where image i is in fold i % folds."""
+    moments = LeastSquaresMoments.zeros(states[0].mean(0), folds, CHANNELS)
+    for i in range(len(states)):
+        equations = normal_equations(target[i : i + 1], grid, view)
+        moments.add_images(states[i : i + 1], equations, grid, i % folds)
+    return moments
+
+
+@pytest.mark.parametrize(("grid", "size", "resize"), product(GRIDS, SIZES[::2], RESIZES))
+def test_equals_lstsq_on_upsampled_states(grid, size, resize):
+    """At strength 0 the probe is the least-squares solution with an intercept over all labelled pixels."""
+    view = Geometry(grid, 48, 42, ResizeRule(resize)).view(size)
+    states, target = draw(grid, size)
+    solved = solve_least_squares(moments_of(states, target, grid, view), (0.0,))
+    x, y = pixels(states, target, dense(grid, size, view))
+    weights = torch.linalg.lstsq(
+        torch.cat([x, torch.ones_like(x[:, :1])], 1), y, driver="gelsd"
+    ).solution
+    torch.testing.assert_close(
+        (x - solved.mean) @ solved.weights[0].T + solved.bias[0], x @ weights[:-1] + weights[-1]
+    )
+
+
+def test_every_strength_and_its_cross_validation_equal_separate_ridge_regressions():
+    grid = GRIDS[0]
+    size = SIZES[0]
+    view = Geometry(grid, 48, 42, ResizeRule("pad")).view(size)
+    states, target = draw(grid, size)
+    solved = solve_least_squares(moments_of(states, target, grid, view), LEAST_SQUARES_STRENGTHS)
+    up = dense(grid, size, view)
+
+    def ridge(
+        chosen: list[int], strength: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, y = pixels(states[chosen], target[chosen], up)
+        covariance = torch.cov(x.T, correction=0)
+        cross = (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
+        ridged = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
+        return (1 - strength) * torch.linalg.solve(ridged, cross), x.mean(0), y.mean(0)
+
+    error = torch.zeros(len(LEAST_SQUARES_STRENGTHS), dtype=torch.float64)
+    count = 0
+    for fold in range(2):
+        held_out, others = (
+            [i for i in range(IMAGES) if (i % 2 == fold) == left] for left in (True, False)
+        )
+        x, y = pixels(states[held_out], target[held_out], up)
+        count += len(x)
+        for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
+            weights, mean, bias = ridge(others, strength)
+            error[r] += ((x - mean) @ weights + bias - y).square().sum()
+    torch.testing.assert_close(solved.loss, error / count, rtol=1e-9, atol=0)
+    for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
+        weights, mean, bias = ridge(list(range(IMAGES)), strength)
+        torch.testing.assert_close(solved.weights[r], weights.T, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close((solved.mean, solved.bias[r]), (mean, bias))
+
+
+def test_float32_states_with_a_channel_of_huge_mean_lose_nothing_that_matters():
+    grid = GRIDS[2]
+    size = SIZES[0]
+    view = Geometry(grid, 48, 42, ResizeRule("squash")).view(size)
+    states, target = draw(grid, size)
+    states[..., 0] += 3000
+    target = target + torch.nn.functional.interpolate(
+        states.mT.unflatten(2, grid)[:, :CHANNELS], size, mode="bilinear"
+    ).permute(0, 2, 3, 1)
+    single = states.float()
+    exact = solve_least_squares(
+        moments_of(single.double(), target, grid, view), LEAST_SQUARES_STRENGTHS
+    )
+    ours = solve_least_squares(moments_of(single, target, grid, view), LEAST_SQUARES_STRENGTHS)
+    torch.testing.assert_close(ours.loss, exact.loss, rtol=1e-5, atol=0)
+
+
+def test_weights_are_exact_at_the_weakest_strength():
+    """States whose variances span six decades in every direction, as those of an LLM do, in float32."""
+    grid = GRIDS[2]
+    size = SIZES[0]
+    view = Geometry(grid, 48, 42, ResizeRule("squash")).view(size)
+    states, target = draw(grid, size)
+    generator = torch.Generator().manual_seed(0)
+    width = states.shape[-1]
+    mix = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    single = (states @ (mix * torch.logspace(0, -3, width, dtype=torch.float64)) @ mix.T).float()
+    exact = solve_least_squares(moments_of(single.double(), target, grid, view), (1e-6,))
+    ours = solve_least_squares(moments_of(single, target, grid, view), (1e-6,))
+    assert (ours.weights - exact.weights).norm() / exact.weights.norm() < 1e-5
+
+
+def test_parts_of_the_images_added_up_give_the_moments_of_all():
+    grid = GRIDS[0]
+    size = SIZES[0]
+    view = Geometry(grid, 48, 42, ResizeRule("squash")).view(size)
+    states, target = draw(grid, size)
+    whole = moments_of(states, target, grid, view)
+    part = moments_of(states[:2], target[:2], grid, view)
+    other = moments_of(states[2:], target[2:], grid, view)
+    other.shift(states[3].mean(0))
+    part.add(other)
+    for name, total in part.sums().items():
+        torch.testing.assert_close(total, whole.sums()[name], rtol=1e-9, atol=1e-9)

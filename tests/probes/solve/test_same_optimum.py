@@ -1,0 +1,103 @@
+"""The comparison of two optima, `tests/helpers/optima.py`, rejects what faulty solvers find."""
+
+import pytest
+import solving
+from optima import assert_same_solution
+
+from probes.cli import main
+from probes.data.batches import MaskPreparer
+from probes.ops import lbfgs
+from probes.runs.probe_run import ProbeRun
+from probes.solve import objective, strength_path
+from probes.solve.in_memory import MemorySolver
+from probes.solve.objective import TIGHT_NODES, FoldProblem, SiteProblem
+
+pytestmark = pytest.mark.numerics
+
+SITES = ["adapter"]
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints, segmentation):
+    return checkpoints["causal"], segmentation
+
+
+def solve(folders, out) -> ProbeRun:
+    main(solving.arguments(*folders, out, "--model.sites", f"[{SITES[0]}]"))
+    return ProbeRun(out)
+
+
+@pytest.fixture(scope="module")
+def right(folders, tmp_path_factory) -> ProbeRun:
+    return solve(folders, tmp_path_factory.mktemp("right"))
+
+
+def bias_without_gradient(patch) -> None:
+    inner = objective.loss_sums
+
+    def loss_sums(*args, **kwargs):
+        loss, gradient = inner(*args, **kwargs)
+        if gradient is not None:
+            gradient[..., -1] = 0
+        return loss, gradient
+
+    patch.setattr(objective, "loss_sums", loss_sums)
+
+
+def images_of_a_fold_missed(patch) -> None:
+    inner = SiteProblem.sums
+
+    def sums(self, fold, points, nodes, needs_grad=True):
+        loss, gradient = inner(self, fold, points, nodes, needs_grad)
+        if fold == 0:
+            return 0 * loss, None if gradient is None else 0 * gradient
+        return loss, gradient
+
+    patch.setattr(SiteProblem, "sums", sums)
+
+
+def folds_that_see_what_they_leave_out(patch) -> None:
+    inner = FoldProblem.objective
+
+    def of_all_images(self, strengths, left_out, nodes):
+        return inner(self, strengths, [None] * len(left_out), nodes)
+
+    patch.setattr(FoldProblem, "objective", of_all_images)
+
+
+def optimizer_stopped(patch) -> None:
+    patch.setattr(lbfgs, "ITERATIONS", 1)
+
+
+def few_nodes_to_the_end(patch) -> None:
+    patch.setattr(strength_path, "TIGHT_NODES", strength_path.LOOSE_NODES)
+
+
+def rows_of_pixels_dropped(patch) -> None:
+    inner = MemorySolver.add
+
+    def add(self, batch):
+        for target in batch["target"]:
+            target[-2:] = 255
+        prepare = MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)
+        inner(self, batch | {"masks": prepare(batch["target"])})
+
+    patch.setattr(MemorySolver, "add", add)
+
+
+FAULTS = (
+    bias_without_gradient,
+    images_of_a_fold_missed,
+    folds_that_see_what_they_leave_out,
+    optimizer_stopped,
+    few_nodes_to_the_end,
+    rows_of_pixels_dropped,
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_faulty_solver_has_another_optimum(fault, right, folders, tmp_path, monkeypatch):
+    fault(monkeypatch)
+    wrong = solve(folders, tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_solution(right, wrong)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODUL
     from .analyses.claims import register_analysis as register_analysis
     from .analyses.effects import write_effects as write_effects
     from .data.registry import register_dataset as register_dataset
-    from .score.estimate import Estimate as Estimate
+    from .heads import Probe as Probe
+    from .heads import register_head as register_head
     from .models.families import EncoderFamily as EncoderFamily
     from .models.families import Family as Family
     from .models.families import register_family as register_family
@@ -27,11 +28,10 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODUL
     from .runs.finished_run import FinishedRun as FinishedRun
     from .runs.probe_run import ProbeRun as ProbeRun
     from .runs.runs import open_run as open_run
+    from .score.estimate import Estimate as Estimate
+    from .solve.features import solve_features as solve_features
     from .studies.run import study as study
     from .studies.table import Study as Study
-    from .heads import Probe as Probe
-    from .heads import register_head as register_head
-    from .solve.features import solve_features as solve_features
 
 _MODULES = {
     "load": ".models.load",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_bidir.common.distributed import all_gather, rank_count
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
+from llava_bidir.common.processes import all_gather, rank_count
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from llava_bidir.common.rank_zero import rank_zero_info
+from llava_bidir.common.processes import rank_zero_info
 from probes.data.probe_data import ProbeData
 from probes.heads import Probe
 from probes.models.frozen_mllm import FrozenMLLM

@@ -20,7 +20,7 @@ import pytest
 from processes import HANGING_S, run_command
 from safetensors.numpy import load_file
 
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.files import exclusive_run_lock
 from probes.report.claim_table import summarize_truths
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ import llava_bidir.cli
 import probes
 from llava_bidir.commands.generate import answer, load
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.model_outputs import check_outputs
+from llava_bidir.common.hf import check_outputs
 from llava_bidir.training.module import LlavaTraining
 from probes import Knockout
 from probes.cli import main

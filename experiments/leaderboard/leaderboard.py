@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from scipy.stats import kendalltau
 
-from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import simultaneous_band
+from llava_bidir.common.files import read_json
 from probes.report.model_comparison import compare_runs, unconverged_sites
 from probes.runs.formatting import format_interval, format_percent, format_points, format_score
 from probes.runs.probe_run import ProbeRun

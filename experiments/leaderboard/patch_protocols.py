@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.files import write_files
 from probes.runs.probe_run import ProbeRun
 
 IGNORED = 255

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_bidir.commands.generate import answer, load
-from llava_bidir.common.image_io import read_image
+from llava_bidir.common.images import read_image
 
 KINDS = {
     "Is there": "there",

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.real.answers_by_kind import ask, parse_arguments, question_of, row_of
-from llava_bidir.common.image_io import read_image
+from llava_bidir.common.images import read_image
 
 
 def object_pixels(record: dict, images: Path, size: tuple[int, int]) -> np.ndarray | None:

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.common.files import atomic_directory
+from llava_bidir.common.hf import load_weights
 
 if TYPE_CHECKING:
     from onnx import GraphProto

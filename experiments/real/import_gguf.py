@@ -18,9 +18,9 @@ from transformers import (
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.utils.quantization_config import GgufConfig
 
-from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import load_weights, read_pretrained
+from llava_bidir.common.files import atomic_directory
+from llava_bidir.common.hf import load_weights, read_pretrained
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

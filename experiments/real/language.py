@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.real.world import CAPTION, KIND
 from llava_bidir.commands.generate import answer, load
-from llava_bidir.common.image_io import read_image
-from llava_bidir.common.training_record import read_training
+from llava_bidir.common.hf import read_training
+from llava_bidir.common.images import read_image
 
 TEXT = """\
 The harbour lies on the north side of the island, behind a long wall of grey stone. In summer a ferry brings \

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.files import write_files
 
 SCALARS = ("train/loss", "train/grad_norm", "val/loss", "val/answer_accuracy")
 

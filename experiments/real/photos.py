@@ -12,8 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from llava_bidir.common.atomic_io import read_json, sha256, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import read_json, sha256, write_files
 from llava_bidir.data.instruction_dataset import read_records
 from probes.world_options import QuestionsOptions
 from probes.worlds.questions import build_records

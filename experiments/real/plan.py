@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.files import read_json, write_files
 from probes.worlds.steps import MASKS
 
 if TYPE_CHECKING:

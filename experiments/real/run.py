@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.real.plan import MICRO_BATCHES, make_plan
-from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError, one_line_errors
+from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.process_group import end_on_signals
-from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import digest
+from probes.steps import digest
 from probes.world_options import QuestionsOptions
 from probes.worlds.steps import (
     MASKS,
@@ -324,7 +323,7 @@ def write_untaught(llm: Path, out: Path, seed: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from llava_bidir.common.atomic_io import atomic_directory
+    from llava_bidir.common.files import atomic_directory
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llm), dtype=torch.float32)

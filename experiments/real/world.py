@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_bidir.common.atomic_io import atomic_directory
+from llava_bidir.common.files import atomic_directory
 from probes.worlds.assets import (
     CAPTIONS,
     CHUNK,

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from llava_bidir.command_options import ExportOptions
-from llava_bidir.common.checkpoint_io import newest_checkpoint
+from llava_bidir.common.runs import newest_checkpoint
 from llava_bidir.model.hf_export import as_llava, export_hf
 from llava_bidir.training.read_checkpoint import read_checkpoint
 

@@ -19,9 +19,14 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_bidir.command_options import GenerateOptions
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.greedy import FiniteLogits, end_tokens, greedy_config
-from llava_bidir.common.hf_loading import load_weights, read_pretrained
-from llava_bidir.common.image_io import SUFFIXES, read_photo
+from llava_bidir.common.hf import (
+    FiniteLogits,
+    end_tokens,
+    greedy_config,
+    load_weights,
+    read_pretrained,
+)
+from llava_bidir.common.images import SUFFIXES, read_photo
 from llava_bidir.common.tokenizer import start_ids
 from llava_bidir.data.collate import pad_prompts
 from llava_bidir.data.conversation import IMAGE, encode

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.loader_workers import worker_options
+from llava_bidir.common.processes import worker_options
 from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, usable_turns

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .hf_loading import read_pretrained
-from .training_record import TRAINING_JSON
-from .weight_files import INDEX, find_weights, weight_files
+from .hf import INDEX, TRAINING_JSON, find_weights, read_pretrained, weight_files
 
 Identity = dict[str, dict[str, Any]]
 

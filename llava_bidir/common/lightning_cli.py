@@ -30,15 +30,14 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
-from .atomic_checkpoint import AtomicCheckpointIO
+from .checkpoints import AtomicCheckpointIO, SaveOnSignal, model_checkpoints
 from .config_errors import explain_class, explain_parser_error
 from .configs import check_unique_keys, configs_in, read_values
 from .errors import UserError
-from .expected_messages import hide_expected_messages
 from .progress import LogProgress
+from .runs import hide_expected_messages
 from .training_folder import StartOfRun
 from .usage_errors import ShortUsageErrors
-from .when_to_save import SaveOnSignal, model_checkpoints
 
 CONFIGURABLE = (
     Accelerator,

@@ -3,10 +3,9 @@
 import logging
 import math
 import time
+from datetime import timedelta
 
 from lightning import Callback, LightningModule, Trainer
-
-from .step_progress import format_duration, tell
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +37,6 @@ class LogProgress(Callback):
         now = time.monotonic()
         done = trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
         left = batches_left(trainer, batch_idx)
-        if trainer.is_global_zero and left is not None:
-            tell("training", done, done + left)
         batches = trainer.num_training_batches
         epochs = trainer.max_epochs or 0
         steps = trainer.max_steps
@@ -57,7 +54,7 @@ class LogProgress(Callback):
         loss = float(trainer.callback_metrics.get("train/loss", of_batch))  # of the step
         text += f", batch {batch_idx + 1}/{batches}, loss {loss:.4g}, {rate:.3g} batches/s"
         if rate and left is not None:
-            text += f", {format_duration(left / rate)} left"
+            text += f", {timedelta(seconds=round(left / rate))} left"
         log.info(text)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
 from .errors import error_context
-from .hf_loading import read_pretrained
+from .hf import read_pretrained
 
 MARKER = "▁"  # replaces spaces and begins a text
 

@@ -10,8 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .errors import UserError
 from .identity import run_identity
-from .rank_zero import decide_before_fit
-from .run_folder import RunFolder, RunPlan, begin_run, plan_run
+from .processes import decide_before_fit
+from .runs import RunFolder, RunPlan, begin_run, plan_run
 
 
 def plan_training(

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, StackDataset, Subset
 from transformers import LlavaProcessor
 
-from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest, file_sizes
-from llava_bidir.common.loader_workers import limit_workers, worker_options
+from llava_bidir.common.processes import limit_workers, worker_options
+from llava_bidir.common.runs import batches_per_epoch
 
 from .batch_samplers import BatchSampler, StepLoader
 from .collate import Collate, predicting_positions

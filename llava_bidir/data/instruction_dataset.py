@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.image_io import read_image
+from llava_bidir.common.images import read_image
 
 from .conversation import IMAGE, usable_turns
 

@@ -11,14 +11,14 @@ from transformers import LlavaProcessor
 from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.greedy import greedy_config
-from llava_bidir.common.hf_loading import (
+from llava_bidir.common.hf import (
     check_layers_complete,
     check_merged,
+    greedy_config,
     read_pretrained,
+    read_tensors,
 )
 from llava_bidir.common.tokenizer import load_tokenizer
-from llava_bidir.common.weight_files import read_tensors
 
 from .attention import block_ids_of
 from .configuration_llava_bidir import LlavaBidirConfig

@@ -34,8 +34,8 @@ from transformers.image_utils import (
 )
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import load_weights, read_pretrained
-from llava_bidir.common.image_side import MAX_GRID_SIDE, check_image_px
+from llava_bidir.common.hf import load_weights, read_pretrained
+from llava_bidir.common.images import MAX_GRID_SIDE, check_image_px
 
 
 def interpolates_itself(tower: PreTrainedModel, image_px: int) -> None:

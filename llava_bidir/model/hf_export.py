@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
-from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import is_finite
-from llava_bidir.common.training_record import TRAINING_JSON
+from llava_bidir.common.files import atomic_directory
+from llava_bidir.common.hf import TRAINING_JSON, is_finite
 
 from . import attention
 from .configuration_llava_bidir import LlavaBidirConfig

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import load_weights, read_pretrained
+from llava_bidir.common.hf import load_weights, read_pretrained
 
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 

@@ -9,18 +9,20 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
+from llava_bidir.common.checkpoints import SaveAtStepBoundary
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import exclusive_run_lock, read_json
+from llava_bidir.common.hf import TRAINING_JSON
 from llava_bidir.common.imports import imports_as_text
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer
-from llava_bidir.common.run_folder import RunFolder
-from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.run_process import run_process
+from llava_bidir.common.runs import (
+    RunFolder,
+    interrupt_says_what_is_saved,
+    is_complete,
+    resolve_ckpt_path,
+    run_process,
+)
 from llava_bidir.common.training_folder import plan_training
-from llava_bidir.common.training_record import TRAINING_JSON
-from llava_bidir.common.when_to_save import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import check_annotations
 from llava_bidir.model.hf_export import export_hf

@@ -32,10 +32,10 @@ from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.modeling_utils import local_torch_dtype
 
-from llava_bidir.common.atomic_io import partial_path
-from llava_bidir.common.checkpoint_io import commit_checkpoint_directory, read_manifest
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import partial_path
 from llava_bidir.common.imports import imports_as_text
+from llava_bidir.common.runs import commit_checkpoint_directory, read_manifest
 from llava_bidir.model.build import no_zero3_partitioning
 
 TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory

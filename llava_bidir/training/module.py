@@ -16,11 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from llava_bidir.common.distributed import decide_on_first
-from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.greedy import FiniteLogits
-from llava_bidir.common.hf_loading import FIXED_DATE, PROMPT_DATE
+from llava_bidir.common.hf import FIXED_DATE, PROMPT_DATE, FiniteLogits, read_training
 from llava_bidir.common.identity import (
     Identity,
     check_same_identity,
@@ -28,8 +25,8 @@ from llava_bidir.common.identity import (
     named_identity,
     run_identity,
 )
-from llava_bidir.common.run_folder import RESUME_ADVICE
-from llava_bidir.common.training_record import read_training
+from llava_bidir.common.processes import decide_on_first
+from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import (
     PARTS,

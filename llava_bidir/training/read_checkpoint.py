@@ -8,8 +8,8 @@ import torch
 from transformers import LlavaProcessor
 from transformers.modeling_utils import local_torch_dtype
 
-from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.runs import resolve_ckpt_path
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 from .deepspeed_strategy import load_zero_state, load_zero_weights

@@ -12,12 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llava_bidir.command_options import VQAOptions
-from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import read_pretrained
+from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
+from llava_bidir.common.hf import read_pretrained
 from llava_bidir.common.identity import describe_digest, model_identity
 from llava_bidir.common.process_group import end_on_signals, process_group
-from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .scores import BENCHMARKS, Benchmark, Item
 from .table1 import write_tables

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_bidir.command_options import VQATableOptions
-from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import RESAMPLINGS, holm, interval
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import read_json, write_files
 
 from .scores import BENCHMARKS, SWAPS, ScoreTerms, swap_test
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.files import write_files
 from probes.runs.run_files import read_tensors
 
 Items = TypeVar("Items", bound=Sequence)

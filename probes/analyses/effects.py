@@ -7,8 +7,8 @@ by :func:`write_effects`. The report then judges it in three columns, as it does
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import write_files
 from probes.runs.finished_run import FinishedRun
 from probes.score.effect_file import effect_file, read_effect_file
 from probes.score.estimate import Estimate

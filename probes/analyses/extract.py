@@ -2,10 +2,9 @@
 
 from transformers import PreTrainedConfig
 
-from llava_bidir.common.atomic_io import check_suffix, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import read_photos
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.files import check_suffix, exclusive_run_lock, write_files
+from llava_bidir.common.images import read_photos
 from probes.command_options import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
 from probes.models.families.chosen_sites import parts_text

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import read_json
 
 ADVICE = "--overwrite true replaces it, --out DIR writes elsewhere"
 

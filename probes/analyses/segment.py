@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
-from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import read_photo
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
+from llava_bidir.common.images import read_photo
 from probes.command_options import SegmentOptions
 from probes.data.base import open_image
 from probes.data.palette import palette_of

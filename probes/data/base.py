@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest
-from llava_bidir.common.image_io import FORMATS, as_stored, open_bounded, orientation, png_bits
+from llava_bidir.common.images import FORMATS, as_stored, open_bounded, orientation, png_bits
 from probes.ops.geometry import IGNORE_INDEX
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.loader_workers import worker_options
+from llava_bidir.common.processes import worker_options
 from probes.ops.geometry import Geometry
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 

@@ -9,10 +9,15 @@ import torch
 from numpy import ndarray
 from torch.utils.data import DataLoader, Dataset
 
-from llava_bidir.common.distributed import all_gather_objects, rank, rank_count
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.loader_workers import limit_workers, worker_options
-from llava_bidir.common.rank_zero import rank_zero_warn
+from llava_bidir.common.processes import (
+    all_gather_objects,
+    limit_workers,
+    rank,
+    rank_count,
+    rank_zero_warn,
+    worker_options,
+)
 from probes.run_config import DataOptions
 from probes.tasks import SEGMENTATION
 

@@ -8,7 +8,7 @@ from numpy import ndarray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava_bidir.common.loader_workers import worker_options
+from llava_bidir.common.processes import worker_options
 
 from .base import IGNORE_INDEX, BadFile, ImageDataset
 from .label_counts import count_labels

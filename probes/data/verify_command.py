@@ -2,7 +2,7 @@
 
 import time
 
-from llava_bidir.common.loader_workers import usable_cores
+from llava_bidir.common.processes import usable_cores
 from probes.run_config import DataOptions
 
 from .base import shared_images

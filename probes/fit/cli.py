@@ -9,13 +9,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.common.checkpoints import SaveAtStepBoundary, model_checkpoints
+from llava_bidir.common.files import exclusive_run_lock
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
-from llava_bidir.common.run_folder import RunPlan
-from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.run_process import run_process
+from llava_bidir.common.runs import RunPlan, interrupt_says_what_is_saved, run_process
 from llava_bidir.common.training_folder import plan_training
-from llava_bidir.common.when_to_save import SaveAtStepBoundary, model_checkpoints
 from probes.run_config import RunConfig
 from probes.runs.prediction_files import save_predictions
 from probes.runs.run_results import RESULTS, format_scores, run_folder, say_finished

@@ -5,8 +5,8 @@ import math
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from llava_bidir.common.distributed import rank, rank_count
-from llava_bidir.common.epoch_length import batches_per_epoch
+from llava_bidir.common.processes import rank, rank_count
+from llava_bidir.common.runs import batches_per_epoch
 from probes.data.batches import CachedFeatures
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import TrainingBatches

@@ -8,8 +8,8 @@ from typing import Any
 from lightning import Trainer
 from torch import nn
 
+from llava_bidir.common.processes import run_on_all_ranks
 from llava_bidir.common.progress import logs_progress
-from llava_bidir.common.rank_zero import run_on_all_ranks
 from probes.machine import Machine
 from probes.run_config import RunConfig
 

@@ -14,11 +14,10 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from llava_bidir.common.distributed import all_gather, decide_on_first
-from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity, check_same_identity, run_identity
-from llava_bidir.common.run_folder import RESUME_ADVICE
+from llava_bidir.common.processes import all_gather, decide_on_first
+from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
 from probes.heads import factory_of

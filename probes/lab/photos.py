@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import read_photo
+from llava_bidir.common.images import read_photo
 from probes.data.base import EmbeddedFile
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import patch_labels

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_side import MAX_GRID_SIDE
+from llava_bidir.common.images import MAX_GRID_SIDE
 
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Number = Annotated[int, Field(ge=1, le=2**31)]

@@ -20,8 +20,7 @@ from transformers import DynamicCache
 
 from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.greedy import end_tokens
-from llava_bidir.common.model_outputs import check_outputs
+from llava_bidir.common.hf import check_outputs, end_tokens
 
 from .attention_masks import (
     Masks,

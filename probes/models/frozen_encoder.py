@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.model_outputs import check_outputs
+from llava_bidir.common.hf import check_outputs
 from probes.ops.geometry import ResizeRule
 
 from .attention_weights import softmax_attention

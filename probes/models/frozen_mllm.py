@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 from llava_bidir.common.arguments import check_is_text
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import PhotoLike
-from llava_bidir.common.model_outputs import check_outputs
+from llava_bidir.common.hf import check_outputs
+from llava_bidir.common.images import PhotoLike
 from probes.ops.geometry import SQUASH, ResizeRule
 
 from .answering import attend_from_answer, generate_answer, score_answers

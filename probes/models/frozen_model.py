@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import PhotoLike, read_photos
+from llava_bidir.common.images import PhotoLike, read_photos
 from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_weights import read_attention
@@ -135,7 +135,7 @@ class FrozenModel(nn.Module):
 
         Args:
             images: Path or PIL image, or a list of these. Photos are turned as their EXIF tag says; those of a data
-                set have none (common/image_io.py).
+                set have none (common/images.py).
 
         Raises:
             UserError: There is no image, or one cannot be read.

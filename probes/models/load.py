@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils.hub import resolve_revision
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.common.hf import load_weights
 
 from .attention_masks import check_masks, mask_backend
 from .families import family_of, own_image_attention

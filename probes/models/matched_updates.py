@@ -15,7 +15,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.model_outputs import check_outputs
+from llava_bidir.common.hf import check_outputs
 
 from .attention_weights import softmax_attention
 from .families.layer_parts import find_part

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from llava_bidir.common.model_outputs import check_outputs
+from llava_bidir.common.hf import check_outputs
 
 from .attention_masks import as_list, build_decoder_masks, decode_under, is_allowed, supports_masks
 from .families.our_code import FULL, SLIDING, layer_kinds

@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedModel
 
 from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_side import check_image_px
+from llava_bidir.common.images import check_image_px
 from probes.ops.geometry import ResizeRule
 
 from .families.base import module_at

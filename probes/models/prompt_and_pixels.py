@@ -22,7 +22,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import with_fixed_date
+from llava_bidir.common.hf import with_fixed_date
 from llava_bidir.common.tokenizer import load_tokenizer, start_ids
 from probes.ops.geometry import ResizeRule
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.training_record import read_training
+from llava_bidir.common.hf import read_training
 
 from .families import EncoderFamily, Family
 from .families.modules import why_unmatched

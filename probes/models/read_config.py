@@ -5,8 +5,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import read_pretrained
-from llava_bidir.common.image_side import MAX_GRID_SIDE
+from llava_bidir.common.hf import read_pretrained
+from llava_bidir.common.images import MAX_GRID_SIDE
 
 from .families import EncoderFamily, Family
 from .source_names import check_names_function, is_source

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.model_outputs import check_outputs
+from llava_bidir.common.hf import check_outputs
 
 from .attention_masks import decode_under, last_rows
 from .families.layer_parts import recorded_parts

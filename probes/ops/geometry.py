@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import as_stored
+from llava_bidir.common.images import as_stored
 
 RESIZES = ("squash", "pad", "center_crop", "letterbox")
 IGNORE_INDEX = 255  # label of a pixel that counts nowhere

@@ -1,12 +1,29 @@
 """Format the main numbers of a study as LaTeX tables, in percent with 95% intervals."""
 
-from llava_bidir.common.latex import latex_table
+from collections.abc import Sequence
+
 from probes.runs.formatting import Entry, format_score
 from probes.runs.study import StudyRuns
 
 from .claim_table import claim_text, tested_columns
 
 Cells = list[dict[str, str]]  # rows of a table by its titles
+SPECIAL = {character: "\\" + character for character in "_%&#${}"}
+SPECIAL |= {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+# at the start of a row they would be options of the previous one
+SPECIAL |= {"[": "{[}", "*": "{*}"}
+ESCAPES = str.maketrans(
+    SPECIAL
+    | {
+        "−": "$-$",
+        "–": "--",
+        "\n": " ",
+    }
+)
 
 
 def format_tables(study: StudyRuns, claims: list[Entry]) -> str:
@@ -64,3 +81,17 @@ def _claims(claims: list[Entry], has_llm: bool) -> Cells:
             row["truth"] = text.truth
         rows.append(row | {"conclusion": text.finding})
     return rows
+
+
+def latex_table(rows: Sequence[Sequence[str]], names: int) -> str:
+    """Return a tabular for the booktabs package.
+
+    Args:
+        rows: Cells of plain text; the first row is the header.
+        names: Number of columns that hold names, which are aligned on the left; numbers are aligned on the right.
+    """
+    header, *body = (" & ".join(cell.translate(ESCAPES) for cell in row) + r" \\" for row in rows)
+    head = rf"\begin{{tabular}}{{{'l' * names}{'r' * (len(rows[0]) - names)}}}"
+    return "\n".join(
+        [head, r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
+    )

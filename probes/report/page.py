@@ -22,9 +22,8 @@ from typing import Any
 
 import matplotlib as mpl
 
-from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run

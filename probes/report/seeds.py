@@ -9,8 +9,8 @@ import math
 
 import torch
 
-from llava_bidir.common.quantiles import student_quantile
 from probes.analyses.claims import CLAIMS
+from probes.ops.quantiles import student_quantile
 from probes.runs.formatting import Entry
 from probes.runs.study import StudyRuns, studies_by_model
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import read_json
 from llava_bidir.common.imports import HINT
 from probes.runs.finished_run import FinishedRun
 

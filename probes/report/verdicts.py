@@ -32,7 +32,7 @@ from dataclasses import replace
 from typing import Any
 
 from llava_bidir.common.bootstrap import holm
-from llava_bidir.common.quantiles import normal_quantile, student_quantile
+from probes.ops.quantiles import normal_quantile, student_quantile
 from probes.runs.formatting import Entry
 from probes.score.estimate import Estimate, p_value, standard_error
 from probes.tasks import SEGMENTATION, TASKS

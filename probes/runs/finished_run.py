@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from llava_bidir.common.arguments import check_is_list
-from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.files import read_json
 from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import check_same_identity, named_identity
-from llava_bidir.common.image_io import PhotoLike, read_photo
+from llava_bidir.common.images import PhotoLike, read_photo
 from probes.data.registry import open_dataset, split_identity
 from probes.score.effect_file import EFFECTS_FILE, read_effect_file
 from probes.score.estimate import Estimate

@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from llava_bidir.common.atomic_io import sha256
+from llava_bidir.common.files import sha256
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.model_outputs import DTYPE_ADVICE
+from llava_bidir.common.hf import DTYPE_ADVICE
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

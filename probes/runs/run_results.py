@@ -4,8 +4,8 @@ from pathlib import Path
 from shlex import quote
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.rank_zero import rank_zero_info
-from llava_bidir.common.run_folder import RunFolder
+from llava_bidir.common.processes import rank_zero_info
+from llava_bidir.common.runs import RunFolder
 from probes.tasks import SEGMENTATION, Task
 
 from .run_schema import Manifest, Metrics, read_run_file

@@ -14,7 +14,7 @@ from typing import (
 from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.files import read_json
 from llava_bidir.common.errors import UserError
 from probes.tasks import SEGMENTATION
 

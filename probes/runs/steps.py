@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.steps import OUTCOMES
+from llava_bidir.common.files import read_json
+from probes.steps import OUTCOMES
 
 LEFT_OUT = OUTCOMES["left_out"]
 FAILED = OUTCOMES["failed"]

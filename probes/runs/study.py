@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.steps import read_record
+from probes.steps import read_record
 from probes.tasks import SEGMENTATION, Task
 
 from .comparable import check_same_images, check_seeds_differ, check_study

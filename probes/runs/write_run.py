@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.files import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import Identity, describe_digest
 from probes.data.probe_data import ProbeData

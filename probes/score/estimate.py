@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import interval
-from llava_bidir.common.quantiles import student_quantile
+from probes.ops.quantiles import student_quantile
 
 SMALLEST_P = 1e-12
 

@@ -6,7 +6,7 @@ Legend: P probes, N images of the dataset, B images of a batch, K channels of a 
 import torch
 from torch import Tensor
 
-from llava_bidir.common.distributed import all_gather_objects
+from llava_bidir.common.processes import all_gather_objects
 from probes.ops.geometry import Geometry
 from probes.tasks import Task
 

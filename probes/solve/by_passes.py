@@ -13,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.distributed import all_gather_objects, all_reduce, broadcast, rank
-from llava_bidir.common.rank_zero import rank_zero_info
+from llava_bidir.common.processes import (
+    all_gather_objects,
+    all_reduce,
+    broadcast,
+    rank,
+    rank_zero_info,
+)
 from probes.ops.quadrature import PreparedMasks
 from probes.run_config import SolverOptions
 from probes.score.strengths import OPTIMUM

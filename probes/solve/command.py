@@ -7,15 +7,18 @@ from pathlib import Path
 
 import yaml
 
-from llava_bidir.common.distributed import decide_on_first, rank
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.expected_messages import hide_expected_messages
+from llava_bidir.common.files import exclusive_run_lock
 from llava_bidir.common.identity import run_identity
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
-from llava_bidir.common.rank_zero import rank_zero_info
-from llava_bidir.common.run_folder import RunPlan, begin_run, plan_run
-from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.run_process import run_process
+from llava_bidir.common.processes import decide_on_first, rank, rank_zero_info
+from llava_bidir.common.runs import (
+    RunPlan,
+    begin_run,
+    hide_expected_messages,
+    interrupt_says_what_is_saved,
+    plan_run,
+    run_process,
+)
 from probes.data.probe_data import ProbeData
 from probes.machine import Machine, one_process, seed_everything
 from probes.run_config import RunConfig

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from llava_bidir.common.distributed import all_gather_objects, broadcast
-from llava_bidir.common.rank_zero import rank_zero_info
+from llava_bidir.common.processes import all_gather_objects, broadcast, rank_zero_info
 from probes.data.batches import MaskPreparer
 from probes.ops.quadrature import join_masks
 from probes.score.strengths import OPTIMUM

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.distributed import all_reduce, broadcast, rank, rank_count
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.rank_zero import rank_zero_info
+from llava_bidir.common.processes import all_reduce, broadcast, rank, rank_count, rank_zero_info
 from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_size
 from probes.data.samplers import fold_batches

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from llava_bidir.common.distributed import broadcast, rank, rank_count
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity
-from llava_bidir.common.rank_zero import rank_zero_info
+from llava_bidir.common.processes import broadcast, rank, rank_count, rank_zero_info
 from probes.data.available_memory import available_memory
 from probes.data.probe_data import ProbeData
 from probes.machine import Machine, solver_device

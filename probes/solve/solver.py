@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llava_bidir.common.atomic_io import atomic_write, write_tensors
-from llava_bidir.common.distributed import broadcast, gather_images, rank, rank_count
 from llava_bidir.common.errors import error_context
+from llava_bidir.common.files import atomic_write, write_tensors
 from llava_bidir.common.identity import Identity, check_same_identity
-from llava_bidir.common.run_folder import RESUME_ADVICE
+from llava_bidir.common.processes import broadcast, gather_images, rank, rank_count
+from llava_bidir.common.runs import RESUME_ADVICE
 from probes.data.samplers import assign_folds
 from probes.run_config import SolverOptions
 

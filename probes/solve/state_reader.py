@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from llava_bidir.common.distributed import rank, rank_count
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.step_progress import format_duration, tell
+from llava_bidir.common.processes import rank, rank_count
 from probes.data.batches import MaskPreparer
 from probes.data.probe_data import ProbeData
 from probes.machine import Machine, solver_device
 from probes.ops.quadrature import PreparedMasks
 from probes.site_probes import SiteProbes
+from probes.step_progress import format_duration, tell
 
 from .objective import TIGHT_NODES
 

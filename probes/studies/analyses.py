@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.steps import Step
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
 from probes.analyses.options import options_of, read_text
+from probes.steps import Step
 
 from .arms import FITTED, Arm, join, kind_of
 from .config import StudyConfig

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.quantiles import student_quantile
+from llava_bidir.common.files import read_json
 from probes.data.registry import open_split
+from probes.ops.quantiles import student_quantile
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.steps import LEFT_OUT, describe_steps
 from probes.runs.study import CONTROLS

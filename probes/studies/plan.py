@@ -7,7 +7,6 @@ from pathlib import Path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.imports import HINT
-from llava_bidir.common.steps import Step, digest
 from probes.analyses import ANALYSES
 from probes.analyses.effects import effects_path
 from probes.data.registry import DATASETS, open_split
@@ -15,6 +14,7 @@ from probes.report.options import ReportOptions
 from probes.report.truth import FILE as TRUTH_FILE
 from probes.runs.runs import finished_runs
 from probes.runs.steps import unfinished_steps
+from probes.steps import Step, digest
 from probes.tasks import SEGMENTATION, TASKS
 
 from .analyses import check_classes, chosen_analyses, steps_of_models, steps_of_runs

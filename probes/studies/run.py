@@ -21,13 +21,11 @@ from typing import Any
 import yaml
 
 from llava_bidir.common.arguments import check_is_list, check_is_text
-from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.imports import import_words
 from llava_bidir.common.process_group import end_on_signals, process_group
-from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step, as_json, find_missing, must_replace, run_steps
 from probes.analyses.base import function_of
 from probes.data.registry import open_split, split_identity
 from probes.report.terminal import format_results
@@ -35,6 +33,7 @@ from probes.run_config import DataOptions, RunConfig
 from probes.runs.finished_run import FinishedRun
 from probes.runs.runs import finished_runs, open_run
 from probes.runs.steps import study_folder
+from probes.steps import Step, as_json, find_missing, must_replace, run_steps
 from probes.tasks import SEGMENTATION
 
 from .config import StudyConfig, check_label

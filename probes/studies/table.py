@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.atomic_io import atomic_write, read_json
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import atomic_write, read_json
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
 from probes.report.claim_table import HEADLINES, claim_rows

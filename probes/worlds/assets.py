@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from llava_bidir.common.atomic_io import atomic_directory
+from llava_bidir.common.files import atomic_directory
 from probes.world_options import AssetsOptions
 
 from . import tiny_models

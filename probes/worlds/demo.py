@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import probes
-from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.files import exclusive_run_lock, read_json
 from llava_bidir.common.process_group import end_on_signals
-from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step
+from probes.steps import Step
 from probes.world_options import DemoOptions
 
 from .steps import (

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.training_record import read_training
+from llava_bidir.common.hf import read_training
 from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IGNORE_INDEX, encode
 from llava_bidir.model.hf_export import export_hf

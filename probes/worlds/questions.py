@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.files import write_files
 from probes.data.folder import FolderDataset
 from probes.world_options import QuestionsOptions
 

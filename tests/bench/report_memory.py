@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import probe_runs
 
-from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import RESAMPLINGS
+from llava_bidir.common.files import write_files
 from probes.score.effect_file import EFFECTS_FILE, effect_file, read_effect_file
 from probes.score.estimate import Estimate
 

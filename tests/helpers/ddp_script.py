@@ -29,7 +29,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
+from llava_bidir.common.checkpoints import AtomicCheckpointIO
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder

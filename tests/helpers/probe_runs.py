@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
+from llava_bidir.common.files import write_files
 from probes.cli import main
 from probes.data.registry import open_dataset, split_identity
 from probes.models.sites import last_layer, site_names

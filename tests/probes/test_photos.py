@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import read_image
+from llava_bidir.common.images import read_image
 from probes.analyses.routes.questions import read_question_image
 from probes.data.base import open_image, read_rgb
 from probes.lab.photos import Photos

@@ -9,8 +9,8 @@ import pytest
 import small_disks
 import tiny_models
 
-from llava_bidir.common import run_lock
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common import files
+from llava_bidir.common.files import exclusive_run_lock
 from probes.cli import main
 
 COMMANDS = {  # command -> the result it locks
@@ -28,7 +28,7 @@ COMMANDS = {  # command -> the result it locks
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch):
     """A second process does not wait for the first one of these tests, which does not exit."""
-    monkeypatch.setattr(run_lock, "EXITING_S", 0)
+    monkeypatch.setattr(files, "EXITING_S", 0)
 
 
 @pytest.fixture

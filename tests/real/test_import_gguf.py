@@ -15,7 +15,7 @@ from transformers import (
 
 from experiments.real import import_gguf
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.common.hf import load_weights
 from llava_bidir.common.tokenizer import load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llava_bidir.common.quantiles import normal_quantile, student_quantile
+from probes.ops.quantiles import normal_quantile, student_quantile
 from probes.runs.probe_run import ProbeRun
 from probes.score.estimate import Estimate
 

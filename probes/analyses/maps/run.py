@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.files import exclusive_run_lock, write_files
 from probes.analyses.base import check_image
 from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.analyses.knockout.config import describe, options_of_run

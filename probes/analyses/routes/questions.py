@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from llava_bidir.common.errors import NothingToMeasure, UserError, error_context
-from llava_bidir.common.image_io import orientation
+from llava_bidir.common.images import orientation
 from probes.data.base import open_image, read_rgb
 from probes.ops.geometry import Geometry
 

@@ -34,9 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.files import exclusive_run_lock, write_files
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.effects import effects_path

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.files import exclusive_run_lock, write_files
 from probes.analyses.measured_sinks import sinks_of_run
 from probes.analyses.replacement import check_replaceable
 from probes.runs.comparable import check_pair

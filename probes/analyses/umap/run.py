@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.files import exclusive_run_lock, write_files
 from probes.analyses.base import check_image
 from probes.analyses.replacement import check_replaceable
 from probes.models.sites import ADAPTER

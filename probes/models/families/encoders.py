@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_side import check_image_px
+from llava_bidir.common.images import check_image_px
 from probes.models.sites import FINAL_NORM, layer_site
 
 from .base import find_model_class, module_at, split_patches, square_side

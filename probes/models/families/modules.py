@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedConfig
 
-from llava_bidir.common.image_side import check_image_px
+from llava_bidir.common.images import check_image_px
 
 from .base import module_at
 from .encoders import EncoderFamily

@@ -17,10 +17,10 @@ import torch
 from processes import die
 from safetensors.torch import load_file, save_file
 
-from llava_bidir.common import atomic_io
-from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
-from llava_bidir.common.atomic_io import atomic_directory, atomic_write, write_files
-from llava_bidir.common.checkpoint_io import (
+from llava_bidir.common import files
+from llava_bidir.common.checkpoints import AtomicCheckpointIO
+from llava_bidir.common.files import atomic_directory, atomic_write, write_files
+from llava_bidir.common.runs import (
     find_defect,
     latest_valid_checkpoint,
 )
@@ -108,7 +108,7 @@ def test_a_foreign_folder_is_not_replaced(existing, tmp_path):
 NAMES = ("a.safetensors", "b.csv", "c.json")
 
 
-def files(folder: Path, content: int) -> dict:
+def three_files(folder: Path, content: int) -> dict:
     """Three files that belong together, all with `content`."""
     values = ({"x": torch.full((3,), content)}, f"{content}", {"x": content})
     return {folder / name: value for name, value in zip(NAMES, values, strict=True)}
@@ -128,18 +128,19 @@ def contents(folder: Path) -> list[int | None]:
 
 @pytest.mark.parametrize("renamed", range(3))
 def test_a_kill_between_two_renames_leaves_no_last_file(renamed, tmp_path, monkeypatch):
-    write_files(files(tmp_path, 1))
+    write_files(three_files(tmp_path, 1))
     replace = Path.replace
     counter = count()
     monkeypatch.setattr(
         Path, "replace", lambda s, t: die() if next(counter) == renamed else replace(s, t)
     )
     assert (
-        processes.wait(processes.fork(lambda: write_files(files(tmp_path, 2)))) == -signal.SIGKILL
+        processes.wait(processes.fork(lambda: write_files(three_files(tmp_path, 2))))
+        == -signal.SIGKILL
     )
     monkeypatch.undo()
     assert contents(tmp_path)[-1] is None
-    write_files(files(tmp_path, 2))
+    write_files(three_files(tmp_path, 2))
     assert contents(tmp_path) == [2, 2, 2]
     assert not list(tmp_path.glob("*.partial"))
 
@@ -153,28 +154,29 @@ def test_a_kill_within_safetensors_leaves_nothing_after_the_next_write(tmp_path,
 
     monkeypatch.setattr("safetensors.torch.save_file", killed)
     assert (
-        processes.wait(processes.fork(lambda: write_files(files(tmp_path, 1)))) == -signal.SIGKILL
+        processes.wait(processes.fork(lambda: write_files(three_files(tmp_path, 1))))
+        == -signal.SIGKILL
     )
     assert list(tmp_path.rglob(".tmp*"))
     monkeypatch.undo()
-    write_files(files(tmp_path, 2))
+    write_files(three_files(tmp_path, 2))
     assert contents(tmp_path) == [2, 2, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_write_files_on_a_full_disk_leaves_the_old_files(name, tmp_path, monkeypatch):
-    write_files(files(tmp_path, 1))
-    write = atomic_io._write
+    write_files(three_files(tmp_path, 1))
+    write = files._write
 
     def full(path: Path, *content) -> None:
         write(path, *content)
         if path.name.startswith(name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic_io, "_write", full)
+    monkeypatch.setattr(files, "_write", full)
     with pytest.raises(OSError, match="No space left on device"):
-        write_files(files(tmp_path, 2))
+        write_files(three_files(tmp_path, 2))
     assert contents(tmp_path) == [1, 1, 1]
     assert not list(tmp_path.glob("*.partial"))
 

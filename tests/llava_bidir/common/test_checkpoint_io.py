@@ -9,8 +9,8 @@ import pytest
 import torch
 from processes import die
 
-from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
-from llava_bidir.common.checkpoint_io import (
+from llava_bidir.common.checkpoints import AtomicCheckpointIO
+from llava_bidir.common.runs import (
     commit_checkpoint_directory,
     find_defect,
     latest_valid_checkpoint,

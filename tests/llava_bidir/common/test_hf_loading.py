@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import read_pretrained
+from llava_bidir.common.hf import read_pretrained
 from llava_bidir.model.build import build_model, build_processor
 from probes.cli import main as probes_main
 

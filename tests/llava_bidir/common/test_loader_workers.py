@@ -13,7 +13,7 @@ import sys
 import torch
 from torch.utils.data import DataLoader
 from llava_bidir.common.errors import UserError, one_line_errors
-from llava_bidir.common.loader_workers import worker_options
+from llava_bidir.common.processes import worker_options
 
 class Batches(torch.utils.data.Dataset):
     def __len__(self):

@@ -29,7 +29,7 @@ DEMO = """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from llava_bidir.common import process_group
-from llava_bidir.common.steps import Step
+from probes.steps import Step
 from probes.worlds import steps
 from llava_bidir.common.errors import one_line_errors
 steps.IN_CHILD_PROCESS = process_group.WATCH + {step!r}

@@ -1,5 +1,6 @@
 """Lines of progress: the time left until the nearest limit, which may be days away."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 from llava_bidir.common import progress
@@ -49,7 +50,7 @@ def test_time_left_counts_the_batches_within_a_step(monkeypatch, caplog):
     trainers = [trainer_at(done, 1, 3, accumulated=8) for done in range(1, 25)]
     lines = lines_of(progress.LogProgress(), trainers, monkeypatch, caplog)
     left = [line.rpartition(", ")[2].removesuffix(" left") for line in lines]
-    assert left == [progress.format_duration(200 * (24 - done)) for done in range(1, 25)]
+    assert left == [str(timedelta(seconds=200 * (24 - done))) for done in range(1, 25)]
     assert lines[0].startswith("step 0 of 3, epoch 1/1, batch 1/512")
     assert lines[-1].startswith("step 3 of 3, epoch 1/1, batch 24/512")
 

@@ -11,14 +11,14 @@ import processes
 import pytest
 import tiny_models
 
-from llava_bidir.common import run_lock
-from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common import files
+from llava_bidir.common.files import exclusive_run_lock
 
 
 @pytest.fixture
 def no_patience(monkeypatch):
     """A second process does not wait for the first one of these tests, which does not exit."""
-    monkeypatch.setattr(run_lock, "EXITING_S", 0)
+    monkeypatch.setattr(files, "EXITING_S", 0)
 
 
 @pytest.mark.usefixtures("no_patience")

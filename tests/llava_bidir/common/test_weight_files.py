@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf import read_tensors, weight_files
 from llava_bidir.common.identity import model_identity
-from llava_bidir.common.weight_files import read_tensors, weight_files
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 

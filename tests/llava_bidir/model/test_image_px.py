@@ -8,7 +8,7 @@ import torch
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.common.hf import load_weights
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import ENCODERS, Encoder
 from llava_bidir.model.hf_export import export_hf

@@ -13,7 +13,7 @@ from training_runs import result, results, start, write_spec
 
 import llava_bidir.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
+from llava_bidir.common.runs import latest_valid_checkpoint
 from llava_bidir.training.deepspeed_strategy import load_zero_weights
 
 pytestmark = [

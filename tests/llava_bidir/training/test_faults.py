@@ -20,8 +20,8 @@ import torch
 from processes import die, fork, kill_after, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
-from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
+from llava_bidir.common.checkpoints import AtomicCheckpointIO
+from llava_bidir.common.runs import latest_valid_checkpoint
 from llava_bidir.training.throughput import TIMING_METRICS
 
 FAULTS = int(os.environ.get("FAULTS", 4))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_bidir.cli import main
-from llava_bidir.common.checkpoint_io import newest_checkpoint
+from llava_bidir.common.runs import newest_checkpoint
 from llava_bidir.training.module import LlavaTraining
 
 KEYS = {  # of a config: the error after its name

@@ -12,7 +12,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaForCausalLM
 
-from llava_bidir.common.when_to_save import SaveAtStepBoundary
+from llava_bidir.common.checkpoints import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor

@@ -11,7 +11,7 @@ from lightning import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llava_bidir.common.when_to_save import INTERRUPTED, SaveOnSignal
+from llava_bidir.common.checkpoints import INTERRUPTED, SaveOnSignal
 from llava_bidir.training.cli import build_cli
 
 UNDER_SRUN = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_bidir import cli
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.files import write_files
 
 CAUSAL, BIDIRECTIONAL = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.65]]
 NAMES = ["gqa", "mmbench", "mme", "pope", "textvqa_ocr"]

@@ -21,8 +21,8 @@ from PIL import Image
 from processes import HANGING_S, run_ranks
 from safetensors.torch import load_file
 
-from llava_bidir.common import distributed
-from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
+from llava_bidir.common.processes import broadcast
+from llava_bidir.common.runs import latest_valid_checkpoint
 from probes import FinishedRun
 from probes.cli import main
 from probes.solve.pixel_sample import AxisRange
@@ -191,11 +191,11 @@ def together(
 def test_tensors_of_another_process_are_put_on_the_own_device(monkeypatch):
     """All processes of a machine see all GPUs: those of process 1 would be on the GPU of process 0."""
     sent = {"axes": AxisRange(None, torch.ones(3)), "folds": [0, None]}
-    monkeypatch.setattr(distributed, "rank_count", lambda: 2)
+    monkeypatch.setattr(processes, "rank_count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, source: None)
-    found = distributed.broadcast(sent, 0, "meta")
+    found = broadcast(sent, 0, "meta")
     assert found["axes"].deviation.device.type == "meta" and found["folds"] == [0, None]
-    assert torch.equal(distributed.broadcast(sent, 0)["axes"].deviation, torch.ones(3))
+    assert torch.equal(broadcast(sent, 0)["axes"].deviation, torch.ones(3))
 
 
 @pytest.mark.distributed

@@ -11,7 +11,7 @@ from PIL import Image
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.common.hf import load_weights
 from probes.models.families.encoders import ENCODERS
 from probes.models.matched_updates import layer_updates
 

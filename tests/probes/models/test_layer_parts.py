@@ -20,7 +20,7 @@ from tolerances import rounding
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.common.hf import load_weights
 from probes import Knockout
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_families
 
-from llava_bidir.common.hf_loading import PROMPT_DATE
+from llava_bidir.common.hf import PROMPT_DATE
 from probes.cli import main
 from probes.models.families import FAMILIES
 from probes.models.prompt_and_pixels import read_prefix_ids

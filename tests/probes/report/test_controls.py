@@ -9,7 +9,7 @@ from probe_runs import write_effects
 from report_parts import figures_of
 from safetensors.torch import load_file, save_file
 
-from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.files import read_json
 from probes.analyses.starvation.section import further_analyses
 from probes.cli import main
 from probes.report.claims import evaluate_claims

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import probes
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.files import write_files
 from probes.analyses import claims as registry
 from probes.analyses.effects import read_effects
 from probes.cli import main

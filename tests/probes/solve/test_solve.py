@@ -18,7 +18,6 @@ from run_bytes import run_bytes
 from solving import STRENGTHS, arguments
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.step_progress import watched
 from probes.cli import main
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.runs.probe_run import ProbeRun
@@ -31,6 +30,7 @@ from probes.solve.path_scores import PathScores
 from probes.solve.solver import SolverCheckpoints, in_workers
 from probes.solve.state_reader import follow
 from probes.solve.strength_path import HELD_OUT_GAIN
+from probes.step_progress import watched
 from probes.tasks.segmentation import Segmentation
 
 pytestmark = pytest.mark.numerics

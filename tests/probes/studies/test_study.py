@@ -22,9 +22,9 @@ from studies import study_of
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.steps import Step
 from probes.analyses.options import read_text
 from probes.cli import main
+from probes.steps import Step
 from probes.studies.arms import plan_arms
 from probes.studies.parser import build_command_parser
 from probes.studies.plan import make_plan

@@ -8,9 +8,9 @@ import pytest
 from studies import study_of
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
-from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step, must_replace
+from llava_bidir.common.files import exclusive_run_lock
 from probes.runs.steps import unfinished_steps
+from probes.steps import Step, must_replace
 from probes.studies import run
 from probes.studies.config import StudyConfig
 from probes.studies.plan import check, make_plan

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import read_json
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import export_hf

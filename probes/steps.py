@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .atomic_io import read_json, sha256, write_files
-from .errors import NothingToMeasure, UserError
+from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.files import read_json, sha256, write_files
+
 from .step_progress import StepWatcher, format_left, output_of_command, watched
 
 OUTCOMES = {"left_out": "left out", "failed": "failed"}  # by key of a record

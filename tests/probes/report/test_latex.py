@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_bidir.common.latex import latex_table
+from probes.report.latex import latex_table
 
 COMMANDS = {
     "textbackslash": "\\",

@@ -1,4 +1,4 @@
-"""Load untrusted Hugging Face checkpoints; errors name the file or key.
+"""Load untrusted Hugging Face checkpoints, and check what a model computes; errors name the file or key.
 
 No code from a checkpoint is executed: no modelling code and no pickles. There is no option to allow it, since
 transformers or this package has the class of every supported model. The checks apply to directories and to hub ids.
@@ -6,18 +6,26 @@ transformers or this package has the class of every supported model. The checks 
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from .errors import UserError, error_context
+from .files import read_json
 
 if TYPE_CHECKING:  # seconds, which commands that only read results do not need
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 # Modules that register the config of a model_type with transformers
 OWN_CONFIGS = {"llava_bidir": "llava_bidir.model.configuration_llava_bidir"}
@@ -260,3 +268,158 @@ def is_finite(parameter: torch.Tensor) -> bool:
     if not parameter.is_floating_point() or parameter.numel() == 0:
         return True
     return all(extreme.isfinite() for extreme in torch.aminmax(parameter.detach()))
+
+
+INDEX = (
+    ".index.json"  # end of the name of a file that lists the files of a checkpoint in several parts
+)
+# in the order in which transformers looks for them
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def find_weights(directory: Path) -> Path:
+    """Return the file of weights, or the index of several files, that transformers reads in a directory.
+
+    Raises:
+        UserError: There is none.
+    """
+    config = directory / "config.json"
+    named = read_json(config).get("transformers_weights") if config.is_file() else None
+    names = NAMES if named is None else (str(named),)
+    file = next((directory / name for name in names if (directory / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{directory} contains no weights; expected one of {', '.join(names)}")
+    return file
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files with the weights of a checkpoint: safetensors, or else pickles of tensors.
+
+    Raises:
+        UserError: There are none, or the index is damaged or names a file that does not exist.
+    """
+    file = find_weights(directory)
+    if not file.name.endswith(INDEX):
+        return [file]
+    parts = read_json(file).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+        raise UserError(f"{file}: expected weight_map, an object of file names by tensor")
+    files = sorted({directory / name for name in parts.values()})
+    for part in files:
+        if not part.is_file():
+            raise UserError(
+                f"{file} names {part.name}, which does not exist; download the checkpoint again"
+            )
+    return files
+
+
+def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint directory whose names contain `part`; the others are not read.
+
+    Raises:
+        UserError: The directory has no weights, or a weight file is damaged.
+    """
+    matches = {}
+    for file in weight_files(directory):
+        with error_context(file):
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as tensors:
+                    matches |= {
+                        name: tensors.get_tensor(name) for name in tensors.keys() if part in name
+                    }
+            else:
+                tensors = torch.load(
+                    file,
+                    map_location="cpu",
+                    mmap=True,
+                    weights_only=True,
+                )
+                matches |= {name: tensor for name, tensor in tensors.items() if part in name}
+    return matches
+
+
+def greedy_config(
+    own: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> "GenerationConfig":
+    """Return settings of greedy decoding: of a checkpoint's own settings, the token ids only.
+
+    The token that ends the answers in training also ends generation. Penalties, forced and suppressed tokens, minimum
+    lengths and the like are dropped.
+
+    Args:
+        own: Generation settings of the checkpoint, or of its LLM.
+        tokenizer: Tokenizer of the checkpoint.
+    """
+    from transformers import GenerationConfig
+
+    pad = own.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ends = end_tokens(own, tokenizer)
+    return GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        pad_token_id=pad,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+    )
+
+
+class FiniteLogits:
+    """Logits processor of `generate` that raises on NaN and infinite logits, and changes none.
+
+    Of such logits the first token would be the largest, which ends an answer or fills it.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits f32[B, V] of the next tokens; raise a UserError unless the largest ones are finite."""
+        # tokens that a checkpoint's settings suppress have -inf
+        check_outputs("logits", {"the output head": scores.amax(-1)})
+        return scores
+
+
+def end_tokens(own: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids of the tokens that end an answer, sorted."""
+    ids = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+DTYPE_ADVICE = (
+    "numbers above 65,504 overflow float16: use bfloat16 or float32 (`--model.dtype`, of `llava-bidir generate` "
+    "`--dtype`, in Python `dtype`)"
+)
+
+
+def check_outputs(kind: str, outputs: Mapping[str, Tensor]) -> None:
+    """Raise if what is read from a model is NaN or infinite. The host waits for the device once.
+
+    Args:
+        kind: "states" or "logits", for the error.
+        outputs: Floats of any shape by site, in forward order, on one device.
+
+    Raises:
+        UserError: Names the first site with such a value, and the dtypes to use.
+    """
+    with_values = {site: output.detach() for site, output in outputs.items() if output.numel()}
+    if not with_values:
+        return
+    # a tenth of the time of isfinite, and without a copy; NaN is the extreme of whatever holds it
+    finite = [torch.stack(output.aminmax()).isfinite().all() for output in with_values.values()]
+    finite = torch.stack(finite).tolist()
+    for site, is_finite in zip(with_values, finite, strict=True):
+        if not is_finite:
+            raise UserError(f"the {kind} at {site} are NaN or infinite; {DTYPE_ADVICE}")
+
+
+TRAINING_JSON = "training.json"
+
+
+def read_training(checkpoint: Path) -> dict[str, Any]:
+    """Return the training.json of a checkpoint, {} if it has none, as checkpoints that others have released.
+
+    Raises:
+        UserError: The file is not JSON.
+    """
+    file = checkpoint / TRAINING_JSON
+    return read_json(file) if file.is_file() else {}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_bidir.common import step_progress
-from llava_bidir.common.step_progress import StepWatcher
+from probes import step_progress
+from probes.step_progress import StepWatcher
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):
 
 REDIRECTED = """
 import os, sys
-from llava_bidir.common import step_progress
+from probes import step_progress
 with step_progress.output_of_command() as lines:
     os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 1)
     print("to the log", flush=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
-from llava_bidir.common.steps import (
+from llava_bidir.common.runs import interrupt_says_what_is_saved
+from probes.steps import (
     Step,
     command_now,
     find_missing,

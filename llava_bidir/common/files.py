@@ -1,24 +1,31 @@
 """Write files and folders atomically: after a kill or on a full disk the previous version is intact.
 
 Data is written under a name that ends in .partial, which is then renamed. Permissions follow the umask; safetensors
-ignores it.
+ignores it. A lock lets one process at a time write a folder.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, error_context
-from .run_lock import exclusive_run_lock
+from filelock import FileLock, Timeout
 
-if TYPE_CHECKING:
+from .errors import UserError, error_context
+
+if TYPE_CHECKING:  # seconds, which commands that only read results do not need
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
@@ -193,3 +200,59 @@ def read_json(file: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise UserError(f"contains a {type(content).__name__}; expected an object {{...}}")
     return content
+
+
+EXITING_S = 1.0  # what a process that is exiting may take
+NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+@contextmanager
+def exclusive_run_lock(
+    folder: Path, result: str = "", wait_s: float | None = None
+) -> Iterator[None]:
+    """Hold the lock FOLDER/.lock, or FOLDER/.RESULT.lock for a single result, while the block runs.
+
+    It waits `wait_s` seconds for another process, by default as long as one that is exiting may take. The OS releases
+    the lock when the process exits, even after SIGKILL; a stale lock file does not block later runs.
+
+    Raises:
+        UserError: Another process holds the lock (the message names the process), or the folder is not writable.
+    """
+    file = folder / (f".{result}.lock" if result else ".lock")
+    timeout = EXITING_S if wait_s is None else wait_s
+    lock = FileLock(file, timeout=timeout, fallback_to_soft=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        file.write_text(
+            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        )
+    except Timeout:
+        raise UserError(
+            f"{folder / result} is in use by {_lock_holder(file)}; wait until it has ended, or write to another folder"
+        ) from None
+    except OSError as error:
+        lock.release()
+        if error.errno not in NO_LOCK_SUPPORT:
+            raise UserError(
+                f"cannot write to folder {folder}: {error.strerror}; choose another folder"
+            ) from None
+        log.warning(
+            "the file system of %s does not support locks: a second run in it is not prevented",
+            folder,
+        )
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            # while the lock is held: filelock checks that the locked file still exists
+            file.unlink()
+        lock.release()
+
+
+def _lock_holder(file: Path) -> str:
+    """Return the text that the holder of the lock wrote."""
+    try:
+        return file.read_text().strip() or "a process that just started"
+    except OSError:
+        return "a process that just ended"

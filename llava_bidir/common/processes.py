@@ -1,0 +1,225 @@
+"""The processes of a run: collectives, what only the first one says, and workers of data loaders."""
+
+import io
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from multiprocessing.queues import Queue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+if TYPE_CHECKING:  # seconds, which commands that only read results do not need
+    from lightning import Trainer
+
+log = logging.getLogger(__name__)
+# what a command says, whatever the level of a notebook's or a test's root logger
+log.setLevel(logging.INFO)
+
+T = TypeVar("T")
+
+
+def rank_count() -> int:
+    """Return the number of processes of this run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the index of this process."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Return the tensor of every process, f[R, ...], without gradient; f[1, ...] in a single process."""
+    if rank_count() == 1:
+        return x[None]
+    tensors = [torch.empty_like(x) for _ in range(rank_count())]
+    torch.distributed.all_gather(tensors, x.contiguous())
+    return torch.stack(tensors)
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Replace the tensor by its sum over processes, in place, and return it."""
+    if rank_count() > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def broadcast(x: Any, source: int, device: torch.device | str = "cpu") -> Any:
+    """Return the object of process `source`.
+
+    Args:
+        x: Object of this process, which may contain tensors.
+        source: Process whose object it is.
+        device: Where its tensors are put. Processes that see all GPUs would else find them on that of `source`.
+    """
+    if rank_count() == 1:
+        return x
+    file = io.BytesIO()
+    if rank() == source:
+        torch.save(x, file)
+    box = [file.getvalue()]
+    torch.distributed.broadcast_object_list(box, source)
+    # our own processes' bytes, not a file that somebody gives us
+    return torch.load(io.BytesIO(box[0]), map_location=device, weights_only=False)
+
+
+def all_gather_objects(x: Any) -> list[Any]:
+    """Return the object of every process."""
+    if rank_count() == 1:
+        return [x]
+    parts: list[Any] = [None] * rank_count()
+    torch.distributed.all_gather_object(parts, x)
+    return parts
+
+
+def gather_images(
+    x: Tensor,
+    images: list[int],
+    owner: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Return the rows of all processes on process `owner`, on the CPU, and None on the others.
+
+    Args:
+        x: f[n, ...], the rows of this process.
+        images: Number of rows of each process.
+        owner: Process that needs them.
+        device: Device of the collective; that of the model, as required by NCCL.
+    """
+    if rank_count() == 1:
+        return x
+    padded = x.new_zeros(max(images), *x.shape[1:])
+    padded[: len(x)] = x
+    padded = padded.to(device)
+    parts = [torch.empty_like(padded) for _ in images] if rank() == owner else None
+    torch.distributed.gather(padded, parts, owner)
+    if parts is None:
+        return None
+    own = [part[:count].cpu() for part, count in zip(parts, images, strict=True)]
+    return torch.cat(own)
+
+
+def decide_on_first(function: Callable[[], T]) -> T:
+    """Return the first process's `function()` on every process; its UserError is raised on every process."""
+    result = None
+    error = None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as raised:
+            error = str(raised)
+    result, error = broadcast((result, error), 0)
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+# Index of a process, as torchrun, Slurm and Lightning tell it before the processes have met
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def is_rank_zero() -> bool:
+    """Return whether this is the first process of its run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    given = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+    return not given or given[0] == "0"
+
+
+def rank_zero_info(message: str) -> None:
+    """Log a message once for all processes."""
+    if is_rank_zero():
+        log.info(message)
+
+
+def rank_zero_warn(message: str) -> None:
+    """Warn once for all processes."""
+    if is_rank_zero():
+        warnings.warn(message, stacklevel=2)
+
+
+def run_on_all_ranks(trainer: "Trainer", function: Callable[[], T]) -> T:
+    """Start the ranks, as `Trainer.fit` does, and return `function()` of this one. `fit` then finds the ranks running.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; the other ranks are ended.
+    """
+    strategy = trainer.strategy
+
+    def run() -> T:
+        strategy.setup_environment()
+        return function()
+
+    if strategy.launcher is None:
+        return run()
+    try:
+        return strategy.launcher.launch(run, trainer=trainer)
+    except KeyboardInterrupt:
+        strategy.launcher.kill(signal.SIGKILL)
+        raise
+
+
+def decide_before_fit(trainer: "Trainer", function: Callable[[], T]) -> T:
+    """Start the ranks, and return what the first one decides, see :func:`.distributed.decide_on_first`."""
+    return run_on_all_ranks(trainer, lambda: decide_on_first(function))
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    # macOS lacks the first
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def limit_workers(wanted: int | None) -> int:
+    """Return the number of worker processes of a data loader, at most one per core.
+
+    Raises:
+        UserError: It is no number from 0.
+    """
+    if wanted is None or wanted < 0:
+        raise UserError(f"data.num_workers must be 0 or more, got {wanted}")
+    return min(wanted, usable_cores())
+
+
+def worker_options(workers: int) -> dict[str, Any]:
+    """Return the options of a `DataLoader` for so many worker processes.
+
+    They are forked: datasets refer to processors and models, which other ways to start a process (the default of
+    macOS, and of Python 3.14 on Linux) would have to pickle.
+    """
+    if not workers:
+        return {"num_workers": 0}
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "fork",
+        "worker_init_fn": prepare_worker,
+    }
+
+
+def prepare_worker(worker: int) -> None:
+    """Leave Ctrl-C to the main process, and let it know of a batch that cannot be passed on.
+
+    The main process may need more batches of its step; a terminal sends Ctrl-C to all. Batches wait in /dev/shm. Where
+    it is full, the queue only prints the error, and the main process would wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = _send_error
+
+
+def _send_error(queue: Queue, error: Exception, item: tuple[int, Any]) -> None:
+    """Send an error in place of an item of a loader's queue, which is the number of a batch and its content."""
+    from torch._utils import ExceptionWrapper  # what a worker sends where a dataset raises
+
+    try:
+        raise UserError(
+            f"a worker of the data loader cannot pass on its batch: {error}. Give the container more shared memory "
+            "(docker run --shm-size 8g), or read without workers (--data.num_workers 0)"
+        )
+    except UserError:
+        queue.put((item[0], ExceptionWrapper(where="in DataLoader worker process")))

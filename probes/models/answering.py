@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs, end_tokens
 
@@ -165,10 +164,6 @@ def score_answers(
     hooks: Hooks | None,
 ) -> Tensor:
     """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
-    check_is_text("question", question)
-    check_is_list("answers", answers, "['cat', 'dog']")
-    for answer in answers:
-        check_is_text("each answer", answer)
     if not answers or not all(text.strip() for text in [question, *answers]):
         raise UserError("got no question or answer, or an empty one; expected a text and a list")
     has_masks = mllm.attention_masks(1, knockout) is not None
@@ -206,8 +201,6 @@ def attend_from_answer(
     average_heads: bool,
 ) -> dict[str, Tensor]:
     """Return attention weights of an answer's tokens by layer; see :meth:`FrozenMLLM.answer_attention`."""
-    check_is_text("question", question)
-    check_is_text("answer", answer)
     if not (question.strip() and answer.strip()):
         raise UserError("the question or the answer is empty; expected texts")
     text = TextTree.from_ids(mllm.chat.question_ids(question), mllm.chat.answer_ids([answer]))

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from llava_bidir.common.arguments import check_is_text
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
 from llava_bidir.common.images import PhotoLike
@@ -290,7 +289,6 @@ class FrozenMLLM(FrozenModel):
             UserError: There is no chat template, an image cannot be read, the question is too long, or the knockout or
                 a hook does not fit the model.
         """
-        check_is_text("question", question)
         images = self.preprocess(image)
         answers = [
             generate_answer(self, pixels, question, knockout, max_new_tokens, on_token, hooks)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import PhotoLike, read_photos
 from probes.ops.geometry import Geometry, ResizeRule
@@ -220,7 +219,6 @@ class FrozenModel(nn.Module):
         own = [layer_site(i) for i in range(1, len(self.layers) + 1)]
         if sites is None:
             return own
-        check_is_list("sites", sites, "['layer_01']")
         if not sites or set(sites) - {*own}:
             got = ", ".join(map(repr, sites)) or "none"
             raise UserError(

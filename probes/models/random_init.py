@@ -20,7 +20,6 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import read_training
 
@@ -40,7 +39,6 @@ def check_control(
     scales: Sequence[float] | None,
 ) -> None:
     """Raise a UserError unless `parts` and `match`, with images or factors to match updates, describe a control."""
-    check_is_list("untrained", parts, "['llm']")
     if unknown := set(parts) - {*family.parts}:
         kind = "an MLLM" if family.has_llm else "a bare vision encoder"
         raise UserError(

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.files import read_json
 from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
@@ -455,7 +454,6 @@ class FinishedRun:
 
     def predict_sites(self, image: PhotoLike, sites: list[str]) -> np.ndarray:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
-        check_is_list("sites", sites, "['adapter']")
         photo = read_photo(image)
         logits = self.logits(photo, [*map(self.check_site, sites)])
         size = (photo.height, photo.width)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError, error_context
 from probes.data.samplers import assign_folds
 from probes.machine import solver_device
@@ -72,7 +71,6 @@ def solve_features(
     Raises:
         UserError: Features and masks do not fit together, or a label is not a class.
     """
-    check_is_list("masks", masks, "[mask, ...]")
     if not isinstance(features, Tensor):
         raise UserError(f"features must be a tensor, got {type(features).__name__}")
     if features.ndim != 4 or not features.is_floating_point():

@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 
-from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.identity import check_same_identity, named_identity
@@ -41,14 +40,6 @@ from .parser import study_config
 from .plan import check, make_plan
 from .table import Study, write_table
 
-# Options that are lists, with an example for errors
-LISTS = {
-    "arms": "['trained', 'random0']",
-    "tasks": "['depth']",
-    "add": "['knockout.classes=sky']",
-    "only": "['solve', 'report']",
-    "configs": "['demo/probes']",
-}
 REPORT_WAIT_S = 600
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 
@@ -81,11 +72,6 @@ def study(
     Raises:
         UserError: A setting, the model or the data are invalid, or `out` holds a study of others.
     """
-    for key, example in LISTS.items():
-        if settings.get(key) is not None:
-            check_is_list(key, settings[key], example)
-            for word in settings[key]:
-                check_is_text(f"each of {key}", word)
     if not isinstance(model, str | Path | dict):
         raise UserError(
             "model must be a directory, a hub id, or several by label as a dict; a module is named FILE.py:FUNCTION; "

@@ -24,6 +24,22 @@ from probes.models.matched_updates import MATCH_IMAGES
 from probes.score.image_metrics import TaskMetric
 from probes.tasks import TASKS, Task
 
+# options of the frozen model and its sites; the others of `ModelOptions` say how probes are trained
+MODEL_SETTINGS = (
+    "mllm",
+    "num_classes",
+    "image_attention",
+    "untrained",
+    "match",
+    "draw",
+    "image_px",
+    "image_resize",
+    "dtype",
+    "prefix",
+    "sites",
+    "seed",
+)
+
 
 @dataclass
 class SiteProbes:

@@ -36,14 +36,6 @@ from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
 from probes.models.sites import ADAPTER, is_layer
 from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.heads import Probe
-from .run_schema import (
-    Manifest,
-    Metrics,
-    ModelConfig,
-    ModelTraining,
-    check_schema,
-    read_run_file,
-)
 
 from .run_files import CountsOfSites, check_finite, check_hash, open_tensors, read_tensors
 
@@ -78,11 +70,10 @@ class FinishedRun:
             raise UserError(
                 f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)"
             )
-        self.metrics = read_run_file(Metrics, self.path / "metrics.json")
+        self.metrics = read_json(self.path / "metrics.json")
+        self.manifest = read_json(self.path / "manifest.json")
+        self._check_hash("metrics.json")
         self._check_task()
-        self.manifest = read_run_file(Manifest, self.path / "manifest.json")
-        check_hash(self.path / "metrics.json", self.manifest.get("files"))
-        check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
 
     def _check_task(self) -> None:
         """Raise a UserError if the run's task is not one that this class reads."""
@@ -91,6 +82,16 @@ class FinishedRun:
                 f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}"
             )
 
+    def _check_hash(self, name: str) -> Path:
+        """Return the path of a file of the run.
+
+        Raises:
+            UserError: It is not the one that the run wrote.
+        """
+        path = self.path / name
+        check_hash(path, self.manifest.get("files", {}))
+        return path
+
     def _read(self, name: str) -> dict[str, torch.Tensor]:
         """Return the tensors of a file of the run.
 
@@ -98,7 +99,7 @@ class FinishedRun:
             UserError: If the file is damaged or not the one that the run wrote.
         """
         tensors = read_tensors(self.path / name)
-        check_hash(self.path / name, self.manifest.get("files"))
+        self._check_hash(name)
         return tensors
 
     def _read_probes(self) -> dict[str, torch.Tensor]:
@@ -245,9 +246,7 @@ class FinishedRun:
         Raises:
             UserError: The file is damaged.
         """
-        path = self.path / EFFECTS_FILE
-        check_hash(path, self.manifest.get("files"))
-        return read_effect_file(path)[0]
+        return read_effect_file(self._check_hash(EFFECTS_FILE))[0]
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -257,10 +256,8 @@ class FinishedRun:
     @cached_property
     def _counts_file(self) -> Path:
         """The file of what was counted of each image, after it was found to be the run's own."""
-        path = self.path / "counts.safetensors"
-        with open_tensors(path):
-            check_hash(path, self.manifest.get("files"))
-        return path
+        with open_tensors(self.path / "counts.safetensors"):
+            return self._check_hash("counts.safetensors")
 
     @property
     def sums(self) -> torch.Tensor:
@@ -367,7 +364,6 @@ class FinishedRun:
             UserError: If it cannot be loaded, or its weights or config are not those that were probed.
         """
         config = self.manifest["config"]
-        check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
         # transformers takes seconds to import, and a report needs no model
         from probes.models.load import load
 

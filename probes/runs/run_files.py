@@ -78,14 +78,14 @@ def open_tensors(path: Path) -> Iterator[safe_open]:
         raise UserError(f"{path} is damaged ({error}); make it again") from None
 
 
-def check_hash(path: Path, hashes: dict[str, str] | None) -> None:
+def check_hash(path: Path, hashes: dict[str, str]) -> None:
     """Raise a UserError if a file is not the one that its run wrote.
 
     Args:
         path: A file that exists.
-        hashes: "files" of manifest.json; None in runs of earlier versions, which are not checked.
+        hashes: SHA-256 by name, "files" of manifest.json.
     """
-    if hashes is not None and hashes.get(path.name) != sha256(path):
+    if path.name in hashes and hashes[path.name] != sha256(path):
         raise UserError(
             f"{path} is not the file that the run wrote: its SHA-256 is not the one in manifest.json; restore the file "
             "or make the run again"

@@ -3,12 +3,12 @@
 from pathlib import Path
 from shlex import quote
 
+from llava_bidir.common.files import read_json
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.processes import rank_zero_info
 from llava_bidir.common.runs import RunFolder
 from probes.tasks import SEGMENTATION, Task
 
-from .run_schema import Manifest, Metrics, read_run_file
 
 # analyses check that they belong to the run's probes
 RESULTS = (
@@ -25,7 +25,7 @@ def run_folder(out: Path, checkpoints: Path) -> RunFolder:
     """Return the folder of a run of probes."""
 
     def read_identity():
-        return read_run_file(Manifest, out / "manifest.json")["identity"]
+        return read_json(out / "manifest.json")["identity"]
 
     return RunFolder(
         path=out,
@@ -47,7 +47,7 @@ def say_finished(out: Path, data_name: str, save_predictions: bool) -> None:
             f"{out} is finished without predictions, which are saved while probes are scored; make it again "
             "with --overwrite true, or in another --out"
         )
-    name = read_run_file(Metrics, out / "metrics.json")["dataset"]
+    name = read_json(out / "metrics.json")["dataset"]
     if name != data_name:
         rank_zero_info(f"{out} is finished, and its data set is still called {name!r}")
     rank_zero_info(f"{out / 'metrics.json'} exists: this run is finished; nothing to do")
@@ -55,7 +55,7 @@ def say_finished(out: Path, data_name: str, save_predictions: bool) -> None:
 
 def format_scores(out: Path, task: Task) -> str:
     """Return one line with the main scores of the finished run."""
-    summary = read_run_file(Metrics, out / "metrics.json")["summary"]
+    summary = read_json(out / "metrics.json")["summary"]
     main = {site: summary[site] for site in ("encoder", "adapter")}
     main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
     text = "{} {:.1%}" if task.name == SEGMENTATION else "{} {:.3g}"

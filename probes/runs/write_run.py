@@ -27,7 +27,6 @@ from probes.models.source_names import is_source
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
 
-from .run_schema import Manifest, Metrics, ModelTraining, check_schema
 from probes.site_probes import SiteProbes
 
 log = logging.getLogger(__name__)
@@ -97,9 +96,9 @@ def save_run(
     files = {out / "counts.safetensors": tensors}
     files[out / EFFECTS_FILE] = effect_file(effects)
     files[out / "probes.safetensors"] = probes.heads.state_dict()
-    about = manifest(probes, record, data).model_dump(exclude_unset=True)
+    about = manifest(probes, record, data)
     files[out / "manifest.json"] = lambda hashes: about | {"files": hashes}
-    files[out / "metrics.json"] = metrics.model_dump(exclude_unset=True)
+    files[out / "metrics.json"] = metrics
     write_files(files)
 
 
@@ -109,8 +108,11 @@ def make_metrics(
     data: ProbeData,
     counted: dict[str, torch.Tensor],
     weights: torch.Tensor,
-) -> Metrics:
+) -> dict[str, Any]:
     """Return metrics.json of a run: the model, the settings, and the scores of all sites.
+
+    `task` and `scores` are those of another task than segmentation: `scores` maps the names of its scores to "higher"
+    or "lower", whichever is better, the main score first. `classes` and `baseline` are those of segmentation.
 
     Args:
         probes: The model and its probes.
@@ -133,28 +135,30 @@ def make_metrics(
     else:
         better = {name: "higher" if up else "lower" for name, up in task.scores.items()}
         own = {"task": task.name, "scores": better}
-    return Metrics(
-        dataset=data.name,
-        split="validation",
-        images=len(data.splits["validation"]),
-        mllm=settings["mllm"],
-        model_kind="mllm" if mllm.has_llm else "encoder",
-        image_attention=mllm.image_attention,
-        own_image_attention=mllm.own_image_attention,
-        last_layer=last_layer(mllm.sites),
-        image_resize=settings["image_resize"],
-        dtype=str(mllm.model.dtype).removeprefix("torch."),
-        untrained=list(settings["untrained"] or ()),
-        match=settings["match"],
-        draw=settings["draw"],
-        seed=settings["seed"],
+    metrics = {
+        "dataset": data.name,
+        "split": "validation",
+        "images": len(data.splits["validation"]),
+        "mllm": settings["mllm"],
+        "model_kind": "mllm" if mllm.has_llm else "encoder",
+        "image_attention": mllm.image_attention,
+        "own_image_attention": mllm.own_image_attention,
+        "last_layer": last_layer(mllm.sites),
+        "image_resize": settings["image_resize"],
+        "dtype": str(mllm.model.dtype).removeprefix("torch."),
+        "untrained": list(settings["untrained"] or ()),
+        "match": settings["match"],
+        "draw": settings["draw"],
+        "seed": settings["seed"],
         **own,
-        grid=list(mllm.grid),
-        probe=record.probe,
-        sites=sites,
-        summary=summary(main, task.sign),
-        **({"path": record.path.about} if record.path else {}),
-    )
+        "grid": list(mllm.grid),
+        "probe": record.probe,
+        "sites": sites,
+        "summary": summary(main, task.sign),
+    }
+    if record.path:
+        metrics["path"] = record.path.about
+    return metrics
 
 
 def effects_of(
@@ -253,30 +257,33 @@ def baseline(labelled: torch.Tensor, classes: list[str]) -> dict[str, Any]:
     }
 
 
-def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest:
+def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str, Any]:
     """Return the versions, commit, configuration, data and hardware of a run."""
     settings = record.settings
     changed = {"mllm": _absolute(settings["mllm"]), "update_scales": probes.mllm.update_scales}
-    return Manifest(
-        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        git_commit=_git_commit(),
-        config=dict(settings) | changed,
-        data={
+    about = {
+        "versions": {name: version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "config": dict(settings) | changed,
+        "data": {
             "root": _absolute(data.root),
             "dataset": data.dataset,
             "options": data.options,
             "fingerprint": describe_digest(record.identity["data"]),
             **_data_notes(data),
         },
-        identity=record.identity,
-        mllm_training=_read_training(Path(settings["mllm"]) / "training.json"),
-        **({"unread_notes": notes} if (notes := probes.mllm.unread_notes) else {}),
-        hardware={
+        "identity": record.identity,
+        "mllm_training": _read_training(Path(settings["mllm"]) / "training.json"),
+        "hardware": {
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-    )
+    }
+    if notes := probes.mllm.unread_notes:
+        about["unread_notes"] = notes
+    return about
 
 
 def _data_notes(data) -> dict[str, Any]:
@@ -290,9 +297,7 @@ def _data_notes(data) -> dict[str, Any]:
 def _read_training(file: Path) -> dict[str, Any] | None:
     """Return a checkpoint's training.json; warn if it is invalid, which must not fail a run that has just ended."""
     try:
-        training = read_json(file) if file.is_file() else None
-        check_schema(ModelTraining, training or {}, file)
-        return training
+        return read_json(file) if file.is_file() else None
     except ValueError as error:
         log.warning("%s; manifest.json is written without it", error)
         return None

@@ -23,7 +23,7 @@ from probes.data.probe_data import ProbeData
 from probes.machine import Machine, one_process, seed_everything
 from probes.run_config import RunConfig
 from probes.runs.run_results import format_scores, run_folder, say_finished
-from probes.runs.run_schema import MODEL_SETTINGS
+from probes.site_probes import MODEL_SETTINGS
 from probes.tasks import TASKS
 from probes.tasks.losses import CrossEntropy
 

@@ -17,7 +17,7 @@ from llava_bidir.commands.verify_data import RecordFindings
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import open_bounded, read_image, read_photo
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.data.dataset import Instructions
 from llava_bidir.model.build import build_processor
 from probes.data.base import BadFile
 from probes.data.folder import FolderDataset

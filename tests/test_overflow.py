@@ -185,6 +185,7 @@ def test_answers_of_validation_are_refused(planted, parts, photo):
     prompts = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.zeros(1, 3, 8, 8),
     }
     with pytest.raises(UserError, match=LOGITS):
         module.answer(prompts)

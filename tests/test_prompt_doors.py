@@ -13,12 +13,11 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import probes
-from llava_bidir.commands.generate import answer, load, prompt_ids
+from llava_bidir.commands.generate import answer, load
 from llava_bidir.common.tokenizer import load_tokenizer, start_ids
-from llava_bidir.data.chat import render_chat
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import encode
-from llava_bidir.model.build import build_model, build_processor, prompt_template
+from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.training.module import LlavaTraining
 from probes.lab.models import load_checkpoint
 
@@ -134,8 +133,6 @@ def test_prompts_have_the_same_ids_at_all_doors(checkpoint, photo, monkeypatch):
     path, template = checkpoint
     model, processor = load(path)
     expected = training_ids(processor, template)
-    assert prompt_template(processor) == template
-    assert prompt_ids(processor, template, QUESTION, 1, tiny_models.TOKENS) == expected
 
     sample = {
         "id": "0",
@@ -214,8 +211,9 @@ def test_training_records_the_date_of_its_prompts(parts, tmp_path):
         for name in ("llm", "other")
     ]
     assert recorded[0]["prompt_date"] == "2025-01-01"
-    (text, _) = render_chat(tiny_models.turns("sky", "wall"), load_tokenizer("llm", str(dated)))
-    assert text.startswith("\n01 Jan 2025\n")
+    tokenizer = load_tokenizer("llm", str(dated))
+    ids, _ = encode(tiny_models.turns("sky", "wall"), tokenizer, "chat", None)
+    assert tokenizer.decode(ids).startswith("\n01 Jan 2025\n")
     assert "prompt_date" not in recorded[1]
 
 

@@ -30,7 +30,7 @@ from experiments.real import real_step
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from llava_bidir.model.build import set_trainable
 from llava_bidir.training.flops import count_flops
-from llava_bidir.training.supervised_loss import supervised_loss
+from llava_bidir.training.loss import supervised_loss
 
 VOCABULARY = 49_152
 IMAGE_ID = VOCABULARY - 1

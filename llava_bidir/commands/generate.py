@@ -1,7 +1,6 @@
 """`llava-bidir generate`: answer questions about photos."""
 
 import os
-import sys
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -11,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     LlavaProcessor,
     PreTrainedModel,
     TextStreamer,
@@ -18,20 +18,12 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_bidir.command_options import GenerateOptions
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf import (
-    FiniteLogits,
-    end_tokens,
-    greedy_config,
-    load_weights,
-    read_pretrained,
-)
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.hf import FiniteLogits, greedy_config, load_weights, read_pretrained
 from llava_bidir.common.images import SUFFIXES, read_photo
-from llava_bidir.common.tokenizer import start_ids
-from llava_bidir.data.collate import pad_prompts
-from llava_bidir.data.conversation import IMAGE, encode
+from llava_bidir.data.conversation import IMAGE
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
-from llava_bidir.model.build import own_prompt, prompt_template
+from llava_bidir.model.build import CHAT_TEMPLATE, IMAGES_IN_CHAT
 
 
 def is_photo(word: str) -> bool:
@@ -59,8 +51,9 @@ def photos_and_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
     """Return model and processor of a checkpoint, ours or transformers' llava.
 
-    Released llava checkpoints use CLIP's processor, which crops. LLaVA-1.5 was evaluated on padded images, so their
-    images are padded here. Source: LLaVA mm_utils.py process_images.
+    Released llavas are asked as LLaVA-1.5 was evaluated: about padded images (LLaVA mm_utils.py process_images), which
+    CLIP's processor would crop, and with the system prompt, which the chat template of llava-hf lacks. A llava of
+    another LLM keeps its own chat template.
 
     Raises:
         UserError: There is no such checkpoint, it is no LLaVA, its mask would be ignored, or its model and its
@@ -77,12 +70,20 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
             f"{processor.image_token_id}; correct config.json"
         )
     loaded.generation_config = greedy_config(loaded.generation_config, processor.tokenizer)
+    processor.chat_template = as_evaluated(processor.chat_template)
     images = processor.image_processor
     if images.do_pad is None:  # CLIP's processor has no such option
         names = ("size", "crop_size", "image_mean", "image_std", "resample")
         settings = {name: getattr(images, name) for name in names}
         processor.image_processor = LlavaImageProcessorPil(do_pad=True, **settings)
     return loaded, processor
+
+
+def as_evaluated(chat_template: str | None) -> str:
+    """Return the chat template with which a checkpoint is asked: that of training instead of LLaVA-1.5's or none."""
+    template = chat_template or CHAT_TEMPLATE
+    is_own = template.startswith(IMAGES_IN_CHAT) or "ASSISTANT:" not in template
+    return template if is_own else CHAT_TEMPLATE
 
 
 def read_image_attention(config) -> str:
@@ -98,110 +99,79 @@ def read_image_attention(config) -> str:
     return mask
 
 
+def build_prompts(
+    processor: LlavaProcessor,
+    questions: list[str],
+    images: list[list[Image.Image]],
+) -> BatchFeature:
+    """Return the inputs of a batch of questions by the processor's chat template, padded on the left.
+
+    Args:
+        processor: From :func:`load`.
+        questions: Questions without `<image>`.
+        images: Images per question, placed before the text.
+    """
+    conversations = []
+    for question, shown in zip(questions, images, strict=True):
+        content = [{"type": "image", "image": image} for image in shown]
+        content.append({"type": "text", "text": question})
+        conversations.append([{"role": "user", "content": content}])
+    with error_context("MODEL's chat template"):
+        return processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+
+
 def answer(
     model: PreTrainedModel,
     processor: LlavaProcessor,
     questions: list[str],
     images: list[list[Image.Image]],
     max_new_tokens: int,
-) -> list[str]:
-    """Return greedy answers to a batch of questions; see :func:`answer_and_tell_cut`."""
-    return [
-        text for text, _ in answer_and_tell_cut(model, processor, questions, images, max_new_tokens)
-    ]
-
-
-def answer_and_tell_cut(
-    model: PreTrainedModel,
-    processor: LlavaProcessor,
-    questions: list[str],
-    images: list[list[Image.Image]],
-    max_new_tokens: int,
     streamer: TextStreamer | None = None,
-) -> list[tuple[str, int | None]]:
-    """Return greedy answers to a batch of questions, each in the prompt of :func:`prompt_ids`, padded on the left.
-
-    With each answer comes the number of tokens after which it was cut, None if it ended by itself.
+) -> list[str]:
+    """Return greedy answers to a batch of questions.
 
     Args:
         model: Our model or transformers' llava.
         processor: Processor of the model.
-        questions: Questions without `<image>`.
-        images: Images per question, placed before the text.
+        questions, images: As for :func:`build_prompts`.
         max_new_tokens: Maximum tokens per answer; fewer if the LLM has no positions left.
         streamer: Prints the answer during generation.
 
     Raises:
         UserError: A prompt exceeds the LLM's positions, or logits are NaN or infinite.
     """
-    tokenizer = processor.tokenizer
+    inputs = build_prompts(processor, questions, images).to(model.device, model.dtype)
     positions = model.config.get_text_config().max_position_embeddings
-    image_tokens = model.config.image_seq_length
-    template = prompt_template(processor)
-    rows = [
-        prompt_ids(processor, template, text, len(own_images), image_tokens)
-        for text, own_images in zip(questions, images, strict=True)
-    ]
-    longest = max(map(len, rows))
+    longest = inputs["input_ids"].shape[1]
+    lengths = inputs["attention_mask"].sum(1).tolist()
     if longest >= positions:
         limit = f"the LLM has {positions} positions (max_position_embeddings)"
         raise UserError(f"a prompt has {longest} tokens, but {limit}; shorten it")
     # per row, so that an answer does not depend on the other rows of its batch
-    limits = [min(max_new_tokens, positions - len(row)) for row in rows]
-    inputs = pad_prompts(rows, tokenizer.pad_token_id)
-    if all_images := [image for own_images in images for image in own_images]:
-        pixels = processor.image_processor(all_images, return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(model.dtype)
+    limits = [min(max_new_tokens, positions - length) for length in lengths]
     output = model.generate(
-        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+        **inputs,
         do_sample=False,
         num_beams=1,
         max_new_tokens=max(limits),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
         streamer=streamer,
         logits_processor=[FiniteLogits()],
     )
     answers = [ids[longest : longest + limit] for ids, limit in zip(output, limits, strict=True)]
-    ends = {*end_tokens(model.generation_config, tokenizer)}
-    cut = [
-        None if ends.intersection(ids.tolist()) else limit
-        for ids, limit in zip(answers, limits, strict=True)
-    ]
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [(text.strip(), cut_at) for text, cut_at in zip(texts, cut, strict=True)]
-
-
-def prompt_ids(
-    processor: LlavaProcessor,
-    template: str | None,
-    question: str,
-    images: int,
-    image_tokens: int,
-) -> list[int]:
-    """Return the token ids of the prompt for the answer to a question.
-
-    Args:
-        processor: Of the model.
-        template: From :func:`llava_bidir.model.build.prompt_template`: that of the training, or None for the
-            checkpoint's own chat template.
-        question: Without `<image>`.
-        images: Number of images before the text.
-        image_tokens: T, image tokens per image.
-    """
-    tokenizer = processor.tokenizer
-    if template is not None:
-        turns = [{"from": "human", "value": f"{IMAGE}\n{question}" if images else question}]
-        tokens = image_tokens * images or None
-        return encode(turns, tokenizer, template, tokens, processor.image_token_id)[0]
-    text = own_prompt(processor, question, images)
-    ids = start_ids(tokenizer, text)
-    for token in tokenizer.encode(text, add_special_tokens=False):
-        ids += [token] * (image_tokens if token == processor.image_token_id else 1)
-    return ids
+    texts = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def run(options: GenerateOptions) -> None:
-    """Run `llava-bidir generate`; a single answer is streamed, and answers that were cut are named on stderr."""
+    """Run `llava-bidir generate`; a single answer is streamed."""
     photos, prompts = photos_and_prompts(options.words)
     images = [read_photo(photo) for photo in photos]  # errors come before the model is loaded
     model, processor = load(options.model, options.dtype)
@@ -211,14 +181,9 @@ def run(options: GenerateOptions) -> None:
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     for photo, image in zip(photos, images, strict=True):
         shown = [[image]] * len(prompts)
-        answers = answer_and_tell_cut(
-            model, processor, prompts, shown, options.max_new_tokens, streamer
-        )
+        answers = answer(model, processor, prompts, shown, options.max_new_tokens, streamer)
         if len(photos) > 1:
             print(photo)
-        for prompt, (text, cut_at) in zip(prompts, answers, strict=True):
-            if streamer is None:
+        if streamer is None:
+            for prompt, text in zip(prompts, answers, strict=True):
                 print(f"{prompt}\n    {text}", flush=True)
-            if cut_at is not None:
-                told = f"the answer to {prompt!r} was cut after {cut_at} tokens"
-                print(told, file=sys.stderr)

@@ -18,9 +18,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.processes import worker_options
 from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, usable_turns
-from llava_bidir.data.instruction_dataset import Instructions, has_first_answer, refers_to_image
-from llava_bidir.model.build import EXTRA_TOKENS, check_image_attention
+from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
+from llava_bidir.data.dataset import Instructions, has_first_answer, refers_to_image
+from llava_bidir.model.build import check_image_attention
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
 
@@ -31,9 +31,8 @@ LISTED = 20  # findings in the text; the JSON has all
 class RecordFindings(Dataset):
     """Findings by record: a list of {"index", "id", "kind", "detail"}.
 
-    The kinds are "broken" (`fit` stops), "truncated" (answers, by data.max_length), "not_shown" (an image without
-    `<image>`, or `<image>` without an image, which are trained as text) and "special_token": an answer with the text of
-    a special token, which is trained as that token, as in LLaVA, or with `<image>`, which is trained as text.
+    The kinds are "broken" (`fit` stops), "truncated" (answers, by data.max_length), and "not_shown" (an image without
+    `<image>`, or `<image>` without an image, which are trained as text).
 
     Args:
         data: The records and their images.
@@ -45,53 +44,48 @@ class RecordFindings(Dataset):
     collate: Collate
     is_validation: bool = False
 
-    def __post_init__(self) -> None:
-        added = self.collate.processor.tokenizer.added_tokens_decoder.values()
-        # the text of our own <pad> is hidden from the tokenizer
-        special = {token.content for token in added if token.special}
-        self.special = sorted(special - {*EXTRA_TOKENS} | {IMAGE})
-
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         record = self.data.records[index]
+        kinds = {}
         try:
-            found = self.check(record, index)
+            sample = self.data[index]
+            _, labels = self.collate.encode(sample)
+            if self.is_validation and not has_first_answer(record):
+                raise UserError("there is no first answer to compare with")
+            if cut := sum(label != IGNORE_INDEX for label in labels[self.collate.max_length :]):
+                kinds["truncated"] = f"{cut} of {len(labels)} tokens"
+            if sample["image"] is None and (record["image"] or refers_to_image(record)):
+                kinds["not_shown"] = record["image"] or IMAGE
         except UserError as error:
-            found = {"broken": str(error.__cause__ or error)}
-        about = {"index": index, "id": record["id"]}
-        return [about | {"kind": kind, "detail": detail} for kind, detail in found.items()]
-
-    def check(self, record: dict, index: int) -> dict[str, str]:
-        """Return what is wrong with a record by kind; raise a UserError where `fit` would."""
-        sample = self.data[index]
-        ids, labels = self.collate.encode_untruncated(sample)
-        if self.is_validation and not has_first_answer(record["conversations"]):
-            raise UserError("there is no first answer to compare with")
-        found = {}
-        if cut := sum(label != IGNORE_INDEX for label in labels[self.collate.max_length :]):
-            found["truncated"] = f"{cut} of {len(ids)} tokens"
-        if sample["image"] is None and (record["image"] or refers_to_image(record)):
-            found["not_shown"] = record["image"] or IMAGE
-        answers = "".join(turn["value"] for turn in usable_turns(record["conversations"])[1::2])
-        if special := [token for token in self.special if token in answers]:
-            found["special_token"] = " ".join(special)
-        return found
+            kinds["broken"] = str(error.__cause__ or error)
+        return [
+            {
+                "index": index,
+                "id": record["id"],
+                "kind": kind,
+                "detail": detail,
+            }
+            for kind, detail in kinds.items()
+        ]
 
 
 def format_findings(file: dict[str, Any]) -> str:
     """Return the number of findings in a file, and the first of them by kind."""
     found = sorted(file["findings"], key=lambda x: x["kind"])
     lines = [f"{file['path']}: {file['records']:,} records, {len(found):,} findings"]
-    lines += [f"  {x['kind']}: record {x['index']} ({x['id']!r}): {x['detail']}" for x in found]
-    more = ["  ...; --json lists all"] if found[LISTED:] else []
-    return "\n".join(lines[: LISTED + 1] + more)
+    for x in found[:LISTED]:
+        lines.append(f"  {x['kind']}: record {x['index']} ({x['id']!r}): {x['detail']}")
+    if len(found) > LISTED:
+        lines.append("  ...; --json lists all")
+    return "\n".join(lines)
 
 
 def show_record(sample: dict, collate: Collate) -> dict[str, Any]:
     """Return a sample as {"id", "template", "input_ids", "labels", "image_spans": [[start, end]], "text"}."""
-    ids, labels = collate.encode(sample)
+    ids, labels = (row[: collate.max_length] for row in collate.encode(sample))
     image_id = collate.processor.image_token_id
     starts = [i for i, token in enumerate(ids) if token == image_id][:: collate.image_tokens]
     kept = [token for i, token in enumerate(ids) if token != image_id or i in starts]

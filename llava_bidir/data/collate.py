@@ -10,21 +10,13 @@ from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError, error_context
 
-from .conversation import IGNORE_INDEX, IMAGE, Turn, encode, usable_turns
+from .conversation import IGNORE_INDEX, encode
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
     """Return rows of unequal length as long[B, N], padded with `value` on one side."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
-
-
-def pad_prompts(rows: list[list[int]], value: int) -> dict[str, Tensor]:
-    """Return token ids and their mask for `generate`, padded on the left."""
-    return {
-        "input_ids": pad(rows, value, "left"),
-        "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
-    }
 
 
 def predicting_positions(labels: Tensor) -> Tensor:
@@ -36,7 +28,7 @@ def predicting_positions(labels: Tensor) -> Tensor:
 
 @dataclass
 class Collate:
-    """Convert samples of :class:`.instruction_dataset.Instructions` to model inputs.
+    """Convert samples of :class:`.dataset.Instructions` to model inputs.
 
     Args:
         processor: From :func:`llava_bidir.model.build.build_processor`.
@@ -53,16 +45,11 @@ class Collate:
     image_attention: str = "causal"
 
     def encode(self, sample: dict) -> tuple[list[int], list[int]]:
-        """Return token ids and labels of a sample as :meth:`encode_untruncated`, truncated to `max_length`."""
-        ids, labels = self.encode_untruncated(sample)
-        return ids[: self.max_length], labels[: self.max_length]
-
-    def encode_untruncated(self, sample: dict) -> tuple[list[int], list[int]]:
-        """Return token ids and labels of a sample without truncation.
+        """Return token ids and labels of a sample, which are not truncated yet.
 
         Raises:
-            UserError: The sample cannot be encoded, truncation would remove image tokens, or tokens would see the
-                answer that they predict; names the sample.
+            UserError: The sample cannot be encoded, truncation would remove image tokens, or tokens could see the
+                answer that they predict, through an image after it; names the sample.
         """
         image_id = self.processor.image_token_id
         with error_context(f"record {sample['id']!r}"):
@@ -73,31 +60,19 @@ class Collate:
                 None if sample["image"] is None else self.image_tokens,
                 image_id,
             )
-            if image_id in ids[self.max_length :]:
+            end_of_images = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+            if end_of_images > self.max_length:
                 raise UserError(
                     f"its image ends after token {self.max_length}, the limit by data.max_length or by the LLM's "
                     "positions; increase it, or shorten the text before the image"
                 )
-            if sample["image"] is not None:
-                self._check_mask(usable_turns(sample["conversations"]))
+            is_answered = any(label != IGNORE_INDEX for label in labels[:end_of_images])
+            if is_answered and self.image_attention != "causal":
+                raise UserError(
+                    f"an image follows an answer. Under model.image_attention {self.image_attention}, tokens that "
+                    "predict the answer could see it; remove the record, or split it before the image"
+                )
         return ids, labels
-
-    def _check_mask(self, turns: list[Turn]) -> None:
-        """Raise a UserError if tokens see the answer that they predict, through an image after it.
-
-        Under `prefix`, all tokens up to the last image attend to each other; under `bidirectional`, an image before the
-        answer attends to one after it. Other masks are not checked.
-        """
-        shown = [i for i, turn in enumerate(turns) if IMAGE in turn["value"]]
-        first = {"prefix": 0, "bidirectional": min(shown, default=0)}.get(self.image_attention)
-        if first is None or not shown:
-            return
-        if any(turn["value"] for turn in turns[first : shown[-1]] if turn["from"] == "gpt"):
-            raise UserError(
-                "an image follows an answer. Under model.image_attention "
-                f"{self.image_attention}, tokens that predict the answer would see it; remove the record, or split it "
-                "before the image"
-            )
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         """Return a batch for the training step.
@@ -105,7 +80,7 @@ class Collate:
         Returns:
             - ids: record ids.
             - input_ids, labels, attention_mask: long[B, N], padded on the right.
-            - pixel_values: f[images, 3, H, W], None without images.
+            - pixel_values: f[images, 3, H, W]; one black image if none is shown.
             - image_positions: long[images * T], positions of image tokens in the flattened rows.
             - predicts: long[n], positions in the flattened rows that predict a supervised token; only these need
               logits.
@@ -114,9 +89,10 @@ class Collate:
             - text_only: number of samples that show no image.
         """
         encoded = [self.encode(sample) for sample in samples]
-        rows = [ids for ids, _ in encoded]
+        rows = [ids[: self.max_length] for ids, _ in encoded]
+        image_id = self.processor.image_token_id
         input_ids = pad(rows, self.processor.tokenizer.pad_token_id)
-        labels = pad([labels for _, labels in encoded], IGNORE_INDEX)
+        labels = pad([labels[: self.max_length] for _, labels in encoded], IGNORE_INDEX)
         predicts = predicting_positions(labels)
         return {
             "ids": [sample["id"] for sample in samples],
@@ -124,24 +100,26 @@ class Collate:
             "labels": labels,
             "attention_mask": pad([[1] * len(row) for row in rows], 0),
             "pixel_values": self.pixels(samples, rows),
-            "image_positions": (input_ids == self.processor.image_token_id)
-            .flatten()
-            .nonzero()
-            .flatten(),
+            "image_positions": (input_ids == image_id).flatten().nonzero().flatten(),
             "predicts": predicts,
             "supervised": len(predicts),
             "lengths": [len(row) for row in rows],
-            "text_only": sum(self.processor.image_token_id not in row for row in rows),
+            "text_only": sum(image_id not in row for row in rows),
         }
 
-    def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor | None:
-        """Return the pixels of a batch's images, f[images, 3, H, W]; several turns may show the same image."""
+    def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor:
+        """Return the pixels of a batch's images, f[images, 3, H, W]; several turns may show the same image.
+
+        Without an image, it is a black one: each rank runs encoder and adapter. Source: LLaVA train.py:735.
+        """
+        processor = self.processor.image_processor
         pixels = []
         for sample, ids in zip(samples, rows, strict=True):
             if count := ids.count(self.processor.image_token_id) // self.image_tokens:
-                own = self.processor.image_processor(sample["image"], return_tensors="pt")
+                own = processor(sample["image"], return_tensors="pt")
                 pixels += [own["pixel_values"]] * count
-        return torch.cat(pixels) if pixels else None
+        black = torch.zeros(1, 3, processor.crop_size["height"], processor.crop_size["width"])
+        return torch.cat(pixels or [black])
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
         """Return the prompt with each sample's first question, or its image, padded on the left for `generate`."""
@@ -154,6 +132,8 @@ class Collate:
             [x for x, label in zip(*self.encode(question), strict=True) if label == IGNORE_INDEX]
             for question in questions
         ]
-        batch = pad_prompts(rows, self.processor.tokenizer.pad_token_id)
-        pixels = self.pixels(questions, rows)
-        return batch if pixels is None else {**batch, "pixel_values": pixels}
+        return {
+            "input_ids": pad(rows, self.processor.tokenizer.pad_token_id, "left"),
+            "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
+            "pixel_values": self.pixels(questions, rows),
+        }

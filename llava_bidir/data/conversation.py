@@ -1,31 +1,31 @@
-"""Encode LLaVA conversations as token ids and labels, turn by turn.
+"""Encode LLaVA conversations as token ids and labels, piece by piece.
 
-One pass over the text produces both ids and labels, so they cannot disagree. LLaVA tokenises twice, compares, and
-masks samples with a "tokenization mismatch". Deviates: these are trained here, as are answers that hold "<unk>".
-With the tokenizer that `load_tokenizer` makes of LLaVA's `tokenizer.model`, the ids equal LLaVA's own (train.py
-preprocess_plain and preprocess_v1, mm_utils.py tokenizer_image_token).
+A template turns a conversation into pieces of text, each supervised or not. One pass over the pieces produces both ids
+and labels, so they cannot disagree, and a prompt has the same ids with and without its answer. LLaVA tokenises twice,
+compares, and masks samples with a "tokenization mismatch". Deviates: these are trained here, as are answers that hold
+"<unk>". With the tokenizer that `load_tokenizer` makes of LLaVA's `tokenizer.model`, the ids equal LLaVA's own
+(train.py preprocess_plain and preprocess_v1, mm_utils.py tokenizer_image_token).
 """
 
 import re
 from collections.abc import Callable, Sequence
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.tokenizer import start_ids
-
-from .chat import ROLES, render_chat, supervised_tokens
 
 IGNORE_INDEX = -100
 PLAIN = "plain"  # the template of captions, stage 1
+CHAT = "chat"
 IMAGE = "<image>"
 # LLaVA's tokenizer treats these strings as text, but our processor adds them as tokens. Splitting after the "<" hides
 # them from the tokenizer, and no token of Llama's vocabulary spans that split.
 LITERALS = re.compile(r"(?<=<)(?=(?:image|pad)>)")
-PAD_LITERAL = re.compile(r"(?<=<)(?=pad>)")  # where `<image>` is an image
-CHAT = "chat"
+ROLES = {"human": "user", "gpt": "assistant"}
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+ADVICE = "use data.template vicuna_v1, or an LLM whose tokenizer has another chat template"
 
 Turn = dict[str, str]
 Piece = tuple[str, bool]  # text, and whether it is a training target
@@ -54,8 +54,7 @@ def encode(
     Args:
         turns: LLaVA's JSON, ``[{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", ...}, ...]``.
         tokenizer: A Hugging Face tokenizer; its eos token ends each answer.
-        template: "plain" (stage 1), "vicuna_v1" (stage 2), or "chat", the tokenizer's own chat template, here ChatML
-            (chat.py).
+        template: "plain" (stage 1), "vicuna_v1" (stage 2), or "chat", the tokenizer's own chat template, here ChatML.
         image_tokens: T, image tokens per image. None for a record without an image, in which `<image>` is ordinary text
             (LLaVA train.py has_image).
         image_token_id: Id of an image token.
@@ -68,25 +67,23 @@ def encode(
             a chat template in which answers cannot be found.
     """
     turns = usable_turns(turns)
+    if template not in TEMPLATES:
+        raise UserError(f"unknown template {template!r}; available: {', '.join(TEMPLATES)}")
     if image_tokens is not None:
         turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
-    if template == CHAT:
-        return _encode_chat(turns, tokenizer, image_tokens, image_token_id)
-    if template not in TEMPLATES:
-        raise UserError(
-            f"unknown template {template!r}; available: {', '.join([*TEMPLATES, CHAT])}"
-        )
-    if template == PLAIN and image_tokens is None:
+    elif template == PLAIN:
         raise UserError("template 'plain' requires an image")
-    input_ids = start_ids(tokenizer)
+    pieces = TEMPLATES[template](turns, tokenizer)
+    input_ids = start_ids(tokenizer, pieces[0][0])
     labels = [IGNORE_INDEX] * len(input_ids)
-    continues = False  # LLaVA tokenises text before, between and after images separately
-    for text, supervised in TEMPLATES[template](turns, tokenizer.eos_token):
+    continues = False
+    for text, supervised in pieces:
         for i, part in enumerate([text] if image_tokens is None else text.split(IMAGE)):
             if i > 0:
                 input_ids += [image_token_id] * image_tokens
                 labels += [IGNORE_INDEX] * image_tokens
-                continues = False
+                # LLaVA tokenises text before, between and after images separately
+                continues = template == CHAT
             if part:
                 tokens = _tokenize(part, tokenizer, continues)
                 input_ids += tokens
@@ -95,45 +92,10 @@ def encode(
     return input_ids, labels
 
 
-def _encode_chat(
-    turns: list[Turn],
-    tokenizer,
-    image_tokens: int | None,
-    image_token_id: int,
-) -> tuple[list[int], list[int]]:
-    """Return token ids and labels under the tokenizer's chat template; the ids are those of the complete text."""
-    text, spans = render_chat(turns, tokenizer)
-    literals = LITERALS if image_tokens is None else PAD_LITERAL
-
-    def tokenize(text):
-        return _tokenize(text, tokenizer, False, literals)
-
-    ids = tokenize(text)
-    labels = [IGNORE_INDEX] * len(ids)
-    for span in spans:
-        answer = supervised_tokens(text, span, ids, tokenize, tokenizer)
-        labels[answer] = ids[answer]
-    expanded_ids = []
-    expanded_labels = []
-    for token, label in zip(ids, labels, strict=True):
-        if token == image_token_id:
-            expanded_ids += [token] * (image_tokens or 1)
-            expanded_labels += [IGNORE_INDEX] * (image_tokens or 1)
-        else:
-            expanded_ids.append(token)
-            expanded_labels.append(label)
-    return expanded_ids, expanded_labels
-
-
-def _tokenize(
-    text: str,
-    tokenizer,
-    continues: bool,
-    literals: re.Pattern = LITERALS,
-) -> list[int]:
+def _tokenize(text: str, tokenizer, continues: bool) -> list[int]:
     """Return the ids of `text`; text that `continues` other text gets no word-start marker."""
     ids = []
-    for part in literals.split(text):
+    for part in LITERALS.split(text):
         if continues or ids:
             # A sentencepiece tokenizer adds its marker at the start of a string, but not after a special token.
             ids += tokenizer.encode(tokenizer.eos_token + part, add_special_tokens=False)[1:]
@@ -143,28 +105,32 @@ def _tokenize(
 
 
 def usable_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns from the first human turn on, if all are valid.
+    """Return the turns from the first human turn on, {"from", "value"}, if all are valid.
 
     Raises:
         UserError: A turn has no text or another role, roles do not alternate, or there is no human turn.
     """
-    turns = list(turns)
+    usable = []
     for turn in turns:
-        is_known = isinstance(turn, dict) and turn.get("from") in ROLES
-        if not is_known or not isinstance(turn.get("value"), str):
+        if (
+            not isinstance(turn, dict)
+            or turn.get("from") not in ROLES
+            or not isinstance(turn.get("value"), str)
+        ):
             expected = "'from': 'human' or 'gpt', and text in 'value'"
             raise UserError(f"a turn needs {expected}, got {str(turn)[:80]!r}")
-    if turns and turns[0]["from"] == "gpt":
-        turns = turns[1:]  # LLaVA train.py:425
-    for i, turn in enumerate(turns):
+        usable.append({"from": turn["from"], "value": turn["value"]})
+    if usable and usable[0]["from"] == "gpt":
+        usable = usable[1:]  # LLaVA train.py:425
+    for i, turn in enumerate(usable):
         expected = ("human", "gpt")[i % 2]
         if turn["from"] != expected:
             raise UserError(
                 f"turn {i} is from {turn['from']!r}, expected {expected!r}; roles must alternate"
             )
-    if not turns:
+    if not usable:
         raise UserError("a conversation needs at least one human turn")
-    return turns
+    return usable
 
 
 def _image_first(text: str) -> str:
@@ -174,7 +140,7 @@ def _image_first(text: str) -> str:
     return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
 
 
-def _plain(turns: list[Turn], eos: str) -> list[Piece]:
+def _plain(turns: list[Turn], tokenizer) -> list[Piece]:
     """Return the image and its caption without the question. Source: LLaVA train.py preprocess_plain."""
     if len(turns) != 2 or IMAGE not in turns[0]["value"]:
         raise UserError(
@@ -183,7 +149,7 @@ def _plain(turns: list[Turn], eos: str) -> list[Piece]:
     return [(IMAGE, False), (turns[1]["value"] + "\n", True)]
 
 
-def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
+def _vicuna_v1(turns: list[Turn], tokenizer) -> list[Piece]:
     """Return the system prompt, then `USER: question ASSISTANT: answer</s>` without a space after the eos.
 
     Source: LLaVA conversation.py conv_vicuna_v1 (SeparatorStyle.TWO) and train.py preprocess_v1, which supervises the
@@ -195,11 +161,69 @@ def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
         user = f"USER: {text} ASSISTANT:" if text else "USER:ASSISTANT:"
         pieces.append((user if pieces else f"{SYSTEM} {user}", False))
         if answer["value"]:
-            pieces.append((f" {answer['value']}{eos}", True))
+            pieces.append((f" {answer['value']}{tokenizer.eos_token}", True))
     return pieces
 
 
-TEMPLATES: dict[str, Callable[[list[Turn], str], list[Piece]]] = {
+def _chat(turns: list[Turn], tokenizer) -> list[Piece]:
+    r"""Return the text of the tokenizer's own chat template.
+
+    The text of a conversation begins with the prompt of each of its answers. Rendering both shows what the template
+    writes for an answer. Templates that write something else there, e.g. reasoning before the last answer only, cannot
+    be trained.
+
+    Raises:
+        UserError: The template fails, or the answers cannot be found in its text.
+    """
+    messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages = messages[:-1]
+
+    def render(count: int, known: str) -> str:
+        """Return the text of the first messages, and in front of an answer its prompt."""
+        with error_context("chat template of the LLM"):  # runs in jinja's sandbox
+            text = tokenizer.apply_chat_template(
+                messages[:count],
+                tokenize=False,
+                add_generation_prompt=count % 2 == 1,
+            )
+        if not text.startswith(known):
+            raise UserError(
+                f"the chat template writes a turn differently if others follow it; {ADVICE}"
+            )
+        return text
+
+    pieces = []
+    known = ""
+    for count in range(2, len(messages) + 1, 2):
+        prompt = render(count - 1, known)
+        answered = render(count, prompt)
+        pieces.append((prompt.removeprefix(known), False))
+        written = answered.removeprefix(prompt)
+        answer = written[: _answer_length(written, messages[count - 1]["content"], tokenizer)]
+        pieces.append((answer, True))
+        known = prompt + answer
+    pieces.append((render(len(messages), known).removeprefix(known), False))
+    return pieces
+
+
+def _answer_length(written: str, answer: str, tokenizer) -> int:
+    """Return the characters up to the end token in what a template writes for an answer; 0 for an empty answer."""
+    end = tokenizer.eos_token
+    for text in (answer, answer.strip()):  # some templates strip it
+        if not text:
+            return 0
+        before, _, after = written.partition(text)
+        if not before.strip() and after.lstrip().startswith(end):
+            return len(before) + len(text) + after.index(end) + len(end)
+    raise UserError(
+        f"the chat template writes {written[:200]!r} for the answer {answer[:80]!r}; expected the answer and the end "
+        f"token {end!r}. {ADVICE}"
+    )
+
+
+TEMPLATES: dict[str, Callable[..., list[Piece]]] = {
     PLAIN: _plain,
     "vicuna_v1": _vicuna_v1,
+    CHAT: _chat,
 }

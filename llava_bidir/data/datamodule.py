@@ -19,7 +19,7 @@ from llava_bidir.common.runs import batches_per_epoch
 from .batch_samplers import BatchSampler, StepLoader
 from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX, PLAIN
-from .instruction_dataset import Instructions, read_annotations
+from .dataset import Instructions, has_first_answer, read_annotations
 
 
 class InstructionData(LightningDataModule):
@@ -87,7 +87,11 @@ class InstructionData(LightningDataModule):
         """Open the datasets and set the gradient accumulation."""
         if self.val_annotations:
             self.val = Instructions(self.val_annotations, self.images)
-            self.val.check_answers()
+            for number, record in enumerate(self.val.records):
+                if not has_first_answer(record):
+                    raise UserError(
+                        f"{self.val_annotations}: record {number} has no first answer to compare with"
+                    )
         elif stage != "fit":
             raise UserError(
                 "data.val_annotations is not set, so there are no questions to validate with"
@@ -95,9 +99,10 @@ class InstructionData(LightningDataModule):
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images)
             self.train.check_trainable()
-            rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
+            lengths = self.train.lengths()
+            rank_zero_info(f"{len(lengths):,} records, {(lengths < 0).sum():,} of them text only")
             self.sampler = BatchSampler(
-                self.train.lengths(),
+                lengths,
                 self.batch_size,
                 self.micro_batch_size,
                 grouped=self.group_by_length,

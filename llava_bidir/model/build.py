@@ -17,7 +17,9 @@ from llava_bidir.common.hf import (
     greedy_config,
     read_pretrained,
     read_tensors,
+    read_training,
 )
+from llava_bidir.common.identity import Identity
 from llava_bidir.common.tokenizer import load_tokenizer
 
 from .attention import block_ids_of
@@ -48,7 +50,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
-    "{{ '<image> \n' * images | length }}{% for part in message['content'] if part['type'] == 'text' %}"
+    "{{ '<image>' * images | length ~ (' \n' if images else '') }}"
+    "{% for part in message['content'] if part['type'] == 'text' %}"
     "{{ part['text'] | trim if images else part['text'] }}{% endfor %}{% endif %}"
     "{% if message['role'] == 'user' %} {% else %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -60,7 +63,7 @@ IMAGES_IN_CHAT = (
     "{%- set content = message['content'] -%}{%- if content is not string -%}"
     "{%- set images = content | selectattr('type', 'equalto', 'image') | list | length -%}"
     "{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
-    "{%- set content = ('<image>\n' * images ~ texts | trim) | trim if images else texts -%}{%- endif -%}"
+    "{%- set content = ('<image>' * images ~ '\n' ~ texts | trim) | trim if images else texts -%}{%- endif -%}"
     "{%- set turns.list = turns.list + [{'role': message['role'], 'content': content}] -%}"
     "{%- endfor -%}{%- set messages = turns.list %}\n"
 )
@@ -101,31 +104,6 @@ def build_processor(
         num_additional_image_tokens=min(encoder.entry.extra_tokens, 1),  # those the strategy drops
         chat_template=CHAT_TEMPLATE if own is None else IMAGES_IN_CHAT + own,
     )
-
-
-def prompt_template(processor: LlavaProcessor) -> str | None:
-    """Return the template of a checkpoint's prompts (data/conversation.py): "chat", "vicuna_v1", or None for another.
-
-    Without a chat template, or with one that asks "USER: ... ASSISTANT:" as LLaVA-1.5's does, it is "vicuna_v1". A
-    released llava of another LLM has a chat template of its own: None.
-    """
-    template = processor.chat_template
-    if not template:
-        return "vicuna_v1"
-    if template.startswith(IMAGES_IN_CHAT):
-        return "chat"
-    asked = own_prompt(processor, "What is it?", images=1)
-    return "vicuna_v1" if "USER:" in asked and "ASSISTANT:" in asked else None
-
-
-def own_prompt(processor: LlavaProcessor, question: str, images: int) -> str:
-    """Return the prompt for the answer to a question by a checkpoint's own chat template, with `<image>` per image."""
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    with error_context("MODEL's chat template"):
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-        )
 
 
 def max_positions(llm: str) -> int | None:
@@ -283,6 +261,28 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
         raise UserError(
             f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}"
         ) from None
+
+
+def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
+    """Raise if an adapter was trained with another encoder or LLM than this run has; shapes alone do not tell.
+
+    Args:
+        adapter: Exported model of stage 1. Trained on data without an identity, it records none.
+        llm: Directory of this run's LLM; that of the adapter's own export was trained with it.
+        identity: Of this run.
+    """
+    of_adapter = "llm" if llm.is_dir() and llm.samefile(adapter) else None
+    saved = read_training(adapter).get("identity") or {}
+    for key, before in saved.get("model", {}).items():
+        now = identity["model"].get(key)
+        part = key.partition("/")[0]
+        if part in ("adapter", of_adapter):
+            continue
+        if now is not None and now != before:
+            raise UserError(
+                f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
+                "stages, or train an adapter for this one"
+            )
 
 
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:

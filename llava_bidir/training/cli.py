@@ -24,11 +24,10 @@ from llava_bidir.common.runs import (
 )
 from llava_bidir.common.training_folder import plan_training
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.data.instruction_dataset import check_annotations
+from llava_bidir.data.dataset import check_annotations
 from llava_bidir.model.hf_export import export_hf
 
 from .callbacks import ExportModel, LogLearningRate, ShowAnswers
-from .loss_monitor import LossMonitor
 from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
 from .resume import how_to_train_on
@@ -122,7 +121,6 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> T
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     callbacks = [
         LogLearningRate(),
-        LossMonitor(),
         ShowAnswers(),
         SaveAtStepBoundary(),
         ExportModel(),

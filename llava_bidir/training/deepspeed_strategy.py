@@ -5,7 +5,7 @@ weights are bf16 with fp32 masters in the optimizer, as LLaVA trains.
 
 Stage 3 also shards the frozen encoder. Replicating it would save 0.6 GB of communication per micro-batch (CLIP ViT-L in
 bf16), compared to about 40 GB for the LLM's layers (7B, recomputed once), at 0.6 GB of memory per device. No rank may
-skip the encoder: see LlavaTraining's black image.
+skip the encoder: see the black image of Collate.
 
 A run resumes on the same number of devices only.
 """

@@ -1,10 +1,6 @@
 """LightningModule for both training stages of LLaVA-1.5; the config selects the stage."""
 
 import logging
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +28,7 @@ from llava_bidir.model.build import (
     PARTS,
     build_model,
     build_processor,
+    check_same_parents,
     max_positions,
     set_trainable,
 )
@@ -39,9 +36,9 @@ from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.lora import Lora, add_lora
 
 from .flops import ModelFlops, count_flops
+from .loss import supervised_loss
 from .optim import build_optimizer, build_schedule
 from .resume import how_to_train_on
-from .supervised_loss import supervised_loss
 from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
@@ -108,10 +105,11 @@ class LlavaTraining(LightningModule):
         # checkpoints hold trainable weights only, see on_save_checkpoint
         self.strict_loading = False
         if adapter is not None:  # recorded for the control that re-initialises the adapter
-            self.hparams["adapter_init_scale"] = _read_init_scale(Path(adapter))
+            of_adapter = read_training(Path(adapter))
+            self.hparams["adapter_init_scale"] = of_adapter.get("adapter_init_scale", 1.0)
         # plain data in checkpoints, so that they load with weights_only
-        self.encoder = encoder = Encoder(**encoder) if isinstance(encoder, dict) else encoder
-        self.hparams["encoder"] = asdict(encoder)
+        self.encoder = Encoder(**encoder) if isinstance(encoder, dict) else encoder
+        self.hparams["encoder"] = asdict(self.encoder)
         self.lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.hparams["lora"] = self.lora and asdict(self.lora)
         for key in ("learning_rate", "adapter_learning_rate"):
@@ -125,15 +123,15 @@ class LlavaTraining(LightningModule):
             raise UserError(
                 f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}"
             )
-        self.processor = build_processor(encoder, llm, image_resize, template)
-        rows, columns = encoder.grid(encoder.load_config())
+        self.processor = build_processor(self.encoder, llm, image_resize, template)
+        rows, columns = self.encoder.grid(self.encoder.load_config())
         self.image_tokens = rows * columns
         self.max_positions = max_positions(llm)
         self.model = None
         self.identity: Identity | None = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
-        self.step_losses: list[Tensor] = []  # of the micro-batches of a step
-        self.step_tokens = 0  # supervised ones
+        # loss, supervised tokens and records of the micro-batches of a step
+        self.step: list[tuple[Tensor, int, list[str]]] = []
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
 
@@ -189,7 +187,8 @@ class LlavaTraining(LightningModule):
                 {"use_reentrant": False}
             )
         if args.compile:
-            compile_layers(self.model.model.language_model.layers)
+            for layer in self.model.model.language_model.layers:
+                layer.compile(dynamic=True)  # for batches of all lengths at once
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""
@@ -213,8 +212,7 @@ class LlavaTraining(LightningModule):
 
     def on_fit_start(self) -> None:
         """Set train mode, except for the frozen encoder; forget the step in which an earlier run has ended."""
-        self.step_losses.clear()
-        self.step_tokens = 0
+        self.step.clear()
         self.model.train()
         self.model.model.vision_tower.eval()
 
@@ -241,54 +239,16 @@ class LlavaTraining(LightningModule):
         loss = self.loss(batch)
         if self.hparams.loss_average == "tokens":
             loss = loss * batch["weight"]
-        self.step_losses.append(loss.detach())
-        self.step_tokens += batch["supervised"]
+        self.step.append((loss.detach(), batch["supervised"], batch["ids"]))
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
-        with self._keep_adapter_in_graph(needed=batch["pixel_values"] is None):
-            return supervised_loss(self.model, batch)
+        return supervised_loss(self.model, batch)
 
-    def black_image(self) -> Tensor:
-        """Return the pixels of an image without content, f[1, 3, H, W]."""
-        size = self.processor.image_processor.crop_size
-        return torch.zeros(
-            1,
-            3,
-            size["height"],
-            size["width"],
-            device=self.device,
-            dtype=self.model.dtype,
-        )
-
-    def _encode_black_image(self) -> Tensor:
-        """Return the features of a black image, f[T, d]."""
-        return self.model.get_image_features(self.black_image()).pooler_output[0]
-
-    def count_flops(self) -> ModelFlops:
+    def count_flops(self, image: Tensor) -> ModelFlops:
         """Return the operations of a training step, which need a forward pass of encoder and adapter."""
-        return count_flops(self.model, self.black_image())
-
-    @contextmanager
-    def _keep_adapter_in_graph(self, needed: bool) -> Iterator[None]:
-        """Encode a black image for a batch without images, and add zero times its features to the word embeddings.
-
-        Without it, this rank's adapter would have no gradients. Under ZeRO-3 the ranks would gather different weights
-        at the same time and deadlock. Source: LLaVA train.py:735 and llava_arch.py:234.
-        """
-
-        def add_features(module, args, embedded: Tensor) -> Tensor:
-            return embedded + 0.0 * self._encode_black_image().mean().to(embedded.dtype)
-
-        if not needed:
-            yield
-            return
-        hook = self.model.get_input_embeddings().register_forward_hook(add_features)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return count_flops(self.model, image)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding.
@@ -317,9 +277,10 @@ class LlavaTraining(LightningModule):
     @torch.no_grad()
     def answer(self, prompts: dict[str, Tensor]) -> list[str]:
         """Return greedy answers to left-padded prompts."""
-        # generate() of the other ranks encodes images before it does anything else
-        if "pixel_values" not in prompts:
-            self._encode_black_image()
+        if not (prompts["input_ids"] == self.processor.image_token_id).any():
+            # a black image: generate() of the other ranks encodes images before it does anything else
+            prompts = dict(prompts)
+            self.model.get_image_features(prompts.pop("pixel_values"))
         ids = self.model.generate(
             **prompts,
             do_sample=False,
@@ -358,13 +319,24 @@ class LlavaTraining(LightningModule):
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _log_step(self) -> None:
-        """Log what the step minimises, the mean over its micro-batches and devices, and its supervised tokens."""
-        loss = torch.stack(self.step_losses).mean()
-        tokens = torch.tensor(float(self.step_tokens), device=self.device)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        """Log what the step minimises, the mean over its micro-batches and devices, and its supervised tokens.
+
+        The host waits for the device here only, once per step.
+
+        Raises:
+            UserError: A loss is not finite, on any rank; it has not reached the weights.
+        """
+        losses, tokens, records = zip(*self.step, strict=True)
+        losses = torch.stack(losses)
+        finite = losses.isfinite().tolist()
+        if not self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
+            where = "another rank" if all(finite) else ", ".join(records[finite.index(False)])
+            step = self.trainer.global_step
+            raise UserError(f"the loss is not finite at step {step}: samples {where}")
+        tokens = torch.tensor(float(sum(tokens)), device=self.device)
+        self.log("train/loss", losses.mean(), prog_bar=True, sync_dist=True)
         self.log("train/supervised_tokens", tokens, sync_dist=True, reduce_fx="sum")
-        self.step_losses.clear()
-        self.step_tokens = 0
+        self.step.clear()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and its schedule per step."""
@@ -453,42 +425,3 @@ class LlavaTraining(LightningModule):
                 f"model.trainable={self.hparams.trainable} trains, e.g. {min(missing)}; it belongs to another stage or "
                 "model"
             )
-
-
-def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
-    """Raise if an adapter was trained with another encoder or LLM than this run has; shapes alone do not tell.
-
-    Args:
-        adapter: Exported model of stage 1. Trained on data without an identity, it records none.
-        llm: Directory of this run's LLM; that of the adapter's own export was trained with it.
-        identity: Of this run.
-    """
-    of_adapter = "llm" if llm.is_dir() and llm.samefile(adapter) else None
-    saved = read_training(adapter).get("identity") or {}
-    for key, before in saved.get("model", {}).items():
-        now = identity["model"].get(key)
-        part = key.partition("/")[0]
-        if part in ("adapter", of_adapter):
-            continue
-        if now is not None and now != before:
-            raise UserError(
-                f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
-                "stages, or train an adapter for this one"
-            )
-
-
-def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
-    """Compile layers in place, for batches of all lengths at once; on a CPU without a C++ compiler, warn instead."""
-    compiler = os.environ.get("CXX", "g++")
-    if not torch.cuda.is_available() and shutil.which(compiler) is None:
-        log.warning(
-            "model.compile needs a C++ compiler, and there is no %s: not compiled", compiler
-        )
-        return
-    for layer in layers:
-        layer.compile(dynamic=True)
-
-
-def _read_init_scale(adapter: Path) -> float:
-    """Return the scale that the adapter of an exported model was initialised with."""
-    return read_training(adapter).get("adapter_init_scale", 1.0)

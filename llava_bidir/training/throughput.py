@@ -38,11 +38,8 @@ class Throughput(Callback):
         self.flops: ModelFlops | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the operations of the model if there is a peak to compare them with, and start the clock."""
+        """Start the clock."""
         self.peak = self._peak(trainer, pl_module.device)
-        if self.peak is not None:
-            with trainer.precision_plugin.forward_context():
-                self.flops = pl_module.count_flops()
         self.batch_ended = time.perf_counter()
         self._start_window(trainer)
 
@@ -63,8 +60,14 @@ class Throughput(Callback):
         batch,
         batch_idx: int,
     ) -> None:
-        """Add the time since the last batch to the time spent waiting for data."""
+        """Add the time since the last batch to the time spent waiting for data.
+
+        In front of the first one, count the operations of the model if there is a peak to compare them with.
+        """
         self.counts["waited"] += time.perf_counter() - self.batch_ended
+        if self.peak is not None and self.flops is None:
+            with trainer.precision_plugin.forward_context():
+                self.flops = pl_module.count_flops(batch["pixel_values"][:1])
 
     def on_train_batch_end(
         self,
@@ -100,7 +103,7 @@ class Throughput(Callback):
             padded=batch["input_ids"].numel(),
         )
         if self.flops is not None:
-            images = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
+            images = len(batch["pixel_values"])
             self.counts["flops"] += self.flops.of_batch(images, lengths, batch["supervised"])
 
     def _rates(self, steps: int, devices: int) -> dict[str, float]:

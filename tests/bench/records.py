@@ -26,7 +26,7 @@ from transformers import CLIPVisionConfig
 from llava_bidir.data.batch_samplers import BatchSampler, StepLoader
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import SYSTEM
-from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.data.dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from probes.worlds.tiny_models import train_tokenizer

@@ -84,7 +84,7 @@ class Recorder(Callback):
     ):
         loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning divides it
         self.losses.append((tuple(batch["ids"]), loss))
-        self.text_only.append(batch["pixel_values"] is None)
+        self.text_only.append(len(batch["image_positions"]) == 0)
         if not trainer.fit_loop._should_accumulate() and trainer.global_step in self.save:
             trainer.save_checkpoint(OUT / self.save[trainer.global_step])
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 import probes
 from llava_bidir.cli import main
-from llava_bidir.commands.generate import answer, load, prompt_ids
-from llava_bidir.model.build import prompt_template
+from llava_bidir.commands.generate import answer, as_evaluated, build_prompts, load
+from llava_bidir.data.conversation import encode
 
 pytestmark = pytest.mark.numerics
 
@@ -86,30 +86,31 @@ OTHER = LLAVA_15.replace("m['role'].upper() }}: ", "bos_token }}name the ").repl
 )
 
 
-@pytest.mark.parametrize(
-    ("template", "text"),
-    [
-        (None, None),
-        (LLAVA_15, None),
-        (OTHER, "<s>name the <image><image>\nthe sky of"),
-    ],
-    ids=["none", "LLaVA-1.5's", "another LLM's"],
-)
-def test_a_released_llava_is_asked_in_its_own_words(template, text, asked, monkeypatch):
-    """That of LLaVA-1.5 is asked as it was trained, with the system prompt that its chat template lacks."""
+def ids_of(processor, question: str, *seeds: int) -> list[int]:
+    return build_prompts(processor, [question], [pictures(*seeds)])["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("template", [None, LLAVA_15])
+def test_a_released_llava_is_asked_as_it_was_trained(template, asked):
+    """With the system prompt, which its chat template lacks."""
+    own = asked[1].chat_template
+    assert as_evaluated(template) == as_evaluated(own) == own
+
+
+def test_a_llava_of_another_llm_is_asked_in_its_own_words(asked, monkeypatch):
     _, processor = asked
+    monkeypatch.setattr(processor, "chat_template", as_evaluated(OTHER))
+    text = f"<s>name the {'<image>' * 4}\nthe sky of"
+    expected = processor.tokenizer.encode(text, add_special_tokens=False)
+    assert ids_of(processor, "the sky", 0) == expected
 
-    def asked_for():
-        return prompt_ids(processor, prompt_template(processor), "the sky", 1, image_tokens=2)
 
-    trained = asked_for()
-    monkeypatch.setattr(processor, "chat_template", template)
-    found = asked_for()
-    if text is None:
-        assert found == trained
-    else:
-        assert found == processor.tokenizer.encode(text, add_special_tokens=False)
-        assert found != trained
+def test_several_images_come_before_the_question(asked):
+    _, processor = asked
+    turns = [{"from": "human", "value": "<image>\nwall"}]
+    tokens = 2 * 4
+    expected = encode(turns, processor.tokenizer, "vicuna_v1", tokens, processor.image_token_id)[0]
+    assert ids_of(processor, "wall", 1, 2) == expected
 
 
 def test_several_photos_are_each_asked_and_no_photo_is_a_question(
@@ -151,7 +152,7 @@ def test_a_photo_is_asked_about_as_viewers_show_it(asked, tmp_path, monkeypatch)
     monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
     seen = []
     monkeypatch.setattr(
-        "llava_bidir.commands.generate.answer_and_tell_cut",
+        "llava_bidir.commands.generate.answer",
         lambda model, processor, prompts, images, *_: seen.extend(images[0]) or 1 / 0,
     )
     stored = pictures(0)[0]
@@ -221,46 +222,3 @@ def test_other_ids_of_images_in_model_and_tokenizer_are_named_or_change_nothing(
     for site, states in expected.states(pixels).items():
         assert torch.equal(ours.states(pixels)[site], states)
     assert ours.answer(pictures(0)[0], "wall") == expected.answer(pictures(0)[0], "wall")
-
-
-def test_answers_that_were_cut_are_named(
-    asked,
-    checkpoints,
-    tmp_path,
-    capsys,
-    monkeypatch,
-):
-    """An answer ends by itself with </s>, at the latest in the last token that it may have."""
-    pictures(0)[0].save(tmp_path / "x.png")
-    prompts, (model, _) = ["name the sky", "wall"], asked
-    written = model.generate
-
-    def ends(sequences, column):
-        return sequences.index_fill(1, torch.tensor([column]), model.generation_config.eos_token_id)
-
-    monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
-    monkeypatch.setattr(model, "to", lambda device: model)
-
-    def told(end_of_first: int | None, *more: str) -> str:
-        def generate(**inputs):
-            output = written(**inputs)
-            if end_of_first is not None:
-                output[:1] = ends(output[:1], end_of_first)
-            return output
-
-        monkeypatch.setattr(model, "generate", generate)
-        main(
-            [
-                "generate",
-                str(checkpoints["bidirectional"]),
-                str(tmp_path / "x.png"),
-                *prompts,
-                *more,
-            ]
-        )
-        return capsys.readouterr().err
-
-    cut = "the answer to {!r} was cut after 3 tokens\n"
-    assert told(None, "--max-new-tokens", "3") == cut.format(prompts[0]) + cut.format(prompts[1])
-    assert told(-1, "--max-new-tokens", "3") == cut.format(prompts[1])
-    assert "was cut after 4" in told(None, "--max-new-tokens", "5000"), "no positions are left"

@@ -1,14 +1,13 @@
-"""The template `chat`: ids of the complete text, supervised answers, and the prompts of exported models."""
+"""The template `chat`: its text in pieces, supervised answers, and the prompts of exported models."""
 
 import pytest
 import tiny_models
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from llava_bidir.commands.generate import prompt_template
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.conversation import IGNORE_INDEX, encode
 from llava_bidir.model.build import build_processor
@@ -73,9 +72,10 @@ TEXT = st.text(st.sampled_from("ab c.\n\t '9é中<"), max_size=12)
 @example(turns=[("What is it?", "\n\n\na cat", True), ("a", " cat\n", False)], answered=True)
 @example(turns=[("", "\n", False)], answered=True)
 @example(turns=[("", "", True), (" ", " ", False), ("\n", "a\n\n", False)], answered=True)
-def test_ids_are_those_of_the_complete_text_and_answers_with_their_end_are_supervised(
+def test_pieces_are_the_complete_text_and_answers_with_their_end_are_supervised(
     name, turns, answered
 ):
+    """Ids are those of the complete text, too, where no white space of an answer joins that of its prompt."""
     tokenizer = TOKENIZERS[name]
     has_image = any(shown for *_, shown in turns)
     records = []
@@ -97,36 +97,27 @@ def test_ids_are_those_of_the_complete_text_and_answers_with_their_end_are_super
         TOKENS if has_image else None,
         IMAGE_ID,
     )
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+    assert tokenizer.decode(ids).replace("<image>" * TOKENS, "<image>") == text
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not any(answer[:1].isspace() for answer in answers):
+        expected = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == sum(
+            ([token] * (TOKENS if token == IMAGE_ID else 1) for token in expected), []
+        )
 
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt)["input_ids"]
-    images = [[token] * (TOKENS if token == IMAGE_ID else 1) for token in expected]
-    assert ids == sum(images, [])
-
-    runs = []
+    trained = []
     previous = IGNORE_INDEX
-    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
+    for token, label in zip(ids, labels, strict=True):
         assert label in (IGNORE_INDEX, token)
         if label != IGNORE_INDEX:
-            runs += [[]] * (previous == IGNORE_INDEX)
-            runs[-1] = [*runs[-1], position]
+            trained += [[]] * (previous == IGNORE_INDEX)
+            trained[-1] = [*trained[-1], token]
         previous = label
-    trimmed = name != "ChatML" and "trim" in TEMPLATES[name]
-    answers = [
-        m["content"].strip() if trimmed else m["content"]
-        for m in messages
-        if m["role"] == "assistant"
-    ]
-    answers = [answer for answer in answers if answer]
+    if name != "ChatML" and "trim" in TEMPLATES[name]:
+        answers = [answer.strip() for answer in answers]
     end = " <|im_end|>" if name == "INST" else "<|im_end|>"
-    texts = [tokenizer.decode([ids[i] for i in run]) for run in runs]
-    assert len(texts) == len(answers)
-    for text, answer in zip(texts, answers, strict=True):
-        # White space that shares a token with the prompt's
-        joined = (answer + end).removesuffix(text)
-        assert (answer + end).endswith(text)
-        assert not joined.strip()
-        if not answer[0].isspace():
-            assert text == answer + end
+    assert [*map(tokenizer.decode, trained)] == [answer + end for answer in answers if answer]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -137,7 +128,6 @@ def test_prompts_and_exported_processors_have_the_ids_of_training(name, parts, t
         tmp_path / "hf"
     )
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
-    assert prompt_template(processor) == "chat"
 
     def part(text, shown=False):
         return [{"type": "image", "image": IMAGE}] * shown + [{"type": "text", "text": text}]
@@ -208,7 +198,6 @@ THINKING = CHATML.replace(
 @pytest.mark.parametrize(
     "template, message",
     [
-        (None, "the LLM's tokenizer has no chat template; use data.template vicuna_v1"),
         ("{{ raise_exception('no') }}", "chat template of the LLM: TemplateError: no"),
         (
             THINKING,
@@ -217,10 +206,6 @@ THINKING = CHATML.replace(
         (
             CHATML.replace("<|im_end|>", "<|endoftext|>"),
             "expected the answer and the end token '<.im_end.>'",
-        ),
-        (
-            INST.replace("[/INST]", "[/INST]: ").replace(" <|im", "<|im"),
-            "ends inside a token before 'the wall",
         ),
         ("{{ messages | length }}", "writes a turn differently if others follow it"),
     ],
@@ -236,18 +221,6 @@ def test_templates_whose_answers_cannot_be_found_are_errors(template, message):
         )
 
 
-def test_a_tokenizer_that_begins_texts_unlike_its_template_is_an_error(parts):
-    changed = byte_level(CHATML)
-    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    with pytest.raises(UserError, match="begins texts with a token that its chat template lacks"):
-        encode(
-            tiny_models.turns("What is it?", "a cat"),
-            changed,
-            "chat",
-            None,
-            IMAGE_ID,
-        )
+def test_an_llm_without_a_chat_template_is_an_error(parts):
     with pytest.raises(UserError, match="has no chat template; use vicuna_v1"):
         build_processor(*parts, template="chat")

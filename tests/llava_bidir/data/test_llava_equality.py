@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_models import turns
-from transformers import CLIPVisionConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlavaImageProcessorPil, SiglipVisionConfig
 
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, SYSTEM, encode
@@ -182,11 +182,13 @@ def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer):
 
     class Processor:
         image_token_id = IMAGE_ID
+        image_processor = LlavaImageProcessorPil()
 
     Processor.tokenizer = tokenizer
+    tokenizer.pad_token = "<pad>"
     sample = {
         "id": "long",
-        "image": True,
+        "image": Image.new("RGB", (4, 4)),
         "conversations": turns("<image>\nCount.", "one", "More.", "two"),
     }
     short, _ = Collate(Processor, 576, "vicuna_v1").encode(sample)
@@ -199,7 +201,8 @@ def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer):
         IMAGE_ID,
     )
     assert len(whole[0]) == 2048 + missing
-    ids, labels = Collate(Processor, 576, "vicuna_v1").encode(sample)
+    batch = Collate(Processor, 576, "vicuna_v1")([sample])
+    ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
     assert (ids, labels) == (whole[0][:2048], whole[1][:2048])
     assert ids.count(IMAGE_ID) == 576
     assert (ids[-1] == labels[-1] == 2) == (missing <= 0), "the end of the answer is there, or cut"

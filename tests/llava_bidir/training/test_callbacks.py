@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llava_bidir.cli import main
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.data.dataset import Instructions
 from llava_bidir.training.read_checkpoint import read_checkpoint
 
 

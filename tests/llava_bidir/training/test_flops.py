@@ -9,7 +9,7 @@ from llava_bidir.data.collate import Collate
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.lora import Lora, add_lora
 from llava_bidir.training.flops import count_flops
-from llava_bidir.training.supervised_loss import supervised_loss
+from llava_bidir.training.loss import supervised_loss
 
 
 def make_batch(processor) -> dict:

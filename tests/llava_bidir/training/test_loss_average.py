@@ -72,7 +72,7 @@ def summed_losses(model, batches) -> tuple[list[torch.Tensor], list[int]]:
     sums = []
     counts = []
     for batch in batches:
-        images = iter(batch["pixel_values"] if batch["pixel_values"] is not None else [])
+        images = iter(batch["pixel_values"])
         rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
         for ids, labels, mask in rows:
             n = int(mask.sum())

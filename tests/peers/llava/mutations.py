@@ -66,7 +66,7 @@ MUTATIONS = [
     Mutation(
         "mean that counts one token too many",
         "stage 2, float64",
-        "training/supervised_loss.py",
+        "training/loss.py",
         'max(batch["supervised"], 1)',
         '(batch["supervised"] + 1)',
     ),

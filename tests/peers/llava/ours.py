@@ -59,8 +59,7 @@ class Watch(Callback):
         ids = batch["input_ids"]
         is_image = ids == pl_module.model.config.image_token_id
         has_image = is_image.any(1)
-        size = pl_module.black_image().numel()
-        pixels = torch.zeros(len(ids), size, dtype=torch.float64)
+        pixels = torch.zeros(len(ids), batch["pixel_values"][0].numel(), dtype=torch.float64)
         if has_image.any():
             pixels[has_image] = batch["pixel_values"].double().flatten(1)
         attended = batch["attention_mask"].bool()

@@ -1,6 +1,6 @@
 r"""LLaVA's JSON as a dataset: memory-mapped records, images read on access.
 
-The format of the 558K captions and of the 665K mix::
+The format of the 558K captions and of the 665K mix, a list or JSON Lines::
 
     [{"id": "004539375",
       "image": "00453/004539375.jpg",          <- missing in text-only records
@@ -16,7 +16,7 @@ As in LLaVA, these records are valid:
 - `<image>` without an image: it is text
 - `<image>` in an answer: the image is shown there, too
 
-`llava-bidir verify-data` lists images without `<image>` and the reverse. JSON Lines are read, too.
+`llava-bidir verify-data` lists images without `<image>` and the reverse.
 """
 
 import json
@@ -36,12 +36,11 @@ from llava_bidir.common.images import read_image
 
 from .conversation import IMAGE, usable_turns
 
+TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
-    id=datasets.Value("string"),
-    image=datasets.Value("string"),
-    conversations=datasets.List(
-        {"from": datasets.Value("string"), "value": datasets.Value("string")}
-    ),
+    id=TEXT,
+    image=TEXT,
+    conversations=datasets.List({"from": TEXT, "value": TEXT}),
     words=datasets.Value("int32"),
 )
 RULES = 6  # part of the cache key; increase it when the same file would be read differently
@@ -105,31 +104,28 @@ def read_records(path: str | Path) -> list[Any]:
 
 
 def _rows(path: str, **_: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file; the other arguments are the key of the cache."""
-    for number, record in enumerate(read_records(path)):
-        with error_context(f"{path}: record {number}"):
-            row = _read_record(record)
-        yield row
-
-
-def _read_record(record: Any) -> dict[str, Any]:
-    """Return the record as a row.
+    """Yield the rows of a file; the other arguments are the key of the cache.
 
     Raises:
-        UserError: The record cannot be trained on.
+        UserError: A record cannot be trained on.
     """
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise UserError("expected an object with a list 'conversations'")
-    image = record.get("image") or ""
-    if not isinstance(image, str) or image.startswith("/") or ".." in image.split("/"):
-        raise UserError(f"'image' must be the path of one image inside data.images, got {image!r}")
-    turns = usable_turns(record["conversations"])
-    return {
-        "id": str(record.get("id", "")),
-        "image": image,
-        "conversations": [{"from": turn["from"], "value": turn["value"]} for turn in turns],
-        "words": sum(len(turn["value"].split()) for turn in record["conversations"]),
-    }
+    for number, record in enumerate(read_records(path)):
+        with error_context(f"{path}: record {number}"):
+            if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+                raise UserError("expected an object with a list 'conversations'")
+            turns = record["conversations"]
+            image = record.get("image") or ""
+            if not isinstance(image, str) or image.startswith("/") or ".." in image.split("/"):
+                raise UserError(
+                    f"'image' must be the path of one image inside data.images, got {image!r}"
+                )
+            row = {
+                "id": str(record.get("id", "")),
+                "image": image,
+                "conversations": usable_turns(turns),
+                "words": sum(len(turn["value"].split()) for turn in turns),
+            }
+        yield row
 
 
 def shows_image(record: dict[str, Any]) -> bool:
@@ -178,14 +174,6 @@ class Instructions(Dataset):
             "conversations": record["conversations"],
         }
 
-    def check_answers(self) -> None:
-        """Raise a UserError if a first question has no answer; validation compares with it."""
-        for number, turns in enumerate(self.records["conversations"]):
-            if not has_first_answer(turns):
-                raise UserError(
-                    f"{self.annotations}: record {number} has no first answer to compare with"
-                )
-
     def check_trainable(self) -> None:
         """Raise a UserError if texts refer to images, but no record shows one."""
         if any(map(shows_image, self.records)):
@@ -204,16 +192,7 @@ class Instructions(Dataset):
         text_only = pc.equal(table.column("image"), "").to_numpy()
         return np.where(text_only, -words, words).astype(np.int32)
 
-    def summary(self, image_tokens: int, max_length: int) -> str:
-        """Return one line about all records, without tokenising: a word is a token or more."""
-        lengths = self.lengths()
-        min_tokens = np.where(lengths > 0, lengths + image_tokens, -lengths)
-        return (
-            f"{len(self):,} records: {(lengths < 0).sum():,} text only, about {(min_tokens > max_length).sum():,} "
-            f"longer than {max_length:,} tokens, which are truncated"
-        )
 
-
-def has_first_answer(turns: list[dict]) -> bool:
-    """Return whether the first question of a conversation has an answer that is not empty."""
-    return any(turn["value"] for turn in turns[1:2])
+def has_first_answer(record: dict[str, Any]) -> bool:
+    """Return whether the first question of a record has an answer, with which validation compares."""
+    return any(turn["value"] for turn in record["conversations"][1:2])

@@ -19,7 +19,7 @@ from tiny_models import turns
 
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.data.instruction_dataset import Instructions, read_annotations
+from llava_bidir.data.dataset import Instructions, read_annotations
 from llava_bidir.model.build import build_model, build_processor
 
 
@@ -115,7 +115,7 @@ CONVERSATIONS = {
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
-def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(
+def test_a_mask_is_refused_where_a_prediction_may_depend_on_its_own_target(
     mask,
     conversation,
     parts,
@@ -142,10 +142,11 @@ def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(
     is_seen = not torch.equal(logits[0][0, predicts], logits[1][0, predicts])
     collate.image_attention = mask
     message = f"record '7': an image follows an answer.* model.image_attention {mask}"
-    with pytest.raises(ValueError, match=message) if is_seen else nullcontext():
-        collate([data[0]])
+    is_refused = mask != "causal" and conversation in ("image late", "two images")
     leaks = {"image late": {"prefix"}, "two images": {"bidirectional", "prefix"}}
     assert is_seen == (mask in leaks.get(conversation, ()))
+    with pytest.raises(ValueError, match=message) if is_refused else nullcontext():
+        collate([data[0]])
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -1,0 +1,58 @@
+"""Forward pass of a micro-batch and its loss, without waiting for the device.
+
+Logits are computed for supervised tokens only. The host knows which they are and where images are.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration, build_masks
+
+
+def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+    """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none.
+
+    The parts of the model are called one by one. `LlavaModel.forward` finds image tokens on the device, and waits for
+    it to count them. Under ZeRO-3 all ranks gather weights in one order, whether their batches have images or not.
+
+    Args:
+        model: Model in training or evaluation.
+        batch: From :class:`llava_bidir.data.collate.Collate`.
+    """
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)
+    positions = batch["image_positions"]
+    if not len(positions):
+        # a black image, which gives the adapter zero gradients. Source: LLaVA llava_arch.py:234
+        features = features[:0]
+    embedded = (
+        embedded.flatten(0, 1).index_copy(0, positions, features.to(embedded)).view_as(embedded)
+    )
+    output = model.model.language_model(
+        inputs_embeds=embedded,
+        attention_mask=_attention_mask(model, batch),
+        use_cache=False,
+    )
+    logits = model.lm_head(output.last_hidden_state.flatten(0, 1)[batch["predicts"]]).float()
+    targets = batch["labels"].flatten()[batch["predicts"] + 1]
+    return F.cross_entropy(logits, targets, reduction="sum") / max(batch["supervised"], 1)
+
+
+def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]):
+    """Return the masks, None where attention is causal.
+
+    No mask is needed for padding: it is on the right, where neither text nor image tokens attend.
+    """
+    config = model.config
+    if config.image_attention == "causal" or not len(batch["image_positions"]):
+        return None
+    is_image = batch["input_ids"] == config.image_token_id
+    return build_masks(
+        config.image_attention,
+        config.get_text_config(),
+        is_image,
+        dtype=model.dtype,
+    )

@@ -1,20 +1,20 @@
 """Where a run of solved probes computes: its device, precision and processes.
 
-One process needs torch only. Several processes, and options of the trainer that are not in the tables below, are those
-of Lightning (`lightning_machine.py`), which takes seconds to import.
+One process needs torch only. Several are started by Lightning's Fabric, as torchrun, Slurm or `trainer.devices` ask for.
 """
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+
+from llava_bidir.common.errors import UserError
 
 ProgressKind = Literal["bar", "lines", "none"]
 
@@ -27,14 +27,9 @@ PRECISIONS = {
 ON_GPU = ("gpu", "cuda")
 # Number of processes, as torchrun, Slurm and MPI tell it
 COUNT_VARIABLES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-ONE = {
-    "accelerator": ("auto", "cpu", *ON_GPU),
-    "devices": ("auto", "1", "[0]"),
-    "num_nodes": ("1",),
-    "strategy": ("auto", "ddp"),
-    "precision": tuple(PRECISIONS),
-    "enable_progress_bar": ("True", "False", "None"),
-}  # values, as text, with which a run is one process
+# Arguments of Lightning's Trainer that solved probes have, too
+OF_FABRIC = ("accelerator", "devices", "num_nodes", "strategy")
+OPTIONS = (*OF_FABRIC, "precision", "enable_progress_bar")
 # Numbers of configs for `probes fit`, without a meaning for solved probes
 OF_FIT = (
     "max_epochs",
@@ -73,21 +68,42 @@ class Machine:
             torch.cuda.set_device(self.device)
         function()
 
-    def convert_module(self, module: nn.Module) -> None:
-        """Convert the weights of a module to the precision."""
-
-    def convert_input(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch in the precision."""
-        return batch
-
     def forward_context(self) -> AbstractContextManager:
         """Return the context of a forward at the precision."""
         if self.precision == "bf16-mixed":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def log_settings(self, out: Path, settings: Mapping[str, Any]) -> None:
-        """Tell the loggers of the run its settings; there is none."""
+
+class FabricMachine(Machine):
+    """Processes that Lightning's Fabric starts, or finds started by torchrun, Slurm or MPI.
+
+    Args:
+        options: Arguments of Fabric by name.
+        precision, progress: As for :class:`Machine`.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        precision: str,
+        progress: ProgressKind,
+    ):
+        from lightning.fabric import Fabric  # seconds, which one process does not need
+
+        self.fabric = Fabric(**options)
+        super().__init__(self.fabric.device, precision, progress)
+        self.is_first = self.fabric.is_global_zero
+        self.processes_here = max(1, len(getattr(self.fabric.strategy, "parallel_devices", [0])))
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Start the processes that are missing, and call a function in each of them."""
+        try:
+            self.fabric.launch(lambda fabric: function())
+        except KeyboardInterrupt:  # the others may wait for this one
+            for process in getattr(self.fabric.strategy.launcher, "procs", ()):
+                process.send_signal(signal.SIGKILL)
+            raise
 
 
 def solver_device(device: torch.device) -> torch.device:
@@ -95,33 +111,49 @@ def solver_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def one_process(options: Mapping[str, Any]) -> Machine | None:
-    """Return the machine that options of the trainer ask for; None if it is not one process or they are Lightning's.
+def build_machine(options: Mapping[str, Any]) -> Machine:
+    """Return the machine that options of the trainer ask for.
 
     Args:
         options: Arguments of Lightning's Trainer by name.
+
+    Raises:
+        UserError: An option has no meaning for solved probes.
     """
-    own = {name: str(value) for name, value in options.items() if name not in OF_FIT}
-    if any(text not in ONE.get(name, ()) for name, text in own.items()):
-        return None
-    numbers = [options[name] for name in OF_FIT if name in options]
-    if any(not isinstance(x, int | float | None) for x in numbers):
-        return None
+    if unknown := [name for name in options if name not in OPTIONS + OF_FIT]:
+        raise UserError(
+            f"trainer.{unknown[0]} has no meaning for solved probes; expected {', '.join(OPTIONS)}"
+        )
+    precision = str(options.get("precision", "32-true"))
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision of solved probes must be 32-true or bf16-mixed, got {precision}"
+        )
+    device = device_of_one_process(options)
+    progress = progress_kind(options.get("enable_progress_bar"))
+    if device is not None:
+        return Machine(device, PRECISIONS[precision], progress)
+    of_fabric = {name: options[name] for name in OF_FABRIC if name in options}
+    return FabricMachine(of_fabric, PRECISIONS[precision], progress)
+
+
+def device_of_one_process(options: Mapping[str, Any]) -> torch.device | None:
+    """Return the device of a run of one process; None of several processes, and of a device that Fabric must find."""
     if any(os.environ.get(name, "1") != "1" for name in COUNT_VARIABLES):
         return None
-    kind = own.get("accelerator", "auto")
-    on_gpu = kind in ON_GPU or (kind == "auto" and torch.cuda.is_available())
-    if kind == "auto" and torch.backends.mps.is_available():
+    if str(options.get("num_nodes", 1)) != "1":
         return None
-    all_gpus = own.get("devices", "auto") == "auto"
+    if str(options.get("strategy", "auto")) not in ("auto", "ddp"):
+        return None
+    kind = str(options.get("accelerator", "auto"))
+    devices = str(options.get("devices", "auto"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if on_gpu and (gpus == 0 or (all_gpus and gpus > 1)):
-        return None
-    return Machine(
-        torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
-        PRECISIONS[own.get("precision", "32-true")],
-        progress_kind(options.get("enable_progress_bar")),
-    )
+    if kind == "cpu" or (kind == "auto" and not gpus and not torch.backends.mps.is_available()):
+        return torch.device("cpu") if devices in ("auto", "1") else None
+    if kind in ("auto", *ON_GPU) and gpus:
+        is_one = devices in ("1", "[0]") or (devices == "auto" and gpus == 1)
+        return torch.device("cuda", 0) if is_one else None
+    return None
 
 
 def progress_kind(show_bar: bool | None) -> ProgressKind:

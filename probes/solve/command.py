@@ -20,7 +20,7 @@ from llava_bidir.common.runs import (
     run_process,
 )
 from probes.data.probe_data import ProbeData
-from probes.machine import Machine, one_process, seed_everything
+from probes.machine import Machine, build_machine, seed_everything
 from probes.run_config import RunConfig
 from probes.runs.run_results import format_scores, run_folder, say_finished
 from probes.site_probes import MODEL_SETTINGS
@@ -83,16 +83,9 @@ def dry_run(config: RunConfig) -> None:
 
 
 def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
-    """Return what a run is made from, its data, and where it computes.
-
-    Lightning is imported for several processes, and for options of the trainer that `one_process` does not know.
-    """
+    """Return what a run is made from, its data, and where it computes."""
     hide_expected_messages()
-    machine = one_process(config.trainer)
-    if machine is None:
-        from probes.fit.lightning_machine import build_machine
-
-        machine = build_machine(config)
+    machine = build_machine(config.trainer)
     seed_everything(config.seed_everything)
     data = ProbeData(**vars(config.data), seed=config.seed_everything)
     return make_solve_run(config, data.num_classes), data, machine

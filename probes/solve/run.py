@@ -99,8 +99,7 @@ def start_solver(run: SolveRun, data: ProbeData, machine: Machine) -> Solver:
     device = machine.device
     probes = load_probes(run.hparams, data, device, head="linear", feature_norm="batchnorm")
     probes.mllm.to(device)
-    machine.convert_module(probes.mllm)
-    machine.convert_module(probes.heads.to(solver_device(device)).eval())
+    probes.heads.to(solver_device(device)).eval()
     reader = StateReader(probes, data, machine, masks=run.task.loss is not None)
     checkpoints = SolverCheckpoints(run.checkpoints, run.identity, run.resuming)
     return choose_solver(reader, run.options, checkpoints)
@@ -175,7 +174,6 @@ def score(
     entries, tensors = of_path.results(counted)
     if rank() > 0:
         return
-    machine.log_settings(run.out, run.hparams)
     name = solver.path_kind
     path = StrengthsRecord(name, solver.about() | {name: {"sites": entries}}, tensors)
     made = {

@@ -111,7 +111,7 @@ class StateReader:
     def validation(self) -> Iterator[dict[str, Any]]:
         """Yield this process's batches of validation images."""
         for batch in self._progress(self.data.validation_loader(), "scores"):
-            yield move_batch(self.machine.convert_input(batch), self.device)
+            yield move_batch(batch, self.device)
 
     def precision(self) -> AbstractContextManager:
         """Return the context of a forward at the precision of the run."""

@@ -12,12 +12,9 @@ from safetensors.torch import load_file
 
 from probes import machine
 from probes.cli import main
-from probes.fit.lightning_machine import LightningMachine
-from probes.machine import one_process
+from probes.machine import FabricMachine, build_machine, device_of_one_process
 from probes.runs.probe_run import ProbeRun
 
-# That of no other case, and that changes nothing.
-LIGHTNING = ("--trainer.benchmark", "false")
 RUN = """
 import sys
 from probes.cli import main
@@ -47,7 +44,8 @@ def cpu(monkeypatch):
     ],
 )
 def test_one_process_is_torchs(options, cpu):
-    found = one_process(options)
+    found = build_machine(options)
+    assert type(found) is machine.Machine
     assert found.device == torch.device("cpu")
     autocast = options.get("precision") == "bf16-mixed"
     with found.forward_context():
@@ -60,36 +58,41 @@ def test_one_process_is_torchs(options, cpu):
         {"devices": 2},
         {"num_nodes": 2},
         {"devices": 2, "strategy": "ddp"},
-        {"precision": "64-true"},
-        {"precision": "bf17"},
         {"accelerator": "gpu"},
-        {"logger": "CSVLogger"},
-        {"limit_test_batches": 0.5},
-        {"callbacks": ["EarlyStopping"]},
-        {"max_epochs": "two"},
     ],
 )
-def test_several_processes_and_options_of_other_kinds_are_lightnings(options, cpu):
-    """Lightning starts them, or says what is wrong with them."""
-    assert one_process(options) is None
+def test_several_processes_and_other_devices_are_fabrics(options, cpu):
+    assert device_of_device_of_one_process(options) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logger": "CSVLogger"}, "trainer.logger has no meaning for solved probes"),
+        ({"precision": "64-true"}, "must be 32-true or bf16-mixed, got 64-true"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(options, message, cpu):
+    with pytest.raises(ValueError, match=message):
+        build_machine(options)
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])
-def test_processes_of_a_launcher_are_lightnings(variable, cpu, monkeypatch):
+def test_processes_of_a_launcher_are_fabrics(variable, cpu, monkeypatch):
     monkeypatch.setenv(variable, "2")
-    assert one_process({"devices": 1}) is None
+    assert device_of_one_process({"devices": 1}) is None
     monkeypatch.setenv(variable, "1")
-    assert one_process({"devices": 1}) is not None
+    assert device_of_one_process({"devices": 1}) is not None
 
 
 def test_all_gpus_of_a_machine_are_used(cpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for count in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        found = one_process({})
-        assert (found and found.device) == (torch.device("cuda", 0) if count == 1 else None)
-        assert one_process({"devices": 1}).device.type == "cuda"
-        assert one_process({"accelerator": "cpu"}).device.type == "cpu"
+        found = device_of_one_process({})
+        assert found == (torch.device("cuda", 0) if count == 1 else None)
+        assert device_of_one_process({"devices": 1}).type == "cuda"
+        assert device_of_one_process({"accelerator": "cpu"}).type == "cpu"
 
 
 def test_both_machines_solve_the_same_probes_to_the_last_bit(
@@ -100,25 +103,27 @@ def test_both_machines_solve_the_same_probes_to_the_last_bit(
     caplog,
 ):
     """And each knows the run of the other as its own."""
-    used = []
-    monkeypatch.setattr(
-        "probes.fit.lightning_machine.LightningMachine.run",
-        lambda self, function: used.append(type(self)) or function(),
-    )
     arguments = {
-        name: solving.arguments(checkpoints["causal"], segmentation, tmp_path / name, *more)
-        for name, more in (("torch", ()), ("lightning", LIGHTNING))
+        name: solving.arguments(checkpoints["causal"], segmentation, tmp_path / name)
+        for name in ("torch", "fabric")
     }
-    for words in arguments.values():
-        main(words)
-    assert used == [LightningMachine]
+    main(arguments["torch"])
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "device_of_one_process", lambda options: None)
+        run = FabricMachine.run
+        used = []
+        patch.setattr(
+            FabricMachine, "run", lambda self, function: used.append(self) or run(self, function)
+        )
+        main(arguments["fabric"])
+    assert len(used) == 1
     runs = [ProbeRun(tmp_path / name) for name in arguments]
     for name in ("probes", "counts", "effects"):
         own, other = (load_file(run.path / f"{name}.safetensors") for run in runs)
         assert own.keys() == other.keys()
         assert all(torch.equal(x, other[key]) for key, x in own.items()), name
     assert runs[0].manifest["identity"] == runs[1].manifest["identity"]
-    main([*arguments["torch"], *LIGHTNING, "--ckpt_path", "last"])
+    main([*arguments["fabric"], "--ckpt_path", "last"])
     assert "this run is finished; nothing to do" in caplog.text
 
 

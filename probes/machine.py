@@ -1,6 +1,6 @@
 """Where a run of solved probes computes: its device, precision and processes.
 
-One process needs torch only. Several are started by Lightning's Fabric, as torchrun, Slurm or `trainer.devices` ask for.
+One process needs torch only. Several are started by Lightning's Fabric, as torchrun, Slurm or trainer.devices ask for.
 """
 
 import os

@@ -191,7 +191,7 @@ def together(
 def test_tensors_of_another_process_are_put_on_the_own_device(monkeypatch):
     """All processes of a machine see all GPUs: those of process 1 would be on the GPU of process 0."""
     sent = {"axes": AxisRange(None, torch.ones(3)), "folds": [0, None]}
-    monkeypatch.setattr(processes, "rank_count", lambda: 2)
+    monkeypatch.setattr("llava_bidir.common.processes.rank_count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, source: None)
     found = broadcast(sent, 0, "meta")
     assert found["axes"].deviation.device.type == "meta" and found["folds"] == [0, None]

@@ -62,7 +62,7 @@ def test_one_process_is_torchs(options, cpu):
     ],
 )
 def test_several_processes_and_other_devices_are_fabrics(options, cpu):
-    assert device_of_device_of_one_process(options) is None
+    assert device_of_one_process(options) is None
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,17 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
             if (claim, mask) in measured[study.is_solved].trained:
                 key = (claim, mask)
                 rows = [row for row in path if (row["effect"], row["image_attention"]) == key]
-                claims.append(_entry(Case(study, claim, mask, measured, rows)))
+                claims.append(
+                    _entry(
+                        Case(
+                            study,
+                            claim,
+                            mask,
+                            measured,
+                            rows,
+                        )
+                    )
+                )
     correct_for_claims(claims)
     return claims
 
@@ -75,7 +85,7 @@ def _entry(case: Case) -> Entry:
         "verdicts": verdicts,
         **conclude(verdicts, claim.unlearned),
         **({"truth": truth} if truth else {}),
-        "text": claim.text,
+        "text": claim.text.replace("mIoU", study.task.labels[study.task.score]),
         "control": control and control.paper.json(),
         "n": (case.main.judged or case.main.paper).about["n"],
     }
@@ -133,7 +143,12 @@ def _beyond_random_column(case: Case) -> Entry:
         if any((case.mask, control) in compared for control in controls):
             judged = _judge_beyond_random(case, compared, solved)
             if reason := _why_undecided(case, compared, solved):
-                return untested(reason, judged["value"], judged["ci95"], probes=judged["probes"])
+                return untested(
+                    reason,
+                    judged["value"],
+                    judged["ci95"],
+                    probes=judged["probes"],
+                )
             return judged
     reasons = [why_no_draws(case, control) for control in controls]
     return untested("; ".join(dict.fromkeys(reasons)))
@@ -165,7 +180,12 @@ def _judge_beyond_random(
         key = (case.mask, control)
         if key in compared:
             others = [x for other, x in compared.items() if other != key and is_pooled]
-            columns[control] = judge_draws(case.sign, compared[key], others, margin)
+            columns[control] = judge_draws(
+                case.sign,
+                compared[key],
+                others,
+                margin,
+            )
     judged = least_favourable(case.sign, columns, margin)
     judged["probes"] = "solved" if solved else "trained"
     first_mask = next(iter(compared))[0]

@@ -82,7 +82,13 @@ def _measure_kind(
     beyond_random = {}
     for (claim, mask), number in trained.items():
         for control in CONTROLS[random_part(claim)]:
-            if not number.judged or other_knockouts(study, claim, mask, control, solved):
+            if not number.judged or other_knockouts(
+                study,
+                claim,
+                mask,
+                control,
+                solved,
+            ):
                 continue
             numbers = [draw[claim, mask].judged for draw in draws[control] if (claim, mask) in draw]
             if len(numbers) >= 2 and all(numbers):

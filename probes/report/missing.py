@@ -112,7 +112,13 @@ def why_no_draws(case: Case, control: str) -> str:
         return again(reason, f"--draws 2, or {control}0 and {control}1 among its --arms")
     if not case.main.judged:
         return why_no_contrast(study.main_runs[case.mask])
-    if reason := other_knockouts(study, case.claim, case.mask, control, study.is_solved):
+    if reason := other_knockouts(
+        study,
+        case.claim,
+        case.mask,
+        control,
+        study.is_solved,
+    ):
         return reason
     draws = [
         draw[case.mask]

@@ -151,43 +151,6 @@ def _class_ious(run: ProbeRun, site: str) -> Tensor:
     return run.task.iou(weights @ read)
 
 
-def best_by_dataset(studies: Sequence[StudyRuns], compared: Sequence[Entry]) -> Rows:
-    """Return a row for each model, mask and dataset: the score of its best layer, and the difference from the first.
-
-    The score is that of the layer which is best on these photos. [] for one dataset.
-
-    Args:
-        studies: All studies of a report.
-        compared: The entries of :func:`compare_models`.
-    """
-    if len({study.dataset for study in studies}) < 2:
-        return []
-    differences = {
-        (entry["dataset"], entry["image_attention"], entry["second"]): entry.get("best")
-        for entry in compared
-    }
-    rows = []
-    for study in studies:
-        (runs,) = runs_to_compare(study)
-        for mask, run in runs.items():
-            if run.peak_layer is None:
-                continue
-            best = run.site_scores()[run.peak_layer]
-            row = {
-                "model": study.model,
-                "dataset": study.dataset,
-                "image_attention": mask,
-                "has_llm": run.has_llm,
-                "site": run.peak_layer,
-                "miou": best.value,
-            }
-            row |= bounds(best.ci95)
-            found = differences.get((study.dataset, mask, study.model)) or {}
-            row["difference"] = found.get("difference")
-            rows.append(row | bounds(found.get("ci95"), "difference_"))
-    return rows
-
-
 def _compare_estimates(first: Estimate, second: Estimate) -> Entry:
     difference = second - first
     return {

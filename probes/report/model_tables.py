@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 from probes.runs.formatting import (
     Entry,
-    Rows,
     format_interval,
     format_p,
     format_percent,
     format_points,
-    format_score,
 )
 
 from .model_comparison import BEST_LAYER, class_differs, differs
@@ -202,25 +200,3 @@ def _sites_in_order(pairs: Sequence[Entry]) -> list[str]:
                 place += 1
     return order
 
-
-def dataset_table(rows: Rows) -> list[Cells]:
-    """Return a row for each model and mask, and a column for each dataset: the best layer, and its difference.
-
-    Args:
-        rows: Those of :func:`best_by_dataset`.
-    """
-    shown: dict[str, Cells] = {}  # by model
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    for row in rows:
-        model = row["model"]
-        if row["has_llm"]:
-            model += f", {row['image_attention']}"
-        text = f"{format_score(row['miou'], [row['low'], row['high']])} ({row['site']})"
-        if row["difference"] is not None:
-            interval = format_interval([row["difference_low"], row["difference_high"]])
-            text += f"; {format_points(row['difference'])} {interval}"
-        shown.setdefault(model, {"model": model})[row["dataset"]] = text
-    return [
-        {"model": model} | {name: cells.get(name, "–") for name in datasets}
-        for model, cells in shown.items()
-    ]

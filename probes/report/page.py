@@ -3,7 +3,6 @@
 OUT/index.html       the page; needs no network and no other file
 OUT/results.json     claims and scores, in the format that other tools read
 OUT/*.csv            every number of the page, as fractions 0..1
-OUT/tables.tex       scores per site and claims in percent, for LaTeX with booktabs
 OUT/*.png, *.pdf     the figures
 
 All files are written at the end, results.json last. An earlier report therefore stays until the new one is complete. Of
@@ -44,15 +43,6 @@ from probes.runs.study import (
 )
 from probes.tasks import SEGMENTATION
 
-from . import latex, tables
-from .beyond_classes import (
-    claim_texts,
-    joint_tasks,
-    read_task_studies,
-    task_notes,
-    task_results,
-    task_score_rows,
-)
 from .claim_table import (
     claim_notes,
     claim_rows,
@@ -65,18 +55,14 @@ from .claim_table import (
     verdict_reasons,
 )
 from .claims import evaluate_claims
-from .figures.beyond_classes import task_figures
 from .figures.model_curves import overview_figures
 from .headline import describe_study, describe_table, kinds_of_sites
 from .model_comparison import (
-    best_by_dataset,
     compare_models,
-    comparison_rows,
     comparisons_in_points,
 )
 from .model_tables import (
     classes_of_pair,
-    dataset_table,
     describe_comparison,
     group_comparisons,
     pair_table,
@@ -86,6 +72,8 @@ from .options import ReportOptions
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
 from .site_table import shown_rows, site_rows
+from .sites import table2
+from .tables import make_tables
 from .terminal import format_results
 from .verdicts import MARGIN
 
@@ -175,8 +163,8 @@ def write_report(
         task_runs: The same, of other tasks than segmentation.
         unfinished: Steps that have no result, see :func:`unfinished_steps`.
     """
-    task_studies = read_task_studies(task_runs)
     studies = read_studies(paths)
+    task_studies = read_studies(task_runs, FinishedRun)
     if not studies:
         raise UserError(
             "a report needs a run of segmentation beside those of other tasks; there is none"
@@ -198,33 +186,25 @@ def _write_files(
     parts = [
         _build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies
     ]
-    tasks = task_results(task_studies)
-    joint_of_tasks = joint_tasks(task_studies, tasks)
-    table2 = tables.table2([s for s in studies if s.first.has_llm])
-    task_tables = {"task_scores": task_score_rows(tasks), "task_claims": claim_rows(tasks)}
     compared = compare_models(studies)
-    datasets = best_by_dataset(studies, compared)
-    tables_of_all = {
-        "table2": table2,
-        "models": comparison_rows(compared),
-        "datasets": datasets,
-    }
-    files |= _csv_files(tables_of_all | task_tables, out)
+    paper = table2(studies)
     by_study = [part["results"] for part in parts]
-    joint = joint_studies(studies, by_study)
+    everything = [*studies, *task_studies]
+    claims = [part["claims"] for part in by_study] + [evaluate_claims(x) for x in task_studies]
+    joint = joint_studies(everything, claims)
+    made = make_tables(everything, claims, joint)
+    for name, table in made._asdict().items():
+        if len(table):
+            files[out / f"{name}.csv"] = table.to_csv(index=False)
+    files |= _csv_files({"table2": paper}, out)
     page = render(
         "report/page.html.j2",
         FILTERS,
         parts=parts,
         joint=joint,
         comparisons=group_comparisons(compared),
-        dataset_table=dataset_table(datasets),
         overview=[] if single else _draw(overview_figures(studies), out, files),
-        table2=table2,
-        task_figures=_draw(task_figures(task_studies, tasks), out, files),
-        task_claims=claim_texts(tasks),
-        joint_task_claims=claim_texts(joint_of_tasks),
-        task_notes=task_notes(tasks, joint_of_tasks),
+        table2=paper,
         paper=PAPER,
         truth_sentence=summarize_truths(by_study),
         failed=describe_steps(unfinished, FAILED),
@@ -236,10 +216,8 @@ def _write_files(
         "joint": joint,
         "compared": compared,
         "comparisons": comparisons_in_points(compared),
-        "datasets": datasets,
     }
     results = {"margin": MARGIN} | (by_study[0] if single else several)
-    results |= {"tasks": tasks, "joint_tasks": joint_of_tasks} if tasks else {}
     results |= {"unfinished": unfinished} if unfinished else {}
     results |= {"files": sorted(path.relative_to(out).as_posix() for path in files)}
     earlier = _earlier_files(out)
@@ -294,7 +272,6 @@ def _build_part(
     files |= _csv_files({"sites": results["sites"], "claims": claim_rows([results])}, out)
     for section in sections:
         files |= _csv_files(section.content.tables, out)
-    files[out / "tables.tex"] = latex.format_tables(study, claims)
     return {
         "study": study,
         "folder": folder,

@@ -7,18 +7,11 @@ from probes.analyses.base import Section, function_of
 from probes.runs.formatting import Entry, Rows
 from probes.runs.study import StudyRuns
 
-from .encoder_layers import best_layer, class_table, describe_best_layer
+from .encoder_layers import best_layer, describe_best_layer
 from .figures.claims import claim_figures
 from .figures.layer_curves import encoder_figures, layer_figures, stack_figures
 from .figures.layer_parts import part_figures
-from .mask_comparison import (
-    compare_masks,
-    mask_comparison_rows,
-    mask_figures,
-    summarize_mask_comparison,
-)
 from .strengths import edge_notes
-from .tables import class_rows
 
 
 class PageSection(NamedTuple):
@@ -32,7 +25,7 @@ class PageSection(NamedTuple):
 def study_sections(study: StudyRuns, claims: list[Entry]) -> list[PageSection]:
     """Return all sections of a study; those without data have no figures."""
     at_edge = {mask: run.strengths.at_edge() for mask, run in study.solved.items()}
-    tables = {"classes": class_rows(study)}
+    tables: dict[str, Rows] = {}
     results = {"path_at_edge": at_edge}
     layers = _layers_section(study, claims, edge_notes(at_edge), tables, results)
     controls = Section([*claim_figures(claims, study.first.has_llm)])
@@ -40,11 +33,6 @@ def study_sections(study: StudyRuns, claims: list[Entry]) -> list[PageSection]:
         layers,
         PageSection(
             "Claims beside controls", "What do models with random weights show as well?", controls
-        ),
-        PageSection(
-            "Bidirectional vs. causal attention",
-            "At which layers do the two masks differ?",
-            _masks_section(study),
         ),
         *(
             PageSection(analysis.title, analysis.question, function_of(name, "section")(study))
@@ -70,19 +58,9 @@ def _layers_section(
     best = best_layer(study.first, claims)
     sentences = [f"{describe_best_layer(best)}.", *notes] if best else notes
     results = results | {"best_layer": best}
-    shown = {"IoU by class and layer, in percent": class_table(study.first)} if best else {}
     figures = [*encoder_figures(study), *part_figures(study)]
     return PageSection(
         "Layer by layer",
         "Which layer reads best, and for which class?",
-        Section(figures, sentences, tables, shown, results),
+        Section(figures, sentences, tables, results=results),
     )
-
-
-def _masks_section(study: StudyRuns) -> Section:
-    compared = compare_masks(study)
-    if not compared:
-        return Section(results={"paired": None})
-    tables = {"paired": mask_comparison_rows(compared)}
-    sentences = summarize_mask_comparison(compared)
-    return Section([*mask_figures(compared)], sentences, tables, results={"paired": compared})

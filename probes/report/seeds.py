@@ -28,19 +28,20 @@ from .verdicts import (
 )
 
 
-def joint_studies(studies: list[StudyRuns], results: list[Entry]) -> list[Entry]:
-    """Return {"model", "dataset", "has_llm", "seeds", "claims", "left_out"} of models with several seeds on a dataset.
+def joint_studies(studies: list[StudyRuns], claims: list[list[Entry]]) -> list[Entry]:
+    """Return {"task", "model", "dataset", "has_llm", "seeds", "claims", "left_out"} of models with several seeds.
 
     Claims have the keys of `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values
     of the seeds.
     """
-    claims = {study.slug: result["claims"] for study, result in zip(studies, results, strict=True)}
     joint = []
     for members in studies_by_model(study for study in studies if study.seed is not None):
+        of_members = [claims[i] for i, x in enumerate(studies) if any(x is y for y in members)]
         images = [study.first.manifest["data"]["fingerprint"] for study in members]
         shares_images = len(set(images)) < len(images)
-        by_seed = {study.seed: claims[study.slug] for study in members}
+        by_seed = dict(zip((x.seed for x in members), of_members, strict=True))
         about = {
+            "task": members[0].task.name,
             "model": members[0].name,
             "dataset": members[0].dataset,
             "has_llm": members[0].first.has_llm,
@@ -64,13 +65,27 @@ def _joint_claims(
     joint = []
     left_out = []
     for (name, mask), by_seed in by_key.items():
-        about = {"claim": name, "image_attention": mask}
+        about = {
+            "claim": name,
+            "image_attention": mask,
+        }
         if lacking := [seed for seed in claims_by_seed if seed not in by_seed]:
             left_out.append(about | {"lacking": lacking})
         if len(by_seed) > 1:
-            joint.append(about | _joint_claim(name, by_seed, shared_images, margin))
+            joint.append(
+                about
+                | _joint_claim(
+                    name,
+                    by_seed,
+                    shared_images,
+                    margin,
+                )
+            )
     correct_for_claims(joint)
-    return {"claims": joint, "left_out": left_out}
+    return {
+        "claims": joint,
+        "left_out": left_out,
+    }
 
 
 def _joint_claim(
@@ -84,7 +99,12 @@ def _joint_claim(
     verdicts = {}
     for column_name in COLUMNS:
         columns = {seed: claim["verdicts"][column_name] for seed, claim in by_seed.items()}
-        verdicts[column_name] = join_column(sign, columns, shared_images, margin)
+        verdicts[column_name] = join_column(
+            sign,
+            columns,
+            shared_images,
+            margin,
+        )
     # the numbers of the main runs
     value = verdicts["paper"]["value"]
     ci95 = verdicts["paper"]["ci95"]
@@ -97,7 +117,10 @@ def _joint_claim(
         "holds": value is not None and judge(sign, value, ci95) == HOLDS,
         "verdicts": verdicts,
         **conclude(verdicts, CLAIMS[name].unlearned),
-        "n": {"seeds": min(counts, default=0), "of": len(by_seed)},
+        "n": {
+            "seeds": min(counts, default=0),
+            "of": len(by_seed),
+        },
     }
     truths = {claim.get("truth") for claim in by_seed.values()}
     if len(truths) == 1 and None not in truths:
@@ -136,17 +159,37 @@ def join_column(
     of_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in entries]
     value, ci95 = mean_over_seeds(of_images, shared_images)
     if len(judged) < 2:
-        return untested(reason, value, ci95, **more)
+        return untested(
+            reason,
+            value,
+            ci95,
+            **more,
+        )
     if "p" in entries[0]:
         df = len(entries) - 1
-        return margin_column(sign, value, ci95, df, margin, **more)
+        return margin_column(
+            sign,
+            value,
+            ci95,
+            df,
+            margin,
+            **more,
+        )
     # the column "paper"
     below = [x["below_optimum"] for x in entries if x.get("below_optimum")]
     more["below_optimum"] = None
     if len(below) > 1:
         mean = mean_over_seeds([(x["value"], x["ci95"]) for x in below], shared_images)
-        more["below_optimum"] = {"value": mean[0], "ci95": mean[1]}
-    return column(sign, value, ci95, **more)
+        more["below_optimum"] = {
+            "value": mean[0],
+            "ci95": mean[1],
+        }
+    return column(
+        sign,
+        value,
+        ci95,
+        **more,
+    )
 
 
 def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:

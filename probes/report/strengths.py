@@ -24,7 +24,11 @@ def path_rows(study: StudyRuns) -> Rows:
     """Return one entry per mask, effect and row: value, simultaneous interval, and whether it has converged."""
     untrained = by_mask(study.where(arm=UNTRAINED, solved=True))
     return [
-        {"image_attention": mask, "effect": effect} | row
+        {
+            "image_attention": mask,
+            "effect": effect,
+        }
+        | row
         for mask, run in study.solved.items()
         for effect, by_row in _effects_by_row(run, untrained.get(mask)).items()
         for row in _rows_of_effect(by_row)

@@ -1,60 +1,244 @@
-"""Build the tables of a study, next to the numbers of the paper."""
+"""The tables that a report consists of: all that page, terminal, LaTeX, CSV files and notebooks show are selections.
 
-from probes.models.sites import FINAL_NORM
-from probes.runs.formatting import Rows, run_columns
-from probes.runs.paper import PAPER
+A new claim is a row in its analysis, a new view a function of a table; nothing else knows of either.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pandas import DataFrame
+
+from probes.runs.formatting import Entry
 from probes.runs.study import StudyRuns
 
-SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
+from .compare import difference_rows
+from .sites import certificate_rows, class_rows, draw_rows, site_rows
+from .verdicts import COLUMNS
+
+KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LONGEST_LABEL = 16
+UNTRAINED = "untrained"  # the column of claims that has the number of the model before training
 
 
-def table2(studies: list[StudyRuns]) -> Rows:
-    """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper; [] without runs."""
-    if not studies:
-        return []
-    rows = []
-    for study in studies:
-        for mask, run in study.main_runs.items():
-            row = {
-                "model": study.title if len(studies) > 1 else "this run",
-                "image_attention": mask,
-                "probes": run.probe_kind,
-            }
-            for key in SUMMARY:
-                row[key] = run.metrics["summary"][key]
-            scores = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
-            row[FINAL_NORM] = scores.get(FINAL_NORM)
-            rows.append(row)
-    for encoder in ("clip", "dinov2", "siglip"):
-        for mask in ("causal", "bidirectional"):
-            row = {
-                "model": f"paper, {encoder}, ADE20K",
-                "image_attention": mask,
-                "probes": "trained",
-                **_paper_row(encoder, mask),
-                FINAL_NORM: None,
-                "read_from": PAPER["read_from"]["table2_ade20k_miou"],
-            }
-            rows.append(row)
-    return rows
+class Tables(NamedTuple):
+    """All tables of a report.
+
+    Scores and differences are fractions 0..1, of other tasks than segmentation in the unit of their score; what does
+    not exist is NaN or None. `model` is a key of `models`. Rows are in the order of the command, of the masks (causal
+    first), then of sites from the pixels to the output.
+
+    Args:
+        models: key ("A", "B", ...), label (at most 16 characters), about (what else is known of it, or ""), path,
+            has_llm, last_layer.
+        claims: A row for each claim, mask, model, task, data, seed and column: "paper", "optimum", "beyond_random", and
+            "untrained", the number of the model before training. Of the column: value, low, high, verdict, reason (why
+            it is untested), detectable, random (mean of the draws), control (kind of draws beyond which the claim fares
+            worst), below_optimum with below_low and below_high. Of the claim, in each row: title, what (is subtracted
+            from what), conclusion, finding (after correction for all claims), p, p_holm, truth, images, patches, seeds.
+            Claims joint over seeds have no seed, and their number in "seeds"; all others have seeds 1.
+        sites: A row for each run, site and metric: model, mask, task, data, weights ("trained", or the control), draw,
+            seed, probes ("solved" or "trained"), main (whether the report is about this run), site, metric, value, low,
+            high. Main scores of main runs also have random, draws (their number), minus_random, minus_low and
+            minus_high: the difference from random models, over images and draws.
+        differences: A row for each difference, the second minus the first: of ("site", "effect", "best layer", "class",
+            or "left out" with the reason as name), between ("models" with keys, or "masks" of `model`), first, second,
+            mask, task, data, seed, name, site, second_site, first_value, second_value, difference, low, high, p (sites:
+            of those with a depth together; classes together), photos (of a class; without p if they are too few).
+        draws: The main score of each draw at the sites that it changes: model, mask, task, data, weights (random,
+            permuted or adapter), draw, seed, site, metric, value.
+        classes: IoU by class at the sites of main runs: model, mask, data, seed, site, class, iou, photos.
+        certificates: Of each solved probe: model, mask, task, data, weights, draw, seed, site, strength, at_end (the
+            cross-validated loss is lowest at an end of the path), gradient, converged.
+    """
+
+    models: DataFrame
+    claims: DataFrame
+    sites: DataFrame
+    differences: DataFrame
+    draws: DataFrame
+    classes: DataFrame
+    certificates: DataFrame
 
 
-def _paper_row(encoder: str, mask: str) -> dict[str, float]:
-    numbers = PAPER["table2_ade20k_miou"][encoder]
-    values = [numbers["encoder"], *numbers[mask]]
-    return {key: value / 100 for key, value in zip(SUMMARY, values, strict=True)}
+RUN = ("model", "mask", "task", "data", "weights", "draw", "seed", "probes")
+NAMES = {  # of the columns of each table
+    "models": ("key", "label", "about", "path", "has_llm", "last_layer"),
+    "claims": (
+        *("claim", "title", "what", "model", "mask", "task", "data", "seed", "seeds", "column"),
+        *("value", "low", "high", "verdict", "reason", "detectable", "random", "control"),
+        *("below_optimum", "below_low", "below_high"),
+        *("conclusion", "finding", "p", "p_holm", "truth", "images", "patches"),
+    ),
+    "sites": (
+        *(*RUN, "main", "site", "metric", "value", "low", "high"),
+        *("random", "draws", "minus_random", "minus_low", "minus_high"),
+    ),
+    "differences": (
+        *("of", "between", "first", "second", "model", "mask", "task", "data", "seed"),
+        *("name", "site", "second_site", "first_value", "second_value"),
+        *("difference", "low", "high", "p", "photos"),
+    ),
+    "draws": (*RUN, "site", "metric", "value"),
+    "classes": (*RUN, "site", "class", "iou", "photos"),
+    "certificates": (*RUN, "site", "strength", "at_end", "gradient", "converged"),
+}
 
 
-def class_rows(study: StudyRuns) -> Rows:
-    """Return the IoU per class and site."""
-    return [
-        run_columns(run)
-        | {
-            "site": entry["site"],
-            "class": name,
-            "iou": iou,
+def make_tables(
+    studies: Sequence[StudyRuns],
+    claims: Sequence[list[Entry]],
+    joint: Sequence[Entry] = (),
+) -> Tables:
+    """Return the tables of a report.
+
+    Args:
+        studies: In the order given.
+        claims: Of each study, from :func:`probes.report.claims.evaluate_claims`.
+        joint: Claims over seeds, from :func:`probes.report.seeds.joint_studies`.
+    """
+    models = name_models(studies)
+    keys = dict(zip(dict.fromkeys(study.name for study in studies), models["key"], strict=True))
+    rows: dict[str, list[Entry]] = {name: [] for name in NAMES}
+    for study, of_study in zip(studies, claims, strict=True):
+        key = keys[study.name]
+        about = {
+            "model": key,
+            "task": study.task.name,
+            "data": study.dataset,
+            "seed": study.first.metrics["seed"],
+            "seeds": 1,
         }
-        for run in (*study.main_runs.values(), *study.untrained.values())
-        for entry in run.metrics["sites"]
-        for name, iou in zip(run.metrics["classes"], entry["iou_per_class"], strict=True)
+        rows["claims"] += [row for claim in of_study for row in _claim_rows(about, claim)]
+        for name, make in (
+            ("sites", site_rows),
+            ("draws", draw_rows),
+            ("classes", class_rows),
+            ("certificates", certificate_rows),
+        ):
+            rows[name] += make(study, key)
+    for entry in joint:
+        about = {
+            "model": keys[entry["model"]],
+            "task": entry["task"],
+            "data": entry["dataset"],
+        }
+        for claim in entry["claims"]:
+            rows["claims"] += _claim_rows(about | {"seeds": claim["n"]["seeds"]}, claim)
+    rows["differences"] = difference_rows(studies, keys)
+    made = {name: DataFrame(rows[name], columns=list(NAMES[name])) for name in NAMES}
+    return Tables(**made | {"models": models})
+
+
+def _claim_rows(about: Entry, claim: Entry) -> Iterator[Entry]:
+    """Yield the rows of a claim, one for each column."""
+    title, _, what = claim["text"].partition(": ")
+    about = about | {
+        "claim": claim["claim"],
+        "mask": claim["image_attention"],
+        "title": title,
+        "what": what,
+        "images": claim["n"].get("images"),
+        "patches": claim["n"].get("patches"),
+    }
+    about |= {key: claim.get(key) for key in ("conclusion", "finding", "p", "p_holm", "truth")}
+    columns = {name: claim["verdicts"][name] for name in COLUMNS}
+    if claim.get("control"):
+        columns[UNTRAINED] = claim["control"]
+    for name, column in columns.items():
+        draws = column.get("by_draw")
+        row = about | {
+            "column": name,
+            "random": draws and sum(draws) / len(draws),
+        }
+        row |= {
+            key: column.get(key) for key in ("value", "verdict", "reason", "detectable", "control")
+        }
+        row["low"], row["high"] = column["ci95"] or (None, None)
+        if below := column.get("below_optimum"):
+            row |= {"below_optimum": below["value"]}
+            row["below_low"], row["below_high"] = below["ci95"]
+        yield row
+
+
+def by_claim(claims: DataFrame) -> DataFrame:
+    """Return a row for each claim: its effect, what is left beyond random models, and the verdict of each column.
+
+    The effect, "value", "low" and "high", is that at the optimum if it was measured there; of what is beyond random
+    models: beyond_value, beyond_low, beyond_high, beyond_verdict, random and control.
+    """
+    parts = {name: claims[claims["column"] == name].reset_index(drop=True) for name in COLUMNS}
+    table = parts["optimum"].drop(columns=["column", "random", "control"])
+    numbers = ["value", "low", "high"]
+    table[numbers] = table[numbers].where(table["low"].notna(), parts["paper"][numbers])
+    for name in COLUMNS:
+        table[f"{name}_verdict"] = parts[name]["verdict"]
+    beyond = parts["beyond_random"]
+    table[[f"beyond_{key}" for key in numbers]] = beyond[numbers]
+    table[["random", "control"]] = beyond[["random", "control"]]
+    reasons = parts["optimum"]["reason"].fillna(beyond["reason"])
+    return table.assign(reason=reasons).drop(columns=["verdict"])
+
+
+# ------------------------------------------------------------------------------------------------ names
+def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
+    """Return the table of models, in the order given."""
+    first = {}
+    for study in studies:
+        first.setdefault(study.name, study)
+    labels = shorten_labels([*first])
+    rows = [
+        {
+            "key": KEYS[i] if i < len(KEYS) else f"M{i + 1}",
+            "label": label,
+            "about": "" if _about(study) == label else _about(study),
+            "path": study.first.metrics["mllm"],
+            "has_llm": study.first.has_llm,
+            "last_layer": study.first.last_layer,
+        }
+        for i, (label, study) in enumerate(zip(labels, first.values(), strict=True))
     ]
+    return DataFrame(rows, columns=list(NAMES["models"]))
+
+
+def _about(study: StudyRuns) -> str:
+    """Return what a checkpoint records of itself, else its name."""
+    return study.first.training.get("name") or study.name
+
+
+def shorten_labels(names: Sequence[str]) -> list[str]:
+    """Return labels of at most 16 characters: the last telling part of a path, without what all names share.
+
+    Two may be equal: keys tell models apart.
+    """
+    words = [_last_part(name).replace("_", " ").split() for name in names]
+    for end in (slice(1, None), slice(None, -1)):
+        at = 0 if end.start else -1
+        while (
+            len(words) > 1 and all(len(w) > 1 for w in words) and len({w[at] for w in words}) == 1
+        ):
+            words = [w[end] for w in words]
+    return [_shorten(" ".join(w)) for w in words]
+
+
+def _last_part(name: str) -> str:
+    """Return the last part of a path or module that tells something, without what every export's name ends with."""
+    if not re.search("[/:]", name):
+        return name
+    parts = [
+        x for x in re.split("[/:]", name) if x not in ("", "hf", "trained", "checkpoint", "model")
+    ]
+    return re.sub(
+        r"([-_.](hf|instruct|chat))+$",
+        "",
+        parts[-1] if parts else name,
+        flags=re.I,
+    )
+
+
+def _shorten(label: str) -> str:
+    if len(label) <= LONGEST_LABEL:
+        return label
+    if " " in label:
+        return label[: label.rfind(" ", 0, LONGEST_LABEL)].rstrip(" ,-") + "…"
+    return f"{label[: LONGEST_LABEL - 5].rstrip(' -_')}…{label[-4:].lstrip(' -_')}"

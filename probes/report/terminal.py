@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from probes.runs.formatting import Entry, Rows, align
 from probes.runs.steps import FAILED, LEFT_OUT, describe_steps
 
-from .beyond_classes import claim_texts, task_notes
 from .claim_table import (
     COLUMN_TITLES,
     claim_notes,
@@ -16,7 +15,6 @@ from .claim_table import (
 from .headline import describe_study, describe_table
 from .model_tables import (
     Comparison,
-    dataset_table,
     describe_comparison,
     group_comparisons,
     pair_table,
@@ -44,12 +42,8 @@ def format_results(results: Entry) -> str:
         lines += [*_format_sites(study["sites"]), "", *describe_study(study)]
         lines += [*describe_table(study), ""]
         lines += [_format_claims(study["claims"], with_llm), *notes, ""]
-    if datasets := dataset_table(results.get("datasets", [])):
-        lines += ["Best layer by data set, and its difference from the first model's"]
-        lines += [*_format_cells(datasets), ""]
     for group in group_comparisons(results.get("compared", [])):
         lines += _format_comparison(group)
-    lines += _format_tasks(results.get("tasks", []), results.get("joint_tasks", []))
     lines += describe_steps(unfinished, LEFT_OUT)
     return "\n".join(lines)
 
@@ -58,7 +52,12 @@ def _format_comparison(group: Comparison) -> list[str]:
     """Return the comparison of models as lines for the terminal: one table, then sentences about each pair."""
     rows = table_of_all(group) or [row for entry in group.pairs for row in pair_table(entry)]
     sentences = [line for entry in group.pairs for line in [*describe_comparison(entry), ""]]
-    return [group.title, *_format_cells(rows), "", *sentences]
+    return [
+        group.title,
+        *_format_cells(rows),
+        "",
+        *sentences,
+    ]
 
 
 def _format_cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -91,7 +90,15 @@ def _format_claims(claims: list[Entry], has_llm: bool) -> str:
     if not claims:
         return "No claim can be judged from these sites."
     mask = ["attention"] if has_llm else []
-    rows = [["claim", *mask, COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
+    rows = [
+        [
+            "claim",
+            *mask,
+            COLUMN_TITLES["optimum"].lower(),
+            "beyond random",
+            "conclusion",
+        ]
+    ]
     for claim in claims:
         text = claim_text(claim)
         conclusion = text.finding
@@ -100,24 +107,13 @@ def _format_claims(claims: list[Entry], has_llm: bool) -> str:
         if text.truth:
             conclusion += f" (truth: {text.truth})"
         effects = [text.columns[name].effect for name in ("optimum", "beyond_random")]
-        rows.append([claim["claim"], *[text.mask] * has_llm, *effects, conclusion])
+        rows.append(
+            [
+                claim["claim"],
+                *[text.mask] * has_llm,
+                *effects,
+                conclusion,
+            ]
+        )
     reasons = verdict_reasons(claims, tested_columns(claims, has_llm))
     return "\n".join([*align(rows), *claim_notes(claims), *reasons])
-
-
-def _format_tasks(entries: list[Entry], joint: list[Entry]) -> list[str]:
-    """Return the claims about other tasks as lines for the terminal."""
-    lines = []
-    for tasks in (entries, joint):
-        lines += _format_task_claims(claim_texts(tasks))
-    return [*lines, *task_notes(entries, joint)] if lines else []
-
-
-def _format_task_claims(rows: list[dict[str, str]]) -> list[str]:
-    """Return a table of claims; model, dataset and seed are left out where all rows have the same."""
-    if not rows:
-        return []
-    named = [key for key in ("model", "dataset", "seed") if len({row.get(key) for row in rows}) > 1]
-    named += [key for key in ("seeds", "attention") if key in rows[0]]
-    shown = ["task", *named, "claim", "effect", "beyond random", "finding"]
-    return [*align([shown, *([row[key] for key in shown] for row in rows)]), ""]

@@ -49,22 +49,46 @@ def models_by_dataset(
     figure, axes = new_panels(len(datasets), height=3.6 if len(datasets) == 1 else 2.9, columns=2)
     panels = dict(zip(datasets, axes, strict=True))
     rows: Rows = []
-    for study, run, name in zip(studies, runs, names, strict=True):
-        about = {"model": study.model, "dataset": study.dataset}
+    for study, run, name in zip(
+        studies,
+        runs,
+        names,
+        strict=True,
+    ):
+        about = {
+            "model": study.model,
+            "dataset": study.dataset,
+        }
         ax = panels[study.dataset]
         look = {"color": colours[name]}
         scores = score_rows([run])
         if over_adapter:
             scores = _over_adapter(scores)
             points = _over_adapter(points_of(name, run))
-            curves(ax, points, {name: look | {"lw": 1.8}}, y="over_adapter", scale=100)
+            curves(
+                ax,
+                points,
+                {name: look | {"lw": 1.8}},
+                y="over_adapter",
+                scale=100,
+            )
         else:
-            curves(ax, points_of(name, run), {name: TRAINED | look}, **MIOU)
+            curves(
+                ax,
+                points_of(name, run),
+                {name: TRAINED | look},
+                **MIOU,
+            )
             mark_best(ax, run, colours[name])
             for draw in study.draws(*CONTROLS["llm"], solved=run.is_solved):
                 if mask in draw:
                     points = points_of(name, draw[mask], is_layer)
-                    curves(ax, points, {name: POINTS | look}, **MIOU)
+                    curves(
+                        ax,
+                        points,
+                        {name: POINTS | look},
+                        **MIOU,
+                    )
         rows += [about | row for row in scores]
     for dataset, ax in panels.items():
         if over_adapter:
@@ -72,7 +96,15 @@ def models_by_dataset(
         sites = {row["site"] for row in rows if row["dataset"] == dataset}
         label_sites(ax, sorted(filter(has_depth, sites), key=site_depth), 8)
         ax.set_title(dataset, fontsize=10)
-    lines = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    lines = [
+        Line2D(
+            [],
+            [],
+            color=colour,
+            label=name,
+        )
+        for name, colour in colours.items()
+    ]
     figure.legend(
         handles=lines,
         loc="outside lower center",
@@ -92,7 +124,11 @@ def encoders_by_dataset(studies: list[StudyRuns]) -> FigureData:
     """
     models = list(dict.fromkeys(study.model for study in studies))
     looks = {
-        model: TRAINED | {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        model: TRAINED
+        | {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
         for i, model in enumerate(models)
     }
     datasets = list(dict.fromkeys(study.dataset for study in studies))
@@ -109,9 +145,17 @@ def encoders_by_dataset(studies: list[StudyRuns]) -> FigureData:
                 points += [
                     row | {"depth": row["depth"] / last} for row in points_of(study.model, run)
                 ]
-                about = {"model": study.model, "dataset": dataset}
+                about = {
+                    "model": study.model,
+                    "dataset": dataset,
+                }
                 rows += [about | row for row in score_rows([run])]
-        curves(ax, points, looks, **MIOU)
+        curves(
+            ax,
+            points,
+            looks,
+            **MIOU,
+        )
         ax.set_title(dataset, fontsize=10)
         ax.set_xlabel("depth: layer / last layer")
     lines = [
@@ -156,15 +200,38 @@ def masks_by_model(studies: list[StudyRuns]) -> FigureData:
     kinds = _kinds_of_probes([pair[0] for pair in pairs])
     looks = {mask: TRAINED | {"color": mask_colour(mask)} for mask in MASKS}
     rows: Rows = []
-    for ax, study, pair, kind in zip(axes, studies, pairs, kinds, strict=True):
+    for ax, study, pair, kind in zip(
+        axes,
+        studies,
+        pairs,
+        kinds,
+        strict=True,
+    ):
         points = [row for run in pair for row in points_of(run.mask, run)]
-        curves(ax, points, looks, **MIOU)
+        curves(
+            ax,
+            points,
+            looks,
+            **MIOU,
+        )
         for run in pair:
             mark_best(ax, run, mask_colour(run.mask))
-        label_sites(ax, sites_of(points), 5, fontsize=8)
+        label_sites(
+            ax,
+            sites_of(points),
+            5,
+            fontsize=8,
+        )
         ax.set_xlabel("")
         ax.set_title(f"{study.model}\n{study.dataset}{kind}", fontsize=9)
-        rows += [{"model": study.model, "dataset": study.dataset} | row for row in score_rows(pair)]
+        rows += [
+            {
+                "model": study.model,
+                "dataset": study.dataset,
+            }
+            | row
+            for row in score_rows(pair)
+        ]
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
     figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)
@@ -182,7 +249,7 @@ def overview_figures(studies: list[StudyRuns]) -> Figures:
             caption("mIoU by depth, one line per encoder: 0 are the patch embeddings, 1 is the last layer.",
                     _kinds_caption(encoders), "Bands: 95% intervals, of each encoder by itself; the table has the "
                     "differences."),
-            encoders_by_dataset(encoders))  # fmt: skip
+            encoders_by_dataset(encoders),)  # fmt: skip
     by_mask = {mask: [study for study in studies if mask in study.main_runs] for mask in MASKS}
     for mask, with_mask in sorted(by_mask.items(), key=lambda entry: -len(entry[1])):
         with_adapter = [study for study in with_mask if ADAPTER in study.main_runs[mask].sites]
@@ -192,21 +259,21 @@ def overview_figures(studies: list[StudyRuns]) -> Figures:
                 f"models_{mask}", f"All models, {mask}",
                 caption("mIoU by site, one line per model (Figs. 3 and 9).", peak_caption(*with_mask),
                         "Diamonds: its random LLMs." if random else "",
-                        _kinds_caption(with_mask), "Bands: 95% intervals."),
-                models_by_dataset(with_mask, mask))  # fmt: skip
+                        _kinds_caption(with_mask), "Bands: 95% intervals.",),
+                models_by_dataset(with_mask, mask),)  # fmt: skip
         if with_adapter:
             yield ReportFigure(
                 f"over_adapter_{mask}", f"Recovery of all models, {mask}",
                 caption("The same curves minus their value at the adapter (Fig. 10), to compare models with different "
                         "depths and encoders.", _kinds_caption(with_adapter)),
-                models_by_dataset(with_adapter, mask, over_adapter=True))  # fmt: skip
+                models_by_dataset(with_adapter, mask, over_adapter=True),)  # fmt: skip
     both = [study for study in studies if study.pair()]
     if both:
         yield ReportFigure(
             "masks", "Causal and bidirectional attention",
             caption("Both masks of every model (Fig. 8).", peak_caption(*both), _kinds_caption(both),
-                    "Bands: 95% intervals."),
-            masks_by_model(both))  # fmt: skip
+                    "Bands: 95% intervals.",),
+            masks_by_model(both),)  # fmt: skip
 
 
 def _kinds_caption(studies: list[StudyRuns]) -> str:

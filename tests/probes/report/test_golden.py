@@ -179,7 +179,7 @@ def results_of(folder: Path) -> str:
 
 
 def tables_of(folder: Path) -> str:
-    """Columns, first and last row, and the number of rows of each CSV file, and the LaTeX tables."""
+    """Columns, first and last row, and the number of rows of each CSV file."""
     parts = []
     for file in sorted(folder.rglob("*.csv")):
         with file.open() as lines:
@@ -187,7 +187,6 @@ def tables_of(folder: Path) -> str:
         parts.append(f"{file.relative_to(folder)}: {len(rows)} rows")
         for row in (columns, rows[0], rows[-1]):
             parts.append(", ".join(re.sub(r"-?\d+\.\d+(e-?\d+)?", shortened, cell) for cell in row))
-    parts += [file.read_text() for file in sorted(folder.rglob("tables.tex"))]
     return "\n".join(parts)
 
 

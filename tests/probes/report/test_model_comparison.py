@@ -135,32 +135,6 @@ def test_three_models_have_one_table_of_all_and_each_is_compared_with_the_first(
     assert page.count("<th>b − a</th><th>c</th><th>c − a</th>") == 1
 
 
-def test_several_data_sets_stand_side_by_side(write, report):
-    """Scores of a model on each, and differences from the first model on the same photos only."""
-    runs = []
-    for name, quality in (("a", QUALITY), ("b", WORSE)):
-        for i, data in enumerate(("street", "room")):
-            run = write(
-                f"{name}_{data}",
-                quality,
-                number=i,
-                dataset=data,
-            )
-            runs.append(f"{name}={run}")
-    results, printed = report(*runs)
-    assert len(results["compared"]) == 2
-    rows = {(row["model"], row["dataset"]): row for row in results["datasets"]}
-    assert rows["a", "street"]["difference"] is None
-    for entry in results["compared"]:
-        row = rows["b", entry["dataset"]]
-        assert (row["difference"], row["miou"]) == (
-            entry["best"]["difference"],
-            entry["best"]["second"],
-        )
-    (line,) = (x for x in printed.splitlines() if x.startswith("b, causal  "))
-    assert line.count("(layer_") == 2 and line.count("; −") == 2
-
-
 def study_of_two(write, tmp_path, masks=("causal", "causal")) -> Path:
     """A study of models "zero" and "after", whose folders have other names."""
     for label, name, mask in zip(("zero", "after"), ("r1", "r2"), masks, strict=True):

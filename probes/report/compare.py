@@ -1,0 +1,307 @@
+"""Compare runs on the same images, the second minus the first: sites, best layers, effects and classes in one table.
+
+Two masks of a model and two models are compared alike. Intervals (95%) are of differences over the same resamplings of
+the images; that of the best layers holds whichever layers are best. p-values come from exchanging the two runs image by
+image, corrected for the number of sites or of classes (max-T). Layers of models of other depth are compared at equal
+relative depth. One training each: what another one would change is in no interval.
+
+Shapes: S sites, N images, K classes, R resamplings, P permutations.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps, simultaneous_band
+from llava_bidir.common.errors import UserError
+from probes.models.sites import ADAPTER, ENCODER, is_layer, layer_number
+from probes.runs.comparable import check_same_probes
+from probes.runs.finished_run import FinishedRun
+from probes.runs.study import StudyRuns, runs_to_compare
+from probes.score.estimate import Estimate
+from probes.score.layer_effects import EFFECTS
+from probes.tasks import SEGMENTATION
+
+from .verdicts import ALPHA, FAILS, judge
+
+BEST_LAYER = "best layer"
+LEFT_OUT = "left out"
+FEWEST_PHOTOS = 6  # exchanging fewer can reject nothing: 2 ** (1 - 5) > 0.05
+Row = dict[str, Any]
+
+
+def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> list[Row]:
+    """Return the rows of the table of differences, see :class:`probes.report.tables.Tables`.
+
+    Each model is compared with the first one of its task, data and seed, under each mask that both have; and of each
+    model bidirectional with causal attention.
+
+    Args:
+        studies: In the order given.
+        keys: Keys of models by name.
+    """
+    rows = []
+    references: dict[tuple, StudyRuns] = {}
+    for study in studies:
+        place = (study.task.name, study.dataset, study.seed)
+        about = {
+            "task": study.task.name,
+            "data": study.dataset,
+            "seed": study.seed,
+        }
+        first = references.setdefault(place, study)
+        if first.name != study.name:
+            ours, theirs = runs_to_compare(first, study)
+            named = {
+                "between": "models",
+                "first": keys[first.name],
+                "second": keys[study.name],
+            }
+            for mask in [mask for mask in ours if mask in theirs]:
+                pair = (ours[mask], theirs[mask])
+                rows += [about | named | {"mask": mask} | row for row in _compare_if_alike(*pair)]
+        if pair := study.pair():
+            named = {
+                "between": "masks",
+                "first": pair[0].mask,
+                "second": pair[1].mask,
+            }
+            about |= named | {"model": keys[study.name]}
+            rows += [about | row for row in compare_runs(*pair)]
+    return rows
+
+
+def _compare_if_alike(first: FinishedRun, second: FinishedRun) -> Iterator[Row]:
+    """Yield the rows of two runs; if their probes were made in different ways, one that says so."""
+    try:
+        check_same_probes(first, second)
+    except UserError as error:
+        yield {
+            "of": LEFT_OUT,
+            "name": str(error),
+        }
+    else:
+        yield from compare_runs(first, second)
+
+
+def compare_runs(
+    first: FinishedRun, second: FinishedRun, permutations: int = RESAMPLINGS
+) -> Iterator[Row]:
+    """Yield a row for each difference; "of" is "site", "effect", "best layer" or "class"."""
+    ours, theirs = first.site_scores(), second.site_scores()
+    swaps = random_swaps(first.metrics["images"], permutations, groups=first.groups).double()
+    pairs = pair_sites(first, second)
+    tested = [pair for pair in pairs if has_depth(pair[0])]
+    corrected = dict(
+        zip(
+            tested,
+            _test_sites(
+                first,
+                second,
+                tested,
+                swaps,
+            ),
+            strict=True,
+        )
+    )
+    for pair in pairs:
+        yield _row(
+            "site",
+            pair[0],
+            pair,
+            ours[pair[0]],
+            theirs[pair[1]],
+            corrected.get(pair),
+        )
+    for name in EFFECTS:
+        if name in first.effects and name in second.effects:
+            yield _row(
+                "effect",
+                name,
+                (None, None),
+                first.effects[name],
+                second.effects[name],
+            )
+    if first.peak_layer and second.peak_layer:
+        layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
+        best = (first.peak_layer, second.peak_layer)
+        yield _row(BEST_LAYER, BEST_LAYER, best) | difference_of_best(first.task.sign, *layers)
+        if first.task.name == SEGMENTATION:
+            yield from compare_classes(
+                first,
+                second,
+                best,
+                swaps,
+            )
+
+
+def has_depth(site: str) -> bool:
+    """Return whether a site is tested: `final_norm` repeats the last layer, and parts would be further tests."""
+    return site in (ENCODER, ADAPTER) or is_layer(site)
+
+
+def pair_sites(first: FinishedRun, second: FinishedRun) -> list[tuple[str, str]]:
+    """Return the sites of both runs that are compared: of one name, and of layers those of equal relative depth.
+
+    A layer is compared with that layer of the other model whose depth is nearest, if it was probed.
+    """
+    others = [site for site in second.sites if is_layer(site)]
+    pairs = []
+    for site in first.sites:
+        if not is_layer(site):
+            pairs += [(site, site)] if site in second.sites else []
+        elif others:
+            depth = layer_number(site) / layer_number(first.last_layer)
+            wanted = depth * layer_number(second.last_layer)  # among the other model's layers
+            nearest = min(others, key=lambda other: abs(layer_number(other) - wanted))
+            if abs(layer_number(nearest) - wanted) <= 0.5:
+                pairs.append((site, nearest))
+    return pairs
+
+
+def _test_sites(
+    first: FinishedRun,
+    second: FinishedRun,
+    pairs: Sequence[tuple[str, str]],
+    swaps: Tensor,
+) -> list[float]:
+    """Return the corrected p-value of each pair of sites, from runs that exchange some images, f[1 + P, N]."""
+    if not pairs:
+        return []
+    task = first.task
+    differences = []
+    for site, other in pairs:  # one at a time: the sums of all sites can be large
+        a = first.sums_at([site])[0].double()  # [N, M]
+        b = second.sums_at([other])[0].double()
+        moved = swaps @ (b - a)
+        scores = [task.dataset_scores(x)[task.score] for x in (a.sum(0) + moved, b.sum(0) - moved)]
+        differences.append(scores[1] - scores[0])
+    return p_values(torch.stack(differences, 1))[1].tolist()
+
+
+def difference_of_best(
+    sign: int, first: Sequence[Estimate], second: Sequence[Estimate]
+) -> dict[str, float]:
+    """Return the difference of the best of the second scores and the best of the first, with a 95% interval.
+
+    The interval holds whichever are best: with bounds on all differences D of one score and another together, the
+    difference of maxima, max min D, is between the max min of the lower bounds and that of the upper ones. An interval
+    of the two that are best on these images says of equal models up to twice too often that they differ, and one of
+    layers that cross-validation has chosen up to six times (`experiments/statistics/model_pairs.py`).
+
+    Args:
+        sign: 1 if a higher score is better, else -1.
+        first: Scores of one run's layers, from the same resamplings as those of the other's.
+        second: Of the other's.
+    """
+    ours, theirs = (
+        sign * torch.stack([score.vector for score in scores], 1) for scores in (first, second)
+    )
+    differences = theirs[:, :, None] - ours[:, None, :]  # [1 + R, layers, layers]
+    bands = simultaneous_band(differences[0].flatten(), differences[1:].flatten(1))
+    bounds = [sign * band.view_as(differences[0]).amin(1).amax().item() for band in bands]
+    best = [sign * of[0].max().item() for of in (ours, theirs)]
+    return {
+        "first_value": best[0],
+        "second_value": best[1],
+        "difference": best[1] - best[0],
+        "low": min(bounds),
+        "high": max(bounds),
+    }
+
+
+def compare_classes(
+    first: FinishedRun,
+    second: FinishedRun,
+    sites: tuple[str, str],
+    swaps: Tensor,
+) -> Iterator[Row]:
+    """Yield a row for each class that is labelled or predicted, at one site of each run.
+
+    Classes are tested together: of equal models, one pair in 20 has a class with a p-value below 0.05, also where
+    classes are in a handful of photos, of which bootstrap intervals cover too little. A class in fewer than
+    `FEWEST_PHOTOS` photos, or groups of these, has no p-value.
+    """
+    a, b = (
+        run.sums_at([site])[0].double() for run, site in zip((first, second), sites, strict=True)
+    )
+    moved = swaps @ (b - a)
+    iou = first.task.iou
+    swapped = iou(b.sum(0) - moved) - iou(a.sum(0) + moved)  # [1 + P, K]
+    known = (~swapped[0].isnan()).nonzero().flatten().tolist()
+    if not known:
+        return
+    corrected = p_values(swapped[:, known].nan_to_num())[1].tolist()
+    weights = torch.cat([torch.ones(1, len(a)), first.weights]).double()
+    drawn = [iou(weights @ sums).nan_to_num() for sums in (a, b)]
+    photos = photos_of_classes(first)
+    for k, p in zip(known, corrected, strict=True):
+        scores = [Estimate.from_vector(x[:, k]) for x in drawn]
+        row = _row(
+            "class",
+            first.metrics["classes"][k],
+            sites,
+            *scores,
+            p,
+            widest=1.0,
+        )
+        yield row | {"photos": photos[k]} | ({"p": None} if photos[k] < FEWEST_PHOTOS else {})
+
+
+def photos_of_classes(run: FinishedRun) -> list[int]:
+    """Return in how many validation images each class is labelled; of images in groups, in how many groups."""
+    labelled = run.sums_at(run.sites[:1])[0].unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
+    if run.groups is not None:
+        group_of = torch.unique(run.groups, return_inverse=True)[1]
+        labelled = torch.zeros(int(group_of.max()) + 1, labelled.shape[1]).index_add_(
+            0, group_of, labelled.float()
+        )
+    return (labelled > 0).sum(0).tolist()
+
+
+def _row(
+    of: str,
+    name: str,
+    sites: tuple[str | None, str | None],
+    first: Estimate | None = None,
+    second: Estimate | None = None,
+    p: float | None = None,
+    *,
+    widest: float = float("inf"),
+) -> Row:
+    """Return a row; without estimates only what it is about."""
+    row = {
+        "of": of,
+        "name": name,
+        "site": sites[0],
+        "second_site": sites[1],
+    }
+    if first is None or second is None:
+        return row
+    difference = second - first
+    low, high = difference.json(lowest=-widest, highest=widest)["ci95"]
+    return row | {
+        "first_value": first.value,
+        "second_value": second.value,
+        "difference": difference.value,
+        "low": low,
+        "high": high,
+        "p": p,
+    }
+
+
+def differs(row: Any, margin: float) -> bool:
+    """Return whether a row is a finding: its interval excludes 0, it reaches the margin, of classes p is below 5%."""
+    if (
+        judge(
+            1,
+            row.difference,
+            (row.low, row.high),
+            margin,
+        )
+        == FAILS
+    ):
+        return False
+    return row.of != "class" or row.p < ALPHA

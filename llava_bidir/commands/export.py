@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llava_bidir.command_options import ExportOptions
 from llava_bidir.common.runs import newest_checkpoint
-from llava_bidir.model.hf_export import as_llava, export_hf
+from llava_bidir.model.export import as_llava, export_hf
 from llava_bidir.training.read_checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,20 @@
-"""Construction of a model from encoder, adapter and LLM, and selection of its trainable parts."""
+"""Construction of a model from encoder, adapter and LLM; the LLM's vocabulary; selection of trainable parts."""
 
-import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlavaProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
@@ -15,6 +22,7 @@ from llava_bidir.common.hf import (
     check_layers_complete,
     check_merged,
     greedy_config,
+    load_weights,
     read_pretrained,
     read_tensors,
     read_training,
@@ -25,11 +33,8 @@ from llava_bidir.common.tokenizer import load_tokenizer
 from .attention import block_ids_of
 from .configuration_llava_bidir import LlavaBidirConfig
 from .encoders import Encoder
-from .llm import check_text_logits, load_llm, read_llm_config
 from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, check_layers
-
-log = logging.getLogger(__name__)
 
 ADAPTER = "multi_modal_projector."
 PARTS = ("encoder", "adapter", "llm")
@@ -38,6 +43,18 @@ TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", 
 
 # Source: Hugging Face's conversion of LLaVA-1.5, which extends the vocabulary by <image> and <pad>.
 EXTRA_TOKENS = ("<image>", "<pad>")
+
+# Source: Hugging Face's conversion of LLaVA-1.5 pads the extended vocabulary to a multiple of it.
+VOCABULARY_MULTIPLE = 64
+
+CHECKED_TOKENS = 8  # of a text whose logits are compared with the LLM's
+NEAR = 1e-4  # relative difference that orders of operations make in float32
+
+# Names of weights in a llava, by transformers 5 and by earlier versions, and those of its LLM alone
+OF_LLAVA = {
+    r"^(model\.language_model|language_model\.model)\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
 
 # Prompts have the ids of data/conversation.py. The tokenizer adds <s>. LLaVA encodes text after an image separately, so
 # that it begins with a word-start marker. A tokenizer adds none after a special token, so a space replaces it.
@@ -104,6 +121,16 @@ def build_processor(
         num_additional_image_tokens=min(encoder.entry.extra_tokens, 1),  # those the strategy drops
         chat_template=CHAT_TEMPLATE if own is None else IMAGES_IN_CHAT + own,
     )
+
+
+def read_llm_config(path: str) -> PreTrainedConfig:
+    """Return the config of an LLM; that of a llava's LLM if `path` is a llava, from which a training goes on.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    config = read_pretrained("model.llm", AutoConfig, path)
+    return config.text_config if isinstance(config, LlavaConfig) else config
 
 
 def max_positions(llm: str) -> int | None:
@@ -179,7 +206,6 @@ def build_model(
     config = build_config(encoder, llm, processor.image_token_id, image_attention, image_resize)
     language_model = load_llm(
         llm,
-        config.text_config,
         len(tokenizer),
         dtype=dtypes["llm"],
         attn_implementation=attn_implementation,
@@ -205,6 +231,76 @@ def build_model(
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = greedy_config(language_model.generation_config, tokenizer)
     return model
+
+
+def load_llm(path: str, tokens: int, **options) -> PreTrainedModel:
+    """Load the LLM, also that of a llava, and resize its vocabulary to at least `tokens` rows.
+
+    Args:
+        path: Directory or hub id.
+        tokens: Number of tokens of the tokenizer.
+        **options: Passed to `from_pretrained`.
+
+    Raises:
+        UserError: As :func:`load_weights`, or the LLM has no linear head of the embeddings' size.
+    """
+    if isinstance(read_pretrained("model.llm", AutoConfig, path), LlavaConfig):
+        options |= {"config": read_llm_config(path), "key_mapping": OF_LLAVA}
+    language_model = load_weights("model.llm", AutoModelForCausalLM, path, **options)
+    with error_context(f"model.llm: {path}"):
+        head = language_model.get_output_embeddings()
+        rows = language_model.get_input_embeddings().num_embeddings
+        if not isinstance(head, nn.Linear) or head.out_features != rows:
+            raise UserError(f"expected an LLM with a linear head for {rows} tokens, got {head}")
+        resize_vocabulary(language_model, tokens)
+    return language_model
+
+
+def resize_vocabulary(language_model: PreTrainedModel, tokens: int) -> None:
+    """Resize the embeddings to at least `tokens` rows, a multiple that suits GPUs; new rows are the mean of the old.
+
+    Source: smart_tokenizer_and_embedding_resize of LLaVA's train.py. The rows do not depend on the seed, since
+    checkpoints lack those of a frozen LLM.
+
+    Deviates: LLaVA trains with 32,000 rows. Here the softmax of a 7B's loss has the 64 new rows, too.
+    """
+    rows = language_model.get_input_embeddings().num_embeddings
+    if tokens <= rows:
+        return
+    larger = math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    with torch.random.fork_rng(devices=[]):  # transformers draws rows first
+        language_model.resize_token_embeddings(larger, mean_resizing=False)
+    head = language_model.get_output_embeddings()
+    for embeddings in (language_model.get_input_embeddings(), head):
+        embeddings.weight.data[rows:] = embeddings.weight.data[:rows].mean(0)
+    if head.bias is not None:
+        head.bias.data[rows:] = head.bias.data[:rows].mean()
+
+
+@torch.no_grad()
+def check_text_logits(
+    model: LlavaBidirForConditionalGeneration, language_model: PreTrainedModel
+) -> None:
+    """Raise if the logits of a text differ from those of the LLM that is part of the model.
+
+    LLMs scale their logits, feed ids into several layers, and more: a comparison notices what the model does not do.
+    Under ZeRO-3, where no process has all weights, nothing is compared.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in language_model.parameters()):
+        return
+    embeddings = language_model.get_input_embeddings()
+    numbers = torch.arange(1, CHECKED_TOKENS + 1, device=embeddings.weight.device)
+    ids = numbers[None] * (embeddings.num_embeddings // (CHECKED_TOKENS + 2))
+    own = language_model(input_ids=ids, use_cache=False).logits.float()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    difference = (logits - own).abs().max().item()
+    largest = own.abs().max().item()
+    if not difference <= largest * max(NEAR, 2 * torch.finfo(language_model.dtype).eps):
+        kind = language_model.config.model_type
+        raise UserError(
+            f"the logits of a text differ by {difference:.3g} from those of the LLM itself, whose largest is "
+            f"{largest:.3g}: {kind} computes them in a way that is not supported; use another LLM"
+        )
 
 
 @contextmanager

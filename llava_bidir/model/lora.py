@@ -1,11 +1,8 @@
 """LoRA updates of the LLM by peft, and their merging into the weights."""
 
 import copy
-import logging
-import math
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,13 +11,7 @@ from llava_bidir.common.errors import UserError
 
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
-log = logging.getLogger(__name__)
-
-NAME = "default"  # the name peft gives to a single set of updates
 UPDATES = ".lora_"  # substring of the parameter names of updates
-LOST = (
-    1e-3  # share of the updates that an export may lose without advice; float32 loses 1e-7 to 1e-5
-)
 
 
 @dataclass(frozen=True)
@@ -62,77 +53,33 @@ def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
     weights = {p: p.data for p in llm.parameters() if p.dtype != dtype}
     for parameter, data in weights.items():
         parameter.data = torch.empty((), dtype=dtype, device=data.device).expand(data.shape)
-    inject_adapter_in_model(config, llm, NAME)
+    inject_adapter_in_model(config, llm)
     for parameter, data in weights.items():
         parameter.data = data
 
 
 @torch.no_grad()
-def merge_lora(
-    model: LlavaBidirForConditionalGeneration, folder: Path
-) -> LlavaBidirForConditionalGeneration:
+def merge_lora(model: LlavaBidirForConditionalGeneration) -> LlavaBidirForConditionalGeneration:
     """Return a copy of the model with the updates added to its weights, or the model itself if it has none.
 
-    The given model is unchanged and can continue training. Merged weights keep their dtype: sums of float32 are rounded
-    once, and the share of the updates that is lost is logged. They are computed on the CPU, because a GPU may be full
-    after training and would round differently. All other tensors are shared.
-
-    Args:
-        model: The model.
-        folder: Folder for the merged weights, in files that are mapped: a 7B model and its copy need not fit into
-            memory together. Keep it as long as the copy.
+    The given model is unchanged and can continue training. peft adds the updates layer by layer in float32; each sum is
+    rounded once, to the dtype of its weight. Layers are merged on the CPU, because a GPU may be full after training and
+    would round differently. All other tensors are shared.
     """
     if not has_lora(model):
         return model
     from peft.tuners.lora import LoraLayer
 
-    shared = {
-        id(tensor): nn.Parameter(tensor.cpu()) if UPDATES in name else tensor
-        for name, tensor in chain(model.named_parameters(), model.named_buffers())
-    }
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     merged = copy.deepcopy(model, shared)
-    lost = total = 0.0
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LoraLayer):
-            update = _update(layer)
-            linear = _merge_layer(layer, update, folder / name)
-            added = linear.weight.float() - layer.get_base_layer().weight.cpu().float()
-            lost += float((added - update).square().sum())
-            total += float(update.square().sum())
-            merged.set_submodule(name, linear)
-    share = math.sqrt(lost / total) if total else 0.0
-    log.info(
-        "merged the updates of LoRA into %s weights; rounding took %.2g of their norm%s",
-        str(linear.weight.dtype).removeprefix("torch."),
-        share,
-        "" if share < LOST else ": `llava-bidir export --dtype float32` keeps them",
-    )
+            dtype = layer.get_base_layer().weight.dtype
+            layer = copy.deepcopy(layer).cpu().float()
+            layer.merge()
+            merged.set_submodule(name, layer.get_base_layer().to(dtype))
     del merged.model.language_model.peft_config
     return merged
-
-
-def _update(layer: nn.Module) -> torch.Tensor:
-    """Return the update of a layer's weight in float32; peft rounds that of 16 bits before it is added."""
-    a = layer.lora_A[NAME].weight.cpu().float()
-    b = layer.lora_B[NAME].weight.cpu().float()
-    return layer.scaling[NAME] * (b @ a)
-
-
-def _merge_layer(layer: nn.Module, update: torch.Tensor, file: Path) -> nn.Linear:
-    base = layer.get_base_layer()
-    linear = nn.Linear(
-        base.in_features, base.out_features, bias=base.bias is not None, device="meta"
-    )
-    weight = (base.weight.cpu().float() + update).to(base.weight.dtype)
-    mapped = torch.from_file(
-        str(file),
-        shared=True,
-        size=weight.numel(),
-        dtype=weight.dtype,
-    ).view_as(weight)
-    linear.weight = nn.Parameter(mapped.copy_(weight), requires_grad=False)
-    linear.bias = base.bias
-    return linear
 
 
 def has_lora(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from llava_bidir.common.runs import (
 from llava_bidir.common.training_folder import plan_training
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.dataset import check_annotations
-from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.export import export_hf
 
 from .callbacks import ExportModel, LogLearningRate, ShowAnswers
 from .module import LlavaTraining

@@ -26,7 +26,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import read_training
 from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IGNORE_INDEX, encode
-from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.export import export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 from probes.world_options import PlantOptions
 

@@ -18,7 +18,7 @@ from transformers import (
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
-from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.export import export_hf
 from probes.worlds.tiny_models import train_tokenizer
 
 IMAGE_ID = 99

@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import probes
 from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.hf_export import as_llava, export_hf
+from llava_bidir.model.export import as_llava, export_hf
 from probes.models.sites import encoder_site, layer_site
 
 TEXT = torch.tensor([[5, 6, 7]])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Workaround: _add_released_rope in llava_bidir/model/hf_export.py writes both spellings.
+# Workaround: _add_released_rope in llava_bidir/model/export.py writes both spellings.
 #
 # A checkpoint that transformers 5 writes loses its rotary settings in transformers 4.57, without a word.
 #

@@ -25,7 +25,7 @@ from llava_bidir.common.runs import (
     latest_valid_checkpoint,
 )
 from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.export import export_hf
 
 
 def write_file(path: Path, text: str) -> None:

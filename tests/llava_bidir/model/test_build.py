@@ -19,7 +19,7 @@ from transformers import (
 
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import ENCODERS, Encoder
-from llava_bidir.model.hf_export import as_llava
+from llava_bidir.model.export import as_llava
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import load_weights
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import ENCODERS, Encoder
-from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.export import export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 from tests.helpers import tiny_models
 

@@ -15,7 +15,7 @@ import probes
 from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.common.errors import UserError
 from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.export import export_hf
 from llava_bidir.model.modeling_llava_bidir import FULL, SLIDING, build_masks, layer_kinds
 
 MASKS = tuple(IMAGE_ATTENTION)

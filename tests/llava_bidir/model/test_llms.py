@@ -13,9 +13,8 @@ import probes
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
-from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.hf_export import as_llava, export_hf
-from llava_bidir.model.llm import resize_vocabulary
+from llava_bidir.model.build import build_model, build_processor, resize_vocabulary
+from llava_bidir.model.export import as_llava, export_hf
 from llava_bidir.training.module import LlavaTraining
 
 SIZES = {

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.hf_export import as_llava, export_hf
+from llava_bidir.model.export import as_llava, export_hf
 from llava_bidir.model.lora import Lora, add_lora
 
 # Source: model.safetensors.index.json of llava-hf/llava-1.5-7b-hf; i numbers layers.

@@ -20,7 +20,7 @@ from transformers import (
 
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import ENCODERS, Encoder
-from llava_bidir.model.hf_export import as_llava, export_hf
+from llava_bidir.model.export import as_llava, export_hf
 
 VERSION = "4.57.6"
 SIZES = {

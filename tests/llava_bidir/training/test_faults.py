@@ -107,7 +107,7 @@ def test_killed_runs_end_as_an_undisturbed_one(faults, train, tmp_path):
 
 @pytest.mark.parametrize(
     "function",
-    ["training.module.LlavaTraining.answer", "model.hf_export._compare_weights"],
+    ["training.module.LlavaTraining.answer", "model.export._compare_weights"],
     ids=["validation", "export"],
 )
 def test_a_run_killed_after_its_last_step_is_validated_and_exported(

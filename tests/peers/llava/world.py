@@ -24,7 +24,7 @@ from llama_tokenizers import write_tokenizer
 from llava_bidir.common.tokenizer import load_tokenizer
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
-from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.export import export_hf
 
 RECORDS = 1600
 TEXT_ONLY = 404  # neither count is a multiple of 8: the last batch mixes them

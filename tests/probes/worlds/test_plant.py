@@ -9,7 +9,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
-from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.export import export_hf
 from probes.worlds.plant import (
     MERGED,
     class_directions,

@@ -3,11 +3,11 @@
 import inspect
 import json
 import runpy
-import shutil
 import textwrap
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from llava_bidir.common.errors import UserError, error_context
@@ -17,7 +17,6 @@ from llava_bidir.common.hf import TRAINING_JSON, is_finite
 from . import attention
 from .configuration_llava_bidir import LlavaBidirConfig
 from .lora import merge_lora
-from .model_card import model_card
 from .modeling_llava_bidir import (
     LlavaBidirForConditionalGeneration,
     logit_steps,
@@ -25,6 +24,28 @@ from .modeling_llava_bidir import (
 )
 
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # the keys that it adds to LlavaConfig
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [llava, {attention}-image-attention]
+---
+
+# LLaVA-1.5 with {attention} attention among image tokens
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(DIR{remote})
+processor = AutoProcessor.from_pretrained(DIR{remote})
+```
+
+## Training
+
+{training}
+
+Written by llava-bidir with transformers {version}.
+"""
 
 
 def export_hf(
@@ -47,21 +68,37 @@ def export_hf(
         UserError: A weight is NaN or infinite, a mask that is registered elsewhere cannot be exported, another process
             writes to `out`, or the operating system reported an error.
     """
-    _check_finite(model)
+    training = training or {}
+    # no loss shows those that the last step has made
+    for name, tensor in model.state_dict().items():
+        if not is_finite(tensor):
+            raise UserError(
+                f"export: {name} is not finite: the training diverged; use an earlier checkpoint"
+            )
     with atomic_directory(out, marker=TRAINING_JSON) as partial:
-        merged = partial / "merged"
-        merged.mkdir()
-        model = merge_lora(model, merged)
+        model = merge_lora(model)
         model.save_pretrained(partial)
         if isinstance(model, LlavaBidirForConditionalGeneration):
             _add_mask(model.config.image_attention, partial / "attention.py")
         else:
             _add_released_rope(partial / "config.json")
         processor.save_pretrained(partial)
-        (partial / TRAINING_JSON).write_text(json.dumps(training or {}, indent=1) + "\n")
-        (partial / "README.md").write_text(model_card(model.config, processor, training or {}))
+        (partial / TRAINING_JSON).write_text(json.dumps(training, indent=1) + "\n")
+        (partial / "README.md").write_text(write_card(model.config, training))
         _compare_weights(model, type(model).from_pretrained(partial, dtype=model.dtype))
-        shutil.rmtree(merged)
+
+
+def write_card(config: LlavaConfig, training: dict) -> str:
+    """Return the Markdown of a model's card; `training` lists settings and metrics of its training run."""
+    # a path on one machine, and hashes, which training.json has
+    left_out = ("checkpoint", "identity")
+    facts = [f"- {name}: {value}" for name, value in training.items() if name not in left_out]
+    return CARD.format(
+        attention=getattr(config, "image_attention", "causal"),
+        remote="" if config.model_type == "llava" else ", trust_remote_code=True",
+        training="\n".join(facts) or "Not recorded.",
+        version=transformers.__version__,
+    )
 
 
 def _add_mask(name: str, file: Path) -> None:
@@ -101,15 +138,6 @@ def _add_released_rope(file: Path) -> None:
     if "sliding_attention" in parameters:
         llm["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _check_finite(model: torch.nn.Module) -> None:
-    """Raise a UserError for a weight that is NaN or infinite. No loss shows those that the last step has made."""
-    for name, tensor in model.state_dict().items():
-        if not is_finite(tensor):
-            raise UserError(
-                f"export: {name} is not finite: the training diverged; use an earlier checkpoint"
-            )
 
 
 def _compare_weights(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:

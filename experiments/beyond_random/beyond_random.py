@@ -212,12 +212,10 @@ def edited(mllm: nn.Module, edit: Callable[[nn.ModuleList], None], seed: int) ->
     kept = {name: x.clone() for name, x in mllm.layers.state_dict().items()}
     torch.manual_seed(seed)
     edit(mllm.layers)
-    mllm.clear_prefix_cache()
     try:
         yield
     finally:
         mllm.layers.load_state_dict(kept)
-        mllm.clear_prefix_cache()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Operations of the lab: each takes a request and returns JSON, computed by the public API only.
 
 Maps, words and pixel maps of a view come from one forward: its states are kept, and recomputed when they were dropped.
-A changed view starts from the unchanged one's at the first layer that differs.
 
 Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A attention heads, d width.
 """
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from llava_bidir.common.errors import UserError
 from probes.models.knockout import Knockout
+from probes.models.reading import Replacement
 from probes.models.sites import layer_site
-from probes.models.steering import Replacement
 from probes.ops.bilinear import upsampled_argmax
 from probes.tasks.segmentation import colorize_classes
 
@@ -230,10 +229,7 @@ class Session:
             with job.watched(model.mllm):
                 hooks = self._hooks(request)
                 knockout = None if hooks else self._knockout(request)
-                unchanged = self._states.get(view.model_copy(update={"intervention": None}))
-                states = model.mllm.states(
-                    pixels, model.sites, knockout, hooks=hooks, known=unchanged
-                )
+                states = model.mllm.states(pixels, model.sites, knockout, hooks=hooks)
                 self._states[view] = states
         self._states.move_to_end(view)
         size = sum(_count_bytes(states) for states in self._states.values())

@@ -7,11 +7,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.models.frozen_model import FrozenModel
+from probes.models.hooks import at_arguments
 
 MAX_WAITING = 32  # eight tabs with four panels each; more wait longer than a person does
 PROGRESS_S = 0.1  # between two reports of progress: faster ones cannot be read
@@ -52,15 +53,10 @@ class Job:
                 self._reported = time.monotonic()
                 self.report({"layer": number, "layers": len(layers)})
 
-        hooks = [
-            layer.register_forward_pre_hook(lambda *_, number=number: step(number))
-            for number, layer in enumerate(layers, 1)
-        ]
-        try:
+        with ExitStack() as stack:
+            for number, layer in enumerate(layers, 1):
+                stack.enter_context(at_arguments(layer, lambda _, number=number: step(number)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 class Worker:

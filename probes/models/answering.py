@@ -31,8 +31,8 @@ from .attention_masks import (
 from .attention_weights import capture_attention, weights_of_image
 from .families.our_code import SLIDING, layer_kinds
 from .knockout import ANSWER, Knockout
+from .reading import Replacement, replaced_states
 from .sites import FINAL_NORM, layer_site
-from .steering import Replacement, replaced_states
 from .text_tree import TextTree, append_text, decode_tree
 
 Hooks = Mapping[str, Replacement]
@@ -95,9 +95,7 @@ def text_states(
                     effect,
                 )
             )
-        if hooks:
-            mllm.check_hooks(hooks)
-            stack.enter_context(replaced_states(layers, hooks, mllm.image_positions))
+        stack.enter_context(replaced_states(mllm, hooks or {}))
         positions = stack.enter_context(decode_tree(mllm.decoder, masks, tokens, text))
         output = mllm.model.model(
             input_ids=ids,

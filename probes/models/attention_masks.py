@@ -4,8 +4,7 @@ Shapes: B images, N tokens of prefix and image.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig
 from llava_bidir.common.errors import UserError
 
 from .families.our_code import FULL, SLIDING, block_ids_of, build_mask, layer_kinds
+from .hooks import with_arguments
 
 # Masks that differ between kinds of layers, as {kind of layer: mask}.
 MIXED_MASKS = {"bidirectional_sliding": {FULL: "causal", SLIDING: "bidirectional"}}  # Gemma 4's own
@@ -90,18 +90,9 @@ def build_decoder_masks(
     return masks if len(kinds) > 1 else masks[kinds[0]]
 
 
-@contextmanager
-def decode_under(decoder: nn.Module, masks: Masks) -> Iterator[None]:
+def decode_under(decoder: nn.Module, masks: Masks) -> AbstractContextManager[None]:
     """Give a decoder these masks instead of its own while the context is open."""
-
-    def replace(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "attention_mask": masks}
-
-    handle = decoder.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return with_arguments(decoder, lambda _: {"attention_mask": masks})
 
 
 def as_list(masks: Masks) -> list[Tensor]:

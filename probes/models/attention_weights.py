@@ -13,9 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llava_bidir.common.errors import UserError
 
 from .families.modules import MODULE_TYPE
+from .hooks import Change
 from .knockout import Knockout
 from .sites import layer_site
-from .steering import Replacement
 
 Compute = Callable[[int, Tensor], Tensor]
 
@@ -106,7 +106,7 @@ def read_attention(
     sites: Sequence[str],
     queries: Sequence[tuple[int, Tensor]],
     knockout: Knockout | None = None,
-    hooks: Mapping[str, Replacement] | None = None,
+    hooks: Mapping[str, Change] | None = None,
     average_heads: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Return attention weights among image tokens by layer, computed for the requested query tokens only.
@@ -142,7 +142,6 @@ def read_attention(
             heads = compute(image, positions[tokens.cpu()])
             by_site[site] = weights_of_image(heads, positions, average_heads)
 
-    model.prefill_prefix()  # before the capture, which must not include it
     with capture_attention(model.layers, record):
         model.states(pixels, sites, knockout, hooks=hooks)
     return [{site: by_site[site] for site in sites} for by_site in weights]

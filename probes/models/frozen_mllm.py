@@ -1,13 +1,12 @@
 """A frozen MLLM: the hidden states of its image tokens at every site, its attention weights and its answers.
 
-Text after the image is dropped where states are read, since no mask lets image tokens attend to it. Keys and values of
-the prompt before the image are cached if the model allows it.
+Text after the image is dropped where states are read, since no mask lets image tokens attend to it.
 
 Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width of a site, L layers, A heads.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from functools import cached_property, partial
 from inspect import signature
@@ -26,10 +25,9 @@ from probes.ops.geometry import SQUASH, ResizeRule
 from .answering import attend_from_answer, generate_answer, score_answers
 from .attention_masks import (
     Masks,
-    as_list,
     build_decoder_masks,
     check_masks,
-    is_allowed,
+    decode_under,
     supports_masks,
 )
 from .families import Family
@@ -39,10 +37,8 @@ from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .measured_mask import MeasuredMask, measure_mask
 from .prompt_and_pixels import Chat
-from .read_states import read_states
-from .shared_layers import DistinctRows
-from .sites import FINAL_NORM, is_before_adapter, is_in_llm_space
-from .steering import Replacement
+from .reading import Replacement
+from .sites import FINAL_NORM, is_before_adapter, is_in_llm_space, layer_around
 
 
 class FrozenMLLM(FrozenModel):
@@ -53,12 +49,6 @@ class FrozenMLLM(FrozenModel):
     before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
     with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py). By name, or with
     "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py).
-
-    Attributes:
-        prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.
-
-    The cached prompt follows edits of the LLM's weights (in place, `load_state_dict`, `.to`). Call
-    :meth:`clear_prefix_cache` after in-place edits of `parameter.data` and after adding or removing hooks on the LLM.
     """
 
     def __init__(
@@ -82,6 +72,7 @@ class FrozenMLLM(FrozenModel):
         for name in ("prefix_ids", "ids", "is_image", "image_positions"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self.set_prefix(prefix_ids)
+        self.attention_masks(1)  # raises a UserError if a layer does not support the mask
 
     def set_prefix(self, prefix_ids: list[int]) -> None:
         """Replace the token ids before the image.
@@ -102,10 +93,6 @@ class FrozenMLLM(FrozenModel):
         self.is_image = self.ids[0] == self.model.config.image_token_id
         # i64[T]; with these, no forward waits for the device
         self.image_positions = self.is_image.nonzero().flatten()
-        self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
-        self._prefix_weights: tuple = ()  # the weights that it was computed with
-        # Checked once, because reading the answer would synchronise a GPU in each forward.
-        self.prefix_is_shared = self._shares_prefix(self.attention_masks(1))
 
     def with_attention(self, image_attention: str) -> "FrozenMLLM":
         """Return a model with the same weights, not copied, under another mask among image tokens.
@@ -120,8 +107,7 @@ class FrozenMLLM(FrozenModel):
         other = copy(self)
         other._buffers = copy(self._buffers)  # its own prefix
         other.image_attention = image_attention
-        other.clear_prefix_cache()
-        other.prefix_is_shared = other._shares_prefix(other.attention_masks(1))
+        other.attention_masks(1)  # raises a UserError if a layer does not support it
         return other
 
     @cached_property
@@ -144,13 +130,9 @@ class FrozenMLLM(FrozenModel):
         """The LLM's decoder, with `layers` and `embed_tokens`."""
         return self.family.decoder_of(self.model)
 
-    @property
-    def final_norm(self) -> nn.Module:
-        """The norm after the last layer of the LLM."""
-        return self.family.norm_of(self.model)
-
     def check_hooks(self, sites: Iterable[str]) -> None:
-        """Raise a UserError if features of the image enter the LLM after one of these sites, too."""
+        """Raise a UserError if one of these is no layer, or features of the image enter the LLM after it, too."""
+        super().check_hooks(sites)
         count = self.family.incomplete_sites(self.model.config)
         if wrong := {*sites} & {*self.sites[1 : 1 + count]}:
             kind = self.model.config.model_type
@@ -159,52 +141,36 @@ class FrozenMLLM(FrozenModel):
                 f"expected {self.sites[1 + count]} or a later layer"
             )
 
-    def clear_prefix_cache(self) -> None:
-        """Drop the cached keys and values of the prompt; the next forward recomputes them."""
-        self._prefix_kv = None
+    @property
+    def rows_share_encoder(self) -> bool:
+        """True if layers receive the states of image tokens and a mask only."""
+        has_masks = supports_masks(self.model.config.get_text_config())
+        return has_masks and self.family.rows_share_encoder
 
-    def _apply(self, *args, **kwargs) -> "FrozenMLLM":
-        self.clear_prefix_cache()
-        return super()._apply(*args, **kwargs)
+    def run(self, pixels: Tensor) -> None:
+        """Run prefix and image."""
+        images = len(pixels)
+        inputs = self.family.inputs(self.model, pixels, self.is_image.expand(images, -1))
+        self.model.model(input_ids=self.ids.expand(images, -1), use_cache=False, **inputs)
 
-    @torch.no_grad()
-    def states(
+    @contextmanager
+    def masked(
         self,
-        pixels: Tensor,
-        sites: Sequence[str] | None = None,
-        knockout: Knockout | None = None,
-        rows: Sequence[int] | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
-        known: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Return the hidden states of the image tokens at each site. Calling the model does the same.
-
-        Args:
-            pixels: f[B, 3, H, W] from :meth:`preprocess`.
-            sites: Sites to return, None for `mllm.sites`. The forward stops after the last of them.
-            knockout: Attention knockout, of Eq. 1 or between other parts of prefix and image.
-            rows: Image of each row of the knockout, or of what the hooks receive, to run several on one image. Under a
-                knockout, rows of an image share the encoder and all layers up to the first that is cut differently
-                (shared_layers.py).
-            hooks: Functions by site, "adapter" or a layer, that receive the states f[B, T, d] and return what the
-                forward continues with, to patch or steer them.
-            known: What this method returned for the same pixels without knockout and hooks. The forward then starts at
-                the first layer that they change if it runs on image tokens only (prefix cached, no separators). The
-                pixels and the mask are compared, except for a plain dict of states. Not used for `rows` of a knockout.
-
-        Returns:
-            f[B, T, d] per site, image tokens in raster order, in the dtype of the model; f[R, T, d] for R `rows`.
-
-        Raises:
-            UserError: A site is unknown, the knockout, a hook's states or the known ones do not fit the model, or
-                states are NaN or infinite.
-        """
-        wanted = self.check_sites(sites)
-        return (
-            read_states(self, pixels, wanted, knockout, rows, hooks or {}, known) if wanted else {}
-        )
-
-    forward = states
+        knockout: Knockout | None,
+        rows: int,
+        last: str,
+    ) -> Iterator[None]:
+        """Run the layers under the model's masks, cut by a knockout of some rows, up to the last site."""
+        masks = self.attention_masks(rows, knockout)
+        depth = 0  # layers that run
+        if not is_before_adapter(last):
+            depth = min(self.sites.index(layer_around(last)) - 1, len(self.layers))
+        with ExitStack() as stack:
+            if knockout and depth:
+                stack.enter_context(knockout.apply(self.layers, masks, self.is_image, depth))
+            if masks is not None:
+                stack.enter_context(decode_under(self.decoder, masks))
+            yield
 
     @torch.no_grad()
     def logit_lens(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -383,57 +349,12 @@ class FrozenMLLM(FrozenModel):
         """
         return measure_mask(self)
 
-    def _shares_prefix(self, masks: Masks | None) -> bool:
-        """Return True if the prefix does not attend to the image, and so is the same for all images."""
-        prefix = self.prefix_ids.shape[1]
-        if masks is None or not self.family.shared_prefix:
-            return False
-        return not any(is_allowed(mask)[:, :, :prefix, prefix:].any() for mask in as_list(masks))
-
-    @torch.no_grad()
-    def prefill_prefix(self) -> int:
-        """Cache the prompt before the image if forwards share it; return how many tokens of it they do not run."""
-        if not self.prefix_is_shared:
-            return 0
-        self.prefix_cache(1)
-        return self.prefix_ids.shape[1]
-
     def cached(self, cache: DynamicCache | None) -> dict[str, DynamicCache | None]:
         """Return the argument of a forward that passes a cache, which transformers renamed in 5.24."""
         name = (
             "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
         )
         return {name: cache}
-
-    def prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
-        """Return keys and values of the prefix, computed for one image and shared by the rows of each layer."""
-        weights = self.weights_key()
-        if self._prefix_kv is None or weights != self._prefix_weights:
-            cache = DynamicCache()
-            prefix = self.prefix_ids.shape[1]
-            if prefix:
-                masks = self.attention_masks(1)
-                if isinstance(masks, dict):
-                    masks = {kind: mask[:, :, :prefix, :prefix] for kind, mask in masks.items()}
-                else:
-                    masks = masks[:, :, :prefix, :prefix]
-                self.decoder(
-                    input_ids=self.prefix_ids,
-                    attention_mask=masks,
-                    use_cache=True,
-                    **self.cached(cache),
-                )
-            self._prefix_kv = [(layer.keys, layer.values) for layer in cache.layers]
-            self._prefix_weights = weights
-        if plan is None:
-            counts = [images] * len(self._prefix_kv)
-        else:
-            counts = [len(rows.first) for rows in plan]
-        repeated = []
-        for (keys, values), count in zip(self._prefix_kv, counts, strict=True):
-            shape = (count, -1, -1, -1)
-            repeated.append((keys.expand(shape), values.expand(shape)))
-        return DynamicCache(ddp_cache_data=repeated)
 
 
 def _image_ids(grid: tuple[int, int], image_id: int, separator_id: int | None) -> list[int]:

@@ -4,6 +4,7 @@ Shapes: B images, T patches or image tokens, d width of a site, L layers, A head
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
@@ -19,9 +20,8 @@ from .families import EncoderFamily, Family, own_image_attention
 from .families.chosen_sites import all_sites, chosen_sites
 from .families.layer_parts import part_width
 from .knockout import Knockout
-from .shared_layers import version
+from .reading import Replacement, read_states
 from .sites import layer_around, layer_number, layer_site, part_of
-from .steering import Replacement
 
 
 class Widths(dict[str, int]):
@@ -51,12 +51,14 @@ class FrozenModel(nn.Module):
         unread_notes: Sentences about layers of a module that are not read.
         revision: Commit hash of a checkpoint from the hub; None for a local directory.
         update_scales: Factor of each layer's update, of a random model that is matched to the trained one; else None.
+        rows_share_encoder: True if rows of an image differ in the states and masks of the layers only.
     """
 
     layers: nn.ModuleList
     layer_sites: list[str]
     is_image: Tensor
     image_positions: Tensor
+    rows_share_encoder = False
 
     def __init__(
         self,
@@ -122,13 +124,6 @@ class FrozenModel(nn.Module):
         """Keep eval mode: a frozen model never trains, even if the module that contains it does."""
         return super().train(False)
 
-    def clear_prefix_cache(self) -> None:
-        """Drop what is cached of a prompt; a model without a prompt has nothing."""
-
-    def prefill_prefix(self) -> int:
-        """Cache the prompt before the image; return how many tokens of it forwards do not run."""
-        return 0
-
     def preprocess(self, images: PhotoLike | Sequence[PhotoLike]) -> Tensor:
         """Return the pixels f[B, 3, H, W] of images, resized by `geometry`; 3 channels for each normalisation.
 
@@ -149,6 +144,61 @@ class FrozenModel(nn.Module):
     def to_grid(self, states: Tensor) -> Tensor:
         """Reshape values per image token, f[..., T, d], to the token grid, f[..., h, w, d]."""
         return states.unflatten(-2, self.grid)
+
+    @torch.no_grad()
+    def states(
+        self,
+        pixels: Tensor,
+        sites: Sequence[str] | None = None,
+        knockout: Knockout | None = None,
+        rows: Sequence[int] | None = None,
+        hooks: Mapping[str, Replacement] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the hidden states of the image tokens at each site. Calling the model does the same.
+
+        Args:
+            pixels: f[B, 3, H, W] from :meth:`preprocess`.
+            sites: Sites to return, None for `sites` of the model. The forward stops after the last of them.
+            knockout: Attention knockout, of Eq. 1 or, in an MLLM, between other parts of prefix and image.
+            rows: Image of each row of the knockout, or of what the hooks receive, to run several on one image; an MLLM
+                encodes each image once if it can.
+            hooks: Functions by site, one of `layer_sites`, that receive the states f[B, T, d] and return what the
+                forward continues with, to patch or steer them.
+
+        Returns:
+            f[B, T, d] per site, image tokens in raster order, in the dtype of the model; f[R, T, d] for R `rows`.
+
+        Raises:
+            UserError: A site is unknown, the knockout or a hook's states do not fit the model, or states are NaN or
+                infinite.
+        """
+        wanted = self.check_sites(sites)
+        return read_states(self, pixels, wanted, knockout, rows, hooks or {}) if wanted else {}
+
+    forward = states
+
+    def run(self, pixels: Tensor) -> None:
+        """Run the model's own forward on pixels f[B, 3, H, W], and text before the image if it has any."""
+        raise NotImplementedError
+
+    def masked(
+        self,
+        knockout: Knockout | None,
+        rows: int,
+        last: str,
+    ) -> AbstractContextManager[None]:
+        """Run the layers under the model's masks, cut by a knockout of some rows, up to the last site."""
+        raise NotImplementedError
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        return self.family.norm_of(self.model)
+
+    def check_hooks(self, sites: Iterable[str]) -> None:
+        """Raise a UserError if states cannot be replaced at one of these sites."""
+        if unknown := [site for site in sites if site not in self.layer_sites]:
+            raise UserError(f"hook at {unknown[0]!r}: expected {' or '.join(self.layer_sites)}")
 
     def attention(
         self,
@@ -225,10 +275,3 @@ class FrozenModel(nn.Module):
                 f"attention is that of layers; expected sites from {own[0]} to {own[-1]}, or None for all, got {got}"
             )
         return list(sites)
-
-    def weights_key(self) -> tuple:
-        """Return what changes if weights are replaced, moved or edited, or if autocast is switched on or off."""
-        kind = self.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weights = [(id(p), p.data_ptr(), version(p)) for p in self.model.parameters()]
-        return autocast, weights

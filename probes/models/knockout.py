@@ -18,6 +18,7 @@ Shapes: B batch, T image tokens, N tokens, the last Q of them as queries, L laye
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from llava_bidir.common.errors import UserError
 
 from .attention_masks import Masks, as_list, is_allowed
+from .hooks import with_arguments
 
 IMAGE = "image"
 BLOCKED = "blocked"
@@ -177,26 +179,6 @@ class Knockout:
             "batch without any token to attend to; use a prefix before the image or block fewer tokens"
         )
 
-    def first_layer(self, layers: nn.ModuleList) -> int:
-        """Return the first layer 1..L that is cut in any row of the batch; L + 1 for none."""
-        chosen = self.select_layers(layers).any(0).nonzero()
-        return int(chosen.min()) + 1 if len(chosen) else len(layers) + 1
-
-    def by_row(self, layers: nn.ModuleList, batch: int) -> tuple[list[bytes], Tensor]:
-        """Return what each row of the batch cuts, equal for equal cuts, and the layers in which it does, bool[B, L].
-
-        Raises:
-            UserError: A layer is out of range.
-        """
-        chosen = self.select_layers(layers, batch).cpu()
-        if self.blocked is None:
-            return [b""] * batch, chosen
-        blocked = self.blocked.flatten(1).cpu()
-        cuts = [row.numpy().tobytes() for row in blocked]
-        if not any(self.names(axis) == (BLOCKED,) for axis in ("rows", "columns")):
-            return cuts, chosen  # without blocked tokens, the other sets are still cut
-        return cuts, chosen & blocked.any(1, keepdim=True)
-
     def select_layers(self, layers: nn.ModuleList, batch: int = 1) -> Tensor:
         """Return the layers that each row of the batch cuts, bool[B, L].
 
@@ -239,34 +221,22 @@ class Knockout:
         if effect is None:
             changed = torch.zeros(images, dtype=torch.bool, device=on_device.device)
 
-        def replace(layer: int, kwargs: dict) -> dict:
-            given = kwargs.get("attention_mask")
+        def replace(layer: int, arguments: dict) -> dict:
+            given = arguments.get("attention_mask")
             rows = on_device[:, layer - 1, None, None, None]
             for (mask, cut), change in zip(cuts, changes, strict=True):
                 if given is mask or _is_copy(given, mask):
                     replaced.append(layer)
                     changed.logical_or_(change & on_device[:, layer - 1])
                     new = cut if in_all_rows[layer - 1] else torch.where(rows, cut, mask)
-                    return {**kwargs, "attention_mask": new.to(given.device)}
+                    return {"attention_mask": new.to(given.device)}
             raise RuntimeError(f"layer {layer} runs with another mask than the one to cut: {given}")
 
         cut_layers = (chosen.any(0).nonzero().flatten() + 1).tolist()
-        with ExitStack() as hooks:
+        with ExitStack() as stack:
             for layer in cut_layers:
-
-                def hook(
-                    _,
-                    args,
-                    kwargs,
-                    layer=layer,
-                ):
-                    return (args, replace(layer, kwargs))
-
-                hooks.callback(
-                    layers[layer - 1]
-                    .self_attn.register_forward_pre_hook(hook, with_kwargs=True)
-                    .remove
-                )
+                attention = layers[layer - 1].self_attn
+                stack.enter_context(with_arguments(attention, partial(replace, layer)))
             yield
         missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
         if missed:

@@ -6,11 +6,11 @@ factor, from the first layer to the last, until its update is the trained one. F
 `down_proj`; for layers with a norm after attention and MLP (Gemma, GLM) it scales what the norm returns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from copy import copy
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from llava_bidir.common.hf import check_outputs
 
 from .attention_weights import softmax_attention
 from .families.layer_parts import find_part
-from .shared_layers import replaced_forward
+from .hooks import around, at_output
 from .sites import layer_site
 
 # on other images of the toy world the updates then differ from the trained ones by up to 5%
@@ -60,89 +60,70 @@ def match_updates(
     Raises:
         UserError: An update cannot be reached, or states are NaN or infinite.
     """
-    together = copy(mllm)
-    # cached keys and values of the prompt would be those of other factors
-    together.prefix_is_shared = False
-    before = attended = None
+    before: Tensor | None = None  # input of the layer that runs, at image tokens
 
     def states_of(hidden: Tensor | tuple) -> Tensor:
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return hidden.index_select(1, mllm.image_positions.to(hidden.device))
 
-    def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        nonlocal attended
-        attended = output
-
     def match(
         layer: int,
         module: nn.Module,
-        args: tuple,
-        kwargs: dict,
-        output: Tensor | tuple,
+        forward: Callable,
+        *args,
+        **kwargs,
     ) -> Tensor | tuple:
         nonlocal before
         if layer == 0:
             before = states_of(args or kwargs["hidden_states"])
+        attended: list[Any] = []
+
+        def attend(forward: Callable, *args, **kwargs) -> Any:
+            if not attended:
+                attended.append(forward(*args, **kwargs))
+            return attended[0]
+
         wanted = updates[layer]
-        for _ in range(STEPS):
-            after = states_of(output)
-            check_outputs("states", {layer_site(layer + 1): after})
-            now = _relative_update(before.to(after.device), after)
-            tolerance = TOLERANCE if after.dtype.itemsize > 2 else COARSE_TOLERANCE
-            if abs(now - wanted) <= tolerance * wanted:
-                before = after
-                return output
-            if now == 0:  # all that is added is lost in rounding
-                break
-            scales[layer] *= wanted / now
-            with replaced_forward(_attention(module), lambda *args, **kwargs: attended):
-                # without the hooks of the layer, this one among them
-                output = module.forward(*args, **kwargs)
+        with around(_attention(module), attend):
+            for _ in range(STEPS):
+                output = forward(*args, **kwargs)
+                after = states_of(output)
+                check_outputs("states", {layer_site(layer + 1): after})
+                now = _relative_update(before.to(after.device), after)
+                tolerance = TOLERANCE if after.dtype.itemsize > 2 else COARSE_TOLERANCE
+                if abs(now - wanted) <= tolerance * wanted:
+                    before = after
+                    return output
+                if now == 0:  # all that is added is lost in rounding
+                    break
+                scales[layer] *= wanted / now
         finer = "" if after.dtype.itemsize > 2 else "float32 (model.dtype), or "
         raise UserError(
             f"layer {layer + 1} of the random model changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
             f"the updates of this family cannot be matched; use {finer}match: permuted"
         )
 
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
         for layer, module in enumerate(mllm.layers):
-            # before it is scaled
-            hooks.callback(_attention(module).register_forward_hook(keep, prepend=True).remove)
-            hooks.callback(
-                module.register_forward_hook(partial(match, layer), with_kwargs=True).remove
-            )
-        together.states(pixels, [layer_site(len(updates))])
-    mllm.clear_prefix_cache()
+            stack.enter_context(around(module, partial(match, layer, module)))
+        mllm.states(pixels, [layer_site(len(updates))])
 
 
 def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:
-    """Multiply what attention and MLP of each layer add to the states by the layer's factor.
-
-    The factors are read at each forward; call `clear_prefix_cache` after changing them.
+    """Multiply what attention and MLP of each layer add to the states by the layer's factor, read at each forward.
 
     Returns:
         A stack that, closed, ends this.
     """
-    with ExitStack() as hooks:
+
+    def scale(layer: int, states: Tensor) -> Tensor:
+        return states * scales[layer]
+
+    with ExitStack() as stack:
         for layer, module in enumerate(mllm.layers):
             for branch in branch_outputs(module):
-                hooks.callback(
-                    branch.register_forward_hook(partial(_scaled_output, scales, layer)).remove
-                )
-        mllm.clear_prefix_cache()
-        return hooks.pop_all()
-
-
-def _scaled_output(
-    scales: Sequence[float],
-    layer: int,
-    module: nn.Module,
-    args: tuple,
-    output,
-):
-    if isinstance(output, tuple):
-        return (output[0] * scales[layer], *output[1:])
-    return output * scales[layer]
+                stack.enter_context(at_output(branch, partial(scale, layer)))
+        return stack.pop_all()
 
 
 def _attention(layer: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ Shapes: B images, h x w patches, T patches, N tokens (others, then patches), d w
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError, error_context
 
-from .read_states import StopForward
+from .hooks import StopForward, at_input
 
 TOLERANCE = 1e-3  # of sums, relative to what is added: float32, or less
 NEAR = 4  # patches: a convolutional stem mixes neighbours
@@ -143,17 +143,12 @@ def check_tokens(
         ] *= -1
     found: list[Tensor] = []
 
-    def stop(_, args: tuple) -> None:
-        found.append(args[0].float())
+    def stop(states: Tensor) -> None:
+        found.append(states.float())
         raise StopForward
 
-    handle = first.register_forward_pre_hook(stop)
-    try:
+    with at_input(first, stop), suppress(StopForward):
         model(pixels)
-    except StopForward:
-        pass
-    finally:
-        handle.remove()
     (states,) = found
     extra = states.shape[1] - rows * columns
     if extra < 0:

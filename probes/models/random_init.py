@@ -159,7 +159,6 @@ def replace_weights(
     finally:
         for module in moved:
             module.to(device)
-    mllm.clear_prefix_cache()
     if match != "update":
         return ExitStack()
     mllm.update_scales = [1.0] * len(mllm.layers) if scales is None else list(scales)

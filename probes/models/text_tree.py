@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .attention_masks import Masks
 from .families.our_code import SLIDING
+from .hooks import with_arguments
 from .knockout import ANSWER, TEXT_SETS
 
 
@@ -125,22 +126,16 @@ def decode_tree(
     """
     first_positions = []
 
-    def replace(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        positions = kwargs.get("position_ids")
+    def replace(arguments: dict) -> dict:
+        positions = arguments.get("position_ids")
         if positions is None:  # the decoder would count its tokens
-            states = kwargs["inputs_embeds"]
+            states = arguments["inputs_embeds"]
             positions = torch.arange(states.shape[1], device=states.device)[None]
         first = positions[..., tokens : tokens + 1]
         first_positions.append(first)
         of_text = first + text.positions.to(first.device)
-        positions = torch.cat([positions[..., :tokens], of_text], -1)
-        changed = {"position_ids": positions}
-        if masks is not None:
-            changed["attention_mask"] = masks
-        return args, kwargs | changed
+        changed = {"position_ids": torch.cat([positions[..., :tokens], of_text], -1)}
+        return changed if masks is None else changed | {"attention_mask": masks}
 
-    handle = decoder.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
+    with with_arguments(decoder, replace):
         yield first_positions
-    finally:
-        handle.remove()

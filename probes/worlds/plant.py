@@ -28,6 +28,7 @@ from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IGNORE_INDEX, encode
 from llava_bidir.model.export import export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from probes.models.hooks import at_input
 from probes.world_options import PlantOptions
 
 from .binding import GRID
@@ -198,12 +199,9 @@ def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 def encoder_states(net: LlavaBidirForConditionalGeneration, pixels: Tensor) -> Tensor:
     """Return the adapter's input f[n, T, d]."""
     states: list[Tensor] = []
-    hook = net.model.multi_modal_projector.register_forward_pre_hook(
-        lambda _, args: states.append(args[0])
-    )
-    for part in pixels.split(50):
-        net.model.get_image_features(pixel_values=part)
-    hook.remove()
+    with at_input(net.model.multi_modal_projector, states.append):
+        for part in pixels.split(50):
+            net.model.get_image_features(pixel_values=part)
     return torch.cat([s.reshape(-1, GRID**2, s.shape[-1]) for s in states])
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import torch
-from knockout import bench_knockout
 from loss import bench_loss, print_peak_memory
 from measure import last_line, ratios
 from probe_solvers import bench_solver
@@ -106,11 +105,6 @@ BENCHES = {
     "sweep": lambda args: bench_sweep(args.rounds),
     "frozen": lambda args: bench_frozen(args.rounds),
     "text": lambda args: bench_text(args.rounds),
-    "knockout": lambda args: bench_knockout(
-        {"LLM of the demo's size": frozen_model("demo"), "LLM of 512 x 8 layers": frozen_model()},
-        paired,
-        max(2, args.rounds // 2),
-    ),
 }
 
 

@@ -44,14 +44,6 @@ CLIP_TOY = {
     "image_size": 28,
     "patch_size": 14,
 }
-CLIP_DEMO = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 96,
-    "patch_size": 12,
-}
 
 
 def llama(
@@ -72,7 +64,6 @@ def llama(
 
 SHAPES = {  # encoder, LLM
     "toy": (CLIP_TOY, llama(32, 48, 3, 4, 2)),
-    "demo": (CLIP_DEMO, llama(96, 240, 6, 6, 6)),  # probes/worlds/tiny_models.py
     "small": (CLIP_SMALL, llama(512, 1376, 8, 8, 8)),
     "1b": (CLIP_LARGE, llama(2048, 5632, 22, 32, 4)),  # CLIP ViT-L/14@336 and TinyLlama 1.1B
     "7b": (CLIP_LARGE, llama(4096, 11008, 32, 32, 32)),  # LLaVA-1.5 7B

@@ -81,9 +81,7 @@ class Experiment:
         """Return the results of a batch by "total" and group, f[B] and f[B, L]."""
         sites = [_site(layer) for layer in self.plan.layers]
         new = self.donor.states(batch.pixels, [*sites, self.plan.site])
-        unpatched = self.mllm.states(
-            batch.pixels, self.mllm.sites[: self.mllm.sites.index(self.plan.site) + 1]
-        )
+        unpatched = self.mllm.states(batch.pixels, [self.plan.site])
         plain = self._log_odds(unpatched[self.plan.site], batch.truth)
         donated = self._log_odds(new[self.plan.site], batch.truth)
         random = random_tokens_outside(
@@ -95,7 +93,6 @@ class Experiment:
                 site,
                 new[site],
                 random,
-                unpatched,
                 plain,
             )
             for site in sites
@@ -111,7 +108,6 @@ class Experiment:
         site: str,
         new: Tensor,
         random: Tensor,
-        unpatched: dict[str, Tensor],
         plain: Tensor,
     ) -> dict[str, Tensor]:
         """Return the changes by group, f[B], when the states of the set, or random ones, are replaced at a site."""
@@ -125,7 +121,6 @@ class Experiment:
                 new,
                 replaced.flatten(0, 1),
                 images,
-                unpatched,
             )
             - plain[images]
         )
@@ -149,7 +144,6 @@ class Experiment:
         new: Tensor,
         replaced: Tensor,
         images: list[int],
-        unpatched: dict[str, Tensor],
     ) -> Tensor:
         """Return the log-odds f[R, T] of R forwards that replace the states of the tokens bool[R, T]."""
         chosen = replaced.to(new.device)[..., None]
@@ -162,7 +156,6 @@ class Experiment:
             [self.plan.site],
             rows=images,
             hooks={site: replace},
-            known=unpatched,
         )
         return self._log_odds(states[self.plan.site], batch.truth[images])
 

@@ -71,8 +71,8 @@ class Family:
         image_end_text: Text that the processor inserts after the last image token.
         own_template: Chat template of a family whose checkpoints have none, and whose image comes before all text.
         row_separator: Token between rows of image tokens, if any. Its states are not returned.
-        shared_prefix: True if prefix and image can run one after the other: position ids count tokens, and the inputs
-            of the prefix do not depend on the image.
+        rows_share_encoder: False if layers of the LLM receive more of an image than the states of its tokens, such as
+            position ids; rows of a knockout then run the encoder, too.
         question_in_prefix: True if the question is a part of the block of the mask "prefix".
         incomplete_sites: Number of sites, from "adapter" on, after which features of the image enter the LLM beside the
             states there. These states cannot be replaced.
@@ -101,7 +101,7 @@ class Family:
     image_end_text: str = ""
     own_template: str | None = None
     row_separator: str | None = None
-    shared_prefix: bool = True
+    rows_share_encoder: bool = True
     question_in_prefix: bool = False
     incomplete_sites: Callable[[PreTrainedConfig], int] = lambda config: 0
 

@@ -107,7 +107,7 @@ def _patch_family(model_class: str, module: str, **kwargs) -> Family:
         "vision_tower": "visual",
         "inputs": _patches,
         "placeholder": "<|image_pad|>",
-        "shared_prefix": False,  # position ids are two-dimensional in the image
+        "rows_share_encoder": False,  # position ids are two-dimensional in the image
     }
     return Family(model_class, encoder_output_module=module, **settings | kwargs)
 

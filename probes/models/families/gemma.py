@@ -95,7 +95,6 @@ GEMMA = {
         inputs=_paligemma_pixels,
         image_attention="prefix",
         own_template=PALIGEMMA_TEMPLATE,
-        shared_prefix=False,
         question_in_prefix=True,
     ),
     "gemma4": Family(
@@ -109,7 +108,7 @@ GEMMA = {
         placeholder="<|image|>",
         image_start_text="<|image>",
         image_end_text="<image|>",
-        shared_prefix=False,  # layers have further inputs, computed from all ids and from the adapter's outputs
+        rows_share_encoder=False,  # layers have further inputs, computed from all ids and from the adapter's outputs
         incomplete_sites=_sites_before_own_inputs,
     ),
     # No encoder: "encoder" are the embeddings of the patches with their positions.

@@ -11,8 +11,7 @@ attention and MLP read the same input.
 Shapes: B images, N tokens, A heads, d width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -156,40 +155,3 @@ def part_multiplier(layer: nn.Module, part: str) -> float | Tensor | None:
     name = {"attn": "lambda_1", "mlp": "lambda_2"}.get(part, "")  # BEiT, Data2Vec
     own = getattr(layer, name, None) if name else None
     return getattr(layer, "residual_multiplier", None) if own is None else own  # Granite
-
-
-@contextmanager
-def recorded_parts(
-    layers: nn.ModuleList,
-    wanted: list[str],
-    widths: Mapping[str, int],
-    record: Callable[[str, Tensor], None],
-) -> Iterator[None]:
-    """Call record(site, f[B, N, d]) for the parts among the wanted sites while the context is open.
-
-    Raises:
-        UserError: A layer has none of the modules of a part.
-    """
-    with ExitStack() as stack:
-        for site in wanted:
-            if part_of(site) is None:
-                continue
-            layer = layers[layer_number(site) - 1]
-            multiplier = part_multiplier(layer, part_of(site))
-
-            def hook(
-                _,
-                args: tuple,
-                out: Tensor | tuple,
-                site: str = site,
-                multiplier: float | Tensor = multiplier,
-            ) -> None:
-                out = out[0] if isinstance(out, tuple) else out
-                if part_of(site) == VALUE:
-                    # of heads as an axis of their own, or after queries and keys
-                    record(site, out.flatten(2)[..., -widths[site] :])
-                else:
-                    record(site, out if multiplier is None else out * multiplier)
-
-            stack.callback(part_module(layer, site).register_forward_hook(hook).remove)
-        yield

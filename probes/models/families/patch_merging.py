@@ -79,7 +79,6 @@ MERGED = {
         encoder_states=_unshuffled,
         inputs=_patches,
         norm="embedding_norm",
-        shared_prefix=False,  # convolutions do not stop between prefix and image
         image_start_text="<|image_start|>",
         image_end_text="<|image_end|>",
     ),
@@ -107,7 +106,5 @@ MERGED = {
         adapter=("vision_tower.head_linear", "vision_tower.head_norm", "visual_embeddings_table"),
         image_start_text="<IMG_START>",
         image_end_text="<IMG_GRID><IMG_END>",
-        # <IMG_START> takes its embedding from that vocabulary if there is an image
-        shared_prefix=False,
     ),
 }

@@ -22,7 +22,7 @@ CLAIM = "starvation_without_sink"
 
 def with_sink(mllm, layer: int):
     """Add a large vector to the first image token after a layer, as a sink has it."""
-    first = mllm.image_positions[0] - mllm.prefill_prefix()
+    first = mllm.image_positions[0]
 
     def add(module, args, output):
         output = output.clone()

@@ -119,7 +119,7 @@ def forward_by_hand(
 
 
 def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
-    """Image by image and layer by layer, with the mask written out and no prefix cache."""
+    """Image by image and layer by layer, with the mask written out."""
     run, results, tensors = patched
     mllm = run.mllm()
     probe = run.probes()[READ_OUT]
@@ -179,7 +179,6 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
         sites=None,
         rows=None,
         hooks=None,
-        known=None,
     ):
         return states(self, pixels, sites, rows=rows)
 

@@ -80,7 +80,6 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
             expected.append(logits.softmax(-1)[0, :, -4:, -4:].float())
         return stock(module, query, key, value, mask, *args, scaling=scaling, **kwargs)
 
-    mllm.prefill_prefix()
     with monkeypatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)
         mllm.states(pixels)

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -31,7 +32,6 @@ from probes.models.families import (
     family_of,
 )
 from probes.models.matched_updates import layer_updates
-from probes.models.steering import replaced_states
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
@@ -252,7 +252,7 @@ def test_knockout_cuts_image_rows_from_blocked_tokens(name, mllm):
 
 @pytest.mark.parametrize("name", MASKABLE)
 def test_rows_of_an_image_equal_a_batch_with_copies_of_it(name, mllm):
-    """In all windows of layers; families whose position ids differ between images run the copies."""
+    """In all windows of layers, also under hooks; some families share the encoder."""
     read = mllm(name)
     tokens = STOCK[name].grid[0] * STOCK[name].grid[1]
     pixels = read.preprocess(pictures(name))
@@ -261,31 +261,16 @@ def test_rows_of_an_image_equal_a_batch_with_copies_of_it(name, mllm):
     windows = torch.tensor(
         [[1, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 1, 1], [1, 1, 1]]
     ).bool()
-    together = read.states(pixels, knockout=Knockout(blocked, windows), rows=images)
-    copies = read.states(pixels[images], knockout=Knockout(blocked, windows))
+    change = {
+        "knockout": Knockout(blocked, windows),
+        "hooks": {"layer_03": lambda states: states / torch.arange(1, 7)[:, None, None]},
+    }
+    together = read.states(pixels, rows=images, **change)
+    copies = read.states(pixels[images], **change)
     for depth, site in enumerate(read.sites):
         torch.testing.assert_close(
             together[site], copies[site], **rounding(copies[site], max(depth, 1))
         )
-
-
-@pytest.mark.parametrize("name", MASKABLE)
-def test_starting_from_known_states_equals_the_full_forward(name, mllm):
-    frozen = mllm(name)
-    pixels = frozen.preprocess(pictures(name))
-    tokens = frozen.grid[0] * frozen.grid[1]
-    plain = frozen.states(pixels)
-    blocked = torch.arange(tokens).expand(2, -1) % 3 == 0
-    changes = [{"knockout": Knockout(blocked, [3])}]
-    if name not in SEVERAL_WAYS_IN:
-        changes.append({"hooks": {"adapter": torch.zeros_like}})
-    for change in changes:
-        full = frozen.states(pixels, **change)
-        states = frozen.states(pixels, known=plain, **change)
-        for depth, site in enumerate(frozen.sites):
-            torch.testing.assert_close(
-                states[site], full[site], **rounding(full[site], max(depth, 1))
-            )
 
 
 @pytest.mark.parametrize("name", sorted({*ALL} - {*SEVERAL_WAYS_IN}))
@@ -294,11 +279,10 @@ def test_a_plain_hook_at_image_positions_equals_a_hook_of_states(name, mllm):
     pixels = frozen.preprocess(pictures(name))
     vector = torch.linspace(-1, 1, frozen.widths["layer_01"])
     expected = frozen.states(pixels, hooks={"layer_01": lambda states: states + vector})
-    image = frozen.image_positions - frozen.prefill_prefix()
 
     def add(_, args, output):
         output = output.clone()
-        output[:, image] += vector
+        output[:, frozen.image_positions] += vector
         return output
 
     with frozen.layers[0].register_forward_hook(add):
@@ -314,11 +298,13 @@ def test_states_of_another_image_at_a_complete_site_leave_nothing_of_the_image(n
     image, other = (frozen.preprocess(picture) for picture in pictures(name))
     wanted = frozen.states(other)
 
+    unchecked = copy(frozen)
+    unchecked.family = replace(frozen.family, incomplete_sites=lambda config: 0)
+
     def distance(site):
         """From the other image's last states, with its states at a site."""
-        positions = frozen.image_positions - frozen.prefill_prefix()
-        with replaced_states(frozen.layers, {site: lambda _: wanted[site]}, positions):
-            last = frozen.states(image, ["final_norm"])["final_norm"]
+        hooks = {site: lambda _: wanted[site]}
+        last = unchecked.states(image, ["final_norm"], hooks=hooks)["final_norm"]
         return (last - wanted["final_norm"]).norm() / wanted["final_norm"].norm()
 
     sites = ["adapter", *LAYERS]

@@ -9,7 +9,6 @@ import torch
 from tolerances import rounding
 
 import probes
-from llava_bidir import IMAGE_ATTENTION
 
 pytestmark = pytest.mark.numerics
 
@@ -50,7 +49,7 @@ def test_states_follow_another_prefix(mllm, checkpoints, pictures):
     other = probes.load(str(checkpoints[mllm.image_attention]))
     pixels = mllm.preprocess(pictures)
     before = other(pixels)
-    ids = other.prefix_ids[0].tolist()  # keys and values of the first prefix are cached
+    ids = other.prefix_ids[0].tolist()
     other.set_prefix(ids + [5, 6, 7])
     states = other(pixels)
     whole = full_forward(other, pixels)
@@ -72,40 +71,7 @@ def test_another_prefix_of_a_model_under_another_mask_is_its_own(mllm, checkpoin
     other.set_prefix(ids + [5, 6, 7])
     assert other.prefix_ids.shape[1] == len(ids) + 3
     assert own.prefix_ids[0].tolist() == ids
-    own.clear_prefix_cache()
     assert all(torch.equal(x, before[site]) for site, x in own(pixels).items())
-
-
-def test_the_cached_prefix_has_the_models_mask(checkpoints, pictures, monkeypatch):
-    """Under a mask that gives the text before the image a block of its own, too."""
-
-    def before_image(is_image):
-        return is_image.flip(-1).cumsum(-1).flip(-1) > 0
-
-    def blocks(is_image):
-        return torch.where(is_image, 0, torch.where(before_image(is_image), 1, -1))
-
-    monkeypatch.setitem(IMAGE_ATTENTION, "two_blocks", blocks)
-    mllm = probes.load(str(checkpoints["causal"]), image_attention="two_blocks")
-    mllm.model.config.image_attention = "two_blocks"  # of the full forward
-    pixels = mllm.preprocess(pictures)
-    states = mllm.states(pixels)
-    whole = full_forward(mllm, pixels)
-    assert mllm.prefix_is_shared
-    for i in (1, 2):
-        torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], **rounding(whole[i], i))
-    causal = mllm.with_attention("causal").states(pixels)
-    assert not torch.allclose(states["layer_02"], causal["layer_02"], atol=1e-3)
-
-
-def test_the_cached_prefix_has_the_precision_of_the_forward(checkpoints, pictures):
-    mllm = probes.load(str(checkpoints["causal"]))
-    pixels = mllm.preprocess(pictures)
-    full = mllm.states(mllm.preprocess(pictures))
-    mllm.clear_prefix_cache()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not torch.equal(mllm.states(pixels)["layer_03"], full["layer_03"])
-    assert torch.equal(mllm.states(pixels)["layer_03"], full["layer_03"])
 
 
 def test_logit_lens_takes_states_of_another_precision(checkpoints, pictures):
@@ -135,31 +101,6 @@ def test_subset_of_sites_gives_the_same_and_computes_no_more(mllm, pictures):
         [hook.remove() for hook in hooks]
     assert list(some) == ["adapter", "layer_02"]
     assert all(torch.equal(some[site], states[site]) for site in some)
-
-
-@torch.no_grad()
-def _edit_in_place(mllm):
-    mllm.decoder.layers[0].self_attn.v_proj.weight.mul_(2)
-
-
-def _replace(mllm):
-    layer = mllm.decoder.layers[0].self_attn
-    layer.v_proj.weight = torch.nn.Parameter(layer.v_proj.weight * 2, requires_grad=False)
-
-
-EDITS = [_edit_in_place, _replace, lambda mllm: mllm.to(torch.bfloat16)]
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_cached_prefix_follows_edits_of_the_model(edit, checkpoints, pictures):
-    used, fresh = (probes.load(str(checkpoints["causal"])) for _ in range(2))
-    pixels = used.preprocess(pictures)
-    before = used.states(pixels)
-    edit(used), edit(fresh)
-    after = used.states(pixels)
-    expected = fresh.states(pixels)
-    assert all(torch.equal(after[site], expected[site]) for site in used.sites)
-    assert not torch.equal(before["layer_03"], after["layer_03"])
 
 
 @pytest.mark.parametrize(

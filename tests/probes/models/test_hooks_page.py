@@ -79,27 +79,6 @@ def test_code_of_the_page_equals_plain_hooks_on_the_stock_forward(names):
         assert not torch.allclose(got, states["final_norm"], atol=1e-3), name
 
 
-@pytest.mark.parametrize("mask", ["causal", "bidirectional"])  # of these, the prompt is cached
-def test_a_plain_hook_on_all_tokens_needs_the_prompt_to_be_run_again(mask, checkpoints, pixels):
-    """Without that, the prompt is one that the hook has not changed."""
-    mllm = probes.load(str(checkpoints[mask]))
-    plain = mllm.states(pixels)["final_norm"]
-
-    def hook(_, args, out):
-        return plus(out)
-
-    expected = stock_states(mllm, pixels, hook)
-    with mllm.layers[1].register_forward_hook(hook):
-        stale = mllm.states(pixels)["final_norm"]
-        mllm.clear_prefix_cache()
-        states = mllm.states(pixels)["final_norm"]
-    torch.testing.assert_close(states, expected, **rounding(expected, 4))
-    assert not torch.allclose(stale, expected, atol=1e-3)
-    assert not torch.allclose(mllm.states(pixels)["final_norm"], plain, atol=1e-3)
-    mllm.clear_prefix_cache()
-    assert torch.equal(mllm.states(pixels)["final_norm"], plain)
-
-
 def test_a_plain_hook_on_the_vision_layer_that_is_read_goes_first(checkpoints, pixels):
     """transformers collects that layer's output by a hook of its own, which it adds in the first forward."""
 

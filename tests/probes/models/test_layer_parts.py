@@ -233,7 +233,7 @@ def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
     assert "value_03" not in states and {"value_02", "attn_03", "mlp_03"} < states.keys()
 
 
-def test_knockouts_rows_and_known_states_reach_parts(load):
+def test_rows_of_a_knockout_reach_parts(load):
     frozen = load("llava")
     pixels = frozen.preprocess(pictures("llava"))
     sites = [
@@ -261,10 +261,6 @@ def test_knockouts_rows_and_known_states_reach_parts(load):
     torch.testing.assert_close(cut["value_02"], plain["value_02"][rows])
     for site in ("attn_02", "mlp_02", "value_03"):
         assert not torch.allclose(cut[site], plain[site][rows], atol=1e-4)
-    again = frozen.states(pixels, sites, Knockout(blocked[:2], [3]))
-    known = frozen.states(pixels, sites, Knockout(blocked[:2], [3]), known=plain)
-    for site in sites:
-        torch.testing.assert_close(known[site], again[site], **rounding(again[site], 1))
 
 
 # ------------------------------------------------------------------------------------------------ bare encoders

@@ -227,7 +227,6 @@ def test_states_knockout_and_mask_override(name):
         }
         assert {site: tuple(state.shape) for site, state in states.items()} == expected
         assert int(mllm.is_image.sum()) == tokens
-        assert mllm.prefix_is_shared == mllm.family.shared_prefix
         blocked = torch.zeros(IMAGES, tokens, dtype=torch.bool)
         blocked[:, tokens // 2] = True
         if entry["family"] in WITHOUT_MASKS:

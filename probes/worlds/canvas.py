@@ -87,15 +87,6 @@ class Quad:
             self.point_at(left, bottom),
         )
 
-    def inset(self, across: float, down: float) -> Quad:
-        """Return the part within margins of these widths."""
-        return self.part(
-            across,
-            1 - across,
-            down,
-            1 - down,
-        )
-
     @property
     def width(self) -> float:
         """Length of the upper edge in pixels."""

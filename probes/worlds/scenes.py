@@ -21,8 +21,7 @@ from PIL import Image
 
 from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
 from .objects import (
-    GROUND,
-    TOP,
+    COLOURS,
     GroundObject,
     draw_bed,
     draw_car,
@@ -30,11 +29,11 @@ from .objects import (
     draw_hanging_lamp,
     draw_house,
     draw_moon,
+    draw_object,
     draw_on_ground,
     draw_picture,
     draw_standing_lamp,
     draw_tree,
-    draw_wall,
     draw_window,
 )
 
@@ -113,13 +112,13 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
         window=0.7,
         door=0.5,
     )
-    canvas.polygon(FULL_FRAME, TOP, "ceiling")
+    canvas.polygon(FULL_FRAME, COLOURS["top"], "ceiling")
     floor = camera.ground()
-    canvas.polygon(floor, GROUND, "floor")
+    canvas.polygon(floor, COLOURS["ground"], "floor")
     for u in np.arange(0.1, 1, 0.2):
         draw_ground_line(canvas, floor, u)
     for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
-        draw_wall(
+        draw_object(
             canvas,
             front,
             "wall",
@@ -157,11 +156,11 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
         moon=0.3,
         car=0.6,
     )
-    canvas.polygon(FULL_FRAME, TOP, "sky")
+    canvas.polygon(FULL_FRAME, COLOURS["top"], "sky")
     if "moon" in names:
         draw_moon(canvas, camera, rng)
     road = camera.ground()
-    canvas.polygon(road, GROUND, "road")
+    canvas.polygon(road, COLOURS["ground"], "road")
     for u in (0.16, 0.84):
         draw_ground_line(canvas, road, u)
     for v in (0.03, 0.1, 0.22, 0.38):
@@ -171,7 +170,7 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
             v,
             1.5 * v + 0.01,
         )
-        canvas.polygon(lane_mark, shade(GROUND, 1.5))
+        canvas.polygon(lane_mark, shade(COLOURS["ground"], 1.5))
     left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
     counts = rng.integers(2, 4), rng.integers(1, 3), rng.integers(1, 3)
     for (side, tint), count in zip((far, left, right), counts, strict=True):
@@ -197,7 +196,7 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
 
 def draw_ground_line(canvas: Canvas, ground: Quad, u: float) -> None:
     """Draw a line on the ground from the far end towards the viewer: between boards, or a kerb."""
-    canvas.line(ground, shade(GROUND, 0.85), [(u, 0), (u, 1)])
+    canvas.line(ground, shade(COLOURS["ground"], 0.85), [(u, 0), (u, 1)])
 
 
 def draw_houses(

@@ -1,13 +1,12 @@
 """Which tokens attend to which, measured in the layers of a loaded model, whatever its config says.
 
 The model's own forward runs once on an image of noise between text, with the masks that it makes itself. At each layer
-of the LLM the states of one block of tokens are disturbed, the layer runs again, and a token whose output moves attends
-to the block. Disturbing the input of each layer alone tells a layer that ignores the mask from one that receives what
-an earlier layer has mixed. If the model is loaded under another mask among image tokens than its own, the forward is
-that of `probes`, which replaces the mask.
+of the LLM the gradient of the outputs of a block of tokens with respect to all of its inputs is computed: it is exactly
+zero at a token that none of the block attends to. The gradient of each layer alone tells a layer that ignores the mask
+from one that receives what an earlier layer has mixed. If the model is loaded under another mask among image tokens
+than its own, the forward is that of `probes`, which replaces the mask.
 
-Blocks are the text before the image, four parts of the image in raster order, and the text after it. Which tokens have
-moved is decided by the movements of the layer themselves, see :func:`_threshold`.
+Blocks are the text before the image, four parts of the image in raster order, and the text after it.
 
 Shapes: N tokens, K blocks, d width, L layers.
 """
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
 
 from .attention_masks import as_list, build_decoder_masks, decode_under, is_allowed, supports_masks
 from .families.our_code import FULL, SLIDING, layer_kinds
+from .hooks import around
 from .sites import layer_site
 
 IMAGE_BLOCKS = 4
@@ -51,7 +53,7 @@ class Direction:
 
     Args:
         name: "image to later image", ...: those that attend, then those that are attended to.
-        measured: Share of the pairs of a token and a block in which the block is attended to, 0..1.
+        measured: Share of the pairs of a block and a token in which the token is attended to, 0..1.
         claimed: The same by the mask that config and family name; None if the layers have no mask, so that only what
             they must not see is known.
         forbidden: Share of the pairs that the mask forbids and that were seen all the same.
@@ -72,14 +74,14 @@ class MeasuredMask:
     Args:
         image_attention: Name of the mask among image tokens that is claimed.
         kinds: Kind of each layer, as transformers names it, L of them.
-        moved: bool[L, N, K]: a token's output moves if the block is disturbed.
-        claimed: bool[L, N, K]: the token may attend to a token of the block.
+        seen: bool[L, K, N]: a token of the block attends to the token.
+        claimed: bool[L, K, N]: a token of the block may attend to the token.
         blocks: Tokens of each block.
     """
 
     image_attention: str
     kinds: list[str]
-    moved: Tensor
+    seen: Tensor
     claimed: Tensor
     blocks: list[Tensor]
 
@@ -116,23 +118,21 @@ class MeasuredMask:
         return "\n".join(lines)
 
     def _pairs(self) -> dict[str, Tensor]:
-        """Return the pairs of tokens and blocks of each direction, bool[N, K]."""
+        """Return the pairs of blocks and tokens of each direction, bool[K, N]; only those that there are."""
         before, *image, after = self.blocks
-        shape = self.moved.shape[1:]
-        pairs = {name: torch.zeros(shape, dtype=torch.bool) for name in DIRECTIONS}
+        of_image = torch.cat(image)
         last = len(image) + 1
-        for i, queries in enumerate(image):
-            pairs["image to earlier image"][queries, 1 : 1 + i] = True
-            pairs["image to later image"][queries, 2 + i : last] = True
-            pairs["image to text before"][queries, 0] = True
-            pairs["image to text after"][queries, last] = True
-        pairs["text to image"][after, 1:last] = True
-        pairs["text to earlier text"][after, 0] = True
-        pairs["text before to image"][before, 1:last] = True
-        pairs["text to later text"][before, last] = True
-        if not len(before):  # no token is disturbed
-            pairs["image to text before"][:] = False
-            pairs["text to earlier text"][:] = False
+        pairs = {name: torch.zeros(self.seen.shape[1:], dtype=torch.bool) for name in DIRECTIONS}
+        for i, block in enumerate(image, 1):
+            pairs["image to earlier image"][i, of_image[of_image < block[0]]] = True
+            pairs["image to later image"][i, of_image[of_image > block[-1]]] = True
+            pairs["image to text before"][i, before] = True
+            pairs["image to text after"][i, after] = True
+        pairs["text to image"][last, of_image] = True
+        pairs["text to earlier text"][last, before] = True
+        if len(before):
+            pairs["text before to image"][0, of_image] = True
+            pairs["text to later text"][0, after] = True
         return {name: of_name for name, of_name in pairs.items() if of_name.any()}
 
     def _direction(
@@ -143,11 +143,11 @@ class MeasuredMask:
     ) -> Direction:
         """Compare what was measured with what is claimed, for the layers of one kind."""
         layers = [i for i, other in enumerate(self.kinds) if other == kind]
-        moved = self.moved[layers][:, pairs]  # bool[layers, pairs]
+        seen = self.seen[layers][:, pairs]  # bool[layers, pairs]
         claimed = self.claimed[layers][:, pairs]
-        wrong = moved & ~claimed
+        wrong = seen & ~claimed
         if kind in (FULL, SLIDING):
-            differs = moved != claimed
+            differs = seen != claimed
             share = claimed.float().mean().item()
         else:  # recurrent layers and convolutions see a part of what comes earlier
             differs = wrong
@@ -156,7 +156,7 @@ class MeasuredMask:
         names = [layer_site(layers[i] + 1) for i in differing]
         return Direction(
             name,
-            moved.float().mean().item(),
+            seen.float().mean().item(),
             share,
             wrong.float().mean().item(),
             names,
@@ -174,11 +174,11 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     """Measure which tokens attend to which in each layer of a :class:`FrozenMLLM`.
 
     Args:
-        mllm: A loaded model, best in float32: differences must exceed the rounding of its dtype.
-        seed: Seed of the image of noise and of the disturbances.
+        mllm: A loaded model, best in float32: in float16, small weights of attention are rounded to zero.
+        seed: Seed of the image of noise and of the directions in which gradients are computed.
 
     Raises:
-        UserError: States are NaN or infinite.
+        UserError: A layer has no gradient, or states are NaN or infinite.
     """
     text = mllm.ids.new_full((1, TEXT_AFTER), _text_id(mllm.model.config))
     ids = torch.cat([mllm.ids, text], 1)
@@ -189,28 +189,25 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
     pixels = mllm.preprocess(noise).to(mllm.device, mllm.model.dtype)
     text_config = mllm.model.config.get_text_config()
-    moved: dict[int, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
+    seen: list[Tensor] = []
+
+    def measure(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Run a layer with a gradient, and keep what the blocks see of its inputs."""
+        site = layer_site(len(seen) + 1)
+        with torch.enable_grad():
+            states = args[0] if args else kwargs.pop("hidden_states")
+            states = states.detach().requires_grad_()
+            output = forward(states, *args[1:], **kwargs)
+            is_several = isinstance(output, tuple)
+            after = output[0] if is_several else output
+            check_outputs("states", {site: after})
+            seen.append(_seen_tokens(site, states, after, blocks, generator))
+        return (after.detach(), *output[1:]) if is_several else after.detach()
+
     with ExitStack() as stack:
-        for i, layer in enumerate(mllm.decoder.layers):
-
-            def disturb(
-                module,
-                args,
-                kwargs,
-                output,
-                i=i,
-            ):
-                clean = output[0] if isinstance(output, tuple) else output
-                check_outputs("states", {layer_site(i + 1): clean})
-
-                def run_again(states: Tensor) -> Tensor:
-                    return _run_again(module, states, args, kwargs)
-
-                states = args[0] if args else kwargs["hidden_states"]
-                moved[i] = _moved_tokens(run_again, states, clean, blocks, generator)
-
-            stack.callback(layer.register_forward_hook(disturb, with_kwargs=True).remove)
+        for layer in mllm.layers:
+            stack.enter_context(around(layer, measure))
         if mllm.image_attention != mllm.own_image_attention:
             masks = build_decoder_masks(
                 mllm.image_attention, text_config, is_image, mllm.model.dtype
@@ -221,11 +218,11 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
         if "logits_to_keep" in signature(mllm.model.forward).parameters:
             inputs["logits_to_keep"] = 1
         mllm.model(**inputs, use_cache=False)
-    kinds = _kinds_of_layers(text_config, len(moved))
+    kinds = _kinds_of_layers(text_config, len(seen))
     return MeasuredMask(
         mllm.image_attention,
         kinds,
-        torch.stack([moved[i] for i in range(len(moved))]),
+        torch.stack(seen),
         _claimed(mllm, is_image, kinds, blocks),
         blocks,
     )
@@ -247,63 +244,23 @@ def _blocks(is_image: Tensor) -> list[Tensor]:
     return [tokens[: positions[0]], *parts, tokens[-TEXT_AFTER:]]
 
 
-def _moved_tokens(
-    run: Callable[[Tensor], Tensor],
+def _seen_tokens(
+    site: str,
     states: Tensor,
-    clean: Tensor,
+    after: Tensor,
     blocks: list[Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    """Run a layer with the states of each block disturbed; return which tokens' outputs move, bool[N, K]."""
-    # by token, since a few tokens of an LLM can have outputs a thousand times as large as the others'
-    size = clean[0].abs().amax(-1)
-    movements = []
+    """Return which inputs f[1, N, d] of a layer have a gradient from the outputs of each block, bool[K, N]."""
+    if not after.requires_grad:
+        raise UserError(f"the mask of {site} is not measured: the layer has no gradient")
+    seen = []
     for block in blocks:
-        noise = torch.randn(len(block), states.shape[-1], generator=generator).to(states)
-        disturbed = states.clone()
-        rows = disturbed[:, block]
-        scale = rows.square().mean(-1, keepdim=True).sqrt()
-        disturbed[:, block] = rows + noise * scale
-        out = run(disturbed)
-        movements.append((out - clean)[0].abs().amax(-1) / size)
-    movement = torch.stack(movements, 1)
-    return (movement > _threshold(movement)).cpu()
-
-
-def _threshold(movement: Tensor) -> float:
-    """Return the movement above which a token of a layer has moved.
-
-    Tokens that do not attend to a block move by rounding or not at all, all others by orders of magnitude more. Between
-    one rounding and half of a number's digits, the threshold is the middle of the widest gap that the movements leave,
-    on a log scale. These two limits make a gap where all tokens move, or none.
-
-    Args:
-        movement: f[N, K], largest change of a token's output, relative to its largest output.
-    """
-    rounding = torch.finfo(movement.dtype).eps
-    limits = movement.new_tensor([rounding, rounding**0.5])
-    between = movement.flatten().clamp(*limits.tolist())
-    levels = torch.cat([between, limits]).log().sort().values
-    widest = int(levels.diff().argmax())
-    return float(levels[widest : widest + 2].mean().exp())
-
-
-def _run_again(
-    layer: nn.Module,
-    states: Tensor,
-    args: tuple,
-    kwargs: dict,
-) -> Tensor:
-    """Return the output of a layer on other states. Dictionaries that layers share keep what is in them."""
-    kwargs = {
-        name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()
-    }
-    if args:
-        args = (states, *args[1:])
-    else:
-        kwargs["hidden_states"] = states
-    out = layer.forward(*args, **kwargs)  # without hooks, this one among them
-    return out[0] if isinstance(out, tuple) else out
+        outputs = after[0, block]
+        along = torch.randn(outputs.shape, generator=generator).to(outputs)
+        gradient = torch.autograd.grad(outputs, states, along, retain_graph=True)[0]
+        seen.append((gradient[0] != 0).any(-1))
+    return torch.stack(seen).cpu()
 
 
 def _kinds_of_layers(text_config: PreTrainedConfig, layers: int) -> list[str]:
@@ -319,7 +276,7 @@ def _claimed(
     kinds: list[str],
     blocks: list[Tensor],
 ) -> Tensor:
-    """Return which tokens may attend to a token of each block, bool[L, N, K], by the name of the mask."""
+    """Return which tokens a token of each block may attend to, bool[L, K, N], by the name of the mask."""
     text_config = mllm.model.config.get_text_config()
     distinct = list(dict.fromkeys(kinds))
     tokens = is_image.shape[1]
@@ -328,9 +285,6 @@ def _claimed(
         allowed = [is_allowed(mask)[0, 0].cpu() for mask in as_list(masks)]
     else:
         allowed = [torch.ones(tokens, tokens, dtype=torch.bool).tril()] * len(distinct)
-    by_kind = dict(zip(distinct, allowed, strict=True))
-    by_layer = []
-    for kind in kinds:
-        reached = [by_kind[kind][:, block].any(1) for block in blocks]
-        by_layer.append(torch.stack(reached, 1))
-    return torch.stack(by_layer)
+    by_block = [torch.stack([mask[block].any(0) for block in blocks]) for mask in allowed]
+    by_kind = dict(zip(distinct, by_block, strict=True))
+    return torch.stack([by_kind[kind] for kind in kinds])

@@ -96,7 +96,7 @@ def calls(frozen, images: list[Image.Image]) -> dict:
     if takes_knockouts(frozen):
         functions["knockout"] = lambda model: model.states(pixels, sites, Knockout(blocked))
     if frozen.has_llm:
-        functions["measured mask"] = lambda model: {"moved": model.measured_mask().moved}
+        functions["measured mask"] = lambda model: {"seen": model.measured_mask().seen}
     return functions
 
 

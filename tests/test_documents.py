@@ -232,6 +232,23 @@ def test_tools_have_the_same_versions_everywhere():
     assert software["version"] == llava_bidir.__version__
 
 
+# ------------------------------------------------------------------------------------------------------ results
+RESULTS = {  # said on the first page: the page that found it, and its words there
+    "40 of 40": ("experiments/beyond_random/beyond_random.md", "40 of 40"),
+    "3 in 240": ("experiments/beyond_random/beyond_random.md", "3 of 240"),
+    "13 of 60": ("experiments/toy/toy_results.md", "13 of 60"),
+    "−0.3 to +0.9": ("experiments/real/real.md", "/ +0.9 ["),
+    "3 to 9 points": ("experiments/real/real_photos.md", "3.9 to 8.8 points"),
+}
+
+
+@pytest.mark.parametrize("said", RESULTS)
+def test_results_of_the_first_page_are_those_of_their_pages(said):
+    page, found = RESULTS[said]
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert found in (ROOT / page).read_text(encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------------------------ promises
 def tiers(file: str) -> dict[str, bool]:
     """Return {test: whether it runs in the nightly job only} of a file; cases with marks of their own do not count."""

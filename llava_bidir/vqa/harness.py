@@ -1,11 +1,12 @@
 """`llava-bidir vqa`: ask a checkpoint the questions of Table 1, by lmms-eval in its own environment.
 
 :func:`run` starts :func:`main` there; under torchrun each process answers a share of the items, and the first one
-writes them. A finished task has TASK.json with its scores and settings, and TASK.jsonl with one line per item.
+writes them to TASK.json.
 """
 
 import json
 import os
+import subprocess
 import sys
 from argparse import Namespace
 from importlib.metadata import version
@@ -16,14 +17,12 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.hf import read_pretrained
 from llava_bidir.common.identity import describe_digest, model_identity
-from llava_bidir.common.process_group import end_on_signals, process_group
 
 from .scores import BENCHMARKS, Benchmark, Item
 from .table1 import write_tables
 
 MODULE = "llava_bidir.vqa.harness"
-# rows of Table 1 by the encoder's model type
-ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+ROOT = Path(__file__).parents[2]
 
 
 def run(options: VQAOptions) -> None:
@@ -37,17 +36,15 @@ def run(options: VQAOptions) -> None:
     from llava_bidir.commands.generate import read_image_attention
 
     config = read_pretrained("MODEL", AutoConfig, options.model)
-    encoder = config.vision_config.model_type
     info = {
         "model": options.model,
         "image_attention": read_image_attention(config),
-        "encoder": ENCODERS.get(encoder, encoder),
+        "encoder": config.vision_config.model_type.removesuffix("_vision_model"),
         "fingerprint": describe_digest(model_identity("MODEL", options.model)).split()[-1],
         "batch_size": options.batch_size,
     }
     files = {name: options.out / f"{name}.json" for name in options.tasks}
     with exclusive_run_lock(options.out):
-        end_on_signals()
         for file in filter(Path.exists, files.values()):
             if read_json(file)["fingerprint"] != info["fingerprint"]:
                 raise UserError(f"{file} is of another checkpoint; choose another --out")
@@ -55,12 +52,10 @@ def run(options: VQAOptions) -> None:
             if not options.python.is_file():
                 raise UserError(f"{options.python} does not exist; `make vqa-venv` makes it")
             ranks = f"torch.distributed.run --standalone --nproc-per-node {options.devices} -m"
-            request = json.dumps([str(options.out), pending, info])
             start = ranks.split() if options.devices > 1 else []
-            command = [str(options.python), "-m", *start, MODULE, request]
-            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-            with process_group(command, env=environment) as process:
-                process.wait()
+            request = json.dumps([str(options.out), pending, info])
+            command = [options.python, "-m", *start, MODULE, request]
+            subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
         if missing := [name for name, file in files.items() if not file.exists()]:
             raise UserError(f"lmms-eval has no results of {', '.join(missing)}; see above")
     print(write_tables([options.out], options.out))
@@ -106,22 +101,20 @@ def run_benchmark(benchmark: Benchmark, model, out: Path) -> dict | None:
     )
 
 
-def write_results(out: Path, name: str, results: dict, info: dict) -> None:
-    """Write both files of a task; raise a UserError if an item has no result or several, or scores differ."""
+def write_results(
+    out: Path,
+    name: str,
+    results: dict,
+    info: dict,
+) -> None:
+    """Write the file of a task; raise a UserError if an item has no result or several."""
     benchmark = BENCHMARKS[name]
     items = [to_item(benchmark, sample) for sample in results["samples"][benchmark.task]]
     items.sort(key=lambda item: item["item"])
     count = results["n-samples"][benchmark.task]["original"]
     if [item["item"] for item in items] != list(range(count)):
         raise UserError(f"{name}: {len(items)} results are not one for each of {count} items")
-    scores = {title: column.terms(items).score() for title, column in benchmark.columns.items()}
-    for title, (metric, _, scale, *_) in benchmark.columns.items():
-        theirs = results["results"][benchmark.task][f"{metric},none"] / scale
-        if abs(scores[title] - theirs) > 1e-5 * max(1, abs(theirs)):  # MMMU has five places
-            raise UserError(f"{name}: lmms-eval has {title} {theirs}, the items {scores[title]}")
-    lines = "".join(json.dumps(item) + "\n" for item in items)
-    about = {"benchmark": name, "scores": scores, "items": count, **info}
-    write_files({out / f"{name}.jsonl": lines, out / f"{name}.json": about})
+    write_files({out / f"{name}.json": {"benchmark": name, **info, "items": items}})
 
 
 def to_item(benchmark: Benchmark, sample: dict) -> Item:
@@ -131,7 +124,7 @@ def to_item(benchmark: Benchmark, sample: dict) -> Item:
     return {
         "item": sample["doc_id"],
         "unit": sample["doc_id"] if unit is None else unit,
-        "group": doc[benchmark.group_key] if benchmark.group_key else None,
+        "group": doc["category"] if benchmark.task == "mme" else None,
         "question": sample["arguments"][0],
         "answer": sample["filtered_resps"][0],
         "target": str(doc.get("answers", sample["target"])),  # the VQA tasks' is the word "answer"

@@ -1,7 +1,7 @@
 """The benchmarks of Table 1, and their scores: on the dataset, resampled, and with two models' answers exchanged.
 
-A score is a sum of ratios over units. A unit is drawn and exchanged as a whole: an image with all its questions, or a
-question with all orders of its options. Shapes: R resamplings, U units, G groups.
+A score is a ratio of sums over units. A unit is drawn and exchanged as a whole: an image with all its questions, or a
+question with all orders of its options. Shapes: R resamplings, U units.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,10 @@ from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights, p_value
 
 SWAPS = 10_000
 Item = dict[str, Any]  # as `harness.to_item` writes it
-Count = Callable[[list[Item]], tuple[float, float]]
 
 
 class ScoreTerms(NamedTuple):
-    """Numerators and denominators f[U, G] of a score, and strata i64[U], within which units are resampled."""
+    """Numerators and denominators f[U] of a score, and strata i64[U], within which units are resampled."""
 
     num: np.ndarray
     den: np.ndarray
@@ -27,7 +26,7 @@ class ScoreTerms(NamedTuple):
 
     def score(self) -> float:
         """Return the score on the dataset."""
-        return float(sum_ratios(self.num.sum(0), self.den.sum(0)))
+        return float(divide(self.num.sum(), self.den.sum()))
 
     def resampled_scores(self, resamplings: int = RESAMPLINGS, seed: int = 0) -> torch.Tensor:
         """Return scores f[R]. Two models with the same units and seed are resampled together."""
@@ -35,22 +34,27 @@ class ScoreTerms(NamedTuple):
         for stratum, count in enumerate(np.bincount(self.strata).tolist()):
             drawn = bootstrap_weights(count, resamplings, seed + stratum)
             weights[:, self.strata == stratum] = drawn
-        return torch.from_numpy(sum_ratios(weights @ self.num, weights @ self.den))
+        return torch.from_numpy(divide(weights @ self.num, weights @ self.den))
 
 
-def swap_test(a: ScoreTerms, b: ScoreTerms, swaps: int = SWAPS, seed: int = 0) -> float:
+def swap_test(
+    a: ScoreTerms,
+    b: ScoreTerms,
+    swaps: int = SWAPS,
+    seed: int = 0,
+) -> float:
     """Return the two-sided p-value of equal scores: the models' answers are exchanged, unit by unit, at random."""
     swapped = random_swaps(len(a.num), swaps, seed).double().numpy()
     num = swapped @ (b.num - a.num)
     den = swapped @ (b.den - a.den)
-    scores_a = sum_ratios(a.num.sum(0) + num, a.den.sum(0) + den)
-    scores_b = sum_ratios(b.num.sum(0) - num, b.den.sum(0) - den)
+    scores_a = divide(a.num.sum() + num, a.den.sum() + den)
+    scores_b = divide(b.num.sum() - num, b.den.sum() - den)
     return p_values(torch.from_numpy(scores_b - scores_a)[:, None])[0].item()
 
 
-def sum_ratios(num: np.ndarray, den: np.ndarray) -> np.ndarray:
-    """Return the sum of num / den over the last axis. 0 / 0 counts as 0, as in F1 without any positive."""
-    return np.divide(num, den, out=np.zeros_like(num, dtype=float), where=den != 0).sum(-1)
+def divide(num: np.ndarray, den: np.ndarray) -> np.ndarray:
+    """Return num / den. 0 / 0 counts as 0, as in F1 without any positive."""
+    return num / np.where(den == 0, np.inf, den)
 
 
 def accuracy(unit: list[Item]) -> tuple[float, float]:
@@ -65,7 +69,8 @@ def circular(unit: list[Item]) -> tuple[float, float]:
 
 def mme_points(unit: list[Item]) -> tuple[float, float]:
     """Return an image's 100 * (accuracy + whether both items are correct), and 1."""
-    return 100 * (sum(item["right"] for item in unit) / len(unit) + circular(unit)[0]), 1
+    right, count = accuracy(unit)
+    return 100 * (right / count + (right == count)), 1
 
 
 def f1(unit: list[Item]) -> tuple[float, float]:
@@ -80,73 +85,71 @@ class Column(NamedTuple):
 
     Args:
         metric: Name of the metric in lmms-eval.
-        count: Function from the items of a unit to the terms of the score.
-        scale: Value of lmms-eval for a score of 1.
         paper: Name in paper.json, None if the paper has no such column.
-        categories: Categories whose scores are summed to points; else the score is read as percent.
+        count: Function from the items of a unit to the numerator and denominator of the score.
+        categories: Categories whose scores are summed to points; else the score is a fraction.
     """
 
     metric: str
-    count: Count = accuracy
-    scale: float = 1
-    paper: str | None = None
+    paper: str | None
+    count: Callable[[list[Item]], tuple[float, float]] = accuracy
     categories: str = ""
 
     def terms(self, items: list[Item]) -> ScoreTerms:
-        """Return the terms of the score of items."""
+        """Return the terms of the score of items; each category has the weight of its mean."""
         units = {}
         for item in items:
             if not self.categories or item["group"] in self.categories.split():
-                units.setdefault((item["group"], item["unit"]), []).append(item)
-        groups = sorted({group for group, _ in units})
-        strata = np.array([groups.index(group) for group, _ in units])
-        terms = np.array([self.count(unit) for unit in units.values()], float)
-        num, den = terms.T[..., None] * np.eye(len(groups))[strata]
-        return ScoreTerms(num, den, strata)
+                units.setdefault((str(item["group"]), item["unit"]), []).append(item)
+        _, strata = np.unique([group for group, _ in units], return_inverse=True)
+        num, den = np.array([self.count(unit) for unit in units.values()], float).T
+        weights = len(units) / np.bincount(strata)
+        return ScoreTerms(num * weights[strata], den, strata)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task of lmms-eval: its name, columns by title, the unit and category of a record, and changed settings."""
+    """A task of lmms-eval: its name, columns by title, the unit of a record, and changed settings."""
 
     task: str
     columns: dict[str, Column]
     unit_of: Callable[[dict], Any] = lambda record: None  # each item alone
-    group_key: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR"
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning"
 MME = {
-    "MME-P": Column("mme_perception_score", mme_points, 1, "MME_P", PERCEPTION),
-    "MME-C": Column("mme_cognition_score", mme_points, 1, "MME_C", COGNITION),
+    "MME-P": Column("mme_perception_score", "MME_P", mme_points, PERCEPTION),
+    "MME-C": Column("mme_cognition_score", "MME_C", mme_points, COGNITION),
 }
 # The paper does not name the measure. Its number is compared with accuracy; LLaVA-1.5 reports F1.
-POPE = {"POPE": Column("pope_accuracy", paper="POPE"), "POPE F1": Column("pope_f1_score", f1)}
-MMBENCH = {"MMBench": Column("gpt_eval_score", circular, 100, "MMB")}
+POPE = {"POPE": Column("pope_accuracy", "POPE"), "POPE F1": Column("pope_f1_score", None, f1)}
+MMBENCH = {"MMBench": Column("gpt_eval_score", "MMB", circular)}
 PROMPT = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase."}
 WITH_OCR = {"lmms_eval_specific_kwargs": {"default": PROMPT | {"ocr": True}}}
-EXACT = {
-    "GQA": "GQA",
-    "SQA-I": "SQA_I",
-    "TextVQA": "TextVQA",
-    "TextVQA OCR": None,
-    "VizWiz": "VizWiz",
-}
+
+
 GQA, SQA, VQA, OCR, VIZWIZ = (
-    {title: Column("exact_match", paper=paper)} for title, paper in EXACT.items()
+    {title: Column("exact_match", paper)}
+    for title, paper in {
+        "GQA": "GQA",
+        "SQA-I": "SQA_I",
+        "TextVQA": "TextVQA",
+        "TextVQA OCR": None,
+        "VizWiz": "VizWiz",
+    }.items()
 )
 BENCHMARKS: dict[str, Benchmark] = {
     "gqa": Benchmark("gqa", GQA, lambda r: r["imageId"]),
     # parses letters by rule; the task without _static asks GPT or guesses
     "mmbench": Benchmark("mmbench_en_dev_static", MMBENCH, lambda r: int(r["index"]) % 1_000_000),
-    "mme": Benchmark("mme", MME, lambda r: r["question_id"], "category"),
-    "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc", paper="MMMU")}, lambda r: r["id"]),
+    "mme": Benchmark("mme", MME, lambda r: r["question_id"]),
+    "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc", "MMMU")}, lambda r: r["id"]),
     "pope": Benchmark("pope", POPE, lambda r: r["image_source"]),
     "scienceqa": Benchmark("scienceqa_img", SQA),
     "textvqa": Benchmark("textvqa_val", VQA, lambda r: r["image_id"]),
     # the prompt of LLaVA-1.5, with the OCR tokens of the dataset
-    "textvqa_ocr": Benchmark("textvqa_val", OCR, lambda r: r["image_id"], overrides=WITH_OCR),
+    "textvqa_ocr": Benchmark("textvqa_val", OCR, lambda r: r["image_id"], WITH_OCR),
     "vizwiz": Benchmark("vizwiz_vqa_val", VIZWIZ, lambda r: r["question_id"]),
 }

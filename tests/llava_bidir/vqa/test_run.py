@@ -64,7 +64,7 @@ def vqa(model, out, data, more: str = "") -> None:
 
 
 def items(out: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    return json.loads((out / f"{name}.json").read_text())["items"]
 
 
 def answers(out: Path) -> dict[str, list[str]]:
@@ -85,14 +85,15 @@ def runs(checkpoints, data, tmp_path_factory):
 
 
 def test_all_nine_run_and_fill_the_papers_row(runs):
-    (model,) = json.loads((runs / "bidirectional/table1.json").read_text())["models"]
-    assert len(model["columns"]) == 11
-    assert model["columns"]["VizWiz"]["paper"] == 0.575
+    rows = json.loads((runs / "bidirectional/table1.json").read_text())["rows"]
+    assert len(rows) == 11
+    assert rows[-1]["column"] == "VizWiz"
+    assert rows[-1]["paper"] == 0.575
     assert all(len(items(runs / "bidirectional", name)) == 6 for name in BENCHMARKS)
     info = json.loads((runs / "bidirectional/gqa.json").read_text())
     assert info["lmms_eval"] == "0.7.3"
     assert (info["image_attention"], info["encoder"]) == ("bidirectional", "clip")
-    assert (info["items"], info["batch_size"], info["dtype"]) == (6, 4, "torch.float32")
+    assert (len(info["items"]), info["batch_size"], info["dtype"]) == (6, 4, "torch.float32")
 
 
 def test_answers_do_not_depend_on_the_batch(runs):
@@ -166,10 +167,10 @@ def test_scores_are_the_harnesss_where_some_answers_are_right(
     tmp_path,
     stubbed,
 ):
-    """Answers are right in the first half of each task. `vqa` compares our scores with the harness's."""
+    """Answers are right in the first half of each task."""
     vqa(checkpoints["causal"], tmp_path / "out", data, f"--python {stubbed('oracle')}")
-    (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
-    scores = {title: column["score"] for title, column in model["columns"].items()}
+    rows = json.loads((tmp_path / "out/table1.json").read_text())["rows"]
+    scores = {row["column"]: row["value"] for row in rows}
     expected = dict.fromkeys(("GQA", "MMMU", "POPE", "SQA-I", "VizWiz"), 1 / 2)
     # the three targets of the first half are answered, the wrong ones are the other word
     expected |= {"MMBench": 1 / 3, "POPE F1": 4 / 7}

@@ -28,7 +28,7 @@ def test_images_are_resampled_within_their_category_of_mme():
         for c, n in sizes.items()
         for i in items(rng.random(2 * n) < 0.6, np.repeat(np.arange(n), 2), c)
     ]
-    terms = Column("", mme_points, categories="existence count").terms(answers)
+    terms = Column("", None, mme_points, "existence count").terms(answers)
     pairs = {
         c: np.array([i["right"] for i in answers if i["group"] == c]).reshape(-1, 2) for c in sizes
     }
@@ -50,12 +50,12 @@ def test_images_are_resampled_within_their_category_of_mme():
 def test_ratios_swap_their_denominators_too():
     """Terms as of F1, against all 16 exchanges of four units."""
     rng = np.random.default_rng(5)
-    num = [rng.integers(0, 5, (4, 1)).astype(float) for _ in range(2)]
-    den = [rng.integers(5, 9, (4, 1)).astype(float) for _ in range(2)]
+    num = [rng.integers(0, 5, 4).astype(float) for _ in range(2)]
+    den = [rng.integers(5, 9, 4).astype(float) for _ in range(2)]
     terms = [ScoreTerms(n, d, np.zeros(4, int)) for n, d in zip(num, den, strict=True)]
     differences = []
     for sides in range(16):
-        coin = np.array([sides >> u & 1 for u in range(4)])[:, None]
+        coin = np.array([sides >> u & 1 for u in range(4)])
         n = [np.where(coin, num[1 - k], num[k]).sum() for k in range(2)]
         d = [np.where(coin, den[1 - k], den[k]).sum() for k in range(2)]
         differences.append(n[1] / d[1] - n[0] / d[0])
@@ -70,5 +70,5 @@ def test_f1_equals_sklearns_for_yes_and_no():
         {"unit": i // 3, "group": None} | {"answer": ("No", "Yes")[s], "target": ("no", "yes")[t]}
         for i, (s, t) in enumerate(zip(said, truth, strict=True))
     ]
-    assert Column("", f1).terms(answers).score() == pytest.approx(f1_score(truth, said))
-    assert Column("", f1).terms([answers[0] | {"answer": "maybe", "target": "yes"}]).score() == 0
+    assert Column("", None, f1).terms(answers).score() == pytest.approx(f1_score(truth, said))
+    assert Column("", None, f1).terms([answers[0] | {"answer": "maybe", "target": "yes"}]).score() == 0

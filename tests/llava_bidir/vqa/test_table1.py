@@ -61,16 +61,16 @@ def write(
         "fingerprint": f"{encoder}{mask}",
         "dtype": "torch.float32",
     }
-    lines = "".join(json.dumps(item) + "\n" for item in items)
-    write_files({out / f"{name}.jsonl": lines, out / f"{name}.json": about | info})
+    write_files({out / f"{name}.json": about | info | {"items": items}})
     return out
 
 
-def make_table(root: Path, *models: str) -> dict:
-    """Return Table 1 of results in folders below `root`, from ROOT/out."""
+def make_table(root: Path, *models: str) -> dict[tuple[str, str], dict]:
+    """Return the rows of Table 1 of results in folders below `root`, by mask and column, from ROOT/out."""
     folders = [str(root / model) for model in models]
     cli.main(["vqa-table", *folders, "--out", str(root / "out")])
-    return json.loads((root / "out/table1.json").read_text())
+    rows = json.loads((root / "out/table1.json").read_text())["rows"]
+    return {(row["image_attention"], row["column"]): row for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -87,60 +87,57 @@ def table(root):
     return make_table(root, "a", "b")
 
 
+def ends(row: dict) -> list[float]:
+    return [row["low"], row["high"]]
+
+
+def around(mean: float, spread: float):
+    return pytest.approx([mean - 1.96 * spread, mean + 1.96 * spread], abs=0.005)
+
+
 def test_scores_intervals_and_the_papers_numbers(table):
-    first, second = (model["columns"] for model in table["models"])
     titles = ["GQA", "MMBench", "MME-P", "MME-C", "POPE", "POPE F1", "TextVQA OCR"]
-    assert list(first) == titles
+    assert [title for mask, title in table if mask == "causal"] == titles
     images = CAUSAL.reshape(-1, 2)
-    assert first["GQA"]["score"] == pytest.approx(CAUSAL.mean())
-    assert first["GQA"]["paper"] == 0.626
-    assert second["GQA"]["difference"] == pytest.approx(BIDIRECTIONAL.mean() - 0.627)
-    spread = images.mean(1).std() / 200**0.5
-    assert first["GQA"]["ci95"] == pytest.approx(
-        [CAUSAL.mean() - 1.96 * spread, CAUSAL.mean() + 1.96 * spread], abs=0.005
-    )
-    assert first["MMBench"]["score"] == images.all(1).mean()
-    assert second["MME-P"]["paper"] == 1538
+    gqa = table["causal", "GQA"]
+    assert gqa["value"] == pytest.approx(CAUSAL.mean())
+    assert gqa["paper"] == 0.626
+    assert ends(gqa) == around(CAUSAL.mean(), images.mean(1).std() / 200**0.5)
+    assert table["causal", "MMBench"]["value"] == images.all(1).mean()
+    assert table["bidirectional", "MME-P"]["paper"] == 1538
     perception = images[::2]
-    assert first["MME-P"]["score"] == pytest.approx(
-        100 * (perception.mean() + perception.all(1).mean())
-    )
-    assert first["TextVQA OCR"]["paper"] is None
-    assert first["POPE F1"]["difference"] is None
+    expected = 100 * (perception.mean() + perception.all(1).mean())
+    assert table["causal", "MME-P"]["value"] == pytest.approx(expected)
+    assert table["causal", "TextVQA OCR"]["paper"] is None
 
 
 def test_paired_differences_on_the_same_questions(table):
-    (pair,) = table["pairs"]
-    assert (pair["image_attention"], pair["encoder"]) == ("bidirectional - causal", "clip")
-    gqa = pair["columns"]["GQA"]
+    pairs = {title: row for (mask, title), row in table.items() if " - " in mask}
+    gqa = pairs["GQA"]
     per_image = (BIDIRECTIONAL.astype(float) - CAUSAL).reshape(-1, 2).mean(1)
-    spread = per_image.std() / 200**0.5
-    assert gqa["difference"] == pytest.approx(per_image.mean())
+    assert gqa["value"] == pytest.approx(per_image.mean())
     assert gqa["paper"] == pytest.approx(0.001)
-    assert gqa["ci95"] == pytest.approx(
-        [per_image.mean() - 1.96 * spread, per_image.mean() + 1.96 * spread], abs=0.005
-    )
+    assert ends(gqa) == around(per_image.mean(), per_image.std() / 200**0.5)
     assert gqa["p"] < 0.001
-    tested = [*pair["columns"].values()]
-    assert min(c["p_holm"] for c in tested) == pytest.approx(7 * min(c["p"] for c in tested))
-    assert all(c["p_holm"] >= c["p"] for c in tested)
+    ps = [row["p"] for row in pairs.values()]
+    assert min(row["p_holm"] for row in pairs.values()) == pytest.approx(7 * min(ps))
+    assert all(row["p_holm"] >= row["p"] for row in pairs.values())
     coins = np.random.default_rng(9).choice([-1, 1], (20_000, 200)) @ per_image / 200
     mmbench = (
         BIDIRECTIONAL.reshape(-1, 2).all(1).astype(float) - CAUSAL.reshape(-1, 2).all(1)
     ) / 200
     swaps = np.random.default_rng(9).choice([-1, 1], (20_000, 200)) @ mmbench
-    assert gqa["p"] == pytest.approx((abs(coins) >= abs(gqa["difference"])).mean(), abs=0.001)
+    assert gqa["p"] == pytest.approx((abs(coins) >= abs(gqa["value"])).mean(), abs=0.001)
     expected = (abs(swaps) >= abs(mmbench.sum()) - 1e-12).mean()
-    assert pair["columns"]["MMBench"]["p"] == pytest.approx(expected, abs=0.01)
+    assert pairs["MMBench"]["p"] == pytest.approx(expected, abs=0.01)
 
 
 def test_csv_says_the_same(root, table):
     rows = list(csv.DictReader((root / "out/table1.csv").open()))
     assert len(rows) == 3 * 7
-    first = table["models"][0]["columns"]["GQA"]
-    assert float(rows[0]["score"]) == first["score"]
+    assert float(rows[0]["value"]) == table["causal", "GQA"]["value"]
     assert [rows[0][name] for name in ("paper", "p")] == ["0.626", ""]
-    assert float(rows[-1]["p"]) == table["pairs"][0]["columns"]["TextVQA OCR"]["p"]
+    assert float(rows[-1]["p"]) == table["bidirectional - causal", "TextVQA OCR"]["p"]
 
 
 FLOATS = {"dtype": "torch.float32"}
@@ -175,8 +172,7 @@ def test_models_that_differ_in_more_than_the_mask_are_not_compared(
 
 def test_intervals_stay_within_the_range_of_the_score(tmp_path):
     write(tmp_path / "a", "gqa", np.arange(40) > 0)
-    (model,) = make_table(tmp_path, "a")["models"]
-    low, high = model["columns"]["GQA"]["ci95"]
+    low, high = ends(make_table(tmp_path, "a")["causal", "GQA"])
     assert 0.9 < low < high == 1
 
 
@@ -190,10 +186,8 @@ def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):
             "dinov3",
         )
     write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
-    table = make_table(tmp_path, "causal", "prefix", "b")
-    papers = [model["columns"]["GQA"]["paper"] for model in table["models"]]
-    assert table["pairs"] == []
-    assert papers == [None, None, 0.627]
+    rows = make_table(tmp_path, "causal", "prefix", "b").values()
+    assert [row["paper"] for row in rows] == [None, None, 0.627]
 
 
 def test_folders_without_results_of_one_checkpoint_are_errors(tmp_path):

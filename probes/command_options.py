@@ -69,12 +69,14 @@ class SegmentOptions:
         site: Site of the probe (default: the run's best decoder layer).
         out: Folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this
             command has written are replaced.
+        trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
     """
 
     probes: str | None = None
     photos: tuple[str, ...] = positional()
     site: str | None = None
     out: Path
+    trust: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +88,11 @@ class LabOptions:
         mllm: Checkpoint directory or hub id, timm:NAME or FILE.py:FUNCTION, without probes: words and attention.
         port: Port of the page; 0 for any free one.
         host: Address to listen at, for other machines (default: 127.0.0.1).
+        trust: Run the files of runs whose models are FILE.py:FUNCTION; read them first.
     """
 
     runs: tuple[str, ...] = positional(default=())
     mllm: str | None = None
     port: int = 8899
     host: str | None = None
+    trust: bool = False

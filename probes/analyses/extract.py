@@ -34,8 +34,6 @@ def print_sites(options: SitesOptions) -> None:
     if config.model_type == MODULE_TYPE:
         names = config.layer_names
         print(f"layers: {names[0]} to {names[-1]}; what runs before or after them is not read")
-        for note in config.unread_notes:
-            print(f"note: {note}")
 
 
 def describe_encoder_layers(family: Family, config: PreTrainedConfig) -> str:

@@ -16,11 +16,13 @@ class RunOptions:
         probes: Folder of a finished probe run.
         out: Output folder (default: the run's folder).
         overwrite: Replace a result that other options or runs have made.
+        trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
     """
 
     probes: Path
     out: Path | None = None
     overwrite: bool = False
+    trust: bool = False
 
     @property
     def folder(self) -> Path:
@@ -31,7 +33,7 @@ class RunOptions:
     def settings(self) -> dict[str, Any]:
         """Options that a result depends on, beside the run."""
         settings = asdict(self)
-        for name in ("probes", "out", "overwrite"):
+        for name in ("probes", "out", "overwrite", "trust"):
             del settings[name]
         return settings
 

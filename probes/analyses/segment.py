@@ -32,7 +32,7 @@ ROW_PX = 20
 def run(options: SegmentOptions) -> None:
     """Run `probes segment`."""
     folder, photos = run_and_photos(options.probes, options.photos)
-    run = ProbeRun(folder)
+    run = ProbeRun(folder, trust=options.trust)
     out = options.out
     site = run.check_site(options.site)
     _check_paths(photos, out)

@@ -36,7 +36,9 @@ def run(options: LabOptions) -> None:
         with ThreadPoolExecutor(1) as pool:
 
             def load():
-                return load_checkpoint(options.mllm) if options.mllm else load_runs(options.runs)
+                if options.mllm:
+                    return load_checkpoint(options.mllm)
+                return load_runs(options.runs, options.trust)
 
             session = Session(pool.submit(load).result())
         host, port = listener.getsockname()[:2]

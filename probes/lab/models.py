@@ -115,13 +115,13 @@ class LabModel:
         }
 
 
-def load_runs(paths: Sequence[str]) -> list[LabModel]:
-    """Load finished probe runs with equal images, classes, sites and grids.
+def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
+    """Load finished probe runs with equal images, classes, sites and grids; `trust` as of a run.
 
     Raises:
         UserError: A run is not finished, or two runs differ in one of these.
     """
-    runs = [ProbeRun(path) for path in paths]
+    runs = [ProbeRun(path, trust=trust) for path in paths]
     for run in runs[1:]:
         check_same_images(runs[0], run, "; open them in two labs")
         for key, values in (

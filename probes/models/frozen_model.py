@@ -48,7 +48,6 @@ class FrozenModel(nn.Module):
         geometry: How images become squares, and the position of the grid on an image and its mask.
         image_attention, own_image_attention: Mask among patches that the model runs with, and the one of its training.
         image_positions: i64[T] of the patches among the tokens that the layers run on.
-        unread_notes: Sentences about layers of a module that are not read.
         revision: Commit hash of a checkpoint from the hub; None for a local directory.
         update_scales: Factor of each layer's update, of a random model that is matched to the trained one; else None.
         rows_share_encoder: True if rows of an image differ in the states and masks of the layers only.
@@ -76,7 +75,6 @@ class FrozenModel(nn.Module):
         self.image_processors = image_processors
         self.revision = revision
         self.update_scales: list[float] | None = None
-        self.unread_notes: list[str] = getattr(model.config, "unread_notes", [])
         self.image_attention = image_attention
         self.own_image_attention = own_image_attention(model.config)
         self.grid = family.grid(model.config)

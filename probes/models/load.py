@@ -1,9 +1,11 @@
 """Load a checkpoint, or a module, as a frozen MLLM or a frozen vision encoder."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,8 +19,8 @@ from .attention_masks import check_masks, mask_backend
 from .families import family_of, own_image_attention
 from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
-from .load_module import check_absent, load_module
-from .own_module import EncoderModule, Preprocess
+from .module_sources import check_names_function, is_source, open_source
+from .own_module import EncoderModule, Preprocess, describe_module
 from .prompt_and_pixels import (
     read_dialogue,
     read_image_processors,
@@ -27,7 +29,6 @@ from .prompt_and_pixels import (
 )
 from .random_init import check_control, check_matches, replace_weights
 from .read_config import check_numbers, read_config
-from .source_names import check_names_function, is_source
 
 IMAGE_FIRST = (
     "no text precedes the image. Under a causal mask its first token can then be the LLM's attention sink, whose state "
@@ -57,6 +58,7 @@ def load(
     patch: int | None = None,
     layers: Sequence[str] | str | None = None,
     norm: str | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> FrozenMLLM | FrozenEncoder:
     """Load a checkpoint as a :class:`FrozenMLLM`, or a bare vision encoder or a module as a :class:`FrozenEncoder`.
 
@@ -84,11 +86,7 @@ def load(
         match_images: Images on which "update" matches the layers' updates: training images.
         update_scales: The factors of an earlier match (`FrozenMLLM.update_scales`), instead of `match_images`.
         seed: Seed of the random weights.
-        preprocess: Of a module: mean and standard deviation of its channels, or a function of a PIL image that returns
-            f[3, S, S], of which normalisation, side and resizing are measured.
-        patch: Of a module: side of a patch in pixels.
-        layers: Of a module: paths of its layers in forward order, or of the list of all, e.g. "blocks".
-        norm: Of a module: path of the norm after its last layer, for the site "final_norm".
+        preprocess, patch, layers, norm, parts: Of a module, as in :class:`EncoderModule`.
 
     Raises:
         UserError: The checkpoint is not of a registered family or is damaged, an argument is invalid, or a module does
@@ -101,14 +99,16 @@ def load(
         "patch": patch,
         "layers": layers,
         "norm": norm,
+        "parts": parts,
+    }
+    of_checkpoints = {
+        "revision": revision,
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
     }
     if isinstance(path, nn.Module | EncoderModule) or is_source(path):
-        of_checkpoints = {
-            "revision": revision,
-            "device_map": device_map,
-            "attn_implementation": attn_implementation,
-        }
-        encoder = load_module(path, described, dtype, image_px, image_resize, of_checkpoints)
+        _check_absent(of_checkpoints, "a module is no checkpoint of transformers")
+        encoder = _load_module(path, described, dtype, image_px, image_resize)
         check_matches(encoder.model.config, match)
         check_control(encoder.family, untrained, match, match_images, update_scales)
         own = encoder.own_image_attention
@@ -118,7 +118,7 @@ def load(
             replace_weights(encoder, untrained, match, draw, seed, match_images, update_scales)
         return encoder
     check_names_function(path)
-    check_absent(described, f"they are of modules, and {path} is a checkpoint")
+    _check_absent(described, f"they are of modules, and {path} is a checkpoint")
     if revision is not None and Path(path).is_dir():
         raise UserError(
             f"revision={revision!r}: {path} is a directory, which has no revisions; leave it out, or pass a hub id"
@@ -169,3 +169,34 @@ def load(
     if untrained:
         replace_weights(mllm, untrained, match, draw, seed, match_images, update_scales)
     return mllm
+
+
+def _load_module(
+    module: nn.Module | EncoderModule | str,
+    described: Mapping[str, Any],
+    dtype: torch.dtype | str | None,
+    image_px: int | None,
+    image_resize: str | None,
+) -> FrozenEncoder:
+    """Return a module as a frozen encoder, on the CPU or where it is; `described` are fields of EncoderModule."""
+    given = {name: value for name, value in described.items() if value is not None}
+    if isinstance(module, nn.Module):
+        if missing := {"preprocess", "patch", "layers"} - given.keys():
+            raise UserError(f"to read a module, give {', '.join(sorted(missing))}, too")
+        encoder = EncoderModule(module, **given)
+    else:
+        _check_absent(described, "the EncoderModule says so itself")
+        encoder = module if isinstance(module, EncoderModule) else open_source(module, image_px)
+    if image_px is not None:
+        encoder = replace(encoder, image_px=image_px)
+    model, processor = describe_module(encoder)
+    if dtype not in (None, "auto"):
+        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    rule = encoder.resize_rule.replaced_by(image_resize)
+    return FrozenEncoder(model, family_of(model.config), [processor], rule)
+
+
+def _check_absent(arguments: Mapping[str, Any], why: str) -> None:
+    """Raise a UserError that ends with `why` if one of these arguments is given."""
+    if given := [name for name, value in arguments.items() if value is not None]:
+        raise UserError(f"leave out {', '.join(given)}, since {why}")

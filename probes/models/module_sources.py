@@ -2,41 +2,63 @@
 
 The function takes no arguments and returns a `probes.EncoderModule`. Its file runs as a script does, with all that it
 imports: name only files that you have read. Checkpoints, hub ids and models of timm run no code of theirs. A finished
-run names its model, too, and may come from someone else: a file is run for it only if you have named this file with
-this content in a command, or in `probes.load`, before.
+run names its model, too, and may come from someone else: a file is run for it only if you say so, by `--trust true`, or
+if you have named this file with this content in the same process.
+
+Nothing heavy is imported before a module is read.
 """
 
 import hashlib
-import os
 import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import DIGITS
 
-from .families.modules import ModuleConfig
-from .own_module import EncoderModule, describe_module
-from .source_names import TIMM, is_source, split_source
-from .timm_models import load_timm
+if TYPE_CHECKING:
+    from torch import nn
 
-OWN_FILES = "own_files"  # folder in the cache, of names that are digests of files that were run
+    from .families.modules import ModuleConfig
+    from .own_module import EncoderModule
+
+TIMM = "timm:"
+_named: set[tuple[Path, str]] = set()  # files, with digests of their content, that were asked for
+
+
+def is_source(path: str) -> bool:
+    """Return whether a model is one of timm or of a function in a file."""
+    return str(path).startswith(TIMM) or _split(path) is not None
+
+
+def _split(path: str) -> tuple[Path, str] | None:
+    """Return the file and the function of "FILE.py:FUNCTION"; None of another text."""
+    file, _, function = str(path).rpartition(":")
+    return (Path(file), function) if file.endswith(".py") and function.isidentifier() else None
+
+
+def check_names_function(path: str) -> None:
+    """Raise a UserError if a model is a Python file without the function that returns it."""
+    file = Path(str(path).partition(":")[0])
+    if file.suffix == ".py" and not is_source(path) and not file.is_dir():
+        raise UserError(
+            f"{path} names no function of the file; expected FILE.py:FUNCTION, of a function without arguments that "
+            f"returns a probes.EncoderModule, e.g. {file}:build"
+        )
 
 
 def absolute_source(path: str) -> str:
     """Return a source whose file has an absolute path, so that it is found from any directory."""
     if path.startswith(TIMM):
         return path
-    file, function = split_source(path)
+    file, function = _split(path)
     return f"{file.resolve()}:{function}"
 
 
-def open_source(path: str, image_px: int | None = None) -> EncoderModule:
+def open_source(path: str, image_px: int | None = None) -> "EncoderModule":
     """Return the module that a source names.
 
     Args:
@@ -46,11 +68,14 @@ def open_source(path: str, image_px: int | None = None) -> EncoderModule:
     Raises:
         UserError: timm or the model is not there, or the file cannot be run or returns something else.
     """
+    from .own_module import EncoderModule
+    from .timm_models import load_timm
+
     if path.startswith(TIMM):
         return load_timm(path.removeprefix(TIMM), image_px)
-    file, name = split_source(path)
+    file, name = _split(path)
     content = _read(file)
-    _remember(file, content)
+    _named.add((file.resolve(), _digest(content)))
     with error_context(path):
         function = getattr(_run(file, content), name, None)
         if not callable(function):
@@ -63,7 +88,7 @@ def open_source(path: str, image_px: int | None = None) -> EncoderModule:
     return encoder if image_px is None else replace(encoder, image_px=image_px)
 
 
-def module_config(path: str) -> ModuleConfig:
+def module_config(path: str) -> "ModuleConfig":
     """Return the config of the module that a source names."""
     return _describe(path, _version(path))[0]
 
@@ -73,41 +98,43 @@ def source_identity(path: str) -> str | dict[str, str]:
     return _describe(path, _version(path))[1] if is_source(path) else path
 
 
-def check_was_run(path: str, source: str) -> None:
-    """Raise a UserError if a finished run, `source`, names a file that has not been run at the user's own wish."""
+def check_trusted(path: str, run: Path) -> None:
+    """Raise a UserError if the model of a finished run is in a file that nobody has asked to run."""
     if not is_source(path) or path.startswith(TIMM):
         return
-    file, _ = split_source(path)
-    if not _mark(file, _read(file)).is_file():
+    file, _ = _split(path)
+    if (file.resolve(), _digest(_read(file))) not in _named:
         raise UserError(
-            f"{source} is of {path}, a file with code that you have not run here, or not with this content. "
-            f"Read it, then allow it: probes sites {path}"
+            f"{run} is of {path}, a file with code. Read it, then allow it: --trust true, or "
+            "probes.ProbeRun(RUN, trust=True)"
         )
 
 
 @lru_cache(maxsize=8)
-def _describe(path: str, version: tuple) -> tuple[ModuleConfig, dict[str, str]]:
+def _describe(path: str, version: str) -> tuple["ModuleConfig", dict[str, str]]:
     """Return config and identity of a source; a study asks for them many times."""
-    model, *_ = describe_module(open_source(path))
-    return model.config, {"module": _version_text(path), "weights": weights_digest(model.module)}
+    from .own_module import describe_module
+
+    model, _ = describe_module(open_source(path))
+    return model.config, {"module": version, "weights": weights_digest(model.module)}
 
 
-def _version(path: str) -> tuple:
-    """Return what changes when a file does."""
-    return () if path.startswith(TIMM) else (_digest(_read(split_source(path)[0])),)
+def _version(path: str) -> str:
+    """Return the name of a model of timm, or a function and the digest of its file."""
+    if path.startswith(TIMM):
+        return path
+    file, function = _split(path)
+    return f"{function}@{_digest(_read(file))}"
 
 
-def _version_text(path: str) -> str:
-    """Return the name of a model of timm, or the digest of a file."""
-    return path if path.startswith(TIMM) else f"{split_source(path)[1]}@{_version(path)[0]}"
-
-
-def weights_digest(module: nn.Module) -> str:
+def weights_digest(module: "nn.Module") -> str:
     """Return the digest of all parameters and buffers of a module, by name."""
+    from torch import uint8
+
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
     return digest.hexdigest()[:DIGITS]
 
 
@@ -135,19 +162,3 @@ def _run(file: Path, content: bytes) -> ModuleType:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:DIGITS]
-
-
-def _mark(file: Path, content: bytes) -> Path:
-    """Return the file that says that a file was run at the user's wish: at this place, as its imports are beside it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = _digest(str(file.resolve()).encode() + b"\0" + content)
-    return cache / "llava_bidir" / OWN_FILES / name
-
-
-def _remember(file: Path, content: bytes) -> None:
-    mark = _mark(file, content)
-    try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    except OSError:  # a home that is read-only: finished runs of this file cannot be opened
-        pass

@@ -1,32 +1,36 @@
 """Any module as a frozen encoder: what a user says of it, and the model that stands for a checkpoint's.
 
-What can be measured is measured when the module is described, on random photos (`module_checks.py`): how many tokens
-come before the patches, that patches are in raster order, that each layer reads what the one before it wrote, and
-where attention and MLP are. A description that does not fit is an error before any work.
+What is said is taken as it is, except where a mistake would not be seen: a forward of noise shows that each layer runs
+once and reads what the one before it wrote, that its parts add up to what it adds, and that its tokens are the patches
+of the image, row by row, after other tokens.
 
-Shapes: B images, S side of the square input.
+Shapes: B images, S side of the square input, N tokens (others, then patches), d width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, PreTrainedModel
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.images import check_image_px
 from probes.ops.geometry import ResizeRule
 
 from .families.base import module_at
 from .families.modules import ModuleConfig
-from .measured_preprocess import MeasuredPreprocess, measure_preprocess
-from .module_checks import check_norm, check_tokens, find_parts, trace_layers, unread_notes
+from .hooks import StopForward, at_input, at_output
 
 Preprocess = Callable[[Image.Image], Tensor] | tuple[Sequence[float], Sequence[float]]
 INIT_STD = 0.02  # of ViT, DINOv2 and timm
+TOLERANCE = 1e-3  # of sums and of normalised values, relative to what is added: float32, or less
+PHOTO_PX = 64  # side of the photo that tells the side of what a preprocessing makes
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,15 @@ class EncoderModule:
     Args:
         module: Called with pixels f[B, 3, S, S], it runs its layers; what it returns is not used.
         preprocess: Mean and standard deviation of the channels, for pixels of 0 to 1; or a function of a PIL image
-            that returns f[3, S, S], of which these are measured.
+            that returns f[3, S, S], of squares of S x S pixels these values alone.
         patch: Side of a patch in pixels.
         layers: Paths of the layers in forward order, ["blocks.0", "blocks.1", ...], or of the list of all, "blocks".
             States are f[B, tokens, width], and other tokens come before the patches.
         norm: Path of the norm after the last layer; None: there is no site "final_norm".
-        image_px: S; None: as large as `preprocess` makes photos.
-        resize_rule: How images become squares; None: `preprocess` does not say, so that `image_resize` must be given.
+        parts: Paths in each layer of the modules whose outputs it adds to its input, {"attn": "attn", "mlp": "mlp"};
+            without them there are neither these sites nor random layers with the trained updates.
+        image_px: S; None: the side of what the function `preprocess` returns.
+        resize_rule: How images become squares.
     """
 
     module: nn.Module
@@ -50,8 +56,9 @@ class EncoderModule:
     patch: int
     layers: Sequence[str] | str
     norm: str | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
     image_px: int | None = None
-    resize_rule: ResizeRule | None = None
+    resize_rule: ResizeRule = field(default_factory=ResizeRule)
 
 
 class ModuleModel(PreTrainedModel):
@@ -81,68 +88,47 @@ class ModuleModel(PreTrainedModel):
                 nn.init.zeros_(parameter)
 
 
-def describe_module(
-    encoder: EncoderModule,
-) -> tuple[ModuleModel, CLIPImageProcessorPil, MeasuredPreprocess]:
-    """Return a module as a model with its config, its normalisation, and what its preprocessing does.
+def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProcessorPil]:
+    """Return a module as a model with its config, and its normalisation.
 
     The model is a copy, so that neither eval mode nor random weights reach the module itself.
 
     Raises:
-        UserError: The description does not fit the module; says what was measured.
+        UserError: The description does not fit the module.
     """
-    names = layer_names(encoder)
-    for name in names:
-        module_at(encoder.module, name)
-    measured = measure_preprocess(encoder.preprocess)
-    image_px = encoder.image_px or measured.side_px
+    image_px = encoder.image_px
     if image_px is None:
-        raise UserError("the side of the input is not known; give image_px, in pixels")
-    if type(encoder.patch) is not int:
-        raise UserError(f"patch is {encoder.patch!r}; expected the side of a patch in pixels")
+        if not callable(encoder.preprocess):
+            raise UserError("the side of the input is not known; give image_px, in pixels")
+        image_px = encoder.preprocess(_plain("black", PHOTO_PX)).shape[-1]
+    mean, std = normalisation(encoder.preprocess, image_px)
     check_image_px(image_px, encoder.patch, "image_px")
-    if next(encoder.module.parameters(), None) is None:
-        raise UserError(f"{type(encoder.module).__name__} has no parameters")
+    names = layer_names(encoder)
     config = ModuleConfig(
         image_size=image_px,
         patch_size=encoder.patch,
         layer_names=names,
         norm_name=encoder.norm,
+        has_parts=bool(encoder.parts),
     )
     model = ModuleModel(config, deepcopy(encoder.module)).eval().requires_grad_(False)
     layers = [module_at(model.module, name) for name in names]
+    for layer in layers:
+        if encoder.parts:
+            layer.own_parts = {part: (path,) for part, path in encoder.parts.items()}
     with torch.no_grad():
-        trace = trace_layers(model, layers, names, image_px)
-        again = trace_layers(model, layers, names, image_px)
-        if not torch.equal(trace[-1].left, again[-1].left):
-            raise UserError(
-                f"two forwards of {type(encoder.module).__name__} on the same pixels differ in eval mode; expected the "
-                "same states: is there dropout, or noise, that eval mode does not end?"
-            )
-        grid_side = image_px // encoder.patch
-        grid = (grid_side, grid_side)
-        config.extra_tokens, mixed = check_tokens(model, layers[0], grid, encoder.patch)
-        config.site_widths = [trace[0].entered.shape[-1], *(run.left.shape[-1] for run in trace)]
+        states = check_layers(model, layers, names, encoder.parts)
+        config.extra_tokens = check_tokens(model, layers[0])
         if encoder.norm:
-            norm = module_at(model.module, encoder.norm)
-            config.site_widths.append(check_norm(norm, encoder.norm, trace[-1].left))
-        config.why_no_parts = find_parts(model, layers, names, trace, image_px)
-        config.unread_notes = unread_notes(
-            model,
-            model.module,
-            names,
-            encoder.norm,
-            trace,
-            mixed,
-            image_px,
-        )
+            states.append(module_at(model.module, encoder.norm)(states[-1]))
+    config.site_widths = [of_site.shape[-1] for of_site in states]
     processor = CLIPImageProcessorPil(
         do_resize=False,
         do_center_crop=False,
-        image_mean=measured.mean,
-        image_std=measured.std,
+        image_mean=mean,
+        image_std=std,
     )
-    return model, processor, measured._replace(rule=encoder.resize_rule or measured.rule)
+    return model, processor
 
 
 def layer_names(encoder: EncoderModule) -> list[str]:
@@ -160,3 +146,169 @@ def layer_names(encoder: EncoderModule) -> list[str]:
             f"layers is {encoder.layers!r}; expected the paths of layers, each once, or of the list of all"
         )
     return list(names)
+
+
+def normalisation(preprocess: Preprocess, side: int) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of the channels: as they are, or those of a function on squares.
+
+    Raises:
+        UserError: The values are none of pixels of 0 to 1, or the function does more to a square of its side.
+    """
+    if not callable(preprocess):
+        mean, std = (list(map(float, values)) for values in preprocess)
+        has_channels = len(mean) == len(std) == 3
+        if not has_channels or max(*mean, *std) > 1 or min(std) <= 0:
+            raise UserError(
+                f"preprocess is {preprocess!r}; expected mean and standard deviation of three channels, for pixels of "
+                "0 to 1; if they are of 0 to 255, divide both by 255"
+            )
+        return mean, std
+    levels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    black = preprocess(_plain("black", side)).float()
+    white = preprocess(_plain("white", side)).float()
+    seen = preprocess(Image.fromarray(levels)).float()
+    expected = black + (white - black) * torch.from_numpy(levels).movedim(-1, 0) / 255
+    if not _is_close(seen, expected, TOLERANCE):
+        raise UserError(
+            f"preprocess does more to a square of {side} px than to shift and scale each channel, so that masks cannot "
+            "be placed. Give (mean, std) instead, with image_px and, for the way in which photos become squares, "
+            "image_resize"
+        )
+    std = 1 / (white - black).mean((1, 2))
+    mean = -black.mean((1, 2)) * std
+    return mean.tolist(), std.tolist()
+
+
+def _plain(colour: str, side: int) -> Image.Image:
+    return Image.new("RGB", (side, side), colour)
+
+
+def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    if found.shape != expected.shape:
+        return False
+    return torch.allclose(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def _noise(model: ModuleModel, images: int) -> Tensor:
+    """Return pixels of noise f[B, 3, S, S]."""
+    side = model.config.image_size
+    drawn = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return drawn.to(model.device, model.dtype)
+
+
+def check_layers(
+    model: ModuleModel,
+    layers: Sequence[nn.Module],
+    names: Sequence[str],
+    parts: Mapping[str, str],
+) -> list[Tensor]:
+    """Return the states f[2, N, d] at the input of the first layer and after each, in a forward of two images.
+
+    Raises:
+        UserError: The forward fails, a layer does not run once, its states are not f[2, N, d], it does not read what
+            the layer before it wrote, or its parts do not add up to what it adds.
+    """
+    kept: dict[tuple[str, str], list[Tensor]] = {}
+
+    def keep(key: tuple[str, str], states: Tensor) -> None:
+        kept.setdefault(key, []).append(states.clone())
+
+    with ExitStack() as stack:
+        for name, layer in zip(names, layers, strict=True):
+            stack.enter_context(at_input(layer, partial(keep, (name, "before"))))
+            stack.enter_context(at_output(layer, partial(keep, (name, "after"))))
+            for part, path in parts.items():
+                key = (name, part)
+                module = module_at(layer, path)
+                stack.enter_context(at_output(module, partial(keep, key)))
+        stack.enter_context(error_context(f"a forward of 2 images of {model.config.image_size} px"))
+        model(_noise(model, 2))
+    states = []
+    for i, name in enumerate(names):
+        runs = kept.get((name, "after"), [])
+        if len(runs) != 1:
+            raise UserError(f"layer {name} runs {len(runs)} times in a forward; expected once")
+        before = kept[name, "before"][0]
+        after = runs[0]
+        if after.ndim != 3 or before.ndim != 3:
+            raise UserError(
+                f"states of 2 images at layer {name} are {list(after.shape)}; expected [2, tokens, width]"
+            )
+        if i == 0:
+            states.append(before)
+        elif not _is_close(before, states[-1], 1e-4):
+            raise UserError(
+                f"layer {name} does not read what {names[i - 1]} wrote. Name all layers, in the order of the forward; "
+                "`sites` chooses which of them are probed"
+            )
+        if parts:
+            added = [kept[name, part][0] for part in parts if (name, part) in kept]
+            _check_parts(name, before, after, added)
+        states.append(after)
+    return states
+
+
+def _check_parts(
+    name: str,
+    before: Tensor,
+    after: Tensor,
+    added: Sequence[Tensor],
+) -> None:
+    """Raise a UserError if what modules return does not add up to what a layer adds to its states."""
+    change = after - before
+    # where layer scale is small, it is all there is
+    rounding = torch.finfo(after.dtype).eps * after.norm()
+    most = TOLERANCE * change.norm() + rounding
+    fits = all(part.shape == change.shape for part in added)
+    if not fits or (sum(added) - change).norm() > most:
+        raise UserError(f"the outputs of parts of {name} do not add up to what it adds")
+
+
+def check_tokens(model: ModuleModel, first: nn.Module) -> int:
+    """Return the number of tokens before the patches.
+
+    A patch of the image must change its own token most at the input of the first layer.
+
+    Raises:
+        UserError: There are fewer tokens than patches, or patches are not in raster order after the other tokens.
+    """
+    patch = model.config.patch_size
+    side = model.config.image_size // patch
+    last = side - 1
+    cells = [
+        (0, 0),
+        (0, last),
+        (last, 0),
+        (last, last),
+        (side // 3, side // 2),
+    ]
+    pixels = _noise(model, 1).repeat(len(cells) + 1, 1, 1, 1)
+    for image, (row, column) in enumerate(cells, 1):
+        rows = slice(row * patch, (row + 1) * patch)
+        columns = slice(column * patch, (column + 1) * patch)
+        pixels[image, :, rows, columns] *= -1
+    found: list[Tensor] = []
+
+    def stop(states: Tensor) -> None:
+        found.append(states.float())
+        raise StopForward
+
+    with at_input(first, stop), suppress(StopForward):
+        model(pixels)
+    (states,) = found
+    extra = states.shape[1] - side**2
+    if extra < 0:
+        raise UserError(
+            f"the first layer reads {states.shape[1]} tokens, and the input has {side} x {side} patches of {patch} px: "
+            "patch or image_px does not fit"
+        )
+    changed = (states[1:] - states[:1]).norm(dim=-1).argmax(1).tolist()
+    for (row, column), token in zip(cells, changed, strict=True):
+        expected = extra + row * side + column
+        if token != expected:
+            raise UserError(
+                f"the patch in row {row}, column {column} of {side} x {side} changes token {token} most at the first "
+                f"layer; expected token {expected}, i.e. {extra} other tokens, then patches of {patch} px in raster "
+                "order"
+            )
+    return extra

@@ -9,19 +9,17 @@ from llava_bidir.common.hf import read_pretrained
 from llava_bidir.common.images import MAX_GRID_SIDE
 
 from .families import EncoderFamily, Family
-from .source_names import check_names_function, is_source
+from .module_sources import check_names_function, is_source, module_config
 
 
 def read_config(path: str, **hub: Any) -> PreTrainedConfig:
-    """Read the config of a checkpoint, or measure that of a module (module_sources.py).
+    """Read the config of a checkpoint, or make that of a module (module_sources.py).
 
     Raises:
         UserError: There is none, or transformers does not know its kind.
     """
     check_names_function(path)
     if is_source(path):
-        from .module_sources import module_config
-
         return module_config(path)
     return read_pretrained("MLLM", AutoConfig, path, **hub)
 

@@ -44,6 +44,7 @@ def read_states(
     model.check_pixels(pixels)
     rows = _check_rows(rows, len(pixels))
     one_encoder = rows is not None and model.rows_share_encoder
+    count = len(pixels if rows is None else rows)
     if rows is not None and not one_encoder:
         pixels = pixels[rows]
     images = len(pixels)
@@ -56,7 +57,7 @@ def read_states(
             raise StopForward
 
     with ExitStack() as stack:
-        stack.enter_context(model.masked(knockout, len(rows or pixels), in_order[-1]))
+        stack.enter_context(model.masked(knockout, count, in_order[-1]))
         if one_encoder:
             stack.enter_context(_as_rows(model.layers, rows))
         stack.enter_context(replaced_states(model, hooks))
@@ -70,7 +71,8 @@ def read_states(
             f"no states of {missing[0]}: the forward does not call the module that the family names"
         )
     if one_encoder:
-        found |= {site: found[site][rows] for site in sites if is_before_adapter(site)}
+        of_images = filter(is_before_adapter, sites)
+        found |= {site: found[site][rows] for site in of_images}
     states = {site: found[site].to(model.device) for site in sites}
     check_outputs("states", states)
     return states
@@ -139,7 +141,9 @@ def _place_of_layer(model: nn.Module, site: str) -> Place:
 
 def _before_or_after(layers: nn.ModuleList, number: int) -> Place:
     """Return the place after layer 1..L, or before the first one for 0."""
-    return partial(at_output, layers[number - 1]) if number else partial(at_input, layers[0])
+    if number:
+        return partial(at_output, layers[number - 1])
+    return partial(at_input, layers[0])
 
 
 def _of_part(
@@ -175,8 +179,11 @@ def _as_rows(layers: nn.ModuleList, rows: list[int]) -> Iterator[None]:
         names = {"position_embeddings", "position_ids"} & arguments.keys()
         return {name: _first_row(arguments[name]) for name in names}
 
+    def take_rows(states: Tensor) -> Tensor:
+        return states[rows]
+
     with ExitStack() as stack:
-        stack.enter_context(at_input(layers[0], lambda states: states[rows]))
+        stack.enter_context(at_input(layers[0], take_rows))
         for layer in layers:
             stack.enter_context(with_arguments(layer, of_one_row))
         yield

@@ -11,9 +11,9 @@ from llava_bidir.common.errors import UserError, error_context
 from probes.ops.geometry import ResizeRule
 
 from .own_module import EncoderModule
-from .source_names import TIMM
 
 LAYERS = "blocks"
+PARTS = {"attn": "drop_path1", "mlp": "drop_path2"}  # what a block adds, after any layer scale
 NORMS = ("norm", "fc_norm")  # the second where patches are averaged before it
 
 
@@ -29,12 +29,10 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
         UserError: timm is not installed, has no such model or weights, or the model is none of equal layers.
     """
     if find_spec("timm") is None:
-        raise UserError(
-            f"{TIMM}{name}: timm is not installed; run: pip install 'llava-bidir[timm]'"
-        )
+        raise UserError("timm is not installed; run: pip install 'llava-bidir[timm]'")
     import timm
 
-    with error_context(f"{TIMM}{name}"):
+    with error_context(f"timm:{name}"):
         side = {} if image_px is None else {"img_size": image_px}
         model = timm.create_model(name, pretrained=True, **side)
         config = timm.data.resolve_model_data_config(model)
@@ -42,22 +40,24 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
             raise UserError(
                 f"a {type(model).__name__} has no {LAYERS} of one grid; expected a vision transformer"
             )
-        rows, columns = model.patch_embed.img_size
-        patch_rows, patch_columns = model.patch_embed.patch_size
-        if rows != columns or patch_rows != patch_columns:
+        rows, columns = model.patch_embed.grid_size
+        if rows != columns:
             raise UserError(
-                f"its input is {rows} x {columns} px; expected a square. Give its side by image_px"
+                f"its input is {rows} x {columns} patches; expected a square. Give its side by image_px"
             )
+    side_px = model.patch_embed.img_size[0]
     norms = [getattr(model, name, nn.Identity()) for name in NORMS]
     used = [name for name, norm in zip(NORMS, norms, strict=True) if [*norm.parameters()]]
+    has_parts = all(hasattr(block, path) for block in model.blocks for path in PARTS.values())
     return EncoderModule(
         model,
         preprocess=(config["mean"], config["std"]),
-        patch=patch_rows,
+        patch=side_px // rows,
         layers=LAYERS,
         norm=used[0] if used else None,
-        image_px=rows,
-        resize_rule=_resize_rule(config, rows),
+        parts=PARTS if has_parts else {},
+        image_px=side_px,
+        resize_rule=_resize_rule(config, side_px),
     )
 
 

@@ -132,7 +132,6 @@ def study_results(study: StudyRuns, claims: list[Entry], sections: list[PageSect
         },
         "sites": site_rows(study),
         "claims": claims,
-        "model_notes": study.first.manifest.get("unread_notes", []),
         "data_notes": notes_of_run(study.first.metrics["classes"], study.first.manifest["data"]),
     }
     for section in sections:

@@ -36,7 +36,7 @@ def format_results(results: Entry) -> str:
         lines += [_format_claims(joint["claims"], joint["has_llm"]), ""]
     for study in results.get("studies", [results]):
         lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
-        notes = [*study.get("model_notes", ()), *study.get("data_notes", ())]
+        notes = [*study.get("data_notes", ())]
         notes += edge_notes(study["path_at_edge"])
         with_llm = study["has_llm"]
         lines += [*_format_sites(study["sites"]), "", *describe_study(study)]

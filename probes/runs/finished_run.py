@@ -55,6 +55,7 @@ class FinishedRun:
     Args:
         path: Folder of the run.
         model: Name of the model in a report, if it has been told one.
+        trust: Whether the model's code is run if it is a function in a file (probes/models/module_sources.py).
 
     Raises:
         UserError: If `path` is not a finished run, or a JSON file is invalid or has changed since the run. Tensors are
@@ -63,6 +64,7 @@ class FinishedRun:
 
     path: Path
     model: str | None = None
+    trust: bool = False
 
     def __post_init__(self):
         self.path = Path(self.path)
@@ -341,13 +343,14 @@ class FinishedRun:
         """Return what identifies the model as it is now.
 
         Raises:
-            UserError: It is in a Python file that the user has not run by its name.
+            UserError: It is in a Python file that is not trusted.
         """
         # transformers takes seconds to import, and a report needs no model
-        from probes.models.module_sources import check_was_run, source_identity
+        from probes.models.module_sources import check_trusted, source_identity
 
         model = self.manifest["config"]["mllm"]
-        check_was_run(model, str(self.path))
+        if not self.trust:
+            check_trusted(model, self.path)
         return named_identity({"mllm": source_identity(model)})
 
     @cached_property

@@ -30,11 +30,11 @@ def finished_runs(folder: str | Path) -> list[Path]:
     return sorted(found, key=key)
 
 
-def open_run(path: str | Path) -> FinishedRun:
+def open_run(path: str | Path, trust: bool = False) -> FinishedRun:
     """Return a finished run of any task; of segmentation, a :class:`ProbeRun`.
 
     Raises:
         UserError: If `path` is not a finished run.
     """
-    run = FinishedRun(path)
-    return ProbeRun(path) if run.task_name == SEGMENTATION else run
+    run = FinishedRun(path, trust=trust)
+    return ProbeRun(path, trust=trust) if run.task_name == SEGMENTATION else run

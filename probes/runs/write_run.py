@@ -21,9 +21,8 @@ from probes.score.layer_effects import run_effects
 from probes.score.resampling import dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, Strengths
 from probes.score.summary import summary
-from probes.models.module_sources import absolute_source
+from probes.models.module_sources import absolute_source, is_source
 from probes.models.sites import last_layer
-from probes.models.source_names import is_source
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
 
@@ -261,7 +260,7 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str
     """Return the versions, commit, configuration, data and hardware of a run."""
     settings = record.settings
     changed = {"mllm": _absolute(settings["mllm"]), "update_scales": probes.mllm.update_scales}
-    about = {
+    return {
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
         "git_commit": _git_commit(),
@@ -281,9 +280,6 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
-    if notes := probes.mllm.unread_notes:
-        about["unread_notes"] = notes
-    return about
 
 
 def _data_notes(data) -> dict[str, Any]:

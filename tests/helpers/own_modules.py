@@ -71,7 +71,7 @@ def torch_layer() -> nn.Module:
     )
 
 
-def describe(encoder: nn.Module) -> probes.EncoderModule:
+def describe(encoder: nn.Module, **parts: str) -> probes.EncoderModule:
     """Return an encoder as `probes` reads it."""
     return probes.EncoderModule(
         encoder,
@@ -79,17 +79,18 @@ def describe(encoder: nn.Module) -> probes.EncoderModule:
         patch=PATCH_PX,
         layers="blocks",
         norm="norm",
+        parts=parts,
         image_px=SIDE_PX,
     )
 
 
 def build() -> probes.EncoderModule:
-    """Return an encoder whose attention and MLP can be found."""
+    """Return an encoder whose attention and MLP are named."""
     torch.manual_seed(0)
-    return describe(Encoder())
+    return describe(Encoder(), attn="attn", mlp="mlp")
 
 
 def build_closed() -> probes.EncoderModule:
-    """Return one whose attention and MLP cannot."""
+    """Return one whose attention and MLP are not."""
     torch.manual_seed(0)
     return describe(Encoder(torch_layer))

@@ -122,7 +122,7 @@ def _compute_cases(
 
 def run(options: KnockoutOptions) -> None:
     """Run `probes knockout`."""
-    probe_run = ProbeRun(options.probes)
+    probe_run = ProbeRun(options.probes, trust=options.trust)
     check_has_llm(probe_run, "knockout")
     plan = replace(options, classes=_resolve_classes(probe_run, options.classes))
     made_from = {

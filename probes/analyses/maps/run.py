@@ -102,7 +102,7 @@ def predict_knockout_maps(
 
 def run(options: MapsOptions) -> None:
     """Run `probes maps`."""
-    run = open_run(options.probes)
+    run = open_run(options.probes, options.trust)
     out = options.folder
     if run.task_name != SEGMENTATION and options.classes:
         raise UserError(

@@ -270,7 +270,7 @@ def _site(layer: int) -> str:
 
 def run(options: PatchingOptions) -> None:
     """Run `probes patching`."""
-    probe_run = ProbeRun(options.probes)
+    probe_run = ProbeRun(options.probes, trust=options.trust)
     check_has_llm(probe_run, "patching")
     with exclusive_run_lock(options.folder, "patching.json"):
         print_effects(patch_states(probe_run, options))

@@ -246,7 +246,7 @@ def _outcomes(
 
 def run(options: RoutesOptions) -> None:
     """Run `probes routes`."""
-    probe_run = ProbeRun(options.probes)
+    probe_run = ProbeRun(options.probes, trust=options.trust)
     check_has_llm(probe_run, "routes")
     with exclusive_run_lock(options.folder, "routes.json"):
         results = measure_routes(probe_run, options)

@@ -129,7 +129,7 @@ def _made_from(results: dict[str, Any]) -> dict[str, Any]:
 
 def run(options: UmapOptions) -> None:
     """Run `probes umap`."""
-    run = ProbeRun(options.probes)
+    run = ProbeRun(options.probes, trust=options.trust)
     out = options.folder
     sites = options.sites or _default_sites(run)
     made_from = {

@@ -28,7 +28,7 @@ from probes.models.sites import (
 
 from .base import Family
 from .encoders import EncoderFamily, vision_config
-from .modules import MODULE_TYPE
+from .modules import MODULE_TYPE, why_no_parts
 
 # Paths in a layer of the module whose output is the part. A layer's part is that of the first one that it has.
 MODULES = {
@@ -80,9 +80,10 @@ def why_no_part(
 ) -> str:
     """Return why a part of a layer cannot be read, "" if it can or the site is another one."""
     if config.model_type == MODULE_TYPE and part_of(site):
+        why = why_no_parts(config)
         if part_of(site) == VALUE:
-            return f"where a module of your own has its values is not known; leave out {site}"
-        return config.why_no_parts and f"{config.why_no_parts}; leave out {site}"
+            why = "where a module of your own has its values is not known"
+        return why and f"{why}; leave out {site}"
     if part_of(site) != VALUE:
         return ""
     of_layers = config.get_text_config() if family.has_llm else vision_config(config)
@@ -101,7 +102,7 @@ def why_no_part(
 
 def find_part(layer: nn.Module, part: str) -> nn.Module | None:
     """Return the module of a layer whose output is a part of it, "value", "attn" or "mlp"; None if there is none."""
-    paths = getattr(layer, "own_parts", MODULES)[part]  # of a user's module, measured
+    paths = getattr(layer, "own_parts", MODULES)[part]  # of a user's module
     if part == "attn" and hasattr(layer, "post_feedforward_layernorm"):
         # Gemma, EXAONE and OLMo 2; in all other families a norm of this name comes before the MLP
         paths = ("post_attention_layernorm", *paths)

@@ -1,6 +1,6 @@
 """The family of modules that are of no class of transformers: one's own, and those of timm.
 
-Their config has no file: it is measured when the module is described (`own_module.py`), so this family only reads it.
+Their config has no file: it is made when the module is described (own_module.py), so this family only reads it.
 """
 
 from dataclasses import replace
@@ -30,8 +30,7 @@ class ModuleConfig(PreTrainedConfig):
         norm_name: Path of the norm after them; None if it has none, and then no site "final_norm".
         extra_tokens: Number of tokens before the patches.
         site_widths: Width of the states at each site.
-        why_no_parts: Why attention and MLP of the layers are not known, "" if they are.
-        unread_notes: Sentences about what runs before, between or after the layers and is not read.
+        has_parts: True if it is said which modules of the layers are attention and MLP.
     """
 
     model_type = MODULE_TYPE
@@ -47,11 +46,17 @@ class ModuleConfig(PreTrainedConfig):
         return self.site_widths[-1]
 
 
+def why_no_parts(config: PreTrainedConfig) -> str:
+    """Return why attention and MLP of the layers are not known, "" if they are."""
+    if config.model_type != MODULE_TYPE or config.has_parts:
+        return ""
+    return "which modules of its layers are attention and MLP is not said (`parts` of a probes.EncoderModule)"
+
+
 def why_unmatched(config: PreTrainedConfig) -> str:
     """Return why random layers cannot be matched to the trained ones, "" if they can as far as a config says."""
-    if config.model_type != MODULE_TYPE or not config.why_no_parts:
-        return ""
-    return f"random layers cannot be matched to the trained ones: {config.why_no_parts}"
+    why = why_no_parts(config)
+    return f"random layers cannot be matched to the trained ones: {why}" if why else ""
 
 
 class ModuleFamily(EncoderFamily):

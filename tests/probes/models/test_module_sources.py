@@ -8,9 +8,8 @@ import torch
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.cli import main
 from probes.models import module_sources
-from probes.models.module_sources import absolute_source, check_was_run, source_identity
+from probes.models.module_sources import absolute_source, check_trusted, source_identity
 
 FILE = Path(own_modules.__file__)
 WEIGHTS = """
@@ -19,12 +18,6 @@ def build():
     encoder.module.blocks[1].mlp[0].bias.data += {offset}
     return encoder
 """
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Keep what was run out of the user's own cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def write(folder: Path, offset: float = 0.0) -> str:
@@ -40,17 +33,6 @@ def test_a_file_is_the_module_that_its_function_describes():
     assert encoder.sites[-1] == "final_norm" and encoder.grid == (4, 4)
 
 
-def test_layers_that_are_not_read_are_printed(tmp_path, capsys):
-    file = tmp_path / "part.py"
-    text = "import own_modules\nfrom dataclasses import replace\n\n\ndef build():\n"
-    text += "    return replace(own_modules.build(), layers=['blocks.1'], norm=None)\n"
-    file.write_text(text)
-    main(["sites", f"{file}:build"])
-    printed = capsys.readouterr().out
-    assert "layers: blocks.1 to blocks.1; what runs before or after them is not read" in printed
-    assert "note: blocks.0, blocks.2, of the same class" in printed
-
-
 def test_the_identity_is_that_of_file_and_weights(tmp_path):
     first = source_identity(write(tmp_path))
     (tmp_path / "other").mkdir()
@@ -63,14 +45,15 @@ def test_the_identity_is_that_of_file_and_weights(tmp_path):
     assert source_identity("facebook/dinov2-small") == "facebook/dinov2-small"
 
 
-def test_a_file_that_a_run_names_is_run_only_if_its_user_has_run_it(tmp_path, monkeypatch):
+def test_a_file_that_a_run_names_is_run_only_if_it_is_trusted(tmp_path, monkeypatch):
+    """Or if this process has been asked for it by its name; tests/probes/studies/test_module_study.py has `--trust`."""
     path = write(tmp_path)
-    with pytest.raises(UserError, match="code that you have not run here"):
-        check_was_run(path, "runs/theirs")
+    with pytest.raises(UserError, match="a file with code. Read it, then allow it: --trust true"):
+        check_trusted(path, tmp_path)
     probes.load(path, device="cpu")
     monkeypatch.chdir(tmp_path)
     assert absolute_source("mine.py:build") == path
-    check_was_run("mine.py:build", "runs/theirs")
+    check_trusted("mine.py:build", tmp_path)
     write(tmp_path, offset=2.0)
-    with pytest.raises(UserError, match="not with this content"):
-        check_was_run(path, "runs/theirs")
+    with pytest.raises(UserError, match="a file with code"):
+        check_trusted(path, tmp_path)

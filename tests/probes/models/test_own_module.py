@@ -1,4 +1,4 @@
-"""Any module as an encoder: its states, what is measured of it, and its controls."""
+"""Any module as an encoder: its states, what is said of it, and its controls."""
 
 import numpy as np
 import own_modules
@@ -16,6 +16,7 @@ SAID = {
     "patch": PATCH_PX,
     "layers": "blocks",
     "norm": "norm",
+    "parts": {"attn": "attn", "mlp": "mlp"},
     "image_px": SIDE_PX,
     "device": "cpu",
 }
@@ -58,18 +59,11 @@ def test_the_module_itself_stays_as_it_is():
     assert not torch.equal(encoder.layers[0].mlp[0].weight, module.blocks[0].mlp[0].weight)
 
 
-class Noisy(Encoder):
-    """Its states differ from forward to forward, also in eval mode."""
-
-    def forward(self, pixels):
-        return super().forward(nn.functional.dropout(pixels, 0.3, training=True))
-
-
 class ChannelsLast(nn.Module):
     """A layer whose states are a grid."""
 
     def forward(self, states):
-        return states.unflatten(1, (3, 6)).clone()
+        return states.flatten(1, -2).unflatten(1, (3, 6)).clone()
 
 
 class Skipping(Encoder):
@@ -89,11 +83,15 @@ class Skipping(Encoder):
         (None, {"patch": 4}, "reads 18 tokens, and the input has 8 x 8 patches"),
         (None, {"layers": ["blocks.0", "blocks.2"]}, "does not read what blocks.0 wrote"),
         (None, {"layers": ["blocks.1", "blocks.0"]}, "does not read what blocks.1 wrote"),
-        (Noisy(), {}, "on the same pixels differ in eval mode"),
         (None, {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])}, "divide both by 255"),
-        (None, {"norm": "stem"}, "norm stem"),
+        (None, {"parts": {"attn": "norm1", "mlp": "mlp"}}, "parts of blocks.0 do not add up"),
+        (None, {"parts": None, "layers": ["blocks.0", "blocks.0.mlp"]}, "does not read what"),
         (Encoder(extra_last=True), {}, "2 other tokens, then patches of 8 px in raster order"),
-        (Encoder(ChannelsLast), {}, r"are \[2, 3, 6, 16\]; expected \[2, tokens, width\]"),
+        (
+            Encoder(ChannelsLast),
+            {"parts": None},
+            r"are \[2, 3, 6, 16\]; expected \[2, tokens, width\]",
+        ),
         (Skipping(), {}, "does not read what blocks.0 wrote"),
     ],
 )
@@ -102,161 +100,39 @@ def test_a_description_that_does_not_fit_is_an_error(module, changes, message):
         load(module, **changes)
 
 
-# ------------------------------------------------------------------------------------ layers that are not read
-class Stepwise(Encoder):
-    """Its positions are 12 x 12; it attends once before its blocks, and adds once after them, without modules."""
-
-    def __init__(self, before: bool = False, after: bool = False):
-        super().__init__()
-        self.before, self.after = before, after
-        self.positions = nn.Parameter(torch.randn(1, 144, WIDTH))
-
-    def forward(self, pixels):
-        states = self.embed(pixels)
-        if self.before:
-            weights = (states @ states.transpose(1, 2)).softmax(-1)
-            states = states + weights @ states
-        for block in self.blocks:
-            states = block(states)
-        if self.after:
-            states = states + states.relu()
-        return self.norm(states)[:, 0]
-
-
-class Pooled(Encoder):
-    """Its norm reads the mean of the patches."""
-
-    def forward(self, pixels):
-        states = self.embed(pixels)
-        for block in self.blocks:
-            states = block(states)
-        return self.norm(states[:, EXTRA:].mean(1))
-
-
-LARGE = {"image_px": 12 * PATCH_PX}
-
-
-@pytest.mark.parametrize(
-    ("module", "changes", "said"),
-    [
-        (None, {}, []),
-        (Stepwise(), LARGE, []),
-        (Pooled(), {}, []),
-        (None, {"layers": ["blocks.1", "blocks.2"]}, ["blocks.0, of the same class"]),
-        (None, {"layers": ["blocks.0"], "norm": None}, ["blocks.1, blocks.2, of the same class"]),
-        (
-            None,
-            {"layers": ["blocks.0"]},
-            ["blocks.1, blocks.2, of the same class", "is not what blocks.0 wrote"],
-        ),
-        (Stepwise(before=True), LARGE, ["something before it mixes patches"]),
-        (Stepwise(after=True), LARGE, ["what norm reads in a forward is not what blocks.2 wrote"]),
-    ],
-)
-def test_what_runs_before_or_after_the_named_layers_is_said(module, changes, said):
-    notes = load(module, **changes).unread_notes
-    assert len(notes) == len(said), notes
-    for note, text in zip(notes, said, strict=True):
-        assert text in note
-
-
 # ------------------------------------------------------------------------------------------- preprocessing
-def cropping(image: Image.Image) -> torch.Tensor:
-    """Resize the shorter side to 36 px, keep the middle, and normalise."""
-    scale = 36 / min(image.size)
-    image = image.resize([int(length * scale) for length in image.size], Image.BILINEAR)
-    left, top = ((length - SIDE_PX) // 2 for length in image.size)
-    image = image.crop((left, top, left + SIDE_PX, top + SIDE_PX))
-    pixels = (np.asarray(image) / 255 - MEAN) / STD
-    return torch.from_numpy(pixels).movedim(-1, 0).float()
+def resized(image: Image.Image) -> torch.Tensor:
+    """Resize a photo to a square, and normalise."""
+    square = image.resize((SIDE_PX, SIDE_PX), Image.BICUBIC)
+    return torch.from_numpy((np.asarray(square) / 255 - MEAN) / STD).movedim(-1, 0).float()
 
 
-def test_normalisation_side_and_crop_of_a_function_are_measured():
-    encoder = load(preprocess=cropping, image_px=None)
-    rule = encoder.geometry.rule
-    assert (rule.way, rule.resample, rule.before_crop * SIDE_PX) == (
-        "center_crop",
-        Image.BILINEAR,
-        36,
-    )
-    for size in ((40, 30), (50, 80)):
-        torch.testing.assert_close(
-            encoder.preprocess(photo(size)),
-            cropping(photo(size))[None],
-            atol=1e-5,
-            rtol=0,
-        )
+def test_of_a_function_side_and_normalisation_are_read_on_squares():
+    encoder = load(preprocess=resized, image_px=None)
+    pixels = encoder.preprocess(photo())
+    assert pixels.shape[-1] == SIDE_PX
+    torch.testing.assert_close(pixels, resized(photo())[None], atol=1e-5, rtol=0)
+    assert load(preprocess=resized, image_resize="pad").geometry.resize == "pad"
 
 
-def normalised(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy((np.asarray(image) / 255 - MEAN) / STD).movedim(-1, 0).float()
-
-
-def padded(colour: tuple[int, int, int]):
-    """Centre the photo on a square of a colour, then resize."""
-
-    def preprocess(image):
-        side = max(image.size)
-        canvas = Image.new("RGB", (side, side), colour)
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return normalised(canvas.resize((SIDE_PX, SIDE_PX), Image.BICUBIC))
-
-    return preprocess
-
-
-def letterboxed(image: Image.Image) -> torch.Tensor:
-    """Resize the longer side, normalise, and pad with 0, which is the mean colour."""
-    size = [max(round(length * SIDE_PX / max(image.size)), 1) for length in image.size]
-    square = torch.zeros(3, SIDE_PX, SIDE_PX)
-    left, top = ((SIDE_PX - length) // 2 for length in size)
-    square[:, top : top + size[1], left : left + size[0]] = normalised(
-        image.resize(size, Image.BILINEAR)
-    )
-    return square
+def cropped(image: Image.Image) -> torch.Tensor:
+    """Resize to 36 px and keep the middle."""
+    return resized(image.resize((36, 36)).crop((2, 2, 34, 34)))
 
 
 @pytest.mark.parametrize(
-    ("preprocess", "way", "colour"),
+    "preprocess",
     [
-        (padded((0, 0, 0)), "pad", (0, 0, 0)),
-        (padded((200, 90, 30)), "pad", (200, 90, 30)),
-        (letterboxed, "letterbox", tuple(255 * x for x in MEAN)),
+        cropped,
+        lambda image: resized(image).flip(-1),
+        lambda image: resized(image).flip(0),
+        lambda image: resized(image).square(),
     ],
 )
-def test_a_padding_and_its_colour_are_measured(preprocess, way, colour):
-    encoder = load(preprocess=preprocess, image_px=None)
-    assert encoder.geometry.resize == way
-    assert encoder.geometry.padding == pytest.approx(colour, abs=1)
-    assert "padded with the colour" in repr(encoder)
-    for size in ((40, 30), (50, 80), (32, 32)):
-        torch.testing.assert_close(
-            encoder.preprocess(photo(size))[0],
-            preprocess(photo(size)),
-            atol=1 / 255 / min(STD),
-            rtol=0,
-        )
-
-
-def test_a_way_to_make_squares_that_is_not_known_must_be_replaced():
-    def mirrored(image):
-        return cropping(image).flip(-1)
-
-    with pytest.raises(UserError, match="columns 76 to 20 of .*image_resize='squash'"):
-        load(preprocess=mirrored, image_px=None)
-    encoder = load(preprocess=mirrored, image_px=None, image_resize="squash")
-    torch.testing.assert_close(encoder.preprocess(photo()), load().preprocess(photo()))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda pixels: pixels.flip(0), "expected each channel shifted and scaled"),
-        (lambda pixels: -pixels, "expected more for white"),
-    ],
-)
-def test_a_function_that_changes_more_than_the_scale_is_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        load(preprocess=lambda image: change(cropping(image)))
+def test_a_function_that_does_more_to_a_square_is_refused(preprocess):
+    """A crop would place masks beside their pixels."""
+    with pytest.raises(UserError, match="does more to a square of 32 px"):
+        load(preprocess=preprocess)
 
 
 # ------------------------------------------------------------------------------------------------ controls
@@ -274,10 +150,11 @@ def test_permuted_layers_keep_their_weights_in_another_order():
 
 def test_without_attention_and_mlp_layers_are_permuted_only():
     module = own_modules.build_closed().module
-    encoder = load(module, untrained=["encoder"], match="permuted")
+    encoder = load(module, untrained=["encoder"], match="permuted", parts=None)
     assert not torch.equal(encoder.layers[0].linear1.weight, module.blocks[0].linear1.weight)
-    with pytest.raises(UserError, match="blocks.0, a TransformerEncoderLayer, has no attention"):
-        load(module, untrained=["encoder"], match="update", match_images=[photo()])
+    control = {"untrained": ["encoder"], "match": "update", "match_images": [photo()]}
+    with pytest.raises(UserError, match="which modules .* are attention and MLP is not said"):
+        load(module, parts=None, **control)
 
 
 def test_parts_add_up_to_the_layers_and_what_is_not_known_is_refused():
@@ -290,7 +167,7 @@ def test_parts_add_up_to_the_layers_and_what_is_not_known_is_refused():
             states[f"layer_{layer - 1:02d}"] + added,
             states[f"layer_{layer:02d}"],
         )
-    with pytest.raises(UserError, match="no attention and MLP .* leave out attn_02"):
-        load(own_modules.build_closed().module).states(pixels, ["attn_02"])
+    with pytest.raises(UserError, match="attention and MLP is not said .* leave out attn_02"):
+        load(parts=None).states(pixels, ["attn_02"])
     with pytest.raises(UserError, match="attention .* of a module of your own is not known"):
         encoder.states(pixels, knockout=probes.Knockout(torch.arange(16)[None] == 3))

@@ -1,12 +1,9 @@
 """Claims about the layers of a bare encoder, from runs of random counts."""
 
-import json
 from itertools import product
-from pathlib import Path
 
 import pytest
 
-from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.encoder_layers import best_layer, describe_best_layer
 from probes.report.page import write_report
@@ -106,14 +103,3 @@ def test_the_page_names_only_sites_that_were_probed(write, tmp_path, sites, said
     page = " ".join((tmp_path / "report/index.html").read_text().split())
     assert f"Linear probes at {said} of <b>" in page
     assert ("final norm" in page) == (sites[-1] == "final_norm")
-
-
-def test_page_and_terminal_say_which_layers_of_a_module_are_not_read(write, tmp_path, capsys):
-    run = Path(write("trained", PEAK, solved=True, sites=SITES, model_kind="encoder"))
-    manifest = json.loads((run / "manifest.json").read_text())
-    note = "blocks.0, of the same class as layers that are named, also runs in a forward, unread"
-    (run / "manifest.json").write_text(json.dumps(manifest | {"unread_notes": [note]}))
-    main(["report", str(run), "--out", str(tmp_path / "report")])
-    assert note in capsys.readouterr().out
-    page = (tmp_path / "report/index.html").read_text()
-    assert f"<b>About this model:</b>\n<ul><li>{note}</li></ul>" in page

@@ -10,11 +10,14 @@ import own_modules
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 from studies import study_of
 
 import probes
 from llava_bidir.common.errors import UserError
+from probes.cli import main
 from probes.lab.requests import Attention, View
+from probes.models import module_sources
 from probes.studies.run import run_study
 
 FILE = Path(own_modules.__file__)
@@ -55,7 +58,7 @@ def test_random_layers_are_left_out_before_any_work_and_permuted_ones_are_solved
     out, printed = study
     first, _, rest = printed.partition("\n")
     assert first.startswith("left out: random layers cannot be matched")
-    assert "TransformerEncoderLayer" in first and "trained" in rest
+    assert "attention and MLP is not said" in first and "trained" in rest
     assert (out / "permuted0/metrics.json").is_file() and not (out / "random0").exists()
     results = json.loads((out / "report/results.json").read_text())
     claims = {claim["claim"]: claim for claim in results["claims"]}
@@ -69,10 +72,18 @@ def test_a_control_that_is_asked_for_by_name_and_cannot_be_is_an_error(data, tmp
     assert not (tmp_path / "study/trained").exists()
 
 
-def test_the_finished_run_and_the_lab_load_the_module_again(study):
+def test_the_finished_run_and_the_lab_load_the_module_again(study, tmp_path, monkeypatch):
+    """A run's file is trusted by option, or by the name of the file in the same process."""
     out, _ = study
-    finished = probes.ProbeRun(out / "permuted0")
-    encoder = finished.mllm()
+    Image.effect_noise((40, 32), 80).convert("RGB").save(tmp_path / "photo.jpg")
+    words = ["segment", str(out / "permuted0"), str(tmp_path / "photo.jpg")]
+    words += ["--site", "layer_03", "--out", str(tmp_path / "maps")]
+    monkeypatch.setattr(module_sources, "_named", set())  # of another process
+    with pytest.raises(SystemExit, match="a file with code. Read it, then allow it: --trust true"):
+        main(words)
+    main([*words, "--trust", "true"])
+    assert (tmp_path / "maps/photo.png").is_file()
+    encoder = probes.ProbeRun(out / "permuted0", trust=True).mllm()
     settings = {"untrained": ["encoder"], "match": "permuted", "device": "cpu"}
     again = probes.load(f"{FILE}:build_closed", **settings)
     pixels = torch.randn(1, 3, 32, 32)

@@ -61,15 +61,8 @@ class RecordFindings(Dataset):
                 kinds["not_shown"] = record["image"] or IMAGE
         except UserError as error:
             kinds["broken"] = str(error.__cause__ or error)
-        return [
-            {
-                "index": index,
-                "id": record["id"],
-                "kind": kind,
-                "detail": detail,
-            }
-            for kind, detail in kinds.items()
-        ]
+        about = {"index": index, "id": record["id"]}
+        return [about | {"kind": kind, "detail": detail} for kind, detail in kinds.items()]
 
 
 def format_findings(file: dict[str, Any]) -> str:

@@ -156,7 +156,8 @@ def _vicuna_v1(turns: list[Turn], tokenizer) -> list[Piece]:
     answer and its eos. As there, an empty message yields its role without a space.
     """
     pieces = []
-    for question, answer in zip(turns[::2], [*turns[1::2], {"value": ""}], strict=False):
+    answers = [*turns[1::2], {"value": ""}]  # the last is that of a prompt
+    for question, answer in zip(turns[::2], answers, strict=False):
         text = question["value"]
         user = f"USER: {text} ASSISTANT:" if text else "USER:ASSISTANT:"
         pieces.append((user if pieces else f"{SYSTEM} {user}", False))
@@ -175,7 +176,9 @@ def _chat(turns: list[Turn], tokenizer) -> list[Piece]:
     Raises:
         UserError: The template fails, or the answers cannot be found in its text.
     """
-    messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+    messages = []
+    for turn in turns:
+        messages.append({"role": ROLES[turn["from"]], "content": turn["value"]})
     if messages[-1] == {"role": "assistant", "content": ""}:
         messages = messages[:-1]
 

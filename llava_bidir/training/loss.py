@@ -28,15 +28,14 @@ def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
     if not len(positions):
         # a black image, which gives the adapter zero gradients. Source: LLaVA llava_arch.py:234
         features = features[:0]
-    embedded = (
-        embedded.flatten(0, 1).index_copy(0, positions, features.to(embedded)).view_as(embedded)
-    )
+    rows = embedded.flatten(0, 1).index_copy(0, positions, features.to(embedded))
     output = model.model.language_model(
-        inputs_embeds=embedded,
+        inputs_embeds=rows.view_as(embedded),
         attention_mask=_attention_mask(model, batch),
         use_cache=False,
     )
-    logits = model.lm_head(output.last_hidden_state.flatten(0, 1)[batch["predicts"]]).float()
+    states = output.last_hidden_state.flatten(0, 1)
+    logits = model.lm_head(states[batch["predicts"]]).float()
     targets = batch["labels"].flatten()[batch["predicts"] + 1]
     return F.cross_entropy(logits, targets, reduction="sum") / max(batch["supervised"], 1)
 

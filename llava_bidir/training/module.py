@@ -14,15 +14,9 @@ from torchmetrics import MeanMetric
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import FIXED_DATE, PROMPT_DATE, FiniteLogits, read_training
-from llava_bidir.common.identity import (
-    Identity,
-    check_same_identity,
-    check_same_model,
-    named_identity,
-    run_identity,
-)
+from llava_bidir.common.identity import Identity, run_identity
 from llava_bidir.common.processes import decide_on_first
-from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
+from llava_bidir.common.runs import optimizer_steps
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import (
     PARTS,
@@ -38,7 +32,7 @@ from llava_bidir.model.lora import Lora, add_lora
 from .flops import ModelFlops, count_flops
 from .loss import supervised_loss
 from .optim import build_optimizer, build_schedule
-from .resume import how_to_train_on
+from .resume import check_checkpoint
 from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
@@ -137,25 +131,19 @@ class LlavaTraining(LightningModule):
 
     def models(self) -> dict[str, str]:
         """Return the paths of the models that the run is made from, by setting."""
-        paths = {
-            "encoder": self.encoder.path,
-            "llm": self.hparams.llm,
-            "adapter": self.hparams.adapter,
-        }
-        return {key: path for key, path in paths.items() if path is not None}
+        models = {"encoder": self.encoder.path, "llm": self.hparams.llm}
+        return models | ({"adapter": self.hparams.adapter} if self.hparams.adapter else {})
 
     def setup(self, stage: str) -> None:
         """Name the mask to the data, and compute the identity of a run that is not started by the command line."""
         data = self.trainer.datamodule
         if isinstance(data, InstructionData):
             data.collate.image_attention = self.hparams.image_attention
-        if stage == "fit" and self.identity is None and hasattr(data, "identity"):
-
-            def compute():
-                return run_identity(self.trainer, self, data)
-
-            self.identity = decide_on_first(compute)
-        if stage == "fit" and self.hparams.adapter is not None and self.identity is not None:
+        if stage != "fit":
+            return
+        if self.identity is None and hasattr(data, "identity"):
+            self.identity = decide_on_first(lambda: run_identity(self.trainer, self, data))
+        if self.identity is not None and self.hparams.adapter is not None:
             check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 
     def configure_model(self) -> None:
@@ -163,8 +151,6 @@ class LlavaTraining(LightningModule):
         if self.model is not None:
             return
         args = self.hparams
-        if args.frozen_dtype != "float32" and self._trainer is not None:
-            self._check_frozen_dtype()
         self.model = build_model(
             self.encoder,
             args.llm,
@@ -183,32 +169,20 @@ class LlavaTraining(LightningModule):
         for part, parameters in set_trainable(self.model, args.trainable).items():
             log.info("training %s: %s parameters", part, f"{parameters:,}")
         if args.gradient_checkpointing:
-            self.model.model.language_model.activation_checkpointing_enable(
-                {"use_reentrant": False}
-            )
+            llm = self.model.model.language_model
+            llm.activation_checkpointing_enable({"use_reentrant": False})
         if args.compile:
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)  # for batches of all lengths at once
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""
-        trained = {*self.hparams.trainable} - ({"llm"} if self.lora else set())
-        default = torch.get_default_dtype()
-        frozen = getattr(torch, self.hparams.frozen_dtype)
-        if self.hparams.frozen_dtype == "float32":  # under ZeRO, the default is bfloat16
-            frozen = default
-        return {part: default if part in trained else frozen for part in PARTS}
-
-    def _check_frozen_dtype(self) -> None:
-        precision = self.trainer.precision
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            raise UserError(
-                "model.frozen_dtype does not apply to ZeRO, where all weights are bfloat16; remove it"
-            )
-        if precision != "bf16-mixed":
-            raise UserError(
-                f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}"
-            )
+        default = torch.get_default_dtype()  # under ZeRO, it is bfloat16
+        dtypes = dict.fromkeys(PARTS, default)
+        if self.hparams.frozen_dtype == "bfloat16":
+            trained = {*self.hparams.trainable} - ({"llm"} if self.lora else set())
+            dtypes |= dict.fromkeys({*PARTS} - trained, torch.bfloat16)
+        return dtypes
 
     def on_fit_start(self) -> None:
         """Set train mode, except for the frozen encoder; forget the step in which an earlier run has ended."""
@@ -228,10 +202,8 @@ class LlavaTraining(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""
-        position = (
-            self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size
-            + self.global_rank
-        )
+        micro_batch = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        position = micro_batch * self.trainer.world_size + self.global_rank
         torch.manual_seed(self.trainer.datamodule.seed * 1_000_003 + position)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -265,9 +237,8 @@ class LlavaTraining(LightningModule):
         answers = self.answer(batch["prompts"])[: len(batch["answers"])]
         if are_captions:
             return answers
-        correct = [
-            float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)
-        ]
+        pairs = zip(answers, batch["answers"], strict=True)
+        correct = [float(answer.strip() == expected.strip()) for answer, expected in pairs]
         self.val_accuracy.update(torch.tensor(correct, device=self.device))
         self.log("val/answer_accuracy", self.val_accuracy, prog_bar=True)
         return answers
@@ -287,9 +258,8 @@ class LlavaTraining(LightningModule):
             max_new_tokens=self.hparams.max_new_tokens,
             logits_processor=[FiniteLogits()],
         )
-        return self.processor.tokenizer.batch_decode(
-            ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        new = ids[:, prompts["input_ids"].shape[1] :]
+        return self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks in its own step."""
@@ -309,12 +279,7 @@ class LlavaTraining(LightningModule):
         self._log_step()
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -330,9 +295,9 @@ class LlavaTraining(LightningModule):
         losses = torch.stack(losses)
         finite = losses.isfinite().tolist()
         if not self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
-            where = "another rank" if all(finite) else ", ".join(records[finite.index(False)])
+            bad = "of another rank" if all(finite) else ", ".join(records[finite.index(False)])
             step = self.trainer.global_step
-            raise UserError(f"the loss is not finite at step {step}: samples {where}")
+            raise UserError(f"the loss is not finite at step {step}: samples {bad}")
         tokens = torch.tensor(float(sum(tokens)), device=self.device)
         self.log("train/loss", losses.mean(), prog_bar=True, sync_dist=True)
         self.log("train/supervised_tokens", tokens, sync_dist=True, reduce_fx="sum")
@@ -346,76 +311,51 @@ class LlavaTraining(LightningModule):
             rates["adapter"] = args.adapter_learning_rate
         # Lightning does not clip gradients for a fused optimizer in mixed precision
         fused = not (self.trainer.gradient_clip_val and "mixed" in self.trainer.precision)
-        optimizer = build_optimizer(
-            self.model,
-            rates,
-            tuple(args.betas),
-            args.weight_decay,
-            fused,
-        )
+        betas = tuple(args.betas)
+        optimizer = build_optimizer(self.model, rates, betas, args.weight_decay, fused)
         schedule = build_schedule(optimizer, optimizer_steps(self.trainer), args.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def settings(self) -> dict[str, Any]:
         """Return the stage and all settings that have a value, for training.json and the model card."""
-        settings = {
-            k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")
-        }
+        settings = {"stage": "+".join(self.hparams.trainable)}
+        for name, value in self.hparams.items():
+            if value is not None and not name.startswith("_"):
+                settings[name] = value
         if FIXED_DATE in (self.processor.chat_template or ""):
             settings["prompt_date"] = str(PROMPT_DATE)
-        return {"stage": "+".join(self.hparams.trainable), **settings}
+        return settings
 
     def progress(self) -> dict[str, Any]:
         """Return the position in the run and the latest value of each metric that does not depend on timing."""
         timing = {f"train/{name}" for name in TIMING_METRICS}
+        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
         return {
             "global_batch": self.trainer.datamodule.batch_size,
             "steps": self.trainer.global_step,
             "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
             "devices": self.trainer.world_size,
             **self.metrics_before,
-            **{k: float(v) for k, v in self.trainer.callback_metrics.items() if k not in timing},
+            **{name: value for name, value in metrics.items() if name not in timing},
         }
 
     def trainable_names(self) -> set[str]:
         """Return the names of trainable parameters in a checkpoint."""
-        return {
-            "model." + name
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+        return {name for name, weight in self.named_parameters() if weight.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save trainable weights only; frozen ones are reloaded from their source."""
         checkpoint["progress"] = self.progress()
         checkpoint["identity"] = self.identity
         trained = self.trainable_names()
-        checkpoint["state_dict"] = {
-            k: v for k, v in checkpoint["state_dict"].items() if k in trained
-        }
+        weights = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
-        if self._trainer is not None and self.trainer.training:
-            if self.identity is not None:
-                folder = Path(self.trainer.default_root_dir)
-                check_same_identity(
-                    checkpoint.get("identity"),
-                    self.identity,
-                    "the checkpoint",
-                    RESUME_ADVICE,
-                    how_to_train_on(folder, self.hparams.trainable),
-                )
-            devices = checkpoint["progress"]["devices"]
-            if devices != self.trainer.world_size:
-                raise UserError(
-                    f"the checkpoint is of a run on {devices} devices, and this one has {self.trainer.world_size}: "
-                    "resume it on as many"
-                )
+        if self._trainer is not None:
+            check_checkpoint(self, checkpoint)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
-        elif self._trainer is not None:
-            files = decide_on_first(lambda: named_identity(self.models()))
-            check_same_model(checkpoint.get("identity"), files, self.hparams, "the checkpoint")
         if "state_dict" not in checkpoint:
             return  # ZeRO stores weights elsewhere and checks them itself
         trained = self.trainable_names()

@@ -1,10 +1,43 @@
-"""What to do where a run cannot be resumed as it is asked for."""
+"""Whether a checkpoint can be resumed or read, and what to do where it cannot."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
+from lightning import LightningModule
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import check_same_identity, check_same_model, named_identity
 from llava_bidir.common.imports import imports_as_text
+from llava_bidir.common.processes import decide_on_first
+from llava_bidir.common.runs import RESUME_ADVICE
+
+
+def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Raise if a checkpoint is of another run than that of a module with a trainer.
+
+    Args:
+        module: :class:`.module.LlavaTraining`.
+        checkpoint: Content of the checkpoint.
+
+    Raises:
+        UserError: Models, data, settings or the number of devices differ; without training, models and settings.
+    """
+    saved = checkpoint.get("identity")
+    if not module.trainer.training:
+        files = decide_on_first(lambda: named_identity(module.models()))
+        check_same_model(saved, files, module.hparams, "the checkpoint")
+        return
+    if module.identity is not None:
+        advice = how_to_train_on(Path(module.trainer.default_root_dir), module.hparams.trainable)
+        check_same_identity(saved, module.identity, "the checkpoint", RESUME_ADVICE, advice)
+    devices = checkpoint["progress"]["devices"]
+    if devices != module.trainer.world_size:
+        raise UserError(
+            f"the checkpoint is of a run on {devices} devices, and this one has {module.trainer.world_size}: resume "
+            "it on as many"
+        )
 
 
 def how_to_train_on(run: Path, trainable: Sequence[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -39,26 +40,22 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self.peak = self._peak(trainer, pl_module.device)
-        self.batch_ended = time.perf_counter()
-        self._start_window(trainer)
-
-    def _peak(self, trainer: Trainer, device: torch.device) -> float | None:
+        self.peak = peak_flops(pl_module.device, trainer.precision)
         if self.peak_tflops is not None:
-            return 1e12 * self.peak_tflops
-        return peak_flops(device, trainer.precision)
+            self.peak = 1e12 * self.peak_tflops
+        self._start_window(trainer)
 
     def _start_window(self, trainer: Trainer) -> None:
         self.counts = Counter()
         self.first_step = trainer.global_step
-        self.since = time.perf_counter()
+        self.since = self.batch_ended = time.perf_counter()
 
     def on_train_batch_start(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        batch,
-        batch_idx: int,
+        batch: dict[str, Any],
+        *args: Any,
     ) -> None:
         """Add the time since the last batch to the time spent waiting for data.
 
@@ -73,26 +70,25 @@ class Throughput(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs,
-        batch,
-        batch_idx: int,
+        outputs: Any,
+        batch: dict[str, Any],
+        *args: Any,
     ) -> None:
-        """Count the batch, and log the rates at a logged step."""
+        """Count the batch, and log the rates at a logged step (`trainer.log_every_n_steps`, of which 0 is never)."""
         self._count(batch)
         steps = trainer.global_step - self.first_step
-        if steps > 0 and _is_logged(trainer):
+        every = trainer.log_every_n_steps
+        if steps > 0 and every > 0 and trainer.global_step % every == 0:
             pl_module.log_dict(self._rates(steps, trainer.world_size))
             if pl_module.device.type == "cuda":
-                pl_module.log(
-                    "train/memory_gb", torch.cuda.max_memory_allocated(pl_module.device) / 1e9
-                )
+                memory = torch.cuda.max_memory_allocated(pl_module.device)
+                pl_module.log("train/memory_gb", memory / 1e9)
             self._start_window(trainer)
         self.batch_ended = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restart the clock: validation is neither training nor waiting for data."""
         self._start_window(trainer)
-        self.batch_ended = time.perf_counter()
 
     def _count(self, batch: dict) -> None:
         lengths = batch["lengths"]
@@ -120,8 +116,3 @@ class Throughput(Callback):
         if self.flops is not None:
             rates["mfu"] = counts["flops"] / elapsed / self.peak
         return {f"train/{name}": float(value) for name, value in rates.items()}
-
-
-def _is_logged(trainer: Trainer) -> bool:
-    """Return whether `trainer.log_every_n_steps`, of which 0 is never, includes the current step."""
-    return trainer.log_every_n_steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0

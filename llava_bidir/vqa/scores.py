@@ -75,7 +75,9 @@ def mme_points(unit: list[Item]) -> tuple[float, float]:
 
 def f1(unit: list[Item]) -> tuple[float, float]:
     """Return the terms of the F1 of "yes". Other answers than yes and no are left out, as in lmms-eval's pope."""
-    pairs = [(item["answer"].strip().lower(), item["target"].strip().lower()) for item in unit]
+    pairs = []
+    for item in unit:
+        pairs.append((item["answer"].strip().lower(), item["target"].strip().lower()))
     hits = 2 * pairs.count(("yes", "yes"))
     return hits, hits + pairs.count(("yes", "no")) + pairs.count(("no", "yes"))
 

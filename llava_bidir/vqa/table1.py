@@ -19,7 +19,7 @@ from llava_bidir.common.files import read_json, write_files
 from .scores import BENCHMARKS, SWAPS, ScoreTerms, swap_test
 
 COLUMNS = {title: x for benchmark in BENCHMARKS.values() for title, x in benchmark.columns.items()}
-NAMES = ("encoder", "image_attention", "column", "value", "low", "high", "paper", "p", "p_holm")
+NUMBERS = ["value", "low", "high", "paper", "p", "p_holm"]
 SEED = 0
 Row = dict[str, Any]
 
@@ -53,7 +53,8 @@ def write_tables(folders: list[Path], out: Path) -> str:
         masks = [model.info["image_attention"] for model in (a, b)]
         if a.info["encoder"] == b.info["encoder"] and masks == ["causal", "bidirectional"]:
             rows += pair_rows(a, b)
-    table = pd.DataFrame(rows, columns=NAMES).astype(dict.fromkeys(NAMES[3:], float))
+    table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBERS])
+    table = table.astype(dict.fromkeys(NUMBERS, float))
     about = {"resamplings": RESAMPLINGS, "swaps": SWAPS, "seed": SEED, "paper": paper["source"]}
     described = {"models": [model.info for model in models], "rows": rows, **about}
     write_files({out / "table1.csv": table.to_csv(index=False), out / "table1.json": described})
@@ -86,20 +87,27 @@ def read_results(folder: Path, paper: dict) -> Results:
 
 def score_rows(results: Results) -> list[Row]:
     """Return a model's score by column, its 95% interval, and the paper's."""
-    about = (results.info["encoder"], results.info["image_attention"])
     rows = []
     for title, terms in results.terms.items():
         highest = math.inf if COLUMNS[title].categories else 1.0
         resampled = terms.resampled_scores(seed=SEED)
         bounds = interval(terms.score(), resampled, lowest=0.0, highest=highest)
-        values = (title, terms.score(), *bounds, results.paper[title], None, None)
-        rows.append(dict(zip(NAMES, (*about, *values), strict=True)))
+        rows.append(
+            {
+                "encoder": results.info["encoder"],
+                "image_attention": results.info["image_attention"],
+                "column": title,
+                "value": terms.score(),
+                "low": bounds[0],
+                "high": bounds[1],
+                "paper": results.paper[title],
+            }
+        )
     return rows
 
 
 def pair_rows(a: Results, b: Results) -> list[Row]:
     """Compare bidirectional (b) with causal (a) on the same questions; p-values are adjusted for the columns."""
-    about = (a.info["encoder"], "bidirectional - causal")
     rows = []
     for title in (title for title in a.terms if title in b.terms):
         if a.asked[title] != b.asked[title] or a.info["dtype"] != b.info["dtype"]:
@@ -111,8 +119,18 @@ def pair_rows(a: Results, b: Results) -> list[Row]:
         difference = terms[1].score() - terms[0].score()
         resampled = [x.resampled_scores(seed=SEED) for x in terms]
         bounds = interval(difference, resampled[1] - resampled[0])
-        values = (title, difference, *bounds, paper, swap_test(*terms, seed=SEED), None)
-        rows.append(dict(zip(NAMES, (*about, *values), strict=True)))
+        rows.append(
+            {
+                "encoder": a.info["encoder"],
+                "image_attention": "bidirectional - causal",
+                "column": title,
+                "value": difference,
+                "low": bounds[0],
+                "high": bounds[1],
+                "paper": paper,
+                "p": swap_test(*terms, seed=SEED),
+            }
+        )
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p
     return rows

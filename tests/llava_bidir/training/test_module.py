@@ -387,9 +387,6 @@ def test_settings_that_do_not_fit_are_errors(
     fit,
 ):
     cases = {
-        "frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got 32-true": lambda: fit(
-            settings={"frozen_dtype": "bfloat16"}
-        ),
         r"model.trainable must include llm, got \['adapter'\]": lambda: module(
             parts, trainable=["adapter"], **LORA
         ),

@@ -71,4 +71,6 @@ def test_f1_equals_sklearns_for_yes_and_no():
         for i, (s, t) in enumerate(zip(said, truth, strict=True))
     ]
     assert Column("", None, f1).terms(answers).score() == pytest.approx(f1_score(truth, said))
-    assert Column("", None, f1).terms([answers[0] | {"answer": "maybe", "target": "yes"}]).score() == 0
+    assert (
+        Column("", None, f1).terms([answers[0] | {"answer": "maybe", "target": "yes"}]).score() == 0
+    )

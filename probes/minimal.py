@@ -27,8 +27,8 @@ import probes
 from probes.data.batches import MaskPreparer
 from probes.data.registry import open_dataset
 from probes.ops.quadrature import PreparedMasks
-from probes.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
-from probes.solve.refinement import Refinement
+from probes.solve.objective import NODES, SiteProblem
+from probes.solve.refinement import refine
 from probes.tasks import SEGMENTATION, TASKS
 
 TASK = TASKS[SEGMENTATION]
@@ -42,34 +42,26 @@ def read_split(mllm, dataset, batch_size: int = 8) -> tuple[dict[str, Tensor], l
         samples = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
         pixels = mllm.preprocess([sample["image"] for sample in samples])
         for site, of_batch in mllm.states(pixels).items():
-            states[site].append(of_batch.float().cpu())
+            states[site].append(of_batch.cpu())
         targets += [torch.from_numpy(sample["target"]) for sample in samples]
     return {site: torch.cat(of_batches) for site, of_batches in states.items()}, targets
 
 
-def solve(
-    states: Tensor,
-    loose: PreparedMasks,
-    tight: PreparedMasks,
-    strength: float,
-) -> tuple[Tensor, Tensor]:
+def solve(states: Tensor, masks: PreparedMasks, strength: float) -> tuple[Tensor, Tensor]:
     """Return weight f[K, d] and bias f[K] at the minimum of the penalised loss.
 
     Args:
         states: f[N, T, d].
-        loose: The masks with few nodes, which most steps need.
-        tight: The masks with many nodes, whose loss is exact to five digits.
+        masks: As weights on nodes, by which the loss is exact to five digits.
         strength: Penalty r: r/2 |w|^2 in units of each channel.
     """
     one_fold = torch.zeros(len(states), dtype=torch.long)  # no image is left out
-    problem = SiteProblem(TASK.loss, states, loose, tight, one_fold)
+    problem = SiteProblem(TASK.loss, states, masks, one_fold)
     strengths = torch.tensor([strength], dtype=torch.float64)
-    probe = Refinement(problem, strengths, problem.start[None])
-    probe.solve_in_memory()
-    point = probe.accepted.points[0]  # in the coordinates of the site
-    weight = problem.space.to_states(point[:, :-1])
-    bias = point[:, -1] - weight @ problem.space.mean
-    return weight.float(), bias.float()
+    point = refine(problem, strengths, problem.start[None]).points[0]
+    probe = problem.space.to_states(point)  # of x - mean
+    bias = probe[:, -1] - probe[:, :-1] @ problem.space.mean
+    return probe[:, :-1].float(), bias.float()
 
 
 def score(
@@ -82,7 +74,7 @@ def score(
     """Return the mIoU over the classes that occur in masks or predictions; pixels of all images are added first."""
     sums = []
     for state, target in zip(states, targets, strict=True):
-        logits = (state @ weight.T + bias).T.unflatten(1, mllm.grid)  # f[K, h, w]
+        logits = (state.float() @ weight.T + bias).T.unflatten(1, mllm.grid)  # f[K, h, w]
         counted = TASK.count(logits[None, None], target[None], mllm.geometry)
         sums.append(TASK.sums(counted)[0, 0])
     return TASK.dataset_scores(torch.stack(sums).sum(0))[TASK.score].item()
@@ -95,14 +87,13 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
     states, targets = read_split(mllm, training)
     classes = len(training.classes)
     # the masks as weights on a few nodes per cell of the token grid, which the loss needs
-    tight = MaskPreparer(mllm.geometry, classes, TIGHT_NODES)(targets)
-    loose = MaskPreparer(mllm.geometry, classes, LOOSE_NODES)(targets, like=tight)
+    masks = MaskPreparer(mllm.geometry, classes, NODES)(targets)
     validation_states, validation_targets = read_split(
         mllm, open_dataset("folder", data, "validation")
     )
     miou = {}
     for site in mllm.sites:
-        weight, bias = solve(states[site], loose, tight, strength)
+        weight, bias = solve(states[site], masks, strength)
         miou[site] = score(
             mllm,
             validation_states[site],

@@ -93,34 +93,23 @@ class SolverOptions:
     """Options of the solver.
 
     Args:
-        passes: Most passes over the training images; one is enough where the states of all images fit into memory.
         folds: Folds of training images that choose the strength.
         strengths: Strengths of regularisation to solve and score; by default the best one, searched in half decades,
             and its neighbours; for depth and normals 25 from 1e-6 to 1.
-        sample_images: Training images whose memory is used: for all states if it is all images, else for a few pixels
-            of each image in every pass; by default as many as fit into a quarter of it.
-        disk_gb: GB of states on the disk of --out, deleted at the end: if those of all training images take no more,
-            passes after the first one run no model.
+        memory_gb: GB of states that are kept at a time; by default most of the free memory. Sites go through in groups
+            that fit. A site that takes more is in a file of --out until it is solved; the result is the same.
     """
 
-    passes: int = 20
     folds: int = 4
     strengths: list[float] | None = None
-    sample_images: int | None = None
-    disk_gb: float = 0.0
+    memory_gb: float | None = None
 
     def __post_init__(self):
         """Raise a UserError if an option is out of range."""
-        for name, least in (("passes", 1), ("folds", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        if self.sample_images is not None and self.sample_images < self.folds:
-            folds = f"one for each of the {self.folds} --folds"
-            raise UserError(
-                f"--sample-images must be at least {self.folds}, {folds}; got {self.sample_images}"
-            )
-        if not self.disk_gb >= 0:
-            raise UserError(f"--disk-gb must be at least 0, got {self.disk_gb:g}")
+        if self.folds < 2:
+            raise UserError(f"--folds must be at least 2, got {self.folds}")
+        if self.memory_gb is not None and not self.memory_gb >= 0:
+            raise UserError(f"--memory-gb must be at least 0, got {self.memory_gb:g}")
         if invalid := [x for x in self.strengths or () if not 0 < x < float("inf")]:
             raise UserError(f"--strengths must be above 0, got {invalid[0]:g}")
 

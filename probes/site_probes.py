@@ -6,7 +6,7 @@ Legend: S sites, N images of a dataset, B images of a batch, T image tokens on a
 probe: of segmentation, classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,11 @@ class SiteProbes:
         """Names of the sites."""
         return list(self.heads)
 
-    def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the states f[B, T, d] by site, in the dtype of the model."""
+    def states(self, batch: dict[str, Any], sites: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return the states f[B, T, d] by site, in the dtype of the model; None for all sites."""
         if "states" in batch:
             return batch["states"]
-        return self.mllm.states(batch["pixels"], self.sites)
+        return self.mllm.states(batch["pixels"], sites or self.sites)
 
     def logits(self, states: dict[str, Tensor]) -> Tensor:
         """Return the logits of the probes on the token grid, f32[S, B, K, h, w]."""

@@ -164,10 +164,9 @@ def test_probes_are_trained_on_a_mac(checkpoints, segmentation, tmp_path):
 
 @pytest.mark.nightly
 def test_solved_probes(checkpoints, segmentation, tmp_path):
-    """Of a sample, with passes over the other images."""
     argv = ["solve", *arguments(checkpoints["causal"], segmentation, tmp_path / "run", *SOLVE)[1:]]
     with pretend_gpu():
-        main([*argv, "--sample-images", "2", "--passes", "2", *GPU])
+        main([*argv, *GPU])
 
 
 @pytest.mark.nightly
@@ -179,7 +178,7 @@ def test_probes_of_tasks(
     tmp_path,
 ):
     root = task_runs.write_targets(segmentation, tmp_path / "data")
-    for command, more in (("fit", []), ("solve", [*SOLVE, "--passes", "1"])):
+    for command, more in (("fit", []), ("solve", SOLVE)):
         out = tmp_path / command
         argv = task_runs.arguments(command, task, checkpoints["causal"], root, out, *more)
         with pretend_gpu():

@@ -18,11 +18,10 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 class Setting(NamedTuple):
-    """Environment and options of a run; `share` is the part of the images whose memory is used."""
+    """Environment and options of a run."""
 
     environment: dict[str, str] = {}
     options: tuple[str, ...] = ()
-    share: float | None = None
 
 
 SETTINGS = {
@@ -42,26 +41,20 @@ SETTINGS = {
             "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
         }
     ),
-    "by passes, memory of 8%": Setting(share=0.08),
-    "by passes, memory of 2%": Setting(share=0.02),
+    "states in a file": Setting({}, ("--memory-gb", "0")),
     "two processes": Setting(
         {}, ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu")
     ),
 }
-FOLDS = 4
 
 
 def solve(
     setting: Setting,
     command: list[str],
-    images: int,
     out: Path,
 ) -> list[dict]:
     """Return the entries of the sites, from a run that is made unless it is there."""
     options = list(setting.options)
-    if setting.share is not None:
-        options += ["--sample-images", str(max(FOLDS, round(setting.share * images)))]
-        options += ["--disk-gb", "100"]  # later passes run no model
     if not (out / "metrics.json").is_file():
         environment = os.environ | ONE_THREAD | setting.environment
         words = [sys.executable, "-m", "probes", "solve", *command, *options, "--out", str(out)]
@@ -87,13 +80,11 @@ def main() -> None:
     args = parser.parse_args()
     command = ["-c", "folder", "--model.mllm", args.model, "--data.root", str(args.data)]
     command += ["--model.sites", f"[{', '.join(args.sites)}]", "--model.image_resize", "squash"]
-    images = len(list((args.data / "images" / "training").iterdir()))
     by_setting = {}
     for i, (name, setting) in enumerate(SETTINGS.items()):
         by_setting[name] = solve(
             setting,
             command,
-            images,
             args.out / f"setting{i}",
         )
         cells = [f"{entry['chosen']:.1e} {entry['chosen_miou']:.4f}" for entry in by_setting[name]]

@@ -23,8 +23,8 @@ from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts, count
 from probes.solve.held_out import scored_masks
-from probes.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
-from probes.solve.refinement import start_refinement
+from probes.solve.objective import NODES, SiteProblem
+from probes.solve.path import FoldSearch
 from probes.tasks import SEGMENTATION, TASKS
 
 GRID = (16, 16)
@@ -67,7 +67,7 @@ def score(
     targets: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return mIoU f[R] and cross-entropy per pixel f[R] of probes f[R, K, d + 1]."""
-    weights = problem.space.to_states(points[..., :-1]).float()
+    weights = problem.space.to_states(points)[..., :-1].float()
     x = states - problem.space.mean.float()
     classes = points.shape[1]
     parts: list[Counts] = []
@@ -78,7 +78,7 @@ def score(
         logits = logits.unflatten(-1, GRID)[:, None]
         view = GEOMETRY.view(tuple(target.shape))
         parts.append(count(logits, target[None], view, by_token=False))
-        masks = MaskPreparer(GEOMETRY, classes, TIGHT_NODES)([target])
+        masks = MaskPreparer(GEOMETRY, classes, NODES)([target])
         loss = loss + loss_and_gradient(logits, masks, needs_grad=False)[0].sum(1)
         pixels += int((target != 255).sum())
     axis_of_images = {
@@ -98,27 +98,24 @@ def score(
 
 def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProblem, float, Tensor]:
     """Return the problem, the chosen strength, and the probes f[R, K, d + 1] at `STEPS` from it."""
-    loose, tight = (
-        MaskPreparer(GEOMETRY, classes, nodes)(targets) for nodes in (LOOSE_NODES, TIGHT_NODES)
-    )
+    prepare = MaskPreparer(GEOMETRY, classes, NODES)
+    masks = prepare(targets)
     fold_of = assign_folds(len(states), FOLDS, None)
-    prepare = MaskPreparer(GEOMETRY, classes, TIGHT_NODES)
-    scored = scored_masks(tight, fold_of, lambda i: targets[i], prepare)
+    scored = scored_masks(masks, fold_of, lambda i: targets[i], prepare)
     problem = SiteProblem(
         LOSS,
         states,
-        loose,
-        tight,
+        masks,
         fold_of,
         scored,
     )
-    path, _ = start_refinement(problem)
+    path, _ = FoldSearch(problem).choose()
     chosen = path.strengths[path.chosen]
     given = [
         chosen * 10**step for step in STEPS.values()
     ]  # from strong to weak, as the solver has them
-    _, refinement = start_refinement(problem, given)
-    return problem, chosen, refinement.points
+    _, points = FoldSearch(problem).choose(given)
+    return problem, chosen, points
 
 
 def main() -> None:

@@ -43,20 +43,12 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.stack(tensors)
 
 
-def all_reduce(x: Tensor) -> Tensor:
-    """Replace the tensor by its sum over processes, in place, and return it."""
-    if rank_count() > 1:
-        torch.distributed.all_reduce(x)
-    return x
-
-
-def broadcast(x: Any, source: int, device: torch.device | str = "cpu") -> Any:
+def broadcast(x: Any, source: int) -> Any:
     """Return the object of process `source`.
 
     Args:
         x: Object of this process, which may contain tensors.
         source: Process whose object it is.
-        device: Where its tensors are put. Processes that see all GPUs would else find them on that of `source`.
     """
     if rank_count() == 1:
         return x
@@ -66,7 +58,7 @@ def broadcast(x: Any, source: int, device: torch.device | str = "cpu") -> Any:
     box = [file.getvalue()]
     torch.distributed.broadcast_object_list(box, source)
     # our own processes' bytes, not a file that somebody gives us
-    return torch.load(io.BytesIO(box[0]), map_location=device, weights_only=False)
+    return torch.load(io.BytesIO(box[0]), map_location="cpu", weights_only=False)
 
 
 def all_gather_objects(x: Any) -> list[Any]:
@@ -76,33 +68,6 @@ def all_gather_objects(x: Any) -> list[Any]:
     parts: list[Any] = [None] * rank_count()
     torch.distributed.all_gather_object(parts, x)
     return parts
-
-
-def gather_images(
-    x: Tensor,
-    images: list[int],
-    owner: int,
-    device: torch.device,
-) -> Tensor | None:
-    """Return the rows of all processes on process `owner`, on the CPU, and None on the others.
-
-    Args:
-        x: f[n, ...], the rows of this process.
-        images: Number of rows of each process.
-        owner: Process that needs them.
-        device: Device of the collective; that of the model, as required by NCCL.
-    """
-    if rank_count() == 1:
-        return x
-    padded = x.new_zeros(max(images), *x.shape[1:])
-    padded[: len(x)] = x
-    padded = padded.to(device)
-    parts = [torch.empty_like(padded) for _ in images] if rank() == owner else None
-    torch.distributed.gather(padded, parts, owner)
-    if parts is None:
-        return None
-    own = [part[:count].cpu() for part, count in zip(parts, images, strict=True)]
-    return torch.cat(own)
 
 
 def decide_on_first(function: Callable[[], T]) -> T:

@@ -34,26 +34,13 @@ class MaskPreparer(NamedTuple):
     classes: int
     nodes: int
 
-    def __call__(
-        self, target: Tensor | list[Tensor], like: PreparedMasks | None = None
-    ) -> PreparedMasks:
-        """Return the masks uint8[B, H, W], or a list of masks uint8[H, W], prepared.
-
-        Args:
-            target: The masks.
-            like: The same masks prepared with other nodes, which saves most of the time.
-        """
+    def __call__(self, target: Tensor | list[Tensor]) -> PreparedMasks:
+        """Return the masks uint8[B, H, W], or a list of masks uint8[H, W], prepared."""
         parts = [target] if isinstance(target, Tensor) else [mask[None] for mask in target]
-        soft = [None] * len(parts)
-        if like is not None:
-            soft = like.soft.split([len(part) for part in parts])
         view = self.geometry.view
         options = (self.classes, tuple(self.geometry.grid), self.nodes, IGNORE_INDEX)
         return join_masks(
-            [
-                prepare_masks(part, *options, view=view(tuple(part.shape[1:])), soft=known)
-                for part, known in zip(parts, soft, strict=True)
-            ]
+            [prepare_masks(part, *options, view=view(tuple(part.shape[1:]))) for part in parts]
         )
 
 

@@ -174,14 +174,17 @@ class ProbeData:
         sites: list[str],
         prepare: MaskPreparer | None,
     ) -> None:
-        """Set what images are read for; before the first loader.
+        """Set what images are read for, by the loaders that follow.
 
         Args:
             mllm: The model that preprocesses them.
             sites: Sites whose states are cached, if they are.
             prepare: Prepares training masks for the loss; None to leave them.
         """
-        self._reader = Reader(mllm, sites, prepare)
+        reader = Reader(mllm, sites, prepare)
+        if reader != self._reader:
+            self._sources.clear()
+        self._reader = reader
 
     def _loader(self, source: Dataset, batches) -> DataLoader:
         is_cached = isinstance(source, CachedFeatures)

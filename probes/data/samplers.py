@@ -122,26 +122,3 @@ def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> to
         return fold_of_unit
     numbers = {group: number for number, group in enumerate(units)}
     return fold_of_unit[[numbers[group] for group in groups]]
-
-
-def fold_batches(
-    fold_of: torch.Tensor,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[list[int]]:
-    """Return the batches of one rank in a pass, fold by fold, so that all images of a batch are of the same fold.
-
-    Args:
-        fold_of: i64[N], from :func:`assign_folds`.
-        batch_size: Images per batch of a rank.
-        rank: Index of this process.
-        world_size: R.
-    """
-    # dealt out over all folds
-    mine = fold_of.argsort(stable=True)[rank::world_size]
-    batches = []
-    for fold in range(int(fold_of.max()) + 1):
-        images = mine[fold_of[mine] == fold].tolist()
-        batches += [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return batches

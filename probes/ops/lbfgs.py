@@ -13,6 +13,7 @@ from torch import Tensor
 ITERATIONS = 300  # at most
 # pairs; 20 take a quarter more steps, 12 three times as many for few patches and weak strengths
 MEMORY = 40
+PAIR_DTYPE = torch.float32  # pairs shape a step; points, values and gradients are float64
 HALVINGS = 10  # of a step, before rounding is blamed
 
 # points f64[P, K, n] of the problems in a list
@@ -25,9 +26,9 @@ class Pair(NamedTuple):
     """A step that was taken, and how the gradient has changed.
 
     Args:
-        step: f[P, K, n].
-        change: f[P, K, n].
-        inverse: f[P], one by their product; 0 where that is not above 0, or too small for its dtype.
+        step: f32[P, K, n].
+        change: f32[P, K, n].
+        inverse: f32[P], one by their product; 0 where that is not above 0, or too small for its dtype.
     """
 
     step: Tensor
@@ -37,6 +38,8 @@ class Pair(NamedTuple):
     @classmethod
     def of(cls, step: Tensor, change: Tensor) -> "Pair":
         """Return the pair of a step and a change f[P, K, n]."""
+        step = step.to(PAIR_DTYPE)
+        change = change.to(PAIR_DTYPE)
         product = dot(step, change)
         tiny = torch.finfo(product.dtype).tiny
         inverse = torch.where(product > tiny, 1 / product.clamp(min=tiny), 0)
@@ -136,27 +139,28 @@ def quasi_newton(
     Args:
         gradient: f64[P, K, n].
         pairs: From old to new.
-        solve: Product with a first guess of H^-1.
+        solve: Product with a first guess of H^-1, of f32[P, K, n].
     """
-    result = gradient.clone()
+    result = gradient.to(PAIR_DTYPE, copy=True)
     factors = []
     for step, change, inverse in reversed(pairs):
         factor = inverse * dot(step, result)
-        result -= factor[:, None, None] * change
+        result.addcmul_(factor[:, None, None], change, value=-1)
         factors.append(factor)
-    result = solve(result)
+    result = solve(result).to(PAIR_DTYPE)
     for (step, change, inverse), factor in zip(pairs, reversed(factors), strict=True):
-        result += (factor - inverse * dot(change, result))[:, None, None] * step
-    return result
+        result.addcmul_((factor - inverse * dot(change, result))[:, None, None], step)
+    return result.to(gradient)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Return the scalar products f[...] of points f[..., K, n]."""
-    return (x * y).sum((-2, -1))
+    return torch.linalg.vecdot(x.flatten(-2), y.flatten(-2))
 
 
 def _sized(diagonal: Tensor, pairs: Sequence[Pair]) -> Callable[[Tensor], Tensor]:
     """Return the product with a diagonal f64[P, K, n], sized by the last pair of each problem that has one."""
+    diagonal = diagonal.to(PAIR_DTYPE)
     size = torch.ones_like(diagonal[:, 0, 0])
     missing = torch.ones_like(size, dtype=torch.bool)
     for _, change, inverse in reversed(pairs):

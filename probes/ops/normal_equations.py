@@ -12,8 +12,9 @@ diagonals. It is exact, for any placement of the grid, and takes no more memory 
 Legend: B images, K channels, d width, h w grid, H W pixels.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,21 +23,41 @@ from .bilinear import bilinear_weights
 from .geometry import GridPlacement
 
 
-class NormalEquations(NamedTuple):
-    """The part of the normal equations that does not depend on the states.
+@dataclass(frozen=True)
+class NormalEquations:
+    """The part of the normal equations of B images that does not depend on the states.
 
     Args:
         couplings: f64[B, h - i, w - j] by (i, j), i and j 0 or 1: entries of G for tokens i rows and j columns apart.
         weight: f64[B, h * w], row sums of G: how many labelled pixels each token has. The rows of U sum to 1, so that
             this is also U^T D 1, and the sum over tokens is the number of labelled pixels.
         projected: f64[B, h * w, K], T.
-        square: f64[K], sum of the squared targets over the labelled pixels of all images.
+        square: f64[B, K], sum of the squared targets over the labelled pixels of each image.
     """
 
     couplings: dict[tuple[int, int], Tensor]
     weight: Tensor
     projected: Tensor
     square: Tensor
+
+    def __getitem__(self, images: Sequence[int]) -> "NormalEquations":
+        """Return those of some of the images, by index."""
+        index = list(images)
+        couplings = {apart: x[index] for apart, x in self.couplings.items()}
+        others = self.weight[index], self.projected[index], self.square[index]
+        return NormalEquations(couplings, *others)
+
+
+def join_equations(parts: Sequence[NormalEquations]) -> NormalEquations:
+    """Return the normal equations of the images of several objects, on one grid, as one."""
+    couplings = {
+        apart: torch.cat([part.couplings[apart] for part in parts]) for apart in parts[0].couplings
+    }
+    others = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("weight", "projected", "square")
+    )
+    return NormalEquations(couplings, *others)
 
 
 def normal_equations(
@@ -71,7 +92,7 @@ def normal_equations(
         couplings,
         weight.flatten(1),
         projected.flatten(2).mT,
-        y.square().sum((0, 1, 2)),
+        y.square().sum((1, 2)),
     )
 
 

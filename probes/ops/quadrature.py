@@ -120,7 +120,6 @@ def prepare_masks(
     *,
     view: GridPlacement | None = None,
     dtype: torch.dtype = torch.float32,
-    soft: Tensor | None = None,
 ) -> PreparedMasks:
     """Return masks as weights on the token grid. It costs about 10 ms a mask of 512 x 683, once for all probes.
 
@@ -132,7 +131,6 @@ def prepare_masks(
         ignore_index: Label of the pixels that are excluded.
         view: Position of the grid on the pixels; None: the grid covers them exactly.
         dtype: Of the weights: float32, or float64 for logits in float64.
-        soft: f[B, K, h, w], `soft` of the same masks prepared with other nodes, which takes most of the time.
 
     Raises:
         ValueError: `target` is not an integer [B, H, W], `nodes` is below 2, or a label is neither a class nor
@@ -162,10 +160,9 @@ def prepare_masks(
     )
     with torch.autocast(target.device.type, enabled=False):
         mass = by_row.T @ labelled.to(dtype) @ by_col
-        if soft is None:
-            soft = torch.zeros(len(target), num_classes, *grid, **like)
-            for k in _classes_in(target, num_classes, ignore_index):
-                soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
+        soft = torch.zeros(len(target), num_classes, *grid, **like)
+        for k in _classes_in(target, num_classes, ignore_index):
+            soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
     return PreparedMasks(
         mass,
         soft,

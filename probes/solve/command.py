@@ -33,7 +33,7 @@ TRAINER_SETTINGS = ("precision",)  # that change the result of a run without a t
 
 
 def run_config(config: RunConfig) -> None:
-    """Make the passes, score the probes, and write the files of the run."""
+    """Solve the probes of all sites, score them, and write the files of the run."""
     run, data, machine = build_solve(config)
     lock = exclusive_run_lock(run.out) if machine.is_first else nullcontext()
     with run_process(), lock, interrupt_says_what_is_saved(run.checkpoints):
@@ -72,7 +72,7 @@ def solve_unless_finished(
 
 
 def dry_run(config: RunConfig) -> None:
-    """Print the time of a pass and the memory. Nothing is written."""
+    """Print the time of a forward over the images, and the memory. Nothing is written."""
     run, data, machine = build_solve(config)
     training = len(data.splits["training"])
     with run_process():
@@ -112,12 +112,7 @@ def make_solve_run(config: RunConfig, num_classes: int) -> SolveRun:
     settings = asdict(config.model) | {"num_classes": num_classes, "seed": config.seed_everything}
     hparams = {"folds": config.solver.folds, "strengths": strengths}
     hparams |= {name: settings[name] for name in MODEL_SETTINGS}
-    if task.loss is not None:
-        if type(task.loss) is not CrossEntropy:  # of which a run says nothing
-            hparams["loss"] = task.loss.describe()
-        hparams |= {
-            "passes": config.solver.passes,
-            "sample_images": config.solver.sample_images,
-        }
+    if task.loss is not None and type(task.loss) is not CrossEntropy:  # of which a run says nothing
+        hparams["loss"] = task.loss.describe()
     options = replace(config.solver, strengths=strengths)
     return SolveRun(Path(config.out), hparams, options, task)

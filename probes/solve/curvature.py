@@ -1,8 +1,8 @@
-"""The curvature of the loss of one site on a sample of pixels, with which quasi-Newton steps begin.
+"""The curvature of the loss of one site on a sample of nodes, with which quasi-Newton steps begin.
 
     step = - L-BFGS(gradient; pairs of earlier steps), started from (H_S + r D + c H_0 + H_g)^-1
 
-- H_S is the Hessian on a sample of pixels of all images. It is applied by conjugate gradients and never stored.
+- H_S is the Hessian on a sample of nodes of all masks. It is applied by conjugate gradients and never stored.
 - H_0 = q_k s_j, with q_k the mean of p_k (1 - p_k) on the sample and s the spectrum of the moments of all
   tokens, keeps directions that the sample does not have.
 - H_g = |g_k| s_j, with g_k the exact gradient by the bias of class k, which is its mean probability minus its
@@ -10,16 +10,16 @@
   miss the few pixels where it still has a probability: without H_g, steps of 20 to 30 were taken instead of one.
 - The pairs (step, change of the exact gradient) correct all of this (`probes/ops/lbfgs.py`).
 
-In memory, the sample are nodes of the masks (`sample_nodes`), between passes pixels (`pixel_sample.py`). Both prefer
-those of which a probe is unsure, since sure ones have no curvature.
+The sample prefers nodes where a probe is unsure, since sure ones have no curvature. All of it is float32: it shapes a
+step, while loss, gradient and certificate of what the step leads to are exact.
 
-Legend: G probes that are solved together, n pixels or nodes of the sample, K classes, d width; F folds, B images,
-T tokens.
+Legend: P probes that are solved together, n nodes, K classes, d width; F folds, B images, T tokens, h w token grid.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,28 +29,28 @@ from probes.ops.lbfgs import dot
 from probes.ops.quadrature import PreparedMasks
 from probes.tasks.losses import Loss
 
-from .moments import full_precision
-from .pixel_sample import CANDIDATES, keep_uncertain
+from .space import SiteSpace, float_chunks, full_precision
 
 CG_ITERATIONS = 100
-# Share of the chance of a node in memory that is the same for all. With 1/2, as between passes, 184 photos of CamVid
-# take 1.07 times as long, and 46 with 44 classes 1.14 times; with 1/20, 1.04 and 1.03. Without a preference it is 1.14
-# and 1.28, and weak strengths of Gaussian states take twice as long.
-NODES_ALIKE = 1 / 6
-# The first damping, a weight of a probe for each pixel of the sample: fewer pixels show less of the curvature
+CANDIDATES = 8  # nodes from which one is kept
+# Share of the chance of a node that is the same for all. With 1/2, 184 photos of CamVid take 1.07 times as long, and 46
+# with 44 classes 1.14 times; with 1/20, 1.04 and 1.03. Without a preference it is 1.14 and 1.28, and weak strengths of
+# Gaussian states take twice as long.
+ALIKE = 1 / 6
+# The first damping, a weight of a probe for each node of the sample: fewer nodes show less of the curvature
 FIRST_DAMPING = 0.5
 LEAST_DAMPING = 0.03
 MOST_FIRST_DAMPING = 3.0
 
 
 @dataclass
-class SampledPixels:
-    """A sample of pixels of a site, or of nodes, on the device of the computation.
+class SampledNodes:
+    """Nodes of the masks of a site, on the device of the computation.
 
     Args:
         inputs: f32[n, d + 1], states in the coordinates of the site, and ones.
         weights: f32[n], labelled pixels that each one stands for.
-        folds: i64[n], fold of each pixel's image.
+        folds: i64[n], fold of each node's image.
     """
 
     inputs: Tensor
@@ -59,11 +59,12 @@ class SampledPixels:
 
     @cached_property
     def fast_inputs(self) -> Tensor:
-        """The inputs in the dtype that the device multiplies fastest.
-
-        Products with them shape a step; loss, gradient and certificate of what it leads to are exact.
-        """
+        """The inputs in the dtype that the device multiplies fastest."""
         return self.inputs.to(fast_dtype(self.inputs.device))
+
+    def without(self, fold: int | None) -> Tensor:
+        """Return the weights f32[n], 0 in the fold that is left out."""
+        return self.weights if fold is None else self.weights * (self.folds != fold)
 
 
 class SampleHessian:
@@ -71,55 +72,55 @@ class SampleHessian:
 
     Args:
         loss: Of the logits.
-        sample: The pixels.
-        points: f64[G, K, d + 1].
-        gradient: f64[G, K, d + 1], of the objectives there, on all images.
-        left_out: G folds, or None.
-        ridge: f64[1, d + 1] or f64[G, 1, d + 1], weights of the squares of a point.
+        sample: The nodes.
+        points: f64[P, K, d + 1].
+        gradient: f64[P, K, d + 1], of the objectives there, on all images.
+        left_out: P folds, or None.
+        ridge: f64[P, 1, d + 1], weights of the squares of a point.
         input_spectrum: f64[d + 1], mean squares of the inputs.
-        damping: f64[G], c.
+        damping: c.
     """
 
     @full_precision()
     def __init__(
         self,
         loss: Loss,
-        sample: SampledPixels,
+        sample: SampledNodes,
         points: Tensor,
         gradient: Tensor,
         left_out: Sequence[int | None],
         ridge: Tensor,
         input_spectrum: Tensor,
-        damping: Tensor,
+        damping: float,
     ):
         self.inputs = sample.fast_inputs
-        self.ridge = ridge
-        used = torch.stack([_used(sample, fold) for fold in left_out], 1)
+        used = torch.stack([sample.without(fold) for fold in left_out], 1)
         total = used.sum(0).clamp(min=torch.finfo(used.dtype).tiny)
-        self.weights = (used / total)[..., None]  # [n, G, 1]
+        self.weights = (used / total)[..., None]  # [n, P, 1]
         logits = sample.inputs @ points.flatten(0, 1).T.to(sample.inputs)
         self.curvature = loss.curvature(logits.view(len(used), *points.shape[:2]))
         spread = self.curvature.diagonal() * self.weights
-        self.typical = spread.sum(0).double()[..., None] * input_spectrum + 1e-6  # H_0
-        self.pull = damping[:, None, None] * self.typical
-        self.pull += gradient[..., -1:].abs() * input_spectrum  # H_g
+        typical = spread.sum(0).double()[..., None] * input_spectrum + 1e-6  # H_0
+        pull = gradient[..., -1:].abs() * input_spectrum + ridge  # H_g and r D
+        self.pull = (damping * typical + pull).float()
+        self.preconditioner = 1 / (typical.float() + self.pull)
 
     def times(self, direction: Tensor) -> Tensor:
-        """Return the product with f64[G, K, d + 1], with the pull towards the point."""
+        """Return the product with f32[P, K, d + 1], with the pull towards the point."""
         logits = self.inputs @ direction.flatten(0, 1).T.to(self.inputs)
         change = self.curvature.times(logits.view(-1, *direction.shape[:2]).float())
         change *= self.weights
         change = change.flatten(1).to(self.inputs)
-        product = (change.T @ self.inputs).view_as(direction).double()
-        return product + (self.ridge + self.pull) * direction
+        product = (change.T @ self.inputs).view_as(direction).float()
+        return product.addcmul_(self.pull, direction)
 
     @full_precision()
     def solve(self, right: Tensor, residual: float) -> Tensor:
-        """Return H^-1 right by conjugate gradients, f64[G, K, d + 1], up to a relative residual."""
-        preconditioner = 1 / (self.typical + self.pull + self.ridge)
-        solution = torch.zeros_like(right)
-        left = right.clone()
-        scaled = preconditioner * left
+        """Return H^-1 right by conjugate gradients, f32[P, K, d + 1], up to a relative residual."""
+        left = right.to(torch.float32, copy=True)
+        tiny = torch.finfo(left.dtype).tiny
+        solution = torch.zeros_like(left)
+        scaled = self.preconditioner * left
         direction = scaled.clone()
         size = dot(left, scaled)
         enough = residual**2 * size
@@ -128,85 +129,131 @@ class SampleHessian:
             if not active.any():
                 break
             product = self.times(direction)
-            step = torch.where(active, size / dot(direction, product).clamp(min=1e-300), 0)[
-                :, None, None
-            ]
-            solution += step * direction
-            left -= step * product
-            scaled = preconditioner * left
+            step = torch.where(active, size / dot(direction, product).clamp(min=tiny), 0)
+            solution.addcmul_(step[:, None, None], direction)
+            left.addcmul_(step[:, None, None], product, value=-1)
+            torch.mul(self.preconditioner, left, out=scaled)
             before = size
             size = dot(left, scaled)
-            direction = scaled + (size / before.clamp(min=1e-300))[:, None, None] * direction
+            direction.mul_((size / before.clamp(min=tiny))[:, None, None]).add_(scaled)
         return solution
 
 
-def first_damping(weights: int, pixels: int) -> float:
-    """Return the damping c of a first step.
+def first_damping(weights: int, nodes: int) -> float:
+    """Return the damping c of a step.
 
     Args:
         weights: Of a probe.
-        pixels: Of the sample.
+        nodes: Of the sample.
     """
-    damping = FIRST_DAMPING * weights / max(1, pixels)
+    damping = FIRST_DAMPING * weights / max(1, nodes)
     return min(max(damping, LEAST_DAMPING), MOST_FIRST_DAMPING)
 
 
-def _used(sample: SampledPixels, left_out: int | None) -> Tensor:
-    """Return the weights f32[n] of the pixels, 0 in the fold that is left out."""
-    return sample.weights if left_out is None else sample.weights * (sample.folds != left_out)
+class Nodes(NamedTuple):
+    """Nodes of the masks of some images.
+
+    Args:
+        image: i64[n], position of each node's image among them.
+        tokens: i64[n, C], tokens from which the node is interpolated.
+        shares: f[n, C], their weights.
+        weight: Labelled pixels that each node stands for.
+    """
+
+    image: Tensor
+    tokens: Tensor
+    shares: Tensor
+    weight: float
+
+    def interpolate(
+        self,
+        states: Tensor,
+        images: Tensor,
+        chosen: Tensor,
+    ) -> Tensor:
+        """Return the states f[m, d] at some of the nodes, on their device.
+
+        Args:
+            states: f[B, T, d].
+            images: i64[m], index of each node's image in them.
+            chosen: i64[m], the nodes.
+        """
+        images = images.to(states.device)
+        tokens = self.tokens[chosen].to(states.device)
+        shares = self.shares[chosen]
+        found = shares.new_zeros(len(chosen), states.shape[-1])
+        for token, share in zip(tokens.T, shares.T, strict=True):
+            found += share[:, None] * states[images, token].to(found)
+        return found
 
 
 @full_precision()
 def sample_nodes(
     loss: Loss,
-    tokens: Sequence[Tensor],
-    masks: Sequence[PreparedMasks],
+    space: SiteSpace,
+    states: Tensor,
+    masks: PreparedMasks,
+    folds: Sequence[Tensor],
     count: int,
     point: Tensor,
-) -> SampledPixels:
+) -> SampledNodes:
     """Return about `count` nodes of all images with the states there, rather those of which a probe is unsure.
 
     Args:
         loss: Of the logits.
-        tokens: F tensors f32[B, T, d + 1], states in the coordinates of the site, and ones, of each fold.
-        masks: The masks of each fold.
+        space: Coordinates of the site.
+        states: f[B, T, d], of any dtype, on any device.
+        masks: Of the images.
+        folds: F times i64[n], images of each fold.
         count: Number of nodes of all folds.
         point: f64[K, d + 1], the probe.
     """
-    pixels = [mask.pixels.sum().item() for mask in masks]
+    probe = space.to_states(point).float()
+    pixels = [masks.pixels[images].sum().item() for images in folds]
     inputs = []
     weights = []
-    folds = []
-    for fold, (states, mask) in enumerate(zip(tokens, masks, strict=True)):
+    numbers = []
+    for fold, images in enumerate(folds):
         if pixels[fold] == 0:
             continue
         # one at least: the others may have no labels at all
         number = max(1, round(count * pixels[fold] / sum(pixels)))
-        *nodes, weight = _draw_nodes(mask.mass, CANDIDATES * number, seed=fold)
-        logits = _interpolate(states @ point.T.to(states), mask, *nodes)
-        unsure = loss.curvature(logits).trace().cpu()
-        chosen, stands_for = keep_uncertain(unsure, number, NODES_ALIKE)
-        chosen = chosen.to(states.device)
-        inputs.append(_interpolate(states, mask, *(x[chosen] for x in nodes)))
-        weights.append((weight * stands_for).to(states))
-        folds.append(torch.full_like(chosen, fold))
-    return SampledPixels(torch.cat(inputs), torch.cat(weights), torch.cat(folds))
+        nodes = draw_nodes(masks, images, CANDIDATES * number, seed=fold)
+        unsure = []
+        first = 0
+        for part, x in float_chunks(states, images, space.mean, len(probe)):
+            last = first + len(part)
+            here = ((nodes.image >= first) & (nodes.image < last)).nonzero().flatten()
+            logits = torch.addmm(probe[:, -1], x, probe[:, :-1].T).view(len(part), -1, len(probe))
+            at_nodes = nodes.interpolate(logits, nodes.image[here] - first, here)
+            unsure.append(loss.curvature(at_nodes).trace())
+            first = last
+        chosen, stands_for = keep_uncertain(torch.cat(unsure).cpu(), number)
+        chosen = chosen.to(probe.device)
+        image = images[nodes.image[chosen].cpu()]
+        inputs.append(space.coordinates(nodes.interpolate(states, image, chosen)))
+        weights.append((nodes.weight * stands_for).to(probe))
+        numbers.append(torch.full_like(chosen, fold))
+    return SampledNodes(torch.cat(inputs), torch.cat(weights), torch.cat(numbers))
 
 
-def _draw_nodes(
-    mass: Tensor,
+def draw_nodes(
+    masks: PreparedMasks,
+    images: Tensor,
     number: int,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return image, row and column i64[n] of nodes, and the weight of each one.
+) -> Nodes:
+    """Return random nodes of some images, in the order of the images.
 
     The nodes, one after the other, are cut into `number` parts of as many pixels; one node of each is drawn.
 
     Args:
-        mass: f[B, My, Mx], pixels of each node.
+        masks: Of all images.
+        images: i64[B], on the CPU.
         number: n.
         seed: Seed of the draw.
     """
+    mass = masks.mass[images]
     # on the CPU: on a GPU, sums of floats in order are not deterministic
     total = mass.cpu().clamp(min=0).double().flatten().cumsum(0)
     draw = torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -214,32 +261,30 @@ def _draw_nodes(
     at = (torch.arange(number) + draw) * weight
     node = torch.searchsorted(total, at, right=True).clamp(max=len(total) - 1).to(mass.device)
     _, rows, cols = mass.shape
-    return node // (rows * cols), node // cols % rows, node % cols, weight
+    image = node // (rows * cols)
+    rule = torch.tensor(masks.rule_of)[images].to(mass.device)[image]
+    by_row, by_col = (torch.stack(rules) for rules in zip(*masks.rules, strict=True))
+    (h, w) = (by_row.shape[-1], by_col.shape[-1])
+    row_shares, at_row = by_row[rule, node // cols % rows].topk(min(2, h))
+    col_shares, at_col = by_col[rule, node % cols].topk(min(2, w))
+    tokens = at_row[:, :, None] * w + at_col[:, None]
+    shares = row_shares[:, :, None] * col_shares[:, None]
+    return Nodes(image, tokens.flatten(1), shares.flatten(1), weight)
 
 
-def _interpolate(
-    states: Tensor,
-    masks: PreparedMasks,
-    image: Tensor,
-    row: Tensor,
-    col: Tensor,
-) -> Tensor:
-    """Return the states f[n, d] at nodes, from those of the images f[B, T, d].
+def keep_uncertain(uncertainty: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Return which candidates are kept, i64[number], and for how many candidates each one stands, f64[number].
+
+    A part of the chance of a candidate is the same for all, which limits the weights; the rest is in proportion to its
+    uncertainty. Source: Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995.
 
     Args:
-        states: f[B, T, d].
-        masks: Of the images.
-        image: i64[n], image of each node.
-        row: i64[n], its row among the nodes of the image.
-        col: i64[n], its column.
+        uncertainty: f32[n], of each candidate, at least 0, on the CPU.
+        number: How many are kept.
     """
-    by_row, by_col = (torch.stack(rules) for rules in zip(*masks.rules, strict=True))
-    rule = torch.tensor(masks.rule_of, device=image.device)[image]
-    row_share, at_row = by_row[rule, row].topk(min(2, by_row.shape[-1]))
-    col_share, at_col = by_col[rule, col].topk(min(2, by_col.shape[-1]))
-    found = states.new_zeros(len(image), states.shape[-1])
-    for i in range(at_row.shape[1]):
-        for j in range(at_col.shape[1]):
-            token = at_row[:, i] * by_col.shape[-1] + at_col[:, j]
-            found += (row_share[:, i] * col_share[:, j])[:, None] * states[image, token]
-    return found
+    count = len(uncertainty)
+    unsure = uncertainty.double() + 1e-12
+    chance = ALIKE / count + (1 - ALIKE) * unsure / unsure.sum()
+    at = (torch.arange(number, dtype=torch.float64) + 0.5) / number
+    chosen = torch.searchsorted(chance.cumsum(0), at).clamp(max=count - 1)
+    return chosen, 1 / (number * chance[chosen])

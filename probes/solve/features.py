@@ -13,13 +13,13 @@ from llava_bidir.common.errors import UserError, error_context
 from probes.data.samplers import assign_folds
 from probes.machine import solver_device
 from probes.ops.geometry import GridPlacement, label_tensor
-from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
+from probes.ops.quadrature import join_masks, prepare_masks
 from probes.tasks import SEGMENTATION, TASKS
 
 from .held_out import scored_masks
-from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
-from .refinement import solve_site
-from .solved_site import SolvedSite
+from .objective import NODES, SiteProblem
+from .refinement import solve_classes
+from .solution import Certificate
 
 
 @dataclass(frozen=True)
@@ -86,45 +86,35 @@ def solve_features(
         raise UserError(f"strength must be above 0, got {strength}")
     grid = (features.shape[1], features.shape[2])
     device = solver_device(features.device)
-    tight = _prepare(masks, classes, grid, TIGHT_NODES)
-    loose = _prepare(masks, classes, grid, LOOSE_NODES, tight.soft).to(device)
-    tight = tight.to(device)
-    if not tight.pixels.sum() > 0:
+    parts = []
+    for number, mask in enumerate(masks):
+        with error_context(f"mask {number}"):
+            parts.append(prepare_masks(label_tensor(mask)[None], classes, grid, NODES))
+    prepared = join_masks(parts).to(device)
+    if not prepared.pixels.sum() > 0:
         raise UserError("no mask has a labelled pixel: all are 255")
     fold_of = assign_folds(len(masks), folds)
     scored = scored_masks(
-        tight,
+        prepared,
         fold_of,
         target_of=lambda image: label_tensor(masks[image]),
-        prepare=lambda target: prepare_masks(target, classes, grid, TIGHT_NODES),
+        prepare=lambda target: prepare_masks(target, classes, grid, NODES),
     )
-    loss = TASKS[SEGMENTATION].loss
-    states = features.flatten(1, 2).to(device)
-    problem = SiteProblem(loss, states, loose, tight, fold_of, scored)
-    path, refinement = solve_site(problem, None if strength is None else [strength])
-    solved = SolvedSite.of_points(path, problem.space, refinement.accepted.points)
+    problem = SiteProblem(
+        TASKS[SEGMENTATION].loss,
+        features.flatten(1, 2),
+        prepared,
+        fold_of,
+        scored,
+    )
+    solved = solve_classes(problem, None if strength is None else [strength])
     weight = solved.weights[solved.row]
     bias = solved.bias[solved.row].double() - weight.double() @ solved.mean.double()
+    chosen = int(solved.chosen)
     return FeatureProbe(
         weight.to(features.device),
         bias.float().to(features.device),
-        path.strengths[path.chosen],
-        path.loss[path.chosen],
-        refinement.certificates[solved.row].converged,
+        solved.strengths[chosen].item(),
+        solved.loss[chosen].item(),
+        Certificate(*solved.certificates[solved.row].tolist()).converged,
     )
-
-
-def _prepare(
-    masks: Sequence[np.ndarray | Tensor],
-    classes: int,
-    grid: tuple[int, int],
-    nodes: int,
-    soft: Tensor | None = None,
-) -> PreparedMasks:
-    parts = []
-    for number, mask in enumerate(masks):
-        known = None if soft is None else soft[number, None]
-        with error_context(f"mask {number}"):
-            target = label_tensor(mask)[None]
-            parts.append(prepare_masks(target, classes, grid, nodes, soft=known))
-    return join_masks(parts)

@@ -7,14 +7,16 @@ plus a ridge,
     w_r = argmin (1 - r) E|w (x - mean) + b - y|^2 + r w D w^T        w_r = (1 - r) ((1 - r) C + r D)^-1 c,
 
 so that r -> 0 is least squares and r = 1 predicts the mean of the targets everywhere. This is the optimum of its loss:
-there is nothing to refine. One eigendecomposition gives all r (`moments.py`), and one pass over the images all
-moments (`ops/normal_equations.py`). The squared error of left-out images is a polynomial of their moments, so that the
-strength is chosen by an exact cross-validation without another pass.
+there is nothing to refine. One eigendecomposition gives all r (`space.py`). The squared error of left-out images is a
+polynomial of their moments, so that the strength is chosen by an exact cross-validation.
+
+The "classes" of the moments are the K channels of the target, weighted by T = U^T D y (`ops/normal_equations.py`), and
+a last one with the rest of each token's weight: all of them sum to the weight, as the soft labels of classes do.
 
 Legend: F folds, R strengths, B images, T tokens, d width, K channels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,158 +25,134 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError
 from probes.ops.normal_equations import NormalEquations, apply_gram
 
-from .moments import Moments, standardise
+from .solution import Solution
+from .space import Moments, float_chunks, standardise
 
 LEAST_SQUARES_STRENGTHS = tuple(10 ** (-6 + i / 4) for i in range(25))  # 1e-6 to 1
 
 
-@dataclass
-class LeastSquaresMoments(Moments):
-    """Moments of one site with the targets, per fold of images.
-
-    The "classes" of :class:`Moments` are the K channels of the target, weighted by T = U^T D y, and a last one with the
-    rest of each token's weight: all columns sum to the weight, as the soft labels of classes do.
+class _Probes(NamedTuple):
+    """Probes at R strengths.
 
     Args:
-        square: f64[F, K], sum of the squared targets.
-    """
-
-    square: Tensor
-
-    @classmethod
-    def zeros(
-        cls,
-        pivot: Tensor,
-        folds: int,
-        channels: int,
-    ) -> "LeastSquaresMoments":
-        """Return empty moments on the device of `pivot`."""
-        sums = Moments.zeros(pivot, folds, channels + 1)
-        square = torch.zeros(folds, channels, dtype=torch.float64, device=pivot.device)
-        return cls(sums.pivot, sums.count, sums.first, sums.second, square)
-
-    @torch.no_grad()
-    def add_images(
-        self,
-        states: Tensor,
-        equations: NormalEquations,
-        grid: tuple[int, int],
-        fold: int,
-    ) -> None:
-        """Add the states f[B, T, d] of images, with their normal equations, to a fold."""
-        rest = equations.weight - equations.projected.sum(-1)
-        labels = (
-            torch.cat([equations.projected, rest[..., None]], -1)
-            .flatten(0, 1)
-            .to(self.count.device)
-        )
-        # Products in float64: those of float32 would change the weights by percents at the weakest strengths.
-        x = states.to(self.pivot).double() - self.pivot
-        self.count[fold] += labels.sum(0)
-        self.first[fold] += labels.T @ x.flatten(0, 1)
-        self.add_products(
-            x.flatten(0, 1), apply_gram(equations.couplings, x, grid).flatten(0, 1), fold
-        )
-        self.square[fold] += equations.square.to(self.square.device)
-
-    def sums(self) -> dict[str, Tensor]:
-        """Return the sums by name."""
-        return super().sums() | {"square": self.square}
-
-    def check_values(self) -> None:
-        """Raise a UserError if no pixel has a value, in the training images or in those of all folds but one."""
-        for left_out in (None, *range(len(self.count))):
-            if (
-                not sum(pixels for fold, pixels in enumerate(self.count.sum(1)) if fold != left_out)
-                > 0
-            ):
-                images = "the training images" + (
-                    f" that are not of fold {left_out}" if left_out is not None else ""
-                )
-                raise UserError(
-                    f"{images} have no pixel with a value; expected targets with values (`probes verify-data`)"
-                )
-
-    def squared_error(
-        self,
-        fold: int,
-        weights: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
-        """Return the summed squared error f64[R] of probes in a fold.
-
-        Args:
-            fold: The fold.
-            weights: f64[R, K, d] of x - pivot.
-            bias: f64[R, K].
-        """
-        count, first, second = self.sum_over([fold])
-        states = first.sum(0)
-        quadratic = (
-            ((weights @ second) * weights).sum(-1)
-            + 2 * bias * (weights @ states)
-            + count.sum() * bias.square()
-        )
-        cross = (weights * first[:-1]).sum(-1) + bias * count[:-1]
-        return (quadratic - 2 * cross + self.square[fold]).sum(-1)
-
-
-class LeastSquares(NamedTuple):
-    """The probes of a site at every strength, and what chooses among them.
-
-    Args:
-        mean: f64[d], of the upsampled states.
+        mean: f64[d], of the upsampled states, minus the pivot.
         scale: f64[d], D^-1/2; 0 for constant channels.
         weights: f64[R, K, d], for x - mean.
         bias: f64[R, K], the mean of the targets.
-        loss: f64[R], cross-validated squared error per pixel, summed over channels.
     """
 
     mean: Tensor
     scale: Tensor
     weights: Tensor
     bias: Tensor
-    loss: Tensor
 
 
-def solve_least_squares(moments: LeastSquaresMoments, strengths: tuple[float, ...]) -> LeastSquares:
-    """Return the probes of all folds together, with the squared error of each fold under the probes of the others.
+def solve_values(
+    states: Tensor,
+    equations: NormalEquations,
+    grid: tuple[int, int],
+    fold_of: Tensor,
+    strengths: Sequence[float] | None = None,
+) -> Solution:
+    """Return the probes of a site at all strengths, with the squared error of each fold under those of the others.
 
-    `moments.check_values` must have passed.
+    Args:
+        states: f[B, T, d], of any dtype.
+        equations: Of the images.
+        grid: (h, w) of the tokens.
+        fold_of: i64[B], fold of each image.
+        strengths: Strengths from 0 to 1; None for `LEAST_SQUARES_STRENGTHS`.
     """
-    mean, scale, weights, bias = _solve(moments, None, strengths)
-    loss = torch.zeros(len(strengths), dtype=torch.float64, device=mean.device)
-    for fold in range(len(moments.count)):
-        others, _, w, b = _solve(moments, fold, strengths)
-        loss += moments.squared_error(fold, w, b - w @ (others - moments.pivot.double()))
-    return LeastSquares(
-        mean,
-        scale,
-        weights,
-        bias,
-        loss / moments.count.sum(),
+    strengths = sorted(strengths or LEAST_SQUARES_STRENGTHS, reverse=True)
+    device = equations.weight.device
+    folds = list(range(int(fold_of.max()) + 1))
+    pivot = states[0].to(device).double().mean(0)
+    moments = Moments.zeros(
+        len(folds),
+        equations.projected.shape[2] + 1,
+        states.shape[2],
+        device,
+    )
+    square = []
+    for fold in folds:
+        images = (fold_of == fold).nonzero().flatten()
+        square.append(equations.square[images].sum(0))
+        # Products in float64: those of float32 would change the weights by percents at the weakest strengths.
+        for part, x in float_chunks(states, images, pivot, 0, torch.float64):
+            of_part = equations[part]
+            rest = of_part.weight - of_part.projected.sum(-1)
+            labels = torch.cat([of_part.projected, rest[..., None]], -1)
+            of_images = x.unflatten(0, (len(part), -1))
+            weighted = apply_gram(of_part.couplings, of_images, grid)
+            moments.add(fold, x, labels.flatten(0, 1), weighted.flatten(0, 1))
+    loss = torch.zeros(len(strengths), dtype=torch.float64, device=device)
+    for fold in folds:
+        others = _solve(moments, [other for other in folds if other != fold], pivot, strengths)
+        loss += _squared_error(moments.sum_over([fold]), square[fold], others)
+    solved = _solve(moments, folds, pivot, strengths)
+    loss /= moments.count.sum()
+    return Solution(
+        strengths=torch.tensor(strengths, dtype=torch.float64),
+        loss=loss.cpu(),
+        chosen=loss.argmin().cpu(),
+        solved=torch.arange(len(strengths)),
+        mean=(pivot + solved.mean).cpu(),
+        scale=solved.scale.cpu(),
+        weights=solved.weights.float().cpu(),
+        bias=solved.bias.float().cpu(),
+        certificates=torch.zeros(0, 2, dtype=torch.float64),
     )
 
 
+def check_values(equations: NormalEquations, fold_of: Tensor) -> None:
+    """Raise a UserError if no pixel has a value, in the training images or in those of all folds but one."""
+    pixels = equations.weight.sum(1).cpu()
+    subsets = {"the training images": pixels}
+    for fold in range(int(fold_of.max()) + 1):
+        subsets[f"the training images that are not of fold {fold}"] = pixels[fold_of != fold]
+    for images, labelled in subsets.items():
+        if not labelled.sum() > 0:
+            raise UserError(
+                f"{images} have no pixel with a value; expected targets with values (`probes verify-data`)"
+            )
+
+
 def _solve(
-    moments: LeastSquaresMoments, left_out: int | None, strengths: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean, scale, weights and bias of :class:`LeastSquares` for all folds but one, or for all."""
-    count, first, second = moments.without(left_out)
+    moments: Moments,
+    folds: list[int],
+    pivot: Tensor,
+    strengths: Sequence[float],
+) -> _Probes:
+    """Return the probes of some folds."""
+    count, first, second = moments.sum_over(folds)
     total = count.sum()
-    states = first.sum(0)
-    mean = states / total
+    mean = first.sum(0) / total
     target = count[:-1] / total
     covariance = second / total - torch.outer(mean, mean)
-    square = second.diagonal() / total + (moments.pivot.double() + mean).square()
+    square = second.diagonal() / total + (pivot + mean).square()
     scale, spectrum, basis = standardise(covariance, square)
     directions = ((first[:-1] / total - target[:, None] * mean) * scale) @ basis
     strength = torch.tensor(strengths, dtype=torch.float64, device=mean.device)[:, None]
     gain = (1 - strength) / ((1 - strength) * spectrum + strength)
     weights = ((gain[:, None] * directions) @ basis.T) * scale
-    return (
-        moments.pivot.double() + mean,
-        scale,
-        weights,
-        target.expand(len(strengths), -1).contiguous(),
+    return _Probes(mean, scale, weights, target.expand(len(strengths), -1).contiguous())
+
+
+def _squared_error(sums: tuple[Tensor, Tensor, Tensor], square: Tensor, probes: _Probes) -> Tensor:
+    """Return the summed squared error f64[R] of probes in a fold.
+
+    Args:
+        sums: N, S and Q of the fold.
+        square: f64[K], of its targets.
+        probes: Of other folds.
+    """
+    count, first, second = sums
+    weights = probes.weights
+    bias = probes.bias - weights @ probes.mean  # of x - pivot
+    quadratic = (
+        ((weights @ second) * weights).sum(-1)
+        + 2 * bias * (weights @ first.sum(0))
+        + count.sum() * bias.square()
     )
+    cross = (weights * first[:-1]).sum(-1) + bias * count[:-1]
+    return (quadratic - 2 * cross + square).sum(-1)

@@ -17,7 +17,7 @@ from probes.score.resampling import dataset_scores
 from probes.site_probes import SiteProbes
 from probes.tasks import SEGMENTATION, TASKS
 
-from .solved_site import SolvedSite
+from .solution import Solution
 
 COUNTED = ("intersection", "predicted")  # counts of a probe, per image and class
 SCORE_BYTES = 2**30  # of logits at a time when the path is scored; a batch of 64 at 7B has 19 GB
@@ -64,7 +64,7 @@ class PathScores:
     def __init__(
         self,
         probes: SiteProbes,
-        solved: dict[str, SolvedSite],
+        solved: dict[str, Solution],
         images: int,
     ):
         self.probes = probes

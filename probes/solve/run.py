@@ -1,40 +1,49 @@
 """A run of `probes solve`, from the first image to its files.
 
-The loop over the training images is the first pass; a solver may take more of them. Then the validation images are
-scored once: the probes of the chosen strengths, which are the run's, and beside them those of the other strengths.
+Sites go through memory in groups: a forward over the training images keeps the states of a group, then each of these
+sites is solved. At last the validation images are scored: the probes of the chosen strengths, which are the run's, and
+those of the others. Each of several processes reads and solves sites of its own.
+
+    RUN/checkpoints/SITE.safetensors      a solved site, until the run ends
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity
 from llava_bidir.common.processes import broadcast, rank, rank_count, rank_zero_info
 from probes.data.available_memory import available_memory
 from probes.data.probe_data import ProbeData
+from probes.data.samplers import assign_folds
 from probes.machine import Machine, solver_device
 from probes.models.module_sources import source_identity
 from probes.run_config import SolverOptions
 from probes.runs.prediction_files import save_predictions
 from probes.runs.scoring import compute_counts, score_batch
 from probes.runs.write_run import RunRecord, StrengthsRecord, save_run
-from probes.site_probes import load_probes
+from probes.score.strengths import CLOSED_FORM, OPTIMUM
+from probes.site_probes import SiteProbes, load_probes
 from probes.tasks import Task
 
-from .by_passes import PassSolver
-from .in_memory import MemorySolver
-from .least_squares_solver import LeastSquaresSolver
+from .least_squares import solve_values
+from .objective import SiteProblem
 from .path_scores import PathScores
-from .solved_site import SolvedSite
-from .solver import Solver, SolverCheckpoints
-from .state_reader import StateReader
+from .progress import follow
+from .refinement import solve_classes
+from .solution import Solution
+from .states import Kept, move_batch, read, site_groups
+from .workers import SiteFiles, in_workers
 
-LEAST = 4  # images of each fold in memory, however little there is
+MEMORY_SHARE = 0.6  # of the free memory, for states
+GPU_SHARE = 2 / 3  # of the free memory of a GPU, for the states of a site
 MEASURED_BATCHES = 3  # by `--dry-run`; the first is not counted
 
 
@@ -87,69 +96,114 @@ def solve(
         save_images: Also write the predictions of every validation image.
     """
     data.verify(machine.progress == "bar")  # before the model is loaded
-    solver = start_solver(run, data, machine)
+    training = data.splits["training"]
+    fold_of = assign_folds(len(training), run.options.folds, training.groups)
+    probes = load_on(machine, run, data)
     begin()
-    solver.read_first_pass()
-    solved = solver.solve()
-    score(run, solver, solved, data, machine, save_images)
+    solved = solve_sites(run, probes, data, machine, fold_of)
+    score(run, probes, solved, data, machine, save_images)
 
 
-def start_solver(run: SolveRun, data: ProbeData, machine: Machine) -> Solver:
-    """Load the model, and return the solver of the run."""
+def load_on(machine: Machine, run: SolveRun, data: ProbeData) -> SiteProbes:
+    """Load the model and its probes onto the device of a machine."""
     device = machine.device
     probes = load_probes(run.hparams, data, device, head="linear", feature_norm="batchnorm")
     probes.mllm.to(device)
     probes.heads.to(solver_device(device)).eval()
-    reader = StateReader(probes, data, machine, masks=run.task.loss is not None)
-    checkpoints = SolverCheckpoints(run.checkpoints, run.identity, run.resuming)
-    return choose_solver(reader, run.options, checkpoints)
+    return probes
 
 
-def choose_solver(
-    reader: StateReader, options: SolverOptions, checkpoints: SolverCheckpoints
-) -> Solver:
-    """Return the solver of the reader's task: in memory, if the states of all images fit, or by passes."""
-    if reader.probes.task.loss is None:
-        return LeastSquaresSolver(reader, options, checkpoints)
-    images = len(reader.data.splits["training"])
-    wanted = options.sample_images
-    fit = images_that_fit(reader, options.folds) if wanted is None else wanted
-    sample_images = broadcast(min(images, fit), 0)
-    if sample_images == images:
-        return MemorySolver(reader, options, checkpoints)
-    return PassSolver(reader, options, checkpoints, sample_images)
+def solve_sites(
+    run: SolveRun,
+    probes: SiteProbes,
+    data: ProbeData,
+    machine: Machine,
+    fold_of: Tensor,
+) -> dict[str, Solution]:
+    """Return the probes of all sites, the same in all processes."""
+    files = SiteFiles(run.checkpoints, run.identity, run.resuming)
+    mine = probes.sites[rank() :: rank_count()]
+    solved = files.load(mine)
+    if solved:
+        rank_zero_info(f"{len(solved)} of {len(mine)} sites were solved before")
+    memory = memory_for_states(run.options, machine)
+    size_of = sizes_of_states(probes, len(fold_of))
+    device = solver_device(machine.device)
+    targets = None
+    for sites in site_groups([site for site in mine if site not in solved], size_of, memory):
+        fits = sum(size_of[site] for site in sites) <= memory
+        folder = None if fits else run.checkpoints
+        kept = read(
+            probes,
+            data,
+            machine,
+            sites,
+            fold_of,
+            folder,
+            targets,
+        )
+        targets = kept.targets
+        work = partial(solve_site, probes, kept, run.options.strengths, device)
+        results = in_workers(work, sites, device)
+        for site, found in follow(results, len(sites), "solving sites", machine.progress):
+            solved[site] = found
+            files.save(site, found)
+            del kept.states[site]
+    count = rank_count()
+    return {site: broadcast(solved.get(site), i % count) for i, site in enumerate(probes.sites)}
 
 
-def images_that_fit(reader: StateReader, folds: int) -> int:
-    """Return the number of images whose states fit into a quarter of the memory, some of each fold at least."""
-    mllm = reader.probes.mllm
-    widths = [mllm.widths[site] for site in reader.probes.sites]
-    tokens = mllm.grid[0] * mllm.grid[1]
-    processes = reader.machine.processes_here
-    kept = (
-        int(available_memory() / 4 / mllm.state_bytes(reader.probes.sites))
-        * rank_count()
-        // processes
+def solve_site(
+    probes: SiteProbes,
+    kept: Kept,
+    strengths: list[float] | None,
+    device: torch.device,
+    site: str,
+) -> Solution:
+    """Return the probes of a site whose states are kept."""
+    states = kept.states[site]
+    targets = kept.targets
+    if device.type == "cuda" and states.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        states = states.to(device)
+    if probes.task.loss is None:
+        return solve_values(
+            states,
+            targets.prepared,
+            probes.mllm.grid,
+            targets.fold_of,
+            strengths,
+        )
+    problem = SiteProblem(
+        probes.task.loss,
+        states,
+        targets.prepared,
+        targets.fold_of,
+        targets.scored,
     )
-    # tokens of a site in float32, with logits and copies, on the device
-    solved = 12 * tokens * max(widths)
-    if reader.device.type == "cuda":
-        free = torch.cuda.mem_get_info(reader.device)[0]
-    else:
-        free = available_memory()
-    return max(min(kept, int(free / 4 / solved)), LEAST * folds)
+    return solve_classes(problem, strengths)
+
+
+def memory_for_states(options: SolverOptions, machine: Machine) -> float:
+    """Return the bytes of states that a process keeps at a time."""
+    if options.memory_gb is not None:
+        return 1e9 * options.memory_gb
+    return MEMORY_SHARE * available_memory() / machine.processes_here
+
+
+def sizes_of_states(probes: SiteProbes, images: int) -> dict[str, int]:
+    """Return the bytes of the states of so many images by site."""
+    return {site: images * probes.mllm.state_bytes([site]) for site in probes.sites}
 
 
 def score(
     run: SolveRun,
-    solver: Solver,
-    solved: dict[str, SolvedSite],
+    probes: SiteProbes,
+    solved: dict[str, Solution],
     data: ProbeData,
     machine: Machine,
     save_images: bool,
 ) -> None:
     """Score what was solved on the validation split, and write the files of the run."""
-    probes = solver.probes
     for site, found in solved.items():
         found.set_probe(probes.heads[site])
         if limit := found.describe_limit(site):
@@ -157,9 +211,13 @@ def score(
     validation = data.splits["validation"]
     metric = probes.new_metric(len(validation))
     of_path = PathScores(probes, solved, len(validation))
-    for batch in solver.reader.validation():
-        with solver.reader.precision():
-            states = solver.reader.states(batch)
+    data.read_for(probes.mllm, probes.sites, None)
+    loader = data.validation_loader()
+    device = solver_device(machine.device)
+    for batch in follow(loader, len(loader), "scores", machine.progress):
+        batch = move_batch(batch, device)
+        with machine.forward_context():
+            states = {site: x.to(device) for site, x in probes.states(batch).items()}
             of_path.add(states, batch)
             logits = score_batch(probes, states, batch, metric)
         if save_images:
@@ -174,8 +232,8 @@ def score(
     entries, tensors = of_path.results(counted)
     if rank() > 0:
         return
-    name = solver.path_kind
-    path = StrengthsRecord(name, solver.about() | {name: {"sites": entries}}, tensors)
+    name = CLOSED_FORM if run.task.loss is None else OPTIMUM
+    path = StrengthsRecord(name, {name: {"sites": entries}}, tensors)
     made = {
         "head": "linear",
         "feature_norm": "batchnorm",
@@ -192,38 +250,39 @@ def estimate(
     data: ProbeData,
     machine: Machine,
 ) -> None:
-    """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
+    """Print the time of a forward over the images, measured on a few batches, and the memory. Nothing is written."""
     data.verify(machine.progress == "bar")
-    solver = start_solver(run, data, machine)
-    times: list[float] = []
-    images: list[int] = []  # a batch at the end of a fold is smaller
-    batches = solver.prepare_first_pass()[:MEASURED_BATCHES]
-    for batch in solver.reader.training(batches, "pass 1"):
-        solver.add(batch)
-        if solver.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        images.append(len(batch["index"]))
+    probes = load_on(machine, run, data)
+    data.read_for(probes.mllm, probes.sites, None)
     training = len(data.splits["training"])
     validation = len(data.splits["validation"])
+    batches = [part.tolist() for part in torch.arange(training).split(data.rank_batch_size)]
+    times: list[float] = []
+    for batch in data.training_loader(batches[:MEASURED_BATCHES]):
+        with machine.forward_context():
+            probes.states(move_batch(batch, solver_device(machine.device)))
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
     if len(times) < 2:
         raise UserError(
             f"{training} training images are one batch: too few to measure; run it without --dry-run"
         )
-    seconds = (times[-1] - times[0]) / sum(images[1:]) / rank_count()  # of an image
+    measured = sum(map(len, batches[1 : len(times)]))
+    seconds = (times[-1] - times[0]) / measured  # of an image
 
-    def hours(images: int) -> str:
+    def hours(images: float) -> str:
         return f"{images * seconds / 3600:.2f} h"
 
-    passes = "the only one"
-    if solver.keeps_states:
-        passes = f"the only one of at most {solver.most_passes} that runs the model"
-    elif solver.most_passes > 1:
-        of_all_passes = hours(training * solver.most_passes)
-        passes = f"at most {solver.most_passes} passes ({of_all_passes})"
+    size_of = sizes_of_states(probes, training)
+    memory = memory_for_states(run.options, machine)
+    groups = site_groups(probes.sites[rank() :: rank_count()], size_of, memory)
+    most = max(sum(size_of[site] for site in group) for group in groups)
     rank_zero_info(
-        f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, {passes}; "
-        f"{validation:,} validation images: {hours(validation)} and the scores"
+        f"{1 / seconds:.3g} images/s; a forward over {training:,} training images: {hours(training)}; over "
+        f"{validation:,} validation images: {hours(validation / rank_count())} and the scores"
     )
-    if memory := solver.memory():
-        rank_zero_info(memory)
+    place = "memory" if most <= memory else "a file in --out, since --memory-gb is less"
+    rank_zero_info(
+        f"{len(groups)} forwards at most, each for the sites whose states fit: {most / 1e9:.3g} GB in {place}"
+    )

@@ -39,21 +39,6 @@ class Loss(ABC):
         """
 
     @abstractmethod
-    def of_pixels(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        needs_grad: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the loss f[...] at single pixels, and its gradient f[..., K].
-
-        Args:
-            logits: f[..., K].
-            labels: i64[...], which is broadcast.
-            needs_grad: If False, the gradient is None.
-        """
-
-    @abstractmethod
     def curvature(self, logits: Tensor) -> "SoftmaxCurvature":
         """Return the second derivative by the logits f[..., K] of a pixel, which must not depend on its class."""
 
@@ -103,23 +88,6 @@ class CrossEntropy(Loss):
     ) -> tuple[Tensor, Tensor | None]:
         """Return :func:`probes.ops.cross_entropy.loss_and_gradient`."""
         return loss_and_gradient(logits, masks, needs_grad)
-
-    def of_pixels(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        needs_grad: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return -log p of the label, and p - onehot(label)."""
-        log_probability = logits.log_softmax(-1)
-        at_label = labels.expand(logits.shape[:-1])[..., None]
-        loss = -log_probability.gather(-1, at_label)[..., 0]
-        if not needs_grad:
-            return loss, None
-        gradient = log_probability.exp()
-        return loss, gradient.scatter_add_(
-            -1, at_label, gradient.new_full((), -1).expand(at_label.shape)
-        )
 
     def curvature(self, logits: Tensor) -> SoftmaxCurvature:
         """Return that of the softmax."""

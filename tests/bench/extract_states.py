@@ -1,4 +1,4 @@
-"""States of a Dinov2Model and the masks of a folder data set, for passes.py.
+"""States of a Dinov2Model and the masks of a folder data set, for solver.py.
 
 python tests/bench/extract_states.py MODEL DATA STATES.pt [--layer -2] [--px 224]
 """

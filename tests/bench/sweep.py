@@ -174,12 +174,20 @@ class Sweep:
 
     @torch.no_grad()
     def add_gradients(self) -> None:
-        """A step of a late pass of `probes solve`: exact losses and gradients of three strengths at each site."""
+        """An evaluation of `probes solve`: exact losses and gradients of three strengths at each site."""
         for site, x in self.forward().items():
-            tokens = torch.cat([x.float(), torch.ones_like(x[..., :1], dtype=torch.float32)], -1)
             head = self.heads[site]
-            points = torch.cat([head.weight, head.bias[:, None]], 1).double().expand(3, -1, -1)
-            loss_sums(self.task.loss, tokens, self.masks, points)
+            probes = torch.cat([head.weight, head.bias[:, None]], 1).double().expand(3, -1, -1)
+            images = torch.arange(len(x))
+            mean = probes.new_zeros(x.shape[-1])
+            loss_sums(
+                self.task.loss,
+                x,
+                self.masks,
+                images,
+                mean,
+                probes,
+            )
 
     @torch.no_grad()
     def score(self) -> None:

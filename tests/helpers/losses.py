@@ -26,18 +26,5 @@ class LabelSmoothing(CrossEntropy):
         soft = self.smooth(masks.soft, dim=1)
         return super().of_images(logits, replace(masks, soft=soft), needs_grad)
 
-    def of_pixels(
-        self, logits: Tensor, labels: Tensor, needs_grad: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        loss, gradient = super().of_pixels(logits, labels, needs_grad)
-        at_label = labels.expand(loss.shape)[..., None]
-        of_label = logits.gather(-1, at_label)[..., 0]
-        loss = loss + self.share * (of_label - logits.mean(-1))
-        if not needs_grad:
-            return loss, None
-        gradient = gradient - self.share / logits.shape[-1]
-        added = gradient.new_full((), self.share).expand(at_label.shape)
-        return loss, gradient.scatter_add(-1, at_label, added)
-
     def constant(self, pixels: Tensor) -> Tensor:
         return super().constant(self.smooth(pixels))

@@ -360,11 +360,7 @@ def write_solved(
         ]
         sites.append({"site": site, "strengths": strengths, "cv_cross_entropy": [0.9, 0.6, 0.5, 0.6, 0.9], **scores,}
                      | {"chosen": strengths[2], "lowest": strengths[2], "certificates": certificates,})  # fmt: skip
-    solved = {
-        "passes": 1,
-        "sample_images": 1,
-        "optimum": {"sites": sites},
-    }
+    solved = {"optimum": {"sites": sites}}
     (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
     save_file({"sums": CLASSES_TASK.sums(counted)}, path / BY_STRENGTH)
     write_effects(path)

@@ -112,7 +112,6 @@ def write_depth_run(
         "lowest": 1e-3,
     }
     metrics["path"] = {
-        "passes": 1,
         "closed_form": {
             "sites": [
                 {

@@ -32,9 +32,7 @@ def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, FinishedRun
     for name in ("depth", "normals", "boundaries", "depth bidirectional"):
         task, _, mask = name.partition(" ")
         out = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        more = ["--passes", "1"] + ["--strengths", "1e-2"] * bool(
-            mask
-        )  # another probe, so that there is a gap
+        more = ["--strengths", "1e-2"] * bool(mask)  # another probe, so that there is a gap
         main(
             helper.arguments(
                 "solve",

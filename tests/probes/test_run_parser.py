@@ -9,7 +9,7 @@ from probes.run_parser import RunParser
 CONFIG = RunConfig(
     ModelOptions("model", untrained=["llm"], match="update", sites=["adapter"], betas=(0.5, 0.9)),
     DataOptions("photos", options={"background": "class"}, batch_size=3),
-    SolverOptions(passes=3, strengths=[0.1, 0.01], sample_images=40, disk_gb=0.5),
+    SolverOptions(folds=3, strengths=[0.1, 0.01], memory_gb=0.5),
     trainer={"devices": 2, "callbacks": [{"class_path": "lightning.pytorch.callbacks.Timer"}]},
     out="run",
     ckpt_path="last",

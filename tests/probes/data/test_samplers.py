@@ -7,7 +7,6 @@ from probes.data.samplers import (
     PAD_INDEX,
     TrainingBatches,
     assign_folds,
-    fold_batches,
     validation_batches,
 )
 
@@ -57,18 +56,6 @@ def test_validation_sees_each_image_once_in_as_many_batches_on_each_rank(images,
 def test_more_devices_than_validation_images_is_an_error():
     with pytest.raises(ValueError, match="2 validation images for 3 devices"):
         validation_batches(2, 4, 0, 3)
-
-
-@pytest.mark.parametrize(
-    ("images", "folds", "ranks"), [(12, 4, 4), (12, 5, 1), (7, 2, 9), (9, 3, 2), (40, 3, 8)]
-)
-def test_a_pass_has_each_image_once_in_batches_of_one_fold(images, folds, ranks):
-    fold_of = assign_folds(images, folds)
-    by_rank = [fold_batches(fold_of, 2, rank, ranks) for rank in range(ranks)]
-    assert sorted(i for batches in by_rank for batch in batches for i in batch) == list(
-        range(images)
-    )
-    assert all(len(set(fold_of[batch].tolist())) == 1 for batches in by_rank for batch in batches)
 
 
 def test_folds_keep_neighbours_and_groups_together_and_differ_little_in_size():

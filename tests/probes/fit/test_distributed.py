@@ -21,13 +21,10 @@ from PIL import Image
 from processes import HANGING_S, run_ranks
 from safetensors.torch import load_file
 
-from llava_bidir.common.processes import broadcast
 from llava_bidir.common.runs import latest_valid_checkpoint
 from probes import FinishedRun
 from probes.cli import main
-from probes.solve.pixel_sample import AxisRange
 
-SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "4", "--passes", "3"]
 # Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
 DEATHS = {
     "a step after a checkpoint": ("on_train_batch_end", 5, 4),
@@ -170,13 +167,9 @@ def together(
         commands[name] = arguments(model, uneven, folder / name, *more)
     commands["bad"] = arguments(model, bad, folder / "bad")
     commands["solve"] = solving.arguments(model, segmentation, folder / "solve")
-    commands["solve by passes"] = solving.arguments(
-        model, segmentation, folder / "solve by passes", *SAMPLED
-    )
-    disk = [*SAMPLED, "--disk-gb", "1"]
-    commands["solve with a disk"] = solving.arguments(
-        model, segmentation, folder / "solve with a disk", *disk
-    )
+    name = "solve from files"
+    more = ["--memory-gb", "0"]
+    commands[name] = solving.arguments(model, segmentation, folder / name, *more)
     commands["normals"] = task_commands.arguments(
         "solve",
         "normals",
@@ -186,16 +179,6 @@ def together(
     )
     commands = {name: [*argv, *two_ranks.TWO] for name, argv in commands.items()}
     return folder, two_ranks.run(commands, folder, HANGING_S)
-
-
-def test_tensors_of_another_process_are_put_on_the_own_device(monkeypatch):
-    """All processes of a machine see all GPUs: those of process 1 would be on the GPU of process 0."""
-    sent = {"axes": AxisRange(None, torch.ones(3)), "folds": [0, None]}
-    monkeypatch.setattr("llava_bidir.common.processes.rank_count", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, source: None)
-    found = broadcast(sent, 0, "meta")
-    assert found["axes"].deviation.device.type == "meta" and found["folds"] == [0, None]
-    assert torch.equal(broadcast(sent, 0)["axes"].deviation, torch.ones(3))
 
 
 @pytest.mark.distributed
@@ -269,68 +252,51 @@ def test_two_processes_solve_the_probes_of_one(
 
 
 @pytest.mark.distributed
-def test_two_processes_solve_by_passes_as_one(
-    together,
-    checkpoints,
-    segmentation,
-    tmp_path,
-):
-    main(solving.arguments(checkpoints["causal"], segmentation, tmp_path, *SAMPLED))
-    run = together[0] / "solve by passes"
-    ours, theirs = (metrics(path)["path"]["optimum"]["sites"][0] for path in (run, tmp_path))
-    assert ours["pacc"] == pytest.approx(theirs["pacc"], abs=0.005)
-    assert ours["cv_cross_entropy"] == pytest.approx(theirs["cv_cross_entropy"], abs=1e-3)
-
-
-@pytest.mark.distributed
-def test_processes_keep_the_states_of_their_own_images_on_the_disk(together):
-    """Each has looked at the same images before the first pass, those of the other process, too."""
+def test_processes_that_map_files_solve_the_same_probes(together):
     for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
-        of_model = together[0] / "solve by passes" / name
-        of_disk = together[0] / "solve with a disk" / name
-        assert of_disk.read_bytes() == of_model.read_bytes(), name
+        in_memory = together[0] / "solve" / name
+        mapped = together[0] / "solve from files" / name
+        assert mapped.read_bytes() == in_memory.read_bytes(), name
 
 
-DIES_IN_A_PASS = """
+DIES_IN_A_SEARCH = """
 import os, signal, sys
+import torch
 from probes.cli import main
-from probes.solve.by_passes import PassSolver
+from probes.solve.path import FoldSearch
 
-keep_pixels = PassSolver._keep_pixels
+torch.set_num_threads(1)  # sites are solved one after the other
+visit = FoldSearch.visit
+visited = []
 
-def die(self, batch, sums):
-    if self.passes == 2 and os.environ["RANK"] == "1":
+def die(self, strength):
+    visited.append(strength)
+    if len(visited) == 4 and os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    keep_pixels(self, batch, sums)
+    visit(self, strength)
 
-PassSolver._keep_pixels = die
+FoldSearch.visit = die
 main(sys.argv[1:])
 """
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_pass_in_which_one_of_two_processes_is_killed_resumes_to_the_same_bytes(
+def test_a_search_in_which_one_of_two_processes_is_killed_resumes_to_the_same_bytes(
     together,
     checkpoints,
     segmentation,
     tmp_path,
 ):
     out = tmp_path / "run"
-    command = solving.arguments(
-        checkpoints["causal"],
-        segmentation,
-        out,
-        *SAMPLED,
-        *two_ranks.TWO,
-    )
-    codes, _ = run_ranks([sys.executable, "-c", DIES_IN_A_PASS, *command], tmp_path)
-    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    command = solving.arguments(checkpoints["causal"], segmentation, out, *two_ranks.TWO)
+    codes, _ = run_ranks([sys.executable, "-c", DIES_IN_A_SEARCH, *command], tmp_path)
+    assert codes[0] == -signal.SIGKILL and codes[1] != 0
     assert not (out / "metrics.json").exists()
+    assert (out / "checkpoints" / "encoder.safetensors").exists()
     two_ranks.run({"resumed": [*command, "--ckpt_path", "last"]}, tmp_path, HANGING_S)
     for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
-        undisturbed = together[0] / "solve by passes" / name
-        assert (out / name).read_bytes() == undisturbed.read_bytes(), name
+        assert (out / name).read_bytes() == (together[0] / "solve" / name).read_bytes(), name
 
 
 @pytest.mark.distributed

@@ -12,7 +12,7 @@ from task_runs import arguments
 from probes import FinishedRun
 from probes.cli import main
 from probes.ops.bilinear import bilinear_weights
-from probes.solve.least_squares_solver import LeastSquaresSolver
+from probes.solve.workers import SiteFiles
 
 pytestmark = pytest.mark.numerics
 
@@ -177,36 +177,35 @@ def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
     assert "path" not in run.metrics
 
 
-@pytest.mark.parametrize("batches", [2, 4])
-def test_a_killed_run_resumes_to_the_same_bytes(
-    batches,
+@pytest.mark.parametrize("gb", ["0", "8"])
+def test_memory_and_a_killed_run_change_no_byte(
+    gb,
     runs,
     checkpoints,
     root,
     tmp_path,
     monkeypatch,
 ):
-    """Also when it had added all images, so that no batch is left."""
-    monkeypatch.setattr("probes.solve.least_squares_solver.SAVE_SECONDS", -1)
-    add = LeastSquaresSolver.add
-    added = []
-
-    def die(self, *args) -> None:
-        add(self, *args)
-        added.append(1)
-        if len(added) == batches:
-            raise KeyboardInterrupt
-
+    """States in files, a forward for each site, and a kill when one site is solved."""
     command = arguments(
         "solve",
         "depth",
         checkpoints["causal"],
         root,
         tmp_path,
+        "--memory-gb",
+        gb,
     )
+    save = SiteFiles.save
+
+    def die(*args) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(LeastSquaresSolver, "add", die)
+        patch.setattr(SiteFiles, "save", die)
         main(command)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
     main([*command, "--ckpt_path", "last"])
     for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
         assert (tmp_path / name).read_bytes() == (runs["depth"].path / name).read_bytes(), name

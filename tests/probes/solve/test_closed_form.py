@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probes.solve.moments import Moments, SiteSpace
+from probes.solve.space import Moments, SiteSpace
 
 pytestmark = pytest.mark.numerics
 
@@ -26,27 +26,23 @@ def test_float32_sums_or_a_missing_pivot_lose_small_variances():
     assert abs(plain / variance - 1) > 1, "else the pivot and the float64 sums would not be needed"
 
 
-def test_moments_stored_in_blocks_equal_whole_matrices(monkeypatch):
-    """A width of several blocks, the last one smaller; two folds, a shift, and the sum with other images."""
-    monkeypatch.setattr("probes.solve.moments.BLOCK", 5)
+def test_moments_in_blocks_equal_whole_matrices(monkeypatch):
+    """A width of several blocks, the last one smaller, and two folds."""
+    monkeypatch.setattr("probes.solve.space.BLOCK", 5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(80, 13, generator=generator) + 3
     labels = torch.nn.functional.one_hot(torch.randint(3, (80,), generator=generator), 3).double()
-    pivot = x[:40].mean(0)
-    one = Moments.zeros(pivot, 2, 3)
-    other = Moments.zeros(pivot + 1, 2, 3)
-    assert one.second.shape == (2, 5 * 13 + 5 * 8 + 3 * 3)
-    one.update(x[:30], labels[:30], 0)
-    one.update(x[30:40], labels[30:40], 1)
-    other.update(x[40:], labels[40:], 1)
-    one.add(other)
-    one.shift(torch.zeros(13))
-    for fold, kept in ((None, x), (0, x[30:]), (1, x[:30])):
-        count, first, second = one.without(fold)
-        of = slice(None) if fold is None else slice(30, None) if fold == 0 else slice(30)
+    weight = torch.rand(80, 1, generator=generator)
+    parts = slice(30), slice(30, None)
+    moments = Moments.zeros(2, 3, 13, x.device)
+    for fold, part in enumerate(parts):
+        moments.add(fold, x[part], labels[part], x[part] * weight[part])
+    for folds, of in (([0, 1], slice(None)), ([0], parts[0]), ([1], parts[1])):
+        count, first, second = moments.sum_over(folds)
         torch.testing.assert_close(count, labels[of].sum(0))
         torch.testing.assert_close(first, labels[of].T @ x[of].double(), rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(second, kept.double().T @ kept.double(), rtol=1e-5, atol=1e-3)
+        products = x[of].double().T @ (x * weight)[of].double()
+        torch.testing.assert_close(second, products, rtol=1e-5, atol=1e-3)
 
 
 def test_constant_channels_and_absent_classes_have_finite_coordinates():

@@ -1,4 +1,4 @@
-"""Nodes that show the curvature of the loss of images in memory."""
+"""Nodes that show the curvature of the loss of all images."""
 
 import pytest
 import torch
@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from losses import CROSS_ENTROPY
 
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
-from probes.solve.curvature import SampledPixels, sample_nodes
-from probes.solve.objective import LOOSE_NODES
+from probes.solve import curvature
+from probes.solve.curvature import SampledNodes, SampleHessian, sample_nodes
+from probes.solve.objective import NODES
+from probes.solve.space import SiteSpace
 
 pytestmark = pytest.mark.numerics
 
@@ -22,8 +24,14 @@ def masks_of(grid: tuple[int, int], sizes: list[tuple[int, int]]) -> PreparedMas
     for i, size in enumerate(sizes):
         target = torch.randint(0, CLASSES, (1, *size), generator=generator).to(torch.uint8)
         target[:, : i * size[0] // 5, : size[1] // 2] = 255
-        parts.append(prepare_masks(target, CLASSES, grid, LOOSE_NODES))
+        parts.append(prepare_masks(target, CLASSES, grid, NODES))
     return join_masks(parts)
+
+
+def plain_space(width: int) -> SiteSpace:
+    """Return coordinates in which states are as they are."""
+    zeros = torch.zeros(width, dtype=torch.float64)
+    return SiteSpace(zeros, zeros + 1, torch.eye(width), zeros + 1, zeros)
 
 
 def sample_of(
@@ -31,16 +39,20 @@ def sample_of(
     masks: list[PreparedMasks],
     count: int,
     point: torch.Tensor | None = None,
-) -> SampledPixels:
-    """Return a sample of nodes, by default for a probe that is unsure of all alike."""
+) -> SampledNodes:
+    """Return a sample of nodes of some folds, by default for a probe that is unsure of all alike."""
+    width = states[0].shape[-1]
     if point is None:
-        point = torch.zeros(CLASSES, states[0].shape[-1])
+        point = torch.zeros(CLASSES, width + 1)
+    sizes = [len(x) for x in states]
     return sample_nodes(
         CROSS_ENTROPY,
-        states,
-        masks,
+        plain_space(width),
+        torch.cat(states),
+        join_masks(masks),
+        torch.arange(sum(sizes)).split(sizes),
         count,
-        point,
+        point.double(),
     )
 
 
@@ -61,7 +73,7 @@ def test_states_are_those_at_nodes_that_have_pixels(grid):
     sample = sample_of([states], [masks], 200)
     assert len(sample.weights) == 200
     at_all = node_states(states, masks, grid).flatten(0, 2)
-    nearest, node = (sample.inputs[:, None] - at_all).norm(dim=2).min(1)
+    nearest, node = (sample.inputs[:, None, :-1] - at_all).norm(dim=2).min(1)
     torch.testing.assert_close(nearest, torch.zeros(200), atol=1e-5, rtol=0)
     if grid != (1, 1):  # where all nodes of an image have the same state
         assert (masks.mass.flatten()[node] > 0).all()
@@ -71,7 +83,7 @@ def test_folds_have_nodes_by_their_pixels_and_one_without_labels_has_none():
     grid = (3, 3)
     few = masks_of(grid, [(24, 24)])
     many = masks_of(grid, [(24, 24), (30, 30), (24, 24)])
-    none = prepare_masks(torch.full((1, 24, 24), 255, dtype=torch.uint8), CLASSES, grid)
+    none = prepare_masks(torch.full((1, 24, 24), 255, dtype=torch.uint8), CLASSES, grid, NODES)
     states = [torch.randn(len(mask), 9, WIDTH) for mask in (few, none, many)]
     sample = sample_of(states, [few, none, many], 300)
     counts = sample.folds.bincount(minlength=3).tolist()
@@ -87,7 +99,7 @@ def test_a_fold_of_few_pixels_has_a_node(count):
     many = masks_of(grid, [(240, 240)])
     target = torch.full((1, 240, 240), 255, dtype=torch.uint8)
     target[0, 0, :6] = 1
-    few = prepare_masks(target, CLASSES, grid, LOOSE_NODES)
+    few = prepare_masks(target, CLASSES, grid, NODES)
     states = torch.randn(1, 9, WIDTH)
     sample = sample_of([states, states, states], [few, many, few], count)
     counts = sample.folds.bincount(minlength=3).tolist()
@@ -104,7 +116,7 @@ def test_means_over_nodes_are_means_over_pixels(certainty):
     size = (64, 64)
     masks = masks_of(grid, [size, size])
     states = torch.randn(2, 16, 1, generator=torch.Generator().manual_seed(1))
-    point = certainty * torch.tensor([[-1.0], [0.0], [1.0]])
+    point = certainty * torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     sample = sample_of([states], [masks], 20_000, point)
     up = F.interpolate(states.mT.unflatten(2, grid), size, mode="bilinear")[:, 0]
     labelled = torch.ones(2, *size)
@@ -112,3 +124,46 @@ def test_means_over_nodes_are_means_over_pixels(certainty):
     expected = (up.square() * labelled).sum() / labelled.sum()
     found = (sample.inputs[:, 0].square() * sample.weights).sum() / sample.weights.sum()
     assert found.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias_gradient", [0.0, 0.2])
+def test_sample_hessian_is_the_derivative_of_the_gradient(
+    product_dtype, bias_gradient, monkeypatch
+):
+    """Of the mean loss of the nodes, for a probe that leaves a fold out and for one that does not."""
+    monkeypatch.setattr(curvature, "fast_dtype", lambda device: product_dtype)
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(400, WIDTH + 1, generator=generator)
+    inputs[:, -1] = 1
+    weights = torch.rand(400, generator=generator)
+    sample = SampledNodes(inputs, weights, torch.arange(400) % 3)
+    points = 0.3 * torch.randn(2, CLASSES, WIDTH + 1, generator=generator).double()
+    direction = torch.randn(points.shape, generator=generator).double()
+    used = torch.stack([weights * (sample.folds != 1), weights], 1).double()
+    used /= used.sum(0)
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        """Without the labels, on which the second derivative does not depend."""
+        probability = torch.einsum("nd,pkd->npk", inputs.double(), x).softmax(-1)
+        return torch.einsum("np,npk,nd->pkd", used, probability, inputs.double())
+
+    ridge = torch.tensor([1e-2, 1e-3]).double()[:, None, None].repeat(1, 1, WIDTH + 1)
+    spectrum = torch.ones(WIDTH + 1).double()
+    hessian = SampleHessian(
+        CROSS_ENTROPY,
+        sample,
+        points,
+        bias_gradient * direction,
+        [1, None],
+        ridge,
+        spectrum,
+        0.3,
+    )
+    expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
+    product = hessian.times(direction.float()) - hessian.pull * direction
+    torch.testing.assert_close(product, expected, atol=2e-3, rtol=1e-2)
+    solved = hessian.solve(direction, residual=0.03)
+    assert (hessian.times(solved) - direction).norm() < 0.1 * direction.norm()
+    at_least = ridge + (bias_gradient * direction[..., -1:]).abs() * spectrum
+    assert (hessian.pull > at_least).all(), "and the damping"

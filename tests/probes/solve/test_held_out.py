@@ -10,10 +10,8 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes.ops.quadrature import PreparedMasks, prepare_masks
 from probes.solve.held_out import class_pixels, lone_classes, scored_masks
-from probes.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
-from probes.solve.pass_sums import PassSums
-from probes.solve.refinement import start_refinement
-from probes.solve.strength_path import FoldSearch
+from probes.solve.objective import NODES, SiteProblem
+from probes.solve.path import FoldSearch
 
 pytestmark = pytest.mark.numerics
 
@@ -40,10 +38,9 @@ class Data:
         means = torch.randn(CLASSES, WIDTH, generator=generator)
         noise = torch.randn(IMAGES, 9, WIDTH, generator=generator)
         self.states = means[tokens.flatten(1)] + 2 * noise
-        self.loose = prepare_masks(self.target, CLASSES, GRID, LOOSE_NODES)
-        self.tight = self.prepare(self.target)
+        self.masks = self.prepare(self.target)
         self.scored = scored_masks(
-            self.tight,
+            self.masks,
             self.fold_of,
             target_of=lambda image: self.target[image],
             prepare=self.prepare,
@@ -54,14 +51,13 @@ class Data:
 
     @staticmethod
     def prepare(target: torch.Tensor) -> PreparedMasks:
-        return prepare_masks(target, CLASSES, GRID, TIGHT_NODES)
+        return prepare_masks(target, CLASSES, GRID, NODES)
 
     def site_problem(self) -> SiteProblem:
         return SiteProblem(
             CROSS_ENTROPY,
             self.states,
-            self.loose,
-            self.tight,
+            self.masks,
             self.fold_of,
             self.scored,
         )
@@ -85,126 +81,69 @@ def data() -> Data:
     return Data()
 
 
-def by_passes(data: Data, points: torch.Tensor) -> float:
-    """Return the loss of left-out images, as an exact pass sums it in batches of mixed folds."""
-    space = data.site_problem().space
-    weights = torch.cat([space.to_states(points[..., :-1]), points[..., -1:]], -1)
-    of_all = torch.cat([weights, weights[:1]])[None]
-    sums = PassSums(CROSS_ENTROPY, space.mean, of_all, [*range(FOLDS), None], FOLDS)
-    for images in (range(5), range(5, IMAGES)):
-        images = list(images)
-        folds = data.fold_of[images].tolist()
-        sums.add(
-            data.states[images],
-            data.tight[images],
-            data.scored[images],
-            folds,
-        )
-    pixels = torch.stack([data.tight.pixels[data.fold_of == fold].sum() for fold in range(FOLDS)])
-    _, _, held_out = sums.means(space, pixels)
-    return held_out.sum().item()
+def test_the_loss_of_left_out_images_is_that_of_classes_which_two_folds_have(data):
+    found = data.site_problem().held_out_loss(data.points)
+    assert found == pytest.approx(data.loss_at_pixels(data.points), rel=1e-4)
 
 
-def in_memory(data: Data, points: torch.Tensor) -> float:
-    return data.site_problem().held_out_loss(points)
-
-
-@pytest.mark.parametrize("loss", [in_memory, by_passes])
-def test_the_loss_of_left_out_images_is_that_of_classes_which_two_folds_have(data, loss):
-    assert loss(data, data.points) == pytest.approx(data.loss_at_pixels(data.points), rel=1e-4)
-
-
-@pytest.mark.parametrize("loss", [in_memory, by_passes])
-def test_where_the_bias_of_an_unknown_class_ends_makes_no_difference(data, loss):
+def test_where_the_bias_of_an_unknown_class_ends_makes_no_difference(data):
     """At the optimum of the fold, it is minus infinity; solvers stop at -12 or at -300."""
     points = data.points.clone()
     points[0, LONE, -1] = -30
-    low = loss(data, points)
+    low = data.site_problem().held_out_loss(points)
     points[0, LONE, -1] = -300
-    lowest = loss(data, points)
+    lowest = data.site_problem().held_out_loss(points)
     assert low == pytest.approx(lowest, abs=1e-6)
-
-
-def test_pixels_in_memory_are_tested_by_the_same_rule(data):
-    """At the states of tokens, with labels of their own."""
-    space = data.site_problem().space
-    labels = data.target[:, 4::8, 4::8].flatten().long()
-    fold_of = data.fold_of.repeat_interleave(9)
-    inputs = space.coordinates(data.states).flatten(0, 1)
-    weights = torch.linspace(1, 2, len(labels), dtype=torch.float64)
-    problem = PixelProblem(
-        space,
-        CROSS_ENTROPY,
-        inputs,
-        labels,
-        weights,
-        fold_of,
-        FOLDS,
-    )
-    known = labels != LONE
-    assert not known.all()
-    logits = (data.points[fold_of] @ inputs.double()[..., None])[..., 0]
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    expected = (losses * weights)[known].sum() / weights[known].sum()
-    assert problem.held_out_loss(data.points) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_all_folds_are_still_trained_on_the_class(data):
     problem = data.site_problem()
-    value, _ = problem.objective(torch.ones(1), [1], TIGHT_NODES)(data.points[:1], [0])
-    tested, _ = problem.sums(0, data.points[:1], TIGHT_NODES, needs_grad=False)
-    assert tested > problem.scored_sum(0, data.points[0])
+    value, _ = problem.objective(torch.ones(1), [1])(data.points[:1], [0])
+    probe = problem.space.to_states(data.points[:1])
+    trained, tested = (
+        problem.sums(0, probe, masks, needs_grad=False)[0]
+        for masks in (problem.masks, problem.scored_masks)
+    )
+    assert trained > tested
     assert problem.pixels.sum() == (data.target != 255).sum()
     assert value.isfinite().all()
 
 
 def test_probes_of_all_images_start_from_folds_that_know_the_class(data):
     search = FoldSearch(data.site_problem())
-    found = search.solve((1e-2,))
-    expected = found.fold_points.mean(0)
-    expected[LONE] = found.fold_points[1:, LONE].mean(0)
-    torch.testing.assert_close(found.points[0], expected)
+    _, points = search.choose((1e-2,))
+    of_folds = search.visited[1e-2].points
+    expected = of_folds.mean(0)
+    expected[LONE] = of_folds[1:, LONE].mean(0)
+    torch.testing.assert_close(points[0], expected)
 
 
 def test_what_is_known_of_the_curvature_is_of_a_fold_that_knows_the_class(data):
     """The first fold has none along its weights, so that no step would lower the loss of all images."""
-    _, refinement = start_refinement(data.site_problem(), (1e-1, 1e-2, 1e-3))
-    exact = refinement._objective(TIGHT_NODES)
-    before, gradient = exact(refinement.points, [0, 1, 2])
-    refinement.accept(before, gradient)
-    refinement._step_with_few_nodes()
-    after, _ = exact(refinement.points, [0, 1, 2])
-    assert (after < before).all()
+    search = FoldSearch(data.site_problem())
+    search.visit(1e-2)
+    second = [pair.step[1] for pair in search.pairs]
+    search.choose((1e-2,))
+    found = [pair.step[0] for pair in search.pairs][: len(second)]
+    assert second and all(map(torch.equal, found, second))
 
 
 def test_masks_without_the_class_are_those_of_masks_that_ignore_it(data):
     expected = data.prepare(data.target.masked_fill(data.target == LONE, 255))
     for name in ("mass", "soft", "pixels"):
         torch.testing.assert_close(getattr(data.scored, name), getattr(expected, name))
-    counts = class_pixels(data.tight, data.fold_of, FOLDS)
+    counts = class_pixels(data.masks, data.fold_of, FOLDS)
     assert lone_classes(counts).nonzero().tolist() == [[0, LONE]]
 
 
 def test_masks_of_the_class_that_would_test_its_fold_are_refused(data):
     with pytest.raises(ValueError, match="scored_masks"):
-        SiteProblem(
-            CROSS_ENTROPY,
-            data.states,
-            data.loose,
-            data.tight,
-            data.fold_of,
-        )
+        SiteProblem(CROSS_ENTROPY, data.states, data.masks, data.fold_of)
 
 
 def test_no_image_is_left_out_of_one_fold(data):
     one_fold = torch.zeros(IMAGES, dtype=torch.long)
-    problem = SiteProblem(
-        CROSS_ENTROPY,
-        data.states,
-        data.loose,
-        data.tight,
-        one_fold,
-    )
+    problem = SiteProblem(CROSS_ENTROPY, data.states, data.masks, one_fold)
     assert not problem.lone.any()
 
 

@@ -8,9 +8,8 @@ from probes.cli import main
 from probes.data.batches import MaskPreparer
 from probes.ops import lbfgs
 from probes.runs.probe_run import ProbeRun
-from probes.solve import objective, strength_path
-from probes.solve.in_memory import MemorySolver
-from probes.solve.objective import TIGHT_NODES, FoldProblem, SiteProblem
+from probes.solve import states
+from probes.solve.objective import SiteProblem
 
 pytestmark = pytest.mark.numerics
 
@@ -33,22 +32,22 @@ def right(folders, tmp_path_factory) -> ProbeRun:
 
 
 def bias_without_gradient(patch) -> None:
-    inner = objective.loss_sums
+    inner = SiteProblem.sums
 
-    def loss_sums(*args, **kwargs):
+    def sums(*args, **kwargs):
         loss, gradient = inner(*args, **kwargs)
         if gradient is not None:
             gradient[..., -1] = 0
         return loss, gradient
 
-    patch.setattr(objective, "loss_sums", loss_sums)
+    patch.setattr(SiteProblem, "sums", sums)
 
 
 def images_of_a_fold_missed(patch) -> None:
     inner = SiteProblem.sums
 
-    def sums(self, fold, points, nodes, needs_grad=True):
-        loss, gradient = inner(self, fold, points, nodes, needs_grad)
+    def sums(self, fold, *args, **kwargs):
+        loss, gradient = inner(self, fold, *args, **kwargs)
         if fold == 0:
             return 0 * loss, None if gradient is None else 0 * gradient
         return loss, gradient
@@ -57,32 +56,31 @@ def images_of_a_fold_missed(patch) -> None:
 
 
 def folds_that_see_what_they_leave_out(patch) -> None:
-    inner = FoldProblem.objective
+    inner = SiteProblem.objective
 
-    def of_all_images(self, strengths, left_out, nodes):
-        return inner(self, strengths, [None] * len(left_out), nodes)
+    def of_all_images(self, strengths, left_out):
+        return inner(self, strengths, [None] * len(left_out))
 
-    patch.setattr(FoldProblem, "objective", of_all_images)
+    patch.setattr(SiteProblem, "objective", of_all_images)
 
 
 def optimizer_stopped(patch) -> None:
     patch.setattr(lbfgs, "ITERATIONS", 1)
 
 
-def few_nodes_to_the_end(patch) -> None:
-    patch.setattr(strength_path, "TIGHT_NODES", strength_path.LOOSE_NODES)
+def few_nodes(patch) -> None:
+    patch.setattr(states, "NODES", 2)
 
 
 def rows_of_pixels_dropped(patch) -> None:
-    inner = MemorySolver.add
+    inner = MaskPreparer.__call__
 
-    def add(self, batch):
-        for target in batch["target"]:
-            target[-2:] = 255
-        prepare = MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)
-        inner(self, batch | {"masks": prepare(batch["target"])})
+    def prepare(self, target):
+        for mask in target:
+            mask[-2:] = 255
+        return inner(self, target)
 
-    patch.setattr(MemorySolver, "add", add)
+    patch.setattr(MaskPreparer, "__call__", prepare)
 
 
 FAULTS = (
@@ -90,7 +88,7 @@ FAULTS = (
     images_of_a_fold_missed,
     folds_that_see_what_they_leave_out,
     optimizer_stopped,
-    few_nodes_to_the_end,
+    few_nodes,
     rows_of_pixels_dropped,
 )
 

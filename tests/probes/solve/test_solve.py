@@ -1,5 +1,7 @@
 """`probes solve` end to end: files, several processes, killed and resumed runs, analyses of its runs."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -22,21 +24,19 @@ from probes.cli import main
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.runs.probe_run import ProbeRun
 from probes.score.effect_file import read_effect_file
-from probes.score.strengths import CONVERGED
 from probes.site_probes import SiteProbes
-from probes.solve.by_passes import PassSolver
-from probes.solve.in_memory import MemorySolver
+from probes.solve.path import FoldSearch
 from probes.solve.path_scores import PathScores
-from probes.solve.solver import SolverCheckpoints, in_workers
-from probes.solve.state_reader import follow
-from probes.solve.strength_path import HELD_OUT_GAIN
+from probes.solve.progress import follow
+from probes.solve.states import new_states
+from probes.solve.workers import SiteFiles, in_workers
 from probes.step_progress import watched
 from probes.tasks.segmentation import Segmentation
 
 pytestmark = pytest.mark.numerics
 
 
-SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "5", "--passes", "3"]
+ADAPTER = ["--model.sites", "[adapter]"]
 BYTES = ("probes.safetensors", "effects.safetensors", "counts.safetensors")
 
 
@@ -74,18 +74,8 @@ def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     return ProbeRun(out)
 
 
-@pytest.fixture(scope="module")
-def sampled(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
-    """A run of three passes, with five of six images in memory."""
-    out = tmp_path_factory.mktemp("sampled")
-    main(arguments(checkpoints["causal"], segmentation, out, *SAMPLED))
-    return ProbeRun(out)
-
-
 def test_the_strength_of_the_lowest_loss_is_chosen_and_all_are_certified(run):
     path = run.metrics["path"]
-    assert path["passes"] == 1
-    assert path["sample_images"] == 6
     assert [entry["site"] for entry in path["optimum"]["sites"]] == run.sites
     for entry in path["optimum"]["sites"]:
         assert entry["strengths"] == [0.1, 0.01]
@@ -95,18 +85,20 @@ def test_the_strength_of_the_lowest_loss_is_chosen_and_all_are_certified(run):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_batches_and_sites_are_told_one_by_one(threads, monkeypatch, capsys):
+def test_batches_and_sites_are_told_one_by_one(threads, monkeypatch, capsys, caplog):
     """Also those that are solved by several processes."""
+    caplog.set_level("INFO")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     told = []
     with watched(lambda *progress: told.append(progress) or "about 1 min left"):
-        assert [*follow("abc", 3, "pass 2", hidden=False)] == ["a", "b", "c"]
-        found = dict(in_workers(str.upper, ["x", "y"], torch.device("cpu")))
+        assert [*follow("abc", 3, "states", "lines")] == ["a", "b", "c"]
+        results = in_workers(str.upper, ["x", "y"], torch.device("cpu"))
+        found = dict(follow(results, 2, "solving sites", "bar"))
     assert found == {"x": "X", "y": "Y"}
-    passes = [("pass 2", i, 3) for i in (1, 2, 3)]
-    assert told == [*passes, ("solving sites", 1, 2), ("solving sites", 2, 2)]
-    shown = capsys.readouterr().err
-    assert "pass 2: 100%" in shown and "solving sites: 100%" in shown
+    batches = [("states", i, 3) for i in (1, 2, 3)]
+    assert told == [*batches, ("solving sites", 1, 2), ("solving sites", 2, 2)]
+    assert "solving sites: 100%" in capsys.readouterr().err
+    assert "states: 3/3, 0:00:00 left" in caplog.text
 
 
 def test_effects_are_written_as_the_counts_say(run):
@@ -166,43 +158,46 @@ def test_saved_probes_have_the_scores_of_the_run(run, segmentation):
         assert right / pixels == pytest.approx(entry["pacc"], abs=1e-3)
 
 
-def test_passes_with_a_small_sample_end_at_the_optimum_in_memory(solve):
-    """The memory of two of six images.
+def count_forwards(monkeypatch) -> list[tuple[str, ...]]:
+    """Return a list to which each forward of training images adds its sites."""
+    sites_of = []
+    inner = SiteProbes.states
 
-    Folds of given strengths end by passes at a decrease of 1e-4.
-    """
-    strengths = ("1", "1e-1")
-    in_memory = solve(strengths=strengths)
-    few = ("--sample-images", "2", "--passes", "10")
-    by_passes = solve(*few, out="sampled", strengths=strengths)
-    path = by_passes.metrics["path"]
-    assert 1 < path["passes"] <= 10
-    assert path["sample_images"] == 2
-    assert_same_solution(in_memory, by_passes, held_out=HELD_OUT_GAIN * CONVERGED)
-    for entry in path["optimum"]["sites"]:
-        for certificate in entry["certificates"]:
-            assert certificate["converged"]
-            assert certificate["gradient"] < 1e-3
-            assert certificate["decrease"] < 1e-4
+    def states(self, batch, sites=None):
+        if sites is not None:
+            sites_of.append(tuple(sites))
+        return inner(self, batch, sites)
+
+    monkeypatch.setattr(SiteProbes, "states", states)
+    return sites_of
 
 
-def test_the_strength_does_not_depend_on_memory(solve):
-    """Losses of left-out images are close to each other here, and two nodes a cell would choose another strength."""
-    sites = ("--model.sites", "[encoder, adapter]")
-    in_memory = solve(*sites, strengths=())
-    by_passes = solve(*sites, "--sample-images", "4", out="sampled", strengths=())
-    for ours, theirs in zip(in_memory.site_strengths, by_passes.site_strengths, strict=True):
-        assert ours["chosen"] == pytest.approx(theirs["chosen"])
-        assert ours["runner_up"]["behind"] > 0
+ONE_SITE_GB = 6 * 4 * 32 * 4 / 1e9  # six images of four tokens of 32 float32 channels
+
+
+@pytest.mark.parametrize(
+    ("gb", "groups"),
+    [
+        (0, [("encoder",), ("adapter",), ("layer_02",)]),
+        (2.5 * ONE_SITE_GB, [("encoder", "adapter"), ("layer_02",)]),
+    ],
+    ids=["mapped files", "groups"],
+)
+def test_memory_changes_no_byte(gb, groups, run, solve, monkeypatch):
+    forwards = count_forwards(monkeypatch)
+    other = solve("--memory-gb", str(gb))
+    assert list(dict.fromkeys(forwards)) == groups
+    for name in BYTES:
+        assert (other.path / name).read_bytes() == (run.path / name).read_bytes(), name
 
 
 SLOW_REFINEMENT = """
 import sys, time
 from pathlib import Path
 from probes.cli import main
-from probes.solve.in_memory import MemorySolver
+from probes.solve.path import FoldSearch
 started = Path(sys.argv.pop(1))
-MemorySolver._gather = lambda *args, **kwargs: (started.touch(), time.sleep(600))
+FoldSearch.visit = lambda *args: (started.touch(), time.sleep(600))
 main(sys.argv[1:])
 """
 
@@ -229,13 +224,12 @@ def die(*args, **kwargs) -> None:
     raise KeyboardInterrupt
 
 
-# class and method, the number of calls after which it is killed, and whether the sample is a part
+# class and method, and the number of calls after which it is killed
 KILLS = {
-    "in the first pass": (MemorySolver, "add", 2, False),
-    "on the path": (SolverCheckpoints, "save", 3, False),
-    "in a later pass": (SiteProbes, "states", 5, True),
-    "after a later pass": (PassSolver, "_refine", 2, True),
-    "while it is scored": (PathScores, "add", 1, True),
+    "while states are read": (SiteProbes, "states", 2),
+    "in a search": (FoldSearch, "visit", 4),
+    "when a site is saved": (SiteFiles, "save", 2),
+    "while it is scored": (PathScores, "add", 1),
 }
 
 
@@ -243,13 +237,12 @@ KILLS = {
 def test_a_killed_run_resumes_to_the_same_bytes(
     when,
     run,
-    sampled,
     checkpoints,
     segmentation,
     tmp_path,
     monkeypatch,
 ):
-    owner, method, calls, part = KILLS[when]
+    owner, method, calls = KILLS[when]
     original = getattr(owner, method)
     count = []
 
@@ -257,19 +250,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         count.append(1)
         return die() if len(count) == calls else original(self, *args)
 
-    killed = arguments(checkpoints["causal"], segmentation, tmp_path, *(SAMPLED if part else []))
+    killed = arguments(checkpoints["causal"], segmentation, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(owner, method, stop)
         main(killed)
-    if when == "on the path":
-        assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) in (1, 2)
+    if when == "when a site is saved":
+        assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 1
         with pytest.raises(SystemExit, match="unfinished"):
             main(killed)
     main([*killed, "--ckpt_path", "last"])
     for name in BYTES:
-        assert (tmp_path / name).read_bytes() == (
-            (sampled if part else run).path / name
-        ).read_bytes(), name
+        assert (tmp_path / name).read_bytes() == (run.path / name).read_bytes(), name
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -294,13 +285,12 @@ def test_a_finished_run_is_left_alone(
     ("option", "message"),
     [
         (["--model.head", "conv"], "only linear probes"),
-        (["--passes", "0"], "--passes must be at least 1"),
         (["--folds", "1"], "--folds must be at least 2"),
         (["--strengths", "0"], "above 0"),
         (["--data.task", "depth", "--strengths", "2"], "at most 1, got 2"),
         (["--folds", "99"], "99 folds"),
-        (["--sample-images", "1"], "at least 2, one for each of the 2 --folds; got 1"),
-        (["--trainer.limit_test_batches", "0.5"], "limit_test_batches must be 1.0, got 0.5"),
+        (["--memory-gb", "-1"], "--memory-gb must be at least 0, got -1"),
+        (["--trainer.limit_test_batches", "0.5"], "limit_test_batches has no meaning for solved"),
     ],
 )
 def test_rejects_bad_options(
@@ -314,38 +304,6 @@ def test_rejects_bad_options(
         main(arguments(checkpoints["causal"], task_root, tmp_path, *option))
 
 
-def test_moments_that_do_not_fit_are_an_error(
-    checkpoints,
-    task_root,
-    tmp_path,
-    monkeypatch,
-):
-    monkeypatch.setattr("probes.solve.least_squares_solver.available_memory", lambda: 80_000)
-    message = (
-        "moments of 6 sites in 2 folds: .* GB are available; choose fewer --folds or --model.sites"
-    )
-    with pytest.raises(SystemExit, match=message):
-        main(
-            arguments(
-                checkpoints["causal"],
-                task_root,
-                tmp_path,
-                "--data.task",
-                "depth",
-                "--model.sites",
-                "null",
-            )
-        )
-
-
-def test_images_of_each_fold_are_kept_however_little_memory_there_is(solve, monkeypatch):
-    monkeypatch.setattr("probes.solve.run.available_memory", lambda: 0)
-    monkeypatch.setattr("probes.solve.run.LEAST", 1)
-    path = solve("--passes", "1").metrics["path"]
-    assert path["sample_images"] == 2
-    assert np.isfinite([entry["cv_cross_entropy"] for entry in path["optimum"]["sites"]]).all()
-
-
 def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
     seen = set()
 
@@ -354,16 +312,7 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
         return loss_and_gradient(*args, **kwargs)
 
     monkeypatch.setattr("probes.tasks.losses.loss_and_gradient", record)
-    solve(
-        "--trainer.precision",
-        "bf16-mixed",
-        "--model.sites",
-        "[adapter]",
-        "--sample-images",
-        "4",
-        "--passes",
-        "2",
-    )
+    solve("--trainer.precision", "bf16-mixed", *ADAPTER)
     assert seen == {False}
 
 
@@ -386,20 +335,43 @@ def test_dry_run_measures_and_writes_nothing(
 ):
     command = arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run")
     main(command)
-    assert "images/s; a pass over 6 training images" in caplog.text
-    main([*command, *SAMPLED])
-    assert "h, at most 3 passes (" in caplog.text
+    assert "images/s; a forward over 6 training images" in caplog.text
+    assert "1 forwards at most" in caplog.text and "GB in memory" in caplog.text
+    main([*command, "--memory-gb", "0"])
+    assert "3 forwards at most" in caplog.text and "GB in a file" in caplog.text
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_another_loss_is_another_run(solve, tmp_path, monkeypatch):
     """The command, repeated with another loss in the code, left the run of the first loss as its own."""
-    solve(*SAMPLED)
+    solve(*ADAPTER)
     monkeypatch.setattr(Segmentation, "loss", LabelSmoothing(0.2))
     message = r"with model.loss=None, but this run has 'LabelSmoothing\(share=0.2\)'"
     with pytest.raises(SystemExit, match=message):
-        solve(*SAMPLED, "--ckpt_path", "last")
-    solve(*SAMPLED, "--overwrite", "true")
+        solve(*ADAPTER, "--ckpt_path", "last")
+    solve(*ADAPTER, "--overwrite", "true")
     monkeypatch.setattr(Segmentation, "loss", LabelSmoothing(0.3))
     with pytest.raises(SystemExit, match=r"share=0.2\)', but this run has 'Label.*share=0.3"):
-        solve(*SAMPLED, "--ckpt_path", "last")
+        solve(*ADAPTER, "--ckpt_path", "last")
+
+
+@pytest.mark.parametrize("can_reserve", [True, False])
+def test_mapped_states_keep_their_bits_and_leave_no_file(can_reserve, tmp_path, monkeypatch):
+    if not can_reserve:  # as on macOS
+        monkeypatch.delattr(os, "posix_fallocate")
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x[1, 0, 0] = torch.inf
+    kept = new_states(x.shape, x.dtype, tmp_path / "made")
+    for i in (2, 0, 1):
+        kept[i] = x[i]
+    assert torch.equal(kept, x)
+    assert not any((tmp_path / "made").iterdir())
+
+
+def test_a_full_disk_is_an_error_that_says_how_much_is_needed(tmp_path, monkeypatch):
+    def full(*args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="take 0.008 GB, more than --memory-gb, and more than"):
+        new_states((1000, 1000, 2), torch.float32, tmp_path)

@@ -446,7 +446,7 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
         "-c configs/demo/probes.yaml MODEL DATA --out OUT",
         "--data.batch_size 2 MODEL DATA --out OUT --folds 2 --fit",
         "MODEL DATA --out OUT --data.batch_size=2 --strengths 1 2",
-        "--passes 3 --sample-images=9 MODEL DATA --out OUT --disk-gb 1",
+        "--folds 3 --memory-gb=9 MODEL DATA --out OUT --strengths 1",
         "--out OUT --arms trained random0 --strengths 1e-2 .1 --fit MODEL DATA",
     ],
 )

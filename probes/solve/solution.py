@@ -5,39 +5,53 @@ Legend: R strengths that were solved, B images, T tokens, d width, K channels of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from probes.heads import Probe
-from probes.score.strengths import is_at_end
+from probes.score.strengths import CONVERGED, GRADIENT, is_at_end
 
-from .moments import SiteSpace, full_precision
-from .refinement import Certificate
-from .strength_path import StrengthPath
+from .path import StrengthPath
+from .space import SiteSpace, full_precision
+
+
+class Certificate(NamedTuple):
+    """How far a point can be from the minimum of a convex objective.
+
+    Args:
+        gradient: Norm of the gradient in whitened coordinates, relative to that at w = 0.
+        decrease: Decrease in nats that a further step is expected to have.
+    """
+
+    gradient: float
+    decrease: float
+
+    @property
+    def converged(self) -> bool:
+        """Both are below their tolerance."""
+        return self.gradient < GRADIENT and self.decrease < CONVERGED
 
 
 @dataclass
-class SolvedSite:
+class Solution:
     """Linear probes of a site.
 
     Args:
         strengths: f64[n], from strong to weak.
         loss: f64[n], cross-validated loss per pixel at each strength: cross-entropy in nats, or squared error.
-        compared: i64[C], indices of the strengths among which one was chosen; the losses of others are less exact.
         chosen: i64[], index of the chosen strength.
         solved: i64[R], indices of the strengths whose probes follow; the same number at each site.
         mean: f64[d] of the states.
         scale: f64[d], D^-1/2; 0 for constant channels.
         weights: f32[R, K, d], of x - mean.
         bias: f32[R, K].
-        certificates: f64[R, 2], fields of `Certificate`; f64[0, 2] for the closed form and for one pass over a sample.
+        certificates: f64[R, 2], fields of `Certificate`; f64[0, 2] for the closed form.
     """
 
     strengths: Tensor
     loss: Tensor
-    compared: Tensor
     chosen: Tensor
     solved: Tensor
     mean: Tensor
@@ -52,27 +66,27 @@ class SolvedSite:
         path: StrengthPath,
         space: SiteSpace,
         points: Tensor,
-        certificates: Sequence[Certificate] = (),
-    ) -> "SolvedSite":
+        certificates: Sequence[Certificate],
+    ) -> "Solution":
         """Return probes from points in the coordinates of a site.
 
         Args:
             path: The strengths, and how one was chosen.
             space: The coordinates.
             points: f64[R, K, d + 1], at `path.solved`.
-            certificates: Of the points; none of those that no pass has seen.
+            certificates: Of the points.
         """
+        probes = space.to_states(points)
         return cls(
             strengths=torch.tensor(path.strengths, dtype=torch.float64),
             loss=torch.tensor(path.loss, dtype=torch.float64),
-            compared=torch.tensor(path.compared),
             chosen=torch.tensor(path.chosen),
             solved=torch.tensor(path.solved),
             mean=space.mean.cpu(),
             scale=space.scale.cpu(),
-            weights=space.to_states(points[..., :-1]).float().cpu(),
-            bias=points[..., -1].float().cpu(),
-            certificates=torch.tensor(certificates, dtype=torch.float64).view(-1, 2),
+            weights=probes[..., :-1].float().cpu(),
+            bias=probes[..., -1].float().cpu(),
+            certificates=torch.tensor(certificates, dtype=torch.float64),
         )
 
     @property
@@ -82,18 +96,17 @@ class SolvedSite:
 
     @property
     def lowest(self) -> int:
-        """Index of the strength with the lowest loss of those that were compared."""
-        return int(self.compared[self.loss[self.compared].argmin()])
+        """Index of the strength with the lowest loss."""
+        return int(self.loss.argmin())
 
     def runner_up(self) -> dict[str, float] | None:
         """Return the strength with the second lowest loss, and how much more it loses; None of a single strength."""
-        if len(self.compared) < 2:
+        if len(self.loss) < 2:
             return None
-        loss = self.loss[self.compared]
-        first, second = loss.argsort()[:2]
+        first, second = self.loss.argsort()[:2]
         return {
-            "strength": self.strengths[self.compared[second]].item(),
-            "behind": (loss[second] - loss[first]).item(),
+            "strength": self.strengths[second].item(),
+            "behind": (self.loss[second] - self.loss[first]).item(),
         }
 
     @full_precision()
@@ -132,7 +145,6 @@ class SolvedSite:
         entry |= {
             "chosen": strengths[int(self.chosen)],
             "lowest": strengths[self.lowest],
-            "compared": self.strengths[self.compared].tolist(),
             "runner_up": self.runner_up(),
         }
         entry |= {name: along(values) for name, values in scores.items()}

@@ -1,0 +1,194 @@
+"""The states of all training images at a group of sites, from which the probes of these sites are solved.
+
+As many sites as fit into memory are read together, in a forward over the images that stops after the last of them. If
+one site alone does not fit, its states are in a file that is mapped into memory: the same tensor, and so the same
+probes to the last bit.
+
+Legend: N training images, T tokens, d width.
+"""
+
+import errno
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_bidir.common.errors import UserError
+from probes.data.batches import MaskPreparer
+from probes.data.probe_data import ProbeData
+from probes.machine import Machine, solver_device
+from probes.ops.normal_equations import NormalEquations, join_equations, normal_equations
+from probes.ops.quadrature import PreparedMasks, join_masks
+from probes.site_probes import SiteProbes
+
+from .held_out import scored_masks
+from .least_squares import check_values
+from .objective import NODES
+from .progress import follow
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the probes of all sites predict, prepared once, on the device of the solver.
+
+    Args:
+        prepared: Masks of classes, or normal equations of values, of the N images.
+        scored: Masks by which folds are tested, see `held_out.py`; None for the same.
+        fold_of: i64[N], fold of each image.
+    """
+
+    prepared: PreparedMasks | NormalEquations
+    scored: PreparedMasks | None
+    fold_of: Tensor
+
+
+@dataclass
+class Kept:
+    """The training images of a group of sites.
+
+    Args:
+        states: f[N, T, d] by site, as the model gives them, on the CPU.
+        targets: Of the images.
+    """
+
+    states: dict[str, Tensor]
+    targets: Targets
+
+
+def site_groups(sites: Sequence[str], size_of: Mapping[str, int], memory: float) -> list[list[str]]:
+    """Return sites in groups whose states fit into memory together, in the same order; each has one at least.
+
+    Args:
+        sites: Names of sites, in the order of the forward.
+        size_of: Bytes of the states of a site.
+        memory: Bytes.
+    """
+    groups: list[list[str]] = []
+    left = 0.0
+    for site in sites:
+        left -= size_of[site]
+        if not groups or left < 0:
+            groups.append([])
+            left = memory - size_of[site]
+        groups[-1].append(site)
+    return groups
+
+
+def read(
+    probes: SiteProbes,
+    data: ProbeData,
+    machine: Machine,
+    sites: Sequence[str],
+    fold_of: Tensor,
+    folder: Path | None = None,
+    targets: Targets | None = None,
+) -> Kept:
+    """Return the states of all training images at some sites.
+
+    Args:
+        probes: Model and task.
+        data: Images and targets.
+        machine: Where the model runs, and how progress is shown.
+        sites: Names of sites.
+        fold_of: i64[N], fold of each image.
+        folder: Where states are in files; None for memory.
+        targets: Of the images, if an earlier group has prepared them.
+
+    Raises:
+        UserError: The disk has no place for the states, or the targets of some folds cannot be solved.
+    """
+    prepare = MaskPreparer(probes.mllm.geometry, probes.channels, NODES)
+    are_classes = probes.task.loss is not None
+    data.read_for(probes.mllm, sites, prepare if are_classes and targets is None else None)
+    images = len(fold_of)
+    batches = [part.tolist() for part in torch.arange(images).split(data.rank_batch_size)]
+    states: dict[str, Tensor] = {}
+    parts: list[Any] = []
+    device = solver_device(machine.device)
+    label = f"states of {len(sites)} sites"
+    for batch in follow(data.training_loader(batches), len(batches), label, machine.progress):
+        batch = move_batch(batch, device)
+        with machine.forward_context():
+            found = probes.states(batch, sites)
+        index = batch["index"].cpu()
+        for site, x in found.items():
+            if site not in states:
+                states[site] = new_states((images, *x.shape[1:]), x.dtype, folder)
+            states[site][index] = x.cpu()
+        if targets is None:
+            parts.append(batch["masks"] if are_classes else prepare_values(probes, batch["target"]))
+    if targets is None and are_classes:
+        masks = join_masks(parts)
+        training = data.splits["training"]
+        scored = scored_masks(
+            masks,
+            fold_of,
+            lambda image: torch.from_numpy(training[image]["target"]),
+            prepare,
+        )
+        targets = Targets(masks, scored, fold_of)
+    elif targets is None:
+        targets = Targets(join_equations(parts), None, fold_of)
+        check_values(targets.prepared, fold_of)
+    return Kept(states, targets)
+
+
+def prepare_values(probes: SiteProbes, target: Tensor | list[Tensor]) -> NormalEquations:
+    """Return the normal equations of the targets f[H, W, ...] of some images."""
+    mllm = probes.mllm
+    return join_equations(
+        [
+            normal_equations(
+                probes.task.values(image[None]),
+                mllm.grid,
+                mllm.geometry.view(tuple(image.shape[:2])),
+            )
+            for image in target
+        ]
+    )
+
+
+def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors, lists of tensors, and masks on a device."""
+
+    def move(x: Any) -> Any:
+        if isinstance(x, list):
+            return [move(item) for item in x]
+        if isinstance(x, Tensor):
+            return x.to(device, non_blocking=True)
+        return x.to(device) if isinstance(x, PreparedMasks) else x
+
+    return {name: move(x) for name, x in batch.items()}
+
+
+def new_states(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """Return a tensor of any content: in memory, or in a file of a folder that is mapped into memory.
+
+    The file has no name: it is gone when the process ends, even when it is killed.
+
+    Raises:
+        UserError: The disk has no place for it.
+    """
+    if folder is None:
+        return torch.empty(*shape, dtype=dtype)
+    numbers = math.prod(shape)
+    size = numbers * dtype.itemsize
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(
+                f"the states of a site take {size / 1e9:.3g} GB, more than --memory-gb, and more than the disk of "
+                f"{folder} has; choose another --out, or fewer images"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=numbers, dtype=dtype).view(*shape)

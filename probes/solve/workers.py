@@ -1,0 +1,107 @@
+"""Sites solved on the cores of a machine, and the files from which a killed run resumes."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
+
+from llava_bidir.common.errors import error_context
+from llava_bidir.common.files import atomic_write, write_tensors
+from llava_bidir.common.identity import Identity, check_same_identity
+from llava_bidir.common.runs import RESUME_ADVICE
+
+from .solution import Solution
+
+
+class SiteFiles:
+    """The sites that are solved, each in a file SITE.safetensors with the identity of its run.
+
+    Args:
+        folder: RUN/checkpoints.
+        identity: Of this run.
+        resuming: Files of a killed run may be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity,
+        resuming: bool,
+    ):
+        self.folder = folder
+        self.identity = identity
+        self.resuming = resuming
+
+    def save(self, site: str, solution: Solution) -> None:
+        """Write the file of a site."""
+        with atomic_write(self.folder / f"{site}.safetensors") as partial:
+            tensors = {name: x.contiguous() for name, x in vars(solution).items()}
+            write_tensors(tensors, partial, {"identity": json.dumps(self.identity)})
+
+    def load(self, sites: list[str]) -> dict[str, Solution]:
+        """Return the sites that a killed run has solved.
+
+        Raises:
+            UserError: A file is damaged, or belongs to a run of another identity.
+        """
+        found = {}
+        for site in sites:
+            path = self.folder / f"{site}.safetensors"
+            if not self.resuming or not path.is_file():
+                continue
+            with error_context(path):
+                with safe_open(path, "pt") as file:
+                    saved = json.loads(file.metadata()["identity"])
+                # in memory of torch: products of tensors in a mapped file can differ in their last bits
+                found[site] = Solution(**{name: x.clone() for name, x in load_file(path).items()})
+            check_same_identity(saved, self.identity, str(path), RESUME_ADVICE)
+        return found
+
+
+def in_workers(
+    work: Callable[[str], Any], sites: list[str], device: torch.device
+) -> Iterable[tuple[str, Any]]:
+    """Return an iterator over each site with the result of its work, on a CPU as many at a time as torch has threads.
+
+    Each worker has one thread, so that the bits of a site do not depend on their number. They are processes, which
+    share the memory of this one: threads would wait for Python's lock and be as slow as one. DataLoader ends them with
+    this process, however it ends.
+    """
+    threads = (
+        torch.get_num_threads() if sites and device.type == "cpu" and sys.platform == "linux" else 1
+    )
+    # one site alone, too, which has as many threads here: they would round differently
+    processes = (
+        {"num_workers": min(threads, len(sites)), "multiprocessing_context": "fork"}
+        if threads > 1
+        else {}
+    )
+    results = iter(
+        DataLoader(
+            _Results(work, sites),
+            batch_size=None,
+            collate_fn=lambda result: result,
+            **processes,
+        )
+    )
+    return zip(sites, results, strict=True)
+
+
+class _Results(Dataset):
+    """The result of some work for each site, done when it is asked for."""
+
+    def __init__(self, work: Callable[[str], Any], sites: list[str]):
+        self.work = work
+        self.sites = sites
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.work(self.sites[index])

@@ -96,11 +96,10 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
         if "truth" in claim
     }
     for mask in ("causal", "bidirectional"):
-        assert truth.pop(("as trained", "recovery", mask)) == "planted"
+        assert truth.pop(("trained", "recovery", mask)) == "planted"
     assert truth.pop(("LLM shuffled", "recovery", "bidirectional")) == "absent"
-    merged = "adapter merges {} pairs of classes"
-    assert truth.pop((merged.format("three"), "adapter_drop", "bidirectional")) == "planted"
-    assert truth.pop((merged.format("no"), "adapter_drop", "bidirectional")) == "absent"
+    assert truth.pop(("adapter merged", "adapter_drop", "bidirectional")) == "planted"
+    assert truth.pop(("adapter intact", "adapter_drop", "bidirectional")) == "absent"
     page = html.unescape((finished / "report/index.html").read_text())
     assert all(study["model"] in page for study in studies) and "clip + llm" not in page
     assert f"<p><b>{summarize_truths(studies)}</b></p>" in page

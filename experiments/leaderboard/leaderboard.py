@@ -30,7 +30,8 @@ from scipy.stats import kendalltau
 
 from llava_bidir.common.bootstrap import simultaneous_band
 from llava_bidir.common.files import read_json
-from probes.report.model_comparison import compare_runs, unconverged_sites
+from probes.report.compare import compare_runs
+from probes.report.sites import certificate_rows
 from probes.runs.formatting import format_interval, format_percent, format_points, format_score
 from probes.runs.probe_run import ProbeRun
 
@@ -129,13 +130,12 @@ def print_best(folder: Path, rows: list[str]) -> None:
         run = ProbeRun(folder / row)
         site = run.peak_layer
         score = run.site_scores()[site]
-        certified = len(run.sites) - len(unconverged_sites(run))
+        certified = sum(x["converged"] for x in certificate_rows(run))
         cells = [folder.name, row, site]
         cells.append(format_score(score.value, score.ci95))
-        best = compare_runs(first, run)["best"]
-        points = format_points(best["difference"])
-        bounds = format_interval(best["ci95"])
-        cells.append(f"{points} {bounds}" * (row != FIRST))
+        best = [x for x in compare_runs(first, run) if x["of"] == "best layer"][0]
+        bounds = format_interval([best["low"], best["high"]])
+        cells.append(f"{format_points(best['difference'])} {bounds}" * (row != FIRST))
         cells.append(f"{certified} of {len(run.sites)}")
         print_row(cells)
 

@@ -1,4 +1,4 @@
-"""Coverage and power of the comparison of two models on the same photos (probes/report/model_comparison.py).
+"""Coverage and power of the comparison of two models on the same photos (probes/report/compare.py).
 
     python -m experiments.statistics.model_pairs --pairs 200 --images 100
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests/helpers"))
 from probe_runs import CLASSES_TASK, random_counts, sums_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.model_comparison import class_differs, compare_runs, differs
+from probes.report.compare import compare_runs, differs
 from probes.score.estimate import Estimate
 from probes.score.layer_effects import cross_validated_layers, image_folds
 from probes.score.resampling import dataset_scores, resampled_scores
@@ -64,6 +64,7 @@ class Sample(SimpleNamespace):
             task=CLASSES_TASK,
             groups=None,
             is_solved=False,
+            effects={},
             weights=bootstrap_weights(len(images), RESAMPLINGS),
             metrics={"images": len(images), "classes": [f"class {k}" for k in range(classes)]},
         )
@@ -159,17 +160,20 @@ def main() -> None:
         for _ in range(args.pairs):
             images = rng.choice(POPULATION, args.images, replace=False)
             samples = [Sample(x, images, classes) for x in populations]
-            entry = compare_runs(*samples)
-            found["report"].append(entry["best"])
-            named.append(sum(map(class_differs, entry["classes"])))
+            rows = list(compare_runs(*samples))
+            found["report"] += [
+                {"ci95": [row["low"], row["high"]]} for row in rows if row["of"] == "best layer"
+            ]
+            named.append(sum(differs(row, 0.01) for row in rows if row["of"] == "class"))
             for name, method in METHODS.items():
                 found[name].append(method(samples))
-        print(f"{scene}; {100 * truth:+.2f}", end="", flush=True)
+        print(f"{scene}; {100 * truth:+.2f}", end="")
         for name, entries in found.items():
-            covered = sum(low <= truth <= high for low, high in (x["ci95"] for x in entries))
-            widths = [(x["ci95"][1] - x["ci95"][0]) / 2 for x in entries]
-            width = 100 * sum(widths) / len(widths)
-            print(f"; {name}: {covered}, {sum(map(differs, entries))}, {width:.2f}", end="")
+            low, high = np.transpose([x["ci95"] for x in entries])
+            covered = ((low <= truth) & (truth <= high)).sum()
+            said = (low * high > 0).sum()
+            width = 50 * (high - low).mean()
+            print(f"; {name}: {covered}, {said}, {width:.2f}", end="")
         print(f"; classes: {sum(x > 0 for x in named)}, {sum(named) / len(named):.1f}", flush=True)
 
 

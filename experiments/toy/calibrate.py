@@ -32,7 +32,6 @@ from llava_bidir.common.files import atomic_write, exclusive_run_lock, read_json
 from llava_bidir.common.process_group import end_on_signals
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
-from probes.runs.runs import finished_runs
 from probes.runs.study import read_studies
 from probes.studies.config import StudyConfig
 from probes.studies.parser import study_config
@@ -307,7 +306,7 @@ def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:
     settings = study_settings(folder, folder / name, seed, design, fit=design.fit)
     with contextlib.redirect_stdout(io.StringIO()):
         run_study(settings, overwrite=True)  # the results of models that were made again
-    (study,) = read_studies([str(run) for run in finished_runs(settings.out)])
+    (study,) = read_studies([str(settings.out)])
     return [_verdicts(claim, name, seed) for claim in evaluate_claims(study) if "truth" in claim]
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from experiments.toy.calibrate import DESIGNS, study_settings
 from probes.report.claims import evaluate_claims
-from probes.runs.runs import finished_runs
-from probes.runs.study import read_studies
+from probes.runs.study import group_runs, read_study
 from probes.studies.arms import PERMUTED_DRAWS
 from probes.studies.run import run_study
 
@@ -29,8 +28,8 @@ def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bo
     found = {}
     for number in range(2, draws + 1):
         names = ("trained", *random[:number], *permuted)
-        runs = [str(run) for run in finished_runs(out) if run.name in names]
-        for claim in evaluate_claims(read_studies(runs)[0]):
+        runs = [run for run in read_study(str(out)) if run.path.name in names]
+        for claim in evaluate_claims(group_runs(runs)[0]):
             if claim.get("truth") == "planted":
                 name = f"{claim['claim']} ({claim['image_attention']})"
                 found[name, number] = (

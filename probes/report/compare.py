@@ -91,7 +91,11 @@ def compare_runs(
 ) -> Iterator[Row]:
     """Yield a row for each difference; "of" is "site", "effect", "best layer" or "class"."""
     ours, theirs = first.site_scores(), second.site_scores()
-    swaps = random_swaps(first.metrics["images"], permutations, groups=first.groups).double()
+    swaps = random_swaps(
+        first.metrics["images"],
+        permutations,
+        groups=first.groups,
+    ).double()
     pairs = pair_sites(first, second)
     tested = [pair for pair in pairs if has_depth(pair[0])]
     corrected = dict(
@@ -127,7 +131,11 @@ def compare_runs(
     if first.peak_layer and second.peak_layer:
         layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
         best = (first.peak_layer, second.peak_layer)
-        yield _row(BEST_LAYER, BEST_LAYER, best) | difference_of_best(first.task.sign, *layers)
+        yield _row(
+            BEST_LAYER,
+            BEST_LAYER,
+            best,
+        ) | difference_of_best(first.task.sign, *layers)
         if first.task.name == SEGMENTATION:
             yield from compare_classes(
                 first,
@@ -225,7 +233,12 @@ def compare_classes(
     `FEWEST_PHOTOS` photos, or groups of these, has no p-value.
     """
     a, b = (
-        run.sums_at([site])[0].double() for run, site in zip((first, second), sites, strict=True)
+        run.sums_at([site])[0].double()
+        for run, site in zip(
+            (first, second),
+            sites,
+            strict=True,
+        )
     )
     moved = swaps @ (b - a)
     iou = first.task.iou
@@ -237,7 +250,11 @@ def compare_classes(
     weights = torch.cat([torch.ones(1, len(a)), first.weights]).double()
     drawn = [iou(weights @ sums).nan_to_num() for sums in (a, b)]
     photos = photos_of_classes(first)
-    for k, p in zip(known, corrected, strict=True):
+    for k, p in zip(
+        known,
+        corrected,
+        strict=True,
+    ):
         scores = [Estimate.from_vector(x[:, k]) for x in drawn]
         row = _row(
             "class",
@@ -256,7 +273,9 @@ def photos_of_classes(run: FinishedRun) -> list[int]:
     if run.groups is not None:
         group_of = torch.unique(run.groups, return_inverse=True)[1]
         labelled = torch.zeros(int(group_of.max()) + 1, labelled.shape[1]).index_add_(
-            0, group_of, labelled.float()
+            0,
+            group_of,
+            labelled.float(),
         )
     return (labelled > 0).sum(0).tolist()
 
@@ -292,16 +311,16 @@ def _row(
     }
 
 
-def differs(row: Any, margin: float) -> bool:
+def differs(row: Row, margin: float) -> bool:
     """Return whether a row is a finding: its interval excludes 0, it reaches the margin, of classes p is below 5%."""
     if (
         judge(
             1,
-            row.difference,
-            (row.low, row.high),
+            row["difference"],
+            (row["low"], row["high"]),
             margin,
         )
         == FAILS
     ):
         return False
-    return row.of != "class" or row.p < ALPHA
+    return row["of"] != "class" or (row["p"] is not None and row["p"] < ALPHA)

@@ -52,7 +52,14 @@ def measure_study(study: StudyRuns) -> dict[bool, Measured]:
     """Return the numbers from solved probes under True; under False from trained ones, if the main runs have these."""
     effects = {run.path: read_effects(run) for run in study.members}
     kinds = {True, study.is_solved}
-    return {solved: _measure_kind(study, solved, effects) for solved in kinds}
+    return {
+        solved: _measure_kind(
+            study,
+            solved,
+            effects,
+        )
+        for solved in kinds
+    }
 
 
 def _measure_kind(
@@ -64,7 +71,11 @@ def _measure_kind(
     site = next((run.peak_layer for run in runs.values()), None)
 
     def measure(runs: Mapping[str, FinishedRun]) -> dict[Key, Number]:
-        return measure_runs(runs, effects, site)
+        return measure_runs(
+            runs,
+            effects,
+            site,
+        )
 
     trained = {
         (claim, mask): number
@@ -93,7 +104,11 @@ def _measure_kind(
             numbers = [draw[claim, mask].judged for draw in draws[control] if (claim, mask) in draw]
             if len(numbers) >= 2 and all(numbers):
                 beyond_random[claim, mask, control] = compare_to_draws(number.judged, numbers)
-    return Measured(trained, untrained, beyond_random)
+    return Measured(
+        trained,
+        untrained,
+        beyond_random,
+    )
 
 
 def random_part(claim: str) -> str:
@@ -155,7 +170,11 @@ def measure_runs(
     both = len(pair) == 2 and pair[0].is_solved == pair[1].is_solved
     if both and all(site in run.sites for run in pair):
         check_pair(*pair)
-        numbers |= _differences_of_masks(*pair, effects, site)
+        numbers |= _differences_of_masks(
+            *pair,
+            effects,
+            site,
+        )
     return numbers
 
 
@@ -183,7 +202,9 @@ def _differences_of_masks(
         difference = _about_run(of_bidirectional[effect] - of_causal[effect], causal)
         if math.isnan(difference.value):  # e.g. the padding of landscape photos
             log.warning(
-                "%s has no labelled pixel there; the claim %s is left out", causal.path, name
+                "%s has no labelled pixel there; the claim %s is left out",
+                causal.path,
+                name,
             )
             continue
         numbers[name, "causal"] = Number(difference, difference)

@@ -53,7 +53,11 @@ def site_rows(study: StudyRuns, key: str) -> Iterator[Row]:
         is_main = any(run is main for main in shown.values())
         for entry in run.metrics["sites"]:
             for metric in run.task.scores:
-                row = run_columns(study, run, key) | {
+                row = run_columns(
+                    study,
+                    run,
+                    key,
+                ) | {
                     "main": is_main,
                     "site": entry["site"],
                 }
@@ -79,13 +83,24 @@ def compare_sites(study: StudyRuns) -> dict[tuple[str, str], Row]:
     for mask, run in shown.items():
         own = run.site_scores()
         for control in {*CONTROLS["llm"], *CONTROLS["adapter"]}:
-            scores = [draw.site_scores() for draw in random_runs(study, control, mask)]
+            scores = [
+                draw.site_scores()
+                for draw in random_runs(
+                    study,
+                    control,
+                    mask,
+                )
+            ]
             for site in run.sites:
                 numbers = [of[site] for of in scores if site in of]
                 if control in CONTROLS.get(random_part(site), ()) and numbers:
                     compared[mask, site, control] = compare_to_draws(own[site], numbers)
     return {
-        (mask, site): _beyond_draws(mask, site, compared)
+        (mask, site): _beyond_draws(
+            mask,
+            site,
+            compared,
+        )
         for mask, run in shown.items()
         for site in run.sites
         if any((mask, site, control) in compared for control in CONTROLS.get(random_part(site), ()))
@@ -146,8 +161,16 @@ def draw_rows(study: StudyRuns, key: str) -> Iterator[Row]:
     for mask in shown_runs(study):
         for part, controls in CONTROLS.items():
             for control in controls:
-                for run in random_runs(study, control, mask):
-                    about = run_columns(study, run, key) | {
+                for run in random_runs(
+                    study,
+                    control,
+                    mask,
+                ):
+                    about = run_columns(
+                        study,
+                        run,
+                        key,
+                    ) | {
                         "mask": mask,
                         "weights": control,
                     }
@@ -173,7 +196,11 @@ def class_rows(study: StudyRuns, key: str) -> Iterator[Row]:
                 photos,
                 strict=True,
             ):
-                about = run_columns(study, run, key)
+                about = run_columns(
+                    study,
+                    run,
+                    key,
+                )
                 yield about | {
                     "site": entry["site"],
                     "class": name,
@@ -182,19 +209,18 @@ def class_rows(study: StudyRuns, key: str) -> Iterator[Row]:
                 }
 
 
-def certificate_rows(study: StudyRuns, key: str) -> Iterator[Row]:
+def certificate_rows(run: FinishedRun) -> Iterator[Row]:
     """Yield how each solved probe was found: its strength of regularisation, and how far it is from the minimum."""
-    for run in study.members:
-        for entry in run.site_strengths if run.is_solved else ():
-            chosen = entry["strengths"].index(entry["chosen"])
-            certificate = (entry.get("certificates") or {chosen: None})[chosen] or {}
-            yield run_columns(study, run, key) | {
-                "site": entry["site"],
-                "strength": entry["chosen"],
-                "at_end": is_at_end(entry["strengths"], entry["lowest"]),
-                "gradient": certificate.get("gradient"),
-                "converged": certificate.get("converged"),
-            }
+    for entry in run.site_strengths if run.is_solved else ():
+        chosen = entry["strengths"].index(entry["chosen"])
+        certificate = (entry.get("certificates") or {chosen: None})[chosen] or {}
+        yield {
+            "site": entry["site"],
+            "strength": entry["chosen"],
+            "at_end": is_at_end(entry["strengths"], entry["lowest"]),
+            "gradient": certificate.get("gradient"),
+            "converged": certificate.get("converged"),
+        }
 
 
 def table2(studies: Sequence[StudyRuns]) -> list[Row]:
@@ -219,5 +245,14 @@ def table2(studies: Sequence[StudyRuns]) -> list[Row]:
             "image_attention": mask,
             "probes": "trained",
         }
-        rows.append(row | dict(zip(SUMMARY, values, strict=True)))
+        rows.append(
+            row
+            | dict(
+                zip(
+                    SUMMARY,
+                    values,
+                    strict=True,
+                )
+            )
+        )
     return rows

@@ -5,6 +5,7 @@ A new claim is a row in its analysis, a new view a function of a table; nothing 
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from pandas import DataFrame
@@ -13,7 +14,7 @@ from probes.runs.formatting import Entry
 from probes.runs.study import StudyRuns
 
 from .compare import difference_rows
-from .sites import certificate_rows, class_rows, draw_rows, site_rows
+from .sites import certificate_rows, class_rows, draw_rows, run_columns, site_rows
 from .verdicts import COLUMNS
 
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -98,9 +99,19 @@ def make_tables(
         joint: Claims over seeds, from :func:`probes.report.seeds.joint_studies`.
     """
     models = name_models(studies)
-    keys = dict(zip(dict.fromkeys(study.name for study in studies), models["key"], strict=True))
+    keys = dict(
+        zip(
+            dict.fromkeys(study.name for study in studies),
+            models["key"],
+            strict=True,
+        )
+    )
     rows: dict[str, list[Entry]] = {name: [] for name in NAMES}
-    for study, of_study in zip(studies, claims, strict=True):
+    for study, of_study in zip(
+        studies,
+        claims,
+        strict=True,
+    ):
         key = keys[study.name]
         about = {
             "model": key,
@@ -114,9 +125,15 @@ def make_tables(
             ("sites", site_rows),
             ("draws", draw_rows),
             ("classes", class_rows),
-            ("certificates", certificate_rows),
         ):
             rows[name] += make(study, key)
+        for run in study.members:
+            about_run = run_columns(
+                study,
+                run,
+                key,
+            )
+            rows["certificates"] += [about_run | row for row in certificate_rows(run)]
     for entry in joint:
         about = {
             "model": keys[entry["model"]],
@@ -186,7 +203,9 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     first = {}
     for study in studies:
         first.setdefault(study.name, study)
-    labels = shorten_labels([*first])
+    paths = {name: study.first.metrics["mllm"] for name, study in first.items()}
+    # a checkpoint that records no name of itself is called by its path
+    labels = shorten_labels([x if x != Path(path).name else path for x, path in paths.items()])
     rows = [
         {
             "key": KEYS[i] if i < len(KEYS) else f"M{i + 1}",
@@ -196,14 +215,20 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
             "has_llm": study.first.has_llm,
             "last_layer": study.first.last_layer,
         }
-        for i, (label, study) in enumerate(zip(labels, first.values(), strict=True))
+        for i, (label, study) in enumerate(
+            zip(
+                labels,
+                first.values(),
+                strict=True,
+            )
+        )
     ]
     return DataFrame(rows, columns=list(NAMES["models"]))
 
 
 def _about(study: StudyRuns) -> str:
     """Return what a checkpoint records of itself, else its name."""
-    return study.first.training.get("name") or study.name
+    return study.first.training.get("about") or study.name
 
 
 def shorten_labels(names: Sequence[str]) -> list[str]:
@@ -240,5 +265,14 @@ def _shorten(label: str) -> str:
     if len(label) <= LONGEST_LABEL:
         return label
     if " " in label:
-        return label[: label.rfind(" ", 0, LONGEST_LABEL)].rstrip(" ,-") + "…"
+        return (
+            label[
+                : label.rfind(
+                    " ",
+                    0,
+                    LONGEST_LABEL,
+                )
+            ].rstrip(" ,-")
+            + "…"
+        )
     return f"{label[: LONGEST_LABEL - 5].rstrip(' -_')}…{label[-4:].lstrip(' -_')}"

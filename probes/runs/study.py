@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from llava_bidir.common.errors import UserError
 from probes.steps import read_record
@@ -20,14 +19,13 @@ from probes.tasks import SEGMENTATION, Task
 from .comparable import check_same_images, check_seeds_differ, check_study
 from .finished_run import FinishedRun
 from .formatting import file_name
-from .probe_run import ProbeRun
+from .runs import finished_runs, open_run
 
 MASKS = ("causal", "bidirectional")
 # Arms with random weights, by the part that is random: a claim must hold beyond each of them.
 CONTROLS = {"llm": ("random", "permuted"), "adapter": ("adapter",)}
 # arms that are the model, or its LLM, before training
 UNTRAINED = ("untrained", "random, unmatched")
-Run = TypeVar("Run", bound=FinishedRun)
 
 log = logging.getLogger(__name__)
 
@@ -191,21 +189,56 @@ def _control_order(run: FinishedRun) -> tuple[int, int]:
     return -len(run.metrics["untrained"]), run.draw
 
 
-def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> list[StudyRuns]:
-    """Read finished runs and group them into studies of one task, in the order in which these first appear.
+def read_studies(texts: Iterable[str], labels: Sequence[str] = ()) -> list[StudyRuns]:
+    """Read the runs of studies, of any task, and group them; see :func:`group_runs`.
 
     Args:
-        paths: Run folders; NAME=FOLDER names the model if :func:`model_name` cannot tell.
-        kind: Class of the runs, which reads those of segmentation only or those of any task.
+        texts: Folders of studies; NAME=FOLDER names the model.
+        labels: Labels of a study's models in the order of the report (default: those that it was given); others follow.
 
     Raises:
-        UserError: A folder is not a finished run, or one of two models; two runs are the same case, two studies have
-            the same folder in the report, or runs do not fit together.
+        UserError: A folder is no study, or its runs do not fit together.
     """
-    runs = [read_run(path, kind) for path in paths]
-    if kind is ProbeRun:  # models are not compared at other tasks
-        _check_named_once(runs)
-    members = {}
+    return group_runs([run for text in texts for run in read_study(text, labels)])
+
+
+def read_study(text: str, labels: Sequence[str] = ()) -> list[FinishedRun]:
+    """Return the runs of [NAME=]FOLDER, with those of studies in this folder; each knows the name of its model.
+
+    Raises:
+        UserError: There is none, or probes are not those that a run wrote.
+    """
+    name, separator, path = text.partition("=")
+    if not separator or Path(text).is_dir():
+        name, path = "", text
+    folder = Path(path)
+    runs = [open_run(path) for path in finished_runs(folder)]
+    if not runs:
+        raise UserError(
+            f"{folder} is no study: expected a folder that holds finished runs, of a model and its controls "
+            "(`probes study MODEL DATA --out DIR`)"
+        )
+    given = labels or given_labels(folder)
+    names = labels_of_models(folder, runs, given)
+    if names and not name:
+        order = {label: i for i, label in enumerate(given)}
+        runs.sort(key=lambda run: order.get(names[run.path], len(order)))
+    for run in runs:
+        run.model = " ".join(filter(None, (name, names.get(run.path)))) or None
+        run.check_probes()  # a report reads only their scores
+    return runs
+
+
+def group_runs(runs: Sequence[FinishedRun]) -> list[StudyRuns]:
+    """Group runs into studies of one task, model and data set, in the order in which these first appear.
+
+    Those of segmentation come first.
+
+    Raises:
+        UserError: A run is of two models, two runs are the same case, or runs do not fit together.
+    """
+    _check_named_once(runs)
+    members: dict[tuple, list[FinishedRun]] = {}
     key_of = study_keys(runs)
     for run in runs:
         members.setdefault((run.task_name, *key_of(run)), []).append(run)
@@ -214,7 +247,7 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
         for key, of_study in members.items()
         if _has_trained_run(of_study)
     ]
-    _check_folders_differ(studies)
+    studies.sort(key=lambda study: study.task.name != SEGMENTATION)
     # by task, dataset and seed: the run whose images all others must share
     reference: dict[tuple, FinishedRun] = {}
     for study in studies:
@@ -260,17 +293,6 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     return list(groups.values())
 
 
-def _check_folders_differ(studies: Iterable[StudyRuns]) -> None:
-    """Raise if two studies would be written to the same folder, as "a b" and "a_b" or "a, seed 1" and seed 1 of "a"."""
-    by_folder: dict[tuple[str, str], StudyRuns] = {}
-    for study in studies:
-        if (other := by_folder.setdefault((study.task.name, study.slug), study)) is not study:
-            raise UserError(
-                f"{other.title!r} and {study.title!r} would be written to the same folder, {study.slug}; "
-                "give the model of one another name: NAME=RUN"
-            )
-
-
 def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, str, int | None]]:
     """Return the key of a run's study: model, dataset, and the seed if its task has trained runs with several."""
     seeds: dict[tuple[str, str, str], set[int]] = {}
@@ -287,18 +309,6 @@ def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, st
         return model, dataset, seed if len(of_model) > 1 else None
 
     return key_of
-
-
-def read_run(path: str, kind: type[Run]) -> Run:
-    """Return the run of a folder, or of NAME=FOLDER, which names the model.
-
-    Raises:
-        UserError: The folder is not a finished run, or its probes are not those that the run wrote.
-    """
-    name, separator, folder = str(path).partition("=")
-    run = kind(folder, name) if separator and not Path(path).is_dir() else kind(path)
-    run.check_probes()  # a report reads only their scores
-    return run
 
 
 def model_name(run: FinishedRun) -> str:

@@ -102,7 +102,7 @@ def _report(study: StudyConfig, steps: Sequence[Step]) -> Step:
     return ReportStep(
         "report",
         ReportOptions(
-            runs=(str(study.out),),
+            studies=(str(study.out),),
             out=out,
             labels=tuple(filter(None, study.models)),
         ),

@@ -27,7 +27,7 @@ from llava_bidir.common.imports import import_words
 from llava_bidir.common.process_group import end_on_signals, process_group
 from probes.analyses.base import function_of
 from probes.data.registry import open_split, split_identity
-from probes.report.terminal import format_results
+from probes.report.terminal import print_summary
 from probes.run_config import DataOptions, RunConfig
 from probes.runs.finished_run import FinishedRun
 from probes.runs.runs import finished_runs, open_run
@@ -120,7 +120,8 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
         print(f"{out} is complete; nothing to do")
     report = out / "report"
     if (report / "results.json").is_file():
-        print(f"\n{format_results(read_json(report / 'results.json'))}\n{report / 'index.html'}")
+        print()
+        print_summary(read_json(report / "results.json")["summary"], report / "index.html")
     if failed:
         steps_have = "a step has" if len(failed) == 1 else f"{len(failed)} steps have"
         raise UserError(

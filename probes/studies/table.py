@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import atomic_write, read_json
+from llava_bidir.common.files import atomic_write
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
-from probes.report.claim_table import HEADLINES, claim_rows
 from probes.runs.finished_run import FinishedRun
 from probes.runs.runs import finished_runs, open_run
 from probes.runs.study import given_labels, labels_of_models, model_name
@@ -54,22 +53,24 @@ class Study:
         return read_table(self.path, given_labels(self.path))
 
     def claims(self) -> "DataFrame":
-        """Return a row for each claim, task and mask: conclusion, effect and interval, and the verdict of each column.
+        """Return a row for each claim, model, mask and task: conclusion, effect with interval, what is beyond random.
 
-        The numbers of each column are in claims.csv of the report, which has more columns of the same table.
+        Numbers are fractions; the models are those of the page. All columns of a verdict are in report/claims.csv.
 
         Raises:
             UserError: There is no report yet.
         """
-        from pandas import DataFrame
+        from pandas import read_csv
 
-        file = self.path / "report" / "results.json"
-        if not file.is_file():
-            raise UserError(f"{file} does not exist; the study is not finished")
-        results = read_json(file)
-        studies = results.get("studies", [results])
-        rows = claim_rows([*studies, *results.get("tasks", [])])
-        return DataFrame(rows, columns=list(HEADLINES))
+        from probes.report.tables import by_claim
+
+        report = self.path / "report"
+        if not (report / "results.json").is_file():
+            raise UserError(f"{report / 'results.json'} does not exist; the study is not finished")
+        models = read_csv(report / "models.csv").set_index("key")["label"]
+        claims = by_claim(read_csv(report / "claims.csv"))
+        claims.insert(0, "label", claims["model"].map(models))
+        return claims
 
     def plot(self, metric: str = "miou", task: str = "segmentation") -> "Figure":
         """Draw a metric by site: each trained model in its own colour with its intervals, the random ones in grey.

@@ -14,12 +14,11 @@ made again, and what was made from it.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import probes
-from llava_bidir.common.files import exclusive_run_lock, read_json
+from llava_bidir.common.files import exclusive_run_lock
 from llava_bidir.common.process_group import end_on_signals
 from probes.steps import Step
 from probes.world_options import DemoOptions
@@ -75,7 +74,6 @@ def run(options: DemoOptions) -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(train, MASKS))
         _study(out, seed, options.extras or options.scale >= 1)
-        print(format_truth(read_json(out / "report/results.json")))
 
 
 def _train(out: Path, mask: str, seed: int) -> list[Step]:
@@ -148,24 +146,3 @@ def _study(out: Path, seed: int, in_full: bool) -> None:
         add=[*KNOCKOUT, *QUESTIONS] if in_full else KNOCKOUT,
         only=None if in_full else STEPS,
     )
-
-
-def format_truth(results: dict) -> str:
-    """Return the claims whose truth is known as tables by model and mask: what is true, and what the study found."""
-    from probes.report.claim_table import known_truths, summarize_truths  # imports torch
-    from probes.runs.formatting import align
-
-    studies = results["studies"]
-    tables: dict[str, list[list[str]]] = {}
-    for study, text in known_truths(studies):
-        columns = [text.columns[name] for name in ("optimum", "beyond_random")]
-        effects = [column.effect or column.verdict for column in columns]
-        row = [text.name, text.truth, *effects, text.finding]
-        tables.setdefault(f"- {study['model']}, {text.mask} attention", []).append(row)
-    header = ["claim", "truth", "at the optimum", "beyond random", "found"]
-    title, *rest = align([header, *(row for table in tables.values() for row in table)])
-    rows = iter(rest)
-    lines = ["", "What was planted, and what the study found (points, 95% intervals):", title]
-    for heading, table in tables.items():
-        lines += [heading, *islice(rows, len(table))]
-    return "\n".join([*lines, summarize_truths(studies)])

@@ -135,21 +135,24 @@ def plant_random(
     _save(net, processor, model, out, record, dict.fromkeys(CLAIMS, "absent"))
 
 
-def name_model(planted: Sequence[Mapping[str, Any]]) -> str:
-    """Return the name that reports give a model, in plain words: "as trained", "adapter merges three pairs of classes".
+def name_model(planted: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what reports call a model: "name", of at most 16 characters if one thing was planted, and "about".
 
     Args:
         planted: What was planted in it, as training.json records it. A recovery is trained, and so has no words.
     """
+    names = []
     words = []
     for record in planted:
         if record["planted"] == "random":
             shuffled = record["weights"] == "shuffled"
+            names.append("LLM shuffled" if shuffled else "LLM drawn anew")
             words.append("LLM shuffled" if shuffled else f"LLM drawn anew ({record['weights']})")
         if record["planted"] == "drop":
             pairs = len(record["merged"])
+            names.append("adapter merged" if pairs else "adapter intact")
             words.append(f"adapter merges {NUMBERS[pairs]} pair{'s' * (pairs != 1)} of classes")
-    return ", ".join(words) or "as trained"
+    return {"name": ", ".join(names) or "trained", "about": ", ".join(words) or "as trained"}
 
 
 def plant_drop(
@@ -286,7 +289,7 @@ def _save(
     before = training.get("truth", {}).get("segmentation", {})
     training["planted"] = [*training.get("planted", []), record]
     training["truth"] = {"segmentation": before | truth}
-    training["name"] = name_model(training["planted"])
+    training |= name_model(training["planted"])
     export_hf(net, processor, out, training)
 
 

@@ -106,13 +106,13 @@ def main() -> None:
     for name, default in (("sites", 34), ("classes", 150), ("images", 2000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    paths = write_study(
+    write_study(
         args.out,
         args.sites,
         args.classes,
         args.images,
     )
-    words = [sys.executable, "-c", REPORT, "report", *paths, "--out", args.out / "report"]
+    words = [sys.executable, "-c", REPORT, "report", args.out, "--out", args.out / "report"]
     subprocess.run([*map(str, words)], check=True)
 
 

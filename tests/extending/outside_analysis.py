@@ -1,8 +1,8 @@
 """An analysis outside the repository: it adds a claim to the report of finished runs.
 
-    python outside_analysis.py RUN ... --out REPORT
+    python outside_analysis.py STUDY --out REPORT
 
-The claim is that the first decoder layer already improves on the adapter, in pixel accuracy. Runs are those of a study:
+The claim is that the first decoder layer already improves on the adapter, in pixel accuracy. Runs of a study are
 the trained model, with solved and with trained probes, and its random controls. Each gets the file
 first_layer_effects.safetensors; the report judges the claim in the same three columns as the paper's.
 """
@@ -13,6 +13,7 @@ import torch
 
 import probes
 from probes.cli import main
+from probes.runs.study import read_study
 
 CLAIM = probes.Claim(
     sign=+1,
@@ -35,11 +36,10 @@ def first_layer_gain(run: probes.ProbeRun) -> probes.Estimate:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("study")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     probes.register_analysis("first_layer", {"first_layer": CLAIM})
-    for path in args.runs:
-        run = probes.ProbeRun(path)
+    for run in read_study(args.study):
         probes.write_effects(run, "first_layer", {"first_layer": first_layer_gain(run)})
-    main(["report", *args.runs, "--out", args.out])
+    main(["report", args.study, "--out", args.out])

@@ -4,6 +4,7 @@ import json
 
 import probe_runs
 import pytest
+from report_parts import studies_of
 
 from probes.analyses.knockout.section import section as knockout_section
 from probes.analyses.measured_sinks import sinks_of_run
@@ -15,7 +16,6 @@ from probes.analyses.starvation.section import sink_rows
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import read_studies
 
 CLAIM = "starvation_without_sink"
 
@@ -90,7 +90,7 @@ def test_routes_through_a_sink_are_marked_in_terminal_table_and_page(planted, tm
     main([*words, "--draws", "1", "--window", "1"])
     printed = capsys.readouterr().out
     assert SAID in printed
-    (study,) = read_studies([planted.path])
+    (study,) = studies_of([planted.path])
     content = route_section(study)
     assert any(text.startswith(f"Causal: i{SAID[1:]}") for text in content.sentences)
     (figure,) = content.figures
@@ -123,7 +123,7 @@ def test_a_knockout_of_layers_with_a_sink_says_so(planted, layers, is_said, caps
     words = ["--probes", str(planted.path), "--classes", "auto:2", "--draws", "1"]
     main(["knockout", *words, *cut])
     assert ("attention sinks among them" in capsys.readouterr().out) == is_said
-    (study,) = read_studies([planted.path])
+    (study,) = studies_of([planted.path])
     said = " ".join(knockout_section(study).sentences)
     assert ("Causal: in " in said and "attention sinks among them" in said) == is_said
 
@@ -144,7 +144,7 @@ def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(runs, norm):
     result["sinks"] = {"causal": measured}
     file.write_text(json.dumps(result))
     try:
-        claims = evaluate_claims(*read_studies([causal.path, bidirectional.path]))
+        claims = evaluate_claims(*studies_of([causal.path, bidirectional.path]))
     finally:
         file.unlink()
     found = [claim for claim in claims if claim["claim"] == CLAIM]

@@ -156,7 +156,7 @@ def report(study) -> Path:
     out = study.folder / "report"
     with pytest.MonkeyPatch.context() as patch:
         draw_no_pictures(patch)
-        main(["report", *map(str, study.runs), "--out", str(out)])
+        main(["report", str(study.folder), "--out", str(out)])
     return out
 
 
@@ -219,7 +219,6 @@ ABOUT_CLASSES = {
     "patching": ["--probes", "RUN"],
     "umap": ["--probes", "RUN"],
     "lab": ["RUN"],
-    "report": ["RUN", "--out", "OUT"],
     "maps": ["--probes", "RUN", "--classes", "a"],
 }
 

@@ -27,10 +27,8 @@ def runs(checkpoints, tmp_path_factory) -> list[str]:
         mask[: mask.shape[0] // 2, : mask.shape[1] // 2] = 255
         Image.fromarray(mask).save(file)
     masks = ("causal", "bidirectional")
-    return [
-        str(probe_runs.fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask)).path)
-        for mask in masks
-    ]
+    folder = tmp_path_factory.mktemp("study")
+    return [str(probe_runs.fit(checkpoints[mask], root, folder / mask).path) for mask in masks]
 
 
 def read_strictly(path: Path) -> dict:
@@ -52,7 +50,7 @@ def test_it_has_no_accuracy(runs, tmp_path, capsys):
         assert patches["gap_ci95"][0] == [None, None]
         assert all(math.isfinite(gap) for gap in patches["gap"][1:])
 
-    main(["report", *runs, "--out", str(tmp_path)])
+    main(["report", str(Path(runs[0]).parent), "--out", str(tmp_path)])
     claims = [entry["claim"] for entry in read_strictly(tmp_path / "results.json")["claims"]]
     assert "starvation_first_row" in claims
     assert "starvation" not in claims

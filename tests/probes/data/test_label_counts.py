@@ -154,5 +154,5 @@ def test_images_in_both_splits_are_named_from_the_check_to_the_page(tmp_path, ch
         main(["solve", *words, "--out", str(tmp_path / "run")])
     run = ProbeRun(tmp_path / "run")
     assert run.manifest["data"]["shared_images"] == [["002", "copy"]]
-    write_report([str(tmp_path / "run")], tmp_path / "report")
+    write_report([str(tmp_path)], tmp_path / "report")
     assert "002 = copy" in (tmp_path / "report/index.html").read_text()

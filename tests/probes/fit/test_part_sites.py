@@ -1,9 +1,8 @@
 """Probes inside a layer: solved, saved under their names, and read by the commands after it."""
 
-import json
-
 import labs
 import numpy as np
+import pandas
 import pytest
 import solving
 import studies
@@ -78,10 +77,9 @@ def test_segment_and_predict_read_a_part(solved, segmentation, tmp_path):
 
 
 def test_reports_and_the_lab_open_such_a_run(solved, tmp_path):
-    main(["report", str(solved.path), "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["site"] for row in results["sites"]] == SITES
-    assert (tmp_path / "parts.png").is_file()
+    main(["report", str(solved.path.parent), "--out", str(tmp_path)])
+    sites = pandas.read_csv(tmp_path / "sites.csv")
+    assert [*sites["site"].unique()] == SITES
     (model,) = labs.open_session([str(solved.path)]).describe()["models"]
     assert model["sites"] == SITES
     assert model["word_sites"] == ["adapter", "attn_02", "mlp_02", "layer_02"]

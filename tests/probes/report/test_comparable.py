@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from report_parts import studies_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
-from probes.runs.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -38,15 +38,15 @@ def edit_manifest(run: str, section: str, **values) -> None:
 def test_controls_at_other_layers_are_refused(write, draws):
     trained = write("trained", CURVE, solved=True)
     random = draws(FLAT, FLAT)
-    assert read_studies([trained, *random])
+    assert studies_of([trained, *random])
     keep_sites(trained, ["adapter", "layer_01"])
     with pytest.raises(
         UserError, match=r"layer_01, the second at 3 layers, layer_01 to layer_03.*--model.sites"
     ):
-        read_studies([trained, *random])
+        studies_of([trained, *random])
     for run in random:
         keep_sites(run, ["adapter", "layer_01"])
-    assert read_studies([trained, *random])
+    assert studies_of([trained, *random])
 
 
 def test_random_adapters_need_no_layers(write):
@@ -60,7 +60,7 @@ def test_random_adapters_need_no_layers(write):
         draw=0,
     )
     keep_sites(adapter, ["encoder", "adapter"])
-    assert read_studies([trained, adapter])
+    assert studies_of([trained, adapter])
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_other_prefixes_and_data_options_are_refused(
     (draw,) = draws(FLAT, matches=["update"])
     for run in (trained, draw):
         edit_manifest(run, section, **ours)
-    assert read_studies([trained, draw])
+    assert studies_of([trained, draw])
     edit_manifest(draw, section, **theirs)
     other = next(iter(theirs.values()))
     names = "model.prefix|model.image_px|data.options"
     with pytest.raises(UserError, match=f"differ in ({names}), .*{other}"):
-        read_studies([trained, draw])
+        studies_of([trained, draw])
 
 
 def test_two_equal_draws_are_refused(write, draws):
@@ -95,7 +95,7 @@ def test_two_equal_draws_are_refused(write, draws):
     trained = write("trained", CURVE, solved=True)
     same = draws(FLAT, FLAT, step=0)
     with pytest.raises(UserError, match="same probes at layer_01.*not two draws.*--model.draw"):
-        read_studies([trained, *same])
+        studies_of([trained, *same])
     other = write(
         "r2",
         FLAT,
@@ -104,7 +104,7 @@ def test_two_equal_draws_are_refused(write, draws):
         **RANDOM,
         draw=2,
     )
-    assert read_studies([trained, same[0], other])
+    assert studies_of([trained, same[0], other])
     adapters = [
         write(
             f"a{i}",
@@ -117,17 +117,17 @@ def test_two_equal_draws_are_refused(write, draws):
         for i in (0, 1)
     ]
     with pytest.raises(UserError, match="same probes at adapter"):
-        read_studies([trained, *adapters])
+        studies_of([trained, *adapters])
 
 
 def test_a_control_equal_to_the_trained_model_is_refused(write, draws):
     trained = write("trained", CURVE, 7, solved=True)
     with pytest.raises(UserError, match="random weights have changed nothing"):
-        read_studies([trained, *draws(CURVE, first=7)])
+        studies_of([trained, *draws(CURVE, first=7)])
 
 
 def test_equal_trainings_are_not_two_seeds(write):
     runs = [write(f"s{seed}", CURVE, 7, solved=True, seed=seed) for seed in (0, 1)]
     with pytest.raises(UserError, match="not two trainings"):
-        read_studies(runs)
-    assert len(read_studies([runs[0], write("s2", CURVE, 8, solved=True, seed=2)])) == 2
+        studies_of(runs)
+    assert len(studies_of([runs[0], write("s2", CURVE, 8, solved=True, seed=2)])) == 2

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import scipy.stats
+from report_parts import studies_of
 
 from llava_bidir.common.bootstrap import holm, interval
 from probes.cli import main
@@ -13,7 +14,6 @@ from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
 from probes.report.verdicts import describe_finding
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -22,7 +22,7 @@ LOW = [x - 0.25 for x in CURVE]  # trained probes, far below the optimum
 
 def claims_of(paths) -> dict[str, dict]:
     """Return the causal claims by name."""
-    claims = evaluate_claims(*read_studies(paths))
+    claims = evaluate_claims(*studies_of(paths))
     return {claim["claim"]: claim for claim in claims if claim["image_attention"] == "causal"}
 
 
@@ -124,7 +124,7 @@ def test_random_adapters_of_two_masks_are_one_confirmation(write, tmp_path):
                     draw=i,
                 )
             )
-    claims = write_report(runs, tmp_path / "report")["claims"]
+    claims = write_report([str(tmp_path)], tmp_path / "report")["claims"]
     drops = {
         c["image_attention"]: c["verdicts"]["beyond_random"]
         for c in claims
@@ -146,7 +146,7 @@ def test_the_spread_of_draws_is_pooled_over_masks_and_controls(write, draws):
         for match, spread in zip(("update", "permuted"), of_controls, strict=True):
             curves = [[0.5, 0.4, 0.4, 0.4, 0.5 + sign * spread, 0.4] for sign in (-1, 1)]
             runs += draws(*curves, mask=mask, matches=[match])
-    claims = evaluate_claims(*read_studies(runs))
+    claims = evaluate_claims(*studies_of(runs))
     beyond = {
         (c["image_attention"], control): entry
         for c in claims
@@ -215,7 +215,7 @@ def test_claims_are_corrected_for_their_number(write, draws, tmp_path):
             write("solved", CURVE, seed, mask=mask, solved=True),
             *draws(FLAT, CURVE, FLAT, mask=mask, first=20),
         ]
-    results = write_report(runs, tmp_path / "report")
+    results = write_report([str(tmp_path)], tmp_path / "report")
     tested = [claim for claim in results["claims"] if claim["p"] is not None]
     assert {claim["claim"] for claim in tested} >= {"recovery"}
     assert len(tested) < len(results["claims"])
@@ -254,7 +254,7 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
             name = f"{match[0]}{seed}{i}"
             number = 30 + 2 * seed + i
             runs.append(write(name, FLAT, number, solved=True, **common, **llm))
-    main(["report", *runs, "--out", str(tmp_path / "report")])
+    main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
     results = json.loads((tmp_path / "report/results.json").read_text())
     (joint,) = results["joint"]
     recovery = next(claim for claim in joint["claims"] if claim["claim"] == "recovery")

@@ -1,12 +1,13 @@
 """Controls of a study: which run is which control, in whatever order they are passed, and where they are compared."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from probe_runs import write_effects
-from report_parts import figures_of
+from report_parts import figures_of, studies_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.files import read_json
@@ -14,7 +15,7 @@ from probes.analyses.starvation.section import further_analyses
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
-from probes.runs.study import CONTROLS, UNTRAINED, read_studies
+from probes.runs.study import CONTROLS, UNTRAINED
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -43,7 +44,7 @@ def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write, 
             gap = [0, 0, 0.1, 0.3, 0, 0] if mask == "bidirectional" else [0] * 6
             set_accuracy_of_patch_0(run, [0.3 + x for x in gap])
         runs += solved
-    (study,) = read_studies(runs)
+    (study,) = studies_of(runs)
     assert study.main_runs["causal"].peak_layer == "layer_02"
     assert study.solved["causal"].peak_layer == "layer_01"
     (claim,) = [claim for claim in evaluate_claims(study) if claim["claim"] == "starvation"]
@@ -76,14 +77,14 @@ def test_draws_are_paired_by_their_number(part, write):
     ]
     expected = [{"causal"}, {"causal", "bidirectional"}, {"causal", "bidirectional"}]
     for order in (trained + random, trained + random[::-1]):
-        (study,) = read_studies(order)
+        (study,) = studies_of(order)
         found = study.draws(*CONTROLS[part], solved=False)
         assert [set(runs) for runs in found] == expected
         assert all(
             {run.metrics["draw"] for run in runs.values()} == {i} for i, runs in enumerate(found)
         )
     with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
-        read_studies([*order, write("again", FLAT, 9, **control, draw=1)])
+        studies_of([*order, write("again", FLAT, 9, **control, draw=1)])
 
 
 def test_the_untrained_model_is_the_same_control_in_any_order(write):
@@ -104,12 +105,12 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
         for i in (0, 2)
     ]
     for order in (runs, runs[::-1]):
-        (study,) = read_studies(order)
+        (study,) = studies_of(order)
         assert study.where(arm=UNTRAINED)[0].path == Path(runs[1])
         draws = [draw["causal"].metrics["draw"] for draw in study.draws("adapter", solved=False)]
         assert draws == [0, 1, 2], "one adapter of each draw"
     with pytest.raises(ValueError, match="are both the untrained run under 'causal'"):
-        read_studies([*runs, write("twice", FLAT, 8, untrained=["adapter", "llm"], draw=0)])
+        studies_of([*runs, write("twice", FLAT, 8, untrained=["adapter", "llm"], draw=0)])
 
 
 def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
@@ -119,11 +120,11 @@ def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
     for run in (causal, other, bidirectional):
         save_file({run: torch.zeros(1)}, f"{run}/probes.safetensors")  # part of the fingerprint
     main(["starvation", "--probes", causal, bidirectional, "--site", "layer_01"])
-    (study,) = read_studies([causal, bidirectional])
+    (study,) = studies_of([causal, bidirectional])
     figure = figures_of(study)["starvation"]
     assert further_analyses(*study.pair())["site"] == "layer_01"
     assert "at layer 03" in figure.caption
-    (study,) = read_studies([other, bidirectional])
+    (study,) = studies_of([other, bidirectional])
     assert further_analyses(*study.pair()) is None
     assert (
         f"starvation.json is left out, since it compares with another run than {other}"
@@ -135,13 +136,12 @@ def test_files_of_an_earlier_report_are_removed(write, tmp_path):
     """Others in its folder stay."""
     runs = [write("trained", CURVE, mask=mask) for mask in MASKS]
     out = tmp_path / "report"
-    write_report([f"a={runs[0]}", f"b={runs[1]}"], out)
-    assert (out / "a_toy_world/claims.csv").is_file()
+    write_report([str(tmp_path)], out)
+    assert (out / "starvation.csv").is_file() and (out / "differences.csv").is_file()
     (out / "notes.html").write_text("kept")
-    write_report(runs, out)
-    assert (out / "starvation.csv").is_file()
-    assert not (out / "a_toy_world").exists()
-    write_report(runs[:1], out)
+    shutil.rmtree(runs[1])
+    write_report([str(tmp_path)], out)
+    assert not (out / "starvation.csv").exists() and not (out / "differences.csv").exists()
     expected = {
         "index.html",
         "results.json",
@@ -156,7 +156,7 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
     file = tmp_path / "causal_solved/metrics.json"
 
     def optimum():
-        return next(c for c in evaluate_claims(*read_studies([run])) if c["claim"] == "recovery")[
+        return next(c for c in evaluate_claims(*studies_of([run])) if c["claim"] == "recovery")[
             "verdicts"
         ]["optimum"]
 

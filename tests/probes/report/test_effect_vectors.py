@@ -8,6 +8,7 @@ from pathlib import Path
 import knockouts
 import numpy as np
 import pytest
+from report_parts import studies_of
 
 import probes
 from llava_bidir.common.files import write_files
@@ -15,7 +16,6 @@ from probes.analyses import claims as registry
 from probes.analyses.effects import read_effects
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.runs.study import read_studies
 from probes.score.effect_file import effect_file
 
 EXAMPLE = Path(__file__).parents[2] / "extending/outside_analysis.py"
@@ -40,7 +40,7 @@ def registered():
 
 
 def test_claims_read_effects_and_no_counts(runs, monkeypatch):
-    (study,) = read_studies(runs)
+    (study,) = studies_of(runs)
     for name in ("counts", "sums"):
         monkeypatch.setattr(probes.ProbeRun, name, property(lambda run: pytest.fail("read")))
     claims = {claim["claim"]: claim for claim in evaluate_claims(study)}
@@ -48,7 +48,7 @@ def test_claims_read_effects_and_no_counts(runs, monkeypatch):
     assert claims["recovery"]["value"] == recovery.value
     monkeypatch.undo()
     (Path(runs[0]) / "effects.safetensors").unlink()
-    (study,) = read_studies(runs)
+    (study,) = studies_of(runs)
     with pytest.raises(ValueError, match=r"effects.safetensors is damaged .*; make it again"):
         evaluate_claims(study)
 
@@ -75,7 +75,7 @@ def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
 ):
     """The example, copied out of the repository; layer 1 has 10 points more than the adapter, random ones none."""
     script = shutil.copy(EXAMPLE, tmp_path / "mine.py")
-    monkeypatch.setattr("sys.argv", ["mine.py", *runs, "--out", str(tmp_path / "report")])
+    monkeypatch.setattr("sys.argv", ["mine.py", str(tmp_path), "--out", str(tmp_path / "report")])
     runpy.run_path(script, run_name="__main__")
     results = json.loads((tmp_path / "report/results.json").read_text())
     (claim,) = [claim for claim in results["claims"] if claim["claim"] == "first_layer"]
@@ -102,7 +102,8 @@ def test_a_registered_claim_that_reads_no_probes_needs_no_trained_ones(runs, tmp
     for path in solved:
         run = probes.ProbeRun(path)
         probes.write_effects(run, "mine", dict.fromkeys(claims, run.effects["recovery"]))
-    main(["report", *solved, "--out", str(tmp_path / "report")])
+    shutil.rmtree(runs[0])  # the trained ones
+    main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
     results = json.loads((tmp_path / "report/results.json").read_text())
     paper = {claim["claim"]: claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]}
     assert paper["reads"] == "untested"

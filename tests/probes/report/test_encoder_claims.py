@@ -3,12 +3,12 @@
 from itertools import product
 
 import pytest
+from report_parts import studies_of
 
 from probes.report.claims import evaluate_claims
 from probes.report.encoder_layers import best_layer, describe_best_layer
 from probes.report.page import write_report
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import read_studies
 
 SITES = ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
 PEAK = [0.2, 0.5, 0.8, 0.6, 0.7]  # layer 2 is far above the others, also on a tenth of the images
@@ -44,7 +44,7 @@ def claims_of(write):
                     **kind,
                 )
             )
-        claims = {claim["claim"]: claim for claim in evaluate_claims(*read_studies(runs))}
+        claims = {claim["claim"]: claim for claim in evaluate_claims(*studies_of(runs))}
         miou = {entry["site"]: entry["miou"] for entry in ProbeRun(runs[0]).metrics["sites"]}
         return claims, miou
 
@@ -64,7 +64,7 @@ def test_gains_are_over_the_patch_embeddings_and_the_last_layer(claims_of):
 def test_a_last_layer_that_was_probed_without_the_patches_is_compared(write, kind):
     """The page said that it was not probed, beside its score. No last layer of an LLM is compared."""
     run = write("trained", PEAK[2:], solved=True, sites=SITES[2:], model_kind=kind)
-    claims = {claim["claim"]: claim for claim in evaluate_claims(*read_studies([run]))}
+    claims = {claim["claim"]: claim for claim in evaluate_claims(*studies_of([run]))}
     sites = ProbeRun(run).metrics["sites"]
     assert list(claims) == ["over_last"] * (kind == "encoder")
     if claims:
@@ -98,8 +98,8 @@ def test_a_best_layer_that_random_ones_have_too_is_not_called_unlearned(claims_o
     ],
 )
 def test_the_page_names_only_sites_that_were_probed(write, tmp_path, sites, said):
-    run = write("trained", PEAK[: len(sites)], solved=True, sites=sites, model_kind="encoder")
-    write_report([run], tmp_path / "report")
+    write("trained", PEAK[: len(sites)], solved=True, sites=sites, model_kind="encoder")
+    write_report([str(tmp_path)], tmp_path / "report")
     page = " ".join((tmp_path / "report/index.html").read_text().split())
     assert f"Linear probes at {said} of <b>" in page
     assert ("final norm" in page) == (sites[-1] == "final_norm")

@@ -7,10 +7,10 @@ import numpy as np
 import probe_runs
 import pytest
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
+from report_parts import studies_of
 
 from probes.report.claims import evaluate_claims
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 ANCHORS = (-0.4, 0.4)
@@ -79,7 +79,7 @@ def draws(write):
 
 
 def claims_of(paths) -> dict[str, dict]:
-    return {claim["claim"]: claim for claim in evaluate_claims(*read_studies(paths))}
+    return {claim["claim"]: claim for claim in evaluate_claims(*studies_of(paths))}
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,20 @@
 """Encoders with planted differences, from photos to the page: a rotation of states, and two merged classes."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import planted_pairs
 import probe_runs
 import pytest
 import torch
 
-from llava_bidir.common.bootstrap import bootstrap_weights
+from llava_bidir.common.bootstrap import bootstrap_weights, random_swaps
 from probes.cli import main
-from probes.report.model_comparison import class_differs, compare_classes, differs
+from probes.report.compare import compare_classes, differs
 
 FILE = Path(planted_pairs.__file__)
+MARGIN = 0.01
 OPTIONS = (
     "--arms trained --only solve report --trainer.accelerator cpu --data.batch_size 20".split()
 )
@@ -30,21 +31,16 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(study):
-    return json.loads((study / "report/results.json").read_text())
+def rows(study) -> pd.DataFrame:
+    table = pd.read_csv(study / "report/differences.csv")
+    assert {*table["first"]} == {"A"}, "the others are compared with the first"
+    return table.replace({"second": {"B": "rotated", "C": "merged"}})
 
 
-def comparisons(results: dict, second: str, of: str) -> dict[str, dict]:
-    """Return the differences of a model from `plain` by site or class."""
-    found = [x for x in results["comparisons"] if (x["b"], x["of"]) == (second, of)]
-    assert {x["a"] for x in found} == {"plain"}
-    return {x.get("class", x["site_a"]): x for x in found}
-
-
-def named(results: dict, second: str) -> set[str]:
+def named(rows: pd.DataFrame, second: str) -> set[str]:
     """Return the classes in which a model is said to differ from `plain`."""
-    (entry,) = (x for x in results["compared"] if x["second"] == second)
-    return {x["class"] for x in entry["classes"] if class_differs(x)}
+    classes = rows[(rows["second"] == second) & (rows["of"] == "class")]
+    return {row["name"] for row in classes.to_dict("records") if differs(row, MARGIN)}
 
 
 def test_states_are_rotated():
@@ -56,39 +52,27 @@ def test_states_are_rotated():
     torch.testing.assert_close(plain @ rotation.T, rotated, rtol=1e-4, atol=1e-5)
 
 
-def test_no_difference_is_shown_between_states_and_their_rotation(study, results):
-    for of in ("site", "best layer", "class"):
-        for x in comparisons(results, "rotated", of).values():
-            low, high = x["ci95"]
-            assert abs(x["value"]) < 1
-            assert low <= 0 <= high or of != "best layer", "others are each by itself"
-    assert named(results, "rotated") == set()
-    page = (study / "report/index.html").read_text()
-    assert "No difference between rotated and plain is shown" in page
-    assert "none of 4 classes is shown to differ" in page
+def test_no_difference_is_shown_between_states_and_their_rotation(rows):
+    """Sites are each by itself; best layers and classes are tested together."""
+    of_rotated = rows[rows["second"] == "rotated"]
+    assert {*of_rotated["of"]} >= {"site", "best layer", "class"}
+    assert of_rotated["difference"].abs().max() < MARGIN
+    best = of_rotated[of_rotated["of"] == "best layer"]
+    assert (best["low"] <= 0).all() and (best["high"] >= 0).all()
+    assert named(rows, "rotated") == set()
 
 
-def test_merged_classes_are_named_with_their_differences(study, results):
-    (best,) = comparisons(results, "merged", "best layer").values()
-    assert best["ci95"][1] < -1
-    classes = comparisons(results, "merged", "class")
-    assert list(classes) == planted_pairs.CLASSES
-    assert named(results, "merged") == set(planted_pairs.MERGED)
+def test_merged_classes_are_named_with_their_differences(rows):
+    of_merged = rows[rows["second"] == "merged"].set_index(["of", "name"])
+    assert of_merged.loc[("best layer", "best layer"), "high"] < -MARGIN
+    assert [*of_merged.loc["class"].index] == planted_pairs.CLASSES
+    assert named(rows, "merged") == set(planted_pairs.MERGED)
     for name in planted_pairs.MERGED:
-        assert classes[name]["ci95"][1] < -1
-    page = (study / "report/index.html").read_text()
-    (sentence,) = (
-        line
-        for line in page.split("<br>")
-        if line.startswith("IoU at the best layers differs in 2")
-    )
-    assert all(f"{name} −" in sentence for name in planted_pairs.MERGED)
-    assert "merged and plain, class by class" in page
+        assert of_merged.loc[("class", name), "high"] < -MARGIN
 
 
-def test_all_compared_probes_have_certificates(results):
-    for entry in results["compared"]:
-        assert entry["unconverged"] == {"first": [], "second": []}
+def test_all_compared_probes_have_certificates(study):
+    assert pd.read_csv(study / "report/certificates.csv")["converged"].all()
 
 
 def run_of(right: torch.Tensor, labelled: torch.Tensor) -> SimpleNamespace:
@@ -97,12 +81,17 @@ def run_of(right: torch.Tensor, labelled: torch.Tensor) -> SimpleNamespace:
     sums = torch.cat([right, predicted, labelled], 1)[None].double()
     return SimpleNamespace(
         sums_at=lambda sites: sums,
-        peak_layer="layer_01",
+        sites=["layer_01"],
         task=probe_runs.CLASSES_TASK,
         groups=None,
         weights=bootstrap_weights(len(right), 300),
         metrics={"classes": [f"class {k}" for k in range(right.shape[1])]},
     )
+
+
+def classes_of(first: SimpleNamespace, second: SimpleNamespace) -> list[dict]:
+    swaps = random_swaps(len(first.weights[0])).double()
+    return [*compare_classes(first, second, ("layer_01", "layer_01"), swaps)]
 
 
 def test_a_class_that_is_nowhere_moves_no_name():
@@ -114,9 +103,9 @@ def test_a_class_that_is_nowhere_moves_no_name():
     right[:, 0] = labelled[:, 0]
     second = right.clone()
     second[:, 3] //= 2
-    entries = compare_classes(run_of(right, labelled), run_of(second, labelled))
-    assert [x["class"] for x in entries] == ["class 0", "class 2", "class 3"]
-    assert [x["class"] for x in entries if class_differs(x)] == ["class 0", "class 3"]
+    found = classes_of(run_of(right, labelled), run_of(second, labelled))
+    assert [x["name"] for x in found] == ["class 0", "class 2", "class 3"]
+    assert [x["name"] for x in found if differs(x, MARGIN)] == ["class 0", "class 3"]
 
 
 def test_equal_models_seldom_have_a_class_that_is_named():
@@ -131,8 +120,8 @@ def test_equal_models_seldom_have_a_class_that_is_named():
         for _ in range(2):
             rate = 0.6 + 0.1 * torch.randn(40, 20, generator=generator)
             runs.append(run_of((rate.clamp(0, 1) * labelled).long(), labelled))
-        entries = compare_classes(*runs)
-        named += any(map(class_differs, entries))
-        by_themselves += any(map(differs, entries))
+        found = classes_of(*runs)
+        named += any(differs(x, MARGIN) for x in found)
+        by_themselves += any(differs(x | {"of": "site"}, MARGIN) for x in found)
     assert named <= 10
     assert by_themselves > 40, "else this test would not tell single classes from all"

@@ -1,19 +1,20 @@
 """Compare claims with numpy, and build the page from tiny runs."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import probe_runs
 import pytest
 import reference
 from probe_runs import read_masks
+from report_parts import studies_of
 from task_runs import write_depth_run
 
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import read_studies
 
 MASKS = ("causal", "bidirectional")
 DRAWS_PICTURES = True
@@ -37,7 +38,7 @@ def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    main(["report", *runs, "--out", str(out)])
+    main(["report", str(Path(runs[0]).parents[1]), "--out", str(out)])
     return out
 
 
@@ -48,7 +49,7 @@ def test_claims_equal_numpy_on_saved_predictions(runs, segmentation):
         predictions = read_masks(run.path / "predictions" / site)
         return reference.scores(predictions, targets, 3)[0]
 
-    claims = {(c["claim"], c["image_attention"]): c for c in evaluate_claims(*read_studies(runs))}
+    claims = {(c["claim"], c["image_attention"]): c for c in evaluate_claims(*studies_of(runs))}
     for i, mask in enumerate(MASKS):
         trained = ProbeRun(runs[2 * i])
         control = ProbeRun(runs[2 * i + 1])
@@ -133,9 +134,10 @@ def test_figures_have_fonts_that_journals_accept(page):
 
 def test_runs_that_do_not_belong_together_are_rejected(runs, tmp_path):
     with pytest.raises(ValueError, match="only untrained controls were passed for"):
-        read_studies([runs[1]])
-    with pytest.raises(ValueError, match="has no metrics.json: not a finished probe run"):
-        read_studies([str(tmp_path)])
+        studies_of([runs[1]])
+    for folder in (tmp_path, runs[0]):
+        with pytest.raises(SystemExit, match="is no study: expected a folder that holds finished"):
+            main(["report", str(folder), "--out", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="--probes takes the causal run, then the other"):
         starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))
 

@@ -6,12 +6,11 @@ import pytest
 import scipy.stats
 import tiny_models
 import torch
+from report_parts import studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.cli import main
 from probes.report.seeds import join_column, mean_over_seeds
 from probes.report.verdicts import compare_to_draws, judge_draws
-from probes.runs.study import read_studies
 from probes.score.estimate import Estimate
 
 STUDIES = 500
@@ -110,18 +109,6 @@ def test_runs_are_studies_by_their_seed(tmp_path):
         runs.append(write(tmp_path / f"{seed}", root, seed))
         control = [0.5] * len(CURVE)
         runs.append(write(tmp_path / f"un{seed}", root, seed, quality=control, untrained=True))
-    found = [(study.seed, len(study.untrained)) for study in read_studies(runs)]
+    found = [(study.seed, len(study.untrained)) for study in studies_of(runs)]
     assert found == [(0, 1), (1, 1)]
-    assert [study.seed for study in read_studies(runs[:1])] == [None], "one seed is not named"
-
-
-@pytest.mark.parametrize("names", [("m", "m", "m, seed 1"), ("clip vicuna", "clip_vicuna")])
-def test_studies_of_one_folder_are_an_error(names, tmp_path):
-    """One would be shown with the claims, figures and tables of the other."""
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
-    runs = [
-        f"{name}={write(tmp_path / str(seed), root, seed, images=40)}"
-        for seed, name in enumerate(names)
-    ]
-    with pytest.raises(SystemExit, match="would be written to the same folder, .*NAME=RUN"):
-        main(["report", *runs, "--out", str(tmp_path / "out")])
+    assert [study.seed for study in studies_of(runs[:1])] == [None], "one seed is not named"

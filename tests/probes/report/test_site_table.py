@@ -7,11 +7,12 @@ import probe_runs
 import pytest
 import tiny_models
 from reference import miou_of_counts
+from report_parts import studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.site_table import describe_sites, shown_rows, site_rows
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import StudyRuns, read_studies
+from probes.runs.study import StudyRuns
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -50,7 +51,7 @@ def study(tmp_path, monkeypatch):
                 **options,
             )
             runs.append(str(path))
-        return read_studies(runs)[0]
+        return studies_of(runs)[0]
 
     return write
 

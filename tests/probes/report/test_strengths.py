@@ -19,13 +19,14 @@ from probe_runs import (
     write_solved,
 )
 from reference import miou_of_counts
+from report_parts import studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.strengths import path_rows
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import UNTRAINED, read_studies
+from probes.runs.study import UNTRAINED
 from probes.score.layer_effects import (
     cross_validated_layers,
     image_folds,
@@ -177,7 +178,7 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
 
 
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):
-    (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
+    (study,) = studies_of([paths["solved"], paths["solved_untrained"]])
     run = study.solved["causal"]
     (control,) = study.where(arm=UNTRAINED, solved=True)
     run.weights = control.weights = run.weights[:60]
@@ -261,7 +262,7 @@ def test_rows_count_if_the_sites_that_they_read_have_converged(
     options = {"root": root, "untrained": is_control, "converged": converged}
     runs = [paths["solved"]] * is_control
     runs.append(write_solved(tmp_path / "run", [curve] * 3, **options))
-    found = path_rows(*read_studies(runs))
+    found = path_rows(*studies_of(runs))
     assert [(x["effect"], x["row"]) for x in found if not x["converged"]] == missing
 
 
@@ -269,15 +270,15 @@ def test_rows_count_if_the_sites_that_they_read_have_converged(
 
 
 def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
-    (study,) = read_studies([paths["sgd"], paths["solved_untrained"]])
+    (study,) = studies_of([paths["sgd"], paths["solved_untrained"]])
     assert [str(run.path) for run in study.untrained.values()] == [paths["solved_untrained"]]
     assert "recovery_trained" not in {claim["claim"] for claim in evaluate_claims(study)}
     for controls, known in ((["sgd_untrained"], 0), (["sgd_untrained", "solved_untrained"], 1)):
-        (study,) = read_studies([paths[name] for name in ("solved", *controls)])
+        (study,) = studies_of([paths[name] for name in ("solved", *controls)])
         names = [claim["claim"] for claim in evaluate_claims(study)]
         assert names.count("recovery_trained") == known
     other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
-    (study,) = read_studies([other, paths["sgd"], paths["solved"]])
+    (study,) = studies_of([other, paths["sgd"], paths["solved"]])
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
 
 
@@ -294,11 +295,11 @@ def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
         )
         for i, mask in enumerate(("causal", "bidirectional"))
     ]
-    (study,) = read_studies([sgd, *solved])
+    (study,) = studies_of([sgd, *solved])
     assert study.main_runs == study.solved
     assert list(study.main_runs) == ["causal", "bidirectional"]
     assert f"{sgd} is left out" in caplog.text
-    (study,) = read_studies([sgd, solved[1]])
+    (study,) = studies_of([sgd, solved[1]])
     assert list(study.main_runs) == ["causal"]
     assert study.pair() is None
     assert f"{solved[1]} is left out" in caplog.text

@@ -1,15 +1,13 @@
 """Sites beside the layers of the LLM: the encoder's own layers, and parts of layers, change nothing of the others."""
 
-import json
-
 import probe_runs
 import pytest
 import tiny_models
+from report_parts import studies_of
 
-from probes.cli import main
+from probes.report.compare import compare_runs
 from probes.report.figures.layer_curves import layer_curves, stack_figures
 from probes.report.figures.layer_parts import part_figures
-from probes.runs.study import read_studies
 
 LLM = {
     "encoder": 0.55,
@@ -35,7 +33,7 @@ def test_other_sites_change_no_curve_best_layer_test_or_effect(sites, drawn, tmp
             options = {"root": root, "mask": mask, "sites": [*quality]}
             path = tmp_path / f"{mask}_{len(quality)}"
             runs.append(probe_runs.write_run(path, [*quality.values()], **options))
-        return read_studies(map(str, runs))[0]
+        return studies_of(map(str, runs))[0]
 
     def curves(study):
         (axes,) = layer_curves(study, False).figure.axes
@@ -51,7 +49,6 @@ def test_other_sites_change_no_curve_best_layer_test_or_effect(sites, drawn, tmp
     assert curves(study) == curves(reference) == [[-1, 0, 1, 2, 3]] * 2
     assert (len([*stack_figures(study)]), len([*part_figures(study)])) == drawn
     assert not [*stack_figures(reference), *part_figures(reference)]
-    main(["report", *(str(run.path) for run in study.members), "--out", str(tmp_path / "report")])
-    results = json.loads((tmp_path / "report/results.json").read_text())
-    assert [entry["site"] for entry in results["paired"]["sites"]] == [*LLM][:-1]
-    assert {row["site"] for row in results["sites"]} == {*sites}
+    rows = [row for row in compare_runs(*study.pair(), 50) if row["of"] == "site"]
+    assert [row["site"] for row in rows if row["p"] is not None] == [*LLM][:-1]
+    assert {row["site"] for row in rows} == {*sites}

@@ -8,10 +8,10 @@ import tiny_models
 import torch
 from probe_runs import write_run
 from reference import miou_of_counts
+from report_parts import studies_of
 
 from probes.report.compare import compare_runs
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import read_studies
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 
@@ -40,7 +40,7 @@ def miou(run: ProbeRun, weights=None) -> np.ndarray:
 
 def test_paired_differences_and_intervals_equal_numpy(pair):
     """The half width is the 95% quantile of the distance of resampled values from their mean."""
-    (study,) = read_studies(pair)
+    (study,) = studies_of(pair)
     causal, bidirectional = study.pair()
     rows = [*compare_runs(causal, bidirectional, 50)]
     difference = miou(bidirectional) - miou(causal)
@@ -59,7 +59,7 @@ def test_paired_differences_and_intervals_equal_numpy(pair):
 
 def p_of_sites(paths) -> dict[str, float]:
     """Corrected p-values by site, of both masks."""
-    rows = compare_runs(*read_studies(paths)[0].pair())
+    rows = compare_runs(*studies_of(paths)[0].pair())
     return {row["site"]: row["p"] for row in rows if row["of"] == "site"}
 
 
@@ -93,8 +93,8 @@ def test_runs_that_differ_are_not_compared(root, tmp_path, pair):
     with pytest.raises(
         ValueError, match="their probes differ in feature_norm, 'none' and 'batchnorm'"
     ):
-        read_studies([pair[0], str(other)])
+        studies_of([pair[0], str(other)])
     with pytest.raises(ValueError, match="were scored on different images"):
-        read_studies(
+        studies_of(
             [*pair, f"another={write_run(tmp_path / 'images', CURVE, root=root, images=30)}"]
         )

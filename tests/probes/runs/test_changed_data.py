@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import probe_runs
@@ -14,7 +15,7 @@ from probes.runs.finished_run import warn_of_changed_data
 from probes.runs.probe_run import ProbeRun
 
 MASKS = ("causal", "bidirectional")
-COMMANDS = {"report": ["report"], "starvation": ["starvation", "--site", "layer_01", "--probes"]}
+COMMANDS = ("report", "starvation")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,13 @@ def study(checkpoints, tmp_path_factory):
     for mask in MASKS:
         probe_runs.fit(checkpoints[mask], root, folder / mask)
     return folder, root
+
+
+def words(command: str, folder: Path) -> list[str]:
+    """The words of a command that reads the scores of a study."""
+    if command == "report":
+        return ["report", str(folder)]
+    return ["starvation", "--site", "layer_01", "--probes", *(str(folder / x) for x in MASKS)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -41,14 +49,7 @@ def test_commands_that_read_scores_only_warn_of_changed_masks(
     before = file.read_bytes()
     try:
         Image.fromarray(1 - np.asarray(Image.open(file)).clip(0, 1)).save(file)
-        main(
-            [
-                *COMMANDS[command],
-                *(str(folder / mask) for mask in MASKS),
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
+        main([*words(command, folder), "--out", str(tmp_path / "out")])
     finally:
         file.write_bytes(before)
     assert "belongs to a run with data.validation_masks='5, sha256" in caplog.text
@@ -67,5 +68,5 @@ def test_commands_that_read_scores_only_work_without_the_data(
         manifest = json.loads((run / "manifest.json").read_text())
         manifest["data"]["root"] = str(tmp_path / "none")
         (run / "manifest.json").write_text(json.dumps(manifest))
-    main([*COMMANDS[command], *map(str, runs), "--out", str(tmp_path / "out")])
+    main([*words(command, tmp_path), "--out", str(tmp_path / "out")])
     assert "former data" not in caplog.text

@@ -63,7 +63,7 @@ def test_damaged_or_missing_json_is_named(file, content, run):
 def test_weights_that_are_not_finite_are_named_by_whatever_reads_the_run(run, tmp_path):
     probes = {f"{site}.head.weight": torch.zeros(3, 2) for site in ProbeRun(run).sites}
     save_file(probes, run / "probes.safetensors")
-    main(["report", str(run), "--out", str(tmp_path / "report")])
+    main(["report", str(run.parent), "--out", str(tmp_path / "report")])
     probes["layer_02.head.weight"][1, 1] = torch.nan
     save_file(probes, run / "probes.safetensors")
     with pytest.raises(
@@ -72,7 +72,7 @@ def test_weights_that_are_not_finite_are_named_by_whatever_reads_the_run(run, tm
     ):
         ProbeRun(run).probes()
     with pytest.raises(SystemExit, match="layer_02.head.weight is not finite"):
-        main(["report", str(run), "--out", str(tmp_path / "again")])
+        main(["report", str(run.parent), "--out", str(tmp_path / "again")])
 
 
 def add_tensor(file: Path) -> None:
@@ -90,13 +90,13 @@ CHANGES = {
 def test_a_file_that_has_changed_since_the_run_is_named(name, run, tmp_path):
     save_file({"encoder.head.weight": torch.zeros(3, 16)}, run / "probes.safetensors")
     probe_runs.record_hashes(run)
-    main(["report", str(run), "--out", str(tmp_path / "report")])
+    main(["report", str(run.parent), "--out", str(tmp_path / "report")])
     change, read = CHANGES[name]
     change(run / name)
     with pytest.raises(ValueError, match=f"{name} is not the file that the run wrote"):
         read(ProbeRun(run))
     with pytest.raises(SystemExit, match=f"^probes: .*{name} is not the file that the run wrote"):
-        main(["report", str(run), "--out", str(tmp_path / "again")])
+        main(["report", str(run.parent), "--out", str(tmp_path / "again")])
 
 
 class Scripts(HTMLParser):
@@ -132,9 +132,9 @@ def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
         ["versions", "torch"],
     ):
         rewrite(run / "manifest.json", *facts, value=EVIL)
-    main(["report", str(whole), "--out", str(tmp_path / "plain")])
+    main(["report", str(whole.parent), "--out", str(tmp_path / "plain")])
     before = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
-    main(["report", str(run), "--out", str(tmp_path / "evil")])
+    main(["report", str(run.parent), "--out", str(tmp_path / "evil")])
     html = (tmp_path / "evil/index.html").read_text()
     assert "alert(1)" in html
     assert "<script>alert" not in html

@@ -9,6 +9,7 @@ import pytest
 import tiny_encoders
 import tiny_models
 from reference import miou_of_counts
+from report_parts import studies_of
 from studies import study_of
 
 from llava_bidir.common.errors import UserError
@@ -24,7 +25,6 @@ from probes.report.claims import evaluate_claims
 from probes.report.encoder_layers import best_layer, describe_best_layer
 from probes.runs.formatting import format_difference, format_points
 from probes.runs.probe_run import ProbeRun
-from probes.runs.study import read_studies
 from probes.studies.estimate import print_estimate
 from probes.studies.plan import make_plan
 from probes.studies.run import run_study
@@ -80,7 +80,7 @@ def test_a_last_layer_without_a_probe_is_not_taken_for_another(parts, tmp_path):
     run = ProbeRun(tmp_path / "run")
     assert "layer_gain" in run.effects
     assert "over_last" not in run.effects
-    best = best_layer(run, evaluate_claims(*read_studies([str(run.path)])))
+    best = best_layer(run, evaluate_claims(*studies_of([str(run.path)])))
     assert best["last"] == "layer_03"
     assert describe_best_layer(best).endswith("the last one was not probed")
 

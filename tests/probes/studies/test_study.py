@@ -151,7 +151,9 @@ def test_the_table_answers_questions_in_one_line(finished):
         "correct",
     }
     claims = probes.Study(finished).claims()
-    assert {"claim", "conclusion", "paper", "optimum", "beyond_random"} <= set(claims.columns)
+    assert {"label", "claim", "conclusion", "optimum_verdict", "beyond_value"} <= set(
+        claims.columns
+    )
     assert "adapter_drop" in probes.Study(finished)._repr_html_()
 
 

@@ -109,16 +109,17 @@ def test_a_drop_makes_the_directions_of_its_pairs_equal_and_no_others(pairs, wor
     training = read_json(out / "training.json")
     assert training["truth"]["segmentation"]["adapter_drop"] == truth
     words = {0: "no pairs", 1: "one pair", 3: "three pairs"}
-    assert training["name"] == f"adapter merges {words[pairs]} of classes"
+    assert training["name"] == ("adapter merged" if pairs else "adapter intact")
+    assert training["about"] == f"adapter merges {words[pairs]} of classes"
 
 
 def test_models_have_plain_names_of_what_was_planted_in_this_order():
     recovery = {"planted": "recovery"}
     drawn = {"planted": "random", "weights": "orthogonal"}
     drop = {"planted": "drop", "merged": MERGED[:2]}
-    assert name_model([recovery]) == "as trained"
+    assert name_model([recovery]) == {"name": "trained", "about": "as trained"}
     both = "LLM drawn anew (orthogonal), adapter merges two pairs of classes"
-    assert name_model([recovery, drawn, drop]) == both
+    assert name_model([recovery, drawn, drop])["about"] == both
 
 
 def test_bad_input_is_named(world, model, tmp_path):

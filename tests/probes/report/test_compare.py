@@ -1,0 +1,239 @@
+"""Comparisons of models on the same photos: pairs, intervals, classes, and names."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import probe_runs
+import pytest
+import torch
+from report_parts import studies_of
+from safetensors.torch import load_file, save_file
+
+from probes.cli import main
+from probes.report.compare import (
+    BEST_LAYER,
+    FEWEST_PHOTOS,
+    LEFT_OUT,
+    compare_runs,
+    difference_of_best,
+    difference_rows,
+    differs,
+    pair_sites,
+)
+from probes.runs.probe_run import ProbeRun
+from probes.runs.study import labels_of_models, read_studies
+from probes.score.estimate import Estimate
+
+QUALITY = [0.50, 0.40, 0.52, 0.60, 0.58, 0.58]  # encoder, adapter, three layers, final norm
+WORSE = [*QUALITY[:3], 0.50, 0.48, 0.48]
+MARGIN = 0.01
+
+
+def compared(*words: str) -> list[dict]:
+    """The differences of models that are named A, B, ..."""
+    studies = studies_of(words)
+    names = dict.fromkeys(study.name for study in studies)
+    return difference_rows(studies, dict(zip(names, "ABC", strict=False)))
+
+
+def of(rows: list[dict], what: str) -> dict[str, dict]:
+    return {row["name"]: row for row in rows if row["of"] == what}
+
+
+def test_equal_models_show_no_difference(write):
+    rows = compared(f"before={write('first', QUALITY)}", f"after={write('second', QUALITY)}")
+    assert {(row["first"], row["second"]) for row in rows} == {("A", "B")}, "in the order given"
+    assert {row["difference"] for row in rows} == {0}
+    assert not any(differs(row, MARGIN) for row in rows)
+
+
+def test_a_worse_model_reads_less_where_it_is_worse(write):
+    paths = [write("first", QUALITY, number=1), write("second", WORSE, number=2)]
+    rows = compared(f"before={paths[0]}", f"after={paths[1]}")
+    sites = of(rows, "site")
+    found = [name for name, row in sites.items() if differs(row, MARGIN)]
+    assert found == ["layer_02", "layer_03", "final_norm"]
+    assert [row["p"] < 0.05 for row in sites.values() if row["p"] is not None] == [0, 0, 0, 1, 1]
+    scores = [ProbeRun(path).site_scores()["layer_02"] for path in paths]
+    assert sites["layer_02"]["difference"] == pytest.approx(scores[1].value - scores[0].value)
+    (best,) = of(rows, BEST_LAYER).values()
+    assert best["difference"] < -0.03 and best["high"] < -0.01
+
+
+def merge_classes(run: str, kept: int, lost: int) -> None:
+    """Make the probes of a run take one class for another everywhere."""
+    file = Path(run) / "counts.safetensors"
+    counts = load_file(file)
+    counts["predicted"][..., kept] += counts["predicted"][..., lost]
+    counts["predicted"][..., lost] = 0
+    counts["intersection"][..., lost] = 0
+    save_file(counts, file)
+    probe_runs.write_effects(Path(run))
+
+
+def test_a_class_that_a_model_does_not_tell_differs(write):
+    """The other one loses by what it is taken for."""
+    first = write("first", QUALITY, number=1)
+    second = write("second", QUALITY, number=1)
+    merge_classes(second, 0, 1)
+    names = ProbeRun(first).metrics["classes"]
+    classes = of(compared(f"before={first}", f"after={second}"), "class")
+    assert {name for name, row in classes.items() if differs(row, MARGIN)} == {*names[:2]}
+    assert classes[names[1]]["difference"] < classes[names[0]]["difference"] < 0
+
+
+def test_a_class_in_too_few_photos_is_not_tested(write):
+    """Its interval is within what a difference can be."""
+    paths = [write("first", QUALITY, number=1), write("second", QUALITY, number=1)]
+    for path in paths:
+        file = Path(path) / "counts.safetensors"
+        counts = load_file(file)
+        counts["labelled"][FEWEST_PHOTOS - 1 :, 0] = 0
+        counts["intersection"][:, FEWEST_PHOTOS - 1 :, 0] = 0
+        save_file(counts, file)
+    merge_classes(paths[1], 1, 0)
+    first, *others = of([*compare_runs(*map(ProbeRun, paths))], "class").values()
+    assert (first["photos"], first["p"]) == (FEWEST_PHOTOS - 1, None)
+    assert -1 <= first["low"] < first["difference"] < 0 and not differs(first, MARGIN)
+    assert all(row["photos"] > 30 and row["p"] is not None for row in others)
+
+
+def test_each_model_is_compared_with_the_first_of_its_data(write):
+    runs = []
+    for name, quality in (("a", QUALITY), ("b", WORSE), ("c", QUALITY)):
+        for i, data in enumerate(("street", "room")):
+            run = write(f"{name}_{data}", quality, number=i, dataset=data)
+            runs.append(f"{name}={run}")
+    found = [(row["first"], row["second"], row["data"]) for row in compared(*runs)]
+    expected = {(x, y, data) for x, y in ("AB", "AC") for data in ("street", "room")}
+    assert {*found} == expected
+
+
+def study_of_two(write, tmp_path, masks=("causal", "causal")) -> Path:
+    """A study of models "zero" and "after", whose folders have other names."""
+    for label, name, mask in zip(("zero", "after"), ("r1", "r2"), masks, strict=True):
+        run = Path(write(name, QUALITY, mask=mask, mllm=f"models/{name}"))
+        (tmp_path / "study" / label).mkdir(parents=True)
+        run.rename(tmp_path / "study" / label / "trained")
+    return tmp_path / "study"
+
+
+def test_a_study_of_two_models_keeps_labels_and_order(write, tmp_path):
+    study = study_of_two(write, tmp_path)
+    words = ["report", str(study), "--out", str(tmp_path / "report")]
+    main([*words, "--labels", "zero", "after"])
+    models = pd.read_csv(tmp_path / "report/models.csv")
+    assert [*models["label"]] == ["zero", "after"] and [*models["key"]] == ["A", "B"]
+    rows = json.loads((tmp_path / "report/results.json").read_text())["comparisons"]
+    assert {(row["a"], row["b"]) for row in rows} == {("zero", "after")}
+    assert {len(row["ci95"]) for row in rows} == {2}
+    assert [study.name for study in read_studies([str(study)])] == ["r2", "r1"], "by folders"
+
+
+@pytest.mark.parametrize("masks", [("causal", "causal"), ("causal", "bidirectional")])
+def test_a_model_of_a_study_is_not_compared_with_itself(write, tmp_path, masks):
+    study = study_of_two(write, tmp_path, masks)
+    with pytest.raises(ValueError, match="is passed twice, as 'A.*' and 'B': one model"):
+        read_studies([f"A={study}", f"B={study}/after"])
+
+
+def test_two_masks_of_one_model_are_no_two_models(write, tmp_path):
+    study = study_of_two(write, tmp_path, ("causal", "bidirectional"))
+    runs = [ProbeRun(study / label / "trained") for label in ("zero", "after")]
+    assert labels_of_models(study, runs, ("zero", "after")) == {}
+
+
+@pytest.mark.parametrize(
+    ("layers", "pairs"),
+    [
+        (((2, 4), (3, 6)), [(2, 3), (4, 6)]),
+        (((1, 4), (3, 4)), [(4, 4)]),  # layer 1 of four has no counterpart
+    ],
+)
+def test_layers_of_equal_relative_depth_are_compared(write, layers, pairs):
+    runs = []
+    for name, of_model in zip("ab", layers, strict=True):
+        sites = ["adapter", *(f"layer_{i:02d}" for i in of_model)]
+        runs.append(ProbeRun(write(name, [0.4, 0.5, 0.6], sites=sites)))
+    expected = [(f"layer_{a:02d}", f"layer_{b:02d}") for a, b in pairs]
+    assert pair_sites(*runs) == [("adapter", "adapter"), *expected]
+
+
+def test_solved_and_trained_probes_are_not_compared(write):
+    paths = [write("first", QUALITY), write("second", QUALITY, solved=True)]
+    (row,) = compared(f"before={paths[0]}", f"after={paths[1]}")
+    assert row["of"] == LEFT_OUT and "make both in the same way" in row["name"]
+
+
+FLAT = [0.5] * 12
+PEAKED = [0.5 - 0.03 * i for i in range(12)]
+
+
+@pytest.mark.parametrize("first", [FLAT, PEAKED])
+def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
+    """Equal layers, and one best layer against twelve, where that of the two which look best covers too little."""
+    generator = torch.Generator().manual_seed(0)
+    spread = 0.02
+    covered = 0
+    covered_by_best_here = 0
+    for _ in range(200):
+        models = []
+        for true in (first, FLAT):
+            observed = torch.tensor(true) + spread * torch.randn(12, generator=generator)
+            drawn = observed + spread * torch.randn(300, 12, generator=generator)
+            models.append([Estimate(observed[i].item(), drawn[:, i]) for i in range(12)])
+        row = difference_of_best(1, *models)
+        covered += row["low"] <= 0 <= row["high"]
+        best = [max(scores, key=lambda score: score.value) for scores in models]
+        assert row["difference"] == pytest.approx(best[1].value - best[0].value)
+        low, high = (best[1] - best[0]).ci95
+        covered_by_best_here += low <= 0 <= high
+    assert covered >= 190
+    if first is PEAKED:
+        assert covered_by_best_here < 180, "else this test would not tell the two"
+
+
+def test_the_interval_of_best_layers_is_that_of_all_pairs_together():
+    """Of scores that are better the lower they are, it is mirrored."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 3, generator=generator)
+    drawn = scores + 0.1 * torch.randn(400, 2, 3, generator=generator)
+    models = []
+    for m in (0, 1):
+        models.append([Estimate(scores[m, i].item(), drawn[:, m, i]) for i in range(3)])
+    observed = {}
+    spread = {}
+    distances = []
+    for b in range(3):
+        for a in range(3):
+            observed[b, a] = (scores[1, b] - scores[0, a]).item()
+            of_pair = (drawn[:, 1, b] - drawn[:, 0, a]).double()
+            spread[b, a] = of_pair.std().item()
+            distances.append((of_pair - of_pair.mean()).abs() / spread[b, a])
+    factor = torch.stack(distances).amax(0).quantile(0.95).item()
+    expected = []
+    for sign in (-1, 1):
+        bound = {}
+        for pair, value in observed.items():
+            bound[pair] = value + sign * factor * spread[pair]
+        least = [min(bound[b, a] for a in range(3)) for b in range(3)]
+        expected.append(max(least))
+    found = difference_of_best(1, *models)
+    assert [found["low"], found["high"]] == pytest.approx(expected, abs=1e-6)
+    turned = [[Estimate(-x.value, -x.resampled) for x in scores] for scores in models]
+    mirrored = difference_of_best(-1, *turned)
+    assert [-mirrored["high"], -mirrored["low"]] == pytest.approx(expected, abs=1e-6)
+
+
+def test_differences_have_the_intervals_of_paired_resampling(write):
+    """Not those of independent ones: the photos are the same."""
+    runs = [ProbeRun(write(name, QUALITY, number=i)) for i, name in enumerate(("a", "b"))]
+    row = of([*compare_runs(*runs)], "site")["layer_02"]
+    scores = [run.site_scores()["layer_02"] for run in runs]
+    drawn = (scores[1].resampled - scores[0].resampled).quantile(
+        torch.tensor([0.025, 0.975]).double()
+    )
+    assert [row["low"], row["high"]] == pytest.approx(drawn.tolist(), abs=2e-3)
+    apart = scores[0].resampled.std() + scores[1].resampled.std()
+    assert row["high"] - row["low"] < 2 * apart

@@ -7,10 +7,8 @@ from llava_bidir.common.files import check_suffix, exclusive_run_lock, write_fil
 from llava_bidir.common.images import read_photos
 from probes.command_options import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
-from probes.models.families.chosen_sites import parts_text
-from probes.models.families.encoder_layers import encoder_layers
-from probes.models.families.layer_parts import part_sites, why_no_part
 from probes.models.families.modules import MODULE_TYPE
+from probes.models.families.sites import encoder_layers, part_sites, parts_text, why_no_part
 from probes.models.read_config import check_numbers, read_config
 from probes.models.sites import last_layer, layer_number, part_names, part_of
 

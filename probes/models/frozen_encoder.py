@@ -16,6 +16,7 @@ from probes.ops.geometry import ResizeRule
 
 from .attention_weights import softmax_attention
 from .families import EncoderFamily
+from .families.encoders import count_extra_tokens, vision_config
 from .families.modules import MODULE_TYPE
 from .frozen_model import FrozenModel
 from .hooks import with_arguments
@@ -53,7 +54,7 @@ class FrozenEncoder(FrozenModel):
 
     Its sites are "layer_00" (input of the first layer), "layer_01" ... (outputs of the layers) and "final_norm" (the
     last layer after the model's norm). By name, or with "all_parts", also the parts of layers, "value_01", "attn_01",
-    "mlp_01" ... (families/layer_parts.py). CLS and register tokens are left out of the states.
+    "mlp_01" ... (families/sites.py). CLS and register tokens are left out of the states.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class FrozenEncoder(FrozenModel):
         attention = family.image_attention
         super().__init__(model, family, image_processors, attention, resize_rule, revision)
         self.layer_sites = [site for site in self.sites if is_layer(site)]
-        extra = family.extra_tokens(model.config)
+        extra = count_extra_tokens(family, vision_config(model.config))
         tokens = extra + self.image_tokens
         self.register_buffer("is_image", torch.arange(tokens) >= extra, persistent=False)
         self.register_buffer("image_positions", torch.arange(extra, tokens), persistent=False)

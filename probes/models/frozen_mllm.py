@@ -22,7 +22,7 @@ from llava_bidir.common.hf import check_outputs
 from llava_bidir.common.images import PhotoLike
 from probes.ops.geometry import SQUASH, ResizeRule
 
-from .answering import attend_from_answer, generate_answer, score_answers
+from .answers import attend_from_answer, generate_answer, score_answers
 from .attention_masks import (
     Masks,
     build_decoder_masks,
@@ -31,8 +31,8 @@ from .attention_masks import (
     supports_masks,
 )
 from .families import Family
-from .families.encoder_layers import EncoderLayers, encoder_layers
 from .families.our_code import LogitHead
+from .families.sites import EncoderLayers, encoder_layers
 from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .measured_mask import MeasuredMask, measure_mask
@@ -47,8 +47,8 @@ class FrozenMLLM(FrozenModel):
     Its sites are "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
     before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
-    with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py). By name, or with
-    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py).
+    with "all", also the encoder's own layers, "encoder_00" ... (families/sites.py). By name, or with
+    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/sites.py).
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class FrozenMLLM(FrozenModel):
         on_token: Callable[[str], None] | None = None,
         hooks: Mapping[str, Replacement] | None = None,
     ) -> str | list[str]:
-        """Return the greedy answer to a question about an image, also under a knockout; see answering.py.
+        """Return the greedy answer to a question about an image, also under a knockout; see answers.py.
 
         Args:
             image: Path or PIL image. Of a list of these, each is asked about by itself.
@@ -307,7 +307,7 @@ class FrozenMLLM(FrozenModel):
     ) -> Tensor:
         """Return the log-probability of each answer to a question, f[B, A], on the CPU.
 
-        One forward computes all of them, except in models with layers without masks (answering.py).
+        One forward computes all of them, except in models with layers without masks (answers.py).
 
         It is the sum over the answer's tokens without the end token, so that an answer which begins with another one
         is never the more probable of the two.

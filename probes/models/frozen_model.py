@@ -17,8 +17,7 @@ from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_weights import read_attention
 from .families import EncoderFamily, Family, own_image_attention
-from .families.chosen_sites import all_sites, chosen_sites
-from .families.layer_parts import part_width
+from .families.sites import all_sites, chosen_sites, part_width
 from .knockout import Knockout
 from .reading import Replacement, read_states
 from .sites import layer_around, layer_number, layer_site, part_of
@@ -251,7 +250,7 @@ class FrozenModel(nn.Module):
         """Return `sites` as a list: `self.sites` for None, also `encoder_sites` for "all", `all_sites` for "all_parts".
 
         Raises:
-            UserError: A site is unknown or cannot be read; see families/chosen_sites.py.
+            UserError: A site is unknown or cannot be read; see families/sites.py.
         """
         return chosen_sites(self.family, self.model.config, sites)
 

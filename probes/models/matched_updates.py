@@ -18,7 +18,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
 
 from .attention_weights import softmax_attention
-from .families.layer_parts import find_part
+from .families.sites import find_part
 from .hooks import around, at_output
 from .sites import layer_site
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
 
-from .families.layer_parts import part_module, part_multiplier
+from .families.sites import part_module, part_multiplier
 from .hooks import StopForward, at_arguments, at_input, at_output, with_arguments
 from .knockout import Knockout
 from .sites import (

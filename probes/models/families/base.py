@@ -62,7 +62,7 @@ class Family:
         inputs: (model, pixels f[B, C, H, W], is_image bool[B, N]) -> arguments of the forward besides the ids.
         language_model: The decoder, with `layers`, the norm after them, and `embed_tokens`.
         norm: Name of that norm in the decoder.
-        vision_tower: The encoder, whose layers are sites, too (encoder_layers.py); None if there is none, or two.
+        vision_tower: The encoder, whose layers are sites, too (families/sites.py); None if there is none, or two.
         image_attention: Mask that checkpoints were trained with, as a name or from the config.
         image_resize: How images become squares; None: as the checkpoint's image processor does.
         normalisations: Keys of mean and standard deviation in the image processor; 3 channels for each pair.

@@ -83,36 +83,6 @@ def patch_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
     }
 
 
-def no_extra_tokens(config: PreTrainedConfig) -> int:
-    """Return 0: all tokens are patches."""
-    return 0
-
-
-def cls_token(config: PreTrainedConfig) -> int:
-    """Return 1: the CLS token precedes the patches."""
-    return 1
-
-
-def cls_and_registers(config: PreTrainedConfig) -> int:
-    """Return the number of tokens before the patches: CLS and the registers."""
-    return 1 + config.num_register_tokens
-
-
-def cls_and_distillation(config: PreTrainedConfig) -> int:
-    """Return 2: DeiT's CLS token and its token of distillation precede the patches."""
-    return 2
-
-
-def several_cls(config: PreTrainedConfig) -> int:
-    """Return the number of Pixio's CLS tokens."""
-    return config.n_cls_tokens
-
-
-def summaries_and_registers(config: PreTrainedConfig) -> int:
-    """Return the number of C-RADIO's tokens before the patches: one for each teacher, and the registers."""
-    return config.num_cls_tokens + config.num_registers
-
-
 @dataclass(frozen=True)
 class EncoderFamily:
     """How to read one kind of vision encoder. Modules are named by their path in the model.
@@ -124,6 +94,7 @@ class EncoderFamily:
         layers: The list of layers; each has its attention as `attention` or `self_attn`.
         norm: The norm after the last layer; None if there is none, and then no site "final_norm".
         extra_tokens: Number of tokens before the patches.
+        extra_keys: Keys of the config with numbers of further ones.
         image_px: Side of the square input in pixels, unless a user chooses another one.
         inputs: (config, pixels f[B, 3, H, W]) -> arguments of the forward.
         any_side: True if positions are interpolated, so that the side can be any multiple of the patch.
@@ -135,7 +106,8 @@ class EncoderFamily:
     model_class: "str | type[PreTrainedModel]"
     layers: str
     norm: str | None
-    extra_tokens: Callable[[PreTrainedConfig], int]
+    extra_tokens: int = 0
+    extra_keys: tuple[str, ...] = ()
     image_px: Callable[[PreTrainedConfig], int] = stored_side
     inputs: Callable[[PreTrainedConfig, Tensor], dict] = plain_inputs
     any_side: bool = True
@@ -209,6 +181,12 @@ class EncoderFamily:
         return {"encoder": [self.layers_of(model)]}
 
 
+def count_extra_tokens(entry: Any, config: PreTrainedConfig) -> int:
+    """Return the number of tokens before the patches, of an entry with `extra_tokens` and `extra_keys`."""
+    return entry.extra_tokens + sum(getattr(config, key) for key in entry.extra_keys)
+
+
+_REGISTERS = ("num_register_tokens",)
 _DINOV2 = {
     "layers": "encoder.layer",
     "norm": "layernorm",
@@ -224,40 +202,41 @@ _VIT = {
 
 _CLIP = EncoderFamily(
     "CLIPVisionModel",
-    extra_tokens=cls_token,
+    extra_tokens=1,
     inputs=interpolating_inputs,
     **_TOWER,
 )
 _SIGLIP = EncoderFamily(
     "SiglipVisionModel",
-    extra_tokens=no_extra_tokens,
+    extra_tokens=0,
     inputs=interpolating_inputs,
     **_TOWER,
 )
 _SIGLIP2 = EncoderFamily(
     "Siglip2VisionModel",
-    extra_tokens=no_extra_tokens,
+    extra_tokens=0,
     image_px=stored_grid_side,
     inputs=patch_inputs,
     **_TOWER,
 )
 _METACLIP_2 = EncoderFamily(
     "MetaClip2VisionModel",
-    extra_tokens=cls_token,
+    extra_tokens=1,
     inputs=interpolating_inputs,
     **_TOWER,
 )
-_TIPSV2 = EncoderFamily("Tipsv2VisionModel", extra_tokens=cls_and_registers, **_BLOCKS)
+_TIPSV2 = EncoderFamily("Tipsv2VisionModel", extra_tokens=1, extra_keys=_REGISTERS, **_BLOCKS)
 ENCODERS: dict[str, EncoderFamily] = {
-    "dinov2": EncoderFamily("Dinov2Model", extra_tokens=cls_token, **_DINOV2),
+    "dinov2": EncoderFamily("Dinov2Model", extra_tokens=1, **_DINOV2),
     "dinov2_with_registers": EncoderFamily(
-        "Dinov2WithRegistersModel", extra_tokens=cls_and_registers, **_DINOV2
+        "Dinov2WithRegistersModel", extra_tokens=1, extra_keys=_REGISTERS, **_DINOV2
     ),
     "dinov3_vit": EncoderFamily(
         "DINOv3ViTModel",
         layers="model.layer",
         norm="norm",
-        extra_tokens=cls_and_registers,
+        extra_tokens=1,
+        extra_keys=_REGISTERS,
     ),
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
@@ -265,25 +244,25 @@ ENCODERS: dict[str, EncoderFamily] = {
     "siglip_vision_model": _SIGLIP,
     "siglip2": _SIGLIP2,
     "siglip2_vision_model": _SIGLIP2,
-    "vit": EncoderFamily("ViTModel", extra_tokens=cls_token, **_VIT),
-    "ijepa": EncoderFamily("IJepaModel", extra_tokens=no_extra_tokens, **_VIT),
-    "deit": EncoderFamily("DeiTModel", extra_tokens=cls_and_distillation, **_VIT),
-    "vit_msn": EncoderFamily("ViTMSNModel", extra_tokens=cls_token, **_VIT),
+    "vit": EncoderFamily("ViTModel", extra_tokens=1, **_VIT),
+    "ijepa": EncoderFamily("IJepaModel", extra_tokens=0, **_VIT),
+    "deit": EncoderFamily("DeiTModel", extra_tokens=2, **_VIT),
+    "vit_msn": EncoderFamily("ViTMSNModel", extra_tokens=1, **_VIT),
     "vit_mae": EncoderFamily(
         "ViTMAEModel",
-        extra_tokens=cls_token,
+        extra_tokens=1,
         settings={"mask_ratio": 0.0},
         **_VIT | {"inputs": unmasked_inputs},
     ),
-    "beit": EncoderFamily("BeitModel", extra_tokens=cls_token, **_VIT),
+    "beit": EncoderFamily("BeitModel", extra_tokens=1, **_VIT),
     "data2vec-vision": EncoderFamily(
         "Data2VecVisionModel",
-        extra_tokens=cls_token,
+        extra_tokens=1,
         inputs=interpolating_inputs,
         **_BLOCKS,
     ),
     "pixio": EncoderFamily(
-        "PixioModel", extra_tokens=several_cls, **_VIT | {"inputs": plain_inputs}
+        "PixioModel", extra_keys=("n_cls_tokens",), **_VIT | {"inputs": plain_inputs}
     ),
     "metaclip_2": _METACLIP_2,
     "metaclip_2_vision_model": _METACLIP_2,
@@ -292,12 +271,12 @@ ENCODERS: dict[str, EncoderFamily] = {
         "Aimv2VisionModel",
         layers="encoder.layers",
         norm="rms_norm",
-        extra_tokens=no_extra_tokens,
+        extra_tokens=0,
         any_side=False,
     ),
     "mlcd_vision_model": EncoderFamily(
         "MLCDVisionModel",
-        extra_tokens=cls_token,
+        extra_tokens=1,
         any_side=False,
         **_TOWER,
     ),
@@ -307,13 +286,14 @@ ENCODERS: dict[str, EncoderFamily] = {
         "RadioModel",
         layers="encoder.layer",
         norm=None,
-        extra_tokens=summaries_and_registers,
+        extra_keys=("num_cls_tokens", "num_registers"),
     ),
     "sapiens2": EncoderFamily(
         "Sapiens2Model",
         layers="model.layer",
         norm="norm",
-        extra_tokens=cls_and_registers,
+        extra_tokens=1,
+        extra_keys=_REGISTERS,
         image_px=shorter_side,
     ),
 }

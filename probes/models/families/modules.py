@@ -84,13 +84,9 @@ class ModuleFamily(EncoderFamily):
         return module_at(model.module, model.config.norm_name)
 
 
-def _extra_tokens(config: PreTrainedConfig) -> int:
-    return config.extra_tokens
-
-
 MODULES = ModuleFamily(
     "PreTrainedModel",
     layers="",
     norm="norm_name",
-    extra_tokens=_extra_tokens,
+    extra_keys=("extra_tokens",),
 )

@@ -125,7 +125,7 @@ def test_generation_with_a_cache_equals_uncached_forwards(mllms, cut, backend):
     hook = mllm.decoder.norm.register_forward_hook(lambda _, args, out: states.append(out[0, -1]))
     shown = []
     options = {"max_new_tokens": 4, "on_token": shown.append}
-    probes.models.answering.generate_answer(mllm, pixels, QUESTION, knockout, **options)
+    probes.models.answers.generate_answer(mllm, pixels, QUESTION, knockout, **options)
     hook.remove()
     answer = []
     for state in states:

@@ -5,14 +5,22 @@ whose keys and values were computed under the cut. Generated tokens are text, so
 it reads the keys and values of the first forward from the cache, and the knockout holds in it. A knockout whose rows
 are the answer is the exception: it cuts each step.
 
-Answers to a question share its forward as a tree (text_tree.py). Linear attention and convolutions have no mask: there
-each answer has a forward of its own.
+Given answers to a question share its forward. They are a tree of tokens in one row, after the image. Each token attends
+to the prefix, the image, the question and its own answer so far, and has the position that it would have alone::
+
+    positions after the image   0 1 2 | 3 | 3 4
+    tokens                      question, a, b      two answers
+
+Positions of prefix, image and the first token of the text are those of the model's own forward, in all dimensions that
+it has (time, rows and columns in Qwen and GLM). The other tokens of the text are counted from the first one. Linear
+attention and convolutions have no mask: there each answer has a forward of its own.
 
 Shapes: B images, T image tokens, N tokens of prefix and image, A answers, Q tokens of text, d width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +38,65 @@ from .attention_masks import (
 )
 from .attention_weights import capture_attention, weights_of_image
 from .families.our_code import SLIDING, layer_kinds
-from .knockout import ANSWER, Knockout
+from .hooks import with_arguments
+from .knockout import ANSWER, TEXT_SETS, Knockout
 from .reading import Replacement, replaced_states
 from .sites import FINAL_NORM, layer_site
-from .text_tree import TextTree, append_text, decode_tree
 
 Hooks = Mapping[str, Replacement]
+
+
+# ---------------------------------------------------------------------------------------- text after the image
+class TextTree(NamedTuple):
+    """Tokens after the image that branch, and the tokens to score."""
+
+    ids: Tensor  # long[Q]
+    positions: Tensor  # long[Q], position after the image
+    visible: Tensor  # bool[Q, Q], the text tokens that each one attends to
+    targets: list[tuple[int, int, int]]  # (token that predicts, id, index of the answer)
+    sets: dict[str, Tensor]  # bool[Q] by name of a set of a knockout
+
+    @classmethod
+    def from_ids(
+        cls,
+        question: list[int],
+        answers: Sequence[list[int]] = (),
+    ) -> "TextTree":
+        """Build the tree of all answers to a question. Last tokens of answers are predicted, but not run."""
+        ids = []
+        positions = []
+        ancestors = []
+        targets = []
+        sets = []  # of each token
+
+        def grow(token: int, path: list[int], name: str) -> list[int]:
+            ids.append(token)
+            sets.append(name)
+            positions.append(len(path))
+            ancestors.append([*path, len(ids) - 1])
+            return ancestors[-1]
+
+        path = []
+        for token in question[:-1]:
+            path = grow(token, path, "question")
+        path = grow(question[-1], path, "last")
+        for number, answer in enumerate(answers):
+            branch = path
+            for i, token in enumerate(answer):
+                targets.append((branch[-1], token, number))
+                if i + 1 < len(answer):
+                    branch = grow(token, branch, ANSWER)
+        visible = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+        for i, path in enumerate(ancestors):
+            visible[i, path] = True
+        of_sets = {name: torch.tensor([own == name for own in sets]) for name in TEXT_SETS}
+        return cls(
+            torch.tensor(ids),
+            torch.tensor(positions),
+            visible,
+            targets,
+            of_sets,
+        )
 
 
 def text_states(
@@ -75,28 +136,29 @@ def text_states(
         raise UserError(
             "a question or an answer contains the image's placeholder; remove it from the text"
         )
-    masks = text_masks(mllm, batch, text, knockout)
+    masks = _text_masks(mllm, batch, text, knockout)
     ids = torch.cat([mllm.ids[0], text.ids.to(mllm.device)]).expand(batch, -1)
-    is_image = is_image_before(mllm, text)
-    inputs = mllm.family.inputs(
-        mllm.model, pixels.to(mllm.device, mllm.model.dtype), is_image.expand(batch, -1)
-    )
-    layers = mllm.decoder.layers
+    is_image = _is_image(mllm, text)
+    pixels = pixels.to(mllm.device, mllm.model.dtype)
+    inputs = mllm.family.inputs(mllm.model, pixels, is_image.expand(batch, -1))
+    first_positions: list[Tensor] = []
+
+    def of_tree(arguments: dict) -> dict:
+        positions = arguments.get("position_ids")
+        if positions is None:  # the decoder would count its tokens
+            states = arguments["inputs_embeds"]
+            positions = torch.arange(states.shape[1], device=states.device)[None]
+        first = positions[..., tokens : tokens + 1]
+        first_positions.append(first)
+        of_text = first + text.positions.to(first.device)
+        changed = {"position_ids": torch.cat([positions[..., :tokens], of_text], -1)}
+        return changed if masks is None else changed | {"attention_mask": masks}
+
     with ExitStack() as stack:
         if knockout:
-            sets = sets_after_image(mllm, text)
-            stack.enter_context(
-                knockout.apply(
-                    layers,
-                    masks,
-                    is_image,
-                    len(layers),
-                    sets,
-                    effect,
-                )
-            )
+            stack.enter_context(_cut_text(mllm, text, knockout, masks, effect))
         stack.enter_context(replaced_states(mllm, hooks or {}))
-        positions = stack.enter_context(decode_tree(mllm.decoder, masks, tokens, text))
+        stack.enter_context(with_arguments(mllm.decoder, of_tree))
         output = mllm.model.model(
             input_ids=ids,
             use_cache=cache is not None,
@@ -105,10 +167,10 @@ def text_states(
         )
     states = output.last_hidden_state[:, tokens:]
     check_outputs("states", {FINAL_NORM: states})
-    return states, positions[-1]
+    return states, first_positions[-1]
 
 
-def text_masks(
+def _text_masks(
     mllm: nn.Module,
     batch: int,
     text: TextTree,
@@ -124,34 +186,78 @@ def text_masks(
         return None
     config = mllm.model.config.get_text_config()
     tokens = mllm.ids.shape[1]
-    if question_is_in_block(mllm):
+    # image tokens of PaliGemma attend to the question under its own mask
+    if mllm.family.question_in_prefix and mllm.image_attention == "prefix":
         question = int((~text.sets[ANSWER]).sum())
         block = torch.ones(batch, tokens + question, dtype=torch.bool, device=mllm.device)
         masks = build_decoder_masks(mllm.image_attention, config, block, mllm.model.dtype)
     window = config.sliding_window if SLIDING in layer_kinds(config) else None
-    return append_text(masks, tokens, text, window)
+    return _append_text(masks, tokens, text, window)
 
 
-def question_is_in_block(mllm: nn.Module) -> bool:
-    """Return True if image tokens attend to the question, as PaliGemma's do under its own mask."""
-    return mllm.family.question_in_prefix and mllm.image_attention == "prefix"
-
-
-def is_image_before(mllm: nn.Module, text: TextTree) -> Tensor:
+def _is_image(mllm: nn.Module, text: TextTree) -> Tensor:
     """Return which tokens of prefix, image and text are image tokens, bool[N + Q]."""
-    after_image = torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)
-    return torch.cat([mllm.is_image, after_image])
+    return torch.cat([mllm.is_image, torch.zeros_like(text.ids, dtype=torch.bool).to(mllm.device)])
 
 
-def sets_after_image(mllm: nn.Module, text: TextTree) -> dict[str, Tensor]:
-    """Return the tokens of each set of the text after the image, bool[N + Q] by name."""
+def _cut_text(
+    mllm: nn.Module,
+    text: TextTree,
+    knockout: Knockout,
+    masks: Masks,
+    effect: Tensor | None,
+) -> AbstractContextManager[None]:
+    """Cut the attention of prefix, image and text while the context is open; see :meth:`Knockout.apply`."""
     before = torch.zeros(mllm.ids.shape[1], dtype=torch.bool)
     sets = {}
     for name, tokens in text.sets.items():
         sets[name] = torch.cat([before, tokens]).to(mllm.device)
-    return sets
+    return knockout.apply(
+        mllm.layers,
+        masks,
+        _is_image(mllm, text),
+        len(mllm.layers),
+        sets,
+        effect,
+    )
 
 
+def _append_text(
+    masks: Masks,
+    tokens: int,
+    text: TextTree,
+    window: int | None,
+) -> Masks:
+    """Return masks with rows and columns for the text, [B, 1, N + Q, N + Q].
+
+    Args:
+        masks: [B, 1, M, M] of prefix, image and the M - N tokens of a question that image tokens attend to, if any.
+        tokens: N.
+        text: Text after the image.
+        window: Number of tokens that layers with a sliding window attend to.
+    """
+    if isinstance(masks, dict):
+        return {
+            kind: _append_text(mask, tokens, text, window if kind == SLIDING else None)
+            for kind, mask in masks.items()
+        }
+    first = masks.shape[-1]
+    length = len(text.ids)
+    seen = torch.cat([torch.ones(length, tokens, dtype=torch.bool), text.visible], 1)
+    if window:
+        keys = torch.cat([torch.arange(tokens), tokens + text.positions])
+        seen &= tokens + text.positions[:, None] - keys < window
+    seen = seen.to(masks.device)
+    forbidden = False if masks.dtype == torch.bool else torch.finfo(masks.dtype).min
+    extended = masks.new_full((len(masks), 1, tokens + length, tokens + length), forbidden)
+    extended[:, :, tokens:] = masks.new_full(seen.shape, forbidden).masked_fill(
+        seen, True if masks.dtype == torch.bool else 0.0
+    )
+    extended[:, :, :first, :first] = masks
+    return extended
+
+
+# ------------------------------------------------------------------------------------------------- answers
 @torch.no_grad()
 def score_answers(
     mllm: nn.Module,
@@ -215,7 +321,7 @@ def attend_from_answer(
             for row in range(len(pixels))
         ]
 
-    with capture_attention(mllm.decoder.layers, record):
+    with capture_attention(mllm.layers, record):
         text_states(mllm, pixels, text, knockout, hooks)
     return {site: torch.stack(weights[site]) for site in sites}
 
@@ -234,7 +340,7 @@ def generate_answer(
     config = mllm.model.config.get_text_config()
     # With the config, a cache drops keys outside of sliding windows, but masks have all tokens.
     cache = DynamicCache() if supports_masks(config) else DynamicCache(config=config)
-    answer = []
+    answer: list[int] = []
     ids = mllm.chat.question_ids(question)
     ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
     room = config.max_position_embeddings - mllm.ids.shape[1] - len(ids)
@@ -251,7 +357,10 @@ def generate_answer(
         answer.append(token)
         if on_token:
             on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        with _cut_step(mllm, ids, answer, knockout, effect):
+        cut = nullcontext()
+        if effect is not None:  # rows of the knockout are tokens of the answer
+            cut = _cut_step(mllm, ids, answer, knockout, effect)
+        with cut:
             # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
             output = mllm.model.model(
                 input_ids=torch.tensor([[token]], device=mllm.device),
@@ -261,32 +370,23 @@ def generate_answer(
             )
         states = output.last_hidden_state
         if effect is not None and len(answer) == 1:  # later steps see no more of the prompt
-            is_cut = knockout.select_layers(mllm.decoder.layers).any(1)
+            is_cut = knockout.select_layers(mllm.layers).any(1)
             knockout.check_effect(effect, is_cut.to(effect.device))
     return mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-@contextmanager
 def _cut_step(
     mllm: nn.Module,
     question: list[int],
     answer: list[int],
-    knockout: Knockout | None,
-    effect: Tensor | None,
-) -> Iterator[None]:
-    """Cut the attention of the last token of an answer while the context is open.
-
-    Without `effect`, no row of the knockout is a token of the answer.
-    """
-    if effect is None:
-        yield
-        return
+    knockout: Knockout,
+    effect: Tensor,
+) -> ExitStack:
+    """Cut the attention of the last token of an answer, of which there is one row, until the stack is closed."""
     # the last token of an answer in a tree does not run, so one more is appended
     text = TextTree.from_ids(question, [[*answer, 0]])
-    masks = last_rows(text_masks(mllm, 1, text, knockout), 1)
-    layers = mllm.decoder.layers
-    is_image = is_image_before(mllm, text)
-    sets = sets_after_image(mllm, text)
-    cut = knockout.apply(layers, masks, is_image, len(layers), sets, effect)
-    with cut, decode_under(mllm.decoder, masks):
-        yield
+    masks = last_rows(_text_masks(mllm, 1, text, knockout), 1)
+    with ExitStack() as stack:
+        stack.enter_context(_cut_text(mllm, text, knockout, masks, effect))
+        stack.enter_context(decode_under(mllm.decoder, masks))
+        return stack.pop_all()

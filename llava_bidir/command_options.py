@@ -1,4 +1,4 @@
-"""The commands of `llava-bidir` with options of their own, and these options. `cli.py` has those of LightningCLI's.
+"""The commands of `llava-bidir`, and the options of those that LightningCLI does not parse.
 
 Nothing here imports torch.
 """
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from llava_bidir.common.command_table import Command
-from llava_bidir.common.options import Count, flag, positional
+from llava_bidir.common.cli import Command, Count, positional
 
 # vqa/scores.py needs numpy
 Benchmark = Literal[
@@ -37,7 +36,7 @@ class ExportOptions:
 
     source: Path = positional()
     out: Path = positional()
-    as_llava: bool = flag()
+    as_llava: bool = False
     dtype: Literal["auto", "float32"] = "auto"
 
 
@@ -92,25 +91,41 @@ class VQATableOptions:
     out: Path
 
 
+LIGHTNING = "llava_bidir.training.cli:main"
 COMMANDS = {
-    "export": Command(
-        "llava_bidir.commands.export:run",
-        "convert a training checkpoint to a Hugging Face directory",
-        ExportOptions,
-    ),
-    "generate": Command(
-        "llava_bidir.commands.generate:run",
-        "answer questions about photos",
-        GenerateOptions,
-    ),
-    "vqa": Command(
-        "llava_bidir.vqa.harness:run",
-        "run the benchmarks of Table 1 with lmms-eval in its environment",
-        VQAOptions,
-    ),
-    "vqa-table": Command(
-        "llava_bidir.vqa.table1:run",
-        "write Table 1 for several models with the paper's values and tests",
-        VQATableOptions,
-    ),
+    "Train LLaVA-1.5": {
+        "verify-data": Command(
+            "llava_bidir.commands.verify_data:main",
+            "encode every record and open every image before GPU time is used; options as for fit",
+        ),
+        "fit": Command(
+            LIGHTNING, "train a stage, and export the model: -c stage1 -c clip -c zero2 --out RUN"
+        ),
+        "validate": Command(LIGHTNING, "loss and answers of a checkpoint; options as for fit"),
+        "test": Command(LIGHTNING, "the same"),
+    },
+    "Use a trained model": {
+        "export": Command(
+            "llava_bidir.commands.export:run",
+            "convert a training checkpoint to a Hugging Face directory",
+            ExportOptions,
+        ),
+        "generate": Command(
+            "llava_bidir.commands.generate:run",
+            "answer questions about photos",
+            GenerateOptions,
+        ),
+    },
+    "Compare models on benchmarks": {
+        "vqa": Command(
+            "llava_bidir.vqa.harness:run",
+            "run the benchmarks of Table 1 with lmms-eval in its environment",
+            VQAOptions,
+        ),
+        "vqa-table": Command(
+            "llava_bidir.vqa.table1:run",
+            "write Table 1 for several models with the paper's values and tests",
+            VQATableOptions,
+        ),
+    },
 }

@@ -1,9 +1,70 @@
-"""Options of the commands that read a model: sites, mask, states, segment and lab. Nothing here imports torch."""
+"""Options of the commands that read a model or run probes. Nothing here imports torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from llava_bidir.common.options import positional
+from llava_bidir.common.cli import Seed, positional
+
+from .run_config import DataOptions, ModelOptions, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions(RunConfig):
+    """Options of `probes solve`.
+
+    Args:
+        dry_run: Print memory and hours, measured on a few images.
+    """
+
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(RunConfig):
+    """Options of `probes verify-data`: those of a run, whose config can be given as it is; the model is not needed.
+
+    Args:
+        workers: Number of processes (default: one per core).
+    """
+
+    model: ModelOptions = ModelOptions("")
+    workers: Seed | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(RunConfig):
+    """Options of `probes study`: those of its probe runs, and its own.
+
+    Args:
+        inputs: MODEL ... DATA. Checkpoint directory or hub id, or several as NAME=DIR, each compared with the first;
+            then a folder of images and masks (probes/README.md), or the name of a layout (ade20k, with --data.root
+            DIR).
+        out: Folder of the study.
+        ckpt_path: "last" resumes killed runs.
+        draws: Draws of random LLMs, and of random adapters; of a bare encoder, of random layers. At most two are also
+            permuted.
+        arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
+        fit: Also train probes, as the paper does.
+        tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
+        add: Further analyses, by the names of their commands, or options of one: knockout.classes=sky,road.
+        only: Only these kinds of steps: solve, fit, report, or an analysis.
+        dry_run: Print the steps, time, disk and detectable effect.
+        overwrite: Replace results that other settings, models or images have made.
+    """
+
+    inputs: tuple[str, ...] = positional()
+    out: Path = field()  # without the default of a run
+    model: ModelOptions = ModelOptions("")
+    data: DataOptions = DataOptions("")
+    ckpt_path: Literal["last"] | None = "last"
+    draws: int = 3
+    arms: tuple[str, ...] | None = None
+    fit: bool = False
+    tasks: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

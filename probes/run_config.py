@@ -6,10 +6,10 @@ model's and the data's are also the arguments of `ProbeModule` and `ProbeDataMod
 Nothing here imports torch or Lightning.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
+from llava_bidir.common.cli import Values
 from llava_bidir.common.errors import UserError
 
 
@@ -81,7 +81,7 @@ class DataOptions:
     root: str
     dataset: str = "folder"
     task: str = "segmentation"
-    options: dict[str, Any] | None = None
+    options: Values | None = None
     name: str | None = None
     batch_size: int = 64
     cache_features: bool = False
@@ -101,7 +101,7 @@ class SolverOptions:
     """
 
     folds: int = 4
-    strengths: list[float] | None = None
+    strengths: tuple[float, ...] | None = None
     memory_gb: float | None = None
 
     def __post_init__(self):
@@ -133,35 +133,14 @@ class RunConfig:
     model: ModelOptions
     data: DataOptions
     solver: SolverOptions = field(default_factory=SolverOptions)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: Values = field(default_factory=dict)
     seed_everything: int = 0
     out: str = "runs/probes"
     save_predictions: bool = False
     overwrite: bool = False
     ckpt_path: Literal["last"] | None = None
 
-    def values_of_fit(self) -> dict[str, Any]:
-        """Return the options of `probes fit`, nested as in YAML."""
-        values = asdict(self)
-        del values["solver"]
-        return values
-
-    def values(self) -> dict[str, Any]:
-        """Return all options nested as in YAML, those of the solver at the top."""
-        return self.values_of_fit() | asdict(self.solver)
-
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """Return the options of :meth:`values`; those that are not there have their defaults.
-
-        Raises:
-            UserError: An option of the solver is out of range.
-        """
-        of_solver = {f.name: values[f.name] for f in fields(SolverOptions) if f.name in values}
-        sections = {
-            "model": ModelOptions(**values["model"]),
-            "data": DataOptions(**values["data"]),
-            "solver": SolverOptions(**of_solver),
-        }
-        others = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        return cls(**others | sections)
+    def of(cls, options: "RunConfig", **own: Any) -> Self:
+        """Return the options of a run among those of a command, with some of its own."""
+        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(cls)} | own)

@@ -62,7 +62,9 @@ class SiteProbes:
         """Names of the sites."""
         return list(self.heads)
 
-    def states(self, batch: dict[str, Any], sites: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def states(
+        self, batch: dict[str, Any], sites: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """Return the states f[B, T, d] by site, in the dtype of the model; None for all sites."""
         if "states" in batch:
             return batch["states"]

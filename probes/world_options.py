@@ -5,14 +5,13 @@ Nothing here imports torch.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import pydantic
+from jsonargparse.typing import restricted_number_type
 
-from llava_bidir.common.command_table import Command
-from llava_bidir.common.options import Count, Seed, flag, positional
+from llava_bidir.common.cli import Count, Seed, positional
 
-Scale = Annotated[float, pydantic.Field(ge=0.01, le=1000)]
+Scale = restricted_number_type("Scale", float, [(">=", 0.01), ("<=", 1000)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class DemoOptions:
     out: Path = Path("runs/demo")
     seed: Seed = 0
     scale: Scale = 0.1
-    extras: bool = flag()
+    extras: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,33 +94,3 @@ class QuestionsOptions:
     grid: Count = 4
     per_photo: Count = 6
     held_out: Count = 200
-
-
-WORLD_COMMANDS = {
-    "demo-assets": Command(
-        "probes.worlds.assets:run",
-        "write the toy world in the formats of the real data",
-        AssetsOptions,
-    ),
-    "plant": Command(
-        "probes.worlds.plant:run",
-        "edit a model of the toy world so that the truth of a claim is known",
-        PlantOptions,
-    ),
-    "demo": Command(
-        "probes.worlds.demo:run",
-        (
-            "train, probe and report on a toy world, in minutes on two CPU cores; again: "
-            "only what is missing"
-        ),
-        DemoOptions,
-    ),
-    "questions": Command(
-        "probes.worlds.questions:run",
-        (
-            "make conversations about photos from their masks, balanced so that a blind "
-            "answer is right in half"
-        ),
-        QuestionsOptions,
-    ),
-}

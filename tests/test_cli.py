@@ -1,8 +1,6 @@
 """Commands: their help, what bad usage answers, and the small ones from end to end."""
 
-import argparse
 import json
-import re
 import shutil
 import sys
 from dataclasses import fields
@@ -16,6 +14,8 @@ from safetensors.torch import load_file
 
 import llava_bidir.cli
 import probes.cli
+from llava_bidir.command_options import COMMANDS as OF_TRAINING
+from llava_bidir.common.cli import Parser
 from probes.run_config import DataOptions, ModelOptions
 
 HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
@@ -33,28 +33,27 @@ def export_again(run: Path) -> str:
     return str(checkpoint)
 
 
-def subparsers(package: str) -> dict[str, argparse.ArgumentParser]:
-    parser = {"llava_bidir": llava_bidir, "probes": probes}[package].cli.build_parser()
-    return next(
-        action.choices
-        for action in parser._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
+COMMANDS = {
+    package: {name: command for group in groups.values() for name, command in group.items()}
+    for package, groups in (("llava_bidir", OF_TRAINING), ("probes", probes.cli.commands()))
+}
+OURS = [  # all but those of LightningCLI
+    (package, name, command.options)
+    for package, commands in COMMANDS.items()
+    for name, command in commands.items()
+    if command.options
+]
 
 
-COMMANDS = {package: list(subparsers(package)) for package in MAIN}
-ALL = [(package, command) for package, commands in COMMANDS.items() for command in commands]
-
-
-@pytest.mark.parametrize(("package", "command"), ALL)
-def test_each_command_has_help_that_explains_every_option(package, command, capsys):
+@pytest.mark.parametrize(("package", "command", "options"), OURS)
+def test_each_command_has_help_that_explains_every_option(package, command, options, capsys):
     with pytest.raises(SystemExit) as stop:
         MAIN[package]([command, "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert "usage:" in text
     assert len(text) > 200
-    assert not [action.dest for action in subparsers(package)[command]._actions if not action.help]
+    assert not [x.dest for x in Parser(options)._actions if not x.help and x.dest not in ("help",)]
 
 
 HELP_OF_ALL = f"""
@@ -74,69 +73,22 @@ for command in sys.argv[2:]:
 
 @pytest.mark.parametrize("package", COMMANDS)
 def test_help_imports_nothing_heavy(package):
-    """In a process of its own, like a typing error's answer."""
-    done = run_command([sys.executable, "-c", HELP_OF_ALL, package, "", *COMMANDS[package]])
-    assert all(command in done.stdout.partition("options:")[0] for command in COMMANDS[package]), (
-        "of all at once"
-    )
-
-
-# commands whose options LightningCLI defines
-OF_LIGHTNING = {"llava_bidir": [*llava_bidir.cli.HELP], "probes": ["fit"]}
-
-
-@pytest.mark.parametrize("command", llava_bidir.cli.HELP)
-def test_short_help_has_options_and_defaults_of_the_parser(command, capsys):
-    package = "llava_bidir"
-    page = llava_bidir.cli.HELP[command]
-    everything = ""
-    for name in {command, "fit"}:  # whose options the others take
-        with pytest.raises(SystemExit):
-            MAIN[package]([name, "--help-all"])
-        everything += capsys.readouterr().out
-    entries = {entry.split()[0].rstrip(","): entry for entry in re.split(r"\n  (?=-)", everything)}
-    entries |= {"-c": ""}
-    for option, text in page.options.items():
-        name = option.split()[0]
-        default = re.search(r"\(default: (.*)\)$", text)
-        assert name in entries, option
-        if default and name.startswith(("--model", "--data", "--out", "--overwrite", "--trainer")):
-            found = re.findall(r"default: ([^)]*)\)", " ".join(entries[name].split()))
-            assert found[-1].lower() == default[1], (option, found)
-
-
-@pytest.mark.parametrize("package", COMMANDS)
-def test_the_list_of_options_is_that_of_the_parsers(package, capsys):
-    """By which misspelt ones are found before the parsers are imported."""
-    found = set()
-    for command in OF_LIGHTNING[package]:
-        with pytest.raises(SystemExit):
-            MAIN[package]([command, "--help-all"])
-        entries = [
-            line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("-")
-        ]
-        found |= set(re.findall(r"(?<![\w.-])--[a-zA-Z][\w.-]*\w\+?", "\n".join(entries)))
-    file = Path(package) / "options.txt"
-    assert file.read_text().split() == sorted(found), f"{file} is outdated"
+    """In a process of its own."""
+    ours = [name for x, name, _ in OURS if x == package]
+    done = run_command([sys.executable, "-c", HELP_OF_ALL, package, "", *ours])
+    assert all(f"  {command} " in done.stdout for command in COMMANDS[package]), "of all at once"
 
 
 def test_options_of_a_run_are_those_that_lightning_parses(capsys):
     """A field of `run_config.py` that `ProbeModule` or `ProbeDataModule` did not take would have no effect."""
     with pytest.raises(SystemExit):
-        probes.cli.main(["fit", "--help-all"])
+        probes.cli.main(["fit", "--help"])
     text = capsys.readouterr().out
     options = {f"model.{field.name}" for field in fields(ModelOptions)}
     options |= {f"data.{field.name}" for field in fields(DataOptions)}
     assert not [name for name in options if f"--{name} " not in text]
 
 
-# Commands with parsers of their own, by the module that they lead to, and those that train or read what a training left
-MODULES = [
-    "probes.solve.command",
-    "probes.studies.command",
-    "probes.data.verify_command",
-]
-OF_TRAINING = {"fit", "validate", "test", "export"}
 IMPORT = """
 import importlib, sys
 for run in sys.argv[1:]:
@@ -148,15 +100,8 @@ print(*sys.modules)
 
 
 def test_commands_that_train_nothing_import_no_lightning():
-    named = [
-        parser.get_default("run") or ""
-        for package in COMMANDS
-        for command, parser in subparsers(package).items()
-        if command not in OF_TRAINING
-    ]
-    runs = [run for run in named if run]
-    assert len(runs) > 10
-    done = run_command([sys.executable, "-c", IMPORT, *MODULES, *runs])
+    runs = [COMMANDS[package][name].run for package, name, _ in OURS if name != "export"]
+    done = run_command([sys.executable, "-c", IMPORT, *runs])
     unwanted = {"lightning", "deepspeed", "datasets", "torchmetrics", "sklearn", "umap"}
     assert not unwanted & {*done.stdout.split()}
 

@@ -20,7 +20,8 @@ from processes import run_command
 import llava_bidir.cli
 import probes
 import probes.cli
-from probes.studies.parser import build_command_parser
+from llava_bidir.common.cli import Parser
+from llava_bidir.common.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(
@@ -32,6 +33,13 @@ LISTED = subprocess.run(
 FILES = sorted({name for name in LISTED.stdout.splitlines() if (ROOT / name).is_file()})
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if name.endswith(".md")}
 PROGRAMS = {"llava-bidir": llava_bidir.cli, "probes": probes.cli}
+TABLES = {"llava-bidir": llava_bidir.cli.COMMANDS, "probes": probes.cli.commands()}
+OPTIONS = {  # of the commands; None of those of LightningCLI
+    (program, name): command.options
+    for program, groups in TABLES.items()
+    for group in groups.values()
+    for name, command in group.items()
+}
 CLASSES = {"mllm": "FrozenMLLM", "run": "ProbeRun"}  # of the variables in Python blocks
 pytestmark = pytest.mark.skipif(bool(LISTED.returncode), reason="not a git checkout")
 
@@ -81,10 +89,9 @@ COMMANDS = sorted(
 OF_PROGRAMS = [(name, command) for name, command in COMMANDS if command.split()[0] in PROGRAMS]
 
 
-def takes_config(command: str) -> bool:
-    """Whether LightningCLI parses the command."""
-    words = shlex.split(command)
-    return len(words) > 1 and words[1] in "fit validate test solve verify-data".split()
+def is_of_lightning(command: str) -> bool:
+    program, *words = shlex.split(command)
+    return not words[0].startswith("-") and OPTIONS[program, words[0]] is None
 
 
 # ------------------------------------------------------------------------------------------------------ links
@@ -150,22 +157,20 @@ def test_files_and_targets_of_commands_exist(name, command):
 
 
 @pytest.mark.parametrize(
-    ("name", "command"), [row for row in OF_PROGRAMS if not takes_config(row[1])]
+    ("name", "command"), [row for row in OF_PROGRAMS if not is_of_lightning(row[1])]
 )
-def test_command_parses(name, command, capsys):
-    program, *words = shlex.split(command)
-    shortened = "..." in words
-    words = [word for word in words if word != "..."]
+def test_command_parses(name, command, monkeypatch):
+    """Options, their types, and the keys of all config files."""
+    monkeypatch.chdir(ROOT)
+    program, first, *words = shlex.split(command)
+    if first in ("--help", "--version"):
+        return
     try:
-        if words[:1] == ["study"]:
-            build_command_parser().read(words[1:])
-        else:
-            PROGRAMS[program].build_parser().parse_args(words)
+        Parser(OPTIONS[program, first]).read([word for word in words if word != "..."])
+    except UsageError as error:
+        assert "..." in words and "arguments are required" in str(error), f"{name}: {error}"
     except SystemExit as end:
-        message = capsys.readouterr().err.strip().splitlines()[-1:]
-        assert end.code == 0 or (shortened and "arguments are required" in message[0]), (
-            f"{name}: {message}"
-        )
+        assert not end.code and {"--help", "-h"} & {*words}
 
 
 class Parsed(BaseException):
@@ -173,23 +178,21 @@ class Parsed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "command"), [row for row in OF_PROGRAMS if takes_config(row[1])])
-def test_configured_command_parses(
+@pytest.mark.parametrize(
+    ("name", "command"), [row for row in OF_PROGRAMS if is_of_lightning(row[1])]
+)
+def test_command_of_lightning_parses(
     name,
     command,
     monkeypatch,
     capsys,
 ):
-    """Options, their types, and the keys of all config files."""
     from llava_bidir.common.lightning_cli import RunCLI
-    from probes.data import verify_command
 
     def stop(*parsed, **options):
         raise Parsed
 
     monkeypatch.setattr(RunCLI, "instantiate_classes", stop)
-    monkeypatch.setattr("probes.solve.command.ProbeData", stop)
-    monkeypatch.setattr(verify_command, "verify", stop)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is as before when the test ends
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(command)

@@ -369,7 +369,7 @@ def study(
     """Study a model under both masks, on each data set."""
     import torch
 
-    from probes.studies.parser import study_config
+    from probes.studies.config import study_config
     from probes.studies.run import run_study
 
     model = MODELS[name]

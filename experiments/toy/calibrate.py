@@ -33,8 +33,7 @@ from llava_bidir.common.process_group import end_on_signals
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.runs.study import read_studies
-from probes.studies.config import StudyConfig
-from probes.studies.parser import study_config
+from probes.studies.config import StudyConfig, study_config
 from probes.studies.run import run_study
 from probes.worlds.steps import (
     MASKS,

@@ -5,6 +5,7 @@
 
 import json
 import os
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -14,9 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import OneLineErrors, UserError
 from llava_bidir.common.processes import worker_options
-from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
 from llava_bidir.data.dataset import Instructions, has_first_answer, refers_to_image
@@ -119,11 +119,21 @@ def _cell(part: torch.Tensor) -> str:
     return next((name for name, x in patterns.items() if torch.equal(part, x)), "?")
 
 
+class OptionParser(OneLineErrors, ArgumentParser):
+    """Parser of the options that are none of `fit`."""
+
+
 def main(argv: list[str]) -> None:
     """Run `llava-bidir verify-data`; the exit status is 1 if there are findings."""
-    parser = ArgumentParser(prog="llava-bidir verify-data")
-    parser.add_argument("--show", type=int, nargs="+", default=[])
-    parser.add_argument("--json", action="store_true")
+    parser = OptionParser(
+        prog="llava-bidir verify-data",
+        description=__doc__.partition("\n")[0],
+        epilog="All other options are those of `llava-bidir fit`.",
+        allow_abbrev=False,
+    )
+    shown = "print tokens, labels and attention mask of these records instead"
+    parser.add_argument("--show", type=int, nargs="+", default=[], metavar="I", help=shown)
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config, parser.prog)
     data = cli.datamodule

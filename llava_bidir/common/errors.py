@@ -1,18 +1,28 @@
 """Errors in the user's input end a command with one line; bugs keep their traceback."""
 
+import argparse
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
+# An option in an error of argparse or jsonargparse
+NAMED = re.compile(
+    r"""(?:Group '([\w.]+)' does not accept option '|key "|arguments: --|ption ')([\w.]+)"""
+)
 LONGEST = 500  # characters of a library's error that are shown
 
 
 class UserError(ValueError):
     """Invalid input; the message names the file, sample or option, what was expected, and what to do."""
+
+
+class UsageError(UserError):
+    """Words of a command that mean nothing; the status is 2."""
 
 
 class NothingToMeasure(UserError):
@@ -21,7 +31,9 @@ class NothingToMeasure(UserError):
 
 @contextmanager
 def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Iterator[None]:
-    """End the program with one line on a `UserError` (status 1) or Ctrl-C (130); other exceptions pass through.
+    """End the program with one line on a `UserError` (status 1, or 2 of a `UsageError`) or Ctrl-C (130).
+
+    Other exceptions pass through.
 
     Raises:
         SystemExit: With that message.
@@ -43,10 +55,42 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
         # else the interpreter complains at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except UsageError as error:
+        print(f"{' '.join([program, *argv[:1]])}: {error} (see --help)", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         # torch prepends the traceback of a worker
         message = re.sub(r"(?s)Caught \w+ in DataLoader worker.*\n[\w.]+: ", "", str(error))
         sys.exit(f"{program}: {message.strip()}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name, with the known one that is most like it; "" without one."""
+    meant = get_close_matches(word, [*known], 1)
+    return f"; did you mean {meant[0]!r}?" if meant else ""
+
+
+class OneLineErrors:
+    """Parser whose errors are one line: the config that sets the option, and the option that was probably meant."""
+
+    def source_of(self, option: str) -> str | None:
+        """Return the config that sets an option, None if none does."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a `UsageError`."""
+        if not self.exit_on_error:  # jsonargparse's parser of a class; its caller adds the key
+            raise argparse.ArgumentError(None, message) from ex
+        line = " ".join(message.split()).removeprefix('Parser key "config": ')
+        if found := NAMED.search(line):
+            name = ".".join(filter(None, found.groups()))
+            action = getattr(self, "_subcommands_action", None)  # of LightningCLI's parser
+            commands = action.choices.values() if action else ()
+            options = [x for parser in (self, *commands) for x in parser._option_string_actions]
+            known = [option.strip("-") for option in options]
+            line += "" if name in known else did_you_mean(name, known)
+            file = self.source_of(name)
+            line = f"{file}: {line}" if file and not line.startswith(file) else line
+        raise UsageError(line) from None
 
 
 @contextmanager

@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from .errors import UserError
+from .errors import UsageError, UserError
 
 OPTION = "--import"
-HELP = "file that registers masks, heads, layouts or families; may be given again (any command)"
 HINT = f"{OPTION} FILE.py registers your own"
 _files: list[str] = []  # of this process, as they were given
 
 
-def take_imports(program: str, argv: Sequence[str]) -> list[str]:
+def take_imports(argv: Sequence[str]) -> list[str]:
     """Return the words of a command without `--import FILE.py`, after importing each file under its name.
 
     Raises:
-        SystemExit: There is no such file, or a module has its name already. The status is 2.
+        UsageError: There is no such file, or a module has its name already.
     """
     words, rest = [], iter(argv)
     for word in rest:
@@ -33,8 +32,7 @@ def take_imports(program: str, argv: Sequence[str]) -> list[str]:
         try:
             _import(file)
         except UserError as error:
-            print(f"{program}: {OPTION} {file}: {error}", file=sys.stderr)
-            sys.exit(2)
+            raise UsageError(f"{OPTION} {file}: {error}") from None
     return words
 
 

@@ -4,11 +4,10 @@ import linecache
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from inspect import isroutine
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from jsonargparse import Namespace
 from lightning import Callback, Trainer
@@ -31,13 +30,11 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from .checkpoints import AtomicCheckpointIO, SaveOnSignal, model_checkpoints
-from .config_errors import explain_class, explain_parser_error
-from .configs import check_unique_keys, configs_in, read_values
-from .errors import UserError
+from .configs import find_key, take_configs
+from .errors import OneLineErrors, UserError
 from .progress import LogProgress
 from .runs import hide_expected_messages
 from .training_folder import StartOfRun
-from .usage_errors import ShortUsageErrors
 
 CONFIGURABLE = (
     Accelerator,
@@ -75,8 +72,8 @@ ON_ONE_CPU = (
 )
 
 
-class ConfigParser(ShortUsageErrors, LightningArgumentParser):
-    """LightningCLI's parser with short errors, which name the file that sets a key."""
+class ConfigParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser, whose errors are one line."""
 
     words: Sequence[str] = ()  # of the command
 
@@ -85,11 +82,9 @@ class ConfigParser(ShortUsageErrors, LightningArgumentParser):
         self.words = args or ()
         return super().parse_args(args, *more, **kwargs)
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with the explained error."""
-        if self.exit_on_error:
-            message = explain_parser_error(" ".join(message.split()), self.words, CONFIGURABLE)
-        super().error(message, ex)
+    def source_of(self, option: str) -> str | None:
+        """Return the config that sets an option."""
+        return find_key(take_configs(self.words)[0], option)
 
 
 class RunCLI(LightningCLI):
@@ -183,9 +178,7 @@ class RunCLI(LightningCLI):
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        """Check the YAML files among the arguments, parse, and set `weights_only`."""
-        if isinstance(args, list):
-            check_unique_keys(args)
+        """Parse, and set `weights_only`."""
         super().parse_arguments(parser, args)
         run = self.config.get(self.config.get("subcommand") or "") or {}
         if run.get("weights_only") is False:
@@ -220,18 +213,15 @@ class RunCLI(LightningCLI):
                 raise
             # often names the setting
             text = f"{type(error).__name__}: {error}"
-            explained = explain_class(" ".join(text.split()))
             source = linecache.getline(frame.f_code.co_filename, line).strip()
-            raise UserError(f"config: {explained or f'{text} (at `{source}`)'}") from error
+            raise UserError(f"config: {text} (at `{source}`)") from error
 
 
 def _sets(words: Sequence[str], keys: Sequence[str]) -> bool:
     """Return whether the words of a command, or one of its configs, set one of these keys."""
-    values = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    for _, _, name in configs_in(words):
-        with suppress(OSError, ValueError):  # reported by the parser
-            values |= read_values(name).keys()
-    return not values.isdisjoint(keys)
+    options = {word.partition("=")[0].removeprefix("--") for word in words}
+    configs, _ = take_configs(words)
+    return any(key in options or find_key(configs, key) for key in keys)
 
 
 def _package_of(module: str) -> str:

@@ -80,7 +80,7 @@ class Analysis:
     Args:
         help: What the command does.
         question: The question that it answers.
-        options: Dataclass of its options (llava_bidir/common/options.py), of which `run` takes an instance.
+        options: Dataclass of its options (llava_bidir/common/cli.py), of which `run` takes an instance.
         result: The file that it writes: into the run's folder; of a pair, into that of the second run.
         title: Heading of its section in the report; "" for none.
         paper: Where the paper has it.

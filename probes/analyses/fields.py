@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from llava_bidir.common.cli import Count
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.options import Count
 
 
 @dataclass(frozen=True, kw_only=True)

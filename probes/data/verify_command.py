@@ -3,24 +3,21 @@
 import time
 
 from llava_bidir.common.processes import usable_cores
-from probes.run_config import DataOptions
+from probes.command_options import VerifyOptions
 
 from .base import shared_images
 from .label_counts import format_labels
 from .probe_data import ProbeData
 
 
-def verify(config: DataOptions, workers: int | None) -> None:
+def run(options: VerifyOptions) -> None:
     """Read every image and target of both splits, and print what they contain.
-
-    Args:
-        config: The data.
-        workers: Number of processes; None for one per core.
 
     Raises:
         UserError: If some cannot be used, or no pixel of a split is labelled; the message names them.
     """
-    data = ProbeData(**vars(config))
+    data = ProbeData(**vars(options.data))
+    workers = options.workers
     start = time.perf_counter()
     data.check_files(data.find_bad_files(usable_cores() if workers is None else workers))
     data.shared_images = shared_images(data.splits["training"], data.splits["validation"])

@@ -1,6 +1,7 @@
 """The command `probes fit`: LightningCLI for a run of probes that are trained."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ def main(argv: list[str]) -> None:
 
 def build_run(config: RunConfig, prog: str) -> ProbeCLI:
     """Return model, data and trainer of a run."""
-    values = config.values_of_fit()
+    values = asdict(config)
+    del values["solver"]
     del values["ckpt_path"]  # of the subcommand
     return build_cli(values, run=False, prog=prog)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_bidir.common.options import positional
+from llava_bidir.common.cli import positional
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from llava_bidir.common.runs import (
     plan_run,
     run_process,
 )
+from probes.command_options import SolveOptions
 from probes.data.probe_data import ProbeData
 from probes.machine import Machine, build_machine, seed_everything
 from probes.run_config import RunConfig
@@ -30,6 +31,15 @@ from probes.tasks.losses import CrossEntropy
 from .run import SolveRun, estimate, solve
 
 TRAINER_SETTINGS = ("precision",)  # that change the result of a run without a training loop
+
+
+def run(options: SolveOptions) -> None:
+    """Run `probes solve`."""
+    config = RunConfig.of(options)
+    if options.dry_run:
+        dry_run(config)
+    else:
+        run_config(config)
 
 
 def run_config(config: RunConfig) -> None:
@@ -62,7 +72,7 @@ def solve_unless_finished(
 
     def begin() -> None:
         if rank() == 0:
-            content = yaml.safe_dump(config.values(), sort_keys=False)
+            content = yaml.safe_dump(asdict(config), sort_keys=False)
             begin_run(run.out, content, planned.replaced)
 
     solve(run, data, machine, begin, config.save_predictions)

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import yaml
+
+from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
-from probes.analyses.options import options_of, read_text
 from probes.steps import Step
 
 from .arms import FITTED, Arm, join, kind_of
@@ -44,11 +46,18 @@ def chosen_analyses(study: StudyConfig, photos: int) -> dict[str, Values]:
                     f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
                 )
             key = key.replace("-", "_")
-            options[key] = read_text(name, key, value)
+            options[key] = _read_value(ANALYSES[name].options, key, value)
     if "maps" in chosen and chosen["maps"]["image"] == ANALYSES["maps"].in_study["image"]:
         chosen["maps"]["image"] = [n for n in chosen["maps"]["image"] if n < photos]
     _add_files_beside_data(study, chosen)
     return chosen
+
+
+def _read_value(options: type, name: str, text: str) -> Any:
+    """Return the value of an option of `--add`; of a list, its parts between commas, or a list of YAML."""
+    if "tuple" not in str(get_type_hints(options).get(name)):
+        return text
+    return yaml.safe_load(text) if text.startswith("[") else text.split(",")
 
 
 def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> None:
@@ -144,7 +153,7 @@ def _of_run(
     is_control = arm.name not in ("trained", FITTED)  # "probes" have mistakes of their own
     return Step(
         f"{arm.run.name}/{name}",
-        options_of(name, values | {"probes": str(run)}),
+        Parser(analysis.options).read([], values | {"probes": str(run)}),
         run / analysis.result,
         kind=name,
         reads=_metrics(study, (arm.run.name, trained) if is_control else (arm.run.name,))
@@ -170,7 +179,7 @@ def _of_pair(
     folders = [str(study.out / run) for run in runs]
     return Step(
         f"{runs[1]}/{name}",
-        options_of(name, values | {"probes": folders}),
+        Parser(ANALYSES[name].options).read([], values | {"probes": folders}),
         study.out / runs[1] / ANALYSES[name].result,
         kind=name,
         reads=_metrics(study, runs),

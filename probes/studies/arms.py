@@ -31,7 +31,7 @@ from probes.models.read_config import read_config
 from probes.models.sites import layer_around
 from probes.run_config import ModelOptions, RunConfig
 
-from .config import StudyConfig, StudyOptions
+from .config import StudyConfig
 
 
 class Weights(NamedTuple):
@@ -104,7 +104,7 @@ class Arm(NamedTuple):
     why_left_out: str = ""
 
 
-def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:
+def arm_names(study: StudyConfig, has_llm: bool = True) -> list[str]:
     """Return the names of the arms of a model, the trained one first.
 
     Raises:

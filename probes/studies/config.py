@@ -1,51 +1,87 @@
 """What a study is made of, as values. Nothing here imports torch or Lightning."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.options import flag
+from probes.command_options import StudyOptions
 from probes.run_config import RunConfig
 
 RESERVED = ("report", "steps")  # folders of a study
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """Options of a study beside those of its probe runs.
-
-    Args:
-        out: Folder of the study.
-        draws: Draws of random LLMs, and of random adapters; of a bare encoder, of random layers. At most two are also
-            permuted.
-        arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
-        fit: Also train probes, as the paper does.
-        tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
-        add: Further analyses, by the names of their commands, or options of one: knockout.classes=sky,road.
-        only: Only these kinds of steps: solve, fit, report, or an analysis.
-    """
-
-    out: Path
-    draws: int = 3
-    arms: tuple[str, ...] | None = None
-    fit: bool = flag()
-    tasks: tuple[str, ...] = ()
-    add: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig(StudyOptions):
+class StudyConfig:
     """All that a study is made of.
 
     Args:
         models: Checkpoint directory or hub id by label. One model has the label "".
         probes: Options of the probe runs; each arm has a model, weights and a folder of its own.
+        out: As in :class:`StudyOptions`, and so are the others.
     """
 
     models: dict[str, str]
     probes: RunConfig
+    out: Path
+    draws: int = 3
+    arms: tuple[str, ...] | None = None
+    fit: bool = False
+    tasks: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, options: StudyOptions, models: Mapping[str, str], data: str) -> "StudyConfig":
+        """Return a study of models by label on a folder of images and masks, or on a layout of a folder in the options.
+
+        Raises:
+            UserError: The folder of a layout is missing.
+        """
+        from probes.data.registry import DATASETS  # torch
+
+        where = {"root": data}
+        if data in DATASETS:
+            if not options.data.root:
+                raise UserError(f"{data} is a layout, and its folder is missing (--data.root DIR)")
+            where = {"dataset": data, "name": options.data.name or data}
+        first = next(iter(models.values()))
+        probes = RunConfig.of(
+            options,
+            model=replace(options.model, mllm=first),
+            data=replace(options.data, **where),
+            out=str(options.out),
+            overwrite=False,
+        )
+        shared = {entry.name: getattr(options, entry.name) for entry in fields(cls)[2:]}
+        return cls(models=dict(models), probes=probes, **shared)
+
+
+def study_config(
+    models: Mapping[str, str],
+    data: str,
+    *,
+    configs: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> StudyConfig:
+    """Return a study of models on a folder of images and masks, or on a layout.
+
+    Args:
+        models: Checkpoint directory or hub id by label.
+        data: The folder, or the name of a layout, whose folder the options give.
+        configs: Names or paths of YAML files for the probe runs.
+        options: Options of the probe runs, nested as in YAML: {"data": {"batch_size": 2}}.
+        **settings: The study's own: draws, arms, ...
+
+    Raises:
+        UserError: An option is unknown or invalid.
+    """
+    values = {"inputs": [data], **(options or {}), **settings}
+    read = Parser(StudyOptions).read([f"--config={name}" for name in configs], values)
+    return StudyConfig.of(read, models, data)
 
 
 def check_label(label: str) -> None:

@@ -17,8 +17,7 @@ from probes.runs.study import CONTROLS
 
 from .arms import arm_names, plan_arms
 from .config import StudyConfig
-from .plan import check, make_plan
-from .run import RUNS, find_work
+from .plan import RUNS, check, find_work, make_plan
 
 
 class Spread(NamedTuple):

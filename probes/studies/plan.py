@@ -1,25 +1,34 @@
 """The steps of a study, in order: each is a call with its options as values, and the folder or file that it writes."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import describe_digest
+from llava_bidir.common.identity import (
+    check_same_identity,
+    describe_digest,
+    named_identity,
+)
 from llava_bidir.common.imports import HINT
 from probes.analyses import ANALYSES
 from probes.analyses.effects import effects_path
-from probes.data.registry import DATASETS, open_split
+from probes.data.registry import DATASETS, open_split, split_identity
 from probes.report.options import ReportOptions
 from probes.report.truth import FILE as TRUTH_FILE
-from probes.runs.runs import finished_runs
-from probes.runs.steps import unfinished_steps
-from probes.steps import Step, digest
+from probes.run_config import DataOptions
+from probes.runs.finished_run import FinishedRun
+from probes.runs.runs import finished_runs, open_run
+from probes.runs.steps import study_folder, unfinished_steps
+from probes.steps import Step, digest, find_missing
 from probes.tasks import SEGMENTATION, TASKS
 
 from .analyses import check_classes, chosen_analyses, steps_of_models, steps_of_runs
 from .arms import FITTED, Arm, join, plan_arms
 from .config import StudyConfig
+
+RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 
 
 @dataclass(frozen=True)
@@ -148,3 +157,69 @@ def check(study: StudyConfig) -> None:
     for task in (SEGMENTATION, *study.tasks):
         for split in ("training", "validation"):
             open_split(replace(data, task=task), split)
+
+
+def find_work(study: StudyConfig, steps: list[Step], overwrite: bool) -> list[Step]:
+    """Return the steps of a study that are missing or were made from something else; print why one is done again.
+
+    Raises:
+        UserError: The folder holds results of other models, images or targets, which may not be overwritten.
+    """
+    changed = _changed_runs(study, overwrite)
+    return find_missing(steps, study.out, lambda step: changed.get(step.name, ""))
+
+
+def _changed_runs(study: StudyConfig, overwrite: bool) -> dict[str, str]:
+    """Return how the folder's finished runs, by name, differ from the study in weights, images or targets, if they do.
+
+    Raises:
+        UserError: There are some, and they may not be overwritten, or the folder holds a study of other models.
+    """
+    changed = {}
+    checked: dict[str, str] = {}  # by what runs were made from: the difference
+    held: dict[str, str] = {}  # models by label
+    for path in finished_runs(study.out):
+        if study_folder(path) not in (None, study.out):  # as in a demo's folder
+            continue
+        run = open_run(path)
+        *_, label = ["", *path.relative_to(study.out).parts[:-1]]
+        if study_folder(path):
+            held.setdefault(label, run.metrics["mllm"])
+        if label not in study.models or run.task_name not in (SEGMENTATION, *study.tasks):
+            continue
+        parts = [run.manifest["identity"][section] for section in ("data", "model")]
+        made_from = json.dumps([label, run.task_name, *parts])
+        if made_from not in checked:
+            checked[made_from] = _what_has_changed(run, study.models[label], study.probes.data)
+        if checked[made_from]:
+            changed[path.relative_to(study.out).as_posix()] = checked[made_from]
+    labels = held.keys() | study.models.keys()
+    if "" in labels and len(labels) > 1:  # a report would take one model for two
+        raise UserError(
+            f"{study.out} holds a study of {_describe_models(held)}, and this one is of "
+            f"{_describe_models(study.models)}; choose another --out"
+        )
+    if changed and not overwrite:
+        raise UserError(next(iter(changed.values())))
+    return changed
+
+
+def _what_has_changed(run: FinishedRun, model: str, data: DataOptions) -> str:
+    """Return how model, images and targets differ from those that a run was made from; "" if they do not."""
+    from probes.models.module_sources import source_identity  # imports transformers' models
+
+    now = {"model": named_identity({"mllm": source_identity(model)}), "data": {}}
+    for split in ("training", "validation"):
+        dataset = open_split(replace(data, task=run.task_name), split)
+        now["data"] |= split_identity(split, dataset)
+    saved = {section: run.manifest["identity"][section] for section in now}
+    source = f"{run.path}, of {run.metrics['mllm']} on {run.manifest['data']['root']},"
+    try:
+        check_same_identity(saved, now, source, "choose another --out, or --overwrite true")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _describe_models(models: dict[str, str]) -> str:
+    return ", ".join(f"{label}={path}" if label else path for label, path in models.items())

@@ -14,34 +14,42 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.errors import NothingToMeasure, UsageError, UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
-from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.imports import import_words
 from llava_bidir.common.process_group import end_on_signals, process_group
 from probes.analyses.base import function_of
-from probes.data.registry import open_split, split_identity
+from probes.command_options import StudyOptions
 from probes.report.terminal import print_summary
-from probes.run_config import DataOptions, RunConfig
-from probes.runs.finished_run import FinishedRun
-from probes.runs.runs import finished_runs, open_run
-from probes.runs.steps import study_folder
-from probes.steps import Step, as_json, find_missing, must_replace, run_steps
-from probes.tasks import SEGMENTATION
+from probes.run_config import RunConfig
+from probes.runs.runs import finished_runs
+from probes.steps import Step, as_json, must_replace, run_steps
 
-from .config import StudyConfig, check_label
-from .parser import study_config
-from .plan import check, make_plan
+from .config import StudyConfig, check_label, label_models, study_config
+from .plan import RUNS, check, find_work, make_plan
 from .table import Study, write_table
 
 REPORT_WAIT_S = 600
-RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
+
+
+def run(options: StudyOptions) -> None:
+    """Run `probes study`."""
+    *words, data = options.inputs
+    if not words:
+        raise UsageError("expected a model and a folder: probes study MODEL DATA --out DIR")
+    config = StudyConfig.of(options, label_models(words), data)
+    if options.dry_run:
+        from .estimate import print_estimate
+
+        print_estimate(config, options.overwrite)
+    else:
+        run_study(config, options.overwrite)
 
 
 def study(
@@ -66,7 +74,7 @@ def study(
         data: Folder of images and masks (probes/README.md), or the name of a layout.
         out: Folder of the study.
         overwrite: Replace results that other settings, models or data have made.
-        settings: Those of :func:`probes.studies.parser.study_config`: draws, arms, fit, tasks, add, only; options of
+        settings: Those of :func:`probes.studies.config.study_config`: draws, arms, fit, tasks, add, only; options of
             the probe runs nested as in YAML, options={"data": {"batch_size": 2}}, and names of YAML files, configs.
 
     Raises:
@@ -130,16 +138,6 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
         )
 
 
-def find_work(study: StudyConfig, steps: list[Step], overwrite: bool) -> list[Step]:
-    """Return the steps of a study that are missing or were made from something else; print why one is done again.
-
-    Raises:
-        UserError: The folder holds results of other models, images or targets, which may not be overwritten.
-    """
-    changed = _changed_runs(study, overwrite)
-    return find_missing(steps, study.out, lambda step: changed.get(step.name, ""))
-
-
 def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
     """Return the steps without the report if the trained model is not solved before it."""
     solved = [run.name for run in finished_runs(out)]
@@ -148,62 +146,6 @@ def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
     if len(kept) < len(missing):
         print("no report: the trained model is not solved yet")
     return kept
-
-
-def _changed_runs(study: StudyConfig, overwrite: bool) -> dict[str, str]:
-    """Return how the folder's finished runs, by name, differ from the study in weights, images or targets, if they do.
-
-    Raises:
-        UserError: There are some, and they may not be overwritten, or the folder holds a study of other models.
-    """
-    changed = {}
-    checked: dict[str, str] = {}  # by what runs were made from: the difference
-    held: dict[str, str] = {}  # models by label
-    for path in finished_runs(study.out):
-        if study_folder(path) not in (None, study.out):  # as in a demo's folder
-            continue
-        run = open_run(path)
-        *_, label = ["", *path.relative_to(study.out).parts[:-1]]
-        if study_folder(path):
-            held.setdefault(label, run.metrics["mllm"])
-        if label not in study.models or run.task_name not in (SEGMENTATION, *study.tasks):
-            continue
-        parts = [run.manifest["identity"][section] for section in ("data", "model")]
-        made_from = json.dumps([label, run.task_name, *parts])
-        if made_from not in checked:
-            checked[made_from] = _what_has_changed(run, study.models[label], study.probes.data)
-        if checked[made_from]:
-            changed[path.relative_to(study.out).as_posix()] = checked[made_from]
-    labels = held.keys() | study.models.keys()
-    if "" in labels and len(labels) > 1:  # a report would take one model for two
-        raise UserError(
-            f"{study.out} holds a study of {_describe_models(held)}, and this one is of "
-            f"{_describe_models(study.models)}; choose another --out"
-        )
-    if changed and not overwrite:
-        raise UserError(next(iter(changed.values())))
-    return changed
-
-
-def _what_has_changed(run: FinishedRun, model: str, data: DataOptions) -> str:
-    """Return how model, images and targets differ from those that a run was made from; "" if they do not."""
-    from probes.models.module_sources import source_identity  # imports transformers' models
-
-    now = {"model": named_identity({"mllm": source_identity(model)}), "data": {}}
-    for split in ("training", "validation"):
-        dataset = open_split(replace(data, task=run.task_name), split)
-        now["data"] |= split_identity(split, dataset)
-    saved = {section: run.manifest["identity"][section] for section in now}
-    source = f"{run.path}, of {run.metrics['mllm']} on {run.manifest['data']['root']},"
-    try:
-        check_same_identity(saved, now, source, "choose another --out, or --overwrite true")
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _describe_models(models: dict[str, str]) -> str:
-    return ", ".join(f"{label}={path}" if label else path for label, path in models.items())
 
 
 # ---------------------------------------------------------------------------------------------------- one step
@@ -294,7 +236,9 @@ def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
         UserError: It has failed.
     """
     file = out / "steps" / f"{step.name.replace('/', '.')}.yaml"
-    values = config.values() if step.kind == "solve" else config.values_of_fit()
+    values = asdict(config)
+    if step.kind == "fit":
+        del values["solver"]
     write_files({file: yaml.safe_dump(values, sort_keys=False)})
     end_on_signals()
     command = [sys.executable, "-m", "probes", step.kind, "-c", str(file), *import_words()]

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_bidir.common.cli import Parser
+from probes.command_options import StudyOptions
 from probes.studies.config import StudyConfig
-from probes.studies.parser import build_parser, probe_config
 
 
 def study_of(
@@ -22,9 +23,8 @@ def study_of(
         data: Folder of images and masks.
         out: Folder of the study.
         options: Words of options of the probe runs.
-        **settings: Fields of `StudyOptions`.
+        **settings: Those of the study.
     """
-    parser = build_parser()
     paths = {label: str(path) for label, path in models.items()}
-    probes = probe_config(parser, parser.read(options), str(data), paths)
-    return StudyConfig(models=paths, probes=probes, out=out, **settings)
+    read = Parser(StudyOptions).read([*options, "--inputs=[]"], settings | {"out": out})
+    return StudyConfig.of(read, paths, str(data))

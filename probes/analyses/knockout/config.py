@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.options import options_from
+from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, layer_site
 from probes.runs.probe_run import ProbeRun
 
@@ -25,12 +24,11 @@ def options_of_run(run: ProbeRun) -> KnockoutOptions:
     results = run.analysis("knockout.json")
     if results is None:
         return KnockoutOptions(probes=run.path, classes=())
-    with error_context(run.path / "knockout.json"):
-        names = KnockoutOptions(probes=run.path, classes=()).settings
-        settings = {name: results[name] for name in names}
-        settings["classes"] = [entry["class"] for entry in results["classes"]]
-        settings["layers"] = None if results["layers"] == "all" else results["layers"]
-        return options_from(KnockoutOptions, {"probes": run.path} | settings, "knockout")
+    names = KnockoutOptions(probes=run.path, classes=()).settings
+    settings = {name: results[name] for name in names}
+    settings["classes"] = tuple(entry["class"] for entry in results["classes"])
+    settings["layers"] = None if results["layers"] == "all" else tuple(results["layers"])
+    return KnockoutOptions(probes=run.path, **settings)
 
 
 def cut_layers(results: Mapping[str, Any]) -> Sequence[int]:

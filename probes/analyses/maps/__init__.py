@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llava_bidir.common.options import Indices
+from llava_bidir.common.cli import Indices
 from probes.analyses.base import Analysis
 from probes.analyses.fields import RunOptions
 

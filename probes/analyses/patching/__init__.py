@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_bidir.common.options import Count, Seed
+from llava_bidir.common.cli import Count, Seed
 from probes.analyses.base import Analysis, PlannedRun
 from probes.analyses.fields import RunOptions
 from probes.models.sites import FINAL_NORM, is_layer

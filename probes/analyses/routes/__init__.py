@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llava_bidir.common.options import Count, Seed
+from llava_bidir.common.cli import Count, Seed
 from probes.analyses.base import Analysis, Claim, Row, table_row
 from probes.analyses.fields import QuestionOptions
 

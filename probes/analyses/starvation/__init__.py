@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.options import Seed
+from llava_bidir.common.cli import Seed
 from probes.analyses.base import Analysis, Claim, PlannedRun
 from probes.analyses.sinks import starts_with_sink
 from probes.models.sites import is_layer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from llava_bidir.common.options import Indices, Seed
+from llava_bidir.common.cli import Indices, Seed
 from probes.analyses.base import Analysis, PlannedRun
 from probes.analyses.fields import RunOptions
 from probes.models.sites import ADAPTER, PATCHES, is_layer

@@ -22,11 +22,9 @@ from studies import study_of
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.analyses.options import read_text
 from probes.cli import main
 from probes.steps import Step
 from probes.studies.arms import plan_arms
-from probes.studies.parser import build_command_parser
 from probes.studies.plan import make_plan
 
 OPTIONS = [
@@ -48,11 +46,11 @@ LITTLE = [
 ]  # what tests that are not about scores solve: the sites that a knockout needs
 PARTS = ["--draws", "2", "--add", "knockout.draws=1"]
 # The same as values
-PROBES = {"data": {"batch_size": 2}, "folds": 2, "strengths": [1e-3, 1e-1]}
+PROBES = {"data": {"batch_size": 2}, "solver": {"folds": 2, "strengths": [1e-3, 1e-1]}}
 LITTLE_PROBES = {
     **PROBES,
     "model": {"sites": ["adapter", "layer_01", "layer_02", "layer_03"]},
-    "strengths": [1e-1],
+    "solver": {"folds": 2, "strengths": [1e-1]},
 }
 
 
@@ -440,27 +438,6 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
         study("trained", "random0")
     study("trained", "random0", overwrite=True)
     assert weights_of("trained") == weights_of("random0")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "-c configs/demo/probes.yaml MODEL DATA --out OUT",
-        "--data.batch_size 2 MODEL DATA --out OUT --folds 2 --fit",
-        "MODEL DATA --out OUT --data.batch_size=2 --strengths 1 2",
-        "--folds 3 --memory-gb=9 MODEL DATA --out OUT --strengths 1",
-        "--out OUT --arms trained random0 --strengths 1e-2 .1 --fit MODEL DATA",
-    ],
-)
-def test_options_before_the_model_take_no_model(words):
-    values = build_command_parser().read(words.split())
-    assert values.inputs == ["MODEL", "DATA"]
-    assert values.out == "OUT"
-
-
-def test_a_class_with_a_comma_is_one_class():
-    assert read_text("knockout", "classes", '["wall, brick", sky]') == ["wall, brick", "sky"]
-    assert read_text("knockout", "classes", "wall,sky") == ["wall", "sky"]
 
 
 def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_path):

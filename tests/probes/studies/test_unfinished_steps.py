@@ -11,7 +11,7 @@ from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock
 from probes.runs.steps import unfinished_steps
 from probes.steps import Step, must_replace
-from probes.studies import run
+from probes.studies import plan, run
 from probes.studies.config import StudyConfig
 from probes.studies.plan import check, make_plan
 
@@ -50,7 +50,7 @@ def ran(monkeypatch):
     monkeypatch.setattr(run, "_run_step", run_step)
     monkeypatch.setattr(run, "write_table", lambda out, labels: None)
     monkeypatch.setattr(run, "print_summary", lambda *_: None)
-    monkeypatch.setattr(run, "_changed_runs", lambda *_: {})
+    monkeypatch.setattr(plan, "_changed_runs", lambda *_: {})
     return names
 
 

@@ -97,46 +97,38 @@ class InstructionData(LightningDataModule):
                 "data.val_annotations is not set, so there are no questions to validate with"
             )
         if stage == "fit":
-            self.train = Instructions(self.annotations, self.images)
-            self.train.check_trainable()
-            lengths = self.train.lengths()
-            rank_zero_info(f"{len(lengths):,} records, {(lengths < 0).sum():,} of them text only")
-            self.sampler = BatchSampler(
-                lengths,
-                self.batch_size,
-                self.micro_batch_size,
-                grouped=self.group_by_length,
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-                seed=self.seed,
-            )
-            micro_batches = self.batch_size // (self.micro_batch_size * self.trainer.world_size)
-            if self.trainer.accumulate_grad_batches not in (1, micro_batches):
-                raise UserError(
-                    f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but data.batch_size "
-                    f"and data.micro_batch_size make it {micro_batches}; leave it out"
-                )
-            self.trainer.accumulate_grad_batches = micro_batches
-            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-                self._check_whole_steps()
-            self.trainer.log_every_n_steps = min(
-                self.trainer.log_every_n_steps, self.steps_per_epoch
-            )
+            self._set_up_training()
 
-    def _check_whole_steps(self) -> None:
-        """Raise if `trainer.limit_train_batches` ends an epoch inside a step.
-
-        Lightning would count a step there, and DeepSpeed take it in the next epoch.
-        """
-        step = self.trainer.accumulate_grad_batches
-        trained = self.micro_batches_per_epoch
-        if trained % step:
-            below = trained // step * step
-            limits = f"{below} or {below + step}" if below else f"{step}"
+    def _set_up_training(self) -> None:
+        trainer = self.trainer
+        self.train = Instructions(self.annotations, self.images)
+        self.train.check_trainable()
+        lengths = self.train.lengths()
+        rank_zero_info(f"{len(lengths):,} records, {(lengths < 0).sum():,} of them text only")
+        self.sampler = BatchSampler(
+            lengths,
+            self.batch_size,
+            self.micro_batch_size,
+            grouped=self.group_by_length,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            seed=self.seed,
+        )
+        micro_batches = self.batch_size // (self.micro_batch_size * trainer.world_size)
+        if trainer.accumulate_grad_batches not in (1, micro_batches):
             raise UserError(
-                f"trainer.limit_train_batches {self.trainer.limit_train_batches} ends an epoch after {trained} "
-                f"micro-batches, but a step accumulates {step}, which DeepSpeed does not cut short; use {limits}"
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but data.batch_size and "
+                f"data.micro_batch_size make it {micro_batches}; leave it out"
             )
+        trainer.accumulate_grad_batches = micro_batches
+        # Lightning would count a step there, and DeepSpeed take it in the next epoch
+        ends_inside_a_step = self.micro_batches_per_epoch % micro_batches
+        if ends_inside_a_step and isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise UserError(
+                f"trainer.limit_train_batches {trainer.limit_train_batches} ends an epoch inside a step, which "
+                f"accumulates {micro_batches} micro-batches and which DeepSpeed does not cut short; use a multiple"
+            )
+        trainer.log_every_n_steps = min(trainer.log_every_n_steps, self.steps_per_epoch)
 
     @property
     def micro_batches_per_epoch(self) -> int:

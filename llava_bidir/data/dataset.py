@@ -64,7 +64,7 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         - words: number of words in all turns, the length that LLaVA's sampler uses
 
     Raises:
-        UserError: A record cannot be trained on, or the file cannot be read or cached.
+        UserError: A record cannot be trained on, or the file cannot be read.
     """
     check_annotations(path)
     datasets.disable_progress_bars()
@@ -78,13 +78,8 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
     }
     try:
         return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise UserError(
-            f"{path} cannot be converted in {datasets.config.HF_DATASETS_CACHE} (HF_HOME): {cause}"
-        ) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
 
 
 def read_records(path: str | Path) -> list[Any]:

@@ -10,7 +10,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
@@ -152,21 +151,6 @@ def test_as_llava_is_refused_where_the_mask_would_be_lost(parts, name):
         ValueError, match=f"--as-llava: image_attention is '{name}', but stock LLaVA is causal"
     ):
         as_llava(model)
-
-
-def test_stock_llava_directories_load_as_ours_under_any_mask(causal, tmp_path):
-    """A released llava-hf checkpoint, with the mask switched on."""
-    model, processor = causal
-    tiny_models.sharpen(model, 8.0)
-    export_hf(as_llava(model), processor, tmp_path / "hf")
-    same = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    other = LlavaBidirForConditionalGeneration.from_pretrained(
-        tmp_path / "hf", image_attention="bidirectional"
-    ).eval()
-    logits = model(**inputs(model)).logits
-    assert torch.equal(same(**inputs(model)).logits, logits)
-    assert not torch.allclose(other(**inputs(model)).logits, logits)
-    assert isinstance(LlavaConfig.from_pretrained(tmp_path / "hf"), LlavaConfig)
 
 
 def test_a_directory_that_reads_back_otherwise_is_not_left_behind(causal, tmp_path, monkeypatch):

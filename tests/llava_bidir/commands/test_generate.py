@@ -148,21 +148,6 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
             run(*words)
 
 
-def test_a_photo_is_asked_about_as_viewers_show_it(asked, tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
-    seen = []
-    monkeypatch.setattr(
-        "llava_bidir.commands.generate.answer",
-        lambda model, processor, prompts, images, *_: seen.extend(images[0]) or 1 / 0,
-    )
-    stored = pictures(0)[0]
-    stored.getexif()[0x0112] = 6
-    stored.save(tmp_path / "a.png", exif=stored.getexif())
-    with pytest.raises(ZeroDivisionError):
-        main(["generate", "none", str(tmp_path / "a.png"), "wall"])
-    assert np.array_equal(np.asarray(seen[0]), np.rot90(np.asarray(stored), -1))
-
-
 PENALTIES = {
     "repetition_penalty": 1.8,
     "no_repeat_ngram_size": 2,
@@ -186,29 +171,7 @@ def test_greedy_answers_obey_no_penalty_of_a_checkpoint(asked, checkpoints, tmp_
     assert answer(model, processor, *given) != expected, "else the test could not fail"
 
 
-def test_all_answers_end_at_the_same_tokens(
-    asked,
-    checkpoints,
-    tmp_path,
-    monkeypatch,
-):
-    """Some checkpoints name only one of two tokens that end answers in their generation settings."""
-    path = shutil.copytree(checkpoints["bidirectional"], tmp_path / "hf")
-    settings = json.loads((path / "generation_config.json").read_text())
-    own = settings["eos_token_id"]
-    (path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
-    assert load(str(path))[0].generation_config.eos_token_id == sorted([7, own])
-    mllm = probes.load(str(path))
-    for end in (7, own):
-        logits = torch.nn.functional.one_hot(torch.tensor([end]), 200).float()
-        monkeypatch.setattr(type(mllm), "word_head", lambda *_, logits=logits: lambda _: logits)
-        assert mllm.answer(pictures(0)[0], "wall", max_new_tokens=3) == ""
-
-
-def test_other_ids_of_images_in_model_and_tokenizer_are_named_or_change_nothing(
-    checkpoints, tmp_path
-):
-    """`generate` takes the tokenizer's id. `probes` takes the model's, which no text can have."""
+def test_other_ids_of_images_in_model_and_tokenizer_are_named(checkpoints, tmp_path):
     stock = checkpoints["causal"]
     path = shutil.copytree(stock, tmp_path / "hf")
     config = json.loads((path / "config.json").read_text())
@@ -217,8 +180,3 @@ def test_other_ids_of_images_in_model_and_tokenizer_are_named_or_change_nothing(
     pictures(0)[0].save(tmp_path / "x.png")
     with pytest.raises(SystemExit, match=f"config.json is 5, but .*<image> in its .* is {tokens};"):
         main(["generate", str(path), str(tmp_path / "x.png"), "name the sky"])
-    ours, expected = (probes.load(str(folder)) for folder in (path, stock))
-    pixels = expected.preprocess(pictures(0))
-    for site, states in expected.states(pixels).items():
-        assert torch.equal(ours.states(pixels)[site], states)
-    assert ours.answer(pictures(0)[0], "wall") == expected.answer(pictures(0)[0], "wall")

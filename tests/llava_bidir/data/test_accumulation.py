@@ -31,21 +31,15 @@ def set_up(conversations, strategy: type, limit: int | float, micro_batch_size: 
 
 
 @pytest.mark.parametrize(
-    ("limit", "trained", "valid"),
-    [
-        (10, 10, "8 or 12"),
-        (0.5, 6, "4 or 8"),
-        (3, 3, "4"),
-        (0.01, 1, "4"),
-    ],
+    ("limit", "trained"),
+    [(10, 10), (0.5, 6), (3, 3), (0.01, 1)],
 )
 def test_zero_refuses_an_epoch_that_ends_inside_a_step(
     conversations,
     limit,
     trained,
-    valid,
 ):
-    message = f"trainer.limit_train_batches {limit} .* {trained} micro-batches, .* accumulates 4.* use {valid}$"
+    message = f"trainer.limit_train_batches {limit} ends an epoch inside a step, .* 4 micro-batches"
     with pytest.raises(UserError, match=message):
         set_up(conversations, DeepSpeedStrategy, limit)
     assert set_up(conversations, DDPStrategy, limit) == -(-trained // 4)

@@ -1,14 +1,12 @@
 """LLaVA's JSON: valid records, and the errors of broken files, records and images."""
 
 import json
-import os
 import re
 import shutil
 from contextlib import nullcontext
 
 import datasets
 import pytest
-import small_disks
 import tiny_models
 import torch
 from hypothesis import given
@@ -149,29 +147,6 @@ def test_a_mask_is_refused_where_a_prediction_may_depend_on_its_own_target(
         collate([data[0]])
 
 
-def test_missing_folder_is_named(tmp_path):
-    path = write(tmp_path / "data.json", [record()])
-    with pytest.raises(ValueError, match="data.images: no folder"):
-        Instructions(path, tmp_path / "nowhere")
-
-
-def test_broken_file_leaves_no_cache(pictures):
-    whole = json.dumps([record()] * 999)
-    with pytest.raises(ValueError, match="record 999: expected an object"):
-        read_annotations(write(pictures / "data.json", whole[:-1] + ", 7]"))
-    assert [*pictures.rglob("*.arrow")] == [], "the converted part is not a dataset"
-    assert len(read_annotations(write(pictures / "data.json", whole))) == 999
-    assert [*pictures.rglob("*.arrow")]
-
-
-def test_file_that_cannot_be_opened_is_named(tmp_path):
-    (tmp_path / "dir.json").mkdir()
-    os.mkfifo(tmp_path / "pipe.json")
-    for name in ("dir.json", "pipe.json", "none.json", "x" * 300 + ".json"):
-        with pytest.raises(ValueError, match=f"data.annotations: no file .*{name}"):
-            read_annotations(tmp_path / name)
-
-
 @pytest.fixture(scope="module")
 def collate(parts):
     return Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")
@@ -227,20 +202,6 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
             (4, 4),
         )
         assert (sample["image"] is None) == (collate.processor.image_token_id not in ids)
-
-
-@pytest.mark.parametrize("place", ["read-only", "full"])
-def test_records_that_cannot_be_cached_are_an_error_that_names_hf_home(
-    place, tmp_path, monkeypatch
-):
-    """It was a traceback of `datasets`."""
-    options = {"read-only": "ro", "full": "size=4k"}[place]
-    with small_disks.mounted(tmp_path / "home", options) as home:
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
-        text = record(image=None, conversations=turns("what", "a cat" * 5000))
-        message = rf"data.json cannot be converted in {home}/cache \(HF_HOME\): .*"
-        with pytest.raises(ValueError, match=message):
-            read_annotations(write(tmp_path / "data.json", [text]))
 
 
 ASKED = "<image>\nwhat"

@@ -1,7 +1,6 @@
 """Masks of LLMs with sliding windows; refusal of layers without a mask."""
 
 import copy
-import json
 import shutil
 
 import pytest
@@ -122,21 +121,6 @@ def test_layers_without_a_mask_are_refused_when_the_model_is_built(kind, name, b
         build(copy.deepcopy(UNMASKED_LLMS[kind]), name)
     with pytest.raises(ValueError, match=message):
         tiny_models.model(name, text_config=UNMASKED_LLMS[kind])
-
-
-@pytest.mark.parametrize("kind", UNMASKED_LLMS)
-def test_probes_refuse_a_mask_that_the_layers_do_not_take(kind, build, tmp_path):
-    export_hf(*build(copy.deepcopy(UNMASKED_LLMS[kind]), "causal"), tmp_path / "hf")
-    assert probes.load(str(tmp_path / "hf"), device="cpu").image_attention == "causal"
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(
-        json.dumps(config | {"image_attention": "bidirectional"})
-    )
-    with pytest.raises(
-        UserError,
-        match=f"image_attention='bidirectional': .* has {kind} layers, which take no mask",
-    ):
-        probes.load(str(tmp_path / "hf"), device="cpu")
 
 
 @pytest.mark.parametrize("name", MASKS)

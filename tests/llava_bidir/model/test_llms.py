@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import probes
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
@@ -165,20 +164,6 @@ def test_the_loss_of_training_is_the_llms_own(kind, parts, llm_of):
         ignore_index=-100,
     )
     torch.testing.assert_close(module.eval().loss(batch), expected, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["granite", "cohere", "gemma3_text"])
-def test_words_of_states_are_those_of_the_model(kind, parts, llm_of, tmp_path):
-    """The logit lens of the last states, from which answers under a knockout are read."""
-    llm, own = llm_of(kind)
-    built, processor = build(parts, llm, kind)
-    export_hf(built, processor, tmp_path / "hf")
-    mllm = probes.load(str(tmp_path / "hf"), device="cpu")
-    ids = text(60)
-    with torch.no_grad():
-        states = own.base_model(input_ids=ids).last_hidden_state
-        expected = own(input_ids=ids).logits
-        torch.testing.assert_close(mllm.word_head("final_norm")(states), expected)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -139,3 +139,16 @@ def test_images_after_cached_tokens_are_rejected(name):
             pixel_values=tiny_models.pixels(1),
             **{name: cache},
         )
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_positions_that_restart_within_a_row_are_refused(name):
+    """transformers separates samples of a row in some backends and caches, and mixes them in others."""
+    model = tiny_models.model(name)
+    ids, _ = tiny_models.ids("tiiiittttt")
+    inputs = {"input_ids": ids, "pixel_values": tiny_models.pixels(1)}
+    one = torch.arange(10)[None]
+    packed = torch.cat([one[:, :7], one[:, :3]], 1)
+    with pytest.raises(ValueError, match="position_ids restart within a row; pass one"):
+        model(**inputs, position_ids=packed)
+    assert torch.equal(model(**inputs, position_ids=one).logits, model(**inputs).logits)

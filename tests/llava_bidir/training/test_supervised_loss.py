@@ -10,7 +10,6 @@ from PIL import Image
 
 from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.data.collate import Collate
-from llava_bidir.model import modeling_llava_bidir
 from llava_bidir.training.module import LlavaTraining
 
 pytestmark = pytest.mark.numerics
@@ -115,21 +114,6 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
         total += loss.item()
         count += int((labels[1:] != -100).sum())
     assert module.loss(collate(samples())).item() == pytest.approx(total / count, rel=1e-5)
-
-
-def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
-    parts,
-    conversations,
-    tmp_path,
-    monkeypatch,
-):
-    """Losses, answers in validation, and the check of the export, on batches with images and of text alone."""
-    warnings = []
-    monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
-    more = "--data.micro_batch_size 1 --trainer.max_epochs 1 --model.image_attention bidirectional"
-    tiny_models.fit(parts, conversations, tmp_path, *more.split())
-    assert (tmp_path / "hf/model.safetensors").is_file()
-    assert not warnings
 
 
 def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):

@@ -438,3 +438,21 @@ def test_attention_of_an_answer_equals_eager_attention(name, mllm):
     torch.testing.assert_close(weights, expected, **rounding(expected, DEPTH))
     assert (weights.sum(-1) <= 1 + 1e-5).all()
     assert (weights.sum(-1) > 0).any()
+
+
+def test_tokens_are_reported_while_the_answer_grows_and_a_stop_leaves_no_hooks(mllm):
+    read = mllm("llava")
+    image = pictures("llava", 1)[0]
+    asked = image, "hello", Knockout(blocked_tokens("llava", 1))
+    plain = read.answer(*asked[:2], max_new_tokens=4)
+    shown = []
+    assert read.answer(*asked, 4, on_token=shown.append) == shown[-1]
+    assert shown == [read.answer(*asked, n) for n in range(1, len(shown) + 1)]
+    assert len(shown) > 1
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read.answer(*asked, 4, on_token=stop)
+    assert read.answer(*asked[:2], max_new_tokens=4) == plain

@@ -139,7 +139,7 @@ def test_generation_with_a_cache_equals_uncached_forwards(mllms, cut, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
 @pytest.mark.parametrize("cut", [CUTS[0], *CUTS[9:12]], ids=str)
-def test_states_equal_the_mask_written_out_with_a_cached_prefix_and_without(
+def test_states_equal_the_mask_written_out(
     mllms,
     cut,
     mask,
@@ -157,9 +157,7 @@ def test_states_equal_the_mask_written_out_with_a_cached_prefix_and_without(
             torch.testing.assert_close(found[f"layer_{i:02d}"], expected, **rounding(expected, i))
 
 
-def test_blocked_tokens_on_the_grid_are_those_in_a_row_also_where_rows_of_the_batch_share_work(
-    mllms,
-):
+def test_blocked_tokens_on_the_grid_are_those_in_a_row(mllms):
     mllm = mllms("causal")
     pixels = tiny_models.pixels(2)
     blocked = torch.cat([BLOCKED, ~BLOCKED, ~BLOCKED])
@@ -169,21 +167,6 @@ def test_blocked_tokens_on_the_grid_are_those_in_a_row_also_where_rows_of_the_ba
     found = mllm.states(pixels, knockout=Knockout(on_the_grid), rows=rows)
     for site, expected in in_a_row.items():
         assert torch.equal(found[site], expected), site
-
-
-def test_a_row_without_blocked_tokens_is_still_cut_from_other_columns(mllms):
-    """Rows that share work: the first is cut in no layer, the second in all, and neither blocks an image token."""
-    mllm = mllms("causal")
-    pixels = tiny_models.pixels(1)
-    cut = {
-        "blocked": torch.zeros(2, tiny_models.TOKENS, dtype=torch.bool),
-        "layers": torch.tensor([[False] * 3, [True] * 3]),
-        "columns": ("prefix", "blocked"),
-    }
-    shared = mllm.states(pixels, ["layer_03"], Knockout(**cut), rows=[0, 0])["layer_03"]
-    alone = mllm.states(pixels.expand(2, -1, -1, -1), ["layer_03"], Knockout(**cut))["layer_03"]
-    assert not torch.allclose(shared[0], shared[1], atol=1e-3)
-    torch.testing.assert_close(shared, alone, **rounding(alone, 3))
 
 
 def test_rows_of_the_prefix_are_cut_where_it_sees_the_image(mllms):

@@ -15,7 +15,7 @@ from llava_bidir.common.errors import UserError
 from probes.data.palette import palette_of
 from probes.heads import Probe
 from probes.models.frozen_model import FrozenModel
-from probes.models.prompt_and_pixels import read_tokenizer
+from probes.models.prompts import read_tokenizer
 from probes.models.sites import ENCODER, is_in_llm_space
 from probes.runs.comparable import check_same_images
 from probes.runs.probe_run import ProbeRun

@@ -36,7 +36,7 @@ from .families.sites import EncoderLayers, encoder_layers
 from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .measured_mask import MeasuredMask, measure_mask
-from .prompt_and_pixels import Chat
+from .prompts import Chat
 from .reading import Replacement
 from .sites import FINAL_NORM, is_before_adapter, is_in_llm_space, layer_around
 

@@ -21,12 +21,8 @@ from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
 from .module_sources import check_names_function, is_source, open_source
 from .own_module import EncoderModule, Preprocess, describe_module
-from .prompt_and_pixels import (
-    read_dialogue,
-    read_image_processors,
-    read_prefix_ids,
-    read_separator_id,
-)
+from .pixels import read_image_processors
+from .prompts import read_dialogue, read_prefix_ids, read_separator_id
 from .random_init import check_control, check_matches, replace_weights
 from .read_config import check_numbers, read_config
 

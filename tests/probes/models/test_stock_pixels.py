@@ -15,7 +15,7 @@ from tiny_families import HIGH_MEAN, HIGH_STD, MEAN, SIDE, STD
 
 import probes
 from probes.models.families import FAMILIES, dynamic_resolution
-from probes.models.prompt_and_pixels import read_image_processors
+from probes.models.pixels import read_image_processors
 from probes.ops.geometry import ResizeRule
 
 pytestmark = pytest.mark.usefixtures("small_squares")

@@ -10,7 +10,7 @@ import tiny_families
 from llava_bidir.common.hf import PROMPT_DATE
 from probes.cli import main
 from probes.models.families import FAMILIES
-from probes.models.prompt_and_pixels import read_prefix_ids
+from probes.models.prompts import read_prefix_ids
 from probes.runs.probe_run import ProbeRun
 
 TEMPLATE = "{{ bos_token }}hello{% for part in messages[0].content %}<image>{% endfor %}"

@@ -1,0 +1,170 @@
+"""Image normalisation of a checkpoint, and how it makes photos squares.
+
+Stock image processors are not run: each splits and crops images in its own way. Of their settings, the normalisation
+and how they resize are read: filter, sides, crop. `hub` is {"revision": ...} for an id of the hub.
+"""
+
+import json
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import transformers
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+from transformers.image_processing_base import ImageProcessingMixin
+
+from llava_bidir.common.errors import UserError, error_context
+from probes.ops.geometry import ResizeRule
+
+from .families import EncoderFamily, Family
+
+PIXEL_SETTINGS = (
+    "resample",
+    "size",
+    "crop_size",
+    "max_image_size",
+    "default_to_square",
+    "do_center_crop",
+    "do_image_splitting",
+    "do_pad",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+)
+MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of the side after
+
+
+def read_image_processors(
+    path: str, family: Family | EncoderFamily, **hub: Any
+) -> tuple[list[CLIPImageProcessorPil], ResizeRule]:
+    """Return an image processor per normalisation, without resizing, and how the checkpoint resizes.
+
+    Settings that the file lacks are those of the class that it names.
+
+    Raises:
+        UserError: The normalisation is not defined, or a setting of resizing cannot be.
+    """
+    with error_context(f"preprocessor_config.json of {path}"):
+        stored = _read_processor_settings(path, family, **hub)
+        # as in transformers, null is as good as missing
+        stored = {key: value for key, value in stored.items() if value is not None}
+        settings = _class_defaults(stored) | stored
+        if settings.get("do_normalize") is False:  # files need not have numbers that nothing reads
+            for mean, std in family.normalisations:
+                settings |= {mean: [0.0] * 3, std: [1.0] * 3}
+        for key in (key for keys in family.normalisations for key in keys):
+            value = settings.get(key) or ()
+            if len(value) != 3 or not all(0 < x < 256 or (x == 0 and "mean" in key) for x in value):
+                raise UserError(f"{key} is {settings.get(key)}; expected three positive numbers")
+        rule = _resize_rule(settings, family)
+    processors = [
+        CLIPImageProcessorPil(
+            do_resize=False,
+            do_center_crop=False,
+            do_rescale=settings.get("do_rescale", True),
+            do_normalize=settings.get("do_normalize", True),
+            rescale_factor=settings.get("rescale_factor", 1 / 255),
+            image_mean=settings[mean],
+            image_std=settings[std],
+        )
+        for mean, std in family.normalisations
+    ]
+    return processors, rule
+
+
+def _read_processor_settings(
+    path: str, family: Family | EncoderFamily, **hub: Any
+) -> dict[str, Any]:
+    """Return the settings of a checkpoint's image processor.
+
+    Raises:
+        UserError: A folder has none; names the settings that are needed.
+    """
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(path, **hub)[0]
+    except OSError as error:
+        damaged = isinstance(error.__context__, json.JSONDecodeError)
+        if damaged or not Path(path).is_dir():
+            raise
+    keys = [key for keys in family.normalisations for key in keys]
+    example = {key: [0.5, 0.5, 0.5] for key in keys} | {"resample": 3}
+    raise UserError(
+        f"the file is missing, which says how photos become pixels; copy it from the published model, or write it with "
+        f"the model's own numbers, as {json.dumps(example)} (resample: 2 is bilinear, 3 bicubic)"
+    ) from None
+
+
+def _class_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the image processor that a file names; none if the installed transformers has no such one.
+
+    Of a processor with several backends, the one with Pillow is asked: others need torchvision.
+    """
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    name = str(kind).replace("FeatureExtractor", "ImageProcessor")
+    name = name.removesuffix("Fast").removesuffix("Pil") + "Pil"
+    processor = getattr(transformers, name, None)
+    defaults = {key: getattr(processor, key, None) for key in PIXEL_SETTINGS}
+    return {key: value for key, value in defaults.items() if value is not None}
+
+
+def _resize_rule(settings: dict[str, Any], family: Family | EncoderFamily) -> ResizeRule:
+    """Return how images become squares by a family and the settings of an image processor."""
+    resample = settings.get("resample", Image.Resampling.BICUBIC)
+    if resample not in list(Image.Resampling):
+        filters = ", ".join(f"{x.value} ({x.name.lower()})" for x in Image.Resampling)
+        raise UserError(f"resample is {resample!r}; expected one of {filters}")
+    resample = Image.Resampling(resample)
+    size = settings.get("size")
+    if thumbnail := settings.get("max_image_size"):
+        return ResizeRule(
+            family.image_resize or "squash",
+            resample,
+            before_thumbnail=_ratio("size", size, "max_image_size", thumbnail),
+            splits=bool(settings.get("do_image_splitting")),
+        )
+    way = "pad" if settings.get("do_pad") else "squash"
+    if family.image_resize or not settings.get("do_center_crop"):
+        return ResizeRule(family.image_resize or way, resample)
+    if way == "squash" and _is_of_shorter_side(size, settings.get("default_to_square", False)):
+        way = "center_crop"
+    crop = settings.get("crop_size")
+    if size is None or crop is None:
+        return ResizeRule(way, resample)
+    return ResizeRule(way, resample, _ratio("size", size, "crop_size", crop))
+
+
+def _is_of_shorter_side(size: Any, to_square: bool) -> bool:
+    """Return whether the size of an image processor is that of the shorter side, not of both."""
+    if isinstance(size, Mapping):
+        return "shortest_edge" in size
+    return not isinstance(size, list) and not to_square
+
+
+def _ratio(
+    resized_name: str,
+    resized: Any,
+    kept_name: str,
+    kept: Any,
+) -> Fraction:
+    """Return the side to which images are resized in units of the side that is kept, from two settings."""
+    before = _side(resized_name, resized)
+    after = _side(kept_name, kept)
+    if not after <= before <= MAX_ENLARGED * after:
+        raise UserError(
+            f"{resized_name} is {before} px and {kept_name} {after} px; expected a {resized_name} of {after} to "
+            f"{MAX_ENLARGED * after} px"
+        )
+    return Fraction(before, after)
+
+
+def _side(name: str, size: Any) -> int:
+    """Return the side in a setting of an image processor: a number, or the largest of several."""
+    sides = (
+        size.values() if isinstance(size, Mapping) else size if isinstance(size, list) else [size]
+    )
+    sides = [side for side in sides if side is not None]
+    if not sides or not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(f"{name} is {size!r}; expected numbers of pixels, at least 1")
+    return max(sides)

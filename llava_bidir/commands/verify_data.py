@@ -33,16 +33,11 @@ class RecordFindings(Dataset):
 
     The kinds are "broken" (`fit` stops), "truncated" (answers, by data.max_length), and "not_shown" (an image without
     `<image>`, or `<image>` without an image, which are trained as text).
-
-    Args:
-        data: The records and their images.
-        collate: Encodes the records in training.
-        is_validation: The records are questions, whose first answers are compared.
     """
 
     data: Instructions
     collate: Collate
-    is_validation: bool = False
+    is_validation: bool = False  # whose first answers are compared
 
     def __len__(self) -> int:
         return len(self.data)
@@ -69,11 +64,9 @@ def format_findings(file: dict[str, Any]) -> str:
     """Return the number of findings in a file, and the first of them by kind."""
     found = sorted(file["findings"], key=lambda x: x["kind"])
     lines = [f"{file['path']}: {file['records']:,} records, {len(found):,} findings"]
-    for x in found[:LISTED]:
-        lines.append(f"  {x['kind']}: record {x['index']} ({x['id']!r}): {x['detail']}")
-    if len(found) > LISTED:
-        lines.append("  ...; --json lists all")
-    return "\n".join(lines)
+    lines += [f"  {x['kind']}: record {x['index']} ({x['id']!r}): {x['detail']}" for x in found]
+    more = ["  ...; --json lists all"] if found[LISTED:] else []
+    return "\n".join(lines[: LISTED + 1] + more)
 
 
 def show_record(sample: dict, collate: Collate) -> dict[str, Any]:

@@ -50,25 +50,21 @@ class LlavaTraining(LightningModule):
         image_attention: Mask among image tokens: causal, bidirectional (Eq. 2), prefix, or a registered one.
         image_resize: How images become squares: center_crop (LLaVA's stage 1) or pad (stage 2).
         adapter: Checkpoint directory whose adapter stage 2 starts from.
-        adapter_init_scale: Factor on the last weight of a new adapter; 1 is LLaVA's initialisation. A loaded adapter
-            keeps its own.
+        adapter_init_scale: Factor on the last weight of a new adapter; 1 is LLaVA's initialisation.
         learning_rate: Peak learning rate.
         adapter_learning_rate: Peak learning rate of the adapter, if it differs.
         betas, weight_decay: Of AdamW. Biases and norms do not decay.
         warmup_ratio: Share of the steps in which the learning rate rises; a cosine to zero follows.
-        loss_average: How the loss of a step is averaged. "llava": over the tokens of each micro-batch, then over
-            micro-batches and devices, as in LLaVA. "tokens": over all supervised tokens of the global batch, so
-            accumulation and number of devices do not change it.
+        loss_average: "llava": over the tokens of each micro-batch, then over micro-batches and devices, as in LLaVA.
+            "tokens": over all supervised tokens of the global batch, however it is accumulated and divided.
         lora: Low-rank updates of the LLM, which train instead of its weights.
         frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
             computes in bfloat16 either way.
         gradient_checkpointing: Recompute the LLM's layers in the backward pass to save memory.
-        compile: Compile the LLM's layers with torch.compile, which fuses their elementwise operations. The first steps
-            take minutes; validation is not compiled.
+        compile: Compile the LLM's layers with torch.compile. The first steps take minutes; validation is not compiled.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
-        template: Template of the conversations, whose prompts the exported model has; linked from the data by the
-            command line.
+        template: Template of the conversations and of the exported model's prompts; linked from the data.
     """
 
     def __init__(
@@ -110,13 +106,9 @@ class LlavaTraining(LightningModule):
             if self.hparams[key] is not None and not self.hparams[key] >= 0:
                 raise UserError(f"model.{key} must not be negative, got {self.hparams[key]}")
         if warmup_ratio is None or not 0 <= warmup_ratio <= 1:
-            raise UserError(
-                f"model.warmup_ratio must be a share of the steps from 0 to 1, got {warmup_ratio}"
-            )
+            raise UserError(f"model.warmup_ratio must be a share from 0 to 1, got {warmup_ratio}")
         if self.lora and "llm" not in trainable:
-            raise UserError(
-                f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}"
-            )
+            raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
         self.processor = build_processor(self.encoder, llm, image_resize, template)
         rows, columns = self.encoder.grid(self.encoder.load_config())
         self.image_tokens = rows * columns
@@ -124,8 +116,7 @@ class LlavaTraining(LightningModule):
         self.model = None
         self.identity: Identity | None = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
-        # loss, supervised tokens and records of the micro-batches of a step
-        self.step: list[tuple[Tensor, int, list[str]]] = []
+        self.step: list[tuple[Tensor, int, list[str]]] = []  # losses, supervised tokens, records
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
 
@@ -162,8 +153,8 @@ class LlavaTraining(LightningModule):
             dtypes=self._dtypes(),
         )
         if args.adapter is None:
-            with torch.no_grad():
-                self.model.model.multi_modal_projector.linear_2.weight *= args.adapter_init_scale
+            adapter = self.model.model.multi_modal_projector
+            adapter.linear_2.weight.data *= args.adapter_init_scale
         if self.lora:
             add_lora(self.model, self.lora)
         for part, parameters in set_trainable(self.model, args.trainable).items():
@@ -230,8 +221,8 @@ class LlavaTraining(LightningModule):
         self.val_loss.update(self.loss(batch), weight=batch["supervised"])
         self.log("val/loss", self.val_loss, prog_bar=True)
         are_captions = batch["are_captions"]
-        # as many on each rank, since under ZeRO-3 they run each forward together
-        if are_captions and batch_idx * self.trainer.datamodule.micro_batch_size >= SHOWN:
+        shown = batch_idx * self.trainer.datamodule.micro_batch_size < SHOWN
+        if are_captions and not shown:  # on each rank: they run each forward together
             return []
         # the last sample may be padding for this rank
         answers = self.answer(batch["prompts"])[: len(batch["answers"])]
@@ -296,8 +287,7 @@ class LlavaTraining(LightningModule):
         finite = losses.isfinite().tolist()
         if not self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
             bad = "of another rank" if all(finite) else ", ".join(records[finite.index(False)])
-            step = self.trainer.global_step
-            raise UserError(f"the loss is not finite at step {step}: samples {bad}")
+            raise UserError(f"loss is not finite at step {self.trainer.global_step}: samples {bad}")
         tokens = torch.tensor(float(sum(tokens)), device=self.device)
         self.log("train/loss", losses.mean(), prog_bar=True, sync_dist=True)
         self.log("train/supervised_tokens", tokens, sync_dist=True, reduce_fx="sum")
@@ -311,24 +301,19 @@ class LlavaTraining(LightningModule):
             rates["adapter"] = args.adapter_learning_rate
         # Lightning does not clip gradients for a fused optimizer in mixed precision
         fused = not (self.trainer.gradient_clip_val and "mixed" in self.trainer.precision)
-        betas = tuple(args.betas)
-        optimizer = build_optimizer(self.model, rates, betas, args.weight_decay, fused)
+        optimizer = build_optimizer(self.model, rates, tuple(args.betas), args.weight_decay, fused)
         schedule = build_schedule(optimizer, optimizer_steps(self.trainer), args.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def settings(self) -> dict[str, Any]:
         """Return the stage and all settings that have a value, for training.json and the model card."""
-        settings = {"stage": "+".join(self.hparams.trainable)}
-        for name, value in self.hparams.items():
-            if value is not None and not name.startswith("_"):
-                settings[name] = value
+        settings = {k: v for k, v in self.hparams.items() if v is not None and k[0] != "_"}
         if FIXED_DATE in (self.processor.chat_template or ""):
             settings["prompt_date"] = str(PROMPT_DATE)
-        return settings
+        return {"stage": "+".join(self.hparams.trainable), **settings}
 
     def progress(self) -> dict[str, Any]:
         """Return the position in the run and the latest value of each metric that does not depend on timing."""
-        timing = {f"train/{name}" for name in TIMING_METRICS}
         metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
         return {
             "global_batch": self.trainer.datamodule.batch_size,
@@ -336,7 +321,7 @@ class LlavaTraining(LightningModule):
             "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
             "devices": self.trainer.world_size,
             **self.metrics_before,
-            **{name: value for name, value in metrics.items() if name not in timing},
+            **{k: v for k, v in metrics.items() if k.removeprefix("train/") not in TIMING_METRICS},
         }
 
     def trainable_names(self) -> set[str]:
@@ -360,8 +345,5 @@ class LlavaTraining(LightningModule):
             return  # ZeRO stores weights elsewhere and checks them itself
         trained = self.trainable_names()
         if missing := trained - set(checkpoint["state_dict"]):
-            raise UserError(
-                f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that "
-                f"model.trainable={self.hparams.trainable} trains, e.g. {min(missing)}; it belongs to another stage or "
-                "model"
-            )
+            found = f"lacks {len(missing)} of {len(trained)} trained tensors, e.g. {min(missing)}"
+            raise UserError(f"the checkpoint {found}; it belongs to another stage or model")

@@ -14,8 +14,6 @@ from transformers import (
 )
 
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.cli import main
-from llava_bidir.commands import export
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.export import OWN_KEYS, as_llava, export_hf
 from llava_bidir.model.lora import Lora, add_lora, has_lora
@@ -67,32 +65,6 @@ def test_lora_updates_are_merged_into_the_export_and_nothing_else_is_left(causal
         kind.from_pretrained(tmp_path / "hf").eval()(**inputs(model)).logits, expected
     )
     assert has_lora(model)
-
-
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_an_export_in_float32_keeps_updates_that_bfloat16_loses(
-    causal,
-    dtype,
-    tmp_path,
-    monkeypatch,
-):
-    """As configs/budget/lora_24gb.yaml trains: the LLM in bfloat16, its updates in float32."""
-    model, processor = causal
-    model.model.language_model.bfloat16()
-    add_lora(model, Lora(r=2, alpha=2))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=1e-4)
-    monkeypatch.setattr(export, "read_checkpoint", lambda file: (model, processor, {}))
-    layer = model.model.language_model.layers[0].mlp.up_proj
-    expected = layer.get_base_layer().weight.float() + layer.get_delta_weight("default")
-    main(["export", "last.ckpt", str(tmp_path / "hf"), "--dtype", dtype])
-    read = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf")
-    weight = read.model.language_model.layers[0].mlp.up_proj.weight
-    assert torch.allclose(weight.float(), expected, rtol=0, atol=1e-7) == (dtype == "float32")
-    if dtype == "float32":
-        assert read.dtype == torch.float32
 
 
 def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(parts, tmp_path):

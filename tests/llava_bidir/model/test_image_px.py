@@ -6,14 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import load_weights
-from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import ENCODERS, Encoder
-from llava_bidir.model.export import export_hf
-from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
-from tests.helpers import tiny_models
 
 # what the tests ask for, since interpolation in float32 would hide a difference
 pytestmark = pytest.mark.filterwarnings("ignore:.*computed in float64")
@@ -71,34 +66,6 @@ def test_states_equal_the_stock_models_interpolation(name, side, tmp_path):
     ]
     assert states.shape[1] == (side // PATCH_PX) ** 2
     torch.testing.assert_close(states, stock_patches(encoder, pixels), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["clip", "dinov2"])
-@torch.no_grad()
-def test_export_records_the_side_and_probes_read_the_same_states(name, tmp_path):
-    """Positions are stored (CLIP) or interpolated in each forward (DINOv2); both survive the export."""
-    encoder = replace(write_encoder(name, tmp_path), image_px=42)
-    _, llm = tiny_models.write_parts(tmp_path / "parts")
-    processor = build_processor(encoder, llm)
-    model = build_model(encoder, llm, processor).eval()
-    export_hf(model, processor, tmp_path / "hf", {})
-    loaded = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    pixels = torch.randn(
-        1,
-        3,
-        42,
-        42,
-        generator=torch.Generator().manual_seed(1),
-    )
-    features = loaded.get_image_features(pixels).pooler_output[0]
-    assert torch.equal(features, model.get_image_features(pixels).pooler_output[0])
-    mllm = probes.load(str(tmp_path / "hf"), device="cpu")
-    assert mllm.grid == (3, 3)
-    assert mllm.geometry.image_px == 42
-    expected = stock_patches(encoder, pixels.double()).float()
-    torch.testing.assert_close(
-        mllm.states(pixels, ["encoder"])["encoder"], expected, rtol=1e-4, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize(

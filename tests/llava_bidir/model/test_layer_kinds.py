@@ -10,11 +10,9 @@ import torch
 from tiny_llms import SIZES, SLIDING_LLMS, UNMASKED_LLMS, WINDOW
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-import probes
 from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.common.errors import UserError
 from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.export import export_hf
 from llava_bidir.model.modeling_llava_bidir import FULL, SLIDING, build_masks, layer_kinds
 
 MASKS = tuple(IMAGE_ATTENTION)
@@ -121,27 +119,3 @@ def test_layers_without_a_mask_are_refused_when_the_model_is_built(kind, name, b
         build(copy.deepcopy(UNMASKED_LLMS[kind]), name)
     with pytest.raises(ValueError, match=message):
         tiny_models.model(name, text_config=UNMASKED_LLMS[kind])
-
-
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("llm", SLIDING_LLMS)
-def test_probes_read_the_states_of_the_models_own_forward(
-    llm,
-    name,
-    build,
-    tmp_path,
-):
-    model, processor = build(copy.deepcopy(SLIDING_LLMS[llm]), name)
-    tiny_models.sharpen(model)
-    export_hf(model, processor, tmp_path / "hf")
-    mllm = probes.load(str(tmp_path / "hf"), device="cpu")
-    pixels = tiny_models.pixels(2)
-    states = mllm(pixels)
-    own = model(
-        input_ids=mllm.ids.expand(2, -1),
-        pixel_values=pixels,
-        output_hidden_states=True,
-    ).hidden_states
-    for layer in (1, 2):  # the last entry of hidden_states is normed
-        expected = own[layer][:, mllm.is_image]
-        torch.testing.assert_close(states[f"layer_{layer:02d}"], expected, rtol=1e-4, atol=1e-4)

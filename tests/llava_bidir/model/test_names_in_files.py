@@ -4,7 +4,6 @@ import copy
 import json
 
 import pytest
-import torch
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
@@ -113,22 +112,6 @@ def test_names_in_exports_are_those_of_released_llavas_whatever_the_model_was(bu
         assert names_in(tmp_path / "hf") == released(model.config), history
         export_hf(model, built[1], tmp_path / "hf")
         assert names_in(tmp_path / "hf") == released(model.config, ours=True), history
-
-
-def test_what_save_pretrained_writes_does_not_depend_on_the_model_either(built, tmp_path):
-    """As after a fine-tuning by other code; sharded, too. The stock class reads it completely."""
-    models = histories(built, tmp_path)
-    del models["lora"]
-    for history, model in models.items():
-        model.save_pretrained(tmp_path / history, max_shard_size="20KB")
-        assert len([*(tmp_path / history).glob("*.safetensors")]) > 1
-        index = json.loads((tmp_path / history / "model.safetensors.index.json").read_text())
-        assert {*index["weight_map"]} == released(model.config, ours=True), history
-        for reader in (LlavaForConditionalGeneration, LlavaBidirForConditionalGeneration):
-            read, info = reader.from_pretrained(tmp_path / history, output_loading_info=True)
-            assert not any(info.values()), history
-            expected = built[0].state_dict()
-            assert all(torch.equal(x, expected[name]) for name, x in read.state_dict().items())
 
 
 def test_configs_of_stock_exports_have_the_rotary_keys_of_released_llavas(parts, tmp_path):

@@ -146,9 +146,12 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(
         ]
         whole = f"{SYSTEM} " + "".join(rounds)  # without BOS, which this tokenizer does not add
     expected = tokenizer(whole, add_special_tokens=False).input_ids
-    assert ids == sum(
-        ([token] * (IMAGE_TOKENS if token == image_id else 1) for token in expected), []
-    )
+    assert tokenizer.decode(ids).replace("<image>" * IMAGE_TOKENS, "<image>") == whole
+    # under "chat", white space of an answer does not join that of its prompt
+    if name == "vicuna_v1" or not any(answer[0].isspace() for answer in answers):
+        assert ids == sum(
+            ([token] * (IMAGE_TOKENS if token == image_id else 1) for token in expected), []
+        )
 
     spans = []
     previous = IGNORE_INDEX

@@ -11,7 +11,7 @@ from llava_bidir import __version__ as __version__
 if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODULES`
     from .analyses.base import Claim as Claim
     from .analyses.claims import register_analysis as register_analysis
-    from .analyses.effects import write_effects as write_effects
+    from .analyses.claims import write_effects as write_effects
     from .data.registry import register_dataset as register_dataset
     from .heads import Probe as Probe
     from .heads import register_head as register_head
@@ -51,7 +51,7 @@ _MODULES = {
     "Claim": ".analyses.base",
     "Estimate": ".score.estimate",
     "register_analysis": ".analyses.claims",
-    "write_effects": ".analyses.effects",
+    "write_effects": ".analyses.claims",
     "study": ".studies.run",
     "Study": ".studies.table",
     "solve_features": ".solve.features",

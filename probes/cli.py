@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llava_bidir.common.cli import Command, Groups, run
-from probes.analyses import ANALYSES
+from probes.analyses import MEASURED
 from probes.command_options import (
     LabOptions,
     MaskOptions,
@@ -112,8 +112,8 @@ COMMANDS = {
 def commands() -> Groups:
     """Return the commands, with those of analyses, also of those that have been registered."""
     analyses = {
-        name: Command(f"probes.analyses.{name}.run:run", analysis.help, analysis.options)
-        for name, analysis in ANALYSES.items()
+        name: Command("probes.analyses:run", analysis.help, analysis.options)
+        for name, analysis in MEASURED.items()
     }
     return COMMANDS | {"Analyse finished runs": analyses}
 

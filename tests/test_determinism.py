@@ -44,7 +44,7 @@ def test_every_file_of_the_pipeline_has_the_same_bytes_again(tmp_path):
     wanted |= {f"report/{name}" for name in of_a_report.split()}
     wanted |= {"assets/captions.json", "assets/encoder/model.safetensors"}
     wanted |= {"stage2/hf/model.safetensors", "stage2/hf/training.json"}
-    wanted |= {"bidirectional/starvation.json"}
+    wanted |= {"causal/sinks.json"}
     assert wanted <= set(first), "or not much was compared"
 
 

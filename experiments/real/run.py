@@ -47,7 +47,7 @@ EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 
 IMAGE_PX = 112  # of photos: 8 x 8 image tokens
 GPU_WORKERS = 4  # processes that load the data of a GPU
 SITES = ["encoder", "adapter", "layer_01", "layer_10", "layer_20", "layer_30"]  # for time's sake
-STEPS = ("solve", "starvation", "report")
+STEPS = ("solve", "sinks", "report")
 
 
 class Data(NamedTuple):

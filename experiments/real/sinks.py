@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import probes
-from probes.analyses.measured_sinks import IMAGES, measure_sinks
+from probes.analyses.sinks import IMAGES, measure_sinks
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.sites import layer_site
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import probes
-from probes.analyses.measured_sinks import measure_sinks
+from probes.analyses.sinks import measure_sinks
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.worlds.plant import read_pictures
 from probes.worlds.tiny_models import train
@@ -87,7 +87,7 @@ def main() -> None:
         options.demo / "assets/segmentation",
         out=options.out / "study",
         arms=options.arms,
-        only=["solve", "starvation", "report"],
+        only=["solve", "sinks", "report"],
         options={"model": {"sites": SITES}},
     )
     print(study)

@@ -1,13 +1,14 @@
-"""Analyses of finished runs. Each is a folder (see base.py) and a name in this list, in the order of the report.
+"""Analyses of finished runs (base.py), in the order of the report: each is a module with ANALYSIS, named here.
 
-Commands, the steps of a study, the sections of the report and the table in README.md are generated from it.
+Commands, the steps of a study, the sections of the report and the table in README.md are generated from this list.
 """
 
 from importlib import import_module
 
-from .base import Analysis
+from .base import Analysis, RunOptions, run_analysis
 
 NAMES = (
+    "sinks",
     "starvation",
     "knockout",
     "routes",
@@ -18,3 +19,10 @@ NAMES = (
 ANALYSES: dict[str, Analysis] = {
     name: import_module(f"{__name__}.{name}").ANALYSIS for name in NAMES
 }
+MEASURED = {name: analysis for name, analysis in ANALYSES.items() if analysis.measure}
+
+
+def run(options: RunOptions) -> None:
+    """Run the analysis whose options these are."""
+    (analysis,) = (x for x in MEASURED.values() if type(options) is x.options)
+    run_analysis(analysis, options)

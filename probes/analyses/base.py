@@ -1,25 +1,38 @@
-"""What an analysis is: a folder here, and its name in the list of `__init__.py`.
+"""What an analysis of a finished run is, and how it is run.
 
-__init__.py   its options, a dataclass, and ANALYSIS, a description; they import nothing heavy
-run.py        run(options): the command
-section.py    section(study): what the report shows, for analyses with a title
-README.md     question, method, controls, limits
+An analysis says its options, `measure(run, options) -> Result` and `section(study)`. `run_analysis` does the rest: it
+locks the result, refuses to replace that of other options, keeps finished batches, and writes
+
+    NAME.json                  image_attention, untrained, runs, options, and the rows of the result
+    NAME.safetensors           its tensors, if any
+    NAME_effects.safetensors   its effects, if any: what claims are made from (claims.py)
+    NAME.partial/              finished batches, removed at the end
+
+Imported by `probes --help`, so nothing heavy is imported here or at the top of an analysis.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.models.sites import ADAPTER, is_layer
 
-if TYPE_CHECKING:  # this module answers `probes --help`
+if TYPE_CHECKING:
+    from torch import Tensor
+
     from probes.runs.finished_run import FinishedRun
+    from probes.score.estimate import Estimate
 
     from .style import ReportFigure
 
 Row = dict[str, Any]
+EFFECTS = "_effects.safetensors"  # of a file of effects, after the name of the analysis
 
 
 class Claim(NamedTuple):
@@ -58,11 +71,6 @@ class PlannedRun(NamedTuple):
     has_llm: bool = True  # False for a bare vision encoder
 
 
-def lacks_nothing(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
-    """Return "": an analysis that can be run on any run."""
-    return ""
-
-
 def lacks_layers(run: PlannedRun) -> str:
     """Return which of the adapter and all decoder layers a run will have no probes at; "" if none."""
     needed = [site for site in run.model_sites if site == ADAPTER or is_layer(site)]
@@ -73,62 +81,215 @@ def lacks_layers(run: PlannedRun) -> str:
     return f"no probes at {', '.join(missing[:2])}{rest}; it reads the adapter and every decoder layer (model.sites)"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of an analysis of a run.
+
+    Args:
+        probes: Folder of a finished probe run.
+        out: Output folder (default: the run's folder).
+        overwrite: Replace a result that other options or runs have made.
+        trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
+    """
+
+    probes: Path
+    out: Path | None = None
+    overwrite: bool = False
+    trust: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the result."""
+        return self.out or self.probes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on, beside the run, as JSON has it."""
+        settings = asdict(self)
+        for name in ("probes", "out", "overwrite", "trust"):
+            del settings[name]
+        return json.loads(json.dumps(settings))
+
+
+class Result(NamedTuple):
+    """What an analysis has measured of a run.
+
+    Args:
+        rows: Entries of NAME.json.
+        tensors: Content of NAME.safetensors.
+        effects: By name, under the resamplings of `run.weights`, which all runs on the same images share.
+    """
+
+    rows: Mapping[str, Any]
+    tensors: Mapping[str, "Tensor"] = {}
+    effects: Mapping[str, "Estimate"] = {}
+
+
 @dataclass(frozen=True)
 class Analysis:
     """An analysis of finished runs: what the command line, studies, the report and the README say about it.
 
     Args:
-        help: What the command does.
+        name: Name of its command and of its files.
         question: The question that it answers.
-        options: Dataclass of its options (llava_bidir/common/cli.py), of which `run` takes an instance.
-        result: The file that it writes: into the run's folder; of a pair, into that of the second run.
+        help: What the command does.
+        options: Dataclass of its options, a kind of :class:`RunOptions`.
+        measure: Returns the result of a run. Without it there is no command: the report measures it.
+        complete: Returns the options with what is their default for a run; raises a UserError if they do not fit it.
+        lines: Returns what the command prints of NAME.json.
         title: Heading of its section in the report; "" for none.
         paper: Where the paper has it.
-        of: What one command reads: a "run", or a "pair" of two models.
         in_study: Options that have other defaults in a study; `--add` sets others.
         arms: The arms of a study that it is run on.
         default: It runs unasked.
+        reads: Analyses before it whose results it reads where there are some.
+        of_encoders: It can be run on a bare vision encoder, too.
+        of_any_task: It can be run on probes of any task, not of segmentation only.
         beside_data: Options with the file that stands beside the folder of the data, and what it contains; the
             analysis does not run without them.
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
-        rows: Returns rows of the study's table from its result.
-        reads: Analyses before it whose results it reads where there are some.
-        of_encoders: It can be run on a bare vision encoder, too.
-        lacks: Returns why it cannot be run on planned runs with its options in a study, "" if it can. A study then
+        rows: Returns rows of the study's table from NAME.json.
+        lacks: Returns why it cannot be run on a planned run with its options in a study, "" if it can. A study then
             leaves it out before any work.
     """
 
-    help: str
+    name: str
     question: str
-    options: type
-    result: str
+    help: str = ""
+    options: type[RunOptions] | None = None
+    measure: Callable[["FinishedRun", Any], Result] | None = None
+    complete: Callable[["FinishedRun", Any], Any] = lambda run, options: options
+    lines: Callable[[dict[str, Any]], Iterable[str]] = lambda results: ()
     title: str = ""
     paper: str = ""
-    of: str = "run"
     in_study: Mapping[str, Any] = field(default_factory=dict)
     arms: tuple[str, ...] = ("trained",)
     default: bool = False
     reads: tuple[str, ...] = ()
     of_encoders: bool = False
+    of_any_task: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
-    rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
-    lacks: Callable[[Sequence[PlannedRun], Mapping[str, Any]], str] = lacks_nothing
+    rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda results: iter(())
+    lacks: Callable[[PlannedRun, Mapping[str, Any]], str] = lambda run, options: ""
 
-    def why_left_out(self, runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
-        """Return why a study leaves the analysis of these runs out, "" if it does not."""
-        if not self.of_encoders and not all(run.has_llm for run in runs):
+    @property
+    def result(self) -> str:
+        """The file that says that it is done."""
+        return f"{self.name}.json"
+
+    def why_left_out(self, run: PlannedRun, options: Mapping[str, Any]) -> str:
+        """Return why a study leaves the analysis of this run out, "" if it does not."""
+        if not (self.of_encoders or run.has_llm):
             return "the model is a vision encoder, and it needs an LLM"
-        return self.lacks(runs, options)
+        return self.lacks(run, options)
+
+    def in_batches(
+        self,
+        run: "FinishedRun",
+        options: RunOptions,
+        items: Sequence,
+        size: int,
+        compute: Callable[[Sequence], dict[str, "Tensor"]],
+    ) -> dict[str, "Tensor"]:
+        """Return compute(items[:size]), compute(items[size : 2 * size]), ... concatenated.
+
+        Finished batches are kept in NAME.partial, so that a killed analysis resumes after the last one. `compute` must
+        depend on nothing but the run and the options.
+        """
+        import torch
+        from tqdm import tqdm
+
+        from probes.runs.run_files import read_tensors
+
+        folder = options.folder / f"{self.name}.partial"
+        file = folder / "made_from.json"
+        made_from = _made_from(run, options)
+        if not (file.is_file() and json.loads(file.read_text()) == made_from):
+            shutil.rmtree(folder, ignore_errors=True)
+            write_files({file: made_from})
+        parts: dict[str, list[Tensor]] = {}
+        for start in tqdm(range(0, len(items), size), desc=self.name, mininterval=5):
+            path = folder / f"{start // size:06d}.safetensors"
+            try:
+                batch = read_tensors(path)
+            except (FileNotFoundError, ValueError):  # not computed yet, or damaged since
+                write_files({path: compute(items[start : start + size])})
+                batch = read_tensors(path)
+            for key, value in batch.items():
+                parts.setdefault(key, []).append(value)
+        return {key: torch.cat(values) for key, values in parts.items()}
 
 
-def check_has_llm(run: "FinishedRun", command: str) -> None:
-    """Raise a UserError if a run is of a bare vision encoder, for a command that needs an LLM."""
-    if not run.has_llm:
+def run_analysis(analysis: Analysis, options: RunOptions) -> None:
+    """Measure a finished run, write the files named above, and print what the analysis says of them.
+
+    The same call resumes after a kill, and makes the same files again.
+
+    Raises:
+        UserError: The options do not fit the run, or the result of other options or runs may not be replaced.
+        NothingToMeasure: The run has no case.
+    """
+    from probes.runs.probe_run import ProbeRun
+    from probes.runs.runs import open_run
+
+    open_probes = open_run if analysis.of_any_task else ProbeRun
+    run = open_probes(options.probes, trust=options.trust)
+    if not (run.has_llm or analysis.of_encoders):
         raise UserError(
-            f"{run.path} is of a vision encoder, and probes {command} needs an LLM; probes maps, umap, segment and lab "
-            "read encoders, and `mllm.states(pixels, knockout=...)` blocks patches"
+            f"{run.path} is of a vision encoder, and probes {analysis.name} needs an LLM; probes maps, umap, segment "
+            "and lab read encoders, and `mllm.states(pixels, knockout=...)` blocks patches"
         )
+    options = analysis.complete(run, options)
+    with exclusive_run_lock(options.folder, analysis.result):
+        file = options.folder / analysis.result
+        if file.is_file() and not options.overwrite:
+            _check_made_from(file, _made_from(run, options))
+        try:
+            result = analysis.measure(run, options)
+        except NothingToMeasure:
+            shutil.rmtree(options.folder / f"{analysis.name}.partial")
+            raise
+        header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
+        results = header | _made_from(run, options) | result.rows
+        files = {file.with_suffix(".safetensors"): result.tensors} if result.tensors else {}
+        if result.effects:
+            files |= effects_files(run, analysis.name, result.effects, options.folder)
+        write_files(files | {file: results})
+        shutil.rmtree(options.folder / f"{analysis.name}.partial", ignore_errors=True)
+    for line in analysis.lines(results):
+        print(line)
+    print(file)
+
+
+def effects_files(
+    run: "FinishedRun",
+    analysis: str,
+    effects: Mapping[str, "Estimate"],
+    folder: Path,
+) -> dict[Path, Any]:
+    """Return the content of the file of effects of an analysis, by its path."""
+    from probes.score.effect_file import effect_file
+
+    return {folder / f"{analysis}{EFFECTS}": effect_file(effects, run.fingerprint)}
+
+
+def _made_from(run: "FinishedRun", options: RunOptions) -> dict[str, Any]:
+    return {"runs": [run.fingerprint], "options": options.settings}
+
+
+def _check_made_from(file: Path, made_from: dict[str, Any]) -> None:
+    """Raise a UserError if a finished result was made with other options or from other runs."""
+    results = read_json(file)
+    advice = "--overwrite true replaces it, --out DIR writes elsewhere"
+    if results.get("runs") != made_from["runs"]:
+        raise UserError(f"{file} is finished and was made from other runs; {advice}")
+    for name, value in made_from["options"].items():
+        found = results["options"].get(name)
+        if found != value:
+            raise UserError(
+                f"{file} is finished and was made with {name} {json.dumps(found)}; {advice}"
+            )
 
 
 class Section(NamedTuple):
@@ -144,7 +305,7 @@ class Section(NamedTuple):
 
 
 def function_of(name: str, module: str) -> Callable:
-    """Return the function `module` of the module of that name in an analysis, "run" or "section"."""
+    """Return the function `module` of the module of that name in an analysis, "section"."""
     return getattr(import_module(f"{__package__}.{name}.{module}"), module)
 
 
@@ -166,7 +327,8 @@ def table_row(
     } | more
 
 
-def check_image(image: int, images: int) -> None:
-    """Raise a UserError if there is no image of that index."""
-    if not 0 <= image < images:
-        raise UserError(f"image {image} is out of range; the split has images 0..{images - 1}")
+def check_images(images: Sequence[int], count: int) -> None:
+    """Raise a UserError if an image is not one of the split's `count`."""
+    for image in images:
+        if not 0 <= image < count:
+            raise UserError(f"image {image} is out of range; the split has images 0..{count - 1}")

@@ -1,11 +1,22 @@
-"""The claims that a report judges: of the scores by layer, of the analyses, and of analyses outside this repository."""
+"""The claims that a report judges, and the effects that they are made from.
+
+Claims are of the scores by layer, of the analyses, and of analyses outside this repository. An effect is a number with
+its resamplings, by name; an analysis adds a claim by a :class:`Claim` and the effect of that name in each run's folder.
+"""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import write_files
 
 from . import ANALYSES
-from .base import Claim
+from .base import EFFECTS, Claim, effects_files
+
+if TYPE_CHECKING:  # this module answers `import probes`
+    from probes.runs.finished_run import FinishedRun
+    from probes.score.estimate import Estimate
 
 CLAIMS: dict[str, Claim] = {
     "adapter_drop": Claim(
@@ -65,3 +76,47 @@ def register_analysis(name: str, claims: Mapping[str, Claim]) -> None:
     for claim, description in claims.items():
         CLAIMS[claim] = description
         ANALYSIS_OF[claim] = name
+
+
+def write_effects(run: "FinishedRun", analysis: str, effects: Mapping[str, "Estimate"]) -> Path:
+    """Write the effects that an analysis has found in a run into the run's folder, and return the file.
+
+    Args:
+        run: The run.
+        analysis: Name of the analysis.
+        effects: By name. Resamplings must be those of `run.weights`, which all runs on the same images share.
+
+    Raises:
+        UserError: A vector has another number of resamplings than the run's weights.
+    """
+    for name, estimate in effects.items():
+        if len(estimate.resampled) != len(run.weights):
+            raise UserError(
+                f"effect {name!r} of {run.path} has {len(estimate.resampled)} resamplings; expected "
+                f"{len(run.weights)}, one for each row of run.weights"
+            )
+    files = effects_files(run, analysis, effects, run.path)
+    write_files(files)
+    return next(iter(files))
+
+
+def read_effects(run: "FinishedRun") -> dict[str, "Estimate"]:
+    """Return all effects of a run: its own, and those of its analyses.
+
+    Raises:
+        UserError: A file is damaged, or was made from other probes.
+    """
+    from probes.score.effect_file import read_effect_file
+
+    effects = dict(run.effects)
+    for path in sorted(run.path.glob(f"*{EFFECTS}")):
+        name = path.name.removesuffix(EFFECTS)
+        if name in ANALYSES and not (run.path / ANALYSES[name].result).is_file():
+            continue  # a later call with other options had nothing to measure
+        found, made_from = read_effect_file(path)
+        if made_from != run.fingerprint:
+            raise UserError(
+                f"{path} was made from other probes than {run.path} has now; run {name} again or delete it"
+            )
+        effects |= found
+    return effects

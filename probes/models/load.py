@@ -28,7 +28,7 @@ from .read_config import check_numbers, read_config
 
 IMAGE_FIRST = (
     "no text precedes the image. Under a causal mask its first token can then be the LLM's attention sink, whose state "
-    "is the same for any image; use the prefix of the chat template, or measure it by `probes starvation --sinks`"
+    "is the same for any image; use the prefix of the chat template, or measure it by `probes sinks`"
 )
 
 

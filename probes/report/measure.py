@@ -1,6 +1,6 @@
 """Measure each claim: the differences of effects that the runs of a study and their analyses wrote.
 
-Effects are vectors of a number and its resamplings (probes/analyses/effects.py). All use the same resamplings of the
+Effects are vectors of a number and its resamplings (probes/analyses/claims.py). All use the same resamplings of the
 study's validation images, so differences between sites, masks and controls are paired.
 
 The best layer of a recovery is chosen by cross-validation over images (probes/score/layer_effects.py). The paper
@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from probes.analyses.claims import ANALYSIS_OF, CLAIMS
-from probes.analyses.effects import read_effects
+from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
 from probes.runs.comparable import check_pair, knockout_difference
 from probes.runs.finished_run import FinishedRun
 from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS
-from probes.analyses.knockout.contrasts import MIN_IMAGES
+from probes.analyses.knockout.effects import MIN_IMAGES
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.finished_run import FinishedRun
 from probes.runs.formatting import Rows

@@ -8,7 +8,7 @@ from probes.models.sites import ADAPTER
 
 from .finished_run import FinishedRun
 
-KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of knockout.json
+KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of the analysis
 
 
 def _check_same(
@@ -173,9 +173,7 @@ def knockout_difference(first: FinishedRun, second: FinishedRun) -> str | None:
     found = [run.analysis("knockout.json") for run in (first, second)]
     if None in found:
         return None
-    ours, theirs = ({key: x.get(key) for key in KNOCKOUT_OPTIONS} for x in found)
-    for x in (ours, theirs):
-        x["classes"] = sorted(entry["class"] for entry in x["classes"])
+    ours, theirs = (x["options"] | {"classes": sorted(x["options"]["classes"])} for x in found)
     for key in KNOCKOUT_OPTIONS:
         if ours[key] != theirs[key]:
             return (

@@ -41,6 +41,7 @@ from .run_files import CountsOfSites, check_finite, check_hash, open_tensors, re
 
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
+    from probes.models.knockout import Knockout
     from probes.ops.geometry import Geometry
 
 log = logging.getLogger(__name__)
@@ -428,10 +429,15 @@ class FinishedRun:
         return site
 
     @torch.no_grad()
-    def logits(self, image: PhotoLike, sites: list[str]) -> torch.Tensor:
+    def logits(
+        self,
+        image: PhotoLike,
+        sites: list[str],
+        knockout: "Knockout | None" = None,
+    ) -> torch.Tensor:
         """Return the probes' outputs on an image's token grid, f32[S, K, h, w]; the first call loads the model."""
         mllm, probes = self._loaded
-        states = mllm.states(mllm.preprocess(image), sites)
+        states = mllm.states(mllm.preprocess(image), sites, knockout)
         outputs = torch.cat([probes[site](states[site].float()) for site in sites])
         return outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
 
@@ -451,10 +457,15 @@ class FinishedRun:
         """
         return self.predict_sites(image, [self.check_site(site)])[0]
 
-    def predict_sites(self, image: PhotoLike, sites: list[str]) -> np.ndarray:
+    def predict_sites(
+        self,
+        image: PhotoLike,
+        sites: list[str],
+        knockout: "Knockout | None" = None,
+    ) -> np.ndarray:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
         photo = read_photo(image)
-        logits = self.logits(photo, [*map(self.check_site, sites)])
+        logits = self.logits(photo, [*map(self.check_site, sites)], knockout)
         size = (photo.height, photo.width)
         return self.task.predict_pixels(logits, size, self.geometry.view(size))
 

@@ -1,5 +1,7 @@
 """A finished run of segmentation probes: its counts of pixels by class and by patch."""
 
+from torch import Tensor
+
 from llava_bidir.common.errors import UserError
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
@@ -26,3 +28,8 @@ class ProbeRun(FinishedRun):
     def counts(self) -> Counts:
         """Counts of the probes."""
         return Counts(**{name: self._tensors[name] for name in Counts._fields})
+
+    @property
+    def patch_classes(self) -> Tensor:
+        """Class of most labelled pixels under each token, long[N, T]; -1 if none is labelled."""
+        return self._tensors["patch_class"]

@@ -178,6 +178,9 @@ def effects_of(
     """
     task = probes.task
     sites = probes.sites
+    counts = None
+    if task.name == SEGMENTATION:
+        counts = Counts(**{name: counted[name] for name in Counts._fields})
     strengths = None
     sums_by_strength = None
     if path:
@@ -193,7 +196,7 @@ def effects_of(
         groups,
         strengths=strengths,
         path=sums_by_strength,
-        counts=Counts(**counted) if task.name == SEGMENTATION else None,
+        counts=counts,
         columns=probes.mllm.grid[1],
     )
 

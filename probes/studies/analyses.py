@@ -8,8 +8,7 @@ import yaml
 
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
-from probes.analyses import ANALYSES
-from probes.analyses.base import PlannedRun
+from probes.analyses import MEASURED
 from probes.steps import Step
 
 from .arms import FITTED, Arm, join, kind_of
@@ -30,15 +29,15 @@ def chosen_analyses(study: StudyConfig, photos: int) -> dict[str, Values]:
         UserError: `--add` names no analysis or option, or one whose file is missing.
     """
     chosen = {
-        name: dict(analysis.in_study) for name, analysis in ANALYSES.items() if analysis.default
+        name: dict(analysis.in_study) for name, analysis in MEASURED.items() if analysis.default
     }
     for text in study.add:
         name, _, setting = text.partition(".")
-        if name not in ANALYSES:
+        if name not in MEASURED:
             raise UserError(
-                f"there is no analysis {name!r}; expected one of {', '.join(ANALYSES)} (--add)"
+                f"there is no analysis {name!r}; expected one of {', '.join(MEASURED)} (--add)"
             )
-        options = chosen.setdefault(name, dict(ANALYSES[name].in_study))
+        options = chosen.setdefault(name, dict(MEASURED[name].in_study))
         if setting:
             key, equals, value = setting.partition("=")
             if not (key and equals and value):
@@ -46,8 +45,8 @@ def chosen_analyses(study: StudyConfig, photos: int) -> dict[str, Values]:
                     f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
                 )
             key = key.replace("-", "_")
-            options[key] = _read_value(ANALYSES[name].options, key, value)
-    if "maps" in chosen and chosen["maps"]["image"] == ANALYSES["maps"].in_study["image"]:
+            options[key] = _read_value(MEASURED[name].options, key, value)
+    if "maps" in chosen and chosen["maps"]["image"] == MEASURED["maps"].in_study["image"]:
         chosen["maps"]["image"] = [n for n in chosen["maps"]["image"] if n < photos]
     _add_files_beside_data(study, chosen)
     return chosen
@@ -68,7 +67,7 @@ def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> Non
     """
     named = _names_asked_for(study)
     for name in [*chosen]:
-        for option, (file, content) in ANALYSES[name].beside_data.items():
+        for option, (file, content) in MEASURED[name].beside_data.items():
             beside = Path(study.probes.data.root).resolve().parent / file
             if beside.is_file() and content in beside.read_bytes():
                 chosen[name].setdefault(option, str(beside))
@@ -110,33 +109,11 @@ def steps_of_runs(
         analyses = {"maps": {"image": list(shown)}, **analyses}
     steps = []
     for name, values in analyses.items():
-        if ANALYSES[name].of != "run":
-            continue
         solved = [arm for arm in arms if not arm.why_left_out]
-        analysed = [arm for arm in solved if kind_of(arm.name) in ANALYSES[name].arms]
-        if not has_llm and not ANALYSES[name].of_encoders:
+        analysed = [arm for arm in solved if kind_of(arm.name) in MEASURED[name].arms]
+        if not has_llm and not MEASURED[name].of_encoders:
             analysed = analysed[:1] if name in asked else []  # left out, which is said once
         steps += [_of_run(study, arm, name, values) for arm in analysed]
-    return steps
-
-
-def steps_of_models(
-    study: StudyConfig, arms: Sequence[Arm], analyses: Mapping[str, Values]
-) -> list[Step]:
-    """Return the steps that read the runs of several models; none if there are not all trained runs."""
-    trained = [arm.run for arm in arms if arm.name == "trained"]
-    if len(trained) < len(study.models):
-        return []
-    asked = _names_asked_for(study)
-    with_llm = any(run.has_llm for run in trained)
-    steps = []
-    for name, values in analyses.items():
-        if not (with_llm or ANALYSES[name].of_encoders or name in asked):
-            continue
-        if ANALYSES[name].of == "pair" and len(study.models) == 2:
-            fitted = [arm.run for arm in arms if arm.name == FITTED]
-            pairs = [pair for pair in (trained, fitted) if pair]
-            steps += [_of_pair(study, pair, name, values) for pair in pairs]
     return steps
 
 
@@ -147,7 +124,7 @@ def _of_run(
     values: Values,
 ) -> Step:
     """Return the step that analyses a run; random controls also read what was analysed in the trained arm."""
-    analysis = ANALYSES[name]
+    analysis = MEASURED[name]
     run = study.out / arm.run.name
     trained = join(arm.label, "trained")
     is_control = arm.name not in ("trained", FITTED)  # "probes" have mistakes of their own
@@ -163,29 +140,7 @@ def _of_run(
         # a knockout is then run with the classes of this step (run._classes_to_block), not those of its config
         follows=f"{trained}/{name}" if is_control else "",
         optional=True,
-        why_left_out=analysis.why_left_out([arm.run], values),
-    )
-
-
-def _of_pair(
-    study: StudyConfig,
-    pair: Sequence[PlannedRun],
-    name: str,
-    values: Values,
-) -> Step:
-    """Return the step that compares two runs, the causal one first, whatever the order of the models."""
-    pair = sorted(pair, key=lambda run: run.mask != "causal")
-    runs = tuple(run.name for run in pair)
-    folders = [str(study.out / run) for run in runs]
-    return Step(
-        f"{runs[1]}/{name}",
-        Parser(ANALYSES[name].options).read([], values | {"probes": folders}),
-        study.out / runs[1] / ANALYSES[name].result,
-        kind=name,
-        reads=_metrics(study, runs),
-        takes_overwrite=True,
-        optional=True,
-        why_left_out=ANALYSES[name].why_left_out(pair, values),
+        why_left_out=analysis.why_left_out(arm.run, values),
     )
 
 
@@ -197,7 +152,7 @@ def _metrics(study: StudyConfig, runs: Sequence[str]) -> dict[str, Path]:
 def _results(study: StudyConfig, runs: Sequence[str], name: str) -> dict[str, Path]:
     """Return the results of other analyses that an analysis reads where there are some, by run and analysis."""
     return {
-        f"{run}/{other}": study.out / run / ANALYSES[other].result
+        f"{run}/{other}": study.out / run / MEASURED[other].result
         for run in runs
-        for other in ANALYSES[name].reads
+        for other in MEASURED[name].reads
     }

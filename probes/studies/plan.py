@@ -12,8 +12,8 @@ from llava_bidir.common.identity import (
     named_identity,
 )
 from llava_bidir.common.imports import HINT
-from probes.analyses import ANALYSES
-from probes.analyses.effects import effects_path
+from probes.analyses import MEASURED
+from probes.analyses.base import EFFECTS
 from probes.data.registry import DATASETS, open_split, split_identity
 from probes.report.options import ReportOptions
 from probes.report.truth import FILE as TRUTH_FILE
@@ -24,7 +24,7 @@ from probes.runs.steps import study_folder, unfinished_steps
 from probes.steps import Step, digest, find_missing
 from probes.tasks import SEGMENTATION, TASKS
 
-from .analyses import check_classes, chosen_analyses, steps_of_models, steps_of_runs
+from .analyses import check_classes, chosen_analyses, steps_of_runs
 from .arms import FITTED, Arm, join, plan_arms
 from .config import StudyConfig
 
@@ -38,10 +38,10 @@ class ReportStep(Step):
     def inputs(self) -> dict[str, str | None]:
         """Return the hashes of all results, and one of what has no result."""
         out = self.result.parents[1]
-        names = ["metrics.json", *(analysis.result for analysis in ANALYSES.values())]
+        names = ["metrics.json", *(analysis.result for analysis in MEASURED.values())]
         runs = finished_runs(out)
         files = [run / name for run in runs for name in names]
-        files += [file for run in runs for file in sorted(run.glob(effects_path(run, "*").name))]
+        files += [file for run in runs for file in sorted(run.glob(f"*{EFFECTS}"))]
         hashes = {str(file.relative_to(out)): digest(file) for file in files if file.is_file()}
         truth = self.reads.get(TRUTH_FILE)
         if truth and truth.is_file():
@@ -67,12 +67,11 @@ def make_plan(study: StudyConfig) -> list[Step]:
         solved = [arm for arm in of_model if arm.name != FITTED]
         steps += [_step(_with_task(arm, task)) for task in study.tasks for arm in solved]
         steps += steps_of_runs(study, of_model, analyses, photos)
-    steps += steps_of_models(study, arms, analyses)
     steps.append(_report(study, steps))
     chosen = [step for step in steps if study.only is None or step.kind in study.only]
     if not chosen:
         raise UserError(
-            f"the study has no such step: --only {' '.join(study.only)}. fit needs --fit, starvation two models, "
+            f"the study has no such step: --only {' '.join(study.only)}. fit needs --fit, "
             "routes a file of questions, other analyses --add NAME"
         )
     return chosen
@@ -131,7 +130,7 @@ def check(study: StudyConfig) -> None:
             raise UserError(
                 f"there is no task {task!r}; expected one of {', '.join(others)} (--tasks)"
             )
-    kinds = ("solve", "fit", *ANALYSES, "report")
+    kinds = ("solve", "fit", *MEASURED, "report")
     for kind in study.only or ():
         if kind not in kinds:
             raise UserError(

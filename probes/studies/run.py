@@ -24,7 +24,7 @@ from llava_bidir.common.errors import NothingToMeasure, UsageError, UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.imports import import_words
 from llava_bidir.common.process_group import end_on_signals, process_group
-from probes.analyses.base import function_of
+from probes import analyses
 from probes.command_options import StudyOptions
 from probes.report.terminal import print_summary
 from probes.run_config import RunConfig
@@ -226,7 +226,7 @@ def _call(step: Step, config: Any) -> None:
 
         run(config)
     else:
-        function_of(step.kind, "run")(config)
+        analyses.run(config)
 
 
 def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:

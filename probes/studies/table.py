@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
-from probes.analyses import ANALYSES
+from probes.analyses import MEASURED
 from probes.analyses.base import table_row
 from probes.runs.finished_run import FinishedRun
 from probes.runs.runs import finished_runs, open_run
@@ -158,6 +158,6 @@ def _rows(run: FinishedRun, name: str, model: str | None) -> Iterator[dict[str, 
                         yield common | table_row(
                             site["site"], f"path_{key}", value, strength=strength
                         )
-    for analysis in ANALYSES.values():
-        result = run.analysis(analysis.result) if analysis.of == "run" else None
+    for analysis in MEASURED.values():
+        result = run.analysis(analysis.result)
         yield from (common | row for row in analysis.rows(result)) if result else ()

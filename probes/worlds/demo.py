@@ -50,7 +50,7 @@ OTHERS = {
 KNOCKOUT = ["knockout.classes=ceiling,sky,wall,building", "knockout.draws=1"]
 QUESTIONS = ["routes.limit=80", "routes.draws=1"]
 # Knockouts take half of the time, and no truth is known about them.
-STEPS = ["solve", "fit", "starvation", "report"]
+STEPS = ["solve", "fit", "sinks", "report"]
 
 
 def run(options: DemoOptions) -> None:

@@ -43,7 +43,7 @@ def run(out: Path) -> None:
     first, second = (out / mask for mask in MASKS)
     probes(f"maps --probes {first} --image 0 1".split())
     probes(f"umap --probes {first} --image 0".split())
-    probes(f"starvation --probes {first} {second} --by-class".split())
+    probes(f"sinks --probes {first}".split())
     probes(f"report {first} {second} {out}/solved --out {out}/report".split())
 
 

@@ -6,10 +6,8 @@ import torch
 import torch.utils.tensorboard
 import umap
 
-import probes.analyses.knockout.run
-import probes.analyses.maps.run
-import probes.analyses.starvation.run
-import probes.analyses.umap.run
+import probes.analyses.knockout.cases
+import probes.analyses.knockout.effects
 import probes.fit.cli
 import probes.report.page
 

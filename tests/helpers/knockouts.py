@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from probes.analyses.effects import write_effects
+from probes.analyses.claims import write_effects
 from probes.analyses.knockout import KnockoutOptions
-from probes.analyses.knockout.contrasts import knockout_effects
-from probes.analyses.knockout.rates import outcome_key
-from probes.analyses.knockout.run import summarise_cases
+from probes.analyses.knockout.cases import outcome_key
+from probes.analyses.knockout.effects import knockout_effects, knockout_rows
 from probes.runs.probe_run import ProbeRun
 
 CLASSES = ["sky", "ceiling", "road", "floor", "wall", "building"]
@@ -26,7 +25,6 @@ PARTNERS = {
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
 N = 40
 L = 4
-NO_SINKS = {"images": 0, "layers": []}  # not measured
 
 
 def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -38,7 +36,8 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str,
     classes = [name for name in CLASSES if f"{name}/image" in tensors]
     effects = knockout_effects(run, tensors)
     options = KnockoutOptions(probes=run.path, classes=tuple(classes))
-    results = summarise_cases(run, options, tensors, effects, NO_SINKS)
+    results = {"runs": [run.fingerprint], "options": options.settings}
+    results |= knockout_rows(run, options, tensors, effects)
     (run.path / "knockout.json").write_text(json.dumps(results))
     write_effects(run, "knockout", effects)
     return results

@@ -201,6 +201,8 @@ def write_run(
     }
     main = entries(sites, counts, weights)
     tensors = {name: x for name, x in counts._asdict().items() if x is not None}
+    tensors["patch_class"] = torch.arange(counts.patch_valid.numel()).view_as(counts.patch_valid)
+    tensors["patch_class"] %= len(classes)
     if groups is not None:
         tensors["group"] = groups
     miou = {entry["site"]: entry["miou"] for entry in main}

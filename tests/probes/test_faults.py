@@ -16,16 +16,14 @@ pytestmark = pytest.mark.slow
 STEPS = {  # command -> files it writes, in this order
     "fit": ["probes.safetensors", "counts.safetensors", "manifest.json", "metrics.json"],
     "knockout": ["knockout.json", "knockout.safetensors"],
-    "starvation": ["starvation.json"],
     "umap": ["umap.json"],
     "maps": ["maps.json", "maps.safetensors"],
     "report": ["report/index.html", "report/results.json"],
 }
 SHARES = {
     "fit": 0.3,
-    "knockout": 0.2,
+    "knockout": 0.3,
     "report": 0.15,
-    "starvation": 0.1,
     "umap": 0.1,
     "maps": 0.05,
 }
@@ -85,7 +83,6 @@ class Study:
                 "--batch-size",
                 "2",
             ],
-            "starvation": ["starvation", "--probes", causal, other, "--by-class", "--out", causal],
             "umap": ["umap", "--probes", causal, "--image", "0"],
             "maps": ["maps", "--probes", causal, "--image", "0", "1"],
             "report": ["report", causal, other, "--out", f"{causal}/report"],

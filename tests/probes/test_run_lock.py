@@ -15,7 +15,7 @@ from probes.cli import main
 
 COMMANDS = {  # command -> the result it locks
     "knockout --probes RUN --classes sky": "knockout.json",
-    "starvation --probes RUN OTHER --out RUN": "starvation.json",
+    "sinks --probes RUN": "sinks.json",
     "umap --probes RUN": "umap.json",
     "maps --probes RUN": "maps.json",
     "segment --probes RUN IMAGE --out RUN": "legend.json",

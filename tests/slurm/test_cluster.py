@@ -226,5 +226,5 @@ def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
             (tmp_path / f"clip/{mask}/{arm}/knockout.json").is_file()
             for arm in ("trained", "random1", "probes")
         )
-    assert (tmp_path / "clip/bidirectional/trained/starvation.json").is_file()
+    assert (tmp_path / "clip/bidirectional/trained/sinks.json").is_file()
     assert shell("slurm/submit.sh", settings) == "", "nothing is left to submit"

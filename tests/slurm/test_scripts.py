@@ -72,7 +72,7 @@ def test_study_job_runs_a_study_that_can_be_planned(
     monkeypatch.setattr("probes.studies.plan.open_split", lambda data, split: photos)
     steps = {step.name: step for step in make_plan(planned[0])}
     knockouts = {f"{mask}/{arm}/knockout" for mask in MASKS for arm in ("trained", "random1")}
-    assert knockouts | {"bidirectional/trained/starvation", "report"} < {*steps}
+    assert knockouts | {"bidirectional/trained/sinks", "report"} < {*steps}
     assert ("causal/probes" in steps) == (layout == "ade20k"), "the default also fits probes"
     assert steps["causal/trained"].config.data.dataset == (
         layout if layout != "photos" else "folder"

@@ -1,13 +1,36 @@
-"""Attention knockout of confused image patches: cases, blocked tokens, forwards, effects (Eq. 1, App. C.1)."""
+"""`probes knockout`: do correctly classified patches pull misclassified ones to the right class (Eq. 1, App. C.1)?
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+A case of class c is an image in which the adapter's probe predicts c on patches of other classes. Per case, Eq. 1
+blocks in turn nothing ("none"), the tokens predicted as c ("incorrect"), those predicted as the class that the mistaken
+patches mostly are ("correct"), and as many random ones; in all layers at once, or those of `layers`. The same frozen
+probes count n_c(l), the patches wrongly predicted as c at layer l. The result is n_c(l) / n_c(0), averaged over the
+images with n_c(0) > 0 (or at least `min_patches`).
 
+Patches selected for being wrong at layer 0 are less often wrong later without any knockout (regression to the mean).
+Effects are therefore read against "none" or a control, never against 1. README.md lists the limits and the files.
+
+Shapes: C cases, L layers, layer 0 the adapter.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.cli import Count, Seed
-from probes.analyses.base import Analysis, Claim, PlannedRun, Row, lacks_layers, table_row
-from probes.analyses.fields import RunOptions
-from probes.models.sites import ADAPTER
+from probes.analyses.base import (
+    Analysis,
+    Claim,
+    Result,
+    Row,
+    RunOptions,
+    lacks_layers,
+    table_row,
+)
+from probes.models.sites import ADAPTER, layer_number, layer_site
+
+if TYPE_CHECKING:  # this module answers `probes --help`
+    from probes.runs.probe_run import ProbeRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +45,7 @@ class KnockoutOptions(RunOptions):
         limit: Number of images to read (default: all).
         batch_size: Images, or cases, per forward.
         draws: Draws to average for each condition with random tokens.
-        seed: Random seed of the controls and the bootstrap.
+        seed: Random seed of the controls.
     """
 
     classes: tuple[str, ...]
@@ -35,28 +58,125 @@ class KnockoutOptions(RunOptions):
     seed: Seed = 0
 
 
-def rows(result: dict[str, Any]) -> Iterator[Row]:
+def complete(run: "ProbeRun", options: KnockoutOptions) -> KnockoutOptions:
+    """Return the options with auto:N replaced by the N most often confused classes.
+
+    Raises:
+        UserError: The options do not fit the run.
+    """
+    last = layer_number(run.last_layer)
+    needed = [ADAPTER, *map(layer_site, range(1, last + 1))]
+    if missing := [site for site in needed if site not in run.sites]:
+        raise UserError(
+            f"{run.path} has no probes at {', '.join(missing)}; a knockout counts wrong patches at the adapter and at "
+            "every decoder layer: make the run with these sites too (`--model.sites null` probes all)"
+        )
+    classes = _named_classes(run, options.classes)
+    choices = {
+        "class": (classes, run.metrics["classes"]),
+        "block_by site": ([options.block_by], run.layers),
+    }
+    for kind, (names, known) in choices.items():
+        for name in names:
+            if name not in known:
+                raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
+    if repeated := [name for i, name in enumerate(classes) if name in classes[:i]]:
+        raise UserError(f"class {repeated[0]!r} is named twice; its cases would count twice")
+    for layer in options.layers or ():
+        if not 1 <= layer <= last:
+            raise UserError(f"layer {layer} is out of range; {run.path} has layers 1..{last}")
+    return replace(options, classes=classes)
+
+
+def _named_classes(run: "ProbeRun", classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the classes, with auto:N replaced by the N most often confused ones."""
+    auto = next((name for name in classes if name.startswith("auto:")), None)
+    if auto is None:
+        return classes
+    count = auto.removeprefix("auto:")
+    known = run.metrics["classes"]
+    if len(classes) > 1 or not count.isdecimal():
+        raise UserError(
+            f"--classes {' '.join(classes)}: expected class names, or auto:N alone, such as auto:5"
+        )
+    if not 1 <= int(count) <= len(known):
+        expected = f"expected N from 1 to {len(known)}, the number of classes of {run.path}"
+        raise UserError(f"--classes {auto}: {expected}")
+    found = confused_classes(run, int(count))
+    print(f"most often wrongly predicted: {', '.join(found)}")
+    return tuple(found)
+
+
+def confused_classes(run: "ProbeRun", count: int) -> list[str]:
+    """Return the `count` classes with the most wrongly predicted pixels at the adapter, most frequent first."""
+    site = run.sites.index(ADAPTER)
+    wrong = (run.counts.predicted[site] - run.counts.intersection[site]).sum(0)
+    ranked = wrong.argsort(descending=True, stable=True).tolist()
+    return [run.metrics["classes"][k] for k in ranked[:count]]
+
+
+def measure(run: "ProbeRun", options: KnockoutOptions) -> Result:
+    """Return the rates by class, the outcomes of all cases, and the effects.
+
+    Raises:
+        NothingToMeasure: No image has patches wrongly predicted as any of the classes.
+    """
+    from .cases import PatchReader, knock_out_batch
+    from .effects import knockout_effects, knockout_rows
+
+    reader = PatchReader(run)
+    dataset = run.dataset()
+    images = range(min(len(dataset), options.limit or len(dataset)))
+
+    def compute(indices: Sequence[int]):
+        samples = {i: dataset[i] for i in indices}
+        return knock_out_batch(reader, options, run.metrics["classes"], samples)
+
+    tensors = ANALYSIS.in_batches(run, options, images, options.batch_size, compute)
+    if not tensors:
+        raise NothingToMeasure(
+            f"{run.path}: no image has {options.min_patches} or more patches wrongly predicted as "
+            f"{' or '.join(options.classes)}; choose other --classes (such as auto:5) or fewer --min-patches"
+        )
+    effects = knockout_effects(run, tensors)
+    return Result(knockout_rows(run, options, tensors, effects), tensors, effects)
+
+
+def lines(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the rates at the last layer, and the effects, of knockout.json."""
+    from probes.score.estimate import estimate_text
+
+    for entry in results["classes"]:
+        rates = ", ".join(
+            f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items()
+        )
+        yield f"{entry['class']} ({entry['images']} images), remaining at the last layer: {rates}"
+    yield "Effects in the later half of the layers, as in the paper and (@) against other tokens:"
+    for name, effect in results["effects"].items():
+        yield f"  {name:<30} {estimate_text(effect, '+.1%')}"
+
+
+def table_rows(results: dict[str, Any]) -> Iterator[Row]:
     """Yield the share of wrong patches left, by class, condition and site."""
-    for entry in result["classes"]:
+    for entry in results["classes"]:
         for condition, values in entry["remaining"].items():
-            for layer, (value, interval) in enumerate(
-                zip(values, entry["ci95"][condition], strict=True)
-            ):
-                site = "adapter" if layer == 0 else f"layer_{layer:02d}"
+            intervals = entry["ci95"][condition]
+            for layer, (value, ci95) in enumerate(zip(values, intervals, strict=True)):
+                site = layer_site(layer) if layer else ADAPTER
                 of = {"class": entry["class"], "condition": condition}
-                yield table_row(site, "wrong_patches_left", value, interval, **of)
-
-
-def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
-    """Return which layers a planned run has no probes at, "" if none is missing."""
-    return lacks_layers(runs[0])
+                yield table_row(site, "wrong_patches_left", value, ci95, **of)
 
 
 ANALYSIS = Analysis(
+    name="knockout",
     help="block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json",
     question="Do correctly classified image tokens pull misclassified ones to the right class in the LLM?",
     options=KnockoutOptions,
-    result="knockout.json",
+    measure=measure,
+    complete=complete,
+    lines=lines,
+    rows=table_rows,
+    lacks=lambda run, options: lacks_layers(run),
     title="Attention knockout",
     paper="Sec. 4, App. C.1, Fig. 11",
     in_study={"classes": ("auto:4",)},
@@ -82,6 +202,4 @@ ANALYSIS = Analysis(
             against_tokens=True,
         ),
     },
-    rows=rows,
-    lacks=lacks,
 )

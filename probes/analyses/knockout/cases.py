@@ -12,23 +12,46 @@ The outcomes of a case at layer l, under one condition:
     still_wrong      share of the patches in n_c(0) that are still predicted as c: within 0..1, so without new mistakes,
                      and where none is corrected, nothing can make it worse
 
+The tokens that each condition blocks:
+
+    incorrect, correct   B_c, and B of the correct class
+    random_X             as many tokens as X, drawn at random several times
+
+Blocking any token can hurt. Random tokens avoid those of high norm, often attention sinks (Neo et al., 2410.07149),
+while others are left.
+
 The paper does not say which layer's predictions define B_c. The adapter's are the default, as for n_c(0). Its text
 speaks of correctly classified tokens, but Eq. 1 blocks all that are predicted as c.
 
-Shapes: B images, K classes, T patches, L layers.
+Shapes: B images, C cases, K classes, T patches, L layers.
 """
 
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llava_bidir.common.errors import UserError
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.runs.probe_run import ProbeRun
+
+from . import KnockoutOptions
+
+SETS = ("incorrect", "correct")
+CONDITIONS = ("none", *SETS, "random_incorrect", "random_correct")
+# fields of a case in knockout.safetensors
+CASE_KEYS = ("image", "patches", "anchors", "correct_class")
+Outcomes = dict[str, Tensor]  # f[L + 1] by name
+
+
+def outcome_key(outcome: str, condition: str) -> str:
+    """Return the key of a condition's outcome in knockout.safetensors; the paper's rate has the condition's name."""
+    return condition if outcome == "rate" else f"{outcome}:{condition}"
 
 
 class PatchReader:
@@ -40,11 +63,7 @@ class PatchReader:
         device = self.mllm.device
         self.probes = {site: probe.to(device) for site, probe in run.probes().items()}
 
-    def predict(self, pixels: Tensor, knockout: Knockout | None = None) -> Tensor:
-        """Return the predicted class of each patch at the adapter and after each layer, long[L + 1, B, T]."""
-        return self.predict_states(self.mllm.states(pixels, self.layers, knockout))
-
-    def predict_states(self, states: dict[str, Tensor]) -> Tensor:
+    def predict(self, states: dict[str, Tensor]) -> Tensor:
         """Return the predicted class of each patch, long[L + 1, B, T], from the states f[B, T, d] of each layer."""
         predicted = []
         for site in self.layers:
@@ -82,7 +101,7 @@ class ConfusionCase:
 def find_cases(
     predicted: Tensor,
     truth: Tensor,
-    index: Tensor,
+    index: Sequence[int],
     wrong_class: int,
     block_layer: int = 0,
     min_patches: int = 1,
@@ -92,12 +111,12 @@ def find_cases(
     Args:
         predicted: long[L + 1, B, T] of the unmodified model.
         truth: long[B, T], -1 for unlabelled patches.
-        index: long[B], indices in the split.
+        index: B indices in the split.
         wrong_class, min_patches: c, and the smallest n_c(0) of a case.
         block_layer: Layer whose predictions define the blocked tokens.
     """
     cases = []
-    for row, image in enumerate(index.tolist()):
+    for row, image in enumerate(index):
         true = truth[row]
         reference = predicted[block_layer, row]
         other_class = (true != wrong_class) & (true >= 0)
@@ -121,21 +140,128 @@ def find_cases(
     return cases
 
 
-def confused_classes(run: ProbeRun, count: int) -> list[str]:
-    """Return the `count` classes with the most wrongly predicted pixels at the adapter, most frequent first.
+def high_norm_tokens(states: Tensor) -> np.ndarray:
+    """Return the tokens whose norm exceeds the mean by two standard deviations, bool[T], from states f[T, d]."""
+    norm = states.float().norm(dim=-1).cpu().numpy()
+    return norm > norm.mean() + 2 * norm.std()
 
-    Raises:
-        UserError: The run has no adapter site, or `count` is not within 1..K.
+
+def blocked_by_condition(
+    case: ConfusionCase, high_norm: np.ndarray, options: KnockoutOptions
+) -> dict[str, list[Tensor]]:
+    """Return the blocked tokens bool[T] by condition, one or several draws.
+
+    Each draw is seeded by seed, image, class and condition, so no condition changes the draws of another.
     """
-    names = run.metrics["classes"]
-    if not 1 <= count <= len(names):
-        expected = f"expected N from 1 to {len(names)}, the number of classes of {run.path}"
-        raise UserError(f"--classes auto:{count}: {expected}")
-    if ADAPTER not in run.sites:
-        raise UserError(
-            f"--classes auto:{count}: {run.path} has no adapter probe to rank classes by; name the classes"
+    tokens: dict[str, list[Tensor]] = {name: [case.blocked[name]] for name in SETS}
+    for name in SETS:
+        condition = f"random_{name}"
+        rng = np.random.default_rng(
+            [options.seed, case.image, case.wrong_class, zlib.crc32(condition.encode())]
         )
-    site = run.sites.index(ADAPTER)
-    wrong = run.counts.predicted[site] - run.counts.intersection[site]
-    order = np.argsort(-wrong.sum(0).numpy(), kind="stable")
-    return [names[k] for k in order[:count]]
+        count = int(case.blocked[name].sum())
+        tokens[condition] = [draw_tokens(count, high_norm, rng) for _ in range(options.draws)]
+    return tokens
+
+
+def draw_tokens(count: int, high_norm: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Draw `count` tokens, bool[T]; those of high norm only if the others do not suffice."""
+    order = rng.permutation(len(high_norm))
+    order = order[np.argsort(high_norm[order], kind="stable")]
+    drawn = torch.zeros(len(order), dtype=torch.bool)
+    drawn[torch.from_numpy(order[:count])] = True
+    return drawn
+
+
+class ForwardRow(NamedTuple):
+    """One row of a forward: which tokens of a case are blocked."""
+
+    case: int  # index of the case
+    condition: str
+    blocked: Tensor  # bool[T]
+
+    @property
+    def identity(self) -> tuple[int, bytes]:
+        """What the forward depends on."""
+        return self.case, self.blocked.numpy().tobytes()
+
+
+def knock_out_batch(
+    reader: PatchReader,
+    options: KnockoutOptions,
+    classes: list[str],
+    samples: Mapping[int, Mapping[str, Any]],
+) -> dict[str, Tensor]:
+    """Return the results of images of the split, by "class/key", one row per case; {} without cases.
+
+    All cases and conditions share forwards.
+
+    Args:
+        reader: The model and its probes.
+        options: What to run.
+        classes: The names of all classes.
+        samples: Images and targets by index.
+    """
+    mllm = reader.mllm
+    pixels = mllm.preprocess([sample["image"] for sample in samples.values()])
+    states = mllm.states(pixels, reader.layers)
+    predicted = reader.predict(states)
+    truth = [mllm.geometry.patches(x["target"]).flatten() for x in samples.values()]
+    cases: list[ConfusionCase] = []
+    for name in options.classes:
+        cases += find_cases(
+            predicted,
+            torch.stack(truth),
+            [*samples],
+            classes.index(name),
+            reader.layers.index(options.block_by),
+            options.min_patches,
+        )
+    adapter = states[ADAPTER]
+    del states  # of every layer; the forwards under a knockout need the memory
+    rows: list[ForwardRow] = []
+    for i, case in enumerate(cases):
+        high_norm = high_norm_tokens(adapter[case.row])
+        for condition, draws in blocked_by_condition(case, high_norm, options).items():
+            rows += [ForwardRow(i, condition, draw) for draw in draws]
+    measured = _run_rows(reader, pixels, cases, rows, options)
+    tensors: dict[str, list[Tensor]] = {}
+    for case, outcomes in zip(cases, measured, strict=True):
+        values = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
+        outcomes["none"] = [case.outcomes(predicted[:, case.row])]
+        for condition, draws in outcomes.items():
+            for name in draws[0]:
+                of_draws = torch.stack([draw[name] for draw in draws])
+                values[outcome_key(name, condition)] = of_draws.mean(0)
+        for key, value in values.items():
+            tensors.setdefault(f"{classes[case.wrong_class]}/{key}", []).append(value)
+    return {key: torch.stack(values) for key, values in tensors.items()}
+
+
+def _run_rows(
+    reader: PatchReader,
+    pixels: Tensor,
+    cases: list[ConfusionCase],
+    rows: list[ForwardRow],
+    options: KnockoutOptions,
+) -> list[dict[str, list[Outcomes]]]:
+    """Return the outcomes of each draw by case and condition; identical rows run once."""
+    distinct = {row.identity: row for row in rows}
+    measured: dict[tuple[int, bytes], Outcomes] = {}
+    for start in range(0, len(distinct), options.batch_size):
+        chunk = [*distinct.values()][start : start + options.batch_size]
+        in_batch = [cases[row.case].row for row in chunk]
+        images = sorted(set(in_batch))
+        states = reader.mllm.states(
+            pixels[images],
+            reader.layers,
+            Knockout(torch.stack([row.blocked for row in chunk]), options.layers),
+            rows=[images.index(image) for image in in_batch],
+        )
+        predicted = reader.predict(states)
+        for i, row in enumerate(chunk):
+            measured[row.identity] = cases[row.case].outcomes(predicted[:, i])
+    by_case: list[dict[str, list[Outcomes]]] = [{} for _ in cases]
+    for row in rows:
+        by_case[row.case].setdefault(row.condition, []).append(measured[row.identity])
+    return by_case

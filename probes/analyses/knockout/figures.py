@@ -2,12 +2,9 @@
 
 from typing import Any
 
-from llava_bidir.common.bootstrap import interval
 from probes.analyses.style import FigureData, ReportFigure, curves, new_panels
 from probes.runs.formatting import Rows, bounds
 from probes.runs.probe_run import ProbeRun
-
-from .rates import read_knockout, select_cases
 
 LOOKS = {  # of the conditions
     "none": {
@@ -40,18 +37,17 @@ LOOKS = {  # of the conditions
 
 def wrong_patches_left(run: ProbeRun) -> FigureData:
     """Draw the wrong patches left per layer and condition, over all classes and by class (Fig. 11)."""
-    tensors = read_knockout(run)
-    names = [entry["class"] for entry in run.analysis("knockout.json")["classes"]]
+    results = run.analysis("knockout.json")
+    entries = [results["all"], *results["classes"]]
     figure, axes = new_panels(
-        1 + len(names),
+        len(entries),
         height=1.9,
         columns=4,
         sharex=True,
     )
     rows = []
-    for ax, name in zip(axes, (None, *names), strict=True):
-        of_class = _rate_rows(run, tensors, name)
-        cases = of_class[0]["cases"] if of_class else 0
+    for ax, entry in zip(axes, entries, strict=True):
+        of_class = _rate_rows(run, entry)
         curves(
             ax,
             of_class,
@@ -63,7 +59,8 @@ def wrong_patches_left(run: ProbeRun) -> FigureData:
         )
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.tick_params(labelsize=7)
-        ax.set_title(f"{name or 'all classes'} ({cases} cases)", fontsize=8)
+        name = "all classes" if entry is results["all"] else entry["class"]
+        ax.set_title(f"{name} ({entry['images']} cases)", fontsize=8)
         rows += of_class
     figure.supylabel("wrong patches left (%)", fontsize=9)
     figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
@@ -76,25 +73,21 @@ def wrong_patches_left(run: ProbeRun) -> FigureData:
     return FigureData(figure, rows)
 
 
-def _rate_rows(run: ProbeRun, tensors: dict[str, Any], name: str | None) -> Rows:
-    """Return n_c(l) / n_c(0) of one class, or of all, with intervals over images, by condition and layer."""
-    cases = select_cases(tensors, None if name is None else [name])
-    if cases is None:
-        return []
-    rows = []
-    for condition in LOOKS:
-        mean, resampled = cases.mean(cases.rates[condition], run.weights)
-        for layer, remaining in enumerate(mean.tolist()):
-            row = {
-                "image_attention": run.mask,
-                "class": name or "all",
-                "condition": condition,
-                "layer": layer,
-                "cases": len(cases.images),
-                "remaining": remaining,
-            }
-            rows.append(row | bounds(interval(remaining, resampled[:, layer])))
-    return rows
+def _rate_rows(run: ProbeRun, entry: dict[str, Any]) -> Rows:
+    """Return n_c(l) / n_c(0) of an entry of knockout.json, by condition and layer."""
+    return [
+        {
+            "image_attention": run.mask,
+            "class": entry["class"],
+            "condition": condition,
+            "layer": layer,
+            "cases": entry["images"],
+            "remaining": remaining,
+        }
+        | bounds(entry["ci95"][condition][layer])
+        for condition, rates in entry["remaining"].items()
+        for layer, remaining in enumerate(rates)
+    ]
 
 
 def rates_figure(mask: str, run: ProbeRun) -> ReportFigure:

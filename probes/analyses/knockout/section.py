@@ -1,10 +1,9 @@
 """What the report shows of knockouts: rates by layer. The claims have its effects."""
 
 from probes.analyses.base import Section
-from probes.analyses.sinks import describe_sinks
+from probes.analyses.sinks import describe_sinks, sinks_of
 from probes.runs.study import StudyRuns
 
-from .config import cut_layers
 from .figures import rates_figure
 
 ABOUT_CLAIMS = (
@@ -18,11 +17,10 @@ def section(study: StudyRuns) -> Section:
     """Return the section of a study: of its main runs."""
     found = {mask: run.analysis("knockout.json") for mask, run in study.main_runs.items()}
     figures = []
+    sentences = []
     for mask, run in study.main_runs.items():
-        if found[mask]:
+        if results := found[mask]:
             figures.append(rates_figure(mask, run))
-    sentences = [ABOUT_CLAIMS] if figures else []
-    for mask, results in found.items():
-        if results and (text := describe_sinks(cut_layers(results), results["sinks"])):
-            sentences.append(f"{mask.capitalize()}: {text[0].lower()}{text[1:]}.")
-    return Section(figures, sentences, by_mask={"knockout": found})
+            sentences.append(describe_sinks(mask, sinks_of(run), results["options"]["layers"]))
+    about = [ABOUT_CLAIMS] if figures else []
+    return Section(figures, [*about, *filter(None, sentences)], by_mask={"knockout": found})

@@ -1,10 +1,27 @@
-"""Predicted maps by site, and under knockout."""
+"""`probes maps`: predicted segmentation maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12).
+
+    maps.json          sites, layers, images, classes, and the image of each knockout
+    maps.safetensors   "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1, H, W], conditions none, incorrect,
+                       correct by layer 0..L
+
+Of other tasks than segmentation, "image/I" is the prediction, f32[S, H, W] or f32[S, H, W, 3]; there are no knockouts.
+
+Shapes: S sites, L layers, H W pixels.
+"""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.cli import Indices
-from probes.analyses.base import Analysis
-from probes.analyses.fields import RunOptions
+from probes.analyses.base import Analysis, Result, RunOptions, check_images
+
+if TYPE_CHECKING:  # this module answers `probes --help`
+    from torch import Tensor
+
+    from probes.analyses.knockout import KnockoutOptions
+    from probes.runs.finished_run import FinishedRun
+    from probes.runs.probe_run import ProbeRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +37,127 @@ class MapsOptions(RunOptions):
     classes: tuple[str, ...] = ()
 
 
+def complete(run: "FinishedRun", options: MapsOptions) -> MapsOptions:
+    """Raise a UserError if there are classes, but the run is of another task than segmentation."""
+    if options.classes and "classes" not in run.metrics:
+        raise UserError(
+            f"{run.path} has probes of the task {run.task_name}, but --classes is about knockouts of classes; "
+            "leave it out"
+        )
+    return options
+
+
+def measure(run: "FinishedRun", options: MapsOptions) -> Result:
+    """Return the maps of the images at all sites, and of one image for each class under knockout."""
+    import torch
+
+    dataset = run.dataset()
+    check_images(options.image, len(dataset))
+    tensors = {}
+    for i in options.image:
+        predicted = run.predict_sites(dataset[i]["image"], run.sites)
+        tensors[f"image/{i}"] = torch.from_numpy(predicted)
+    knockouts = []
+    for name in options.classes:
+        entry, maps = knockout_maps(run, name)
+        if entry:
+            knockouts.append(entry)
+            tensors[f"knockout/{name}"] = maps
+    rows = {
+        "sites": run.sites,
+        "layers": run.layers,
+        "classes": options.classes,
+        "images": [{"index": i, "name": dataset.names[i]} for i in options.image],
+        "knockout": knockouts,
+    }
+    return Result(rows, tensors)
+
+
+def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor | None"]:
+    """Return image and classes, and maps by condition and layer, uint8[3, L + 1, H, W], for a wrong class `name`.
+
+    The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. ({},
+    None) if no image has such patches.
+
+    Raises:
+        UserError: `probes knockout` has not been run for this class.
+    """
+    import torch
+
+    from probes.analyses.knockout.cases import PatchReader, find_cases
+    from probes.models.knockout import Knockout
+    from probes.runs.run_files import read_tensors
+
+    options = knockout_options(run)
+    if options is None or name not in options.classes:
+        raise UserError(
+            f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first"
+        )
+    found = read_tensors(run.path / "knockout.safetensors")
+    if f"{name}/patches" not in found:
+        return {}, None
+    usable = torch.minimum(found[f"{name}/patches"], found[f"{name}/anchors"])
+    image = found[f"{name}/image"][usable.argmax()].item()
+    sample = run.dataset()[image]
+    classes = run.metrics["classes"]
+    reader = PatchReader(run)
+    pixels = reader.mllm.preprocess([sample["image"]])
+    (case,) = find_cases(
+        reader.predict(reader.mllm.states(pixels, run.layers)),
+        reader.mllm.geometry.patches(sample["target"]).view(1, -1),
+        [image],
+        classes.index(name),
+        run.layers.index(options.block_by),
+        options.min_patches,
+    )
+    knockouts = [None]
+    for condition in ("incorrect", "correct"):
+        knockouts.append(Knockout(case.blocked[condition][None], options.layers))
+    maps = [run.predict_sites(sample["image"], run.layers, knockout) for knockout in knockouts]
+    entry = {
+        "class": name,
+        "correct_class": classes[case.correct_class],
+        "image": image,
+        "name": sample["name"],
+        "how": describe(options),
+    }
+    return entry, torch.stack([torch.from_numpy(of_condition) for of_condition in maps])
+
+
+def knockout_options(run: "ProbeRun") -> "KnockoutOptions | None":
+    """Return the options of a run's knockout.json, None without one."""
+    from llava_bidir.common.cli import Parser
+    from probes.analyses.knockout import KnockoutOptions
+
+    results = run.analysis("knockout.json")
+    if results is None:
+        return None
+    return Parser(KnockoutOptions).read([], results["options"] | {"probes": str(run.path)})
+
+
+def describe(options: "KnockoutOptions") -> str:
+    """Return how tokens are blocked if it differs from Eq. 1 as the paper uses it, e.g. "cut in layers 1, 2"."""
+    differences = []
+    if layers := options.layers:
+        numbers = ", ".join(map(str, layers))
+        differences.append(f"cut in layer{'s' * (len(layers) > 1)} {numbers} only")
+    if options.block_by != type(options).block_by:
+        differences.append(f"blocked by the predictions at {options.block_by}")
+    return "; ".join(differences)
+
+
 ANALYSIS = Analysis(
+    name="maps",
     help="predict maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), into RUN/maps.safetensors",
     question="What do the probes predict on single images, layer by layer? Illustrations, no evidence.",
     options=MapsOptions,
-    result="maps.json",
+    measure=measure,
+    complete=complete,
     title="Predicted segmentation maps",
     paper="Figs. 4, 6, 12, 13",
     in_study={"image": (0, 1, 2, 3)},
     arms=("trained", "probes"),
     reads=("knockout",),
     of_encoders=True,
+    of_any_task=True,
 )

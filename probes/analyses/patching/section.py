@@ -10,7 +10,7 @@ from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure, cu
 from probes.runs.formatting import Rows, bounds
 from probes.runs.study import StudyRuns
 
-from .effects import GROUPS
+from . import GROUPS
 
 
 def patching_figure(results: dict[str, Any]) -> FigureData:
@@ -18,7 +18,7 @@ def patching_figure(results: dict[str, Any]) -> FigureData:
     table = effect_rows(results)
     figure = Figure(figsize=(4.0, 3.4), layout="constrained")
     ax = figure.subplots()
-    ax.set(title="states under the other mask", xlabel="layer whose states are replaced")
+    ax.set(title="states of another image", xlabel="layer whose states are replaced")
     ax.set_ylabel("change of log-odds at other patches (nats)", fontsize=8)
     ax.axhline(0, color="black", lw=0.8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -38,7 +38,7 @@ def patching_figure(results: dict[str, Any]) -> FigureData:
         color="#777777",
         ls="--",
         lw=1,
-        label="all tokens: the donor",
+        label="all tokens",
     )
     ax.legend(fontsize=7)
     return FigureData(figure, table)
@@ -72,8 +72,9 @@ def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Figures:
             yield ReportFigure(
                 f"patching_{mask}", f"Replaced states, {mask}",
                 "Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
-                f"{patched['site'].replace('_', ' ')}, when the states of an object's tokens are replaced at one "
-                "layer. Look for the layers from which on they change nothing elsewhere: by then they have passed on "
-                "what others take. Dotted: as many random tokens. Exploratory: the paper makes no claim about it. "
+                f"{patched['site'].replace('_', ' ')}, when the states of an object's tokens are replaced by "
+                "another image's at one layer. Look for the layers from which on they change nothing elsewhere: by "
+                "then they have passed on what others take. Dotted: as many random tokens. Exploratory: the paper "
+                "makes no claim about it. "
                 "Bands: 95% intervals over images, for all layers together.",
                 patching_figure(patched), "half")  # fmt: skip

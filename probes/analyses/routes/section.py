@@ -8,16 +8,16 @@ from matplotlib.figure import Figure
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import Section
-from probes.analyses.sinks import describe_sinks, layers_with_sinks
+from probes.analyses.sinks import describe_sinks, layers_with_sinks, meets_sink, sinks_of
 from probes.analyses.style import COLOURS, FigureData, ReportFigure, curves
 from probes.runs.formatting import Rows, bounds
 from probes.runs.probe_run import ProbeRun
 from probes.runs.study import CONTROLS, StudyRuns
 from probes.score.estimate import estimate_text
 
-from .effects import TARGETS, can_cut_sink, every_layer
+from .cuts import TARGETS
 
-KEYS = ("questions", "images", "accuracy", "sites", "effects", "sinks")  # of routes.json
+KEYS = ("questions", "images", "layers", "accuracy", "sites", "effects")  # of routes.json
 SINK_COLOUR = "#eeeeee"
 DRAWN = ("image", "object", "random")  # sources, with the colours of COLOURS
 
@@ -41,11 +41,8 @@ def section(study: StudyRuns) -> Section:
     sentences = []
     for mask, of_mask in routes.items():
         sentences += [describe_answers(mask, of_mask), summarize(mask, of_mask)]
-        sinks = of_mask["sinks"]
-        if text := describe_sinks(every_layer(sinks), sinks):
-            sentences.append(
-                f"{mask.capitalize()}: {text[0].lower()}{text[1:]}. Grey in the figure."
-            )
+        if text := describe_sinks(mask, of_mask["sinks"]):
+            sentences.append(f"{text} Grey in the figure.")
     tables = {"answer_accuracy": accuracy_rows(routes)}
     return Section(figures, sentences, tables, by_mask=by_mask)
 
@@ -54,7 +51,8 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
     """Return the results by mask, of the solved run if it has some, else of the main one; masks without are missing.
 
     Returns:
-        {mask: `KEYS` of routes.json, "peak_site": best decoder layer by mIoU, "random": [{"draw", and `KEYS`}]}.
+        {mask: `KEYS` of routes.json, "sinks", "peak_site": best decoder layer by mIoU, "random": [{"draw", `KEYS` and
+        "sinks"}]}.
 
     Raises:
         UserError: A random LLM was asked other questions than the trained one.
@@ -85,8 +83,8 @@ def _analysed(study: StudyRuns) -> Iterator[tuple[str, ProbeRun, list[ProbeRun]]
 def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
     one = run.analysis("routes.json")
     other = draw.analysis("routes.json")
-    alike = ("questions_sha256", "questions", "window", "stride", "seed")
-    if any(one[key] != other[key] for key in alike):
+    alike = ("questions_sha256", "limit", "window", "stride", "seed")
+    if any(one["options"][key] != other["options"][key] for key in alike):
         raise UserError(
             f"{run.path} and {draw.path} were asked different questions; run `probes routes` alike"
         )
@@ -94,7 +92,7 @@ def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
 
 def _select(run: ProbeRun) -> dict[str, Any]:
     results = run.analysis("routes.json")
-    return {key: results[key] for key in KEYS}
+    return {key: results[key] for key in KEYS} | {"sinks": sinks_of(run)}
 
 
 def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -204,8 +202,7 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
                 "source": effect["source"],
                 "target": effect["target"],
             }
-            everywhere = every_layer(entry["sinks"])
-            pairs = [("all", [1, len(everywhere)], effect["all"], effect["changed"])]
+            pairs = [("all", [1, entry["layers"]], effect["all"], effect["changed"])]
             pairs += [
                 ("{}-{}".format(*window["layers"]), window["layers"], window, changed)
                 for window, changed in zip(
@@ -217,7 +214,10 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
                 numbers |= {"changed": changed["value"]} | bounds(changed["ci95"], "changed_")
                 if layers == "all":
                     numbers["right"] = effect["right"]["value"]
-                numbers["can_cut_sink"] = can_cut_sink(ends, entry["sinks"])
+                if entry["sinks"]["layers"]:
+                    numbers["can_cut_sink"] = meets_sink(
+                        range(ends[0], ends[1] + 1), entry["sinks"]
+                    )
                 rows.append(common | {"layers": layers} | numbers)
     return rows
 

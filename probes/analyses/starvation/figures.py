@@ -96,20 +96,17 @@ def compare_gaps(measured: dict[str, Any], standardised: dict[str, Any]) -> Figu
     )
 
 
-def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) -> Figures:
-    """Yield the figures of context starvation; `analysis` is starvation.json, which may be of another site."""
-    at = ""
-    if analysis:
-        at = f"at {analysis['site'].replace('_', ' ')}"
+def starvation_figures(result: dict[str, Any]) -> Figures:
+    """Yield the figures of context starvation, of results.json["starvation"]."""
+    at = f"at {result['site'].replace('_', ' ')}"
     yield ReportFigure(
         "starvation", "Accuracy gap by patch",
-        f"Accuracy under bidirectional minus causal attention at {result['site'].replace('_', ' ')}, for the first "
+        f"Accuracy under bidirectional minus causal attention {at}, for the first "
         "patches in raster order (Fig. 7). Look for a gap at the first patches, which attend to few other patches "
         f"under causal attention. {INTERVALS}",
         starvation_curve(result))  # fmt: skip
-    if analysis and "by_class" in analysis:
-        yield ReportFigure(
-            "starvation_by_class", "Accuracy gap with equal class frequencies",
-            f"The gap of the first patches {at} as measured, and reweighted so that every patch has the class "
-            f"frequencies of the full split. Early patches often show only a few classes. {INTERVALS}",
-            compare_gaps(analysis, analysis["by_class"]))  # fmt: skip
+    yield ReportFigure(
+        "starvation_by_class", "Accuracy gap with equal class frequencies",
+        f"The gap of the first patches {at} as measured, and reweighted so that every patch has the class "
+        f"frequencies of the full split. Early patches often show only a few classes. {INTERVALS}",
+        compare_gaps(result, result["by_class"]))  # fmt: skip

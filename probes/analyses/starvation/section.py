@@ -1,29 +1,27 @@
-"""What the report shows of starvation: the gap of a study's two runs, and more of `probes starvation`."""
+"""What the report shows of starvation: the gap of a study's two runs, and attention sinks."""
 
-import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from probes.analyses.base import Section
-from probes.analyses.sinks import starts_with_sink
+from probes.analyses.sinks import sinks_of
+from probes.runs.finished_run import FinishedRun
 from probes.runs.formatting import Rows, format_percent, format_points
 from probes.runs.paper import PAPER
-from probes.runs.probe_run import ProbeRun
 from probes.runs.study import StudyRuns
 
-from . import sink_warning
+from . import first_token_sinks, sink_warning
 from .figures import starvation_figures
-from .run import shared_layer, starvation
-
-log = logging.getLogger(__name__)
+from .gaps import starvation
 
 
 def section(study: StudyRuns) -> Section:
     """Return the section of a study; empty without both runs or the causal run's best layer."""
     pair = study.pair()
-    if not pair or not shared_layer(*pair):
+    result = starvation(*pair) if pair else None
+    if result is None:
         return Section(results={"starvation": None})
-    result = starvation(*pair)
     rows = table3(result)
     texts = [
         {key: row[key] if key == "model" else str(row[key]) for key in ("model", "patch")}
@@ -32,43 +30,29 @@ def section(study: StudyRuns) -> Section:
         for row in rows
     ]
     shown = {"Table 3: accuracy at the first patches, in percent": texts}
-    analysis = further_analyses(*pair)
-    if rows_of_sinks := sink_rows(analysis):
-        shown[f"Attention sinks. {sink_warning(analysis)}"] = rows_of_sinks
-    figures = [*starvation_figures(result, analysis)]
+    runs = {run.mask: run for run in pair}
+    if rows_of_sinks := sink_rows(runs):
+        shown[f"Attention sinks. {sink_warning(runs, result['site'])}"] = rows_of_sinks
     return Section(
-        figures,
+        [*starvation_figures(result)],
         tables={"table3": rows},
         shown=shown,
         results={"starvation": result},
     )
 
 
-def further_analyses(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | None:
-    """Return the results of `probes starvation` on the two runs; None without, or of another causal run."""
-    found = bidirectional.analysis("starvation.json")
-    if found and causal.fingerprint not in found["runs"]:
-        text = "%s is left out, since it compares with another run than %s; run `probes starvation` on both again"
-        log.warning(text, bidirectional.path / "starvation.json", causal.path)
-        return None
-    return found
-
-
-def sink_rows(analysis: dict[str, Any] | None) -> list[dict[str, str]]:
-    """Return a row of text for each layer at which the first image token is a sink, by mask."""
-    rows = []
-    for mask, measured in (analysis or {}).get("sinks", {}).items():
-        for layer in measured["layers"]:
-            if not starts_with_sink(layer):
-                continue
-            row = {
-                "attention": mask,
-                "site": layer["site"],
-                "norm of the first image token, in medians": f"{layer['first_norm']:.3g}",
-                "image tokens with such a norm": f"{layer['sinks']:.3g}",
-            }
-            rows.append(row)
-    return rows
+def sink_rows(runs: Mapping[str, FinishedRun]) -> list[dict[str, str]]:
+    """Return a row of text for each layer at which the first image token is a sink, of runs by mask."""
+    return [
+        {
+            "attention": mask,
+            "site": layer["site"],
+            "norm of the first image token, in medians": f"{layer['first_norm']:.3g}",
+            "image tokens with such a norm": f"{layer['sinks']:.3g}",
+        }
+        for mask, run in runs.items()
+        for layer in first_token_sinks(sinks_of(run))
+    ]
 
 
 def table3(starvation: dict[str, Any]) -> Rows:

@@ -7,11 +7,15 @@ import pytest
 from report_parts import studies_of
 
 from probes.analyses.knockout.section import section as knockout_section
-from probes.analyses.measured_sinks import sinks_of_run
 from probes.analyses.routes.section import section as route_section
-from probes.analyses.sinks import SINK_NORM, describe_sinks, layers_with_sinks, meets_sink
+from probes.analyses.sinks import (
+    SINK_NORM,
+    describe_sinks,
+    layers_with_sinks,
+    measure_sinks,
+    meets_sink,
+)
 from probes.analyses.starvation import sink_warning
-from probes.analyses.starvation.run import starvation
 from probes.analyses.starvation.section import sink_rows
 from probes.cli import main
 from probes.report.claims import evaluate_claims
@@ -33,13 +37,13 @@ def with_sink(mllm, layer: int):
     return mllm
 
 
-def test_a_planted_sink_is_found_from_its_layer_on(runs, monkeypatch):
-    plain = sinks_of_run(runs["causal"])
+def test_a_planted_sink_is_found_from_its_layer_on(runs):
+    run = runs["causal"]
+    images = [sample["image"] for sample in run.dataset()][:3]
+    plain = measure_sinks(run.mllm(), images)
     assert [layer["site"] for layer in plain["layers"]] == ["layer_01", "layer_02", "layer_03"]
     assert all(layer["first_norm"] < SINK_NORM for layer in plain["layers"])
-    model = ProbeRun.mllm
-    monkeypatch.setattr(ProbeRun, "mllm", lambda run: with_sink(model(run), 2))
-    planted = sinks_of_run(runs["causal"])
+    planted = measure_sinks(with_sink(run.mllm(), 2), images)
     assert planted["layers"][0] == plain["layers"][0]
     for layer in planted["layers"][1:]:
         assert layer["first_norm"] > 100
@@ -66,7 +70,7 @@ def test_a_window_meets_the_sinks_that_the_layer_before_has_written(norms, count
     assert layers_with_sinks(measured) == layers
     for window in ([1], [2], [3], [1, 2, 3]):
         assert meets_sink(window, measured) == bool({*window} & {*layers})
-        assert bool(describe_sinks(window, measured)) == meets_sink(window, measured)
+        assert bool(describe_sinks("causal", measured, window)) == meets_sink(window, measured)
 
 
 @pytest.fixture
@@ -81,18 +85,17 @@ def planted(runs, monkeypatch):
         file.unlink()
 
 
-SAID = "In 2 layers from 2 to 3, image tokens attend to attention sinks among them (up to 1 per"
+SAID = "Causal: in 2 layers from 2 to 3, image tokens attend to attention sinks among them (up to 1 per"
 
 
-def test_routes_through_a_sink_are_marked_in_terminal_table_and_page(planted, tmp_path, capsys):
+def test_routes_through_a_sink_are_marked_in_table_and_page(planted, tmp_path):
     questions = probe_runs.write_questions(planted, tmp_path)
-    words = ["routes", "--probes", str(planted.path), "--questions", str(questions)]
-    main([*words, "--draws", "1", "--window", "1"])
-    printed = capsys.readouterr().out
-    assert SAID in printed
+    words = ["--probes", str(planted.path)]
+    main(["sinks", *words])
+    main(["routes", *words, "--questions", str(questions), "--draws", "1", "--window", "1"])
     (study,) = studies_of([planted.path])
     content = route_section(study)
-    assert any(text.startswith(f"Causal: i{SAID[1:]}") for text in content.sentences)
+    assert any(text.startswith(SAID) for text in content.sentences)
     (figure,) = content.figures
     assert "Grey: layers in which" in figure.caption
     rows = {(x["source"], x["target"], x["layers"]): x["can_cut_sink"] for x in figure.data.rows}
@@ -101,59 +104,37 @@ def test_routes_through_a_sink_are_marked_in_terminal_table_and_page(planted, tm
         assert can_cut == (layers in ("all", "2-2", "3-3"))
 
 
-def test_routes_and_knockouts_without_a_sink_say_nothing(runs, tmp_path, capsys):
-    run = runs["causal"]
-    questions = probe_runs.write_questions(run, tmp_path)
-    words = ["--probes", str(run.path), "--out", str(tmp_path)]
-    main(["routes", *words, "--questions", str(questions), "--draws", "1"])
-    main(["knockout", *words, "--classes", "auto:2", "--draws", "1"])
-    printed = capsys.readouterr().out
-    assert "attention sink" not in printed and "can cut a sink" not in printed
-    measured = {
-        name: json.loads((tmp_path / f"{name}.json").read_text())["sinks"]
-        for name in ("routes", "knockout")
-    }
-    assert measured["knockout"] == sinks_of_run(run)
-    assert len(measured["routes"]["layers"]) == 3
-
-
 @pytest.mark.parametrize(("layers", "is_said"), [((), True), (("1",), False), (("1", "2"), True)])
-def test_a_knockout_of_layers_with_a_sink_says_so(planted, layers, is_said, capsys):
+def test_a_knockout_of_layers_with_a_sink_says_so(planted, layers, is_said):
     cut = ["--layers", *layers] if layers else []
-    words = ["--probes", str(planted.path), "--classes", "auto:2", "--draws", "1"]
-    main(["knockout", *words, *cut])
-    assert ("attention sinks among them" in capsys.readouterr().out) == is_said
+    words = ["--probes", str(planted.path)]
+    main(["knockout", *words, "--classes", "auto:2", "--draws", "1", *cut])
     (study,) = studies_of([planted.path])
+    assert "sink" not in " ".join(knockout_section(study).sentences), "not measured"
+    main(["sinks", *words])
     said = " ".join(knockout_section(study).sentences)
     assert ("Causal: in " in said and "attention sinks among them" in said) == is_said
 
 
-def sinks(norm: float) -> dict:
-    layer = {"site": "layer_01", "first_norm": norm, "sinks": 1.0}
-    return {"images": 8, "layers": [layer]}
-
-
 @pytest.mark.parametrize("norm", [9.9, 159.0])
 def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(runs, norm):
-    causal, bidirectional = runs["causal"], runs["bidirectional"]
-    file = bidirectional.path / "starvation.json"
+    pair = {mask: runs[mask] for mask in ("causal", "bidirectional")}
+    causal = pair["causal"]
+    file = causal.path / "sinks.json"
     site = causal.peak_layer
-    result = starvation(causal, bidirectional, site)
-    measured = sinks(norm)
-    measured["layers"][0]["site"] = site
-    result["sinks"] = {"causal": measured}
-    file.write_text(json.dumps(result))
+    layers = [{"site": site, "first_norm": norm, "sinks": 1.0}]
+    file.write_text(json.dumps({"runs": [causal.fingerprint], "images": 8, "layers": layers}))
     try:
-        claims = evaluate_claims(*studies_of([causal.path, bidirectional.path]))
+        claims = evaluate_claims(*studies_of([run.path for run in pair.values()]))
+        warning = sink_warning(pair, site)
+        rows = sink_rows(pair)
     finally:
         file.unlink()
     found = [claim for claim in claims if claim["claim"] == CLAIM]
     if norm < SINK_NORM:
-        assert not found
-        assert not sink_warning(result)
-        assert not sink_rows(result)
+        assert not (found or warning or rows)
         return
-    counts = [run.counts for run in (causal, bidirectional)]
+    counts = [run.counts for run in pair.values()]
     index = causal.sites.index(site)
     columns = causal.metrics["grid"][1]
     rest = slice(1, columns)
@@ -162,6 +143,6 @@ def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(runs, norm):
         for c in counts
     ]
     assert found[0]["value"] == pytest.approx(accuracies[1] - accuracies[0])
-    assert f"attention sink at {site}: its norm is 159 times" in sink_warning(result)
-    (row,) = sink_rows(result)
+    assert f"attention sink at {site}: its norm is 159 times" in warning
+    (row,) = rows
     assert row["norm of the first image token, in medians"] == "159"

@@ -1,7 +1,6 @@
 """Activation patching: against full forwards patched by hand, statistics against numpy, bad input."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import probe_runs
@@ -10,53 +9,24 @@ import torch
 from safetensors.torch import load_file
 
 from probes.analyses.patching import PatchingOptions
-from probes.analyses.patching.effects import nan_mean, patching_effects
-from probes.analyses.patching.run import (
-    patch_states,
-    random_tokens_outside,
-    read_batch,
+from probes.analyses.patching.patch import (
+    nan_mean,
+    object_tokens,
+    other_images,
+    patching_effects,
 )
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
 
 READ_OUT = "layer_02"
 
 
-def options(run: ProbeRun, out: Path, **changes) -> PatchingOptions:
-    return PatchingOptions(
-        **{
-            "probes": run.path,
-            "out": out,
-            "site": READ_OUT,
-            "mask": "bidirectional",
-            "layers": (0, 1),
-            "draws": 2,
-            "batch_size": 4,
-        }
-        | changes
-    )
-
-
 @pytest.fixture(scope="module", params=["causal", "bidirectional"])
 def patched(request, runs, tmp_path_factory):
-    """A run, patching.json and patching.safetensors."""
+    """A run and patching.safetensors."""
     out = tmp_path_factory.mktemp("patching")
-    options = [
-        "--site",
-        READ_OUT,
-        "--draws",
-        "2",
-        "--batch-size",
-        "4",
-        "--out",
-        str(out),
-    ]
-    main(["patching", "--probes", str(runs[request.param].path), *options])
-    return (
-        runs[request.param],
-        json.loads((out / "patching.json").read_text()),
-        load_file(out / "patching.safetensors"),
-    )
+    words = f"--site {READ_OUT} --draws 2 --batch-size 4 --out {out}".split()
+    main(["patching", "--probes", str(runs[request.param].path), *words])
+    return runs[request.param], load_file(out / "patching.safetensors")
 
 
 def forward_by_hand(
@@ -120,71 +90,59 @@ def forward_by_hand(
 
 def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
     """Image by image and layer by layer, with the mask written out."""
-    run, results, tensors = patched
+    run, tensors = patched
     mllm = run.mllm()
     probe = run.probes()[READ_OUT]
-    classes = len(run.metrics["classes"])
-    own = run.metrics["image_attention"]
-    other = results["mask"]
-    assert {own, other} == {"causal", "bidirectional"}
+    mask = run.metrics["image_attention"]
     dataset = run.dataset()
+    others = other_images(len(dataset), seed=0)
 
     def odds(states, truth):
         p = probe(states[mllm.is_image][None].float())[0].softmax(-1)
         p = p[torch.arange(len(truth)), truth.clamp(min=0)]
         return (p / (1 - p)).log()
 
+    def close(found, expected):
+        torch.testing.assert_close(
+            found,
+            expected,
+            rtol=2e-3,
+            atol=2e-4,
+            equal_nan=True,
+        )
+
     for i in (0, 5, 8):
-        batch = read_batch(mllm, dataset, [i], classes)
-        truth = batch.truth[0]
-        tokens = batch.tokens[0]
+        pixels, of_other = (mllm.preprocess([dataset[n]["image"]]) for n in (i, others[i]))
+        truth = mllm.geometry.patches(dataset[i]["target"]).flatten()
         labelled = truth >= 0
-        donor = forward_by_hand(mllm, batch.pixels, other)
-        plain = odds(forward_by_hand(mllm, batch.pixels, own)[2], truth)
-        expected = (odds(donor[2], truth) - plain)[labelled].mean()
-        torch.testing.assert_close(tensors["total"][i], expected, rtol=2e-3, atol=2e-4)
+        tokens = object_tokens(truth[None])[0]
         assert len(truth[tokens].unique()) == 1
         assert tokens.sum() == truth[labelled].bincount().max()
+        donor = forward_by_hand(mllm, of_other, mask)
+        own = odds(forward_by_hand(mllm, pixels, mask)[2], truth)
+        close(tensors["total"][i], (odds(donor[2], truth) - own)[labelled].mean())
         where = torch.zeros_like(mllm.is_image)
         where[mllm.is_image.nonzero().flatten()[tokens]] = True
         for layer in (0, 1):
             states = forward_by_hand(
                 mllm,
-                batch.pixels,
-                own,
+                pixels,
+                mask,
                 layer,
                 where,
                 donor[layer],
             )
-            change = odds(states[2], truth) - plain
+            change = odds(states[2], truth) - own
             for group, patches in (("patched", tokens), ("others", ~tokens)):
                 expected = change[labelled & patches].mean()  # NaN of no patch, too
-                torch.testing.assert_close(
-                    tensors[group][i, layer],
-                    expected,
-                    rtol=2e-3,
-                    atol=2e-4,
-                    equal_nan=True,
-                )
+                close(tensors[group][i, layer], expected)
 
 
-def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypatch):
-    from probes.models.frozen_mllm import FrozenMLLM
-
-    states = FrozenMLLM.states
-
-    def ignore(
-        self,
-        pixels,
-        sites=None,
-        rows=None,
-        hooks=None,
-    ):
-        return states(self, pixels, sites, rows=rows)
-
-    monkeypatch.setattr(FrozenMLLM, "states", ignore)
-    with pytest.raises(RuntimeError, match="the replaced states changed nothing"):
-        patch_states(runs["causal"], options(runs["causal"], tmp_path))
+def test_each_image_is_given_another_ones_states():
+    others = other_images(9, seed=1)
+    assert sorted(others) == [*range(9)]
+    assert all(other != image for image, other in enumerate(others))
+    assert others != other_images(9, seed=2)
 
 
 def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoints, runs, tmp_path):
@@ -214,17 +172,6 @@ def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoint
         assert json.loads((out / "patching.json").read_text())["layers"] == layers
 
 
-def test_random_tokens_are_outside_of_the_set_and_as_many():
-    tokens = torch.zeros(3, 16, dtype=torch.bool)
-    tokens[0, :4] = tokens[1, 5] = tokens[2, :12] = True
-    drawn = random_tokens_outside(tokens, 200, [[0, i] for i in range(3)])
-    assert not (drawn & tokens).any()
-    assert drawn.sum(-1).unique(dim=0).tolist() == [[4, 1, 4]]
-    assert (drawn[:, 0, 4:].float().mean(0) - 1 / 3).abs().max() < 0.12, (
-        "each of the others equally often"
-    )
-
-
 def test_means_leave_out_images_without_patches_and_intervals_hold_together():
     generator = np.random.default_rng(0)
     values = generator.normal(1.0, 2.0, (40, 3))
@@ -242,11 +189,12 @@ def test_means_leave_out_images_without_patches_and_intervals_hold_together():
         np.testing.assert_allclose(resampled[r, 1], np.mean(rows))
     held = 0
     draws = 200
+    options = PatchingOptions(probes="run", layers=tuple(range(6)))
     for _ in range(draws):
         values = torch.tensor(generator.normal(0.0, 1.0, (60, 6)))
         tensors = {"total": values[:, 0], "patched": values, "others": values}
         tensors |= dict.fromkeys(("random", "difference"), torch.full_like(values, torch.nan))
-        effects = patching_effects(tensors, range(6), seed=0)
+        effects = patching_effects(tensors, options)
         assert set(effects) == {"images", "total", "patched", "others"}
         held += all(place["ci95"][0] <= 0 <= place["ci95"][1] for place in effects["patched"])
     assert 0.88 <= held / draws <= 0.99, "all six intervals hold together in about 95% of the draws"

@@ -13,15 +13,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from probes import Knockout
+from probes.analyses import run as run_analysis
 from probes.analyses.routes import RoutesOptions
-from probes.analyses.routes.effects import answer_statistics
+from probes.analyses.routes.cuts import answer_statistics, outcomes, random_patches, windows
 from probes.analyses.routes.questions import read_questions
-from probes.analyses.routes.run import (
-    _outcomes,
-    blocked_patches,
-    measure_routes,
-    windows,
-)
 from probes.cli import main
 from probes.runs.probe_run import ProbeRun
 from probes.score.effect_file import read_effect_file
@@ -131,11 +126,11 @@ def test_intervals_resample_images_with_all_their_questions():
 
 def test_random_patches_are_as_many_others():
     place = torch.tensor([True, False, True, False, False, False])
-    sources = blocked_patches(place, 20, [0, 3])
-    assert (sources["random"].sum(1) == 2).all()
-    assert not (sources["random"] & place).any()
-    assert len(sources["random"].unique(dim=0)) > 3
-    (random,) = blocked_patches(~place, 1, [0])["random"]
+    drawn = random_patches(place, 200, [0, 3])
+    assert (drawn.sum(1) == 2).all()
+    assert not (drawn & place).any()
+    assert (drawn[:, ~place].float().mean(0) - 0.5).abs().max() < 0.12, "each equally often"
+    (random,) = random_patches(~place, 1, [0])
     assert random.sum() == (~place).sum() and random[place].all(), "the rest are the object's"
 
 
@@ -164,7 +159,7 @@ def test_effects_are_means_over_questions(measured):
 
 def test_the_probability_of_draws_is_their_mean_and_not_that_of_logarithms():
     scores = torch.tensor([[[0.9, 0.1]], [[0.001, 0.999]]]).log()
-    found = _outcomes("random to text", scores, scores[0, 0], 0)
+    found = outcomes("random to text", scores, scores[0, 0], 0)
     assert found["probability:random to text"].tolist() == pytest.approx([0.4505])
 
 
@@ -236,7 +231,8 @@ def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
                 window=1,
                 draws=2,
             )
-            results = measure_routes(run, plan)
+            run_analysis(plan)
+        results = json.loads((tmp_path / name / "out/routes.json").read_text())
         effects = {(entry["source"], entry["target"]): entry for entry in results["effects"]}
         tensors = load_file(tmp_path / name / "out/routes.safetensors")
         own, other = (tensors[f"right:{s} to text"][:, 0].exp() for s in ("object", "random"))

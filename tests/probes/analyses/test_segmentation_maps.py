@@ -7,14 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from probes.analyses.knockout import KnockoutOptions
-from probes.analyses.knockout.cases import PatchReader, confused_classes, find_cases
-from probes.analyses.knockout.config import describe, options_of_run
-from probes.analyses.knockout.run import knockout
-from probes.analyses.maps.run import predict_maps
+from probes import Knockout
+from probes.analyses import run as run_analysis
+from probes.analyses.knockout import KnockoutOptions, confused_classes
+from probes.analyses.knockout.cases import PatchReader, find_cases
+from probes.analyses.maps import describe, knockout_options
 from probes.cli import main
 from probes.runs.probe_run import ProbeRun
-from probes.score.true_classes import true_classes
 
 PLANS = {
     "paper": {},
@@ -29,18 +28,19 @@ def blocked(request, runs, tmp_path) -> tuple[ProbeRun, KnockoutOptions, dict]:
     run = ProbeRun(shutil.copytree(runs["bidirectional"].path, tmp_path / "run"))
     (name,) = confused_classes(run, 1)
     plan = KnockoutOptions(probes=run.path, classes=(name,), **PLANS[request.param])
-    knockout(run, plan)
+    run_analysis(plan)
     reader = PatchReader(run)
     tokens = {}
     classes = run.metrics["classes"]
     for image, sample in enumerate(run.dataset()):
-        truth = true_classes(torch.from_numpy(sample["target"])[None], 3, reader.mllm)
-        predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
+        truth = reader.mllm.geometry.patches(sample["target"]).view(1, -1)
+        pixels = reader.mllm.preprocess([sample["image"]])
+        predicted = reader.predict(reader.mllm.states(pixels, run.layers))
         layer = run.layers.index(plan.block_by)
         for case in find_cases(
             predicted,
             truth,
-            torch.tensor([image]),
+            [image],
             classes.index(name),
             layer,
         ):
@@ -50,20 +50,14 @@ def blocked(request, runs, tmp_path) -> tuple[ProbeRun, KnockoutOptions, dict]:
 
 def test_maps_are_those_of_the_runs_knockout(blocked):
     run, plan, tokens = blocked
-    assert options_of_run(run) == plan
+    assert knockout_options(run) == plan
     main(["maps", "--probes", str(run.path), "--image", "0", "--classes", *plan.classes])
     (entry,) = json.loads((run.path / "maps.json").read_text())["knockout"]
     assert entry["how"] == describe(plan)
     assert bool(describe(plan)) == (plan != KnockoutOptions(probes=run.path, classes=plan.classes))
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{plan.classes[0]}"]
-    reader = PatchReader(run)
-    sample = run.dataset()[entry["image"]]
+    image = run.dataset()[entry["image"]]["image"]
     for i, condition in enumerate(("incorrect", "correct"), 1):
-        expected = predict_maps(
-            reader,
-            sample,
-            run.layers,
-            tokens[entry["image"]][condition],
-            plan.layers,
-        )
-        assert torch.equal(maps[i], expected), condition
+        knockout = Knockout(tokens[entry["image"]][condition][None], plan.layers)
+        expected = run.predict_sites(image, run.layers, knockout)
+        assert torch.equal(maps[i], torch.from_numpy(expected)), condition

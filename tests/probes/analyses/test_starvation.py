@@ -5,55 +5,53 @@ import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
-from probes.analyses.starvation.by_class import standardised_gap
-from probes.analyses.starvation.patch_accuracy import PatchCounts
-from probes.analyses.starvation.run import starvation
+from probes.analyses.starvation.gaps import gaps, standardised_accuracy, starvation
 from probes.runs.probe_run import ProbeRun
 
 N = 80
 T = 16
 K = 3
+COLUMNS = 4
 
 
 def standardised_by_loop(
-    counts,
+    right,
+    valid,
     labels,
     share,
-    patch: int,
-) -> dict[str, float]:
-    expected = {}
-    for mask, (right, valid) in counts.items():
-        accuracy = 0.0
-        mix = 0.0
-        for k in range(K):
-            images = [n for n in range(N) if labels[n, patch] == k]
-            if images:
-                accuracy += (
-                    share[k]
-                    * sum(right[n, patch] for n in images)
-                    / sum(valid[n, patch] for n in images)
-                )
-                mix += share[k]
-        expected[mask] = float(accuracy / mix)
-    return expected
+    patches: range,
+) -> float:
+    accuracy = 0.0
+    mix = 0.0
+    for k in range(K):
+        cells = [(n, t) for n in range(N) for t in patches if labels[n, t] == k]
+        if cells:
+            accuracy += share[k] * sum(right[c] for c in cells) / sum(valid[c] for c in cells)
+            mix += share[k]
+    return float(accuracy / mix)
 
 
 def test_standardised_gap_equals_a_loop():
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(-1, K, (N, T), generator=generator)
     labels[:, 5] = 1  # two of the classes never occur at this patch
-    valid = torch.randint(1, 100, (N, T), generator=generator).double()
-
-    def right():
-        return (valid * torch.rand(N, T, generator=generator)).floor()
-
-    counts = {mask: PatchCounts(right(), valid) for mask in ("causal", "bidirectional")}
+    valid = torch.randint(1, 100, (N, T), generator=generator)
+    right = {
+        mask: (valid * torch.rand(N, T, generator=generator)).long()
+        for mask in ("causal", "bidirectional")
+    }
     share = torch.tensor([0.6, 0.3, 0.1], dtype=torch.double)
-    result = standardised_gap(counts, labels, share, bootstrap_weights(N, 50).double())
-    for patch in range(T):
-        expected = standardised_by_loop(counts, labels, share, patch)
+    weights = torch.cat([torch.ones(1, N), bootstrap_weights(N, 50)]).double()
+    found = gaps(standardised_accuracy(right, valid, labels, share, weights, COLUMNS))
+    places = {**{t: range(t, t + 1) for t in range(T)}, "first_row": range(COLUMNS)}
+    for place, patches in places.items():
+        expected = {
+            mask: standardised_by_loop(x, valid, labels, share, patches)
+            for mask, x in right.items()
+        }
         expected["gap"] = expected["bidirectional"] - expected["causal"]
-        assert {key: result[key][patch] for key in expected} == pytest.approx(expected)
+        of_place = found.get(place) or {key: found[key][place] for key in expected}
+        assert {key: of_place[key] for key in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -76,4 +74,11 @@ def test_runs_of_other_probes_or_controls_are_not_compared(runs, change, message
         "probe": probe,
     }
     with pytest.raises(UserError, match=message):
-        starvation(runs["causal"], other, "layer_01")
+        starvation(runs["causal"], other)
+
+
+def test_the_class_of_a_patch_is_that_of_most_of_its_pixels(runs):
+    run = runs["causal"]
+    patches = run.geometry.patches
+    expected = [patches(sample["target"]).flatten() for sample in run.dataset()]
+    assert torch.equal(run.patch_classes, torch.stack(expected))

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tiny_models
 from PIL import Image
+from report_parts import studies_of
 from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
 
+from llava_bidir.common.errors import UserError
 from probes.cli import main
 
 SETTINGS = ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "4"]
@@ -236,5 +238,5 @@ def test_runs_on_other_images_are_not_compared(finished, checkpoints, tmp_path):
                 str(out),
             ]
         )
-        with pytest.raises(SystemExit, match=f"scored (on different|with {name}) "):
-            main(["starvation", "--probes", str(run), str(out), "--out", str(tmp_path / "report")])
+        with pytest.raises(UserError, match=f"scored (on different|with {name}) "):
+            studies_of([run, out])

@@ -5,14 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from probe_runs import write_effects
-from report_parts import figures_of, studies_of
+from report_parts import studies_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.files import read_json
-from probes.analyses.starvation.section import further_analyses
-from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
 from probes.runs.study import CONTROLS, UNTRAINED
@@ -111,25 +108,6 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
         assert draws == [0, 1, 2], "one adapter of each draw"
     with pytest.raises(ValueError, match="are both the untrained run under 'causal'"):
         studies_of([*runs, write("twice", FLAT, 8, untrained=["adapter", "llm"], draw=0)])
-
-
-def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
-    causal = write("trained", CURVE)
-    other = write("other", CURVE, 4)
-    bidirectional = write("trained", CURVE, mask="bidirectional")
-    for run in (causal, other, bidirectional):
-        save_file({run: torch.zeros(1)}, f"{run}/probes.safetensors")  # part of the fingerprint
-    main(["starvation", "--probes", causal, bidirectional, "--site", "layer_01"])
-    (study,) = studies_of([causal, bidirectional])
-    figure = figures_of(study)["starvation"]
-    assert further_analyses(*study.pair())["site"] == "layer_01"
-    assert "at layer 03" in figure.caption
-    (study,) = studies_of([other, bidirectional])
-    assert further_analyses(*study.pair()) is None
-    assert (
-        f"starvation.json is left out, since it compares with another run than {other}"
-        in caplog.text
-    )
 
 
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):

@@ -13,7 +13,7 @@ from report_parts import studies_of
 import probes
 from llava_bidir.common.files import write_files
 from probes.analyses import claims as registry
-from probes.analyses.effects import read_effects
+from probes.analyses.claims import read_effects
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.score.effect_file import effect_file

@@ -161,7 +161,9 @@ def test_a_knockout_of_other_layers_is_not_compared_with(write, draws):
     random = draws(NONE, NONE)
     assert claims_of([trained, *random])["knockout_correct"]["conclusion"] == "supported"
     file = Path(random[1]) / "knockout.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": [1]}))
+    results = json.loads(file.read_text())
+    results["options"]["layers"] = [1]
+    file.write_text(json.dumps(results))
     claims = claims_of([trained, *random])
     for name in KNOCKOUTS:
         assert claims[name]["conclusion"] == "untested"

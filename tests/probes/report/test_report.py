@@ -11,7 +11,7 @@ from probe_runs import read_masks
 from report_parts import studies_of
 from task_runs import write_depth_run
 
-from probes.analyses.starvation.run import starvation
+from probes.analyses.starvation.gaps import starvation
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.runs.probe_run import ProbeRun
@@ -65,8 +65,8 @@ def test_claims_equal_numpy_on_saved_predictions(runs, segmentation):
 
 
 def test_starvation_equals_numpy_on_saved_predictions(runs, segmentation):
-    site = "layer_02"
-    result = starvation(ProbeRun(runs[0]), ProbeRun(runs[2]), site)
+    result = starvation(ProbeRun(runs[0]), ProbeRun(runs[2]))
+    site = result["site"]
     targets = read_masks(segmentation / "annotations/validation")
     for mask, path in zip(MASKS, (runs[0], runs[2]), strict=True):
         predictions = read_masks(ProbeRun(path).path / "predictions" / site)

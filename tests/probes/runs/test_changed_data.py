@@ -15,7 +15,6 @@ from probes.runs.finished_run import warn_of_changed_data
 from probes.runs.probe_run import ProbeRun
 
 MASKS = ("causal", "bidirectional")
-COMMANDS = ("report", "starvation")
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +27,7 @@ def study(checkpoints, tmp_path_factory):
     return folder, root
 
 
-def words(command: str, folder: Path) -> list[str]:
-    """The words of a command that reads the scores of a study."""
-    if command == "report":
-        return ["report", str(folder)]
-    return ["starvation", "--site", "layer_01", "--probes", *(str(folder / x) for x in MASKS)]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_that_read_scores_only_warn_of_changed_masks(
-    command,
-    study,
-    tmp_path,
-    caplog,
-):
+def test_a_report_warns_of_changed_masks(study, tmp_path, caplog):
     folder, root = study
     warn_of_changed_data([ProbeRun(folder / mask) for mask in MASKS])
     assert "former data" not in caplog.text
@@ -49,24 +35,18 @@ def test_commands_that_read_scores_only_warn_of_changed_masks(
     before = file.read_bytes()
     try:
         Image.fromarray(1 - np.asarray(Image.open(file)).clip(0, 1)).save(file)
-        main([*words(command, folder), "--out", str(tmp_path / "out")])
+        main(["report", str(folder), "--out", str(tmp_path / "out")])
     finally:
         file.write_bytes(before)
     assert "belongs to a run with data.validation_masks='5, sha256" in caplog.text
     assert "Its scores are those on the former data" in caplog.text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_that_read_scores_only_work_without_the_data(
-    command,
-    study,
-    tmp_path,
-    caplog,
-):
+def test_a_report_works_without_the_data(study, tmp_path, caplog):
     runs = [shutil.copytree(study[0] / mask, tmp_path / mask) for mask in MASKS]
     for run in runs:
         manifest = json.loads((run / "manifest.json").read_text())
         manifest["data"]["root"] = str(tmp_path / "none")
         (run / "manifest.json").write_text(json.dumps(manifest))
-    main([*words(command, tmp_path), "--out", str(tmp_path / "out")])
+    main(["report", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "former data" not in caplog.text

@@ -24,6 +24,7 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.steps import Step
+from probes.studies.analyses import chosen_analyses
 from probes.studies.arms import plan_arms
 from probes.studies.plan import make_plan
 
@@ -95,9 +96,9 @@ def test_a_study_has_arms_analyses_report_and_table(finished):
         assert classes[0] and classes[0] == classes[1] == classes[2], (
             "controls block the classes of the trained model"
         )
-    assert (finished / "bidirectional/trained/starvation.json").is_file()
     found = json.loads((finished / "report/results.json").read_text())
     claims = {claim["claim"]: claim["verdicts"] for claim in found["claims"]}
+    assert len(found["starvation"]["gap"]) == 4
     assert (
         claims["recovery"]["beyond_random"]["draws"]
         == claims["adapter_drop"]["beyond_random"]["draws"]
@@ -440,6 +441,15 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
     assert weights_of("trained") == weights_of("random0")
 
 
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [('["wall, brick", sky]', ["wall, brick", "sky"]), ("wall,sky", ["wall", "sky"])],
+)
+def test_a_class_with_a_comma_is_one_class(text, classes, segmentation, tmp_path):
+    study = study_of({"": "model"}, segmentation, tmp_path, add=(f"knockout.classes={text}",))
+    assert chosen_analyses(study, photos=4)["knockout"]["classes"] == classes
+
+
 def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_path):
     models = {mask: str(checkpoints[mask]) for mask in ("causal", "bidirectional")}
     tasks = ("boundaries",)
@@ -464,7 +474,7 @@ def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_pat
     assert {
         "causal/probes/maps",
         "causal/boundaries_random0",
-        "bidirectional/probes/starvation",
+        "bidirectional/probes/sinks",
     } <= set(names)
 
 
@@ -497,7 +507,6 @@ def test_kills_change_no_result(
             "effects.safetensors",
             "metrics.json",
             "knockout.json",
-            "starvation.json",
         ):
             assert file.read_bytes() == (out / file.relative_to(finished)).read_bytes(), file
 

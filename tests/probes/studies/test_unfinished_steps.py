@@ -2,7 +2,6 @@
 
 import json
 import threading
-from pathlib import Path
 
 import pytest
 from studies import study_of
@@ -68,6 +67,7 @@ def test_arms_that_change_no_probed_site_are_left_out_with_their_analyses(settin
     steps = make_plan(settings({"": "causal"}, options=("--model.sites", "[encoder]")))
     assert {step.name for step in steps if not step.why_left_out} == {
         "trained",
+        "trained/sinks",
         "adapter0",
         "report",
     }
@@ -174,27 +174,6 @@ def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
         )
 
 
-@pytest.mark.parametrize("order", [("causal", "bidirectional"), ("bidirectional", "causal")])
-def test_a_pair_is_ordered_by_its_masks(order, settings):
-    step = next(
-        s for s in make_plan(settings({mask: mask for mask in order})) if s.kind == "starvation"
-    )
-    assert step.name == "bidirectional/trained/starvation" and not step.why_left_out
-    assert [Path(run).parent.name for run in step.config.probes] == ["causal", "bidirectional"]
-
-
-def test_two_models_of_one_mask_have_no_starvation(settings):
-    step = next(
-        s for s in make_plan(settings({"a": "causal", "b": "causal"})) if s.kind == "starvation"
-    )
-    assert "causal and causal" in step.why_left_out
-    both = settings(
-        {"a": "causal", "b": "bidirectional"}, options=("--model.image_attention", "causal")
-    )
-    step = next(s for s in make_plan(both) if s.kind == "starvation")
-    assert "causal and causal" in step.why_left_out, "the mask is that of the option"
-
-
 def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     made = settings({"": "causal"}, add=("maps",))
     ran.failing = {
@@ -204,7 +183,7 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     with pytest.raises(UserError, match="2 steps have failed.*broken.*RuntimeError: a bug"):
         run.run_study(made)
     solved = ["trained", "random0", "permuted0", "adapter0"]
-    assert ran == [*solved, "trained/knockout", "trained/maps", "report"]
+    assert ran == [*solved, "trained/sinks", "trained/knockout", "trained/maps", "report"]
     reasons = {
         entry["step"]: (entry["outcome"], entry["reason"]) for entry in unfinished_steps(made.out)
     }

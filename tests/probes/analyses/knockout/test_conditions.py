@@ -6,8 +6,12 @@ import numpy as np
 import torch
 
 from probes.analyses.knockout import KnockoutOptions
-from probes.analyses.knockout.cases import ConfusionCase, find_cases
-from probes.analyses.knockout.conditions import blocked_by_condition, high_norm_tokens
+from probes.analyses.knockout.cases import (
+    ConfusionCase,
+    blocked_by_condition,
+    find_cases,
+    high_norm_tokens,
+)
 
 T = 24
 HIGH_NORM = np.arange(T) == 11
@@ -75,7 +79,7 @@ def test_cases_follow_the_paper():
     """Two images of four patches at layers 0 and 1; class 1 is the wrong one."""
     predicted = torch.tensor([[[1, 1, 1, 0], [0, 0, 0, 0]], [[1, 0, 0, 2], [1, 1, 1, 1]]])
     truth = torch.tensor([[0, 2, 1, 2], [0, 0, 0, 0]])
-    (case,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1)
+    (case,) = find_cases(predicted, truth, [7, 8], wrong_class=1)
     assert (case.image, case.patches, case.correct_class) == (7, 2, 0), (
         "0 and 2 once each: the first"
     )
@@ -90,7 +94,7 @@ def test_cases_follow_the_paper():
     (later,) = find_cases(
         predicted,
         truth,
-        torch.tensor([7, 8]),
+        [7, 8],
         wrong_class=1,
         block_layer=1,
     )
@@ -99,7 +103,7 @@ def test_cases_follow_the_paper():
     assert not find_cases(
         predicted,
         truth,
-        torch.tensor([7, 8]),
+        [7, 8],
         wrong_class=1,
         min_patches=3,
     )
@@ -110,7 +114,7 @@ def test_cases_follow_the_paper():
 def test_new_mistakes_count_in_the_rate_only():
     predicted = torch.tensor([[[1, 0, 0, 0]], [[0, 1, 1, 0]]])
     truth = torch.tensor([[0, 0, 0, -1]])
-    (case,) = find_cases(predicted, truth, torch.tensor([7]), wrong_class=1)
+    (case,) = find_cases(predicted, truth, [7], wrong_class=1)
     outcomes = case.outcomes(predicted[:, 0])
     assert outcomes["rate"].tolist() == [1, 2]
     assert outcomes["still_wrong"].tolist() == [1, 0]

@@ -11,7 +11,7 @@ from knockouts import CLASSES, N, simulate, write_knockout
 from experiments.statistics.contrasts import simulate as simulate_cases
 from experiments.statistics.contrasts import study
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.analyses.knockout.contrasts import (
+from probes.analyses.knockout.effects import (
     EFFECTS,
     contrast_estimates,
     knockout_effects,

@@ -2,7 +2,7 @@
 
 import torch
 
-from probes.analyses.knockout.rates import later_half, select_cases
+from probes.analyses.knockout.effects import later_half, select_cases
 
 
 def test_later_half_is_the_later_half_of_the_layers():
@@ -19,4 +19,4 @@ def test_a_class_named_like_a_part_of_another_keeps_its_cases_together():
         "a/none": torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
     }
     cases = select_cases(tensors)
-    assert cases.rates["none"][:, 0].tolist() == cases.images.tolist()
+    assert cases["none"][:, 0].tolist() == cases["image"].tolist()

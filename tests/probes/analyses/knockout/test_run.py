@@ -13,12 +13,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-import probes.analyses.knockout.run as analysis
-from probes.analyses.knockout import KnockoutOptions
-from probes.analyses.knockout.cases import PatchReader, confused_classes
-from probes.analyses.knockout.rates import outcome_key
-from probes.analyses.knockout.run import knockout
-from probes.analyses.knockout.schema import CONDITIONS
+from probes.analyses import run as run_analysis
+from probes.analyses.knockout import KnockoutOptions, cases, confused_classes
+from probes.analyses.knockout.cases import CONDITIONS, PatchReader, outcome_key
 from probes.cli import main
 from probes.runs.probe_run import ProbeRun
 
@@ -137,7 +134,8 @@ def test_equals_a_loop_over_images(
     options,
 ):
     reader = PatchReader(run)
-    results = knockout(run, plan(run, tmp_path, classes, batch_size=2, **options))
+    run_analysis(plan(run, tmp_path, classes, batch_size=2, **options))
+    results = json.loads((tmp_path / "knockout.json").read_text())
     tensors = load_file(tmp_path / "knockout.safetensors")
     changed = {
         torch.equal(tensors[f"{name}/none"], tensors[f"{name}/{condition}"])
@@ -172,20 +170,20 @@ def read_files(folder) -> dict[str, bytes]:
 def record_batches(monkeypatch, stop_after: int | None = None) -> list[list[int]]:
     """Record the images of each computed batch; interrupt the analysis at the batch after `stop_after`."""
     batches = []
-    knock_out_batch = analysis.knock_out_batch
+    knock_out_batch = cases.knock_out_batch
 
     def spy(
         reader,
         plan,
         classes,
-        batch,
+        samples,
     ):
         if len(batches) == stop_after:
             raise KeyboardInterrupt
-        batches.append(batch["index"].tolist())
-        return knock_out_batch(reader, plan, classes, batch)
+        batches.append([*samples])
+        return knock_out_batch(reader, plan, classes, samples)
 
-    monkeypatch.setattr(analysis, "knock_out_batch", spy)
+    monkeypatch.setattr(cases, "knock_out_batch", spy)
     return batches
 
 
@@ -233,9 +231,9 @@ def test_another_plan_does_not_reuse_cached_batches(
     options = plan(run, tmp_path, classes, batch_size=5, draws=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         record_batches(patch, stop_after=1)
-        knockout(run, options)
+        run_analysis(options)
     again = record_batches(monkeypatch)
-    knockout(run, dataclasses.replace(options, seed=1))
+    run_analysis(dataclasses.replace(options, seed=1))
     assert again == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
 
 

@@ -1,4 +1,4 @@
-"""The effects of a knockout as numbers over images, for the claims of a report.
+"""Rates and effects of a knockout as numbers over images, for knockout.json, the report and its claims.
 
 As the paper measures it, an effect is the mean over cases of n_c(l) / n_c(0) with a class blocked minus the same with
 nothing blocked. It counts new mistakes of any patch, and a case with one mistaken patch can weigh as much as a hundred
@@ -13,11 +13,12 @@ weight. Pairs are weighted by how many patches they balance, N_a N_b / (N_a + N_
 The unit is the image, as in all other claims. The classes are those that were blocked: few, chosen because they are
 often confused, no sample of others, and the same in every resampling, as the classes of a mIoU are.
 
-Shapes: C cases, E effects, R resamplings, N images.
+Shapes: C cases, E effects, L layers, R resamplings, N images.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +27,85 @@ from probes.ops.quantiles import normal_quantile, student_quantile
 from probes.runs.probe_run import ProbeRun
 from probes.score.estimate import Estimate
 
-from .rates import (
-    blocked_classes,
-    concat_classes,
-    later_half,
-    outcome_key,
-    select_cases,
-)
+from . import KnockoutOptions
+from .cases import CONDITIONS, outcome_key
 
 OUTCOME = "still_wrong"  # of a contrast, see cases.py
 MIN_IMAGES = 6  # fewer, or fewer groups of images, have no interval that says anything
 EFFECTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
 
+Tensors = dict[str, Tensor]  # content of knockout.safetensors
 
+
+# ------------------------------------------------------------------------------------------ rates
+def select_cases(tensors: Tensors, classes: Sequence[str] | None = None) -> Tensors:
+    """Return what is known of the cases of some classes (None: all), by key; "class" has the number of each case's.
+
+    Classes are in alphabetical order, and numbered so; {} without cases.
+    """
+    # in the order of a file, "A/B/..." stands between keys of "A"
+    names = sorted({name.rpartition("/")[0] for name in tensors})
+    chosen = [name for name in names if classes is None or name in classes]
+    if not chosen:
+        return {}
+    keys = [key.removeprefix(f"{chosen[0]}/") for key in tensors if key.startswith(f"{chosen[0]}/")]
+    cases = {
+        key: torch.cat([tensors[f"{name}/{key}"] for name in chosen])
+        for key in keys
+        if all(f"{name}/{key}" in tensors for name in chosen)
+    }
+    numbers = [torch.full_like(tensors[f"{x}/image"], names.index(x)) for x in chosen]
+    return cases | {"class": torch.cat(numbers)}
+
+
+def mean_over_cases(values: Tensor, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of values f[C, ...], and those under weights f[R, N] of the cases' images long[C], f[R, ...]."""
+    weights = weights.double()[:, images]
+    values = values.double()
+    total = weights.sum(1).view(-1, *[1] * (values.ndim - 1))
+    return values.mean(0), torch.tensordot(weights, values, 1) / total
+
+
+def knockout_rows(
+    run: ProbeRun,
+    options: KnockoutOptions,
+    tensors: Tensors,
+    effects: Mapping[str, Estimate],
+) -> dict[str, Any]:
+    """Return the rows of knockout.json."""
+    return {
+        "layers": options.layers or "all",
+        "classes": [_rates(run, tensors, [name]) for name in options.classes],
+        "all": _rates(run, tensors, options.classes),
+        "effects": {name: effect.json() for name, effect in effects.items()},
+    }
+
+
+def _rates(run: ProbeRun, tensors: Tensors, classes: Sequence[str]) -> dict[str, Any]:
+    """Return n_c(l) / n_c(0) over the cases of some classes, with intervals over images, by condition."""
+    cases = select_cases(tensors, classes)
+    entry: dict[str, Any] = {
+        "class": classes[0] if len(classes) == 1 else "all",
+        "images": len(cases.get("image", ())),
+        "remaining": {},
+        "ci95": {},
+    }
+    for condition in CONDITIONS if cases else ():
+        mean, resampled = mean_over_cases(cases[condition], cases["image"], run.weights)
+        estimates = [
+            Estimate(value, resampled[:, layer]) for layer, value in enumerate(mean.tolist())
+        ]
+        entry["remaining"][condition] = [estimate.value for estimate in estimates]
+        entry["ci95"][condition] = [estimate.ci95 for estimate in estimates]
+    return entry
+
+
+def later_half(rates: Tensor) -> Tensor:
+    """Return the mean over the later half of the layers, f[C], of rates f[C, L + 1]."""
+    return rates[:, (rates.shape[1] - 1) // 2 + 1 :].mean(1)
+
+
+# ------------------------------------------------------------------------------------------ effects
 class PairedCases(NamedTuple):
     """Cases of pairs of classes that are mistaken for each other in both directions."""
 
@@ -49,46 +116,33 @@ class PairedCases(NamedTuple):
     forward: Tensor  # bool[C], whether the first class of the pair is called the second
 
 
-def knockout_effects(run: ProbeRun, tensors: dict[str, Tensor]) -> dict[str, Estimate]:
-    """Return the effects of a knockout as the paper measures them, and the contrasts "EFFECT@random".
+def knockout_effects(run: ProbeRun, tensors: Tensors) -> dict[str, Estimate]:
+    """Return the effects of a knockout as the paper measures them, and the contrasts "EFFECT@random"; {} without cases.
 
     Args:
         run: The run.
         tensors: Content of knockout.safetensors.
     """
-    effects = rate_effects(tensors, run.weights)
+    cases = select_cases(tensors)
+    later = {condition: later_half(cases[condition]) for condition in CONDITIONS}
+    incorrect = later["incorrect"] - later["none"]
+    correct = later["correct"] - later["none"]
+    random = later["random_correct"] - later["random_incorrect"]
+    values = torch.stack([incorrect, correct, correct - incorrect - random], 1)
+    mean, resampled = mean_over_cases(values, cases["image"], run.weights)
+    effects = {name: Estimate(mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
     for name, contrast in patch_contrasts(run, tensors).items():
         effects[f"{name}@random"] = contrast
     return effects
 
 
-def rate_effects(tensors: dict[str, Tensor], weights: Tensor) -> dict[str, Estimate]:
-    """Return each effect as the paper measures it, as a mean over cases; {} without cases.
-
-    Args:
-        tensors: Content of knockout.safetensors.
-        weights: f[R, N], of the bootstrap.
-    """
-    if not (cases := select_cases(tensors)):
-        return {}
-    later = {condition: later_half(rates) for condition, rates in cases.rates.items()}
-    incorrect = later["incorrect"] - later["none"]
-    correct = later["correct"] - later["none"]
-    random = later["random_correct"] - later["random_incorrect"]
-    effects = torch.stack([incorrect, correct, correct - incorrect - random], 1)
-    mean, resampled = cases.mean(effects, weights)
-    return {name: Estimate(mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
-
-
-def patch_contrasts(run: ProbeRun, tensors: dict[str, Tensor]) -> dict[str, Estimate]:
+def patch_contrasts(run: ProbeRun, tensors: Tensors) -> dict[str, Estimate]:
     """Return the contrast of each effect with random tokens.
 
     It is about "n": the number of images, mistaken patches and pairs of classes. {} if the cases of pairs with both
     kinds of mistakes are in fewer than `MIN_IMAGES` images, or groups of images.
     """
     cases = paired_cases(tensors, run.metrics["classes"])
-    if cases is None:
-        return {}
     unit = cases.image if run.groups is None else run.groups[cases.image]
     if len(unit.unique()) < MIN_IMAGES:
         return {}
@@ -104,45 +158,30 @@ def patch_contrasts(run: ProbeRun, tensors: dict[str, Tensor]) -> dict[str, Esti
     }
 
 
-def paired_cases(tensors: dict[str, Tensor], classes: list[str]) -> PairedCases | None:
-    """Return the cases in knockout.safetensors of pairs with both kinds of mistakes; None without any."""
-    incorrect = _left(tensors, "incorrect") - _left(tensors, "random_incorrect")
-    correct = _left(tensors, "correct") - _left(tensors, "random_correct")
+def paired_cases(tensors: Tensors, classes: list[str]) -> PairedCases:
+    """Return the cases in knockout.safetensors of pairs with both kinds of mistakes."""
+    cases = select_cases(tensors)
+    left = {
+        condition: later_half(cases[outcome_key(OUTCOME, condition)]).double()
+        for condition in CONDITIONS
+    }
+    incorrect = left["incorrect"] - left["random_incorrect"]
+    correct = left["correct"] - left["random_correct"]
     values = torch.stack([incorrect, correct, correct - incorrect], 1)
-    by_class = []
-    for name in blocked_classes(tensors):
-        images = tensors[f"{name}/image"]
-        by_class.append(torch.full_like(images, classes.index(name)))
-    wrong = torch.cat(by_class)
-    true = _read(tensors, "correct_class")
-    first = torch.minimum(wrong, true)
-    second = torch.maximum(wrong, true)
-    pair = first * len(classes) + second
+    names = sorted({name.rpartition("/")[0] for name in tensors})
+    wrong = torch.tensor([classes.index(name) for name in names])[cases["class"]]
+    true = cases["correct_class"]
+    pair = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true)
     forward = wrong > true
-    has_forward = torch.isin(pair, pair[forward])
-    has_backward = torch.isin(pair, pair[~forward])
-    both = has_forward & has_backward
-    if not both.any():
-        return None
+    both = torch.isin(pair, pair[forward]) & torch.isin(pair, pair[~forward])
     _, number = torch.unique(pair[both], return_inverse=True)
     return PairedCases(
         values=values[both],
-        patches=_read(tensors, "patches")[both].double(),
-        image=_read(tensors, "image")[both],
+        patches=cases["patches"][both].double(),
+        image=cases["image"][both],
         pair=number,
         forward=forward[both],
     )
-
-
-def _left(tensors: dict[str, Tensor], condition: str) -> Tensor:
-    """Return the share of the mistaken patches that a condition leaves, over the later half of the layers, f64[C]."""
-    outcome = _read(tensors, outcome_key(OUTCOME, condition))
-    return later_half(outcome).double()
-
-
-def _read(tensors: dict[str, Tensor], key: str) -> Tensor:
-    """Return what is known of the cases of all classes."""
-    return concat_classes(tensors, key, None)
 
 
 def contrast_estimates(

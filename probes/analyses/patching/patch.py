@@ -1,0 +1,169 @@
+"""States of an object's tokens, and of random ones, replaced by another image's.
+
+Shapes: N images, B of a batch, T image tokens, L layers, D draws, R resamplings.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
+from probes.analyses.routes.cuts import random_patches
+from probes.heads import Probe
+from probes.models.frozen_mllm import FrozenMLLM
+from probes.score.estimate import Estimate
+
+from . import GROUPS, PatchingOptions
+
+
+def other_images(images: int, seed: int) -> list[int]:
+    """Return for each of several images another one: the next one in a random order."""
+    order = np.random.default_rng(seed).permutation(images)
+    others = np.empty(images, int)
+    others[order] = np.roll(order, -1)
+    return others.tolist()
+
+
+def object_tokens(truth: Tensor) -> Tensor:
+    """Return the tokens of the class with the most patches in each image, bool[B, T], of classes long[B, T]."""
+    most = [labels[labels >= 0].mode().values if (labels >= 0).any() else -2 for labels in truth]
+    return truth == torch.tensor(most)[:, None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The model that is patched, and the probe that reads it."""
+
+    mllm: FrozenMLLM
+    probe: Probe
+    options: PatchingOptions
+
+    @torch.no_grad()
+    def patch(
+        self, samples: Mapping[int, Mapping[str, Any]], others: Sequence[Image.Image]
+    ) -> dict[str, Tensor]:
+        """Return the results of a batch by "total" and group, f[B] and f[B, L].
+
+        Args:
+            samples: Images and targets by index.
+            others: The image for each whose states it is given.
+        """
+        site = self.options.site
+        sites = self.options.places
+        truth = [self.mllm.geometry.patches(x["target"]).flatten() for x in samples.values()]
+        truth = torch.stack(truth)
+        labelled = truth >= 0
+        pixels = self.mllm.preprocess([sample["image"] for sample in samples.values()])
+        new = self.mllm.states(self.mllm.preprocess([*others]), [*sites, site])
+        own = self._log_odds(self.mllm.states(pixels, [site]), truth)
+        tokens = object_tokens(truth)
+        random = [
+            random_patches(of_image, self.options.draws, [self.options.seed, i])
+            for i, of_image in zip(samples, tokens, strict=True)
+        ]
+        replaced = torch.stack([tokens, *torch.stack(random, 1)])  # bool[1 + D, B, T]
+        results = {"total": mean_over(self._log_odds(new, truth) - own, labelled)}
+        by_layer = []
+        for place in sites:
+            of_set, *of_draws = self._patched(pixels, place, new[place], replaced, truth) - own
+            neither = [labelled & ~tokens & ~drawn for drawn in replaced[1:]]
+            draws = [*zip(of_draws, neither, strict=True)]
+            by_layer.append(
+                {
+                    "patched": mean_over(of_set, labelled & tokens),
+                    "others": mean_over(of_set, labelled & ~tokens),
+                    "random": mean_of([mean_over(drawn, rest) for drawn, rest in draws]),
+                    "difference": mean_of(
+                        [mean_over(of_set - drawn, rest) for drawn, rest in draws]
+                    ),
+                }
+            )
+        return results | {
+            group: torch.stack([entry[group] for entry in by_layer], 1) for group in GROUPS
+        }
+
+    def _patched(
+        self,
+        pixels: Tensor,
+        place: str,
+        new: Tensor,
+        replaced: Tensor,
+        truth: Tensor,
+    ) -> Tensor:
+        """Return the log-odds f[1 + D, B, T] if states at a site are `new` f[B, T, d] at tokens bool[1 + D, B, T]."""
+        sets, images = replaced.shape[:2]
+        chosen = replaced.flatten(0, 1).to(new.device)[..., None]
+        states = self.mllm.states(
+            pixels,
+            [self.options.site],
+            rows=[*range(images)] * sets,
+            hooks={place: lambda states: torch.where(chosen, new.repeat(sets, 1, 1), states)},
+        )
+        return self._log_odds(states, truth.repeat(sets, 1)).unflatten(0, (sets, images))
+
+    def _log_odds(self, states: dict[str, Tensor], truth: Tensor) -> Tensor:
+        """Return log p / (1 - p) of the true class at the read-out, f[B, T] on the CPU; 0 where there is none."""
+        logits = self.probe(states[self.options.site].float()).cpu()
+        true = truth.clamp(min=0)[..., None]
+        others = logits.scatter(-1, true, -torch.inf).logsumexp(-1)
+        return torch.where(truth >= 0, logits.gather(-1, true)[..., 0] - others, 0)
+
+
+def mean_over(values: Tensor, patches: Tensor) -> Tensor:
+    """Return the mean of f[B, T] over the patches bool[B, T] of each image, f[B]; NaN without patches."""
+    return torch.where(patches, values, 0).sum(1) / patches.sum(1)
+
+
+def mean_of(draws: list[Tensor]) -> Tensor:
+    """Return the mean over draws."""
+    return torch.stack(draws).mean(0)
+
+
+def patching_effects(
+    tensors: dict[str, Tensor],
+    options: PatchingOptions,
+    groups: Tensor | None = None,
+) -> dict[str, Any]:
+    """Return the means of patching.safetensors, with intervals; a group without patches in any image is left out.
+
+    Args:
+        tensors: "total" f[N] and by group f[N, L], in nats; NaN for an image without patches.
+        options: The layers, and the seed of the bootstrap.
+        groups: long[n], the group of each validation image, with which it is resampled; n >= N.
+    """
+    total = tensors["total"].double()
+    groups = None if groups is None else groups[: len(total)]
+    weights = bootstrap_weights(len(total), seed=options.seed, groups=groups)
+    mean, resampled = nan_mean(total[:, None], weights)
+    results: dict[str, Any] = {
+        "images": len(total),
+        "total": Estimate(mean.item(), resampled[:, 0]).json(),
+    }
+    for group in GROUPS:
+        values = tensors[group].double()
+        if values.isnan().all():
+            continue
+        mean, resampled = nan_mean(values, weights)
+        low, high = simultaneous_band(mean, resampled)
+        results[group] = [
+            {
+                "layer": layer,
+                "value": mean[i].item(),
+                "ci95": [low[i].item(), high[i].item()],
+            }
+            for i, layer in enumerate(options.layers)
+        ]
+    return results
+
+
+def nan_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of f[N, L] over images without NaN, f[L], and those under weights f[R, N], f[R, L]."""
+    valid = ~values.isnan()
+    filled = torch.where(valid, values, 0)
+    weights = weights.double()
+    return filled.sum(0) / valid.sum(0), (weights @ filled) / (weights @ valid.double())

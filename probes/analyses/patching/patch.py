@@ -70,7 +70,16 @@ class Experiment:
         results = {"total": mean_over(self._log_odds(new, truth) - own, labelled)}
         by_layer = []
         for place in sites:
-            of_set, *of_draws = self._patched(pixels, place, new[place], replaced, truth) - own
+            of_set, *of_draws = (
+                self._patched(
+                    pixels,
+                    place,
+                    new[place],
+                    replaced,
+                    truth,
+                )
+                - own
+            )
             neither = [labelled & ~tokens & ~drawn for drawn in replaced[1:]]
             draws = [*zip(of_draws, neither, strict=True)]
             by_layer.append(
@@ -106,7 +115,11 @@ class Experiment:
         )
         return self._log_odds(states, truth.repeat(sets, 1)).unflatten(0, (sets, images))
 
-    def _log_odds(self, states: dict[str, Tensor], truth: Tensor) -> Tensor:
+    def _log_odds(
+        self,
+        states: dict[str, Tensor],
+        truth: Tensor,
+    ) -> Tensor:
         """Return log p / (1 - p) of the true class at the read-out, f[B, T] on the CPU; 0 where there is none."""
         logits = self.probe(states[self.options.site].float()).cpu()
         true = truth.clamp(min=0)[..., None]

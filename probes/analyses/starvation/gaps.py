@@ -41,10 +41,10 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | No
     once = torch.ones_like(causal.weights[:1])
     weights = torch.cat([once, causal.weights]).double()
     columns = causal.metrics["grid"][1]
-    accuracy = {
-        mask: (weights @ with_first_row(x, columns)) / (weights @ with_first_row(valid, columns))
-        for mask, x in right.items()
-    }
+    pixels = weights @ with_first_row(valid, columns)
+    accuracy = {}
+    for mask, x in right.items():
+        accuracy[mask] = weights @ with_first_row(x, columns) / pixels
     share = causal.counts.labelled.sum(0).double()
     standardised = standardised_accuracy(
         right,
@@ -62,7 +62,11 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | No
     }
 
 
-def with_first_row(counts: Tensor, columns: int, patches: int | None = None) -> Tensor:
+def with_first_row(
+    counts: Tensor,
+    columns: int,
+    patches: int | None = None,
+) -> Tensor:
     """Return the first counts by patch f[N, T], and the sum over those of the first row as the last one, f64."""
     first_row = counts[:, :columns].sum(1, keepdim=True)
     return torch.cat([counts[:, :patches], first_row], 1).double()
@@ -93,8 +97,9 @@ def standardised_accuracy(
         pixels = weights @ with_first_row(valid * of_class, columns, FIRST_PATCHES)
         mix += share[k] * (pixels > 0)
         for mask, x in right.items():
-            accuracy = weights @ with_first_row(x * of_class, columns, FIRST_PATCHES) / pixels
-            total[mask] = total[mask] + share[k] * torch.where(pixels > 0, accuracy, 0.0)
+            correct = weights @ with_first_row(x * of_class, columns, FIRST_PATCHES)
+            accuracy = torch.where(pixels > 0, correct / pixels, 0.0)
+            total[mask] = total[mask] + share[k] * accuracy
     return {mask: values / mix for mask, values in total.items()}
 
 

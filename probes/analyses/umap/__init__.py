@@ -104,7 +104,11 @@ def measure(run: "ProbeRun", options: UmapOptions) -> Result:
     return Result({"grid": list(mllm.grid), "images": images})
 
 
-def embed(states: "Tensor", labels: "Tensor", seed: int) -> dict[str, Any]:
+def embed(
+    states: "Tensor",
+    labels: "Tensor",
+    seed: int,
+) -> dict[str, Any]:
     """Return the UMAP of states f[T, d], and purity and silhouette of labels long[T] (-1 unknown) by cosine."""
     import torch
     from sklearn.metrics import silhouette_score

@@ -262,7 +262,7 @@ def test_trained_probes_have_mistakes_of_their_own(settings, ran):
 def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(settings, ran):
     some = settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
     run.run_study(some)
-    assert ran == ["trained", "random0", "permuted0", "adapter0", "report"]
+    assert ran == ["trained", "random0", "permuted0", "adapter0", "trained/sinks", "report"]
     assert "layer_01" in unfinished_steps(some.out)[1]["reason"]
     ran.clear()
     run.run_study(some)

@@ -136,7 +136,8 @@ def knockout_effects(run: ProbeRun, tensors: Tensors) -> dict[str, Estimate]:
     incorrect = later["incorrect"] - later["none"]
     correct = later["correct"] - later["none"]
     random = later["random_correct"] - later["random_incorrect"]
-    values = torch.stack([incorrect, correct, correct - incorrect - random], 1)
+    specific = correct - incorrect - random
+    values = torch.stack([incorrect, correct, specific], 1)
     mean, resampled = mean_over_cases(values, cases["image"], run.weights)
     effects = {name: Estimate(mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
     for name, contrast in patch_contrasts(run, tensors).items():
@@ -175,13 +176,16 @@ def paired_cases(tensors: Tensors, classes: list[str]) -> PairedCases:
     }
     incorrect = left["incorrect"] - left["random_incorrect"]
     correct = left["correct"] - left["random_correct"]
-    values = torch.stack([incorrect, correct, correct - incorrect], 1)
+    specific = correct - incorrect
+    values = torch.stack([incorrect, correct, specific], 1)
     names = sorted({name.rpartition("/")[0] for name in tensors})
     wrong = torch.tensor([classes.index(name) for name in names])[cases["class"]]
     true = cases["correct_class"]
     pair = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true)
     forward = wrong > true
-    both = torch.isin(pair, pair[forward]) & torch.isin(pair, pair[~forward])
+    has_forward = torch.isin(pair, pair[forward])
+    has_backward = torch.isin(pair, pair[~forward])
+    both = has_forward & has_backward
     _, number = torch.unique(pair[both], return_inverse=True)
     return PairedCases(
         values=values[both],

@@ -19,7 +19,7 @@ COMMANDS = {  # command -> the result it locks
     "umap --probes RUN": "umap.json",
     "maps --probes RUN": "maps.json",
     "segment --probes RUN IMAGE --out RUN": "legend.json",
-    "report RUN OTHER --out RUN": "",
+    "report STUDY --out RUN": "",
     "states nowhere IMAGE --out RUN/states.safetensors": "states.safetensors",
     "fit -c configs/demo/probes.yaml --model.mllm nowhere --data.root DATA --out RUN": "",
 }
@@ -37,7 +37,7 @@ def paths(tmp_path) -> dict[str, str]:
     root = tiny_models.write_segmentation(tmp_path / "data")
     quality = [0.5, 0.4, 0.5, 0.6, 0.6]
     run = probe_runs.write_run(tmp_path / "run", quality, root=root, images=5)
-    other = probe_runs.write_run(
+    probe_runs.write_run(
         tmp_path / "other",
         quality,
         root=root,
@@ -47,7 +47,7 @@ def paths(tmp_path) -> dict[str, str]:
     image = root / "images/validation/000.png"
     return {
         "RUN": str(run),
-        "OTHER": str(other),
+        "STUDY": str(tmp_path),
         "DATA": str(root),
         "IMAGE": str(image),
     }

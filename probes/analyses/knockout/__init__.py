@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.cli import Count, Seed
+from llava_bidir.common.errors import NothingToMeasure, UserError
 from probes.analyses.base import (
     Analysis,
     Claim,

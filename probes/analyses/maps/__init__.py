@@ -12,8 +12,8 @@ Shapes: S sites, L layers, H W pixels.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.cli import Indices
+from llava_bidir.common.errors import UserError
 from probes.analyses.base import Analysis, Result, RunOptions, check_images
 
 if TYPE_CHECKING:  # this module answers `probes --help`

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.cli import Count, Seed
+from llava_bidir.common.errors import UserError
 from probes.analyses.base import Analysis, PlannedRun, Result, RunOptions
 from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_number, layer_site
 

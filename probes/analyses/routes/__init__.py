@@ -29,8 +29,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.cli import Count, Seed
+from llava_bidir.common.errors import UserError
 from probes.analyses.base import Analysis, Claim, Result, Row, RunOptions, table_row
 from probes.models.sites import layer_number
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.cli import Indices, Seed
+from llava_bidir.common.errors import UserError
 from probes.analyses.base import Analysis, PlannedRun, Result, RunOptions, check_images
 from probes.models.sites import ADAPTER, PATCHES, is_layer
 

@@ -36,9 +36,9 @@ def paths(tmp_path) -> dict[str, str]:
     """Runs without a model: a rejected command has not loaded one."""
     root = tiny_models.write_segmentation(tmp_path / "data")
     quality = [0.5, 0.4, 0.5, 0.6, 0.6]
-    run = probe_runs.write_run(tmp_path / "run", quality, root=root, images=5)
+    run = probe_runs.write_run(tmp_path / "study/run", quality, root=root, images=5)
     probe_runs.write_run(
-        tmp_path / "other",
+        tmp_path / "study/other",
         quality,
         root=root,
         images=5,
@@ -47,7 +47,7 @@ def paths(tmp_path) -> dict[str, str]:
     image = root / "images/validation/000.png"
     return {
         "RUN": str(run),
-        "STUDY": str(tmp_path),
+        "STUDY": str(tmp_path / "study"),
         "DATA": str(root),
         "IMAGE": str(image),
     }

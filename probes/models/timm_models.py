@@ -52,7 +52,7 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
     return EncoderModule(
         model,
         preprocess=(config["mean"], config["std"]),
-        patch=side_px // rows,
+        patch=model.patch_embed.patch_size[0],
         layers=LAYERS,
         norm=used[0] if used else None,
         parts=PARTS if has_parts else {},

@@ -21,7 +21,6 @@ from processes import HANGING_S, run_command
 from safetensors.numpy import load_file
 
 from llava_bidir.common.files import exclusive_run_lock
-from probes.report.claim_table import summarize_truths
 
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
@@ -102,7 +101,7 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
     assert truth.pop(("adapter intact", "adapter_drop", "bidirectional")) == "absent"
     page = html.unescape((finished / "report/index.html").read_text())
     assert all(study["model"] in page for study in studies) and "clip + llm" not in page
-    assert f"<p><b>{summarize_truths(studies)}</b></p>" in page
+    assert "The truth is known here, and" in page
     assert {claim for _, claim, _ in truth} == {"starvation", "starvation_first_row"}
 
 

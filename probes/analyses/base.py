@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from probes.runs.finished_run import FinishedRun
     from probes.score.estimate import Estimate
 
-    from .style import ReportFigure
+    from .charts import Figure
 
 Row = dict[str, Any]
 EFFECTS = "_effects.safetensors"  # of a file of effects, after the name of the analysis
@@ -40,8 +40,7 @@ class Claim(NamedTuple):
 
     Args:
         sign: Sign of the number if the claim holds.
-        text: The statement, ":", and what the number is.
-        name: Name in figures.
+        text: A title of at most eight words, ":", and what is subtracted from what.
         between_masks: The effect "NAME@SITE" of which the claim is the difference: bidirectional minus causal, at the
             causal run's best layer.
         against_tokens: At the optimum and beyond random the claim is judged by another number than the paper's: the
@@ -53,7 +52,6 @@ class Claim(NamedTuple):
 
     sign: int
     text: str
-    name: str
     between_masks: str = ""
     against_tokens: bool = False
     reads_probes: bool = True
@@ -295,7 +293,7 @@ def _check_made_from(file: Path, made_from: dict[str, Any]) -> None:
 class Section(NamedTuple):
     """What an analysis adds to the page, the files and results.json of a study."""
 
-    figures: Iterable["ReportFigure"] = ()
+    figures: Iterable["Figure"] = ()
     sentences: Iterable[str] = ()
     tables: Mapping[str, list[Row]] = {}  # CSV files by name
     shown: Mapping[str, list[dict[str, str]]] = {}  # tables of text on the page, by caption

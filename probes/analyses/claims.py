@@ -19,30 +19,15 @@ if TYPE_CHECKING:  # this module answers `import probes`
     from probes.score.estimate import Estimate
 
 CLAIMS: dict[str, Claim] = {
-    "adapter_drop": Claim(
-        +1,
-        "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)",
-        "adapter drop",
-    ),
-    "recovery": Claim(
-        +1,
-        "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)",
-        "recovery",
-    ),
+    "adapter_drop": Claim(+1, "Lost at the adapter: encoder − adapter, mIoU"),
+    "recovery": Claim(+1, "Recovered in the LLM: best LLM layer − adapter, mIoU"),
     "recovery_trained": Claim(
-        +1,
-        "The recovery comes from training: recovery minus that of the untrained model",
-        "recovery from training",
+        +1, "Recovered by training: recovery − that of the untrained model, mIoU"
     ),
-    "layer_gain": Claim(
-        +1,
-        "The encoder's layers make patches readable: best layer's mIoU minus that of the patch embeddings",
-        "best layer − patch embeddings",
-    ),
+    "layer_gain": Claim(+1, "Built up by the layers: best layer − patch embeddings, mIoU"),
     "over_last": Claim(
         +1,
-        "A layer reads better than the last one: best layer's mIoU minus the last layer's",
-        "best layer − last layer",
+        "An earlier layer beats the last: best layer − last layer, mIoU",
         unlearned="also in random layers",  # true of where to read, whatever made it so
     ),
     **{name: claim for analysis in ANALYSES.values() for name, claim in analysis.claims.items()},

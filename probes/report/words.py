@@ -7,7 +7,10 @@ has: +11.5 [9.4, 13.6].
 import re
 
 MINUS = "\u2212"
-SIGNS = {"causal": "◣", "bidirectional": "■"}  # the matrix of a mask, as a character
+SIGNS = {
+    "causal": "◣",
+    "bidirectional": "■",
+}  # the matrix of a mask, as a character
 SHORT_SITES = {
     "encoder": "out",
     "final_norm": "norm",
@@ -15,13 +18,13 @@ SHORT_SITES = {
     "layer_00": "0",
     "encoder_00": "0",
 }
-ITS_SITES = {
+THE_SITES = {
     "final_norm": "the final norm",
-    "encoder_norm": "its final norm",
-    "adapter": "its adapter",
-    "encoder": "its encoder",
-    "layer_00": "its patch embeddings",
-    "encoder_00": "its patch embeddings",
+    "encoder_norm": "the final norm",
+    "adapter": "the adapter",
+    "encoder": "the encoder",
+    "layer_00": "the patch embeddings",
+    "encoder_00": "the patch embeddings",
 }
 
 
@@ -31,19 +34,28 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or value != value else f"{100 * value:.{digits}f}"
 
 
-def signed(value: float | None, digits: int = 1) -> str:
-    """Return a difference of fractions in points: +13.0, −1.2, 0.0."""
+def signed(value: float | None, points: bool = True) -> str:
+    """Return a difference of fractions in points, +13.0, −1.2, 0.0; or as it is, in the unit of another task."""
     if value is None or value != value:
         return "–"
-    number = f"{100 * abs(value):.{digits}f}"
-    return number if float(number) == 0 else ("+" if value > 0 else MINUS) + number
+    text = f"{100 * value:+.1f}" if points else f"{value:+.3g}"
+    return _minus(text)
 
 
-def interval(low: float | None, high: float | None) -> str:
+def axis_number(value: float, signed: bool) -> str:
+    """Return a round value at an axis; differences have a sign."""
+    return _minus(f"{value:+g}" if signed else f"{value:g}")
+
+
+def _minus(text: str) -> str:
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", MINUS)
+
+
+def interval(low: float | None, high: float | None, points: bool = True) -> str:
     """Return the interval of a difference: [−0.5, 24.0]; "" without one."""
     if low is None or high is None or low != low:
         return ""
-    return f"[{signed(low).lstrip('+')}, {signed(high).lstrip('+')}]"
+    return f"[{signed(low, points).lstrip('+')}, {signed(high, points).lstrip('+')}]"
 
 
 def plain(value: float) -> str:
@@ -64,17 +76,14 @@ def site_number(site: str) -> int | None:
 
 
 def site_name(site: str) -> str:
-    """Return the name of a site in a sentence: layer 4, encoder layer 8, adapter, attention output of layer 2."""
-    outer, _, part = site.partition(".")
-    if part:
-        names = {"attn": "attention", "mlp": "MLP", "value": "values"}
-        return f"{site_name(outer)}, {names.get(part, part)}"
+    """Return the name of a site in a sentence: layer 4, encoder layer 8, adapter."""
     if site in ("layer_00", "encoder_00"):
         return "patch embeddings"
     number = site_number(site)
     if number is None:
         return site.replace("_", " ")
-    return f"{'layer' if site.startswith('layer') else 'encoder layer'} {number}"
+    kind = site.rpartition("_")[0]
+    return f"{'encoder layer' if kind == 'encoder' else kind} {number}"
 
 
 def site_tick(site: str) -> str:
@@ -89,9 +98,9 @@ def tile_name(site: str) -> str:
     return "patches" if name == "patch embeddings" else name
 
 
-def at_site(site: str) -> str:
-    """Return the name of a site after "at" in a sentence about a model."""
-    return ITS_SITES.get(site) or site_name(site)
+def the_site(site: str) -> str:
+    """Return the name of a site after "at" in a sentence: the adapter, layer 4."""
+    return THE_SITES.get(site) or site_name(site)
 
 
 def zone_of(site: str, has_llm: bool) -> str:
@@ -101,11 +110,6 @@ def zone_of(site: str, has_llm: bool) -> str:
     if site.startswith("encoder"):
         return "encoder"
     return "LLM layers" if has_llm else "encoder layers"
-
-
-def photos(count: int, noun: str = "photo") -> str:
-    """Return a number of photos, or of pictures."""
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def lower_first(text: str) -> str:

@@ -23,19 +23,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llava_bidir.common.files import read_json
 from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.files import read_json
 from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.images import PhotoLike, read_photo
 from probes.data.registry import open_dataset, split_identity
+from probes.heads import Probe
+from probes.models.sites import ADAPTER, is_layer
 from probes.score.effect_file import EFFECTS_FILE, read_effect_file
 from probes.score.estimate import Estimate
 from probes.score.resampling import dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
-from probes.models.sites import ADAPTER, is_layer
 from probes.tasks import SEGMENTATION, TASKS, Task
-from probes.heads import Probe
 
 from .run_files import CountsOfSites, check_finite, check_hash, open_tensors, read_tensors
 

@@ -8,9 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from probes.data.batches import group_by_size
-from probes.tasks import SEGMENTATION
-
 from probes.site_probes import SiteProbes
+from probes.tasks import SEGMENTATION
 
 
 def save_predictions(

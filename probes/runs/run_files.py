@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from llava_bidir.common.files import sha256
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import sha256
 from llava_bidir.common.hf import DTYPE_ADVICE
 
 

@@ -3,12 +3,11 @@
 from pathlib import Path
 from shlex import quote
 
-from llava_bidir.common.files import read_json
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import read_json
 from llava_bidir.common.processes import rank_zero_info
 from llava_bidir.common.runs import RunFolder
 from probes.tasks import SEGMENTATION, Task
-
 
 # analyses check that they belong to the run's probes
 RESULTS = (

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from probes.data.batches import group_by_size
 from probes.score.image_metrics import TaskMetric
-
 from probes.site_probes import SiteProbes
 
 

@@ -11,22 +11,21 @@ from typing import Any
 
 import torch
 
-from llava_bidir.common.files import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
+from llava_bidir.common.files import read_json, write_files
 from llava_bidir.common.identity import Identity, describe_digest
 from probes.data.probe_data import ProbeData
+from probes.models.module_sources import absolute_source, is_source
+from probes.models.sites import last_layer
+from probes.ops.pixel_counts import Counts
 from probes.score.effect_file import EFFECTS_FILE, effect_file
 from probes.score.estimate import Estimate
 from probes.score.layer_effects import run_effects
 from probes.score.resampling import dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, Strengths
 from probes.score.summary import summary
-from probes.models.module_sources import absolute_source, is_source
-from probes.models.sites import last_layer
-from probes.ops.pixel_counts import Counts
-from probes.tasks import SEGMENTATION
-
 from probes.site_probes import SiteProbes
+from probes.tasks import SEGMENTATION
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import Identity
+from llava_bidir.common.identity import Identity, describe_digest
 from llava_bidir.common.processes import broadcast, rank, rank_count, rank_zero_info
 from probes.data.available_memory import available_memory
 from probes.data.probe_data import ProbeData
@@ -26,12 +26,13 @@ from probes.data.samplers import assign_folds
 from probes.machine import Machine, solver_device
 from probes.models.module_sources import source_identity
 from probes.run_config import SolverOptions
+from probes.runs.pictures import save_pictures
 from probes.runs.prediction_files import save_predictions
 from probes.runs.scoring import compute_counts, score_batch
 from probes.runs.write_run import RunRecord, StrengthsRecord, save_run
 from probes.score.strengths import CLOSED_FORM, OPTIMUM
 from probes.site_probes import SiteProbes, load_probes
-from probes.tasks import Task
+from probes.tasks import SEGMENTATION, Task
 
 from .least_squares import solve_values
 from .objective import SiteProblem
@@ -241,6 +242,16 @@ def score(
     }
     made |= {key: run.hparams[key] for key in ("seed", "folds")}
     record = RunRecord(run.hparams, run.identity, made, path=path)
+    if run.task.name == SEGMENTATION and not run.hparams["untrained"]:
+        data_hash = describe_digest(run.identity["data"])
+        with machine.forward_context():
+            save_pictures(
+                probes,
+                counted,
+                validation,
+                run.out,
+                data_hash,
+            )
     save_run(probes, record, data, counted, run.out)
 
 

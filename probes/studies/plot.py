@@ -5,7 +5,6 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from probes.analyses.style import COLOURS, curves, mask_colour
 from probes.models.sites import (
     ADAPTER,
     ENCODER,
@@ -14,10 +13,10 @@ from probes.models.sites import (
     is_on_main_path,
     layer_number,
 )
+from probes.report.charts import COLOURS
 
 RANDOM = {
     "color": "lightgrey",
-    "label": None,
     "zorder": 1,
 }
 
@@ -30,7 +29,7 @@ def plot_table(
 ) -> Figure:
     """Draw the trained models of a table with their intervals, and the random ones in grey.
 
-    Several models have a colour for each of their masks; those of one model have the colours of masks.
+    Each model has a colour for each of its masks.
 
     Args:
         table: Rows of :meth:`Study.table` of one metric and task.
@@ -50,13 +49,21 @@ def plot_table(
         look = _look(run, kinds, run["model"] in encoders)
         look["label"] += f", seed {run['seed']}" * (seeds > 1)
         looks[run["run"]] = look
-    looks = {name: look | {"marker": "o", "ms": 3} for name, look in looks.items()}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     sites = sorted(filter(is_on_main_path, table["site"].unique()), key=_place)
-    rows = table[table["site"].isin(sites)].to_dict("records")
-    rows = [row | {"place": sites.index(row["site"])} for row in rows]
-    curves(axes, rows, looks, x="place", by="run")
+    for run, rows in table[table["site"].isin(sites)].groupby("run", sort=False):
+        look = looks[run]
+        places = rows["site"].map(sites.index)
+        axes.plot(places, rows["value"], marker="o", ms=3, **look)
+        if "label" in look:
+            axes.fill_between(
+                places,
+                rows["low"],
+                rows["high"],
+                color=look["color"],
+                alpha=0.12,
+            )
     axes.set(ylabel=ylabel, title="grey: random weights")
     axes.set_xticks(range(len(sites)), sites, rotation=60)
     figure.legend(loc="outside lower center", fontsize=8)
@@ -74,13 +81,10 @@ def _look(run: dict[str, Any], kinds: list[tuple[str, str]], is_encoder: bool) -
     """Return how the curve of a trained model is drawn; `kinds` are all models and masks."""
     several = len({model for model, _ in kinds}) > 1
     colour = COLOURS[kinds.index((run["model"], run["mask"])) % len(COLOURS)]
-    if not (several or is_encoder):
-        colour = mask_colour(run["mask"])
     words = [run["model"]] * several
     words += [] if is_encoder else [run["mask"]]
     return {
         "color": colour,
         "label": ", ".join([*words, f"{run['probes']} probes"]),
-        "band": True,
         "ls": "-" if run["probes"] == "solved" else "--",
     }

@@ -18,7 +18,6 @@ from probes.runs.study import read_study
 CLAIM = probes.Claim(
     sign=+1,
     text="The first layer improves on the adapter: pixel accuracy at layer 1 minus the adapter's",
-    name="first layer",
 )
 
 

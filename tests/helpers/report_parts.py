@@ -1,29 +1,22 @@
 """Parts of a report, without a page or without pictures."""
 
-import base64
+from matplotlib.figure import Figure as Drawing
 
-from matplotlib.figure import Figure
-
-from probes.analyses.style import ReportFigure
-from probes.report.claims import evaluate_claims
-from probes.report.sections import study_sections
+from probes.analyses.charts import Figure
+from probes.report.page import study_sections
 from probes.runs.runs import open_run
 from probes.runs.study import StudyRuns, group_runs
 
-PIXEL = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-)
-
 
 def draw_no_pictures(monkeypatch) -> None:
-    """Save a grey pixel for each figure."""
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(PIXEL))
+    """Save a few bytes for each figure."""
+    monkeypatch.setattr(Drawing, "savefig", lambda self, file, **options: file.write(b"%PDF"))
 
 
-def figures_of(study: StudyRuns) -> dict[str, ReportFigure]:
-    """Return all figures of a study by name, in the order of the page."""
-    sections = study_sections(study, evaluate_claims(study))
-    return {figure.name: figure for section in sections for figure in section.content.figures}
+def figures_of(study: StudyRuns) -> dict[str, Figure]:
+    """Return all figures of a study's analyses by name, in the order of the page."""
+    sections = study_sections(study, "")
+    return {figure.name: figure for section in sections.values() for figure in section.figures}
 
 
 def studies_of(paths) -> list[StudyRuns]:

@@ -203,7 +203,7 @@ ANALYSIS = Analysis(
     lines=lines,
     rows=table_rows,
     lacks=lambda run, options: lacks_layers(run),
-    title="Attention knockout",
+    title="Knockout",
     paper="Sec. 4, App. C.1, Fig. 11",
     in_study={"classes": ("auto:4",)},
     arms=("trained", "random", "permuted", "probes"),
@@ -211,20 +211,17 @@ ANALYSIS = Analysis(
     claims={
         "knockout_incorrect": Claim(
             -1,
-            "Blocking the wrong class speeds correction: change in wrong patches left (Sec. 4.1)",
-            "wrong class blocked",
+            "Blocking the wrong class helps: wrong patches left, minus other tokens blocked",
             against_tokens=True,
         ),
         "knockout_correct": Claim(
             +1,
-            "Blocking the correct class impairs correction: change in wrong patches left (Sec. 4.2)",
-            "correct class blocked",
+            "Blocking the right class hurts: wrong patches left, minus other tokens blocked",
             against_tokens=True,
         ),
         "knockout_specificity": Claim(
             +1,
-            "The effect is class-specific: correct minus wrong class, less the same at random",
-            "correct − wrong blocked",
+            "The effect is of the class: wrong patches left, right minus wrong class blocked",
             against_tokens=True,
         ),
     },

@@ -2,75 +2,58 @@
 
 from typing import Any
 
-from probes.analyses.style import FigureData, ReportFigure, curves, new_panels
+from probes.analyses.charts import Chart, Curve, Figure, Point
 from probes.runs.formatting import Rows, bounds
 from probes.runs.probe_run import ProbeRun
 
-LOOKS = {  # of the conditions
-    "none": {
-        "color": "#444444",
-        "label": "no blocking",
-        "band": True,
-    },
-    "incorrect": {
-        "color": "#CC3311",
-        "label": "wrong class blocked",
-        "band": True,
-    },
-    "correct": {
-        "color": "#0072B2",
-        "label": "correct class blocked",
-        "band": True,
-    },
-    "random_incorrect": {
-        "color": "#EE9988",
-        "label": "as many random patches (wrong)",
-        "ls": ":",
-    },
-    "random_correct": {
-        "color": "#77BBDD",
-        "label": "as many random patches (correct)",
-        "ls": ":",
-    },
+LOOKS = {  # of the conditions; the first ones are below
+    "random_incorrect": Curve(
+        (),
+        "as many other tokens",
+        "grey",
+        "dotted",
+    ),
+    "random_correct": Curve(
+        (),
+        "as many other tokens",
+        "grey",
+        "dotted",
+    ),
+    "none": Curve((), "nothing blocked", "ink"),
+    "incorrect": Curve(
+        (),
+        "tokens of the wrong class",
+        1,
+        band=True,
+    ),
+    "correct": Curve(
+        (),
+        "tokens of the right class",
+        0,
+        band=True,
+    ),
 }
 
 
-def wrong_patches_left(run: ProbeRun) -> FigureData:
-    """Draw the wrong patches left per layer and condition, over all classes and by class (Fig. 11)."""
-    results = run.analysis("knockout.json")
-    entries = [results["all"], *results["classes"]]
-    figure, axes = new_panels(
-        len(entries),
-        height=1.9,
-        columns=4,
-        sharex=True,
+def rate_chart(rows: Rows) -> Chart:
+    """Return the panel of a class: wrong patches left by layer and condition."""
+    curves = []
+    for condition, look in LOOKS.items():
+        own = [row for row in rows if row["condition"] == condition]
+        points = [
+            Point(
+                x["layer"],
+                x["remaining"],
+                x["low"],
+                x["high"],
+            )
+            for x in own
+        ]
+        curves.append(look._replace(points=points))
+    ticks = {row["layer"]: str(row["layer"] or "ad") for row in rows}
+    return Chart(
+        curves, ticks, f"{rows[0]['class']}, {rows[0]['cases']} cases", "wrong patches left, %"
     )
-    rows = []
-    for ax, entry in zip(axes, entries, strict=True):
-        of_class = _rate_rows(run, entry)
-        curves(
-            ax,
-            of_class,
-            LOOKS,
-            x="layer",
-            y="remaining",
-            by="condition",
-            scale=100,
-        )
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.tick_params(labelsize=7)
-        name = "all classes" if entry is results["all"] else entry["class"]
-        ax.set_title(f"{name} ({entry['images']} cases)", fontsize=8)
-        rows += of_class
-    figure.supylabel("wrong patches left (%)", fontsize=9)
-    figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=3,
-        fontsize=8,
-    )
-    return FigureData(figure, rows)
 
 
 def _rate_rows(run: ProbeRun, entry: dict[str, Any]) -> Rows:
@@ -90,11 +73,16 @@ def _rate_rows(run: ProbeRun, entry: dict[str, Any]) -> Rows:
     ]
 
 
-def rates_figure(mask: str, run: ProbeRun) -> ReportFigure:
+def rates_figure(mask: str, run: ProbeRun) -> Figure:
     """Return the figure of the paper's knockout of a run."""
-    return ReportFigure(
-        f"knockout_{mask}", f"Wrong patches left, {mask}",
-        "Share of the adapter's wrong patches still wrong at each layer, over all images, and by wrongly predicted "
-        "class (Fig. 11). The paper expects red (wrong class blocked) below grey (no blocking) and blue (correct class "
-        "blocked) above it. Dotted: as many random patches blocked. Bands: 95% intervals over images.",
-        wrong_patches_left(run), "wide",)  # fmt: skip
+    results = run.analysis("knockout.json")
+    entries = [results["all"], *results["classes"]]
+    by_class = [rows for entry in entries if (rows := _rate_rows(run, entry))]
+    return Figure(
+        f"knockout_{mask}",
+        f"Wrong patches left, {mask}",
+        "Patches that the adapter's probe calls a class by mistake, and the share still wrong at each layer (Fig. 11)"
+        " while the LLM's image tokens cannot attend to some of them. Bands: 95% intervals over images.",
+        [rate_chart(rows) for rows in by_class],
+        [row for rows in by_class for row in rows],
+    )

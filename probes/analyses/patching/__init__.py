@@ -133,5 +133,5 @@ ANALYSIS = Analysis(
     complete=complete,
     lines=lines,
     lacks=lacks,
-    title="Activation patching",
+    title="Patching",
 )

@@ -178,15 +178,14 @@ ANALYSIS = Analysis(
     complete=complete,
     lines=lines,
     rows=table_rows,
-    title="Answers and their routes",
+    title="Answers",
     arms=("trained", "random", "permuted"),
     beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
     claims={
         "route_object": Claim(
             +1,
-            "The answer is read from the object's patches: drop of the right answer's probability if no text attends "
-            "to them, minus the drop for as many other patches",
-            "read from the object",
+            "The answer is read from the object: drop of the right answer's probability if no text attends to its "
+            "patches, minus as many other patches",
             reads_probes=False,
         ),
     },

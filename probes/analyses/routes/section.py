@@ -3,13 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import Section
+from probes.analyses.charts import Chart, Curve, Figure, Point
 from probes.analyses.sinks import describe_sinks, layers_with_sinks, meets_sink, sinks_of
-from probes.analyses.style import COLOURS, FigureData, ReportFigure, curves
 from probes.runs.formatting import Rows, bounds
 from probes.runs.probe_run import ProbeRun
 from probes.runs.study import CONTROLS, StudyRuns
@@ -18,25 +15,17 @@ from probes.score.estimate import estimate_text
 from .cuts import TARGETS
 
 KEYS = ("questions", "images", "layers", "accuracy", "sites", "effects")  # of routes.json
-SINK_COLOUR = "#eeeeee"
-DRAWN = ("image", "object", "random")  # sources, with the colours of COLOURS
+DRAWN = {
+    "random": "grey",
+    "image": 1,
+    "object": 0,
+}  # sources with their colours; the last one is on top
 
 
 def section(study: StudyRuns) -> Section:
     """Return the section of a study: a figure for each mask."""
     routes = study_routes(study)
-    figures = [
-        ReportFigure(
-            f"routes_{mask}", f"Routes of answers, {mask}",
-            "Change of the right answer's log-probability when no token of the target attends to the source, in "
-            "windows of layers (points, at the middle of the window) and in all layers (right). object: the patches "
-            "that the question is about; random: as many others. Dotted: random LLMs, one line per draw. Bands: 95% "
-            "intervals over images, for all windows of a route together."
-            + " Grey: layers in which image tokens attend to an attention sink among them."
-            * bool(layers_with_sinks(of_mask["sinks"])),
-            routes_figure(of_mask), "wide",)
-        for mask, of_mask in routes.items()
-    ]  # fmt: skip
+    figures = [routes_figure(mask, of_mask) for mask, of_mask in routes.items()]
     by_mask = {"routes": {mask: routes.get(mask) for mask in study.main_runs}}
     sentences = []
     for mask, of_mask in routes.items():
@@ -44,7 +33,12 @@ def section(study: StudyRuns) -> Section:
         if text := describe_sinks(mask, of_mask["sinks"]):
             sentences.append(f"{text} Grey in the figure.")
     tables = {"answer_accuracy": accuracy_rows(routes)}
-    return Section(figures, sentences, tables, by_mask=by_mask)
+    return Section(
+        figures,
+        sentences,
+        tables,
+        by_mask=by_mask,
+    )
 
 
 def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
@@ -62,7 +56,10 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
         for other in random_runs:
             _check_same_questions(run, other)
         random = [{"draw": other.draw} | _select(other) for other in random_runs]
-        by_mask[mask] = _select(run) | {"peak_site": run.peak_layer, "random": random}
+        by_mask[mask] = _select(run) | {
+            "peak_site": run.peak_layer,
+            "random": random,
+        }
     return by_mask
 
 
@@ -107,7 +104,10 @@ def accuracy_rows(routes: dict[str, dict[str, Any]]) -> Rows:
     rows = []
     for mask, of_mask in routes.items():
         for model, entry in models_of(of_mask).items():
-            common = {"image_attention": mask, "model": model}
+            common = {
+                "image_attention": mask,
+                "model": model,
+            }
             rows.append(common | {"read_by": "answer"} | _numbers(entry["accuracy"], "accuracy"))
             rows += [
                 common
@@ -124,72 +124,85 @@ def _numbers(entry: dict[str, Any], name: str) -> dict[str, Any]:
     return {name: entry["value"]} | bounds(entry["ci95"], f"{name}_")
 
 
-def routes_figure(of_mask: dict[str, Any]) -> FigureData:
-    """Draw a panel per target; the CSV file has all routes, windows and models."""
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-    for ax, target in zip(figure.subplots(1, 3), TARGETS, strict=True):
-        ax.axhline(0, color="black", lw=0.8)
-        ax.set_title(f"to {target}", fontsize=9)
-        ax.set_xlabel("layers that are cut", fontsize=8)
-        ax.set_ylabel("right answer (nats)", fontsize=8)
-        for layer in layers_with_sinks(of_mask["sinks"]):
-            ax.axvspan(layer - 0.5, layer + 0.5, color=SINK_COLOUR, lw=0)
-        for entry in of_mask["random"]:
-            _draw(ax, entry, target, random=True)
-        _draw(ax, of_mask, target)
-        ax.legend(fontsize=7)
-    return FigureData(figure, route_rows(of_mask))
+def routes_figure(mask: str, of_mask: dict[str, Any]) -> Figure:
+    """Return a panel per target; the CSV file has all routes, windows and models."""
+    sinks = layers_with_sinks(of_mask["sinks"])
+    return Figure(
+        f"routes_{mask}",
+        f"Routes of answers, {mask}",
+        "Change of the right answer's log-probability when no token of the target attends to the source, in windows of "
+        "layers (points, at the middle of the window) and in all layers (right, with its interval). object: patches "
+        "that the question is about; random: as many others. Thin: random LLMs. Bands: 95% intervals over images, for "
+        "all windows of a route together."
+        + " Grey ground: layers in which image tokens attend to an attention sink."
+        * bool(sinks),
+        [target_chart(of_mask, target, sinks) for target in TARGETS],
+        route_rows(of_mask),
+    )
 
 
-def _draw(
-    ax: Axes,
-    entry: dict[str, Any],
-    target: str,
-    random: bool = False,
-) -> None:
-    effects = [effect for effect in entry["effects"] if effect["target"] == target]
-    for number, source in enumerate(DRAWN):
-        for effect in (effect for effect in effects if effect["source"] == source):
-            windows = effect["windows"]
-            middles = [sum(window["layers"]) / 2 for window in windows]
-            end = windows[-1]["layers"][1] + 1
-            colour = COLOURS[number % len(COLOURS)]
-            values = [window["value"] for window in windows]
-            if random:
-                ax.plot(middles, values, ":", color=colour, lw=1)
-                ax.plot(
-                    [end],
-                    [effect["all"]["value"]],
-                    "x",
-                    color=colour,
-                    ms=4,
-                )
-                continue
-            points = [
-                {
-                    "layer": middle,
-                    "value": window["value"],
-                    "curve": f"from {source}",
-                }
-                | bounds(window["ci95"])
-                for middle, window in zip(middles, windows, strict=True)
-            ]
-            look = {
-                "color": colour,
-                "marker": "o",
-                "ms": 3,
-                "band": True,
-            }
-            curves(ax, points, {f"from {source}": look}, x="layer")
-            shifted = end + 0.12 * number
-            ax.plot([shifted] * 2, effect["all"]["ci95"], color=colour, lw=1.3)
-            ax.plot(
-                [shifted],
-                [effect["all"]["value"]],
-                "s",
-                color=colour,
-                ms=4,
+def target_chart(of_mask: dict[str, Any], target: str, sinks: list[int]) -> Chart:
+    """Return the panel of a target."""
+    random = [curve for entry in of_mask["random"] for curve in route_curves(entry, target)]
+    curves = [Curve(curve.points, style="thin") for curve in random]
+    curves += route_curves(of_mask, target)
+    for effect in of_target(of_mask, target):
+        end = effect["windows"][-1]["layers"][1] + 1
+        low, high = effect["all"]["ci95"]
+        point = Point(
+            end,
+            effect["all"]["value"],
+            low,
+            high,
+            "all layers",
+        )
+        curves.append(
+            Curve(
+                [point],
+                "",
+                DRAWN[effect["source"]],
+                "dots",
+                "circle",
             )
+        )
+    windows = of_target(of_mask, target)[0]["windows"]
+    ticks = {sum(x["layers"]) / 2: "{}–{}".format(*x["layers"]) for x in windows}
+    return Chart(
+        curves,
+        ticks | {windows[-1]["layers"][1] + 1: "all"},
+        f"to {target}",
+        "right answer, nats, by layers that are cut",
+        scale=1,
+        signed=True,
+        shaded=sinks,
+    )
+
+
+def of_target(entry: dict[str, Any], target: str) -> list[dict[str, Any]]:
+    """Return the effects of the sources that are drawn, in their order."""
+    found = {effect["source"]: effect for effect in entry["effects"] if effect["target"] == target}
+    return [found[source] for source in DRAWN if source in found]
+
+
+def route_curves(entry: dict[str, Any], target: str) -> list[Curve]:
+    """Return a curve over the windows for each source of a target."""
+    curves = []
+    for effect in of_target(entry, target):
+        points = [
+            Point(sum(window["layers"]) / 2, window["value"], *window["ci95"])
+            for window in effect["windows"]
+        ]
+        source = effect["source"]
+        curves.append(
+            Curve(
+                points,
+                f"from {source}",
+                DRAWN[source],
+                mark="circle",
+                band=True,
+            )
+        )
+    return curves
 
 
 def route_rows(of_mask: dict[str, Any]) -> Rows:

@@ -42,26 +42,22 @@ def has_sink(runs: Mapping[str, "FinishedRun"]) -> bool:
 ANALYSIS = Analysis(
     name="starvation",
     question="Are early image tokens worse off under causal attention, since they attend to few others?",
-    title="Context starvation",
+    title="Patches",
     paper="Sec. 5.1, Fig. 7, Table 3",
     claims={
         "starvation": Claim(
             +1,
-            "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)",
-            "starvation, patch 0",
+            "First patch starves under causal attention: bidirectional − causal, accuracy",
             between_masks="patch_0",
         ),
         "starvation_first_row": Claim(
             +1,
-            "The first row starves under causal attention: bidirectional minus causal accuracy",
-            "starvation, first row",
+            "First row starves under causal attention: bidirectional − causal, accuracy",
             between_masks="first_row",
         ),
         "starvation_without_sink": Claim(
             +1,
-            "The rest of the first row starves, too: bidirectional minus causal accuracy without its first patch, an "
-            "attention sink",
-            "starvation, first row without the sink",
+            "First row starves, without its first patch, a sink: bidirectional − causal, accuracy",
             between_masks="rest_of_row",
             applies=has_sink,
         ),

@@ -1,112 +1,101 @@
-"""Figures of context starvation: the accuracy gap between the masks per patch (Fig. 7)."""
+"""Figures of context starvation: accuracy by patch under both masks, and their difference (Fig. 7)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from probes.analyses.style import (
-    INTERVALS,
-    FigureData,
-    Figures,
-    ReportFigure,
-    mask_colour,
-    new_axes,
-)
-from probes.runs.formatting import bounds
+from probes.analyses.charts import Chart, Curve, Figure, Grid, Point
+from probes.runs.formatting import Rows, bounds
 
-POINTS = "#D55E00"
-DRAWN_PATCHES = 50
+KINDS = ("causal", "bidirectional", "gap")
+DIFFERENCE = "bidirectional − causal"
 
 
-def starvation_curve(starvation: dict[str, Any]) -> FigureData:
-    """Draw the accuracy gap of the first patches in raster order (Fig. 7)."""
-    figure, ax = new_axes(6.4, 3.3)
-    count = min(DRAWN_PATCHES, len(starvation["gap"]))
-    x = np.arange(count)
-    gap = 100 * np.array(starvation["gap"][:count], float)
-    low, high = 100 * np.array(starvation["gap_ci95"][:count], float).T
-    ax.bar(
-        x,
-        gap,
-        color=mask_colour("bidirectional"),
-        alpha=0.75,
-        width=0.85,
+def gap_chart(result: dict[str, Any], title: str) -> Chart:
+    """Return the differences of the first row, with intervals."""
+    columns = result["grid"][1]
+    gaps = zip(result["gap"][:columns], result["gap_ci95"], strict=False)
+    points = [Point(i + 1, gap, *ci95) for i, (gap, ci95) in enumerate(gaps)]
+    ticks = {i + 1: str(i + 1) for i in range(columns)}
+    return Chart(
+        [
+            Curve(
+                points,
+                "",
+                0,
+                "dots",
+                "circle",
+            )
+        ],
+        ticks,
+        title,
+        "points, by patch from the left",
+        signed=True,
     )
-    ax.vlines(x, low, high, color="#555555", lw=0.8)
-    ax.axhline(0, color="black", lw=0.8)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    for row in range(starvation["grid"][1], count, starvation["grid"][1]):
-        ax.axvline(
-            row - 0.5,
-            color="#999999",
-            lw=0.6,
-            ls=":",
+
+
+def accuracy_grids(result: dict[str, Any]) -> list[Grid]:
+    """Return accuracy by patch under both masks with one range of colours, and their difference."""
+    shown = {name: np.array(result[name], float).reshape(result["grid"]) for name in KINDS}
+    both = [shown[name] for name in KINDS[:2]]
+    span = (float(np.nanmin(both)), float(np.nanmax(both)))
+    grids = []
+    for name, values in shown.items():
+        signed = name == "gap"
+        numbers = [100 * values[0, 0], 100 * np.nanmean(values[0])]
+        unit = (
+            "first patch {:+.1f}, first row {:+.1f}"
+            if signed
+            else "first patch {:.1f}%, first row {:.1f}%"
         )
-    ax.set(
-        xlabel="patch, in raster order (dotted: start of a row)",
-        ylabel="bidirectional − causal (pp)",
-    )
-    rows = [
-        {"patch": i}
-        | {key: starvation[key][i] for key in ("causal", "bidirectional", "gap")}
-        | bounds(ci95, "gap_")
-        for i, ci95 in enumerate(starvation["gap_ci95"])
-    ]
-    return FigureData(figure, rows)
+        title = DIFFERENCE if signed else name
+        text = unit.format(*numbers).replace("-", "−")
+        grids.append(
+            Grid(
+                values,
+                title,
+                text,
+                signed,
+                None if signed else span,
+            )
+        )
+    return grids
 
 
-def compare_gaps(measured: dict[str, Any], standardised: dict[str, Any]) -> FigureData:
-    """Draw the gaps of the first patches as measured (bars) and with the classes held fixed (points)."""
-    figure, ax = new_axes(6.4, 3.3)
-    x = np.arange(min(DRAWN_PATCHES, len(standardised["gap"])))
-    ax.bar(
-        x,
-        100 * np.array(measured["gap"][: len(x)], float),
-        color="#BBBBBB",
-        width=0.85,
-        label="measured",
+def starvation_figures(result: dict[str, Any]) -> Iterator[Figure]:
+    """Yield the figures of context starvation, of results.json["starvation"]."""
+    at = f"at {result['site'].replace('_', ' ')}"
+    yield Figure(
+        "starvation",
+        f"Accuracy by patch {at}",
+        "Under causal attention the first image tokens see few others (Fig. 7). Look for a gap at the first ones. The "
+        "darker, the higher; of differences, blue is higher under bidirectional attention. Lines: 95% intervals.",
+        [*accuracy_grids(result), gap_chart(result, "first row")],
+        gap_rows(result),
     )
-    gap = 100 * np.array(standardised["gap"][: len(x)], float)
-    low, high = 100 * np.array(standardised["gap_ci95"][: len(x)], float).T
-    ax.errorbar(
-        x,
-        gap,
-        [gap - low, high - gap],
-        color=POINTS,
-        fmt="o",
-        ms=3,
-        lw=0.8,
-        label="same class frequencies",
-    )
-    ax.axhline(0, color="black", lw=0.8)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="patch, in raster order", ylabel="bidirectional − causal (pp)")
-    ax.legend(fontsize=8)
-    gaps = zip(measured["gap"], standardised["gap"], strict=False)
-    return FigureData(
-        figure,
+    fixed = result["by_class"] | {"grid": result["grid"]}
+    gaps = zip(result["gap"], fixed["gap"], strict=False)
+    yield Figure(
+        "starvation_by_class",
+        "Accuracy gap with equal class frequencies",
+        f"The gap of the first row {at} as measured, and reweighted so that every patch has the class frequencies of "
+        "the full split. Early patches often show only a few classes.",
+        [gap_chart(result, "as measured"), gap_chart(fixed, "same class frequencies")],
         [
             {
                 "patch": i,
                 "gap": gap,
-                "standardised": fixed,
+                "standardised": standardised,
             }
-            for i, (gap, fixed) in enumerate(gaps)
+            for i, (gap, standardised) in enumerate(gaps)
         ],
     )
 
 
-def starvation_figures(result: dict[str, Any]) -> Figures:
-    """Yield the figures of context starvation, of results.json["starvation"]."""
-    at = f"at {result['site'].replace('_', ' ')}"
-    yield ReportFigure(
-        "starvation", "Accuracy gap by patch",
-        f"Accuracy under bidirectional minus causal attention {at}, for the first "
-        "patches in raster order (Fig. 7). Look for a gap at the first patches, which attend to few other patches "
-        f"under causal attention. {INTERVALS}",
-        starvation_curve(result))  # fmt: skip
-    yield ReportFigure(
-        "starvation_by_class", "Accuracy gap with equal class frequencies",
-        f"The gap of the first patches {at} as measured, and reweighted so that every patch has the class "
-        f"frequencies of the full split. Early patches often show only a few classes. {INTERVALS}",
-        compare_gaps(result, result["by_class"]))  # fmt: skip
+def gap_rows(result: dict[str, Any]) -> Rows:
+    """Return the rows of the CSV file: a row per patch."""
+    return [
+        {"patch": i} | {name: result[name][i] for name in KINDS} | bounds(ci95, "gap_")
+        for i, ci95 in enumerate(result["gap_ci95"])
+    ]

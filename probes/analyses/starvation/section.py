@@ -7,7 +7,7 @@ from typing import Any
 from probes.analyses.base import Section
 from probes.analyses.sinks import sinks_of
 from probes.runs.finished_run import FinishedRun
-from probes.runs.formatting import Rows, format_percent, format_points
+from probes.runs.formatting import Rows
 from probes.runs.paper import PAPER
 from probes.runs.study import StudyRuns
 
@@ -23,13 +23,7 @@ def section(study: StudyRuns) -> Section:
     if result is None:
         return Section(results={"starvation": None})
     rows = table3(result)
-    texts = [
-        {key: row[key] if key == "model" else str(row[key]) for key in ("model", "patch")}
-        | {key: format_percent(row[key]) for key in ("causal", "bidirectional")}
-        | {"gap": format_points(row["gap"])}
-        for row in rows
-    ]
-    shown = {"Table 3: accuracy at the first patches, in percent": texts}
+    shown = {}
     runs = {run.mask: run for run in pair}
     if rows_of_sinks := sink_rows(runs):
         shown[f"Attention sinks. {sink_warning(runs, result['site'])}"] = rows_of_sinks
@@ -64,11 +58,18 @@ def table3(starvation: dict[str, Any]) -> Rows:
         return None if math.isnan(x) else x  # a patch without a labelled pixel
 
     rows = [
-        {"model": "this run", "patch": i} | {key: number(starvation[key][i]) for key in keys}
+        {
+            "model": "this run",
+            "patch": i,
+        }
+        | {key: number(starvation[key][i]) for key in keys}
         for i in range(3)
     ]
     return rows + [
-        {"model": "paper, clip, ADE20K", "patch": i}
+        {
+            "model": "paper, clip, ADE20K",
+            "patch": i,
+        }
         | dict(zip(keys, paper[f"patch_{i}"], strict=False))
         for i in range(3)
     ]

@@ -1,13 +1,17 @@
 """What the report shows of UMAP projections (Fig. 5)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from probes.analyses.base import Section
-from probes.analyses.style import FigureData, Figures, ReportFigure, new_axes
+from probes.analyses.charts import Chart, Curve, Figure, Point
 from probes.data.palette import palette_of
+from probes.runs.formatting import Rows
 from probes.runs.study import StudyRuns
+
+NAMED_CLASSES = 4  # all others are grey
 
 
 def section(study: StudyRuns) -> Section:
@@ -15,63 +19,81 @@ def section(study: StudyRuns) -> Section:
     return Section([*umap_figures(study)])
 
 
-def umap_figures(study: StudyRuns) -> Figures:
+def umap_figures(study: StudyRuns) -> Iterator[Figure]:
     """Yield a figure for each image of each run; they need the dataset."""
     for mask, run in study.main_runs.items():
         result = run.analysis("umap.json")
         palette = palette_of(study.first.dataset()) if result else None
         for image in result["images"] if result else ():
-            yield ReportFigure(
-                f"umap_{mask}_{image['image']}", f"Patches of image {image['name']}, {mask}",
+            classes = run.metrics["classes"]
+            yield Figure(
+                f"umap_{mask}_{image['image']}",
+                f"Patches of image {image['name']}, {mask}",
                 "UMAP of the patches of one image, coloured by class (Fig. 5). UMAP exaggerates the gaps between "
                 "clusters, so rely on the numbers above the panels: the share of a patch's ten nearest neighbours in "
                 "the original space that have its class.",
-                umap_panels(image, run.metrics["classes"], palette))  # fmt: skip
-
-
-def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) -> FigureData:
-    """Draw the patches of one image in two dimensions per site; all but the four most common classes grey (Fig. 5)."""
-    figure, axes = new_axes(6.6, 2.9, len(image["sites"]), squeeze=False)
-    labels = np.array(image["labels"])
-    frequency = np.bincount(labels[labels >= 0], minlength=len(classes))
-    common = [k for k in np.argsort(-frequency)[:4] if frequency[k]]
-    rows = []
-    for ax, entry in zip(axes[0], image["sites"], strict=True):
-        xy = np.array(entry["xy"])
-        other = ~np.isin(labels, common)
-        ax.scatter(
-            *xy[other].T,
-            s=14,
-            c="#CCCCCC",
-            label="other",
-        )
-        for k in common:
-            ax.scatter(
-                *xy[labels == k].T,
-                s=18,
-                color=palette[k] / 255,
-                edgecolor="#333333",
-                lw=0.3,
-                label=classes[k],
+                [
+                    umap_chart(
+                        entry,
+                        image["labels"],
+                        classes,
+                        palette,
+                    )
+                    for entry in image["sites"]
+                ],
+                umap_rows(image),
             )
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set(visible=True, color="#CCCCCC")
-        purity = "unknown" if entry["knn_purity"] is None else f"{entry['knn_purity']:.0%}"
-        ax.set_title(f"{entry['site']}\nneighbours of the same class: {purity}", fontsize=8)
-        rows += [
-            {
-                "site": entry["site"],
-                "patch": i,
-                "label": int(labels[i]),
-                "x": x,
-                "y": y,
-            }
-            for i, (x, y) in enumerate(entry["xy"])
+
+
+def umap_chart(
+    entry: dict[str, Any],
+    labels: list[int],
+    classes: list[str],
+    palette: np.ndarray,
+) -> Chart:
+    """Return the patches of one image in two dimensions at a site; all but the commonest classes are grey (Fig. 5)."""
+    known = np.array([label for label in labels if label >= 0], int)
+    frequency = np.bincount(known, minlength=len(classes))
+    common = [int(k) for k in np.argsort(-frequency)[:NAMED_CLASSES] if frequency[k]]
+    looks = {None: ("other", "grey")}
+    looks |= {k: (classes[k], "#{:02x}{:02x}{:02x}".format(*palette[k])) for k in common}
+    curves = []
+    for k, (name, colour) in looks.items():
+        own = [
+            Point(x, y)
+            for (x, y), label in zip(entry["xy"], labels, strict=True)
+            if label == k or (k is None and label not in common)
         ]
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=5,
-        fontsize=8,
+        curves.append(
+            Curve(
+                own,
+                name,
+                colour,
+                "dots",
+                "circle",
+            )
+        )
+    purity = entry["knn_purity"]
+    share = "unknown" if purity is None else f"{purity:.0%}"
+    return Chart(
+        curves,
+        {},
+        entry["site"].replace("_", " "),
+        f"neighbours of the same class: {share}",
+        scale=1,
     )
-    return FigureData(figure, rows)
+
+
+def umap_rows(image: dict[str, Any]) -> Rows:
+    """Return the rows of the CSV file: a row per site and patch."""
+    return [
+        {
+            "site": entry["site"],
+            "patch": i,
+            "label": int(image["labels"][i]),
+            "x": x,
+            "y": y,
+        }
+        for entry in image["sites"]
+        for i, (x, y) in enumerate(entry["xy"])
+    ]

@@ -97,9 +97,9 @@ def test_routes_through_a_sink_are_marked_in_table_and_page(planted, tmp_path):
     content = route_section(study)
     assert any(text.startswith(SAID) for text in content.sentences)
     (figure,) = content.figures
-    assert "Grey: layers in which" in figure.caption
-    rows = {(x["source"], x["target"], x["layers"]): x["can_cut_sink"] for x in figure.data.rows}
-    assert len(rows) == len(figure.data.rows)
+    assert "Grey ground: layers in which" in figure.caption
+    rows = {(x["source"], x["target"], x["layers"]): x["can_cut_sink"] for x in figure.rows}
+    assert len(rows) == len(figure.rows)
     for (_, _, layers), can_cut in rows.items():
         assert can_cut == (layers in ("all", "2-2", "3-3"))
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from probes import FinishedRun
-from probes.analyses.maps.figures import site_maps
+from probes.analyses.maps.figures import shown_sites, site_rows
 from probes.cli import main
 
 TASKS = ("depth", "normals", "boundaries")
@@ -33,12 +33,10 @@ def test_maps_equal_the_saved_predictions_and_are_drawn_beside_the_target(
         np.testing.assert_allclose(
             tensors[f"image/{image['index']}"].numpy(), saved, atol=2e-3, rtol=2e-3
         )
-    axes = site_maps(run).figure.axes
-    titles = [ax.get_title() for ax in axes if ax.get_title()]
     target = run.task.truth(torch.from_numpy(dataset[3]["target"])[None])[0].numpy()
-    predicted = [
-        tensors["image/3"].numpy()[run.sites.index(title.replace(" ", "_"))] for title in titles[2:]
-    ]
-    shown = np.stack([target, *predicted])
-    drawn = np.stack([ax.images[0].get_array() for ax in axes[len(titles) + 1 :]])
-    np.testing.assert_array_equal(drawn, run.task.colorize(shown))
+    sites = shown_sites(run)
+    predicted = [tensors["image/3"].numpy()[run.sites.index(site)] for site in sites]
+    rows = {row.name: row.pictures for row in site_rows(run, sites)}
+    np.testing.assert_array_equal(
+        rows[dataset.names[3]][1:], run.task.colorize(np.stack([target, *predicted]))
+    )

@@ -95,8 +95,8 @@ def test_a_registered_claim_that_reads_no_probes_needs_no_trained_ones(runs, tmp
     """Which claims read probes was noted when the module was imported, without those registered later."""
     solved = [path for path in runs if probes.ProbeRun(path).is_solved]
     claims = {
-        "reads": probes.Claim(+1, "It is: a number", "reads"),
-        "reads_none": probes.Claim(+1, "It is: a number", "none", reads_probes=False),
+        "reads": probes.Claim(+1, "It is: a number"),
+        "reads_none": probes.Claim(+1, "It is: a number", reads_probes=False),
     }
     probes.register_analysis("mine", claims)
     for path in solved:

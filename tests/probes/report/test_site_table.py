@@ -1,8 +1,9 @@
-"""The table of sites: against numpy on the runs' counts, and its sentences where the truth is planted."""
+"""The table of sites beside random models: against numpy on the runs' counts, and where the truth is planted."""
 
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import probe_runs
 import pytest
 import tiny_models
@@ -10,12 +11,28 @@ from reference import miou_of_counts
 from report_parts import studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.site_table import describe_sites, shown_rows, site_rows
+from probes.report.parts import beyond
+from probes.report.sites import site_rows
+from probes.report.tables import NAMES
 from probes.runs.probe_run import ProbeRun
 from probes.runs.study import StudyRuns
 
-CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+CURVE = [
+    0.5,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.7,
+]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [
+    0.5,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+]
 IMAGES = 40
 
 
@@ -64,51 +81,49 @@ def miou(run: ProbeRun, site: int, weights=None) -> np.ndarray:
     )
 
 
+def rows_of(study: StudyRuns):
+    """Return the rows of the trained model's main score by site."""
+    rows = pd.DataFrame(site_rows(study, "A"), columns=list(NAMES["sites"]))
+    rows = rows[rows["main"] & (rows["metric"] == "miou")]
+    return {row.site: row for row in rows.itertuples()}
+
+
 def test_differences_and_intervals_equal_numpy(study):
     runs = study(CURVE, FLAT)
-    rows = {row["site"]: row for row in site_rows(runs)}
+    rows = rows_of(runs)
     draws = runs.where(arm="random")
     assert len(draws) == 3
     weights = bootstrap_weights(IMAGES, seed=0).double().numpy()
     for site, name in enumerate(runs.first.sites):
         row = rows[name]
         own = miou(runs.first, site)
-        assert row["miou"] == pytest.approx(own)
+        assert row.value == pytest.approx(own)
         if name in ("encoder", "adapter"):
-            assert row["draws"] == 0 and row["random"] is None, "nothing is random there"
+            assert np.isnan([row.draws, row.random]).all(), "nothing is random there"
             continue
         others = [miou(run, site) for run in draws]
-        assert row["random"] == pytest.approx(np.mean(others))
+        assert row.random == pytest.approx(np.mean(others))
         difference = own - np.mean(others)
-        assert row["difference"] == pytest.approx(difference)
+        assert row.minus_random == pytest.approx(difference)
         resampled = miou(runs.first, site, weights)
         resampled = resampled - np.mean([miou(run, site, weights) for run in draws], 0)
         half = np.quantile(np.abs(resampled - resampled.mean()), 0.95)
         of_draws = 4.302653 * np.std(others, ddof=1) / 3**0.5  # Student's t, 2 degrees of freedom
-        assert row["difference_high"] - difference == pytest.approx(np.hypot(half, of_draws), 1e-4)
+        assert row.minus_high - difference == pytest.approx(np.hypot(half, of_draws), 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("model", "random", "said"),
-    [
-        (
-            CURVE,
-            FLAT,
-            "Layers 1 to 3 and the final norm read better than random models, each by itself.",
-        ),
-        (
-            FLAT,
-            CURVE,
-            "Layers 1 to 3 and the final norm read worse than random models, each by itself.",
-        ),
-        (FLAT, FLAT, "No site reads better or worse than random models."),
-    ],
+    ("model", "random", "signs"),
+    [(CURVE, FLAT, "▲▲▲▲"), (FLAT, CURVE, "▼▼▼▼"), (FLAT, FLAT, "")],
 )
-def test_planted_gains_and_losses_are_said_and_nothing_of_equal_models(study, model, random, said):
-    assert describe_sites(site_rows(study(model, random)))[1:] == [said]
+def test_planted_gains_and_losses_are_marked_and_nothing_of_equal_models(
+    study, model, random, signs
+):
+    rows = rows_of(study(model, random))
+    assert "".join(map(beyond, rows.values())) == signs
 
 
 def test_one_draw_has_a_difference_and_no_interval(study):
-    rows = site_rows(study(CURVE, FLAT, draws=1))
-    assert len(describe_sites(rows)) == 1
-    assert shown_rows(rows)[2]["difference"].endswith("(one draw)")
+    row = rows_of(study(CURVE, FLAT, draws=1))["layer_03"]
+    assert row.minus_random > 0.1 and np.isnan([row.minus_low, row.minus_high]).all()
+    assert beyond(row) == ""

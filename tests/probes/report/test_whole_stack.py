@@ -1,13 +1,15 @@
 """Sites beside the layers of the LLM: the encoder's own layers, and parts of layers, change nothing of the others."""
 
+import re
+
 import probe_runs
 import pytest
 import tiny_models
 from report_parts import studies_of
 
+from probes.cli import main
 from probes.report.compare import compare_runs
-from probes.report.figures.layer_curves import layer_curves, stack_figures
-from probes.report.figures.layer_parts import part_figures
+from probes.report.words import site_name
 
 LLM = {
     "encoder": 0.55,
@@ -18,26 +20,31 @@ LLM = {
     "final_norm": 0.42,
 }
 ENCODER = {f"encoder_{i:02d}": 0.2 + 0.1 * i for i in range(4)}
-PARTS = {"value_01": 0.9, "attn_01": 0.3, "mlp_02": 0.35, "value_03": 0.8}  # values read best
+PARTS = {
+    "value_01": 0.9,
+    "attn_01": 0.3,
+    "mlp_02": 0.35,
+    "value_03": 0.8,
+}  # values read best
 MASKS = ("causal", "bidirectional")
 
 
-@pytest.mark.parametrize(("sites", "drawn"), [(ENCODER | LLM, (1, 0)), (LLM | PARTS, (0, 1))])
-def test_other_sites_change_no_curve_best_layer_test_or_effect(sites, drawn, tmp_path):
+@pytest.mark.parametrize("sites", [ENCODER | LLM, LLM | PARTS])
+def test_other_sites_change_no_best_layer_test_or_effect(sites, tmp_path):
     """Also under both masks, where layers before the LLM have nothing to compare."""
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
 
     def study_of(quality):
         runs = []
         for mask in MASKS:
-            options = {"root": root, "mask": mask, "sites": [*quality]}
+            options = {
+                "root": root,
+                "mask": mask,
+                "sites": [*quality],
+            }
             path = tmp_path / f"{mask}_{len(quality)}"
             runs.append(probe_runs.write_run(path, [*quality.values()], **options))
         return studies_of(map(str, runs))[0]
-
-    def curves(study):
-        (axes,) = layer_curves(study, False).figure.axes
-        return [[*line.get_xdata()] for line in axes.lines if len(line.get_xdata()) > 2]
 
     study = study_of(sites)
     reference = study_of(LLM)
@@ -46,9 +53,26 @@ def test_other_sites_change_no_curve_best_layer_test_or_effect(sites, drawn, tmp
         assert run.peak_layer == other.peak_layer == "layer_02"
         assert run.layers == other.layers
         assert run.effects.keys() == other.effects.keys()
-    assert curves(study) == curves(reference) == [[-1, 0, 1, 2, 3]] * 2
-    assert (len([*stack_figures(study)]), len([*part_figures(study)])) == drawn
-    assert not [*stack_figures(reference), *part_figures(reference)]
     rows = [row for row in compare_runs(*study.pair(), 50) if row["of"] == "site"]
     assert [row["site"] for row in rows if row["p"] is not None] == [*LLM][:-1]
     assert {row["site"] for row in rows} == {*sites}
+
+
+@pytest.mark.parametrize("sites", [ENCODER | LLM, LLM | PARTS])
+def test_the_page_has_the_main_path_and_parts_in_a_figure_of_their_own(sites, tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    probe_runs.write_run(
+        tmp_path / "study/trained", [*sites.values()], root=root, mask="causal", sites=[*sites]
+    )
+    main(
+        [
+            "report",
+            str(tmp_path / "study"),
+            "--out",
+            str(tmp_path / "report"),
+        ]
+    )
+    assert (tmp_path / "report/parts.pdf").is_file() == (sites == LLM | PARTS)
+    page = (tmp_path / "report/index.html").read_text()
+    named = [name.strip() for name in re.findall(r'<th scope="row">([^<]*)<', page)]
+    assert named == [site_name(site) for site in sites if site not in PARTS]

@@ -16,8 +16,8 @@ from json_values import json_values
 from safetensors.torch import load_file, save_file
 
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
 from probes.runs import write_run
+from probes.runs.probe_run import ProbeRun
 
 QUALITY = [0.6, 0.5, 0.55, 0.7, 0.65, 0.65]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"{{ 7*7 }}"

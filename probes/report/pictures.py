@@ -1,0 +1,97 @@
+"""Photos on the page, from runs' pictures.npz: what probes read at chosen sites, and where they are wrong."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .readings import SiteReading
+from .words import percent
+
+IGNORED = 255
+PALE, FULL = 56, 255  # opacity of what is right and wrong
+PIXEL_ART = 128  # px, up to which a photo is shown without smoothing
+
+
+def uri(image: Image.Image, kind: str = "png", **options: Any) -> str:
+    """Return an image as a data URI."""
+    content = io.BytesIO()
+    image.save(
+        content,
+        kind,
+        optimize=True,
+        **options,
+    )
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def map_uri(classes: np.ndarray, palette: np.ndarray, truth: np.ndarray | None = None) -> str:
+    """Return classes uint8[H, W] in their colours; with `truth`, right ones pale and those without a label none."""
+    count = len(palette)
+    colours = np.zeros((256, 3), np.uint8)
+    shown = classes.copy()
+    opacity = [FULL] * count + [0] * (256 - count)
+    colours[:count] = palette
+    if truth is not None and 2 * count < IGNORED:
+        colours[count : 2 * count] = palette
+        shown = np.where(truth == IGNORED, IGNORED, classes + count * (classes != truth))
+        opacity = [PALE] * count + [FULL] * count + [0] * (256 - 2 * count)
+    image = Image.fromarray(shown.astype(np.uint8), "P")
+    image.putpalette(colours.tobytes())
+    return uri(image, transparency=bytes(opacity))
+
+
+def picture_uri(picture: np.ndarray) -> str:
+    """Return a photo uint8[H, W, 3]: small ones exactly, others as a JPEG."""
+    image = Image.fromarray(picture)
+    return uri(image) if max(image.size) <= PIXEL_ART else uri(image, "jpeg", quality=86)
+
+
+def right_share(classes: np.ndarray, truth: np.ndarray) -> str:
+    """Return the share of labelled pixels that are right."""
+    labelled = truth != IGNORED
+    return f"{percent((classes == truth)[labelled].mean() if labelled.any() else 0, 0)}%"
+
+
+def classes_in(truth: np.ndarray, names: Sequence[str]) -> list[int]:
+    """Return at most ten classes of a photo, the most frequent one first."""
+    shares = np.bincount(truth.ravel(), minlength=256)[: len(names)] / truth.size
+    return [int(k) for k in np.argsort(-shares)[:10] if shares[k] > 0.004]
+
+
+def map_of(
+    reading: SiteReading,
+    lead: SiteReading,
+    photo: str,
+    site: str,
+) -> np.ndarray | None:
+    """Return what a reading's probe sees in a photo of the lead at a site, None if that was not kept."""
+    found, own = reading.pictures, lead.pictures
+    index = f"{photo}/index"
+    if index not in found or (found[index], found["data"]) != (own[index], own["data"]):
+        return None
+    sites = found["sites"].tolist()
+    name = reading.own.get(site)
+    return found[f"{photo}/maps"][sites.index(name)] if name in sites else None
+
+
+def first_map(
+    readings: Sequence[SiteReading],
+    lead: SiteReading,
+    photo: str,
+    site: str,
+) -> tuple[str, np.ndarray] | None:
+    """Return what the lead's probe sees, else another's, with the key of its model; None if none was kept."""
+    for reading in (lead, *readings):
+        predicted = map_of(
+            reading,
+            lead,
+            photo,
+            site,
+        )
+        if predicted is not None:
+            return reading.model.key, predicted
+    return None

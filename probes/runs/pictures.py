@@ -1,0 +1,117 @@
+"""Three validation photos of a run and what its probes read there at each site, for the report: RUN/pictures.npz.
+
+The photos are chosen by a rule, their share of right pixels at the best site: "typical" is the median, "easy" and
+"hard" the upper and lower tenth. What another model's run of the same study shows already is shown of this one, too,
+so that a photo compares models.
+
+    data              of the images, a hash
+    palette           uint8[K, 3], colours of the classes
+    sites             names of the sites
+    typical/index     of the photo in the validation split
+    typical/photo     uint8[H, W, 3], at most 360 px; also easy/..., hard/...
+    typical/truth     uint8[h, w], at most 256 px; 255 without a label
+    typical/maps      uint8[S, h, w], classes at the sites
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probes.data.palette import palette_of
+from probes.site_probes import SiteProbes
+
+FILE = "pictures.npz"
+QUANTILES = {
+    "typical": 0.5,
+    "easy": 0.9,
+    "hard": 0.1,
+}
+PHOTO_PX = 360
+MAP_PX = 256
+
+
+def choose_photos(counted: dict[str, Tensor], best: int) -> dict[str, int]:
+    """Return the index of each photo by name, each photo once; `best` is the number of the best site."""
+    right = counted["intersection"][best].sum(-1).double()
+    accuracy = right / counted["labelled"].sum(-1)
+    order = accuracy.nan_to_num(0).argsort(stable=True).tolist()
+    chosen: dict[str, int] = {}
+    for name, quantile in QUANTILES.items():
+        index = order[round(quantile * (len(order) - 1))]
+        if index not in chosen.values():
+            chosen[name] = index
+    return chosen
+
+
+def shown_photos(folder: Path, data: str) -> dict[str, int]:
+    """Return the photos of the first run beside DIR/MODEL/ARM, DIR/*/ARM, that shows these images; {} without one."""
+    for file in sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}")):
+        found = read_pictures(file.parent)
+        if found["data"] == data and file.parent != folder:
+            return {name: int(found[f"{name}/index"]) for name in names_of(found)}
+    return {}
+
+
+def names_of(pictures: dict[str, np.ndarray]) -> list[str]:
+    """Return the names of the photos."""
+    return [name for name in QUANTILES if f"{name}/photo" in pictures]
+
+
+@torch.no_grad()
+def save_pictures(
+    probes: SiteProbes,
+    counted: dict[str, Tensor],
+    dataset,
+    folder: Path,
+    data: str,
+) -> None:
+    """Write pictures.npz of probes of segmentation into the folder of their run: one forward for each photo.
+
+    Args:
+        probes: The model and its probes.
+        counted: What the task counts of each image, by name.
+        dataset: The validation split.
+        folder: Of the run.
+        data: Hash of the images.
+    """
+    task = probes.task
+    device = next(probes.heads.parameters()).device
+    scores = task.dataset_scores(task.sums(counted).sum(-2))[task.score]
+    found = {
+        "data": np.array(data),
+        "palette": palette_of(dataset),
+        "sites": np.array(probes.sites),
+    }
+    chosen = shown_photos(folder, data) or choose_photos(counted, int(scores.argmax()))
+    for name, index in chosen.items():
+        sample = dataset[index]
+        truth = sample["target"]
+        pixels = probes.mllm.preprocess([sample["image"]])
+        states = probes.mllm.states(pixels, probes.sites)
+        logits = probes.logits({site: x.to(device) for site, x in states.items()})[:, 0]
+        view = probes.mllm.geometry.view(truth.shape)
+        maps = task.predict_pixels(logits, truth.shape, view)
+        photo = sample["image"].convert("RGB")
+        photo.thumbnail((PHOTO_PX, PHOTO_PX))
+        step = -(-max(truth.shape) // MAP_PX)
+        found |= {
+            f"{name}/index": np.array(index),
+            f"{name}/photo": np.asarray(photo),
+            f"{name}/truth": np.asarray(truth, np.uint8)[::step, ::step],
+            f"{name}/maps": maps[:, ::step, ::step],
+        }
+    content = io.BytesIO()
+    np.savez_compressed(content, **found)
+    (folder / FILE).write_bytes(content.getvalue())
+
+
+def read_pictures(folder: Path) -> dict[str, np.ndarray]:
+    """Return what a run's pictures.npz has, {} without the file."""
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    with np.load(file) as found:
+        return dict(found)

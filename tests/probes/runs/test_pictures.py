@@ -1,0 +1,63 @@
+"""Photos that a solved run keeps for the report."""
+
+import numpy as np
+import pytest
+import torch
+from solving import arguments
+
+from probes.cli import main
+from probes.runs.pictures import QUANTILES, choose_photos, names_of, read_pictures
+from probes.runs.probe_run import ProbeRun
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints, segmentation, tmp_path_factory) -> list[ProbeRun]:
+    """Two models, solved one after the other."""
+    folder = tmp_path_factory.mktemp("study")
+    for mask in ("causal", "bidirectional"):
+        main(arguments(checkpoints[mask], segmentation, folder / mask / "trained"))
+    return [ProbeRun(folder / mask / "trained") for mask in ("causal", "bidirectional")]
+
+
+def test_maps_are_what_the_runs_probes_predict(runs):
+    for run in runs:
+        found = read_pictures(run.path)
+        assert found["sites"].tolist() == run.sites
+        for name in names_of(found):
+            sample = run.dataset()[int(found[f"{name}/index"])]
+            np.testing.assert_array_equal(found[f"{name}/truth"], sample["target"])
+            predicted = np.stack([*run.predict_sites(sample["image"], run.sites)])
+            np.testing.assert_array_equal(found[f"{name}/maps"], predicted)
+
+
+def test_the_second_model_shows_the_photos_of_the_first(runs):
+    first, second = (read_pictures(run.path) for run in runs)
+    assert names_of(first) == names_of(second)
+    best = np.argmax([site["miou"] for site in runs[0].metrics["sites"]])
+    chosen = choose_photos(runs[0].counts._asdict(), int(best))
+    assert {name: int(second[f"{name}/index"]) for name in names_of(second)} == chosen
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        1,
+        2,
+        11,
+        40,
+    ],
+)
+def test_photos_are_chosen_by_quantile_each_once(images):
+    right = torch.randperm(images)
+    counted = {
+        "intersection": right[None, :, None],
+        "labelled": torch.full((images, 1), images),
+    }
+    chosen = choose_photos(counted, 0)
+    assert len({*chosen.values()}) == len(chosen) == min(3, images)
+    for name, index in chosen.items():
+        assert right[index] == round(QUANTILES[name] * (images - 1))
+
+
+def test_a_run_without_photos_has_none(tmp_path):
+    assert read_pictures(tmp_path) == {}

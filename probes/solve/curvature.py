@@ -37,8 +37,9 @@ CANDIDATES = 8  # nodes from which one is kept
 # with 44 classes 1.14 times; with 1/20, 1.04 and 1.03. Without a preference it is 1.14 and 1.28, and weak strengths of
 # Gaussian states take twice as long.
 ALIKE = 1 / 6
-# The first damping, a weight of a probe for each node of the sample: fewer nodes show less of the curvature
-FIRST_DAMPING = 0.5
+# The damping, for a weight of a probe for each node of the sample: fewer nodes show less of the curvature. With 0.5, 46
+# photos of CamVid with 44 classes take 1.4 times as many evaluations.
+FIRST_DAMPING = 0.1
 LEAST_DAMPING = 0.03
 MOST_FIRST_DAMPING = 3.0
 

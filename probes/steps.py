@@ -31,6 +31,7 @@ class Step:
         config: All that the call is given: a dataclass of options, or the words of a command.
         result: The file that says that it is done.
         kind: Steps of one kind take about the same time.
+        call: "module:function", which takes the config; "" of a command.
         reads: Files that it reads, by their names in the record.
         takes_overwrite: The call refuses to replace a result unless it is told to overwrite it.
         follows: Step that it is compared with, and left out with.
@@ -42,6 +43,7 @@ class Step:
     config: Any
     result: Path
     kind: str
+    call: str = ""
     reads: Mapping[str, Path] = field(default_factory=dict)
     takes_overwrite: bool = False
     follows: str = ""
@@ -63,6 +65,11 @@ def read_record(name: str, folder: Path) -> dict[str, Any]:
     """Return the record of a step, {} if there is none."""
     file = _record_file(name, folder)
     return read_json(file) if file.is_file() else {}
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of all steps, in the order of their names."""
+    return [read_json(file) for file in sorted((folder / "steps").glob("*.json"))]
 
 
 def _record_file(name: str, folder: Path) -> Path:
@@ -89,14 +96,14 @@ def why_missing(step: Step, folder: Path) -> str | None:
     if record["config"] != now["config"]:
         return _describe_difference(record["config"], now["config"])
     if record["inputs"] != now["inputs"]:
-        return f"{_first_changed(record['inputs'], now['inputs'])} has changed"
+        return f"{first_changed(record['inputs'], now['inputs'])} has changed"
     return None if record["result"] == now["result"] else f"{step.result} has changed"
 
 
 def _describe_difference(before: Any, now: Any, name: str = "a setting") -> str:
     """Return the first difference of two configs, of dataclasses or of the words of commands."""
     if isinstance(before, dict) and isinstance(now, dict):
-        key = _first_changed(before, now)
+        key = first_changed(before, now)
         return _describe_difference(before.get(key), now.get(key), key)
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         at = next(i for i, value in enumerate(now) if value != before[i])
@@ -105,21 +112,17 @@ def _describe_difference(before: Any, now: Any, name: str = "a setting") -> str:
     return f"{name} was {before}, and is {now}"
 
 
-def _first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the first key whose value differs."""
     return next(key for key in {**before, **now} if before.get(key, "") != now.get(key, ""))
 
 
-def find_missing(
-    steps: Sequence[Step],
-    folder: Path,
-    must_repeat: Callable[[Step], str] | None = None,
-) -> list[Step]:
+def find_missing(steps: Sequence[Step], folder: Path) -> list[Step]:
     """Return the steps that are not done or read what other missing steps write; print why one is done again.
 
     Args:
         steps: Each after those whose results it reads.
         folder: Folder of the records.
-        must_repeat: Says why a finished step is done again nevertheless, "" if it is not.
     """
     missing: list[Step] = []
     reasons: dict[str, list[str]] = {}
@@ -128,9 +131,9 @@ def find_missing(
         why = why_missing(step, folder)
         if why is None:
             read = next((written[file] for file in step.reads.values() if file in written), "")
-            why = f"it reads the result of {read}" if read else must_repeat and must_repeat(step)
-            if not why:
+            if not read:
                 continue
+            why = f"it reads the result of {read}"
         missing.append(step)
         written[step.result] = step.name
         if why:
@@ -336,8 +339,7 @@ def describe_time_left(steps: Sequence[Step], folder: Path) -> str:
 def _mean_seconds(folder: Path) -> dict[str, float]:
     """Return the mean seconds of the steps that were timed, by kind."""
     seconds: dict[str, list[float]] = {}
-    for file in (folder / "steps").glob("*.json"):
-        record = read_json(file)
+    for record in read_records(folder):
         if not any(record.get(key) for key in OUTCOMES):
             seconds.setdefault(record["kind"], []).append(record["seconds"])
     return {kind: sum(values) / len(values) for kind, values in seconds.items()}

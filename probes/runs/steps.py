@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava_bidir.common.files import read_json
-from probes.steps import OUTCOMES
+from probes.steps import OUTCOMES, read_records
 
 LEFT_OUT = OUTCOMES["left_out"]
 FAILED = OUTCOMES["failed"]
@@ -13,8 +12,7 @@ FAILED = OUTCOMES["failed"]
 def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:
     """Return {"step", "outcome", "reason"} of each step of a study that has no result, in the order of their names."""
     found = []
-    for file in sorted((Path(folder) / "steps").glob("*.json")):
-        record = read_json(file)
+    for record in read_records(Path(folder)):
         for key, outcome in OUTCOMES.items():
             if record.get(key):
                 found.append(

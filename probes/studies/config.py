@@ -38,8 +38,12 @@ class StudyConfig:
         """Return a study of models by label on a folder of images and masks, or on a layout of a folder in the options.
 
         Raises:
-            UserError: The folder of a layout is missing.
+            UserError: The folder of a layout is missing, or a model is given as an option.
         """
+        if options.model.mllm:
+            raise UserError(
+                f"--model.mllm {options.model.mllm}: the models of a study are words, MODEL DATA"
+            )
         from probes.data.registry import DATASETS  # torch
 
         where = {"root": data}

@@ -9,15 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_bidir.common.files import read_json
-from probes.data.registry import open_split
 from probes.ops.quantiles import student_quantile
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.steps import LEFT_OUT, describe_steps
 from probes.runs.study import CONTROLS
 
-from .arms import arm_names, plan_arms
+from .arms import arm_names
 from .config import StudyConfig
-from .plan import RUNS, check, find_work, make_plan
+from .plan import RUNS, find_work, plan
 
 
 class Spread(NamedTuple):
@@ -39,9 +38,8 @@ def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
     Raises:
         UserError: The study cannot be run.
     """
-    check(study)
-    steps = make_plan(study)
-    missing = find_work(study, steps, overwrite)
+    planned = plan(study)
+    missing = find_work(study, planned, overwrite)
     if not missing:
         print(f"{study.out} is complete; nothing to do")
         return
@@ -51,7 +49,7 @@ def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
             "outcome": LEFT_OUT,
             "reason": step.why_left_out,
         }
-        for step in steps
+        for step in planned.steps
         if step.why_left_out
     ]
     missing = [step for step in missing if not step.why_left_out]
@@ -63,19 +61,17 @@ def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
     print(f"{len(missing)} steps, {len(runs)} of them passes over the images: {kinds}")
     for line in describe_steps(left_out, LEFT_OUT):
         print(line)
-    validation = open_split(study.probes.data, "validation")
-    print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
-    planned = plan_arms(study)
-    if any(arm.why_left_out for arm in planned):
+    images = len(planned.validation)
+    print(f"disk: about {disk_mb(images, len(planned.validation.classes), len(runs)):.0f} MB")
+    if any(arm.why_left_out for arm in planned.arms):
         print("without matched random layers, nothing can be told from random models")
     else:
-        masks = {arm.run.mask for arm in planned}
-        print(describe_power(study, len(validation), len(masks)))
-    trained = [x.config for x in steps if x.kind == "solve" and not x.config.model.untrained]
-    if trained and any(step.kind == "solve" for step in runs):
+        masks = {arm.run.mask for arm in planned.arms}
+        print(describe_power(study, images, len(masks)))
+    if any(step.kind == "solve" for step in runs):
         from probes.solve.command import dry_run
 
-        dry_run(trained[0])
+        dry_run(planned.arms[0].config)  # the trained model
 
 
 def describe_power(study: StudyConfig, images: int, masks: int) -> str:

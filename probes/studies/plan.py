@@ -1,34 +1,68 @@
-"""The steps of a study, in order: each is a call with its options as values, and the folder or file that it writes."""
+"""The plan of a study as values: its arms, and its steps in order.
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+A step is a call with its options, and says what it reads and writes: what was made from something else is made again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
+import yaml
+
+from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import (
-    check_same_identity,
-    describe_digest,
-    named_identity,
-)
+from llava_bidir.common.identity import describe_digest, named_identity
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.base import EFFECTS
+from probes.data.base import ImageDataset
 from probes.data.registry import DATASETS, open_split, split_identity
 from probes.report.options import ReportOptions
 from probes.report.truth import FILE as TRUTH_FILE
-from probes.run_config import DataOptions
-from probes.runs.finished_run import FinishedRun
-from probes.runs.runs import finished_runs, open_run
-from probes.runs.steps import study_folder, unfinished_steps
-from probes.steps import Step, digest, find_missing
+from probes.runs.runs import finished_runs
+from probes.runs.steps import unfinished_steps
+from probes.steps import Step, digest, find_missing, first_changed, read_records
 from probes.tasks import SEGMENTATION, TASKS
 
-from .analyses import check_classes, chosen_analyses, steps_of_runs
-from .arms import FITTED, Arm, join, plan_arms
+from .arms import FITTED, Arm, join, kind_of, plan_arms
 from .config import StudyConfig
 
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
+SPLITS = ("training", "validation")
+SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
+Values = dict[str, Any]  # of options of an analysis, by name
+Content = Callable[
+    [], dict[str, str]
+]  # returns checksums of a model and of a task's images and targets
+
+
+class Planned(NamedTuple):
+    """A study before it is run.
+
+    Args:
+        arms: All arms.
+        steps: Each after those whose results it reads, with those that are left out.
+        validation: The validation images.
+        contents: What runs are made from, by label of the model and task.
+    """
+
+    arms: list[Arm]
+    steps: list[Step]
+    validation: ImageDataset
+    contents: Mapping[tuple[str, str], Content]
+
+
+@dataclass(frozen=True)
+class RunStep(Step):
+    """A probe run, which is made from a model and from images and targets."""
+
+    content: Content = dict
+
+    def inputs(self) -> dict[str, str | None]:
+        """Return the checksums of model, images and targets."""
+        return {**self.content()}
 
 
 @dataclass(frozen=True)
@@ -51,91 +85,56 @@ class ReportStep(Step):
         return hashes
 
 
-def make_plan(study: StudyConfig) -> list[Step]:
-    """Return the steps of a study, each after those that it needs, with those that are left out.
+def plan(study: StudyConfig) -> Planned:
+    """Return the arms and steps of a study. What is wrong is said before any work.
 
     Raises:
-        UserError: A setting is invalid, or a model's config cannot be read.
+        UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
+    _check(study)
+    data = study.probes.data
+    splits = {
+        task: {split: open_split(replace(data, task=task), split) for split in SPLITS}
+        for task in (SEGMENTATION, *study.tasks)
+    }
+    validation = splits[SEGMENTATION]["validation"]
+    analyses = choose_analyses(study, validation)
+    contents = {
+        (label, task): cache(partial(_content, model, of_task))
+        for label, model in study.models.items()
+        for task, of_task in splits.items()
+    }
     arms = plan_arms(study)
-    photos = len(open_split(study.probes.data, "validation"))
-    analyses = chosen_analyses(study, photos)
-    steps = []
+    steps: list[Step] = []
     for label in study.models:
         of_model = [arm for arm in arms if arm.label == label]
-        steps += [_step(arm) for arm in of_model]
-        solved = [arm for arm in of_model if arm.name != FITTED]
-        steps += [_step(_with_task(arm, task)) for task in study.tasks for arm in solved]
-        steps += steps_of_runs(study, of_model, analyses, photos)
-    steps.append(_report(study, steps))
+        for task in splits:
+            solved = [arm for arm in of_model if task == SEGMENTATION or arm.name != FITTED]
+            steps += [_run_step(study, arm, task, contents[label, task]) for arm in solved]
+        steps += _analysis_steps(study, of_model, analyses, len(validation))
+    steps.append(_report_step(study, steps))
     chosen = [step for step in steps if study.only is None or step.kind in study.only]
     if not chosen:
         raise UserError(
             f"the study has no such step: --only {' '.join(study.only)}. fit needs --fit, "
             "routes a file of questions, other analyses --add NAME"
         )
-    return chosen
+    return Planned(arms, chosen, validation, contents)
 
 
-def _with_task(arm: Arm, task: str) -> Arm:
-    """Return an arm with targets of another task."""
-    name = join(arm.label, f"{task}_{arm.name}")
-    out = Path(arm.config.out).with_name(f"{task}_{arm.name}")
-    return arm._replace(
-        run=arm.run._replace(name=name),
-        config=replace(arm.config, data=replace(arm.config.data, task=task), out=str(out)),
-    )
-
-
-def _step(arm: Arm) -> Step:
-    """Return the step that makes the probe run of an arm."""
-    why_left_out = arm.why_left_out
-    if not arm.run.sites:
-        changed = join(arm.label, arm.name)
-        why_left_out = f"none of the sites that are probed is changed by {changed} (model.sites)"
-    return Step(
-        arm.run.name,
-        arm.config,
-        Path(arm.config.out) / "metrics.json",
-        "fit" if arm.name == FITTED else "solve",
-        takes_overwrite=True,
-        why_left_out=why_left_out,
-    )
-
-
-def _report(study: StudyConfig, steps: Sequence[Step]) -> Step:
-    """Return the step of the report, which reads the results of all others."""
-    out = study.out / "report"
-    results = {step.name: step.result for step in steps}
-    return ReportStep(
-        "report",
-        ReportOptions(
-            studies=(str(study.out),),
-            out=out,
-            labels=tuple(filter(None, study.models)),
-        ),
-        out / "results.json",
-        kind="report",
-        reads=results | {TRUTH_FILE: Path(study.probes.data.root) / TRUTH_FILE},
-    )
-
-
-def check(study: StudyConfig) -> None:
-    """Raise a UserError if the study cannot be run: what is wrong is said before any work."""
+def _check(study: StudyConfig) -> None:
+    """Raise a UserError if a setting is invalid."""
     if study.draws < 0:
         raise UserError(f"--draws must be 0 or more, got {study.draws}")
     others = [task for task in TASKS if task != SEGMENTATION]
-    for task in study.tasks:
-        if task not in others:
-            raise UserError(
-                f"there is no task {task!r}; expected one of {', '.join(others)} (--tasks)"
-            )
-    kinds = ("solve", "fit", *MEASURED, "report")
-    for kind in study.only or ():
-        if kind not in kinds:
-            raise UserError(
-                f"there is no step {kind!r}; expected some of {', '.join(kinds)} (--only)"
-            )
+    kinds = (*RUNS, *MEASURED, "report")
+    for names, known, what in (
+        (study.tasks, others, "task {!r}; expected some of {} (--tasks)"),
+        (study.only, kinds, "step {!r}; expected some of {} (--only)"),
+    ):
+        for name in names or ():
+            if name not in known:
+                raise UserError(f"there is no {what.format(name, ', '.join(known))}")
     for key in ("untrained", "match", "draw"):
         if getattr(study.probes.model, key) not in (None, "none", 0):
             raise UserError(
@@ -151,74 +150,224 @@ def check(study: StudyConfig) -> None:
         raise UserError(
             f"{data.root} is neither a folder of images and masks nor a layout ({layouts}); {HINT}"
         )
-    validation = open_split(data, "validation")
-    check_classes(chosen_analyses(study, len(validation)), validation.classes)
-    for task in (SEGMENTATION, *study.tasks):
-        for split in ("training", "validation"):
-            open_split(replace(data, task=task), split)
 
 
-def find_work(study: StudyConfig, steps: list[Step], overwrite: bool) -> list[Step]:
-    """Return the steps of a study that are missing or were made from something else; print why one is done again.
+def _content(model: str, splits: Mapping[str, ImageDataset]) -> dict[str, str]:
+    """Return the checksums of a model and of the splits of a task."""
+    from probes.models.module_sources import source_identity  # imports transformers' models
+
+    found = {"model": named_identity({"mllm": source_identity(model)}), "data": {}}
+    for split, dataset in splits.items():
+        found["data"] |= split_identity(split, dataset)
+    return {f"{part}.{key}": value for part, of in found.items() for key, value in of.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- steps
+def _run_step(
+    study: StudyConfig,
+    arm: Arm,
+    task: str,
+    content: Content,
+) -> Step:
+    """Return the step that makes the probe run of an arm."""
+    is_fit = arm.name == FITTED
+    name = arm.run.name
+    if task != SEGMENTATION:
+        name = join(arm.label, f"{task}_{arm.name}")
+    why_left_out = arm.why_left_out
+    if not arm.run.sites:
+        why_left_out = f"none of the sites that are probed is changed by {name} (model.sites)"
+    return RunStep(
+        name,
+        replace(
+            arm.config,
+            data=replace(arm.config.data, task=task),
+            out=str(study.out / name),
+        ),
+        study.out / name / "metrics.json",
+        kind="fit" if is_fit else "solve",
+        call="probes.fit.cli:run_fit" if is_fit else "probes.solve.command:run_config",
+        takes_overwrite=True,
+        why_left_out=why_left_out,
+        content=content,
+    )
+
+
+def _analysis_steps(
+    study: StudyConfig,
+    arms: Sequence[Arm],
+    analyses: Mapping[str, Values],
+    photos: int,
+) -> list[Step]:
+    """Return the steps that analyse the runs of a model."""
+    has_llm = arms[0].run.has_llm
+    if not has_llm:  # maps of a few photos are made unasked
+        shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
+        analyses = {"maps": {"image": list(shown)}, **analyses}
+    steps = []
+    for name, values in analyses.items():
+        analysed = [
+            arm for arm in arms if not arm.why_left_out and kind_of(arm.name) in MEASURED[name].arms
+        ]
+        if not has_llm and not MEASURED[name].of_encoders:
+            analysed = analysed[:1] if name in _asked(study) else []  # left out, which is said once
+        steps += [_analysis_step(study, arm, name, values) for arm in analysed]
+    return steps
+
+
+def _analysis_step(
+    study: StudyConfig,
+    arm: Arm,
+    name: str,
+    values: Values,
+) -> Step:
+    """Return the step that analyses a run; random controls do what was done in the trained arm."""
+    analysis = MEASURED[name]
+    folder = study.out / arm.run.name
+    reads = {arm.run.name: folder / "metrics.json"}
+    reads |= {f"{name}.{key}": Path(values[key]) for key in analysis.beside_data if key in values}
+    reads |= {f"{arm.run.name}/{other}": folder / f"{other}.json" for other in analysis.reads}
+    values = values | {"probes": folder}
+    follows = ""
+    if arm.name not in ("trained", FITTED):  # "probes" have mistakes of their own
+        trained = join(arm.label, "trained")
+        follows = f"{trained}/{name}"
+        reads[trained] = study.out / trained / "metrics.json"
+        if "like" in {entry.name for entry in fields(analysis.options)}:
+            reads[follows] = study.out / trained / analysis.result
+            values["like"] = reads[follows]
+    return Step(
+        f"{arm.run.name}/{name}",
+        Parser(analysis.options).read([], values),
+        folder / analysis.result,
+        kind=name,
+        call="probes.analyses:run",
+        reads=reads,
+        takes_overwrite=True,
+        follows=follows,
+        optional=True,
+        why_left_out=analysis.why_left_out(arm.run, values),
+    )
+
+
+def _report_step(study: StudyConfig, steps: Sequence[Step]) -> Step:
+    """Return the step of the report, which reads the results of all others."""
+    out = study.out / "report"
+    return ReportStep(
+        "report",
+        ReportOptions(
+            studies=(str(study.out),),
+            out=out,
+            labels=tuple(filter(None, study.models)),
+        ),
+        out / "results.json",
+        kind="report",
+        call="probes.studies.table:write_report",
+        reads={step.name: step.result for step in steps}
+        | {TRUTH_FILE: Path(study.probes.data.root) / TRUTH_FILE},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- analyses
+def choose_analyses(study: StudyConfig, validation: ImageDataset) -> dict[str, Values]:
+    """Return the options of each analysis that is run; the default ones and those of `--add`.
 
     Raises:
-        UserError: The folder holds results of other models, images or targets, which may not be overwritten.
+        UserError: `--add` names no analysis or class, or an analysis whose file is missing.
     """
-    changed = _changed_runs(study, overwrite)
-    return find_missing(steps, study.out, lambda step: changed.get(step.name, ""))
+    chosen = {name: {**x.in_study} for name, x in MEASURED.items() if x.default}
+    for text in study.add:
+        name, _, setting = text.partition(".")
+        if name not in MEASURED:
+            expected = ", ".join(MEASURED)
+            raise UserError(f"there is no analysis {name!r}; expected one of {expected} (--add)")
+        options = chosen.setdefault(name, {**MEASURED[name].in_study})
+        if setting:
+            key, equals, value = setting.partition("=")
+            if not (key and equals and value):
+                raise UserError(
+                    f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
+                )
+            key = key.replace("-", "_")
+            options[key] = _read_value(MEASURED[name].options, key, value)
+    if "maps" in chosen and chosen["maps"]["image"] == MEASURED["maps"].in_study["image"]:
+        chosen["maps"]["image"] = [n for n in chosen["maps"]["image"] if n < len(validation)]
+    _add_files_beside_data(study, chosen)
+    known = validation.classes
+    if chosen.get("knockout", {}).get("classes") == ("auto:4",):
+        chosen["knockout"]["classes"] = (f"auto:{min(4, len(known))}",)
+    for name in chosen.get("knockout", {}).get("classes", ()):
+        if not name.startswith("auto:") and name not in known:
+            raise UserError(
+                f"there is no class {name!r}; expected some of {', '.join(map(repr, known))} (--add); "
+                'a name with a comma is given as knockout.classes=["a, b", "c"]'
+            )
+    return chosen
 
 
-def _changed_runs(study: StudyConfig, overwrite: bool) -> dict[str, str]:
-    """Return how the folder's finished runs, by name, differ from the study in weights, images or targets, if they do.
+def _read_value(options: type, name: str, text: str) -> Any:
+    """Return the value of an option of `--add`; of a list, its parts between commas, or a list of YAML."""
+    if "tuple" not in str(get_type_hints(options).get(name)):
+        return text
+    return yaml.safe_load(text) if text.startswith("[") else text.split(",")
+
+
+def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> None:
+    """Add the files that analyses need and that stand beside the data; leave out the analyses that have none.
 
     Raises:
-        UserError: There are some, and they may not be overwritten, or the folder holds a study of other models.
+        UserError: An analysis of `--add` has none.
     """
-    changed = {}
-    checked: dict[str, str] = {}  # by what runs were made from: the difference
+    for name in [*chosen]:
+        for option, (file, content) in MEASURED[name].beside_data.items():
+            beside = Path(study.probes.data.root).resolve().parent / file
+            if beside.is_file() and content in beside.read_bytes():
+                chosen[name].setdefault(option, str(beside))
+            if option in chosen[name]:
+                continue
+            if name in _asked(study):
+                raise UserError(
+                    f"--add {name} needs {beside} with {content.decode()}, or {name}.{option}=FILE"
+                )
+            del chosen[name]
+
+
+def _asked(study: StudyConfig) -> set[str]:
+    """Return the analyses that `--add` names."""
+    return {text.partition(".")[0] for text in study.add}
+
+
+# ---------------------------------------------------------------------------------------------------------- work
+def find_work(study: StudyConfig, planned: Planned, overwrite: bool) -> list[Step]:
+    """Return the steps that are missing or were made from something else; print why one is done again.
+
+    Raises:
+        UserError: The folder holds runs of other models, images or targets, which may not be overwritten.
+    """
     held: dict[str, str] = {}  # models by label
-    for path in finished_runs(study.out):
-        if study_folder(path) not in (None, study.out):  # as in a demo's folder
+    for record in read_records(study.out):
+        name = record["step"]
+        if record["kind"] not in RUNS or not (study.out / name / "metrics.json").is_file():
             continue
-        run = open_run(path)
-        *_, label = ["", *path.relative_to(study.out).parts[:-1]]
-        if study_folder(path):
-            held.setdefault(label, run.metrics["mllm"])
-        if label not in study.models or run.task_name not in (SEGMENTATION, *study.tasks):
+        model = record["config"]["model"]["mllm"]
+        label = name.rpartition("/")[0]
+        held.setdefault(label, model)
+        content = planned.contents.get((label, record["config"]["data"]["task"]))
+        if overwrite or content is None or content() == record["inputs"]:
             continue
-        parts = [run.manifest["identity"][section] for section in ("data", "model")]
-        made_from = json.dumps([label, run.task_name, *parts])
-        if made_from not in checked:
-            checked[made_from] = _what_has_changed(run, study.models[label], study.probes.data)
-        if checked[made_from]:
-            changed[path.relative_to(study.out).as_posix()] = checked[made_from]
+        key = first_changed(record["inputs"], content())
+        raise UserError(
+            f"{study.out / name}, of {model}, belongs to a run with {key}={record['inputs'].get(key)!r}, but this run "
+            f"has {content().get(key)!r}; choose another --out, or --overwrite true"
+        )
     labels = held.keys() | study.models.keys()
     if "" in labels and len(labels) > 1:  # a report would take one model for two
         raise UserError(
             f"{study.out} holds a study of {_describe_models(held)}, and this one is of "
             f"{_describe_models(study.models)}; choose another --out"
         )
-    if changed and not overwrite:
-        raise UserError(next(iter(changed.values())))
-    return changed
+    return find_missing(planned.steps, study.out)
 
 
-def _what_has_changed(run: FinishedRun, model: str, data: DataOptions) -> str:
-    """Return how model, images and targets differ from those that a run was made from; "" if they do not."""
-    from probes.models.module_sources import source_identity  # imports transformers' models
-
-    now = {"model": named_identity({"mllm": source_identity(model)}), "data": {}}
-    for split in ("training", "validation"):
-        dataset = open_split(replace(data, task=run.task_name), split)
-        now["data"] |= split_identity(split, dataset)
-    saved = {section: run.manifest["identity"][section] for section in now}
-    source = f"{run.path}, of {run.metrics['mllm']} on {run.manifest['data']['root']},"
-    try:
-        check_same_identity(saved, now, source, "choose another --out, or --overwrite true")
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _describe_models(models: dict[str, str]) -> str:
+def _describe_models(models: Mapping[str, str]) -> str:
     return ", ".join(f"{label}={path}" if label else path for label, path in models.items())

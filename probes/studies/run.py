@@ -10,12 +10,12 @@ DIR/study.log             what the steps print
 import gc
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -24,7 +24,6 @@ from llava_bidir.common.errors import NothingToMeasure, UsageError, UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.imports import import_words
 from llava_bidir.common.process_group import end_on_signals, process_group
-from probes import analyses
 from probes.command_options import StudyOptions
 from probes.report.terminal import print_summary
 from probes.run_config import RunConfig
@@ -32,7 +31,8 @@ from probes.runs.runs import finished_runs
 from probes.steps import Step, as_json, must_replace, run_steps
 
 from .config import StudyConfig, check_label, label_models, study_config
-from .plan import RUNS, check, find_work, make_plan
+from .estimate import print_estimate
+from .plan import RUNS, find_work, plan
 from .table import Study, write_table
 
 REPORT_WAIT_S = 600
@@ -45,8 +45,6 @@ def run(options: StudyOptions) -> None:
         raise UsageError("expected a model and a folder: probes study MODEL DATA --out DIR")
     config = StudyConfig.of(options, label_models(words), data)
     if options.dry_run:
-        from .estimate import print_estimate
-
         print_estimate(config, options.overwrite)
     else:
         run_study(config, options.overwrite)
@@ -102,17 +100,15 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
         UserError: The study cannot be run, or a step has failed. If that is an analysis, all others and the report are
             made before.
     """
-    check(study)
-    steps = make_plan(study)
-    for line in dict.fromkeys(step.why_left_out for step in steps if step.kind in RUNS):
+    planned = plan(study)
+    for line in dict.fromkeys(step.why_left_out for step in planned.steps if step.kind in RUNS):
         if line:
             print(f"left out: {line}")
     out = study.out
     labels = tuple(filter(None, study.models))
-    names = [*labels, *(study.arms or ())]
-    part = "+".join(names).replace("/", ".")
+    part = "+".join([*labels, *(study.arms or ())]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
-        missing = find_work(study, steps, overwrite)
+        missing = find_work(study, planned, overwrite)
         ready = _without_early_report(missing, out)
         failed = run_steps(
             ready,
@@ -156,26 +152,7 @@ def _config(step: Step, out: Path, overwrite: bool) -> Any:
         config = replace(config, overwrite=True)
         if step.kind in RUNS:
             config = replace(config, ckpt_path=None)  # to resume is the opposite
-    if step.kind == "knockout":
-        config = replace(config, classes=_classes_to_block(step, out))
     return config
-
-
-def _classes_to_block(step: Step, out: Path) -> tuple[str, ...]:
-    """Return the classes of a knockout. Controls block those that were blocked in the trained arm.
-
-    Probes that were trained for a few steps only may predict none of them, so they have classes of their own. auto:N is
-    of no more classes than there are.
-    """
-    trained = (out / step.follows).with_name(step.result.name)  # of LABEL/trained/knockout
-    if step.follows and trained.is_file():
-        return tuple(entry["class"] for entry in read_json(trained)["classes"])
-    known = read_json(step.result.parent / "metrics.json")["classes"]
-    chosen = []
-    for name in step.config.classes:
-        automatic = re.fullmatch(r"auto:(\d+)", name)
-        chosen.append(f"auto:{min(int(automatic[1]), len(known))}" if automatic else name)
-    return tuple(chosen)
 
 
 def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
@@ -198,10 +175,7 @@ def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
             _run_in_processes(step, config, study.out)
         else:
             try:
-                _call(step, config)
-                if step.kind == "report":
-                    # before the report counts as done
-                    write_table(study.out, tuple(filter(None, study.models)))
+                resolve_name(step.call)(config)
             except NothingToMeasure:
                 raise
             except UserError as error:
@@ -209,24 +183,6 @@ def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
     gc.collect()  # the model of the step
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.empty_cache()
-
-
-def _call(step: Step, config: Any) -> None:
-    """Call the function of a step, which is imported now."""
-    if step.kind == "solve":
-        from probes.solve.command import run_config
-
-        run_config(config)
-    elif step.kind == "fit":
-        from probes.fit.cli import run_fit
-
-        run_fit(config)
-    elif step.kind == "report":
-        from probes.report.page import run
-
-        run(config)
-    else:
-        analyses.run(config)
 
 
 def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:

@@ -9,6 +9,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
 from probes.analyses import MEASURED
 from probes.analyses.base import table_row
+from probes.report.options import ReportOptions
 from probes.runs.finished_run import FinishedRun
 from probes.runs.runs import finished_runs, open_run
 from probes.runs.study import given_labels, labels_of_models, model_name
@@ -118,6 +119,14 @@ def write_table(folder: Path, labels: tuple[str, ...]) -> None:
     for name, write in (("table.csv", table.to_csv), ("table.parquet", table.to_parquet)):
         with atomic_write(folder / name) as file:
             write(file, index=False)
+
+
+def write_report(options: ReportOptions) -> None:
+    """Write the report of a study, then the table, before the report counts as done."""
+    from probes.report.page import run
+
+    run(options)
+    write_table(options.out.parent, options.labels)
 
 
 def _rows(run: FinishedRun, name: str, model: str | None) -> Iterator[dict[str, Any]]:

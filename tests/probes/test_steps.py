@@ -275,13 +275,13 @@ def test_a_step_that_is_done_again_says_why(folder, capsys):
     first, second, third = chain(folder)
 
     def said(*steps: Step) -> str:
-        find_missing(steps, folder, lambda step: "asked" * (step.name == "c"))
+        find_missing(steps, folder)
         return capsys.readouterr().out
 
     assert said(first, second) == "", "they were never done"
     run([first, second, third], folder)
     capsys.readouterr()
-    assert said(first, second, third) == "c again: asked\n"
+    assert said(first, second, third) == ""
     other = replace(second, config=("llava-bidir", "fit", "--name", "x", "--ckpt_path", "last"))
     assert said(first, other) == "b again: --name was b, and is x\n"
     (folder / "data.json").write_text("second")

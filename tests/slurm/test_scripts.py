@@ -3,13 +3,14 @@
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from processes import run_command
 
 from probes.cli import main
 from probes.data import ade20k
-from probes.studies.plan import make_plan
+from probes.studies.plan import plan
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*ROOT.glob("slurm/*.*s*h"), *ROOT.glob("tests/slurm/*.sh")])
@@ -68,9 +69,11 @@ def test_study_job_runs_a_study_that_can_be_planned(
     )
     monkeypatch.chdir(ROOT)
     main(words[words.index("probes") + 1 :])
-    photos = range(8)  # the data are on the cluster
+    photos = MagicMock(
+        classes=["sky", "ceiling", "grass"], __len__=lambda _: 8
+    )  # the data are on the cluster
     monkeypatch.setattr("probes.studies.plan.open_split", lambda data, split: photos)
-    steps = {step.name: step for step in make_plan(planned[0])}
+    steps = {step.name: step for step in plan(planned[0]).steps}
     knockouts = {f"{mask}/{arm}/knockout" for mask in MASKS for arm in ("trained", "random1")}
     assert knockouts | {"bidirectional/trained/sinks", "report"} < {*steps}
     assert ("causal/probes" in steps) == (layout == "ade20k"), "the default also fits probes"

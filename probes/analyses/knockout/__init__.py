@@ -14,10 +14,12 @@ Shapes: C cases, L layers, layer 0 the adapter.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.cli import Count, Seed
 from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.files import read_json
 from probes.analyses.base import (
     Analysis,
     Claim,
@@ -39,6 +41,7 @@ class KnockoutOptions(RunOptions):
 
     Args:
         classes: Classes c, or auto:N for the N most often confused.
+        like: A knockout.json whose classes are blocked instead, if there is one: that of a model to compare with.
         layers: Layers to cut, counted from 1 (default: all).
         block_by: Site whose predictions define the blocked tokens.
         min_patches: Leave out images with fewer wrong patches.
@@ -49,6 +52,7 @@ class KnockoutOptions(RunOptions):
     """
 
     classes: tuple[str, ...]
+    like: Path | None = None
     layers: tuple[int, ...] | None = None
     block_by: str = ADAPTER
     min_patches: Count = 1
@@ -57,9 +61,16 @@ class KnockoutOptions(RunOptions):
     draws: Count = 5
     seed: Seed = 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on, beside the run; `like` by its classes."""
+        settings = super().settings
+        del settings["like"]
+        return settings
+
 
 def complete(run: "ProbeRun", options: KnockoutOptions) -> KnockoutOptions:
-    """Return the options with auto:N replaced by the N most often confused classes.
+    """Return the options with the classes that are blocked.
 
     Raises:
         UserError: The options do not fit the run.
@@ -71,7 +82,10 @@ def complete(run: "ProbeRun", options: KnockoutOptions) -> KnockoutOptions:
             f"{run.path} has no probes at {', '.join(missing)}; a knockout counts wrong patches at the adapter and at "
             "every decoder layer: make the run with these sites too (`--model.sites null` probes all)"
         )
-    classes = _named_classes(run, options.classes)
+    if options.like and options.like.is_file():
+        classes = tuple(entry["class"] for entry in read_json(options.like)["classes"])
+    else:
+        classes = _named_classes(run, options.classes)
     choices = {
         "class": (classes, run.metrics["classes"]),
         "block_by site": ([options.block_by], run.layers),
@@ -85,7 +99,7 @@ def complete(run: "ProbeRun", options: KnockoutOptions) -> KnockoutOptions:
     for layer in options.layers or ():
         if not 1 <= layer <= last:
             raise UserError(f"layer {layer} is out of range; {run.path} has layers 1..{last}")
-    return replace(options, classes=classes)
+    return replace(options, classes=classes, like=None)
 
 
 def _named_classes(run: "ProbeRun", classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from PIL import Image
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.runs.probe_run import ProbeRun
-from probes.studies.plan import make_plan
+from probes.studies.plan import plan
 
 SITES = [
     "adapter",
@@ -100,8 +100,8 @@ def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segment
             options=("--model.sites", sites),
             arms=("trained", *arms),
         )
-        plan = {step.name: step for step in make_plan(study) if step.kind == "solve"}
-        return {name: plan[name].config.model.sites for name in arms}
+        steps = {step.name: step for step in plan(study).steps}
+        return {name: steps[name].config.model.sites for name in arms}
 
     sites = "[layer_01, attn_01, encoder, encoder_01, adapter]"
     arms = planned(sites, "random0", "adapter0")

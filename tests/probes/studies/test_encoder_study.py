@@ -23,7 +23,7 @@ from probes.lab.requests import (
 from probes.report.words import interval, plain, signed
 from probes.runs.probe_run import ProbeRun
 from probes.studies.estimate import print_estimate
-from probes.studies.plan import make_plan
+from probes.studies.plan import plan
 from probes.studies.run import run_study
 
 OPTIONS = ("--data.batch_size", "8", "--trainer.accelerator", "cpu", "--model.image_px", "32")
@@ -141,11 +141,11 @@ def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tm
     with pytest.raises(
         UserError, match="arm 'adapter0' needs an LLM, and the model is a vision encoder"
     ):
-        make_plan(study_of({"": parts[0]}, parts[1], tmp_path, arms=("trained", "adapter0")))
+        plan(study_of({"": parts[0]}, parts[1], tmp_path, arms=("trained", "adapter0")))
     with pytest.raises(
         UserError, match=r"--model\.image_px 30: expected a multiple of the patch, 4 px"
     ):
-        make_plan(study_of({"": parts[0]}, parts[1], tmp_path, options=("--model.image_px", "30")))
+        plan(study_of({"": parts[0]}, parts[1], tmp_path, options=("--model.image_px", "30")))
 
 
 def test_the_lab_opens_a_run_of_an_encoder(study):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import probe_runs
@@ -24,9 +25,8 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.steps import Step
-from probes.studies.analyses import chosen_analyses
 from probes.studies.arms import plan_arms
-from probes.studies.plan import make_plan
+from probes.studies.plan import choose_analyses, plan
 
 OPTIONS = [
     "-c",
@@ -259,7 +259,7 @@ def test_a_folder_of_other_models_or_data_is_refused_before_any_work(
     study(causal)
     before = run_bytes(out)
     held = f"{out} holds a study of {causal}, and this one is of"
-    made_from = f"trained, of {causal} on {data}, belongs to a run with model.mllm/"
+    made_from = f"trained, of {causal}, belongs to a run with model.mllm/"
     for dry in ((), ("--dry-run",)):
         for models, message in (
             ((f"a={causal}", f"b={other}"), f"{held} a={causal}, b={other}; choose another --out"),
@@ -447,14 +447,15 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
 )
 def test_a_class_with_a_comma_is_one_class(text, classes, segmentation, tmp_path):
     study = study_of({"": "model"}, segmentation, tmp_path, add=(f"knockout.classes={text}",))
-    assert chosen_analyses(study, photos=4)["knockout"]["classes"] == classes
+    photos = SimpleNamespace(classes=["wall, brick", "wall", "sky"])
+    assert choose_analyses(study, photos)["knockout"]["classes"] == classes
 
 
 def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_path):
     models = {mask: str(checkpoints[mask]) for mask in ("causal", "bidirectional")}
     tasks = ("boundaries",)
     add = ("maps", "umap", "patching.draws=2")
-    steps = make_plan(
+    steps = plan(
         study_of(
             models,
             str(segmentation),
@@ -463,7 +464,7 @@ def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_pat
             tasks=tasks,
             add=add,
         )
-    )
+    ).steps
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     assert names[-1] == "report"
@@ -556,7 +557,7 @@ def test_an_analysis_that_finds_no_case_any_more_leaves_no_claims_behind(
 def test_two_models_are_compared_in_the_order_given(checkpoints, segmentation, tmp_path):
     model = str(checkpoints["causal"])
     settings = study_of({"zero": model, "after": model}, str(segmentation), tmp_path, draws=0)
-    report = next(step.config for step in make_plan(settings) if step.kind == "report")
+    report = next(step.config for step in plan(settings).steps if step.kind == "report")
     assert report.labels == ("zero", "after")
 
 
@@ -564,7 +565,7 @@ def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tm
     """Two draws of one number would be one model, counted twice."""
     settings = study_of({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, draws=3)
     drawn = {}
-    for step in make_plan(settings):
+    for step in plan(settings).steps:
         if step.kind == "solve" and step.config.model.untrained:
             drawn[step.name] = step.config.model.draw
     counts = {"random": 3, "permuted": 2, "adapter": 3}
@@ -587,7 +588,7 @@ def test_questions_are_asked_about_places_and_again_if_they_have_changed(
 
     def asked(content: str) -> list[Step]:
         questions.write_text(content)
-        return [step for step in make_plan(settings) if step.kind == "routes"]
+        return [step for step in plan(settings).steps if step.kind == "routes"]
 
     with pytest.raises(UserError, match="--add routes needs .*questions.json"):
         asked("[]")
@@ -621,7 +622,7 @@ def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(
     assert planned["trained"].sites[len(in_encoder)] == "encoder"
     for arm in arms[1:]:
         assert planned[arm].sites and not any("encoder_" in site for site in planned[arm].sites)
-    solved = [step for step in make_plan(settings) if step.kind == "solve"]
+    solved = [step for step in plan(settings).steps if step.kind == "solve"]
     assert [step.config.model.sites for step in solved[1:]] == [
         planned[arm].sites for arm in arms[1:]
     ]

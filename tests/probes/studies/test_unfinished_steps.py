@@ -10,9 +10,9 @@ from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock
 from probes.runs.steps import unfinished_steps
 from probes.steps import Step, must_replace
-from probes.studies import plan, run
+from probes.studies import run
 from probes.studies.config import StudyConfig
-from probes.studies.plan import check, make_plan
+from probes.studies.plan import plan
 
 
 @pytest.fixture
@@ -49,22 +49,21 @@ def ran(monkeypatch):
     monkeypatch.setattr(run, "_run_step", run_step)
     monkeypatch.setattr(run, "write_table", lambda out, labels: None)
     monkeypatch.setattr(run, "print_summary", lambda *_: None)
-    monkeypatch.setattr(plan, "_changed_runs", lambda *_: {})
     return names
 
 
 def test_the_plan_leaves_out_what_has_no_probes_it_needs(settings):
-    steps = make_plan(
+    steps = plan(
         settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
-    )
+    ).steps
     lacks = {step.name: step.why_left_out for step in steps if step.why_left_out}
     assert lacks.keys() == {f"{arm}/knockout" for arm in ("trained", "random0", "permuted0")}
     assert "layer_01" in lacks["trained/knockout"]
-    assert not any(step.why_left_out for step in make_plan(settings({"": "causal"})))
+    assert not any(step.why_left_out for step in plan(settings({"": "causal"})).steps)
 
 
 def test_arms_that_change_no_probed_site_are_left_out_with_their_analyses(settings):
-    steps = make_plan(settings({"": "causal"}, options=("--model.sites", "[encoder]")))
+    steps = plan(settings({"": "causal"}, options=("--model.sites", "[encoder]"))).steps
     assert {step.name for step in steps if not step.why_left_out} == {
         "trained",
         "trained/sinks",
@@ -82,7 +81,7 @@ def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(setti
         ("-c", str(file)),
         (f"--config={file}",),
     ):
-        steps = make_plan(settings({"": "causal"}, options=words, only=("solve",)))
+        steps = plan(settings({"": "causal"}, options=words, only=("solve",))).steps
         sites = {step.name: step.config.model.sites for step in steps}
         assert sites == {
             "trained": ["encoder", "adapter", "layer_02"],
@@ -107,13 +106,13 @@ def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
     run.run_study(made())
     assert ran == ["trained", "random0", "permuted0", "adapter0"]
     file.write_text("model: {image_resize: center_crop}\n")
-    step = make_plan(made())[0]
+    step = plan(made()).steps[0]
     assert not must_replace(step, made().out), "replaced if asked to only"
 
 
 def test_the_report_reads_truth_and_effects_of_other_analyses(settings, segmentation, monkeypatch):
     made = settings({"": "causal"})
-    (report,) = (step for step in make_plan(made) if step.kind == "report")
+    (report,) = (step for step in plan(made).steps if step.kind == "report")
     finished = made.out / "trained"
     monkeypatch.setattr("probes.studies.plan.finished_runs", lambda out: [finished])
     monkeypatch.setattr("probes.studies.plan.unfinished_steps", lambda out: [])
@@ -130,7 +129,7 @@ def test_the_report_reads_truth_and_effects_of_other_analyses(settings, segmenta
 
 def test_maps_read_the_knockout_that_they_show(settings):
     (maps,) = (
-        step for step in make_plan(settings({"": "causal"}, add=("maps",))) if step.kind == "maps"
+        step for step in plan(settings({"": "causal"}, add=("maps",))).steps if step.kind == "maps"
     )
     assert maps.reads["trained/knockout"].name == "knockout.json"
 
@@ -153,7 +152,7 @@ def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
     options = ("--data.root", str(root), "--data.options.background", "class")
     models = {"": str(checkpoints["causal"])}
     add = ("knockout.classes=background",)
-    check(
+    plan(
         study_of(
             models,
             "voc2012",
@@ -163,7 +162,7 @@ def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
         )
     )
     with pytest.raises(UserError, match="no class 'background'"):
-        check(
+        plan(
             study_of(
                 models,
                 "voc2012",
@@ -241,10 +240,9 @@ def test_a_control_without_a_case_leaves_out_no_other(settings, ran):
 def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
     """Jobs of a cluster, each of some arms, can end together; the second one failed."""
     made = settings({"": "causal"})
-    (report,) = (step for step in make_plan(made) if step.kind == "report")
+    (report,) = (step for step in plan(made).steps if step.kind == "report")
     wrote = threading.Event()
-    monkeypatch.setattr(run, "_call", lambda step, config: wrote.set())
-    monkeypatch.setattr(run, "write_table", lambda out, labels: None)
+    monkeypatch.setattr("probes.studies.table.write_report", lambda options: wrote.set())
     job = threading.Thread(target=run._run_step, args=(report, report.config, made))
     with exclusive_run_lock(made.out, "report-step"):
         job.start()

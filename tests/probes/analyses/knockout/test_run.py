@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probes.analyses import run as run_analysis
-from probes.analyses.knockout import KnockoutOptions, cases, confused_classes
+from probes.analyses.knockout import KnockoutOptions, cases, complete, confused_classes
 from probes.analyses.knockout.cases import CONDITIONS, PatchReader, outcome_key
 from probes.cli import main
 from probes.runs.probe_run import ProbeRun
@@ -276,3 +276,15 @@ def test_auto_ranks_classes_by_wrongly_predicted_pixels(run, capsys):
     assert [
         e["class"] for e in json.loads((run.path / "knockout.json").read_text())["classes"]
     ] == ranked[:2]
+
+
+def test_a_control_blocks_what_the_trained_model_blocked(run, tmp_path):
+    """Where there is no such file yet, it has classes of its own."""
+    like = tmp_path / "trained.json"
+    options = plan(run, tmp_path, ["auto:1"], like=like)
+    assert complete(run, options).classes == (confused_classes(run, 1)[0],)
+    names = [*reversed(tiny_models.CLASSES)]
+    like.write_text(json.dumps({"classes": [{"class": name} for name in names]}))
+    completed = complete(run, options)
+    assert completed.classes == tuple(names)
+    assert "like" not in completed.settings, "the classes say it"

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields
+from functools import partial
 from pkgutil import resolve_name
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -67,18 +68,15 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         Raises:
             UsageError: One is unknown, missing or of another type, or a config cannot be read.
         """
-        self.configs, words = take_configs(words)
-        merged = merge_configs(self.configs, values or {})
+        configs, words = take_configs(words)
+        self.source_of = partial(find_key, configs)
+        merged = merge_configs(configs, values or {})
         for name, value in merged.items():
             if any(x.startswith(f"{name}.") for x in self.kinds) and not isinstance(value, dict):
                 self.error(f'Parser key "{name}": Expected options. Got value: {value}')
         given = [f"--config={json.dumps(merged, default=str)}", *self._with_values(words)]
         made = self.instantiate(self.parse_args(given))
         return self.options(**{entry.name: made[entry.name] for entry in fields(self.options)})
-
-    def source_of(self, option: str) -> str | None:
-        """Return the config that sets an option."""
-        return find_key(self.configs, option)
 
     def _with_values(self, words: Sequence[str]) -> Iterator[str]:
         """Yield options with their values after a "=", lists as JSON; words without a name are those of fields."""
@@ -147,7 +145,6 @@ def _format_help(program: str, about: str, groups: Groups) -> str:
     for title, commands in groups.items():
         lines += ["", f"{title}:"]
         for name, command in commands.items():
-            first = f"  {name:<14}"
-            lines.append(fill(command.help, 100, initial_indent=first, subsequent_indent=" " * 16))
+            lines.append(fill(f"  {name:<14}{command.help}", 100, subsequent_indent=" " * 16))
     more = f"{program} COMMAND --help has the options. All take {imports.OPTION} FILE.py, a file that registers"
     return "\n".join([*lines, "", f"{more} masks, heads, layouts or families."])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # seconds, which commands that only read results do not need
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-REPLACED = ".replaced"
+REPLACED = ".old"
 
 
 def partial_path(path: Path) -> Path:

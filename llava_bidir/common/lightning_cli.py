@@ -1,16 +1,18 @@
-"""What the commands that train have in common: a LightningCLI for runs, its logs and its processes."""
+"""What the commands that train have in common: a LightningCLI for runs in a folder."""
 
-import linecache
+import logging
 import sys
-import traceback
-from collections.abc import Sequence
-from importlib import import_module
-from inspect import isroutine
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from inspect import isclass, isroutine
 from pathlib import Path
-from typing import Any, ClassVar
+from pydoc import locate
+from typing import Any
 
 from jsonargparse import Namespace
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import (
@@ -18,23 +20,35 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LambdaCallback,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch.utils.tensorboard import SummaryWriter
 
-from .checkpoints import AtomicCheckpointIO, SaveOnSignal, model_checkpoints
+from .checkpoints import AtomicCheckpointIO, Checkpoints
 from .configs import find_key, take_configs
 from .errors import OneLineErrors, UserError
-from .progress import LogProgress
-from .runs import hide_expected_messages
-from .training_folder import StartOfRun
+from .files import exclusive_run_lock
+from .runs import (
+    RunFolder,
+    RunPlan,
+    begin_run,
+    hide_expected_messages,
+    interrupt_says_what_is_saved,
+    optimizer_steps,
+    plan_run,
+)
+
+log = logging.getLogger(__name__)
 
 CONFIGURABLE = (
     Accelerator,
@@ -60,16 +74,7 @@ REFUSED = {  # callbacks: why
         "not be resumed; use trainer.max_steps"
     ),
 }
-# Where a logger of the user's writes: the folder of the run, unless it is given
-LOGGER_FOLDERS = ("trainer.logger.init_args.save_dir", "trainer.logger.save_dir")
-# Options of a command that reads the data of a config, on machines without the config's GPUs too.
-ON_ONE_CPU = (
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
-    "--trainer.precision=32-true",
-)
+LOG_EVERY_S = 10.0  # lines of progress within an epoch
 
 
 class ConfigParser(OneLineErrors, LightningArgumentParser):
@@ -88,21 +93,14 @@ class ConfigParser(OneLineErrors, LightningArgumentParser):
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI of a run in a folder, which rejects pickled checkpoints and duplicate keys.
-
-    Errors of libraries name the config.
+    """LightningCLI of a run in a folder, which it starts, resumes or replaces.
 
     Raises:
-        UserError: A config contains a key twice, a value that Lightning rejects or a callback of `REFUSED`, or
-            `--weights_only` is false.
+        UserError: A config has a callback of `REFUSED`.
     """
-
-    # what a run writes into its folder, besides config, events and checkpoints
-    results: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
         hide_expected_messages()
-        self.words: Sequence[str] = kwargs.get("args") or ()
         super().__init__(
             *args,
             **kwargs,
@@ -119,7 +117,7 @@ class RunCLI(LightningCLI):
         )
 
     def add_run_options(self, parser: LightningArgumentParser, out: str, content: str) -> None:
-        """Add --out, with its default and what the folder contains, and --overwrite."""
+        """Add --out, with its default and what the folder contains, --overwrite and --checkpoints."""
         parser.add_argument(
             "--out", default=out, help=f"folder of the run: config, events, checkpoints, {content}"
         )
@@ -130,16 +128,10 @@ class RunCLI(LightningCLI):
             help="replace the run that OUT holds",
         )
         parser.link_arguments("out", "trainer.default_root_dir")
-        if not _sets(self.words, LOGGER_FOLDERS):
-            parser.link_arguments("out", LOGGER_FOLDERS[0])
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
 
-    def instantiate_trainer(self, requeue: bool = False, **kwargs) -> Trainer:
-        """Add the logger, atomic checkpoints, and lines of progress where no terminal shows a bar.
-
-        Args:
-            requeue: Whether the run saves and requeues its job on a signal of Slurm.
-            **kwargs: Those of LightningCLI.
-        """
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        """Add the logger, atomic checkpoints, and lines of progress where no terminal shows a bar."""
 
         def setting(key):
             return self._get(self.config_init, key)
@@ -151,13 +143,11 @@ class RunCLI(LightningCLI):
                 version="",
                 default_hp_metric=False,
             )
-        given = setting("trainer.plugins") or []
-        given = given if isinstance(given, list) else [given]
-        plugins = [*given, AtomicCheckpointIO()]
-        if requeue:
-            plugins.append(
-                SLURMEnvironment(auto_requeue=False)
-            )  # Lightning's own handlers may hang
+        plugins = setting("trainer.plugins") or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        on_slurm = SLURMEnvironment.detect()
+        if on_slurm:  # Lightning's own handlers may hang
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         to_log = not sys.stderr.isatty() and setting("trainer.enable_progress_bar") is None
         if to_log:
             kwargs["enable_progress_bar"] = False
@@ -167,102 +157,138 @@ class RunCLI(LightningCLI):
                 if isinstance(callback, kind):
                     name = type(callback).__name__
                     raise UserError(f"the callback {name} is not supported: {why}")
-        # loggers would put them into folders of their own
-        for callback in model_checkpoints(trainer):
-            callback.dirpath = callback.dirpath or str(
-                Path(trainer.default_root_dir) / "checkpoints"
-            )
+            if isinstance(callback, ModelCheckpoint):  # loggers would put them elsewhere
+                callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"
+            if isinstance(callback, Checkpoints):
+                callback.on_slurm = on_slurm
         if to_log:
-            trainer.callbacks.append(LogProgress())
-        trainer.callbacks.append(SaveOnSignal(requeue))  # after those that count batches
+            trainer.callbacks.insert(0, LogProgress())
         return trainer
 
-    def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        """Parse, and set `weights_only`."""
-        super().parse_arguments(parser, args)
-        run = self.config.get(self.config.get("subcommand") or "") or {}
-        if run.get("weights_only") is False:
-            raise UserError(
-                "--weights_only false is not supported: checkpoints are never loaded as pickles"
-            )
-        if "weights_only" in run:
-            run["weights_only"] = True  # Lightning would load pickles from a URL
+    @contextmanager
+    def started(self, folder: RunFolder, ckpt_path: str | None) -> Iterator[RunPlan]:
+        """Yield what this `fit` does with its folder, which is locked, and say after Ctrl-C what is saved.
+
+        All ranks find the same files, and decide for themselves.
+
+        Raises:
+            UserError: No step would be made, another process trains in the folder, or see :func:`.runs.plan_run`.
+        """
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(self.trainer, name) == 0:
+                raise UserError(
+                    f"trainer.{name} is 0, so nothing would be trained; for a trial, use trainer.max_steps 1 and "
+                    "another --out"
+                )
+        lock = exclusive_run_lock(folder.path) if self.trainer.is_global_zero else nullcontext()
+        with lock, interrupt_says_what_is_saved(folder.checkpoints):
+            overwrite = self.config.get(str(self.subcommand), self.config)["overwrite"]
+            plan = plan_run(folder, ckpt_path, overwrite)
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, StartOfRun):
+                    callback.replaced = plan.replaced
+            yield plan
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer, of classes that a config may name."""
+        check_classes(self.config)
+        super().instantiate_classes()
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently replace the command line's settings by the checkpoint's.
 
-        `fit` raises if they differ (`common/identity.py`).
+        `fit` raises if they differ (`identity.py`).
         """
 
-    def check_inputs(self) -> None:
-        """Raise if something that the command reads is missing, before anything is built."""
 
-    def instantiate_classes(self) -> None:
-        """Build model, data and trainer; errors of libraries are errors of the config, those of our code are bugs."""
-        check_classes(self.config)
-        self.check_inputs()
-        try:
-            super().instantiate_classes()
-        except UserError:
-            raise
-        except Exception as error:
-            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-            if _package_of(frame.f_globals.get("__name__", "")) in map(
-                _package_of, (__name__, type(self).__module__)
-            ):
-                raise
-            # often names the setting
-            text = f"{type(error).__name__}: {error}"
-            source = linecache.getline(frame.f_code.co_filename, line).strip()
-            raise UserError(f"config: {text} (at `{source}`)") from error
+class StartOfRun(SaveConfigCallback):
+    """Write config.yaml, and delete the results of the run that is replaced, once training starts.
 
+    By then all settings were accepted: a command that is rejected changes nothing.
 
-def _sets(words: Sequence[str], keys: Sequence[str]) -> bool:
-    """Return whether the words of a command, or one of its configs, set one of these keys."""
-    options = {word.partition("=")[0].removeprefix("--") for word in words}
-    configs, _ = take_configs(words)
-    return any(key in options or find_key(configs, key) for key in keys)
+    Attributes:
+        replaced: What is deleted.
+    """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.replaced: list[Path] = []
 
-def _package_of(module: str) -> str:
-    return module.partition(".")[0]
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: Lightning would write config.yaml before the model is built."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write config.yaml, delete `replaced`, and hide from TensorBoard the steps that a resumed run repeats."""
+        if trainer.is_global_zero:
+            config = self.parser.dump(self.config, skip_none=False)
+            begin_run(Path(trainer.default_root_dir), config, self.replaced)
+        self.replaced = []
+        for logger in trainer.loggers:
+            # as its `purge_step`, which has to be known before the checkpoint is read
+            if isinstance(getattr(logger, "experiment", None), SummaryWriter):
+                started = SessionLog(status=SessionLog.START)
+                event = Event(step=trainer.global_step, session_log=started)
+                logger.experiment.file_writer.add_event(event)
 
 
-def check_classes(config: Any, key: str = "config") -> None:
-    """Raise if a `class_path` names anything but a class of the kinds that a Trainer takes.
+class LogProgress(Callback):
+    """Log step, loss, rate and the time left as lines, every ten seconds and at the end of each epoch.
+
+    A bar would write one line with thousands of carriage returns into a log.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; a resumed run has steps behind it."""
+        self.started = self.last = time.monotonic()
+        self.first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: dict[str, Any],
+        *args: Any,
+    ) -> None:
+        """Log after a step if the last line is some seconds old or the epoch ends."""
+        now = time.monotonic()
+        loop = trainer.fit_loop.epoch_loop
+        is_due = now - self.last >= LOG_EVERY_S or loop._is_training_done
+        if not trainer.is_global_zero or loop._should_accumulate() or not is_due:
+            return
+        self.last = now
+        step = trainer.global_step
+        total = optimizer_steps(trainer)
+        rate = (step - self.first_step) / max(now - self.started, 1e-9)
+        loss = float(trainer.callback_metrics.get("train/loss", outputs["loss"]))
+        left = timedelta(seconds=round((total - step) / rate))
+        log.info(
+            f"step {step} of {total}, epoch {trainer.current_epoch + 1}, loss {loss:.4g}, {rate:.3g} steps/s, {left} "
+            "left"
+        )
+
+
+def check_classes(config: Any) -> None:
+    """Raise if a config names a function, or as `class_path` anything but a class of the kinds that a Trainer takes.
 
     Under a key of type Any, such as `data.options`, jsonargparse would call whatever it names, `os.system` too.
 
     Raises:
-        UserError: Names the key.
+        UserError: Names it.
     """
-    if isinstance(config, Namespace | dict):
-        config = dict(vars(config) if isinstance(config, Namespace) else config)
-        if "class_path" in config and not _is_configurable(str(config["class_path"])):
+    if isinstance(config, Namespace):
+        config = vars(config)
+    if isinstance(config, dict):
+        path = config.get("class_path")
+        cls = locate(str(path)) if path is not None else Callback
+        if not isclass(cls) or not issubclass(cls, CONFIGURABLE) or issubclass(cls, LambdaCallback):
             kinds = ", ".join(kind.__name__ for kind in CONFIGURABLE)
-            raise UserError(
-                f"{key}: class_path {config['class_path']!r} is not a subclass of any of {kinds}"
-            )
-        for name, value in config.items():
-            check_classes(value, f"{key}.{name}".removeprefix("config."))
-    elif isinstance(config, list | tuple):
-        for i, value in enumerate(config):
-            check_classes(value, f"{key}[{i}]")
+            raise UserError(f"config: class_path {path!r} is not a subclass of any of {kinds}")
+        config = [*config.values()]
+    if isinstance(config, list | tuple):
+        for value in config:
+            check_classes(value)
     elif isroutine(config):
-        raise UserError(f"{key}: a config cannot contain the function {config!r}; write a Callback")
-
-
-def _is_configurable(class_path: str) -> bool:
-    module, _, name = class_path.rpartition(".")
-    try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return False
-    return (
-        isinstance(cls, type)
-        and issubclass(cls, CONFIGURABLE)
-        and not issubclass(cls, LambdaCallback)
-    )
+        raise UserError(f"config: it cannot contain the function {config!r}; write a Callback")
 
 
 def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:

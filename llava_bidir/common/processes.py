@@ -7,15 +7,12 @@ import signal
 import warnings
 from collections.abc import Callable
 from multiprocessing.queues import Queue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
-
-if TYPE_CHECKING:  # seconds, which commands that only read results do not need
-    from lightning import Trainer
 
 log = logging.getLogger(__name__)
 # what a command says, whatever the level of a notebook's or a test's root logger
@@ -107,32 +104,6 @@ def rank_zero_warn(message: str) -> None:
     """Warn once for all processes."""
     if is_rank_zero():
         warnings.warn(message, stacklevel=2)
-
-
-def run_on_all_ranks(trainer: "Trainer", function: Callable[[], T]) -> T:
-    """Start the ranks, as `Trainer.fit` does, and return `function()` of this one. `fit` then finds the ranks running.
-
-    Raises:
-        KeyboardInterrupt: After Ctrl-C; the other ranks are ended.
-    """
-    strategy = trainer.strategy
-
-    def run() -> T:
-        strategy.setup_environment()
-        return function()
-
-    if strategy.launcher is None:
-        return run()
-    try:
-        return strategy.launcher.launch(run, trainer=trainer)
-    except KeyboardInterrupt:
-        strategy.launcher.kill(signal.SIGKILL)
-        raise
-
-
-def decide_before_fit(trainer: "Trainer", function: Callable[[], T]) -> T:
-    """Start the ranks, and return what the first one decides, see :func:`.distributed.decide_on_first`."""
-    return run_on_all_ranks(trainer, lambda: decide_on_first(function))
 
 
 def usable_cores() -> int:

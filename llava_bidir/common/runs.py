@@ -1,25 +1,19 @@
-"""The folder and the process of a run: a command that is repeated never replaces its results unasked.
+"""The folder and the process of a run: a command that is repeated never replaces its results unasked."""
 
-An interrupted save leaves a name that ends in .partial, which never counts as a checkpoint; the previous checkpoint is
-untouched. A checkpoint is a file (one process, DDP, FSDP2) or a directory (ZeRO).
-"""
-
-import json
 import logging
 import os
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import UserError
-from .files import REPLACED, commit_directory, partial_path, write_files
+from .files import REPLACED, write_files
 from .identity import Identity, check_same_identity
 
 if TYPE_CHECKING:  # seconds, which a run without a training loop does not need
@@ -27,113 +21,32 @@ if TYPE_CHECKING:  # seconds, which a run without a training loop does not need
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "whole.json"  # in a directory, how it is sharded
-LAST = "last.ckpt"  # in a run's checkpoints: where it was interrupted, or its final step
-
-
-def is_complete(checkpoint: str | None, result: Path) -> bool:
-    """Return True if the result exists and is newer than the checkpoint."""
-
-    def modified(path):
-        return Path(path).stat().st_mtime_ns
-
-    return result.is_file() and not (checkpoint and modified(checkpoint) > modified(result))
-
-
-def commit_checkpoint_directory(path: Path, metadata: dict[str, Any]) -> None:
-    """Write the manifest of `path`.partial, and rename it to `path`."""
-    (partial_path(path) / MANIFEST).write_text(json.dumps(metadata, indent=1) + "\n")
-    commit_directory(path)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a ZeRO checkpoint.
-
-    Raises:
-        UserError: There is none.
-    """
-    if defect := find_defect(path):
-        raise UserError(
-            f"checkpoint {path}: {defect}; use an earlier one, or `last` for the latest valid checkpoint"
-        )
-    return json.loads((path / MANIFEST).read_text())
-
-
-def find_defect(path: Path) -> str | None:
-    """Return why a checkpoint is incomplete, None if it is complete; reads the index of a file only."""
-    if path.is_file():
-        return None if zipfile.is_zipfile(path) else "the file is truncated or not a checkpoint"
-    if not path.is_dir():
-        return "no such file or directory"
-    return None if (path / MANIFEST).is_file() else f"no {MANIFEST}, which is written last"
-
-
-def latest_valid_checkpoint(folder: Path) -> Path | None:
-    """Return the latest valid checkpoint in `folder`, None if there is none; log the newer ones that are skipped."""
-    checkpoints = [
-        path for path in folder.glob("*") if path.name.removesuffix(REPLACED).endswith(".ckpt")
-    ]
-    for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        defect = find_defect(path)
-        if defect is None:
-            return path
-        log.warning("skipping checkpoint %s: %s", path, defect)
-    return None
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """Return the newest valid checkpoint of a run's folder.
-
-    Raises:
-        UserError: There is none.
-    """
-    folder = run / "checkpoints"
-    newest = latest_valid_checkpoint(folder)
-    if newest is None:
-        raise UserError(f"no valid checkpoint in {folder}; expected the folder of a run of `fit`")
-    return newest
-
-
-def resolve_ckpt_path(path: str | None, folder: Path) -> str | None:
-    """Return the checkpoint for `--ckpt_path`: `last` is the latest valid one in `folder`, None if there is none.
-
-    Raises:
-        UserError: `path` is not a valid checkpoint; another one is proposed but never used instead.
-    """
-    if path == "last":
-        latest = latest_valid_checkpoint(folder)
-        if latest is None:
-            return None
-        log.info("resuming %s", latest)
-        return str(latest)
-    if path is not None and (defect := find_defect(Path(path))):
-        latest = latest_valid_checkpoint(folder)
-        raise UserError(
-            f"checkpoint {path}: {defect}. The latest valid checkpoint in {folder} is {latest}"
-        )
-    return path
-
-
 CONFIG_FILE = "config.yaml"
 EVENTS = "events.out.tfevents.*"
+LAST = "last.ckpt"  # in RUN/checkpoints; a file, or under ZeRO a folder
 RESUME_ADVICE = "resume with the original setting, or start a new run with another --out"
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What `fit` does with a run's folder.
-
-    Args:
-        identity: Identity of this run.
-        checkpoint: Checkpoint to resume, or None.
-        finished: The folder holds the finished run of this identity.
-        replaced: Files to delete once training starts.
-    """
-
-    identity: Identity
-    checkpoint: str | None = None
-    finished: bool = False
-    replaced: list[Path] = field(default_factory=list)
+# Messages about intended behaviour, and advertisements
+WARNINGS = (
+    "LightningCLI's args parameter",
+    ".*does not have many workers",
+    ".*isinstance.treespec",
+    ".*in eval mode",  # the frozen model
+    ".*your dataloader is not resumable",  # the data modules restore their position themselves
+    "Total length of `list` across ranks is zero",  # no validation questions
+    "The `srun` command is available",  # a run on a cluster's login node or inside an allocation
+)
+LOGGED = {  # by logger: beginnings of messages
+    "lightning.pytorch.utilities.rank_zero": (
+        "💡 Tip",
+        "TPU available",
+        "IPU available",
+        "HPU available",
+    ),
+    "transformers.modeling_utils": (
+        "The new embeddings will be",
+        "The new lm_head weights will be",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -142,59 +55,96 @@ class RunFolder:
 
     Args:
         path: The folder.
-        checkpoints: Folder of the run's checkpoints.
         result: The file that marks the run as finished.
         results: Names of all that a run writes, besides config, events and checkpoints.
         read_identity: Returns the identity stored with `result`.
     """
 
     path: Path
-    checkpoints: Path
     result: Path
     results: Sequence[str]
     read_identity: Callable[[], Identity | None]
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
 
-def plan_run(
-    folder: RunFolder,
-    identity: Identity,
-    ckpt_path: str | None,
-    overwrite: bool,
-    advice_of: Mapping[str, str] | None = None,
-) -> RunPlan:
-    """Return whether to start, resume or replace the run in a folder; one process decides for all.
+    def check_finished(
+        self, identity: Identity, advice_of: Mapping[str, str] | None = None
+    ) -> None:
+        """Raise a UserError if the finished run was made from something else; see `check_same_identity`."""
+        saved = self.read_identity()
+        check_same_identity(saved, identity, str(self.result), RESUME_ADVICE, advice_of)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a command does with the folder of its run.
+
+    Args:
+        checkpoint: Checkpoint to resume, or None.
+        finished: The folder holds a finished run.
+        replaced: Files to delete once the run begins.
+    """
+
+    checkpoint: Path | None = None
+    finished: bool = False
+    replaced: list[Path] = field(default_factory=list)
+
+
+def plan_run(folder: RunFolder, ckpt_path: str | None, overwrite: bool) -> RunPlan:
+    """Return whether to start, resume or replace the run in a folder, by files alone, which all processes see.
 
     Args:
         folder: The folder of the run.
-        identity: Of this run.
         ckpt_path: "last", a path, or None to start a new run.
         overwrite: Replace the run that the folder holds.
-        advice_of: What to do where a setting differs from the finished run's, by setting.
 
     Raises:
-        UserError: The folder holds a run and neither `ckpt_path` nor `overwrite` says what to do with it, its identity
-            is another one, or there is no such checkpoint.
+        UserError: The folder holds a run and neither `ckpt_path` nor `overwrite` says what to do with it, or there is
+            no such checkpoint.
     """
-    checkpoints = folder.checkpoints
     if overwrite and ckpt_path is not None:
         raise UserError(
             "--ckpt_path resumes a run and --overwrite true replaces it; give one of them"
         )
     if overwrite:
-        return RunPlan(identity, replaced=_files_of_run(folder))
-    checkpoint = resolve_ckpt_path(ckpt_path, checkpoints)
-    if is_complete(checkpoint if ckpt_path == "last" else None, folder.result):
+        return RunPlan(replaced=_files_of_run(folder))
+    if folder.result.is_file():
         if ckpt_path != "last":
             name = folder.result.relative_to(folder.path)
             raise _occupied(folder.path, f"a finished run ({name})")
-        saved = folder.read_identity()
-        check_same_identity(saved, identity, str(folder.result), RESUME_ADVICE, advice_of)
-        return RunPlan(identity, finished=True)
-    if ckpt_path is None and (left := sorted(checkpoints.glob("*.*"))):
-        raise _occupied(folder.path, f"checkpoints of an unfinished run, e.g. {left[-1].name}")
-    if ckpt_path == "last" and not any(checkpoints.glob("*.*")):
-        log.info("no checkpoint in %s yet; starting a new run", checkpoints)
-    return RunPlan(identity, checkpoint)
+        return RunPlan(finished=True)
+    if ckpt_path is None:
+        if left := sorted(folder.checkpoints.glob("*.*")):
+            raise _occupied(folder.path, f"checkpoints of an unfinished run, e.g. {left[-1].name}")
+        return RunPlan()
+    return RunPlan(find_checkpoint(ckpt_path, folder.checkpoints))
+
+
+def find_checkpoint(ckpt_path: str, checkpoints: Path) -> Path | None:
+    """Return the checkpoint for `--ckpt_path`: `last` is that of the run, None if it has none yet.
+
+    Raises:
+        UserError: There is no such file or folder.
+    """
+    if ckpt_path != "last":
+        if not Path(ckpt_path).exists():
+            raise UserError(f"there is no checkpoint {ckpt_path}")
+        return Path(ckpt_path)
+    last = last_checkpoint(checkpoints)
+    log.info("resuming %s" if last else "no checkpoint in %s yet", last or checkpoints)
+    return last
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the last checkpoint in the folder of a run's checkpoints, None if there is none.
+
+    A kill between the two renames of a folder leaves the one before.
+    """
+    names = (LAST, LAST + REPLACED)
+    return next((checkpoints / name for name in names if (checkpoints / name).exists()), None)
 
 
 def begin_run(folder: Path, config: str, replaced: Sequence[Path]) -> None:
@@ -221,6 +171,7 @@ def _files_of_run(folder: RunFolder) -> list[Path]:
     return [*folder.checkpoints.glob("*"), *filter(Path.exists, results), *events]
 
 
+# ---------------------------------------------------------------------------------------------------- the process
 @contextmanager
 def run_process(matmul_precision: str = "highest") -> Iterator[None]:
     """Log plain lines, and end the group of processes with the command.
@@ -254,41 +205,18 @@ def interrupt_says_what_is_saved(checkpoints: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        by_lightning = isinstance(stop, SystemExit) and isinstance(
+        # Lightning exits on Ctrl-C
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(
             stop.__context__, KeyboardInterrupt
-        )
-        if isinstance(stop, SystemExit) and not by_lightning:
+        ):
             raise
-        saved = sorted(checkpoints.glob("*.*"), key=lambda path: path.stat().st_mtime_ns)
-        complete = [path for path in saved if not path.name.endswith(".partial")]
+        complete = [path for path in checkpoints.glob("*.*") if path.suffix != ".partial"]
         if not complete:
             raise KeyboardInterrupt("nothing was saved yet: the same command starts anew") from None
+        newest = max(complete, key=lambda path: path.stat().st_mtime_ns)
         raise KeyboardInterrupt(
-            f"run the same command again with `--ckpt_path last` to go on from {complete[-1]}"
+            f"run the same command again with `--ckpt_path last` to go on from {newest}"
         ) from None
-
-
-WARNINGS = (
-    "LightningCLI's args parameter",
-    ".*does not have many workers",
-    ".*isinstance.treespec",
-    ".*in eval mode",  # the frozen model
-    ".*your dataloader is not resumable",  # the data modules restore their position themselves
-    "Total length of `list` across ranks is zero",  # no validation questions
-    "The `srun` command is available",  # a run on a cluster's login node or inside an allocation
-)
-LOGGED = {  # by logger: beginnings of messages
-    "lightning.pytorch.utilities.rank_zero": (
-        "💡 Tip",
-        "TPU available",
-        "IPU available",
-        "HPU available",
-    ),
-    "transformers.modeling_utils": (
-        "The new embeddings will be",
-        "The new lm_head weights will be",
-    ),
-}
 
 
 class _NoExpectedMessages(logging.Filter):
@@ -314,6 +242,7 @@ def hide_expected_messages() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+# ---------------------------------------------------------------------------------------------------- its length
 def batches_per_epoch(batches: int, trainer: "Trainer") -> int:
     """Return how many of its batches a rank trains in an epoch: at most `trainer.limit_train_batches`, at least one."""
     limit = trainer.limit_train_batches  # a number, or a share

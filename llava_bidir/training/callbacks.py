@@ -1,8 +1,9 @@
-"""Callbacks: validation answers in the logger, and exports of the trained model."""
+"""Callbacks: learning rates and validation answers in the logger, and exports on the way."""
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
@@ -11,13 +12,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from llava_bidir.model.export import export_hf
-from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.model.build import no_zero3_partitioning
 
-from .deepspeed_strategy import gather_parameters
-from .fsdp2_strategy import FSDP2
 from .module import SHOWN
-from .read_checkpoint import rebuild
+from .read_checkpoint import export_checkpoint
 
 COLUMNS = ("image", "record", "question", "expected", "answered")
 
@@ -25,10 +23,7 @@ COLUMNS = ("image", "record", "question", "expected", "answered")
 class LogLearningRate(LearningRateMonitor):
     """Log the learning rates of each step, once for all of its micro-batches."""
 
-    def __init__(self):
-        super().__init__("step")
-
-    def on_train_start(self, trainer: Trainer, *args, **kwargs) -> None:
+    def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Note the names of the learning rates; with `--trainer.logger false` there is nothing to log."""
         if trainer.loggers:
             super().on_train_start(trainer, *args, **kwargs)
@@ -37,7 +32,7 @@ class LogLearningRate(LearningRateMonitor):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        batch,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Log at the first micro-batch of a step."""
@@ -48,33 +43,33 @@ class LogLearningRate(LearningRateMonitor):
 class ShowAnswers(Callback):
     """Log the first validation images with question, expected and given answer to TensorBoard."""
 
-    def __init__(self):
-        self.rows: list[list[str]] = []
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a table."""
-        self.rows = []
+        self.rows: list[list[str]] = []
 
     def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs,
-        batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        outputs: list[str],
+        batch: dict[str, Any],
+        *args: Any,
     ) -> None:
         """Log the samples of the batch that are among the first."""
         writer = _tensorboard(trainer)
         if writer is None:
             return
+        processor = pl_module.processor
         first = len(self.rows)
-        tokenizer = pl_module.processor.tokenizer
-        self.rows += _rows(batch, outputs, tokenizer, first)[: SHOWN - first]
-        added = range(len(self.rows) - first)
-        for i, pixels in _first_images(batch, added, pl_module.processor):
+        answers = zip(batch["answers"], outputs, strict=False)
+        for i, (expected, answer) in enumerate([*answers][: SHOWN - first]):
+            question = processor.decode(batch["prompts"]["input_ids"][i], skip_special_tokens=True)
+            question = question.rpartition("USER:")[2].removesuffix("ASSISTANT:").strip()
+            cells = [str(first + i), str(batch["ids"][i]), question, expected, answer]
+            self.rows.append(cells)
+        for i, image in _first_images(batch, range(len(self.rows) - first), processor):
             name = f"validation/images/{first + i}"
-            writer.add_images(name, pixels, _step(trainer), dataformats="NHWC")
+            writer.add_image(name, image, _step(trainer), dataformats="HWC")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the table, whose first column has the numbers of the images."""
@@ -97,52 +92,22 @@ def _step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def _rows(
-    batch: dict,
-    answers: list[str],
-    tokenizer,
-    first: int,
-) -> list[list[str]]:
-    """Return number, record, question, expected and given answer of each sample that was answered."""
-    rows = []
-    for i, (expected, answer) in enumerate(zip(batch["answers"], answers, strict=False)):
-        question = tokenizer.decode(batch["prompts"]["input_ids"][i], skip_special_tokens=True)
-        question = question.rpartition("USER:")[2].removesuffix("ASSISTANT:").strip()
-        rows.append([str(first + i), str(batch["ids"][i]), question, expected, answer])
-    return rows
-
-
 def _first_images(
-    batch: dict, samples: Iterable[int], processor
+    batch: dict[str, Any], samples: Iterable[int], processor
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first image of each sample that shows one, with the sample's index: uint8[1, H, W, 3]."""
-    tokens = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
-    images_before = 0
-    per_image = batch["image_tokens"]
+    """Yield the first image of each sample that shows one, with the sample's index: uint8[H, W, 3]."""
+    images = (batch["input_ids"] == processor.image_token_id).sum(1) // batch["image_tokens"]
+    first = (images.cumsum(0) - images).tolist()
     for i in samples:
-        if tokens[i]:
-            pixels = batch["pixel_values"][images_before : images_before + 1]
-            yield i, _as_bytes(_unnormalize(pixels, processor.image_processor))
-        images_before += tokens[i] // per_image
+        if images[i]:
+            yield i, _as_bytes(batch["pixel_values"][first[i]], processor.image_processor)
 
 
-def _unnormalize(pixels: Tensor, processor) -> Tensor:
-    """Return normalised pixels f[B, 3, H, W] as 0..1."""
+def _as_bytes(pixels: Tensor, processor) -> np.ndarray:
+    """Return a normalised image f[3, H, W] as uint8[H, W, 3]."""
     mean, std = pixels.new_tensor([processor.image_mean, processor.image_std])[..., None, None]
-    return (pixels * std + mean).clamp(0, 1)
-
-
-def _as_bytes(images: Tensor) -> np.ndarray:
-    """Return images f[B, 3, H, W] of 0..1 as uint8[B, H, W, 3]."""
-    return (images.float() * 255).round().byte().movedim(1, -1).cpu().numpy()
-
-
-class ExportModel(Callback):
-    """Export the trained model to `hf/` in the run's folder."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export on rank 0."""
-        _export(trainer, pl_module, Path(trainer.default_root_dir) / "hf")
+    image = (pixels * std + mean).clamp(0, 1).float() * 255
+    return image.round().byte().movedim(0, -1).cpu().numpy()
 
 
 class ExportSteps(Callback):
@@ -155,45 +120,15 @@ class ExportSteps(Callback):
     def __init__(self, steps: Sequence[int]):
         self.steps = set(steps)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs,
-        batch,
-        batch_idx: int,
-    ) -> None:
-        """Export after the last micro-batch of a step; a resumed run exports again what it repeats."""
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Export after the last micro-batch of a step, from a checkpoint as at the end of the run."""
         step = trainer.global_step
-        if step in self.steps and not trainer.fit_loop.epoch_loop._should_accumulate():
-            _export(trainer, pl_module, Path(trainer.default_root_dir) / f"steps/{step}/hf")
-
-
-def _export(trainer: Trainer, pl_module: LightningModule, out: Path) -> None:
-    """Export on rank 0; all ranks enter, because under ZeRO-3 and FSDP2 each holds a shard."""
-    with _complete_model(trainer, pl_module) as model:
+        if step not in self.steps or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        checkpoint = Path(trainer.default_root_dir) / f"steps/{step}.ckpt"
+        trainer.save_checkpoint(checkpoint)
         if trainer.is_global_zero:
-            training = (
-                pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}
-            )
-            export_hf(model, pl_module.processor, out, training)
-
-
-@contextmanager
-def _complete_model(
-    trainer: Trainer, pl_module: LightningModule
-) -> Iterator[LlavaBidirForConditionalGeneration]:
-    """Yield the model with all of its weights on rank 0; all ranks must enter.
-
-    ZeRO-3 gathers weights in place. The model of FSDP2 cannot be copied, and may hold rounded weights: the same is made
-    of a checkpoint's content as by `llava-bidir export`.
-    """
-    if not isinstance(trainer.strategy, FSDP2):
-        with gather_parameters(pl_module.model):
-            yield pl_module.model
-        return
-    weights = trainer.strategy.lightning_module_state_dict()
-    module = pl_module
-    if trainer.is_global_zero:
-        module = rebuild(pl_module.hparams, {"state_dict": weights})
-    yield module.model
+            with no_zero3_partitioning():
+                export_checkpoint(checkpoint, checkpoint.with_suffix("") / "hf")
+            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+        trainer.strategy.barrier()

@@ -1,46 +1,44 @@
 """`llava-bidir fit | validate | test`: LightningCLI of the training."""
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.checkpoints import SaveAtStepBoundary
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import exclusive_run_lock, read_json
+from llava_bidir.common.files import read_json
 from llava_bidir.common.hf import TRAINING_JSON
+from llava_bidir.common.identity import run_identity
 from llava_bidir.common.imports import imports_as_text
-from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer
-from llava_bidir.common.runs import (
-    RunFolder,
-    interrupt_says_what_is_saved,
-    is_complete,
-    resolve_ckpt_path,
-    run_process,
-)
-from llava_bidir.common.training_folder import plan_training
+from llava_bidir.common.lightning_cli import RunCLI, check_trainer
+from llava_bidir.common.runs import RunFolder, find_checkpoint, run_process
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.dataset import check_annotations
-from llava_bidir.model.export import export_hf
 
-from .callbacks import ExportModel, LogLearningRate, ShowAnswers
+from .callbacks import LogLearningRate, ShowAnswers
 from .module import LlavaTraining
-from .read_checkpoint import read_checkpoint
+from .read_checkpoint import export_checkpoint
 from .resume import how_to_train_on
 from .throughput import Throughput
+
+# Options of a command that reads the data of a config, on machines without the config's GPUs too
+ON_ONE_CPU = (
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
+)
 
 
 class TrainingCLI(RunCLI):
     """Command line for model, data and trainer; several `-c` merge from left to right, then the flags."""
 
-    results = ("hf", "steps")  # the last: models exported on the way
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add --out, --overwrite and --throughput, and link the data to the model's processor."""
+        """Add the options of a run and --throughput, and link the data to the model's processor."""
         self.add_run_options(parser, "runs/llava", "hf/")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
@@ -51,66 +49,57 @@ class TrainingCLI(RunCLI):
         parser.link_arguments("data.template", "model.template")
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
-        """Add requeueing under Slurm."""
-        trainer = super().instantiate_trainer(**kwargs, requeue=SLURMEnvironment.detect())
-        # The data would show other samples in each epoch, and what one step exports would count as a finished run.
+        """Refuse what would show other samples in each epoch, or count as a finished run that is none."""
+        trainer = super().instantiate_trainer(**kwargs)
         why = "a run would count as finished that is none; for a trial, use trainer.max_steps and another --out"
         check_trainer(trainer, {"fast_dev_run": False, "overfit_batches": 0.0}, why)
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
-        """Train. `--ckpt_path last` resumes the run in OUT; a finished run is replaced with `--overwrite true` only.
+        """Train, and export the last checkpoint to OUT/hf.
+
+        `--ckpt_path last` resumes the run in OUT; a finished run is replaced with `--overwrite true` only.
 
         Raises:
             UserError: Another process trains in OUT, OUT cannot be written, or it holds a run of another identity.
         """
-        folder = Path(self.trainer.default_root_dir)
-        exported = folder / "hf"
-        record = exported / TRAINING_JSON
-
-        with exclusive_run_lock(folder) if self.trainer.is_global_zero else nullcontext():
-
-            def saved():
-                return read_json(record).get("identity")
-
-            of_run = RunFolder(
-                path=folder,
-                checkpoints=folder / "checkpoints",
-                result=record,
-                results=self.results,
-                read_identity=saved,
-            )
-            advice = how_to_train_on(folder, self.model.hparams.trainable)
-            plan = plan_training(self, ckpt_path, of_run, advice)
+        out = Path(self.trainer.default_root_dir)
+        record = out / "hf" / TRAINING_JSON
+        folder = RunFolder(
+            path=out,
+            result=record,
+            results=("hf", "steps"),
+            read_identity=lambda: read_json(record).get("identity"),
+        )
+        with self.started(folder, ckpt_path) as plan:
             if plan.finished:
-                rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
+                if self.trainer.is_global_zero:
+                    identity = run_identity(self.trainer, self.model, self.datamodule)
+                    trainable = self.model.hparams.trainable
+                    folder.check_finished(identity, how_to_train_on(out, trainable))
+                rank_zero_info(f"{record.parent} exists: this run is finished; nothing to do")
                 return
-            ckpt_path = plan.checkpoint
-            with interrupt_says_what_is_saved(folder / "checkpoints"):
-                self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
-            # removed if the run has saved a newer one
-            left = ckpt_path and Path(ckpt_path).exists()
-            if left and self.trainer.is_global_zero and not is_complete(ckpt_path, record):
-                # Lightning does not call ExportModel for a checkpoint of the last step
-                model, processor, training = read_checkpoint(Path(ckpt_path))
-                export_hf(model, processor, exported, training)
-            rank_zero_info(
-                f"The trained model is {exported}. Try: llava-bidir generate {quote(str(exported))} IMAGE PROMPT"
-                + imports_as_text()
-            )
+            self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
+            if self.trainer.is_global_zero:
+                last = find_checkpoint("last", folder.checkpoints)
+                export_checkpoint(last, record.parent)
+        rank_zero_info(
+            f"The trained model is {record.parent}. Try: llava-bidir generate {quote(str(record.parent))} IMAGE PROMPT"
+            + imports_as_text()
+        )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        """Check and resolve `--ckpt_path`, except for `fit`, which does so under the lock of the run."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        """Find the checkpoint of `validate --ckpt_path last`."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         run = self.config.get(command or "") or {}
         if run.get("ckpt_path") and command != "fit":
             folder = Path(run["out"]) / "checkpoints"
-            run["ckpt_path"] = resolve_ckpt_path(run["ckpt_path"], folder)
+            run["ckpt_path"] = find_checkpoint(run["ckpt_path"], folder)
             if run["ckpt_path"] is None:
-                raise UserError(f"--ckpt_path last: no valid checkpoint in {folder}")
+                raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}")
 
-    def check_inputs(self) -> None:
+    def before_instantiate_classes(self) -> None:
         """Raise if there are no records: a model may be looked up on a hub that does not answer."""
         for name in ("data.annotations", "data.val_annotations"):
             if path := self._get(self.config, name):
@@ -119,19 +108,13 @@ class TrainingCLI(RunCLI):
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
-    callbacks = [
-        LogLearningRate(),
-        ShowAnswers(),
-        SaveAtStepBoundary(),
-        ExportModel(),
-    ]
     return TrainingCLI(
         LlavaTraining,
         InstructionData,
         args=argv,
         run=run,
         parser_kwargs={"prog": prog},
-        trainer_defaults={"callbacks": callbacks},
+        trainer_defaults={"callbacks": [LogLearningRate("step"), ShowAnswers()]},
     )
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO for Lightning: 7B models on several GPUs, and the same code on CPU processes for tests.
+"""DeepSpeed ZeRO for Lightning: 7B models on several GPUs.
 
 Stage 2 shards optimizer state and gradients over the devices, stage 3 also the parameters. With precision bf16-mixed,
 weights are bf16 with fp32 masters in the optimizer, as LLaVA trains.
@@ -10,41 +10,37 @@ skip the encoder: see the black image of Collate.
 A run resumes on the same number of devices only.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import partial_path
+from llava_bidir.common.files import commit_directory, partial_path, read_json
 from llava_bidir.common.imports import imports_as_text
-from llava_bidir.common.runs import commit_checkpoint_directory, read_manifest
-from llava_bidir.model.build import no_zero3_partitioning
 
 TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory
+LAYOUT = "whole.json"  # beside it: how the checkpoint is sharded
 
 
 class ZeRO(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy with DeepSpeed's option names; checkpoints hold trainable weights only.
 
-    Private functions of Lightning are used here: `_init_deepspeed_distributed`, `_init_config_if_needed`, `_timeout`.
+    Private in Lightning: `_init_config_if_needed`, `_timeout`.
 
     Args:
         zero_optimization: DeepSpeed's section of that name. Numbers only: Lightning does not resolve "auto".
@@ -80,29 +76,6 @@ class ZeRO(DeepSpeedStrategy):
             timeout=timedelta(minutes=timeout_minutes),
             exclude_frozen_parameters=True,
         )
-
-    # ------------------------------------------------------------------------- CPU, where Lightning expects CUDA
-    @property
-    def root_device(self) -> torch.device:
-        """The rank's device, with the index that DeepSpeed needs on the CPU too."""
-        device = super().root_device
-        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
-
-    def setup_environment(self) -> None:
-        """Set up the ranks; on CPUs, skip Lightning's check for CUDA."""
-        if not isinstance(self.accelerator, CPUAccelerator):
-            return super().setup_environment()
-        super(DeepSpeedStrategy, self).setup_environment()
-
-    def setup_distributed(self) -> None:
-        """Start the process group, gloo on CPUs."""
-        if not isinstance(self.accelerator, CPUAccelerator):
-            return super().setup_distributed()
-        reset_seed()
-        self.set_world_ranks()
-        # DeepSpeed would compile shared-memory communication on first use; gloo does not need it
-        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-        self._init_deepspeed_distributed()
 
     def setup(self, trainer: Trainer) -> None:
         """Set the timeout of all process groups: DeepSpeed creates its own with torch's default."""
@@ -146,15 +119,16 @@ class ZeRO(DeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None
     ) -> None:
-        """Write each rank's shard into a temporary directory, which is renamed when all shards are on disk."""
+        """Write each rank's shard into a temporary folder, which is renamed when all shards are on disk."""
         path = Path(self.broadcast(filepath))
+        partial = partial_path(path)
         if self.is_global_zero:
-            shutil.rmtree(partial_path(path), ignore_errors=True)
-        manifest = {**self._layout(), "trained": sorted(self.lightning_module.trainable_names())}
-        # ends with a barrier
-        super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)
+            shutil.rmtree(partial, ignore_errors=True)
+        layout = self._layout() | {"trained": sorted(self.lightning_module.trainable_names())}
+        super().save_checkpoint(checkpoint, str(partial), storage_options)  # ends with a barrier
         if self.is_global_zero:
-            commit_checkpoint_directory(path, manifest)
+            (partial / LAYOUT).write_text(json.dumps(layout, indent=1) + "\n")
+            commit_directory(path)
         self.barrier()
 
     def load_checkpoint(
@@ -163,26 +137,31 @@ class ZeRO(DeepSpeedStrategy):
         """Load a checkpoint of a ZeRO run.
 
         Raises:
-            UserError: The checkpoint is incomplete, has other trainable parameters, or was sharded for another number
-                of devices, stage or precision.
+            UserError: It is none, has other trainable parameters, or was sharded for another number of devices, stage
+                or precision.
         """
         path = Path(checkpoint_path)
         if path.is_file():
             raise UserError(
                 f"checkpoint {path} is a file of a run without ZeRO; resume without configs/cluster/zero*.yaml"
             )
-        listing = read_manifest(path)
-        different = set(listing["trained"]) ^ self.lightning_module.trainable_names()
-        if different:
+        saved = read_json(path / LAYOUT)
+        if different := {*saved["trained"]} ^ self.lightning_module.trainable_names():
             raise UserError(
                 f"checkpoint {path} and model.trainable differ in {len(different)} tensors, e.g. {min(different)}; it "
                 "belongs to another stage or model"
             )
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            self._check_layout(path, listing)
-        # DeepSpeed's loader needs the optimizer, which exists in training only
-        elif self.zero_stage_3:
+        is_fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if self.zero_stage_3 and not is_fitting:
+            # DeepSpeed's loader needs the optimizer, which exists in training only
             return self._load_weights(path)
+        for key, ours in self._layout().items():
+            if is_fitting and saved[key] != ours:
+                raise UserError(
+                    f"checkpoint {path} has {key} {saved[key]} and this run {ours}, so the optimizer's state does not "
+                    f"fit. Resume with {key} {saved[key]}, or start from the weights alone: llava-bidir export "
+                    f"{quote(str(path))} DIR{imports_as_text()}"
+                )
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _load_weights(self, path: Path) -> dict[str, Any]:
@@ -199,47 +178,22 @@ class ZeRO(DeepSpeedStrategy):
 
     def _layout(self) -> dict[str, Any]:
         """Return the settings that determine how the optimizer's state is sharded."""
-        stage = self.config["zero_optimization"]["stage"]
         return {
             "world_size": self.world_size,
-            "stage": stage,
+            "stage": self.config["zero_optimization"]["stage"],
             "precision": self.precision_plugin.precision,
         }
-
-    def _check_layout(self, path: Path, listing: dict[str, Any]) -> None:
-        for key, ours in self._layout().items():
-            if listing[key] != ours:
-                raise UserError(
-                    f"checkpoint {path} has {key} {listing[key]} and this run {ours}, so the optimizer's state does "
-                    f"not fit. Resume with {key} {listing[key]}, or start from the weights alone: "
-                    f"llava-bidir export {quote(str(path))} DIR{imports_as_text()}"
-                )
-
-
-@contextmanager
-def gather_parameters(model: nn.Module) -> Iterator[None]:
-    """Gather parameters that ZeRO-3 partitioned, on every rank; all ranks must enter. A no-op for other models."""
-    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-    with no_zero3_partitioning(), GatheredParameters(partitioned):
-        yield
 
 
 def load_zero_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the trained weights of a ZeRO checkpoint on the CPU, in the dtype of the run's computations.
 
     They are assembled from the fp32 masters of all ranks.
-
-    Raises:
-        UserError: The checkpoint is incomplete.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    dtype = torch.bfloat16 if read_manifest(path)["precision"].startswith("bf16") else torch.float32
+    precision = read_json(path / LAYOUT)["precision"]
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     weights = get_fp32_state_dict_from_zero_checkpoint(
         str(path), tag=TAG, exclude_frozen_parameters=True
     )
@@ -250,6 +204,6 @@ def load_zero_state(path: Path) -> dict[str, Any]:
     """Return Lightning's part of a ZeRO checkpoint: settings, loops, callbacks, data."""
     from deepspeed.utils.zero_to_fp32 import get_model_state_file
 
-    file = get_model_state_file(str(path / TAG), read_manifest(path)["stage"])
+    file = get_model_state_file(str(path / TAG), read_json(path / LAYOUT)["stage"])
     state = torch.load(file, map_location="cpu", weights_only=True)
     return {key: value for key, value in state.items() if key != "module"}

@@ -6,9 +6,9 @@ adapter, word embeddings, head and norms. Tied embeddings are thereby in one uni
 
 With precision bf16-mixed, weights are gathered in bf16 from sharded fp32 masters, and gradients are summed in fp32.
 
-Checkpoints are the files of one process and DDP: rank 0 writes complete tensors, and each rank reads its shards. So a
-run also resumes without FSDP2. Rank 0 needs host memory for trained weights and two moments, 82 GB for 6.8 billion
-weights; ZeRO writes shards. While the model is built, each rank has all of it in host memory.
+Checkpoints are the files of one process and DDP, so that a run also resumes without FSDP2: rank 0 writes complete
+tensors, and needs host memory for weights and two moments, 82 GB for 6.8 billion weights; ZeRO writes shards. While the
+model is built, each rank has all of it in host memory.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ FORWARD_METHODS = ("training_step", "validation_step", "test_step", "count_flops
 class FSDP2(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, which shards the model after it is built.
 
-    Private in Lightning: `_setup_distributed`, `_data_parallel_size`.
+    Private in Lightning: `_data_parallel_size`.
 
     Args:
         timeout_minutes: Time that a rank waits for the others before the run fails.
@@ -52,13 +52,7 @@ class FSDP2(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Set up the ranks and, for a module, one group of all devices: Lightning's "auto" is one device of each node.
-
-        The ranks are set up before `fit`, too, to agree on what it does.
-        """
-        if self.lightning_module is None:
-            self._setup_distributed()
-            return
+        """Set up one group of all devices: Lightning's "auto" is one device of each node."""
         self._data_parallel_size = self.world_size
         super().setup_environment()
 
@@ -70,20 +64,19 @@ class FSDP2(ModelParallelStrategy):
             policy = mixed_precision(self.precision_plugin.precision)
             shard(self.lightning_module, self.device_mesh["data_parallel"], policy)
 
-    # ------------------------------------------------------------------------- checkpoints
     @property
     def lightning_restore_optimizer(self) -> bool:
         """Let Lightning restore the optimizer as under DDP."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the complete trained weights, on rank 0; all ranks must call it."""
+        """Return the complete trained weights, on rank 0."""
         trained = self.lightning_module.trainable_names()
         state = self.lightning_module.state_dict()
         return self._gather({name: state[name] for name in state if name in trained})
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return the complete state of an optimizer, on rank 0; all ranks must call it."""
+        """Return the complete state of an optimizer, on rank 0."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         return self._gather(optimizer.state_dict())
@@ -101,19 +94,15 @@ class FSDP2(ModelParallelStrategy):
         gathered = tree_map(gather, state)
         return gathered if self.is_global_zero else {}
 
-    def load_checkpoint(
-        self, checkpoint_path: str, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str, *args: Any) -> dict[str, Any]:
         """Map a checkpoint into memory, of which each rank reads its shards."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, mmap=True)
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load this rank's shards of the weights."""
         shards = self.lightning_module.state_dict()  # parameters may be gathered
-        state = {
-            name: take_shard(tensor, shards[name])
-            for name, tensor in checkpoint["state_dict"].items()
-        }
+        saved = checkpoint["state_dict"].items()
+        state = {name: take_shard(tensor, shards[name]) for name, tensor in saved}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
@@ -128,11 +117,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:
-    """Return the dtypes in which weights are gathered and gradients are summed.
-
-    Args:
-        precision: Lightning's name: bf16-mixed, 32-true, ...
-    """
+    """Return the dtypes in which weights are gathered and gradients summed at a precision of Lightning's."""
     return MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
         reduce_dtype=torch.float32,
@@ -141,10 +126,7 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 
 def shard(module: LightningModule, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shard a module whose `model` is a LLaVA over a mesh, in place.
-
-    Its `generate` then continues until that of each rank is done: transformers sees a mark that torch makes for itself.
-    """
+    """Shard a module whose `model` is a LLaVA over a mesh, in place; `generate` then ends when each rank has."""
     for unit in find_layers(module.model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -164,9 +146,6 @@ def take_shard(value: Any, parameter: Tensor) -> Any:
     """Return this rank's shard of a complete tensor of a parameter; other values, such as a count of steps, as is."""
     if getattr(value, "shape", None) != parameter.shape:
         return value
-    return distribute_tensor(
-        value.to(parameter.device),
-        parameter.device_mesh,
-        parameter.placements,
-        src_data_rank=None,  # each rank has the complete one
-    )
+    value = value.to(parameter.device)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)  # each rank has all of it

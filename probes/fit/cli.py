@@ -1,6 +1,5 @@
 """The command `probes fit`: LightningCLI for a run of probes that are trained."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.checkpoints import SaveAtStepBoundary, model_checkpoints
-from llava_bidir.common.files import exclusive_run_lock
+from llava_bidir.common.identity import run_identity
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
-from llava_bidir.common.runs import RunPlan, interrupt_says_what_is_saved, run_process
-from llava_bidir.common.training_folder import plan_training
+from llava_bidir.common.runs import run_process
 from probes.run_config import RunConfig
 from probes.runs.prediction_files import save_predictions
-from probes.runs.run_results import RESULTS, format_scores, run_folder, say_finished
+from probes.runs.run_results import format_scores, run_folder, say_finished
 
 from .datamodule import ProbeDataModule
 from .module import ProbeModule
@@ -57,8 +54,6 @@ class SavePredictions(Callback):
 class ProbeCLI(RunCLI):
     """Build model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
-    results = RESULTS
-
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the only command, with the arguments that are none of its options."""
@@ -78,12 +73,9 @@ class ProbeCLI(RunCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
-        """Add what `--ckpt_path last` and `--save_predictions` require."""
+        """Add what `--save_predictions` requires."""
         trainer = super().instantiate_trainer(**kwargs)
         check_trainer(trainer, REQUIRED, WHY_REQUIRED)
-        for callback in model_checkpoints(trainer):
-            # `--ckpt_path last` requires it; else it would start from scratch
-            callback.save_last = True
         if self.saves_predictions:
             trainer.callbacks.append(SavePredictions())
         return trainer
@@ -93,42 +85,23 @@ class ProbeCLI(RunCLI):
         """Whether the predictions of every image are written."""
         return self._get(self.config_init, "save_predictions")
 
-    @property
-    def out(self) -> Path:
-        """Folder of the run."""
-        return Path(self.trainer.default_root_dir)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        callbacks = model_checkpoints(self.trainer)
-        return Path(callbacks[0].dirpath) if callbacks else self.out / "checkpoints"
-
-    def exclusive_run_lock(self) -> AbstractContextManager:
-        """Return the lock of the run's folder; the first process holds it for all."""
-        return exclusive_run_lock(self.out) if self.trainer.is_global_zero else nullcontext()
-
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Train, then score each probe of its best epoch and write the files of the run.
 
         With `--ckpt_path last` the run in OUT is resumed. A finished run is replaced with `--overwrite true` only.
         """
-        with self.exclusive_run_lock():
-            plan = self.plan_run(ckpt_path)
+        out = Path(self.trainer.default_root_dir)
+        folder = run_folder(out)
+        with self.started(folder, ckpt_path) as plan:
             if plan.finished:
+                if self.trainer.is_global_zero:
+                    folder.check_finished(run_identity(self.trainer, self.model, self.datamodule))
+                say_finished(out, self.datamodule.name, self.saves_predictions)
                 return
-            with interrupt_says_what_is_saved(self.checkpoints):
-                self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
-                self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             if self.trainer.is_global_zero:  # others may be here before it has written the files
-                rank_zero_info(format_scores(self.out, self.model.task))
-
-    def plan_run(self, ckpt_path: str | None) -> RunPlan:
-        """Return whether to start, resume or leave alone the run in OUT; see `run_folder.plan_run`."""
-        plan = plan_training(self, ckpt_path, run_folder(self.out, self.checkpoints))
-        if plan.finished:
-            say_finished(self.out, self.datamodule.name, self.saves_predictions)
-        return plan
+                rank_zero_info(format_scores(out, self.model.task))
 
 
 def build_cli(
@@ -145,7 +118,7 @@ def build_cli(
         parser_kwargs={"prog": prog, "allow_abbrev": False},
         trainer_defaults={
             "num_sanity_val_steps": 0,
-            "callbacks": [LearningRateMonitor("step"), SaveAtStepBoundary()],
+            "callbacks": [LearningRateMonitor("step")],
         },
     )
 

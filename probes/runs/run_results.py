@@ -20,7 +20,7 @@ RESULTS = (
 )
 
 
-def run_folder(out: Path, checkpoints: Path) -> RunFolder:
+def run_folder(out: Path) -> RunFolder:
     """Return the folder of a run of probes."""
 
     def read_identity():
@@ -28,7 +28,6 @@ def run_folder(out: Path, checkpoints: Path) -> RunFolder:
 
     return RunFolder(
         path=out,
-        checkpoints=checkpoints,
         result=out / "metrics.json",
         results=RESULTS,
         read_identity=read_identity,

@@ -12,7 +12,6 @@ from llava_bidir.common.files import exclusive_run_lock
 from llava_bidir.common.identity import run_identity
 from llava_bidir.common.processes import decide_on_first, rank, rank_zero_info
 from llava_bidir.common.runs import (
-    RunPlan,
     begin_run,
     hide_expected_messages,
     interrupt_says_what_is_saved,
@@ -57,17 +56,13 @@ def solve_unless_finished(
     machine: Machine,
 ) -> None:
     """Solve and score, or say that the run is finished; in all processes."""
-
-    def plan() -> RunPlan:
-        identity = run_identity(machine, run, data, TRAINER_SETTINGS)
-        folder = run_folder(run.out, run.checkpoints)
-        return plan_run(folder, identity, config.ckpt_path, config.overwrite)
-
-    planned = decide_on_first(plan)
+    folder = run_folder(run.out)
+    planned = plan_run(folder, config.ckpt_path, config.overwrite)
+    run.identity = decide_on_first(lambda: run_identity(machine, run, data, TRAINER_SETTINGS))
     if planned.finished:
+        folder.check_finished(run.identity)
         say_finished(run.out, data.name, config.save_predictions)
         return
-    run.identity = planned.identity
     run.resuming = config.ckpt_path == "last"
 
     def begin() -> None:

@@ -28,15 +28,15 @@ from lightning.pytorch.loops import utilities as lightning_loops
 from lightning.pytorch.strategies import DDPStrategy
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
+from zero_on_cpu import ZeROOnCPU, gather_parameters
 
-from llava_bidir.common.checkpoints import AtomicCheckpointIO
+from llava_bidir.common.checkpoints import AtomicCheckpointIO, Checkpoints
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
-from llava_bidir.training.callbacks import ExportModel
-from llava_bidir.training.deepspeed_strategy import ZeRO, gather_parameters
 from llava_bidir.training.fsdp2_strategy import FSDP2
 from llava_bidir.training.module import LlavaTraining
+from llava_bidir.training.read_checkpoint import export_checkpoint
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
@@ -63,7 +63,7 @@ def build_strategy(name: str, **options):
     zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
     if zero["stage"] == 3:
         zero |= dict.fromkeys(THRESHOLDS, 0)
-    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES, **options)
+    return ZeROOnCPU(zero, timeout_minutes=TIMEOUT_MINUTES, **options)
 
 
 class Recorder(Callback):
@@ -134,7 +134,7 @@ def prepare(
         default_root_dir=OUT / f"{folder}{strategy}-{precision}",
         use_distributed_sampler=False,
         num_sanity_val_steps=int(validate_first),
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -155,6 +155,9 @@ def fit(
     recorder = Recorder(save or {})
     trainer, module, data = prepare(strategy, precision, callbacks=[recorder, *callbacks], **kwargs)
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
+    run = Path(trainer.default_root_dir)
+    if trainer.checkpoint_callbacks and trainer.is_global_zero:
+        export_checkpoint(run / "checkpoints/last.ckpt", run / "hf")
     with gather_parameters(module.model):
         weights = {
             name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
@@ -186,7 +189,7 @@ def uninterrupted(strategy, precision):
         precision,
         llm="dropout_llm",
         save=save,
-        callbacks=[ExportModel()],
+        callbacks=[Checkpoints()],
     )
 
 
@@ -246,7 +249,7 @@ def tied(strategy, precision):
         precision,
         llm="tied_llm",
         folder="tied-",
-        callbacks=[ExportModel()],
+        callbacks=[Checkpoints()],
     )
 
 
@@ -258,7 +261,7 @@ def lora(strategy, precision):
         lora={"r": 4, "alpha": 8, "dropout": 0.0},
         frozen_dtype="bfloat16",
         folder="lora-",
-        callbacks=[ExportModel()],
+        callbacks=[Checkpoints()],
     )
 
 
@@ -318,7 +321,7 @@ def kill_self():
 
 def faulty(strategy, precision, fault: Callback):
     """Train with a checkpoint at MIDDLE and one at END, at which rank 1 has failed."""
-    callbacks = [fault, ExportModel()]
+    callbacks = [fault, Checkpoints()]
     return fit(
         strategy,
         precision,

@@ -267,8 +267,7 @@ def test_a_killed_training_resumes_to_the_same_weights(
     small_stage2_options, small_stages, tmp_path
 ):
     saving = [
-        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-        "--trainer.callbacks.every_n_train_steps=2",
+        "--checkpoints.every_n_steps=2",
     ]
 
     def train() -> None:

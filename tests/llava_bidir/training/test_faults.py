@@ -21,7 +21,7 @@ from processes import die, fork, kill_after, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir.common.checkpoints import AtomicCheckpointIO
-from llava_bidir.common.runs import latest_valid_checkpoint
+from llava_bidir.common.runs import last_checkpoint
 from llava_bidir.training.throughput import TIMING_METRICS
 
 FAULTS = int(os.environ.get("FAULTS", 4))
@@ -36,7 +36,7 @@ pytestmark = [
 def train(parts, conversations):
     """Return a function that starts or resumes a run of ten epochs of three steps in a folder.
 
-    It saves a checkpoint after each step except the last of an epoch, and validates after epochs four and eight.
+    It saves a checkpoint after each step, and validates after epochs four and eight.
     """
 
     def run(out: Path) -> None:
@@ -44,19 +44,16 @@ def train(parts, conversations):
         datasets.config.HF_DATASETS_CACHE = out / "cache"
         more = "--data.micro_batch_size 2 --trainer.log_every_n_steps 1 --ckpt_path last"
         more += " --trainer.max_epochs 10 --trainer.check_val_every_n_epoch 4"
-        more += " --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_last=true"
-        more += " --trainer.callbacks.every_n_train_steps=1"
+        more += " --checkpoints.every_n_steps 1"
         tiny_models.fit(parts, conversations, out, *more.split())
 
     return run
 
 
 def results(out: Path) -> dict[str, object]:
-    """Return the files of hf/; a run killed after its last step is exported from a checkpoint, whose path differs."""
+    """Return the files of hf/."""
     files = {file.name: file.read_bytes() for file in (out / "hf").iterdir()}
-    training = json.loads(files["training.json"])
-    training.pop("checkpoint", None)
-    return files | {"training.json": training}
+    return files | {"training.json": json.loads(files["training.json"])}
 
 
 def curves(out: Path) -> dict[tuple[str, int], set[float]]:
@@ -72,7 +69,7 @@ def curves(out: Path) -> dict[tuple[str, int], set[float]]:
 
 
 def saved_step(out: Path) -> int:
-    newest = latest_valid_checkpoint(out / "checkpoints")
+    newest = last_checkpoint(out / "checkpoints")
     return torch.load(newest, weights_only=True)["global_step"] if newest else 0
 
 
@@ -117,10 +114,7 @@ def test_a_run_killed_after_its_last_step_is_validated_and_exported(
     tmp_path,
     monkeypatch,
 ):
-    """It resumes from Lightning's checkpoint at the end of the epoch, after which no step is left.
-
-    The export is then made from the checkpoint.
-    """
+    """It is resumed from the checkpoint of the final step, if there is one."""
     log = tmp_path / "log"
     more = "--trainer.log_every_n_steps 1 --ckpt_path last --model.lora.r 2"
     more += " --model.frozen_dtype bfloat16 --trainer.precision bf16-mixed"

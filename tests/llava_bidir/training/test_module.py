@@ -1,16 +1,16 @@
 """Training: trainable parts, loss, schedule, validation, and equality of resumed and uninterrupted runs."""
 
 import json
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from llava_bidir.common.checkpoints import SaveAtStepBoundary
+from llava_bidir.common.checkpoints import Checkpoints
+from llava_bidir.common.errors import UserError
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.dataset import Instructions
 from llava_bidir.model.build import build_processor
@@ -255,7 +255,7 @@ def test_models_are_exported_on_the_way_with_the_weights_of_their_step(fit, tmp_
         filename="{step}",
         every_n_train_steps=1,
     )
-    fit(enable_checkpointing=True, callbacks=[ExportSteps([2]), SaveAtStepBoundary(), save])
+    fit(enable_checkpointing=True, callbacks=[ExportSteps([2]), save])
     assert [folder.name for folder in (tmp_path / "steps").iterdir()] == ["2"]
     exported = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "steps/2/hf")
     weights = {f"model.{name}": weight for name, weight in exported.state_dict().items()}
@@ -266,63 +266,24 @@ def test_models_are_exported_on_the_way_with_the_weights_of_their_step(fit, tmp_
     assert training["steps"] == 2
 
 
-def test_a_validation_within_a_step_saves_no_checkpoint(
+def test_a_checkpoint_within_a_step_is_not_resumed(
     parts,
     conversations,
     tmp_path,
-    monkeypatch,
 ):
-    """A resume would lose the step's first gradients, and group all later micro-batches into other steps."""
-    callbacks = [SaveAtStepBoundary(), ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1)]
-    run = trainer(
-        tmp_path,
-        enable_checkpointing=True,
-        callbacks=callbacks,
-        val_check_interval=3,
-    )
-    within = []
-    write = run.save_checkpoint
-
-    def recorded(*args):
-        within.append(run.fit_loop.epoch_loop._should_accumulate())
-        return write(*args)
-
-    monkeypatch.setattr(run, "save_checkpoint", recorded)
-    source = data(conversations, parts, val_annotations=str(conversations / "data.json"))
-    run.fit(module(parts), datamodule=source)
-    assert within == [False], "one validation is in the middle of a step, one at the end"
-
-
-def test_saves_of_a_time_interval_wait_for_the_end_of_a_step(
-    parts,
-    conversations,
-    tmp_path,
-    monkeypatch,
-):
-    """A save that was due within a step was skipped, and Lightning began the next interval."""
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("lightning.pytorch.callbacks.model_checkpoint.time", clock)
-
-    class Clock(Callback):
-        def on_train_batch_start(self, *args):
-            now[0] += 1
-
-    by_time = ModelCheckpoint(
-        tmp_path,
-        filename="{step}",
-        save_top_k=-1,
-        train_time_interval=timedelta(seconds=3),
-    )
-    run = trainer(
-        tmp_path,
-        enable_checkpointing=True,
-        callbacks=[Clock(), SaveAtStepBoundary(), by_time],
-        max_epochs=2,
-    )
-    run.fit(module(parts), datamodule=data(conversations, parts))
-    saved = sorted(path.stem for path in tmp_path.glob("*.ckpt"))
-    assert saved == ["step=2", "step=4"], "due after 3 and 7 micro-batches of two a step"
+    """It lacks the step's first gradients; a ModelCheckpoint of the user's saves after a validation within a step."""
+    saving = [Checkpoints(), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)]
+    settings = {"enable_checkpointing": True, "val_check_interval": 3}
+    questions = str(conversations / "data.json")
+    run = trainer(tmp_path, callbacks=saving, **settings)
+    run.fit(module(parts), datamodule=data(conversations, parts, val_annotations=questions))
+    run = trainer(tmp_path, callbacks=[Checkpoints()], **settings)
+    with pytest.raises(UserError, match="saved within a step, whose gradients it lacks"):
+        run.fit(
+            module(parts),
+            datamodule=data(conversations, parts, val_annotations=questions),
+            ckpt_path=tmp_path / "step=1.ckpt",
+        )
 
 
 def test_gradients_can_be_clipped_in_mixed_precision(fit):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from llava_bidir.cli import main
 from llava_bidir.common.identity import run_identity
 from llava_bidir.training.cli import build_cli
-from llava_bidir.training.module import LlavaTraining
 
 # Settings that change no result beyond rounding
 HARMLESS = "--model.max_new_tokens 2 --model.attn_implementation eager --data.num_workers 1".split()
@@ -250,7 +249,7 @@ def test_micro_batches_are_not_given_twice(parts, conversations, tmp_path):
 def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
     """The weights before training were validated as if they were the last ones."""
     _, (_, *options) = finished
-    with pytest.raises(SystemExit, match="no valid checkpoint in .*run/checkpoints"):
+    with pytest.raises(SystemExit, match="there is no checkpoint in .*run/checkpoints"):
         main(["validate", *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"])
 
 
@@ -282,7 +281,7 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(
         main(command)
     shutil.copytree(finished[0] / "hf", folder / "hf")
     with monkeypatch.context() as patch:
-        export = "llava_bidir.training.callbacks.export_hf"
+        export = "llava_bidir.training.read_checkpoint.export_hf"
         patch.setattr(export, lambda *args: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             main([*longer, "--overwrite", "true"])
@@ -293,24 +292,3 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(
         json.loads((run / "hf/training.json").read_text()) for run in (folder, finished[0])
     )
     assert ours["steps"] == 2 * replaced["steps"]
-
-
-def test_the_checkpoint_of_a_killed_run_does_not_stay_beside_newer_ones(
-    finished, tmp_path, monkeypatch
-):
-    """Lightning keeps the one that a run was resumed from."""
-    command = [*finished[1], "--out", str(tmp_path), "--trainer.max_epochs", "3"]
-    start = LlavaTraining.on_train_batch_start
-
-    def killed(self, *batch):
-        if self.trainer.global_step == 7:
-            sys.exit("killed")
-        return start(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LlavaTraining, "on_train_batch_start", killed)
-        with pytest.raises(SystemExit, match="killed"):
-            main(command)
-    assert Path(checkpoint(tmp_path)).name == "epoch=1-step=6.ckpt"
-    main([*command, "--ckpt_path", "last"])
-    assert Path(checkpoint(tmp_path)).name == "epoch=2-step=9.ckpt"

@@ -21,7 +21,7 @@ from PIL import Image
 from processes import HANGING_S, run_ranks
 from safetensors.torch import load_file
 
-from llava_bidir.common.runs import latest_valid_checkpoint
+from llava_bidir.common.runs import last_checkpoint
 from probes import FinishedRun
 from probes.cli import main
 
@@ -40,11 +40,8 @@ class Killer(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLING = """
-trainer:
-  callbacks:
-  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-    init_args: {save_last: true, every_n_train_steps: 2}
-  - class_path: killer.Killer
+trainer: {callbacks: [{class_path: killer.Killer}]}
+checkpoints: {every_n_steps: 2}
 """
 
 
@@ -321,7 +318,7 @@ def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(
         run, tmp_path, "on_train_batch_start", 5, rank
     )  # both have ended; DDP's timeout is longer than the wait
     assert not (tmp_path / "run/metrics.json").exists()
-    assert latest_valid_checkpoint(tmp_path / "run/checkpoints")
+    assert last_checkpoint(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.slow

@@ -1,28 +1,28 @@
-"""Files and folders are complete or absent: after a kill at any moment, on a full disk, on a read-only disk."""
+"""Files and folders are complete or absent after a kill, and two processes never write the same result."""
 
 import errno
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
-from contextlib import ExitStack
+import socket
+import time
 from itertools import count
 from pathlib import Path
 
 import processes
 import pytest
-import small_disks
+import tiny_models
 import torch
 from processes import die
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common import files
-from llava_bidir.common.checkpoints import AtomicCheckpointIO
-from llava_bidir.common.files import atomic_directory, atomic_write, write_files
-from llava_bidir.common.runs import (
-    find_defect,
-    latest_valid_checkpoint,
+from llava_bidir.common.files import (
+    atomic_directory,
+    atomic_write,
+    exclusive_run_lock,
+    write_files,
 )
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.export import export_hf
@@ -181,36 +181,6 @@ def test_write_files_on_a_full_disk_leaves_the_old_files(name, tmp_path, monkeyp
     assert not list(tmp_path.glob("*.partial"))
 
 
-# ------------------------------------------------------------------------------------------------ small file systems
-@pytest.fixture
-def disk(tmp_path):
-    """A function that mounts a file system of some kilobytes with options of mount."""
-    if sys.platform != "linux" or os.geteuid():
-        pytest.skip("mounting a small file system needs Linux and root")
-    with ExitStack() as mounted:
-        folders = (tmp_path / f"disk{i}" for i in count())
-        yield lambda kilobytes, options="rw": mounted.enter_context(
-            small_disks.mounted(next(folders), f"size={kilobytes}k,{options}")
-        )
-
-
-def test_checkpoint_on_a_full_disk(disk):
-    """The previous checkpoint stays valid, and the next one is written once there is space."""
-    io = AtomicCheckpointIO()
-    folder = disk(1000)
-    small = {"weight": torch.zeros(30_000)}
-    large = {"weight": torch.ones(300_000)}
-    io.save_checkpoint(small, folder / "last.ckpt")
-    with pytest.raises((OSError, RuntimeError)):
-        io.save_checkpoint(large, folder / "last.ckpt")
-    assert latest_valid_checkpoint(folder) == folder / "last.ckpt"
-    assert find_defect(folder / "last.ckpt") is None
-    assert torch.equal(torch.load(folder / "last.ckpt")["weight"], small["weight"])
-    subprocess.run(["mount", "-o", "remount,size=3000k", folder], check=True)
-    io.save_checkpoint(large, folder / "last.ckpt")
-    assert torch.equal(torch.load(folder / "last.ckpt")["weight"], large["weight"])
-
-
 @pytest.mark.parametrize("name", ["a.json", "a.json.partial"])
 @pytest.mark.parametrize("how", ["files", "file"])
 def test_nothing_is_written_through_a_link(name, how, tmp_path):
@@ -226,3 +196,92 @@ def test_nothing_is_written_through_a_link(name, how, tmp_path):
     assert victim.read_text() == "untouched"
     assert json.loads(file.read_text()) == {}
     assert not file.is_symlink()
+
+
+# ------------------------------------------------------------------------------------------------ locks
+@pytest.fixture
+def no_patience(monkeypatch):
+    """A second process does not wait for the first one of these tests, which does not exit."""
+    monkeypatch.setattr(files, "EXITING_S", 0)
+
+
+@pytest.mark.usefixtures("no_patience")
+def test_a_second_process_is_an_error_that_names_the_holder(tmp_path):
+    with processes.inside(exclusive_run_lock(tmp_path / "run")) as child:
+        who = f"process {child} on {re.escape(socket.gethostname())} since 20"
+        for _ in range(2):  # an attempt does not delete the holder's name
+            with pytest.raises(
+                ValueError, match=rf"run is in use by {who}.*wait until it has ended"
+            ):
+                with exclusive_run_lock(tmp_path / "run"):
+                    pass
+
+
+def test_a_killed_process_blocks_nobody(tmp_path):
+    with processes.inside(exclusive_run_lock(tmp_path)) as child:
+        os.kill(child, signal.SIGKILL)
+        processes.wait(child)
+        assert (tmp_path / ".lock").exists(), "it could not clean up"
+        with exclusive_run_lock(tmp_path):
+            pass
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_workers_that_outlive_a_killed_process_block_nobody(tmp_path):
+    """Workers of a data loader are forked and exit some seconds later."""
+
+    def hold_and_fork():
+        with exclusive_run_lock(tmp_path):
+            worker = processes.fork(lambda: time.sleep(600))
+            (tmp_path / "worker").write_text(str(worker))
+            time.sleep(600)
+
+    child = processes.fork(hold_and_fork)
+    while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
+        time.sleep(0.01)
+    processes.kill_after(0, child)
+    try:
+        with exclusive_run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("no_patience")
+def test_results_in_one_folder_have_separate_locks(tmp_path):
+    with processes.inside(exclusive_run_lock(tmp_path, "hf")):
+        with exclusive_run_lock(tmp_path), exclusive_run_lock(tmp_path, "other"):
+            pass
+        with (
+            pytest.raises(ValueError, match="hf is in use by process"),
+            exclusive_run_lock(tmp_path, "hf"),
+        ):
+            pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with exclusive_run_lock(tmp_path):
+        (tmp_path / "result").touch()
+    assert "does not support locks: a second run" in caplog.text
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize("more", [(), ("--ckpt_path", "last")])
+def test_a_second_fit_into_a_run_is_an_error(
+    more,
+    parts,
+    conversations,
+    tmp_path,
+):
+    with (
+        processes.inside(exclusive_run_lock(tmp_path)),
+        pytest.raises(SystemExit, match="is in use by process"),
+    ):
+        tiny_models.fit(parts, conversations, tmp_path, *more)
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"], (
+        "the second process has written nothing"
+    )

@@ -89,7 +89,12 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.received: set[int] = set()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: str,
+    ) -> None:
         """Ignore SIGUSR1 outside of training, when there is nothing to save: Lightning restores this handler."""
         if self.on_slurm:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -104,7 +109,11 @@ class Checkpoints(Checkpoint):
         if self.on_slurm:
             signal.signal(signal.SIGUSR1, self._note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(
+        self,
+        number: int,
+        frame: FrameType | None,
+    ) -> None:
         self.received.add(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,7 +121,11 @@ class Checkpoints(Checkpoint):
                 "Ctrl-C: the run ends with a checkpoint after this step; Ctrl-C again ends it at once"
             )
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        *args: Any,
+    ) -> None:
         """Save if it is due, or if a rank has received a signal, and then end the run.
 
         Not within a step, since a checkpoint has no accumulated gradients; nor after the last batch of an epoch, whose
@@ -129,7 +142,11 @@ class Checkpoints(Checkpoint):
         if ends:
             self._end(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_epoch_end(
+        self,
+        trainer: Trainer,
+        *args: Any,
+    ) -> None:
         """Save after the epoch and its validation, and after the final step."""
         self._save(trainer)
 

@@ -76,7 +76,11 @@ class OneLineErrors:
     def source_of(self, option: str) -> str | None:
         """Return the config that sets an option, None if none does."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+    def error(
+        self,
+        message: str,
+        ex: Exception | None = None,
+    ) -> NoReturn:
         """Raise a `UsageError`."""
         if not self.exit_on_error:  # jsonargparse's parser of a class; its caller adds the key
             raise argparse.ArgumentError(None, message) from ex

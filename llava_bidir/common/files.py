@@ -154,7 +154,11 @@ def write_tensors(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(path: Path, suffix: str, content: Any) -> None:
+def _write(
+    path: Path,
+    suffix: str,
+    content: Any,
+) -> None:
     path.unlink(missing_ok=True)  # it may be a link to a file that is not ours
     if suffix == ".safetensors":
         tensors, metadata = content if isinstance(content, tuple) else (content, None)

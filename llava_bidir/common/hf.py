@@ -127,7 +127,11 @@ def _read_config(path: str, **kwargs) -> "PreTrainedConfig":
     return config
 
 
-def _is_default(part: str, config: "PreTrainedConfig", given: dict[str, Any]) -> bool:
+def _is_default(
+    part: str,
+    config: "PreTrainedConfig",
+    given: dict[str, Any],
+) -> bool:
     """Return whether transformers made a part of a config of its defaults, since config.json has nothing for it."""
     made = getattr(config, part, None)
     if part not in config.sub_configs or made is None:
@@ -142,7 +146,11 @@ def _is_default(part: str, config: "PreTrainedConfig", given: dict[str, Any]) ->
     )
 
 
-def _check_vocabulary(key: str, loaded, path: str) -> None:
+def _check_vocabulary(
+    key: str,
+    loaded,
+    path: str,
+) -> None:
     """Raise if a tokenizer has special tokens only; transformers builds one where the vocabulary file is missing."""
     tokenizer = getattr(loaded, "tokenizer", loaded)
     if hasattr(tokenizer, "get_vocab"):
@@ -209,7 +217,11 @@ def load_weights(
     return model
 
 
-def check_merged(key: str, path: str, revision: str | None = None) -> None:
+def check_merged(
+    key: str,
+    path: str,
+    revision: str | None = None,
+) -> None:
     """Raise if a checkpoint has updates of peft beside its weights.
 
     transformers adds their layers to the model, or ignores the updates if peft is not installed.
@@ -249,7 +261,11 @@ def check_layers_complete(
         )
 
 
-def warn_of_slow_dtype(key: str, path: str, dtype: torch.dtype) -> None:
+def warn_of_slow_dtype(
+    key: str,
+    path: str,
+    dtype: torch.dtype,
+) -> None:
     """Warn of weights of 16 bits that this CPU takes several times as long to compute with as with others."""
     fast = torch.float32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else torch.bfloat16
     if dtype not in (torch.float32, fast) and not torch.cuda.is_available():
@@ -372,7 +388,11 @@ class FiniteLogits:
     Of such logits the first token would be the largest, which ends an answer or fills it.
     """
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        scores: Tensor,
+    ) -> Tensor:
         """Return the logits f32[B, V] of the next tokens; raise a UserError unless the largest ones are finite."""
         # tokens that a checkpoint's settings suppress have -inf
         check_outputs("logits", {"the output head": scores.amax(-1)})

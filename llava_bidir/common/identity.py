@@ -8,14 +8,25 @@ compared with another run, or analysed.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .hf import INDEX, TRAINING_JSON, find_weights, read_pretrained, weight_files
+from .hf import (
+    INDEX,
+    TRAINING_JSON,
+    find_weights,
+    read_pretrained,
+    weight_files,
+)
 
 Identity = dict[str, dict[str, Any]]
 
@@ -102,7 +113,12 @@ def named_identity(models: dict[str, str | dict[str, str]]) -> dict[str, str]:
     }
 
 
-def _settings(trainer, module, data, trainer_settings: Sequence[str]) -> dict[str, Any]:
+def _settings(
+    trainer,
+    module,
+    data,
+    trainer_settings: Sequence[str],
+) -> dict[str, Any]:
     kept = {
         f"{section}.{key}": plain(value)
         for section, settings in (("model", module.hparams), ("data", data.hparams))

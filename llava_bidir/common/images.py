@@ -128,7 +128,11 @@ def read_photos(photos: PhotoLike | Sequence[PhotoLike]) -> list[Image.Image]:
 MAX_GRID_SIDE = 128  # patches per side; the largest encoders have 64
 
 
-def check_image_px(image_px: int, patch_px: int, option: str) -> None:
+def check_image_px(
+    image_px: int,
+    patch_px: int,
+    option: str,
+) -> None:
     """Raise a UserError that names `option` unless a side in pixels is a usable multiple of the patch."""
     sides = f"a multiple of the patch, {patch_px} px, from {patch_px} to {MAX_GRID_SIDE * patch_px}"
     if isinstance(image_px, bool) or not isinstance(image_px, int):

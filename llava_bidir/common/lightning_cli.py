@@ -12,7 +12,11 @@ from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning import Callback, LightningModule, Trainer
+from lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+)
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import (
@@ -25,7 +29,11 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -82,7 +90,12 @@ class ConfigParser(OneLineErrors, LightningArgumentParser):
 
     words: Sequence[str] = ()  # of the command
 
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Namespace:
+    def parse_args(
+        self,
+        args: Sequence[str] | None = None,
+        *more: Any,
+        **kwargs: Any,
+    ) -> Namespace:
         """Parse, and keep the words for errors."""
         self.words = args or ()
         return super().parse_args(args, *more, **kwargs)
@@ -99,7 +112,12 @@ class RunCLI(LightningCLI):
         UserError: A config has a callback of `REFUSED`.
     """
 
-    def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
+    def __init__(
+        self,
+        *args,
+        trainer_defaults: dict[str, Any],
+        **kwargs,
+    ):
         hide_expected_messages()
         super().__init__(
             *args,
@@ -116,7 +134,12 @@ class RunCLI(LightningCLI):
             },
         )
 
-    def add_run_options(self, parser: LightningArgumentParser, out: str, content: str) -> None:
+    def add_run_options(
+        self,
+        parser: LightningArgumentParser,
+        out: str,
+        content: str,
+    ) -> None:
         """Add --out, with its default and what the folder contains, --overwrite and --checkpoints."""
         parser.add_argument(
             "--out", default=out, help=f"folder of the run: config, events, checkpoints, {content}"
@@ -166,7 +189,11 @@ class RunCLI(LightningCLI):
         return trainer
 
     @contextmanager
-    def started(self, folder: RunFolder, ckpt_path: str | None) -> Iterator[RunPlan]:
+    def started(
+        self,
+        folder: RunFolder,
+        ckpt_path: str | None,
+    ) -> Iterator[RunPlan]:
         """Yield what this `fit` does with its folder, which is locked, and say after Ctrl-C what is saved.
 
         All ranks find the same files, and decide for themselves.
@@ -210,14 +237,26 @@ class StartOfRun(SaveConfigCallback):
         replaced: What is deleted.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(
+        self,
+        *args,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.replaced: list[Path] = []
 
-    def setup(self, *args: Any, **kwargs: Any) -> None:
+    def setup(
+        self,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Do nothing: Lightning would write config.yaml before the model is built."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+    ) -> None:
         """Write config.yaml, delete `replaced`, and hide from TensorBoard the steps that a resumed run repeats."""
         if trainer.is_global_zero:
             config = self.parser.dump(self.config, skip_none=False)
@@ -237,7 +276,11 @@ class LogProgress(Callback):
     A bar would write one line with thousands of carriage returns into a log.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+    ) -> None:
         """Start the clock; a resumed run has steps behind it."""
         self.started = self.last = time.monotonic()
         self.first_step = trainer.global_step
@@ -291,7 +334,11 @@ def check_classes(config: Any) -> None:
         raise UserError(f"config: it cannot contain the function {config!r}; write a Callback")
 
 
-def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:
+def check_trainer(
+    trainer: Trainer,
+    required: dict[str, Any],
+    why: str,
+) -> None:
     """Raise a UserError if an option of the trainer has another value than the required one; 1 is not 1.0."""
     for name, value in required.items():
         found = getattr(trainer, name)

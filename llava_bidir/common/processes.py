@@ -148,7 +148,11 @@ def prepare_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = _send_error
 
 
-def _send_error(queue: Queue, error: Exception, item: tuple[int, Any]) -> None:
+def _send_error(
+    queue: Queue,
+    error: Exception,
+    item: tuple[int, Any],
+) -> None:
     """Send an error in place of an item of a loader's queue, which is the number of a batch and its content."""
     from torch._utils import ExceptionWrapper  # what a worker sends where a dataset raises
 

@@ -4,7 +4,12 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +98,11 @@ class RunPlan:
     replaced: list[Path] = field(default_factory=list)
 
 
-def plan_run(folder: RunFolder, ckpt_path: str | None, overwrite: bool) -> RunPlan:
+def plan_run(
+    folder: RunFolder,
+    ckpt_path: str | None,
+    overwrite: bool,
+) -> RunPlan:
     """Return whether to start, resume or replace the run in a folder, by files alone, which all processes see.
 
     Args:
@@ -147,7 +156,11 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return next((checkpoints / name for name in names if (checkpoints / name).exists()), None)
 
 
-def begin_run(folder: Path, config: str, replaced: Sequence[Path]) -> None:
+def begin_run(
+    folder: Path,
+    config: str,
+    replaced: Sequence[Path],
+) -> None:
     """Write config.yaml and delete what the run replaces, once all settings were accepted; on one process.
 
     A link is replaced, not written through: its file is not the run's.

@@ -10,7 +10,12 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, TokenizersBackend
+from transformers import (
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    TokenizersBackend,
+)
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
 from .errors import error_context
@@ -19,7 +24,11 @@ from .hf import read_pretrained
 MARKER = "▁"  # replaces spaces and begins a text
 
 
-def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    key: str,
+    path: str,
+    **hub: Any,
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a directory or hub id.
 
     Args:

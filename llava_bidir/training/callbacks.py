@@ -1,12 +1,20 @@
 """Callbacks: learning rates and validation answers in the logger, and exports on the way."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import (
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning import Callback, LightningModule, Trainer
+from lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+)
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -23,7 +31,12 @@ COLUMNS = ("image", "record", "question", "expected", "answered")
 class LogLearningRate(LearningRateMonitor):
     """Log the learning rates of each step, once for all of its micro-batches."""
 
-    def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_start(
+        self,
+        trainer: Trainer,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Note the names of the learning rates; with `--trainer.logger false` there is nothing to log."""
         if trainer.loggers:
             super().on_train_start(trainer, *args, **kwargs)
@@ -43,7 +56,11 @@ class LogLearningRate(LearningRateMonitor):
 class ShowAnswers(Callback):
     """Log the first validation images with question, expected and given answer to TensorBoard."""
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+    ) -> None:
         """Begin a table."""
         self.rows: list[list[str]] = []
 
@@ -71,7 +88,11 @@ class ShowAnswers(Callback):
             name = f"validation/images/{first + i}"
             writer.add_image(name, image, _step(trainer), dataformats="HWC")
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+    ) -> None:
         """Log the table, whose first column has the numbers of the images."""
         writer = _tensorboard(trainer)
         if writer is not None:
@@ -120,7 +141,11 @@ class ExportSteps(Callback):
     def __init__(self, steps: Sequence[int]):
         self.steps = set(steps)
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        *args: Any,
+    ) -> None:
         """Export after the last micro-batch of a step, from a checkpoint as at the end of the run."""
         step = trainer.global_step
         if step not in self.steps or trainer.fit_loop.epoch_loop._should_accumulate():

@@ -14,7 +14,11 @@ from llava_bidir.common.hf import TRAINING_JSON
 from llava_bidir.common.identity import run_identity
 from llava_bidir.common.imports import imports_as_text
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
-from llava_bidir.common.runs import RunFolder, find_checkpoint, run_process
+from llava_bidir.common.runs import (
+    RunFolder,
+    find_checkpoint,
+    run_process,
+)
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.dataset import check_annotations
 
@@ -55,7 +59,11 @@ class TrainingCLI(RunCLI):
         check_trainer(trainer, {"fast_dev_run": False, "overfit_batches": 0.0}, why)
         return trainer
 
-    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
+    def fit(
+        self,
+        ckpt_path: str | None = None,
+        **kwargs,
+    ) -> None:
         """Train, and export the last checkpoint to OUT/hf.
 
         `--ckpt_path last` resumes the run in OUT; a finished run is replaced with `--overwrite true` only.
@@ -88,7 +96,11 @@ class TrainingCLI(RunCLI):
             + imports_as_text()
         )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+    def parse_arguments(
+        self,
+        parser: LightningArgumentParser,
+        args: Sequence[str],
+    ) -> None:
         """Find the checkpoint of `validate --ckpt_path last`."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
@@ -106,7 +118,11 @@ class TrainingCLI(RunCLI):
                 check_annotations(path)
 
 
-def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
+def build_cli(
+    argv: list[str],
+    run: bool = True,
+    prog: str = "llava-bidir",
+) -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     return TrainingCLI(
         LlavaTraining,

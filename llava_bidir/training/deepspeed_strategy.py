@@ -30,7 +30,11 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import commit_directory, partial_path, read_json
+from llava_bidir.common.files import (
+    commit_directory,
+    partial_path,
+    read_json,
+)
 from llava_bidir.common.imports import imports_as_text
 
 TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory

@@ -94,11 +94,19 @@ class FSDP2(ModelParallelStrategy):
         gathered = tree_map(gather, state)
         return gathered if self.is_global_zero else {}
 
-    def load_checkpoint(self, checkpoint_path: str, *args: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self,
+        checkpoint_path: str,
+        *args: Any,
+    ) -> dict[str, Any]:
         """Map a checkpoint into memory, of which each rank reads its shards."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, mmap=True)
 
-    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(
+        self,
+        checkpoint: dict[str, Any],
+        strict: bool = True,
+    ) -> None:
         """Load this rank's shards of the weights."""
         shards = self.lightning_module.state_dict()  # parameters may be gathered
         saved = checkpoint["state_dict"].items()
@@ -125,7 +133,11 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
     )
 
 
-def shard(module: LightningModule, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def shard(
+    module: LightningModule,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+) -> None:
     """Shard a module whose `model` is a LLaVA over a mesh, in place; `generate` then ends when each rank has."""
     for unit in find_layers(module.model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)

@@ -13,7 +13,12 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf import FIXED_DATE, PROMPT_DATE, FiniteLogits, read_training
+from llava_bidir.common.hf import (
+    FIXED_DATE,
+    PROMPT_DATE,
+    FiniteLogits,
+    read_training,
+)
 from llava_bidir.common.identity import Identity, run_identity
 from llava_bidir.common.processes import decide_on_first
 from llava_bidir.common.runs import optimizer_steps
@@ -191,13 +196,21 @@ class LlavaTraining(LightningModule):
         if self.hparams.compile:
             torch.compiler.set_stance("default")
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(
+        self,
+        batch: dict[str, Any],
+        batch_idx: int,
+    ) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""
         micro_batch = self.trainer.fit_loop.epoch_loop.total_batch_idx
         position = micro_batch * self.trainer.world_size + self.global_rank
         torch.manual_seed(self.trainer.datamodule.seed * 1_000_003 + position)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(
+        self,
+        batch: dict[str, Any],
+        batch_idx: int,
+    ) -> Tensor:
         """Return the loss of a micro-batch, weighted for `loss_average`."""
         loss = self.loss(batch)
         if self.hparams.loss_average == "tokens":
@@ -213,7 +226,11 @@ class LlavaTraining(LightningModule):
         """Return the operations of a training step, which need a forward pass of encoder and adapter."""
         return count_flops(self.model, image)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+    def validation_step(
+        self,
+        batch: dict[str, Any],
+        batch_idx: int,
+    ) -> list[str]:
         """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding.
 
         Captions (stage 1) have no right wording: only those that are shown are written.
@@ -252,7 +269,11 @@ class LlavaTraining(LightningModule):
         new = ids[:, prompts["input_ids"].shape[1] :]
         return self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(
+        self,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks in its own step."""
         super().optimizer_step(*args, **kwargs)
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):

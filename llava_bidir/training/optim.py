@@ -68,7 +68,11 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float):
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    warmup_ratio: float,
+):
     """Return a linear warm-up, then a cosine to zero, over `steps` steps. Source: LLaVA scripts/v1_5/*.sh."""
     # which imports peft, and `verify-data` trains nothing
     from transformers import get_cosine_schedule_with_warmup

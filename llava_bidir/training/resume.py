@@ -8,7 +8,11 @@ from typing import Any
 from lightning import LightningModule
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import check_same_identity, check_same_model, named_identity
+from llava_bidir.common.identity import (
+    check_same_identity,
+    check_same_model,
+    named_identity,
+)
 from llava_bidir.common.imports import imports_as_text
 from llava_bidir.common.processes import decide_on_first
 from llava_bidir.common.runs import RESUME_ADVICE

@@ -5,7 +5,11 @@ from collections import Counter
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+)
 
 from llava_bidir.common.errors import UserError
 
@@ -38,7 +42,11 @@ class Throughput(Callback):
         self.peak_tflops = peak_tflops
         self.flops: ModelFlops | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+    ) -> None:
         """Start the clock."""
         self.peak = peak_flops(pl_module.device, trainer.precision)
         if self.peak_tflops is not None:
@@ -86,7 +94,11 @@ class Throughput(Callback):
             self._start_window(trainer)
         self.batch_ended = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+    ) -> None:
         """Restart the clock: validation is neither training nor waiting for data."""
         self._start_window(trainer)
 
@@ -102,7 +114,11 @@ class Throughput(Callback):
             images = len(batch["pixel_values"])
             self.counts["flops"] += self.flops.of_batch(images, lengths, batch["supervised"])
 
-    def _rates(self, steps: int, devices: int) -> dict[str, float]:
+    def _rates(
+        self,
+        steps: int,
+        devices: int,
+    ) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
         counts = self.counts
         rates = {

@@ -97,7 +97,7 @@ class FSDP2(ModelParallelStrategy):
     def load_checkpoint(
         self,
         checkpoint_path: str,
-        *args: Any,
+        weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Map a checkpoint into memory, of which each rank reads its shards."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, mmap=True)

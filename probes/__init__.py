@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODUL
     from .models.families import EncoderFamily as EncoderFamily
     from .models.families import Family as Family
     from .models.families import register_family as register_family
+    from .models.features import pca_colours as pca_colours
     from .models.frozen_encoder import FrozenEncoder as FrozenEncoder
     from .models.frozen_mllm import FrozenMLLM as FrozenMLLM
     from .models.knockout import Knockout as Knockout
@@ -37,6 +38,7 @@ _MODULES = {
     "load": ".models.load",
     "FrozenMLLM": ".models.frozen_mllm",
     "Knockout": ".models.knockout",
+    "pca_colours": ".models.features",
     "FrozenEncoder": ".models.frozen_encoder",
     "Family": ".models.families",
     "EncoderFamily": ".models.families",

@@ -59,8 +59,8 @@ class View(_Request):
     intervention: Annotated[Block | Replace, Field(discriminator="kind")] | None = None
 
 
-class PatchWords(View):
-    """Logit-lens words of a patch at all sites."""
+class PatchView(View):
+    """A patch of a view at all sites."""
 
     patch: Index
 

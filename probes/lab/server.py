@@ -34,7 +34,7 @@ from .photos import encode
 from .requests import (
     AnswerAttention,
     Attention,
-    PatchWords,
+    PatchView,
     PhotoQuestion,
     SiteView,
     View,
@@ -49,9 +49,11 @@ MAX_JSON_BYTES = 1 << 20  # 128 x 128 patch numbers have 100 KB
 READ_LIMITS = 4
 OPERATIONS: dict[str, type[View]] = {
     "read": View,
-    "words_of_patch": PatchWords,
+    "words_of_patch": PatchView,
     "words_of_site": SiteView,
     "pixel_map": SiteView,
+    "similarity": PatchView,
+    "pca": View,
     "ask": PhotoQuestion,
     "attention": Attention,
     "answer_attention": AnswerAttention,

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
+from probes.models.features import pca_colours
 from probes.models.knockout import Knockout
 from probes.models.reading import Replacement
 from probes.models.sites import layer_site
@@ -31,7 +32,7 @@ from .requests import (
     AnswerAttention,
     Attention,
     Block,
-    PatchWords,
+    PatchView,
     PhotoQuestion,
     Replace,
     SiteView,
@@ -86,7 +87,7 @@ class Session:
             "probabilities": _pack(probabilities, np.float32),
         }
 
-    def words_of_patch(self, request: PatchWords, job: Job) -> dict[str, Any]:
+    def words_of_patch(self, request: PatchView, job: Job) -> dict[str, Any]:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
         model = self._model(request)
         states = self._read_states(request, job)
@@ -128,6 +129,25 @@ class Session:
         coloured = Image.fromarray(colorize_classes(prediction, palette))
         png = encode(coloured, "PNG")
         return {"png": base64.b64encode(png).decode()}
+
+    def similarity(self, request: PatchView, job: Job) -> dict[str, Any]:
+        """Return the cosine of each patch with one at all sites, f32[S, T]."""
+        model = self._model(request)
+        check_patches(model, [request.patch])
+        states = self._read_states(request, job)
+        found = model.mllm.similarity(states, divmod(request.patch, model.mllm.grid[1]))
+        return {"similarity": _pack(torch.stack([*found.values()]), np.float32)}
+
+    def pca(self, request: View, job: Job) -> dict[str, Any]:
+        """Return PCA colours u8[S, T, 3] without the intervention and with it, fitted over both together."""
+        views = [request.model_copy(update={"intervention": None}), request]
+        of_views = [self._read_states(view, job) for view in dict.fromkeys(views)]
+        to_grid = self._model(request).mllm.to_grid
+        states = {
+            site: to_grid(torch.cat([states[site] for states in of_views])) for site in of_views[0]
+        }
+        colours = torch.stack([*pca_colours(states).values()], 1)
+        return {"colours": [_pack((255 * x).round(), np.uint8) for x in colours]}
 
     def ask(self, request: PhotoQuestion, job: Job) -> dict[str, Any]:
         """Return the answer without the intervention and with it, and log-probabilities of the first one.

@@ -18,6 +18,7 @@ from probes.ops.geometry import Geometry, ResizeRule
 from .attention_weights import read_attention
 from .families import EncoderFamily, Family, own_image_attention
 from .families.sites import all_sites, chosen_sites, part_width
+from .features import similarity
 from .knockout import Knockout
 from .reading import Replacement, read_states
 from .sites import layer_around, layer_number, layer_site, part_of
@@ -141,6 +142,11 @@ class FrozenModel(nn.Module):
     def to_grid(self, states: Tensor) -> Tensor:
         """Reshape values per image token, f[..., T, d], to the token grid, f[..., h, w, d]."""
         return states.unflatten(-2, self.grid)
+
+    def similarity(self, states: Mapping[str, Tensor], patch: tuple[int, int]) -> dict[str, Tensor]:
+        """Return the cosine of each patch of the first image with patch (row, column), f32[h, w] by site."""
+        index = patch[0] * self.grid[1] + patch[1]
+        return {site: similarity(x[0], index).view(self.grid) for site, x in states.items()}
 
     @torch.no_grad()
     def states(

@@ -1,5 +1,6 @@
 """The lab's page in a real browser (extra: browser)."""
 
+import base64
 import csv
 import io
 import re
@@ -14,7 +15,7 @@ from PIL import Image
 
 from probes import Knockout
 from probes.lab.photos import encode
-from probes.lab.requests import Block, PhotoQuestion, Replace, View
+from probes.lab.requests import Block, PatchView, PhotoQuestion, Replace, View
 
 pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
@@ -91,6 +92,43 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_python_api(open_t
     tab.get_by_role("button", name="Clear").click()
     settle(tab)
     assert tab.locator("#panels figure").count() == 2
+
+
+def small_maps(tab) -> np.ndarray:
+    """Return the pixels u8[S, h, w, 3] of the selected panel's patches at every site."""
+    maps = tab.evaluate(
+        """[...document.querySelectorAll("#features canvas")].map((canvas) =>
+        [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data])"""
+    )
+    return np.array(maps, np.uint8).reshape(len(maps), 2, 2, 4)[..., :3]
+
+
+def test_a_click_shows_the_similarity_of_all_patches_at_every_site(open_tab, session):
+    tab = open_tab("#photo=split:1&site=layer_01&colours=similarity&patches=0-1")
+    tab.mouse.click(*point(tab, 3, panel=1))
+    settle(tab)
+    assert address(tab)["patch"] == "3"
+    request = PatchView(photo="split:1", model=0, intervention=BLOCK, patch=3)
+    packed = session.similarity(request, labs.JOB)["similarity"]
+    cosine = np.frombuffer(base64.b64decode(packed), "<f4").reshape(-1, 2, 2)
+    shown = small_maps(tab)
+    assert len(shown) == len(session.models[0].sites)
+    blue = np.where(cosine < 0, 255, np.round(255 * (1 - np.abs(cosine).clip(max=1))))
+    assert np.abs(shown[..., 2] - blue).max() <= 1
+    tab.locator("#features button").nth(2).click()
+    settle(tab)
+    assert address(tab)["site"] == session.models[0].sites[2]
+
+
+def test_colours_of_all_sites_follow_a_knockout(open_tab, session):
+    tab = open_tab("#photo=split:1&site=layer_01&colours=pca&patches=0-1&panel=1")
+    view = View(photo="split:1", model=0, intervention=BLOCK)
+    for panel, packed in enumerate(session.pca(view, labs.JOB)["colours"]):
+        tab.mouse.click(*point(tab, 0, panel=panel))
+        settle(tab)
+        expected = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(-1, 2, 2, 3)
+        assert np.array_equal(small_maps(tab), expected)
+    assert "fitted over a model's panels together" in tab.locator("#note").inner_text()
 
 
 def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session):

@@ -19,7 +19,7 @@ from probes.lab.requests import (
     AnswerAttention,
     Attention,
     Block,
-    PatchWords,
+    PatchView,
     PhotoQuestion,
     Replace,
     SiteView,
@@ -91,6 +91,34 @@ def read(session: Session, request: View) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def states_of(session: Session, request: View) -> dict[str, torch.Tensor]:
+    """Return the states of a view by the Python API."""
+    model = session.models[request.model]
+    blocked = None if request.intervention is None else hidden(*request.intervention.patches)
+    image = session.photos.get(request.photo).squares[request.model]
+    return model.mllm.states(model.mllm.preprocess([image]), model.sites, blocked)
+
+
+@pytest.mark.parametrize("change", [None, BLOCK])
+def test_similarity_and_colours_are_those_of_the_python_api(session, change):
+    view = View(photo="split:1", model=1, intervention=change)
+    mllm = session.models[1].mllm
+    states = states_of(session, view)
+    asked = PatchView(**dict(view), patch=2)
+    found = session.similarity(asked, labs.JOB)["similarity"]
+    expected = torch.stack([*mllm.similarity(states, (1, 0)).values()]).flatten(1)
+    assert np.array_equal(numbers(found, "<f4", *expected.shape), expected.numpy())
+    views = [View(photo="split:1", model=1)] + [view] * (change is not None)
+    together = [states_of(session, x) for x in views]
+    joined = {site: torch.cat([x[site] for x in together]) for site in states}
+    colours = session.pca(view, labs.JOB)["colours"]
+    assert len(colours) == len(views)
+    for i, of_view in enumerate(colours):
+        read = numbers(of_view, "u1", len(states), 2, 2, 3)
+        for s, of_site in enumerate(probes.pca_colours(joined).values()):
+            assert np.array_equal(read[s], (255 * of_site[i]).round().numpy())
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("model", [0, 1])
 def test_views_have_the_numbers_of_the_python_api(session, change, model):
@@ -146,7 +174,7 @@ def test_words_of_a_patch_are_those_of_the_map(session):
         "model": 0,
         "intervention": BLOCK,
     }
-    by_site = session.words_of_patch(PatchWords(**view, patch=2), labs.JOB)["words"]
+    by_site = session.words_of_patch(PatchView(**view, patch=2), labs.JOB)["words"]
     model = session.models[0]
     for site, words in zip(model.word_sites, by_site, strict=True):
         of_map = session.words_of_site(SiteView(**view, site=site), labs.JOB)["words"][2]
@@ -244,7 +272,7 @@ def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
     assert facts["classes"] == []
     assert facts["models"][0]["cannot_answer"] is None
     assert session.read(View(**view), labs.JOB) == {"classes": None}
-    words = session.words_of_patch(PatchWords(**view, patch=1), labs.JOB)["words"]
+    words = session.words_of_patch(PatchView(**view, patch=1), labs.JOB)["words"]
     assert len(words) == len(session.models[0].word_sites)
     with pytest.raises(UserError, match="no probe at 'layer_01'"):
         session.pixel_map(SiteView(**view, site="layer_01"), labs.JOB)

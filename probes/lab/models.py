@@ -124,25 +124,22 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
     runs = [ProbeRun(path, trust=trust) for path in paths]
     for run in runs[1:]:
         check_same_images(runs[0], run, "; open them in two labs")
-        for key, values in (
-            ("sites", (runs[0].sites, run.sites)),
-            ("grid", _values("grid", runs[0], run)),
+        first = runs[0]
+        for key, same in (
+            ("sites", first.sites == run.sites),
+            ("grid", first.metrics["grid"] == run.metrics["grid"]),
         ):
-            if values[0] != values[1]:
+            if not same:
                 raise UserError(
-                    f"{runs[0].path} and {run.path} have different {key}; open them in two labs"
+                    f"{first.path} and {run.path} have different {key}; open them in two labs"
                 )
-    kinds = [run.metrics["image_attention"] if run.has_llm else ENCODER for run in runs]
-    names = [
-        kind + (", untrained" if run.metrics["untrained"] else "")
-        for kind, run in zip(kinds, runs, strict=True)
-    ]
-    labels = [
-        f"{name}, {run.path}" if names.count(name) > 1 else name
-        for name, run in zip(names, runs, strict=True)
-    ]
+    names = []
+    for run in runs:
+        kind = run.mask if run.has_llm else ENCODER
+        names.append(kind + ", untrained" * bool(run.metrics["untrained"]))
     models = []
-    for label, run in zip(labels, runs, strict=True):
+    for name, run in zip(names, runs, strict=True):
+        label = f"{name}, {run.path}" if names.count(name) > 1 else name
         mllm = run.mllm()
         heads = {site: probe.to(mllm.device) for site, probe in run.probes().items()}
         models.append(
@@ -155,10 +152,6 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
             )
         )
     return models
-
-
-def _values(key: str, *runs: ProbeRun) -> list:
-    return [run.metrics[key] for run in runs]
 
 
 def load_checkpoint(path: str) -> list[LabModel]:

@@ -17,10 +17,8 @@ from PIL import Image
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import read_photo
 from probes.data.base import EmbeddedFile
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, GridPlacement
 from probes.ops.pixel_counts import patch_labels
-
-from .readout import grid_box
 
 KEPT = 64  # photos; each has a preview of up to 2.4 MB and a square per model of about 0.5 MB
 PREVIEW_PX = 896  # longer side of a preview: a panel of 448 px on a screen with two pixels per px
@@ -140,3 +138,15 @@ def encode(image: Image.Image, format: str) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format)
     return stream.getvalue()
+
+
+def grid_box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return left, top, width and height of the grid as fractions of an image [H, W]."""
+    height, width = size
+    rows, cols = view
+    return (
+        cols.start_px / width,
+        rows.start_px / height,
+        cols.length_px / width,
+        rows.length_px / height,
+    )

@@ -7,7 +7,6 @@ Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A att
 
 import base64
 from collections import OrderedDict
-from functools import partial
 from os.path import commonprefix
 from typing import Any
 
@@ -21,17 +20,13 @@ from probes.models.features import pca_colours
 from probes.models.knockout import Knockout
 from probes.models.reading import Replacement
 from probes.models.sites import layer_site
-from probes.ops.bilinear import upsampled_argmax
-from probes.tasks.segmentation import colorize_classes
 
 from .models import LabModel, check_patches, example_questions, open_split
 from .photos import Photos, encode
-from .readout import most_probable, read_probe, token_text
 from .requests import (
     MAX_ANSWER_TOKENS,
     AnswerAttention,
     Attention,
-    Block,
     PatchView,
     PhotoQuestion,
     Replace,
@@ -77,11 +72,11 @@ class Session:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""
         states = self._read_states(request, job)
         model = self._model(request)
-        heads = {site: partial(read_probe, probe) for site, probe in model.probes.items()}
-        if not heads:
+        if not model.probes:
             return {"classes": None}
         shown = min(TOP_CLASSES, len(model.classes))
-        classes, probabilities = most_probable(states, heads, shown)
+        logits = {site: probe(states[site].float()) for site, probe in model.probes.items()}
+        classes, probabilities = most_probable(logits, shown)
         return {
             "classes": _pack(classes, np.uint8),
             "probabilities": _pack(probabilities, np.float32),
@@ -119,15 +114,15 @@ class Session:
                 f"no probe at {request.site!r}; expected one of {', '.join(model.probes) or 'a probe run'}"
             )
         photo = self.photos.get(request.photo)
-        logits = model.probes[request.site](states[request.site].float())
+        logits = model.probes[request.site](states[request.site].float()).mT
         shown = photo.squares[request.model] if request.square else photo.preview
         size = (shown.height, shown.width)
-        maps = logits.mT.unflatten(-1, model.mllm.grid)
+        maps = logits[0].unflatten(-1, model.mllm.grid)
         view = model.mllm.geometry.view(size)
-        prediction = upsampled_argmax(maps[0], size, view).cpu().numpy()
-        palette = np.array(self.palette, np.uint8)
-        coloured = Image.fromarray(colorize_classes(prediction, palette))
-        png = encode(coloured, "PNG")
+        task = model.run.task
+        prediction = task.predict_pixels(maps, size, view)
+        coloured = task.colorize(prediction, np.array(self.palette, np.uint8))
+        png = encode(Image.fromarray(coloured), "PNG")
         return {"png": base64.b64encode(png).decode()}
 
     def similarity(self, request: PatchView, job: Job) -> dict[str, Any]:
@@ -230,11 +225,9 @@ class Session:
             )
         return self.models[request.model]
 
-    def _square(self, request: View, photo: str | None = None) -> Image.Image:
-        return self.photos.get(photo or request.photo).squares[request.model]
-
     def _pixels(self, request: View, photo: str | None = None) -> Tensor:
-        return self._model(request).mllm.preprocess([self._square(request, photo)])
+        square = self.photos.get(photo or request.photo).squares[request.model]
+        return self._model(request).mllm.preprocess([square])
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
@@ -252,11 +245,12 @@ class Session:
                 states = model.mllm.states(pixels, model.sites, knockout, hooks=hooks)
                 self._states[view] = states
         self._states.move_to_end(view)
-        size = sum(_count_bytes(states) for states in self._states.values())
-        while size > STATE_BYTES and len(self._states) > 1:
-            _, dropped = self._states.popitem(last=False)
-            size -= _count_bytes(dropped)
+        while len(self._states) > 1 and self._state_bytes() > STATE_BYTES:
+            self._states.popitem(last=False)
         return self._states[view]
+
+    def _state_bytes(self) -> int:
+        return sum(x.nbytes for states in self._states.values() for x in states.values())
 
     def _knockout(self, request: View) -> Knockout | None:
         if request.intervention is None:
@@ -265,7 +259,8 @@ class Session:
             raise UserError(
                 "answers and attention are read under blocked patches only, not under replaced states"
             )
-        return knockout_of(self._model(request), request.intervention)
+        block = request.intervention
+        return Knockout(_as_mask(self._model(request), block.patches)[None], block.layers)
 
     def _hooks(self, request: View) -> dict[str, Replacement]:
         """Return the hook that replaces states; {} for a request without one."""
@@ -297,28 +292,15 @@ class Session:
         self, model: LabModel, states: dict[str, Tensor]
     ) -> list[list[list[tuple[str, float]]]]:
         """Return words and probabilities by patch, site and rank, for states f[1, T, d] of sites."""
-        heads = {site: model.mllm.word_head(site) for site in states}
-        ids, probabilities = most_probable(states, heads, TOP_WORDS)  # [rank, S, T]
-        ids = ids.permute(2, 1, 0).tolist()
-        probabilities = probabilities.permute(2, 1, 0).tolist()
-        words = []
-        for patch in range(len(ids)):
-            by_site = []
-            for site in range(len(states)):
-                texts = [token_text(model.tokenizer, i) for i in ids[patch][site]]
-                of_site = list(zip(texts, probabilities[patch][site], strict=True))
-                by_site.append(of_site)
-            words.append(by_site)
-        return words
-
-
-def knockout_of(model: LabModel, block: Block) -> Knockout:
-    """Return the knockout of one image that a request describes.
-
-    Raises:
-        UserError: A patch is out of range.
-    """
-    return Knockout(_as_mask(model, block.patches)[None], block.layers)
+        logits = {site: model.mllm.word_head(site)(x) for site, x in states.items()}
+        found = (x.permute(2, 1, 0).tolist() for x in most_probable(logits, TOP_WORDS))
+        return [
+            [
+                [(token_text(model.tokenizer, i), p) for i, p in zip(*of_site, strict=True)]
+                for of_site in zip(*of_patch, strict=True)
+            ]
+            for of_patch in zip(*found, strict=True)
+        ]
 
 
 def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
@@ -329,8 +311,21 @@ def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
     return mask
 
 
-def _count_bytes(states: dict[str, Tensor]) -> int:
-    return sum(state.nbytes for state in states.values())
+def most_probable(logits: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Return the most probable classes or words, and probabilities, [count, S, T], of logits f[1, T, K] by site."""
+    best = [of_site[0].float().softmax(-1).topk(count) for of_site in logits.values()]
+    ids = torch.stack([x.indices.mT.cpu() for x in best], 1)
+    return ids, torch.stack([x.values.mT.cpu() for x in best], 1)
+
+
+def token_text(tokenizer, token: int) -> str:
+    """Return the text of a token, or its name if the text is not visible (a blank, a part of a character)."""
+    if token >= len(tokenizer):
+        return f"<row {token}>"  # an output matrix can have more rows than the tokenizer has tokens
+    text = tokenizer.decode([token]).strip()
+    if text.isprintable() and text and "\ufffd" not in text:
+        return text
+    return tokenizer.convert_ids_to_tokens(token)
 
 
 def split_answer(model: LabModel, answer: str) -> list[str]:

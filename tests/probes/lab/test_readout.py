@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from probes.lab.readout import grid_box, token_text
+from probes.lab.photos import grid_box
+from probes.lab.session import token_text
 from probes.ops.geometry import Geometry, ResizeRule
 
 

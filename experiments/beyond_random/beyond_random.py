@@ -48,7 +48,7 @@ from probes.models.random_init import permute_weights, replace_weights
 from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
-from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, least_favourable
+from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, worst_of
 from probes.report.verdicts import judge as judge_effect
 from probes.score.estimate import Estimate
 from probes.score.layer_effects import run_effects
@@ -279,8 +279,8 @@ def judge(
         "random": judge_draws(1, beyond["update"], [beyond["two"]]),
         "permuted": judge_draws(1, beyond["two"], [beyond["update"]]),
     }
-    columns["both"] = least_favourable(1, {name: columns[name] for name in RULES[:2]})
-    columns["study"] = least_favourable(1, pooled)
+    columns["both"] = worst_of(1, [columns[name] for name in RULES[:2]])
+    columns["study"] = worst_of(1, [*pooled.values()])
     holds = {rule: column["verdict"] == HOLDS for rule, column in columns.items()}
     above_zero = judge_effect(1, own.value, own.ci95) == HOLDS
     return holds | {"supported": holds["study"] and above_zero}

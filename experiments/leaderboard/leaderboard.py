@@ -32,7 +32,7 @@ from llava_bidir.common.bootstrap import simultaneous_band
 from llava_bidir.common.files import read_json
 from probes.report.compare import compare_runs
 from probes.report.sites import certificate_rows
-from probes.runs.formatting import format_interval, format_percent, format_points, format_score
+from probes.report.words import interval, percent, signed
 from probes.runs.probe_run import ProbeRun
 
 HERE = Path(__file__).parent
@@ -132,10 +132,11 @@ def print_best(folder: Path, rows: list[str]) -> None:
         score = run.site_scores()[site]
         certified = sum(x["converged"] for x in certificate_rows(run))
         cells = [folder.name, row, site]
-        cells.append(format_score(score.value, score.ci95))
+        low, high = map(percent, score.ci95)
+        cells.append(f"{percent(score.value)} [{low}, {high}]")
         best = [x for x in compare_runs(first, run) if x["of"] == "best layer"][0]
-        bounds = format_interval([best["low"], best["high"]])
-        cells.append(f"{format_points(best['difference'])} {bounds}" * (row != FIRST))
+        bounds = interval(best["low"], best["high"])
+        cells.append(f"{signed(best['difference'])} {bounds}" * (row != FIRST))
         cells.append(f"{certified} of {len(run.sites)}")
         print_row(cells)
 
@@ -147,8 +148,8 @@ def print_sites(folders: list[Path], row: str) -> None:
         cells = [row, site]
         for scores in by_data:
             low, high = scores[site].ci95
-            value = format_percent(scores[site].value)
-            half = format_percent((high - low) / 2)
+            value = percent(scores[site].value)
+            half = percent((high - low) / 2)
             cells.append(f"{value} ± {half}")
         print_row(cells)
 
@@ -183,9 +184,9 @@ def print_protocols(folder: Path) -> None:
             here = (rows == i) & is_layer
             best = scores.masked_fill(~here, -1).argmax()
             off = (scores - exact)[rows == i]
-            cells.append(f"{states.names[best][1]} {format_percent(scores[best].item())}")
+            cells.append(f"{states.names[best][1]} {percent(scores[best].item())}")
             mean, least, most = (
-                format_points(x.item())
+                signed(x.item())
                 for x in (
                     off.mean(),
                     off.min(),
@@ -215,8 +216,8 @@ def print_swaps(
     pairs.sort(key=lambda pair: -abs(scores[pair[0]] - scores[pair[1]]))
     for i, j in pairs[:3]:
         names = " and ".join(" ".join(states.names[k]) for k in (i, j))
-        before = format_points((exact[i] - exact[j]).item())
-        here = format_points((scores[i] - scores[j]).item())
+        before = signed((exact[i] - exact[j]).item())
+        here = signed((scores[i] - scores[j]).item())
         print(f"{name}: {names}: exact {before}, here {here}")
 
 

@@ -22,7 +22,7 @@ from probes.runs.finished_run import FinishedRun
 from probes.runs.study import StudyRuns, runs_to_compare
 from probes.score.estimate import Estimate
 from probes.score.layer_effects import EFFECTS
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, Task
 
 from .verdicts import ALPHA, FAILS, judge
 
@@ -32,8 +32,8 @@ FEWEST_PHOTOS = 6  # exchanging fewer can reject nothing: 2 ** (1 - 5) > 0.05
 Row = dict[str, Any]
 
 
-def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> list[Row]:
-    """Return the rows of the table of differences, see :class:`probes.report.tables.Tables`.
+def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[Row]:
+    """Yield the rows of the table of differences, see :class:`probes.report.tables.Tables`.
 
     Each model is compared with the first one of its task, data and seed, under each mask that both have; and of each
     model bidirectional with causal attention.
@@ -42,63 +42,58 @@ def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> list[
         studies: In the order given.
         keys: Keys of models by name.
     """
-    rows = []
     references: dict[tuple, StudyRuns] = {}
     for study in studies:
         place = (study.task.name, study.dataset, study.seed)
-        about = {
-            "task": study.task.name,
-            "data": study.dataset,
-            "seed": study.seed,
-        }
+        about = dict(zip(("task", "data", "seed"), place, strict=True))
         first = references.setdefault(place, study)
         if first.name != study.name:
             ours, theirs = runs_to_compare(first, study)
-            named = {
-                "between": "models",
+            models = {
                 "first": keys[first.name],
                 "second": keys[study.name],
             }
             for mask in [mask for mask in ours if mask in theirs]:
-                pair = (ours[mask], theirs[mask])
-                rows += [about | named | {"mask": mask} | row for row in _compare_if_alike(*pair)]
+                named = (
+                    about
+                    | models
+                    | {
+                        "between": "models",
+                        "mask": mask,
+                    }
+                )
+                try:
+                    check_same_probes(ours[mask], theirs[mask])
+                except UserError as error:
+                    yield named | {
+                        "of": LEFT_OUT,
+                        "name": str(error),
+                    }
+                else:
+                    yield from (named | row for row in compare_runs(ours[mask], theirs[mask]))
         if pair := study.pair():
-            named = {
+            named = about | {
                 "between": "masks",
+                "model": keys[study.name],
+            }
+            named |= {
                 "first": pair[0].mask,
                 "second": pair[1].mask,
             }
-            about |= named | {"model": keys[study.name]}
-            rows += [about | row for row in compare_runs(*pair)]
-    return rows
-
-
-def _compare_if_alike(first: FinishedRun, second: FinishedRun) -> Iterator[Row]:
-    """Yield the rows of two runs; if their probes were made in different ways, one that says so."""
-    try:
-        check_same_probes(first, second)
-    except UserError as error:
-        yield {
-            "of": LEFT_OUT,
-            "name": str(error),
-        }
-    else:
-        yield from compare_runs(first, second)
+            yield from (named | row for row in compare_runs(*pair))
 
 
 def compare_runs(
     first: FinishedRun, second: FinishedRun, permutations: int = RESAMPLINGS
 ) -> Iterator[Row]:
     """Yield a row for each difference; "of" is "site", "effect", "best layer" or "class"."""
-    ours, theirs = first.site_scores(), second.site_scores()
-    swaps = random_swaps(
-        first.metrics["images"],
-        permutations,
-        groups=first.groups,
-    ).double()
+    task = first.task
+    ours = first.site_scores()
+    theirs = second.site_scores()
+    swaps = random_swaps(first.metrics["images"], permutations, groups=first.groups).double()
     pairs = pair_sites(first, second)
     tested = [pair for pair in pairs if has_depth(pair[0])]
-    corrected = dict(
+    p_of = dict(
         zip(
             tested,
             _test_sites(
@@ -111,32 +106,17 @@ def compare_runs(
         )
     )
     for pair in pairs:
-        yield _row(
-            "site",
-            pair[0],
-            pair,
-            ours[pair[0]],
-            theirs[pair[1]],
-            corrected.get(pair),
-        )
+        difference = _difference(ours[pair[0]], theirs[pair[1]], task)
+        yield _row("site", pair[0], pair) | difference | {"p": p_of.get(pair)}
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
-            yield _row(
-                "effect",
-                name,
-                (None, None),
-                first.effects[name],
-                second.effects[name],
-            )
-    if first.peak_layer and second.peak_layer:
+            difference = _difference(first.effects[name], second.effects[name], task)
+            yield _row("effect", name, (None, None)) | difference
+    best = (first.peak_layer, second.peak_layer)
+    if all(best):
         layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
-        best = (first.peak_layer, second.peak_layer)
-        yield _row(
-            BEST_LAYER,
-            BEST_LAYER,
-            best,
-        ) | difference_of_best(first.task.sign, *layers)
-        if first.task.name == SEGMENTATION:
+        yield _row(BEST_LAYER, BEST_LAYER, best) | difference_of_best(task.sign, *layers)
+        if task.name == SEGMENTATION:
             yield from compare_classes(
                 first,
                 second,
@@ -233,12 +213,7 @@ def compare_classes(
     `FEWEST_PHOTOS` photos, or groups of these, has no p-value.
     """
     a, b = (
-        run.sums_at([site])[0].double()
-        for run, site in zip(
-            (first, second),
-            sites,
-            strict=True,
-        )
+        run.sums_at([site])[0].double() for run, site in zip((first, second), sites, strict=True)
     )
     moved = swaps @ (b - a)
     iou = first.task.iou
@@ -250,21 +225,14 @@ def compare_classes(
     weights = torch.cat([torch.ones(1, len(a)), first.weights]).double()
     drawn = [iou(weights @ sums).nan_to_num() for sums in (a, b)]
     photos = photos_of_classes(first)
-    for k, p in zip(
-        known,
-        corrected,
-        strict=True,
-    ):
-        scores = [Estimate.from_vector(x[:, k]) for x in drawn]
-        row = _row(
-            "class",
-            first.metrics["classes"][k],
-            sites,
-            *scores,
-            p,
-            widest=1.0,
-        )
-        yield row | {"photos": photos[k]} | ({"p": None} if photos[k] < FEWEST_PHOTOS else {})
+    for k, p in zip(known, corrected, strict=True):
+        row = _row("class", first.metrics["classes"][k], sites)
+        row |= _difference(*(Estimate.from_vector(x[:, k]) for x in drawn), first.task)
+        is_tested = photos[k] >= FEWEST_PHOTOS
+        yield row | {
+            "photos": photos[k],
+            "p": p if is_tested else None,
+        }
 
 
 def photos_of_classes(run: FinishedRun) -> list[int]:
@@ -273,41 +241,29 @@ def photos_of_classes(run: FinishedRun) -> list[int]:
     if run.groups is not None:
         group_of = torch.unique(run.groups, return_inverse=True)[1]
         labelled = torch.zeros(int(group_of.max()) + 1, labelled.shape[1]).index_add_(
-            0,
-            group_of,
-            labelled.float(),
+            0, group_of, labelled.float()
         )
     return (labelled > 0).sum(0).tolist()
 
 
-def _row(
-    of: str,
-    name: str,
-    sites: tuple[str | None, str | None],
-    first: Estimate | None = None,
-    second: Estimate | None = None,
-    p: float | None = None,
-    *,
-    widest: float = float("inf"),
-) -> Row:
-    """Return a row; without estimates only what it is about."""
-    row = {
+def _row(of: str, name: str, sites: tuple[str | None, str | None]) -> Row:
+    return {
         "of": of,
         "name": name,
         "site": sites[0],
         "second_site": sites[1],
     }
-    if first is None or second is None:
-        return row
+
+
+def _difference(first: Estimate, second: Estimate, task: Task) -> Row:
     difference = second - first
-    low, high = difference.json(lowest=-widest, highest=widest)["ci95"]
-    return row | {
+    low, high = difference.json(lowest=-task.highest, highest=task.highest)["ci95"]
+    return {
         "first_value": first.value,
         "second_value": second.value,
         "difference": difference.value,
         "low": low,
         "high": high,
-        "p": p,
     }
 
 

@@ -13,9 +13,10 @@ a folder for each study.
 """
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -24,6 +25,7 @@ from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
 from probes.analyses.charts import Figure
+from probes.data.label_counts import notes_of_run
 from probes.runs import formatting
 from probes.runs.finished_run import warn_of_changed_data
 from probes.runs.formatting import Entry, Rows
@@ -32,14 +34,14 @@ from probes.runs.study import StudyRuns, read_studies
 from probes.tasks import SEGMENTATION
 
 from .charts import STYLE, pdf_of
-from .claims import evaluate_claims
+from .claims import evaluate_claims, joint_studies
+from .compare import BEST_LAYER
 from .options import ReportOptions
 from .render import figures_of_sites, render_page
-from .results import report_results
-from .seeds import joint_studies
 from .sites import table2
-from .tables import make_tables
+from .tables import Tables, make_tables
 from .terminal import print_summary, summarize
+from .verdicts import MARGIN
 
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 Sections = dict[str, Section]  # of analyses by name
@@ -114,7 +116,13 @@ def _write_files(
     results |= {"unfinished": unfinished} if unfinished else {}
     results |= {"files": names}
     earlier = _earlier_files(out)
-    write_files(files | {out / "index.html": page, out / "results.json": results})
+    write_files(
+        files
+        | {
+            out / "index.html": page,
+            out / "results.json": results,
+        }
+    )
     for path in earlier - files.keys():
         path.unlink(missing_ok=True)
         with suppress(OSError):  # the folder of a study may have other files
@@ -135,7 +143,10 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
 
 def _added_results(sections: Sections) -> Entry:
     """Return what the analyses add to the results of a study."""
-    added: Entry = {"results": {}, "by_mask": {}}
+    added: Entry = {
+        "results": {},
+        "by_mask": {},
+    }
     for section in sections.values():
         added["results"] |= section.results
         added["by_mask"] |= section.by_mask
@@ -170,6 +181,128 @@ def _figure_files(figures: Iterable[Figure], out: Path) -> Files:
         files[out / f"{figure.name}.pdf"] = pdf.getvalue()
         files |= _csv_files({figure.name: figure.rows}, out)
     return files
+
+
+# ------------------------------------------------------------------------------------------------ results.json
+def report_results(
+    studies: Sequence[StudyRuns],
+    claims: Sequence[list[Entry]],
+    joint: Sequence[Entry],
+    tables: Tables,
+    added: Sequence[Entry],
+) -> Entry:
+    """Return the content of results.json.
+
+    Its entries are those of the study itself, or, of several models, data sets or seeds, of each in "studies". Studies
+    of other tasks are in "tasks".
+
+    Args:
+        studies: Of all tasks, those of segmentation first.
+        claims: Of each study.
+        joint: Over seeds.
+        tables: Of the report.
+        added: What analyses add to each study: {"results": ..., "by_mask": ...}.
+    """
+    labels = tables.models.set_index("name")["label"].to_dict()
+    entries = [
+        study_results(
+            study,
+            labels[study.name],
+            of_study,
+            more,
+        )
+        for study, of_study, more in zip(
+            studies,
+            claims,
+            added,
+            strict=True,
+        )
+    ]
+    main = [x for x, study in zip(entries, studies, strict=True) if study.task.name == SEGMENTATION]
+    several = {
+        "seed": main[0]["seed"],
+        "studies": main,
+    }
+    results = {
+        "margin": MARGIN,
+        "models": tables.models.to_dict("records"),
+    }
+    results |= main[0] if len(main) == 1 else several
+    if joint:
+        results["joint"] = [entry | {"model": labels[entry["model"]]} for entry in joint]
+    if len(main) < len(entries):
+        results["tasks"] = entries[len(main) :]
+    return results | {"comparisons": comparisons(tables)}
+
+
+def study_results(
+    study: StudyRuns,
+    label: str,
+    claims: list[Entry],
+    added: Mapping[str, Any],
+) -> Entry:
+    """Return the entries of one model on one data set."""
+    masks = {
+        mask: {
+            "probing": run.metrics,
+            "answer_accuracy": run.training.get("val/answer_accuracy"),  # None if not recorded
+        }
+        for mask, run in study.main_runs.items()
+    }
+    for name, found in added.get("by_mask", {}).items():
+        for mask, entry in masks.items():
+            entry[name] = found[mask]
+    random: dict[str, list[Entry]] = {}
+    for run in study.members:
+        if run.arm == "trained" or any(run is other for other in study.untrained.values()):
+            continue
+        random.setdefault(run.mask, []).append({"probing": run.metrics})
+    first = study.first
+    return {
+        "model": label,
+        "dataset": study.dataset,
+        "task": study.task.name,
+        "has_llm": first.has_llm,
+        "seed": first.metrics["seed"],
+        "masks": masks,
+        "controls": {
+            "untrained": {mask: {"probing": run.metrics} for mask, run in study.untrained.items()},
+            "random": random,
+        },
+        "claims": claims,
+        "data_notes": notes_of_run(first.metrics.get("classes", []), first.manifest["data"]),
+        **added.get("results", {}),
+    }
+
+
+def comparisons(tables: Tables) -> list[Entry]:
+    """Return the differences of two models, b minus a, in points: of sites, best layers, and classes at these.
+
+    Each has "dataset", "image_attention", "of", the labels "a" and "b", "site_a", "site_b", "value" and "ci95"; that of
+    a class also "class", "photos" and "p_corrected", None if it is in too few photos to be tested.
+    """
+    labels = tables.models.set_index("key")["label"]
+    rows = tables.differences
+    rows = rows[(rows["between"] == "models") & (rows["task"] == SEGMENTATION)]
+    found = []
+    for row in rows[rows["of"].isin(["site", BEST_LAYER, "class"])].itertuples():
+        entry = {
+            "dataset": row.data,
+            "image_attention": row.mask,
+            "of": row.of,
+            "a": labels[row.first],
+            "b": labels[row.second],
+            "site_a": row.site,
+            "site_b": row.second_site,
+            "value": 100 * row.difference,
+            "ci95": [100 * row.low, 100 * row.high],
+        }
+        if row.of == "class":
+            entry["class"] = row.name
+            entry["photos"] = int(row.photos)
+            entry["p_corrected"] = row.p if row.p == row.p else None
+        found.append(entry)
+    return found
 
 
 def run(options: ReportOptions) -> None:

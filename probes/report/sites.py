@@ -5,7 +5,7 @@ encoder with random and permuted encoders. A part of a random model that is not 
 nothing to compare with.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer, layer_around
@@ -50,66 +50,73 @@ def site_rows(study: StudyRuns, key: str) -> Iterator[Row]:
     shown = shown_runs(study)
     compared = compare_sites(study)
     for run in study.members:
-        is_main = any(run is main for main in shown.values())
+        about = run_columns(
+            study,
+            run,
+            key,
+        )
+        about["main"] = any(run is main for main in shown.values())
         for entry in run.metrics["sites"]:
             for metric in run.task.scores:
-                row = run_columns(
-                    study,
-                    run,
-                    key,
-                ) | {
-                    "main": is_main,
+                row = {
                     "site": entry["site"],
-                }
-                row |= {
                     "metric": metric,
                     "value": entry[metric],
                 }
                 row["low"], row["high"] = entry[f"{metric}_ci95"]
-                if is_main and metric == run.task.score:
+                if about["main"] and metric == run.task.score:
                     row |= compared.get((run.mask, entry["site"]), {})
-                yield row
+                yield about | row
 
 
 def compare_sites(study: StudyRuns) -> dict[tuple[str, str], Row]:
     """Return "random", "draws", "minus_random", "minus_low" and "minus_high" by mask and site.
 
     The difference is the score minus the mean of the draws, paired over images. Of random and permuted models it is the
-    smaller one, and the interval over images and draws covers those of both. The variance of draws is pooled over masks
-    and both kinds; without two degrees of freedom there is no interval.
+    smaller one, and the interval over images and draws covers those of both.
     """
-    compared: dict[tuple[str, str, str], Estimate] = {}
     shown = shown_runs(study)
-    for mask, run in shown.items():
-        own = run.site_scores()
-        for control in {*CONTROLS["llm"], *CONTROLS["adapter"]}:
-            scores = [
-                draw.site_scores()
-                for draw in random_runs(
-                    study,
-                    control,
-                    mask,
-                )
-            ]
-            for site in run.sites:
-                numbers = [of[site] for of in scores if site in of]
-                if control in CONTROLS.get(random_part(site), ()) and numbers:
-                    compared[mask, site, control] = compare_to_draws(own[site], numbers)
-    return {
-        (mask, site): _beyond_draws(
-            mask,
-            site,
-            compared,
-        )
-        for mask, run in shown.items()
-        for site in run.sites
-        if any((mask, site, control) in compared for control in CONTROLS.get(random_part(site), ()))
+    own = {mask: run.site_scores() for mask, run in shown.items()}
+    scores = {
+        (mask, control): [
+            run.site_scores()
+            for run in random_runs(
+                study,
+                control,
+                mask,
+            )
+        ]
+        for mask in shown
+        for control in (*CONTROLS["llm"], *CONTROLS["adapter"])
     }
+    found = {}
+    for site in dict.fromkeys(site for run in shown.values() for site in run.sites):
+        compared = {}
+        for (mask, control), draws in scores.items():
+            numbers = [of_draw[site] for of_draw in draws if site in of_draw]
+            if numbers and site in own[mask] and control in CONTROLS.get(random_part(site), ()):
+                compared[mask, control] = compare_to_draws(own[mask][site], numbers)
+        for mask in dict.fromkeys(mask for mask, _ in compared):
+            found[mask, site] = _beyond_draws(
+                mask,
+                compared,
+                is_pooled=site != ADAPTER,
+            )
+    return found
 
 
-def _beyond_draws(mask: str, site: str, compared: dict[tuple[str, str, str], Estimate]) -> Row:
-    controls = CONTROLS[random_part(site)]
-    own = {c: compared[mask, site, c] for c in controls if (mask, site, c) in compared}
+def _beyond_draws(
+    mask: str,
+    compared: Mapping[tuple[str, str], Estimate],
+    *,
+    is_pooled: bool,
+) -> Row:
+    """Return the difference of a site from random models, from those by mask and control.
+
+    The variance of draws is pooled over masks and controls, but of random adapters, which are the same under all masks.
+    Without two degrees of freedom there is no interval.
+    """
+    own = {key: x for key, x in compared.items() if key[0] == mask}
     nearest = min(own.values(), key=lambda x: abs(x.value))
     row = {
         "random": nearest.about["trained"] - nearest.value,
@@ -117,17 +124,12 @@ def _beyond_draws(mask: str, site: str, compared: dict[tuple[str, str, str], Est
         "minus_random": nearest.value,
     }
     intervals = []
-    for control, estimate in own.items():
-        # random adapters are the same under all masks
-        others = [
-            x
-            for (other, at, kind), x in compared.items()
-            if at == site and site != ADAPTER and (other, kind) != (mask, control)
-        ]
-        drawn = [x for x in others if len(x.about["by_draw"]) > 1]
-        if len(estimate.about["by_draw"]) < 2:
+    for key, estimate in own.items():
+        others = [x for other, x in compared.items() if other != key and is_pooled]
+        drawn = [x for x in (estimate, *others) if len(x.about["by_draw"]) > 1]
+        if estimate not in drawn:
             return row
-        ci95, (_, freedom) = interval_over_draws(estimate, drawn)
+        ci95, (_, freedom) = interval_over_draws(estimate, drawn[1:])
         if freedom < MIN_FREEDOM:
             return row
         intervals.append(ci95)
@@ -140,8 +142,8 @@ def _beyond_draws(mask: str, site: str, compared: dict[tuple[str, str, str], Est
 
 def random_runs(study: StudyRuns, control: str, mask: str) -> list[FinishedRun]:
     """Return the draws of a control; those of an adapter serve all masks, which it does not depend on."""
-    solved = next(iter(shown_runs(study).values())).is_solved
-    draws = study.draws(control, solved=solved)
+    is_solved = next(iter(shown_runs(study).values())).is_solved
+    draws = study.draws(control, solved=is_solved)
     if control != "adapter":
         return [draw[mask] for draw in draws if mask in draw]
     return [draw.get(mask) or next(iter(draw.values())) for draw in draws]
@@ -158,55 +160,56 @@ def random_part(site: str) -> str:
 def draw_rows(study: StudyRuns, key: str) -> Iterator[Row]:
     """Yield the main score of each draw of random weights at the sites that these change."""
     score = study.task.score
+    parts = {control: part for part, controls in CONTROLS.items() for control in controls}
     for mask in shown_runs(study):
-        for part, controls in CONTROLS.items():
-            for control in controls:
-                for run in random_runs(
-                    study,
-                    control,
-                    mask,
-                ):
-                    about = run_columns(
-                        study,
-                        run,
-                        key,
-                    ) | {
-                        "mask": mask,
-                        "weights": control,
-                    }
-                    for entry in run.metrics["sites"]:
-                        if random_part(entry["site"]) == part:
-                            yield about | {
-                                "site": entry["site"],
-                                "metric": score,
-                                "value": entry[score],
-                            }
-
-
-def class_rows(study: StudyRuns, key: str) -> Iterator[Row]:
-    """Yield the IoU of each class at each site, and in how many photos it is labelled."""
-    if study.task.name != SEGMENTATION:
-        return
-    for run in shown_runs(study).values():
-        photos = photos_of_classes(run)
-        for entry in run.metrics["sites"]:
-            for name, iou, count in zip(
-                run.metrics["classes"],
-                entry["iou_per_class"],
-                photos,
-                strict=True,
+        for control, part in parts.items():
+            for run in random_runs(
+                study,
+                control,
+                mask,
             ):
                 about = run_columns(
                     study,
                     run,
                     key,
-                )
-                yield about | {
+                ) | {
+                    "mask": mask,
+                    "weights": control,
+                }
+                for entry in run.metrics["sites"]:
+                    if random_part(entry["site"]) == part:
+                        row = {
+                            "site": entry["site"],
+                            "metric": score,
+                            "value": entry[score],
+                        }
+                        yield about | row
+
+
+def class_rows(study: StudyRuns, key: str) -> Iterator[Row]:
+    """Yield the IoU of each class at each site, and in how many photos it is labelled."""
+    for run in shown_runs(study).values() if study.task.name == SEGMENTATION else ():
+        about = run_columns(
+            study,
+            run,
+            key,
+        )
+        photos = photos_of_classes(run)
+        for entry in run.metrics["sites"]:
+            named = zip(
+                run.metrics["classes"],
+                entry["iou_per_class"],
+                photos,
+                strict=True,
+            )
+            for name, iou, count in named:
+                row = {
                     "site": entry["site"],
                     "class": name,
                     "iou": iou,
                     "photos": count,
                 }
+                yield about | row
 
 
 def certificate_rows(run: FinishedRun) -> Iterator[Row]:
@@ -225,34 +228,39 @@ def certificate_rows(run: FinishedRun) -> Iterator[Row]:
 
 def table2(studies: Sequence[StudyRuns]) -> list[Row]:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper; [] without an LLM."""
+    columns = ("model", "image_attention", "probes")
     rows = []
     for study in studies:
-        for mask, run in study.main_runs.items() if study.first.has_llm else ():
-            scores = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
-            row = {
-                "model": study.title,
-                "image_attention": mask,
-                "probes": run.probe_kind,
-            }
-            row |= {key: run.metrics["summary"][key] for key in SUMMARY}
-            rows.append(row | {FINAL_NORM: scores.get(FINAL_NORM)})
-    papers = [(encoder, mask) for encoder in ("clip", "dinov2", "siglip") for mask in MASKS]
-    for encoder, mask in papers if rows else ():
-        numbers = PAPER["table2_ade20k_miou"][encoder]
-        values = [value / 100 for value in (numbers["encoder"], *numbers[mask])]
-        row = {
-            "model": f"paper, {encoder}, ADE20K",
-            "image_attention": mask,
-            "probes": "trained",
-        }
-        rows.append(
-            row
-            | dict(
+        for run in study.main_runs.values() if study.first.has_llm else ():
+            row = dict(
                 zip(
-                    SUMMARY,
-                    values,
+                    columns,
+                    (study.title, run.mask, run.probe_kind),
                     strict=True,
                 )
             )
-        )
+            summary = run.metrics["summary"]
+            rows.append(row | {key: summary.get(key) for key in (*SUMMARY, FINAL_NORM)})
+    paper = PAPER["table2_ade20k_miou"]
+    for encoder in ("clip", "dinov2", "siglip") if rows else ():
+        for mask in MASKS:
+            row = dict(
+                zip(
+                    columns,
+                    (f"paper, {encoder}, ADE20K", mask, "trained"),
+                    strict=True,
+                )
+            )
+            values = (paper[encoder]["encoder"], *paper[encoder][mask])
+            rows.append(
+                row
+                | {
+                    k: x / 100
+                    for k, x in zip(
+                        SUMMARY,
+                        values,
+                        strict=True,
+                    )
+                }
+            )
     return rows

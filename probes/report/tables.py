@@ -30,8 +30,8 @@ class Tables(NamedTuple):
     first), then of sites from the pixels to the output.
 
     Args:
-        models: key ("A", "B", ...), label (at most 16 characters), about (what else is known of it, or ""), path,
-            has_llm, last_layer.
+        models: key ("A", "B", ...), name (that tells models apart), label (at most 16 characters), about (what else is
+            known of it, or ""), path, has_llm, last_layer.
         claims: A row for each claim, mask, model, task, data, seed and column: "paper", "optimum", "beyond_random", and
             "untrained", the number of the model before training. Of the column: value, low, high, verdict, reason (why
             it is untested), detectable, random (mean of the draws), control (kind of draws beyond which the claim fares
@@ -64,7 +64,7 @@ class Tables(NamedTuple):
 
 RUN = ("model", "mask", "task", "data", "weights", "draw", "seed", "probes")
 NAMES = {  # of the columns of each table
-    "models": ("key", "label", "about", "path", "has_llm", "last_layer"),
+    "models": ("key", "name", "label", "about", "path", "has_llm", "last_layer"),
     "claims": (
         *("claim", "title", "what", "model", "mask", "task", "data", "seed", "seeds", "column"),
         *("value", "low", "high", "verdict", "reason", "detectable", "random", "control"),
@@ -96,22 +96,12 @@ def make_tables(
     Args:
         studies: In the order given.
         claims: Of each study, from :func:`probes.report.claims.evaluate_claims`.
-        joint: Claims over seeds, from :func:`probes.report.seeds.joint_studies`.
+        joint: Claims over seeds, from :func:`probes.report.claims.joint_studies`.
     """
     models = name_models(studies)
-    keys = dict(
-        zip(
-            dict.fromkeys(study.name for study in studies),
-            models["key"],
-            strict=True,
-        )
-    )
+    keys = models.set_index("name")["key"].to_dict()
     rows: dict[str, list[Entry]] = {name: [] for name in NAMES}
-    for study, of_study in zip(
-        studies,
-        claims,
-        strict=True,
-    ):
+    for study, of_study in zip(studies, claims, strict=True):
         key = keys[study.name]
         about = {
             "model": key,
@@ -128,11 +118,7 @@ def make_tables(
         ):
             rows[name] += make(study, key)
         for run in study.members:
-            about_run = run_columns(
-                study,
-                run,
-                key,
-            )
+            about_run = run_columns(study, run, key)
             rows["certificates"] += [about_run | row for row in certificate_rows(run)]
     for entry in joint:
         about = {
@@ -142,7 +128,7 @@ def make_tables(
         }
         for claim in entry["claims"]:
             rows["claims"] += _claim_rows(about | {"seeds": claim["n"]["seeds"]}, claim)
-    rows["differences"] = difference_rows(studies, keys)
+    rows["differences"] += difference_rows(studies, keys)
     made = {name: DataFrame(rows[name], columns=list(NAMES[name])) for name in NAMES}
     return Tables(**made | {"models": models})
 
@@ -193,8 +179,7 @@ def by_claim(claims: DataFrame) -> DataFrame:
     beyond = parts["beyond_random"]
     table[[f"beyond_{key}" for key in numbers]] = beyond[numbers]
     table[["random", "control"]] = beyond[["random", "control"]]
-    reasons = parts["optimum"]["reason"].fillna(beyond["reason"])
-    return table.assign(reason=reasons).drop(columns=["verdict"])
+    return table.drop(columns=["verdict"])
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -208,27 +193,23 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     labels = shorten_labels([x if x != Path(path).name else path for x, path in paths.items()])
     rows = [
         {
-            "key": KEYS[i] if i < len(KEYS) else f"M{i + 1}",
+            "key": KEYS[i % len(KEYS)],
+            "name": study.name,
             "label": label,
             "about": "" if _about(study) == label else _about(study),
             "path": study.first.metrics["mllm"],
             "has_llm": study.first.has_llm,
             "last_layer": study.first.last_layer,
         }
-        for i, (label, study) in enumerate(
-            zip(
-                labels,
-                first.values(),
-                strict=True,
-            )
-        )
+        for i, (label, study) in enumerate(zip(labels, first.values(), strict=True))
     ]
     return DataFrame(rows, columns=list(NAMES["models"]))
 
 
 def _about(study: StudyRuns) -> str:
     """Return what a checkpoint records of itself, else its name."""
-    return study.first.training.get("about") or study.name
+    path = study.first.metrics["mllm"]
+    return study.first.training.get("about") or (path if study.name in path else study.name)
 
 
 def shorten_labels(names: Sequence[str]) -> list[str]:
@@ -265,14 +246,5 @@ def _shorten(label: str) -> str:
     if len(label) <= LONGEST_LABEL:
         return label
     if " " in label:
-        return (
-            label[
-                : label.rfind(
-                    " ",
-                    0,
-                    LONGEST_LABEL,
-                )
-            ].rstrip(" ,-")
-            + "…"
-        )
+        return label[: label.rfind(" ", 0, LONGEST_LABEL)].rstrip(" ,-") + "…"
     return f"{label[: LONGEST_LABEL - 5].rstrip(' -_')}…{label[-4:].lstrip(' -_')}"

@@ -9,47 +9,45 @@ from typing import Any
 
 from pandas import DataFrame
 
-from probes.models.sites import ADAPTER, ENCODER, is_layer, layer_number
-from probes.tasks import SEGMENTATION, TASKS
+from probes.tasks import SEGMENTATION
 
-from .compare import BEST_LAYER
+from .hero import choose_tiles
+from .parts import FINDINGS, is_right, model_differences
+from .readings import SiteAxis, SiteReading, lead_of, read_readings
+from .render import pairs_of
 from .tables import Tables, by_claim
-from .verdicts import MARGIN, SUPPORTED, UNTESTED
-from .words import MINUS, interval, percent, signed, site_name
-from .words import SIGNS as MASKS
+from .verdicts import MARGIN, UNTESTED
+from .words import MINUS, SIGNS, interval, percent, signed, site_name, site_tick
 
 WIDTH = 80
 MOST_LINES = 20
-MOST_SITES = 9
-COLUMNS_OF_PLOT = 25
-SIGNS = {  # of findings; how far the circle is filled says how many tests are passed
-    SUPPORTED: "●",
-    "supported by itself": "◕",
-    "not learned": "◐",
-    "also in random layers": "◐",
-    "artefact of the instrument": "◉",
-    "does not hold": "○",
-    UNTESTED: "◌",
-}
-PLAIN = {  # without UTF-8
-    **dict.fromkeys("●◕", "[x]"),
-    **dict.fromkeys("◐◉", "[/]"),
-    "○": "[ ]",
-    "◌": "[?]",
-    **dict.fromkeys("─−–", "-"),
-    "░": ":",
-    "┼": "+",
-    "◂": "<",
-    "▴": "^",
-    "▾": "v",
-    "◣": "c",
-    "■": "b",
-    "…": ".",
+MOST_SITES = (9, 7)  # of one model, of several
+PLOT = 25  # columns
+CIRCLES = {
+    "full": "●",
+    "three": "◕",
+    "half": "◐",
+    "ring": "◉",
+    "none": "○",
+    "dash": "◌",
 }
 COLOURS = {
     **dict.fromkeys("●◕", 32),
     **dict.fromkeys("◐◉", 33),
 }  # green and yellow
+PLAIN = {  # without UTF-8
+    **dict.fromkeys("●◕", "[x]"),
+    **dict.fromkeys("◐◉", "[/]"),
+    "○": "[ ]",
+    "◌": "[?]",
+}
+PLAIN |= dict(
+    zip(
+        "─−–░┼◂▴▾◣■…",
+        "---:+<^vcb.",
+        strict=True,
+    )
+)
 
 
 def summarize(tables: Tables, answer: str, photos: str) -> list[str]:
@@ -60,132 +58,120 @@ def summarize(tables: Tables, answer: str, photos: str) -> list[str]:
         answer: The first sentences of the page.
         photos: Data set and number of its photos.
     """
-    front = front_rows(tables)
-    lines = [*textwrap.wrap(answer, WIDTH), ""]
+    readings = read_readings(tables)
+    lead = lead_of(readings)
+    place = (lead.task, lead.data, lead.seed)
+    front = [reading for reading in readings if (reading.task, reading.data, reading.seed) == place]
     claims = by_claim(tables.claims)
-    joint = claims["seed"].isna()
-    claims = claims[joint if joint.any() else ~joint]
-    claims = claims[claims["data"] == front["data"].iloc[0]]
-    tested = claims[claims["conclusion"] != UNTESTED]
-    untested = claims[claims["conclusion"] == UNTESTED]
+    claims = claims[claims["data"] == lead.data]
+    if (joint := claims["seed"].isna()).any():
+        claims = claims[joint]
+    is_tested = claims["conclusion"] != UNTESTED
+    tested = claims[is_tested]
     known = tested[tested["truth"].notna()]
-    below = 2 + (len(untested) > 0) + (len(known) > 0)  # blank line, page
-    if len(tables.models) > 1:
-        lines += _rows_of_models(tables, front)
-    else:
-        room = MOST_LINES - len(lines) - below - min(5, len(tested)) - 2
-        lines += _rows_of_sites(front, min(MOST_SITES, room))
-    lines.append("")
-    lines += _rows_of_claims(
-        tested,
-        front,
-        MOST_LINES - len(lines) - below + 1,
-    )
-    if len(untested):
-        names = ", ".join(dict.fromkeys(untested["claim"].str.replace("_", " ")))
-        lines.append(
+    last = []
+    if names := dict.fromkeys(claims[~is_tested]["claim"].str.replace("_", " ")):
+        text = f"◌ untested: {', '.join(names)}"
+        last.append(
             textwrap.shorten(
-                f"◌ untested: {names}",
+                text,
                 WIDTH,
                 placeholder=" …",
             )
         )
     if len(known):
-        right = int(((known["finding"] == SUPPORTED) == (known["truth"] == "planted")).sum())
-        lines.append(f"The truth is known here: {right} of {len(known)} verdicts are right.")
-    return [*lines, f"{photos}."]
+        right = sum(map(is_right, known.itertuples()))
+        last.append(f"The truth is known here: {right} of {len(known)} verdicts are right.")
+    last.append(f"{photos}.")
+    lines = [*textwrap.wrap(answer, WIDTH), ""]
+    # verdicts have five lines at least, with a title and how many there are more
+    room = MOST_LINES - len(lines) - len(last) - min(6, len(tested)) - 3
+    if len(tables.models) > 1:
+        title, *rows = _rows_of_models(
+            tables,
+            lead,
+            front,
+        )
+        more = [f"... and {len(rows) - room + 1} more models and masks"]
+        lines += [title, *(rows if len(rows) <= room else rows[: room - 1] + more)]
+    else:
+        lines += _rows_of_sites(
+            lead,
+            choose_tiles(
+                SiteAxis(front),
+                lead,
+                min(MOST_SITES[0], room),
+            ),
+        )
+    lines.append("")
+    return (
+        lines
+        + _rows_of_claims(
+            tested,
+            front,
+            MOST_LINES - len(lines) - len(last),
+        )
+        + last
+    )
 
 
-def front_rows(tables: Tables) -> DataFrame:
-    """Return the rows of the table of sites that the summary is about: main scores on the first data set and seed."""
-    sites = tables.sites
-    of_task = sites[sites["main"] & (sites["task"] == SEGMENTATION)]
-    of_task = of_task[of_task["metric"] == TASKS[SEGMENTATION].score]
-    first = of_task.iloc[0]
-    return of_task[(of_task["data"] == first["data"]) & (of_task["seed"] == first["seed"])]
-
-
-def lead_rows(front: DataFrame) -> DataFrame:
-    """Return the rows of the first model under the mask whose best site reads most."""
-    first = front[front["model"] == front["model"].iloc[0]]
-    return first[first["mask"] == first.loc[first["value"].idxmax(), "mask"]]
-
-
-def some_sites(rows: DataFrame, most: int) -> DataFrame:
-    """Return the rows of at most so many sites: encoder, adapter, the best and the last layer, and layers between."""
-    sites = [*rows["site"]]
-    best = rows.loc[rows["value"].idxmax(), "site"]
-    kept = [site for site in (best, sites[-1], sites[0], ADAPTER, ENCODER) if site in sites]
-    step = max(1, -(-len(sites) // most))
-    kept = [*dict.fromkeys([*kept, *sites[::-step]])][:most]
-    return rows[rows["site"].isin(kept)]
-
-
-def _rows_of_sites(front: DataFrame, most: int) -> list[str]:
+def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> list[str]:
     """Return a row with a plot of the score and its interval for each site, and what random models read."""
-    rows = some_sites(lead_rows(front), most)
-    numbers = rows[["low", "high", "random"]].stack()
-    low = 5 * int(20 * max(0, numbers.min()))
-    high = min(100, 5 * (int(20 * numbers.max()) + 1))
-    lines = [f"{'':<18} mIoU  {low:<{COLUMNS_OF_PLOT - 2}}{high:>2}  random  beyond random"]
-    best = rows["value"].max()
-    for row in rows.itertuples():
-        plot = [" "] * COLUMNS_OF_PLOT
+    rows = [row for row in lead.rows if row.site in sites]
+    bounds = [x for row in rows for x in (row.low, row.high, row.random) if x == x]
+    low = 5 * int(20 * max(0, min(bounds)))
+    high = min(100, 5 * (int(20 * max(bounds)) + 1))
 
-        def column(value: float) -> int:
-            return round((100 * value - low) / (high - low) * (COLUMNS_OF_PLOT - 1))
+    def column(value: float) -> int:
+        place = (100 * value - low) / (high - low) * (PLOT - 1)
+        return min(max(0, round(place)), PLOT - 1)
 
-        for i in range(column(row.low), column(row.high) + 1):
-            plot[max(0, min(i, COLUMNS_OF_PLOT - 1))] = "─"
-        random = beyond = ""
+    lines = [f"{'':<18} mIoU  {low:<{PLOT - 2}}{high:>2}  random  beyond random"]
+    for row in rows:
+        plot = [" "] * PLOT
+        first, last = column(row.low), column(row.high)
+        plot[first : last + 1] = "─" * (last + 1 - first)
+        random = ""
         if row.random == row.random:
-            at = column(row.random)
-            plot[at] = "░" if plot[at] == " " else "┼"
             random = percent(row.random)
-            beyond = _effect(
-                row.minus_random,
-                row.minus_low,
-                row.minus_high,
-            )
+            plot[column(row.random)] = "░" if plot[column(row.random)] == " " else "┼"
         plot[column(row.value)] = "●"
-        mark = "◂" if row.value == best else " "
+        mark = "◂" if row is lead.best else " "
+        beyond = _effect(
+            row.minus_random,
+            row.minus_low,
+            row.minus_high,
+        )
         line = f"{site_name(row.site):<17}{mark} {percent(row.value):>4}  {''.join(plot)}"
         lines.append(f"{line}  {random:>6}  {beyond}"[:WIDTH].rstrip())
     return lines
 
 
-def _rows_of_models(tables: Tables, front: DataFrame) -> list[str]:
+def _rows_of_models(tables: Tables, lead: SiteReading, front: Sequence[SiteReading]) -> list[str]:
     """Return a row for each model and mask: scores with ▴ and ▾ beside random models, and the difference from A."""
-    lead = lead_rows(front)
-    sites = list(dict.fromkeys(front["site"]))
-    sites.sort(key=_place)
-    if len(sites) > 7:
-        kept = {*some_sites(lead, 7)["site"]}
-        sites = [site for site in sites if site in kept]
-    labels = dict(
-        zip(
-            tables.models["key"],
-            tables.models["label"],
-            strict=True,
-        )
+    sites = choose_tiles(
+        SiteAxis(front),
+        lead,
+        MOST_SITES[1],
     )
-    several = front["mask"].nunique() > 1
-    titles = "".join(f"{_short_site(site):>6}" for site in sites)
+    names = {
+        "encoder": "enc",
+        "adapter": "adapt",
+    }
+    titles = "".join(f"{names.get(site) or site_tick(site):>6}" for site in sites)
     lines = [f"{'mIoU, % ▴▾ vs. random':<21}{titles}   {'minus A':>8}"]
-    differences = tables.differences[tables.differences["between"] == "models"]
-    for (model, mask), rows in front.groupby(["model", "mask"], sort=False):
-        at = {row.site: row for row in rows.itertuples()}
-        cells = "".join(_cell(at.get(site)) for site in sites)
-        sign = MASKS.get(mask, " ") if several else " "
-        line = f"{model} {labels[model]:<16} {sign} {cells}"
-        pair = differences[(differences["second"] == model) & (differences["mask"] == mask)]
-        pair = pair[(pair["data"] == rows["data"].iloc[0]) & (pair["task"] == SEGMENTATION)]
-        best = pair[pair["of"] == BEST_LAYER]
-        compared = best if len(best) else pair[pair["of"] == "site"]
-        if len(compared):
-            line += f"   {signed(compared['difference'].iloc[-1]):>8}"
-        lines.append(line[:WIDTH].rstrip())
-    return lines
+    differences = model_differences(pairs_of(tables, lead))
+    has_masks = len({reading.mask for reading in front}) > 1
+    for reading in front:
+        model = reading.model
+        sign = SIGNS.get(reading.mask, " ") if has_masks else " "
+        cells = "".join(_cell(reading.row(site)) for site in sites)
+        found = differences.get(model.key)
+        difference = ""
+        if found is not None and found.mask == reading.mask:
+            difference = signed(found.difference)
+        lines.append(f"{model.key} {model.label:<16} {sign} {cells}   {difference:>8}".rstrip())
+    return [line[:WIDTH] for line in lines]
 
 
 def _cell(row: Any) -> str:
@@ -197,37 +183,20 @@ def _cell(row: Any) -> str:
     return f"{percent(row.value):>5}{arrow}"
 
 
-def _short_site(site: str) -> str:
-    if site in (ENCODER, ADAPTER):
-        return {
-            ENCODER: "enc",
-            ADAPTER: "adapt",
-        }[site]
-    return str(layer_number(site)) if is_layer(site) else site_name(site)[-5:]
-
-
-def _place(site: str) -> tuple[int, int]:
-    """Return where a site is in the order of a forward, of models of any depth."""
-    order = (ENCODER, ADAPTER)
-    if site in order:
-        return order.index(site) + 1, 0
-    number = layer_number(site) if site.rpartition("_")[2].isdecimal() else 0
-    return (0 if site.startswith(ENCODER) else 3 if number or is_layer(site) else 4), number
-
-
-def _rows_of_claims(tested: DataFrame, front: DataFrame, room: int) -> list[str]:
+def _rows_of_claims(tested: DataFrame, front: Sequence[SiteReading], room: int) -> list[str]:
     """Return a row for each verdict: the effect, and what is left of it beyond random models."""
     if not len(tested):
         return []
     words = tested["finding"].str.len().max()
-    wide = 41 if words <= 13 else 46
-    lines = [f"{'':<{wide}}{'effect, points':<19}beyond random"[:WIDTH]]
     shown = tested if len(tested) < room else tested[: max(1, room - 2)]
-    several = (front["model"].nunique() > 1, front["mask"].nunique() > 1)
+    many = len({reading.model.key for reading in front}) > 1
+    has_masks = len({reading.mask for reading in front}) > 1
+    rows = [("", "effect, points", "beyond random")]
     for row in shown.itertuples():
-        whom = f"{row.model} " * several[0] + f"{MASKS.get(row.mask, ' ')} " * several[1]
+        whom = f"{row.model} " * many + f"{SIGNS.get(row.mask, ' ')} " * has_masks
         name = row.claim.replace("_", " ") + f", {row.task}" * (row.task != SEGMENTATION)
-        head = f"{SIGNS.get(row.finding, '○')} {row.finding:<{words}} {whom}{name}"
+        circle = CIRCLES[FINDINGS[row.finding][1]]
+        head = f"{circle} {row.finding:<{words}} {whom}{name}"
         effect = _effect(
             row.value,
             row.low,
@@ -240,7 +209,10 @@ def _rows_of_claims(tested: DataFrame, front: DataFrame, room: int) -> list[str]
             row.beyond_high,
             row.task,
         )
-        lines.append(f"{head:<{wide}}{effect:<19}{beyond or UNTESTED}"[:WIDTH])
+        rows.append((head, effect, beyond or UNTESTED))
+    names, effects, beyonds = (max(map(len, column)) for column in zip(*rows, strict=True))
+    names = min(names, WIDTH - 2 - effects - beyonds)
+    lines = [f"{x[:names]:<{names}} {y:<{effects}} {z}" for x, y, z in rows]
     if len(shown) < len(tested):
         lines.append(f"... and {len(tested) - len(shown)} more verdicts")
     return lines
@@ -261,12 +233,10 @@ def _effect(
     return text.replace("-", MINUS)
 
 
-# ------------------------------------------------------------------------------------------------ printing
 def print_summary(lines: Sequence[str], page: Path) -> None:
     """Print a summary and where its page is: signs in colour, unless NO_COLOR is set, without UTF-8 in ASCII."""
-    stream = sys.stdout
-    can_show = "utf" in (stream.encoding or "").lower()
-    is_coloured = can_show and stream.isatty() and not os.environ.get("NO_COLOR")
+    can_show = "utf" in (sys.stdout.encoding or "").lower()
+    is_coloured = can_show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     last = f"{lines[-1]} {page}"
     for line in (*lines[:-1], last if len(last) <= WIDTH else str(page)):
         if not can_show:
@@ -274,15 +244,3 @@ def print_summary(lines: Sequence[str], page: Path) -> None:
         elif is_coloured and line[:1] in COLOURS:
             line = f"\033[{COLOURS[line[0]]}m{line[0]}\033[0m{line[1:]}"
         print(line)
-
-
-def label_answer(sentences: Sequence[str], models: DataFrame) -> str:
-    """Return sentences in which "{A}" stands for a model, with its key and label, or the label of the only one."""
-    text = " ".join(sentences)
-    for key, label in zip(
-        models["key"],
-        models["label"],
-        strict=True,
-    ):
-        text = text.replace(f"{{{key}}}", f"{key} {label}" if len(models) > 1 else label)
-    return text

@@ -69,13 +69,29 @@ def column(
     value: float,
     ci95: Sequence[float],
     margin: float = 0.0,
+    df: float = math.inf,
     **more: Any,
 ) -> Entry:
-    """Return a column with a verdict; if it is "does not hold", with the smallest effect that is "detectable"."""
+    """Return a column with a verdict and "p"; if it "does not hold", with the smallest effect that is "detectable".
+
+    Args:
+        sign: Of the claim.
+        value: Centre of the interval.
+        ci95: Of Student's t with `df` degrees of freedom.
+        margin: Smallest value that counts.
+        df: Infinite for an interval over images.
+        more: Further entries.
+    """
     entry = {
         "value": value,
         "ci95": list(ci95),
-        "verdict": judge(sign, value, ci95, margin),
+        "verdict": judge(
+            sign,
+            value,
+            ci95,
+            margin,
+        ),
+        "p": p_value(sign, value, [standard_error(ci95, df)]),
     } | more
     return entry | ({"detectable": detectable(ci95, margin)} if entry["verdict"] == FAILS else {})
 
@@ -122,27 +138,25 @@ def conclude(verdicts: dict[str, Entry], unlearned: str) -> Entry:
             conclusion = FAILS
         else:
             conclusion = unlearned
-        result = {"supported": beyond == HOLDS, "conclusion": conclusion}
+        result = {
+            "supported": beyond == HOLDS,
+            "conclusion": conclusion,
+        }
     else:
-        result = {"supported": False, "conclusion": ARTEFACT if paper == HOLDS else FAILS}
+        result = {
+            "supported": False,
+            "conclusion": ARTEFACT if paper == HOLDS else FAILS,
+        }
     return result | {"p": None if missing else max(entry["p"] for entry in needed)}
 
 
 def correct_for_claims(claims: list[Entry]) -> None:
     """Add "p_holm": "p" corrected for the number of claims that have one (Holm), and the "finding" in words."""
     tested = [claim for claim in claims if claim["p"] is not None]
+    corrected = iter(holm([claim["p"] for claim in tested]))
     for claim in claims:
-        claim["p_holm"] = None
-    for claim, p in zip(tested, holm([claim["p"] for claim in tested]), strict=True):
-        claim["p_holm"] = p
-    for claim in claims:
+        claim["p_holm"] = None if claim["p"] is None else next(corrected)
         claim["finding"] = describe_finding(claim)
-
-
-def measured_effect(claim: Entry) -> Entry:
-    """Return the effect that a conclusion is about, "value" and "ci95": at the optimum, if it was measured there."""
-    optimum = claim["verdicts"]["optimum"]
-    return claim if optimum["ci95"] is None else optimum
 
 
 def describe_finding(claim: Entry) -> str:
@@ -153,60 +167,54 @@ def describe_finding(claim: Entry) -> str:
     return claim["conclusion"]
 
 
+def worst_of(sign: int, columns: Sequence[Entry], margin: float = MARGIN) -> Entry:
+    """Return the column where a claim fares worst, with the largest "p" of all.
+
+    A claim that holds in some only does not hold. Of columns that are all reversed, it is the nearest to the claim.
+    """
+
+    def lowest(entry: Entry) -> float:
+        return min(sign * bound for bound in entry["ci95"])
+
+    verdicts = {entry["verdict"] for entry in columns}
+    failing = [entry for entry in columns if entry["verdict"] != HOLDS]
+    worst = min(failing or columns, key=lowest)
+    if verdicts == {REVERSED}:
+        worst = max(columns, key=lowest)
+    result = worst | {"p": max(entry["p"] for entry in columns)}
+    if len(verdicts) > 1:
+        result |= {
+            "verdict": FAILS,
+            "detectable": detectable(result["ci95"], margin),
+        }
+    return result
+
+
 def path_column(
     sign: int,
-    rows: list[Entry],
+    rows: Sequence[Entry],
     margin: float = MARGIN,
 ) -> Entry:
     """Return the column "optimum" from an effect at three strengths, with intervals that hold at all of them together.
 
     It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count.
     """
-    converged = [row for row in rows if row["converged"]]
-
-    def ci95(row):
-        return (row["low"], row["high"])
-
-    verdicts = {judge(sign, row["value"], ci95(row), margin) for row in converged}
-    worst = min(converged, key=lambda row: min(sign * row["low"], sign * row["high"]))
-    if verdicts == {REVERSED}:  # the row that comes nearest to the claim
-        worst = max(converged, key=lambda row: max(sign * row["low"], sign * row["high"]))
-    p = max(p_value(sign, row["value"], [standard_error(ci95(row))]) for row in converged)
-    more = {
-        "row": worst["row"],
+    columns = [
+        column(
+            sign,
+            row["value"],
+            [row["low"], row["high"]],
+            margin,
+            row=row["row"],
+        )
+        for row in rows
+        if row["converged"]
+    ]
+    counts = {
         "strengths": len(rows),
-        "converged": len(converged),
-        "p": p,
+        "converged": len(columns),
     }
-    entry = column(
-        sign,
-        worst["value"],
-        ci95(worst),
-        margin,
-        **more,
-    )
-    if len(verdicts) > 1:  # holds at some strengths only
-        entry |= {"verdict": FAILS, "detectable": detectable(ci95(worst), margin)}
-    return entry
-
-
-def margin_column(
-    sign: int,
-    value: float,
-    ci95: Sequence[float],
-    df: float = math.inf,
-    margin: float = MARGIN,
-    **more: Any,
-) -> Entry:
-    """Return a column with the margin and "p", from an interval of Student's t with these degrees of freedom."""
-    return column(
-        sign,
-        value,
-        ci95,
-        margin,
-        p=p_value(sign, value, [standard_error(ci95, df)]),
-        **more,
-    )
+    return worst_of(sign, columns, margin) | counts
 
 
 def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
@@ -214,39 +222,11 @@ def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
 
     It is about the numbers that are compared, "trained" and "by_draw".
     """
-    about = {"trained": trained.value, "by_draw": [draw.value for draw in draws]}
-    return replace(trained - Estimate.mean(draws), about=about)
-
-
-def least_favourable(sign: int, columns: dict[str, Entry], margin: float = MARGIN) -> Entry:
-    """Return the column of the control beyond which a claim of this sign fares worst, with the "p" of all controls.
-
-    A model that has learned nothing resembles one kind of random weights and not another one: a random LLM whose
-    attention is sharper than that of all draws of one kind can read more than these.
-
-    Args:
-        sign: Of the claim.
-        columns: What :func:`judge_draws` returns, by control; "controls" of the result.
-        margin: Of the task.
-    """
-
-    def bound(control: str) -> float:
-        return min(sign * bound for bound in columns[control]["ci95"])
-
-    verdicts = {entry["verdict"] for entry in columns.values()}
-    failing = [name for name, entry in columns.items() if entry["verdict"] != HOLDS]
-    control = min(failing or columns, key=bound)
-    if verdicts == {REVERSED}:  # the one that comes nearest to the claim
-        control = max(columns, key=bound)
-    p = max(entry["p"] for entry in columns.values())
-    result = columns[control] | {
-        "p": p,
-        "control": control,
-        "controls": columns,
+    about = {
+        "trained": trained.value,
+        "by_draw": [draw.value for draw in draws],
     }
-    if len(verdicts) > 1:  # holds beyond some controls only
-        result |= {"verdict": FAILS, "detectable": detectable(result["ci95"], margin)}
-    return result
+    return replace(trained - Estimate.mean(draws), about=about)
 
 
 def interval_over_draws(
@@ -290,4 +270,11 @@ def judge_draws(
         "df_of_draws": of_draws[1],
         "p": p_value(sign, compared.value, [standard_error(own), of_draws]),
     }
-    return column(sign, compared.value, ci95, margin, **more, ci95_without_draws=own)
+    return column(
+        sign,
+        compared.value,
+        ci95,
+        margin,
+        **more,
+        ci95_without_draws=own,
+    )

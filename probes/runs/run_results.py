@@ -1,7 +1,6 @@
 """What `probes fit` and `probes solve` say of their folder: what is in it, and the scores of a finished run."""
 
 from pathlib import Path
-from shlex import quote
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
@@ -60,7 +59,4 @@ def format_scores(out: Path, task: Task) -> str:
     scores = ", ".join(
         text.format(site, value) for site, value in main.items() if value is not None
     )
-    folders = f"{quote(str(out))} --out {quote(str(out / 'report'))}"
-    other = "" if task.name == SEGMENTATION else "RUN --tasks "
-    report = f"probes report {other}{folders}"
-    return f"{out}: {task.labels[task.score]} {scores or 'in metrics.json'}. To see all scores: {report}"
+    return f"{out}: {task.labels[task.score]} {scores or 'in metrics.json'}"

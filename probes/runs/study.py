@@ -8,7 +8,7 @@ resemble the trained one (probes/models/random_init.py).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -238,10 +238,14 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[StudyRuns]:
         UserError: A run is of two models, two runs are the same case, or runs do not fit together.
     """
     _check_named_once(runs)
+    keys = [(run.task_name, model_name(run), run.metrics["dataset"]) for run in runs]
+    seeds: dict[tuple, set[int]] = {}  # of trained runs
+    for key, run in zip(keys, runs, strict=True):
+        seeds.setdefault(key, set()).update([run.metrics["seed"]] * (run.arm == "trained"))
     members: dict[tuple, list[FinishedRun]] = {}
-    key_of = study_keys(runs)
-    for run in runs:
-        members.setdefault((run.task_name, *key_of(run)), []).append(run)
+    for key, run in zip(keys, runs, strict=True):
+        seed = run.metrics["seed"] if len(seeds[key]) > 1 else None
+        members.setdefault((*key, seed), []).append(run)
     studies = [
         StudyRuns(*key[1:], members=of_study)
         for key, of_study in members.items()
@@ -291,24 +295,6 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     for study in studies:
         groups.setdefault((study.task.name, study.name, study.dataset), []).append(study)
     return list(groups.values())
-
-
-def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, str, int | None]]:
-    """Return the key of a run's study: model, dataset, and the seed if its task has trained runs with several."""
-    seeds: dict[tuple[str, str, str], set[int]] = {}
-    for run in runs:
-        if not run.metrics["untrained"]:
-            key = (run.task_name, model_name(run), run.metrics["dataset"])
-            seeds.setdefault(key, set()).add(run.metrics["seed"])
-
-    def key_of(run: FinishedRun) -> tuple[str, str, int | None]:
-        model = model_name(run)
-        dataset = run.metrics["dataset"]
-        seed = run.metrics["seed"]
-        of_model = seeds.get((run.task_name, model, dataset), ())
-        return model, dataset, seed if len(of_model) > 1 else None
-
-    return key_of
 
 
 def model_name(run: FinishedRun) -> str:

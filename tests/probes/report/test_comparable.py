@@ -131,3 +131,13 @@ def test_equal_trainings_are_not_two_seeds(write):
     with pytest.raises(UserError, match="not two trainings"):
         studies_of(runs)
     assert len(studies_of([runs[0], write("s2", CURVE, 8, solved=True, seed=2)])) == 2
+
+
+def test_other_probes_and_other_images_are_refused(write):
+    pair = [write("run", CURVE, mask=mask) for mask in ("causal", "bidirectional")]
+    probe = json.loads((Path(pair[1]) / "metrics.json").read_text())["probe"]
+    options = {"mask": "bidirectional", "probe": probe | {"feature_norm": "batchnorm"}}
+    with pytest.raises(UserError, match="differ in feature_norm, 'none' and 'batchnorm'"):
+        studies_of([pair[0], write("norm", CURVE, **options)])
+    with pytest.raises(UserError, match="were scored on different images"):
+        studies_of([*pair, f"another={write('images', CURVE, images=30)}"])

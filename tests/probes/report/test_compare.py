@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import probe_runs
 import pytest
+import tiny_models
 import torch
+from reference import miou_of_counts
 from report_parts import studies_of
 from safetensors.torch import load_file, save_file
 
@@ -28,13 +31,14 @@ from probes.score.estimate import Estimate
 QUALITY = [0.50, 0.40, 0.52, 0.60, 0.58, 0.58]  # encoder, adapter, three layers, final norm
 WORSE = [*QUALITY[:3], 0.50, 0.48, 0.48]
 MARGIN = 0.01
+MASKS = ("causal", "bidirectional")
 
 
 def compared(*words: str) -> list[dict]:
     """The differences of models that are named A, B, ..."""
     studies = studies_of(words)
     names = dict.fromkeys(study.name for study in studies)
-    return difference_rows(studies, dict(zip(names, "ABC", strict=False)))
+    return [*difference_rows(studies, dict(zip(names, "ABC", strict=False)))]
 
 
 def of(rows: list[dict], what: str) -> dict[str, dict]:
@@ -226,14 +230,40 @@ def test_the_interval_of_best_layers_is_that_of_all_pairs_together():
     assert [-mirrored["high"], -mirrored["low"]] == pytest.approx(expected, abs=1e-6)
 
 
-def test_differences_have_the_intervals_of_paired_resampling(write):
-    """Not those of independent ones: the photos are the same."""
-    runs = [ProbeRun(write(name, QUALITY, number=i)) for i, name in enumerate(("a", "b"))]
-    row = of([*compare_runs(*runs)], "site")["layer_02"]
-    scores = [run.site_scores()["layer_02"] for run in runs]
-    drawn = (scores[1].resampled - scores[0].resampled).quantile(
-        torch.tensor([0.025, 0.975]).double()
-    )
-    assert [row["low"], row["high"]] == pytest.approx(drawn.tolist(), abs=2e-3)
-    apart = scores[0].resampled.std() + scores[1].resampled.std()
-    assert row["high"] - row["low"] < 2 * apart
+def miou(run: ProbeRun, weights=None) -> np.ndarray:
+    """mIoU by site, f[S], or f[S, R] under the multiplicities of images `weights` f[R, N]."""
+    right, predicted, labelled = run.counts[:3]
+    pairs = zip(right, predicted, strict=True)
+    return np.array([miou_of_counts(i, p, labelled, weights) for i, p in pairs])
+
+
+def test_paired_differences_and_intervals_equal_numpy(write):
+    """The half width is the 95% quantile of the distance of resampled values from their mean."""
+    curve = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]
+    paths = [write("run", curve, i, mask=mask) for i, mask in enumerate(MASKS)]
+    causal, bidirectional = map(ProbeRun, paths)
+    rows = [*compare_runs(causal, bidirectional, 50)]
+    difference = miou(bidirectional) - miou(causal)
+    resampled = miou(bidirectional, causal.weights) - miou(causal, causal.weights)
+    for i, row in enumerate(row for row in rows if row["of"] == "site"):
+        assert row["site"] == causal.sites[i]
+        assert row["difference"] == pytest.approx(difference[i])
+        half = np.quantile(np.abs(resampled[i] - resampled[i].mean()), 0.95)
+        expected = [difference[i] - half, difference[i] + half]
+        assert [row["low"], row["high"]] == pytest.approx(expected, abs=1e-5)
+    effects = {row["name"]: row["difference"] for row in rows if row["of"] == "effect"}
+    assert effects["adapter_drop"] == pytest.approx(difference[0] - difference[1])
+    peaks = [miou(run)[2:5].max() for run in (causal, bidirectional)]
+    assert effects["recovery"] == pytest.approx(peaks[1] - peaks[0] - difference[1])
+
+
+def test_three_groups_of_images_are_too_few(tmp_path):
+    """A clear gain; images of a group are exchanged together."""
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    runs = []
+    for mask, shift in zip(MASKS, (0.0, 0.05), strict=True):
+        options = {"root": root, "mask": mask, "groups": torch.arange(40) % 3}
+        path = probe_runs.write_run(tmp_path / mask, [q + shift for q in QUALITY], **options)
+        runs.append(ProbeRun(path))
+    sites = of([*compare_runs(*runs)], "site").values()
+    assert all(row["p"] is None or row["p"] > 0.2 for row in sites)

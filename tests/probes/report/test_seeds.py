@@ -9,7 +9,7 @@ import torch
 from report_parts import studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.seeds import join_column, mean_over_seeds
+from probes.report.claims import join_column, mean_over_seeds
 from probes.report.verdicts import compare_to_draws, judge_draws
 from probes.score.estimate import Estimate
 

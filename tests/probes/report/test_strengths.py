@@ -24,7 +24,7 @@ from report_parts import studies_of
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
-from probes.report.strengths import path_rows
+from probes.report.measure import Case
 from probes.runs.probe_run import ProbeRun
 from probes.runs.study import UNTRAINED
 from probes.score.layer_effects import (
@@ -177,13 +177,22 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     assert readings["best_layer"].sites == sorted(set(expected[0]))
 
 
+EFFECTS = ("adapter_drop", "recovery", "recovery_trained")
+
+
+def strengths_of(study) -> dict[tuple[str, str], dict]:
+    """The effects of a study under the causal mask by name and row of strengths."""
+    cases = [Case(study, name, "causal", {}) for name in EFFECTS]
+    return {(case.name, row["row"]): row for case in cases for row in case.strengths()}
+
+
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):
     (study,) = studies_of([paths["solved"], paths["solved_untrained"]])
     run = study.solved["causal"]
     (control,) = study.where(arm=UNTRAINED, solved=True)
     run.weights = control.weights = run.weights[:60]
     run.effects, control.effects = map(effects_of_counts, (run, control))
-    rows = {(r["effect"], r["row"]): r for r in path_rows(study)}
+    rows = strengths_of(study)
     fold = np.arange(40) % 10
     path = counts_by_strength(run)
     untrained = counts_by_strength(control)
@@ -262,8 +271,8 @@ def test_rows_count_if_the_sites_that_they_read_have_converged(
     options = {"root": root, "untrained": is_control, "converged": converged}
     runs = [paths["solved"]] * is_control
     runs.append(write_solved(tmp_path / "run", [curve] * 3, **options))
-    found = path_rows(*studies_of(runs))
-    assert [(x["effect"], x["row"]) for x in found if not x["converged"]] == missing
+    found = strengths_of(*studies_of(runs))
+    assert [key for key, row in found.items() if not row["converged"]] == missing
 
 
 # ------------------------------------------------------------------------------------------------ studies

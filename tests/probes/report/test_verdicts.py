@@ -12,8 +12,8 @@ from probes.report.verdicts import (
     compare_to_draws,
     judge,
     judge_draws,
-    least_favourable,
     path_column,
+    worst_of,
 )
 from probes.score.estimate import Estimate, p_value
 
@@ -105,24 +105,28 @@ def beyond(verdict, low, high, p):
     }
 
 
+def worst(sign, columns):
+    return worst_of(sign, [entry | {"control": name} for name, entry in columns.items()])
+
+
 def test_the_control_that_decides_is_the_one_beyond_which_the_claim_fares_worst():
     holds = beyond("holds", 0.02, 0.06, 0.01)
     more = beyond("holds", 0.03, 0.05, 0.001)
     below = beyond("does not hold", 0.025, 0.03, 0.02)  # as of another margin
     against = beyond("reversed", -0.06, -0.02, 1.0)
-    entry = least_favourable(1, {"random": more, "permuted": holds})
+    entry = worst(1, {"random": more, "permuted": holds})
     assert (entry["verdict"], entry["control"], entry["p"]) == ("holds", "permuted", 0.01)
-    entry = least_favourable(1, {"random": holds, "permuted": below})
+    entry = worst(1, {"random": holds, "permuted": below})
     assert (entry["verdict"], entry["control"], entry["p"]) == ("does not hold", "permuted", 0.02)
     assert entry["detectable"] > 0.01
-    entry = least_favourable(1, {"random": holds, "permuted": against})
+    entry = worst(1, {"random": holds, "permuted": against})
     assert (entry["verdict"], entry["control"]) == ("does not hold", "permuted"), "not reversed"
     worse = beyond("reversed", -0.2, -0.1, 1.0)
-    entry = least_favourable(1, {"random": worse, "permuted": against})
+    entry = worst(1, {"random": worse, "permuted": against})
     assert (entry["verdict"], entry["control"]) == ("reversed", "permuted"), "reversed beyond both"
     falls = beyond("holds", -0.06, -0.02, 0.01)
     further = beyond("holds", -0.2, -0.1, 0.001)
-    assert least_favourable(-1, {"random": falls, "permuted": further})["control"] == "random"
+    assert worst(-1, {"random": falls, "permuted": further})["control"] == "random"
 
 
 def beyond_draws(trained, draws, others=()):

@@ -1,0 +1,106 @@
+"""The tables of a report: names of models, claims in one row each, and the summary for the terminal."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from probes.cli import main
+from probes.report.tables import by_claim, shorten_labels
+from probes.report.terminal import print_summary
+
+CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+LONG = "a model whose name is far too long for a column"
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["llava-hf/llava-1.5-7b-hf"], ["llava-1.5-7b"]),
+        (["runs/demo/causal/stage2/hf"], ["stage2"]),
+        (["mine.py:build", "dinov2s"], ["build", "dinov2s"]),
+        (["clip + vicuna-7b", "siglip + vicuna-7b"], ["clip", "siglip"]),
+        (["vit_small_patch14_dinov2.lvd142m"], ["vit small…"]),
+        (["org/vit-small-patch14-142m"], ["vit-small-p…142m"]),
+    ],
+)
+def test_labels_are_short_and_tell_models_apart(names, labels):
+    assert shorten_labels(names) == labels
+    assert max(map(len, labels)) <= 16
+
+
+def report(folder: Path) -> dict:
+    main(["report", str(folder), "--out", str(folder / "report")])
+    return json.loads((folder / "report/results.json").read_text())
+
+
+def test_a_claim_is_one_row_with_what_its_conclusion_is_about(write, draws, tmp_path):
+    """At the optimum if it was measured there; the columns of the table are those of results.json."""
+    write("sgd", FLAT)
+    write("solved", CURVE, 1, solved=True)
+    draws(FLAT, FLAT, CURVE)
+    results = report(tmp_path)
+    table = pd.read_csv(tmp_path / "report/claims.csv")
+    rows = by_claim(table).set_index("claim")
+    for claim in results["claims"]:
+        row = rows.loc[claim["claim"]]
+        optimum = claim["verdicts"]["optimum"]
+        about = optimum if optimum["ci95"] else claim
+        assert [row["value"], row["low"], row["high"]] == [about["value"], *about["ci95"]]
+        assert (row["finding"], row["paper_verdict"]) == (
+            claim["finding"],
+            claim["verdicts"]["paper"]["verdict"],
+        )
+    beyond = next(x for x in results["claims"] if x["claim"] == "recovery")
+    beyond = beyond["verdicts"]["beyond_random"]
+    assert rows.loc["recovery", "random"] == pytest.approx(np.mean(beyond["by_draw"]))
+    assert rows.loc["recovery", "control"] == beyond["control"]
+
+
+@pytest.mark.parametrize(("models", "layers"), [(1, 3), (1, 40), (7, 3), (7, 40)])
+def test_the_summary_has_at_most_20_lines_of_80_columns(
+    models,
+    layers,
+    write,
+    draws,
+    tmp_path,
+    capsys,
+):
+    """Under both masks, with more sites and verdicts than there is room for."""
+    curve = [0.5, 0.4, *np.linspace(0.4, 0.7, layers), 0.7]
+    for i in range(models):
+        for mask in ("causal", "bidirectional"):
+            named = {"mllm": f"{i} {LONG}"} if models > 1 else {}
+            write(f"{i}", curve, i, mask=mask, solved=True, **named)
+    if models == 1:
+        draws(curve[::-1], curve[::-1])
+    lines = report(tmp_path)["summary"]
+    assert len(lines) <= 20 and max(map(len, lines)) <= 80
+    assert "segments best at" in lines[0]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[: len(lines) - 1] == lines[:-1]
+    assert printed[-1].endswith("report/index.html")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "no_colour", "printed"),
+    [
+        ("utf-8", "", "\033[32m●\033[0m supported ■\n○ none −1.0\n"),
+        ("utf-8", "1", "● supported ■\n○ none −1.0\n"),
+        ("ascii", "", "[x] supported b\n[ ] none -1.0\n"),
+    ],
+)
+def test_signs_are_those_that_the_terminal_can_show(encoding, no_colour, printed, monkeypatch):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    print_summary(["● supported ■", "○ none −1.0", "40 photos."], Path("index.html"))
+    stream.flush()
+    assert raw.getvalue().decode(encoding) == f"{printed}40 photos. index.html\n"

@@ -295,10 +295,14 @@ def test_two_processes_under_zero_end_at_the_weights_of_one(
     small_stage2_options,
     small_stages,
     tmp_path,
+    monkeypatch,
 ):
     """Up to rounding, which AdamW enlarges where gradients are near zero: 5% of the way that training has gone."""
     more = f"-c configs/cluster/{zero}.yaml --trainer.devices 2"
     more += " --trainer.precision 32-true --trainer.accelerator cpu"
+    more += " --trainer.strategy zero_on_cpu.ZeROOnCPU"
+    helpers = Path(__file__).parents[1] / "helpers"
+    monkeypatch.setenv("PYTHONPATH", str(helpers), prepend=":")
     options = small_stage2_options(tmp_path / "run", *more.split())
     command = [sys.executable, "-m", "llava_bidir", *options]
     codes, log = run_ranks(command, tmp_path)

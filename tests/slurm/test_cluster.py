@@ -19,6 +19,7 @@ import probes.cli
 ROOT = Path(__file__).parents[2]
 JOBS = 2 * 3 + 1  # of one encoder
 PROBES = "-c configs/demo/probes.yaml --data.batch_size 2 --data.name toy"
+ZERO = "zero3.yaml --trainer.strategy zero_on_cpu.ZeROOnCPU"
 ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
 
@@ -43,7 +44,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
         "TASKS_PER_NODE": "2",
         "CPUS_PER_TASK": "1",
         "PYTHON": sys.executable,
-        "STRATEGY": f"-c configs/cluster/{'zero3' if find_spec('deepspeed') else 'ddp'}.yaml --trainer.accelerator cpu",
+        "STRATEGY": f"-c configs/cluster/{ZERO if find_spec('deepspeed') else 'ddp.yaml'} --trainer.accelerator cpu",
         "RUNS": str(folder / "runs"),
         "LLM": llm,
         "ENCODERS": "clip",
@@ -59,7 +60,9 @@ def settings(tmp_path_factory) -> dict[str, str]:
         "ARMS": "trained random0 random1 permuted0 permuted1",
         "STUDY": f"{PROBES} --fit --add knockout.draws=1",
         "VQA_PYTHON": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests/helpers")]
+        ),
     }
 
 

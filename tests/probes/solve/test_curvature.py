@@ -129,7 +129,9 @@ def test_means_over_nodes_are_means_over_pixels(certainty):
 @pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias_gradient", [0.0, 0.2])
 def test_sample_hessian_is_the_derivative_of_the_gradient(
-    product_dtype, bias_gradient, monkeypatch
+    product_dtype,
+    bias_gradient,
+    monkeypatch,
 ):
     """Of the mean loss of the nodes, for a probe that leaves a fold out and for one that does not."""
     monkeypatch.setattr(curvature, "fast_dtype", lambda device: product_dtype)

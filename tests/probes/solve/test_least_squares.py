@@ -66,7 +66,14 @@ def solve(
 ) -> Solution:
     """Return the probes; image i is in fold i % 2."""
     fold_of = torch.arange(len(states)) % 2
-    return solve_values(states, normal_equations(target, grid, view), grid, fold_of, strengths)
+    equations = normal_equations(target, grid, view)
+    return solve_values(
+        states,
+        equations,
+        grid,
+        fold_of,
+        strengths,
+    )
 
 
 @pytest.mark.parametrize(("grid", "size", "resize"), product(GRIDS, SIZES[::2], RESIZES))

@@ -252,7 +252,8 @@ def class_rows(classes: pd.DataFrame, lead: SiteReading, differences: pd.DataFra
         sort=False,
     )
     best = lead.best.site
-    layers = [row.site for row in lead.rows if lead.own[row.site].startswith("layer")]
+    is_norm = best.endswith("norm")  # which repeats the last layer
+    layers = [row.site for row in lead.rows if lead.is_layer(row.site) and not is_norm]
     ends = ["adapter"] * bool(lead.row("adapter")) + layers[::-1] + [lead.rows[0].site]
     compared = next((site for site in ends if site != best), best)
     if table.empty or best == compared:

@@ -1,0 +1,114 @@
+"""The first sentences of a report, from the best site and the findings about it."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from probes.report.compare import BEST_LAYER
+from probes.report.headline import headline, plain_text
+from probes.report.readings import Model, SiteReading
+
+MLLM = {"encoder": 0.5, "adapter": 0.31, "layer_01": 0.4, "layer_02": 0.444}
+ENCODER = {"layer_00": 0.14, "layer_01": 0.4, "layer_02": 0.62, "layer_03": 0.6}
+NONE = pd.DataFrame(columns=["of", "low", "high", "difference", "site", "first", "second"])
+HOLDS, FAILS = "holds", "does not hold"
+
+
+def reading(scores: dict[str, float], has_llm: bool) -> SiteReading:
+    """A model A of these scores."""
+    rows = [SimpleNamespace(site=site, value=value) for site, value in scores.items()]
+    model = Model(
+        "A",
+        "tiny",
+        "",
+        0,
+        has_llm,
+        len(scores) - (2 if has_llm else 1),
+    )
+    return SiteReading(
+        model,
+        "causal",
+        "toy",
+        "segmentation",
+        0,
+        rows,
+        {},
+        {site: site for site in scores},
+        {},
+    )
+
+
+def claim(finding: str, value: float, optimum: str, random: float = 0.008) -> SimpleNamespace:
+    return SimpleNamespace(finding=finding, value=value, optimum_verdict=optimum, random=random)
+
+
+def said(lead: SiteReading, claims: dict, differences: pd.DataFrame = NONE) -> str:
+    many = len(differences) > 0
+    answer, after = headline(lead, claims, differences, many)
+    return plain_text([answer, *after], {"A": "tiny", "D": "shuffled"} if many else {"A": "tiny"})
+
+
+@pytest.mark.parametrize(
+    ("claims", "after"),
+    [
+        (
+            {"recovery": claim("supported", 0.13, HOLDS)},
+            "Its LLM adds 13.0 points to its adapter, random LLMs 0.8.",
+        ),
+        (
+            {"recovery": claim("not learned", 0.13, HOLDS)},
+            "Its LLM adds 13.0 points to its adapter, but this is not shown to be learned.",
+        ),
+        (
+            {"recovery": claim("untested", 0.13, "untested")},
+            "Whether its LLM adds to its adapter is untested.",
+        ),
+        (
+            {
+                "recovery": claim(FAILS, 0.0, FAILS),
+                "adapter_drop": claim("not learned", 0.123, HOLDS),
+            },
+            "Its adapter loses 12.3 points, as random adapters do, and no LLM layer is shown to recover them.",
+        ),
+        (
+            {"recovery": claim(FAILS, 0.0, FAILS)},
+            "No LLM layer is shown to improve on its adapter (31.0%).",
+        ),
+        ({}, ""),
+    ],
+)
+def test_what_an_llm_adds(claims, after):
+    text = said(reading(MLLM, True), claims)
+    assert text == f"tiny segments best at its encoder: 50.0% mIoU. {after}".rstrip()
+
+
+@pytest.mark.parametrize(
+    ("last", "gain", "text"),
+    [
+        (
+            claim(FAILS, 0.002, FAILS),
+            claim("supported", 0.467, HOLDS, 0.073),
+            "tiny segments best at layer 2 of 3: 62.0% mIoU. Its layers add 46.7 points to its patches, random layers "
+            "7.3. The last layer is not shown to read less.",
+        ),
+        (
+            claim("also in random layers", 0.02, HOLDS),
+            claim("not learned", 0.4, HOLDS),
+            "Read tiny at layer 2 of 3: 62.0% mIoU. It reads 2.0 points more than the last layer. Random layers have "
+            "such a gap, too.",
+        ),
+    ],
+)
+def test_which_layer_of_an_encoder_to_read(last, gain, text):
+    claims = {"over_last": last, "layer_gain": gain}
+    assert said(reading(ENCODER, False), claims) == text
+
+
+def test_the_first_model_that_differs_is_named():
+    row = {"of": BEST_LAYER, "low": -0.16, "high": -0.09, "difference": -0.127}
+    row |= {"site": "encoder", "first": "A", "second": "D"}
+    text = said(reading(MLLM, True), {}, pd.DataFrame([row]))
+    assert text == (
+        "A tiny segments best at its encoder: 50.0% mIoU. D shuffled reads 12.7 points less."
+    )

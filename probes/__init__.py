@@ -26,9 +26,9 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODUL
     from .models.own_module import EncoderModule as EncoderModule
     from .ops.cross_entropy import upsampled_cross_entropy as upsampled_cross_entropy
     from .ops.quadrature import prepare_masks as prepare_masks
-    from .runs.finished_run import FinishedRun as FinishedRun
-    from .runs.probe_run import ProbeRun as ProbeRun
-    from .runs.runs import open_run as open_run
+    from .runs.read import FinishedRun as FinishedRun
+    from .runs.read import ProbeRun as ProbeRun
+    from .runs.read import open_run as open_run
     from .score.estimate import Estimate as Estimate
     from .solve.features import solve_features as solve_features
     from .studies.run import study as study
@@ -47,9 +47,9 @@ _MODULES = {
     "register_dataset": ".data.registry",
     "Probe": ".heads",
     "register_head": ".heads",
-    "ProbeRun": ".runs.probe_run",
-    "FinishedRun": ".runs.finished_run",
-    "open_run": ".runs.runs",
+    "ProbeRun": ".runs.read",
+    "FinishedRun": ".runs.read",
+    "open_run": ".runs.read",
     "Claim": ".analyses.base",
     "Estimate": ".score.estimate",
     "register_analysis": ".analyses.claims",

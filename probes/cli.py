@@ -4,9 +4,13 @@ from collections.abc import Sequence
 
 from llava_bidir.common.cli import Command, Groups, run
 from probes.analyses import MEASURED
-from probes.command_options import (
+from probes.config import (
+    AssetsOptions,
+    DemoOptions,
     LabOptions,
     MaskOptions,
+    PlantOptions,
+    QuestionsOptions,
     SegmentOptions,
     SitesOptions,
     SolveOptions,
@@ -15,12 +19,6 @@ from probes.command_options import (
     VerifyOptions,
 )
 from probes.report.options import ReportOptions
-from probes.world_options import (
-    AssetsOptions,
-    DemoOptions,
-    PlantOptions,
-    QuestionsOptions,
-)
 
 ABOUT = (
     "Layerwise segmentation probes for frozen MLLMs and vision encoders (arXiv 2603.17228). A finished result is "

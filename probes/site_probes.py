@@ -8,21 +8,24 @@ probe: of segmentation, classes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from llava_bidir.common.processes import rank_zero_info
+from probes.data.batches import group_by_size
 from probes.data.probe_data import ProbeData
 from probes.heads import Probe
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.load import load
-from probes.models.matched_updates import MATCH_IMAGES
+from probes.models.random_weights import MATCH_IMAGES
 from probes.score.image_metrics import TaskMetric
-from probes.tasks import TASKS, Task
+from probes.tasks import SEGMENTATION, TASKS, Task
 
 # options of the frozen model and its sites; the others of `ModelOptions` say how probes are trained
 MODEL_SETTINGS = (
@@ -148,3 +151,61 @@ def evenly_spaced_images(dataset: Dataset, count: int) -> list[Image.Image]:
     """Return at most `count` images of a dataset, at equal distances from the first on."""
     count = min(count, len(dataset))
     return [dataset[i * len(dataset) // count]["image"] for i in range(count)]
+
+
+def score_batch(
+    probes: SiteProbes,
+    states: dict[str, Tensor],
+    batch: dict[str, Any],
+    metric: TaskMetric,
+) -> Tensor:
+    """Count the images of a batch; return the logits f[S, B, K, h, w].
+
+    Args:
+        probes: The probes.
+        states: f[B, T, d] by site.
+        batch: Targets, and the index of each image.
+        metric: Receives the counts.
+    """
+    logits = probes.logits(states)
+    for images, target in group_by_size(batch["target"]):
+        metric.update(logits[:, images], target, batch["index"][images])
+    return logits
+
+
+def compute_counts(metric: TaskMetric) -> dict[str, Tensor]:
+    """Return what the task counts of each image, by name, on the CPU; the metric is empty then."""
+    counted = metric.compute()
+    metric.reset()
+    return counted
+
+
+def save_predictions(
+    probes: SiteProbes,
+    logits: Tensor,
+    batch: dict[str, Any],
+    names: list[str],
+    folder: Path,
+) -> None:
+    """Write the predicted class of every pixel of a batch to FOLDER/SITE/NAME.png.
+
+    Other tasks than segmentation write NAME.npy, float32 in the format of their targets.
+
+    Args:
+        probes: The probes.
+        logits: f[S, B, K, h, w] of the batch.
+        batch: Targets, and the index of each image.
+        names: Names of all images of the split.
+        folder: RUN/predictions.
+    """
+    for images, target in group_by_size(batch["target"]):
+        size = tuple(target.shape[1:3])
+        view = probes.mllm.geometry.view(size)
+        for site, logits_by_image in zip(probes.sites, logits[:, images], strict=True):
+            (folder / site).mkdir(parents=True, exist_ok=True)
+            for i, of_image in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
+                prediction = probes.task.predict_pixels(of_image, size, view)
+                if probes.task.name == SEGMENTATION:
+                    Image.fromarray(prediction).save(folder / site / f"{names[i]}.png")
+                else:
+                    np.save(folder / site / f"{names[i]}.npy", prediction)

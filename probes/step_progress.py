@@ -94,7 +94,12 @@ class StepWatcher:
         self.part = ""
         self.part_begun = 0.0  # how far it was when it was first heard of
 
-    def __call__(self, part: str, done: float, total: float) -> str:
+    def __call__(
+        self,
+        part: str,
+        done: float,
+        total: float,
+    ) -> str:
         """Return the time left of all steps when `done` of `total` units of a part are done; write a line at times."""
         now = time.monotonic()
         if part != self.part:

@@ -17,7 +17,7 @@ import llava_bidir.cli
 import probes
 from probes.cli import main
 from probes.models.families import dynamic_resolution, gemma
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 MASKS = ("causal", "bidirectional")
 GPU = ["--trainer.accelerator", "gpu"]

@@ -16,7 +16,7 @@ import llava_bidir.cli
 import probes.cli
 from llava_bidir.command_options import COMMANDS as OF_TRAINING
 from llava_bidir.common.cli import Parser
-from probes.run_config import DataOptions, ModelOptions
+from probes.config import DataOptions, ModelOptions
 
 HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
@@ -80,7 +80,7 @@ def test_help_imports_nothing_heavy(package):
 
 
 def test_options_of_a_run_are_those_that_lightning_parses(capsys):
-    """A field of `run_config.py` that `ProbeModule` or `ProbeDataModule` did not take would have no effect."""
+    """A field of `config.py` that `ProbeModule` or `ProbeDataModule` did not take would have no effect."""
     with pytest.raises(SystemExit):
         probes.cli.main(["fit", "--help"])
     text = capsys.readouterr().out

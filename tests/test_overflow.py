@@ -21,7 +21,7 @@ from llava_bidir.common.hf import check_outputs
 from llava_bidir.training.module import LlavaTraining
 from probes import Knockout
 from probes.cli import main
-from probes.models.matched_updates import match_updates, scale_layers
+from probes.models.random_weights import match_updates, scale_layers
 
 LLAMA_LAYER_2 = "model.language_model.layers.1.mlp.down_proj.weight"
 DINO_LAYER_2 = "encoder.layer.1.mlp.fc2.weight"

@@ -43,15 +43,19 @@ import probes
 from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.data.registry import open_dataset
-from probes.models.matched_updates import MATCH_IMAGES, layer_updates
-from probes.models.random_init import permute_weights, replace_weights
+from probes.models.random_weights import (
+    MATCH_IMAGES,
+    layer_updates,
+    permute_weights,
+    replace_weights,
+)
 from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, worst_of
 from probes.report.verdicts import judge as judge_effect
+from probes.score.effects import run_effects
 from probes.score.estimate import Estimate
-from probes.score.layer_effects import run_effects
 from probes.score.resampling import dataset_scores
 from probes.tasks import SEGMENTATION, TASKS
 

@@ -33,7 +33,7 @@ from llava_bidir.common.files import read_json
 from probes.report.compare import compare_runs
 from probes.report.sites import certificate_rows
 from probes.report.words import interval, percent, signed
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 HERE = Path(__file__).parent
 FIRST = "dinov2"  # what all others are compared with

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava_bidir.common.files import write_files
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 IGNORED = 255
 NEIGHBOURS = 30

@@ -15,7 +15,7 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, sha256, write_files
 from llava_bidir.data.dataset import read_records
-from probes.world_options import QuestionsOptions
+from probes.config import QuestionsOptions
 from probes.worlds.questions import build_records
 
 CAPTIONS = "captions"  # name of the link

@@ -1,4 +1,4 @@
-"""Coverage of claims about the best layer (probes/score/layer_effects.py), on studies whose truth is known.
+"""Coverage of claims about the best layer (probes/score/effects.py), on studies whose truth is known.
 
     python -m experiments.statistics.best_layer --studies 200 --images 100
 
@@ -27,14 +27,14 @@ from experiments.statistics.model_pairs import (
 )
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.verdicts import HOLDS, MARGIN, judge
-from probes.score.estimate import Estimate
-from probes.score.layer_effects import (
+from probes.score.effects import (
     cross_validated_layers,
     effects_of,
     image_folds,
     main_score,
     read_scores,
 )
+from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION, TASKS
 
 TASK = TASKS[SEGMENTATION]

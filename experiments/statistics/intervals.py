@@ -56,7 +56,7 @@ def simulate_population(classes: int, rarest: float, seed: int) -> np.ndarray:
 
 def read_population(run: str, sites: list[str]) -> np.ndarray:
     """Return the counts of two sites of a finished run, f[2, 3, N, K]."""
-    from probes.runs.probe_run import ProbeRun
+    from probes.runs.read import ProbeRun
 
     probed = ProbeRun(run)
     counts = probed.counts

@@ -29,8 +29,8 @@ from probe_runs import CLASSES_TASK, random_counts, sums_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.compare import compare_runs, differs
+from probes.score.effects import cross_validated_layers, image_folds
 from probes.score.estimate import Estimate
-from probes.score.layer_effects import cross_validated_layers, image_folds
 from probes.score.resampling import dataset_scores, resampled_scores
 
 POPULATION = 20_000

@@ -26,7 +26,7 @@ from probes.models.sites import ADAPTER, is_layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probes.runs.finished_run import FinishedRun
+    from probes.runs.read import FinishedRun
     from probes.score.estimate import Estimate
 
     from .charts import Figure
@@ -198,7 +198,7 @@ class Analysis:
         import torch
         from tqdm import tqdm
 
-        from probes.runs.run_files import read_tensors
+        from probes.runs.files import read_tensors
 
         folder = options.folder / f"{self.name}.partial"
         file = folder / "made_from.json"
@@ -228,8 +228,7 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
         UserError: The options do not fit the run, or the result of other options or runs may not be replaced.
         NothingToMeasure: The run has no case.
     """
-    from probes.runs.probe_run import ProbeRun
-    from probes.runs.runs import open_run
+    from probes.runs.read import ProbeRun, open_run
 
     open_probes = open_run if analysis.of_any_task else ProbeRun
     run = open_probes(options.probes, trust=options.trust)
@@ -267,7 +266,7 @@ def effects_files(
     folder: Path,
 ) -> dict[Path, Any]:
     """Return the content of the file of effects of an analysis, by its path."""
-    from probes.score.effect_file import effect_file
+    from probes.score.effects import effect_file
 
     return {folder / f"{analysis}{EFFECTS}": effect_file(effects, run.fingerprint)}
 

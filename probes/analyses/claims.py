@@ -15,7 +15,7 @@ from . import ANALYSES
 from .base import EFFECTS, Claim, effects_files
 
 if TYPE_CHECKING:  # this module answers `import probes`
-    from probes.runs.finished_run import FinishedRun
+    from probes.runs.read import FinishedRun
     from probes.score.estimate import Estimate
 
 CLAIMS: dict[str, Claim] = {
@@ -91,7 +91,7 @@ def read_effects(run: "FinishedRun") -> dict[str, "Estimate"]:
     Raises:
         UserError: A file is damaged, or was made from other probes.
     """
-    from probes.score.effect_file import read_effect_file
+    from probes.score.effects import read_effect_file
 
     effects = dict(run.effects)
     for path in sorted(run.path.glob(f"*{EFFECTS}")):

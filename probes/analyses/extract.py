@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import check_suffix, exclusive_run_lock, write_files
 from llava_bidir.common.images import read_photos
-from probes.command_options import MaskOptions, SitesOptions, StatesOptions
+from probes.config import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
 from probes.models.families.modules import MODULE_TYPE
 from probes.models.families.sites import encoder_layers, part_sites, parts_text, why_no_part

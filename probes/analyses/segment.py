@@ -17,10 +17,10 @@ from tqdm import tqdm
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.images import read_photo
-from probes.command_options import SegmentOptions
+from probes.config import SegmentOptions
 from probes.data.base import open_image
 from probes.data.palette import palette_of
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.tasks.segmentation import colorize_classes
 
 COMMAND = "probes segment"  # marks the files of this command, which it may replace

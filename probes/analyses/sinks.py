@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # this module answers `probes --help`
     from torch import Tensor
 
     from probes.models.frozen_mllm import FrozenMLLM
-    from probes.runs.finished_run import FinishedRun
+    from probes.runs.read import FinishedRun
 
 # A state is a sink's from this multiple of the median norm. In SmolLM2-135M sinks have 159 times the median, the
 # largest of other tokens 3 to 5 times.

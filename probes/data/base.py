@@ -96,7 +96,12 @@ class ImageDataset(Dataset):
             "target": target.astype(np.uint8) if target.dtype == bool else target,
         }
 
-    def read_target(self, image: Image.Image, image_file: File, *target_files: File) -> ndarray:
+    def read_target(
+        self,
+        image: Image.Image,
+        image_file: File,
+        *target_files: File,
+    ) -> ndarray:
         """Return the target of an image, or raise a BadFile that names the file."""
         raise NotImplementedError
 

@@ -18,22 +18,24 @@ from llava_bidir.common.processes import (
     rank_zero_warn,
     worker_options,
 )
-from probes.run_config import DataOptions
+from probes.config import DataOptions
 from probes.tasks import SEGMENTATION
 
 from .base import shared_images
 from .batches import CachedFeatures, MaskPreparer, PreprocessedDataset, collate
-from .label_counts import (
+from .registry import open_split, split_identity
+from .samplers import validation_batches
+from .verify import (
     LabelCounts,
     add_counts,
     check_labels,
+    find_bad_files,
+    format_bad_files,
     join_counts,
     label_notes,
+    leave_out_unlabelled,
     shared_image_note,
 )
-from .registry import open_split, split_identity
-from .samplers import validation_batches
-from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
 
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
@@ -53,7 +55,7 @@ class ProbeData:
     Args:
         root: Folder of the dataset.
         seed: Random seed of the order of training images; linked from seed_everything by the command line.
-        **options: Other fields of :class:`probes.run_config.DataOptions`.
+        **options: Other fields of :class:`probes.config.DataOptions`.
 
     Raises:
         UserError: There is no such layout or task, or the folder is not of the layout.

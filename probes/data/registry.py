@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.imports import HINT
-from probes.run_config import DataOptions
+from probes.config import DataOptions
 from probes.tasks import TASKS
 
 from .ade20k import ADE20K

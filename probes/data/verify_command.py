@@ -3,11 +3,11 @@
 import time
 
 from llava_bidir.common.processes import usable_cores
-from probes.command_options import VerifyOptions
+from probes.config import VerifyOptions
 
 from .base import shared_images
-from .label_counts import format_labels
 from .probe_data import ProbeData
+from .verify import format_labels
 
 
 def run(options: VerifyOptions) -> None:

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.identity import run_identity
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
 from llava_bidir.common.runs import run_process
-from probes.run_config import RunConfig
-from probes.runs.prediction_files import save_predictions
-from probes.runs.run_results import format_scores, run_folder, say_finished
+from probes.config import RunConfig
+from probes.runs.files import format_scores, run_folder, say_finished
+from probes.site_probes import save_predictions
 
 from .datamodule import ProbeDataModule
 from .module import ProbeModule

@@ -18,16 +18,15 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity, check_same_identity, run_identity
 from llava_bidir.common.processes import all_gather, decide_on_first
 from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
+from probes.config import ModelOptions
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
 from probes.heads import factory_of
 from probes.models.module_sources import source_identity
 from probes.ops.quadrature import PreparedMasks
-from probes.run_config import ModelOptions
-from probes.runs.scoring import compute_counts, score_batch
-from probes.runs.write_run import RunRecord, save_run
+from probes.runs.write import RunRecord, save_run
 from probes.score.resampling import dataset_scores
-from probes.site_probes import SiteProbes, load_probes
+from probes.site_probes import SiteProbes, compute_counts, load_probes, score_batch
 from probes.tasks import Task
 
 NODES = 3  # per cell and axis of the loss's quadrature, see probes/ops/README.md
@@ -39,7 +38,7 @@ class ProbeModule(LightningModule):
     Args:
         num_classes: K; linked from the data by the command line.
         seed: Seed of probes and re-initialised parts; linked from seed_everything by the command line.
-        **options: Fields of :class:`probes.run_config.ModelOptions`, of which `mllm` must be given.
+        **options: Fields of :class:`probes.config.ModelOptions`, of which `mllm` must be given.
 
     Raises:
         UserError: There is no such head, or the learning rate is not above 0.

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from llava_bidir.common.errors import UserError
-from probes.command_options import LabOptions
+from probes.config import LabOptions
 
 if TYPE_CHECKING:
     import uvicorn

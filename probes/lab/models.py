@@ -17,8 +17,8 @@ from probes.heads import Probe
 from probes.models.frozen_model import FrozenModel
 from probes.models.prompts import read_tokenizer
 from probes.models.sites import ENCODER, is_in_llm_space
-from probes.runs.comparable import check_same_images
-from probes.runs.probe_run import ProbeRun
+from probes.runs.compare import check_same_images
+from probes.runs.read import ProbeRun
 
 
 @dataclass

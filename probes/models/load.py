@@ -23,7 +23,7 @@ from .module_sources import check_names_function, is_source, open_source
 from .own_module import EncoderModule, Preprocess, describe_module
 from .pixels import read_image_processors
 from .prompts import read_dialogue, read_prefix_ids, read_separator_id
-from .random_init import check_control, check_matches, replace_weights
+from .random_weights import check_control, check_matches, replace_weights
 from .read_config import check_numbers, read_config
 
 IMAGE_FIRST = (
@@ -77,7 +77,7 @@ def load(
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
         untrained: Parts to replace by random weights, as controls without training: "adapter", "llm"; of a bare encoder
             "encoder".
-        match: How a random LLM or encoder resembles the trained one: "none", "update" or "permuted" (random_init.py).
+        match: How a random LLM or encoder resembles the trained one: "none", "update" or "permuted".
         draw: Number of the draw of random weights, for several controls with one seed.
         match_images: Images on which "update" matches the layers' updates: training images.
         update_scales: The factors of an earlier match (`FrozenMLLM.update_scales`), instead of `match_images`.

@@ -23,9 +23,9 @@ from llava_bidir.common.files import read_json
 from llava_bidir.common.imports import HINT
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.ops.quantiles import student_quantile
-from probes.runs.comparable import knockout_difference
-from probes.runs.finished_run import FinishedRun
+from probes.runs.compare import knockout_difference
 from probes.runs.formatting import Entry
+from probes.runs.read import FinishedRun
 from probes.runs.study import StudyRuns, studies_by_model
 from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION

@@ -17,11 +17,11 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps, simultaneous_band
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, ENCODER, is_layer, layer_number
-from probes.runs.comparable import check_same_probes
-from probes.runs.finished_run import FinishedRun
+from probes.runs.compare import check_same_probes
+from probes.runs.read import FinishedRun
 from probes.runs.study import StudyRuns, runs_to_compare
+from probes.score.effects import EFFECTS
 from probes.score.estimate import Estimate
-from probes.score.layer_effects import EFFECTS
 from probes.tasks import SEGMENTATION, Task
 
 from .verdicts import ALPHA, FAILS, judge

@@ -14,7 +14,10 @@ SUPPORTED = ("supported", "supported by itself")
 
 
 def headline(
-    lead: SiteReading, claims: Mapping[str, Any], differences: pd.DataFrame, many: bool
+    lead: SiteReading,
+    claims: Mapping[str, Any],
+    differences: pd.DataFrame,
+    many: bool,
 ) -> tuple[str, list[str]]:
     """Return the answer, and the sentences after it.
 

@@ -202,7 +202,10 @@ def dodge(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def best_site(
-    frame: Frame, axis: SiteAxis, lead: SiteReading, is_wide: bool
+    frame: Frame,
+    axis: SiteAxis,
+    lead: SiteReading,
+    is_wide: bool,
 ) -> Iterator[Label | Line]:
     """Yield the ring at the best site, its score, and the bracket of what random models do not reach."""
     best = lead.best

@@ -3,7 +3,7 @@
 Effects are vectors of a number and its resamplings (probes/analyses/claims.py). All use the same resamplings of the
 study's validation images, so differences between sites, masks and controls are paired.
 
-The best layer of a recovery is chosen by cross-validation over images (probes/score/layer_effects.py). The paper
+The best layer of a recovery is chosen by cross-validation over images (probes/score/effects.py). The paper
 chooses it on the images that it is scored on, which favours models with many layers; tables keep that definition.
 
 A solved run has each effect of layers three times, "EFFECT@ROW": with the probes of the strengths of regularisation
@@ -27,9 +27,9 @@ from probes.analyses.base import Claim
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
 from probes.analyses.knockout.effects import MIN_IMAGES
 from probes.models.sites import ADAPTER, ENCODER
-from probes.runs.comparable import check_pair, knockout_difference
-from probes.runs.finished_run import FinishedRun
+from probes.runs.compare import check_pair, knockout_difference
 from probes.runs.formatting import Rows
+from probes.runs.read import FinishedRun
 from probes.runs.steps import LEFT_OUT, study_folder, unfinished_steps
 from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
 from probes.score.estimate import Estimate
@@ -119,7 +119,12 @@ class Case:
                     found[mask, control] = compare_to_draws(number.judged, numbers)
         return found
 
-    def other_knockouts(self, control: str, solved: bool, mask: str) -> str | None:
+    def other_knockouts(
+        self,
+        control: str,
+        solved: bool,
+        mask: str,
+    ) -> str | None:
         """Return why knockouts of a control are not comparable with the trained one's; None for other claims."""
         trained = self.study.where(
             arm="trained",

@@ -25,10 +25,10 @@ from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
 from probes.analyses.charts import Figure
-from probes.data.label_counts import notes_of_run
+from probes.data.verify import notes_of_run
 from probes.runs import formatting
-from probes.runs.finished_run import warn_of_changed_data
 from probes.runs.formatting import Entry, Rows
+from probes.runs.read import warn_of_changed_data
 from probes.runs.steps import unfinished_steps
 from probes.runs.study import StudyRuns, read_studies
 from probes.tasks import SEGMENTATION

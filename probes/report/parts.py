@@ -50,7 +50,12 @@ COLUMNS = {
 class Scale:
     """An axis in per cent of a box, from values in the unit of a task; signed ones have a line at 0."""
 
-    def __init__(self, values: Iterable[float], factor: float = 100, signed: bool = True):
+    def __init__(
+        self,
+        values: Iterable[float],
+        factor: float = 100,
+        signed: bool = True,
+    ):
         self.factor = factor
         self.signed = signed
         least = LEAST_STEP if factor == 100 else 0

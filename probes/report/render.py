@@ -11,7 +11,7 @@ from probes.analyses import ANALYSES
 from probes.analyses.base import Section
 from probes.analyses.charts import Figure
 from probes.analyses.templates import render
-from probes.data.label_counts import notes_of_run
+from probes.data.verify import notes_of_run
 from probes.runs.pictures import names_of, read_pictures
 from probes.runs.steps import FAILED, LEFT_OUT, describe_steps
 from probes.runs.study import StudyRuns, overridden_masks, runs_to_compare

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer, layer_around
-from probes.runs.finished_run import FinishedRun
 from probes.runs.paper import PAPER
+from probes.runs.read import FinishedRun
 from probes.runs.study import CONTROLS, MASKS, StudyRuns, runs_to_compare
 from probes.score.estimate import Estimate
 from probes.score.strengths import is_at_end

@@ -4,7 +4,7 @@ Runs of `probes solve` are "solved": their probes minimise the loss at every str
 `probes fit` train theirs with AdamW. Where a study has both, the page shows the trained probes and compares the solved
 ones along the path of strengths; the main runs of all masks have probes of one kind. Controls have random weights:
 the "untrained" one is the model before training, "random" ones are further draws of it, random adapters, and LLMs that
-resemble the trained one (probes/models/random_init.py).
+resemble the trained one (probes/models/random_weights.py).
 """
 
 import logging
@@ -16,10 +16,9 @@ from llava_bidir.common.errors import UserError
 from probes.steps import read_record
 from probes.tasks import SEGMENTATION, Task
 
-from .comparable import check_same_images, check_seeds_differ, check_study
-from .finished_run import FinishedRun
+from .compare import check_same_images, check_seeds_differ, check_study
 from .formatting import file_name
-from .runs import finished_runs, open_run
+from .read import FinishedRun, finished_runs, open_run
 
 MASKS = ("causal", "bidirectional")
 # Arms with random weights, by the part that is random: a claim must hold beyond each of them.

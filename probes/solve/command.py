@@ -18,11 +18,10 @@ from llava_bidir.common.runs import (
     plan_run,
     run_process,
 )
-from probes.command_options import SolveOptions
+from probes.config import RunConfig, SolveOptions
 from probes.data.probe_data import ProbeData
 from probes.machine import Machine, build_machine, seed_everything
-from probes.run_config import RunConfig
-from probes.runs.run_results import format_scores, run_folder, say_finished
+from probes.runs.files import format_scores, run_folder, say_finished
 from probes.site_probes import MODEL_SETTINGS
 from probes.tasks import TASKS
 from probes.tasks.losses import CrossEntropy

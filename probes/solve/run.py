@@ -20,18 +20,22 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity, describe_digest
 from llava_bidir.common.processes import broadcast, rank, rank_count, rank_zero_info
+from probes.config import SolverOptions
 from probes.data.available_memory import available_memory
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import assign_folds
 from probes.machine import Machine, solver_device
 from probes.models.module_sources import source_identity
-from probes.run_config import SolverOptions
 from probes.runs.pictures import save_pictures
-from probes.runs.prediction_files import save_predictions
-from probes.runs.scoring import compute_counts, score_batch
-from probes.runs.write_run import RunRecord, StrengthsRecord, save_run
+from probes.runs.write import RunRecord, StrengthsRecord, save_run
 from probes.score.strengths import CLOSED_FORM, OPTIMUM
-from probes.site_probes import SiteProbes, load_probes
+from probes.site_probes import (
+    SiteProbes,
+    compute_counts,
+    load_probes,
+    save_predictions,
+    score_batch,
+)
 from probes.tasks import SEGMENTATION, Task
 
 from .least_squares import solve_values

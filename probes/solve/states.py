@@ -191,4 +191,9 @@ def new_states(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) ->
                 f"the states of a site take {size / 1e9:.3g} GB, more than --memory-gb, and more than the disk of "
                 f"{folder} has; choose another --out, or fewer images"
             ) from error
-        return torch.from_file(file.name, shared=True, size=numbers, dtype=dtype).view(*shape)
+        return torch.from_file(
+            file.name,
+            shared=True,
+            size=numbers,
+            dtype=dtype,
+        ).view(*shape)

@@ -24,12 +24,12 @@ from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import PlannedRun
+from probes.config import ModelOptions, RunConfig
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
 from probes.models.families.modules import why_unmatched
 from probes.models.families.sites import all_sites, chosen_sites
 from probes.models.read_config import read_config
 from probes.models.sites import layer_around
-from probes.run_config import ModelOptions, RunConfig
 
 from .config import StudyConfig
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
-from probes.command_options import StudyOptions
-from probes.run_config import RunConfig
+from probes.config import RunConfig, StudyOptions
 
 RESERVED = ("report", "steps")  # folders of a study
 
@@ -34,7 +33,12 @@ class StudyConfig:
     only: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, options: StudyOptions, models: Mapping[str, str], data: str) -> "StudyConfig":
+    def of(
+        cls,
+        options: StudyOptions,
+        models: Mapping[str, str],
+        data: str,
+    ) -> "StudyConfig":
         """Return a study of models by label on a folder of images and masks, or on a layout of a folder in the options.
 
         Raises:

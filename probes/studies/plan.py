@@ -21,7 +21,7 @@ from probes.data.base import ImageDataset
 from probes.data.registry import DATASETS, open_split, split_identity
 from probes.report.claims import TRUTH_FILE
 from probes.report.options import ReportOptions
-from probes.runs.runs import finished_runs
+from probes.runs.read import finished_runs
 from probes.runs.steps import unfinished_steps
 from probes.steps import Step, digest, find_missing, first_changed, read_records
 from probes.tasks import SEGMENTATION, TASKS

@@ -10,8 +10,7 @@ from llava_bidir.common.files import atomic_write
 from probes.analyses import MEASURED
 from probes.analyses.base import table_row
 from probes.report.options import ReportOptions
-from probes.runs.finished_run import FinishedRun
-from probes.runs.runs import finished_runs, open_run
+from probes.runs.read import FinishedRun, finished_runs, open_run
 from probes.runs.study import given_labels, labels_of_models, model_name
 
 if TYPE_CHECKING:  # pandas takes a second to import

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_bidir.common.files import atomic_directory
-from probes.world_options import AssetsOptions
+from probes.config import AssetsOptions
 
 from . import tiny_models
 from .binding import Mosaic, draw_mosaic, mix_mosaics
@@ -38,7 +38,11 @@ Split = tuple[str, str]  # folder below OUT, and split of the layout
 TRAINING = ("llava", "training")  # of conversations
 VALIDATION = ("segmentation", "validation")
 # Pictures by folder and split. The index of a split is part of its seed, so that new ones go to the end.
-PICTURES = {TRAINING: 3000, ("segmentation", "training"): 1000, VALIDATION: 600}
+PICTURES = {
+    TRAINING: 3000,
+    ("segmentation", "training"): 1000,
+    VALIDATION: 600,
+}
 # of conversations, at most as many as elsewhere: binding is not learned from a few hundred
 SMALL_WORLDS_PICTURES = 16000
 CAPTIONS = 1920
@@ -139,7 +143,12 @@ def _draw_chunk(
     return drawn
 
 
-def save_pictures(out: Path, split: Split, drawn: Sequence[Scene | Mosaic], start: int = 0) -> None:
+def save_pictures(
+    out: Path,
+    split: Split,
+    drawn: Sequence[Scene | Mosaic],
+    start: int = 0,
+) -> None:
     """Write pictures and their masks, numbered from `start`."""
     for i, scene in enumerate(drawn, start):
         for kind, pixels in (("images", scene.image), ("annotations", scene.mask)):
@@ -220,7 +229,13 @@ def _build_conversations(
     ]
     dialogues = []
     for i in sample_evenly(rng, len(train), DIALOGUES * scale):
-        turns = build_dialogue(train[i], rng, rows=4, points=8, caption=True)
+        turns = build_dialogue(
+            train[i],
+            rng,
+            rows=4,
+            points=8,
+            caption=True,
+        )
         if rng.random() < TEXT_ONLY:
             turns = prepend_picture(turns, " ".join(train[i].names))
             dialogues.append({"id": f"text_{i}", "conversations": turns})
@@ -230,7 +245,11 @@ def _build_conversations(
     for i in sample_evenly(rng, len(val), QUESTIONS * scale):
         turns = build_dialogue(val[i], rng, points=1, look_alikes=True)
         questions.append(make_record(VALIDATION, i, turns) | {"regions": find_regions(turns)})
-    return {"captions": captions, "dialogues": dialogues, "questions": questions}
+    return {
+        "captions": captions,
+        "dialogues": dialogues,
+        "questions": questions,
+    }
 
 
 def make_record(split: Split, index: int, turns: list[dict]) -> dict:

@@ -51,7 +51,12 @@ class Quad:
     bottom_left: Point
 
     @classmethod
-    def upright(cls, foot: Point, width: float, height: float) -> Quad:
+    def upright(
+        cls,
+        foot: Point,
+        width: float,
+        height: float,
+    ) -> Quad:
         """Return an upright rectangle on `foot`, the middle of its lower edge. A negative width mirrors its content."""
         x, y = foot
         half = width / 2
@@ -136,7 +141,12 @@ class Canvas:
             self._place(quad, points),
         )
 
-    def oval(self, quad: Quad, colour: Colour, name: str = "") -> None:
+    def oval(
+        self,
+        quad: Quad,
+        colour: Colour,
+        name: str = "",
+    ) -> None:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
         xs, ys = zip(*self._place(quad, CORNERS[::2]), strict=True)
         # Pillow requires sorted corners.
@@ -251,7 +261,12 @@ class Camera:
         )
         return left, far, right
 
-    def ground_point(self, across: float, height_px: float, margin_px: float) -> Point:
+    def ground_point(
+        self,
+        across: float,
+        height_px: float,
+        margin_px: float,
+    ) -> Point:
         """Return a point on the ground.
 
         Args:

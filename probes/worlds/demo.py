@@ -20,8 +20,8 @@ from typing import Any
 import probes
 from llava_bidir.common.files import exclusive_run_lock
 from llava_bidir.common.process_group import end_on_signals
+from probes.config import DemoOptions
 from probes.steps import Step
-from probes.world_options import DemoOptions
 
 from .steps import (
     MASKS,
@@ -62,7 +62,11 @@ def run(options: DemoOptions) -> None:
     with exclusive_run_lock(out, "demo"):
         end_on_signals()
         check_settings(out, settings)
-        world = {"--seed": seed, "--scale": options.scale, "--scenes": SCENES}
+        world = {
+            "--seed": seed,
+            "--scale": options.scale,
+            "--scenes": SCENES,
+        }
         words = ["probes", "demo-assets", f"{out}/assets", *to_words(world)]
         drawn = out / "assets/questions.json"
         run_in_child_process(out, "assets", [make_step(out, words, drawn)])
@@ -124,14 +128,23 @@ def _plant(
 def _study(out: Path, seed: int, in_full: bool) -> None:
     """Study the models; the last study, of both masks, writes the report of all."""
 
-    def study(models: str | dict[str, str], folder: Path, sites: list[str], **more: Any) -> None:
+    def study(
+        models: str | dict[str, str],
+        folder: Path,
+        sites: list[str],
+        **more: Any,
+    ) -> None:
         probes.study(
             models,
             out / "assets/segmentation",
             out=folder,
             overwrite=True,  # the results of models that were made again
             configs=["demo/probes"],
-            options={"seed_everything": seed, "data": DATA, "model": {"sites": sites}},
+            options={
+                "seed_everything": seed,
+                "data": DATA,
+                "model": {"sites": sites},
+            },
             **more,
         )
 

@@ -108,7 +108,14 @@ def draw_person(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     hair = choose(rng, "hairs")
     body = place.part(top=rng.uniform(-0.12, 0.05))
     for half in (body, body.part(left=1, right=0)):
-        draw_object(canvas, half, "half a person", shirt=shirt, trousers=trousers, skin=skin)
+        draw_object(
+            canvas,
+            half,
+            "half a person",
+            shirt=shirt,
+            trousers=trousers,
+            skin=skin,
+        )
     draw_object(canvas, body, "head of a person", hair=hair, skin=skin)
 
 
@@ -155,7 +162,11 @@ def draw_tree(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     place = place.part(top=rng.uniform(-0.75, -0.45))
     green = rng.uniform(0.9, 1.15)
     draw_object(canvas, place, "trunk")
-    crown = place.part(left=0.1, right=0.9, bottom=0.48)
+    crown = place.part(
+        left=0.1,
+        right=0.9,
+        bottom=0.48,
+    )
     for u, v, r, brightness in TABLES["crown"]:
         u += rng.uniform(-0.05, 0.05)
         v += rng.uniform(-0.05, 0.05)
@@ -209,7 +220,15 @@ def draw_house(
         if rng.random() < 0.45:
             draw_window(canvas, bay.part(0.2, 0.8, 0.14, 0.42), rng)
         if column == door_column:
-            draw_door(canvas, bay.part(left=0.26, right=0.74, top=0.54), rng)
+            draw_door(
+                canvas,
+                bay.part(
+                    left=0.26,
+                    right=0.74,
+                    top=0.54,
+                ),
+                rng,
+            )
         elif rng.random() < 0.45:
             draw_window(canvas, bay.part(0.2, 0.8, 0.54, 0.82), rng)
 

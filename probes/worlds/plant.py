@@ -28,8 +28,8 @@ from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IGNORE_INDEX, encode
 from llava_bidir.model.export import export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from probes.config import PlantOptions
 from probes.models.hooks import at_input
-from probes.world_options import PlantOptions
 
 from .binding import GRID
 from .canvas import CLASSES
@@ -131,7 +131,11 @@ def plant_random(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         edit(net.model.language_model.layers)
-    record = {"planted": "random", "seed": seed, "weights": weights}
+    record = {
+        "planted": "random",
+        "seed": seed,
+        "weights": weights,
+    }
     _save(net, processor, model, out, record, dict.fromkeys(CLAIMS, "absent"))
 
 

@@ -28,8 +28,8 @@ from numpy import ndarray
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.files import write_files
+from probes.config import QuestionsOptions
 from probes.data.folder import FolderDataset
-from probes.world_options import QuestionsOptions
 
 from .dialogues import Turn, make_turns, prepend_picture
 
@@ -110,7 +110,11 @@ def build_records(options: QuestionsOptions, prefix: str = "") -> dict[str, list
         for photo, of_photo in zip(validation, asked, strict=True)
         for turns, region in of_photo
     ]
-    records = {"captions": captions, "dialogues": dialogues, "questions": questions}
+    records = {
+        "captions": captions,
+        "dialogues": dialogues,
+        "questions": questions,
+    }
     for name, rows in records.items():
         if not rows:
             raise UserError(
@@ -134,7 +138,11 @@ def _read_facts(options: QuestionsOptions, split: str, prefix: str) -> dict[str,
 
 
 def _record(photo: str, turns: list[Turn]) -> dict[str, Any]:
-    return {"id": photo, "image": photo, "conversations": prepend_picture(turns)}
+    return {
+        "id": photo,
+        "image": photo,
+        "conversations": prepend_picture(turns),
+    }
 
 
 def _caption(facts: Facts, rng: np.random.Generator) -> str | None:

@@ -130,7 +130,15 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     if "picture" in names:
         draw_picture(canvas, sections.pop().part(top=0.15, bottom=0.59), rng)
     if "door" in names:
-        draw_door(canvas, sections.pop().part(left=0.05, right=0.95, top=0.28), rng)
+        draw_door(
+            canvas,
+            sections.pop().part(
+                left=0.05,
+                right=0.95,
+                top=0.28,
+            ),
+            rng,
+        )
     standing = []
     if "bed" in names:
         standing.append(GroundObject(partial(draw_bed, camera), 0.55))

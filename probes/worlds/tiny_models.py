@@ -126,11 +126,19 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
     )
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=specials,
+        show_progress=False,
+    )
     bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
+    tokenizer = LlamaTokenizer(
+        vocab=model["vocab"],
+        merges=merges,
+        add_bos_token=True,
+    )
     # One token for the system prompt: its 30 constant tokens would be a large part of a toy sequence.
     tokenizer.add_tokens([SYSTEM], special_tokens=True)
     tokenizer.save_pretrained(out)
@@ -175,7 +183,11 @@ def train_llm(
         ids = pad(rows, 0)
         mask = pad([[1] * len(row) for row in rows], 0)
         labels = ids.masked_fill(mask == 0, -100)
-        return llm(input_ids=ids, attention_mask=mask, labels=labels).loss
+        return llm(
+            input_ids=ids,
+            attention_mask=mask,
+            labels=labels,
+        ).loss
 
     train(
         list(llm.parameters()),

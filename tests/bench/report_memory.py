@@ -19,7 +19,7 @@ import probe_runs
 
 from llava_bidir.common.bootstrap import RESAMPLINGS
 from llava_bidir.common.files import write_files
-from probes.score.effect_file import EFFECTS_FILE, effect_file, read_effect_file
+from probes.score.effects import EFFECTS_FILE, effect_file, read_effect_file
 from probes.score.estimate import Estimate
 
 GRID = (24, 24)

@@ -11,7 +11,7 @@ from probes.analyses.claims import write_effects
 from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import outcome_key
 from probes.analyses.knockout.effects import knockout_effects, knockout_rows
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 CLASSES = ["sky", "ceiling", "road", "floor", "wall", "building"]
 PARTNERS = {

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from probes.ops.geometry import GridPlacement
-from probes.runs.finished_run import FinishedRun
+from probes.runs.read import FinishedRun
 from probes.solve.path import HELD_OUT_GAIN, TOLERANCE
 
 # Of a loss in nats: the quadrature of five nodes is exact to five digits, and probes are stored in float32.

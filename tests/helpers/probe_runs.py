@@ -17,12 +17,9 @@ from probes.cli import main
 from probes.data.registry import open_dataset, split_identity
 from probes.models.sites import last_layer, site_names
 from probes.ops.pixel_counts import Counts
-from probes.runs.finished_run import FinishedRun
-from probes.runs.probe_run import ProbeRun
-from probes.runs.runs import open_run
-from probes.score.effect_file import EFFECTS_FILE, effect_file
+from probes.runs.read import FinishedRun, ProbeRun, open_run
+from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
 from probes.score.estimate import Estimate
-from probes.score.layer_effects import run_effects
 from probes.score.resampling import dataset_scores, resampled_scores
 from probes.tasks import TASKS
 

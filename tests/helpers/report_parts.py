@@ -4,7 +4,7 @@ from matplotlib.figure import Figure as Drawing
 
 from probes.analyses.charts import Figure
 from probes.report.page import study_sections
-from probes.runs.runs import open_run
+from probes.runs.read import open_run
 from probes.runs.study import StudyRuns, group_runs
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.cli import Parser
-from probes.command_options import StudyOptions
+from probes.config import StudyOptions
 from probes.studies.config import StudyConfig
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from probes.models.sites import site_names
-from probes.score.summary import summary
+from probes.runs.write import summary
 from probes.tasks import TASKS
 
 STRENGTHS = [1.0, 1e-1, 1e-3]  # strong to weak

@@ -5,7 +5,7 @@ from probe_runs import arguments
 
 from probes import minimal
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 
 @pytest.mark.numerics

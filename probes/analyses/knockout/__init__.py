@@ -32,7 +32,7 @@ from probes.analyses.base import (
 from probes.models.sites import ADAPTER, layer_number, layer_site
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.runs.probe_run import ProbeRun
+    from probes.runs.read import ProbeRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from torch import Tensor
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 from . import KnockoutOptions
 

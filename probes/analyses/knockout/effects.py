@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from probes.ops.quantiles import normal_quantile, student_quantile
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.score.estimate import Estimate
 
 from . import KnockoutOptions

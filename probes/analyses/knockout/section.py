@@ -1,10 +1,13 @@
 """What the report shows of knockouts: rates by layer. The claims have its effects."""
 
-from probes.analyses.base import Section
-from probes.analyses.sinks import describe_sinks, sinks_of
-from probes.runs.study import StudyRuns
+from typing import Any
 
-from .figures import rates_figure
+from probes.analyses.base import Section
+from probes.analyses.charts import Chart, Curve, Figure, Point
+from probes.analyses.sinks import describe_sinks, sinks_of
+from probes.runs.formatting import Rows, bounds
+from probes.runs.read import ProbeRun
+from probes.runs.study import StudyRuns
 
 ABOUT_CLAIMS = (
     "Claims about knockouts are of the later half of the layers: as the paper measures them, the rate of wrong patches "
@@ -24,3 +27,85 @@ def section(study: StudyRuns) -> Section:
             sentences.append(describe_sinks(mask, sinks_of(run), results["options"]["layers"]))
     about = [ABOUT_CLAIMS] if figures else []
     return Section(figures, [*about, *filter(None, sentences)], by_mask={"knockout": found})
+
+
+LOOKS = {  # of the conditions; the first ones are below
+    "random_incorrect": Curve(
+        (),
+        "as many other tokens",
+        "grey",
+        "dotted",
+    ),
+    "random_correct": Curve(
+        (),
+        "as many other tokens",
+        "grey",
+        "dotted",
+    ),
+    "none": Curve((), "nothing blocked", "ink"),
+    "incorrect": Curve(
+        (),
+        "tokens of the wrong class",
+        1,
+        band=True,
+    ),
+    "correct": Curve(
+        (),
+        "tokens of the right class",
+        0,
+        band=True,
+    ),
+}
+
+
+def rate_chart(rows: Rows) -> Chart:
+    """Return the panel of a class: wrong patches left by layer and condition."""
+    curves = []
+    for condition, look in LOOKS.items():
+        own = [row for row in rows if row["condition"] == condition]
+        points = [
+            Point(
+                x["layer"],
+                x["remaining"],
+                x["low"],
+                x["high"],
+            )
+            for x in own
+        ]
+        curves.append(look._replace(points=points))
+    ticks = {row["layer"]: str(row["layer"] or "ad") for row in rows}
+    return Chart(
+        curves, ticks, f"{rows[0]['class']}, {rows[0]['cases']} cases", "wrong patches left, %"
+    )
+
+
+def _rate_rows(run: ProbeRun, entry: dict[str, Any]) -> Rows:
+    """Return n_c(l) / n_c(0) of an entry of knockout.json, by condition and layer."""
+    return [
+        {
+            "image_attention": run.mask,
+            "class": entry["class"],
+            "condition": condition,
+            "layer": layer,
+            "cases": entry["images"],
+            "remaining": remaining,
+        }
+        | bounds(entry["ci95"][condition][layer])
+        for condition, rates in entry["remaining"].items()
+        for layer, remaining in enumerate(rates)
+    ]
+
+
+def rates_figure(mask: str, run: ProbeRun) -> Figure:
+    """Return the figure of the paper's knockout of a run."""
+    results = run.analysis("knockout.json")
+    entries = [results["all"], *results["classes"]]
+    by_class = [rows for entry in entries if (rows := _rate_rows(run, entry))]
+    return Figure(
+        f"knockout_{mask}",
+        f"Wrong patches left, {mask}",
+        "Patches that the adapter's probe calls a class by mistake, and the share still wrong at each layer (Fig. 11)"
+        " while the LLM's image tokens cannot attend to some of them. Bands: 95% intervals over images.",
+        [rate_chart(rows) for rows in by_class],
+        [row for rows in by_class for row in rows],
+    )

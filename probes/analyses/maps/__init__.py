@@ -20,8 +20,7 @@ if TYPE_CHECKING:  # this module answers `probes --help`
     from torch import Tensor
 
     from probes.analyses.knockout import KnockoutOptions
-    from probes.runs.finished_run import FinishedRun
-    from probes.runs.probe_run import ProbeRun
+    from probes.runs.read import FinishedRun, ProbeRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor |
 
     from probes.analyses.knockout.cases import PatchReader, find_cases
     from probes.models.knockout import Knockout
-    from probes.runs.run_files import read_tensors
+    from probes.runs.files import read_tensors
 
     options = knockout_options(run)
     if options is None or name not in options.classes:

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator
 
-from probes.analyses.base import Section
-from probes.analyses.charts import Figure
-from probes.data.palette import palette_of
-from probes.runs.formatting import file_name
-from probes.runs.study import StudyRuns
+import numpy as np
+import torch
 
-from .figures import knockout_columns, knockout_rows, shown_sites, site_rows
+from probes.analyses.base import Section
+from probes.analyses.charts import Figure, PictureRow
+from probes.data.palette import palette_of
+from probes.models.sites import ADAPTER, ENCODER
+from probes.runs.files import read_tensors
+from probes.runs.formatting import file_name
+from probes.runs.read import FinishedRun, ProbeRun
+from probes.runs.study import StudyRuns
+from probes.tasks.segmentation import colorize_classes
 
 
 def section(study: StudyRuns) -> Section:
@@ -45,3 +50,79 @@ def map_figures(study: StudyRuns) -> Iterator[Figure]:
                 columns=knockout_columns(run, wrong),
                 pictures=knockout_rows(run, wrong, palette),
             )
+
+
+SHOWN_LAYERS = 6  # of a bare encoder, and of an LLM under knockout
+
+
+def site_rows(
+    run: FinishedRun, sites: list[str], palette: np.ndarray | None = None
+) -> list[PictureRow]:
+    """Return images, targets, and the predictions at sites (Figs. 4, 13).
+
+    Target and predictions of an image share their colours; `palette` uint8[K, 3] has those of classes.
+    """
+    index = run.analysis("maps.json")
+    maps = read_tensors(run.path / "maps.safetensors")
+    dataset = run.dataset()
+    rows = []
+    for image in index["images"]:
+        sample = dataset[image["index"]]
+        predicted = maps[f"image/{image['index']}"].numpy()
+        target = torch.from_numpy(sample["target"])[None]
+        shown = [run.task.truth(target)[0].numpy()]
+        shown += [predicted[index["sites"].index(site)] for site in sites]
+        coloured = run.task.colorize(np.stack(shown), palette)
+        rows.append(PictureRow(image["name"], [np.asarray(sample["image"]), *coloured]))
+    return rows
+
+
+def shown_sites(run: FinishedRun) -> list[str]:
+    """Return encoder, adapter, the first, the half-way and the best layer, where probed; of an encoder, some layers."""
+    layers = [site for site in run.layers if site != ADAPTER]
+    peak = run.peak_layer
+    if not layers and not run.has_llm:  # the final norm alone
+        return run.sites
+    if not run.has_llm:
+        count = min(SHOWN_LAYERS, len(layers))
+        evenly = np.linspace(0, len(layers) - 1, count).round().astype(int)
+        shown = {*evenly.tolist(), layers.index(peak)}
+        return [layers[i] for i in sorted(shown)]
+    shown = [ENCODER, ADAPTER]
+    if layers:
+        half_way = layers[layers.index(peak) // 2]
+        shown += [layers[0], half_way, peak]
+    return [site for site in dict.fromkeys(shown) if site in run.sites]
+
+
+def shown_layers(run: ProbeRun, name: str) -> list[int]:
+    """Return the layers of a map under knockout that are shown."""
+    layers = len(read_tensors(run.path / "maps.safetensors")[f"knockout/{name}"][0])
+    return sorted({*np.linspace(0, layers - 1, SHOWN_LAYERS + 1).round().astype(int).tolist()})
+
+
+def knockout_columns(run: ProbeRun, name: str) -> list[str]:
+    """Return the titles of the pictures of :func:`knockout_rows`."""
+    layers = [f"layer {layer}" if layer else "adapter" for layer in shown_layers(run, name)]
+    return ["image, label", *layers]
+
+
+def knockout_rows(run: ProbeRun, name: str, palette: np.ndarray) -> list[PictureRow]:
+    """Return one image by layer: no blocking, wrong class blocked, correct class blocked (Figs. 6, 12)."""
+    index = run.analysis("maps.json")
+    maps = read_tensors(run.path / "maps.safetensors")
+    (case,) = [case for case in index["knockout"] if case["class"] == name]
+    sample = run.dataset()[case["image"]]
+    predicted = maps[f"knockout/{name}"].numpy()
+    first = [np.asarray(sample["image"]), colorize_classes(sample["target"], palette), None]
+    titles = ["no blocking", f"{name} blocked", f"{case['correct_class']} blocked"]
+    layers = shown_layers(run, name)
+    return [
+        PictureRow(title, [picture, *(colorize_classes(x[layer], palette) for layer in layers)])
+        for title, picture, x in zip(
+            titles,
+            first,
+            predicted,
+            strict=True,
+        )
+    ]

@@ -26,7 +26,7 @@ from probes.analyses.base import Analysis, PlannedRun, Result, RunOptions
 from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_number, layer_site
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.runs.probe_run import ProbeRun
+    from probes.runs.read import ProbeRun
 
 GROUPS = ("patched", "others", "random", "difference")
 

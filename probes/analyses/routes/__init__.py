@@ -35,7 +35,7 @@ from probes.analyses.base import Analysis, Claim, Result, Row, RunOptions, table
 from probes.models.sites import layer_number
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.runs.probe_run import ProbeRun
+    from probes.runs.read import ProbeRun
 
 QUESTIONS_PER_FILE = 8
 

@@ -18,7 +18,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.effects import mean_over_cases
 from probes.models.knockout import Knockout
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.score.estimate import Estimate
 
 from . import RoutesOptions

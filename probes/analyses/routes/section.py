@@ -8,7 +8,7 @@ from probes.analyses.base import Section
 from probes.analyses.charts import Chart, Curve, Figure, Point
 from probes.analyses.sinks import describe_sinks, layers_with_sinks, meets_sink, sinks_of
 from probes.runs.formatting import Rows, bounds
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, StudyRuns
 from probes.score.estimate import estimate_text
 

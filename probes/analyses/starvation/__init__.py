@@ -12,7 +12,7 @@ from probes.analyses.base import Analysis, Claim
 from probes.analyses.sinks import Sinks, sinks_of, starts_with_sink
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.runs.finished_run import FinishedRun
+    from probes.runs.read import FinishedRun
 
 
 def first_token_sinks(measured: Sinks) -> list[Mapping[str, Any]]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.runs.comparable import check_pair
-from probes.runs.probe_run import ProbeRun
+from probes.runs.compare import check_pair
+from probes.runs.read import ProbeRun
 from probes.score.estimate import Estimate
 
 FIRST_PATCHES = 50  # as in Fig. 7; standardisation takes K products of R x N and N x T

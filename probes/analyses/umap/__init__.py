@@ -23,7 +23,7 @@ from probes.models.sites import ADAPTER, PATCHES, is_layer
 if TYPE_CHECKING:  # this module answers `probes --help`
     from torch import Tensor
 
-    from probes.runs.probe_run import ProbeRun
+    from probes.runs.read import ProbeRun
 
 NEIGHBOURS = 10
 

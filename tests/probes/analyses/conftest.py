@@ -4,7 +4,7 @@ import probe_runs
 import pytest
 import tiny_models
 
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 
 @pytest.fixture(scope="session")

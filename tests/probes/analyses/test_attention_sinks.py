@@ -19,7 +19,7 @@ from probes.analyses.starvation import sink_warning
 from probes.analyses.starvation.section import sink_rows
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 CLAIM = "starvation_without_sink"
 

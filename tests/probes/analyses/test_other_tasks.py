@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from probes import FinishedRun
-from probes.analyses.maps.figures import shown_sites, site_rows
+from probes.analyses.maps.section import shown_sites, site_rows
 from probes.cli import main
 
 TASKS = ("depth", "normals", "boundaries")

@@ -8,7 +8,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.routes.questions import read_questions, tokens_in_box
 from probes.cli import main
 from probes.ops.geometry import Geometry, ResizeRule
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 CLASSES = ["sky", "wall", "road"]
 BOXES = [[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0], [0.0, 0.0, 1.0, 0.5]]

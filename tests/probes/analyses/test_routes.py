@@ -18,8 +18,8 @@ from probes.analyses.routes import RoutesOptions
 from probes.analyses.routes.cuts import answer_statistics, outcomes, random_patches, windows
 from probes.analyses.routes.questions import read_questions
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
-from probes.score.effect_file import read_effect_file
+from probes.runs.read import ProbeRun
+from probes.score.effects import read_effect_file
 
 CLASSES = tiny_models.CLASSES
 COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]

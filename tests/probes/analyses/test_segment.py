@@ -11,7 +11,7 @@ from PIL import Image
 
 from probes.cli import main
 from probes.data.palette import palette_of
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.tasks.segmentation import colorize_classes
 
 

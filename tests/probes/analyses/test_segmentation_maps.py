@@ -13,7 +13,7 @@ from probes.analyses.knockout import KnockoutOptions, confused_classes
 from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.analyses.maps import describe, knockout_options
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 PLANS = {
     "paper": {},

@@ -12,16 +12,16 @@ from PIL import Image
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.data.folder import FolderDataset
-from probes.data.label_counts import (
+from probes.data.probe_data import ProbeData
+from probes.data.verify import (
     LabelCounts,
     add_counts,
     check_labels,
     count_labels,
     join_counts,
 )
-from probes.data.probe_data import ProbeData
 from probes.report.page import write_report
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 
 def masks(root: Path, split: str) -> list[Path]:

@@ -12,7 +12,7 @@ from probes.cli import main
 from probes.data.batches import CachedFeatures, PreprocessedDataset
 from probes.data.registry import open_dataset
 from probes.data.samplers import PAD_INDEX
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 pytestmark = pytest.mark.numerics
 

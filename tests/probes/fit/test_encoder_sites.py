@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 SITES = ["encoder_00", "encoder_01", "encoder_02", "encoder", "adapter"]
 SITES += ["layer_01", "layer_02", "layer_03", "final_norm"]

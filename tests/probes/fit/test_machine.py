@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from probes import machine
 from probes.cli import main
 from probes.machine import FabricMachine, build_machine, device_of_one_process
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 RUN = """
 import sys

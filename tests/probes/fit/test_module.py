@@ -15,8 +15,8 @@ from tolerances import rounding
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.fit.module import ProbeModule
-from probes.runs.probe_run import ProbeRun
-from probes.runs.run_files import read_tensors
+from probes.runs.files import read_tensors
+from probes.runs.read import ProbeRun
 
 pytestmark = pytest.mark.numerics
 

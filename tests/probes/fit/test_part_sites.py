@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.studies.plan import plan
 
 SITES = [

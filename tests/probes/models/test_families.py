@@ -31,7 +31,7 @@ from probes.models.families import (
     FAMILIES,
     family_of,
 )
-from probes.models.matched_updates import layer_updates
+from probes.models.random_weights import layer_updates
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 

@@ -13,7 +13,7 @@ import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import load_weights
 from probes.models.families.encoders import ENCODERS
-from probes.models.matched_updates import layer_updates
+from probes.models.random_weights import layer_updates
 
 LAYERS = 3
 SIDES = (24, 32)  # the stored one, and one for which positions are interpolated

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import probes
 from llava_bidir import LlavaBidirConfig
-from probes.models.matched_updates import COARSE_TOLERANCE, TOLERANCE, layer_updates
+from probes.models.random_weights import COARSE_TOLERANCE, TOLERANCE, layer_updates
 
 pytestmark = pytest.mark.numerics
 
@@ -147,7 +147,7 @@ def test_draws_differ(match, path, pictures):
 
 
 def test_updates_that_cannot_be_matched_are_an_error(path, pictures, monkeypatch):
-    monkeypatch.setattr("probes.models.matched_updates.STEPS", 1)
+    monkeypatch.setattr("probes.models.random_weights.STEPS", 1)
     with pytest.raises(ValueError, match="cannot be matched"):
         probes.load(path, **LLM, match="update", match_images=pictures)
 

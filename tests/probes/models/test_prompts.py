@@ -11,7 +11,7 @@ from llava_bidir.common.hf import PROMPT_DATE
 from probes.cli import main
 from probes.models.families import FAMILIES
 from probes.models.prompts import read_prefix_ids
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 TEMPLATE = "{{ bos_token }}hello{% for part in messages[0].content %}<image>{% endfor %}"
 HELLO = tiny_families.tokenizer().get_vocab()["hello"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.models.matched_updates import layer_updates
+from probes.models.random_weights import layer_updates
 
 timm = pytest.importorskip("timm", reason="timm is not installed; it is the extra 'timm'")
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3}

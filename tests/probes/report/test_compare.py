@@ -24,7 +24,7 @@ from probes.report.compare import (
     differs,
     pair_sites,
 )
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import labels_of_models, read_studies
 from probes.score.estimate import Estimate
 

@@ -13,7 +13,7 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
 from probes.report.verdicts import describe_finding
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]

@@ -16,7 +16,7 @@ from probes.analyses import claims as registry
 from probes.analyses.claims import read_effects
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.score.effect_file import effect_file
+from probes.score.effects import effect_file
 
 EXAMPLE = Path(__file__).parents[2] / "extending/outside_analysis.py"
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm

@@ -9,7 +9,7 @@ from report_parts import studies_of
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
 from probes.report.words import site_name
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 SITES = ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
 PEAK = [0.2, 0.5, 0.8, 0.6, 0.7]  # layer 2 is far above the others, also on a tenth of the images

@@ -21,7 +21,7 @@ import task_runs
 import tiny_models
 
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 GOLDEN = Path(__file__).parent / "golden"
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm

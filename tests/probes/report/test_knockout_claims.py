@@ -10,7 +10,7 @@ from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 from report_parts import studies_of
 
 from probes.report.claims import evaluate_claims
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 ANCHORS = (-0.4, 0.4)

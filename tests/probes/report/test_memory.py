@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from probes.cli import main
-from probes.runs import finished_run
-from probes.runs.probe_run import ProbeRun
+from probes.runs import read
+from probes.runs.read import ProbeRun
 
 IMAGES = 40
 CLASSES = 20
@@ -59,7 +59,7 @@ def runs(tmp_path_factory) -> list[str]:
 
 def test_scores_of_part_of_the_sites_are_those_of_all_to_the_last_bit(runs, monkeypatch):
     at_once = ProbeRun(runs[0]).site_scores()
-    monkeypatch.setattr(finished_run, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(read, "NUMBERS_AT_ONCE", 1)
     run = ProbeRun(runs[0])
     assert run.parts_of_sites(run.sites) == [[site] for site in run.sites]
     for site, estimate in run.site_scores().items():
@@ -71,7 +71,7 @@ def test_scores_of_part_of_the_sites_are_those_of_all_to_the_last_bit(runs, monk
 def test_a_report_never_holds_the_counts_of_all_sites(runs, monkeypatch, tmp_path):
     folder = str(Path(runs[0]).parent)
     main(["report", folder, "--out", str(tmp_path / "at_once")])
-    monkeypatch.setattr(finished_run, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(read, "NUMBERS_AT_ONCE", 1)
     with LargestResult() as largest:
         main(["report", folder, "--out", str(tmp_path / "by_site")])
     assert OF_A_SITE <= largest.numbers <= 2 * OF_A_SITE < SITES * OF_A_SITE

@@ -14,7 +14,7 @@ from task_runs import write_depth_run
 from probes.analyses.starvation.gaps import starvation
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 MASKS = ("causal", "bidirectional")
 DRAWS_PICTURES = True

@@ -14,7 +14,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.parts import beyond
 from probes.report.sites import site_rows
 from probes.report.tables import NAMES
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns
 
 CURVE = [

@@ -25,9 +25,9 @@ from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.measure import Case
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import UNTRAINED
-from probes.score.layer_effects import (
+from probes.score.effects import (
     cross_validated_layers,
     image_folds,
     read_scores,

@@ -10,8 +10,7 @@ import tiny_models
 from PIL import Image
 
 from probes.cli import main
-from probes.runs.finished_run import warn_of_changed_data
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun, warn_of_changed_data
 
 MASKS = ("causal", "bidirectional")
 

@@ -7,7 +7,7 @@ from solving import arguments
 
 from probes.cli import main
 from probes.runs.pictures import QUANTILES, choose_photos, names_of, read_pictures
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from json_values import json_values
 from safetensors.torch import load_file, save_file
 
 from probes.cli import main
-from probes.runs import write_run
-from probes.runs.probe_run import ProbeRun
+from probes.runs import write
+from probes.runs.read import ProbeRun
 
 QUALITY = [0.6, 0.5, 0.55, 0.7, 0.65, 0.65]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"{{ 7*7 }}"
@@ -232,5 +232,5 @@ def test_the_recorded_commit_is_that_of_this_code(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", str(tmp_path), *command, *more], check=True)
     for folder, expected in (("site-packages/probes/solve", False), ("probes/solve", True)):
         (tmp_path / folder).mkdir(parents=True)
-        monkeypatch.setattr(write_run, "__file__", str(tmp_path / folder / "write_run.py"))
-        assert bool(write_run._git_commit()) == expected
+        monkeypatch.setattr(write, "__file__", str(tmp_path / folder / "write.py"))
+        assert bool(write._git_commit()) == expected

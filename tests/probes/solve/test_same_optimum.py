@@ -7,7 +7,7 @@ from optima import assert_same_solution
 from probes.cli import main
 from probes.data.batches import MaskPreparer
 from probes.ops import lbfgs
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.solve import states
 from probes.solve.objective import SiteProblem
 

@@ -22,8 +22,8 @@ from solving import STRENGTHS, arguments
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.ops.cross_entropy import loss_and_gradient
-from probes.runs.probe_run import ProbeRun
-from probes.score.effect_file import read_effect_file
+from probes.runs.read import ProbeRun
+from probes.score.effects import read_effect_file
 from probes.site_probes import SiteProbes
 from probes.solve.path import FoldSearch
 from probes.solve.path_scores import PathScores

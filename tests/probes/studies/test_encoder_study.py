@@ -21,7 +21,7 @@ from probes.lab.requests import (
     View,
 )
 from probes.report.words import interval, plain, signed
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 from probes.studies.estimate import print_estimate
 from probes.studies.plan import plan
 from probes.studies.run import run_study

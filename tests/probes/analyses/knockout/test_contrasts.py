@@ -17,7 +17,7 @@ from probes.analyses.knockout.effects import (
     knockout_effects,
     patch_contrasts,
 )
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 pytestmark = pytest.mark.numerics
 

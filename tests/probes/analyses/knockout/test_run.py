@@ -17,7 +17,7 @@ from probes.analyses import run as run_analysis
 from probes.analyses.knockout import KnockoutOptions, cases, complete, confused_classes
 from probes.analyses.knockout.cases import CONDITIONS, PatchReader, outcome_key
 from probes.cli import main
-from probes.runs.probe_run import ProbeRun
+from probes.runs.read import ProbeRun
 
 pytestmark = pytest.mark.numerics
 

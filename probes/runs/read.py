@@ -1,4 +1,4 @@
-"""A finished run of probes of any task, read back for the analyses; `write_run.py` writes its files.
+"""A finished run of probes of any task, read back for the analyses; `write.py` writes its files.
 
     RUN/metrics.json          scores per site with intervals; "task" and "scores" of another task than segmentation
     RUN/counts.safetensors    what the task counts of each image, from which the scores are computed (probes/tasks)
@@ -14,6 +14,7 @@ Axes: S sites, N images, M sums per image.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
@@ -31,13 +33,13 @@ from llava_bidir.common.images import PhotoLike, read_photo
 from probes.data.registry import open_dataset, split_identity
 from probes.heads import Probe
 from probes.models.sites import ADAPTER, is_layer
-from probes.score.effect_file import EFFECTS_FILE, read_effect_file
+from probes.ops.pixel_counts import Counts
+from probes.runs.files import CountsOfSites, check_finite, check_hash, open_tensors, read_tensors
+from probes.score.effects import EFFECTS_FILE, read_effect_file
 from probes.score.estimate import Estimate
 from probes.score.resampling import dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
 from probes.tasks import SEGMENTATION, TASKS, Task
-
-from .run_files import CountsOfSites, check_finite, check_hash, open_tensors, read_tensors
 
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
@@ -503,3 +505,60 @@ def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:
                 run.dataset()
             except UserError as error:
                 log.warning("%s. Its scores are those on the former data", error)
+
+
+class ProbeRun(FinishedRun):
+    """A finished run of segmentation probes, for analyses; see :class:`FinishedRun`.
+
+    Raises:
+        UserError: If the probes of the run do not predict classes.
+    """
+
+    def _check_task(self) -> None:
+        """Raise a UserError if the probes do not predict classes."""
+        if self.task_name != SEGMENTATION:
+            raise UserError(
+                f"{self.path} has probes of the task {self.task_name}, but this is about classes; expected a run of "
+                "segmentation. `probes report RUN --tasks RUN ...` and probes.open_run take runs of other tasks"
+            )
+
+    @property
+    def counts(self) -> Counts:
+        """Counts of the probes."""
+        return Counts(**{name: self._tensors[name] for name in Counts._fields})
+
+    @property
+    def patch_classes(self) -> Tensor:
+        """Class of most labelled pixels under each token, long[N, T]; -1 if none is labelled."""
+        return self._tensors["patch_class"]
+
+
+def finished_runs(folder: str | Path) -> list[Path]:
+    """Return the folders of all finished runs, trained models first, draws in order."""
+    folder = Path(folder)
+    found = {
+        file.parent
+        for pattern in ("*", "*/*", "*/*/*")
+        for file in folder.glob(f"{pattern}/metrics.json")
+    }
+
+    def number(part):
+        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", part)]
+
+    def key(run):
+        return (
+            not run.name.startswith(("trained", "probes")),
+            *map(number, run.relative_to(folder).parts),
+        )
+
+    return sorted(found, key=key)
+
+
+def open_run(path: str | Path, trust: bool = False) -> FinishedRun:
+    """Return a finished run of any task; of segmentation, a :class:`ProbeRun`.
+
+    Raises:
+        UserError: If `path` is not a finished run.
+    """
+    run = FinishedRun(path, trust=trust)
+    return ProbeRun(path, trust=trust) if run.task_name == SEGMENTATION else run

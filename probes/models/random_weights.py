@@ -4,28 +4,33 @@ A re-initialised LLM hardly changes its input: its layers' outputs are small. It
 do, such as mixing neighbouring patches. Matched controls change the states as much as the trained layers:
 
     none       as transformers initialises a model before training
-    update     re-initialised layers, scaled to the trained layers' relative updates (`matched_updates.py`)
+    update     re-initialised layers, scaled to the trained layers' relative updates
     permuted   the trained weights of each matrix in random order
 
 Matched controls replace the layers only. The prompt's embeddings and the final norm stay trained, as inputs and
 read-out of the layers. Of a bare vision encoder, all controls do: its patch embeddings stay trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf import read_training
-
-from .families import EncoderFamily, Family
-from .families.modules import why_unmatched
-from .matched_updates import layer_updates, match_updates, scale_layers
+from llava_bidir.common.hf import check_outputs, read_training
+from probes.models.attention_weights import softmax_attention
+from probes.models.families import EncoderFamily, Family
+from probes.models.families.modules import why_unmatched
+from probes.models.families.sites import find_part
+from probes.models.hooks import around, at_output
+from probes.models.sites import layer_site
 
 MATCHES = ("none", "update", "permuted")
 DRAW_SEEDS = 1_000_003  # between the seeds of two draws, so that draws of neighbouring seeds differ
@@ -166,3 +171,123 @@ def replace_weights(
         if pixels is not None:
             match_updates(mllm, pixels, updates, mllm.update_scales)
         return hooks.pop_all()
+
+
+# on other images of the toy world the updates then differ from the trained ones by up to 5%
+MATCH_IMAGES = 32
+TOLERANCE = 1e-3  # relative; far below the difference between images
+# Of states with 16 bits, whose rounding makes an update jump by a percent where it is small beside them
+COARSE_TOLERANCE = 0.02
+STEPS = 30  # an update is nearly proportional to its factor: two or three suffice
+
+
+def layer_updates(mllm: nn.Module, pixels: Tensor) -> list[float]:
+    """Return the relative update of each layer on images f[B, 3, H, W], from one forward."""
+    states = mllm.states(pixels, mllm.layer_sites)
+    return [
+        _relative_update(states[before], states[after])
+        for before, after in pairwise(mllm.layer_sites)
+    ]
+
+
+def _relative_update(before: Tensor, after: Tensor) -> float:
+    before = before.float()
+    after = after.float()
+    change = (after - before).norm(dim=-1)
+    return (change / before.norm(dim=-1)).mean().item()
+
+
+def match_updates(
+    mllm: nn.Module,
+    pixels: Tensor,
+    updates: Sequence[float],
+    scales: list[float],
+) -> None:
+    """Edit the factors that :func:`scale_layers` applies until the layers have these relative updates on `pixels`.
+
+    One forward matches all layers: each runs again, on the same inputs, until its update is the wanted one. Its
+    attention runs once, since attention comes before all that the factor changes.
+
+    Raises:
+        UserError: An update cannot be reached, or states are NaN or infinite.
+    """
+    before: Tensor | None = None  # input of the layer that runs, at image tokens
+
+    def states_of(hidden: Tensor | tuple) -> Tensor:
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return hidden.index_select(1, mllm.image_positions.to(hidden.device))
+
+    def match(
+        layer: int,
+        module: nn.Module,
+        forward: Callable,
+        *args,
+        **kwargs,
+    ) -> Tensor | tuple:
+        nonlocal before
+        if layer == 0:
+            before = states_of(args or kwargs["hidden_states"])
+        attended: list[Any] = []
+
+        def attend(forward: Callable, *args, **kwargs) -> Any:
+            if not attended:
+                attended.append(forward(*args, **kwargs))
+            return attended[0]
+
+        wanted = updates[layer]
+        with around(_attention(module), attend):
+            for _ in range(STEPS):
+                output = forward(*args, **kwargs)
+                after = states_of(output)
+                check_outputs("states", {layer_site(layer + 1): after})
+                now = _relative_update(before.to(after.device), after)
+                tolerance = TOLERANCE if after.dtype.itemsize > 2 else COARSE_TOLERANCE
+                if abs(now - wanted) <= tolerance * wanted:
+                    before = after
+                    return output
+                if now == 0:  # all that is added is lost in rounding
+                    break
+                scales[layer] *= wanted / now
+        finer = "" if after.dtype.itemsize > 2 else "float32 (model.dtype), or "
+        raise UserError(
+            f"layer {layer + 1} of the random model changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
+            f"the updates of this family cannot be matched; use {finer}match: permuted"
+        )
+
+    with ExitStack() as stack:
+        for layer, module in enumerate(mllm.layers):
+            stack.enter_context(around(module, partial(match, layer, module)))
+        mllm.states(pixels, [layer_site(len(updates))])
+
+
+def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:
+    """Multiply what attention and MLP of each layer add to the states by the layer's factor, read at each forward.
+
+    Returns:
+        A stack that, closed, ends this.
+    """
+
+    def scale(layer: int, states: Tensor) -> Tensor:
+        return states * scales[layer]
+
+    with ExitStack() as stack:
+        for layer, module in enumerate(mllm.layers):
+            for branch in branch_outputs(module):
+                stack.enter_context(at_output(branch, partial(scale, layer)))
+        return stack.pop_all()
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    """Return the attention of a layer, or what it has in place of it."""
+    found = softmax_attention(layer) or getattr(layer, "linear_attn", None)
+    return found or getattr(layer, "attn", None) or layer.conv  # timm, LFM2
+
+
+def branch_outputs(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules of a layer whose outputs are added to its input, for attention and for the MLP."""
+    outputs = [find_part(layer, part) for part in ("attn", "mlp")]
+    if None in outputs:
+        raise UserError(
+            f"{type(layer).__name__} has no known attention or MLP to scale; use match: permuted"
+        )
+    return outputs

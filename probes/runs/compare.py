@@ -5,8 +5,7 @@ from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER
-
-from .finished_run import FinishedRun
+from probes.runs.read import FinishedRun
 
 KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of the analysis
 

@@ -9,8 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import sha256
+from llava_bidir.common.files import read_json, sha256
 from llava_bidir.common.hf import DTYPE_ADVICE
+from llava_bidir.common.processes import rank_zero_info
+from llava_bidir.common.runs import RunFolder
+from probes.tasks import SEGMENTATION, Task
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -100,3 +103,57 @@ def check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
                 f"{path}: {name} is not finite; make the run again, in another dtype or with a lower learning rate: "
                 f"{DTYPE_ADVICE}"
             )
+
+
+# analyses check that they belong to the run's probes
+RESULTS = (
+    "predictions",
+    "metrics.json",
+    "manifest.json",
+    "counts.safetensors",
+    "effects.safetensors",
+    "probes.safetensors",
+)
+
+
+def run_folder(out: Path) -> RunFolder:
+    """Return the folder of a run of probes."""
+
+    def read_identity():
+        return read_json(out / "manifest.json")["identity"]
+
+    return RunFolder(
+        path=out,
+        result=out / "metrics.json",
+        results=RESULTS,
+        read_identity=read_identity,
+    )
+
+
+def say_finished(out: Path, data_name: str, save_predictions: bool) -> None:
+    """Say that the run is finished, and which options have no effect on it.
+
+    Raises:
+        UserError: It was made without predictions, which are wanted.
+    """
+    if save_predictions and not (out / "predictions").is_dir():
+        raise UserError(
+            f"{out} is finished without predictions, which are saved while probes are scored; make it again "
+            "with --overwrite true, or in another --out"
+        )
+    name = read_json(out / "metrics.json")["dataset"]
+    if name != data_name:
+        rank_zero_info(f"{out} is finished, and its data set is still called {name!r}")
+    rank_zero_info(f"{out / 'metrics.json'} exists: this run is finished; nothing to do")
+
+
+def format_scores(out: Path, task: Task) -> str:
+    """Return one line with the main scores of the finished run."""
+    summary = read_json(out / "metrics.json")["summary"]
+    main = {site: summary[site] for site in ("encoder", "adapter")}
+    main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
+    text = "{} {:.1%}" if task.name == SEGMENTATION else "{} {:.3g}"
+    scores = ", ".join(
+        text.format(site, value) for site, value in main.items() if value is not None
+    )
+    return f"{out}: {task.labels[task.score]} {scores or 'in metrics.json'}"

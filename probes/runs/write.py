@@ -1,4 +1,4 @@
-"""Write the files of a finished run; `runs/finished_run.py` lists the files and reads them back."""
+"""Write the files of a finished run; `runs/read.py` lists the files and reads them back."""
 
 import logging
 import platform
@@ -16,14 +16,12 @@ from llava_bidir.common.files import read_json, write_files
 from llava_bidir.common.identity import Identity, describe_digest
 from probes.data.probe_data import ProbeData
 from probes.models.module_sources import absolute_source, is_source
-from probes.models.sites import last_layer
+from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_layer, last_layer
 from probes.ops.pixel_counts import Counts
-from probes.score.effect_file import EFFECTS_FILE, effect_file
+from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
 from probes.score.estimate import Estimate
-from probes.score.layer_effects import run_effects
 from probes.score.resampling import dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, Strengths
-from probes.score.summary import summary
 from probes.site_probes import SiteProbes
 from probes.tasks import SEGMENTATION
 
@@ -166,7 +164,7 @@ def effects_of(
     weights: torch.Tensor,
     groups: torch.Tensor | None,
 ) -> dict[str, Estimate]:
-    """Return the effects of a run, from which reports evaluate claims; see :mod:`probes.score.layer_effects`.
+    """Return the effects of a run, from which reports evaluate claims; see :mod:`probes.score.effects`.
 
     Args:
         probes: The model and its probes.
@@ -316,3 +314,43 @@ def _git_commit() -> str | None:
     if len(found) != 2 or Path(found[0]) != root:
         return None
     return found[1]
+
+
+def peak_layer(scores: dict[str, float], sign: int = 1) -> str | None:
+    """Return the decoder layer with the best score, without `final_norm` (the last layer, normalised).
+
+    Args:
+        scores: The main score by site.
+        sign: 1 if a higher score is better, else -1.
+    """
+    layers = [site for site in scores if is_layer(site)]
+    return max(layers, key=lambda site: sign * scores[site], default=None)
+
+
+def summary(scores: dict[str, float], sign: int = 1) -> dict[str, Any]:
+    """Return the score of encoder, adapter and best layer with their differences (Table 2); None if not probed.
+
+    Differences are positive where the layer is better. `final_norm` is reported beside the best layer: the paper does
+    not say whether its last layer is normalised.
+
+    Args:
+        scores: The main score by site.
+        sign: 1 if a higher score is better, else -1.
+    """
+    peak = peak_layer(scores, sign)
+    encoder = scores.get(ENCODER)
+    adapter = scores.get(ADAPTER)
+    best = scores.get(peak)
+
+    def better_than(other):
+        return None if best is None or other is None else sign * (best - other)
+
+    return {
+        "encoder": encoder,
+        "adapter": adapter,
+        "peak_llm": best,
+        "peak_site": peak,
+        "final_norm": scores.get(FINAL_NORM),
+        "delta_enc": better_than(encoder),
+        "recovery": better_than(adapter),
+    }

@@ -11,17 +11,22 @@ is better.
 Shapes: R resamplings, S sites, N images, F folds, T patches, M sums per image.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, ENCODER, PATCHES, is_layer
 from probes.ops.pixel_counts import Counts
+from probes.score.estimate import Estimate
+from probes.score.strengths import Strengths
 from probes.tasks import Task
-
-from .estimate import Estimate
-from .strengths import Strengths
 
 FOLDS = 10  # of validation images, to choose the best layer
 BEST_LAYER = "best_layer"
@@ -255,3 +260,33 @@ def _pool(counts: Tensor, columns: int) -> Tensor:
     first_row = counts[:, :columns].sum(1)
     rest_of_row = counts[:, 1:columns].sum(1)
     return torch.stack([counts[:, 0], first_row, rest_of_row], 1)
+
+
+EFFECTS_FILE = "effects.safetensors"
+
+
+def effect_file(
+    effects: Mapping[str, Estimate], run: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and metadata of a file of effects; `run` is the fingerprint of the probes of an analysis."""
+    tensors = {name: estimate.vector for name, estimate in effects.items()}
+    about = {name: estimate.about for name, estimate in effects.items()}
+    return tensors, {"effects": json.dumps({"run": run, "about": about})}
+
+
+def read_effect_file(path: Path) -> tuple[dict[str, Estimate], str | None]:
+    """Return the effects of a file, and the fingerprint of the probes of an analysis.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, Any] = json.loads((file.metadata() or {})["effects"])
+            effects = {
+                name: Estimate.from_vector(file.get_tensor(name), entry)
+                for name, entry in metadata["about"].items()
+            }
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); make it again") from None
+    return effects, metadata["run"]

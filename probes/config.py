@@ -1,0 +1,381 @@
+"""The options of all commands but analyses, reports and studies, as frozen dataclasses; nothing here imports torch.
+
+An option is a field, with its type, default and description; the parsers of the commands are made of them.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from jsonargparse.typing import restricted_number_type
+
+from llava_bidir.common.cli import Count, Seed, Values, positional
+from llava_bidir.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of the frozen model and of its probes.
+
+    Args:
+        mllm: Checkpoint directory or hub id, of an MLLM or of a bare vision encoder; or timm:NAME; or FILE.py:FUNCTION,
+            whose code is run, see probes/models/encoders.md.
+        image_attention: Mask among image tokens; None for the one that the model was trained with.
+        untrained: Parts that get random weights, as a control: adapter, llm; of a bare vision encoder: encoder.
+        match: How a random LLM or encoder resembles the trained one: none; update, whose layers change the states as
+            much as the trained ones; or permuted, the trained weights in random order. See
+            probes/models/random_weights.py.
+        draw: Number of the draw of random weights; several draws show what differs between them.
+        image_px: Side of the square input of a bare vision encoder, a multiple of its patch; None for the one that it
+            is published with. An MLLM has that of its checkpoint.
+        image_resize: How images become squares: squash, pad (LLaVA's stage 2), center_crop (its stage 1) or letterbox
+            (DeepSeek-VL). It replaces the checkpoint's way, with its crop, but not its filter.
+            Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
+        dtype: Dtype of the model, auto as stored in the checkpoint. A CPU that multiplies in bfloat16 takes 0.6 of the
+            time in it, and mIoU can move by 0.1 points (probes/models/encoders.md). Probes are always float32.
+        prefix: Text before the image; None for the checkpoint's chat template up to the image.
+        sites: Sites to probe; None for all outputs of layers but those of the encoder's own layers in an MLLM
+            (encoder_00 ...), which are probed by name, or by all. Values, attention and MLP inside the layers
+            (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts.
+        head: Kind of probe: linear (the paper), or another, see probes/heads.py; only linear ones are solved.
+        feature_norm: Normalisation before the head: none (the paper), batchnorm or layernorm. Solved probes have
+            batchnorm, and neither this nor the options of AdamW below.
+        learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.
+        betas: Betas of AdamW.
+        weight_decay: Weight decay of AdamW.
+    """
+
+    mllm: str
+    image_attention: str | None = None
+    untrained: list[str] | None = None
+    match: Literal["none", "update", "permuted"] = "none"
+    draw: int = 0
+    image_px: int | None = None
+    image_resize: str = "squash"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    prefix: str | None = None
+    sites: list[str] | Literal["all", "all_parts"] | None = None
+    head: str = "linear"
+    feature_norm: Literal["none", "batchnorm", "layernorm"] = "none"
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Options of images and targets.
+
+    Args:
+        root: Folder of images and masks (probes/README.md), or of the layout below.
+        dataset: Layout: folder (images, PNG masks, classes.json), ade20k, voc2012, cityscapes, nyuv2, or a registered
+            one.
+        task: Kind of targets, see probes/README.md: segmentation, depth, normals, boundaries, or a registered one.
+        options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
+        name: Name of the dataset in reports; None for the name of the folder.
+        batch_size: Images per batch over all devices; 64 in the paper.
+        cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
+        num_workers: Processes per device that open images, at most one per core.
+    """
+
+    root: str
+    dataset: str = "folder"
+    task: str = "segmentation"
+    options: Values | None = None
+    name: str | None = None
+    batch_size: int = 64
+    cache_features: bool = False
+    num_workers: int = 4
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Options of the solver.
+
+    Args:
+        folds: Folds of training images that choose the strength.
+        strengths: Strengths of regularisation to solve and score; by default the best one, searched in half decades,
+            and its neighbours; for depth and normals 25 from 1e-6 to 1.
+        memory_gb: GB of states that are kept at a time; by default most of the free memory. Sites go through in groups
+            that fit. A site that takes more is in a file of --out until it is solved; the result is the same.
+    """
+
+    folds: int = 4
+    strengths: tuple[float, ...] | None = None
+    memory_gb: float | None = None
+
+    def __post_init__(self):
+        """Raise a UserError if an option is out of range."""
+        if self.folds < 2:
+            raise UserError(f"--folds must be at least 2, got {self.folds}")
+        if self.memory_gb is not None and not self.memory_gb >= 0:
+            raise UserError(f"--memory-gb must be at least 0, got {self.memory_gb:g}")
+        if invalid := [x for x in self.strengths or () if not 0 < x < float("inf")]:
+            raise UserError(f"--strengths must be above 0, got {invalid[0]:g}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that `probes fit` or `probes solve` is told.
+
+    Args:
+        model: The frozen model.
+        data: Images and targets.
+        solver: Of `probes solve`.
+        trainer: Arguments of Lightning's Trainer by name, as YAML has them.
+        seed_everything: Seed of probes, re-initialised parts, and samples.
+        out: Folder of the run.
+        save_predictions: Also write the predictions of every image to OUT/predictions/SITE/NAME.png.
+        overwrite: Replace the run that OUT holds.
+        ckpt_path: "last" resumes a killed run and leaves a finished one alone.
+    """
+
+    model: ModelOptions
+    data: DataOptions
+    solver: SolverOptions = field(default_factory=SolverOptions)
+    trainer: Values = field(default_factory=dict)
+    seed_everything: int = 0
+    out: str = "runs/probes"
+    save_predictions: bool = False
+    overwrite: bool = False
+    ckpt_path: Literal["last"] | None = None
+
+    @classmethod
+    def of(cls, options: "RunConfig", **own: Any) -> Self:
+        """Return the options of a run among those of a command, with some of its own."""
+        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(cls)} | own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions(RunConfig):
+    """Options of `probes solve`.
+
+    Args:
+        dry_run: Print memory and hours, measured on a few images.
+    """
+
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(RunConfig):
+    """Options of `probes verify-data`: those of a run, whose config can be given as it is; the model is not needed.
+
+    Args:
+        workers: Number of processes (default: one per core).
+    """
+
+    model: ModelOptions = ModelOptions("")
+    workers: Seed | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(RunConfig):
+    """Options of `probes study`: those of its probe runs, and its own.
+
+    Args:
+        inputs: MODEL ... DATA. Checkpoint directory or hub id, or several as NAME=DIR, each compared with the first;
+            then a folder of images and masks (probes/README.md), or the name of a layout (ade20k, with --data.root
+            DIR).
+        out: Folder of the study.
+        ckpt_path: "last" resumes killed runs.
+        draws: Draws of random LLMs, and of random adapters; of a bare encoder, of random layers. At most two are also
+            permuted.
+        arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
+        fit: Also train probes, as the paper does.
+        tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
+        add: Further analyses, by the names of their commands, or options of one: knockout.classes=sky,road.
+        only: Only these kinds of steps: solve, fit, report, or an analysis.
+        dry_run: Print the steps, time, disk and detectable effect.
+        overwrite: Replace results that other settings, models or images have made.
+    """
+
+    inputs: tuple[str, ...] = positional()
+    out: Path = field()  # without the default of a run
+    model: ModelOptions = ModelOptions("")
+    data: DataOptions = DataOptions("")
+    ckpt_path: Literal["last"] | None = "last"
+    draws: int = 3
+    arms: tuple[str, ...] | None = None
+    fit: bool = False
+    tasks: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitesOptions:
+    """Options of `probes sites`.
+
+    Args:
+        mllm: Checkpoint directory or hub id, whose weights are not loaded; or timm:NAME or FILE.py:FUNCTION, which is
+            built.
+        image_px: Side of the square input of a bare encoder, a multiple of its patch (default: as published).
+    """
+
+    mllm: str = positional()
+    image_px: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """Options of `probes mask`.
+
+    Args:
+        mllm: Checkpoint directory or hub id; loaded in float32.
+        image_attention: Image attention that `probes` applies, instead of the model's own forward.
+    """
+
+    mllm: str = positional()
+    image_attention: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatesOptions:
+    """Options of `probes states`.
+
+    Args:
+        mllm: Checkpoint directory or hub id, timm:NAME or FILE.py:FUNCTION.
+        image: Image files.
+        out: A .safetensors file with "SITE" f[images, T, d].
+        sites: Sites to write; `all` with the encoder's own layers in an MLLM, `all_parts` also with what is inside the
+            layers; A+B for two side by side (default: encoder, adapter and outputs of layers).
+        image_attention: Image attention (default: the checkpoint's own).
+        prefix: Text before the image (default: from the chat template).
+        image_px: Side of the square input of a bare encoder, a multiple of its patch (default: as published).
+        overwrite: Replace the file if there is one.
+    """
+
+    mllm: str = positional()
+    image: tuple[Path, ...] = positional()
+    out: Path
+    sites: tuple[str, ...] | None = None
+    image_attention: str | None = None
+    prefix: str | None = None
+    image_px: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions:
+    """Options of `probes segment`.
+
+    Args:
+        probes: Folder of a finished probe run, unless it stands before the photos: probes segment RUN PHOTO ...
+        photos: Image files with distinct names.
+        site: Site of the probe (default: the run's best decoder layer).
+        out: Folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this
+            command has written are replaced.
+        trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
+    """
+
+    probes: str | None = None
+    photos: tuple[str, ...] = positional()
+    site: str | None = None
+    out: Path
+    trust: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabOptions:
+    """Options of `probes lab`.
+
+    Args:
+        runs: Finished probe runs on the same images, one per mask or model, side by side.
+        mllm: Checkpoint directory or hub id, timm:NAME or FILE.py:FUNCTION, without probes: words and attention.
+        port: Port of the page; 0 for any free one.
+        host: Address to listen at, for other machines (default: 127.0.0.1).
+        trust: Run the files of runs whose models are FILE.py:FUNCTION; read them first.
+    """
+
+    runs: tuple[str, ...] = positional(default=())
+    mllm: str | None = None
+    port: int = 8899
+    host: str | None = None
+    trust: bool = False
+
+
+Scale = restricted_number_type("Scale", float, [(">=", 0.01), ("<=", 1000)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetsOptions:
+    """Options of `probes demo-assets`.
+
+    Args:
+        out: Folder to write; replaces an earlier world.
+        seed: Seed of all random choices.
+        scenes: Scenes in a picture: 1, 2 or 4.
+        scale: Factor for the number of images, conversations and training steps.
+    """
+
+    out: Path = positional()
+    seed: Seed = 0
+    scenes: Literal[1, 2, 4] = 4
+    scale: Scale = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantOptions:
+    """Options of `probes plant`.
+
+    Args:
+        what: Recovery: train its image tokens on the classes; drop: merge classes in its adapter; random: shuffle the
+            layers of its LLM.
+        model: Exported directory (RUN/hf).
+        world: Folder of demo-assets.
+        out: Directory to write; replaces an earlier export.
+        steps: Of recovery: optimizer steps on pictures alone.
+        answer_steps: Of recovery: further steps in which questions about patches are trained, too.
+        pairs: Of drop: pairs of classes to merge, up to 3; 0: none.
+        seed: Seed of batches and questions.
+    """
+
+    what: Literal["recovery", "drop", "random"] = positional()
+    model: Path = positional()
+    world: Path = positional()
+    out: Path = positional()
+    steps: Seed = 250
+    answer_steps: Seed = 0
+    pairs: Seed = 3
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Options of `probes demo`.
+
+    Args:
+        out: Folder of world, models, study and report.
+        seed: Seed of all random choices.
+        scale: Factor for the number of images, conversations and training steps; 1: half an hour, large enough for
+            results.
+        extras: Also analyses that no claim needs (always from scale 1).
+    """
+
+    out: Path = Path("runs/demo")
+    seed: Seed = 0
+    scale: Scale = 0.1
+    extras: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionsOptions:
+    """Options of `probes questions`.
+
+    Args:
+        data: Folder data set: images, masks and classes.json (probes/README.md, Your own data).
+        out: Folder for captions.json, dialogues.json and questions.json.
+        seed: Seed of all random choices.
+        grid: Rows and columns of places that are asked about.
+        per_photo: Questions about each training photo, on average.
+        held_out: Questions about all validation photos.
+    """
+
+    data: Path = positional()
+    out: Path
+    seed: Seed = 0
+    grid: Count = 4
+    per_photo: Count = 6
+    held_out: Count = 200

@@ -519,7 +519,7 @@ class ProbeRun(FinishedRun):
         if self.task_name != SEGMENTATION:
             raise UserError(
                 f"{self.path} has probes of the task {self.task_name}, but this is about classes; expected a run of "
-                "segmentation. `probes report RUN --tasks RUN ...` and probes.open_run take runs of other tasks"
+                "segmentation (probes.open_run takes runs of other tasks)"
             )
 
     @property

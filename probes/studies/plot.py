@@ -52,8 +52,9 @@ def plot_table(
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     sites = sorted(filter(is_on_main_path, table["site"].unique()), key=_place)
-    for run, rows in table[table["site"].isin(sites)].groupby("run", sort=False):
-        look = looks[run]
+    shown = table[table["site"].isin(sites)]
+    for run, look in looks.items():
+        rows = shown[shown["run"] == run]
         places = rows["site"].map(sites.index)
         axes.plot(places, rows["value"], marker="o", ms=3, **look)
         if "label" in look:

@@ -103,10 +103,3 @@ def test_arguments_of_other_types_are_errors(name, mllm):
     call, message = CALLS[name]
     with pytest.raises(UserError, match=message):
         call(mllm)
-
-
-def test_a_site_without_states_is_named_with_those_that_were_read(mllm):
-    states = mllm.states(mllm.preprocess(Image.new("RGB", (9, 9))), ["adapter"])
-    with pytest.raises(KeyError, match="no states of 'layer_31'; these are of adapter"):
-        states["layer_31"]
-    assert states.get("layer_31") is None and "layer_31" not in states

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from reference import IGNORED, make_case, value_and_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probes.data.batches import MaskPreparer
 from probes.ops import bilinear
 from probes.ops import cross_entropy as loss_module
 from probes.ops.cross_entropy import upsampled_cross_entropy
-from probes.ops.geometry import AxisExtent, Geometry, GridPlacement, ResizeRule
+from probes.ops.geometry import AxisExtent, GridPlacement
 from probes.ops.quadrature import axis_rule, join_masks, prepare_masks
 
 pytestmark = pytest.mark.numerics
@@ -294,14 +293,3 @@ def test_a_label_that_is_no_class_is_named(label):
     target[1, 4, 5] = label
     with pytest.raises(ValueError, match=rf"label {label} .*K=5.*ignore_index=255"):
         upsampled_cross_entropy(logits, target)
-
-
-def test_masks_prepared_like_others_are_as_if_prepared_alone():
-    geometry = Geometry((3, 4), 56, 56, ResizeRule("squash"))
-    _, target = make_case((1, 3, 5, 3, 4), (20, 26))
-    targets = [target[0, :9], *target[1:]]
-    tight = MaskPreparer(geometry, 5, 5)(targets)
-    alone = MaskPreparer(geometry, 5, 2)(targets)
-    like = MaskPreparer(geometry, 5, 2)(targets, like=tight)
-    for name in ("mass", "soft", "pixels"):
-        assert torch.equal(getattr(like, name), getattr(alone, name))

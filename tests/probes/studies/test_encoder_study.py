@@ -16,7 +16,7 @@ from probes.cli import main
 from probes.lab.requests import (
     Attention,
     Block,
-    PatchWords,
+    PatchView,
     Replace,
     View,
 )
@@ -181,7 +181,7 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     with pytest.raises(UserError, match="has no other mask"):
         change = replace("other_mask", "layer_01")
         session.read(View(**view, intervention=change), labs.JOB)
-    assert session.words_of_patch(PatchWords(**view, patch=0), labs.JOB) == {"words": []}
+    assert session.words_of_patch(PatchView(**view, patch=0), labs.JOB) == {"words": []}
 
 
 @pytest.mark.parametrize(

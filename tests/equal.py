@@ -60,6 +60,7 @@ ALIKE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NAMES = "claim image_attention run model task of site metric class condition effect source target a b".split()
 UNNAMED = r".*/(?=[^/]+\.\w+/)|#?\d+|,nan"  # folders and numbers in a key
 VERDICTS = ("verdict", "conclusion", "site")
+SHOWN = 30  # kinds of keys that came or went
 APART = re.compile(r"wall_s|seconds|_per_s|memory|peak_gb|logs/|checkpoints/|manifest\.json")
 
 
@@ -146,7 +147,7 @@ def main() -> int:
     for title, keys in (("came", this.keys() - other.keys()), ("went", other.keys() - this.keys())):
         print(f"keys that {title}: {len(keys):,}")
         names = Counter("/".join(re.sub(UNNAMED, "", key).split("/")[:3]) for key in keys)
-        for name, count in names.most_common():
+        for name, count in names.most_common(SHOWN):
             print(f"{count:9,} {name}")
     return failed
 

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.templates import render
+from probes.report.render import render
 
 from .photos import encode
 from .requests import (

@@ -1,30 +1,36 @@
 """The page, from the report's tables: which part has what, and what is left out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 from markupsafe import Markup
 
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section
 from probes.analyses.charts import Figure
-from probes.analyses.templates import render
 from probes.data.verify import notes_of_run
+from probes.report import parts, words
+from probes.report.charts import Frame, colour_class, known, ticks
+from probes.report.compare import LEFT_OUT as NOT_COMPARED
+from probes.report.headline import claims_about, headline, plain_text
+from probes.report.hero import TILE_WIDTH, choose_tiles, large_figure, tile_places
+from probes.report.pictures import classes_in, first_map, map_of, map_uri, picture_uri, right_share
+from probes.report.readings import (
+    SiteAxis,
+    SiteReading,
+    by_site,
+    lead_of,
+    read_models,
+    read_readings,
+)
+from probes.report.tables import Tables, by_claim
 from probes.runs.pictures import names_of, read_pictures
 from probes.runs.steps import FAILED, LEFT_OUT, describe_steps
 from probes.runs.study import StudyRuns, overridden_masks, runs_to_compare
 from probes.tasks import SEGMENTATION, TASKS
-
-from . import parts, words
-from .charts import Frame, colour_class, known, ticks
-from .compare import LEFT_OUT as NOT_COMPARED
-from .headline import claims_about, headline, plain_text
-from .hero import TILE_WIDTH, choose_tiles, large_figure, tile_places
-from .pictures import classes_in, first_map, map_of, map_uri, picture_uri, right_share
-from .readings import SiteAxis, SiteReading, by_site, lead_of, read_models, read_readings
-from .tables import Tables, by_claim
 
 Entry = dict[str, Any]
 CSS = Path(__file__).with_name("page.css")
@@ -269,3 +275,20 @@ def figures_of_sites(tables: Tables) -> list[Figure]:
             )
         )
     return figures + parts.inside_layers(tables)
+
+
+def render(template: str, filters: dict[str, Callable] | None = None, **values: Any) -> str:
+    """Return the page that a template makes of `values`; `filters` are added to Jinja's own.
+
+    Templates are named by their path in the package, "lab/lab.html.j2".
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parents[1])
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,  # a name that no longer exists is an error, not empty text
+    )
+    environment.filters |= filters or {}
+    return environment.get_template(template).render(**values)

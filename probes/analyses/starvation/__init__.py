@@ -1,7 +1,7 @@
 """Context starvation: are early patches worse off under causal attention (Sec. 5.1, Fig. 7, Table 3)?
 
 Image tokens come in raster order. Under a causal mask, patch 0 attends to no other patch and the last one to all. The
-report compares the two runs of a study by pixel accuracy under each patch at one site (gaps.py). The first token may
+report compares the two runs of a study by pixel accuracy under each patch at one site (section.py). The first token may
 also be an attention sink (sinks.py).
 """
 

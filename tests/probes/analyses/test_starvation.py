@@ -5,7 +5,7 @@ import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
-from probes.analyses.starvation.gaps import gaps, standardised_accuracy, starvation
+from probes.analyses.starvation.section import gaps, standardised_accuracy, starvation
 from probes.runs.read import ProbeRun
 
 N = 80

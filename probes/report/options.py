@@ -13,7 +13,7 @@ class ReportOptions:
     Args:
         studies: Folders of studies; NAME=STUDY names the model. Of several models on the same photos, each is compared
             with the first.
-        out: Folder for index.html, results.json, *.csv and *.pdf.
+        out: Folder for index.html, results.json, *.csv, *.pdf and *.png.
         labels: Labels of a study's models, in the order in which they are compared (default: those that the study was
             given).
     """

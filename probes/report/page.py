@@ -3,7 +3,7 @@
 OUT/index.html       the page; needs no network and no other file
 OUT/results.json     claims and scores, in the format that other tools read
 OUT/*.csv            every number of the page, as fractions 0..1
-OUT/*.pdf            the figures
+OUT/*.pdf, *.png     the figures
 
 All files are written at the end, results.json last. An earlier report therefore stays until the new one is complete. Of
 its files, which results.json lists, those that the new one lacks are then removed.
@@ -45,6 +45,10 @@ from .verdicts import MARGIN
 
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 Sections = dict[str, Section]  # of analyses by name
+FORMATS = {
+    "pdf": {"CreationDate": None},
+    "png": {},
+}  # of figures as files, and what they say of themselves
 
 
 def write_report(
@@ -173,12 +177,13 @@ def _csv_files(rows_by_name: dict[str, Rows], out: Path) -> Files:
 
 
 def _figure_files(figures: Iterable[Figure], out: Path) -> Files:
-    """Return the PDF and the CSV file of each figure."""
+    """Return each figure as PDF and PNG, and its numbers as CSV."""
     files: Files = {}
     for figure in figures:
-        pdf = io.BytesIO()
-        pdf_of(figure).savefig(pdf, format="pdf", metadata={"CreationDate": None})
-        files[out / f"{figure.name}.pdf"] = pdf.getvalue()
+        for kind, metadata in FORMATS.items():
+            drawn = io.BytesIO()
+            pdf_of(figure).savefig(drawn, format=kind, metadata=metadata)
+            files[out / f"{figure.name}.{kind}"] = drawn.getvalue()
         files |= _csv_files({figure.name: figure.rows}, out)
     return files
 

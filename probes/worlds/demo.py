@@ -49,6 +49,11 @@ OTHERS = {
 }
 KNOCKOUT = ["knockout.classes=ceiling,sky,wall,building", "knockout.draws=1"]
 QUESTIONS = ["routes.limit=80", "routes.draws=1"]
+NEXT = """
+Next:
+  source .venv/bin/activate
+  probes lab {out}/causal/trained {out}/bidirectional/trained
+  probes study {out}/bidirectional/planted/hf DATA --out runs/mine    # DATA: images and masks, probes/README.md"""
 # Knockouts take half of the time, and no truth is known about them.
 STEPS = ["solve", "fit", "sinks", "report"]
 
@@ -78,6 +83,7 @@ def run(options: DemoOptions) -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(train, MASKS))
         _study(out, seed, options.extras or options.scale >= 1)
+        print(NEXT.format(out=options.out))
 
 
 def _train(out: Path, mask: str, seed: int) -> list[Step]:

@@ -126,7 +126,8 @@ def test_page_is_self_contained(page):
     assert {*anchors} <= {*ids}
     assert len(ids) == len({*ids})
     for name in ("layers", "starvation", "maps_causal"):
-        assert (page / f"{name}.pdf").stat().st_size > 1000
+        for kind in ("pdf", "png"):
+            assert (page / f"{name}.{kind}").stat().st_size > 1000
     assert len(html) < 400_000
 
 

@@ -88,9 +88,9 @@ MOST = {
     "probes/worlds": (15_600, 12),
     "probes": (74_903, 93),  # the rest of it
     "experiments": (34_145, 33),
-    "tests": (292_757, 278),
+    "tests": (292_855, 278),
 }
-MOST_WORDS = 29_061  # of all Markdown
+MOST_WORDS = 29_059  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")
 
 

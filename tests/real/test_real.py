@@ -235,6 +235,8 @@ def test_low_rank_updates_are_merged_and_leave_the_embeddings(
     before = load_file(small_stages[0] / "model.safetensors")
     after = load_file(tmp_path / "run/hf/model.safetensors")
     assert before.keys() == after.keys()
+    for weights in (before, after):  # rows of added tokens are means of the others, of their dtype
+        weights[EMBEDDING] = weights[EMBEDDING][:WORDS]
     changed = {
         name
         for name, weight in before.items()
@@ -300,7 +302,7 @@ def test_two_processes_under_zero_end_at_the_weights_of_one(
     """Up to rounding, which AdamW enlarges where gradients are near zero: 5% of the way that training has gone."""
     more = f"-c configs/cluster/{zero}.yaml --trainer.devices 2"
     more += " --trainer.precision 32-true --trainer.accelerator cpu"
-    more += " --trainer.strategy zero_on_cpu.ZeROOnCPU"
+    more += " --trainer.strategy.class_path=zero_on_cpu.ZeROOnCPU"
     helpers = Path(__file__).parents[1] / "helpers"
     monkeypatch.setenv("PYTHONPATH", str(helpers), prepend=":")
     options = small_stage2_options(tmp_path / "run", *more.split())

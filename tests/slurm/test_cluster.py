@@ -19,7 +19,7 @@ import probes.cli
 ROOT = Path(__file__).parents[2]
 JOBS = 2 * 3 + 1  # of one encoder
 PROBES = "-c configs/demo/probes.yaml --data.batch_size 2 --data.name toy"
-ZERO = "zero3.yaml --trainer.strategy zero_on_cpu.ZeROOnCPU"
+ZERO = "zero3.yaml --trainer.strategy.class_path=zero_on_cpu.ZeROOnCPU"
 ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
 

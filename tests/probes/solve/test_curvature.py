@@ -147,8 +147,8 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(
 
     def gradient(x: torch.Tensor) -> torch.Tensor:
         """Without the labels, on which the second derivative does not depend."""
-        probability = torch.einsum("nd,pkd->npk", inputs.double(), x).softmax(-1)
-        return torch.einsum("np,npk,nd->pkd", used, probability, inputs.double())
+        probability = torch.einsum("nc,pkc->npk", inputs.double(), x).softmax(-1)
+        return torch.einsum("np,npk,nc->pkc", used, probability, inputs.double())
 
     ridge = torch.tensor([1e-2, 1e-3]).double()[:, None, None].repeat(1, 1, WIDTH + 1)
     spectrum = torch.ones(WIDTH + 1).double()

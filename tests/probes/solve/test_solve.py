@@ -224,6 +224,16 @@ def die(*args, **kwargs) -> None:
     raise KeyboardInterrupt
 
 
+def in_this_process(work, sites, device):
+    """Solve sites on one thread here, where a patch is seen; workers are processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from ((site, work(site)) for site in sites)
+    finally:
+        torch.set_num_threads(threads)
+
+
 # class and method, and the number of calls after which it is killed
 KILLS = {
     "while states are read": (SiteProbes, "states", 2),
@@ -253,6 +263,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     killed = arguments(checkpoints["causal"], segmentation, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(owner, method, stop)
+        patch.setattr("probes.solve.run.in_workers", in_this_process)
         main(killed)
     if when == "when a site is saved":
         assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 1
@@ -312,6 +323,7 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
         return loss_and_gradient(*args, **kwargs)
 
     monkeypatch.setattr("probes.tasks.losses.loss_and_gradient", record)
+    monkeypatch.setattr("probes.solve.run.in_workers", in_this_process)
     solve("--trainer.precision", "bf16-mixed", *ADAPTER)
     assert seen == {False}
 

@@ -19,6 +19,7 @@ from probes.data.registry import DATASETS
 from probes.heads import HEADS
 from probes.models.families import FAMILIES
 
+pytestmark = pytest.mark.slow  # trains a model, and starts processes that do
 MAIN = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 IS_IMAGE = torch.tensor([[False, True, True, True, True, False]])
 REGISTRIES = (llava_bidir.IMAGE_ATTENTION, HEADS, DATASETS, FAMILIES)

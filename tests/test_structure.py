@@ -88,7 +88,7 @@ MOST = {
     "probes/worlds": (15_600, 12),
     "probes": (74_903, 93),  # the rest of it
     "experiments": (34_145, 33),
-    "tests": (292_855, 278),
+    "tests": (292_862, 278),
 }
 MOST_WORDS = 29_059  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")

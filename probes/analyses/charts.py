@@ -124,3 +124,18 @@ class Figure(NamedTuple):
     rows: Rows = ()
     columns: Sequence[str] = ()
     pictures: Sequence[PictureRow] = ()
+
+
+def curves_by_layer(
+    rows: Rows,
+    looks: Mapping[str, Curve],
+    name: str,
+    value: str,
+) -> list[Curve]:
+    """Return a curve over the layers for each look: the rows of its `name`, their `value` with "low" and "high"."""
+    curves = []
+    for wanted, look in looks.items():
+        own = [row for row in rows if row[name] == wanted]
+        points = [Point(row["layer"], row[value], row["low"], row["high"]) for row in own]
+        curves.append(look._replace(points=points))
+    return curves

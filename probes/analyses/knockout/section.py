@@ -3,7 +3,7 @@
 from typing import Any
 
 from probes.analyses.base import Section
-from probes.analyses.charts import Chart, Curve, Figure, Point
+from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.analyses.sinks import describe_sinks, sinks_of
 from probes.runs.formatting import Rows, bounds
 from probes.runs.read import ProbeRun
@@ -60,19 +60,7 @@ LOOKS = {  # of the conditions; the first ones are below
 
 def rate_chart(rows: Rows) -> Chart:
     """Return the panel of a class: wrong patches left by layer and condition."""
-    curves = []
-    for condition, look in LOOKS.items():
-        own = [row for row in rows if row["condition"] == condition]
-        points = [
-            Point(
-                x["layer"],
-                x["remaining"],
-                x["low"],
-                x["high"],
-            )
-            for x in own
-        ]
-        curves.append(look._replace(points=points))
+    curves = curves_by_layer(rows, LOOKS, "condition", "remaining")
     ticks = {row["layer"]: str(row["layer"] or "ad") for row in rows}
     return Chart(
         curves, ticks, f"{rows[0]['class']}, {rows[0]['cases']} cases", "wrong patches left, %"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from probes.analyses.base import Section
-from probes.analyses.charts import Chart, Curve, Figure, Point
+from probes.analyses.charts import Chart, Curve, Figure, Point, curves_by_layer
 from probes.runs.formatting import Rows, bounds
 from probes.runs.study import StudyRuns
 
@@ -29,19 +29,7 @@ LOOKS = {  # of the groups of patches that are drawn
 
 def patching_chart(results: dict[str, Any], rows: Rows) -> Chart:
     """Return the panel of patching.json; the CSV file has all groups of patches."""
-    curves = []
-    for group, look in LOOKS.items():
-        own = [row for row in rows if row["patches"] == group]
-        points = [
-            Point(
-                row["layer"],
-                row["value"],
-                row["low"],
-                row["high"],
-            )
-            for row in own
-        ]
-        curves.append(look._replace(points=points))
+    curves = curves_by_layer(rows, LOOKS, "patches", "value")
     layers = sorted({row["layer"] for row in rows})
     ends = [Point(layer, results["total"]["value"]) for layer in (layers[0], layers[-1])]
     return Chart(

@@ -57,8 +57,9 @@ def stock_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor
     ).logits
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "sdpa") for name in MASKS), ("bidirectional", "eager")]
+)
 @pytest.mark.parametrize("llm", SLIDING_LLMS)
 def test_sliding_layers_keep_their_window_with_every_cache(llm, backend, name):
     model = tiny_models.model(name, backend, text_config=SLIDING_LLMS[llm])

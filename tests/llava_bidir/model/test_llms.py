@@ -142,7 +142,7 @@ def test_logits_and_answers_are_the_llms_own_before_and_after_export(
         assert torch.equal(model.generate(input_ids=ids, **settings), said)
 
 
-@pytest.mark.parametrize("kind", LLMS)
+@pytest.mark.parametrize("kind", ["granite", "cohere", "gemma3_text", "nanochat", "gpt2", "opt"])
 def test_the_loss_of_training_is_the_llms_own(kind, parts, llm_of):
     llm, own = llm_of(kind)
     module = LlavaTraining(

@@ -100,8 +100,7 @@ def logged(run: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
     return [(x.step, x.value) for x in EventAccumulator(str(run)).Reload().Scalars(tag)]
 
 
-@pytest.mark.parametrize("micro_batch", [2, 9])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("number", "micro_batch"), zip(SIGNALS, (9, 2, 2), strict=True))
 def test_a_signal_is_heeded_after_its_step_and_the_rest_equals_an_undisturbed_run(
     number,
     micro_batch,

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from probes.models.random_weights import layer_updates
 
 LAYERS = 3
 SIDES = (24, 32)  # the stored one, and one for which positions are interpolated
+VISION = [name for name, stock in tiny_encoders.STOCK.items() if not stock.two_towers]
 
 
 def photo(seed: int = 0) -> Image.Image:
@@ -36,8 +38,9 @@ def test_every_family_of_bare_encoders_has_a_stock_model_here():
     assert tiny_encoders.STOCK.keys() == ENCODERS.keys()
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", tiny_encoders.STOCK)
+@pytest.mark.parametrize(
+    ("name", "side"), [*product(tiny_encoders.STOCK, SIDES[:1]), *product(VISION, SIDES[1:])]
+)
 @torch.no_grad()
 def test_sites_are_the_stock_models_hidden_states(name, side, folders):
     """Of two-tower checkpoints, too, which stock code reads as a vision model."""
@@ -85,7 +88,7 @@ def test_a_patch_of_16_px_changes_its_own_token_of_the_grid(name, side, tmp_path
     assert encoder.grid == (cells, cells) and encoder.geometry.image_px == cells * 16
     image = np.zeros((48, 80, 3), np.uint8)
     plain = encoder.states(encoder.preprocess(Image.fromarray(image)), ["layer_00"])["layer_00"]
-    for row, column in ((0, 0), (0, cells - 1), (cells - 1, 1), (2, 3)):
+    for row, column in ((0, cells - 1), (2, 1)):
         changed = image.copy()
         top, bottom = (round(48 * x / cells) for x in (row + 0.3, row + 0.7))
         left, right = (round(80 * x / cells) for x in (column + 0.3, column + 0.7))
@@ -96,40 +99,29 @@ def test_a_patch_of_16_px_changes_its_own_token_of_the_grid(name, side, tmp_path
         assert divmod(int(difference.argmax()), cells) == (row, column)
 
 
-@pytest.mark.parametrize("name", tiny_encoders.STOCK)
+@pytest.mark.parametrize("name", VISION)
 def test_random_layers_change_the_states_as_much_as_the_trained_ones(name, folders):
+    """And are drawn again, each matrix: CLIP and SigLIP do it in the parent, where a flag would keep trained ones."""
     encoder = probes.load(folders[name], device="cpu")
-    photos = [photo(seed) for seed in range(4)]
+    photos = [photo(seed) for seed in range(2)]
     pixels = encoder.preprocess(photos)
-    trained = encoder.states(pixels)
-    updates = layer_updates(encoder, pixels)
-    settings = {
-        "untrained": ["encoder"],
-        "match": "update",
-        "device": "cpu",
-    }
-    control = probes.load(folders[name], **settings, match_images=photos)
-    random = control.states(pixels)
-    assert layer_updates(control, pixels) == pytest.approx(updates, rel=2e-3)
-    assert torch.equal(random["layer_00"], trained["layer_00"])
-    assert not torch.allclose(random["layer_01"], trained["layer_01"], atol=1e-2)
-    again = probes.load(folders[name], **settings, update_scales=control.update_scales)
-    for site, states in again.states(pixels).items():
-        assert torch.equal(states, random[site])
+    trained = encoder.states(pixels, ["layer_00", "layer_01"])
+    control = {"untrained": ["encoder"], "match": "update", "device": "cpu"}
+    random = probes.load(folders[name], **control, match_images=photos)
+    states = random.states(pixels)
+    expected = pytest.approx(layer_updates(encoder, pixels), rel=2e-3)
+    assert layer_updates(random, pixels) == expected
+    assert torch.equal(states["layer_00"], trained["layer_00"])
+    assert not torch.allclose(states["layer_01"], trained["layer_01"], atol=1e-2)
+    again = probes.load(folders[name], **control, update_scales=random.update_scales)
+    assert torch.equal(again.states(pixels)["layer_03"], states["layer_03"])
+    pairs = zip(encoder.layers.named_parameters(), random.layers.parameters(), strict=True)
+    assert [key for (key, a), b in pairs if a.ndim > 1 and torch.equal(a, b)] == []
 
 
-@pytest.mark.parametrize("name", ["clip_vision_model", "siglip_vision_model", "dinov2", "vit"])
-def test_every_matrix_of_a_random_encoder_is_drawn_again(name, folders):
-    """CLIP and SigLIP draw weights of attention and MLP in the parent, where a flag would keep trained ones."""
-    trained = probes.load(folders[name], device="cpu")
-    random = probes.load(folders[name], device="cpu", untrained=["encoder"])
-    pairs = zip(trained.layers.named_parameters(), random.layers.parameters(), strict=True)
-    kept = [key for (key, a), b in pairs if a.ndim > 1 and torch.equal(a, b)]
-    assert kept == []
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", tiny_encoders.STOCK)
+@pytest.mark.parametrize(
+    ("name", "backend"), [*product(VISION, ["sdpa"]), ("dinov2", "eager"), ("clip", "eager")]
+)
 @torch.no_grad()
 def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
     """Another state of the blocked patch before the cut layer changes no other patch behind it."""
@@ -145,19 +137,17 @@ def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
         with pytest.raises(UserError, match="no attention that a knockout can cut"):
             encoder.states(pixels, knockout=cut)
         return
-    plain = encoder.states(pixels, ["layer_01", "layer_02"])
-    moved = encoder.states(pixels, ["layer_02"], hooks=hooks)
-    with_cut = encoder.states(pixels, ["layer_01", "layer_02"], cut)
-    moved_with_cut = encoder.states(pixels, ["layer_02"], cut, hooks=hooks)
-    assert torch.equal(plain["layer_01"], with_cut["layer_01"])
+    plain = encoder.states(pixels, ["layer_02"])["layer_02"]
+    moved = encoder.states(pixels, ["layer_02"], hooks=hooks)["layer_02"]
+    with_cut = encoder.states(pixels, ["layer_02"], cut)["layer_02"]
+    moved_with_cut = encoder.states(pixels, ["layer_02"], cut, hooks=hooks)["layer_02"]
     # CLS and registers of this layer read the blocked patch, but patches of this layer do not read those of this layer
-    assert (moved["layer_02"] - plain["layer_02"])[0, others].abs().max() > 1e-4
-    assert (moved_with_cut["layer_02"] - with_cut["layer_02"])[0, others].abs().max() <= 1e-6
+    assert (moved - plain)[0, others].abs().max() > 1e-4
+    assert (moved_with_cut - with_cut)[0, others].abs().max() <= 1e-6
     in_layers = torch.tensor([[False, True, False], [False, False, False]])
     by_row = probes.Knockout(blocked.expand(2, -1), in_layers)
     rows = encoder.states(pixels, ["layer_02"], by_row, rows=[0, 0])["layer_02"]
-    torch.testing.assert_close(rows[0], with_cut["layer_02"][0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(rows[1], plain["layer_02"][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows, torch.cat([with_cut, plain]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +163,9 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
     eager = load_weights("encoder", stock.cls, folders[name], **options).eval()
     expected = eager(**stock.inputs(pixels), output_attentions=True).attentions
     patches = slice(stock.extra_tokens, None)
-    for found, layer in zip(weights.values(), (0, 2), strict=True):
-        torch.testing.assert_close(
-            found, expected[layer][:, :, patches, patches], rtol=1e-4, atol=1e-6
-        )
+    found = torch.cat([*weights.values()])
+    expected = torch.cat(expected[::2])[:, :, patches, patches]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

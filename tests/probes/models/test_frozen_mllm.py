@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import tiny_models
@@ -13,65 +14,50 @@ import probes
 pytestmark = pytest.mark.numerics
 
 
-def full_forward(mllm, pixels, suffix: int = 0):
-    """Hidden states of the whole model on prefix + image + `suffix` text tokens, at the image's positions."""
+def full_forward(mllm, pixels):
+    """Hidden states of the whole model on prefix and image, at the image's positions."""
     image = torch.full((len(pixels), tiny_models.TOKENS), mllm.model.config.image_token_id)
-    text = torch.arange(3, 3 + suffix).expand(len(pixels), -1)
-    ids = torch.cat([mllm.prefix_ids.expand(len(pixels), -1), image, text], 1)
+    ids = torch.cat([mllm.prefix_ids.expand(len(pixels), -1), image], 1)
     states = mllm.model(ids, pixels, output_hidden_states=True, use_cache=False).hidden_states
-    start = mllm.prefix_ids.shape[1]
-    return [state[:, start : start + tiny_models.TOKENS] for state in states]
+    return [state[:, -tiny_models.TOKENS :] for state in states]
 
 
 def test_states_equal_those_of_the_full_forward(mllm, pictures):
     pixels = mllm.preprocess(pictures)
     states = mllm(pixels)
     whole = full_forward(mllm, pixels)
-    assert torch.equal(states["adapter"], whole[0]), (
-        "the adapter site is the LLM's input, bit for bit"
-    )
+    assert torch.equal(states["adapter"], whole[0]), "the LLM's input, bit for bit"
     for i in (1, 2):
         torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], **rounding(whole[i], i))
     torch.testing.assert_close(states["final_norm"], whole[3], **rounding(whole[3], 4))
     norm = mllm.model.model.language_model.norm
-    (
-        torch.testing.assert_close(norm(states["layer_03"]), states["final_norm"]),
-        "layer 3 is read before the norm",
-    )
-    assert torch.equal(
-        mllm.to_grid(states["layer_03"])[:, 1, 0], states["layer_03"][:, tiny_models.GRID[1]]
-    )
+    torch.testing.assert_close(norm(states["layer_03"]), states["final_norm"])
+    second_row = mllm.to_grid(states["layer_03"])[:, 1, 0]
+    assert torch.equal(second_row, states["layer_03"][:, tiny_models.GRID[1]])
     tower = mllm.model.model.vision_tower(pixels, output_hidden_states=True)
     assert torch.equal(states["encoder"], tower.hidden_states[-1][:, 1:])
 
 
-def test_states_follow_another_prefix(mllm, checkpoints, pictures):
-    other = probes.load(str(checkpoints[mllm.image_attention]))
+@pytest.mark.parametrize("applied", [None, "causal"])
+def test_states_follow_another_prefix(mllm, applied, checkpoints, pictures):
+    """Of a model under another mask, too, which leaves the model that it comes from as it is."""
+    own = probes.load(str(checkpoints[mllm.image_attention]))
+    other = own.with_attention(applied) if applied else own
     pixels = mllm.preprocess(pictures)
     before = other(pixels)
-    ids = other.prefix_ids[0].tolist()
-    other.set_prefix(ids + [5, 6, 7])
+    ids = own.prefix_ids[0].tolist()
+    other.set_prefix([*ids, 5, 6, 7])
     states = other(pixels)
-    whole = full_forward(other, pixels)
-    assert other.prefix_ids[0].tolist() == ids + [5, 6, 7]
+    assert other.prefix_ids[0].tolist() == [*ids, 5, 6, 7]
     assert int(other.is_image.nonzero()[0]) == len(ids) + 3
-    for i in (1, 2):
-        torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], **rounding(whole[i], i))
-        assert not torch.allclose(states[f"layer_{i:02d}"], before[f"layer_{i:02d}"], atol=1e-3)
+    if applied:
+        assert own.prefix_ids[0].tolist() == ids
+    else:
+        whole = full_forward(other, pixels)
+        torch.testing.assert_close(states["layer_02"], whole[2], **rounding(whole[2], 2))
+    assert not torch.allclose(states["layer_02"], before["layer_02"], atol=1e-3)
     other.set_prefix(ids)
     assert all(torch.equal(x, before[site]) for site, x in other(pixels).items())
-
-
-def test_another_prefix_of_a_model_under_another_mask_is_its_own(mllm, checkpoints, pictures):
-    own = probes.load(str(checkpoints[mllm.image_attention]))
-    pixels = mllm.preprocess(pictures)
-    before = own(pixels)
-    ids = own.prefix_ids[0].tolist()
-    other = own.with_attention("causal")
-    other.set_prefix(ids + [5, 6, 7])
-    assert other.prefix_ids.shape[1] == len(ids) + 3
-    assert own.prefix_ids[0].tolist() == ids
-    assert all(torch.equal(x, before[site]) for site, x in own(pixels).items())
 
 
 def test_logit_lens_takes_states_of_another_precision(checkpoints, pictures):
@@ -87,18 +73,13 @@ def test_subset_of_sites_gives_the_same_and_computes_no_more(mllm, pictures):
     pixels = mllm.preprocess(pictures)
     states = mllm.states(pixels)
     ran = []
-    hooks = [
-        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
-        for i, layer in enumerate(mllm.decoder.layers)
-    ]
-    try:
+    with ExitStack() as stack:
+        for i, layer in enumerate(mllm.decoder.layers):
+            hook = layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+            stack.callback(hook.remove)
         some = mllm.states(pixels, ["adapter", "layer_02"])
-        assert ran == [0, 1]
-        ran.clear()
         mllm.states(pixels, ["encoder"])
-        assert ran == []
-    finally:
-        [hook.remove() for hook in hooks]
+    assert ran == [0, 1]
     assert list(some) == ["adapter", "layer_02"]
     assert all(torch.equal(some[site], states[site]) for site in some)
 
@@ -144,35 +125,27 @@ def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
     assert probes.load(str(tmp_path / "ours"), image_resize="squash").geometry.resize == "squash"
 
 
-def test_untrained_adapter_has_the_scale_of_the_training(checkpoints, tmp_path):
-    shutil.copytree(checkpoints["causal"], tmp_path / "hf")
-    (tmp_path / "hf/training.json").write_text('{"adapter_init_scale": 4.0}')
-    one, four = (
-        probes.load(str(path), untrained=["adapter"])
-        for path in (checkpoints["causal"], tmp_path / "hf")
-    )
-    one, four = (mllm.model.model.multi_modal_projector.linear_2.weight for mllm in (one, four))
-    assert torch.equal(4 * one, four)
+def test_untrained_parts_are_drawn_by_seed_at_the_scale_of_the_training(
+    checkpoints, pictures, tmp_path
+):
+    def load(path=checkpoints["causal"], **kwargs):
+        return probes.load(str(path), untrained=["adapter", "llm"], **kwargs)
 
-
-def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):
-    def load(**kwargs):
-        return probes.load(str(checkpoints["causal"]), **kwargs)
-
-    trained = load()
-    control = load(untrained=["adapter", "llm"])
-    again = load(untrained=["adapter", "llm"])
-    other = load(untrained=["adapter", "llm"], seed=1)
+    trained = probes.load(str(checkpoints["causal"]))
     pixels = trained.preprocess(pictures)
-    states = [m.states(pixels) for m in (trained, control, again, other)]
-    assert torch.equal(states[0]["encoder"], states[1]["encoder"]), "the encoder is what it was"
-    assert not torch.allclose(states[0]["adapter"], states[1]["adapter"])
-    assert all(torch.equal(states[1][site], states[2][site]) for site in trained.sites)
-    assert not torch.allclose(states[1]["layer_03"], states[3]["layer_03"])
-    spread = control.model.model.language_model.layers[0].self_attn.q_proj.weight.std().item()
-    assert spread == pytest.approx(
-        control.model.config.get_text_config().initializer_range, rel=0.1
-    )
+    kept, drawn, again, other = (m(pixels) for m in (trained, load(), load(), load(seed=1)))
+    assert torch.equal(kept["encoder"], drawn["encoder"]), "the encoder is what it was"
+    assert not torch.allclose(kept["adapter"], drawn["adapter"])
+    assert all(torch.equal(drawn[site], again[site]) for site in drawn)
+    assert not torch.allclose(drawn["layer_03"], other["layer_03"])
+    scaled = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    (scaled / "training.json").write_text('{"adapter_init_scale": 4.0}')
+    one, four = (model.model.model for model in (load(), load(scaled)))
+    adapters = (model.multi_modal_projector.linear_2.weight for model in (one, four))
+    assert torch.equal(4 * next(adapters), next(adapters))
+    spread = one.language_model.layers[0].self_attn.q_proj.weight.std().item()
+    usual = trained.model.config.get_text_config().initializer_range
+    assert spread == pytest.approx(usual, rel=0.1)
 
 
 def test_stays_frozen_and_in_eval_mode(mllm):

@@ -1,110 +1,213 @@
-"""Eq. 1 against an attention written out, and its guards."""
+"""Knockouts against masks written out by hand: Eq. 1, rows and columns of the prompt, and their guards."""
 
-import itertools
+from functools import cache
+from itertools import product
 
 import pytest
 import reference
+import tiny_models
 import torch
 from tolerances import rounding
 
+import probes
+from llava_bidir.common.errors import UserError
 from probes import Knockout
+from probes.models.answers import generate_answer
 
 pytestmark = pytest.mark.numerics
 
-
-BLOCKED = torch.tensor(
-    [[False, True, False, True], [True, False, False, False], [False, False, False, False]]
-)
-
-
-BY_ROW = torch.tensor(
-    [[True, False, True], [False, True, True], [True, True, True]]
-)  # row of the batch, layer
-
-
-CUTS = {  # knockout: whether no image token may attend to image token k of image b in layer i
-    "all layers": (Knockout(BLOCKED), lambda b, i, k: BLOCKED[b, k]),  # Eq. 1
-    "one layer": (Knockout(BLOCKED, [2]), lambda b, i, k: i == 2 and BLOCKED[b, k]),
-    "window": (Knockout(BLOCKED, [2, 3]), lambda b, i, k: i in (2, 3) and BLOCKED[b, k]),
-    "set of layers": (Knockout(BLOCKED, [1, 3]), lambda b, i, k: i in (1, 3) and BLOCKED[b, k]),
-    "layers by row": (
-        Knockout(BLOCKED, BY_ROW),
-        lambda b, i, k: BY_ROW[b, i - 1] and BLOCKED[b, k],
-    ),
-}
-
-
-def reference_states(mllm, pixels, cut):
-    """States at image positions after each layer, by an attention written out without the pairs in `cut`."""
-    first = mllm.prefix_ids.shape[1]
-    by_image = []
-    for b in range(len(pixels)):
-
-        def gone(layer, q, k, b=b) -> bool:
-            return q >= first and k >= first and bool(cut(b, layer, k - first))
-
-        by_image.append(reference.masks_by_layer(mllm, mllm.ids.shape[1], gone))
-    masks = [torch.cat(of_layer) for of_layer in zip(*by_image, strict=True)]
-    states = reference.uncached_states(mllm, pixels, [], masks)
-    return [state[:, first:] for state in states]
+QUESTION = "name the sky\nA. wall\nB. road\nof this"
+ANSWERS = ["sky wall", "name this road of the rest"]
+BLOCKED = torch.tensor([[False, True, False, True]])
+CUTS = [  # rows, columns, layers
+    ("image", "blocked", None),  # Eq. 1
+    ("image", "blocked", [1, 3]),
+    ("question", "image", None),
+    ("question", "blocked", [2]),
+    ("last", "image", [1, 2]),
+    ("last", "question", None),
+    ("last", "prefix", None),
+    ("answer", "image", None),
+    ("answer", "last", None),
+    ("answer", "answer", [1]),
+    ("image", "prefix", [1]),
+    ("image", "image", None),
+    ("blocked", "image", [1]),
+    (("question", "last", "answer"), ("blocked", "prefix"), [1, 3]),
+]
+AMONG_IMAGES = [*CUTS[:2], *CUTS[10:13]]
+MASKS = ["causal", "bidirectional", "prefix"]  # under the last, the prefix sees the image
+BACKENDS = ["sdpa", "eager"]
 
 
-@pytest.mark.parametrize("name", CUTS)
-def test_equals_an_attention_written_out(mllm, pixels, name):
-    knockout, cut = CUTS[name]
-    states = mllm.states(pixels, knockout=knockout)
-    for i, expected in enumerate(reference_states(mllm, pixels, cut), 1):
-        torch.testing.assert_close(states[f"layer_{i:02d}"], expected, **rounding(expected, i))
+@pytest.fixture(scope="module")
+def mllms(checkpoints):
+    """Models by mask and backend whose attention outweighs the residual stream."""
+
+    @cache
+    def load(mask: str, backend: str = "sdpa"):
+        mllm = probes.load(str(checkpoints[mask]), attn_implementation=backend)
+        with torch.no_grad():
+            for layer in mllm.decoder.layers:
+                layer.self_attn.v_proj.weight *= 8
+                layer.self_attn.o_proj.weight *= 8
+        return mllm
+
+    return load
+
+
+def knockout_of(cut) -> Knockout:
+    rows, columns, layers = cut
+    return Knockout(BLOCKED if "blocked" in str(cut) else None, layers, rows, columns)
+
+
+def sets_of_tokens(mllm, answer: list[int]) -> list[set[str]]:
+    """The sets of each token of prefix, image, question and answer, written out."""
+    names = [{"prefix"}] * mllm.prefix_ids.shape[1]
+    names += [{"image", "blocked"} if blocked else {"image"} for blocked in BLOCKED[0].tolist()]
+    # the line's end, "name" in two, the|sky|\n; A|.|wall; \n; B|.|road; \n|of|this; ASSISTANT:
+    names += [{"question"}] * 17 + [{"last"}]
+    return names + [{"answer"}] * len(answer)
+
+
+def states_by_hand(
+    mllm,
+    pixels,
+    answer: list[int],
+    cut,
+) -> list[torch.Tensor]:
+    """The states of all tokens after each layer, without a cache."""
+    names = sets_of_tokens(mllm, answer)
+    rows, columns = ({x} if isinstance(x, str) else set(x) for x in cut[:2])
+
+    def gone(layer, q, k) -> bool:
+        is_cut = cut[2] is None or layer in cut[2]
+        return is_cut and bool(names[q] & rows and names[k] & columns)
+
+    masks = reference.masks_by_layer(mllm, len(names), gone)
+    text = mllm.chat.question_ids(QUESTION) + answer
+    return reference.uncached_states(mllm, pixels, text, masks)
+
+
+def log_probs_by_hand(mllm, pixels, cut) -> torch.Tensor:
+    scores = []
+    for answer in mllm.chat.answer_ids(ANSWERS):
+        state = states_by_hand(mllm, pixels, answer[:-1], cut)[-1]
+        logits = mllm.model.lm_head(mllm.decoder.norm(state[0, -len(answer) :]))
+        scores.append(logits.log_softmax(-1)[range(len(answer)), answer].sum())
+    return torch.stack(scores)[None]
+
+
+@pytest.mark.parametrize("mask", MASKS[:2])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_log_probs_equal_the_mask_written_out(mllms, cut, mask):
+    pixels = tiny_models.pixels(1)
+    expected = log_probs_by_hand(mllms(mask), pixels, cut)
+    plain = mllms(mask).answer_log_probs(pixels, QUESTION, ANSWERS)
+    tolerance = rounding(expected, 3)
+    assert (plain - expected).abs().max() > 3 * tolerance["atol"], "the knockout matters"
+    for backend in BACKENDS:
+        mllm = mllms(mask, backend)
+        scores = mllm.answer_log_probs(pixels, QUESTION, ANSWERS, knockout_of(cut))
+        torch.testing.assert_close(scores, expected, **tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cut", [CUTS[5], *CUTS[7:10], CUTS[13]], ids=str)
+def test_generation_with_a_cache_equals_uncached_forwards(mllms, cut, backend):
+    mllm = mllms("bidirectional", backend)
+    pixels = tiny_models.pixels(1)
+    states = []
+    hook = mllm.decoder.norm.register_forward_hook(lambda _, args, out: states.append(out[0, -1]))
+    options = {"max_new_tokens": 4, "on_token": lambda _: None}
+    generate_answer(mllm, pixels, QUESTION, knockout_of(cut), **options)
+    hook.remove()
+    answer = []
+    for state in states:
+        expected = states_by_hand(mllm, pixels, answer, cut)[-1]
+        expected = mllm.decoder.norm(expected[0, -1])
+        torch.testing.assert_close(state, expected, **rounding(expected, 3))
+        answer.append(int(mllm.model.lm_head(expected).argmax()))
+    assert len(states) > 3
 
 
 @pytest.mark.parametrize(
-    "is_image", ["1111", "001111", "0011011"], ids=["image", "prefix", "row end"]
+    ("mask", "cut"),
+    [*product(MASKS, AMONG_IMAGES), ("prefix", ("prefix", "image", None))],
+    ids=str,
 )
-@pytest.mark.parametrize("prefix_runs_along", [False, True])
-def test_cut_touches_pairs_of_image_tokens_only(is_image, prefix_runs_along):
-    """Rows of the prefix (where it sees the image) and of what ends a row of the image stay as they are, bit by bit."""
-    is_image = [flag == "1" for flag in is_image]
-    first = is_image.index(True)
-    tokens = len(is_image)
-    queries = tokens if prefix_runs_along else tokens - first
-    mask = (
-        torch.rand(
-            2,
-            1,
-            queries,
-            tokens,
-            generator=torch.Generator().manual_seed(0),
+def test_states_equal_the_mask_written_out(mllms, mask, cut):
+    pixels = tiny_models.pixels(1)
+    first = mllms(mask).prefix_ids.shape[1]
+    expected = states_by_hand(mllms(mask), pixels, [], cut)
+    for backend, rows in (("sdpa", None), ("sdpa", [0]), ("eager", None)):
+        states = mllms(mask, backend).states(pixels, knockout=knockout_of(cut), rows=rows)
+        for i, state in enumerate(expected, 1):
+            of_image = state[:, first : first + tiny_models.TOKENS]
+            found = states[f"layer_{i:02d}"]
+            torch.testing.assert_close(found, of_image, **rounding(of_image, i))
+    assert not torch.allclose(found, mllms(mask).states(pixels)["layer_03"], atol=1e-3)
+
+
+def test_each_row_of_a_batch_has_its_own_layers_and_columns(mllms):
+    """In states and in scores; tokens may be on the grid."""
+    mllm = mllms("causal")
+    pixels = tiny_models.pixels(1)
+    blocked = torch.cat([BLOCKED, ~BLOCKED, ~BLOCKED])
+    layers = torch.tensor([[True, True, True], [False, True, False], [False, False, False]])
+    batch = pixels.expand(3, -1, -1, -1)
+    alone = [Knockout(BLOCKED, None, "last"), Knockout(~BLOCKED, [2], "last"), None]
+    scores = [mllm.answer_log_probs(pixels, QUESTION, ANSWERS, one) for one in alone]
+    expected = torch.cat(scores)
+    found = mllm.answer_log_probs(batch, QUESTION, ANSWERS, Knockout(blocked, layers, "last"))
+    torch.testing.assert_close(found, expected, **rounding(expected, 3))
+    alone = [Knockout(BLOCKED), Knockout(~BLOCKED, [2]), None]
+    expected = torch.cat([mllm.states(pixels, knockout=one)["layer_03"] for one in alone])
+    for one in (blocked, blocked.unflatten(1, mllm.grid)):
+        found = mllm.states(batch, knockout=Knockout(one, layers))["layer_03"]
+        torch.testing.assert_close(found, expected, **rounding(expected, 3))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [("image", "question"), ("question", "last"), ("question", "answer"), ("prefix", "image")],
+)
+def test_a_knockout_that_changes_no_allowed_pair_is_an_error(mllms, rows, columns):
+    pixels = tiny_models.pixels(1)
+    knockout = Knockout(rows=rows, columns=columns)
+    with pytest.raises(UserError, match="changes nothing in row 0 .* no token of"):
+        mllms("causal").answer_log_probs(pixels, QUESTION, ANSWERS, knockout)
+    blocked = torch.cat([BLOCKED, BLOCKED & False])
+    with pytest.raises(UserError, match="changes nothing in row 1"):
+        mllms("causal").answer_log_probs(
+            pixels.expand(2, -1, -1, -1), QUESTION, ANSWERS, Knockout(blocked, None, "last")
         )
-        < 0.7
-    )
-    mask[..., first] = True
-    blocked = torch.tensor([[False, True, False, True], [False, False, True, False]])
-    cut = Knockout(blocked).cut(mask, torch.tensor(is_image))
-    for b, q, k in itertools.product(range(2), range(queries), range(tokens)):
-        pair = is_image[tokens - queries + q] and is_image[k]
-        assert cut[b, 0, q, k] == (
-            mask[b, 0, q, k] and not (pair and blocked[b, sum(is_image[:k])])
-        )
 
 
-def test_row_without_keys_raises():
-    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
-    blocked = torch.tensor([[False, False, False], [True, False, False]])
-    with pytest.raises(ValueError, match="blocking 1 tokens leaves image token 0 of image 1"):
-        Knockout(blocked).cut(mask, torch.ones(3, dtype=torch.bool))
+def test_what_does_not_fit_is_an_error(mllms):
+    mllm = mllms("causal")
+    pixels = tiny_models.pixels(1)
+    with pytest.raises(UserError, match="rows of a knockout are 'patches'"):
+        Knockout(BLOCKED, rows="patches")
+    with pytest.raises(UserError, match="neither rows nor columns name them"):
+        Knockout(BLOCKED, rows="last", columns="image")
+    with pytest.raises(UserError, match="no text after the image runs here"):
+        mllm.states(pixels, knockout=Knockout(rows="last", columns="image"))
+    with pytest.raises(ValueError, match=r"blocked must be bool\[1, 4\]"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED[[0, 0]]))
+    with pytest.raises(ValueError, match="blocking 1 tokens leaves image token 0 of image 0"):
+        first = torch.arange(3)[None] == 0
+        Knockout(first).cut(torch.ones(1, 1, 3, 3).bool().tril(), torch.ones(3).bool())
 
 
-def test_misfits_are_errors(mllm, pixels):
-    with pytest.raises(ValueError, match=r"blocked must be bool\[3, 4\]"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED[:2]))
-
-
-def test_knockout_that_reaches_no_layer_raises(mllm, pixels, monkeypatch):
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_knockout_that_reaches_no_layer_is_an_error(mllms, mask, monkeypatch):
     """A model that stops handing masks to its layers makes the knockout a no-op; that must not pass."""
+    mllm = mllms(mask)
     layer = type(mllm.decoder.layers[0])
     forward = layer.forward
     monkeypatch.setattr(
         layer, "forward", lambda self, h, attention_mask=None, **kw: forward(self, h, **kw)
     )
     with pytest.raises(RuntimeError, match="runs with another mask"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED))
+        mllm.states(tiny_models.pixels(1), knockout=Knockout(BLOCKED))

@@ -4,14 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import probe_runs
 import pytest
 import tiny_families
 
 from llava_bidir.common.hf import PROMPT_DATE
-from probes.cli import main
 from probes.models.families import FAMILIES
 from probes.models.prompts import read_prefix_ids
-from probes.runs.read import ProbeRun
 
 TEMPLATE = "{{ bos_token }}hello{% for part in messages[0].content %}<image>{% endfor %}"
 HELLO = tiny_families.tokenizer().get_vocab()["hello"]
@@ -65,12 +64,9 @@ def test_a_prefix_is_part_of_the_run_and_used_by_analyses(checkpoints, segmentat
     """A checkpoint without a chat template is probed with the text that the error asks for."""
     model = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
     (model / "chat_template.jinja").unlink()
-    command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "1"]
-    command += ["--model.mllm", str(model), "--data.root", str(segmentation)]
-    command += ["--data.num_workers", "0", "--out", str(tmp_path / "run")]
+    words = [model, segmentation, tmp_path / "run", "--model.sites=[layer_02]"]
     with pytest.raises(SystemExit, match="has no chat template.* `probes fit --model.prefix`"):
-        main(command)
-    main([*command, "--model.prefix", "USER: sky"])
-    run = ProbeRun(tmp_path / "run")
+        probe_runs.fit(*words)
+    run = probe_runs.fit(*words, "--model.prefix", "USER: sky")
     assert run.manifest["identity"]["settings"]["model.prefix"] == "USER: sky"
     assert run.mllm().prefix_ids.shape[1] > 1

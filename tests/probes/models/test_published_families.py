@@ -19,7 +19,7 @@ from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from probes import Knockout
-from probes.models.attention_masks import is_allowed, mask_backend
+from probes.models.attention_masks import mask_backend
 from probes.models.families import FAMILIES, family_of, own_image_attention
 from probes.models.families.encoders import ENCODERS
 from probes.models.frozen_mllm import FrozenMLLM
@@ -33,10 +33,7 @@ LAYERS = 3
 PREFIX = [1, 2, 3, 4, 5]
 SEPARATOR = 12
 IMAGES = 2
-FAST = (
-    "llava-hf/llava-interleave-qwen-0.5b-hf",
-    "google/paligemma2-3b-pt-224",
-)  # what was wrong once
+FAST = ("google/paligemma2-3b-pt-224",)  # what was wrong once
 
 INDEXED_BY = (
     torch.ops.aten.index.Tensor,
@@ -126,7 +123,7 @@ def linspace_with_values(start: float, end: float, steps: int, **_) -> np.ndarra
 
 
 @contextmanager
-def load(entry: dict, image_attention: str | None = None) -> Iterator[FrozenMLLM]:
+def load(entry: dict) -> Iterator[FrozenMLLM]:
     """A model as `probes.load` makes it; in the context, weights and what is computed from them have no values."""
     config = config_of(entry)
     weights = FakeWeights()
@@ -144,35 +141,8 @@ def load(entry: dict, image_attention: str | None = None) -> Iterator[FrozenMLLM
     prefix = [] if family.own_template else PREFIX
     separator = SEPARATOR if family.row_separator else None
     with weights:
-        attention = image_attention or own_image_attention(config)
+        attention = own_image_attention(config)
         yield FrozenMLLM(model, family, processors, prefix, attention, separator_id=separator)
-
-
-def pixels_for(mllm: FrozenMLLM) -> torch.Tensor:
-    side = mllm.geometry.image_px
-    return torch.ones(IMAGES, 3 * len(mllm.image_processors), side, side)
-
-
-def run(
-    mllm: FrozenMLLM, knockout: Knockout | None = None
-) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """The states at all sites, and bool[B, T, T] by layer, the attention among image tokens that the layer received."""
-    received: dict[int, torch.Tensor] = {}
-    hooks = [
-        # after the forward, when the knockout has replaced the mask
-        layer.self_attn.register_forward_hook(
-            lambda _, args, kwargs, output, i=i: received.__setitem__(i, kwargs["attention_mask"]),
-            with_kwargs=True,
-        )
-        for i, layer in enumerate(mllm.decoder.layers)
-        if hasattr(layer, "self_attn")
-    ]
-    states = mllm.states(pixels_for(mllm), knockout=knockout)
-    [hook.remove() for hook in hooks]
-    masks = [is_allowed(mask) for _, mask in sorted(received.items()) if mask is not None]
-    return states, [
-        mask[:, 0, mllm.is_image[-mask.shape[2] :]][:, :, mllm.is_image] for mask in masks
-    ]
 
 
 def test_every_family_has_a_published_model():
@@ -215,35 +185,17 @@ def test_unreadable_configs_are_refused(name):
     "name",
     [name if name in FAST else pytest.param(name, marks=pytest.mark.nightly) for name in MODELS],
 )
-def test_states_knockout_and_mask_override(name):
+def test_states_have_the_published_sizes(name):
     entry = MODELS[name]
     tokens = entry["side"] ** 2
-    own = entry.get("image_attention", "causal")
+    blocked = torch.arange(tokens).expand(IMAGES, -1) == tokens // 2
+    knockout = Knockout(blocked, [2]) if entry["family"] not in WITHOUT_MASKS else None
     with load(entry) as mllm:
-        states, plain = run(mllm)
+        side = mllm.geometry.image_px
+        pixels = torch.ones(IMAGES, 3 * len(mllm.image_processors), side, side)
+        states = mllm.states(pixels, knockout=knockout)
         width = mllm.model.config.get_text_config().hidden_size
-        expected = dict.fromkeys(mllm.sites, (IMAGES, tokens, width)) | {
-            "encoder": (IMAGES, tokens, entry["encoder_width"])
-        }
+        expected = dict.fromkeys(mllm.sites, (IMAGES, tokens, width))
+        expected["encoder"] = (IMAGES, tokens, entry["encoder_width"])
         assert {site: tuple(state.shape) for site, state in states.items()} == expected
         assert int(mllm.is_image.sum()) == tokens
-        blocked = torch.zeros(IMAGES, tokens, dtype=torch.bool)
-        blocked[:, tokens // 2] = True
-        if entry["family"] in WITHOUT_MASKS:
-            with pytest.raises(
-                ValueError, match="knockouts are not supported by (linear_attention|conv) layers"
-            ):
-                run(mllm, Knockout(blocked))
-            return
-        _, cut = run(mllm, Knockout(blocked, [2]))
-        assert torch.equal(cut[1], plain[1] & ~blocked[:, None])
-        assert plain[1][:, -1, tokens // 2].all()
-        assert all(
-            torch.equal(a, b) for i, (a, b) in enumerate(zip(plain, cut, strict=True)) if i != 1
-        )
-        assert any(mask[:, 0, -1].all() for mask in plain) == (own != "causal")
-    other = "bidirectional" if own == "causal" else "causal"
-    with load(entry, other) as mllm:
-        for mask in run(mllm)[1]:
-            assert mask[:, 0, -1].all() == (other != "causal")
-            assert mask[:, -1, 0].all()

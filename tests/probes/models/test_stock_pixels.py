@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import tiny_families
 import torch
 import transformers
 from PIL import Image
-from tiny_families import HIGH_MEAN, HIGH_STD, MEAN, SIDE, STD
+from tiny_families import MEAN, SIDE, STD
 
 import probes
 from probes.models.families import FAMILIES, dynamic_resolution
@@ -83,7 +84,7 @@ _CLIP = StockProcessor("CLIPImageProcessorPil", SHORTER_SIDE)
 _TILES = {"image_grid_pinpoints": [[24, 48], [48, 24]]}
 _GOT = {"size": BOTH_SIDES, "min_patches": 1, "max_patches": 4}
 _QWEN = _patches("Qwen2VLImageProcessorPil")
-_FRAMES = {"size": {"shortest_edge": 2 * TOKENS_PX**2, "longest_edge": 2 * TOKENS_PX**2}}
+_FRAMES = {"size": {side: 2 * pixels for side, pixels in _square(TOKENS_PX).items()}}
 _GLM = _patches("Glm4vImageProcessorPil", **_FRAMES)
 _PIXTRAL = StockProcessor(
     "PixtralImageProcessorPil",
@@ -200,17 +201,15 @@ CASES = [
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Return the folder of a checkpoint, written once; its image processor is replaced by each test."""
-    written = {}
 
+    @cache
     def folder(name):
-        if name not in written:
-            written[name] = tmp_path_factory.mktemp(name)
-            kinds = tiny_encoders.STOCK
-            if name in kinds:
-                kinds[name].write(written[name])
-            else:
-                tiny_families.write(name, written[name])
-        return written[name]
+        path = tmp_path_factory.mktemp(name)
+        if name in tiny_encoders.STOCK:
+            tiny_encoders.STOCK[name].write(path)
+        else:
+            tiny_families.write(name, path)
+        return path
 
     return folder
 
@@ -256,18 +255,9 @@ def test_pixels_equal_those_of_the_stock_processor(name, stock, checkpoint):
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_of_the_larger_view_equal_those_of_the_stock_processor(size, checkpoint):
     """DeepSeek-VL's SAM; the smaller view is made of it with less than one grey level of difference."""
-    processor = transformers.DeepseekVLHybridImageProcessorPil(
-        size={"height": 16, "width": 16},
-        high_res_size={"height": 128, "width": 128},
-        image_mean=MEAN,
-        image_std=STD,
-        high_res_image_mean=HIGH_MEAN,
-        high_res_image_std=HIGH_STD,
-    )
     folder = checkpoint("deepseek_vl_hybrid")
-    processor.save_pretrained(folder)
+    stock = tiny_families.stock_hybrid([photo(size)])
     model = probes.load(str(folder), device="cpu")
-    stock = processor([photo(size)], return_tensors="pt")
     inputs = model.family.inputs(model.model, model.preprocess(photo(size)), model.is_image[None])
     torch.testing.assert_close(inputs["high_res_pixel_values"], stock["high_res_pixel_values"])
     grey_level = 1 / 255 / min(STD)
@@ -311,28 +301,23 @@ def test_pixels_that_are_not_normalised_need_no_mean(checkpoint):
     torch.testing.assert_close(model.preprocess(square), expected)
 
 
-def test_another_side_keeps_filter_and_field_of_view(checkpoint):
-    """224 of 256 px are 448 of 512 px."""
-    sides = {"size": {"shortest_edge": 27}, "crop_size": BOTH_SIDES, "resample": BILINEAR}
-    StockProcessor("BitImageProcessorPil", sides).build().save_pretrained(checkpoint("dinov2"))
-    model = probes.load(str(checkpoint("dinov2")), device="cpu", image_px=32)
-    larger = {
-        "size": {"shortest_edge": 36},
-        "crop_size": {"height": 32, "width": 32},
-        "resample": BILINEAR,
-    }
-    stock = StockProcessor("BitImageProcessorPil", larger)
-    for size in SIZES:
-        torch.testing.assert_close(model.preprocess(photo(size)), stock.pixels(photo(size)))
-
-
-def test_squash_replaces_the_crop_and_keeps_the_filter(checkpoint):
-    settings = _DINOV2.settings | {"resample": BILINEAR}
+def test_another_side_keeps_filter_and_field_of_view_and_squash_the_filter(checkpoint):
+    """224 of 256 px are 448 of 512 px; squash replaces the crop."""
+    filter_ = {"resample": BILINEAR}
+    settings = _DINOV2.settings | filter_
     StockProcessor("BitImageProcessorPil", settings).build().save_pretrained(checkpoint("dinov2"))
-    model = probes.load(str(checkpoint("dinov2")), device="cpu", image_resize="squash")
-    whole = StockProcessor("ViTImageProcessorPil", {"size": BOTH_SIDES, "resample": BILINEAR})
-    for size in SIZES:
-        torch.testing.assert_close(model.preprocess(photo(size)), whole.pixels(photo(size)))
+    larger = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    cases = (
+        ({"image_px": 32}, StockProcessor("BitImageProcessorPil", larger | filter_)),
+        (
+            {"image_resize": "squash"},
+            StockProcessor("ViTImageProcessorPil", {"size": BOTH_SIDES} | filter_),
+        ),
+    )
+    for options, stock in cases:
+        model = probes.load(str(checkpoint("dinov2")), device="cpu", **options)
+        for size in SIZES:
+            torch.testing.assert_close(model.preprocess(photo(size)), stock.pixels(photo(size)))
     said = "squash, bilinear; it replaces center_crop, bilinear, the middle 24 of 27 px"
     assert said in repr(model)
 
@@ -354,13 +339,9 @@ RULES = {
 }
 
 
-def rule_of(settings, folder, family="clip"):
-    means = {"image_mean": MEAN, "image_std": STD}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings | means))
-    return read_image_processors(str(folder), FAMILIES[family])[1]
-
-
 @pytest.mark.parametrize("kind", RULES)
 def test_files_without_a_setting_have_that_of_their_class(kind, tmp_path):
     settings, expected = RULES[kind]
-    assert rule_of(settings, tmp_path) == expected
+    means = {"image_mean": MEAN, "image_std": STD}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | means))
+    assert read_image_processors(str(tmp_path), FAMILIES["clip"])[1] == expected

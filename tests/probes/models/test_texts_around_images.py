@@ -3,7 +3,6 @@
 import importlib
 import re
 import sys
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,82 +19,19 @@ from probes.models.families import FAMILIES
 pytestmark = pytest.mark.usefixtures("small_squares")
 
 PIXELS = {"height": 24, "width": 24}
-
-
-@dataclass(frozen=True)
-class Processor:
-    """A stock processor that runs here, with a tiny tokenizer.
-
-    Args:
-        name: Its class, without "Processor".
-        images: Class of its image processor, and settings.
-        tokens: Attributes of the published tokenizer that name tokens.
-        settings: Arguments of the processor.
-    """
-
-    name: str
-    images: tuple[str, dict]
-    tokens: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)
-
-    def build(self, family: str, tokenizer):
-        for name, token in self.tokens.items():
-            setattr(tokenizer, name, token)
-            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-        kind, settings = self.images
-        images = getattr(transformers, kind)(**settings)
-        images.image_seq_length = 36  # as published configs have it; PaliGemma's processor wants it
-        module = importlib.import_module(f"transformers.models.{family}.processing_{family}")
-        processor = getattr(module, f"{self.name}Processor")
-        return processor(image_processor=images, tokenizer=tokenizer, **self.settings)
-
-
+# whose texts are not made by one method: image processor, settings, and names of tokens that published tokenizers have
 PROCESSORS = {
-    "gemma3": Processor(
-        "Gemma3",
-        ("Gemma3ImageProcessorPil", {"size": PIXELS}),
+    "gemma3": (
+        "Gemma3ImageProcessorPil",
+        {"image_seq_length": 9},
         {
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
             "image_token": "<image>",
         },
-        {"image_seq_length": 9},
     ),
-    "paligemma": Processor(
-        "PaliGemma", ("SiglipImageProcessorPil", {"size": PIXELS}), {"image_token": "<image>"}
-    ),
-    "internvl": Processor(
-        "InternVL",
-        ("GotOcr2ImageProcessorPil", {"size": PIXELS}),
-        {
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        },
-        {"image_seq_length": 9},
-    ),
-    "lighton_ocr": Processor(
-        "LightOnOcr",
-        ("PixtralImageProcessorPil", {"size": {"longest_edge": 32}, "patch_size": {"height": 4, "width": 4}}),
-        {
-            "image_token": "<|image_pad|>",
-            "image_break_token": "[IMG_BREAK]",
-            "image_end_token": "[IMG_END]",
-        },
-        {"patch_size": 2, "spatial_merge_size": 2},
-    ),
-    "llava": Processor(
-        "Llava",
-        ("CLIPImageProcessorPil", {"size": {"shortest_edge": 24}, "crop_size": PIXELS}),
-        {},
-        {
-            "patch_size": 4,
-            "vision_feature_select_strategy": "default",
-            "num_additional_image_tokens": 1,
-        },
-    ),
-}  # fmt: skip
+    "paligemma": ("SiglipImageProcessorPil", {}, {"image_token": "<image>"}),
+}
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -106,22 +42,28 @@ def test_ids_of_a_question_equal_those_of_the_stock_processor(name, load_family,
     )
     mllm = load_family(name)
     asked = [*mllm.ids[0].tolist(), *mllm.chat.question_ids("hello")]
+    kind, settings, tokens = PROCESSORS[name]
     tokenizer = tiny_families.tokenizer()
-    processor = PROCESSORS[name].build(name, tokenizer)
-    placeholder = STOCK[name].placeholder
-    text = f"<s>hello{placeholder}hellohello"
-    if name == "paligemma":
-        text = "<image>hello"
+    for attribute, token in tokens.items():
+        setattr(tokenizer, attribute, token)
+        setattr(tokenizer, f"{attribute}_id", tokenizer.convert_tokens_to_ids(token))
+    images = getattr(transformers, kind)(size=PIXELS)
+    images.image_seq_length = 36  # as published configs have it; PaliGemma's processor wants it
+    module = importlib.import_module(f"transformers.models.{name}.processing_{name}")
+    class_name = {"gemma3": "Gemma3Processor", "paligemma": "PaliGemmaProcessor"}[name]
+    processor = getattr(module, class_name)(images, tokenizer, **settings)
+    text = "<image>hello" if name == "paligemma" else "<s>hello<start_of_image>hellohello"
     photo = Image.fromarray(np.zeros((24, 24, 3), np.uint8))
     found = processor(images=[photo], text=[text], add_special_tokens=False)["input_ids"][0]
-    token = "<image>" if name == "gemma3" else placeholder
-    image = tokenizer.convert_tokens_to_ids(token)
+    image = tokenizer.convert_tokens_to_ids("<image>")
     theirs = [int(number) for number in found]
     assert [x for x in theirs if x != image] == [x for x in asked if x != IMAGE_ID]
     assert image in theirs
 
 
 CLASSES = {
+    "llava": "Llava",
+    "lighton_ocr": "LightOnOcr",
     "internvl": "InternVL",
     "qianfan_ocr": "QianfanOCR",
     "aya_vision": "AyaVision",
@@ -183,6 +125,9 @@ OTHERS = {
     "img_size": 2,
     "patch_size": 1,
     "spatial_merge_size": 1,
+    "effective_patch_size": 1,
+    "num_additional_image_tokens": 0,
+    "vision_feature_select_strategy": "full",
     "image_processor": SimpleNamespace(merge_size=1),
 }
 
@@ -191,6 +136,7 @@ def one_image() -> dict:
     """Return what image processors say of a photo of 2 x 2 tokens without tiles."""
     return {
         "num_patches": [1],
+        "pixel_values": torch.zeros(1, 3, 2, 2),
         "grids": torch.tensor([[1, 1]]),
         "rows": [[0]],
         "cols": [[0]],

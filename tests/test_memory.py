@@ -96,8 +96,16 @@ def test_report_does_not_grow_with_the_images(tmp_path):
     for images in (40, 2000):
         out = tmp_path / f"report{images}"
         folder = tmp_path / str(images)
-        runs = [probe_runs.write_run(folder / mask, quality, root=data, mask=mask, images=images,)
-                for mask in ("causal", "bidirectional")]  # fmt: skip
+        runs = [
+            probe_runs.write_run(
+                folder / mask,
+                quality,
+                root=data,
+                mask=mask,
+                images=images,
+            )
+            for mask in ("causal", "bidirectional")
+        ]
         peaks.append(peak_mb_of_probes("report", *runs, "--out", out))
         sizes.append((out / "index.html").stat().st_size)
     assert sizes[1] < 1.2 * sizes[0]

@@ -357,8 +357,19 @@ def write_solved(
             ),
             None,
         ]
-        sites.append({"site": site, "strengths": strengths, "cv_cross_entropy": [0.9, 0.6, 0.5, 0.6, 0.9], **scores,}
-                     | {"chosen": strengths[2], "lowest": strengths[2], "certificates": certificates,})  # fmt: skip
+        sites.append(
+            {
+                "site": site,
+                "strengths": strengths,
+                "cv_cross_entropy": [0.9, 0.6, 0.5, 0.6, 0.9],
+                **scores,
+            }
+            | {
+                "chosen": strengths[2],
+                "lowest": strengths[2],
+                "certificates": certificates,
+            }
+        )
     solved = {"optimum": {"sites": sites}}
     (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
     save_file({"sums": CLASSES_TASK.sums(counted)}, path / BY_STRENGTH)

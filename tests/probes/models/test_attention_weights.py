@@ -89,21 +89,17 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
 
 def test_knocked_out_tokens_receive_no_attention(checkpoints):
     mllm = probes.load(str(checkpoints["bidirectional"]))
-    pixels = tiny_models.pixels(1)
     knockout = Knockout(torch.tensor([[False, True, False, False]]), layers=[2])
-    weights = mllm.attention(pixels, knockout=knockout)
-    assert weights["layer_01"][:, :, 1].all()
-    assert weights["layer_03"][:, :, 1].all()
-    assert not weights["layer_02"][:, :, 1].any()
+    weights = mllm.attention(tiny_models.pixels(1), knockout=knockout)
+    receives = [of_layer[:, :, 1].any().item() for of_layer in weights.values()]
+    assert receives == [True, False, True]
 
 
-def test_outputs_and_the_registry_do_not_change(checkpoints, monkeypatch):
+def test_outputs_do_not_change_and_a_backend_without_weights_is_an_error(checkpoints):
     mllm = probes.load(str(checkpoints["causal"]))
     pixels = tiny_models.pixels(2)
     before = mllm.states(pixels)
-    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
     mllm.attention(pixels)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
     assert all(torch.equal(before[site], state) for site, state in mllm.states(pixels).items())
     eager = probes.load(str(checkpoints["causal"]), attn_implementation="eager")
     with pytest.raises(ValueError, match="no attention weights were captured"):

@@ -17,29 +17,26 @@ def states_of(images: int, width: int) -> torch.Tensor:
     return scale * torch.randn(images, 9, width, generator=generator) + 3
 
 
-@pytest.mark.parametrize(("images", "width"), [(1, 40), (4, 40), (4, 5), (1, 2)])
+@pytest.mark.parametrize(("images", "width"), [(4, 40), (1, 2)])
 def test_colours_are_the_main_components_of_all_images_together(images, width):
     states = states_of(images, width)
-    found = probes.pca_colours({"layer_01": states})["layer_01"]
+    found = probes.pca_colours({"a": states})["a"]
+    assert found.shape == (images, *GRID, 3)
+    assert torch.equal(found, probes.pca_colours({"a": states.unflatten(1, GRID)})["a"])
     x = states.double().flatten(0, 1).numpy()
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     scores = (u * s)[:, :3]
     scores = scores * np.sign(scores[np.abs(scores).argmax(0), range(scores.shape[1])])
     expected = (scores - scores.min(0)) / np.ptp(scores, 0)
     found = found.view(-1, 3).numpy()
-    assert found.shape == (9 * images, 3)
     np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=1e-6)
     assert (found[:, expected.shape[1] :] == 0).all(), "fewer directions than colours"
 
 
-def test_states_on_a_grid_have_the_same_colours_and_equal_states_none():
-    states = states_of(2, 6)
-    flat = probes.pca_colours({"a": states})["a"]
-    assert flat.shape == (2, *GRID, 3)
-    assert torch.equal(flat, probes.pca_colours({"a": states.unflatten(1, GRID)})["a"])
-    wide = states[:, :6].unflatten(1, (2, 3))
-    assert probes.pca_colours({"a": wide})["a"].shape == (2, 2, 3, 3)
+def test_equal_states_have_no_colour_and_grids_need_not_be_square():
     assert not probes.pca_colours({"a": torch.ones(1, 9, 6)})["a"].any()
+    wide = states_of(2, 6)[:, :6].unflatten(1, (2, 3))
+    assert probes.pca_colours({"a": wide})["a"].shape == (2, 2, 3, 3)
 
 
 def test_similarity_is_the_cosine_with_a_patch_of_the_first_image(checkpoints):

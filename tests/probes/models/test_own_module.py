@@ -36,9 +36,7 @@ def test_states_are_those_of_the_modules_own_forward_without_extra_tokens():
     module = own_modules.build().module
     encoder = load(module)
     pixels = encoder.preprocess([photo(), photo(seed=1)])
-    square = np.asarray(photo().resize((SIDE_PX, SIDE_PX), Image.BICUBIC)) / 255
-    expected = torch.from_numpy((square - MEAN) / STD).movedim(-1, 0).float()
-    torch.testing.assert_close(pixels[0], expected)
+    torch.testing.assert_close(pixels[0], resized(photo()))
     states = encoder.states(pixels)
     hidden = module.eval().embed(pixels)
     assert encoder.grid == (4, 4) and encoder.widths == dict.fromkeys(encoder.sites, WIDTH)
@@ -48,15 +46,6 @@ def test_states_are_those_of_the_modules_own_forward_without_extra_tokens():
         hidden = block(hidden)
         torch.testing.assert_close(states[f"layer_{i:02d}"], hidden[:, EXTRA:])
     torch.testing.assert_close(states["final_norm"], module.norm(hidden)[:, EXTRA:])
-
-
-def test_the_module_itself_stays_as_it_is():
-    module = own_modules.build().module.train()
-    before = [parameter.clone() for parameter in module.parameters()]
-    encoder = load(module, untrained=["encoder"], match="permuted")
-    assert module.training and all(p.requires_grad for p in module.parameters())
-    assert all(map(torch.equal, before, module.parameters()))
-    assert not torch.equal(encoder.layers[0].mlp[0].weight, module.blocks[0].mlp[0].weight)
 
 
 class ChannelsLast(nn.Module):
@@ -82,10 +71,8 @@ class Skipping(Encoder):
         (None, {"patch": 16}, "changes token .* expected token"),
         (None, {"patch": 4}, "reads 18 tokens, and the input has 8 x 8 patches"),
         (None, {"layers": ["blocks.0", "blocks.2"]}, "does not read what blocks.0 wrote"),
-        (None, {"layers": ["blocks.1", "blocks.0"]}, "does not read what blocks.1 wrote"),
         (None, {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])}, "divide both by 255"),
         (None, {"parts": {"attn": "norm1", "mlp": "mlp"}}, "parts of blocks.0 do not add up"),
-        (None, {"parts": None, "layers": ["blocks.0", "blocks.0.mlp"]}, "does not read what"),
         (Encoder(extra_last=True), {}, "2 other tokens, then patches of 8 px in raster order"),
         (
             Encoder(ChannelsLast),
@@ -109,23 +96,16 @@ def resized(image: Image.Image) -> torch.Tensor:
 
 def test_of_a_function_side_and_normalisation_are_read_on_squares():
     encoder = load(preprocess=resized, image_px=None)
-    pixels = encoder.preprocess(photo())
-    assert pixels.shape[-1] == SIDE_PX
-    torch.testing.assert_close(pixels, resized(photo())[None], atol=1e-5, rtol=0)
-    assert load(preprocess=resized, image_resize="pad").geometry.resize == "pad"
-
-
-def cropped(image: Image.Image) -> torch.Tensor:
-    """Resize to 36 px and keep the middle."""
-    return resized(image.resize((36, 36)).crop((2, 2, 34, 34)))
+    torch.testing.assert_close(
+        encoder.preprocess(photo()), resized(photo())[None], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
     "preprocess",
     [
-        cropped,
+        lambda image: resized(image.resize((36, 36)).crop((2, 2, 34, 34))),
         lambda image: resized(image).flip(-1),
-        lambda image: resized(image).flip(0),
         lambda image: resized(image).square(),
     ],
 )
@@ -136,14 +116,16 @@ def test_a_function_that_does_more_to_a_square_is_refused(preprocess):
 
 
 # ------------------------------------------------------------------------------------------------ controls
-def test_permuted_layers_keep_their_weights_in_another_order():
-    encoder = load()
-    permuted = load(untrained=["encoder"], match="permuted")
-    pixels = encoder.preprocess(photo())
-    pairs = zip(encoder.layers.parameters(), permuted.layers.parameters(), strict=True)
-    for before, after in pairs:
-        assert torch.equal(before.flatten().sort().values, after.flatten().sort().values)
-    states, trained = (frozen.states(pixels) for frozen in (permuted, encoder))
+def test_permuted_layers_keep_their_weights_in_another_order_and_the_module_its_own():
+    module = own_modules.build().module.train()
+    before = [parameter.clone() for parameter in module.parameters()]
+    permuted = load(module, untrained=["encoder"], match="permuted")
+    assert module.training and all(p.requires_grad for p in module.parameters())
+    assert all(map(torch.equal, before, module.parameters()))
+    assert not torch.equal(permuted.layers[0].mlp[0].weight, module.blocks[0].mlp[0].weight)
+    for kept, moved in zip(module.blocks.parameters(), permuted.layers.parameters(), strict=True):
+        assert torch.equal(kept.flatten().sort().values, moved.flatten().sort().values)
+    states, trained = (frozen.states(frozen.preprocess(photo())) for frozen in (permuted, load()))
     assert torch.equal(states["layer_00"], trained["layer_00"])
     assert not torch.allclose(states["layer_01"], trained["layer_01"], atol=1e-2)
 

@@ -99,12 +99,14 @@ OF_ANOTHER = {
 COHERE = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>")
 GEMMA4 = {"boi_token": "<|image>", "eoi_token": "<image|>"}
 TOKENS = {
-    "cohere2_vision": dict(zip(("boi_token", "eoi_token", "img_line_break_token"), COHERE, strict=True)),
+    "cohere2_vision": dict(
+        zip(("boi_token", "eoi_token", "img_line_break_token"), COHERE, strict=True)
+    ),
     "gemma4": GEMMA4,
     "gemma4_unified": GEMMA4,
     "mistral3": {"image_end_token": "[IMG_END]", "image_break_token": "[IMG_BREAK]"},
     "lfm2_vl": {"image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"},
-}  # fmt: skip
+}
 OTHERS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",

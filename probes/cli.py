@@ -44,7 +44,7 @@ COMMANDS = {
     },
     "Probe one model": {
         "verify-data": Command(
-            "probes.data.verify_command:run",
+            "probes.data.probe_data:verify_data",
             "read every image and target before training; status 1 if any cannot be used",
             VerifyOptions,
         ),

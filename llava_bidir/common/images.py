@@ -9,11 +9,11 @@ There are two rules, by where an image comes from:
 """
 
 from collections.abc import Callable, Sequence
-from io import BytesIO, IOBase
+from io import IOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
 
@@ -41,12 +41,6 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
             "may be a decompression bomb; resize or remove it"
         )
     return image
-
-
-def png_bits(file: Path | BytesIO) -> int:
-    """Return the bits per pixel and channel of a PNG file, which are in its header; PIL scales grey ones below 8."""
-    content = file.getbuffer() if isinstance(file, BytesIO) else file.read_bytes()
-    return content[24]
 
 
 def orientation(image: Image.Image) -> int:
@@ -88,16 +82,21 @@ def upright(image: Image.Image) -> Image.Image:
 
 def read_image(
     file: str | Path | BinaryIO,
-    convert: Callable[[Image.Image], Image.Image] = as_stored,
-) -> Image.Image:
-    """Return an image as RGB, with the pixels as stored or otherwise converted.
+    convert: Callable[[Image.Image], Any] = as_stored,
+    formats: tuple[str, ...] = FORMATS,
+) -> Any:
+    """Return an image as RGB, with the pixels as stored, or what `convert` makes of it.
 
     Raises:
         UserError: Names the file, which is missing, too large, deeper than 8 bits, or cannot be decoded.
     """
     try:
-        with open_bounded(file) as image:
+        with open_bounded(file, formats) as image:
             return convert(image)
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{file} cannot be read as an image: it is not {' or '.join(formats)}"
+        ) from None
     # decoders fail in many ways on malformed files: IndexError, struct.error, ...
     except Exception as error:
         reason = str(error) or type(error).__name__

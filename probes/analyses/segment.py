@@ -18,8 +18,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.images import read_photo
 from probes.config import SegmentOptions
-from probes.data.base import open_image
-from probes.data.palette import palette_of
+from probes.data.base import open_png, palette_of
 from probes.runs.read import ProbeRun
 from probes.tasks.segmentation import colorize_classes
 
@@ -93,7 +92,7 @@ def _output_paths(photo: Path, out: Path) -> tuple[Path, Path]:
 
 def _is_own_file(path: Path) -> bool:
     try:
-        marks = read_json(path) if path.suffix == ".json" else open_image(path, ("PNG",)).info
+        marks = read_json(path) if path.suffix == ".json" else open_png(path).info
     except UserError:
         return False
     return COMMAND in (marks.get("command"), marks.get("Software"))

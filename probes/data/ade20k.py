@@ -10,8 +10,7 @@ Source: Zhou et al., IJCV 2019. Class names: the first name of each row of objec
 from pathlib import Path
 
 from .base import SegmentationDataset, lookup
-from .file_layout import find_root
-from .folder import image_and_annotation_folders
+from .file_layout import find_root, pair_folders
 
 SIZES = {"training": 20210, "validation": 2000}
 CLASSES = [
@@ -62,5 +61,5 @@ class ADE20K(SegmentationDataset):
 
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "ADEChallengeData2016", ("images", "annotations"))
-        super().__init__(image_and_annotation_folders(root, split), CLASSES, LOOKUP, PALETTE)
+        super().__init__(pair_folders(root, split, "annotations"), CLASSES, LOOKUP, PALETTE)
         self.official_size = SIZES.get(split)

@@ -1,5 +1,6 @@
 """Memory that this process can still use: of the machine, and of the control groups of its job or container."""
 
+import math
 from pathlib import Path
 
 import psutil
@@ -19,22 +20,10 @@ def available_memory(
     available = [psutil.virtual_memory().available]
     for line in own.read_text().splitlines() if own.exists() else []:
         _, controller, path = line.split(":", 2)
-        if controller in FILES:
-            parts = Path(path).relative_to("/").parts
-            groups = [
-                (mount / controller).joinpath(*parts[:depth]) for depth in range(len(parts) + 1)
-            ]
-            available += [
-                _available_in(group, *FILES[controller])
-                for group in groups
-                if _has_limit(group, controller)
-            ]
-    return min(available)
-
-
-def _has_limit(group: Path, controller: str) -> bool:
-    file = group / FILES[controller][0]
-    return file.exists() and file.read_text().strip() != "max"
+        group = mount / controller / path.removeprefix("/")
+        for folder in (group, *group.parents) if controller in FILES else ():
+            available.append(_available_in(folder, *FILES[controller]))
+    return int(min(available))
 
 
 def _available_in(
@@ -42,9 +31,10 @@ def _available_in(
     limit: str,
     use: str,
     cached: str,
-) -> int:
-    def read(name):
-        return (group / name).read_text()
-
-    statistics = dict(line.split() for line in read("memory.stat").splitlines())
-    return int(read(limit)) - int(read(use)) + int(statistics[cached])
+) -> float:
+    """Return what is left of the limit of a group, in bytes; infinity if it has none."""
+    if not (group / limit).exists() or (group / limit).read_text().strip() == "max":
+        return math.inf
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    used = int((group / use).read_text()) - int(statistics[cached])
+    return int((group / limit).read_text()) - used

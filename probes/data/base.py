@@ -7,17 +7,23 @@ animation is read. Symlinks are followed.
 
 import io
 import os
+from collections.abc import Callable, Sequence
+from colorsys import hsv_to_rgb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest
-from llava_bidir.common.images import FORMATS, as_stored, open_bounded, orientation, png_bits
+from llava_bidir.common.images import FORMATS, as_stored, orientation, read_image
 from probes.ops.geometry import IGNORE_INDEX
+
+GREY = 0  # colour type in the header of a PNG
+GOLDEN = 0.381966  # step between hues, after which they stay distinct for any number of classes
 
 
 class BadFile(UserError):
@@ -39,9 +45,6 @@ class EmbeddedFile(io.BytesIO):
         return self.name
 
 
-File = Path | EmbeddedFile
-
-
 class ImageDataset(Dataset):
     """Images with a target for each pixel: {"name": str, "image": PIL RGB, "target": array[H, W] or [H, W, channels]}.
 
@@ -54,7 +57,6 @@ class ImageDataset(Dataset):
         groups: The cluster of each image (e.g. its city), or None.
 
     Raises:
-        UserError: If palette or groups do not match the classes and files.
         BadFile: On access, if an image or target is invalid.
     """
 
@@ -71,43 +73,34 @@ class ImageDataset(Dataset):
         groups: list[str] | None = None,
     ):
         self.names = list(files)
-        self._files = list(files.values())
+        self.files = list(files.values())
         self.classes = classes
         self.palette = palette
         self.groups = groups
-        layout = type(self).__name__
-        if palette is not None and len(palette) != len(classes):
-            raise UserError(
-                f"{layout}: {len(palette)} colours in the palette for {len(classes)} classes"
-            )
-        if groups is not None and len(groups) != len(self.names):
-            raise UserError(f"{layout}: {len(groups)} groups for {len(self.names)} images")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        image_file, *target_files = self.files(index)
-        image = open_image(image_file)
-        target = self.read_target(image, image_file, *target_files)
+        image_file, *target_files = self.files[index]
+        image, tag = _open(image_file, lambda image: (as_stored(image), orientation(image)))
+        target = self.read_target(*target_files)
+        check_sizes(
+            image.size,
+            target.shape[1::-1],
+            tag,
+            f"{self.target_name} {target_files[0]}",
+            image_file,
+        )
         return {
             "name": self.names[index],
-            "image": read_rgb(image, image_file),
+            "image": image,
             "target": target.astype(np.uint8) if target.dtype == bool else target,
         }
 
-    def read_target(
-        self,
-        image: Image.Image,
-        image_file: File,
-        *target_files: File,
-    ) -> ndarray:
-        """Return the target of an image, or raise a BadFile that names the file."""
+    def read_target(self, *files: Path) -> ndarray:
+        """Return the target of an image from its files, or raise a BadFile that names the file."""
         raise NotImplementedError
-
-    def files(self, index: int) -> tuple[File, ...]:
-        """Return the files of an image and its target."""
-        return self._files[index]
 
     def identity(self) -> dict[str, str]:
         """Return what the split is: number and digest of its images and of their targets, by name and content."""
@@ -118,7 +111,7 @@ class ImageDataset(Dataset):
 
     def digests(self, part: str) -> list[str]:
         """Return the checksum of each image's file of a part, such as "images"; "" of one that cannot be read."""
-        files = [group[self.parts.index(part)] for group in self._files]
+        files = [group[self.parts.index(part)] for group in self.files]
         folder = os.path.commonpath([file.parent for file in files])
         return list(checksums(folder, [os.path.relpath(file, folder) for file in files]).values())
 
@@ -136,8 +129,7 @@ class SegmentationDataset(ImageDataset):
         groups: The cluster of each image (e.g. its city), or None.
 
     Raises:
-        UserError: If lookup, palette or groups do not match the classes and files; a mismatch would silently score the
-            wrong classes.
+        UserError: If lookup and classes do not match, which would silently score the wrong classes.
         BadFile: On access, if an image or mask is invalid.
     """
 
@@ -153,32 +145,35 @@ class SegmentationDataset(ImageDataset):
         palette: list[list[int]] | None = None,
         groups: list[str] | None = None,
     ):
-        highest = lookup[lookup != IGNORE_INDEX].max()
-        if lookup.shape != (256,) or highest >= len(classes):
-            layout = type(self).__name__
+        meant = set(lookup.tolist()) - {-1, IGNORE_INDEX}
+        if meant != set(range(len(classes))):
             raise UserError(
-                f"{layout}: the lookup contains class {highest}, but there are {len(classes)} classes, from 0"
-            )
-        if impossible := [name for i, name in enumerate(classes) if i not in lookup]:
-            raise UserError(
-                f"{type(self).__name__}: no label means the class {impossible[0]!r}; leave it out of the classes"
+                f"{type(self).__name__}: labels mean the classes {meant}, but there are {len(classes)}, from 0"
             )
         super().__init__(files, classes, palette, groups)
         self._lookup = lookup
 
-    def read_target(
-        self,
-        image: Image.Image,
-        image_file: File,
-        mask_file: File,
-    ) -> ndarray:
+    def read_target(self, mask_file: Path) -> ndarray:
         """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a BadFile that names the file."""
-        mask = open_image(mask_file, ("PNG",))
-        check_sizes(image, mask.size, image_file, mask_file, self.target_name)
-        return read_labels(mask, mask_file, self._lookup, self.classes)
+        mask = read_png(
+            mask_file, ("L", "P"), "8-bit indices of classes, one per pixel and no colours"
+        )
+        *_, bits, colour = mask_file.read_bytes()[:26]
+        if bits < 8 and colour == GREY:  # PIL would multiply the labels
+            raise BadFile(f"{mask_file} has {bits} bits per pixel; save it as 8-bit PNG")
+        target = self._lookup[mask]
+        if (target < 0).any():
+            wrong = np.unique(mask[target < 0]).tolist()
+            valid = np.flatnonzero((self._lookup >= 0) & (self._lookup < IGNORE_INDEX))
+            raise BadFile(
+                f"{mask_file} has label {wrong[0]} ({len(wrong)} such labels); expected {valid[0]} to {valid[-1]} for "
+                f"the {len(self.classes)} classes, or a label that is ignored",
+                "label out of range",
+            )
+        return target.astype(np.uint8)
 
 
-def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDEX,)) -> ndarray:
+def lookup(classes: int, first: int = 0, ignored: Sequence[int] = (IGNORE_INDEX,)) -> ndarray:
     """Return the table int16[256] from raw label to class: 255 if ignored, -1 if invalid.
 
     Args:
@@ -192,116 +187,74 @@ def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDE
     return table
 
 
-def shared_images(a: ImageDataset, b: ImageDataset) -> list[tuple[str, str]]:
-    """Return the names in both splits of the images that are the same byte for byte."""
-    names = {
-        digest: name for name, digest in zip(a.names, a.digests("images"), strict=True) if digest
-    }
-    found = zip(b.names, b.digests("images"), strict=True)
-    return [(names[digest], name) for name, digest in found if digest in names]
+def open_png(file: Path) -> Image.Image:
+    """Return a decoded PNG, or raise a BadFile that names it."""
+    return _open(file, lambda image: image.copy(), ("PNG",))
 
 
-def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Return the decoded image.
+def _open(
+    file: Path,
+    convert: Callable[[Image.Image], Any],
+    formats: tuple[str, ...] = FORMATS,
+) -> Any:
+    try:
+        return read_image(file, convert, formats)
+    except UserError as error:
+        raise BadFile(str(error), "cannot be read") from None
 
-    Raises:
-        BadFile: If the file is missing, cannot be decoded, or exceeds the size limit.
+
+def read_png(file: Path, modes: tuple[str, ...], expected: str) -> ndarray:
+    """Return the values of a PNG, or raise a BadFile that names it.
+
+    Args:
+        file: The file.
+        modes: PIL's modes that are allowed.
+        expected: What they are, for the message.
     """
-    try:
-        image = open_bounded(file, formats)
-        image.load()
-    except FileNotFoundError:
-        raise BadFile(f"{file} is missing", "missing") from None
-    except UnidentifiedImageError:
+    image = open_png(file)
+    if image.mode not in modes:
         raise BadFile(
-            f"{file} cannot be read as an image: it is not {' or '.join(formats)}", "cannot be read"
-        ) from None
-    except Exception as error:  # corrupt files raise many types: IndexError, struct.error, ...
-        message = f"{file} cannot be read as an image: {str(error) or type(error).__name__}"
-        raise BadFile(message, "cannot be read") from None
-    return image
-
-
-def read_rgb(image: Image.Image, file: File) -> Image.Image:
-    """Return the image as stored, RGB with 8 bits per channel, or raise a BadFile that names `file`."""
-    try:
-        return as_stored(image)
-    except ValueError as error:
-        raise BadFile(f"{file}: {error}", "cannot be read") from None
+            f"{file} has mode {image.mode!r}; expected {expected}", f"file that is not {expected}"
+        )
+    return np.asarray(image)
 
 
 def check_sizes(
-    image: Image.Image,
-    size: tuple[int, int],
-    image_file: File,
-    target_file: File,
-    target_name: str = "mask",
+    image: tuple[int, int],
+    target: tuple[int, int],
+    orientation: int,
+    target_name: str,
+    file: Path,
 ) -> None:
     """Raise a BadFile unless image and target have the same size and an EXIF tag leaves no doubt about the rotation.
 
     Args:
-        image: The decoded image.
-        size: Width and height of its target.
-        image_file: File of the image.
-        target_file: File of the target.
-        target_name: Name of the target in the message.
+        image: Width and height.
+        target: Width and height.
+        orientation: EXIF tag of the image.
+        target_name: Name and file of the target, for the message.
+        file: File of the image.
     """
-    tag = orientation(image)
-    rotated = image.size[::-1] if tag in range(5, 9) else image.size
-    if tag in range(2, 9) and size == rotated:
-        evidence = "has the size of" if rotated != image.size else "may have been drawn on"
+    rotated = image[::-1] if orientation in range(5, 9) else image
+    if orientation in range(2, 9) and target == rotated:
         raise BadFile(
-            f"{image_file} has EXIF orientation {tag}, and its {target_name} {target_file} {evidence} the "
-            "rotated image, but pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the "
-            f"{target_name} matches the rotated image, else remove the tag (`exiftool -Orientation=`)",
+            f"{file} has EXIF orientation {orientation}, and its {target_name} has the size of the rotated image, but "
+            "pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the target matches the rotated "
+            "image, else remove the tag (`exiftool -Orientation=`)",
             "EXIF orientation",
         )
-    if size != image.size:
+    if target != image:
+        sizes = [f"{width} x {height} px" for width, height in (target, image)]
         raise BadFile(
-            f"{target_file} is {size[0]} x {size[1]} px, its image {image_file} {image.size[0]} x {image.size[1]} px; "
-            "expected the same size",
-            f"image and {target_name} of different size",
+            f"the {target_name} is {sizes[0]}, its image {file} {sizes[1]}; expected the same size",
+            "image and target of different size",
         )
 
 
-def read_labels(
-    mask: Image.Image,
-    file: File,
-    lookup: ndarray,
-    classes: list[str],
-) -> ndarray:
-    """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a BadFile that names `file`."""
-    if mask.mode not in ("L", "P"):
-        advice = {
-            "RGB": "these are colours; convert them to class indices",
-            "RGBA": "these are colours; convert them to class indices",
-            "I;16": "this is a 16-bit file; save the indices with 8 bits",
-            "I": "this file has more than 8 bits; save the indices with 8 bits",
-        }.get(mask.mode, "save it as 8-bit PNG")
-        raise BadFile(
-            f"{file} has mode {mask.mode!r}, expected one 8-bit class index per pixel (mode L or P): {advice}",
-            "mask that is not 8-bit indices",
-        )
-    if mask.mode == "L" and (bits := png_bits(file)) < 8:
-        raise BadFile(
-            f"{file} has {bits} bits per pixel, whose labels PIL reads as multiples of {255 // (2**bits - 1)}; "
-            "save it as 8-bit PNG",
-            "mask that is not 8-bit indices",
-        )
-    raw = np.asarray(mask)
-    target = lookup[raw]
-    if (target < 0).any():
-        wrong = np.unique(raw[target < 0]).tolist()
-        valid = np.flatnonzero(lookup >= 0)
-        raise BadFile(
-            f"{file} has label {', '.join(map(str, wrong[:5]))}, but there are {len(classes)} classes and the labels "
-            f"{_format_ranges(valid)}",
-            "label out of range",
-        )
-    return target.astype(np.uint8)
-
-
-def _format_ranges(numbers: ndarray) -> str:
-    """Return [0, 1, 2, 255] as "0 to 2, 255"."""
-    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+def palette_of(dataset) -> ndarray:
+    """Return the colours of the dataset, uint8[K, 3]; by default distinct hues in three brightnesses."""
+    if getattr(dataset, "palette", None):
+        return np.array(dataset.palette, np.uint8)
+    shades = ((0.55, 0.95), (0.8, 0.8), (0.7, 0.6))  # saturation and brightness
+    colours = [hsv_to_rgb(k * GOLDEN % 1, *shades[k % 3]) for k in range(len(dataset.classes))]
+    return (255 * np.array(colours)).round().astype(np.uint8)

@@ -10,18 +10,14 @@ Depth is baseline x focal length / disparity, and the disparity of a pixel is (v
 Source: Cordts et al., CVPR 2016; labels.py, README.md and csCalibration.pdf of cityscapesScripts.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image
 
-from llava_bidir.common.errors import UserError
-
-from .base import IGNORE_INDEX, BadFile, File, SegmentationDataset, check_sizes
-from .depth import DepthDataset, limit_depth, read_16_bit
-from .file_layout import files_by_name, find_root, pair_files, read_text
+from .base import BadFile, SegmentationDataset, lookup
+from .file_layout import files_by_name, find_root, pair_files, read_json
+from .targets import DepthDataset, limit_depth, read_16_bit
 
 SPLITS = {"training": "train", "validation": "val"}
 SIZES = {"training": 2975, "validation": 500}
@@ -42,6 +38,8 @@ for _row in ROWS.split(","):
     IDS.append(int(_id))
     CLASSES.append(" ".join(_name))
     PALETTE.append(list(bytes.fromhex(_colour)))
+LOOKUP = lookup(0, ignored=range(LAST_ID + 1))
+LOOKUP[IDS] = np.arange(len(IDS))
 
 
 class Cityscapes(SegmentationDataset):
@@ -57,29 +55,32 @@ class Cityscapes(SegmentationDataset):
 
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "cityscapes", ("leftImg8bit", "gtFine"))
-        images = root / "leftImg8bit" / SPLITS[split]
-        masks = root / "gtFine" / SPLITS[split]
-        mask_files = files_by_name(masks, (".png",), "_gtFine_labelIds", "*/*")
-        files = pair_files(
-            files_by_name(images, (".png",), "_leftImg8bit", "*/*"), mask_files, f"{root}, {split}"
-        )
-        cities = [image.parent.name for image, _ in files.values()]
+        images = _files_of(root, split, "leftImg8bit")
+        masks = _files_of(root, split, "gtFine", "_gtFine_labelIds")
+        files = pair_files(images, masks, f"{root}, {split}")
         super().__init__(
             files,
             CLASSES,
-            _lookup_label_ids(),
+            LOOKUP,
             PALETTE,
-            cities,
+            _cities(files),
         )
         self.official_size = SIZES[split]
 
 
-def _lookup_label_ids() -> np.ndarray:
-    """Return the table int16[256] from label id to class: 255 for ids that are not evaluated, -1 above the last id."""
-    table = np.full(256, -1, np.int16)
-    table[: LAST_ID + 1] = IGNORE_INDEX
-    table[IDS] = np.arange(len(IDS))
-    return table
+def _files_of(
+    root: Path,
+    split: str,
+    folder: str,
+    ending: str = "",
+) -> dict[str, Path]:
+    """Return the files of ROOT/FOLDER/SPLIT/CITY by name, without their ending, _FOLDER by default."""
+    suffixes = (".png", ".json")
+    return files_by_name(root / folder / SPLITS[split], suffixes, ending or f"_{folder}", "*/*")
+
+
+def _cities(files: dict[str, tuple[Path, ...]]) -> list[str]:
+    return [image.parent.name for image, *_ in files.values()]
 
 
 class CityscapesDepth(DepthDataset):
@@ -97,55 +98,27 @@ class CityscapesDepth(DepthDataset):
     target_name = "disparity map"
 
     def __init__(self, root: str | Path, split: str):
-        root = find_root(root, "cityscapes", ("leftImg8bit", "disparity", "camera"))
-        kinds = (("leftImg8bit", ".png"), ("disparity", ".png"), ("camera", ".json"))
-        images, disparity, cameras = (
-            files_by_name(root / kind / SPLITS[split], (suffix,), f"_{kind}", "*/*")
-            for kind, suffix in kinds
-        )
+        folders = ("leftImg8bit", "disparity", "camera")
+        root = find_root(root, "cityscapes", folders)
+        images, disparity, cameras = (_files_of(root, split, folder) for folder in folders)
         pairs = pair_files(images, disparity, f"{root}, {split}", self.target_name)
         pair_files(images, cameras, f"{root}, {split}", "camera")
         files = {name: (*pair, cameras[name]) for name, pair in pairs.items()}
-        super().__init__(files, None, MAX_DEPTH, [image.parent.name for image in images.values()])
+        super().__init__(files, None, MAX_DEPTH, _cities(files))
         self.official_size = SIZES[split]
 
-    def read_target(
-        self,
-        image: Image.Image,
-        image_file: File,
-        disparity_file: File,
-        camera_file: Path,
-    ) -> ndarray:
+    def read_target(self, disparity_file: Path, camera_file: Path) -> ndarray:
         """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a BadFile."""
+        camera = read_json(camera_file, "the published camera file")
+        try:
+            product = np.float32(camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"])
+        except (KeyError, TypeError):
+            product = np.nan
+        if not 0 < product < np.inf:  # in metres x pixels
+            raise BadFile(
+                f"{camera_file}: expected positive numbers extrinsic.baseline and intrinsic.fx"
+            )
         values = read_16_bit(disparity_file)
-        check_sizes(
-            image,
-            values.shape[::-1],
-            image_file,
-            disparity_file,
-            self.target_name,
-        )
         # 1 is infinitely far
-        disparity = np.where(values > 1, (values.astype(np.float32) - 1) / 256, np.nan)
-        return limit_depth(_metre_pixels(camera_file) / disparity, self.max_depth, disparity_file)
-
-
-def _metre_pixels(camera_file: Path) -> np.float32:
-    """Return baseline x focal length of a camera file, in metres x pixels, or raise a BadFile."""
-    try:
-        camera = json.loads(read_text(camera_file))
-        product = np.float32(camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"])
-    except UserError as error:
-        raise BadFile(str(error), "cannot be read") from None
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise BadFile(
-            f"{camera_file} has no extrinsic.baseline and intrinsic.fx as numbers: {error!r}; use the published camera "
-            "file",
-            "cannot be read",
-        ) from None
-    if not 0 < product < np.inf:
-        raise BadFile(
-            f"{camera_file}: baseline x focal length is {product}; expected a positive number",
-            "camera",
-        )
-    return product
+        disparity = np.where(values > 1, (values - 1) / 256, np.nan)
+        return limit_depth(product / disparity, self.max_depth, disparity_file)

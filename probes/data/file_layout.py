@@ -9,41 +9,32 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-MAX_CHARACTERS = 10_000_000  # of a text file; VOC's list of 10,582 training images has 130,000
+MOST_LISTED = 8  # files of a folder in a message
 
 
 def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
     """Return the folder that contains all `parts`: `root`, or its subfolder `name` (may contain slashes).
 
     Raises:
-        UserError: If neither does; the message lists the contents of `root` and suggests a folder.
+        UserError: If neither does; the message lists the contents of `root`.
     """
     root = Path(root)
-
-    def is_dataset(folder):
-        return all((folder / part).exists() for part in parts)
-
     for folder in (root, root / name):
-        if is_dataset(folder):
+        missing = [part for part in parts if not (folder / part).exists()]
+        if not missing:
             return folder
-    if not root.is_dir():
-        raise UserError(
-            f"data.root: no folder {root}; expected the dataset's {name} with {', '.join(parts)}"
-        )
-    contents = sorted(path.name for path in root.iterdir())
-    listing = ", ".join(contents[:8]) + (", ..." if len(contents) > 8 else "") or "nothing"
-    missing = ", ".join(part for part in parts if not (root / part).exists())
-    above = [folder for folder in root.absolute().parents[:3] if is_dataset(folder)]
-    below = [
-        folder
-        for folder in sorted(root.glob("*/"))
-        if is_dataset(folder) or is_dataset(folder / name)
-    ]
-    hint = "".join(f"; did you mean {folder}?" for folder in [*above, *below][:1])
     raise UserError(
-        f"data.root: {root} lacks {missing}; expected the dataset's {name} with {', '.join(parts)}; "
-        f"it contains {listing}{hint}"
+        f"data.root: {root} lacks {', '.join(parts)}, which the dataset's {name} contains; {_describe(root)}"
     )
+
+
+def _describe(folder: Path) -> str:
+    """Return what is in a folder, in words."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(path.name for path in folder.iterdir())
+    more = ", ..." * (len(names) > MOST_LISTED)
+    return f"{folder} contains {', '.join(names[:MOST_LISTED]) or 'nothing'}{more}"
 
 
 def files_by_name(
@@ -55,38 +46,22 @@ def files_by_name(
     """Return {name: file}, sorted; a name is the file name without `ending` and suffix, with accents composed (NFC).
 
     Raises:
-        UserError: If the folder does not exist, two files have the same name, or a name is not UTF-8.
+        UserError: If the folder does not exist, or two files have the same name.
     """
     if not folder.is_dir():
-        parent = folder.parent
-        siblings = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
-        hint = (
-            f"; {parent} contains {', '.join(siblings[:8]) or 'nothing'}" if parent.is_dir() else ""
-        )
-        raise UserError(f"no folder {folder}{hint}")
+        raise UserError(f"no folder {folder}; {_describe(folder.parent)}")
     files: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
-        if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
-            continue
-        # macOS writes such beside each file, on disks of other systems
-        if path.name.startswith("._"):
+        # macOS writes ._NAME beside each file, on disks of other systems
+        is_kind = path.suffix.lower() in suffixes and not path.name.startswith("._")
+        if not is_kind or not path.stem.endswith(ending):
             continue
         # macOS stores accents apart
         name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))
-        if not _is_text(name):
-            raise UserError(f"{str(path)!r} has a name that is not UTF-8; rename it")
         if name in files:
             raise UserError(f"{files[name]} and {path} have the same name; remove one")
         files[name] = path
     return dict(sorted(files.items()))
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def pair_files(
@@ -111,36 +86,48 @@ def pair_files(
     return {name: (image, targets[name]) for name, image in images.items()}
 
 
-def read_text(path: Path) -> str:
-    """Return the content of a small text file.
+def pair_folders(
+    root: str | Path,
+    split: str,
+    folder: str,
+    target_name: str = "mask",
+) -> dict[str, tuple[Path, Path]]:
+    """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT.
 
     Raises:
-        UserError: If it is missing, not a regular file, not UTF-8, or too long.
+        UserError: As of :func:`pair_files`, or if an image is in a folder below, where none is read.
+    """
+    images = Path(root) / "images" / split
+    targets = files_by_name(Path(root) / folder / split, (".png",))
+    below = files_by_name(images, IMAGE_SUFFIXES, pattern="*/**/*")
+    if below:
+        path = min(below.values())
+        raise UserError(f"{path} is in a folder below {images}, where no image is read; move it")
+    dataset = f"{root}, {split}"
+    return pair_files(files_by_name(images, IMAGE_SUFFIXES), targets, dataset, target_name)
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a text file in UTF-8, or raise a UserError that names it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # skips a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path, expected: str) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: It is missing, or no JSON object; the message says what is expected.
     """
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing" if not path.exists() else f"{path} is not a regular file"
-        )
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # skips a byte order mark
-            text = file.read(MAX_CHARACTERS + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
-    if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{path} has more than {MAX_CHARACTERS:,} characters")
-    return text
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a small JSON file.
-
-    Raises:
-        UserError: As :func:`read_text`, or if it is not JSON.
-    """
+        raise UserError(f"{path} is missing; expected {expected}")
     text = read_text(path)
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}; expected {expected}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object; expected {expected}")
+    return content

@@ -1,12 +1,17 @@
-"""A folder of images and PNG masks, in the layout of ADE20K.
+"""A folder of images and targets, in the layout of ADE20K.
 
     ROOT/images/{training,validation}/NAME.jpg (or .png)
     ROOT/annotations/{training,validation}/NAME.png       8-bit, one class index per pixel
     ROOT/classes.json                                     {"classes": ["wall", ...], "ignore_index": 255}
+    ROOT/depth/{training,validation}/NAME.png             16-bit; metres = value x depth_scale, 0 = no value
+    ROOT/targets.json                                     {"depth_scale": 0.001, "max_depth": 10.0}
+    ROOT/normals/{training,validation}/NAME.png           8-bit RGB, n = 2 v / 255 - 1, black = no value
+    ROOT/instances/{training,validation}/NAME.png         8- or 16-bit ids
 
 "ignore_index" can be a list of labels. A class whose label is ignored is none: no probe predicts it.
 With `"reduce_zero_label": true` in classes.json, label 0 is ignored and classes start at 1, as in the files of ADE20K.
-`"palette": [[r, g, b], ...]` sets the colours of the maps.
+`"palette": [[r, g, b], ...]` sets the colours of the maps. Depth beyond `max_depth` metres (optional) counts as no
+value. Without the folder `instances`, boundaries are those of the class map.
 """
 
 from pathlib import Path
@@ -15,112 +20,130 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
-from .file_layout import IMAGE_SUFFIXES, files_by_name, pair_files, read_json
+from .file_layout import pair_folders, read_json
+from .targets import DepthDataset, InstanceBoundaries, NormalsDataset
 
 
 class FolderDataset(SegmentationDataset):
-    """Any dataset in the layout above.
+    """Any dataset of classes in the layout above.
 
     Args:
         root: The folder.
         split: "training" or "validation".
 
     Raises:
-        UserError: If a part is missing, or an image has no mask, or a mask no image.
+        UserError: If a part is missing or classes.json invalid, or an image has no mask, or a mask no image.
     """
 
     def __init__(self, root: str | Path, split: str):
-        root = Path(root)
-        settings = _read_classes_json(root / "classes.json")
-        names = settings["classes"]
-        first = int(settings.get("reduce_zero_label", False))
-        ignored = _ignored_labels(settings)
+        names, first, ignored, palette = _read_classes_json(Path(root) / "classes.json")
         kept = [i for i in range(len(names)) if i + first not in ignored]
         table = lookup(len(names), first, (*ignored, *range(first)))
         for number, i in enumerate(kept):
             table[i + first] = number
-        palette = settings.get("palette")
         super().__init__(
-            image_and_annotation_folders(root, split),
+            pair_folders(root, split, "annotations"),
             [names[i] for i in kept],
             table,
             palette and [palette[i] for i in kept],
         )
 
 
-def image_and_annotation_folders(root: Path, split: str) -> dict[str, tuple[Path, Path]]:
-    """Return the pairs of ROOT/images/SPLIT and ROOT/annotations/SPLIT.
+def _read_classes_json(path: Path) -> tuple[list[str], int, list[int], list | None]:
+    """Return the names of the classes, the label of the first one, the ignored labels, and the palette."""
+    settings = read_json(path, '{"classes": ["wall", ...]}')
+    names = settings.get("classes")
+    ignored = settings.get("ignore_index", IGNORE_INDEX)
+    ignored = ignored if isinstance(ignored, list) else [ignored]
+    first = settings.get("reduce_zero_label", False)
+    palette = settings.get("palette")
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise UserError(f"{path} needs {what}")
+
+    are_names = isinstance(names, list) and all(isinstance(x, str) and x for x in names)
+    need(are_names and len({*names}) == len(names), 'different names in a list under "classes"')
+    need(isinstance(first, bool), 'true or false under "reduce_zero_label"')
+    need(
+        all(map(_is_byte, ignored)),
+        'a label of an 8-bit mask (0 to 255) under "ignore_index", or a list of them',
+    )
+    most = IGNORE_INDEX - first
+    need(len(names) <= most, f"at most {most} classes for 8-bit masks, and has {len(names)}")
+    labelled = set(range(first, first + len(names))) - set(ignored)
+    need(
+        len(labelled) > 1,
+        "two classes whose label is not ignored; a single one, such as an object without its background, is right "
+        "everywhere",
+    )
+    are_colours = isinstance(palette, list) and all(map(_is_colour, palette))
+    need(
+        palette is None or (are_colours and len(palette) == len(names)),
+        f'a colour [red, green, blue] from 0 to 255 for each of {len(names)} classes under "palette"',
+    )
+    return names, int(first), ignored, palette
+
+
+def _is_byte(value: Any) -> bool:
+    return type(value) is int and value in range(256)
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_byte, value))
+
+
+class FolderDepth(DepthDataset):
+    """Depth maps in the layout above.
+
+    Args:
+        root: The folder.
+        split: "training" or "validation".
 
     Raises:
-        UserError: As of `pair_files`, or if an image is in a folder below, where none is read.
+        UserError: If a part is missing, an image has no depth map or a depth map no image, or targets.json is invalid.
     """
-    folder = root / "images" / split
-    images = files_by_name(folder, IMAGE_SUFFIXES)
-    for path in sorted(folder.glob("*/**/*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._"):
-            raise UserError(
-                f"{path} is in a folder below {folder}, where no image is read; move images and masks up, or away"
-            )
-    return pair_files(
-        images, files_by_name(root / "annotations" / split, (".png",)), f"{root}, {split}"
-    )
 
-
-def _read_classes_json(path: Path) -> dict:
-    if not path.parent.is_dir():
-        raise UserError(f"data.root: no folder {path.parent}")
-    if not path.exists():
-        raise UserError(
-            f'{path} is missing; expected the names of the classes: {{"classes": ["wall", ...]}}'
+    def __init__(self, root: str | Path, split: str):
+        path = Path(root) / "targets.json"
+        expected = (
+            '{"depth_scale": 0.001, "max_depth": 10.0}, metres per unit and (optional) metres'
         )
-    settings = read_json(path)
-    names = settings.get("classes") if isinstance(settings, dict) else None
-    if (
-        not isinstance(names, list)
-        or not names
-        or not all(isinstance(name, str) and name for name in names)
-    ):
-        raise UserError(f"{path} needs a list of names under 'classes'")
-    if len(names) < 2:
-        raise UserError(
-            f"{path} has one class, which is right everywhere; name another one, such as the background"
-        )
-    if duplicates := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise UserError(f"{path} has the class {duplicates[0]!r} twice")
-    ignored = _ignored_labels(settings)
-    zero_ignored = settings.get("reduce_zero_label", False)
-    for label in ignored:
-        if type(label) is not int or label not in range(256):
-            raise UserError(
-                f"{path}: ignore_index is {label!r}; expected a label of an 8-bit mask (0 to 255), or a list of them"
-            )
-    if not isinstance(zero_ignored, bool):
-        raise UserError(f"{path}: reduce_zero_label is {zero_ignored!r}; expected true or false")
-    if len(names) > (most := IGNORE_INDEX - zero_ignored):
-        raise UserError(f"{path} has {len(names)} classes; an 8-bit mask allows at most {most}")
-    if len(names) - sum(i + zero_ignored in ignored for i in range(len(names))) < 2:
-        raise UserError(
-            f"{path}: fewer than two classes have a label that is not ignored (ignore_index)"
-        )
-    _check_palette(path, settings.get("palette"), len(names))
-    return settings
+        settings = read_json(path, expected)
+        is_valid = {"depth_scale"} <= settings.keys() <= {"depth_scale", "max_depth"}
+        for value in settings.values():
+            is_valid &= type(value) in (int, float) and 1e-30 < value < 1e30
+        if not is_valid:
+            raise UserError(f"{path} is {settings}; expected positive numbers as in {expected}")
+        files = pair_folders(root, split, "depth", self.target_name)
+        super().__init__(files, settings["depth_scale"], settings.get("max_depth"))
 
 
-def _ignored_labels(settings: dict) -> list:
-    ignored = settings.get("ignore_index", IGNORE_INDEX)
-    return ignored if isinstance(ignored, list) else [ignored]
+class FolderNormals(NormalsDataset):
+    """Normal maps in the layout above.
+
+    Args:
+        root: The folder.
+        split: "training" or "validation".
+
+    Raises:
+        UserError: If a folder is missing, or an image has no normal map, or a normal map no image.
+    """
+
+    def __init__(self, root: str | Path, split: str):
+        super().__init__(pair_folders(root, split, "normals", self.target_name))
 
 
-def _check_palette(path: Path, palette: Any, classes: int) -> None:
-    if palette is None:
-        return
-    if not isinstance(palette, list) or not all(
-        isinstance(colour, list) and len(colour) == 3 for colour in palette
-    ):
-        raise UserError(f"{path} needs a list of colours [red, green, blue] under 'palette'")
-    if not all(
-        type(value) is int and value in range(256) for colour in palette for value in colour
-    ):
-        raise UserError(f"{path}: the colours under 'palette' must be integers from 0 to 255")
-    if len(palette) != classes:
-        raise UserError(f"{path}: {len(palette)} colours under 'palette' for {classes} classes")
+class FolderBoundaries(InstanceBoundaries):
+    """Boundaries of instances in the layout above.
+
+    Args:
+        root: The folder.
+        split: "training" or "validation".
+
+    Raises:
+        UserError: If a folder is missing, or an image has no instance map, or an instance map no image.
+    """
+
+    def __init__(self, root: str | Path, split: str):
+        super().__init__(pair_folders(root, split, "instances", self.target_name))

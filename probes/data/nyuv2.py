@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image
 
-from .base import BadFile, File
-from .depth import DepthDataset, limit_depth
+from .base import BadFile
 from .file_layout import files_by_name, find_root, pair_files
+from .targets import DepthDataset, limit_depth
 
 SPLITS = {"training": "train", "validation": "test"}
 SIZES = {"training": 795, "validation": 654}
@@ -43,8 +42,14 @@ class NYUv2Depth(DepthDataset):
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "official_splits", ("train", "test"))
         folder = root / SPLITS[split]
-        images = _by_number(files_by_name(folder, (".jpg", ".png"), pattern="*/rgb_*"))
-        depth = _by_number(files_by_name(folder, (".png",), pattern="*/sync_depth_*"))
+        # rgb_00002.jpg and sync_depth_00002.png
+        images, depth = (
+            {
+                name.rpartition("_")[2]: file
+                for name, file in files_by_name(folder, suffixes, pattern=pattern).items()
+            }
+            for pattern, suffixes in (("*/rgb_*", (".jpg", ".png")), ("*/sync_*", (".png",)))
+        )
         super().__init__(
             pair_files(images, depth, f"{root}, {split}", "depth map"), SCALE, MAX_DEPTH
         )
@@ -58,26 +63,15 @@ class NYUv2Depth(DepthDataset):
             identity["depth_values"] += ", in [45:471, 41:601]"
         return identity
 
-    def read_target(
-        self,
-        image: Image.Image,
-        image_file: File,
-        depth_file: File,
-    ) -> ndarray:
+    def read_target(self, depth_file: Path) -> ndarray:
         """Return the depth, float32[480, 640] in metres, NaN where there is no value, or raise a BadFile."""
-        depth = super().read_target(image, image_file, depth_file)
+        depth = super().read_target(depth_file)
         if not self.is_cropped:
             return depth
         if depth.shape != SHAPE:
             raise BadFile(
-                f"{depth_file} is {depth.shape[1]} x {depth.shape[0]} px; expected 640 x 480 px, of which a crop is "
-                "scored"
+                f"{depth_file} is {depth.shape[1]} x {depth.shape[0]} px; expected 640 x 480 px"
             )
         scored = np.full_like(depth, np.nan)
         scored[CROP] = depth[CROP]
         return limit_depth(scored, None, depth_file)
-
-
-def _by_number(files: dict[str, Path]) -> dict[str, Path]:
-    """Return {"00002": file} of files such as rgb_00002.jpg and sync_depth_00002.png."""
-    return {name.rpartition("_")[2]: file for name, file in files.items()}

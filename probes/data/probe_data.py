@@ -1,12 +1,14 @@
-"""Images and targets of a probe run, checked and in batches, shared among its processes."""
+"""Images and targets of a probe run, checked and in batches, shared among its processes; `probes verify-data`."""
 
 import math
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy import ndarray
 from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.errors import UserError
@@ -16,37 +18,28 @@ from llava_bidir.common.processes import (
     rank,
     rank_count,
     rank_zero_warn,
+    usable_cores,
     worker_options,
 )
-from probes.config import DataOptions
+from probes.config import DataOptions, VerifyOptions
 from probes.tasks import SEGMENTATION
 
-from .base import shared_images
 from .batches import CachedFeatures, MaskPreparer, PreprocessedDataset, collate
 from .registry import open_split, split_identity
 from .samplers import validation_batches
 from .verify import (
     LabelCounts,
-    add_counts,
     check_labels,
-    find_bad_files,
-    format_bad_files,
+    check_pairs,
+    data_notes,
+    format_labels,
     join_counts,
-    label_notes,
-    leave_out_unlabelled,
-    shared_image_note,
+    read_pairs,
+    shared_images,
 )
 
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
-
-
-class Reader(NamedTuple):
-    """What images are read for, see :meth:`ProbeData.read_for`."""
-
-    mllm: "FrozenMLLM"
-    sites: list[str]
-    prepare: MaskPreparer | None
 
 
 class ProbeData:
@@ -84,8 +77,6 @@ class ProbeData:
         self.seed = seed
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
         self.shared_images: list[tuple[str, str]] = []
-        self._sources: dict[str, Dataset] = {}
-        self._reader: Reader | None = None
 
     @property
     def hparams(self) -> dict[str, Any]:
@@ -94,66 +85,50 @@ class ProbeData:
 
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""
-        parts = [split_identity(split, dataset) for split, dataset in self.splits.items()]
-        return {key: value for identity in parts for key, value in identity.items()}
+        identity = {}
+        for split, dataset in self.splits.items():
+            identity |= split_identity(split, dataset)
+        return identity
 
-    def verify(self, show_bar: bool) -> None:
+    def verify(self, show_bar: bool, warn: Callable[[str], None] = rank_zero_warn) -> None:
         """Read every image and target once, before the model is loaded; each rank reads its share.
 
         Args:
             show_bar: Whether the first process shows a progress bar.
+            warn: Takes what a reader of scores must know about labels and images.
 
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
-        bar = show_bar and rank() == 0
-        found = self.find_bad_files(self.num_workers, rank(), rank_count(), bar)
-        shares = all_gather_objects((found, self.labels))
-        bad_files = sum((bad for bad, _ in shares), [])
-        self.labels = {
-            split: join_counts([labels[split] for _, labels in shares]) for split in self.labels
-        }
-        self.check_files(bad_files)
-        self.shared_images = shared_images(self.splits["training"], self.splits["validation"])
-        for note in self.notes():
-            rank_zero_warn(f"{self.root}: {note}")
-
-    def notes(self) -> list[str]:
-        """Return what a reader of scores must know about labels and images, after the files were checked."""
-        notes = label_notes(self.classes, self.labels)
-        return notes + ([shared_image_note(self.shared_images)] if self.shared_images else [])
-
-    def check_files(self, bad_files: list[tuple[str, str]]) -> None:
-        """Raise a UserError if some of the files cannot be used, or their labels are not those of the classes."""
-        splits = {f"{self.name} {split}": dataset for split, dataset in self.splits.items()}
-        if unusable := leave_out_unlabelled(bad_files, splits):
-            raise UserError(
-                f"{self.root}: {format_bad_files(unusable, sum(map(len, splits.values())))}"
-            )
-        if self.labels and self.task == SEGMENTATION:
-            check_labels(self.classes, self.labels, self.dataset == "folder", self.root)
-
-    def find_bad_files(
-        self,
-        workers: int,
-        first: int = 0,
-        step: int = 1,
-        progress: bool = True,
-    ) -> list[tuple[str, str]]:
-        """Return what `check_files` takes, of the images first, first + step, ... of both splits."""
-        bad_files = []
+        images = {split: len(dataset) for split, dataset in self.splits.items()}
+        bad = {}
         for split, dataset in self.splits.items():
-            if (published := dataset.official_size) not in (None, len(dataset)):
-                rank_zero_warn(
-                    f"{self.root}: {len(dataset):,} {split} images, but {published:,} were published"
+            published = dataset.official_size or images[split]
+            if published != images[split]:
+                warn(
+                    f"{self.root}: {images[split]:,} {split} images, but {published:,} were published"
                 )
-            share = range(first, len(dataset), step)
-            counts: list[ndarray] = []
-            bad_files += find_bad_files(
-                dataset, f"{self.name} {split}", share, workers, progress, counts
+            share = range(rank(), images[split], rank_count())
+            name = f"{self.name} {split}"
+            found = read_pairs(
+                dataset,
+                name,
+                share,
+                self.num_workers,
+                show_bar and rank() == 0,
             )
-            self.labels[split] = add_counts(counts, len(dataset.classes))
-        return bad_files
+            labels, defects = zip(*all_gather_objects(found), strict=True)
+            self.labels[split] = join_counts(labels)
+            bad[split] = sum(defects, [])
+        try:
+            check_pairs(bad, images)
+            if self.task == SEGMENTATION:
+                check_labels(self.classes, self.labels["training"], self.dataset == "folder")
+        except UserError as error:
+            raise UserError(f"{self.root}: {error}") from None
+        self.shared_images = shared_images(*self.splits.values())
+        for note in data_notes(self.classes, self.labels, self.shared_images):
+            warn(f"{self.root}: {note}")
 
     def validation_loader(self) -> DataLoader:
         """Return the loader of the validation images."""
@@ -161,7 +136,7 @@ class ProbeData:
         batches = validation_batches(len(source), self.rank_batch_size, rank(), rank_count())
         return self._loader(source, batches)
 
-    def training_loader(self, batches: list[list[int]]) -> DataLoader:
+    def training_loader(self, batches: Sequence[list[int]]) -> DataLoader:
         """Return the loader of batches of training images, for a pass of `probes solve`."""
         return self._loader(self._source("training"), batches)
 
@@ -183,10 +158,7 @@ class ProbeData:
             sites: Sites whose states are cached, if they are.
             prepare: Prepares training masks for the loss; None to leave them.
         """
-        reader = Reader(mllm, sites, prepare)
-        if reader != self._reader:
-            self._sources.clear()
-        self._reader = reader
+        self._reader = (mllm, sites, prepare)
 
     def _loader(self, source: Dataset, batches) -> DataLoader:
         is_cached = isinstance(source, CachedFeatures)
@@ -199,11 +171,6 @@ class ProbeData:
         )
 
     def _source(self, split: str) -> Dataset:
-        if split not in self._sources:
-            self._sources[split] = self._open_source(split)
-        return self._sources[split]
-
-    def _open_source(self, split: str) -> Dataset:
         """Return the images of a split as the model of :meth:`read_for` takes them."""
         mllm, _, prepare = self._reader
         return PreprocessedDataset(
@@ -213,3 +180,19 @@ class ProbeData:
 
 def _identity(batch: dict) -> dict:
     return batch
+
+
+def verify_data(options: VerifyOptions) -> None:
+    """Run `probes verify-data`: read every image and target of both splits, and print what they contain.
+
+    Raises:
+        UserError: If some cannot be used, or no pixel of a split is labelled; the message names them.
+    """
+    start = time.perf_counter()
+    workers = usable_cores() if options.workers is None else options.workers
+    data = ProbeData(**vars(replace(options.data, num_workers=workers)))
+    data.verify(True, partial(print, "warning:"))
+    print(format_labels(data.classes, data.labels))
+    sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
+    targets = f"{data.num_classes} classes" if data.classes else data.task
+    print(f"{data.root}: {sizes}, {targets}, all readable ({time.perf_counter() - start:.0f} s)")

@@ -22,42 +22,17 @@ SIZES = {
     "trainaug": 10582,
     "val": 1449,
 }
-CLASSES = [
-    *(
-        "background",
-        "aeroplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-    ),
-    *(
-        "diningtable",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "pottedplant",
-        "sheep",
-        "sofa",
-        "train",
-        "tvmonitor",
-    ),
+CLASSES = """
+    background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person
+    pottedplant sheep sofa train tvmonitor
+""".split()
+PALETTE = [
+    list(bytes.fromhex(colour))
+    for colour in """
+    000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000 408000
+    c08000 400080 c00080 408080 c08080 004000 804000 00c000 80c000 004080
+""".split()
 ]
-
-
-def _colour(label: int) -> list[int]:
-    """Return VOC's colour: the bits of the label, distributed in turn to red, green and blue from the highest bit."""
-    colour = []
-    for channel in range(3):
-        bits = [label >> (3 * i + channel) & 1 for i in range(3)]
-        colour.append(sum(bit << (7 - i) for i, bit in enumerate(bits)))
-    return colour
 
 
 class VOC2012(SegmentationDataset):
@@ -81,11 +56,8 @@ class VOC2012(SegmentationDataset):
         train_list: Literal["trainaug", "train"] = "trainaug",
         background: Literal["ignore", "class"] = "ignore",
     ):
-        parts = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
-        root = Path(root)
-        root = find_root(
-            root / "VOCdevkit" if (root / "VOCdevkit/VOC2012").is_dir() else root, "VOC2012", parts
-        )
+        name = "VOCdevkit/VOC2012" if (Path(root) / "VOCdevkit").is_dir() else "VOC2012"
+        root = find_root(root, name, ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"))
         lists = {"training": train_list, "validation": "val"}
         names = _image_names(root, lists[split])
         if split == "training" and (shared := set(names) & set(_read_list(root, "val"))):
@@ -96,26 +68,24 @@ class VOC2012(SegmentationDataset):
         super().__init__(
             {name: (root / "JPEGImages" / f"{name}.jpg", _mask_file(root, name)) for name in names},
             CLASSES[first:],
-            lookup(len(CLASSES) - first, first, (0, IGNORE_INDEX) if first else (IGNORE_INDEX,)),
-            [_colour(label) for label in range(first, len(CLASSES))],
+            lookup(len(CLASSES) - first, first, (*range(first), IGNORE_INDEX)),
+            PALETTE[first:],
         )
         self.official_size = SIZES[lists[split]]
 
 
 def _image_names(root: Path, image_list: str) -> list[str]:
     """Return the images of a list, sorted; converters of SBD write trainaug either as such or as aug and train."""
-    if image_list != "trainaug":
-        return sorted(_read_list(root, image_list))
-    lists = [name for name in ("trainaug", "aug") if _list_file(root, name).is_file()]
-    if not lists or not (root / "SegmentationClassAug").is_dir():
-        missing = (
-            "SegmentationClassAug" if lists else "ImageSets/Segmentation/trainaug.txt (or aug.txt)"
-        )
-        raise UserError(
-            f"{root} lacks {missing}: the augmented training set needs the masks of SBD as PNG and a list, as written "
-            "by converters such as voc_aug; or train on the official 1,464 images: data.options.train_list: train"
-        )
-    parts = ["trainaug"] if lists[0] == "trainaug" else ["aug", "train"]
+    parts = [image_list]
+    if image_list == "trainaug":
+        known = [name for name in ("trainaug", "aug") if _list_file(root, name).is_file()]
+        if not known or not (root / "SegmentationClassAug").is_dir():
+            raise UserError(
+                f"{root} lacks SegmentationClassAug or ImageSets/Segmentation/trainaug.txt (or aug.txt): the augmented "
+                "training set needs the masks of SBD as PNG and a list, as written by converters such as voc_aug; or "
+                "train on the official 1,464 images: data.options.train_list: train"
+            )
+        parts = known[:1] if "trainaug" in known else ["aug", "train"]
     return sorted({name for part in parts for name in _read_list(root, part)})
 
 
@@ -124,13 +94,9 @@ def _list_file(root: Path, name: str) -> Path:
 
 
 def _read_list(root: Path, name: str) -> list[str]:
-    file = _list_file(root, name)
     # a line is NAME or "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
-    lines = read_text(file).splitlines()
-    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
-    if not names:
-        raise UserError(f"{file} lists no images")
-    return names
+    lines = read_text(_list_file(root, name)).splitlines()
+    return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
 
 def _mask_file(root: Path, name: str) -> Path:

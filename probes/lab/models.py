@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.data.palette import palette_of
+from probes.data.base import palette_of
 from probes.heads import Probe
 from probes.models.frozen_model import FrozenModel
 from probes.models.prompts import read_tokenizer

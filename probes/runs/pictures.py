@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.data.palette import palette_of
+from probes.data.base import palette_of
 from probes.site_probes import SiteProbes
 
 FILE = "pictures.npz"

@@ -132,7 +132,7 @@ def _read_facts(options: QuestionsOptions, split: str, prefix: str) -> dict[str,
     dataset = FolderDataset(options.data, split)
     facts = {}
     for index in range(len(dataset)):
-        photo = prefix + dataset.files(index)[0].relative_to(options.data).as_posix()
+        photo = prefix + dataset.files[index][0].relative_to(options.data).as_posix()
         facts[photo] = find_facts(dataset[index]["target"], dataset.classes, options.grid)
     return facts
 

@@ -19,7 +19,12 @@ def picture(
 
 
 def photo(seed: int, size=(6, 9)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    return np.random.default_rng(seed).integers(
+        0,
+        256,
+        (*size, 3),
+        np.uint8,
+    )
 
 
 def labels(seed: int, values, size=(6, 9)) -> np.ndarray:

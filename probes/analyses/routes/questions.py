@@ -23,8 +23,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from llava_bidir.common.errors import NothingToMeasure, UserError, error_context
-from llava_bidir.common.images import orientation
-from probes.data.base import open_image, read_rgb
+from llava_bidir.common.images import as_stored, orientation, read_image
 from probes.ops.geometry import Geometry
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -143,13 +142,13 @@ def read_question_image(folder: Path, name: str) -> Image.Image:
     path = folder / name
     if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
         raise UserError(f"{name} leads out of {folder}; expected paths of images in it (--images)")
-    image = open_image(path)
-    if (tag := orientation(image)) != 1:
+    image, tag = read_image(path, lambda image: (as_stored(image), orientation(image)))
+    if tag != 1:
         raise UserError(
             f"{path} has EXIF orientation {tag}, so that its boxes may have been drawn on the stored or on the rotated "
             "image; rotate it (`mogrify -auto-orient`) or remove the tag (`exiftool -Orientation=`)"
         )
-    return read_rgb(image, path)
+    return image
 
 
 def tokens_in_box(

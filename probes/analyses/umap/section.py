@@ -7,7 +7,7 @@ import numpy as np
 
 from probes.analyses.base import Section
 from probes.analyses.charts import Chart, Curve, Figure, Point
-from probes.data.palette import palette_of
+from probes.data.base import palette_of
 from probes.runs.formatting import Rows
 from probes.runs.study import StudyRuns
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from probes.cli import main
-from probes.data.palette import palette_of
+from probes.data.base import palette_of
 from probes.runs.read import ProbeRun
 from probes.tasks.segmentation import colorize_classes
 

@@ -1,6 +1,5 @@
 """The official layouts: classes and ignored pixels against independent tables, and errors of wrong layouts."""
 
-import shutil
 import unicodedata
 
 import dataset_layouts
@@ -12,27 +11,8 @@ from llava_bidir.common.errors import UserError
 from probes.data.file_layout import files_by_name, pair_files
 from probes.data.registry import open_dataset
 
-# cityscapesScripts' labels.py: trainId of each id from 0 to 33
-TRAIN_IDS = [255] * 7 + [
-    0,
-    1,
-    255,
-    255,
-    2,
-    3,
-    4,
-    255,
-    255,
-    255,
-    5,
-    255,
-    *range(6, 16),
-    255,
-    255,
-    16,
-    17,
-    18,
-]
+# cityscapesScripts' labels.py: the ids with a trainId, which count from 0
+TRAIN_IDS = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
 
 
 @pytest.fixture
@@ -93,7 +73,12 @@ def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
 
 
 def test_voc2012_with_background_has_21_classes(voc):
-    data = open_dataset("voc2012", str(voc), "validation", {"background": "class"})
+    data = open_dataset(
+        "voc2012",
+        str(voc),
+        "validation",
+        {"background": "class"},
+    )
     assert len(data.classes) == 21
     assert data.classes[0] == "background"
     labels = raw(voc / "SegmentationClass/2007_000033.png")
@@ -112,22 +97,25 @@ def test_voc2012_lists_come_in_several_forms(voc):
         "2007_000039",
         "2008_000002",
     ]
-    plain = open_dataset("voc2012", str(voc), "training", {"train_list": "train"})
+    plain = open_dataset(
+        "voc2012",
+        str(voc),
+        "training",
+        {"train_list": "train"},
+    )
     assert plain.names == ["2007_000032", "2007_000039"]
 
 
 @pytest.mark.parametrize("part", ["SegmentationClassAug", "ImageSets/Segmentation/trainaug.txt"])
 def test_voc2012_without_the_augmentation_says_what_to_do(voc, part):
-    shutil.rmtree(voc / part) if (voc / part).is_dir() else (voc / part).unlink()
-    with pytest.raises(
-        ValueError, match=f"lacks {part}.*masks of SBD.*data.options.train_list: train"
-    ):
+    (voc / part).rename(voc / "away")
+    with pytest.raises(UserError, match="masks of SBD.*data.options.train_list: train"):
         open_dataset("voc2012", str(voc), "training")
 
 
 def test_voc2012_training_list_with_validation_images_is_refused(voc):
     (voc / "ImageSets/Segmentation/trainaug.txt").write_text("2007_000032\n2007_000042\n")
-    with pytest.raises(ValueError, match="1 images are in both trainaug and val, e.g. 2007_000042"):
+    with pytest.raises(UserError, match="1 images are in both trainaug and val, e.g. 2007_000042"):
         open_dataset("voc2012", str(voc), "training")
 
 
@@ -142,68 +130,45 @@ def test_cityscapes_has_19_classes_and_cities(city):
     assert data.classes[18] == "bicycle"
     for i in range(2):
         ids = raw(city / f"gtFine/val/munster/munster_{i:06d}_000019_gtFine_labelIds.png")
-        assert (data[i]["target"] == expected(ids, dict(enumerate(TRAIN_IDS)))).all()
+        assert (data[i]["target"] == expected(ids, {k: i for i, k in enumerate(TRAIN_IDS)})).all()
         assert set(range(19)) | {255} == set(data[i]["target"].flat)
     path = city / "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png"
     Image.fromarray(dataset_layouts.labels(0, [*range(19), 255])).save(path)
     with pytest.raises(
-        ValueError, match="has label 255, but there are 19 classes and the labels 0 to 33"
+        UserError, match="has label 255 .*; expected 7 to 33 for the 19 classes, or a label that"
     ):
         data[0]
 
 
 @pytest.mark.parametrize("layout", ["ade20k", "voc2012", "cityscapes"])
-def test_wrong_root_says_what_was_expected_and_what_is_there(
-    layout,
-    tmp_path,
-    ade,
-    voc,
-    city,
-):
-    root = {
-        "ade20k": ade,
-        "voc2012": voc,
-        "cityscapes": city,
-    }[layout]
-    inside = (
-        root
-        / {
-            "ade20k": "images",
-            "voc2012": "JPEGImages",
-            "cityscapes": "leftImg8bit",
-        }[layout]
-    )
-    with pytest.raises(
-        ValueError, match=rf"{inside} lacks .*it contains .*; did you mean {root}\?"
-    ):
-        open_dataset(layout, str(inside), "training")  # one level too low
-    (tmp_path / "odd").mkdir()
-    root.rename(tmp_path / "odd/mine")
-    with pytest.raises(
-        ValueError, match=r"odd lacks .*it contains mine; did you mean .*odd/mine\?"
-    ):
-        open_dataset(
-            layout, str(tmp_path / "odd"), "training"
-        )  # one too high, under a name of its own
-    with pytest.raises(ValueError, match="no folder .*nowhere; expected the dataset's"):
+def test_wrong_root_says_what_was_expected_and_what_is_there(layout, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="lacks .*, which the dataset's .*contains mine"):
+        open_dataset(layout, str(tmp_path), "training")
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
         open_dataset(layout, str(tmp_path / "nowhere"), "training")
 
 
-def test_options_are_those_of_the_layout(segmentation):
-    with pytest.raises(
-        ValueError, match="'voc2012' has no option 'backgound'; expected train_list, background"
-    ):
-        open_dataset("voc2012", "anywhere", "training", {"backgound": "class"})
-    with pytest.raises(
-        ValueError, match="data.options.background is 'Class'; expected one of ignore, class"
-    ):
-        open_dataset("voc2012", "anywhere", "training", {"background": "Class"})
-    with pytest.raises(ValueError, match="'folder' has no option 'labels'; expected none"):
-        open_dataset("folder", str(segmentation), "training", {"labels": "labelIds"})
+OPTIONS = {  # of layouts: what the error names
+    ("voc2012", "backgound", "class"): "'voc2012': .*'backgound'",
+    ("voc2012", "background", "Class"): "'voc2012': .*\"background\".*'ignore', 'class'.*: Class",
+    ("folder", "labels", "labelIds"): "'folder': .*'labels'",
+}
+
+
+@pytest.mark.parametrize("given", OPTIONS)
+def test_options_are_those_of_the_layout(given):
+    layout, name, value = given
+    with pytest.raises(UserError, match=f"(?s){OPTIONS[given]}"):
+        open_dataset(
+            layout,
+            "anywhere",
+            "training",
+            {name: value},
+        )
 
 
 def test_hidden_files_of_macos_are_skipped_and_accents_are_matched(tmp_path):
-    """`._a.png` is no image, and "\u00e9" is one letter or two, by the system that wrote the name."""
     composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
     assert composed != apart
     for folder, name in (("images", apart), ("masks", composed)):

@@ -52,7 +52,12 @@ def prepared(checkpoints, segmentation):
 
 def test_cached_states_are_the_models_in_its_dtype(prepared):
     mllm, images = prepared
-    cached = CachedFeatures(mllm, images, ["adapter", "layer_02"], batch_size=2)
+    cached = CachedFeatures(
+        mllm,
+        images,
+        ["adapter", "layer_02"],
+        batch_size=2,
+    )
     batch = cached.__getitems__([3, 0])
     pixels = torch.stack([images[i]["pixels"] for i in (3, 0)])
     assert batch["index"].tolist() == [3, 0]
@@ -60,7 +65,10 @@ def test_cached_states_are_the_models_in_its_dtype(prepared):
         assert batch["states"][site].dtype == torch.bfloat16
         assert batch["states"][site].device.type == "cpu"
         torch.testing.assert_close(
-            batch["states"][site], states, rtol=0.02, atol=0.02
+            batch["states"][site],
+            states,
+            rtol=0.02,
+            atol=0.02,
         )  # bf16 in other batches
     assert (batch["target"][0] == images[3]["target"]).all()
     nothing = cached.__getitems__([PAD_INDEX])
@@ -76,4 +84,10 @@ def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
         ValueError,
         match=rf"{copies} x 5 images x 1 sites and targets = {copies * size / 1e9:.2f} GB .*choose fewer",
     ):
-        CachedFeatures(mllm, images, ["adapter"], batch_size=2, copies=copies)
+        CachedFeatures(
+            mllm,
+            images,
+            ["adapter"],
+            batch_size=2,
+            copies=copies,
+        )

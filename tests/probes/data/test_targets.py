@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import dataset_layouts
 import numpy as np
@@ -13,19 +12,12 @@ from PIL import Image
 from llava_bidir.common.errors import UserError
 from probes.data.base import BadFile
 from probes.data.batches import PreprocessedDataset, collate
-from probes.data.boundaries import find_boundaries
-from probes.data.probe_data import ProbeData
-from probes.data.registry import (
-    DATASETS,
-    TARGET_DATASETS,
-    open_dataset,
-    register_dataset,
-    split_identity,
-)
+from probes.data.registry import LAYOUTS, open_dataset, split_identity
 from probes.data.samplers import PAD_INDEX
+from probes.data.targets import InstanceBoundaries, find_boundaries
 
-TARGETS = ("segmentation", *TARGET_DATASETS)
 SIZE = (6, 9)
+DEPTH, NORMALS, IDS = (f"{kind}/validation/0.png" for kind in ("depth", "normals", "instances"))
 
 
 @pytest.fixture
@@ -33,18 +25,12 @@ def root(tmp_path):
     return dataset_layouts.write_folder_targets(tmp_path / "data")
 
 
-def opened(
-    root,
-    task,
-    split="validation",
-    **kwargs,
-):
+def opened(root, task, split="validation", dataset="folder"):
     return open_dataset(
-        "folder",
+        dataset,
         str(root),
         split,
         task=task,
-        **kwargs,
     )
 
 
@@ -52,33 +38,24 @@ def raw(path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(np.float64)
 
 
-def test_depth_is_value_times_scale_and_nan_for_zero(root):
+@pytest.mark.parametrize("limit", [None, 5.0])
+def test_depth_is_value_times_scale_and_nan_for_zero_or_beyond_the_limit(root, limit):
+    settings = {"depth_scale": 0.001} | ({"max_depth": limit} if limit else {})
+    (root / "targets.json").write_text(json.dumps(settings))
     data = opened(root, "depth")
-    sample = data[0]
-    stored = raw(root / "depth/validation/0.png")
-    assert data.task == "depth"
-    assert data.classes == []
-    assert len(data) == 1
-    assert sample["target"].dtype == np.float32
-    assert sample["target"].shape == SIZE
-    expected = [
-        [np.nan if value == 0 else value / 1000 for value in row] for row in stored.tolist()
-    ]
-    np.testing.assert_allclose(sample["target"], expected, rtol=1e-6)
-    assert np.isnan(sample["target"]).sum() == 1
-
-
-def test_depth_beyond_the_limit_is_no_value(root):
-    (root / "targets.json").write_text('{"depth_scale": 0.001, "max_depth": 5}')
-    target = opened(root, "depth")[0]["target"]
-    stored = raw(root / "depth/validation/0.png")
-    assert (np.isnan(target) == ((stored > 5000) | (stored == 0))).all()
-    assert np.isnan(target).mean() > 0.2
+    stored = raw(root / DEPTH)
+    assert (data.task, data.classes, len(data)) == ("depth", [], 1)
+    target = data[0]["target"]
+    assert target.dtype == np.float32
+    assert target.shape == SIZE
+    has_value = (stored > 0) & (stored <= 1000 * (limit or np.inf))
+    np.testing.assert_allclose(target, np.where(has_value, stored / 1000, np.nan), rtol=1e-6)
+    assert np.isnan(target).sum() == 1 if limit is None else np.isnan(target).mean() > 0.2
 
 
 def test_normals_are_unit_vectors_and_nan_where_black(root):
     target = opened(root, "normals")[0]["target"]
-    stored = raw(root / "normals/validation/0.png")
+    stored = raw(root / NORMALS)
     assert target.dtype == np.float32
     assert target.shape == (*SIZE, 3)
     vectors = 2 * stored / 255 - 1
@@ -91,9 +68,7 @@ def test_truncated_normals_are_accepted(root):
     vectors = np.random.default_rng(0).standard_normal((*SIZE, 3))
     vectors[..., 2] = abs(vectors[..., 2])
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    Image.fromarray(((vectors + 1) * 127.5).astype(np.uint8)).save(
-        root / "normals/validation/0.png"
-    )
+    Image.fromarray(((vectors + 1) * 127.5).astype(np.uint8)).save(root / NORMALS)
     cosines = (opened(root, "normals")[0]["target"] * vectors).sum(-1)
     assert cosines.min() > np.cos(np.radians(1.0))
 
@@ -127,34 +102,64 @@ def test_boundaries_equal_those_of_a_loop(dtype):
 
 
 def test_boundaries_are_of_instances_or_else_of_classes(root):
-    data = opened(root, "boundaries")
-    ids = raw(root / "instances/validation/0.png")
-    assert (data.task, data.classes) == ("boundaries", ["interior", "boundary"])
-    assert data[0]["target"].dtype == np.uint8
-    np.testing.assert_array_equal(data[0]["target"], loop_boundaries(ids, ids < 0))
-    shutil.rmtree(root / "instances")
-    data = opened(root, "boundaries")
-    labels = raw(root / "annotations/validation/0.png")
-    assert (data.task, data.classes) == ("boundaries", ["interior", "boundary"])
-    np.testing.assert_array_equal(data[0]["target"], loop_boundaries(labels, labels == 255))
-    assert set(np.unique(data[0]["target"])) <= {0, 1, 255}
+    for file, ignored in ((IDS, -1), ("annotations/validation/0.png", 255)):
+        data = opened(root, "boundaries")
+        ids = raw(root / file)
+        assert (data.task, data.classes) == ("boundaries", ["interior", "boundary"])
+        assert data[0]["target"].dtype == np.uint8
+        np.testing.assert_array_equal(data[0]["target"], loop_boundaries(ids, ids == ignored))
+        shutil.rmtree(root / "instances", ignore_errors=True)
     assert 255 in data[0]["target"]
 
 
 def test_any_segmentation_layout_has_boundaries(tmp_path):
     city = str(dataset_layouts.write_cityscapes(tmp_path))
-    data = open_dataset("cityscapes", city, "training", task="boundaries")
-    masks = open_dataset("cityscapes", city, "training")
+    data = opened(
+        city,
+        "boundaries",
+        "training",
+        "cityscapes",
+    )
+    masks = opened(
+        city,
+        "segmentation",
+        "training",
+        "cityscapes",
+    )
     assert data.groups == masks.groups
-    assert data.names == masks.names
     assert data.official_size == 2975
+    assert data.identity() == masks.identity()
     labels = masks[1]["target"]
     np.testing.assert_array_equal(data[1]["target"], loop_boundaries(labels, labels == 255))
 
 
+def test_boundaries_of_a_layout_of_ones_own_may_be_truth_values(root):
+    class Edges(InstanceBoundaries):
+        def read_target(self, ids_file):
+            return super().read_target(ids_file) == 1
+
+    data = opened(root, "boundaries")
+    files = dict(zip(data.names, data.files, strict=True))
+    sample = PreprocessedDataset(
+        Edges(files),
+        lambda images: torch.zeros(
+            1,
+            3,
+            4,
+            4,
+        ),
+    )[0]
+    np.testing.assert_array_equal(sample["target"], data[0]["target"])
+
+
 def test_cityscapes_depth_is_baseline_times_focal_length_over_disparity(tmp_path):
     city = dataset_layouts.write_cityscapes_depth(dataset_layouts.write_cityscapes(tmp_path))
-    data = open_dataset("cityscapes", str(city), "training", task="depth")
+    data = opened(
+        city,
+        "depth",
+        "training",
+        "cityscapes",
+    )
     assert data.groups == ["aachen", "aachen", "ulm"]
     assert data.official_size == 2975
     for sample in data:
@@ -173,7 +178,12 @@ def test_cityscapes_depth_is_baseline_times_focal_length_over_disparity(tmp_path
 def test_nyuv2_is_the_official_split_with_depth_up_to_10_m_scored_in_eigens_crop(tmp_path):
     root = dataset_layouts.write_nyuv2(tmp_path / "official_splits", size=(480, 640))
     training, data = (
-        open_dataset("nyuv2", str(tmp_path), split, task="depth")
+        opened(
+            tmp_path,
+            "depth",
+            split,
+            "nyuv2",
+        )
         for split in ("training", "validation")
     )
     assert (training.official_size, data.official_size) == (795, 654)
@@ -183,7 +193,12 @@ def test_nyuv2_is_the_official_split_with_depth_up_to_10_m_scored_in_eigens_crop
     inside[45:471, 41:601] = True  # as dataset_loader of DINOv2's depth toolbox, eigen_crop
     files = ("train/cafe/sync_depth_00002.png", "test/kitchen/sync_depth_00001.png")
     scored = (np.ones_like(inside), inside)
-    for name, counts, sample in zip(files, scored, (training[0], data[1]), strict=True):
+    for name, counts, sample in zip(
+        files,
+        scored,
+        (training[0], data[1]),
+        strict=True,
+    ):
         stored = raw(root / name)
         target = sample["target"]
         assert (np.isnan(target) == ((stored == 0) | (stored > 10_000) | ~counts)).all()
@@ -196,79 +211,60 @@ def test_nyuv2_is_the_official_split_with_depth_up_to_10_m_scored_in_eigens_crop
 
 def test_nyuv2_of_another_size_has_no_crop_to_be_scored_in(tmp_path):
     dataset_layouts.write_nyuv2(tmp_path / "official_splits")
-    data = open_dataset("nyuv2", str(tmp_path), "validation", task="depth")
+    data = opened(tmp_path, "depth", dataset="nyuv2")
     with pytest.raises(BadFile, match="sync_depth_00000.png is 9 x 6 px; expected 640 x 480 px"):
         data[0]
 
 
-def test_batches_keep_targets_and_pad_with_no_value(root):
-    def preprocess(images):
-        return torch.zeros(len(images), 3, 4, 4)
+BATCHES = {
+    "depth": (SIZE, torch.float32),
+    "normals": ((*SIZE, 3), torch.float32),
+    "boundaries": (SIZE, torch.uint8),
+}
 
-    for task, shape, dtype in (
-        ("depth", SIZE, torch.float32),
-        ("normals", (*SIZE, 3), torch.float32),
-        ("boundaries", SIZE, torch.uint8),
-    ):
-        data = opened(root, task, "training")
-        images = PreprocessedDataset(data, preprocess)
-        batch = collate([images[0], images[PAD_INDEX]])
-        assert batch["target"].shape == (2, *shape)
-        assert batch["target"].dtype == dtype
-        np.testing.assert_array_equal(batch["target"][0], data[0]["target"])
-        padding = batch["target"][1]
-        assert padding.isnan().all() if dtype.is_floating_point else (padding == 255).all()
+
+@pytest.mark.parametrize("task", BATCHES)
+def test_batches_keep_targets_and_pad_with_no_value(task, root):
+    shape, dtype = BATCHES[task]
+    data = opened(root, task, "training")
+    images = PreprocessedDataset(
+        data,
+        lambda images: torch.zeros(
+            len(images),
+            3,
+            4,
+            4,
+        ),
+    )
+    target, padding = collate([images[0], images[PAD_INDEX]])["target"]
+    assert target.shape == shape
+    assert target.dtype == dtype
+    np.testing.assert_array_equal(target, data[0]["target"])
+    assert padding.isnan().all() if dtype.is_floating_point else (padding == 255).all()
 
 
 def test_identity_changes_with_the_targets_and_how_they_are_read(root):
-    before = {task: split_identity("validation", opened(root, task)) for task in TARGETS}
-    assert len({json.dumps(identity) for identity in before.values()}) == len(TARGETS)
+    before = {task: split_identity("validation", opened(root, task)) for task in LAYOUTS}
+    assert len({json.dumps(identity) for identity in before.values()}) == len(LAYOUTS)
     for kind in ("depth", "normals", "instances"):
         path = root / kind / "validation/0.png"
         array = np.asarray(Image.open(path)).copy()
         array[3, 3] = array[4, 4]
         Image.fromarray(array).save(path)
-    changed = {
-        task for task in TARGETS if split_identity("validation", opened(root, task)) != before[task]
-    }
-    assert changed == {"depth", "normals", "boundaries"}
-    depth = split_identity("validation", opened(root, "depth"))
+    after = {task: split_identity("validation", opened(root, task)) for task in LAYOUTS}
+    assert {task for task in LAYOUTS if after[task] != before[task]} == set(BATCHES)
     (root / "targets.json").write_text('{"depth_scale": 0.002}')
-    assert split_identity("validation", opened(root, "depth")) != depth
+    assert split_identity("validation", opened(root, "depth")) != after["depth"]
 
 
-def test_layouts_that_do_not_exist_are_errors(root, monkeypatch):
-    with pytest.raises(
-        UserError,
-        match="data.dataset 'voc2012' has no depth; expected one of folder, nyuv2, cityscapes",
+def test_a_layout_without_these_targets_is_an_error(root):
+    for dataset, task, known in (
+        ("voc2012", "depth", "folder, nyuv2, cityscapes"),
+        ("nyuv2", "segmentation", "folder, ade20k"),
     ):
-        open_dataset("voc2012", str(root), "training", task="depth")
-    with pytest.raises(
-        UserError, match="data.dataset 'nyuv2' has no segmentation; expected one of folder, ade20k"
-    ):
-        ProbeData(str(root), dataset="nyuv2")
-    monkeypatch.setitem(TARGET_DATASETS, "normals", dict(TARGET_DATASETS["normals"]))
-
-    class OtherNormals(TARGET_DATASETS["normals"]["folder"]):
-        pass
-
-    register_dataset("other", OtherNormals)
-    assert isinstance(open_dataset("other", str(root), "training", task="normals"), OtherNormals)
-    assert "other" not in DATASETS
-
-
-def save(path: Path, array, dtype=None) -> None:
-    Image.fromarray(np.asarray(array, dtype)).save(path)
-
-
-def saves(path: str, array, dtype=None):
-    """Return what saves an image in a folder."""
-    return lambda root: save(root / path, array, dtype)
-
-
-def settings(text: str):
-    """Return what writes targets.json of a folder."""
-    return lambda root: (root / "targets.json").write_text(text)
+        message = f"no data.dataset {dataset!r} of {task}; expected one of {known}"
+        with pytest.raises(UserError, match=message):
+            opened(root, task, dataset=dataset)
 
 
 def grey_normals(value: int) -> np.ndarray:
@@ -277,93 +273,65 @@ def grey_normals(value: int) -> np.ndarray:
     return array
 
 
-DEPTH, NORMALS, IDS = (f"{kind}/validation/0.png" for kind in ("depth", "normals", "instances"))
-BAD_FILES = {
-    "8-bit depth": ("depth", saves(DEPTH, np.ones(SIZE), np.uint8), "0.png has mode 'L'.*uint16"),
-    "depth in colour": (
-        "depth",
-        saves(DEPTH, dataset_layouts.photo(0)),
-        "mode 'RGB'.*these are colours",
-    ),
-    "depth of zeros": (
-        "depth",
-        saves(DEPTH, np.zeros(SIZE), np.uint16),
-        "0.png has no value in any pixel",
-    ),
+AWAY = 255 - dataset_layouts.unit_normals(0)[1:].repeat(2, 0)[:6]
+ZEROS = np.zeros(SIZE, np.uint16)
+BAD_FILES = {  # file, array or text of targets.json, message
+    "8-bit depth": (DEPTH, np.ones(SIZE, np.uint8), "0.png has mode 'L'; expected 16-bit"),
+    "depth in colour": (DEPTH, dataset_layouts.photo(0), "mode 'RGB'.*not a picture of them"),
+    "depth of zeros": (DEPTH, ZEROS, "0.png has no value in any pixel"),
     "depth in another unit": (
-        "depth",
-        settings('{"depth_scale": 100, "max_depth": 10}'),
-        "0.png has no value up to the limit of 10 m; check the scale",
+        "targets.json",
+        '{"depth_scale": 100, "max_depth": 10}',
+        r"none up to the limit \(10 m\).*check the scale",
     ),
     "depth of another size": (
-        "depth",
-        saves(DEPTH, np.ones((9, 6)), np.uint16),
+        DEPTH,
+        ZEROS.T + np.uint16(1),
         r"depth/\S*0.png is 6 x 9 px, its image \S*0.png 9 x 6 px",
     ),
-    "JPEG depth": (
-        "depth",
-        lambda r: Image.new("L", SIZE[::-1]).save(r / DEPTH, "JPEG"),
-        "0.png cannot be read as an image: it is not PNG",
-    ),
-    "grey normals": (
-        "normals",
-        saves(NORMALS, grey_normals(128)),
-        r"\[128, 128, 128\] in row 2.* 0.007, exp",
-    ),
-    "normals not of unit length": (
-        "normals",
-        saves(NORMALS, grey_normals(255)),
-        "vector of length 1.732",
-    ),
-    "black normals": ("normals", saves(NORMALS, np.zeros((*SIZE, 3)), np.uint8), "0.png is black"),
-    "normals away from the viewer": (
-        "normals",
-        saves(NORMALS, 255 - dataset_layouts.unit_normals(0)[1:].repeat(2, 0)[:6]),
-        "100% of the normals point away from the viewer",
-    ),
-    "instances in colour": (
-        "boundaries",
-        saves(IDS, dataset_layouts.photo(0)),
-        "mode 'RGB'.*colours to ids",
-    ),
+    "grey normals": (NORMALS, grey_normals(128), r"\[128, 128, 128\] in row 2.* 0.007, exp"),
+    "normals not of unit length": (NORMALS, grey_normals(255), "vector of length 1.732"),
+    "black normals": (NORMALS, np.zeros((*SIZE, 3), np.uint8), "0.png is black"),
+    "normals away from the viewer": (NORMALS, AWAY, "100% of the normals point away from"),
+    "instances in colour": (IDS, dataset_layouts.photo(0), "mode 'RGB'; expected .*ids"),
+}
+TASK_OF = {
+    DEPTH: "depth",
+    "targets.json": "depth",
+    NORMALS: "normals",
+    IDS: "boundaries",
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_file_is_an_error_that_names_it(root, name):
-    task, break_it, message = BAD_FILES[name]
-    break_it(root)
-    data = opened(root, task)
+    file, content, message = BAD_FILES[name]
+    if isinstance(content, str):
+        (root / file).write_text(content)
+    else:
+        Image.fromarray(content).save(root / file)
+    data = opened(root, TASK_OF[file])
     with pytest.raises(BadFile, match=message) as error:
         data[0]
     assert str(root) in str(error.value)
 
 
-BAD_LAYOUTS = {
-    "no scale": (
-        lambda r: (r / "targets.json").unlink(),
-        r"targets.json has no depth_scale, .*\S*depth/validation/0.png",
-    ),
-    "scale 0": (settings('{"depth_scale": 0}'), "targets.json: depth_scale is 0; exp"),
-    "limit 0": (settings('{"depth_scale": 1, "max_depth": 0}'), "max_depth is 0"),
-    "unknown key": (settings('{"scale": 1}'), "unknown key 'scale'; expected depth_scale"),
-    "settings that are a list": (settings("[1]"), "targets.json needs an object"),
-    "missing file": (
-        lambda r: (r / DEPTH).unlink(),
-        "1 files have no depth map, e.g. .*images/validation/0.png",
-    ),
-    "extra file": (
-        lambda r: shutil.copy(r / DEPTH, r / "depth/validation/9.png"),
-        "no image, e.g. .*depth/val.*9.png",
-    ),
-    "no folder": (lambda r: shutil.rmtree(r / "depth"), "no folder .*depth/validation"),
+SETTINGS = {
+    "scale 0": '{"depth_scale": 0}',
+    "limit 0": '{"depth_scale": 1, "max_depth": 0}',
+    "a word": '{"depth_scale": "1"}',
+    "unknown key": '{"depth_scale": 1, "scale": 1}',
+    "no scale": "{}",
+    "a list": "[1]",
+    "nothing": "",
 }
 
 
-@pytest.mark.parametrize("name", BAD_LAYOUTS)
-def test_bad_layout_is_an_error_before_any_work(root, name):
-    break_it, message = BAD_LAYOUTS[name]
-    break_it(root)
-    with pytest.raises(UserError, match=message) as error:
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_depth_are_positive_numbers(root, name):
+    (root / "targets.json").write_text(SETTINGS[name])
+    with pytest.raises(
+        UserError, match='targets.json .*; expected .*"depth_scale": 0.001'
+    ) as error:
         opened(root, "depth")
     assert str(root) in str(error.value)

@@ -1,4 +1,8 @@
-"""All files are read before a model is loaded."""
+"""All files are read and their labels counted before a model is loaded; images in both splits are named."""
+
+import json
+import shutil
+from pathlib import Path
 
 import dataset_layouts
 import numpy as np
@@ -6,10 +10,21 @@ import pytest
 import tiny_models
 from PIL import Image
 
+from llava_bidir.common.errors import UserError
 from probes.cli import main
+from probes.config import DataOptions
 from probes.data.probe_data import ProbeData
-from probes.data.registry import open_dataset
-from probes.data.verify import find_bad_files
+from probes.data.registry import open_split
+from probes.data.verify import (
+    LabelCounts,
+    check_labels,
+    count_labels,
+    data_notes,
+    join_counts,
+    notes_of_run,
+    read_pairs,
+)
+from probes.runs.read import ProbeRun
 
 MESS = {  # file of annotations/training: what it becomes
     "000.png": np.full((24, 20), 9, np.uint8),
@@ -20,123 +35,205 @@ MESS = {  # file of annotations/training: what it becomes
 
 
 @pytest.fixture
-def broken(tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data")
+def root(tmp_path) -> Path:
+    return tiny_models.write_segmentation(tmp_path / "data")
+
+
+def masks(root: Path, split: str) -> list[Path]:
+    return sorted((root / "annotations" / split).iterdir())
+
+
+def relabel(root: Path, split: str, change: dict[int, int]) -> None:
+    """Replace labels of all masks of a split."""
+    table = np.arange(256, dtype=np.uint8)
+    table[list(change)] = list(change.values())
+    for file in masks(root, split):
+        Image.fromarray(table[np.asarray(Image.open(file))]).save(file)
+
+
+def verify(root: Path, **options) -> ProbeData:
+    data = ProbeData(str(root), num_workers=0, **options)
+    data.verify(False)
+    return data
+
+
+def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(root, tmp_path, monkeypatch):
+    monkeypatch.delattr("probes.site_probes.load")
     for name, array in MESS.items():
         Image.fromarray(array).save(root / "annotations/training" / name)
     (root / "images/validation/004.png").write_bytes(b"no picture")
-    return root
+    config = ["-c", "configs/demo/probes.yaml", "--data.root", str(root)]
+    fit = ["fit", *config, "--model.mllm", "facebook/none", "--out", str(tmp_path / "run")]
+    for command in (fit, ["verify-data", "--workers", "0", *config]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        message = str(stop.value.code)
+        for line in (
+            "5 of 11 images cannot be used",
+            "2 x label out of range",
+            "000.png has label 9",
+            "label 77",
+            "1 x file that is not 8-bit indices of classes",
+            "002.png has mode 'RGB'",
+            "1 x image and target of different size",
+            "003.png is 21 x 24 px",
+            "1 x cannot be read",
+            "images/validation/004.png",
+        ):
+            assert line in message
 
 
-def fit(root, out, *more):
-    # the model does not exist: it must not be looked up
-    config = ["-c", "configs/demo/probes.yaml", "--out", str(out), "--data.root", str(root)]
-    main(["fit", *config, "--model.mllm", "/no/such/model", *more])
+BORDERED = np.repeat(np.uint8([[0], [255], [1]]), (7, 2, 15), axis=0).repeat(20, axis=1)
+EMPTY = {  # where objects have an ignored border, as in VOC, F would be 0 / 0
+    "training": ({}, "5 x no labelled pixel.*all pixels are ignored"),
+    "validation": ({}, "5 x no labelled pixel.*all pixels are ignored"),
+    "boundaries": ({"task": "boundaries"}, "5 x no labelled pixel.*no pixel is a boundary"),
+}
 
 
-def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(
-    broken,
-    checkpoints,
-    tmp_path,
-    monkeypatch,
-):
-    monkeypatch.delattr("probes.site_probes.load")
-    with pytest.raises(SystemExit) as stop:
-        fit(broken, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
-    message = str(stop.value.code)
-    assert "5 of 11 images cannot be used" in message
-    assert "2 x label out of range" in message
-    assert "000.png has label 9" in message
-    assert "label 77" in message
-    assert "1 x mask that is not 8-bit indices" in message
-    assert "002.png has mode 'RGB'" in message
-    assert "1 x image and mask of different size" in message
-    assert "003.png is 21 x 24 px" in message
-    assert "1 x cannot be read" in message
-    assert "images/validation/004.png" in message
-
-
-def test_a_split_without_a_boundary_is_an_error(checkpoints, tmp_path):
-    """As that of VOC, whose objects have an ignored border: F would be 0 / 0, and the run could not be read."""
-    root = tiny_models.write_segmentation(tmp_path / "data")
-    mask = np.zeros((24, 20), np.uint8)
-    mask[8:], mask[7:9] = 1, 255
-    for file in (root / "annotations/validation").iterdir():
-        Image.fromarray(mask).save(file)
-    with pytest.raises(
-        SystemExit,
-        match="(?s)5 x no labelled pixel in any mask of .* validation.*no pixel is a boundary",
-    ):
-        fit(
-            root,
-            tmp_path / "run",
-            "--model.mllm",
-            str(checkpoints["causal"]),
-            "--data.task",
-            "boundaries",
-        )
-
-
-@pytest.mark.parametrize("split", ["training", "validation"])
-def test_a_split_without_a_labelled_pixel_is_an_error(split, checkpoints, tmp_path):
+@pytest.mark.parametrize("case", EMPTY)
+def test_a_split_without_a_labelled_pixel_is_an_error_and_a_part_of_one_is_none(case, tmp_path):
     """A wrong ignore_index: probes would be scored untrained, or the scores would fail after the training."""
-    root = tiny_models.write_segmentation(tmp_path / "data")
-    masks = sorted((root / "annotations" / split).iterdir())
-    for number, file in enumerate(masks, 1):
-        Image.fromarray(np.full((24, 20), 255, np.uint8)).save(file)
-        if number + 1 == len(masks):
-            assert not ProbeData(str(root)).check_files(ProbeData(str(root)).find_bad_files(0))
-    with pytest.raises(
-        SystemExit, match=f"{len(masks)} x no labelled pixel in any mask of .* {split}"
-    ):
-        fit(root, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
+    options, message = EMPTY[case]
+    root = tiny_models.write_segmentation(tmp_path, 5, 5)
+    mask = BORDERED if options else np.full((24, 20), 255, np.uint8)
+    files = masks(root, case if case == "training" else "validation")
+    for file in files[1:]:
+        Image.fromarray(mask).save(file)
+    verify(root, **options)
+    Image.fromarray(mask).save(files[0])
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        verify(root, **options)
 
 
-def test_verify_data_finds_the_same_without_a_model(broken, segmentation, capsys):
-    config = ["verify-data", "--workers", "0", "-c", "configs/demo/probes.yaml", "--data.root"]
-    main([*config, str(segmentation)])
-    assert (
-        "6 training images, 5 validation images, 3 classes, all readable" in capsys.readouterr().out
-    )
-    with pytest.raises(SystemExit, match="5 of 11 images cannot be used"):
-        main([*config, str(broken)])
-
-
-def test_workers_find_what_one_process_finds(tmp_path):
+def test_workers_and_shares_find_what_one_process_finds(tmp_path):
     root = tiny_models.write_segmentation(tmp_path, training=80)
-    for i in (3, 40, 79):
-        Image.fromarray(np.full((24, 20), 100 + i, np.uint8)).save(
-            root / f"annotations/training/{i:03d}.png"
-        )
-    dataset = open_dataset("folder", str(root), "training")
-    alone, together = (
-        find_bad_files(
+    for file in masks(root, "training")[3::37]:
+        Image.fromarray(np.full((24, 20), 100, np.uint8)).save(file)
+    dataset = open_split(DataOptions(str(root)), "training")
+
+    def read(indices, workers=0):
+        labels, bad = read_pairs(
             dataset,
             "",
-            range(80),
+            indices,
             workers,
             progress=False,
         )
-        for workers in (0, 2)
-    )
-    assert sorted(alone) == sorted(together)
-    assert len(alone) == 3
-    assert (
-        len(
-            find_bad_files(
-                dataset,
-                "",
-                range(0, 80, 2),
-                0,
-                progress=False,
-            )
-        )
-        == 1
-    ), "a share"
+        return labels, sorted(bad)
+
+    alone = read(range(80))
+    assert len(alone[1]) == 3
+    assert read(range(80), workers=2) == alone
+    even, odd = (read(range(first, 80, 2)) for first in (0, 1))
+    assert join_counts([even[0], odd[0]]) == alone[0]
+    assert sorted(even[1] + odd[1]) == alone[1]
 
 
 def test_incomplete_official_split_is_a_warning(tmp_path):
-    data = ProbeData(str(dataset_layouts.write_ade20k(tmp_path)), dataset="ade20k")
-    with pytest.warns(UserWarning, match="3 training images, but 20,210 were published") as warned:
-        assert data.find_bad_files(0, progress=False) == []
-    assert any("2 validation images, but 2,000" in str(warning.message) for warning in warned)
+    with pytest.warns(UserWarning, match="3 training images, but 20,210 were published"):
+        verify(dataset_layouts.write_ade20k(tmp_path), dataset="ade20k")
+
+
+def test_counts_equal_numpy_over_all_masks(segmentation):
+    data = verify(segmentation)
+    for split, counts in data.labels.items():
+        found = np.stack([np.asarray(Image.open(file)) for file in masks(segmentation, split)])
+        assert counts.images == len(found)
+        assert counts.pixels == [int((found == k).sum()) for k in range(3)]
+        assert counts.images_of_class == [int((found == k).any((1, 2)).sum()) for k in range(3)]
+        assert counts.ignored == (found == 255).sum() > 0
+    assert data_notes(data.classes, data.labels, []) == []
+    depth = np.array([[1.0, np.nan]], np.float32)
+    assert join_counts([count_labels(depth, 0)] * 2) == LabelCounts(
+        2,
+        [2],
+        [2],
+        2,
+    )
+
+
+def test_notes_name_classes_that_lack_pixels_or_images():
+    labels = {
+        "training": LabelCounts(
+            9,
+            [9, 0, 9, 0],
+            [9, 0, 9, 0],
+            90,
+        )._asdict(),
+        "validation": LabelCounts(
+            9,
+            [9, 9, 0, 0],
+            [9, 2, 0, 0],
+            0,
+        )._asdict(),
+    }
+    shared = [["a", "a"], ["b", "c"]]
+    notes = notes_of_run([*"wxyz"], {"labels": labels, "shared_images": shared})
+    for part in (
+        "No training pixel is labelled x,",
+        "No validation pixel is labelled y:",
+        "No pixel of either split is labelled z.",
+        "83% of the training pixels are ignored",
+        "In fewer than 5 validation images: x (2).",
+        "2 images stand in training and in validation, byte for byte, which raises scores: a, b = c.",
+    ):
+        assert sum(part in note for note in notes) == 1
+    assert len(notes) == 6
+    assert notes_of_run([*"wxyz"], {}) == []
+
+
+def test_masks_of_one_label_are_an_error(root):
+    """0 and 255, where 255 was meant to be a class: each probe would be right everywhere."""
+    for split in ("training", "validation"):
+        relabel(root, split, {1: 0, 2: 255})
+    with pytest.raises(UserError, match="all labelled training pixels are of the class 'sky'"):
+        verify(root)
+
+
+def test_a_listed_class_without_a_training_pixel_is_an_error_with_its_remedy(tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data", training=15)
+    relabel(root, "training", {2: 1})
+    settings = json.loads((root / "classes.json").read_text())
+    names = settings["classes"]
+    with pytest.raises(
+        UserError, match=f"labelled {names[2]}, which classes.json lists.*ignore_index"
+    ):
+        verify(root)
+    (root / "classes.json").write_text(json.dumps(settings | {"ignore_index": [2, 255]}))
+    assert verify(root).classes == names[:2]
+
+
+def test_few_images_and_published_classes_may_lack_some():
+    training = LabelCounts(
+        15,
+        [9, 9, 0],
+        [5, 5, 0],
+        0,
+    )
+    with pytest.raises(UserError, match="labelled c"):
+        check_labels([*"abc"], training, True)
+    check_labels([*"abc"], training, False)
+    check_labels([*"abc"], training._replace(images=14), True)
+
+
+def test_images_in_both_splits_are_named_by_the_check_and_in_the_run(
+    root,
+    tmp_path,
+    checkpoints,
+    capsys,
+):
+    for kind in ("images", "annotations"):
+        shutil.copy(root / kind / "training/002.png", root / kind / "validation/copy.png")
+    main(["verify-data", "-c", "folder", "--data.root", str(root)])
+    said = capsys.readouterr().out
+    assert f"warning: {root}: 1 image stands in training and in validation, byte for byte" in said
+    assert "002 = copy" in said
+    assert "6 training images, 6 validation images, 3 classes, all readable" in said
+    words = f"--data.root {root} --folds 2 --strengths 0.1 --model.sites [encoder]".split()
+    words += ["--model.mllm", str(checkpoints["causal"]), "--out", str(tmp_path / "run")]
+    with pytest.warns(UserWarning, match="002 = copy"):
+        main(["solve", "-c", "configs/demo/probes.yaml", *words])
+    run = ProbeRun(tmp_path / "run")
+    assert run.manifest["data"]["shared_images"] == [["002", "copy"]]
+    assert "002 = copy" in str(notes_of_run(run.metrics["classes"], run.manifest["data"]))

@@ -24,9 +24,10 @@ REQUIRED = {
     "fast_dev_run": False,
     "overfit_batches": 0.0,
     "accumulate_grad_batches": 1,
+    # 1 is one batch, 1.0 are all
+    "limit_val_batches": 1.0,
+    "limit_test_batches": 1.0,
 }
-# 1 is one batch, 1.0 are all
-REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test")}
 WHY_REQUIRED = (
     "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
     "trainer.limit_train_batches with fit"
@@ -42,8 +43,7 @@ class SavePredictions(Callback):
         pl_module: LightningModule,
         outputs,
         batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: int,
     ) -> None:
         """Write the predictions of a batch."""
         names = trainer.datamodule.splits["validation"].names
@@ -76,14 +76,9 @@ class ProbeCLI(RunCLI):
         """Add what `--save_predictions` requires."""
         trainer = super().instantiate_trainer(**kwargs)
         check_trainer(trainer, REQUIRED, WHY_REQUIRED)
-        if self.saves_predictions:
+        if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
-
-    @property
-    def saves_predictions(self) -> bool:
-        """Whether the predictions of every image are written."""
-        return self._get(self.config_init, "save_predictions")
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Train, then score each probe of its best epoch and write the files of the run.
@@ -96,7 +91,9 @@ class ProbeCLI(RunCLI):
             if plan.finished:
                 if self.trainer.is_global_zero:
                     folder.check_finished(run_identity(self.trainer, self.model, self.datamodule))
-                say_finished(out, self.datamodule.name, self.saves_predictions)
+                say_finished(
+                    out, self.datamodule.name, self._get(self.config_init, "save_predictions")
+                )
                 return
             self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -129,16 +126,11 @@ def main(argv: list[str]) -> None:
         build_cli(argv)
 
 
-def build_run(config: RunConfig, prog: str) -> ProbeCLI:
-    """Return model, data and trainer of a run."""
+def run_fit(config: RunConfig) -> None:
+    """Run `probes fit`."""
     values = asdict(config)
     del values["solver"]
     del values["ckpt_path"]  # of the subcommand
-    return build_cli(values, run=False, prog=prog)
-
-
-def run_fit(config: RunConfig) -> None:
-    """Run `probes fit`."""
     with run_process("high"):
-        cli = build_run(config, "probes fit")
+        cli = build_cli(values, run=False, prog="probes fit")
         cli.fit(config.ckpt_path, model=cli.model, datamodule=cli.datamodule)

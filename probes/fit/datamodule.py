@@ -1,6 +1,7 @@
 """LightningDataModule of probes that are trained: images in random order, and states that are kept in memory."""
 
 import math
+from functools import cached_property
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +20,10 @@ class ProbeDataModule(ProbeData, LightningDataModule):
     """
 
     trained_batches = 0  # of the epoch, before a resume
+
+    @cached_property
+    def _cached(self) -> dict[str, CachedFeatures]:
+        return {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -60,23 +65,25 @@ class ProbeDataModule(ProbeData, LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def _open_source(self, split: str) -> Dataset:
+    def _source(self, split: str) -> Dataset:
         """Return the images of a split, or their states if these are kept."""
-        source = super()._open_source(split)
+        source = super()._source(split)
         if not self.settings["cache_features"]:
             return source
-        mllm, sites, _ = self._reader
-        # the precision of states that are not cached
-        with self.trainer.precision_plugin.forward_context():
-            return CachedFeatures(
-                mllm,
-                source,
-                sites,
-                batch_size=self.rank_batch_size,
-                workers=self.num_workers,
-                copies=self.trainer.num_devices,
-                name=f"{self.name} {split}",
-            )
+        if split not in self._cached:
+            mllm, sites, _ = self._reader
+            # the precision of states that are not cached
+            with self.trainer.precision_plugin.forward_context():
+                self._cached[split] = CachedFeatures(
+                    mllm,
+                    source,
+                    sites,
+                    batch_size=self.rank_batch_size,
+                    workers=self.num_workers,
+                    copies=self.trainer.num_devices,
+                    name=f"{self.name} {split}",
+                )
+        return self._cached[split]
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the epoch, at which a resumed run continues."""

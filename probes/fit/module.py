@@ -6,7 +6,6 @@ keeps the weights of its own best epoch. Source: App. A.2.
 Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +28,7 @@ from probes.score.resampling import dataset_scores
 from probes.site_probes import SiteProbes, compute_counts, load_probes, score_batch
 from probes.tasks import Task
 
+VALIDATIONS = ("best", "history", "validated_at", "epochs")  # kept in checkpoints
 NODES = 3  # per cell and axis of the loss's quadrature, see probes/ops/README.md
 
 
@@ -72,12 +72,9 @@ class ProbeModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compute the identity of a run that is not started by the command line."""
-        if stage in ("fit", "test") and self.identity is None:
-
-            def compute():
-                return run_identity(self.trainer, self, self.trainer.datamodule)
-
-            self.identity = decide_on_first(compute)
+        if self.identity is None:
+            data = self.trainer.datamodule
+            self.identity = decide_on_first(lambda: run_identity(self.trainer, self, data))
 
     def configure_model(self) -> None:
         """Load the MLLM and build the probes."""
@@ -139,10 +136,8 @@ class ProbeModule(LightningModule):
                 self._keep_if_best(site, scores[self.task.score][i].item())
 
     def _keep_if_best(self, site: str, score: float) -> None:
-        sign = self.task.sign
         past = self.history.setdefault(site, [])
-        best = max((sign * earlier for earlier in past), default=-math.inf)
-        if sign * score > best:
+        if all(self.task.sign * (score - earlier) > 0 for earlier in past):
             weights = self.heads[site].state_dict()
             self.best[site] = {name: w.detach().cpu().clone() for name, w in weights.items()}
         past.append(score)
@@ -169,12 +164,13 @@ class ProbeModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with polynomial decay."""
         args = self.hparams
-        settings = {
-            "lr": args.learning_rate,
-            "betas": tuple(args.betas),
-            "weight_decay": args.weight_decay,
-        }
-        optimizer = torch.optim.AdamW(self.heads.parameters(), **settings, fused=True)
+        optimizer = torch.optim.AdamW(
+            self.heads.parameters(),
+            args.learning_rate,
+            tuple(args.betas),
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
         schedule = torch.optim.lr_scheduler.PolynomialLR(
             optimizer, optimizer_steps(self.trainer), power=0.9
         )
@@ -184,15 +180,13 @@ class ProbeModule(LightningModule):
         """Return how the probes were trained, for metrics.json."""
         data = self.trainer.datamodule
         steps = optimizer_steps(self.trainer)
-        settings = {
-            key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "seed")
-        }
-        settings |= {
+        kept = ("head", "feature_norm", "learning_rate", "seed")
+        return {key: self.hparams[key] for key in kept} | {
             "batch_size": data.batch_size,
             "epochs": data.epochs_of(steps),
             "steps": steps,
+            "validated_at": self.validated_at,
         }
-        return settings | {"validated_at": self.validated_at}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the probes without the frozen model, and the history of validations."""
@@ -200,10 +194,7 @@ class ProbeModule(LightningModule):
             k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")
         }
         checkpoint["identity"] = self.identity
-        checkpoint["best"] = self.best
-        checkpoint["history"] = self.history
-        checkpoint["validated_at"] = self.validated_at
-        checkpoint["epochs"] = self.epochs
+        checkpoint |= {name: getattr(self, name) for name in VALIDATIONS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history of validations.
@@ -215,7 +206,5 @@ class ProbeModule(LightningModule):
             check_same_identity(
                 checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
             )
-        self.best = checkpoint["best"]
-        self.history = checkpoint["history"]
-        self.validated_at = checkpoint["validated_at"]
-        self.epochs = checkpoint["epochs"]
+        for name in VALIDATIONS:
+            setattr(self, name, checkpoint[name])

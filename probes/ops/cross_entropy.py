@@ -46,7 +46,6 @@ def upsampled_cross_entropy(
     *,
     view: GridPlacement | None = None,
     nodes: int | None = SCORE_NODES,
-    reduction: str = "mean",
 ) -> Tensor:
     """Return the cross-entropy of the upsampled logits: a scalar, or f[P] for P probes that share the target.
 
@@ -71,25 +70,13 @@ def upsampled_cross_entropy(
         ignore_index: Label of the pixels that are excluded.
         view: Position of the grid on the pixels of `target`. None: the grid covers them exactly.
         nodes: Nodes per cell and axis; None for all pixels.
-        reduction: "mean" over the valid pixels, or "sum".
 
     Raises:
         ValueError: An argument is invalid, or a label is neither a class nor `ignore_index` (checked on a CPU only).
     """
-    if logits.ndim not in (4, 5) or 0 in logits.shape or not logits.is_floating_point():
-        raise ValueError(
-            f"expected logits f[B, K, h, w] or f[P, B, K, h, w], got {logits.dtype}{list(logits.shape)}"
-        )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    n_images, classes, *grid = logits.shape[-4:]
+    classes, *grid = logits.shape[-3:]
     masks = target
     if isinstance(target, Tensor):
-        if target.ndim != 3 or len(target) != n_images:
-            raise ValueError(
-                f"expected a target [B={n_images}, H, W] for {list(logits.shape)}, got {list(target.shape)}"
-            )
-        dtype = compute_dtype(logits)
         masks = prepare_masks(
             target,
             classes,
@@ -97,17 +84,15 @@ def upsampled_cross_entropy(
             nodes,
             ignore_index,
             view=view,
-            dtype=dtype,
+            dtype=compute_dtype(logits),
         )
-    elif tuple(masks.soft.shape) != (n_images, classes, *grid):
+    if masks.soft.shape != logits.shape[-4:]:
         raise ValueError(
-            f"masks were prepared for {list(masks.soft.shape)}, but the logits are {list(logits.shape)}"
+            f"expected logits f[B, K, h, w] or f[P, B, K, h, w] of {list(masks.soft.shape)}, got {list(logits.shape)}"
         )
-    losses = differentiable_sum(
-        loss_and_gradient, logits if logits.ndim == 5 else logits[None], masks
-    )
-    if reduction == "mean":
-        losses = losses / masks.pixels.sum().clamp(min=1).to(losses.dtype)
+    by_probe = logits if logits.ndim == 5 else logits[None]
+    losses = differentiable_sum(loss_and_gradient, by_probe, masks)
+    losses = losses / masks.pixels.sum().clamp(min=1).to(losses.dtype)
     return losses if logits.ndim == 5 else losses[0]
 
 

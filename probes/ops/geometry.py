@@ -69,11 +69,11 @@ class GridPlacement(NamedTuple):
         """Return the placement of a grid that covers the mask [H, W] exactly."""
         return cls(*(AxisExtent(0.0, float(length)) for length in size))
 
-    def token_of_pixel(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return the grid row of each pixel row, i64[H], and the grid column of each column, i64[W]; -1 outside."""
-        return self.rows.token_of_pixel(grid[0], size[0]), self.cols.token_of_pixel(
-            grid[1], size[1]
-        )
+    def token_of_pixel(self, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """Return the token of each pixel, in raster order, i64[H, W]; h * w outside the grid."""
+        rows = self.rows.token_of_pixel(grid[0], size[0])[:, None]
+        cols = self.cols.token_of_pixel(grid[1], size[1])
+        return torch.where((rows >= 0) & (cols >= 0), rows * grid[1] + cols, grid[0] * grid[1])
 
 
 @dataclass(frozen=True)
@@ -198,22 +198,19 @@ class Geometry:
                 f"a mask must be bool[height, width] of its image, or integers, got {kind}{list(mask.shape)}"
             )
         size = tuple(mask.shape)
-        rows, columns = self.view(size).token_of_pixel(self.grid, size)
-        is_inside = (rows[:, None] >= 0) & (columns >= 0)
-        token = rows[:, None] * self.grid[1] + columns
+        token = self.view(size).token_of_pixel(self.grid, size)
         tokens = self.grid[0] * self.grid[1]
         if mask.dtype == torch.bool:
-            pixels = token[is_inside].bincount(minlength=tokens)
-            inside = token[is_inside & mask].bincount(minlength=tokens)
+            pixels, inside = (
+                x.flatten().bincount(minlength=tokens + 1)[:tokens] for x in (token, token[mask])
+            )
             return (inside / pixels.clamp(min=1).double()).view(self.grid)
         labels = mask.long()
-        is_labelled = is_inside & (labels >= 0) & (labels != IGNORE_INDEX)
+        is_labelled = (labels >= 0) & (labels != IGNORE_INDEX)
         classes, number = labels[is_labelled].unique(return_inverse=True)
-        if not len(classes):
-            return torch.full(self.grid, -1)
-        bins = token[is_labelled] * len(classes) + number
-        count = bins.bincount(minlength=tokens * len(classes)).view(*self.grid, len(classes))
-        return torch.where(count.amax(-1) > 0, classes[count.argmax(-1)], -1)
+        numbers = torch.full(size, len(classes)).masked_scatter(is_labelled, number)
+        majority = majority_labels(numbers[None], len(classes), token, tokens)[0]
+        return torch.cat([classes, classes.new_tensor([-1])])[majority].view(self.grid)
 
     def _resized(self, length: int, size: Sequence[int]) -> int:
         """Return the length of a side of an image of `size` after it was resized.
@@ -258,6 +255,30 @@ class Geometry:
             tiles = [ceil(length / tile) * tile for length in size]
             image = image.resize(tiles, self.rule.resample)
         return image
+
+
+def majority_labels(
+    labels: Tensor,
+    classes: int,
+    token: Tensor,
+    tokens: int,
+) -> Tensor:
+    """Return the class of most labelled pixels of each token, i64[B, T], the first of several; -1 if there are none.
+
+    Args:
+        labels: i64[B, H, W], from 0 to `classes`, which is no label.
+        classes: K.
+        token: i64[H, W], token of each pixel, from 0 to `tokens`, which is none.
+        tokens: T.
+    """
+    images = len(labels)
+    image = torch.arange(images, device=labels.device).view(-1, 1, 1)
+    bins = (image * (tokens + 1) + token) * (classes + 1) + labels
+    votes = bins.flatten().bincount(minlength=images * (tokens + 1) * (classes + 1))
+    votes = votes.view(images, tokens + 1, classes + 1)[:, :tokens]
+    votes[..., classes] = 0
+    most, label = votes.max(-1)
+    return torch.where(most > 0, label, -1)
 
 
 def mask_tensor(mask: Tensor | np.ndarray) -> Tensor:

@@ -65,7 +65,7 @@ class Minimum(NamedTuple):
 def minimise(
     objective: Objective,
     points: Tensor,
-    first_guess: FirstGuess | Tensor,
+    first_guess: FirstGuess,
     tolerance: float,
     pairs: deque[Pair] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
@@ -75,8 +75,7 @@ def minimise(
     Args:
         objective: Value and gradient of some of the problems at given points.
         points: f64[P, K, n], where to start.
-        first_guess: Gives about the inverse Hessian at the points of each step; or f64[P, K, n], about its diagonal,
-            whose size the last pair of each problem then corrects.
+        first_guess: Gives about the inverse Hessian at the points of each step.
         tolerance: Predicted decrease at which a problem ends.
         pairs: What an earlier call has learned of nearly the same curvature; steps are added to it.
         known: Value f64[P] and gradient f64[P, K, n] at `points`; None to evaluate them.
@@ -86,11 +85,7 @@ def minimise(
     # no step decreases the value: it is exact to rounding
     blocked = torch.zeros_like(value, dtype=torch.bool)
     for iteration in range(ITERATIONS + 1):
-        if isinstance(first_guess, Tensor):
-            solve = _sized(first_guess, pairs)
-        else:
-            solve = first_guess(points, gradient)
-        direction = -quasi_newton(gradient, pairs, solve)
+        direction = -quasi_newton(gradient, pairs, first_guess(points, gradient))
         decrease = -dot(gradient, direction) / 2
         active = ((decrease > tolerance) & ~blocked).nonzero().flatten().tolist()
         if not active or iteration == ITERATIONS:
@@ -156,19 +151,3 @@ def quasi_newton(
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Return the scalar products f[...] of points f[..., K, n]."""
     return torch.linalg.vecdot(x.flatten(-2), y.flatten(-2))
-
-
-def _sized(diagonal: Tensor, pairs: Sequence[Pair]) -> Callable[[Tensor], Tensor]:
-    """Return the product with a diagonal f64[P, K, n], sized by the last pair of each problem that has one."""
-    diagonal = diagonal.to(PAIR_DTYPE)
-    size = torch.ones_like(diagonal[:, 0, 0])
-    missing = torch.ones_like(size, dtype=torch.bool)
-    for _, change, inverse in reversed(pairs):
-        if not missing.any():
-            break
-        tiny = torch.finfo(inverse.dtype).tiny
-        stretched = (inverse * dot(diagonal * change, change)).clamp(min=tiny)
-        found = missing & (inverse > 0)
-        size = torch.where(found, 1 / stretched, size)
-        missing &= ~found
-    return lambda x: size[:, None, None] * (diagonal * x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bilinear import upsampled_argmax
-from .geometry import IGNORE_INDEX, GridPlacement
+from .geometry import IGNORE_INDEX, GridPlacement, majority_labels
 from .kernels import limit_on, use_triton
 
 PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of masks and predicted maps per chunk
@@ -122,11 +122,7 @@ def _token_of_pixel(
     device: torch.device,
 ) -> Tensor:
     """Return the token of each pixel, i64[H, W]; T outside the grid; cached, since a copy to a GPU synchronises."""
-    row, column = view.token_of_pixel(grid, size)
-    row = row[:, None]
-    inside = (row >= 0) & (column >= 0)
-    token = torch.where(inside, row * grid[1] + column, grid[0] * grid[1])
-    return token.to(device)
+    return view.token_of_pixel(grid, size).to(device)
 
 
 def _count_predictions(
@@ -187,26 +183,12 @@ def patch_labels(
         grid: (h, w).
         view: Placement of the grid on the pixels; by default it covers them all.
     """
-    view = view or GridPlacement.full(tuple(target.shape[1:]))
-    labels = target.new_empty((len(target), grid[0] * grid[1]), dtype=torch.long)
+    size = tuple(target.shape[1:])
+    view = view or GridPlacement.full(size)
+    token = _token_of_pixel(view, grid, size, target.device)
+    found = []
     for images in _image_chunks(target):
-        labels[images] = _patch_labels(target[images], classes, grid, view)
-    return labels
-
-
-def _patch_labels(
-    target: Tensor,
-    classes: int,
-    grid: tuple[int, int],
-    view: GridPlacement,
-) -> Tensor:
-    images = len(target)
-    tokens = grid[0] * grid[1]
-    token = _token_of_pixel(view, grid, tuple(target.shape[1:]), target.device)
-    label = torch.where(target == IGNORE_INDEX, classes, target.long())
-    image = torch.arange(images, device=target.device).view(-1, 1, 1)
-    bins = (image * (tokens + 1) + token) * (classes + 1) + label
-    votes = torch.bincount(bins.flatten(), minlength=images * (tokens + 1) * (classes + 1))
-    votes = votes.view(images, tokens + 1, classes + 1)[:, :tokens, :classes]
-    most, label = votes.max(-1)
-    return torch.where(most > 0, label, -1)
+        labels = target[images].long()
+        labels = labels.where(labels != IGNORE_INDEX, classes)
+        found.append(majority_labels(labels, classes, token, grid[0] * grid[1]))
+    return torch.cat(found)

@@ -92,22 +92,6 @@ def cross_validated_layers(
     return torch.stack(scores).nan_to_num(-torch.inf).argmax(0).T
 
 
-def read_best_layer(
-    task: Task,
-    sums: Tensor,
-    fold: Tensor,
-    weights: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the score f64[R] with each image read at the layer that other folds have chosen, and the layers i64[R, F].
-
-    See :func:`cross_validated_layers` for the arguments.
-    """
-    chosen = cross_validated_layers(task, sums, fold, weights)
-    of_image = chosen[:, fold]  # [R, N]
-    read = sum((weights * (of_image == i)) @ layer for i, layer in enumerate(sums))
-    return main_score(task, read), chosen
-
-
 def read_scores(
     sites: list[str],
     last: str | None,
@@ -130,9 +114,11 @@ def read_scores(
     layers = [i for i, site in enumerate(sites) if is_layer(site)]
     if layers:
         fold = image_folds(sums.shape[1], groups)
-        vector, chosen = read_best_layer(task, sums[layers], fold, weights)
-        of_dataset = sorted({layers[i] for i in chosen[0].tolist()})
-        readings[BEST_LAYER] = Reading(Estimate.from_vector(vector), of_dataset)
+        chosen = cross_validated_layers(task, sums[layers], fold, weights)
+        of_image = chosen[:, fold]  # [R, N]
+        read = sum((weights * (of_image == i)) @ sums[layer] for i, layer in enumerate(layers))
+        estimate = Estimate.from_vector(main_score(task, read))
+        readings[BEST_LAYER] = Reading(estimate, sorted({layers[i] for i in chosen[0].tolist()}))
     return readings
 
 
@@ -149,40 +135,6 @@ def effects_of(readings: dict[str, Reading]) -> dict[str, Estimate]:
     }
 
 
-def effects_by_row(
-    sites: list[str],
-    last: str | None,
-    strengths: Strengths,
-    task: Task,
-    path: Tensor,
-    weights: Tensor,
-    groups: Tensor | None,
-) -> dict[str, Estimate]:
-    """Return the effects of solved probes at the chosen strengths and their neighbours, "EFFECT@ROW".
-
-    An effect that holds at each of them does not depend on the choice. "converged" says whether the probes of all
-    sites that it reads have converged at its strengths.
-
-    Args:
-        sites: Names of the sites.
-        last: The last layer of a bare encoder, probed or not; None of a model with an LLM.
-        strengths: The path.
-        task: The task.
-        path: The sums at the L solved strengths of each site, f[L, S, N, M].
-        weights: f[R, N], of the bootstrap.
-        groups: Group i64[N] of each image, or None.
-    """
-    estimates = {}
-    for name, row in strengths.neighbours().items():
-        sums = path[row, torch.arange(len(sites))]
-        readings = read_scores(sites, last, task, sums, weights, groups)
-        for effect, estimate in effects_of(readings).items():
-            read = [i for site in EFFECTS[effect] for i in readings[site].sites]
-            about = {"converged": strengths.has_converged(row, read)}
-            estimates[f"{effect}@{name}"] = replace(estimate, about=about)
-    return estimates
-
-
 def run_effects(
     sites: list[str],
     last: str | None,
@@ -195,7 +147,10 @@ def run_effects(
     counts: Counts | None = None,
     columns: int = 1,
 ) -> dict[str, Estimate]:
-    """Return the effects of a run, from which reports evaluate claims: of its probes, and of each row of strengths.
+    """Return the effects of a run, from which reports evaluate claims.
+
+    "EFFECT" is of its probes, "EFFECT@ROW" at the chosen strengths or their neighbours: one that holds at each of them
+    does not depend on the choice. "converged" says whether the probes of all sites that it reads have converged there.
 
     Args:
         sites: Names of the sites.
@@ -209,17 +164,17 @@ def run_effects(
         counts: Counts by patch, of segmentation.
         columns: Patches of a row.
     """
-    effects = effects_of(read_scores(sites, last, task, sums, weights, groups))
-    if strengths is not None:
-        effects |= effects_by_row(
-            sites,
-            last,
-            strengths,
-            task,
-            path,
-            weights,
-            groups,
-        )
+
+    def read(sums: Tensor) -> dict[str, Reading]:
+        return read_scores(sites, last, task, sums, weights, groups)
+
+    effects = effects_of(read(sums))
+    for name, row in strengths.neighbours().items() if strengths else ():
+        readings = read(path[row, torch.arange(len(sites))])
+        for effect, estimate in effects_of(readings).items():
+            sites_read = [i for site in EFFECTS[effect] for i in readings[site].sites]
+            about = {"converged": not strengths.unconverged(row, sites_read)}
+            effects[f"{effect}@{name}"] = replace(estimate, about=about)
     if counts is not None:
         effects |= patch_accuracies(sites, counts, columns, weights)
     return effects
@@ -242,24 +197,15 @@ def patch_accuracies(
         weights: f[R, N], of the bootstrap.
     """
     weights = weights.double()
-    valid = _pool(counts.patch_valid.double(), columns)
+    patches = {"patch_0": slice(1), "first_row": slice(columns), "rest_of_row": slice(1, columns)}
     estimates = {}
-    for site, right in zip(sites, counts.patch_right, strict=True):
-        if not is_layer(site):
-            continue
-        right = _pool(right.double(), columns)
-        accuracy = right.sum(0) / valid.sum(0)
-        resampled = (weights @ right) / (weights @ valid)
-        for i, name in enumerate(("patch_0", "first_row", "rest_of_row")):
-            estimates[f"{name}@{site}"] = Estimate(accuracy[i].item(), resampled[:, i])
+    for site, of_site in zip(sites, counts.patch_right, strict=True):
+        for name, part in patches.items() if is_layer(site) else ():
+            right, valid = (x.double()[:, part].sum(1) for x in (of_site, counts.patch_valid))
+            accuracy = (right.sum() / valid.sum()).item()
+            resampled = (weights @ right) / (weights @ valid)
+            estimates[f"{name}@{site}"] = Estimate(accuracy, resampled)
     return estimates
-
-
-def _pool(counts: Tensor, columns: int) -> Tensor:
-    """Return the sums f[N, 3] of counts by patch f[N, T]: of patch 0, of the first row, and of that without patch 0."""
-    first_row = counts[:, :columns].sum(1)
-    rest_of_row = counts[:, 1:columns].sum(1)
-    return torch.stack([counts[:, 0], first_row, rest_of_row], 1)
 
 
 EFFECTS_FILE = "effects.safetensors"

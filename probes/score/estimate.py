@@ -61,18 +61,10 @@ class Estimate:
         """The 95% interval."""
         return interval(self.value, self.resampled)
 
-    def p(self, sign: int) -> float:
-        """Return the p-value of the claim that the number has this sign."""
-        return p_value(sign, self.value, [standard_error(self.ci95)])
-
     def json(self, *, lowest: float = -math.inf, highest: float = math.inf) -> dict[str, Any]:
         """Return {"value", "ci95"}; the interval is cut off at the range of the number."""
         bounds = interval(self.value, self.resampled, lowest=lowest, highest=highest)
         return {"value": self.value, "ci95": bounds}
-
-    def text(self, number: str = "+.3g") -> str:
-        """Return the value and its interval in a format of numbers: "+0.12 [+0.1, +0.14]"."""
-        return estimate_text(self.json(), number)
 
 
 def estimate_text(entry: Mapping[str, Any], number: str = "+.3g") -> str:

@@ -67,12 +67,10 @@ class TaskMetric:
         )
         joined = {name: torch.cat([part[name] for part in parts if part]) for name in self.kept}
         index, order = joined["index"].sort()
-        if len(index) > len(index.unique()):
+        if index.tolist() != list(range(self.images)):
             raise RuntimeError(
-                f"the metric saw image {index[:-1][index.diff() == 0][0]} more than once"
+                f"expected each of {self.images} images once, saw {len(index)}, {len(index.unique())} different"
             )
-        if len(index) != self.images:
-            raise RuntimeError(f"the metric saw {len(index)} of {self.images} images")
         tensors = {}
         for name in self.names:
             x = joined[name][order]

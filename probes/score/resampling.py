@@ -1,4 +1,4 @@
-"""Scores of a dataset, of its resamplings, and of two conditions with images exchanged.
+"""Scores of a dataset and of its resamplings.
 
 Shapes: R resamplings, N images, S sites, M sums per image of a task.
 """
@@ -17,23 +17,3 @@ def dataset_scores(task: Task, sums: Tensor) -> dict[str, Tensor]:
 def resampled_scores(task: Task, sums: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Return the scores f64[R, S] of a task by name for weights f[R, N]."""
     return task.dataset_scores(torch.einsum("rn,snm->rsm", weights.double(), sums.double()))
-
-
-def swapped_scores(
-    task: Task,
-    a: Tensor,
-    b: Tensor,
-    swaps: Tensor,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the scores f64[R, S] of two conditions on the same images after they exchange some of their images.
-
-    Args:
-        task: The task.
-        a: Sums f[S, N, M] of the first condition.
-        b: Sums of the second condition on the same images and sites.
-        swaps: f[R, N] of 0 and 1, see :func:`llava_bidir.common.bootstrap.random_swaps`.
-    """
-    a = a.double()
-    b = b.double()
-    moved = torch.einsum("rn,snm->rsm", swaps.double(), b - a)
-    return task.dataset_scores(a.sum(1) + moved), task.dataset_scores(b.sum(1) - moved)

@@ -65,34 +65,19 @@ class Strengths:
             if name == "chosen" or (row != rows["chosen"]).any()
         }
 
-    def certificates(self, row: Tensor, sites: list[int]) -> dict[str, dict[str, Any] | None]:
-        """Return the certificates of a row i64[S] at these sites by name: None if nothing is known."""
-        solved = self.solved
-        found = {}
-        for site in sites:
-            entry = self.sites[site]
-            certificates = entry.get("certificates")
-            strength = solved[site][int(row[site])]
-            found[entry["site"]] = certificates[strength] if certificates else None
-        return found
-
     def unconverged(self, row: Tensor, sites: list[int]) -> dict[str, dict[str, Any] | None]:
-        """Return the certificates that do not hold, by site; {} of least squares, which needs none."""
-        if self.exact:
-            return {}
-        return {
-            site: certificate
-            for site, certificate in self.certificates(row, sites).items()
-            if not certificate or not certificate.get("converged")
-        }
+        """Return the certificates of a row i64[S] that do not hold at these sites, by name: None if nothing is known.
 
-    def has_converged(self, row: Tensor, sites: list[int]) -> bool:
-        """Return whether the probes of a row i64[S] have converged at all these sites."""
-        return not self.unconverged(row, sites)
-
-    def at_edge(self) -> list[str]:
-        """Return the sites whose cross-validated loss is lowest at an end of the path, where it may fall further."""
-        return [site["site"] for site in self.sites if is_at_end(site["strengths"], site["lowest"])]
+        There are none of least squares, which needs no certificates.
+        """
+        found = {}
+        for i in [] if self.exact else sites:
+            entry = self.sites[i]
+            certificates = entry.get("certificates")
+            certificate = certificates and certificates[self.solved[i][int(row[i])]]
+            if not certificate or not certificate.get("converged"):
+                found[entry["site"]] = certificate
+        return found
 
 
 def is_at_end(strengths: list[float], lowest: float) -> bool:

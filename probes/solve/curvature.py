@@ -27,7 +27,7 @@ from torch import Tensor
 from probes.ops.kernels import fast_dtype
 from probes.ops.lbfgs import dot
 from probes.ops.quadrature import PreparedMasks
-from probes.tasks.losses import Loss
+from probes.tasks.losses import CrossEntropy
 
 from .space import SiteSpace, float_chunks, full_precision
 
@@ -85,7 +85,7 @@ class SampleHessian:
     @full_precision()
     def __init__(
         self,
-        loss: Loss,
+        loss: CrossEntropy,
         sample: SampledNodes,
         points: Tensor,
         gradient: Tensor,
@@ -190,7 +190,7 @@ class Nodes(NamedTuple):
 
 @full_precision()
 def sample_nodes(
-    loss: Loss,
+    loss: CrossEntropy,
     space: SiteSpace,
     states: Tensor,
     masks: PreparedMasks,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from probes.ops.lbfgs import FirstGuess, Objective
 from probes.ops.quadrature import PreparedMasks
-from probes.tasks.losses import Loss
+from probes.tasks.losses import CrossEntropy
 
 from .curvature import SampleHessian, first_damping, sample_nodes
 from .held_out import class_pixels, lone_classes
@@ -57,7 +57,7 @@ class SiteProblem:
 
     def __init__(
         self,
-        loss: Loss,
+        loss: CrossEntropy,
         states: Tensor,
         masks: PreparedMasks,
         fold_of: Tensor,
@@ -188,7 +188,7 @@ class SiteProblem:
 
 @full_precision()
 def loss_sums(
-    loss: Loss,
+    loss: CrossEntropy,
     states: Tensor,
     masks: PreparedMasks,
     images: Tensor,

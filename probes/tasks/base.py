@@ -20,7 +20,7 @@ from probes.ops.kernels import limit_on
 from probes.ops.pixel_counts import PIXELS_AT_ONCE
 from probes.ops.quadrature import PreparedMasks
 
-from .losses import Loss
+from .losses import CrossEntropy
 
 
 class Task(ABC):
@@ -42,7 +42,7 @@ class Task(ABC):
     # smallest difference of the main score that is a finding, chosen before any result
     margin: ClassVar[float] = 0.0
     # what `probes solve` minimises if targets are classes; None for squared errors
-    loss: ClassVar[Loss | None] = None
+    loss: ClassVar[CrossEntropy | None] = None
     # what `training_losses` takes of a batch: "target", or "masks" that are prepared from it
     trained_on: ClassVar[str] = "target"
     counted: ClassVar[tuple[str, ...]] = ("sums",)  # names of what `count` returns
@@ -141,7 +141,6 @@ class ValueTask(Task):
             target: [B, H, W] or [B, H, W, 3].
         """
 
-    @abstractmethod
     def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the scores of an image, f[P, number of scores], from predictions [P, ...] at the pixels with a value.
 
@@ -149,6 +148,7 @@ class ValueTask(Task):
             prediction: f[P, n] or f[P, n, 3].
             target: The truth at these pixels, f[n] or f[n, 3], n > 0.
         """
+        raise NotImplementedError
 
     def training_losses(
         self,
@@ -157,18 +157,17 @@ class ValueTask(Task):
         geometry: Geometry,
     ) -> tuple[Tensor, Tensor]:
         """Return the summed losses of images f[P], and the number of images that have a value."""
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            size = tuple(y.shape[1:3])
+            return self.image_losses(upsample(x, size, geometry.view(size))[:, None], y)[:, 0]
+
         images = outputs.new_zeros(())
         total = outputs[:, :0].sum((1, 2, 3, 4))
         for x, y in zip(outputs.unbind(1), targets, strict=True):
-            size = tuple(y.shape[:2])
-            y = y[None]
-            images = images + self.valid(y).any()
-
+            images = images + self.valid(y[None]).any()
             # recomputed in backward: the maps of all sites and images at once would be gigabytes
-            def loss(x, y=y, size=size):
-                return self.image_losses(upsample(x, size, geometry.view(size))[:, None], y)
-
-            total = total + checkpoint(loss, x, use_reentrant=False)[:, 0]
+            total = total + checkpoint(loss, x, y[None], use_reentrant=False)
         return total, images
 
     def valid(self, target: Tensor) -> Tensor:
@@ -199,28 +198,17 @@ class ValueTask(Task):
         geometry: Geometry,
     ) -> dict[str, Tensor]:
         """Return the sums of each image, f32[P, B, M]."""
-        view = geometry.view(tuple(target.shape[1:3]))
-        sums = [
-            self._sums_in_chunks(of_image, truth, view)
-            for of_image, truth in zip(outputs.unbind(1), target, strict=True)
-        ]
-        return {"sums": torch.stack(sums, -2).float()}
-
-    def _sums_in_chunks(
-        self,
-        outputs: Tensor,
-        target: Tensor,
-        view: GridPlacement,
-    ) -> Tensor:
-        """Return the sums of an image f[P, M] from outputs f[P, K, h, w], some probes at a time."""
-        pixels = limit_on(target.device, PIXELS_AT_ONCE)
-        probes_at_once = max(1, pixels // target.numel())
-        size = tuple(target.shape[:2])
+        size = tuple(target.shape[1:3])
+        view = geometry.view(size)
+        probes_at_once = max(1, limit_on(target.device, PIXELS_AT_ONCE) // target[0].numel())
         sums = []
-        for part in outputs.split(probes_at_once):
-            prediction = self.predict(upsample(part, size, view))
-            sums.append(self.image_sums(prediction, target))
-        return torch.cat(sums)
+        for of_image, truth in zip(outputs.unbind(1), target, strict=True):
+            parts = [
+                self.image_sums(self.predict(upsample(part, size, view)), truth)
+                for part in of_image.split(probes_at_once)
+            ]
+            sums.append(torch.cat(parts))
+        return {"sums": torch.stack(sums, -2).float()}
 
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
         """Return the means over images."""

@@ -55,18 +55,11 @@ class Boundaries(ValueTask):
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
         """Return the mean over both classes of their mean cross-entropies, f[P, B]; one class if there is one only."""
         interior, boundary = maps.unbind(-3)
-        margins = {0: interior - boundary, 1: boundary - interior}  # for the class, by label
-        total = maps.new_zeros(maps.shape[:2])
-        present = torch.zeros(len(target), device=target.device)
-        for label, margin in margins.items():
-            of_class = target == label
-            total = total + mean_over_valid(F.softplus(-margin), of_class)
-            present = present + of_class.any(-1).any(-1)
+        losses = F.softplus(boundary - interior), F.softplus(interior - boundary)  # by label
+        classes = [target == label for label in (0, 1)]
+        total = sum(map(mean_over_valid, losses, classes))
+        present = sum(of_class.any(-1).any(-1).float() for of_class in classes)
         return total / present.clamp(min=1)
-
-    def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Boundaries have no score of a single image."""
-        raise NotImplementedError
 
     def image_sums(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return pixels predicted, right, and found by interval between thresholds, and boundaries, f[P, 3 n + 1]."""

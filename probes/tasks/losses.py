@@ -1,54 +1,16 @@
-"""Losses of probes whose targets are classes: all that `fit` and `solve` know of what they minimise.
+"""The loss of probes whose targets are classes: all that `fit` and `solve` know of what they minimise.
 
-Another loss is another class here, and `loss` of a task; `solve` needs a convex one.
+Another loss is a subclass of it, and `loss` of a task; `solve` needs a convex one.
 `tests/probes/tasks/test_losses.py` compares the parts of a loss with one another.
 
 Legend: P probes, B images, K classes, h w token grid.
 """
-
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.quadrature import PreparedMasks
-
-
-class Loss(ABC):
-    """A convex loss of the logits and the class of each pixel."""
-
-    def describe(self) -> str:
-        """Return class and settings, for the identity of a run: "LabelSmoothing(share=0.2)"."""
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({settings})"
-
-    @abstractmethod
-    def of_images(
-        self,
-        logits: Tensor,
-        masks: PreparedMasks,
-        needs_grad: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the loss of upsampled logits, summed over the pixels of each image, f64[P, B], and its gradient.
-
-        Args:
-            logits: On the token grid, f[P, B, K, h, w].
-            masks: B masks.
-            needs_grad: If False, the gradient is None, else f[P, B, K, h, w].
-        """
-
-    @abstractmethod
-    def curvature(self, logits: Tensor) -> "SoftmaxCurvature":
-        """Return the second derivative by the logits f[..., K] of a pixel, which must not depend on its class."""
-
-    @abstractmethod
-    def constant(self, pixels: Tensor) -> Tensor:
-        """Return the logits f64[K] of lowest loss that are the same everywhere.
-
-        Args:
-            pixels: f64[K], labelled pixels of each class.
-        """
 
 
 class SoftmaxCurvature:
@@ -77,8 +39,13 @@ class SoftmaxCurvature:
         return product
 
 
-class CrossEntropy(Loss):
+class CrossEntropy:
     """The paper's loss: minus the logarithm of the probability of a pixel's class."""
+
+    def describe(self) -> str:
+        """Return class and settings, for the identity of a run: "LabelSmoothing(share=0.2)"."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
     def of_images(
         self,
@@ -86,13 +53,25 @@ class CrossEntropy(Loss):
         masks: PreparedMasks,
         needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return :func:`probes.ops.cross_entropy.loss_and_gradient`."""
+        """Return the loss of upsampled logits, summed over the pixels of each image, f64[P, B], and its gradient.
+
+        Args:
+            logits: On the token grid, f[P, B, K, h, w].
+            masks: B masks.
+            needs_grad: If False, the gradient is None, else f[P, B, K, h, w].
+        """
         return loss_and_gradient(logits, masks, needs_grad)
 
     def curvature(self, logits: Tensor) -> SoftmaxCurvature:
-        """Return that of the softmax."""
+        """Return the second derivative by the logits f[..., K] of a pixel, which must not depend on its class."""
         return SoftmaxCurvature(logits)
 
     def constant(self, pixels: Tensor) -> Tensor:
-        """Return the logarithms of the frequencies. A class without pixels has half a pixel."""
+        """Return the logits f64[K] of lowest loss that are the same everywhere.
+
+        They are the logarithms of the frequencies. A class without pixels has half a pixel.
+
+        Args:
+            pixels: f64[K], labelled pixels of each class.
+        """
         return torch.where(pixels > 0, pixels, 0.5).log() - pixels.sum().log()

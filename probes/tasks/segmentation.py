@@ -19,6 +19,13 @@ from .base import Task
 from .losses import CrossEntropy
 
 
+def colorize_classes(classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Return the colours uint8[..., H, W, 3] of classes uint8[..., H, W]; ignored pixels are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    return table[classes]
+
+
 class Segmentation(Task):
     """The class of each pixel.
 
@@ -38,6 +45,7 @@ class Segmentation(Task):
     loss = CrossEntropy()
     trained_on = "masks"
     counted = (*Counts._fields, "patch_class")
+    colorize = staticmethod(colorize_classes)
 
     def training_losses(
         self,
@@ -93,14 +101,3 @@ class Segmentation(Task):
     ) -> np.ndarray:
         """Return the class of each pixel, uint8[..., H, W]."""
         return upsampled_argmax(outputs, size, view).to(torch.uint8).cpu().numpy()
-
-    def colorize(self, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
-        """Return the colours of the classes; ignored pixels are black."""
-        return colorize_classes(prediction, palette)
-
-
-def colorize_classes(classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Return the colours uint8[..., H, W, 3] of classes uint8[..., H, W]; ignored pixels are black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(palette)] = palette
-    return table[classes]

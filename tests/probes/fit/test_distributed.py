@@ -35,8 +35,8 @@ import os, signal
 from lightning import Callback
 
 class Killer(Callback):
-    def {hook}(self, trainer, *_):
-        if (trainer.global_rank, trainer.global_step) == ({rank}, {step}):
+    def HOOK(self, trainer, *_):
+        if (trainer.global_rank, trainer.global_step) == (RANK, STEP):
             os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLING = """
@@ -56,6 +56,10 @@ def uneven(tmp_path_factory) -> Path:
     return root
 
 
+THREE = """--trainer.max_epochs 3 --data.batch_size 3 --data.cache_features false
+--model.feature_norm batchnorm --model.head conv""".split()
+
+
 def arguments(
     checkpoint,
     root,
@@ -63,35 +67,13 @@ def arguments(
     *more: str,
 ) -> list[str]:
     """Three epochs of three steps; the last batch of an epoch has one image."""
-    three = [
-        "--trainer.max_epochs",
-        "3",
-        "--data.batch_size",
-        "3",
-        "--data.cache_features",
-        "false",
-    ]
-    three += ["--model.feature_norm", "batchnorm", "--model.head", "conv"]
-    return probe_runs.arguments(checkpoint, root, out, *three, *more)
-
-
-def processes(
-    arguments: list[str], fails: bool = False, **environment: str
-) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "probes", *arguments]
-    one_thread = {
-        "OMP_NUM_THREADS": "1"
-    }  # as in this process: sums depend on the number of threads
-    env = os.environ | one_thread | environment
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=HANGING_S,
-        env=env,
+    return probe_runs.arguments(
+        checkpoint,
+        root,
+        out,
+        *THREE,
+        *more,
     )
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done
 
 
 def killed(
@@ -102,16 +84,20 @@ def killed(
     rank: int = 0,
 ) -> subprocess.CompletedProcess:
     """The run, in which a rank is killed; checkpoints are saved on the way."""
-    (folder / "killer.py").write_text(
-        KILLER.format(
-            hook=hook,
-            step=step,
-            rank=rank,
-        )
-    )
+    code = KILLER.replace("HOOK", hook).replace("STEP", str(step)).replace("RANK", str(rank))
+    (folder / "killer.py").write_text(code)
     (folder / "killing.yaml").write_text(KILLING)
     path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-    return processes([*run, "-c", str(folder / "killing.yaml")], fails=True, PYTHONPATH=path)
+    # one thread, as in this process: sums depend on the number of threads
+    done = subprocess.run(
+        [sys.executable, "-m", "probes", *run, "-c", str(folder / "killing.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
+    assert done.returncode != 0, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +105,6 @@ def one(checkpoints, uneven, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one")
     main(arguments(checkpoints["causal"], uneven, out))
     return out
-
-
-WORKERS = {"no data worker": "0", "two data workers": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +130,11 @@ def together(
     folder = tmp_path_factory.mktemp("together")
     model = checkpoints["causal"]
     last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
+    shutil.copytree(one, folder / "copy")
     copy = arguments(
         model,
         uneven,
-        shutil.copytree(one, folder / "copy"),
+        folder / "copy",
         "--ckpt_path",
         "last",
     )
@@ -158,21 +142,36 @@ def together(
     for cache in ("true", "false"):
         name = f"cache {cache}"
         options = ["--data.cache_features", cache]
-        commands[name] = arguments(model, uneven, folder / name, *options)
-    for name, workers in WORKERS.items():
-        more = ["--data.num_workers", workers, *last]
-        commands[name] = arguments(model, uneven, folder / name, *more)
+        commands[name] = arguments(
+            model,
+            uneven,
+            folder / name,
+            *options,
+        )
+    more = ["--data.num_workers", "2", *last]
+    commands["same probes"] = arguments(
+        model,
+        uneven,
+        folder / "same probes",
+        *more,
+    )
     commands["bad"] = arguments(model, bad, folder / "bad")
     commands["solve"] = solving.arguments(model, segmentation, folder / "solve")
     name = "solve from files"
     more = ["--memory-gb", "0"]
-    commands[name] = solving.arguments(model, segmentation, folder / name, *more)
+    commands[name] = solving.arguments(
+        model,
+        segmentation,
+        folder / name,
+        *more,
+    )
+    out = folder / "normals"
     commands["normals"] = task_commands.arguments(
         "solve",
         "normals",
         model,
         task_root,
-        folder / "normals",
+        out,
     )
     commands = {name: [*argv, *two_ranks.TWO] for name, argv in commands.items()}
     return folder, two_ranks.run(commands, folder, HANGING_S)
@@ -183,7 +182,12 @@ def together(
 def test_two_processes_train_and_score_as_one(cache, one, together):
     """Masks differ in labelled area, and in the last batch one rank has no image."""
     run = together[0] / f"cache {cache}"
-    same_probes(one, run, rtol=1e-3, atol=1e-4)
+    same_probes(
+        one,
+        run,
+        rtol=1e-3,
+        atol=1e-4,
+    )
     assert metrics(run)["images"] == 5
     assert metrics(one)["probe"] == metrics(run)["probe"]
     for a, b in zip(metrics(one)["sites"], metrics(run)["sites"], strict=True):
@@ -201,32 +205,13 @@ def test_the_first_process_decides_for_both_what_is_resumed(together):
     assert said["another rate"].count(refusal) == 1  # by the first process, which compares for both
 
 
-def same_counts(one: Path, run: Path) -> None:
-    """All integers, and what is made of them alone."""
+@pytest.mark.distributed
+def test_the_same_probes_count_the_same_pixels(one, together):
+    """Five images: the batches of one process and of two, each with two data workers, differ."""
+    run = together[0] / "same probes"
     for name in ("counts.safetensors", "probes.safetensors"):
         assert (run / name).read_bytes() == (one / name).read_bytes(), name
     assert metrics(run)["sites"] == metrics(one)["sites"]
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("who", WORKERS)
-def test_the_same_probes_count_the_same_pixels(who, one, together):
-    """Five images: the batches of three and of two processes differ."""
-    same_counts(one, together[0] / who)
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_any_number_of_data_workers_counts_the_same_pixels(
-    workers,
-    one,
-    checkpoints,
-    uneven,
-    tmp_path,
-):
-    last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
-    more = ["--data.num_workers", workers, *last]
-    main(arguments(checkpoints["causal"], uneven, tmp_path, *more))
-    same_counts(one, tmp_path)
 
 
 @pytest.mark.distributed
@@ -286,7 +271,12 @@ def test_a_search_in_which_one_of_two_processes_is_killed_resumes_to_the_same_by
     tmp_path,
 ):
     out = tmp_path / "run"
-    command = solving.arguments(checkpoints["causal"], segmentation, out, *two_ranks.TWO)
+    command = solving.arguments(
+        checkpoints["causal"],
+        segmentation,
+        out,
+        *two_ranks.TWO,
+    )
     codes, _ = run_ranks([sys.executable, "-c", DIES_IN_A_SEARCH, *command], tmp_path)
     assert codes[0] == -signal.SIGKILL and codes[1] != 0
     assert not (out / "metrics.json").exists()
@@ -302,7 +292,12 @@ def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
     alone = task_runs["normals"]
     for ours, theirs in zip(FinishedRun(run).site_strengths, alone.site_strengths, strict=True):
         assert ours["mean"] == pytest.approx(theirs["mean"], rel=1e-2)
-    torch.testing.assert_close(FinishedRun(run).sums, alone.sums, rtol=1e-2, atol=1e-1)
+    torch.testing.assert_close(
+        FinishedRun(run).sums,
+        alone.sums,
+        rtol=1e-2,
+        atol=1e-1,
+    )
 
 
 @pytest.mark.distributed
@@ -313,9 +308,18 @@ def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(
     uneven,
     tmp_path,
 ):
-    run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *two_ranks.TWO)
+    run = arguments(
+        checkpoints["causal"],
+        uneven,
+        tmp_path / "run",
+        *two_ranks.TWO,
+    )
     killed(
-        run, tmp_path, "on_train_batch_start", 5, rank
+        run,
+        tmp_path,
+        "on_train_batch_start",
+        5,
+        rank,
     )  # both have ended; DDP's timeout is longer than the wait
     assert not (tmp_path / "run/metrics.json").exists()
     assert last_checkpoint(tmp_path / "run/checkpoints")
@@ -332,13 +336,23 @@ def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(
 ):
     hook, step, saved_step = DEATHS[death]
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run")
-    done = killed(run, tmp_path, hook, step)
+    done = killed(
+        run,
+        tmp_path,
+        hook,
+        step,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert not (tmp_path / "run/metrics.json").exists()
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == saved_step, "in the middle of an epoch"
     main([*run, "--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt")])
-    same_probes(one, tmp_path / "run", rtol=0, atol=0)
+    same_probes(
+        one,
+        tmp_path / "run",
+        rtol=0,
+        atol=0,
+    )
     assert metrics(one)["sites"] == metrics(tmp_path / "run")["sites"]
 
 
@@ -351,5 +365,8 @@ def same_probes(a: Path, b: Path, **tolerance) -> None:
     assert set(ours) == set(theirs)
     for name, tensor in ours.items():
         torch.testing.assert_close(
-            theirs[name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            theirs[name],
+            tensor,
+            **tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
         )

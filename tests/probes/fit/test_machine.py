@@ -37,10 +37,17 @@ def cpu(monkeypatch):
     "options",
     [
         {},
-        {"accelerator": "cpu", "devices": 1, "precision": 32},
-        {"devices": "1", "num_nodes": 1, "strategy": "ddp"},
-        {"max_epochs": -1, "max_steps": 6320, "check_val_every_n_epoch": None},
-        {"enable_progress_bar": False, "precision": "bf16-mixed"},
+        {
+            "devices": "1",
+            "num_nodes": 1,
+            "strategy": "ddp",
+            "precision": 32,
+        },
+        {
+            "max_epochs": -1,
+            "enable_progress_bar": False,
+            "precision": "bf16-mixed",
+        },
     ],
 )
 def test_one_process_is_torchs(options, cpu):
@@ -52,15 +59,7 @@ def test_one_process_is_torchs(options, cpu):
         assert torch.is_autocast_enabled("cpu") == autocast
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"devices": 2},
-        {"num_nodes": 2},
-        {"devices": 2, "strategy": "ddp"},
-        {"accelerator": "gpu"},
-    ],
-)
+@pytest.mark.parametrize("options", [{"devices": 2}, {"num_nodes": 2}, {"accelerator": "gpu"}])
 def test_several_processes_and_other_devices_are_fabrics(options, cpu):
     assert device_of_one_process(options) is None
 

@@ -15,28 +15,8 @@ from safetensors.torch import load_file, save_file
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 
-SETTINGS = ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "4"]
-SETTINGS += [
-    "--trainer.enable_progress_bar",
-    "false",
-    "--model.sites",
-    "[adapter]",
-    "--trainer.max_epochs",
-    "1",
-]
-
-
-def arguments(mllm, root, out) -> list[str]:
-    return [
-        "fit",
-        *SETTINGS,
-        "--model.mllm",
-        str(mllm),
-        "--data.root",
-        str(root),
-        "--out",
-        str(out),
-    ]
+SETTINGS = """--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.max_epochs 1
+--data.num_workers 0 --data.batch_size 4 --model.sites [adapter]""".split()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +25,8 @@ def finished(checkpoints, segmentation, tmp_path_factory) -> tuple[Path, list[st
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(checkpoints["causal"], folder / "hf")
     shutil.copytree(segmentation, folder / "data")
-    command = arguments(folder / "hf", folder / "data", folder / "run")
+    places = f"--model.mllm {folder}/hf --data.root {folder}/data --out {folder}/run".split()
+    command = ["fit", *SETTINGS, *places]
     main(command)
     return folder / "run", command
 
@@ -69,20 +50,9 @@ def replace_weights(folder: Path) -> None:
     )
 
 
-def replace_config(folder: Path) -> None:
-    config = json.loads((folder / "hf/config.json").read_text())
-    config["text_config"]["rms_norm_eps"] = 0.1
-    (folder / "hf/config.json").write_text(json.dumps(config))
-
-
 def replace_image(folder: Path) -> None:
     file = sorted((folder / "data/images/validation").glob("*"))[0]
     Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
-
-
-def replace_mask(folder: Path) -> None:
-    file = sorted((folder / "data/annotations/training").glob("*"))[0]
-    Image.fromarray(np.asarray(Image.open(file))[::-1].copy()).save(file)
 
 
 def rename_class(folder: Path) -> None:
@@ -97,23 +67,11 @@ CHANGES = {
         r"model.image_attention=None.* 'bidirectional'",
     ),
     "rate": (["--model.learning_rate", "0.5"], r"model.learning_rate=0.001.* 0.5"),
-    "head": (["--model.head", "conv"], r"model.head='linear'.* 'conv'"),
     "batch": (["--data.batch_size", "3"], r"data.batch_size=4.* 3"),
     "seed": (["--seed_everything", "7"], r"data.seed=0.* 7"),
     "length": (["--trainer.max_epochs", "2"], r"trainer.max_epochs=1.* 2"),
-    "precision": (
-        ["--trainer.precision", "bf16-mixed"],
-        r"trainer.precision='32-true'.* 'bf16-mixed'",
-    ),
-    "clipping": (["--trainer.gradient_clip_val", "1"], r"trainer.gradient_clip_val=None.* 1"),
-    "validation": (
-        ["--trainer.val_check_interval", "0.5"],
-        r"trainer.val_check_interval=1.0.* 0.5",
-    ),
     "weights": (replace_weights, r"model.mllm/model.safetensors='\w{16}'.* '\w{16}'"),
-    "config": (replace_config, r"model.mllm/config.json='\w{16}'.* '\w{16}'"),
     "image": (replace_image, r"data.validation_images='5, sha256 \w{16}'.*'5, sha256 \w{16}'"),
-    "labels": (replace_mask, r"data.training_masks='6, sha256 \w{16}'.*'6, sha256 \w{16}'"),
     "class": (rename_class, r"data.classes='3, sha256 \w{16}'.*'3, sha256 \w{16}'"),
 }
 
@@ -164,7 +122,6 @@ def test_a_checkpoint_of_another_identity_is_not_resumed(unfinished, changed, pa
             [],
             r"run holds a finished run \(metrics.json\); add `--ckpt_path last`.*--overwrite true",
         ),
-        (["--trainer.max_epochs", "9"], "run holds a finished run"),
         (["--model.sites", "[layer_77]"], "run holds a finished run"),
         (["--ckpt_path", "{run}/checkpoints/last.ckpt"], "run holds a finished run"),
         (["--ckpt_path", "last", "--overwrite", "true"], "give one of them"),
@@ -182,14 +139,7 @@ def test_repeating_a_command_changes_no_byte_of_a_finished_run(finished, options
 def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path):
     run, command = finished
     before = run_bytes(run)
-    harmless = [
-        "--data.num_workers",
-        "1",
-        "--data.name",
-        "other",
-        "--trainer.log_every_n_steps",
-        "1",
-    ]
+    harmless = "--data.num_workers 1 --data.name other --trainer.log_every_n_steps 1".split()
     main([*command, *harmless, "--ckpt_path", "last"])  # nothing to do
     with pytest.raises(SystemExit, match="finished without predictions"):
         main([*command, "--ckpt_path", "last", "--save_predictions", "true"])
@@ -223,19 +173,11 @@ def test_runs_on_other_images_are_not_compared(finished, checkpoints, tmp_path):
     changes = {
         "images": ["--data.root", str(other)],
         "image_resize": ["--model.image_resize", "pad"],
+        "dtype": ["--model.dtype", "bfloat16"],
     }
-    changes["dtype"] = ["--model.dtype", "bfloat16"]
     for name, options in changes.items():
         out = tmp_path / name
-        main(
-            [
-                *command,
-                "--model.mllm",
-                str(checkpoints["bidirectional"]),
-                *options,
-                "--out",
-                str(out),
-            ]
-        )
+        other_mask = ["--model.mllm", str(checkpoints["bidirectional"])]
+        main([*command, *other_mask, *options, "--out", str(out)])
         with pytest.raises(UserError, match=f"scored (on different|with {name}) "):
             studies_of([run, out])

@@ -1,7 +1,5 @@
 """`probes solve` and `probes fit` of other tasks end to end: scores, the closed form, files, resume, refusals."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,34 +17,23 @@ pytestmark = pytest.mark.numerics
 TASKS = ("depth", "normals")
 
 
-@pytest.fixture
-def root(task_root) -> Path:
-    return task_root
-
-
-@pytest.fixture
-def runs(task_runs) -> dict[str, FinishedRun]:
-    return task_runs
-
-
 @pytest.fixture(scope="module")
-def fitted(checkpoints, task_root, tmp_path_factory) -> dict[str, FinishedRun]:
-    runs = {}
+def runs(checkpoints, task_root, task_runs, tmp_path_factory) -> dict[str, dict[str, FinishedRun]]:
+    """By command and task; a command leaves the precision of products to the next one."""
+    fitted = {}
     for task in (*TASKS, "boundaries"):
         out = tmp_path_factory.mktemp(f"fitted_{task}")
-        main(
-            arguments(
-                "fit",
-                task,
-                checkpoints["causal"],
-                task_root,
-                out,
-                "--model.learning_rate",
-                "0.1",
-            )
+        words = arguments(
+            "fit",
+            task,
+            checkpoints["causal"],
+            task_root,
+            out,
         )
-        runs[task] = FinishedRun(out)
-    return runs
+        main([*words, "--model.learning_rate", "0.1"])
+        fitted[task] = FinishedRun(out)
+    assert torch.get_float32_matmul_precision() == "highest"
+    return {"solve": task_runs, "fit": fitted}
 
 
 def targets(root, task) -> list[np.ndarray]:
@@ -87,16 +74,13 @@ def test_scores_equal_numpy_on_the_saved_predictions(
     task,
     command,
     runs,
-    fitted,
-    root,
+    task_root,
 ):
-    run = {"solve": runs, "fit": fitted}[command][task]
+    run = runs[command][task]
     for site in run.metrics["sites"]:
         files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
-        truth = targets(root, run.task_name)
-        per_image = [
-            SCORES[run.task_name](np.load(f), t) for f, t in zip(files, truth, strict=True)
-        ]
+        truth = targets(task_root, task)
+        per_image = [SCORES[task](np.load(f), t) for f, t in zip(files, truth, strict=True)]
         for name in run.metrics["scores"]:
             mean = np.mean([scores[name] for scores in per_image])
             assert site[name] == pytest.approx(mean, rel=1e-4, abs=1e-3), (site["site"], name)
@@ -105,9 +89,9 @@ def test_scores_equal_numpy_on_the_saved_predictions(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_saved_probes_are_least_squares_on_upsampled_states(task, runs, root):
+def test_saved_probes_are_least_squares_on_upsampled_states(task, runs, task_root):
     """The probe of every strength from an explicit ridge regression over all labelled pixels, in float64."""
-    run = runs[task]
+    run = runs["solve"][task]
     mllm = run.mllm()
     size = (24, 20)
     tensors = load_file(run.path / "probes.safetensors")
@@ -115,13 +99,10 @@ def test_saved_probes_are_least_squares_on_upsampled_states(task, runs, root):
         "yi,xj->yxij", *(bilinear_weights(n, m) for n, m in zip(mllm.grid, size, strict=True))
     )
     up = up.reshape(size[0] * size[1], -1).double()
-    images = [Image.open(f).convert("RGB") for f in sorted((root / "images/training").glob("*"))]
+    images = sorted((task_root / "images/training").glob("*"))
     states = mllm.states(mllm.preprocess(images))
-    dataset = run.dataset("training")
-    y = run.task.values(
-        torch.stack([torch.from_numpy(dataset[i]["target"]) for i in range(len(dataset))])
-    ).double()
-    y = y.flatten(0, 2)
+    truth = np.stack([sample["target"] for sample in run.dataset("training")])
+    y = run.task.values(torch.from_numpy(truth)).double().flatten(0, 2)
     valid = y.isfinite().all(-1)
     for i, site in enumerate(run.sites):
         x = (up @ states[site].double()).flatten(0, 1)
@@ -132,22 +113,22 @@ def test_saved_probes_are_least_squares_on_upsampled_states(task, runs, root):
         ridge = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
         cross = centred.T @ (y[valid] - y[valid].mean(0)) / len(centred)
         expected = centred @ torch.linalg.solve(ridge, (1 - strength) * cross) + y[valid].mean(0)
-        norm = {
-            k.removeprefix(f"{site}."): v.double()
-            for k, v in tensors.items()
-            if k.startswith(f"{site}.")
-        }
-        z = (x[valid] - norm["norm.running_mean"]) / (norm["norm.running_var"] + 1e-5).sqrt()
-        ours = z @ norm["head.weight"].T + norm["head.bias"]
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+        names = ("norm.running_mean", "norm.running_var", "head.weight", "head.bias")
+        mean, variance, weight, bias = (tensors[f"{site}.{name}"].double() for name in names)
+        ours = (x[valid] - mean) / (variance + 1e-5).sqrt() @ weight.T + bias
+        torch.testing.assert_close(
+            ours,
+            expected,
+            rtol=1e-3,
+            atol=1e-3,
+        )
 
 
 @pytest.mark.parametrize("command", ["solve", "fit"])
-def test_boundary_scores_equal_numpy_on_the_saved_probabilities(command, runs, fitted):
+def test_boundary_scores_equal_numpy_on_the_saved_probabilities(command, runs):
     """At 24 x 20 pixels the tolerance is below one pixel, so that right pixels are those of the target."""
-    run = {"solve": runs, "fit": fitted}[command]["boundaries"]
-    dataset = run.dataset()
-    truth = np.concatenate([dataset[i]["target"].ravel() for i in range(len(dataset))])
+    run = runs[command]["boundaries"]
+    truth = np.concatenate([sample["target"].ravel() for sample in run.dataset()])
     for site in run.metrics["sites"]:
         files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
         probability = np.concatenate([np.load(file).ravel() for file in files])
@@ -165,8 +146,8 @@ def test_boundary_scores_equal_numpy_on_the_saved_probabilities(command, runs, f
 
 
 @pytest.mark.parametrize("task", [*TASKS, "boundaries"])
-def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
-    run = fitted[task]
+def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, runs):
+    run = runs["fit"][task]
     best = max if run.task.scores[run.task.score] else min
     for site in run.metrics["sites"]:
         kept = site["history"][site["best_epoch"] - 1]
@@ -180,22 +161,21 @@ def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
 @pytest.mark.parametrize("gb", ["0", "8"])
 def test_memory_and_a_killed_run_change_no_byte(
     gb,
-    runs,
+    task_runs,
     checkpoints,
-    root,
+    task_root,
     tmp_path,
     monkeypatch,
 ):
     """States in files, a forward for each site, and a kill when one site is solved."""
-    command = arguments(
+    words = arguments(
         "solve",
         "depth",
         checkpoints["causal"],
-        root,
+        task_root,
         tmp_path,
-        "--memory-gb",
-        gb,
     )
+    command = [*words, "--memory-gb", gb]
     save = SiteFiles.save
 
     def die(*args) -> None:
@@ -208,36 +188,14 @@ def test_memory_and_a_killed_run_change_no_byte(
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
     main([*command, "--ckpt_path", "last"])
     for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
-        assert (tmp_path / name).read_bytes() == (runs["depth"].path / name).read_bytes(), name
+        assert (tmp_path / name).read_bytes() == (task_runs["depth"].path / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_predict_gives_the_saved_prediction(task, runs, root):
-    run = runs[task]
-    file = sorted((root / "images/validation").glob("*"))[0]
+def test_predict_gives_the_saved_prediction(task, task_runs, task_root):
+    run = task_runs[task]
+    file = min((task_root / "images/validation").glob("*"))
     ours = run.predict(Image.open(file).convert("RGB"), "adapter")
-    np.testing.assert_allclose(
-        ours, np.load(run.path / "predictions/adapter" / f"{file.stem}.npy"), atol=1e-3
-    )
+    saved = np.load(run.path / f"predictions/adapter/{file.stem}.npy")
+    np.testing.assert_allclose(ours, saved, atol=1e-3)
     assert run.task.colorize(ours).shape == (24, 20, 3)
-
-
-@pytest.mark.parametrize("command", ["solve", "fit"])
-def test_a_command_leaves_the_precision_of_products_to_the_next(
-    command,
-    checkpoints,
-    root,
-    tmp_path,
-):
-    """Else a solve after a fit, in one study, would give other bits than alone."""
-    before = torch.get_float32_matmul_precision()
-    main(
-        arguments(
-            command,
-            "depth",
-            checkpoints["causal"],
-            root,
-            tmp_path,
-        )
-    )
-    assert torch.get_float32_matmul_precision() == before == "highest"

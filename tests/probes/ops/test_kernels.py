@@ -57,11 +57,43 @@ def test_any_number_of_classes(classes):
 
 
 VIEWS = [
-    (Geometry((2, 3), 56, 56, ResizeRule("pad")).view((9, 6)), (9, 6)),
-    (Geometry((2, 3), 56, 56, ResizeRule("pad")).view((5, 9)), (5, 9)),
+    (
+        Geometry(
+            (2, 3),
+            56,
+            56,
+            ResizeRule("pad"),
+        ).view((9, 6)),
+        (9, 6),
+    ),
+    (
+        Geometry(
+            (2, 3),
+            56,
+            56,
+            ResizeRule("pad"),
+        ).view((5, 9)),
+        (5, 9),
+    ),
     (Geometry((2, 3), 64, 40).view((7, 8)), (7, 8)),
-    (Geometry((2, 3), 64, 50, ResizeRule("pad")).view((8, 5)), (8, 5)),
-    (Geometry((2, 3), 56, 56, ResizeRule("center_crop")).view((5, 9)), (5, 9)),
+    (
+        Geometry(
+            (2, 3),
+            64,
+            50,
+            ResizeRule("pad"),
+        ).view((8, 5)),
+        (8, 5),
+    ),
+    (
+        Geometry(
+            (2, 3),
+            56,
+            56,
+            ResizeRule("center_crop"),
+        ).view((5, 9)),
+        (5, 9),
+    ),
     (Geometry((2, 3), 56, 56).view((1, 2)), (1, 2)),
 ]
 
@@ -88,7 +120,12 @@ def test_logits_as_a_linear_layer_gives_them_and_bfloat16():
 def assert_same_counts(logits, target, view=None):
     """Every integer is that of the chunked form in float64, and so is the map."""
     found, expected = (count(z, target, view) for z in (logits.float(), logits))
-    for name, a, b in zip(found._fields, found, expected, strict=True):
+    for name, a, b in zip(
+        found._fields,
+        found,
+        expected,
+        strict=True,
+    ):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     maps = [upsampled_argmax(z, target.shape[1:], view) for z in (logits.float(), logits)]
     assert maps[0].dtype == maps[1].dtype == torch.uint8
@@ -111,7 +148,12 @@ def test_counts_equal_the_chunked_form(shape, size, seed):
 
 
 def test_argmax_of_a_tie_is_the_first_class():
-    logits = torch.zeros(4, 2, 2, device=DEVICE)
+    logits = torch.zeros(
+        4,
+        2,
+        2,
+        device=DEVICE,
+    )
     logits[1:3] = 1
     assert (upsampled_argmax(logits, (6, 6)) == 1).all()
 
@@ -179,10 +221,19 @@ def test_real_size_on_the_gpu_equals_float64_repeats_bit_by_bit_and_is_fast():
     logits, target = make_case((4, 2, 150, 24, 24), (512, 683))
     masks = prepare_masks(target, 150, (24, 24))
     expected = upsampled_cross_entropy(
-        logits, prepare_masks(target, 150, (24, 24), dtype=torch.float64)
+        logits,
+        prepare_masks(
+            target,
+            150,
+            (24, 24),
+            dtype=torch.float64,
+        ),
     )
     torch.testing.assert_close(
-        upsampled_cross_entropy(logits.float(), masks).double(), expected, rtol=2e-5, atol=1e-5
+        upsampled_cross_entropy(logits.float(), masks).double(),
+        expected,
+        rtol=2e-5,
+        atol=1e-5,
     )
     logits = logits.float().requires_grad_()
     runs = []

@@ -10,13 +10,27 @@ from probes.ops.lbfgs import MEMORY, Pair, add_penalty, minimise, quasi_newton
 pytestmark = pytest.mark.numerics
 
 
+def identity(points, gradient):
+    return lambda x: x
+
+
 def test_minimise_stops_where_rounding_allows_no_step():
-    start = torch.zeros(3, 1, 12, dtype=torch.float64)
+    start = torch.zeros(
+        3,
+        1,
+        12,
+        dtype=torch.float64,
+    )
 
     def flat(points, problems):
-        return (torch.ones(len(points)).double(), torch.ones_like(points))
+        return torch.ones(len(points)).double(), torch.ones_like(points)
 
-    found, _, _, decrease = minimise(flat, start, torch.ones_like(start), 1e-12)
+    found, _, _, decrease = minimise(
+        flat,
+        start,
+        identity,
+        1e-12,
+    )
     assert torch.equal(found, start)
     assert (decrease > 1).all()
 
@@ -25,8 +39,14 @@ class Quadratic:
     """Two quadratic functions of six variables."""
 
     def __init__(self):
-        self.generator = torch.Generator().manual_seed(1)
-        root = torch.randn(2, 6, 6, generator=self.generator, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(1)
+        root = torch.randn(
+            2,
+            6,
+            6,
+            generator=generator,
+            dtype=torch.float64,
+        )
         self.hessian = root @ root.mT + torch.eye(6)
         self.evaluated = 0
 
@@ -38,7 +58,12 @@ class Quadratic:
 
     @property
     def minimum(self) -> torch.Tensor:
-        ones = torch.ones(2, 6, 1, dtype=torch.float64)
+        ones = torch.ones(
+            2,
+            6,
+            1,
+            dtype=torch.float64,
+        )
         return torch.linalg.solve(self.hessian, ones).view(2, 1, 6)
 
 
@@ -50,7 +75,7 @@ def test_pairs_describe_the_objective_with_its_new_penalty():
     minimise(
         objective,
         start,
-        0.5 + torch.rand(2, 1, 6, generator=objective.generator),
+        identity,
         1e-3,
         pairs=pairs,
     )
@@ -59,7 +84,12 @@ def test_pairs_describe_the_objective_with_its_new_penalty():
     changed = objective.hessian + added * torch.eye(6)
     for step, change, inverse in pairs:
         expected = (changed.float() @ step.mT).mT
-        torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            change,
+            expected,
+            rtol=1e-4,
+            atol=1e-5,
+        )
         torch.testing.assert_close(inverse, 1 / (step * change).sum((1, 2)))
 
 
@@ -72,39 +102,83 @@ def test_the_inverse_hessian_as_first_guess_leads_to_the_minimum_in_one_step():
         return lambda x: torch.linalg.solve(objective.hessian, x.double().mT).mT
 
     start = torch.ones(2, 1, 6).double()
-    found = minimise(objective, start, inverse, 1e-10)
-    torch.testing.assert_close(found.points, objective.minimum, rtol=1e-5, atol=1e-5)
+    found = minimise(
+        objective,
+        start,
+        inverse,
+        1e-10,
+    )
+    torch.testing.assert_close(
+        found.points,
+        objective.minimum,
+        rtol=1e-5,
+        atol=1e-5,
+    )
     assert objective.evaluated == 2
     assert [points.tolist() for points, _ in seen] == [start.tolist(), found.points.tolist()]
     torch.testing.assert_close(seen[0][1], objective(start, [0, 1])[1])
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
-def test_pairs_correct_the_size_of_a_diagonal(size):
-    """A diagonal 1000 times too long or too short costs a few evaluations."""
+def test_pairs_lead_to_the_minimum_without_a_guess():
     objective = Quadratic()
-    diagonal = size / objective.hessian.diagonal(dim1=1, dim2=2)[:, None]
-    found = minimise(objective, torch.zeros(2, 1, 6).double(), diagonal, 1e-14)
-    torch.testing.assert_close(found.points, objective.minimum, rtol=1e-5, atol=1e-6)
+    found = minimise(
+        objective,
+        torch.zeros(2, 1, 6).double(),
+        identity,
+        1e-14,
+    )
+    torch.testing.assert_close(
+        found.points,
+        objective.minimum,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     assert objective.evaluated < 45
 
 
 def test_quasi_newton_satisfies_its_last_pair():
     generator = torch.Generator().manual_seed(0)
-    steps = torch.randn(3, 2, 4, 5, generator=generator, dtype=torch.float64)
+    steps = torch.randn(
+        3,
+        2,
+        4,
+        5,
+        generator=generator,
+        dtype=torch.float64,
+    )
     changes = steps * torch.rand(steps.shape, generator=generator) + 0.1 * steps
     pairs = [Pair.of(*pair) for pair in zip(steps, changes, strict=True)]
     found = quasi_newton(changes[-1], pairs, lambda x: x / 3)
-    torch.testing.assert_close(found, steps[-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found,
+        steps[-1],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_a_pair_along_which_the_gradient_has_not_grown_is_left_out():
-    step = torch.ones(2, 1, 3, dtype=torch.float64)
+    step = torch.ones(
+        2,
+        1,
+        3,
+        dtype=torch.float64,
+    )
     pair = Pair.of(step, torch.stack([-step[0], step[1]]))
     assert pair.inverse.tolist() == pytest.approx([0, 1 / 3])
-    gradient = torch.randn(2, 1, 3, dtype=torch.float64)
+    gradient = torch.randn(
+        2,
+        1,
+        3,
+        dtype=torch.float64,
+    )
     found = quasi_newton(gradient, [pair], lambda x: x / 3)
-    torch.testing.assert_close(found[0], gradient[0] / 3, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found[0],
+        gradient[0] / 3,
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 def test_a_pair_whose_product_has_no_inverse_in_float32_is_left_out():
@@ -112,5 +186,10 @@ def test_a_pair_whose_product_has_no_inverse_in_float32_is_left_out():
     step = torch.full((1, 1, 2), size, dtype=torch.float64)
     pair = Pair.of(step, step)
     assert pair.inverse.item() == 0
-    gradient = torch.ones(1, 1, 2, dtype=torch.float64)
+    gradient = torch.ones(
+        1,
+        1,
+        2,
+        dtype=torch.float64,
+    )
     assert torch.equal(quasi_newton(gradient, [pair], lambda x: x), gradient)

@@ -242,12 +242,10 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
         "chosen": [1, 2, 2, 2, 2, 2],
         "weaker": [2, 2, 2, 2, 2, 2],
     }
-    assert run.strengths.at_edge() == run.sites[1:]
     run = choose(path, {"others": [1.0, 0.1, 0.01]}, {"others": 1.0})
     assert list(run.strengths.neighbours()) == ["chosen", "weaker"], "no site has a stronger one"
     solved = ProbeRun(paths["solved"])
     assert solved.strengths.solved == [[1, 2, 3]] * 6
-    assert solved.strengths.at_edge() == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from probes.solve.held_out import scored_masks
 from probes.solve.objective import NODES, SiteProblem
 from probes.solve.path import FIRST, HELD_OUT_GAIN, TOLERANCE, FoldSearch, half_decade
 from probes.solve.refinement import refine
-from probes.tasks.losses import Loss
+from probes.tasks.losses import CrossEntropy
 
 pytestmark = pytest.mark.numerics
 
@@ -43,7 +43,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return states + 2, pixels
 
 
-def problem(data, loss: Loss = CROSS_ENTROPY) -> SiteProblem:
+def problem(data, loss: CrossEntropy = CROSS_ENTROPY) -> SiteProblem:
     states, target = data
     masks = prepare_masks(target, CLASSES, GRID, NODES)
     fold_of = torch.arange(len(states)) // 2 % FOLDS

@@ -46,7 +46,12 @@ def counts_of(
 
 @pytest.mark.parametrize("radius", [0.0, 1.0, 1.5, 3.3])
 def test_dilation_is_by_a_disc(radius):
-    maps = torch.rand(1, 9, 11, generator=torch.Generator().manual_seed(0))
+    maps = torch.rand(
+        1,
+        9,
+        11,
+        generator=torch.Generator().manual_seed(0),
+    )
     grown = dilate(maps, radius)
     for y, x in np.ndindex(9, 11):
         disc = [maps[0, i, j] for i, j in np.ndindex(9, 11) if math.dist((i, j), (y, x)) <= radius]
@@ -68,7 +73,15 @@ def test_scores_equal_loops_over_pixels_of_two_images(monkeypatch):
         before = 0.0
         for step in range(THRESHOLDS, 0, -4):  # the loops are slow: every fourth threshold
             threshold = np.float32(step / (THRESHOLDS + 1))
-            parts = [counts_of(p[probe].numpy(), t.numpy(), threshold, radius) for p, t in images]
+            parts = [
+                counts_of(
+                    p[probe].numpy(),
+                    t.numpy(),
+                    threshold,
+                    radius,
+                )
+                for p, t in images
+            ]
             predicted, right, found = np.sum(parts, 0)
             tail = slice(step - 1, None)
             split = sums[probe].split([THRESHOLDS] * 3 + [1])
@@ -106,7 +119,13 @@ def test_loss_weighs_both_classes_alike():
     )
     counts = torch.tensor([(target == k).sum() for k in (0, 1)])
     expected = [
-        F.cross_entropy(z, target[None].long(), 1 / counts, ignore_index=IGNORED) for z in maps
+        F.cross_entropy(
+            z,
+            target[None].long(),
+            1 / counts,
+            ignore_index=IGNORED,
+        )
+        for z in maps
     ]
     torch.testing.assert_close(task.image_losses(maps, target[None])[:, 0], torch.stack(expected))
     empty = task.image_losses(maps, torch.full_like(target, IGNORED)[None])

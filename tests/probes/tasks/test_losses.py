@@ -19,32 +19,70 @@ LOSSES = pytest.mark.parametrize(
 @LOSSES
 def test_images_have_the_loss_and_gradient_of_their_upsampled_logits(loss, share):
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(2, 3, CLASSES, 4, 4, generator=generator, dtype=torch.float64)
+    logits = torch.randn(
+        2,
+        3,
+        CLASSES,
+        4,
+        4,
+        generator=generator,
+        dtype=torch.float64,
+    )
     logits.requires_grad_()
     target = torch.randint(CLASSES, (3, 16, 16), generator=generator)
     target[:, :3] = 255
-    masks = prepare_masks(target, CLASSES, (4, 4), nodes=None, dtype=torch.float64)
+    masks = prepare_masks(
+        target,
+        CLASSES,
+        (4, 4),
+        nodes=None,
+        dtype=torch.float64,
+    )
     found, gradient = loss.of_images(logits.detach(), masks)
     for probe in range(2):
         for image in range(3):
             up = F.interpolate(logits[probe, image][None], (16, 16), mode="bilinear")
-            options = {"ignore_index": 255, "reduction": "sum", "label_smoothing": share}
+            options = {
+                "ignore_index": 255,
+                "reduction": "sum",
+                "label_smoothing": share,
+            }
             expected = F.cross_entropy(up, target[image][None], **options)
-            torch.testing.assert_close(found[probe, image], expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                found[probe, image],
+                expected,
+                rtol=1e-6,
+                atol=1e-6,
+            )
             expected.backward()
-    torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient,
+        logits.grad,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     assert loss.of_images(logits.detach(), masks, needs_grad=False)[1] is None
 
 
 @LOSSES
 def test_curvature_is_the_second_derivative_of_pytorchs_loss(loss, share):
     generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(50, CLASSES, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(
+        50,
+        CLASSES,
+        generator=generator,
+        dtype=torch.float64,
+    )
     labels = torch.randint(CLASSES, (50,), generator=generator)
     curvature = loss.curvature(logits)
 
     def total(x: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(x, labels, reduction="sum", label_smoothing=share)
+        return F.cross_entropy(
+            x,
+            labels,
+            reduction="sum",
+            label_smoothing=share,
+        )
 
     generator = torch.Generator().manual_seed(2)
     direction = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
@@ -62,6 +100,11 @@ def test_the_constant_has_no_gradient(loss, share):
     labels = torch.arange(CLASSES).repeat_interleave(counts.long())
     constant = loss.constant(counts).requires_grad_()
     logits = constant.expand(len(labels), -1)
-    F.cross_entropy(logits, labels, reduction="sum", label_smoothing=share).backward()
+    F.cross_entropy(
+        logits,
+        labels,
+        reduction="sum",
+        label_smoothing=share,
+    ).backward()
     torch.testing.assert_close(constant.grad, torch.zeros(CLASSES, dtype=torch.float64))
     assert loss.constant(torch.tensor([2.0, 0, 0, 1])).isfinite().all()

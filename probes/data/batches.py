@@ -72,18 +72,17 @@ class PreprocessedDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         sample = self.dataset[index]
         pixels = self.preprocess([sample["image"]])[0]
-        target = _target(torch.from_numpy(sample["target"]), index)
-        prepared = {"masks": self.prepare(target[None])} if self.prepare else {}
-        return {
-            "index": index,
-            "pixels": pixels,
-            "target": target,
-        } | prepared
+        found = {"pixels": pixels} | _numbered(torch.from_numpy(sample["target"]), index)
+        if self.prepare:
+            found["masks"] = self.prepare(found["target"][None])
+        return found
 
 
-def _target(target: Tensor, index: int) -> Tensor:
+def _numbered(target: Tensor, index: int) -> dict:
+    """Return index and target of an image; one that only fills a batch has nothing in its target."""
     ignored = torch.nan if target.is_floating_point() else IGNORE_INDEX
-    return torch.full_like(target, ignored) if index == PAD_INDEX else target
+    is_padding = index == PAD_INDEX
+    return {"index": index, "target": torch.full_like(target, ignored) if is_padding else target}
 
 
 def collate(samples: list[dict]) -> dict:
@@ -92,15 +91,14 @@ def collate(samples: list[dict]) -> dict:
     Targets of depth are f32[B, H, W], of normals f32[B, H, W, 3]. Targets keep the size of their image. "masks" has the
     prepared masks, if the dataset prepares them.
     """
-    return {
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "pixels": torch.stack([sample["pixels"] for sample in samples]),
-        "target": _stack([sample["target"] for sample in samples]),
-    } | _join([sample["masks"] for sample in samples if "masks" in sample])
-
-
-def _join(masks: list[PreparedMasks]) -> dict[str, PreparedMasks]:
-    return {"masks": join_masks(masks)} if masks else {}
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    join = {
+        "index": torch.tensor,
+        "pixels": torch.stack,
+        "target": _stack,
+        "masks": join_masks,
+    }
+    return {name: join[name](column) for name, column in columns.items()}
 
 
 def _stack(targets: list[Tensor]) -> Tensor | list[Tensor]:
@@ -136,10 +134,7 @@ class CachedFeatures(Dataset):
     ):
         need = copies * len(images) * (mllm.state_bytes(sites) + images[0]["target"].nbytes)
         available = available_memory()
-        size = (
-            f"{copies} x " * (copies > 1)
-            + f"{len(images)} images x {len(sites)} sites and targets = {need / 1e9:.2f} GB"
-        )
+        size = f"{copies} x {len(images)} images x {len(sites)} sites and targets = {need / 1e9:.2f} GB"
         log.info("caching %s: %s", name, size)
         if need > 0.8 * available:
             raise UserError(
@@ -149,27 +144,23 @@ class CachedFeatures(Dataset):
         shape = (len(images), mllm.grid[0] * mllm.grid[1])
         dtype = mllm.model.dtype
         self.states = {site: torch.empty(*shape, mllm.widths[site], dtype=dtype) for site in sites}
-        self.targets: list[Tensor] = []
-        self.masks: list[PreparedMasks] = []
-        loader = DataLoader(images, batch_size, collate_fn=collate, **worker_options(workers))
-        for batch in tqdm(loader, desc=f"caching {name}", mininterval=5):
-            for site, states in mllm.states(batch["pixels"], sites).items():
-                self.states[site][batch["index"]] = states.cpu()
-            self.targets += list(batch["target"])
-            self.masks += [
-                batch["masks"][[i]] for i in range(len(batch["target"])) if "masks" in batch
-            ]
+        self.samples: list[dict] = []  # without pixels
+        loader = DataLoader(images, batch_size, collate_fn=list, **worker_options(workers))
+        for samples in tqdm(loader, desc=f"caching {name}", mininterval=5):
+            pixels = torch.stack([sample.pop("pixels") for sample in samples])
+            index = [sample["index"] for sample in samples]
+            for site, states in mllm.states(pixels, sites).items():
+                self.states[site][index] = states.cpu()
+            self.samples += samples
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.samples)
 
     def __getitems__(self, indices: list[int]) -> dict:
         """Return a batch as :func:`collate` does, with states {site: f[B, T, d]} in place of pixels."""
-        return {
-            "index": torch.tensor(indices),
-            "states": {site: states[indices] for site, states in self.states.items()},
-            "target": _stack([_target(self.targets[i], i) for i in indices]),
-        } | _join([self.masks[i] for i in indices if self.masks])
+        samples = [self.samples[i] | _numbered(self.samples[i]["target"], i) for i in indices]
+        states = {site: states[indices] for site, states in self.states.items()}
+        return collate(samples) | {"states": states}
 
 
 def group_by_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:

@@ -191,21 +191,19 @@ class Geometry:
         Raises:
             UserError: The mask has other than two axes, or numbers that are no integers.
         """
-        mask = mask_tensor(mask)
-        if mask.ndim != 2 or not is_integer(mask):
-            kind = str(mask.dtype).removeprefix("torch.")
-            raise UserError(
-                f"a mask must be bool[height, width] of its image, or integers, got {kind}{list(mask.shape)}"
-            )
-        size = tuple(mask.shape)
+        is_object = str(mask.dtype).endswith("bool")
+        labels = label_tensor(mask).long()
+        if labels.ndim != 2:
+            raise UserError(f"a mask must have height and width, got {list(labels.shape)}")
+        size = tuple(labels.shape)
         token = self.view(size).token_of_pixel(self.grid, size)
         tokens = self.grid[0] * self.grid[1]
-        if mask.dtype == torch.bool:
+        if is_object:
             pixels, inside = (
-                x.flatten().bincount(minlength=tokens + 1)[:tokens] for x in (token, token[mask])
+                x.flatten().bincount(minlength=tokens + 1)[:tokens]
+                for x in (token, token[labels > 0])
             )
             return (inside / pixels.clamp(min=1).double()).view(self.grid)
-        labels = mask.long()
         is_labelled = (labels >= 0) & (labels != IGNORE_INDEX)
         classes, number = labels[is_labelled].unique(return_inverse=True)
         numbers = torch.full(size, len(classes)).masked_scatter(is_labelled, number)
@@ -281,25 +279,20 @@ def majority_labels(
     return torch.where(most > 0, label, -1)
 
 
-def mask_tensor(mask: Tensor | np.ndarray) -> Tensor:
-    """Return a user's mask as a tensor; an array is copied, as that of a picture is read-only, which torch warns of."""
-    return torch.tensor(mask) if isinstance(mask, np.ndarray) else torch.as_tensor(mask)
-
-
 def label_tensor(mask: Tensor | np.ndarray) -> Tensor:
     """Return a user's labels as a tensor: uint8 as it is, a boolean mask as 0 and 1, other integers as int64.
 
-    Comparisons and indexing by a class mean something else for bool, and wrap in small integers.
+    Comparisons and indexing by a class mean something else for bool, and wrap in small integers. An array is copied, as
+    that of a picture is read-only, which torch warns of.
+
+    Raises:
+        UserError: They are no integers.
     """
-    labels = mask_tensor(mask)
-    if labels.dtype == torch.bool:
-        return labels.to(torch.uint8)
-    return labels if labels.dtype == torch.uint8 or not is_integer(labels) else labels.long()
-
-
-def is_integer(x: Tensor) -> bool:
-    """Return whether a tensor has integers, or truth values."""
-    return not (x.is_floating_point() or x.is_complex())
+    labels = torch.tensor(mask) if isinstance(mask, np.ndarray) else torch.as_tensor(mask)
+    if labels.is_floating_point() or labels.is_complex():
+        raise UserError(f"labels must be truth values or integers, got {labels.dtype}")
+    small = (torch.bool, torch.uint8)
+    return labels.to(torch.uint8 if labels.dtype in small else torch.int64)
 
 
 def _even(length: int) -> int:

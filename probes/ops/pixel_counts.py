@@ -51,67 +51,26 @@ def count(
             the image, but for no token.
         by_token: Count patches per token; False treats each image as one patch, T = 1.
     """
-    sites, images, classes, h, w = logits.shape
-    view = view or GridPlacement.full(tuple(target.shape[1:]))
-    tokens = h * w if by_token else 1
-
-    # Allocated first: small tensors allocated between large temporary ones would fragment the memory.
-    def new(*shape):
-        return target.new_zeros(shape, dtype=torch.long)
-
-    counts = Counts(
-        new(sites, images, classes),
-        new(sites, images, classes),
-        new(images, classes),
-        new(sites, images, tokens),
-        new(images, tokens),
-    )
-    for images in _image_chunks(target):
-        chunk = _count_chunk(logits[:, images], target[images], view, by_token)
-        for of_all, of_chunk in zip(counts, chunk, strict=True):
-            of_all[..., images, :] = of_chunk
-    return counts
-
-
-def _image_chunks(target: Tensor) -> list[slice]:
-    """Split the images of a batch into chunks of limited numbers of pixels, at least one chunk."""
-    step = max(1, limit_on(target.device, PIXELS_AT_ONCE) // target.shape[1:].numel())
-    return [slice(first, first + step) for first in range(0, max(1, len(target)), step)]
-
-
-def _count_chunk(
-    logits: Tensor,
-    target: Tensor,
-    view: GridPlacement,
-    by_token: bool,
-) -> Counts:
-    sites, images, classes, *grid = logits.shape
+    *_, classes, h, w = logits.shape
     size = tuple(target.shape[1:])
-    tokens = grid[0] * grid[1]
-    valid = target != IGNORE_INDEX
-    labels = target.long()
-    token = _token_of_pixel(view, tuple(grid), size, target.device)
-    labelled = _histogram(labels.where(valid, classes), valid, classes)
-    patch_valid = _histogram(token.expand_as(target), valid, tokens)
-    if use_triton(logits):
-        from .kernels.argmax_counts import count_cells
-        from .kernels.grid_cells import half_cells
+    view = view or GridPlacement.full(size)
+    token = _token_of_pixel(view, (h, w), size, target.device)
+    images = _images_at_once(target)
+    parts = []
+    for z, labels in zip(logits.split(images, 1), target.split(images), strict=True):
+        valid = labels != IGNORE_INDEX
+        labelled = _histogram(labels.long().where(valid, classes), valid, classes)
+        patch_valid = _histogram(token.expand_as(labels), valid, h * w)
+        intersection, predicted, patch_right = _count_predictions(z, labels, token, view)
+        if not by_token:
+            patch_right = intersection.sum(-1, keepdim=True)
+            patch_valid = labelled.sum(-1, keepdim=True)
+        parts.append(Counts(intersection, predicted, labelled, patch_right, patch_valid))
+    return Counts(*(torch.cat(part, -2) for part in zip(*parts, strict=True)))
 
-        axes = half_cells(tuple(grid), size, view, logits.device)
-        predictions = count_cells(logits, target, *axes, IGNORE_INDEX)
-    else:
-        predictions = _count_predictions(logits, labels, valid, token, view)
-    intersection, predicted, patch_right = (x.long() for x in predictions)
-    if not by_token:
-        patch_right = intersection.sum(-1, keepdim=True)
-        patch_valid = labelled.sum(-1, keepdim=True)
-    return Counts(
-        intersection,
-        predicted,
-        labelled,
-        patch_right.flatten(2),
-        patch_valid,
-    )
+
+def _images_at_once(target: Tensor) -> int:
+    return max(1, limit_on(target.device, PIXELS_AT_ONCE) // target.shape[1:].numel())
 
 
 @lru_cache(maxsize=64)
@@ -127,32 +86,33 @@ def _token_of_pixel(
 
 def _count_predictions(
     logits: Tensor,
-    labels: Tensor,
-    valid: Tensor,
+    target: Tensor,
     token: Tensor,
     view: GridPlacement,
 ) -> list[Tensor]:
-    """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T], in chunks of maps."""
-    sites, images, classes, *grid = logits.shape
-    size = tuple(labels.shape[1:])
-    grids = sites * images
-    tokens = grid[0] * grid[1]
-    number = torch.arange(grids, device=labels.device)
-    intersection = labels.new_empty(grids, classes)
-    predicted = labels.new_empty(grids, classes)
-    patch_right = labels.new_empty(grids, tokens)
-    step = max(1, limit_on(labels.device, PIXELS_AT_ONCE) // labels[0].numel())
-    for first in range(0, grids, step):
-        chunk = slice(first, first + step)
-        image = number[chunk] % images
-        best = upsampled_argmax(logits.flatten(0, 1)[chunk], size, view).long()
-        label = labels[image]
-        counted = valid[image]
-        right = (best == label) & counted
-        intersection[chunk] = _histogram(best, right, classes)
-        predicted[chunk] = _histogram(best, counted, classes)
-        patch_right[chunk] = _histogram(token.expand_as(best), right, tokens)
-    return [x.unflatten(0, (sites, images)) for x in (intersection, predicted, patch_right)]
+    """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T]."""
+    *_, classes, h, w = logits.shape
+    size = tuple(target.shape[1:])
+    if use_triton(logits):
+        from .kernels.argmax_counts import count_cells
+        from .kernels.grid_cells import half_cells
+
+        axes = half_cells((h, w), size, view, logits.device)
+        *by_class, by_token = count_cells(logits, target, *axes, IGNORE_INDEX)
+        return [x.long() for x in (*by_class, by_token.flatten(2))]
+    labelled = target != IGNORE_INDEX
+    counts = []
+    for of_site in logits:
+        best = upsampled_argmax(of_site, size, view).long()
+        right = (best == target) & labelled
+        counts.append(
+            (
+                _histogram(best, right, classes),
+                _histogram(best, labelled, classes),
+                _histogram(token.expand_as(best), right, h * w),
+            )
+        )
+    return [torch.stack(x) for x in zip(*counts, strict=True)]
 
 
 def _histogram(values: Tensor, counted: Tensor, bins: int) -> Tensor:
@@ -187,8 +147,8 @@ def patch_labels(
     view = view or GridPlacement.full(size)
     token = _token_of_pixel(view, grid, size, target.device)
     found = []
-    for images in _image_chunks(target):
-        labels = target[images].long()
+    for part in target.split(_images_at_once(target)):
+        labels = part.long()
         labels = labels.where(labels != IGNORE_INDEX, classes)
         found.append(majority_labels(labels, classes, token, grid[0] * grid[1]))
     return torch.cat(found)

@@ -22,9 +22,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .bilinear import bilinear_weights
-from .geometry import AxisExtent, GridPlacement, is_integer, label_tensor
+from .geometry import AxisExtent, GridPlacement, label_tensor
 from .kernels import sum_dtype
 
 
@@ -137,10 +138,8 @@ def prepare_masks(
             `ignore_index`. Labels are checked on a CPU only, since that would synchronise a GPU.
     """
     target = label_tensor(target)
-    if target.ndim != 3 or 0 in target.shape[1:] or not is_integer(target):
-        raise ValueError(
-            f"expected integer masks [B, H, W], got {target.dtype}{list(target.shape)}"
-        )
+    if target.ndim != 3:
+        raise ValueError(f"expected masks [B, H, W], got {list(target.shape)}")
     if nodes is not None and nodes < 2:
         raise ValueError(f"nodes must be at least 2, or None for all pixels; got {nodes}")
     if not (0 <= ignore_index <= 255 and num_classes <= 256):
@@ -149,15 +148,11 @@ def prepare_masks(
     labelled = target != ignore_index
     like = {"dtype": dtype, "device": target.device}
     view = view or GridPlacement.full(size)
-    axes = [
-        axis_rule(n, pixels, extent, nodes)
-        for n, pixels, extent in zip(grid, size, view, strict=True)
-    ]
-    (rows, by_row), (cols, by_col) = ([x.to(**like) for x in axis] for axis in axes)
-    up_rows, up_cols = (
-        bilinear_weights(n, px, extent, **like)
-        for n, px, extent in zip(grid, size, view, strict=True)
-    )
+    axes = []
+    for n, pixels, extent in zip(grid, size, view, strict=True):
+        from_tokens, to_pixels = (x.to(**like) for x in axis_rule(n, pixels, extent, nodes))
+        axes.append((from_tokens, to_pixels, bilinear_weights(n, pixels, extent, **like)))
+    (rows, by_row, up_rows), (cols, by_col, up_cols) = axes
     with torch.autocast(target.device.type, enabled=False):
         mass = by_row.T @ labelled.to(dtype) @ by_col
         soft = torch.zeros(len(target), num_classes, *grid, **like)
@@ -207,15 +202,11 @@ def axis_rule(
         places, place_of = at.unique(return_inverse=True)
         count = len(places) if nodes is None else 2 + nodes * (tokens - 1)
         if len(places) <= count:
-            to_pixels = torch.nn.functional.one_hot(place_of, count).double()
-            return _from_tokens(
-                torch.cat([places, places.new_zeros(count - len(places))]), tokens
-            ), to_pixels
+            to_pixels = F.one_hot(place_of, count).double()
+            return _from_tokens(F.pad(places, (0, count - len(places))), tokens), to_pixels
         gauss = torch.from_numpy((np.polynomial.legendre.leggauss(nodes)[0] + 1) / 2)
         inner = torch.arange(tokens - 1, dtype=torch.float64)[:, None] + gauss
-        first = at.new_zeros(1)
-        last = at.new_full((1,), tokens - 1)
-        places = torch.cat([first, inner.flatten(), last])
+        places = F.pad(F.pad(inner.flatten(), (1, 0)), (0, 1), value=tokens - 1)
         to_pixels = at.new_zeros(pixels, count)
         to_pixels[at <= 0, 0] = 1
         to_pixels[at >= tokens - 1, -1] = 1

@@ -129,7 +129,7 @@ def test_both_machines_solve_the_same_probes_to_the_last_bit(
 def test_a_study_runs_without_lightning(segmentation, tmp_path):
     """Imports that wait in functions, too: of probes that are solved, their analyses and the report."""
     words = ["study", f"{own_modules.__file__}:build", segmentation, "--out", tmp_path / "study"]
-    words += "--folds 2 --strengths 1e-1 --draws 1 --trainer.accelerator cpu".split()
+    words += "--folds 2 --strengths 1e-1 --arms trained random0 --trainer.accelerator cpu".split()
     words += ["--model.sites", "[layer_00,layer_03]"]
     done = run_command([sys.executable, "-c", RUN, *words], env=os.environ | {"COLUMNS": "80"})
     loaded = set(done.stdout.rpartition("loaded:")[2].split())

@@ -260,19 +260,7 @@ def test_patches_of_classes_are_those_of_most_labelled_pixels(resize, dtype):
     assert (geometry.patches(torch.full((97, 61), 255)) == -1).all()
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        torch.ones(
-            1,
-            4,
-            4,
-            dtype=torch.bool,
-        ),
-        torch.ones(4, 4),
-        torch.ones(4, 4) + 0j,
-    ],
-)
+@pytest.mark.parametrize("mask", [torch.ones(1, 4, 4) > 0, torch.ones(4, 4), torch.ones(4, 4) + 0j])
 def test_a_mask_has_two_axes_and_no_fractions(mask):
-    with pytest.raises(UserError, match=r"bool\[height, width\] of its image, or integers, got "):
+    with pytest.raises(UserError, match="must (have height and width|be truth values or integers)"):
         Geometry((2, 2), 4, 4).patches(mask)

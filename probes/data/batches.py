@@ -3,9 +3,8 @@
 Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
 """
 
-import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from .samplers import PAD_INDEX
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
 
-log = logging.getLogger(__name__)
-
 
 class MaskPreparer(NamedTuple):
     """Prepares masks for the loss; see :func:`probes.prepare_masks`."""
@@ -34,9 +31,9 @@ class MaskPreparer(NamedTuple):
     classes: int
     nodes: int
 
-    def __call__(self, target: Tensor | list[Tensor]) -> PreparedMasks:
-        """Return the masks uint8[B, H, W], or a list of masks uint8[H, W], prepared."""
-        parts = [target] if isinstance(target, Tensor) else [mask[None] for mask in target]
+    def __call__(self, target: Sequence[Tensor] | Tensor) -> PreparedMasks:
+        """Return B masks uint8[H, W], prepared."""
+        parts = [mask[None] for mask in target]
         view = self.geometry.view
         options = (self.classes, tuple(self.geometry.grid), self.nodes, IGNORE_INDEX)
         return join_masks(
@@ -86,23 +83,17 @@ def _numbered(target: Tensor, index: int) -> dict:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Return a batch: index i64[B], pixels f[B, 3, H', W'], target uint8[B, H, W] or a list if mask sizes differ.
+    """Return a batch: index i64[B], pixels f[B, 3, H', W'], and B targets uint8[H, W] of the size of their image.
 
-    Targets of depth are f32[B, H, W], of normals f32[B, H, W, 3]. Targets keep the size of their image. "masks" has the
-    prepared masks, if the dataset prepares them.
+    Targets of depth are f32[H, W], of normals f32[H, W, 3]. "masks" has the masks that the dataset has prepared.
     """
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     join = {
         "index": torch.tensor,
         "pixels": torch.stack,
-        "target": _stack,
         "masks": join_masks,
     }
-    return {name: join[name](column) for name, column in columns.items()}
-
-
-def _stack(targets: list[Tensor]) -> Tensor | list[Tensor]:
-    return torch.stack(targets) if len({target.shape for target in targets}) == 1 else targets
+    return {name: join.get(name, list)(column) for name, column in columns.items()}
 
 
 class CachedFeatures(Dataset):
@@ -135,7 +126,6 @@ class CachedFeatures(Dataset):
         need = copies * len(images) * (mllm.state_bytes(sites) + images[0]["target"].nbytes)
         available = available_memory()
         size = f"{copies} x {len(images)} images x {len(sites)} sites and targets = {need / 1e9:.2f} GB"
-        log.info("caching %s: %s", name, size)
         if need > 0.8 * available:
             raise UserError(
                 f"data.cache_features needs {size} for {name}, but {available / 1e9:.1f} GB are available; choose "
@@ -163,11 +153,9 @@ class CachedFeatures(Dataset):
         return collate(samples) | {"states": states}
 
 
-def group_by_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:
-    """Group the masks of a batch by size: (indices of the images, uint8[n, H, W]) per size."""
-    if isinstance(target, Tensor):
-        return [(slice(None), target)]
+def group_by_size(targets: list[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Group the targets of a batch by size: (indices of the images, uint8[n, H, W]) per size."""
     sizes = {}
-    for i, mask in enumerate(target):
-        sizes.setdefault(mask.shape, []).append(i)
-    return [(images, torch.stack([target[i] for i in images])) for images in sizes.values()]
+    for i, target in enumerate(targets):
+        sizes.setdefault(target.shape, []).append(i)
+    return [(images, torch.stack([targets[i] for i in images])) for images in sizes.values()]

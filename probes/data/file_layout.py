@@ -107,14 +107,6 @@ def pair_folders(
     return pair_files(files_by_name(images, IMAGE_SUFFIXES), targets, dataset, target_name)
 
 
-def read_text(path: Path) -> str:
-    """Return the content of a text file in UTF-8, or raise a UserError that names it."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # skips a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
 def read_json(path: Path, expected: str) -> dict[str, Any]:
     """Return the content of a JSON file.
 
@@ -123,11 +115,10 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; expected {expected}")
-    text = read_text(path)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}; expected {expected}") from None
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # skips a byte order mark
+    except (OSError, ValueError, RecursionError) as error:
+        content = error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object; expected {expected}")
+        raise UserError(f"{path} is no JSON object, but {content}; expected {expected}")
     return content

@@ -104,10 +104,10 @@ def open_dataset(
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(layouts[dataset], skip={"root", "split"})
     try:
-        parser.parse_object(options)
+        parsed = parser.parse_object(options)
     except ArgumentError as error:
         raise UserError(f"data.options of data.dataset {dataset!r}: {error}") from None
-    return layouts[dataset](root, split, **options)
+    return layouts[dataset](root, split, **{name: parsed[name] for name in options})
 
 
 def split_identity(split: str, dataset: ImageDataset) -> dict[str, str]:

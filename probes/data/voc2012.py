@@ -15,8 +15,10 @@ from typing import Literal
 from llava_bidir.common.errors import UserError
 
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
-from .file_layout import find_root, read_text
+from .file_layout import find_root
 
+LIST = "ImageSets/Segmentation/{}.txt"
+LISTS = ("train", "val")
 SIZES = {
     "train": 1464,
     "trainaug": 10582,
@@ -57,7 +59,7 @@ class VOC2012(SegmentationDataset):
         background: Literal["ignore", "class"] = "ignore",
     ):
         name = "VOCdevkit/VOC2012" if (Path(root) / "VOCdevkit").is_dir() else "VOC2012"
-        root = find_root(root, name, ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"))
+        root = find_root(root, name, ("JPEGImages", "SegmentationClass", *map(LIST.format, LISTS)))
         lists = {"training": train_list, "validation": "val"}
         names = _image_names(root, lists[split])
         if split == "training" and (shared := set(names) & set(_read_list(root, "val"))):
@@ -78,7 +80,7 @@ def _image_names(root: Path, image_list: str) -> list[str]:
     """Return the images of a list, sorted; converters of SBD write trainaug either as such or as aug and train."""
     parts = [image_list]
     if image_list == "trainaug":
-        known = [name for name in ("trainaug", "aug") if _list_file(root, name).is_file()]
+        known = [name for name in ("trainaug", "aug") if (root / LIST.format(name)).is_file()]
         if not known or not (root / "SegmentationClassAug").is_dir():
             raise UserError(
                 f"{root} lacks SegmentationClassAug or ImageSets/Segmentation/trainaug.txt (or aug.txt): the augmented "
@@ -89,13 +91,9 @@ def _image_names(root: Path, image_list: str) -> list[str]:
     return sorted({name for part in parts for name in _read_list(root, part)})
 
 
-def _list_file(root: Path, name: str) -> Path:
-    return root / "ImageSets/Segmentation" / f"{name}.txt"
-
-
 def _read_list(root: Path, name: str) -> list[str]:
     # a line is NAME or "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
-    lines = read_text(_list_file(root, name)).splitlines()
+    lines = (root / LIST.format(name)).read_text().splitlines()
     return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
 

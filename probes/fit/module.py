@@ -28,7 +28,7 @@ from probes.score.resampling import dataset_scores
 from probes.site_probes import SiteProbes, compute_counts, load_probes, score_batch
 from probes.tasks import Task
 
-VALIDATIONS = ("best", "history", "validated_at", "epochs")  # kept in checkpoints
+VALIDATIONS = ("best", "history", "validated_at")  # kept in checkpoints
 NODES = 3  # per cell and axis of the loss's quadrature, see probes/ops/README.md
 
 
@@ -60,7 +60,6 @@ class ProbeModule(LightningModule):
         self.task: Task | None = None
         self.identity: Identity | None = None
         self.validated_at: list[int] = []  # optimizer steps
-        self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
         self.history: dict[str, list[float]] = {}  # main score by site
         # checkpoints hold the probes only; the MLLM is reloaded from its source
         self.strict_loading = False
@@ -108,7 +107,7 @@ class ProbeModule(LightningModule):
             self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
         return losses.sum()
 
-    def losses(self, logits: Tensor, target: PreparedMasks | Tensor | list[Tensor]) -> Tensor:
+    def losses(self, logits: Tensor, target: PreparedMasks | list[Tensor]) -> Tensor:
         """Return the loss of the global batch, f[S]: the mean over its labelled pixels, or its images with values.
 
         With several ranks, the share of each rank is scaled such that DDP's average over ranks is that mean.
@@ -127,7 +126,6 @@ class ProbeModule(LightningModule):
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if fitting:
             self.validated_at.append(self.trainer.global_step)
-            self.epochs.append(self.trainer.datamodule.epochs_of(self.trainer.global_step))
         scores = dataset_scores(self.task, self.task.sums(compute_counts(self.metric)))
         for i, site in enumerate(self.probes.sites):
             for score, values in scores.items():
@@ -150,16 +148,17 @@ class ProbeModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Write the files of the run."""
         counted = compute_counts(self.metric)
+        data = self.trainer.datamodule
         if self.trainer.is_global_zero:
             record = RunRecord(
                 self.hparams,
                 self.identity,
                 self.probe_settings(),
                 self.history,
-                self.epochs,
+                [data.epochs_of(step) for step in self.validated_at],
             )
             out = self.trainer.default_root_dir
-            save_run(self.probes, record, self.trainer.datamodule, counted, out)
+            save_run(self.probes, record, data, counted, out)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with polynomial decay."""

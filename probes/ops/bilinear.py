@@ -74,11 +74,6 @@ def bilinear_weights(
         return weights.to(device=device, dtype=dtype)
 
 
-def _part_size(total: int, most: int) -> int:
-    """Return the size that splits `total` into the fewest, most equal parts of at most `most`."""
-    return -(-total // -(-total // max(1, min(total, most))))
-
-
 @lru_cache(maxsize=64)
 def make_plan(
     images: int,
@@ -124,7 +119,7 @@ def make_plan(
         first = last
     highest = max(band.stop - band.start for band in bands)
     # Tile widths are multiples of 32: a maximum over classes vectorises along pixels in such steps only.
-    tile = min(n_cols, 32 * _part_size(-(-n_cols // 32), numel // (highest * classes * 32)))
+    tile = min(n_cols, 32 * max(1, numel // (highest * classes * 32)))
     tiles = tuple(slice(x, min(x + tile, n_cols)) for x in range(0, n_cols, tile))
     # The h upsampled rows count as well: if the grid is finer than the mask, they are larger than a band.
     per_image = max(highest, h // 8) * classes * tile

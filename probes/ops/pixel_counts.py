@@ -91,28 +91,27 @@ def _count_predictions(
     view: GridPlacement,
 ) -> list[Tensor]:
     """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T]."""
-    *_, classes, h, w = logits.shape
+    sites, images, classes, h, w = logits.shape
     size = tuple(target.shape[1:])
     if use_triton(logits):
         from .kernels.argmax_counts import count_cells
-        from .kernels.grid_cells import half_cells
+        from .kernels.grid_cells import cells
 
-        axes = half_cells((h, w), size, view, logits.device)
+        axes = cells((h, w), size, view, logits.device, half=True)
         *by_class, by_token = count_cells(logits, target, *axes, IGNORE_INDEX)
         return [x.long() for x in (*by_class, by_token.flatten(2))]
     labelled = target != IGNORE_INDEX
-    counts = []
-    for of_site in logits:
+    intersection, predicted, patch_right = (
+        target.new_zeros((sites, images, bins), dtype=torch.long)
+        for bins in (classes, classes, h * w)
+    )
+    for i, of_site in enumerate(logits):
         best = upsampled_argmax(of_site, size, view).long()
         right = (best == target) & labelled
-        counts.append(
-            (
-                _histogram(best, right, classes),
-                _histogram(best, labelled, classes),
-                _histogram(token.expand_as(best), right, h * w),
-            )
-        )
-    return [torch.stack(x) for x in zip(*counts, strict=True)]
+        intersection[i] = _histogram(best, right, classes)
+        predicted[i] = _histogram(best, labelled, classes)
+        patch_right[i] = _histogram(token.expand_as(best), right, h * w)
+    return [intersection, predicted, patch_right]
 
 
 def _histogram(values: Tensor, counted: Tensor, bins: int) -> Tensor:

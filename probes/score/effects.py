@@ -104,13 +104,17 @@ def read_scores(
     sums = sums.double()
     # the dataset, then its resamplings
     weights = torch.cat([torch.ones_like(weights[:1]), weights]).double()
-    index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
-    if last in sites:
-        index[LAST_LAYER] = sites.index(last)
-    vectors = {name: main_score(task, weights @ sums[i]) for name, i in index.items()}
-    readings = {
-        name: Reading(Estimate.from_vector(vectors[name]), [i]) for name, i in index.items()
+    places = {
+        ENCODER: ENCODER,
+        ADAPTER: ADAPTER,
+        PATCHES: PATCHES,
+        LAST_LAYER: last,
     }
+    readings = {}
+    for name, site in places.items():
+        if site in sites:
+            i = sites.index(site)
+            readings[name] = Reading(Estimate.from_vector(main_score(task, weights @ sums[i])), [i])
     layers = [i for i, site in enumerate(sites) if is_layer(site)]
     if layers:
         fold = image_folds(sums.shape[1], groups)

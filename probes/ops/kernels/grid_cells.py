@@ -33,63 +33,37 @@ def cells(
     size: tuple[int, int],
     view: GridPlacement,
     device: torch.device,
+    half: bool = False,
 ) -> list[Axis]:
-    """Return rows and columns of cells; cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1."""
-    return [
-        _cells(n, pixels, extent, device)
-        for n, pixels, extent in zip(grid, size, view, strict=True)
-    ]
+    """Return rows and columns of cells; cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1.
 
-
-def half_cells(
-    grid: tuple[int, int],
-    size: tuple[int, int],
-    view: GridPlacement,
-    device: torch.device,
-) -> list[Axis]:
-    """Return rows and columns of half cells, whose pixels are also covered by the same token.
-
-    An axis of n nodes has 2n + 2 half cells. Half cell g is between nodes (g - 2) // 2 and g // 2 and covered by token
-    (g - 1) // 2. The first and the last contain the pixels outside the grid.
+    Pixels of half cells are also covered by the same token. An axis of n nodes has 2n + 2 of them. Half cell g is
+    between nodes (g - 2) // 2 and g // 2 and covered by token (g - 1) // 2. The first and the last contain the pixels
+    outside the grid.
     """
     return [
-        _half_cells(n, pixels, extent, device)
+        _axis(n, pixels, extent, device, half)
         for n, pixels, extent in zip(grid, size, view, strict=True)
     ]
 
 
 @lru_cache(maxsize=256)
-def _cells(
-    n_nodes: int,
-    pixels: int,
-    extent: AxisExtent,
-    device: torch.device,
-) -> Axis:
-    nodes, fractions = axis_nodes(n_nodes, pixels, extent)
-    return _axis(nodes, fractions, n_nodes, device)
-
-
-@lru_cache(maxsize=256)
-def _half_cells(
-    n_nodes: int,
-    pixels: int,
-    extent: AxisExtent,
-    device: torch.device,
-) -> Axis:
-    nodes, fractions = axis_nodes(n_nodes, pixels, extent)
-    token = extent.token_of_pixel(n_nodes, pixels)
-    covered = 1 + 2 * token + (nodes == token)
-    outside = torch.where(extent.grid_coordinate(n_nodes, pixels) < 0, 0, 2 * n_nodes + 1)
-    return _axis(torch.where(token >= 0, covered, outside), fractions, 2 * n_nodes + 2, device)
-
-
 def _axis(
-    cell: Tensor,
-    fraction: Tensor,
-    n_cells: int,
+    n_nodes: int,
+    pixels: int,
+    extent: AxisExtent,
     device: torch.device,
+    half: bool,
 ) -> Axis:
-    start = torch.searchsorted(cell.contiguous(), torch.arange(n_cells + 1))
+    cell, fraction = axis_nodes(n_nodes, pixels, extent)
+    count = n_nodes
+    if half:
+        token = extent.token_of_pixel(n_nodes, pixels)
+        covered = 1 + 2 * token + (cell == token)
+        outside = torch.where(extent.grid_coordinate(n_nodes, pixels) < 0, 0, 2 * n_nodes + 1)
+        cell = torch.where(token >= 0, covered, outside)
+        count = 2 * n_nodes + 2
+    start = torch.searchsorted(cell.contiguous(), torch.arange(count + 1))
     return Axis(start.to(device, torch.int32), fraction.to(device, torch.float32))
 
 

@@ -147,7 +147,7 @@ def copy_as_jpeg(root):
 MANY = [str(i) for i in range(255)]
 MISSING = {  # what breaks a folder: the error before any work
     "classes.json is missing; expected": lambda root: (root / "classes.json").unlink(),
-    "classes.json is not JSON": lambda root: (root / "classes.json").write_text("{"),
+    "classes.json is no JSON object": lambda root: (root / "classes.json").write_text("{"),
     "no folder .*annotations/validation": lambda root: shutil.rmtree(root / "annotations"),
     "1 files have no mask, .*images/validation/000.png": lambda root: (root / MASK).unlink(),
     "have no image, .*annotations/validation/000.png": lambda root: (root / IMAGE).unlink(),

@@ -267,58 +267,42 @@ def test_a_layout_without_these_targets_is_an_error(root):
             opened(root, task, dataset=dataset)
 
 
-def grey_normals(value: int) -> np.ndarray:
-    array = dataset_layouts.unit_normals(0)
-    array[2, 3] = value
-    return array
-
-
+GREY = dataset_layouts.unit_normals(0)
+GREY[2, 3] = 128
 AWAY = 255 - dataset_layouts.unit_normals(0)[1:].repeat(2, 0)[:6]
 ZEROS = np.zeros(SIZE, np.uint16)
-BAD_FILES = {  # file, array or text of targets.json, message
-    "8-bit depth": (DEPTH, np.ones(SIZE, np.uint8), "0.png has mode 'L'; expected 16-bit"),
-    "depth in colour": (DEPTH, dataset_layouts.photo(0), "mode 'RGB'.*not a picture of them"),
-    "depth of zeros": (DEPTH, ZEROS, "0.png has no value in any pixel"),
-    "depth in another unit": (
-        "targets.json",
-        '{"depth_scale": 100, "max_depth": 10}',
-        r"none up to the limit \(10 m\).*check the scale",
-    ),
-    "depth of another size": (
+BAD_FILES = {  # message: task, file, its array
+    "0.png has mode 'L'; expected 16-bit": ("depth", DEPTH, np.ones(SIZE, np.uint8)),
+    "0.png has no value in any pixel": ("depth", DEPTH, ZEROS),
+    r"depth/\S*0.png is 6 x 9 px, its image \S*0.png 9 x 6 px": (
+        "depth",
         DEPTH,
-        ZEROS.T + np.uint16(1),
-        r"depth/\S*0.png is 6 x 9 px, its image \S*0.png 9 x 6 px",
+        (ZEROS + np.uint16(1)).T,
     ),
-    "grey normals": (NORMALS, grey_normals(128), r"\[128, 128, 128\] in row 2.* 0.007, exp"),
-    "normals not of unit length": (NORMALS, grey_normals(255), "vector of length 1.732"),
-    "black normals": (NORMALS, np.zeros((*SIZE, 3), np.uint8), "0.png is black"),
-    "normals away from the viewer": (NORMALS, AWAY, "100% of the normals point away from"),
-    "instances in colour": (IDS, dataset_layouts.photo(0), "mode 'RGB'; expected .*ids"),
-}
-TASK_OF = {
-    DEPTH: "depth",
-    "targets.json": "depth",
-    NORMALS: "normals",
-    IDS: "boundaries",
+    r"\[128, 128, 128\] in row 2.* length 0.007, exp": ("normals", NORMALS, GREY),
+    "0.png is black": ("normals", NORMALS, np.zeros((*SIZE, 3), np.uint8)),
+    "100% of the normals point away from": ("normals", NORMALS, AWAY),
+    "mode 'RGB'; expected .*ids": ("boundaries", IDS, dataset_layouts.photo(0)),
 }
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_file_is_an_error_that_names_it(root, name):
-    file, content, message = BAD_FILES[name]
-    if isinstance(content, str):
-        (root / file).write_text(content)
-    else:
-        Image.fromarray(content).save(root / file)
-    data = opened(root, TASK_OF[file])
+@pytest.mark.parametrize("message", BAD_FILES)
+def test_bad_file_is_an_error_that_names_it(root, message):
+    task, file, array = BAD_FILES[message]
+    dataset_layouts.save(root / file, array)
     with pytest.raises(BadFile, match=message) as error:
-        data[0]
+        opened(root, task)[0]
     assert str(root) in str(error.value)
+
+
+def test_depth_in_another_unit_is_an_error(root):
+    (root / "targets.json").write_text('{"depth_scale": 100, "max_depth": 10}')
+    with pytest.raises(BadFile, match=r"none up to the limit \(10 m\).*check the scale"):
+        opened(root, "depth")[0]
 
 
 SETTINGS = {
     "scale 0": '{"depth_scale": 0}',
-    "limit 0": '{"depth_scale": 1, "max_depth": 0}',
     "a word": '{"depth_scale": "1"}',
     "unknown key": '{"depth_scale": 1, "scale": 1}',
     "no scale": "{}",

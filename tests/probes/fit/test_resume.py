@@ -6,13 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from PIL import Image
-from report_parts import studies_of
 from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
 
-from llava_bidir.common.errors import UserError
 from probes.cli import main
 
 SETTINGS = """--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.max_epochs 1
@@ -164,20 +161,3 @@ def test_checkpoints_of_a_killed_run_are_not_replaced(unfinished):
 def test_an_analysis_reads_only_what_was_probed(finished, changed):
     with pytest.raises(SystemExit, match=rf"run belongs to a run with {changed[1]}"):
         main(["maps", "--probes", str(finished[0]), "--image", "0"])
-
-
-def test_runs_on_other_images_are_not_compared(finished, checkpoints, tmp_path):
-    """Worlds of two seeds have the same file names; a padded and a squashed image are not the same input either."""
-    run, command = finished
-    other = tiny_models.write_segmentation(tmp_path / "data", seed=1)
-    changes = {
-        "images": ["--data.root", str(other)],
-        "image_resize": ["--model.image_resize", "pad"],
-        "dtype": ["--model.dtype", "bfloat16"],
-    }
-    for name, options in changes.items():
-        out = tmp_path / name
-        other_mask = ["--model.mllm", str(checkpoints["bidirectional"])]
-        main([*command, *other_mask, *options, "--out", str(out)])
-        with pytest.raises(UserError, match=f"scored (on different|with {name}) "):
-            studies_of([run, out])

@@ -119,41 +119,6 @@ def test_with_all_pixels_as_nodes_it_is_exact(
         )
 
 
-@settings(
-    deadline=None,
-    max_examples=50,
-    derandomize=True,
-)
-@given(
-    shape=SHAPE,
-    nodes=st.integers(2, 5),
-    double=st.booleans(),
-    seed=st.integers(0, 1000),
-    data=st.data(),
-)
-def test_masks_with_few_pixels_use_them_as_nodes(
-    shape,
-    nodes,
-    double,
-    seed,
-    data,
-):
-    sides = [st.integers(1, 2 + nodes * (tokens - 1)) for tokens in shape[-2:]]
-    logits, target = make_case(
-        shape,
-        data.draw(st.tuples(*sides)),
-        scale=300.0,
-        seed=seed,
-    )
-    assert_equals_torch(
-        logits,
-        target,
-        double=double,
-        scale=300.0,
-        nodes=nodes,
-    )
-
-
 def test_pixels_that_a_crop_leaves_outside_count_as_one_position():
     """200 columns, of which a grid of 8 tokens covers 20: their positions fit into 2 + 3 * 7 nodes."""
     view = GridPlacement(AxisExtent(0.0, 20.0), AxisExtent(90.0, 20.0))

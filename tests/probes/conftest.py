@@ -1,14 +1,27 @@
-"""Runs of other tasks than segmentation, and small squares of families, that tests share."""
+"""What tests of probes share: reports without pictures, small squares of families, runs of other tasks."""
 
 from pathlib import Path
 
 import pytest
 import task_runs as helper
 import tiny_families
+from matplotlib.figure import Figure as Drawing
 
 from probes import FinishedRun
 from probes.cli import main
 from probes.models.families import dynamic_resolution, gemma
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures(request):
+    """Save a few bytes for each figure: drawing them is most of a report's time.
+
+    Modules with `DRAWS_PICTURES` look at the pictures.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "DRAWS_PICTURES", False):
+            patch.setattr(Drawing, "savefig", lambda self, file, **options: file.write(b"%PDF"))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from run_bytes import run_bytes
 from transformers import Dinov2Config, Dinov2Model
@@ -79,35 +78,3 @@ def test_it_trains_and_studies_the_model_and_its_controls_and_then_has_nothing_t
     after = run_bytes(out)
     changed = {file for file in before | after if before.get(file) != after.get(file)}
     assert not {file for file in changed if not file.endswith(".log")}
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """A folder data set of random masks, named streets, and captions of its training photos."""
-    root = tiny_models.write_segmentation(tmp_path / "streets", 12, 12)
-    records = []
-    for i in range(12):
-        turns = tiny_models.turns("<image>\nDescribe the picture.", f"{i} cars.")
-        record = {"id": str(i), "image": f"images/training/{i:03d}.png"}
-        records.append(record | {"conversations": turns})
-    (root / "captions.json").write_text(json.dumps(records))
-    return root
-
-
-def test_photos_are_trained_on_once(out, photos, capsys):
-    options = f"--photos {photos} --captions {photos}/captions.json --image-px 28 --questions 8"
-    words = f"--out {out} --steps 3 --train-only {options}".split()
-    real.main(words)
-    assert "4 steps of stage 1, 3 of stage 2" in capsys.readouterr().out
-    for mask in MASKS:
-        folder = out / "tuned" / mask / "stage2"
-        training = json.loads((folder / "hf/training.json").read_text())
-        assert training["steps"] == 3
-        assert 0 <= training["val/answer_accuracy"] <= 1
-        config = json.loads((folder / "hf/config.json").read_text())
-        assert (config["image_seq_length"], config["image_attention"]) == (4, mask)
-        assert {file.name for file in (folder / "steps").iterdir()} == {"1"}
-    before = run_bytes(out)
-    real.main(words)
-    assert "begins" not in capsys.readouterr().out, "no model is trained again"
-    assert run_bytes(out) == before

@@ -40,7 +40,11 @@ def nouns(text: str) -> set[str]:
 
 def test_every_answer_is_true(records, scenes):
     kinds = Counter()
-    for record in (*records["captions"], *records["dialogues"], *records["questions"]):
+    for record in (
+        *records["captions"],
+        *records["dialogues"],
+        *records["questions"],
+    ):
         scene = scene_of(record, scenes)
         grid = np.array(scene.names).reshape(GRID, GRID)
         for question, answer in pairs(record):
@@ -66,7 +70,11 @@ def test_what_gives_answers_away_comes_after_them(records):
     for record in records["dialogues"]:
         asked = [question for question, _ in pairs(record)]
         assert all(PLACE.search(question) for question in asked[:-3])
-        assert [asked[-3], asked[-2], asked[-1][:21]] == [KIND, CAPTION, "What is in each row, "]
+        assert [asked[-3], asked[-2], asked[-1][:21]] == [
+            KIND,
+            CAPTION,
+            "What is in each row, ",
+        ]
 
 
 def test_without_the_picture_exactly_half_of_the_choices_can_be_right(records):
@@ -87,4 +95,9 @@ def test_regions_are_the_places_of_the_open_questions(records):
         none, region = record["regions"]
         assert none is None
         assert region["class"] == answer == choice
-        assert region["box"] == [column / GRID, row / GRID, (column + 1) / GRID, (row + 1) / GRID]
+        assert region["box"] == [
+            column / GRID,
+            row / GRID,
+            (column + 1) / GRID,
+            (row + 1) / GRID,
+        ]

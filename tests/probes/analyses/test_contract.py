@@ -12,7 +12,6 @@ from typing import NamedTuple
 import probe_runs
 import pytest
 from PIL import Image
-from report_parts import draw_no_pictures
 
 from probes.analyses import ANALYSES, MEASURED
 from probes.cli import main
@@ -147,9 +146,7 @@ def numbers(value) -> Iterator[float]:
 @pytest.fixture(scope="module")
 def report(study) -> Path:
     out = study.folder / "report"
-    with pytest.MonkeyPatch.context() as patch:
-        draw_no_pictures(patch)
-        main(["report", str(study.folder), "--out", str(out)])
+    main(["report", str(study.folder), "--out", str(out)])
     return out
 
 

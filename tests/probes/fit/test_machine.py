@@ -126,6 +126,7 @@ def test_both_machines_solve_the_same_probes_to_the_last_bit(
     assert "this run is finished; nothing to do" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_study_runs_without_lightning(segmentation, tmp_path):
     """Imports that wait in functions, too: of probes that are solved, their analyses and the report."""
     words = ["study", f"{own_modules.__file__}:build", segmentation, "--out", tmp_path / "study"]

@@ -95,7 +95,9 @@ def test_knocked_out_tokens_receive_no_attention(checkpoints):
     assert receives == [True, False, True]
 
 
-def test_outputs_do_not_change_and_a_backend_without_weights_is_an_error(checkpoints):
+def test_outputs_do_not_change_and_a_backend_without_weights_is_an_error(
+    checkpoints,
+):
     mllm = probes.load(str(checkpoints["causal"]))
     pixels = tiny_models.pixels(2)
     before = mllm.states(pixels)

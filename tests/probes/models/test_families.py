@@ -108,7 +108,12 @@ def test_states_equal_hooks_on_the_stock_forward(name, mllm):
     assert list(states) == ["encoder", "adapter", *LAYERS, "final_norm"]
     # the same kernels on the same shapes, bit by bit, but for tiles, which make another batch of the stock encoder's,
     # patches that pad the image, and pixels resized before or after normalisation
-    same = name not in ("llava_next", "llava_onevision", "gemma4", "deepseek_vl_hybrid")
+    same = name not in (
+        "llava_next",
+        "llava_onevision",
+        "gemma4",
+        "deepseek_vl_hybrid",
+    )
     depth = 0 if same else 3  # layers of encoder and adapter
     torch.testing.assert_close(
         states["adapter"], stock["adapter"], **rounding(stock["adapter"], depth)
@@ -314,7 +319,8 @@ def test_a_random_adapter_is_random_for_all_features_of_the_same_encoder(
 
 def test_an_initialisation_that_makes_all_states_equal_is_an_error(checkpoint):
     with pytest.raises(
-        ValueError, match="the initialisation of this model sets mm_input_projection_weight to zero"
+        ValueError,
+        match="the initialisation of this model sets mm_input_projection_weight to zero",
     ):
         probes.load(checkpoint("gemma3"), untrained=["adapter"])
 
@@ -357,9 +363,11 @@ def test_a_mask_for_sliding_windows_needs_some(checkpoint, mllm):
     }  # the fifth image token's
     assert rows["full_attention"] == [1] * 5 + [0] * (tiny_families.SIDE**2 - 5)
     assert rows["sliding_attention"] == [1] * tiny_families.SIDE**2
-    assert masks["sliding_attention"][0, 0, 3 + 4, :3].int().tolist() == [0, 0, 0], (
-        "out of its window of 5"
-    )
+    assert masks["sliding_attention"][0, 0, 3 + 4, :3].int().tolist() == [
+        0,
+        0,
+        0,
+    ], "out of its window of 5"
 
 
 def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):

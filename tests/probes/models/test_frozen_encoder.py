@@ -39,7 +39,8 @@ def test_every_family_of_bare_encoders_has_a_stock_model_here():
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [*product(tiny_encoders.STOCK, SIDES[:1]), *product(VISION, SIDES[1:])]
+    ("name", "side"),
+    [*product(tiny_encoders.STOCK, SIDES[:1]), *product(VISION, SIDES[1:])],
 )
 @torch.no_grad()
 def test_sites_are_the_stock_models_hidden_states(name, side, folders):
@@ -82,7 +83,10 @@ LARGER = dict.fromkeys(("vit", "beit", "radio", "pixio", "vit_mae"), 64) | {"sap
 @torch.no_grad()
 def test_a_patch_of_16_px_changes_its_own_token_of_the_grid(name, side, tmp_path):
     stock = tiny_encoders.STOCK[name]
-    stock = replace(stock, settings=stock.settings | {"patch_size": 16, "image_size": LARGER[name]})
+    stock = replace(
+        stock,
+        settings=stock.settings | {"patch_size": 16, "image_size": LARGER[name]},
+    )
     encoder = probes.load(stock.write(tmp_path), device="cpu", image_px=side)
     cells = (side or 64) // 16
     assert encoder.grid == (cells, cells) and encoder.geometry.image_px == cells * 16
@@ -120,7 +124,8 @@ def test_random_layers_change_the_states_as_much_as_the_trained_ones(name, folde
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [*product(VISION, ["sdpa"]), ("dinov2", "eager"), ("clip", "eager")]
+    ("name", "backend"),
+    [*product(VISION, ["sdpa"]), ("dinov2", "eager"), ("clip", "eager")],
 )
 @torch.no_grad()
 def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
@@ -171,7 +176,10 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"image_px": 30}, r"--model\.image_px 30: expected a multiple of the patch, 4 px"),
+        (
+            {"image_px": 30},
+            r"--model\.image_px 30: expected a multiple of the patch, 4 px",
+        ),
         (
             {"image_attention": "causal"},
             "is a vision encoder without an LLM, whose patches attend to all",

@@ -48,7 +48,10 @@ VALUES = {
     "qwen3_5": ([2], "linear attention, which mixes values over tokens"),
     "qwen3_5_moe": ([2], "linear attention, which mixes values over tokens"),
     "lfm2_vl": ([2], "a convolution in place of attention"),
-    "kimi_k25": ([], "latent attention, which expands values from one vector for all heads"),
+    "kimi_k25": (
+        [],
+        "latent attention, which expands values from one vector for all heads",
+    ),
 }
 # other LLMs inside of LLaVA: fused projections, a multiplier, norms after the parts
 LLMS = {
@@ -209,7 +212,9 @@ def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
-            STOCK, "gemma4", replace(STOCK["gemma4"], config=config | {"text_config": text})
+            STOCK,
+            "gemma4",
+            replace(STOCK["gemma4"], config=config | {"text_config": text}),
         )
         frozen = probes.load(str(tiny_families.write("gemma4", tmp_path)), device="cpu")
     pixels = frozen.preprocess(pictures("gemma4", 1))
@@ -241,7 +246,8 @@ def test_rows_of_a_knockout_reach_parts_and_leave_encoder_layers(load):
 
 # ------------------------------------------------------------------------------------------------ bare encoders
 @pytest.mark.parametrize(
-    "name", [name for name, stock in tiny_encoders.STOCK.items() if not stock.two_towers]
+    "name",
+    [name for name, stock in tiny_encoders.STOCK.items() if not stock.two_towers],
 )
 @torch.no_grad()
 def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):

@@ -136,7 +136,11 @@ def test_permuted_weights_keep_the_values_of_each_matrix(path):
 def test_analyses_of_a_run_read_the_same_random_model(checkpoints, segmentation, tmp_path):
     control = "-c configs/probes/matched.yaml --model.draw 2 --model.sites [layer_02]".split()
     run = probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *control)
-    assert [run.metrics[key] for key in ("match", "draw", "untrained")] == ["update", 2, ["llm"]]
+    assert [run.metrics[key] for key in ("match", "draw", "untrained")] == [
+        "update",
+        2,
+        ["llm"],
+    ]
     assert run.mllm().update_scales == run.manifest["config"]["update_scales"]
     # the saved counts are those of the probes on the states of this model
     right = 0

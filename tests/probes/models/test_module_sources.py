@@ -9,7 +9,11 @@ import torch
 import probes
 from llava_bidir.common.errors import UserError
 from probes.models import module_sources
-from probes.models.module_sources import absolute_source, check_trusted, source_identity
+from probes.models.module_sources import (
+    absolute_source,
+    check_trusted,
+    source_identity,
+)
 
 FILE = Path(own_modules.__file__)
 WEIGHTS = """

@@ -40,7 +40,13 @@ def test_states_are_those_of_the_modules_own_forward_without_extra_tokens():
     states = encoder.states(pixels)
     hidden = module.eval().embed(pixels)
     assert encoder.grid == (4, 4) and encoder.widths == dict.fromkeys(encoder.sites, WIDTH)
-    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
+    assert [*states] == [
+        "layer_00",
+        "layer_01",
+        "layer_02",
+        "layer_03",
+        "final_norm",
+    ]
     torch.testing.assert_close(states["layer_00"], hidden[:, EXTRA:])
     for i, block in enumerate(module.blocks, 1):
         hidden = block(hidden)
@@ -70,10 +76,26 @@ class Skipping(Encoder):
     [
         (None, {"patch": 16}, "changes token .* expected token"),
         (None, {"patch": 4}, "reads 18 tokens, and the input has 8 x 8 patches"),
-        (None, {"layers": ["blocks.0", "blocks.2"]}, "does not read what blocks.0 wrote"),
-        (None, {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])}, "divide both by 255"),
-        (None, {"parts": {"attn": "norm1", "mlp": "mlp"}}, "parts of blocks.0 do not add up"),
-        (Encoder(extra_last=True), {}, "2 other tokens, then patches of 8 px in raster order"),
+        (
+            None,
+            {"layers": ["blocks.0", "blocks.2"]},
+            "does not read what blocks.0 wrote",
+        ),
+        (
+            None,
+            {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])},
+            "divide both by 255",
+        ),
+        (
+            None,
+            {"parts": {"attn": "norm1", "mlp": "mlp"}},
+            "parts of blocks.0 do not add up",
+        ),
+        (
+            Encoder(extra_last=True),
+            {},
+            "2 other tokens, then patches of 8 px in raster order",
+        ),
         (
             Encoder(ChannelsLast),
             {"parts": None},
@@ -134,7 +156,11 @@ def test_without_attention_and_mlp_layers_are_permuted_only():
     module = own_modules.build_closed().module
     encoder = load(module, untrained=["encoder"], match="permuted", parts=None)
     assert not torch.equal(encoder.layers[0].linear1.weight, module.blocks[0].linear1.weight)
-    control = {"untrained": ["encoder"], "match": "update", "match_images": [photo()]}
+    control = {
+        "untrained": ["encoder"],
+        "match": "update",
+        "match_images": [photo()],
+    }
     with pytest.raises(UserError, match="which modules .* are attention and MLP is not said"):
         load(module, parts=None, **control)
 

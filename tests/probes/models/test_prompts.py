@@ -1,6 +1,5 @@
 """The text before the image: which chat template, which date, and whether it begins with bos."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import probe_runs
 import pytest
 import tiny_families
 
-from llava_bidir.common.hf import PROMPT_DATE
 from probes.models.families import FAMILIES
 from probes.models.prompts import read_prefix_ids
 
@@ -31,33 +29,6 @@ def test_the_named_template_default_is_used(llava):
     folder.mkdir()
     (folder / "tool_use.jinja").write_text(TEMPLATE.replace("hello", "hello\n\n"))
     assert prefix_ids(llava, TEMPLATE) == [1, HELLO]
-
-
-def test_a_template_with_the_date_of_the_day_gives_the_same_prefix_every_day(llava):
-    dated = "{% if strftime_now('%Y') == 'YEAR' %}hello{% endif %}".replace(
-        "YEAR", str(PROMPT_DATE.year)
-    )
-    assert prefix_ids(llava, dated + TEMPLATE.replace("{{ bos_token }}", "")) == [HELLO, HELLO]
-
-
-def test_bos_comes_from_the_template_or_the_tokenizer_alone(llava):
-    assert prefix_ids(llava, TEMPLATE) == [1, HELLO]
-    assert prefix_ids(llava, TEMPLATE.replace("{{ bos_token }}", "")) == [HELLO]
-    tokenizer = json.loads((llava / "tokenizer.json").read_text())
-    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    single = [bos, {"Sequence": {"id": "A", "type_id": 0}}]
-    tokenizer["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": single,
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-    }
-    (llava / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert (
-        prefix_ids(llava, TEMPLATE.replace("{{ bos_token }}", ""))
-        == prefix_ids(llava, TEMPLATE)
-        == [1, HELLO]
-    )
 
 
 def test_a_prefix_is_part_of_the_run_and_used_by_analyses(checkpoints, segmentation, tmp_path):

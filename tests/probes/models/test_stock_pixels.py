@@ -102,7 +102,8 @@ _VIT = StockProcessor("ViTImageProcessorPil", {"size": BOTH_SIDES})
 _BEIT = StockProcessor("BeitImageProcessorPil", {"size": BOTH_SIDES})
 # as published: a square of 256 px, of which 224 are kept
 _DEIT = StockProcessor(
-    "DeiTImageProcessorPil", {"size": {"height": 27, "width": 27}, "crop_size": BOTH_SIDES}
+    "DeiTImageProcessorPil",
+    {"size": {"height": 27, "width": 27}, "crop_size": BOTH_SIDES},
 )
 # as published: the shorter side resized to 256 px, of which 224 are kept
 _DINOV2 = StockProcessor(
@@ -249,7 +250,10 @@ def test_pixels_equal_those_of_the_stock_processor(name, stock, checkpoint):
         ours = pixels_of(model, image, stock.is_patches)
         count = min(len(expected.flatten()), len(ours.flatten()))  # Gemma 4 pads its patches
         difference = (ours.flatten()[:count] - expected.flatten()[:count]).abs().max()
-        assert count == ours.numel() and difference < 1e-5, (size, model.geometry.rule)
+        assert count == ours.numel() and difference < 1e-5, (
+            size,
+            model.geometry.rule,
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -301,14 +305,22 @@ def test_pixels_that_are_not_normalised_need_no_mean(checkpoint):
     torch.testing.assert_close(model.preprocess(square), expected)
 
 
-def test_another_side_keeps_filter_and_field_of_view_and_squash_the_filter(checkpoint):
+def test_another_side_keeps_filter_and_field_of_view_and_squash_the_filter(
+    checkpoint,
+):
     """224 of 256 px are 448 of 512 px; squash replaces the crop."""
     filter_ = {"resample": BILINEAR}
     settings = _DINOV2.settings | filter_
     StockProcessor("BitImageProcessorPil", settings).build().save_pretrained(checkpoint("dinov2"))
-    larger = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    larger = {
+        "size": {"shortest_edge": 36},
+        "crop_size": {"height": 32, "width": 32},
+    }
     cases = (
-        ({"image_px": 32}, StockProcessor("BitImageProcessorPil", larger | filter_)),
+        (
+            {"image_px": 32},
+            StockProcessor("BitImageProcessorPil", larger | filter_),
+        ),
         (
             {"image_resize": "squash"},
             StockProcessor("ViTImageProcessorPil", {"size": BOTH_SIDES} | filter_),
@@ -324,11 +336,19 @@ def test_another_side_keeps_filter_and_field_of_view_and_squash_the_filter(check
 
 RULES = {
     "numbers, as files of 2021 have them": (
-        {"feature_extractor_type": "CLIPFeatureExtractor", "size": 256, "crop_size": 224},
+        {
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "size": 256,
+            "crop_size": 224,
+        },
         ResizeRule("center_crop", before_crop=Fraction(8, 7)),
     ),
     "both sides": (
-        {"size": {"height": 256, "width": 256}, "crop_size": 224, "do_center_crop": True},
+        {
+            "size": {"height": 256, "width": 256},
+            "crop_size": 224,
+            "do_center_crop": True,
+        },
         ResizeRule("squash", before_crop=Fraction(8, 7)),
     ),
     "a class's filter": (

@@ -38,7 +38,9 @@ PROCESSORS = {
 def test_ids_of_a_question_equal_those_of_the_stock_processor(name, load_family, monkeypatch):
     """All but the image tokens, whose id is another one in the tiny models."""
     monkeypatch.setattr(  # it asks for classes that need torchvision
-        ProcessorMixin, "check_argument_for_proper_class", lambda self, name, argument: None
+        ProcessorMixin,
+        "check_argument_for_proper_class",
+        lambda self, name, argument: None,
     )
     mllm = load_family(name)
     asked = [*mllm.ids[0].tolist(), *mllm.chat.question_ids("hello")]
@@ -104,8 +106,14 @@ TOKENS = {
     ),
     "gemma4": GEMMA4,
     "gemma4_unified": GEMMA4,
-    "mistral3": {"image_end_token": "[IMG_END]", "image_break_token": "[IMG_BREAK]"},
-    "lfm2_vl": {"image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"},
+    "mistral3": {
+        "image_end_token": "[IMG_END]",
+        "image_break_token": "[IMG_BREAK]",
+    },
+    "lfm2_vl": {
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+    },
 }
 OTHERS = {
     "start_image_token": "<img>",
@@ -165,7 +173,12 @@ def test_texts_around_the_image_are_those_of_the_stock_processor(name, monkeypat
         text = processor.replace_image_token(processor_self, one_image(), 0)
     family = FAMILIES[name]
     start, separator, end = map(
-        re.escape, (family.image_start_text, family.row_separator or "", family.image_end_text)
+        re.escape,
+        (
+            family.image_start_text,
+            family.row_separator or "",
+            family.image_end_text,
+        ),
     )
     assert re.fullmatch(f"{start}(I|<IMG_ATOM>)+({separator}I+)*{end}", text), text
 

@@ -1,19 +1,8 @@
-"""Studies of random counts that the tests of the report write, and reports that draw no pictures."""
+"""Studies of random counts that the tests of the report write."""
 
 import probe_runs
 import pytest
 import tiny_models
-from report_parts import draw_no_pictures
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Save a grey pixel for each figure: drawing them is most of a report's time.
-
-    Modules with `DRAWS_PICTURES` look at the pictures.
-    """
-    if not getattr(request.module, "DRAWS_PICTURES", False):
-        draw_no_pictures(monkeypatch)
 
 
 @pytest.fixture

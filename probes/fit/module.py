@@ -22,7 +22,6 @@ from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
 from probes.heads import factory_of
 from probes.models.module_sources import source_identity
-from probes.ops.quadrature import PreparedMasks
 from probes.runs.write import RunRecord, save_run
 from probes.score.resampling import dataset_scores
 from probes.site_probes import SiteProbes, compute_counts, load_probes, score_batch
@@ -102,18 +101,13 @@ class ProbeModule(LightningModule):
         if len(target) == 1 and batch["index"][0] == PAD_INDEX:
             states = {site: x[:0] for site, x in states.items()}
             target = target[:0]
-        losses = self.losses(self.probes.logits(states), target)
+        logits = self.probes.logits(states)
+        total, count = self.task.training_losses(logits, target, self.mllm.geometry)
+        # DDP's average over ranks is the mean over labelled pixels, or images with values, of the global batch
+        losses = total / all_gather(count).mean().clamp(min=1e-9)
         for site, loss in zip(self.probes.sites, losses.detach(), strict=True):
             self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
         return losses.sum()
-
-    def losses(self, logits: Tensor, target: PreparedMasks | list[Tensor]) -> Tensor:
-        """Return the loss of the global batch, f[S]: the mean over its labelled pixels, or its images with values.
-
-        With several ranks, the share of each rank is scaled such that DDP's average over ranks is that mean.
-        """
-        total, count = self.task.training_losses(logits, target, self.mllm.geometry)
-        return total / all_gather(count).mean().clamp(min=1e-9)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Count the images of the batch; return the logits f[S, B, K, h, w] for callbacks."""

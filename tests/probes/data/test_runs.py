@@ -4,6 +4,7 @@ import json
 
 import dataset_layouts
 import numpy as np
+import probe_runs
 import pytest
 import torch
 
@@ -19,17 +20,12 @@ pytestmark = pytest.mark.numerics
 
 def test_run_on_an_official_layout_is_read_back_with_its_options(checkpoints, tmp_path):
     root = dataset_layouts.write_voc2012(tmp_path / "VOCdevkit/VOC2012")
-    config = ["-c", "configs/probes/voc2012.yaml", "--data.root", str(root.parent), "--model.mllm"]
-    more = ["--trainer.max_epochs", "1", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-    more += [
-        "--data.options.background",
-        "class",
-        "--model.sites",
-        "[adapter]",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    main(["fit", *config, str(checkpoints["causal"]), *more])
+    words = (
+        "-c configs/probes/voc2012.yaml --trainer.max_epochs 1 --trainer.accelerator cpu".split()
+    )
+    words += "--data.num_workers 0 --data.options.background class --model.sites [adapter]".split()
+    places = probe_runs.places(checkpoints["causal"], root.parent, tmp_path / "run")
+    main(["fit", *words, *places])
     run = ProbeRun(tmp_path / "run")
     assert run.metrics["dataset"] == "voc2012"
     assert len(run.metrics["classes"]) == 21

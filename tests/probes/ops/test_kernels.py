@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 import types
-import warnings
 from pathlib import Path
 
 import pytest
@@ -158,40 +157,27 @@ def test_argmax_of_a_tie_is_the_first_class():
     assert (upsampled_argmax(logits, (6, 6)) == 1).all()
 
 
-def test_kernels_are_for_gpus_float32_and_as_many_classes_as_labels_can_name():
-    def logits(**kind):
-        return types.SimpleNamespace(
-            **(
-                {
-                    "is_cuda": True,
-                    "dtype": torch.float32,
-                    "shape": (5, 3, 3),
-                }
-                | kind
-            )
-        )
+def on_gpu(shape=(5, 3, 3), dtype=torch.float32, is_cuda=True):
+    """What is asked of logits before kernels are chosen."""
+    return types.SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=shape)
 
-    assert kernels.use_triton(logits())
-    assert kernels.use_triton(logits(dtype=torch.bfloat16, shape=(2, 255, 3, 3)))
-    for kind in ({"is_cuda": False}, {"dtype": torch.float64}, {"shape": (256, 3, 3)}):
-        assert not kernels.use_triton(logits(**kind))
+
+def test_kernels_are_for_gpus_float32_and_as_many_classes_as_labels_can_name():
+    assert kernels.use_triton(on_gpu())
+    assert kernels.use_triton(on_gpu((2, 255, 3, 3), torch.bfloat16))
+    assert not kernels.use_triton(on_gpu(is_cuda=False))
+    assert not kernels.use_triton(on_gpu(dtype=torch.float64))
+    assert not kernels.use_triton(on_gpu((256, 3, 3)))
 
 
 def test_without_triton_a_gpu_gets_the_chunked_form_and_one_warning(monkeypatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     kernels._installed.cache_clear()
-    logits = types.SimpleNamespace(
-        is_cuda=True,
-        dtype=torch.float32,
-        shape=(5, 3, 3),
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert not kernels.use_triton(logits)
-        assert not kernels.use_triton(logits)
+    with pytest.warns(UserWarning, match="triton is not installed") as caught:
+        assert not kernels.use_triton(on_gpu())
+        assert not kernels.use_triton(on_gpu())
     kernels._installed.cache_clear()
     assert len(caught) == 1
-    assert "triton is not installed" in str(caught[0].message)
 
 
 @pytest.mark.slow

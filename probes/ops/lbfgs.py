@@ -5,6 +5,7 @@ Legend: P problems solved together, K classes, n weights of a class.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ HALVINGS = 10  # of a step, before rounding is blamed
 
 # points f64[P, K, n] of the problems in a list
 Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
-# points and gradients f64[P, K, n]: the product with about the inverse Hessian there, f64[P, K, n] to the same
-FirstGuess = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
+# points and gradients f64[P, K, n] of the problems in a list: the product with about the inverse Hessian there
+FirstGuess = Callable[[Tensor, Tensor, list[int]], Callable[[Tensor], Tensor]]
 
 
 class Pair(NamedTuple):
@@ -67,7 +68,6 @@ def minimise(
     points: Tensor,
     first_guess: FirstGuess,
     tolerance: float,
-    pairs: deque[Pair] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> Minimum:
     """Return the minima of P independent smooth convex objectives, by L-BFGS.
@@ -75,19 +75,19 @@ def minimise(
     Args:
         objective: Value and gradient of some of the problems at given points.
         points: f64[P, K, n], where to start.
-        first_guess: Gives about the inverse Hessian at the points of each step.
+        first_guess: Gives about the inverse Hessian of some of the problems at the points of each step.
         tolerance: Predicted decrease at which a problem ends.
-        pairs: What an earlier call has learned of nearly the same curvature; steps are added to it.
         known: Value f64[P] and gradient f64[P, K, n] at `points`; None to evaluate them.
     """
-    value, gradient = objective(points, list(range(len(points)))) if known is None else known
-    pairs = deque(maxlen=MEMORY) if pairs is None else pairs
-    # no step decreases the value: it is exact to rounding
-    blocked = torch.zeros_like(value, dtype=torch.bool)
+    active = list(range(len(points)))
+    value, gradient = objective(points, active) if known is None else known
+    pairs: deque[Pair] = deque(maxlen=MEMORY)
+    decrease = torch.zeros_like(value)
     for iteration in range(ITERATIONS + 1):
-        direction = -quasi_newton(gradient, pairs, first_guess(points, gradient))
-        decrease = -dot(gradient, direction) / 2
-        active = ((decrease > tolerance) & ~blocked).nonzero().flatten().tolist()
+        solve = first_guess(points[active], gradient[active], active)
+        direction = -quasi_newton(gradient, pairs, partial(_solve_some, solve, active))
+        decrease[active] = -dot(gradient, direction)[active] / 2
+        active = [i for i in active if decrease[i] > tolerance]
         if not active or iteration == ITERATIONS:
             break
         step = value.new_zeros(len(value))
@@ -106,22 +106,13 @@ def minimise(
                 break
             step[trying] /= 2
         step[trying] = 0.0
-        blocked[trying] = True
         pairs.append(Pair.of(step[:, None, None] * direction, new[2] - gradient))
         points, value, gradient = new
+        # where no step decreases the value, it is exact to rounding
+        active = [i for i in active if i not in trying]
+        if not active:
+            break
     return Minimum(points, value, gradient, decrease)
-
-
-def add_penalty(pairs: deque[Pair], added: Tensor) -> None:
-    """Bring pairs up to date for objectives that have another penalty.
-
-    Args:
-        pairs: Of P problems.
-        added: f64[P, 1, n], a: the new objectives are the old ones + a/2 x^2, with a below 0 where a penalty is weaker.
-    """
-    for _ in range(len(pairs)):  # one at a time: all of them twice may be gigabytes
-        step, change, _ = pairs.popleft()
-        pairs.append(Pair.of(step, change + added * step))
 
 
 def quasi_newton(
@@ -151,3 +142,10 @@ def quasi_newton(
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Return the scalar products f[...] of points f[..., K, n]."""
     return torch.linalg.vecdot(x.flatten(-2), y.flatten(-2))
+
+
+def _solve_some(solve: Callable[[Tensor], Tensor], problems: list[int], right: Tensor) -> Tensor:
+    """Return the product of some problems of f[P, K, n], and 0 for the others."""
+    product = torch.zeros_like(right)
+    product[problems] = solve(right[problems]).to(right)
+    return product

@@ -28,8 +28,6 @@ from probes.tasks.losses import CrossEntropy
 
 from .run import SolveRun, estimate, solve
 
-TRAINER_SETTINGS = ("precision",)  # that change the result of a run without a training loop
-
 
 def run(options: SolveOptions) -> None:
     """Run `probes solve`."""
@@ -57,7 +55,7 @@ def solve_unless_finished(
     """Solve and score, or say that the run is finished; in all processes."""
     folder = run_folder(run.out)
     planned = plan_run(folder, config.ckpt_path, config.overwrite)
-    run.identity = decide_on_first(lambda: run_identity(machine, run, data, TRAINER_SETTINGS))
+    run.identity = decide_on_first(lambda: run_identity(machine, run, data, ("precision",)))
     if planned.finished:
         folder.check_finished(run.identity)
         say_finished(run.out, data.name, config.save_predictions)
@@ -75,36 +73,25 @@ def solve_unless_finished(
         rank_zero_info(format_scores(run.out, run.task))
 
 
-def dry_run(config: RunConfig) -> None:
-    """Print the time of a forward over the images, and the memory. Nothing is written."""
+def dry_run(config: RunConfig) -> float:
+    """Print the time and memory of a run, and return its seconds. Nothing is written."""
     run, data, machine = build_solve(config)
-    training = len(data.splits["training"])
+    seconds: list[float] = []
     with run_process():
-        if training <= data.batch_size:  # known before the model is loaded
-            rank_zero_info(f"time: not measured, since {training} training images are one batch")
-        else:
-            machine.run(lambda: estimate(run, data, machine))
+        machine.run(lambda: seconds.append(estimate(run, data, machine)))
+    return seconds[0]
 
 
 def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
-    """Return what a run is made from, its data, and where it computes."""
-    hide_expected_messages()
-    machine = build_machine(config.trainer)
-    seed_everything(config.seed_everything)
-    data = ProbeData(**vars(config.data), seed=config.seed_everything)
-    return make_solve_run(config, data.num_classes), data, machine
-
-
-def make_solve_run(config: RunConfig, num_classes: int) -> SolveRun:
-    """Return what a run is made from.
-
-    Args:
-        config: Options of the run.
-        num_classes: Of the data.
+    """Return what a run is made from, its data, and where it computes.
 
     Raises:
         UserError: The config asks for probes that are not linear, or a strength is out of range.
     """
+    hide_expected_messages()
+    machine = build_machine(config.trainer)
+    seed_everything(config.seed_everything)
+    data = ProbeData(**vars(config.data), seed=config.seed_everything)
     if config.model.head != "linear":
         raise UserError(
             f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
@@ -113,10 +100,11 @@ def make_solve_run(config: RunConfig, num_classes: int) -> SolveRun:
     strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
     if task.loss is None and strengths and strengths[0] > 1:
         raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
-    settings = asdict(config.model) | {"num_classes": num_classes, "seed": config.seed_everything}
+    own = {"num_classes": data.num_classes, "seed": config.seed_everything}
+    settings = asdict(config.model) | own
     hparams = {"folds": config.solver.folds, "strengths": strengths}
     hparams |= {name: settings[name] for name in MODEL_SETTINGS}
     if task.loss is not None and type(task.loss) is not CrossEntropy:  # of which a run says nothing
         hparams["loss"] = task.loss.describe()
     options = replace(config.solver, strengths=strengths)
-    return SolveRun(Path(config.out), hparams, options, task)
+    return SolveRun(Path(config.out), hparams, options, task), data, machine

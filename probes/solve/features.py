@@ -74,7 +74,7 @@ def solve_features(
     if not isinstance(features, Tensor):
         raise UserError(f"features must be a tensor, got {type(features).__name__}")
     if features.ndim != 4 or not features.is_floating_point():
-        got = f"{str(features.dtype).removeprefix('torch.')}{list(features.shape)}"
+        got = f"{features.dtype}{list(features.shape)}"
         raise UserError(f"features must be floats [images, rows, columns, width], got {got}")
     if len(features) != len(masks):
         raise UserError(f"got features of {len(features)} images, and {len(masks)} masks")

@@ -16,35 +16,27 @@ from probes.data.base import IGNORE_INDEX
 from probes.ops.quadrature import PreparedMasks, join_masks
 
 
-def class_pixels(masks: PreparedMasks, fold_of: Tensor, folds: int) -> Tensor:
-    """Return the labelled pixels of each class in each fold, f64[F, K].
+def lone_classes(masks: PreparedMasks, fold_of: Tensor) -> Tensor:
+    """Return the classes that each fold alone has, bool[F, K]; none if there is one fold, which nothing is left out of.
 
     Args:
         masks: B masks.
         fold_of: i64[B], fold of each image.
-        folds: F.
-    """
-    by_image = masks.soft.sum((2, 3), dtype=torch.float64)
-    by_fold = by_image.new_zeros(folds, by_image.shape[1])
-    return by_fold.index_add_(0, fold_of.to(by_image.device), by_image)
-
-
-def lone_classes(pixels: Tensor) -> Tensor:
-    """Return the classes that each fold alone has, bool[F, K]; none if there is one fold, which nothing is left out of.
-
-    Args:
-        pixels: f64[F, K], labelled pixels of each class in each fold.
 
     Raises:
         UserError: No class is in two folds, so that no fold can test the probe of the others.
     """
-    has = pixels > 0
-    if len(pixels) == 1:
+    in_image = masks.soft.sum((2, 3)) > 0
+    folds = int(fold_of.max()) + 1
+    has = torch.stack(
+        [in_image[fold_of.to(in_image.device) == fold].any(0) for fold in range(folds)]
+    )
+    if folds == 1:
         return torch.zeros_like(has)
     lone = has & (has.sum(0) == 1)
     if has.any() and torch.equal(lone, has):
         raise UserError(
-            f"each class is labelled in only one of {len(pixels)} folds of the training images, so that no fold can "
+            f"each class is labelled in only one of {folds} folds of the training images, so that no fold can "
             "test the probe of the others; expected more images of each class"
         )
     return lone
@@ -61,39 +53,19 @@ def scored_masks(
     Args:
         masks: Of all images.
         fold_of: i64[B], fold of each image.
-        target_of, prepare: As of :func:`ignore_classes`.
-    """
-    folds = int(fold_of.max()) + 1
-    lone = lone_classes(class_pixels(masks, fold_of, folds))
-    if not lone.any():
-        return None
-    return ignore_classes(masks, lone.cpu()[fold_of], target_of, prepare)
-
-
-def ignore_classes(
-    masks: PreparedMasks,
-    ignored: Tensor,
-    target_of: Callable[[int], Tensor],
-    prepare: Callable[[Tensor], PreparedMasks],
-) -> PreparedMasks:
-    """Return masks without the pixels of some classes.
-
-    Args:
-        masks: B masks.
-        ignored: bool[B, K], the classes for each mask.
         target_of: Returns mask i, uint8[H, W].
         prepare: Prepares masks uint8[1, H, W], as those of `masks` were.
     """
     device = masks.soft.device
-    ignored = ignored.to(device) & (masks.soft.sum((2, 3)) > 0)
-    images = ignored.any(1).nonzero().flatten().tolist()
-    if not images:
-        return masks
-    changed = []
-    for image in images:
+    ignored = lone_classes(masks, fold_of)[fold_of.to(device)] & (masks.soft.sum((2, 3)) > 0)
+    changed = {}
+    for image in ignored.any(1).nonzero().flatten().tolist():
         target = target_of(image).cpu()
         classes = ignored[image].nonzero().flatten().cpu()
-        changed.append(prepare(target.masked_fill(torch.isin(target, classes), IGNORE_INDEX)[None]))
-    both = join_masks([masks, join_masks(changed).to(device)])
-    place = {image: len(masks) + i for i, image in enumerate(images)}
+        is_lone = torch.isin(target, classes)
+        changed[image] = prepare(target.masked_fill(is_lone, IGNORE_INDEX)[None]).to(device)
+    if not changed:
+        return None
+    both = join_masks([masks, *changed.values()])
+    place = {image: len(masks) + i for i, image in enumerate(changed)}
     return both[[place.get(image, image) for image in range(len(masks))]]

@@ -24,14 +24,13 @@ from probes.ops.lbfgs import FirstGuess, Objective
 from probes.ops.quadrature import PreparedMasks
 from probes.tasks.losses import CrossEntropy
 
-from .curvature import SampleHessian, first_damping, sample_nodes
-from .held_out import class_pixels, lone_classes
+from .curvature import SampleHessian, sample_nodes
+from .held_out import lone_classes
 from .space import SiteSpace, float_chunks, full_precision
 
 NODES = 5  # of a cell of the token grid along each axis: the loss is exact to five digits
 # Nodes of the sample: one for a weight of a probe, at most one for two tokens, at least 500. With a quarter as many, 46
 # photos of CamVid with 44 classes take 1.4 times as many evaluations.
-NODES_PER_WEIGHT = 1
 TOKENS_PER_NODE = 2
 LEAST_SAMPLED = 500
 SAMPLE_RESIDUAL = 0.1  # of the step on the sample; with 0.03 it takes as many steps and more time
@@ -52,7 +51,6 @@ class SiteProblem:
 
     Raises:
         UserError: No class is in two folds.
-        ValueError: `scored` has pixels of a class that only their fold has.
     """
 
     def __init__(
@@ -63,23 +61,14 @@ class SiteProblem:
         fold_of: Tensor,
         scored: PreparedMasks | None = None,
     ):
-        count = int(fold_of.max()) + 1
-        scored = masks if scored is None else scored
-        self.lone = lone_classes(class_pixels(masks, fold_of, count))  # bool[F, K]
-        if (self.lone & (class_pixels(scored, fold_of, count) > 0)).any():
-            raise ValueError(
-                "a class is in one fold only, and its pixels test it; see `scored_masks`"
-            )
+        self.lone = lone_classes(masks, fold_of)  # bool[F, K]
         self.loss = loss
         self.states = states
         self.masks = masks
-        self.scored_masks = scored
-        self.folds = [(fold_of == fold).nonzero().flatten() for fold in range(count)]
+        self.scored_masks = masks if scored is None else scored
+        self.folds = [(fold_of == fold).nonzero().flatten() for fold in range(len(self.lone))]
         self.space = SiteSpace.of(states, masks.soft)
-        self.pixels, self.scored_pixels = (
-            torch.stack([of.pixels[images].sum() for images in self.folds])
-            for of in (masks, scored)
-        )
+        self.pixels = torch.stack([masks.pixels[images].sum() for images in self.folds])
 
     @property
     def start(self) -> Tensor:
@@ -96,6 +85,8 @@ class SiteProblem:
             left_out: P folds, or None for all images.
         """
         ridge = self.space.ridge(strengths)
+        held_out = [0 if fold is None else self.pixels[fold] for fold in left_out]
+        pixels = torch.stack([self.pixels.sum() - of_fold for of_fold in held_out])
 
         def value_and_gradient(points: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
             value = points.new_zeros(len(points))
@@ -107,10 +98,9 @@ class SiteProblem:
                     loss, by_probe = self.sums(fold, probes[used], self.masks)
                     value[used] += loss
                     gradient[used] += by_probe
-            pixels = torch.stack([self._pixels_without(left_out[problem]) for problem in problems])
             penalty = ridge[problems] * points
-            value = value / pixels + (penalty * points).sum((1, 2)) / 2
-            gradient = self.space.from_gradient(gradient) / pixels[:, None, None]
+            value = value / pixels[problems] + (penalty * points).sum((1, 2)) / 2
+            gradient = self.space.from_gradient(gradient) / pixels[problems, None, None]
             return value, gradient + penalty
 
         return value_and_gradient
@@ -129,7 +119,7 @@ class SiteProblem:
         """
         weights = self.start.numel()
         tokens = self.states.shape[0] * self.states.shape[1]
-        most = min(round(NODES_PER_WEIGHT * weights), tokens // TOKENS_PER_NODE)
+        most = min(weights, tokens // TOKENS_PER_NODE)
         sample = sample_nodes(
             self.loss,
             self.space,
@@ -139,18 +129,18 @@ class SiteProblem:
             max(LEAST_SAMPLED, most),
             start.mean(0),
         )
-        damping = first_damping(weights, len(sample.weights))
 
-        def inverse_hessian(points: Tensor, gradient: Tensor) -> Callable[[Tensor], Tensor]:
+        def inverse_hessian(
+            points: Tensor, gradient: Tensor, problems: list[int]
+        ) -> Callable[[Tensor], Tensor]:
             hessian = SampleHessian(
                 self.loss,
                 sample,
                 points,
                 gradient,
-                left_out,
-                self.space.ridge(strengths),
+                [left_out[problem] for problem in problems],
+                self.space.ridge(strengths[problems]),
                 self.space.input_spectrum,
-                damping,
             )
             return partial(hessian.solve, residual=SAMPLE_RESIDUAL)
 
@@ -162,7 +152,7 @@ class SiteProblem:
             self.sums(fold, probe[None], self.scored_masks, needs_grad=False)[0]
             for fold, probe in enumerate(self.space.to_states(points))
         ]
-        return (torch.cat(losses).sum() / self.scored_pixels.sum()).item()
+        return (torch.cat(losses).sum() / self.scored_masks.pixels.sum()).item()
 
     def sums(
         self,
@@ -181,9 +171,6 @@ class SiteProblem:
             probes,
             needs_grad,
         )
-
-    def _pixels_without(self, fold: int | None) -> Tensor:
-        return self.pixels.sum() - (0 if fold is None else self.pixels[fold])
 
 
 @full_precision()

@@ -12,14 +12,13 @@ Legend: P problems solved together, F folds, R strengths, d width, K classes.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from probes.ops.lbfgs import MEMORY, Pair, add_penalty, minimise
+from probes.ops.lbfgs import minimise
 
 from .objective import SiteProblem
 
@@ -28,7 +27,7 @@ STRONGEST = -6
 WEAKEST = 16
 FIRST = 2  # 0.1
 # Predicted decreases, in nats, at which the folds end: at each strength, and at last if the choice is close
-TOLERANCE = 1e-5
+TOLERANCE = 3e-5
 LEAST_TOLERANCE = 1e-7
 # Change of the loss of left-out images for a decrease of the folds' own. Measured: 1 to 25 on CamVid and on the demo
 # (folds that end at 1e-4 against the same at 1e-8), up to 50 on six images.
@@ -71,8 +70,7 @@ class FoldSearch:
     """The probes of the folds at the strengths that were visited.
 
     A strength starts from the linear extrapolation of the two before it, which takes a third fewer steps than starting
-    from the last one, and is closer to the minimum of each fold at equal tolerance. It also starts with what the last
-    one has learned of the curvature: the penalty is all that differs.
+    from the last one, and is closer to the minimum of each fold at equal tolerance.
 
     Args:
         problem: The site's states and masks.
@@ -81,13 +79,9 @@ class FoldSearch:
     def __init__(self, problem: SiteProblem):
         self.problem = problem
         self.visited: dict[float, FoldProbes] = {}
-        self.pairs: deque[Pair] = deque(maxlen=MEMORY)
-        self.learned_at: Tensor | None = None  # strengths f64[P] of the pairs
 
     def choose(self, strengths: Sequence[float] | None = None) -> tuple[StrengthPath, Tensor]:
         """Return the path, and where the probes of all images start at `path.solved`, f64[R, K, d + 1].
-
-        `pairs` are then those of their objectives.
 
         Args:
             strengths: Strengths to solve, all of them; None to search for the best one.
@@ -105,7 +99,6 @@ class FoldSearch:
             solved = [chosen - 1, chosen, chosen + 1]
         losses = [self.visited[strength].loss for strength in order]
         points = [self._mean_of_folds(self.visited[order[i]].points) for i in solved]
-        self._keep_one_fold(points[0].new_tensor([order[i] for i in solved]))
         return StrengthPath(order, losses, chosen, solved), torch.stack(points)
 
     @property
@@ -160,47 +153,20 @@ class FoldSearch:
         count = len(start)
         strengths = torch.full((count,), strength, dtype=torch.float64, device=start.device)
         left_out = list(range(count))
-        self._carry_pairs(strengths)
         minimum = minimise(
             self.problem.objective(strengths, left_out),
             start,
             self.problem.first_guess(strengths, left_out, start),
             tolerance,
-            pairs=self.pairs,
         )
         loss = self.problem.held_out_loss(minimum.points)
         decrease = minimum.decrease.max().item()
         self.visited[strength] = FoldProbes(strength, loss, minimum.points, decrease)
 
-    def _carry_pairs(self, strengths: Tensor) -> None:
-        """Bring the pairs to the penalties of strengths f64[P]."""
-        if self.learned_at is not None:
-            ridge = self.problem.space.ridge
-            add_penalty(self.pairs, ridge(strengths) - ridge(self.learned_at))
-        self.learned_at = strengths
-
     def _mean_of_folds(self, points: Tensor) -> Tensor:
         """Return the mean of points f64[F, K, d + 1], of each class over the folds that know it."""
         knows = ~self.problem.lone[..., None]
         return torch.where(knows, points, 0).sum(0) / knows.sum(0)
-
-    def _keep_one_fold(self, strengths: Tensor) -> None:
-        """Keep what is known of a fold for probes of all images, most of which are its own, if it knows all classes.
-
-        Along the weights of a class that it does not know, it has no curvature; all images have.
-        """
-        knows_all = (~self.problem.lone.any(1)).nonzero().flatten().tolist()
-        if not knows_all:
-            self.pairs.clear()
-            self.learned_at = None
-            return
-        fold = slice(knows_all[0], knows_all[0] + 1)
-        count = len(strengths)
-        self.learned_at = self.learned_at[:1].expand(count)
-        for _ in range(len(self.pairs)):
-            pair = self.pairs.popleft()
-            self.pairs.append(Pair(*(x[fold].expand(count, *x.shape[1:]) for x in pair)))
-        self._carry_pairs(strengths)
 
 
 def half_decade(index: int) -> float:

@@ -4,6 +4,7 @@ Legend: S sites, R strengths that were solved, P probes, N images of a dataset, 
 K channels of a probe.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -81,30 +82,18 @@ class PathScores:
 
     def add(self, states: dict[str, Tensor], batch: dict[str, Any]) -> None:
         """Add a batch of validation images with their states f[B, T, d] by site."""
-        for part in self._parts(len(batch["index"])):
-            self._add_part(states, batch, part)
-
-    def _add_part(
-        self,
-        states: dict[str, Tensor],
-        batch: dict[str, Any],
-        part: slice,
-    ) -> None:
-        mllm = self.probes.mllm
-        index = batch["index"][part]
-        logits = torch.stack(
-            [solved.logits(states[site][part], mllm.grid) for site, solved in self.solved.items()]
-        )
-        logits = logits.transpose(0, 1).flatten(0, 1)  # [R * S, B, K, h, w]
-        for images, target in group_by_size(batch["target"][part]):
-            self.metric.update(logits[:, images], target, index[images])
-
-    def _parts(self, images: int) -> list[slice]:
-        """Return parts of a batch that have at most `SCORE_BYTES` of logits, or one image each."""
-        height, width = self.probes.mllm.grid
-        numbers = self.rows * len(self.solved) * self.probes.channels * height * width
+        grid = self.probes.mllm.grid
+        numbers = self.rows * len(self.solved) * self.probes.channels * math.prod(grid)
         size = max(1, SCORE_BYTES // (4 * numbers))
-        return [slice(start, start + size) for start in range(0, images, size)]
+        for start in range(0, len(batch["index"]), size):
+            part = slice(start, start + size)
+            index = batch["index"][part]
+            logits = torch.stack(
+                [solved.logits(states[site][part], grid) for site, solved in self.solved.items()]
+            )
+            logits = logits.transpose(0, 1).flatten(0, 1)  # [R * S, B, K, h, w]
+            for images, target in group_by_size(batch["target"][part]):
+                self.metric.update(logits[:, images], target, index[images])
 
     def results(self, counted: dict[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Return the sites' entries of metrics.json["path"], and what is counted at their strengths, [R, S, ...].

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,15 +16,13 @@ log = logging.getLogger(__name__)
 BAR_S = 5.0  # between two drawings of a bar
 LINE_S = 10.0  # between two lines of a log
 
-Item = TypeVar("Item")
-
 
 def follow(
-    items: Iterable[Item],
+    items: Iterable[Any],
     count: int,
     label: str,
     kind: ProgressKind,
-) -> Iterator[Item]:
+) -> Iterator[Any]:
     """Yield so many items; show on the first process how many are done, and tell who watches the step."""
     is_first = rank() == 0
     started = last = time.monotonic()

@@ -3,13 +3,13 @@
 Legend: R strengths, d width, K classes.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from probes.ops.lbfgs import MEMORY, Pair, minimise
+from probes.ops.lbfgs import minimise
 from probes.score.strengths import GRADIENT
 
 from .objective import SiteProblem
@@ -38,7 +38,6 @@ def refine(
     problem: SiteProblem,
     strengths: Tensor,
     points: Tensor,
-    pairs: deque[Pair] | None = None,
 ) -> Refined:
     """Return the probes of all images at the optimum.
 
@@ -46,9 +45,7 @@ def refine(
         problem: The site's states and masks.
         strengths: f64[R].
         points: f64[R, K, d + 1], where to start.
-        pairs: What `minimise` has learned of the curvature, with the penalties of these strengths.
     """
-    pairs = deque(maxlen=MEMORY) if pairs is None else pairs
     everything = [None] * len(points)
     objective = problem.objective(strengths, everything)
     at_zero = objective(problem.start[None], [0])[1].expand_as(points)
@@ -63,8 +60,7 @@ def refine(
             points,
             guess,
             tolerance,
-            pairs=pairs,
-            known=known,
+            known,
         )
         points = found.points
         known = found.value, found.gradient
@@ -73,8 +69,6 @@ def refine(
         certificates = [Certificate(*numbers) for numbers in both]
         if all(certificate.converged for certificate in certificates):
             break
-        if (found.decrease > tolerance).any():
-            pairs.clear()  # steps along them do not lower the loss
         tolerance /= 4  # else the next round would end where it begins
     return Refined(points, certificates)
 
@@ -86,8 +80,18 @@ def solve_classes(problem: SiteProblem, strengths: Sequence[float] | None = None
         problem: The site's states and masks.
         strengths: Strengths to solve, all of them; None to search for the best one.
     """
-    search = FoldSearch(problem)
-    path, points = search.choose(strengths)
+    path, points = FoldSearch(problem).choose(strengths)
     at = points.new_tensor([path.strengths[i] for i in path.solved])
-    refined = refine(problem, at, points, search.pairs)
-    return Solution.of_points(path, problem.space, refined.points, refined.certificates)
+    refined = refine(problem, at, points)
+    probes = problem.space.to_states(refined.points)
+    return Solution(
+        strengths=torch.tensor(path.strengths, dtype=torch.float64),
+        loss=torch.tensor(path.loss, dtype=torch.float64),
+        chosen=torch.tensor(path.chosen),
+        solved=torch.tensor(path.solved),
+        mean=problem.space.mean.cpu(),
+        scale=problem.space.scale.cpu(),
+        weights=probes[..., :-1].float().cpu(),
+        bias=probes[..., -1].float().cpu(),
+        certificates=torch.tensor(refined.certificates, dtype=torch.float64),
+    )

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity, describe_digest
 from llava_bidir.common.processes import broadcast, rank, rank_count, rank_zero_info
 from probes.config import SolverOptions
@@ -36,6 +35,7 @@ from probes.site_probes import (
     save_predictions,
     score_batch,
 )
+from probes.step_progress import format_duration
 from probes.tasks import SEGMENTATION, Task
 
 from .least_squares import solve_values
@@ -45,11 +45,11 @@ from .progress import follow
 from .refinement import solve_classes
 from .solution import Solution
 from .states import Kept, move_batch, read, site_groups
-from .workers import SiteFiles, in_workers
+from .workers import SiteFiles, in_workers, threads_of
 
 MEMORY_SHARE = 0.6  # of the free memory, for states
 GPU_SHARE = 2 / 3  # of the free memory of a GPU, for the states of a site
-MEASURED_BATCHES = 3  # by `--dry-run`; the first is not counted
+MEASURED_IMAGES = 64  # by `--dry-run`
 
 
 @dataclass
@@ -260,44 +260,32 @@ def score(
 
 
 @torch.no_grad()
-def estimate(
-    run: SolveRun,
-    data: ProbeData,
-    machine: Machine,
-) -> None:
-    """Print the time of a forward over the images, measured on a few batches, and the memory. Nothing is written."""
+def estimate(run: SolveRun, data: ProbeData, machine: Machine) -> float:
+    """Print what a run takes, measured on some images, and return its seconds. Nothing is written."""
     data.verify(machine.progress == "bar")
     probes = load_on(machine, run, data)
-    data.read_for(probes.mllm, probes.sites, None)
-    training = len(data.splits["training"])
-    validation = len(data.splits["validation"])
-    batches = [part.tolist() for part in torch.arange(training).split(data.rank_batch_size)]
-    times: list[float] = []
-    for batch in data.training_loader(batches[:MEASURED_BATCHES]):
-        with machine.forward_context():
-            probes.states(move_batch(batch, solver_device(machine.device)))
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-    if len(times) < 2:
-        raise UserError(
-            f"{training} training images are one batch: too few to measure; run it without --dry-run"
-        )
-    measured = sum(map(len, batches[1 : len(times)]))
-    seconds = (times[-1] - times[0]) / measured  # of an image
-
-    def hours(images: float) -> str:
-        return f"{images * seconds / 3600:.2f} h"
-
-    size_of = sizes_of_states(probes, training)
+    images = len(data.splits["training"])
+    sites = probes.sites[rank() :: rank_count()]
+    fold_of = assign_folds(min(images, MEASURED_IMAGES), run.options.folds)
+    share = len(fold_of) / images
+    device = solver_device(machine.device)
+    started = time.perf_counter()
+    kept = read(probes, data, machine, sites[-1:], fold_of)
+    after_read = time.perf_counter()
+    work = partial(solve_site, probes, kept, run.options.strengths, device)
+    list(in_workers(work, sites[-1:], device))
+    forward = (after_read - started) / share
+    solve = (time.perf_counter() - after_read) / share
+    size_of = sizes_of_states(probes, images)
     memory = memory_for_states(run.options, machine)
-    groups = site_groups(probes.sites[rank() :: rank_count()], size_of, memory)
+    groups = site_groups(sites, size_of, memory)
     most = max(sum(size_of[site] for site in group) for group in groups)
+    threads = threads_of(device)
+    total = len(groups) * forward + len(sites) * solve / threads
+    total += forward * len(data.splits["validation"]) / images / rank_count()
     rank_zero_info(
-        f"{1 / seconds:.3g} images/s; a forward over {training:,} training images: {hours(training)}; over "
-        f"{validation:,} validation images: {hours(validation / rank_count())} and the scores"
+        f"about {format_duration(total)}: a forward over {images:,} training images takes {format_duration(forward)}, "
+        f"a site {format_duration(solve)}, {threads} at a time; {len(groups)} forwards at most, each for the sites "
+        f"whose states fit: {most / 1e9:.3g} GB in {'memory' if most <= memory else 'a file in --out'}"
     )
-    place = "memory" if most <= memory else "a file in --out, since --memory-gb is less"
-    rank_zero_info(
-        f"{len(groups)} forwards at most, each for the sites whose states fit: {most / 1e9:.3g} GB in {place}"
-    )
+    return total

@@ -3,7 +3,6 @@
 Legend: R strengths that were solved, B images, T tokens, d width, K channels of a probe.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ from torch import Tensor
 from probes.heads import Probe
 from probes.score.strengths import CONVERGED, GRADIENT, is_at_end
 
-from .path import StrengthPath
-from .space import SiteSpace, full_precision
+from .space import full_precision
 
 
 class Certificate(NamedTuple):
@@ -59,35 +57,6 @@ class Solution:
     weights: Tensor
     bias: Tensor
     certificates: Tensor
-
-    @classmethod
-    def of_points(
-        cls,
-        path: StrengthPath,
-        space: SiteSpace,
-        points: Tensor,
-        certificates: Sequence[Certificate],
-    ) -> "Solution":
-        """Return probes from points in the coordinates of a site.
-
-        Args:
-            path: The strengths, and how one was chosen.
-            space: The coordinates.
-            points: f64[R, K, d + 1], at `path.solved`.
-            certificates: Of the points.
-        """
-        probes = space.to_states(points)
-        return cls(
-            strengths=torch.tensor(path.strengths, dtype=torch.float64),
-            loss=torch.tensor(path.loss, dtype=torch.float64),
-            chosen=torch.tensor(path.chosen),
-            solved=torch.tensor(path.solved),
-            mean=space.mean.cpu(),
-            scale=space.scale.cpu(),
-            weights=probes[..., :-1].float().cpu(),
-            bias=probes[..., -1].float().cpu(),
-            certificates=torch.tensor(certificates, dtype=torch.float64),
-        )
 
     @property
     def row(self) -> int:
@@ -170,8 +139,7 @@ class Solution:
         if not is_at_end(strengths, strengths[lowest]):
             return ""
         end = "strongest" if lowest == 0 else "weakest"
-        why = "the states tell little" if lowest == 0 else "more would be used"
         return (
-            f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
+            f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}; "
             f"the probe has {strengths[int(self.chosen)]:g}"
         )

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llava_bidir.common.runs import RESUME_ADVICE
 from .solution import Solution
 
 
+@dataclass
 class SiteFiles:
     """The sites that are solved, each in a file SITE.safetensors with the identity of its run.
 
@@ -28,15 +30,9 @@ class SiteFiles:
         resuming: Files of a killed run may be read.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        identity: Identity,
-        resuming: bool,
-    ):
-        self.folder = folder
-        self.identity = identity
-        self.resuming = resuming
+    folder: Path
+    identity: Identity
+    resuming: bool
 
     def save(self, site: str, solution: Solution) -> None:
         """Write the file of a site."""
@@ -73,9 +69,7 @@ def in_workers(
     share the memory of this one: threads would wait for Python's lock and be as slow as one. DataLoader ends them with
     this process, however it ends.
     """
-    threads = (
-        torch.get_num_threads() if sites and device.type == "cpu" and sys.platform == "linux" else 1
-    )
+    threads = threads_of(device)
     # one site alone, too, which has as many threads here: they would round differently
     processes = (
         {"num_workers": min(threads, len(sites)), "multiprocessing_context": "fork"}
@@ -93,12 +87,17 @@ def in_workers(
     return zip(sites, results, strict=True)
 
 
+def threads_of(device: torch.device) -> int:
+    """Return how many sites are solved at a time."""
+    return torch.get_num_threads() if device.type == "cpu" and sys.platform == "linux" else 1
+
+
+@dataclass
 class _Results(Dataset):
     """The result of some work for each site, done when it is asked for."""
 
-    def __init__(self, work: Callable[[str], Any], sites: list[str]):
-        self.work = work
-        self.sites = sites
+    work: Callable[[str], Any]
+    sites: list[str]
 
     def __len__(self) -> int:
         return len(self.sites)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# of numpy: where other jobs run, its threads wait for one another, and scikit-learn takes 17 times as long
+# of numpy: where other jobs run, its threads wait for one another
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import torch

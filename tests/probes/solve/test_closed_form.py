@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probes.solve.space import Moments, SiteSpace
+from probes.solve.space import SiteSpace
 
 pytestmark = pytest.mark.numerics
 
@@ -24,25 +24,6 @@ def test_float32_sums_or_a_missing_pivot_lose_small_variances():
     plain = (plain_second / tokens - (plain_first / tokens) ** 2).item()
     assert space.scale.item() ** -2 == pytest.approx(variance, rel=1e-4)
     assert abs(plain / variance - 1) > 1, "else the pivot and the float64 sums would not be needed"
-
-
-def test_moments_in_blocks_equal_whole_matrices(monkeypatch):
-    """A width of several blocks, the last one smaller, and two folds."""
-    monkeypatch.setattr("probes.solve.space.BLOCK", 5)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(80, 13, generator=generator) + 3
-    labels = torch.nn.functional.one_hot(torch.randint(3, (80,), generator=generator), 3).double()
-    weight = torch.rand(80, 1, generator=generator)
-    parts = slice(30), slice(30, None)
-    moments = Moments.zeros(2, 3, 13, x.device)
-    for fold, part in enumerate(parts):
-        moments.add(fold, x[part], labels[part], x[part] * weight[part])
-    for folds, of in (([0, 1], slice(None)), ([0], parts[0]), ([1], parts[1])):
-        count, first, second = moments.sum_over(folds)
-        torch.testing.assert_close(count, labels[of].sum(0))
-        torch.testing.assert_close(first, labels[of].T @ x[of].double(), rtol=1e-5, atol=1e-4)
-        products = x[of].double().T @ (x * weight)[of].double()
-        torch.testing.assert_close(second, products, rtol=1e-5, atol=1e-3)
 
 
 def test_constant_channels_and_absent_classes_have_finite_coordinates():

@@ -79,19 +79,6 @@ def test_states_are_those_at_nodes_that_have_pixels(grid):
         assert (masks.mass.flatten()[node] > 0).all()
 
 
-def test_folds_have_nodes_by_their_pixels_and_one_without_labels_has_none():
-    grid = (3, 3)
-    few = masks_of(grid, [(24, 24)])
-    many = masks_of(grid, [(24, 24), (30, 30), (24, 24)])
-    none = prepare_masks(torch.full((1, 24, 24), 255, dtype=torch.uint8), CLASSES, grid, NODES)
-    states = [torch.randn(len(mask), 9, WIDTH) for mask in (few, none, many)]
-    sample = sample_of(states, [few, none, many], 300)
-    counts = sample.folds.bincount(minlength=3).tolist()
-    assert counts[1] == 0 and sum(counts) == 300
-    expected = 300 * few.pixels.sum() / (few.pixels.sum() + many.pixels.sum())
-    assert counts[0] == pytest.approx(expected.item(), abs=1)
-
-
 @pytest.mark.parametrize("count", [1, 300])
 def test_a_fold_of_few_pixels_has_a_node(count):
     """Where one fold has nearly all pixels, the others are all that the probe without it has seen."""
@@ -160,7 +147,6 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(
         [1, None],
         ridge,
         spectrum,
-        0.3,
     )
     expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
     product = hessian.times(direction.float()) - hessian.pull * direction

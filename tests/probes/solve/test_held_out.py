@@ -9,7 +9,7 @@ from losses import CROSS_ENTROPY
 import probes
 from llava_bidir.common.errors import UserError
 from probes.ops.quadrature import PreparedMasks, prepare_masks
-from probes.solve.held_out import class_pixels, lone_classes, scored_masks
+from probes.solve.held_out import lone_classes, scored_masks
 from probes.solve.objective import NODES, SiteProblem
 from probes.solve.path import FoldSearch
 
@@ -86,16 +86,6 @@ def test_the_loss_of_left_out_images_is_that_of_classes_which_two_folds_have(dat
     assert found == pytest.approx(data.loss_at_pixels(data.points), rel=1e-4)
 
 
-def test_where_the_bias_of_an_unknown_class_ends_makes_no_difference(data):
-    """At the optimum of the fold, it is minus infinity; solvers stop at -12 or at -300."""
-    points = data.points.clone()
-    points[0, LONE, -1] = -30
-    low = data.site_problem().held_out_loss(points)
-    points[0, LONE, -1] = -300
-    lowest = data.site_problem().held_out_loss(points)
-    assert low == pytest.approx(lowest, abs=1e-6)
-
-
 def test_all_folds_are_still_trained_on_the_class(data):
     problem = data.site_problem()
     value, _ = problem.objective(torch.ones(1), [1])(data.points[:1], [0])
@@ -118,41 +108,13 @@ def test_probes_of_all_images_start_from_folds_that_know_the_class(data):
     torch.testing.assert_close(points[0], expected)
 
 
-def test_what_is_known_of_the_curvature_is_of_a_fold_that_knows_the_class(data):
-    """The first fold has none along its weights, so that no step would lower the loss of all images."""
-    search = FoldSearch(data.site_problem())
-    search.visit(1e-2)
-    second = [pair.step[1] for pair in search.pairs]
-    search.choose((1e-2,))
-    found = [pair.step[0] for pair in search.pairs][: len(second)]
-    assert second and all(map(torch.equal, found, second))
-
-
 def test_masks_without_the_class_are_those_of_masks_that_ignore_it(data):
     expected = data.prepare(data.target.masked_fill(data.target == LONE, 255))
     for name in ("mass", "soft", "pixels"):
         torch.testing.assert_close(getattr(data.scored, name), getattr(expected, name))
-    counts = class_pixels(data.masks, data.fold_of, FOLDS)
-    assert lone_classes(counts).nonzero().tolist() == [[0, LONE]]
-
-
-def test_masks_of_the_class_that_would_test_its_fold_are_refused(data):
-    with pytest.raises(ValueError, match="scored_masks"):
-        SiteProblem(CROSS_ENTROPY, data.states, data.masks, data.fold_of)
-
-
-def test_no_image_is_left_out_of_one_fold(data):
-    one_fold = torch.zeros(IMAGES, dtype=torch.long)
-    problem = SiteProblem(CROSS_ENTROPY, data.states, data.masks, one_fold)
-    assert not problem.lone.any()
-
-
-def test_features_of_ones_own_are_tested_by_the_rule(data):
-    """With the class in one image; `SiteProblem` refuses masks that would test by it."""
-    target = data.target.clone()
-    target[1:][target[1:] == LONE] = 255
-    probe = probes.solve_features(data.states.unflatten(1, GRID), list(target), CLASSES, folds=3)
-    assert probe.converged
+    assert lone_classes(data.masks, data.fold_of).nonzero().tolist() == [[0, LONE]]
+    one_fold = torch.zeros_like(data.fold_of)
+    assert not lone_classes(data.masks, one_fold).any(), "no image is left out"
 
 
 def test_classes_of_one_fold_each_are_an_error(data):

@@ -1,7 +1,5 @@
 """Probes at the optimum against scipy on explicitly upsampled logits, and on their path."""
 
-from collections import deque
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ import torch.nn.functional as F
 from losses import CROSS_ENTROPY, LabelSmoothing
 from scipy.optimize import minimize as scipy_minimize
 
-from probes.ops.lbfgs import MEMORY, Pair
 from probes.ops.quadrature import prepare_masks
 from probes.solve import refinement as refinements
 from probes.solve import space as spaces
@@ -122,9 +119,8 @@ def others(fold: int) -> list[int]:
 def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
     """With another loss, too: a class and nothing else."""
     at = problem(data, LabelSmoothing(smoothing) if smoothing else CROSS_ENTROPY)
-    search = FoldSearch(at)
-    path, points = search.choose((1.0, 1e-2, 1e-4))
-    refined = refine(at, torch.tensor(path.strengths).double(), points, search.pairs)
+    path, points = FoldSearch(at).choose((1.0, 1e-2, 1e-4))
+    refined = refine(at, torch.tensor(path.strengths).double(), points)
     assert all(certificate.converged for certificate in refined.certificates)
     assert path.solved == [0, 1, 2]
     for strength, point in zip(path.strengths, refined.points, strict=True):
@@ -184,18 +180,6 @@ def test_states_that_tell_nothing_need_more_regularisation_than_the_first_streng
     path, _ = FoldSearch(problem((noise, data[1]))).choose()
     assert path.strengths[0] > half_decade(FIRST), "stronger ones were tried"
     assert 0 < path.chosen < len(path.strengths) - 1
-
-
-def test_pairs_that_tell_of_no_curvature_are_forgotten(data):
-    """As those of a fold along the weights of a class that it lacks: all steps would be far too long."""
-    at = problem(data)
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, CLASSES, WIDTH + 1)
-    steps = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(5)]
-    pairs = deque([Pair.of(step, 1e-9 * step) for step in steps], maxlen=MEMORY)
-    strengths = torch.tensor([1e-2], dtype=torch.float64)
-    refined = refine(at, strengths, at.start[None], pairs)
-    assert refined.certificates[0].converged
 
 
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):

@@ -338,7 +338,7 @@ class PlantOptions:
     out: Path = positional()
     steps: Seed = 250
     answer_steps: Seed = 0
-    pairs: Seed = 3
+    pairs: Literal[0, 1, 2, 3] = 3
     seed: Seed = 0
 
 

@@ -59,50 +59,37 @@ CHUNK = 100
 
 
 def run(options: AssetsOptions) -> None:
-    """Run `probes demo-assets`."""
-    demo_assets(**vars(options))
-
-
-def demo_assets(
-    out: Path,
-    seed: int = 0,
-    scale: float = 1.0,
-    scenes: int = 4,
-) -> None:
-    """Write the toy world: pictures with masks, conversations, a tiny encoder and a tiny LLM.
-
-    Args:
-        out: Folder. An earlier world is replaced.
-        seed: Random seed of everything.
-        scale: Share of the full demo's pictures, conversations and training steps, for quick trials.
-        scenes: Scenes in a picture.
-    """
+    """Write the toy world: pictures with masks, conversations, a tiny encoder and a tiny LLM."""
+    scale = options.scale
+    seed = options.seed
     sizes = {split: max(16, round(n * scale)) for split, n in PICTURES.items()}
     sizes[TRAINING] = max(16, min(PICTURES[TRAINING], round(SMALL_WORLDS_PICTURES * scale)))
     # spawn, since torch's threads do not survive a fork
     spawn = multiprocessing.get_context("spawn")
     workers = ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,))
-    with atomic_directory(out, marker="questions.json") as partial, workers as pool:
-        drawn = _draw_splits(pool, partial, sizes, seed, scenes)
+    with atomic_directory(options.out, marker="questions.json") as partial, workers as pool:
+        drawn = _draw_splits(pool, partial, sizes, seed, options.scenes)
         train, val = (
             [SceneText.from_mosaic(mosaic) for mosaic in drawn[split]]
             for split in (TRAINING, VALIDATION)
         )
-        steps = round(ENCODER_STEPS * scale)
-        jobs = [pool.submit(_train_encoder, drawn[TRAINING], partial / "encoder", steps, seed)]
-        steps = round(LLM_STEPS * scale)
-        jobs.append(pool.submit(_train_llm, train, partial / "llm", steps, seed))
+        encoder = pool.submit(
+            tiny_models.train_encoder,
+            np.stack([mosaic.image for mosaic in drawn[TRAINING]]),
+            np.stack([mosaic.mask for mosaic in drawn[TRAINING]]),
+            partial / "encoder",
+            steps=round(ENCODER_STEPS * scale),
+            seed=seed,
+        )
+        llm = pool.submit(_train_llm, train, partial / "llm", round(LLM_STEPS * scale), seed)
         write_classes(partial)
         _write_patches(partial / "segmentation/patches.json", drawn)
         rng = np.random.default_rng([seed, 11])
         for name, records in _build_conversations(train, val, scale, rng).items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
-        for job in jobs:
-            job.result()
-    print(
-        f"{out}: "
-        + ", ".join(f"{n} pictures in {folder}/{split}" for (folder, split), n in sizes.items())
-    )
+        encoder.result()
+        llm.result()
+    print(f"wrote {options.out}, {sum(sizes.values()):,} pictures")
 
 
 def _draw_splits(
@@ -182,17 +169,6 @@ def write_classes(out: Path) -> None:
     }
     for folder in ("llava", "segmentation"):
         (out / folder / "classes.json").write_text(json.dumps(classes) + "\n")
-
-
-def _train_encoder(
-    mosaics: list[Mosaic],
-    out: Path,
-    steps: int,
-    seed: int,
-) -> None:
-    images = np.stack([mosaic.image for mosaic in mosaics])
-    masks = np.stack([mosaic.mask for mosaic in mosaics])
-    tiny_models.train_encoder(images, masks, out, steps=steps, seed=seed)
 
 
 def _train_llm(

@@ -225,11 +225,6 @@ class Camera:
         scaled_y = eye_y + scale * (y - eye_y)
         return scaled_x, scaled_y
 
-    @property
-    def far_adult_px(self) -> float:
-        """Height of an adult at the far end, which is the height of the eye above the ground there."""
-        return self.far_end.bottom_left[1] - self.eye[1]
-
     def ground(self) -> Quad:
         """Return the ground from the far end to below the picture."""
         left = self.far_end.bottom_left
@@ -274,7 +269,8 @@ class Camera:
             height_px: Height of the eye above the point, which is the height of an adult there.
             margin_px: Distance to keep from the walls and from the edge of the picture.
         """
-        scale = height_px / self.far_adult_px
+        far_adult_px = self.far_end.bottom_left[1] - self.eye[1]  # the eye's height there
+        scale = height_px / far_adult_px
         left_wall, _ = self.scale_depth(self.far_end.bottom_left, scale)
         right_wall, _ = self.scale_depth(self.far_end.bottom_right, scale)
         left = max(0, left_wall) + margin_px

@@ -145,8 +145,7 @@ def draw_bed(
         )
         draw_object(canvas, side, "side of a bed")
     draw_object(canvas, top, "mattress")
-    for u in (0.06, 0.53):
-        draw_object(canvas, head.part(u, u + 0.41, -0.4, 0.16), "pillow")
+    draw_object(canvas, head, "pillows")
     draw_object(canvas, top, "blanket")
     draw_object(canvas, front, "front of a bed")
 

@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import write_files
 from probes.config import QuestionsOptions
 from probes.data.folder import FolderDataset
 
-from .dialogues import Turn, make_turns, prepend_picture
+from .dialogues import Turn, find_box, make_turns, prepend_picture
 
 CAPTION = "Describe the picture."
 KINDS = ("there", "left", "place")
@@ -67,18 +67,10 @@ def run(options: QuestionsOptions) -> None:
     Raises:
         UserError: OUT has other records already, or the photos give none.
     """
-    if options.held_out < 2:
-        raise UserError(
-            f"--held-out must be at least 2, as questions come in pairs; got {options.held_out}"
-        )
     records = build_records(options)
     files = {options.out / f"{name}.json": rows for name, rows in records.items()}
     for file, rows in files.items():
-        if not file.is_file():
-            continue
-        with error_context(file):
-            earlier = json.loads(file.read_text())
-        if earlier != rows:
+        if file.is_file() and json.loads(file.read_text()) != rows:
             raise UserError(
                 f"{file} has records of other photos or options; choose another --out, or delete it"
             )
@@ -178,10 +170,10 @@ def find_facts(mask: ndarray, classes: list[str], grid: int) -> Facts:
         answer = max(counts, key=counts.get)
         if counts[answer] > HALF * len(places):
             first = next(place for place in places if cells[place] == answer)
-            facts["left", name] = Fact(answer, _box(first, grid))
+            facts["left", name] = Fact(answer, find_box(*first, grid))
     for (row, column), name in cells.items():
         about = f"row {row + 1}, column {column + 1}"
-        facts["place", about] = Fact(name, _box((row, column), grid))
+        facts["place", about] = Fact(name, find_box(row, column, grid))
     return facts
 
 
@@ -202,12 +194,6 @@ def _find_cells(mask: ndarray, classes: list[str], grid: int) -> dict[Place, str
 def _count_pixels(mask: ndarray, classes: list[str]) -> ndarray:
     """Return the pixels i64[K] of each class; others are not counted."""
     return np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
-
-
-def _box(place: Place, grid: int) -> list[float]:
-    """Return left, top, right and bottom of a cell as fractions of the photo."""
-    row, column = place
-    return [column / grid, row / grid, (column + 1) / grid, (row + 1) / grid]
 
 
 def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> list[list[Asked]]:

@@ -4,8 +4,7 @@ Eight classes form pairs with the same colour and texture: ceiling and sky, wall
 car. Only the context tells them apart. A lamp, picture or bed marks a room; a tree, moon or car marks a street. Every
 scene has at least one of these cues.
 
-Paired classes have a grain. Its contrast is a smooth random field, whose mean may differ between rooms and streets as
-weak local evidence.
+Paired classes have a grain. Its contrast is a smooth random field that says nothing about rooms and streets.
 
 Shapes: H = W = 96 pixels.
 """
@@ -19,7 +18,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
+from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera
 from .objects import (
     COLOURS,
     GroundObject,
@@ -75,17 +74,11 @@ class Scene:
     mask: np.ndarray
 
 
-def draw_scene(
-    rng: np.random.Generator,
-    evidence: float = 0.0,
-    indoor: bool | None = None,
-) -> Scene:
+def draw_scene(rng: np.random.Generator, indoor: bool | None = None) -> Scene:
     """Draw a room or a street with equal probability.
 
     Args:
         rng: Random generator. The same state gives the same bytes.
-        evidence: Mean of the grain in rooms, its negative in streets, in units of its standard deviation. At 0 there is
-            no local evidence.
         indoor: Whether it is a room; None for either.
     """
     if indoor is None:
@@ -94,7 +87,7 @@ def draw_scene(
     canvas = Canvas()
     (draw_room if indoor else draw_street)(canvas, camera, rng)
     mask = canvas.mask()
-    image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
+    image = canvas.image() + sample_grain(mask, rng)
     light = sample_light(camera, rng)
     noise = PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
     pixels = (image * light + noise).clip(0, 1) * 255 + 0.5
@@ -113,10 +106,7 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
         door=0.5,
     )
     canvas.polygon(FULL_FRAME, COLOURS["top"], "ceiling")
-    floor = camera.ground()
-    canvas.polygon(floor, COLOURS["ground"], "floor")
-    for u in np.arange(0.1, 1, 0.2):
-        draw_ground_line(canvas, floor, u)
+    draw_object(canvas, camera.ground(), "floor")
     for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
         draw_object(
             canvas,
@@ -167,28 +157,19 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
     canvas.polygon(FULL_FRAME, COLOURS["top"], "sky")
     if "moon" in names:
         draw_moon(canvas, camera, rng)
-    road = camera.ground()
-    canvas.polygon(road, COLOURS["ground"], "road")
-    for u in (0.16, 0.84):
-        draw_ground_line(canvas, road, u)
-    for v in (0.03, 0.1, 0.22, 0.38):
-        lane_mark = road.part(
-            0.48,
-            0.52,
-            v,
-            1.5 * v + 0.01,
-        )
-        canvas.polygon(lane_mark, shade(COLOURS["ground"], 1.5))
+    draw_object(canvas, camera.ground(), "road")
     left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
     counts = rng.integers(2, 4), rng.integers(1, 3), rng.integers(1, 3)
     for (side, tint), count in zip((far, left, right), counts, strict=True):
-        draw_houses(
-            canvas,
-            side,
-            tint,
-            count,
-            rng,
-        )
+        for i in range(count):
+            top = rng.uniform(-0.18, 0.16)
+            front = side.part(i / count, (i + 1) / count, top)
+            draw_house(
+                canvas,
+                front,
+                tint,
+                rng,
+            )
     standing = []
     if "car" in names:
         standing.append(GroundObject(draw_car, 0.58))
@@ -200,33 +181,6 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
         standing,
         rng,
     )
-
-
-def draw_ground_line(canvas: Canvas, ground: Quad, u: float) -> None:
-    """Draw a line on the ground from the far end towards the viewer: between boards, or a kerb."""
-    canvas.line(ground, shade(COLOURS["ground"], 0.85), [(u, 0), (u, 1)])
-
-
-def draw_houses(
-    canvas: Canvas,
-    side: Quad,
-    tint: float,
-    count: int,
-    rng: np.random.Generator,
-) -> None:
-    """Draw a row of houses, of random heights, along a side of a street."""
-    for i in range(count):
-        front = side.part(
-            left=i / count,
-            right=(i + 1) / count,
-            top=rng.uniform(-0.18, 0.16),
-        )
-        draw_house(
-            canvas,
-            front,
-            tint,
-            rng,
-        )
 
 
 def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:
@@ -252,20 +206,18 @@ def sample_wall_sections(camera: Camera, rng: np.random.Generator) -> list[Quad]
     return [sections[i] for i in rng.permutation(len(sections))]
 
 
-def sample_grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.ndarray:
+def sample_grain(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the grain on the paired classes as `float32[H, W, 1]`, to be added to the picture.
 
     Args:
         mask: Classes `uint8[H, W]`.
-        mean: Mean contrast in units of the standard deviation of its random field.
         rng: Random generator.
     """
     knots = Image.fromarray(rng.standard_normal((9, 9), np.float32))
     smooth = knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)
     # to unit standard deviation
     field = np.asarray(smooth) / 0.67
-    contrast = GRAIN_CONTRAST * (field + mean)
-    return (contrast * _GRAIN[mask, _ROWS % 4, _COLUMNS % 4])[..., None]
+    return (GRAIN_CONTRAST * field * _GRAIN[mask, _ROWS % 4, _COLUMNS % 4])[..., None]
 
 
 def sample_light(camera: Camera, rng: np.random.Generator) -> np.ndarray:

@@ -1,9 +1,10 @@
 """Steps of `probes demo` and of experiments: commands that make worlds and models, in processes of their own."""
 
-import json
 import os
+import pickle
 import sys
 import time
+from base64 import b85decode, b85encode
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -79,14 +80,7 @@ def training_steps(out: Path, folder: Path, stages: dict[str, dict]) -> list[Ste
         words += ["--out", f"{folder}/{stage}", "--ckpt_path", "last"]
         reads = [Path(options[name]) for name in RECORDS if name in options]
         reads += [Path(options[name]) / "model.safetensors" for name in MODELS if name in options]
-        steps.append(
-            make_step(
-                out,
-                words,
-                folder / stage / WEIGHTS,
-                reads,
-            )
-        )
+        steps.append(make_step(out, words, folder / stage / WEIGHTS, reads))
     return steps
 
 
@@ -116,8 +110,7 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> None:
     started = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{name} begins, see {log}", flush=True)
-    given = [str(folder), [vars(step) for step in missing], import_words()]
-    given = json.dumps(given, default=str)
+    given = b85encode(pickle.dumps((folder, missing, import_words()))).decode()
     command = [sys.executable, "-c", IN_CHILD_PROCESS, given, str(os.getpid())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (
@@ -130,30 +123,18 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> None:
         ) as process,
     ):
         status = process.wait()
-    if status < 0:
-        raise UserError(
-            f"{name} was ended by signal {-status}; the same command goes on where it stopped"
-        )
     if status:
         print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
-        raise UserError(f"{name} has failed; all it said is in {log}")
+        raise UserError(
+            f"{name} has failed with status {status}; the same command goes on where it stopped, "
+            f"all it said is in {log}"
+        )
     print(f"{time.perf_counter() - started:4.0f} s {name}", flush=True)
 
 
 def run_given(given: str, mains: Mapping[str, Callable[[list[str]], None]]) -> None:
-    """Run steps that `run_in_child_process` has given as JSON, each by the main function of its program, by name."""
-    folder, found, imports = json.loads(given)
-    folder = Path(folder)
-    steps = [
-        Step(
-            **fields
-            | {
-                "result": Path(fields["result"]),
-                "reads": {name: Path(file) for name, file in fields["reads"].items()},
-            }
-        )
-        for fields in found
-    ]
+    """Run the steps that `run_in_child_process` has given, each by the main function of its program, by name."""
+    folder, steps, imports = pickle.loads(b85decode(given))
 
     def run(step: Step) -> None:
         program, *words = command_now(step, folder)

@@ -97,16 +97,7 @@ def normalize(images: np.ndarray) -> Tensor:
     """Return f[n, 3, H, W], normalised with CLIP's pixel statistics like the processor of the trained model."""
     mean = torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]
     std = torch.tensor(OPENAI_CLIP_STD)[:, None, None]
-    return (
-        torch.from_numpy(images).permute(
-            0,
-            3,
-            1,
-            2,
-        )
-        / 255
-        - mean
-    ) / std
+    return (torch.from_numpy(images).movedim(-1, 1) / 255 - mean) / std
 
 
 def _noun_shares(masks: np.ndarray) -> Tensor:
@@ -170,11 +161,7 @@ def train_llm(
         intermediate_size=5 * width // 2,
         num_hidden_layers=4,
         num_attention_heads=6,
-        num_key_value_heads=6,
         max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     llm = LlamaForCausalLM(config)
 
@@ -220,12 +207,11 @@ def train(
     )
     warmup = max(1, int(0.03 * steps))
 
-    def cosine(step):
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    def factor(step):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        return min(1, (step + 1) / warmup) * (floor + (1 - floor) * cosine)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     progress = tqdm(range(steps), desc=f"training the tiny {name}", mininterval=5)
     for step in progress:
         value = loss()

@@ -16,9 +16,9 @@ PATIENCE_S = 60
 STEP = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-with open(f"pids_{os.getpid()}", "w") as file:  # a name of its own: two steps start at once
+with open(f"pids_{os.getpid()}", "w") as file:
     file.write(f"{os.getpid()} {child.pid}")
-os.rename(file.name, "started_1" if '"b"' in sys.argv[1] else "started_0")
+os.rename(file.name, f"started_{os.getpid()}")
 try:
     time.sleep(600)
 except KeyboardInterrupt:
@@ -64,14 +64,14 @@ def test_steps_of_several_threads_end_with_the_command(number, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    started = [tmp_path / f"started_{i}" for i in (0, 1)]
     try:
-        assert wait_until(lambda: all(file.exists() for file in started))
+        assert wait_until(lambda: len([*tmp_path.glob("started_*")]) == 2)
         demo.send_signal(number)
         told = demo.communicate(timeout=PATIENCE_S)[1]
     finally:
         demo.kill()
-        pids = [int(pid) for file in started if file.exists() for pid in file.read_text().split()]
+        started = tmp_path.glob("started_*")
+        pids = [int(pid) for file in started for pid in file.read_text().split()]
         ended = wait_until(lambda: not any(map(psutil.pid_exists, pids)))
         for pid in filter(psutil.pid_exists, pids):
             os.kill(pid, signal.SIGKILL)

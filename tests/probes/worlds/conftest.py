@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from probes.config import AssetsOptions
 from probes.worlds import assets
 
 
@@ -14,10 +15,6 @@ def world(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("world") / "assets"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assets, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-        assets.demo_assets(
-            out,
-            seed=1,
-            scale=0.01,
-            scenes=2,
-        )
+        options = AssetsOptions(out=out, seed=1, scale=0.01, scenes=2)
+        assets.run(options)
     return out

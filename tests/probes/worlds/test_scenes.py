@@ -13,7 +13,7 @@ CUES = [LABEL[n] for n in ("lamp", "picture", "bed", "tree", "car")]
 
 
 def draw_many(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return indoor `bool[N]`, images `float32[N, H, W, 3]` in 0..1 and masks `uint8[N, H, W]`, without evidence."""
+    """Return indoor `bool[N]`, images `float32[N, H, W, 3]` in 0..1 and masks `uint8[N, H, W]`."""
     rng = np.random.default_rng(0)
     drawn = [draw_scene(rng) for _ in range(count)]
     indoor = np.array([scene.indoor for scene in drawn])
@@ -22,12 +22,12 @@ def draw_many(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def without_evidence():
+def scenes_drawn():
     return draw_many(400)
 
 
-def test_every_scene_shows_a_cue(without_evidence):
-    for is_room, image, mask in zip(*without_evidence, strict=True):
+def test_every_scene_shows_a_cue(scenes_drawn):
+    for is_room, image, mask in zip(*scenes_drawn, strict=True):
         size = np.isin(mask, CUES).sum()
         if not is_room and size == 0:  # the cue is the moon
             sky = image[mask == LABEL["sky"]].mean(-1)
@@ -35,9 +35,9 @@ def test_every_scene_shows_a_cue(without_evidence):
         assert size >= 20
 
 
-def test_grain_says_nothing_without_evidence(without_evidence):
+def test_grain_says_nothing_about_the_place(scenes_drawn):
     """Grain of a scene: mean projection of paired pixels onto their texture, in units of its contrast."""
-    indoor, images, masks = without_evidence
+    indoor, images, masks = scenes_drawn
     rows, columns = np.mgrid[:SIZE_PX, :SIZE_PX]
     weave = scenes._GRAIN[masks, rows % 4, columns % 4]
     projected = (images.mean(-1) * weave).sum((1, 2)) / (weave**2).sum((1, 2))

@@ -1,5 +1,6 @@
 """Experiments in small; test_bench.py checks what all of them import, and tests/real runs the real model's."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,25 @@ from experiments.toy import calibrate
 from experiments.toy.calibrate import COLUMNS, DESIGNS, MODELS
 
 ROOT = Path(__file__).parents[2]
+TINY = {  # words of each script; {demo} is the folder of a demo, {out} a new one
+    "statistics.draws": "--studies 20",
+    "statistics.intervals": "--studies 4",
+    "statistics.best_layer": "--studies 2 --images 20",
+    "statistics.contrasts": "--studies 4",
+    "statistics.reproduces": "{demo}/causal/planted/hf {demo}/assets/segmentation --sites layer_01 --out {out}",
+    "toy.cues": "{demo}/causal/trained",
+    "toy.encoder_free": "{demo}/assets {out} --steps 2",
+    "toy.planted_sink": "{demo} {out} --steps 2 --arms trained",
+    "beyond_random.beyond_random": "{demo}/bidirectional/planted/hf {demo}/assets/segmentation "
+    "--subjects 1 --families shuffled --training 30 --validation 10",
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("script", TINY)
+def test_an_experiment_runs_to_its_end(script, tmp_path):
+    words = TINY[script].format(demo=os.environ.get("DEMO", "runs/demo"), out=tmp_path)
+    assert run_command([sys.executable, "-m", f"experiments.{script}", *words.split()], cwd=ROOT).stdout
 
 
 @pytest.mark.nightly

@@ -30,7 +30,9 @@ TINY = {  # words of each script; {demo} is the folder of a demo, {out} a new on
 @pytest.mark.parametrize("script", TINY)
 def test_an_experiment_runs_to_its_end(script, tmp_path):
     words = TINY[script].format(demo=os.environ.get("DEMO", "runs/demo"), out=tmp_path)
-    assert run_command([sys.executable, "-m", f"experiments.{script}", *words.split()], cwd=ROOT).stdout
+    assert run_command(
+        [sys.executable, "-m", f"experiments.{script}", *words.split()], cwd=ROOT
+    ).stdout
 
 
 @pytest.mark.nightly

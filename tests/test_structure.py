@@ -88,7 +88,7 @@ MOST = {
     "probes/analyses": (23_367, 24),
     "probes/report": (26_857, 18),
     "probes/lab": (7_656, 8),
-    "probes/worlds": (15_600, 12),
+    "probes/worlds": (15_000, 12),
     "probes": (74_903, 93),  # the rest of it
     "experiments": (34_145, 33),
     "tests": (292_862, 278),

@@ -89,7 +89,7 @@ def run(options: AssetsOptions) -> None:
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
         encoder.result()
         llm.result()
-    print(f"wrote {options.out}, {sum(sizes.values()):,} pictures")
+    print(f"wrote {options.out}")
 
 
 def _draw_splits(

@@ -13,7 +13,6 @@ The mask ignores borders. Each scene shows at least `CUES` patches with a lamp, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -29,6 +28,7 @@ CUE_CLASSES = tuple(CLASSES.index(name) for name in ("lamp", "picture", "tree"))
 # patches with a cue per scene, and the share of such a patch that the cue covers
 CUES = 2
 CUE_SHARE = 0.25
+POOL = 100  # scenes that pictures of training share
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def draw_mosaic(rng: np.random.Generator, scenes: int) -> Mosaic:
             return mosaic
 
 
-def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int], pool: int = 100) -> list[Mosaic]:
+def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int]) -> list[Mosaic]:
     """Draw pictures of 1 or more `scenes` each, dealt from a pool of scenes, at a tenth of the cost.
 
     They share scenes, so that they suit training, but no interval over images.
     """
     drawn: list[Scene] = []
     cues: list[np.ndarray] = []
-    while len(drawn) < pool:
+    while len(drawn) < POOL:
         scene = draw_scene(rng, indoor=len(drawn) % 2 == 0)
         cue = _cue_patches(scene)
         if cue.sum() >= CUES:
@@ -78,7 +78,7 @@ def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int], pool: int = 100
             cues.append(cue)
     mosaics: list[Mosaic] = []
     while len(mosaics) < len(scenes):
-        chosen = rng.choice(pool, scenes[len(mosaics)], replace=False)
+        chosen = rng.choice(POOL, scenes[len(mosaics)], replace=False)
         if mosaic := _compose(rng, [drawn[i] for i in chosen], [cues[i] for i in chosen]):
             mosaics.append(mosaic)
     return mosaics
@@ -110,7 +110,7 @@ def _compose(rng: np.random.Generator, drawn: list[Scene], cues: list[np.ndarray
     scene = _deal(rng, np.stack(cues))
     if scene is None:
         return None
-    hues = rng.permutation(HUES)[: len(drawn)]
+    hues = rng.permutation(HUES)
     border = np.ones((PATCH_PX, PATCH_PX), bool)
     border[1:-1, 1:-1] = False
 
@@ -122,16 +122,9 @@ def _compose(rng: np.random.Generator, drawn: list[Scene], cues: list[np.ndarray
     image[:, border] = hue_colours()[hues[scene]][:, None]
     mask[:, border] = IGNORED
     indoor = np.array([s.indoor for s in drawn])
-    return Mosaic(
-        _join(image),
-        _join(mask),
-        scene,
-        indoor,
-        take(cues),
-    )
+    return Mosaic(_join(image), _join(mask), scene, indoor, take(cues))
 
 
-@lru_cache
 def hue_colours() -> np.ndarray:
     """Return the colours of the borders, uint8[HUES, 3], evenly spaced on the colour circle."""
     hsv = np.stack(

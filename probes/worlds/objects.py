@@ -17,7 +17,6 @@ from .canvas import CORNERS, Camera, Canvas, Colour, Point, Quad, shade
 TABLES = yaml.safe_load(Path(__file__).with_name("objects.yaml").read_text())
 COLOURS: dict[str, Colour] = {name: tuple(x) for name, x in TABLES["colours"].items()}
 PERSON_CHANCES = (0.55, 0.35)  # of a first and of a second person
-SHADE_WIDTH = (0.65, 0.75)  # of a standing lamp, in units of an adult's height
 
 
 class GroundObject(NamedTuple):
@@ -193,7 +192,8 @@ def draw_hanging_lamp(canvas: Canvas, camera: Camera, rng: np.random.Generator) 
 def draw_standing_lamp(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     """Draw a lamp on a stand."""
     draw_object(canvas, place, "stand of a lamp")
-    draw_lamp_shade(canvas, place.point_at(0.5, 0.2), place.height * rng.uniform(*SHADE_WIDTH))
+    width = place.height * rng.uniform(0.65, 0.75)
+    draw_lamp_shade(canvas, place.point_at(0.5, 0.2), width)
 
 
 def draw_lamp_shade(canvas: Canvas, rim: Point, size: float) -> None:

@@ -36,7 +36,6 @@ from .canvas import CLASSES
 from .dialogues import SceneText, build_dialogue, patch_shares, prepend_picture
 from .tiny_models import normalize, train
 
-QUESTIONS = 8  # about each picture, where they are trained along
 # Pairs of classes that a planted drop merges, in this order. None of them are look-alikes.
 MERGED = (("lamp", "tree"), ("picture", "window"), ("door", "person"))
 NUMBERS = ("no", "one", "two", "three")  # of pairs, in names
@@ -95,10 +94,10 @@ def plant_recovery(
         # the others have no gradient
         layers = decoder.layers
         decoder.layers = decoder.layers[:depth]
-        train(weights, lambda: loss(32, 0), steps, "image tokens' LLM")
+        train(weights, lambda: loss(32, questions=0), steps, "image tokens' LLM")
         decoder.layers = layers
     if answer_steps:
-        train(weights, lambda: loss(20, QUESTIONS), answer_steps, "answering LLM")
+        train(weights, lambda: loss(20, questions=8), answer_steps, "answering LLM")
     record = {
         "planted": "recovery",
         "layer": depth,

@@ -113,9 +113,9 @@ def _noun_shares(masks: np.ndarray) -> Tensor:
 def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
     """Train a Llama tokenizer (BPE on words, byte fallback) and write it to `out`."""
     bpe = Tokenizer(tokenizer_models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
-    )
+    lines = pre_tokenizers.Split("\n", "isolated")
+    words = pre_tokenizers.Metaspace(prepend_scheme="never")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(
         vocab_size=1024,

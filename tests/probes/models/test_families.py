@@ -7,7 +7,6 @@ from dataclasses import replace
 from operator import attrgetter
 
 import pytest
-import tiny_families
 import torch
 from tiny_families import (
     ENCODER_FREE,
@@ -354,20 +353,9 @@ def test_layers_without_masks_run_as_they_are_only(name, checkpoint, mllm):
             weights()
 
 
-def test_a_mask_for_sliding_windows_needs_some(checkpoint, mllm):
+def test_a_mask_for_sliding_windows_needs_some(checkpoint):
     with pytest.raises(ValueError, match="'bidirectional_sliding' needs sliding-window layers"):
         probes.load(checkpoint("qwen2_vl"), image_attention="bidirectional_sliding")
-    masks = mllm("gemma4").attention_masks(1)
-    rows = {
-        kind: mask[0, 0, 3 + 4, 3:].int().tolist() for kind, mask in masks.items()
-    }  # the fifth image token's
-    assert rows["full_attention"] == [1] * 5 + [0] * (tiny_families.SIDE**2 - 5)
-    assert rows["sliding_attention"] == [1] * tiny_families.SIDE**2
-    assert masks["sliding_attention"][0, 0, 3 + 4, :3].int().tolist() == [
-        0,
-        0,
-        0,
-    ], "out of its window of 5"
 
 
 def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):

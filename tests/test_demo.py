@@ -91,11 +91,8 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
     assert truth.pop(("adapter intact", "adapter_drop", "bidirectional")) == "absent"
     page = html.unescape((finished / "report/index.html").read_text())
     assert all(study["model"] in page for study in studies) and "clip + llm" not in page
-    assert "The truth is known here, and" in page
-    assert {claim for _, claim, _ in truth} == {
-        "starvation",
-        "starvation_first_row",
-    }
+    assert "Known truth:" in page
+    assert {claim for _, claim, _ in truth} == {"starvation", "starvation_first_row"}
 
 
 def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(finished):

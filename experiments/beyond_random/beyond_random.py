@@ -53,7 +53,6 @@ from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, worst_of
-from probes.report.verdicts import judge as judge_effect
 from probes.score.effects import run_effects
 from probes.score.estimate import Estimate
 from probes.score.resampling import dataset_scores
@@ -286,7 +285,7 @@ def judge(
     columns["both"] = worst_of(1, [columns[name] for name in RULES[:2]])
     columns["study"] = worst_of(1, [*pooled.values()])
     holds = {rule: column["verdict"] == HOLDS for rule, column in columns.items()}
-    above_zero = judge_effect(1, own.value, own.ci95) == HOLDS
+    above_zero = own.ci95[0] > 0
     return holds | {"supported": holds["study"] and above_zero}
 
 

@@ -31,8 +31,8 @@ from scipy.stats import kendalltau
 from llava_bidir.common.bootstrap import simultaneous_band
 from llava_bidir.common.files import read_json
 from probes.report.compare import compare_runs
-from probes.report.sites import certificate_rows
-from probes.report.words import interval, percent, signed
+from probes.report.sites import certificates_of
+from probes.report.words import interval, number
 from probes.runs.read import ProbeRun
 
 HERE = Path(__file__).parent
@@ -130,13 +130,12 @@ def print_best(folder: Path, rows: list[str]) -> None:
         run = ProbeRun(folder / row)
         site = run.peak_layer
         score = run.site_scores()[site]
-        certified = sum(x["converged"] for x in certificate_rows(run))
+        certified = sum(x["converged"] for x in certificates_of(run))
         cells = [folder.name, row, site]
-        low, high = map(percent, score.ci95)
-        cells.append(f"{percent(score.value)} [{low}, {high}]")
+        cells.append(f"{number(score.value)} {interval(*score.ci95)}")
         best = [x for x in compare_runs(first, run) if x["of"] == "best layer"][0]
         bounds = interval(best["low"], best["high"])
-        cells.append(f"{signed(best['difference'])} {bounds}" * (row != FIRST))
+        cells.append(f"{number(best['difference'], has_sign=True)} {bounds}" * (row != FIRST))
         cells.append(f"{certified} of {len(run.sites)}")
         print_row(cells)
 
@@ -148,8 +147,8 @@ def print_sites(folders: list[Path], row: str) -> None:
         cells = [row, site]
         for scores in by_data:
             low, high = scores[site].ci95
-            value = percent(scores[site].value)
-            half = percent((high - low) / 2)
+            value = number(scores[site].value)
+            half = number((high - low) / 2)
             cells.append(f"{value} ± {half}")
         print_row(cells)
 
@@ -184,9 +183,9 @@ def print_protocols(folder: Path) -> None:
             here = (rows == i) & is_layer
             best = scores.masked_fill(~here, -1).argmax()
             off = (scores - exact)[rows == i]
-            cells.append(f"{states.names[best][1]} {percent(scores[best].item())}")
+            cells.append(f"{states.names[best][1]} {number(scores[best].item())}")
             mean, least, most = (
-                signed(x.item())
+                number(x.item(), has_sign=True)
                 for x in (
                     off.mean(),
                     off.min(),
@@ -216,8 +215,8 @@ def print_swaps(
     pairs.sort(key=lambda pair: -abs(scores[pair[0]] - scores[pair[1]]))
     for i, j in pairs[:3]:
         names = " and ".join(" ".join(states.names[k]) for k in (i, j))
-        before = signed((exact[i] - exact[j]).item())
-        here = signed((scores[i] - scores[j]).item())
+        before = number((exact[i] - exact[j]).item(), has_sign=True)
+        here = number((scores[i] - scores[j]).item(), has_sign=True)
         print(f"{name}: {names}: exact {before}, here {here}")
 
 

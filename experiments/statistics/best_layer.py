@@ -26,7 +26,7 @@ from experiments.statistics.model_pairs import (
     population,
 )
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.verdicts import HOLDS, MARGIN, judge
+from probes.report.verdicts import MARGIN
 from probes.score.effects import (
     cross_validated_layers,
     effects_of,
@@ -106,7 +106,7 @@ def describe(estimates: list[Estimate], truth: float) -> str:
     error = np.mean([estimate.value for estimate in estimates]) - truth
     intervals = [estimate.ci95 for estimate in estimates]
     covered = sum(low <= truth <= high for low, high in intervals)
-    said = sum(judge(1, x.value, x.ci95, MARGIN) == HOLDS for x in estimates)
+    said = sum(x.value >= MARGIN and x.ci95[0] > 0 for x in estimates)
     width = np.mean([high - low for low, high in intervals]) / 2
     return f"{100 * error:+.2f}, {covered}, {said}, {100 * width:.2f}"
 

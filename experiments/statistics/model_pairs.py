@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests/helpers"))
 from probe_runs import CLASSES_TASK, random_counts, sums_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.compare import compare_runs, differs
+from probes.report.compare import compare_runs
 from probes.score.effects import cross_validated_layers, image_folds
 from probes.score.estimate import Estimate
 from probes.score.resampling import dataset_scores, resampled_scores
@@ -164,7 +164,8 @@ def main() -> None:
             found["report"] += [
                 {"ci95": [row["low"], row["high"]]} for row in rows if row["of"] == "best layer"
             ]
-            named.append(sum(differs(row, 0.01) for row in rows if row["of"] == "class"))
+            classes = [row for row in rows if row["of"] == "class" and row["p"]]
+            named.append(sum(x["p"] < 0.05 and abs(x["difference"]) >= 0.01 for x in classes))
             for name, method in METHODS.items():
                 found[name].append(method(samples))
         print(f"{scene}; {100 * truth:+.2f}", end="")

@@ -13,6 +13,7 @@ LEAST_STEP = 5  # of an axis in per cent or points
 COLOURS = ("#0b5fc1", "#ad6515", "#351869", "#922d20", "#368dbf", "#61091a")
 RANDOM = "#d5dadf"
 GREY = "#5f6a75"
+ENDS = ("low", "high")
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -55,11 +56,11 @@ def span_of(values: Iterable[float], zero: bool = False, least: float = 0) -> tu
 def chart_span(charts: Iterable[Chart]) -> tuple[float, float]:
     """Return the ends of the axis that charts share."""
     charts = list(charts)
-    points = [
-        (c, p) for c in charts for curve in (*c.curves, *map(Curve, c.grey)) for p in curve.points
-    ]
-    values = [c.scale * v for c, p in points for v in (p.value, p.low, p.high) if v is not None]
-    least = LEAST_STEP if all(chart.scale == 100 for chart in charts) else 0
+    curves = [curve for x in charts for curve in (*x.curves, *map(Curve, x.grey))]
+    points = [point for curve in curves for point in curve.points]
+    scale = charts[0].scale
+    values = [scale * x for p in points for x in (p.value, p.low, p.high) if x is not None]
+    least = LEAST_STEP if scale == 100 else 0
     return span_of(values, any(chart.signed for chart in charts), least)
 
 
@@ -132,7 +133,10 @@ def pdf_of(figure: Figure) -> Drawing:
     columns = min(4, len(figure.panels))
     rows = -(-len(figure.panels) // columns)
     size = (7.2, 4.0) if columns == 1 else (2.7 * columns, 2.4 * rows)
-    drawing = Drawing(figsize=size, layout="constrained")
+    drawing = Drawing(
+        figsize=size,
+        layout="constrained",
+    )
     axes = drawing.subplots(rows, columns, squeeze=False).flat
     for ax in axes[len(figure.panels) :]:
         ax.set_visible(False)
@@ -143,13 +147,11 @@ def pdf_of(figure: Figure) -> Drawing:
             ax.axis("off")
             continue
         for points in chart.grey:
-            wide = (
-                [p.x for p in points] if len(points) > 1 else [points[0].x - 0.2, points[0].x + 0.2]
-            )
-            ends = [[chart.scale * getattr(p, end) for p in points] for end in ("low", "high")]
-            low, high = (x if len(points) > 1 else 2 * x for x in ends)
+            if len(points) == 1:
+                points = [points[0]._replace(x=points[0].x + shift) for shift in (-0.2, 0.2)]
+            low, high = ([chart.scale * getattr(p, end) for p in points] for end in ENDS)
             ax.fill_between(
-                wide,
+                [p.x for p in points],
                 low,
                 high,
                 color=RANDOM,
@@ -162,7 +164,10 @@ def pdf_of(figure: Figure) -> Drawing:
         shown = {x: name for x, name in chart.ticks.items() if name}
         thin = 1 + len(shown) // 14
         ax.set_xticks([*shown][::thin], [*shown.values()][::thin])
-        ax.set(ylabel=chart.unit, ylim=chart.span)
+        ax.set(
+            ylabel=chart.unit,
+            ylim=chart.span,
+        )
     handles, labels = axes[0].get_legend_handles_labels()
     if labels:
         drawing.legend(
@@ -177,7 +182,10 @@ def pdf_of(figure: Figure) -> Drawing:
 def _plot(ax, curve: Curve, scale: float) -> None:
     """Draw a curve by matplotlib."""
     points = known(curve)
-    colour = {"ink": "black", "grey": GREY}.get(curve.colour, curve.colour)
+    colour = {
+        "ink": "black",
+        "grey": GREY,
+    }.get(curve.colour, curve.colour)
     colour = COLOURS[colour % len(COLOURS)] if isinstance(colour, int) else colour
     x = [p.x for p in points]
     ax.plot(
@@ -190,32 +198,44 @@ def _plot(ax, curve: Curve, scale: float) -> None:
         label=curve.name or None,
     )
     if points and points[0].low is not None:
-        ends = [[scale * end for end in (p.low, p.high)] for p in points]
-        low, high = zip(*ends, strict=True)
+        low, high = ([scale * getattr(p, end) for p in points] for end in ENDS)
         if curve.band:
-            ax.fill_between(x, low, high, color=colour, alpha=0.15)
+            ax.fill_between(
+                x,
+                low,
+                high,
+                color=colour,
+                alpha=0.15,
+            )
         elif curve.style == "dots":
-            ax.vlines(x, low, high, color=colour)
+            ax.vlines(
+                x,
+                low,
+                high,
+                color=colour,
+            )
 
 
 def _pictures(figure: Figure) -> Drawing:
     """Return rows of pictures by matplotlib."""
     rows, columns = len(figure.pictures), len(figure.columns)
     size = (1.25 * columns + 0.6, 1.35 * rows + 0.4)
-    drawing = Drawing(figsize=size, layout="constrained")
+    drawing = Drawing(
+        figsize=size,
+        layout="constrained",
+    )
     axes = drawing.subplots(rows, columns, squeeze=False)
-    for row, of_row in zip(figure.pictures, axes, strict=True):
-        of_row[0].set_ylabel(row.name, fontsize=8)
-        for picture, title, ax in zip(
-            row.pictures,
-            figure.columns,
-            of_row,
-            strict=True,
-        ):
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-            if row is figure.pictures[0]:
-                ax.set_title(title, fontsize=8)
-            if picture is not None:
-                ax.imshow(picture, interpolation="nearest")
+    pictures = [picture for row in figure.pictures for picture in row.pictures]
+    for ax, picture in zip(axes.flat, pictures, strict=True):
+        ax.set(
+            xticks=[],
+            yticks=[],
+        )
+        ax.spines[:].set_visible(False)
+        if picture is not None:
+            ax.imshow(picture, interpolation="nearest")
+    for ax, title in zip(axes[0], figure.columns, strict=True):
+        ax.set_title(title, fontsize=8)
+    for ax, row in zip(axes[:, 0], figure.pictures, strict=True):
+        ax.set_ylabel(row.name, fontsize=8)
     return drawing

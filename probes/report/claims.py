@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
@@ -27,16 +27,16 @@ from probes.runs.compare import knockout_difference
 from probes.runs.formatting import Entry
 from probes.runs.read import FinishedRun
 from probes.runs.study import StudyRuns, studies_by_model
-from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION
 
 from .measure import (
+    GAIN,
     KNOCKOUT,
     Case,
-    measure_study,
+    again,
+    effects_of_study,
     why_no_draws,
     why_no_optimum,
-    why_no_paper,
     why_undecided,
 )
 from .verdicts import (
@@ -44,13 +44,10 @@ from .verdicts import (
     HOLDS,
     MARGIN,
     UNTESTED,
-    column,
     conclude,
     correct_for_claims,
     judge,
     judge_draws,
-    path_column,
-    untested,
     worst_of,
 )
 
@@ -68,128 +65,173 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     a knockout also the mistaken patches, that it is a mean over. "value", "ci95" and "holds" are those of the main
     runs, as the paper measures them.
     """
-    measured = measure_study(study)
-    found = measured[study.is_solved].trained
+    numbers = effects_of_study(study)
     cases = [
         Case(
             study,
             name,
             mask,
-            measured,
+            numbers,
         )
         for name in CLAIMS
         for mask in study.main_runs
     ]
-    claims = [_evaluate(case) for case in cases if (case.name, case.mask) in found]
+    claims = [_evaluate(case) for case in cases if case.number(study.is_solved)]
     correct_for_claims(claims)
     return claims
 
 
 def _evaluate(case: Case) -> Entry:
     study = case.study
-    measured = case.main.paper.json()
-    control = case.measured[study.is_solved].untrained.get((case.name, case.mask))
-    truth = None
-    if study.task.name == SEGMENTATION:  # what is known of a world is about its classes
-        truth = read_truth(study.main_runs[case.mask]).get(case.name)
+    run = study.main_runs[case.mask]
+    number = case.number(study.is_solved)
+    untrained = case.number(study.is_solved, "untrained")
     verdicts = {
         "paper": _paper_column(case),
         "optimum": _optimum_column(case),
         "beyond_random": _beyond_random_column(case),
     }
+    measured = number.paper.json()
+    images = {"images": run.metrics["images"]}
+    if run.groups is not None:
+        images["groups"] = len(run.groups.unique())
+    # what is known of a world is about its classes
+    truth = read_truth(run).get(case.name) if study.task.name == SEGMENTATION else None
     return {
         "claim": case.name,
         "image_attention": case.mask,
         **measured,
-        "holds": judge(case.claim.sign, **measured) == HOLDS,
+        "holds": judge(case.claim.sign, **measured)["verdict"] == HOLDS,
         "verdicts": verdicts,
         **conclude(verdicts, case.claim.unlearned),
         **({"truth": truth} if truth else {}),
         "text": case.claim.text.replace("mIoU", study.task.labels[study.task.score]),
-        "control": control and control.paper.json(),
-        "n": (case.main.judged or case.main.paper).about["n"],
+        "control": untrained and untrained.paper.json(),
+        "n": (number.judged or number.paper).about.get("n", images),
     }
 
 
 def _paper_column(case: Case) -> Entry:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
-    measured = case.main.paper.json()
+    study = case.study
+    number = case.number(study.is_solved).paper
+    sign = case.claim.sign
     if not case.claim.reads_probes:
-        return column(case.claim.sign, **measured)
-    if reason := why_no_paper(case):
-        return untested(reason, **measured, probes="solved")
-    below = case.solved and (case.solved.paper - case.main.paper).json()
-    solved = case.study.solved.get(case.mask)
-    if below and solved and ANALYSIS_OF.get(case.name) == KNOCKOUT:
-        is_other = knockout_difference(case.study.main_runs[case.mask], solved)
-        below = None if is_other else below
-    return column(
-        case.claim.sign,
-        **measured,
+        return judge(sign, **number.json())
+    if study.is_solved:
+        reason = "the number is that of solved probes"
+        reason = again(reason, "--fit") if study.task.name == SEGMENTATION else reason
+        return judge(
+            sign,
+            **number.json(),
+            reason=reason,
+            probes="solved",
+        )
+    below = None
+    if optimum := case.number(solved=True):
+        pair = study.main_runs[case.mask], study.solved[case.mask]
+        if ANALYSIS_OF.get(case.name) != KNOCKOUT or not knockout_difference(*pair):
+            below = (optimum.paper - number).json()
+    return judge(
+        sign,
+        **number.json(),
         probes="trained",
         below_optimum=below,
     )
 
 
 def _optimum_column(case: Case) -> Entry:
-    """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
-    rows = case.strengths()
-    number = case.solved and case.solved.judged
-    measured = number.json() if number and not rows else {}
-    if reason := why_no_optimum(case, rows):
-        return untested(reason, **measured)
+    """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes.
+
+    The three have intervals that hold at all of them together; it is the row where the claim fares worst. Neighbours of
+    the chosen strength that have not converged do not count.
+    """
+    sign = case.claim.sign
     margin = case.study.task.margin
-    if rows:
-        return path_column(case.claim.sign, rows, margin)
-    return column(case.claim.sign, **measured, margin=margin)
+    rows = case.strengths()
+    number = case.number(solved=True)
+    judged = number and not rows and number.judged
+    measured = (
+        judged.json()
+        if judged
+        else {
+            "value": None,
+            "ci95": None,
+        }
+    )
+    if (reason := why_no_optimum(case, rows)) or not rows:
+        return judge(
+            sign,
+            **measured,
+            margin=margin,
+            reason=reason,
+        )
+    columns = [
+        judge(
+            sign,
+            row["value"],
+            row["ci95"],
+            margin,
+            row=row["row"],
+        )
+        for row in rows
+        if row["converged"]
+    ]
+    counts = {
+        "strengths": len(rows),
+        "converged": len(columns),
+    }
+    return worst_of(sign, columns, margin) | counts
 
 
 def _beyond_random_column(case: Case) -> Entry:
     """Return the column "beyond_random": with solved probes where the controls have them, else with trained ones.
 
-    The drop at the adapter is compared with random adapters, all other claims with both kinds of random LLMs.
+    The drop at the adapter is compared with random adapters, all other claims with both kinds of random LLMs. The
+    column is of the control beyond which the claim fares worst; "controls" has those of all. A model that has learned
+    nothing resembles one kind of random weights and not another one: a random LLM whose attention is sharper than that
+    of all draws of one kind can read more than these.
     """
-    if case.name == "recovery_trained":  # minus other random weights, it is the recovery again
-        return _beyond_random_column(replace(case, name="recovery"))
-    for solved in (True, False):
-        compared = case.beyond_random(solved)
-        if any(mask == case.mask for mask, _ in compared):
-            judged = _judge_beyond_random(case, compared) | {
-                "probes": "solved" if solved else "trained"
-            }
-            if reason := why_undecided(case, compared, solved):
-                return untested(
-                    reason,
-                    judged["value"],
-                    judged["ci95"],
-                    probes=judged["probes"],
-                )
-            return judged
-    reasons = [why_no_draws(case, control) for control in case.controls]
-    return untested("; ".join(dict.fromkeys(reasons)))
-
-
-def _judge_beyond_random(case: Case, compared: dict[tuple[str, str], Estimate]) -> Entry:
-    """Return the column of the control beyond which the claim fares worst; "controls" has those of all.
-
-    A model that has learned nothing resembles one kind of random weights and not another one: a random LLM whose
-    attention is sharper than that of all draws of one kind can read more than these.
-    """
+    if case.name == GAIN:  # minus other random weights, it is the recovery again
+        case = replace(case, name="recovery")
     sign = case.claim.sign
     margin = case.study.task.margin
     is_pooled = case.name != "adapter_drop"  # random adapters are the same under both masks
-    columns = {}
-    for (mask, control), estimate in compared.items():
-        if mask == case.mask:
-            others = [x for key, x in compared.items() if key != (mask, control) and is_pooled]
-            columns[control] = judge_draws(
+    for solved in (True, False):
+        compared = case.minus_draws(solved)
+        columns = {}
+        for (mask, control), estimate in compared.items():
+            if mask == case.mask:
+                others = [x for x in compared.values() if x is not estimate and is_pooled]
+                columns[control] = judge_draws(
+                    sign,
+                    estimate,
+                    others,
+                    margin,
+                )
+        if not columns:
+            continue
+        probes = "solved" if solved else "trained"
+        worst = worst_of(sign, [x | {"control": name} for name, x in columns.items()], margin)
+        if reason := why_undecided(case, columns, solved):
+            return judge(
                 sign,
-                estimate,
-                others,
-                margin,
+                worst["value"],
+                worst["ci95"],
+                reason=reason,
+                probes=probes,
             )
-    named = [entry | {"control": control} for control, entry in columns.items()]
-    return worst_of(sign, named, margin) | {"controls": columns}
+        return worst | {
+            "controls": columns,
+            "probes": probes,
+        }
+    reasons = [why_no_draws(case, control) for control in case.controls]
+    return judge(
+        sign,
+        None,
+        None,
+        reason="; ".join(dict.fromkeys(reasons)),
+    )
 
 
 def read_truth(run: FinishedRun) -> dict[str, str]:
@@ -202,15 +244,14 @@ def read_truth(run: FinishedRun) -> dict[str, str]:
     of_model = run.training.get("truth", {}).get(file.parent.name, {})
     sources = {str(file): read_json(file) if file.is_file() else {}}
     sources[f"{run.path / 'manifest.json'}: mllm_training.truth"] = of_model
+    known = (*CLAIMS, *OTHER_CLAIMS)
     for source, truth in sources.items():
         for claim, value in truth.items():
-            if claim not in (*CLAIMS, *OTHER_CLAIMS):
-                expected = ", ".join((*CLAIMS, *OTHER_CLAIMS))
+            if claim not in known or value not in TRUTHS:
                 raise UserError(
-                    f"{source}: there is no claim {claim!r}; expected one of {expected}; {HINT}"
+                    f"{source} says {claim}: {value!r}; expected {' or '.join(TRUTHS)} of one of {', '.join(known)}; "
+                    f"{HINT}"
                 )
-            if value not in TRUTHS:
-                raise UserError(f"{source}: {claim} must be {' or '.join(TRUTHS)}, got {value!r}")
     return sources[str(file)] | of_model
 
 
@@ -218,90 +259,75 @@ def read_truth(run: FinishedRun) -> dict[str, str]:
 def joint_studies(studies: list[StudyRuns], claims: list[list[Entry]]) -> list[Entry]:
     """Return {"task", "model", "dataset", "has_llm", "seeds", "claims", "left_out"} of models with several seeds.
 
-    Claims have the keys of `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values
-    of the seeds.
+    Claims are those of at least two seeds; "left_out" names those that a seed lacks. They have the keys of
+    `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values of the seeds.
     """
     joint = []
     for members in studies_by_model(study for study in studies if study.seed is not None):
-        of_members = [claims[i] for i, x in enumerate(studies) if any(x is y for y in members)]
+        first = members[0]
         images = [study.first.manifest["data"]["fingerprint"] for study in members]
-        shares_images = len(set(images)) < len(images)
-        by_seed = dict(zip((x.seed for x in members), of_members, strict=True))
-        about = {
-            "task": members[0].task.name,
-            "model": members[0].name,
-            "dataset": members[0].dataset,
-            "has_llm": members[0].first.has_llm,
-            "seeds": list(by_seed),
-        }
-        joint.append(about | join_claims(by_seed, shares_images, members[0].task.margin))
+        seeds = [study.seed for study in members]
+        found: dict[tuple[str, str], dict[int, Entry]] = {}
+        for study, of_study in zip(studies, claims, strict=True):
+            for claim in of_study if any(study is member for member in members) else ():
+                key = (claim["claim"], claim["image_attention"])
+                found.setdefault(key, {})[study.seed] = claim
+        own = [
+            _join_claim(by_seed, len({*images}) < len(images), first.task.margin)
+            for by_seed in found.values()
+            if len(by_seed) > 1
+        ]
+        correct_for_claims(own)
+        left_out = [
+            {
+                "claim": name,
+                "image_attention": mask,
+                "lacking": [seed for seed in seeds if seed not in by_seed],
+            }
+            for (name, mask), by_seed in found.items()
+            if len(by_seed) < len(seeds)
+        ]
+        joint.append(
+            {
+                "task": first.task.name,
+                "model": first.name,
+                "dataset": first.dataset,
+                "has_llm": first.first.has_llm,
+                "seeds": seeds,
+                "claims": own,
+                "left_out": left_out,
+            }
+        )
     return joint
 
 
-def join_claims(
-    by_seed: dict[int, list[Entry]],
-    shared_images: bool,
-    margin: float,
-) -> dict[str, list[Entry]]:
-    """Return the "claims" of at least two seeds, and those that a seed lacks, "left_out" of it."""
-    found: dict[tuple[str, str], dict[int, Entry]] = {}
-    for seed, claims in by_seed.items():
-        for claim in claims:
-            found.setdefault((claim["claim"], claim["image_attention"]), {})[seed] = claim
-    joint = []
-    left_out = []
-    for (name, mask), own in found.items():
-        about = {
-            "claim": name,
-            "image_attention": mask,
-        }
-        if lacking := [seed for seed in by_seed if seed not in own]:
-            left_out.append(about | {"lacking": lacking})
-        if len(own) > 1:
-            joint.append(
-                about
-                | _join_claim(
-                    name,
-                    own,
-                    shared_images,
-                    margin,
-                )
-            )
-    correct_for_claims(joint)
-    return {
-        "claims": joint,
-        "left_out": left_out,
-    }
-
-
-def _join_claim(
-    name: str,
-    by_seed: dict[int, Entry],
-    shared_images: bool,
-    margin: float,
-) -> Entry:
+def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -> Entry:
     """Return the columns and the conclusion of a claim over seeds."""
-    sign = CLAIMS[name].sign
-    verdicts = {
-        column_name: join_column(
-            sign,
-            {seed: claim["verdicts"][column_name] for seed, claim in by_seed.items()},
+    first = next(iter(by_seed.values()))
+    about = {key: first[key] for key in ("claim", "image_attention", "text")}
+    claim = CLAIMS[first["claim"]]
+    verdicts = {}
+    for name in COLUMNS:
+        columns = {seed: entry["verdicts"][name] for seed, entry in by_seed.items()}
+        least = 0.0 if name == "paper" else margin
+        verdicts[name] = join_column(
+            claim.sign,
+            columns,
             shared_images,
-            0.0 if column_name == "paper" else margin,
+            least,
         )
-        for column_name in COLUMNS
-    }
-    paper = verdicts["paper"]  # the numbers of the main runs
+    # the numbers of the main runs
+    measured = {key: verdicts["paper"][key] for key in ("value", "ci95")}
+    is_known = measured["value"] is not None
     # the seeds that every joint number is a mean over, of those that have the claim
     counts = [entry["seeds"] for entry in verdicts.values() if "seeds" in entry]
-    truths = {claim.get("truth") for claim in by_seed.values()}
+    truths = {entry.get("truth") for entry in by_seed.values()}
     return {
-        "text": next(iter(by_seed.values()))["text"],
-        "value": paper["value"],
-        "ci95": paper["ci95"],
-        "holds": paper["value"] is not None and judge(sign, paper["value"], paper["ci95"]) == HOLDS,
+        **about,
+        **measured,
+        "holds": is_known and judge(claim.sign, **measured)["verdict"] == HOLDS,
         "verdicts": verdicts,
-        **conclude(verdicts, CLAIMS[name].unlearned),
+        **conclude(verdicts, claim.unlearned),
         "n": {
             "seeds": min(counts, default=0),
             "of": len(by_seed),
@@ -330,33 +356,34 @@ def join_column(
     more: Entry = {"by_seed": {seed: entry["value"] for seed, entry in by_seed.items()}}
     if missing:
         more["left_out"] = missing
-    reason = "fewer than two seeds have a verdict"
-    for seed, of_seed in [*missing.items()][:1]:
-        reason += f"; seed {seed}: {of_seed}"
-    entries = [*(judged if len(judged) > 1 else _same_probes(by_seed)).values()]
+    reason = ""
+    if len(judged) < 2:
+        first = next(iter(missing.items()))
+        reason = "fewer than two seeds have a verdict; seed {}: {}".format(*first)
+    entries = [*(_same_probes(by_seed) if reason else judged).values()]
     if len(entries) < 2 or any(entry["value"] is None for entry in entries):
-        return untested(reason, **more)
+        return judge(
+            sign,
+            None,
+            None,
+            reason=reason,
+            **more,
+        )
     more["seeds"] = len(entries)
     # each seed has draws of its own, so that their spread is part of that between seeds
     of_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in entries]
     value, ci95 = mean_over_seeds(of_images, shared_images)
-    if len(judged) < 2:
-        return untested(
-            reason,
-            value,
-            ci95,
-            **more,
-        )
     below = [x["below_optimum"] for x in entries if x.get("below_optimum")]
-    if len(below) > 1:
+    if len(below) > 1 and not reason:
         mean = mean_over_seeds([(x["value"], x["ci95"]) for x in below], shared_images)
         more["below_optimum"] = dict(zip(("value", "ci95"), mean, strict=True))
-    return column(
+    return judge(
         sign,
         value,
         ci95,
         margin,
         len(entries) - 1,
+        reason,
         **more,
     )
 
@@ -364,7 +391,11 @@ def join_column(
 def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:
     """Return the seeds whose probes are of the most frequent kind."""
     kinds = [entry.get("probes") for entry in by_seed.values()]
-    most = max(kinds, key=kinds.count, default=None)
+    most = max(
+        kinds,
+        key=kinds.count,
+        default=None,
+    )
     return {seed: entry for seed, entry in by_seed.items() if entry.get("probes") == most}
 
 
@@ -376,16 +407,12 @@ def mean_over_seeds(
     Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
     (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer.
     """
-    values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
-    widths = [high - low for _, (low, high) in estimates]
-    halves = torch.tensor(widths, dtype=torch.float64) / 2
-    of_images = halves.square().mean().sqrt().item()
-    value = values.mean().item()
-    quantile = student_quantile(0.975, len(values) - 1)
-    of_seeds = quantile * values.std().item() / len(values) ** 0.5
-    half = (
-        math.hypot(of_seeds, of_images)
-        if shared_images
-        else max(of_seeds, of_images / len(values) ** 0.5)
-    )
+    values = [value for value, _ in estimates]
+    of_images = np.hypot.reduce([(high - low) / 2 for _, (low, high) in estimates])
+    count = len(values)
+    value = float(np.mean(values))
+    of_seeds = student_quantile(0.975, count - 1) * float(np.std(values, ddof=1)) / count**0.5
+    half = max(of_seeds, of_images / count)
+    if shared_images:
+        half = math.hypot(of_seeds, of_images / count**0.5)
     return value, [value - half, value + half]

@@ -9,7 +9,6 @@ Shapes: S sites, N images, K classes, R resamplings, P permutations.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +17,19 @@ from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps, si
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, ENCODER, is_layer, layer_number
 from probes.runs.compare import check_same_probes
+from probes.runs.formatting import Entry
 from probes.runs.read import FinishedRun
 from probes.runs.study import StudyRuns, runs_to_compare
 from probes.score.effects import EFFECTS
 from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION, Task
 
-from .verdicts import ALPHA, FAILS, judge
-
 BEST_LAYER = "best layer"
 LEFT_OUT = "left out"
 FEWEST_PHOTOS = 6  # exchanging fewer can reject nothing: 2 ** (1 - 5) > 0.05
-Row = dict[str, Any]
 
 
-def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[Row]:
+def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[Entry]:
     """Yield the rows of the table of differences, see :class:`probes.report.tables.Tables`.
 
     Each model is compared with the first one of its task, data and seed, under each mask that both have; and of each
@@ -44,53 +41,53 @@ def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Itera
     """
     references: dict[tuple, StudyRuns] = {}
     for study in studies:
-        place = (study.task.name, study.dataset, study.seed)
-        about = dict(zip(("task", "data", "seed"), place, strict=True))
-        first = references.setdefault(place, study)
+        about = {
+            "task": study.task.name,
+            "data": study.dataset,
+            "seed": study.seed,
+        }
+        first = references.setdefault(tuple(about.values()), study)
         if first.name != study.name:
             ours, theirs = runs_to_compare(first, study)
-            models = {
+            models = about | {
+                "between": "models",
                 "first": keys[first.name],
                 "second": keys[study.name],
             }
             for mask in [mask for mask in ours if mask in theirs]:
-                named = (
-                    about
-                    | models
-                    | {
-                        "between": "models",
-                        "mask": mask,
-                    }
-                )
+                of_mask = models | {"mask": mask}
                 try:
                     check_same_probes(ours[mask], theirs[mask])
                 except UserError as error:
-                    yield named | {
+                    yield of_mask | {
                         "of": LEFT_OUT,
                         "name": str(error),
                     }
-                else:
-                    yield from (named | row for row in compare_runs(ours[mask], theirs[mask]))
+                    continue
+                rows = compare_runs(ours[mask], theirs[mask])
+                yield from (of_mask | row for row in rows)
         if pair := study.pair():
-            named = about | {
+            masks = about | {
                 "between": "masks",
                 "model": keys[study.name],
-            }
-            named |= {
                 "first": pair[0].mask,
                 "second": pair[1].mask,
             }
-            yield from (named | row for row in compare_runs(*pair))
+            yield from (masks | row for row in compare_runs(*pair))
 
 
 def compare_runs(
     first: FinishedRun, second: FinishedRun, permutations: int = RESAMPLINGS
-) -> Iterator[Row]:
+) -> Iterator[Entry]:
     """Yield a row for each difference; "of" is "site", "effect", "best layer" or "class"."""
     task = first.task
     ours = first.site_scores()
     theirs = second.site_scores()
-    swaps = random_swaps(first.metrics["images"], permutations, groups=first.groups).double()
+    swaps = random_swaps(
+        first.metrics["images"],
+        permutations,
+        groups=first.groups,
+    ).double()
     pairs = pair_sites(first, second)
     tested = [pair for pair in pairs if has_depth(pair[0])]
     p_of = dict(
@@ -106,16 +103,43 @@ def compare_runs(
         )
     )
     for pair in pairs:
-        difference = _difference(ours[pair[0]], theirs[pair[1]], task)
-        yield _row("site", pair[0], pair) | difference | {"p": p_of.get(pair)}
+        difference = _difference(
+            ours[pair[0]],
+            theirs[pair[1]],
+            task,
+        )
+        yield (
+            _row(
+                "site",
+                pair[0],
+                pair,
+            )
+            | difference
+            | {"p": p_of.get(pair)}
+        )
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
-            difference = _difference(first.effects[name], second.effects[name], task)
-            yield _row("effect", name, (None, None)) | difference
+            difference = _difference(
+                first.effects[name],
+                second.effects[name],
+                task,
+            )
+            yield (
+                _row(
+                    "effect",
+                    name,
+                    (None, None),
+                )
+                | difference
+            )
     best = (first.peak_layer, second.peak_layer)
     if all(best):
         layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
-        yield _row(BEST_LAYER, BEST_LAYER, best) | difference_of_best(task.sign, *layers)
+        yield _row(
+            BEST_LAYER,
+            BEST_LAYER,
+            best,
+        ) | difference_of_best(task.sign, *layers)
         if task.name == SEGMENTATION:
             yield from compare_classes(
                 first,
@@ -205,7 +229,7 @@ def compare_classes(
     second: FinishedRun,
     sites: tuple[str, str],
     swaps: Tensor,
-) -> Iterator[Row]:
+) -> Iterator[Entry]:
     """Yield a row for each class that is labelled or predicted, at one site of each run.
 
     Classes are tested together: of equal models, one pair in 20 has a class with a p-value below 0.05, also where
@@ -213,7 +237,12 @@ def compare_classes(
     `FEWEST_PHOTOS` photos, or groups of these, has no p-value.
     """
     a, b = (
-        run.sums_at([site])[0].double() for run, site in zip((first, second), sites, strict=True)
+        run.sums_at([site])[0].double()
+        for run, site in zip(
+            (first, second),
+            sites,
+            strict=True,
+        )
     )
     moved = swaps @ (b - a)
     iou = first.task.iou
@@ -225,13 +254,20 @@ def compare_classes(
     weights = torch.cat([torch.ones(1, len(a)), first.weights]).double()
     drawn = [iou(weights @ sums).nan_to_num() for sums in (a, b)]
     photos = photos_of_classes(first)
-    for k, p in zip(known, corrected, strict=True):
-        row = _row("class", first.metrics["classes"][k], sites)
+    for k, p in zip(
+        known,
+        corrected,
+        strict=True,
+    ):
+        row = _row(
+            "class",
+            first.metrics["classes"][k],
+            sites,
+        )
         row |= _difference(*(Estimate.from_vector(x[:, k]) for x in drawn), first.task)
-        is_tested = photos[k] >= FEWEST_PHOTOS
         yield row | {
             "photos": photos[k],
-            "p": p if is_tested else None,
+            "p": p if photos[k] >= FEWEST_PHOTOS else None,
         }
 
 
@@ -239,14 +275,11 @@ def photos_of_classes(run: FinishedRun) -> list[int]:
     """Return in how many validation images each class is labelled; of images in groups, in how many groups."""
     labelled = run.sums_at(run.sites[:1])[0].unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
     if run.groups is not None:
-        group_of = torch.unique(run.groups, return_inverse=True)[1]
-        labelled = torch.zeros(int(group_of.max()) + 1, labelled.shape[1]).index_add_(
-            0, group_of, labelled.float()
-        )
-    return (labelled > 0).sum(0).tolist()
+        labelled = torch.stack([labelled[run.groups == x].any(0) for x in run.groups.unique()])
+    return labelled.sum(0).tolist()
 
 
-def _row(of: str, name: str, sites: tuple[str | None, str | None]) -> Row:
+def _row(of: str, name: str, sites: tuple[str | None, str | None]) -> Entry:
     return {
         "of": of,
         "name": name,
@@ -255,9 +288,12 @@ def _row(of: str, name: str, sites: tuple[str | None, str | None]) -> Row:
     }
 
 
-def _difference(first: Estimate, second: Estimate, task: Task) -> Row:
+def _difference(first: Estimate, second: Estimate, task: Task) -> Entry:
     difference = second - first
-    low, high = difference.json(lowest=-task.highest, highest=task.highest)["ci95"]
+    low, high = difference.json(
+        lowest=-task.highest,
+        highest=task.highest,
+    )["ci95"]
     return {
         "first_value": first.value,
         "second_value": second.value,
@@ -265,18 +301,3 @@ def _difference(first: Estimate, second: Estimate, task: Task) -> Row:
         "low": low,
         "high": high,
     }
-
-
-def differs(row: Row, margin: float) -> bool:
-    """Return whether a row is a finding: its interval excludes 0, it reaches the margin, of classes p is below 5%."""
-    if (
-        judge(
-            1,
-            row["difference"],
-            (row["low"], row["high"]),
-            margin,
-        )
-        == FAILS
-    ):
-        return False
-    return row["of"] != "class" or (row["p"] is not None and row["p"] < ALPHA)

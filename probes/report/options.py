@@ -6,7 +6,10 @@ from pathlib import Path
 from llava_bidir.common.cli import positional
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(
+    frozen=True,
+    kw_only=True,
+)
 class ReportOptions:
     """Options of `probes report`.
 

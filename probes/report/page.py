@@ -13,12 +13,14 @@ a folder for each study.
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from inspect import isfunction
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
@@ -26,29 +28,38 @@ from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
 from probes.analyses.charts import Figure
 from probes.data.verify import notes_of_run
+from probes.report import charts, hero, parts, pictures, words
 from probes.runs import formatting
 from probes.runs.formatting import Entry, Rows
+from probes.runs.pictures import names_of, read_pictures
 from probes.runs.read import warn_of_changed_data
-from probes.runs.steps import unfinished_steps
-from probes.runs.study import StudyRuns, read_studies
-from probes.tasks import SEGMENTATION
+from probes.runs.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
+from probes.runs.study import StudyRuns, overridden_masks, read_studies, runs_to_compare
+from probes.tasks import SEGMENTATION, TASKS
 
-from .charts import STYLE, pdf_of
 from .claims import evaluate_claims, joint_studies
 from .compare import BEST_LAYER
 from .options import ReportOptions
-from .render import figures_of_sites, render_page
+from .readings import ReportView, SiteAxis, by_site, read_view
+from .render import render
 from .sites import table2
 from .tables import Tables, make_tables
 from .terminal import print_summary, summarize
 from .verdicts import MARGIN
 
+CSS = Path(__file__).with_name("page.css")
+MODULES = (charts, hero, parts, pictures, words)  # whose functions the template uses as filters
+FILTERS = {
+    name: value for module in MODULES for name, value in vars(module).items() if isfunction(value)
+}
+FILTERS |= {f.__name__: f for f in (names_of, notes_of_run, overridden_masks)}
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 Sections = dict[str, Section]  # of analyses by name
+# of figures as files, and what they say of themselves
 FORMATS = {
     "pdf": {"CreationDate": None},
     "png": {},
-}  # of figures as files, and what they say of themselves
+}
 
 
 def write_report(
@@ -69,68 +80,63 @@ def write_report(
         raise UserError(
             "a report needs a run of segmentation beside those of other tasks; there is none"
         )
-    folders = [text.rpartition("=")[2] for text in texts]
-    unfinished = [entry for folder in folders for entry in unfinished_steps(folder)]
+    unfinished = [step for text in texts for step in unfinished_steps(text.rpartition("=")[2])]
     out = Path(out)
     warn_of_changed_data(study.first for study in studies)
-    with exclusive_run_lock(out), mpl.rc_context(STYLE):
-        return _write_files(studies, out, unfinished)
-
-
-def _write_files(
-    studies: list[StudyRuns],
-    out: Path,
-    unfinished: list[dict[str, str]],
-) -> Entry:
-    main = [study for study in studies if study.task.name == SEGMENTATION]
-    single = len(main) == 1
-    claims = [evaluate_claims(study) for study in studies]
-    joint = joint_studies(studies, claims)
-    tables = make_tables(studies, claims, joint)
-    sections = [study_sections(x, "" if single else f"{x.slug}/") for x in studies]
-    files: Files = {
-        out / f"{name}.csv": table.to_csv(index=False)
-        for name, table in tables._asdict().items()
-        if len(table)
-    }
-    files |= _csv_files({"table2": table2(main)}, out)
-    for study, of_study in zip(studies, sections, strict=True):
-        for section in of_study.values():
-            files |= _csv_files(section.tables, out if single else out / study.slug)
-            files |= _figure_files(section.figures, out)
-    site_figures = figures_of_sites(tables)
-    files |= _figure_files(site_figures, out)
-    names = sorted(path.relative_to(out).as_posix() for path in files)
-    page, summary = render_page(
-        studies,
-        tables,
-        sections,
-        site_figures,
-        unfinished,
-        names,
-    )
-    results = report_results(
-        studies,
-        claims,
-        joint,
-        tables,
-        [_added_results(of_study) for of_study in sections],
-    )
-    results["summary"] = summarize(tables, *summary)
-    results |= {"unfinished": unfinished} if unfinished else {}
-    results |= {"files": names}
-    earlier = _earlier_files(out)
-    write_files(
-        files
-        | {
-            out / "index.html": page,
-            out / "results.json": results,
+    with exclusive_run_lock(out), mpl.rc_context(charts.STYLE):
+        main = [study for study in studies if study.task.name == SEGMENTATION]
+        single = len(main) == 1
+        claims = [evaluate_claims(study) for study in studies]
+        joint = joint_studies(studies, claims)
+        tables = make_tables(studies, claims, joint)
+        sections = [study_sections(x, "" if single else f"{x.slug}/") for x in studies]
+        files: Files = {
+            out / f"{name}.csv": table.to_csv(index=False)
+            for name, table in tables._asdict().items()
+            if len(table)
         }
-    )
-    for path in earlier - files.keys():
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # the folder of a study may have other files
-            path.parent.rmdir()
+        files |= _csv_files({"table2": table2(main)}, out)
+        for study, of_study in zip(studies, sections, strict=True):
+            for section in of_study.values():
+                files |= _csv_files(section.tables, out if single else out / study.slug)
+                files |= _figure_files(section.figures, out)
+        view = read_view(tables, pictures_of(studies, tables))
+        own = hero.claims_about(view.claims, view.lead)
+        sentences = hero.headline(view.lead, own, view.pairs)
+        site_figures = figures_of_sites(view)
+        files |= _figure_files(site_figures, out)
+        names = sorted(path.relative_to(out).as_posix() for path in files)
+        page = render_page(
+            view,
+            sentences,
+            studies,
+            sections,
+            site_figures,
+            unfinished,
+            names,
+        )
+        results = report_results(
+            studies,
+            claims,
+            joint,
+            tables,
+            sections,
+        )
+        results["summary"] = summarize(view, sentences, studies[0].first.metrics["images"])
+        results |= {"unfinished": unfinished} if unfinished else {}
+        results |= {"files": names}
+        earlier = _earlier_files(out)
+        write_files(
+            files
+            | {
+                out / "index.html": page,
+                out / "results.json": results,
+            }
+        )
+        for path in earlier - files.keys():
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder of a study may have other files
+                path.parent.rmdir()
     return results
 
 
@@ -145,27 +151,11 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
     return sections
 
 
-def _added_results(sections: Sections) -> Entry:
-    """Return what the analyses add to the results of a study."""
-    added: Entry = {
-        "results": {},
-        "by_mask": {},
-    }
-    for section in sections.values():
-        added["results"] |= section.results
-        added["by_mask"] |= section.by_mask
-    return added
-
-
 def _earlier_files(out: Path) -> set[Path]:
     """Return the CSV files, figures and tables of the report that `out` holds."""
     file = out / "results.json"
-    names = read_json(file).get("files", []) if file.is_file() else []
-    return {
-        out / name
-        for name in names
-        if ".." not in Path(name).parts and not Path(name).is_absolute()
-    }
+    paths = [out / name for name in read_json(file).get("files", [])] if file.is_file() else []
+    return {path for path in paths if path.resolve().is_relative_to(out.resolve())}
 
 
 def _csv_files(rows_by_name: dict[str, Rows], out: Path) -> Files:
@@ -182,10 +172,107 @@ def _figure_files(figures: Iterable[Figure], out: Path) -> Files:
     for figure in figures:
         for kind, metadata in FORMATS.items():
             drawn = io.BytesIO()
-            pdf_of(figure).savefig(drawn, format=kind, metadata=metadata)
+            charts.pdf_of(figure).savefig(
+                drawn,
+                format=kind,
+                metadata=metadata,
+            )
             files[out / f"{figure.name}.{kind}"] = drawn.getvalue()
         files |= _csv_files({figure.name: figure.rows}, out)
     return files
+
+
+# ------------------------------------------------------------------------------------------------ page
+def render_page(
+    view: ReportView,
+    sentences: Sequence[str],
+    studies: Sequence[StudyRuns],
+    sections: Sequence[Sections],
+    site_figures: Sequence[Figure],
+    unfinished: Sequence[dict[str, str]],
+    files: Sequence[str],
+) -> str:
+    """Return the page.
+
+    Args:
+        view: Of the report's tables.
+        sentences: The first ones (:func:`hero.headline`).
+        studies: Of all tasks, segmentation first.
+        sections: What the analyses show of each study, by name.
+        site_figures: From :func:`figures_of_sites`; those with a caption are shown.
+        unfinished: Steps that have no result.
+        files: Names of the report's files.
+    """
+    return render(
+        "report/page.html.j2",
+        FILTERS,
+        css=Markup(CSS.read_text(encoding="utf8")),
+        view=view,
+        sentences=sentences,
+        studies=studies,
+        analyses=shown_sections(studies, sections),
+        all_analyses=ANALYSES,
+        site_figures=site_figures,
+        failed=describe_steps(unfinished, FAILED),
+        left_out=describe_steps(unfinished, LEFT_OUT),
+        files=files,
+        findings=parts.FINDINGS,
+        frame=charts.Frame,
+        nan=np.nan,
+        all_tasks=TASKS,
+    )
+
+
+def shown_sections(
+    studies: Sequence[StudyRuns],
+    sections: Sequence[Sections],
+) -> dict[str, list[tuple[StudyRuns, Section]]]:
+    """Return by analysis the studies of which it shows something."""
+    found = {}
+    for name in ANALYSES:
+        own = [(x, of[name]) for x, of in zip(studies, sections, strict=True) if name in of]
+        own = [(x, section) for x, section in own if section.figures or any(section.shown.values())]
+        if own:
+            found[name] = own
+    return found
+
+
+def pictures_of(studies: Sequence[StudyRuns], tables: Tables) -> dict[tuple, dict[str, np.ndarray]]:
+    """Return the photos of the main runs by task, data, key, mask and seed."""
+    keys = tables.models.set_index("name")["key"]
+    found = {}
+    for study in studies:
+        for mask, run in runs_to_compare(study)[0].items():
+            about = study.task.name, study.dataset, keys[study.name]
+            found[*about, mask, run.metrics["seed"]] = read_pictures(run.path)
+    return found
+
+
+def figures_of_sites(view: ReportView) -> list[Figure]:
+    """Return the figures of scores by site: of all models, a PDF for each task, and inside the layers."""
+    figures = []
+    for task, of_task in parts.grouped(view.readings, "task").items():
+        masks = list(dict.fromkeys(reading.mask for reading in of_task))
+        panels = [
+            by_site(
+                own,
+                SiteAxis(own),
+                masks,
+                banded=own[:1],
+                title=data,
+            )
+            for data, own in parts.grouped(of_task, "data").items()
+        ]
+        name = "layers" if task == SEGMENTATION else f"layers_{task}"
+        figures.append(
+            Figure(
+                name,
+                "Scores by site",
+                "",
+                panels,
+            )
+        )
+    return figures + parts.inside_layers(view.tables)
 
 
 # ------------------------------------------------------------------------------------------------ results.json
@@ -194,7 +281,7 @@ def report_results(
     claims: Sequence[list[Entry]],
     joint: Sequence[Entry],
     tables: Tables,
-    added: Sequence[Entry],
+    sections: Sequence[Sections],
 ) -> Entry:
     """Return the content of results.json.
 
@@ -206,24 +293,19 @@ def report_results(
         claims: Of each study.
         joint: Over seeds.
         tables: Of the report.
-        added: What analyses add to each study: {"results": ..., "by_mask": ...}.
+        sections: What analyses add to each study.
     """
     labels = tables.models.set_index("name")["label"].to_dict()
-    entries = [
-        study_results(
-            study,
-            labels[study.name],
-            of_study,
-            more,
-        )
-        for study, of_study, more in zip(
-            studies,
-            claims,
-            added,
-            strict=True,
-        )
-    ]
-    main = [x for x, study in zip(entries, studies, strict=True) if study.task.name == SEGMENTATION]
+    main = []
+    others = []
+    for study, *of_study in zip(
+        studies,
+        claims,
+        sections,
+        strict=True,
+    ):
+        found = main if study.task.name == SEGMENTATION else others
+        found.append(study_results(study, labels[study.name], *of_study))
     several = {
         "seed": main[0]["seed"],
         "studies": main,
@@ -235,8 +317,8 @@ def report_results(
     results |= main[0] if len(main) == 1 else several
     if joint:
         results["joint"] = [entry | {"model": labels[entry["model"]]} for entry in joint]
-    if len(main) < len(entries):
-        results["tasks"] = entries[len(main) :]
+    if others:
+        results["tasks"] = others
     return results | {"comparisons": comparisons(tables)}
 
 
@@ -244,9 +326,10 @@ def study_results(
     study: StudyRuns,
     label: str,
     claims: list[Entry],
-    added: Mapping[str, Any],
+    sections: Sections,
 ) -> Entry:
     """Return the entries of one model on one data set."""
+    first = study.first
     masks = {
         mask: {
             "probing": run.metrics,
@@ -254,15 +337,17 @@ def study_results(
         }
         for mask, run in study.main_runs.items()
     }
-    for name, found in added.get("by_mask", {}).items():
-        for mask, entry in masks.items():
-            entry[name] = found[mask]
+    added = {}
+    for section in sections.values():
+        added |= section.results
+        for name, by_mask in section.by_mask.items():
+            for mask, entry in masks.items():
+                entry[name] = by_mask[mask]
     random: dict[str, list[Entry]] = {}
     for run in study.members:
-        if run.arm == "trained" or any(run is other for other in study.untrained.values()):
-            continue
-        random.setdefault(run.mask, []).append({"probing": run.metrics})
-    first = study.first
+        if run.arm != "trained" and run not in study.untrained.values():
+            random.setdefault(run.mask, []).append({"probing": run.metrics})
+    untrained = {mask: {"probing": run.metrics} for mask, run in study.untrained.items()}
     return {
         "model": label,
         "dataset": study.dataset,
@@ -271,12 +356,12 @@ def study_results(
         "seed": first.metrics["seed"],
         "masks": masks,
         "controls": {
-            "untrained": {mask: {"probing": run.metrics} for mask, run in study.untrained.items()},
+            "untrained": untrained,
             "random": random,
         },
         "claims": claims,
         "data_notes": notes_of_run(first.metrics.get("classes", []), first.manifest["data"]),
-        **added.get("results", {}),
+        **added,
     }
 
 

@@ -5,9 +5,9 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from pandas import DataFrame
 
-from probes.analyses.charts import Chart, Curve, Figure, Point
+from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.models.sites import is_layer, layer_around, layer_number, part_of
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -18,15 +18,15 @@ from .tables import Tables
 from .words import axis_number, lower_first
 
 Entry = dict[str, Any]
-# what each finding looks like: class, and how far its circle is filled
+# what each finding looks like: class, how far its circle is filled, and the circle as a character
 FINDINGS = {
-    "supported": ("ok", "full"),
-    "supported by itself": ("ok", "three"),
-    "not learned": ("half", "half"),
-    "also in random layers": ("half", "half"),
-    "artefact of the instrument": ("half", "ring"),
-    "does not hold": ("no", "none"),
-    "untested": ("open", "dash"),
+    "supported": ("ok", "full", "●"),
+    "supported by itself": ("ok", "three", "◕"),
+    "not learned": ("half", "half", "◐"),
+    "also in random layers": ("half", "half", "◐"),
+    "artefact of the instrument": ("half", "ring", "◉"),
+    "does not hold": ("no", "none", "○"),
+    "untested": ("open", "dash", "◌"),
 }
 ABOUT_CLAIM = [
     "claim",
@@ -73,8 +73,8 @@ class Scale:
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
-def verdicts(claims: pd.DataFrame, task: str) -> Entry:
-    """Return the tested claims of a task, grouped by claim, the axis of their effects, and the untested ones.
+def verdicts(claims: DataFrame, task: str) -> Entry:
+    """Return the claims of a task, those that are tested grouped by claim, and the axis of their effects.
 
     Claims joint over seeds stand for those of the seeds, which are their dots.
     """
@@ -90,21 +90,17 @@ def verdicts(claims: pd.DataFrame, task: str) -> Entry:
             }
             for row in shown.itertuples()
         ]
-    tested = [entry for entry in entries if entry["row"].conclusion != "untested"]
     groups: dict[str, list[Entry]] = {}
+    tested = [entry for entry in entries if entry["row"].conclusion != "untested"]
     for entry in tested:
         groups.setdefault(entry["row"].claim, []).append(entry)
-    ends = [
-        getattr(entry["row"], name)
-        for entry in tested
-        for name in ("low", "high", "beyond_low", "beyond_high")
-    ]
+    tested = [entry["row"] for entry in tested]
+    ends = [x for row in tested for x in (row.low, row.high, row.beyond_low, row.beyond_high)]
     return {
         "groups": groups,
         "scale": Scale(ends, 100 if task == SEGMENTATION else 1),
         "rows": [entry["row"] for entry in entries],
-        "tested": [entry["row"] for entry in tested],
-        "untested": list(dict.fromkeys(x["row"].title for x in entries if x not in tested)),
+        "tested": tested,
         "margin": TASKS[task].margin,
         "task": task,
     }
@@ -115,21 +111,17 @@ def is_right(row: Any) -> bool:
     return (row.finding == "supported") == (row.truth == "planted")
 
 
-def not_tested(claims: pd.DataFrame, has_llm: bool) -> list[Entry]:
+def not_tested(claims: DataFrame, has_llm: bool) -> list[Entry]:
     """Return why columns of claims are untested: each reason once, with its claims and the keys of the models."""
     rows = claims[(claims["verdict"] == "untested") & claims["reason"].notna()]
     rows = rows[rows["column"].isin([*COLUMNS] if has_llm else [*COLUMNS][1:])]
     found = []
     for (column, reason), own in rows.groupby(["column", "reason"], sort=False):
-        first, *others = dict.fromkeys(own["title"])
-        titles = ", ".join([first, *map(lower_first, others)])
-        entry = {
-            "models": own["model"].unique(),
-            "claims": titles,
-        }
+        first, *others = own["title"].unique()
         found.append(
-            entry
-            | {
+            {
+                "models": own["model"].unique(),
+                "claims": ", ".join([first, *map(lower_first, others)]),
                 "column": COLUMNS[column],
                 "reason": reason,
             }
@@ -141,7 +133,7 @@ def not_tested(claims: pd.DataFrame, has_llm: bool) -> list[Entry]:
 def panels(
     readings: Iterable[SiteReading],
     masks: Sequence[str],
-    axis: SiteAxis | None = None,
+    together: bool = False,
     banded: bool = False,
 ) -> list[Entry]:
     """Return a chart for each model, with one axis of scores, and the model's best reading.
@@ -149,23 +141,28 @@ def panels(
     Args:
         readings: Of one task.
         masks: All masks of the page.
-        axis: Of the sites; other models are then drawn thin, else each has an axis of its own.
+        together: All have one axis of sites, and the other models are drawn thin.
         banded: Draw intervals.
     """
-    charts = []
     groups = [*grouped(readings, "model.key").values()]
+    charts = []
     for own in groups:
-        others = [reading for group in groups if group is not own for reading in group]
-        chart = by_site(
-            own, axis or SiteAxis(own), masks, others if axis else (), own if banded else ()
+        others = [reading for reading in readings if reading not in own] * together
+        axis = SiteAxis(readings if together else own)
+        charts.append(
+            by_site(
+                own,
+                axis,
+                masks,
+                others,
+                own if banded else (),
+            )
         )
-        charts.append(chart)
     span = chart_span(charts)
-    sign = TASKS[groups[0][0].task].sign
     return [
         {
             "readings": own,
-            "best": max(own, key=lambda reading: sign * reading.best.value),
+            "best": max(own, key=SiteReading.rank),
             "chart": chart._replace(span=span),
         }
         for own, chart in zip(groups, charts, strict=True)
@@ -180,13 +177,11 @@ def grouped(readings: Iterable[SiteReading], name: str) -> dict[Any, list[SiteRe
     return groups
 
 
-def model_differences(differences: pd.DataFrame) -> dict[str, Any]:
+def model_differences(differences: DataFrame) -> dict[str, Any]:
     """Return by model how it differs from the first: at the best layers, else at the last site that both have."""
-    rows = differences[
-        differences["of"].isin([BEST_LAYER, "site"]) & differences["difference"].notna()
-    ]
-    rows = rows.sort_values("of", key=lambda of: of == BEST_LAYER, kind="stable")
-    return {row.second: row for row in rows.itertuples()}
+    known = differences.dropna(subset="difference")
+    rows = [known[known["of"] == of] for of in ("site", BEST_LAYER)]
+    return {row.second: row for table in rows for row in table.itertuples()}
 
 
 def inside_layers(tables: Tables) -> list[Figure]:
@@ -194,40 +189,39 @@ def inside_layers(tables: Tables) -> list[Figure]:
     table = tables.sites[tables.sites["main"] & (tables.sites["metric"] == "miou")]
     table = table[table["site"].map(lambda site: is_layer(layer_around(site)))]
     parts = table["site"].map(lambda site: part_of(site) or "")
+    table = table.assign(
+        part=parts,
+        layer=table["site"].map(layer_number),
+    )
     charts = []
-    for about, rows in table.groupby(ABOUT, sort=False):
-        curves = []
-        for colour, (part, name) in enumerate(INSIDE.items()):
-            own = rows[parts[rows.index] == part].itertuples()
-            points = [
-                Point(
-                    layer_number(x.site),
-                    x.value,
-                    x.low,
-                    x.high,
-                )
-                for x in own
-            ]
-            curves.append(
-                Curve(
-                    sorted(points),
+    for about, own in table.groupby(ABOUT, sort=False):
+        if own["part"].any():
+            rows = own.sort_values("layer")
+            looks = {
+                part: Curve(
+                    [],
                     name,
                     colour,
                     mark="circle",
                     band=True,
                 )
+                for colour, (part, name) in enumerate(INSIDE.items())
+            }
+            curves = curves_by_layer(
+                rows.to_dict("records"),
+                looks,
+                "part",
+                "value",
             )
-        ticks = {
-            layer: str(layer) for layer in sorted({int(p.x) for c in curves for p in c.points})
-        }
-        charts += [
-            Chart(
-                curves,
-                ticks,
-                ", ".join(about[2:4]),
-                "mIoU, %",
+            ticks = {layer: str(layer) for layer in rows["layer"]}
+            charts.append(
+                Chart(
+                    curves,
+                    ticks,
+                    ", ".join(about[2:4]),
+                    "mIoU, %",
+                )
             )
-        ] * any(parts[rows.index])
     text = "Values that a layer's attention reads, and what attention and MLP add, beside the output of the layer."
     return (
         [
@@ -244,64 +238,54 @@ def inside_layers(tables: Tables) -> list[Figure]:
 
 
 # ------------------------------------------------------------------------------------------------ classes
-def class_rows(classes: pd.DataFrame, lead: SiteReading, differences: pd.DataFrame) -> Entry | None:
+def class_rows(classes: DataFrame, lead: SiteReading, differences: DataFrame) -> Entry | None:
     """Return the IoU of each class at the best site and at a site to compare with, and differences of two models.
 
     Classes are sorted by how much they gain, or by the difference of the models.
     """
     own = rows_about(classes, lead)
-    table = own.pivot_table(
+    iou = own.pivot_table(
         index="class",
         columns="site",
         values="iou",
         sort=False,
     )
     best = lead.best.site
-    is_norm = best.endswith("norm")  # which repeats the last layer
-    layers = [row.site for row in lead.rows if lead.is_layer(row.site) and not is_norm]
-    ends = ["adapter"] * bool(lead.row("adapter")) + layers[::-1] + [lead.rows[0].site]
+    layers = [row.site for row in lead.rows if lead.is_layer(row.site)]
+    last = [] if best.endswith("norm") else layers[-1:]  # a norm repeats the last layer
+    ends = [site for site in ("adapter", *last, lead.rows[0].site) if lead.row(site)]
     compared = next((site for site in ends if site != best), best)
-    if table.empty or best == compared:
+    if iou.empty or best == compared:
         return None
-    table = pd.DataFrame(
+    table = DataFrame(
         {
-            "from": table[lead.own[compared]],
-            "to": table[lead.own[best]],
+            "from": iou[lead.own[compared]],
+            "to": iou[lead.own[best]],
         }
     ).dropna()
-    table["photos"] = own.drop_duplicates("class").set_index("class")["photos"]
+    table["photos"] = own.groupby("class")["photos"].first()
     of_class = differences[differences["of"] == "class"]
     pair = {row.name: row for row in of_class.itertuples(index=False)}  # of the last model
     gain = table["to"] - table["from"]
-    order = pd.Series({x: pair[x].difference if x in pair else np.inf for x in table.index})
-    table = table.loc[(order if pair else -gain).sort_values(kind="stable").index]
+    table["pair"] = [pair.get(name) for name in table.index]
+    table["order"] = [x.difference if x else np.inf for x in table["pair"]] if pair else -gain
+    table = table.sort_values("order", kind="stable")
     return {
-        "rows": [
-            {
-                "name": name,
-                "pair": pair.get(name),
-            }
-            | dict(row)
-            for name, row in table.iterrows()
-        ],
+        "rows": table.rename_axis("name").reset_index().to_dict("records"),
         "compared": compared,
         "best": best,
         "scale": Scale([0, *table["from"], *table["to"]], signed=False),
-        "pair_scale": Scale([x for row in pair.values() for x in (row.low, row.high)]),
+        "pair_scale": scale_of(pair.values()),
         "second": of_class["second"].iloc[-1] if pair else "",
         "more": int((gain >= 0.01).sum()),
     }
 
 
 # ------------------------------------------------------------------------------------------------ sites
-def beyond(row: Any) -> str:
-    """Return ▲ if a site reads better than random models: by a point at least, in an interval without 0; ▼ worse."""
-    if not (abs(row.minus_random) >= 0.01 and row.minus_low * row.minus_high > 0):
-        return ""
-    return "▲" if row.minus_random > 0 else "▼"
-
-
-def site_scale(lead: SiteReading) -> Scale:
-    """Return the axis of a reading's scores and of its random models."""
-    draws = [value for values in lead.draws.values() for value in values]
-    return Scale([*(x for row in lead.rows for x in (row.low, row.high)), *draws], signed=False)
+def scale_of(
+    rows: Iterable[Any],
+    more: Sequence[float] = (),
+    signed: bool = True,
+) -> Scale:
+    """Return the axis of the intervals of rows and of more values."""
+    return Scale([*more, *(x for row in rows for x in (row.low, row.high))], signed=signed)

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from .readings import SiteReading
-from .words import percent
 
 IGNORED = 255
 PALE, FULL = 56, 255  # opacity of what is right and wrong
@@ -30,18 +29,13 @@ def uri(image: Image.Image, kind: str = "png", **options: Any) -> str:
 
 def map_uri(classes: np.ndarray, palette: np.ndarray, truth: np.ndarray | None = None) -> str:
     """Return classes uint8[H, W] in their colours; with `truth`, right ones pale and those without a label none."""
-    count = len(palette)
-    colours = np.zeros((256, 3), np.uint8)
-    shown = classes.copy()
-    opacity = [FULL] * count + [0] * (256 - count)
-    colours[:count] = palette
-    if truth is not None and 2 * count < IGNORED:
-        colours[count : 2 * count] = palette
-        shown = np.where(truth == IGNORED, IGNORED, classes + count * (classes != truth))
-        opacity = [PALE] * count + [FULL] * count + [0] * (256 - 2 * count)
-    image = Image.fromarray(shown.astype(np.uint8), "P")
-    image.putpalette(colours.tobytes())
-    return uri(image, transparency=bytes(opacity))
+    colours = np.zeros((256, 4), np.uint8)
+    colours[: len(palette)] = np.pad(palette, [(0, 0), (0, 1)], constant_values=FULL)
+    picture = colours[classes]
+    if truth is not None:
+        picture[classes == truth, 3] = PALE
+        picture[truth == IGNORED, 3] = 0
+    return uri(Image.fromarray(picture))
 
 
 def picture_uri(picture: np.ndarray) -> str:
@@ -53,7 +47,7 @@ def picture_uri(picture: np.ndarray) -> str:
 def right_share(classes: np.ndarray, truth: np.ndarray) -> str:
     """Return the share of labelled pixels that are right."""
     labelled = truth != IGNORED
-    return f"{percent((classes == truth)[labelled].mean() if labelled.any() else 0, 0)}%"
+    return f"{(classes == truth)[labelled].mean() if labelled.any() else 0:.0%}"
 
 
 def classes_in(truth: np.ndarray, names: Sequence[str]) -> list[int]:

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 
 from probes.analyses.charts import Chart, Curve, Point
-from probes.models.sites import part_of
+from probes.models.sites import is_on_main_path
 from probes.tasks import SEGMENTATION, TASKS
 
-from .tables import Tables
-from .words import percent, site_name, site_number, site_tick, zone_of
+from .tables import Tables, by_claim
+from .words import number, shown, site_name, site_number, site_tick, zone_of
 
-PARTS = ("encoder_", "encoder", "adapter", "layer_", "final_norm")
+PARTS = ("encoder_", "encoder_norm", "encoder", "adapter", "layer_", "final_norm")
 IN_ENCODER = {"final_norm": "encoder_norm"}  # of a bare encoder beside an MLLM
 ABOUT = [
     "task",
@@ -26,35 +26,26 @@ ABOUT = [
 ]
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model of the report: `number` counts from 0, `about` is its long name, `depth` the number of its last layer."""
-
-    key: str
-    label: str
-    about: str
-    number: int
-    has_llm: bool
-    depth: int
-
-
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True,
+    eq=False,
+)
 class SiteReading:
     """A trained model under a mask on a data set.
 
     Args:
-        model: The model.
+        model: Row of the table of models, with its `number` from 0 and `depth`, the number of its last layer.
         mask: Its attention mask.
         data: Name of the data set.
         task: What is read.
         seed: Of the training of probes and model.
-        rows: Of the table of sites, in the order of the forward.
+        rows: Of the table of sites, with their text, in the order of the forward.
         draws: Scores of the models with random weights by site.
         own: The model's own names of the sites, those of a bare encoder's layers beside an MLLM differ.
         pictures: Content of the run's pictures.npz.
     """
 
-    model: Model
+    model: Any
     mask: str
     data: str
     task: str
@@ -67,8 +58,11 @@ class SiteReading:
     @cached_property
     def best(self) -> Any:
         """The row of the best site."""
-        sign = TASKS[self.task].sign
-        return max(self.rows, key=lambda row: sign * row.value)
+        return max(self.rows, key=lambda row: TASKS[self.task].sign * row.value)
+
+    def rank(self) -> float:
+        """Return the best score, the higher the better."""
+        return TASKS[self.task].sign * self.best.value
 
     def is_layer(self, site: str) -> bool:
         """Return whether a site is a layer of the LLM or of the bare encoder."""
@@ -79,46 +73,97 @@ class SiteReading:
         return next((row for row in self.rows if row.site == site), None)
 
 
-def read_models(models: pd.DataFrame) -> dict[str, Model]:
-    """Return the models of the table by key, in the order given."""
-    return {
-        row.key: Model(
-            row.key,
-            row.label,
-            row.about,
-            number,
-            row.has_llm,
-            site_number(row.last_layer or "") or 0,
-        )
-        for number, row in enumerate(models.itertuples())
-    }
-
-
-def read_readings(
-    tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]] | None = None
-) -> list[SiteReading]:
-    """Return the readings of the report's main runs, in the order of the table of sites.
+@dataclass(
+    frozen=True,
+    eq=False,
+)
+class ReportView:
+    """What page and terminal show of the tables of a report.
 
     Args:
         tables: Of the report.
-        pictures: Of the runs, by task, data, key of the model, mask and seed.
+        models: Models by key, in the order given.
+        readings: Of the report's main runs, in the order of the table of sites.
+        claims: A row for each claim (:func:`by_claim`), with text.
     """
-    models = read_models(tables.models)
-    has_llm = any(model.has_llm for model in models.values())
-    table = tables.sites
+
+    tables: Tables
+    models: dict[str, Any]
+    readings: list[SiteReading]
+    claims: pd.DataFrame
+
+    @cached_property
+    def lead(self) -> SiteReading:
+        """What the first sentence is about: the first model under the mask whose best site reads most."""
+        first = self.readings[0]
+        own = [r for r in self.readings if r.model is first.model and r.data == first.data]
+        return max(own, key=SiteReading.rank)
+
+    @property
+    def front(self) -> list[SiteReading]:
+        """The readings of the lead's task and data."""
+        place = self.lead.task, self.lead.data
+        return [reading for reading in self.readings if (reading.task, reading.data) == place]
+
+    @cached_property
+    def axis(self) -> "SiteAxis":
+        """Their sites."""
+        return SiteAxis(self.front)
+
+    @property
+    def masks(self) -> list[str]:
+        """The masks of the LLMs among these."""
+        return list(dict.fromkeys(r.mask for r in self.front if r.model.has_llm))
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """The differences of models on the lead's data, under its mask if there are some, with text."""
+        lead = self.lead
+        table = self.tables.differences
+        seeds = table["seed"].fillna(lead.seed)
+        about = table.assign(seed=seeds)[
+            [
+                "between",
+                "task",
+                "data",
+                "seed",
+            ]
+        ]
+        table = table[
+            (
+                about
+                == [
+                    "models",
+                    lead.task,
+                    lead.data,
+                    lead.seed,
+                ]
+            ).all(axis=1)
+        ]
+        is_same_mask = table["mask"] == lead.mask
+        return shown(table[is_same_mask] if is_same_mask.any() else table)
+
+
+def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -> ReportView:
+    """Return what is shown of tables and of the pictures of runs, by task, data, key of the model, mask and seed."""
+    depths = [site_number(site or "") or 0 for site in tables.models["last_layer"]]
+    numbered = tables.models.assign(
+        number=range(len(depths)),
+        depth=depths,
+    )
+    models = {row.key: row for row in numbered.itertuples()}
+    has_llm = numbered["has_llm"].any()
+    table = shown(tables.sites)
     is_score = table["metric"] == table["task"].map(lambda task: TASKS[task].score)
-    main = table[table["main"] & is_score & ~table["site"].map(lambda site: bool(part_of(site)))]
+    main = table[table["main"] & is_score & table["site"].map(is_on_main_path)]
+    drawn = tables.draws.groupby([*ABOUT[:4], "site"])["value"].agg(list).to_dict()
     readings = []
     for about, rows in main.groupby(ABOUT, sort=False):
         task, data, key, mask, seed = about
         own = {site: site for site in rows["site"]}
         if has_llm and not models[key].has_llm:
             own = {IN_ENCODER.get(x, x.replace("layer_", "encoder_")): x for x in own}
-        shown = {site: name for name, site in own.items()}
-        of_run = tables.draws[(tables.draws[ABOUT[:4]] == list(about[:4])).all(axis=1)]
-        scores = of_run.groupby("site")["value"].agg(list).to_dict()
-        named = rows.assign(site=rows["site"].map(shown)).itertuples()
-        found = (pictures or {}).get(about, {})
+        named = rows.assign(site=list(own)).itertuples()
         readings.append(
             SiteReading(
                 models[key],
@@ -127,12 +172,17 @@ def read_readings(
                 task,
                 seed,
                 list(named),
-                {shown[site]: values for site, values in scores.items() if site in shown},
+                {name: drawn[*about[:4], x] for name, x in own.items() if (*about[:4], x) in drawn},
                 own,
-                found,
+                pictures.get(about, {}),
             )
         )
-    return readings
+    return ReportView(
+        tables,
+        models,
+        readings,
+        shown(by_claim(tables.claims)),
+    )
 
 
 def rows_about(table: pd.DataFrame, reading: SiteReading) -> pd.DataFrame:
@@ -141,21 +191,12 @@ def rows_about(table: pd.DataFrame, reading: SiteReading) -> pd.DataFrame:
     return table[(table[ABOUT] == list(own)).all(axis=1)]
 
 
-def lead_of(readings: Sequence[SiteReading]) -> SiteReading:
-    """Return what the first sentence is about: the first model under the mask whose best site reads most."""
-    sign = TASKS[readings[0].task].sign
-    own = [r for r in readings if r.model is readings[0].model and r.data == readings[0].data]
-    return max(own, key=lambda reading: sign * reading.best.value)
-
-
 def in_order(sites: Iterable[str]) -> list[str]:
     """Return sites in the order of the forward."""
 
     def place(site: str) -> tuple[int, int]:
         number = site_number(site)
-        kind = site if number is None else site.rpartition("_")[0] + "_"
-        if kind == "encoder_norm":
-            return 0, 10**6
+        kind = site if number is None else f"{site.rpartition('_')[0]}_"
         return PARTS.index(kind), number or 0
 
     return sorted({*sites}, key=place)
@@ -188,12 +229,12 @@ class SiteAxis:
         return float(np.interp(depth, [*map(site_number, same)], [*map(self.sites.index, same)]))
 
     @property
-    def zones(self) -> list[tuple[str, list[int]]]:
+    def zones(self) -> dict[str, list[int]]:
         """The parts of the models, each with the places of its sites."""
         zones: dict[str, list[int]] = {}
         for place, site in enumerate(self.sites):
             zones.setdefault(zone_of(site, self.has_llm), []).append(place)
-        return list(zones.items())
+        return zones
 
 
 def by_site(
@@ -216,45 +257,35 @@ def by_site(
         random: Those whose random models are drawn, by default all.
         about: Fields of the chart.
     """
-    first = readings[0]
-    is_segmentation = first.task == SEGMENTATION
+    task = TASKS[readings[0].task]
+    is_segmentation = task.name == SEGMENTATION
     curves = [
         curve_of(
-            reading,
+            r,
             axis,
             masks,
             style="thin",
             mark="",
         )
-        for reading in others
+        for r in others
     ]
     curves += [
         curve_of(
             r,
             axis,
             masks,
-            band=any(r is x for x in banded),
+            band=r in banded,
         )
         for r in readings
     ]
-    ticks = {i: axis_tick(site) for i, site in enumerate(axis.sites)}
-    task = TASKS[first.task]
     return Chart(
         curves,
-        ticks,
+        {i: site_tick(site) for i, site in enumerate(axis.sites)},
         unit="mIoU, %" if is_segmentation else task.labels[task.score],
         grey=grey_of(readings if random is None else random, axis),
         scale=100 if is_segmentation else 1,
         **about,
     )
-
-
-def axis_tick(site: str) -> str:
-    """Return the name of a site at the axis of a small chart."""
-    return {
-        "encoder": "enc",
-        "adapter": "ad",
-    }.get(site) or site_tick(site)
 
 
 def curve_of(
@@ -264,15 +295,13 @@ def curve_of(
     **look: Any,
 ) -> Curve:
     """Return the curve of a reading."""
-    scale = 100 if reading.task == SEGMENTATION else 1
     points = [
         Point(
             axis.place(reading, row.site),
             row.value,
             row.low,
             row.high,
-            f"{reading.model.label}, {site_name(reading.own.get(row.site, row.site))}: "
-            + " to ".join(f"{scale * x:.3g}" for x in (row.low, row.high)),
+            f"{reading.model.label}, {site_name(reading.own.get(row.site, row.site))}: {row.value_ci}",
         )
         for row in reading.rows
     ]
@@ -294,27 +323,27 @@ def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]
 
     Layers fan out from the trained value of the site before them, where random LLMs start; random adapters stand alone.
     """
-    ranges: dict[tuple[str, bool], list[Point]] = {}
-    for site in axis.sites:
-        own = [r for r in readings if site in r.draws]
-        values = [value for r in own for value in r.draws[site]]
+    ranges: dict[str, list[Point]] = {}
+    for x, site in enumerate(axis.sites):
+        own = [reading for reading in readings if site in reading.draws]
+        values = [value for reading in own for value in reading.draws[site]]
         if not values:
             continue
-        title = f"random models: {percent(min(values))} to {percent(max(values))}"
-        point = Point(
-            axis.sites.index(site), float(np.mean(values)), min(values), max(values), title
-        )
-        start = ranges.setdefault((zone_of(site, axis.has_llm), site == "adapter"), [])
-        before = axis.sites[axis.sites.index(site) - 1]
-        starts = [r.row(before).value for r in own if r.row(before)]
-        if not start and site != "adapter" and starts and axis.sites.index(site):
-            start.append(
-                Point(
-                    point.x - 1,
-                    float(np.mean(starts)),
-                    min(starts),
-                    max(starts),
-                )
-            )
-        start.append(point)
+        points = ranges.setdefault(zone_of(site, axis.has_llm), [])
+        before = [reading.row(axis.sites[x - 1]) for reading in own]
+        starts = [row.value for row in before if row]
+        if x and starts and not points and site != "adapter":
+            points.append(_range(x - 1, starts))
+        ends = " to ".join(number(value, own[0].task) for value in (min(values), max(values)))
+        points.append(_range(x, values)._replace(title=f"random models: {ends}"))
     return list(ranges.values())
+
+
+def _range(x: float, values: Sequence[float]) -> Point:
+    """Return the mean of values, from the lowest to the highest."""
+    return Point(
+        x,
+        float(np.mean(values)),
+        min(values),
+        max(values),
+    )

@@ -6,9 +6,10 @@ nothing to compare with.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from probes.analyses.base import table_row
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer, layer_around
+from probes.runs.formatting import Entry
 from probes.runs.paper import PAPER
 from probes.runs.read import FinishedRun
 from probes.runs.study import CONTROLS, MASKS, StudyRuns, runs_to_compare
@@ -19,11 +20,9 @@ from probes.tasks import SEGMENTATION
 from .compare import photos_of_classes
 from .verdicts import compare_to_draws, interval_over_draws
 
-Row = dict[str, Any]
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")  # of Table 2
-MIN_FREEDOM = (
-    2  # of the draws; an interval from one degree of freedom is twelve standard errors wide
-)
+PART_OF = {control: part for part, controls in CONTROLS.items() for control in controls}
+MIN_FREEDOM = 2  # of draws: an interval from one is twelve standard errors wide
 
 
 def shown_runs(study: StudyRuns) -> dict[str, FinishedRun]:
@@ -31,7 +30,7 @@ def shown_runs(study: StudyRuns) -> dict[str, FinishedRun]:
     return runs_to_compare(study)[0]
 
 
-def run_columns(study: StudyRuns, run: FinishedRun, key: str) -> Row:
+def run_columns(study: StudyRuns, run: FinishedRun, key: str) -> Entry:
     """Return the columns that tell runs apart."""
     return {
         "model": key,
@@ -45,63 +44,48 @@ def run_columns(study: StudyRuns, run: FinishedRun, key: str) -> Row:
     }
 
 
-def site_rows(study: StudyRuns, key: str) -> Iterator[Row]:
+def site_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
     """Yield a row for each run, site and score; see :class:`probes.report.tables.Tables`."""
-    shown = shown_runs(study)
+    shown = shown_runs(study).values()
     compared = compare_sites(study)
     for run in study.members:
-        about = run_columns(
-            study,
-            run,
-            key,
-        )
-        about["main"] = any(run is main for main in shown.values())
+        is_main = any(run is main for main in shown)
+        about = run_columns(study, run, key) | {"main": is_main}
         for entry in run.metrics["sites"]:
             for metric in run.task.scores:
-                row = {
-                    "site": entry["site"],
-                    "metric": metric,
-                    "value": entry[metric],
-                }
-                row["low"], row["high"] = entry[f"{metric}_ci95"]
-                if about["main"] and metric == run.task.score:
+                row = about | table_row(
+                    entry["site"],
+                    metric,
+                    entry[metric],
+                    entry[f"{metric}_ci95"],
+                )
+                if is_main and metric == run.task.score:
                     row |= compared.get((run.mask, entry["site"]), {})
-                yield about | row
+                yield row
 
 
-def compare_sites(study: StudyRuns) -> dict[tuple[str, str], Row]:
+def compare_sites(study: StudyRuns) -> dict[tuple[str, str], Entry]:
     """Return "random", "draws", "minus_random", "minus_low" and "minus_high" by mask and site.
 
     The difference is the score minus the mean of the draws, paired over images. Of random and permuted models it is the
     smaller one, and the interval over images and draws covers those of both.
     """
+    found = {}
     shown = shown_runs(study)
     own = {mask: run.site_scores() for mask, run in shown.items()}
     scores = {
-        (mask, control): [
-            run.site_scores()
-            for run in random_runs(
-                study,
-                control,
-                mask,
-            )
-        ]
+        (mask, control): [run.site_scores() for run in random_runs(study, control, mask)]
         for mask in shown
-        for control in (*CONTROLS["llm"], *CONTROLS["adapter"])
+        for control in PART_OF
     }
-    found = {}
     for site in dict.fromkeys(site for run in shown.values() for site in run.sites):
         compared = {}
         for (mask, control), draws in scores.items():
             numbers = [of_draw[site] for of_draw in draws if site in of_draw]
-            if numbers and site in own[mask] and control in CONTROLS.get(random_part(site), ()):
+            if numbers and site in own[mask] and PART_OF[control] == random_part(site):
                 compared[mask, control] = compare_to_draws(own[mask][site], numbers)
-        for mask in dict.fromkeys(mask for mask, _ in compared):
-            found[mask, site] = _beyond_draws(
-                mask,
-                compared,
-                is_pooled=site != ADAPTER,
-            )
+        for mask, _ in compared:
+            found[mask, site] = _beyond_draws(mask, compared, is_pooled=site != ADAPTER)
     return found
 
 
@@ -110,7 +94,7 @@ def _beyond_draws(
     compared: Mapping[tuple[str, str], Estimate],
     *,
     is_pooled: bool,
-) -> Row:
+) -> Entry:
     """Return the difference of a site from random models, from those by mask and control.
 
     The variance of draws is pooled over masks and controls, but of random adapters, which are the same under all masks.
@@ -123,13 +107,13 @@ def _beyond_draws(
         "draws": sum(len(x.about["by_draw"]) for x in own.values()),
         "minus_random": nearest.value,
     }
+    drawn = {key: x for key, x in compared.items() if len(x.about["by_draw"]) > 1}
     intervals = []
-    for key, estimate in own.items():
-        others = [x for other, x in compared.items() if other != key and is_pooled]
-        drawn = [x for x in (estimate, *others) if len(x.about["by_draw"]) > 1]
-        if estimate not in drawn:
-            return row
-        ci95, (_, freedom) = interval_over_draws(estimate, drawn[1:])
+    for key in own:
+        others = [x for other, x in drawn.items() if other != key and is_pooled]
+        freedom = 0
+        if key in drawn:
+            ci95, (_, freedom) = interval_over_draws(drawn[key], others)
         if freedom < MIN_FREEDOM:
             return row
         intervals.append(ci95)
@@ -157,43 +141,25 @@ def random_part(site: str) -> str:
     return "adapter" if site == ADAPTER else ""
 
 
-def draw_rows(study: StudyRuns, key: str) -> Iterator[Row]:
+def draw_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
     """Yield the main score of each draw of random weights at the sites that these change."""
     score = study.task.score
-    parts = {control: part for part, controls in CONTROLS.items() for control in controls}
     for mask in shown_runs(study):
-        for control, part in parts.items():
-            for run in random_runs(
-                study,
-                control,
-                mask,
-            ):
-                about = run_columns(
-                    study,
-                    run,
-                    key,
-                ) | {
+        for control, part in PART_OF.items():
+            for run in random_runs(study, control, mask):
+                about = run_columns(study, run, key) | {
                     "mask": mask,
                     "weights": control,
                 }
                 for entry in run.metrics["sites"]:
                     if random_part(entry["site"]) == part:
-                        row = {
-                            "site": entry["site"],
-                            "metric": score,
-                            "value": entry[score],
-                        }
-                        yield about | row
+                        yield about | table_row(entry["site"], score, entry[score])
 
 
-def class_rows(study: StudyRuns, key: str) -> Iterator[Row]:
+def class_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
     """Yield the IoU of each class at each site, and in how many photos it is labelled."""
     for run in shown_runs(study).values() if study.task.name == SEGMENTATION else ():
-        about = run_columns(
-            study,
-            run,
-            key,
-        )
+        about = run_columns(study, run, key)
         photos = photos_of_classes(run)
         for entry in run.metrics["sites"]:
             named = zip(
@@ -203,17 +169,16 @@ def class_rows(study: StudyRuns, key: str) -> Iterator[Row]:
                 strict=True,
             )
             for name, iou, count in named:
-                row = {
+                yield about | {
                     "site": entry["site"],
                     "class": name,
                     "iou": iou,
                     "photos": count,
                 }
-                yield about | row
 
 
-def certificate_rows(run: FinishedRun) -> Iterator[Row]:
-    """Yield how each solved probe was found: its strength of regularisation, and how far it is from the minimum."""
+def certificates_of(run: FinishedRun) -> Iterator[Entry]:
+    """Yield site, strength, at_end, gradient and converged of each solved probe of a run."""
     for entry in run.site_strengths if run.is_solved else ():
         chosen = entry["strengths"].index(entry["chosen"])
         certificate = (entry.get("certificates") or {chosen: None})[chosen] or {}
@@ -226,41 +191,18 @@ def certificate_rows(run: FinishedRun) -> Iterator[Row]:
         }
 
 
-def table2(studies: Sequence[StudyRuns]) -> list[Row]:
+def table2(studies: Sequence[StudyRuns]) -> list[Entry]:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper; [] without an LLM."""
-    columns = ("model", "image_attention", "probes")
+    columns = ("model", "image_attention", "probes", *SUMMARY, FINAL_NORM)
     rows = []
     for study in studies:
         for run in study.main_runs.values() if study.first.has_llm else ():
-            row = dict(
-                zip(
-                    columns,
-                    (study.title, run.mask, run.probe_kind),
-                    strict=True,
-                )
-            )
-            summary = run.metrics["summary"]
-            rows.append(row | {key: summary.get(key) for key in (*SUMMARY, FINAL_NORM)})
+            scores = map(run.metrics["summary"].get, columns[3:])
+            rows.append((study.title, run.mask, run.probe_kind, *scores))
     paper = PAPER["table2_ade20k_miou"]
     for encoder in ("clip", "dinov2", "siglip") if rows else ():
         for mask in MASKS:
-            row = dict(
-                zip(
-                    columns,
-                    (f"paper, {encoder}, ADE20K", mask, "trained"),
-                    strict=True,
-                )
-            )
             values = (paper[encoder]["encoder"], *paper[encoder][mask])
-            rows.append(
-                row
-                | {
-                    k: x / 100
-                    for k, x in zip(
-                        SUMMARY,
-                        values,
-                        strict=True,
-                    )
-                }
-            )
-    return rows
+            scores = [x / 100 for x in values]
+            rows.append((f"paper, {encoder}, ADE20K", mask, "trained", *scores, None))
+    return [dict(zip(columns, row, strict=True)) for row in rows]

@@ -1,24 +1,27 @@
-"""The tables that a report consists of: all that page, terminal, LaTeX, CSV files and notebooks show are selections.
+"""The tables that a report consists of: all that page, terminal, CSV files and notebooks show are selections.
 
 A new claim is a row in its analysis, a new view a function of a table; nothing else knows of either.
 """
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
 from pandas import DataFrame
 
-from probes.runs.formatting import Entry
+from probes.runs.formatting import Entry, bounds
 from probes.runs.study import StudyRuns
 
 from .compare import difference_rows
-from .sites import certificate_rows, class_rows, draw_rows, run_columns, site_rows
+from .sites import certificates_of, class_rows, draw_rows, run_columns, site_rows
 from .verdicts import COLUMNS
 
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST_LABEL = 16
+UNTOLD = ("", "hf", "trained", "checkpoint", "model")  # parts of paths
 UNTRAINED = "untrained"  # the column of claims that has the number of the model before training
 
 
@@ -62,27 +65,20 @@ class Tables(NamedTuple):
     certificates: DataFrame
 
 
-RUN = ("model", "mask", "task", "data", "weights", "draw", "seed", "probes")
+RUN = "model mask task data weights draw seed probes"
 NAMES = {  # of the columns of each table
-    "models": ("key", "name", "label", "about", "path", "has_llm", "last_layer"),
-    "claims": (
-        *("claim", "title", "what", "model", "mask", "task", "data", "seed", "seeds", "column"),
-        *("value", "low", "high", "verdict", "reason", "detectable", "random", "control"),
-        *("below_optimum", "below_low", "below_high"),
-        *("conclusion", "finding", "p", "p_holm", "truth", "images", "patches"),
-    ),
-    "sites": (
-        *(*RUN, "main", "site", "metric", "value", "low", "high"),
-        *("random", "draws", "minus_random", "minus_low", "minus_high"),
-    ),
-    "differences": (
-        *("of", "between", "first", "second", "model", "mask", "task", "data", "seed"),
-        *("name", "site", "second_site", "first_value", "second_value"),
-        *("difference", "low", "high", "p", "photos"),
-    ),
-    "draws": (*RUN, "site", "metric", "value"),
-    "classes": (*RUN, "site", "class", "iou", "photos"),
-    "certificates": (*RUN, "site", "strength", "at_end", "gradient", "converged"),
+    name: columns.split()
+    for name, columns in {
+        "models": "key name label about path has_llm last_layer",
+        "claims": "claim title what model mask task data seed seeds column value low high verdict reason detectable "
+        "random control below_optimum below_low below_high conclusion finding p p_holm truth images patches",
+        "sites": f"{RUN} main site metric value low high random draws minus_random minus_low minus_high",
+        "differences": "of between first second model mask task data seed name site second_site first_value "
+        "second_value difference low high p photos",
+        "draws": f"{RUN} site metric value",
+        "classes": f"{RUN} site class iou photos",
+        "certificates": f"{RUN} site strength at_end gradient converged",
+    }.items()
 }
 
 
@@ -108,28 +104,23 @@ def make_tables(
             "task": study.task.name,
             "data": study.dataset,
             "seed": study.first.metrics["seed"],
-            "seeds": 1,
         }
         rows["claims"] += [row for claim in of_study for row in _claim_rows(about, claim)]
-        for name, make in (
-            ("sites", site_rows),
-            ("draws", draw_rows),
-            ("classes", class_rows),
-        ):
-            rows[name] += make(study, key)
+        rows["sites"] += site_rows(study, key)
+        rows["draws"] += draw_rows(study, key)
+        rows["classes"] += class_rows(study, key)
         for run in study.members:
             about_run = run_columns(study, run, key)
-            rows["certificates"] += [about_run | row for row in certificate_rows(run)]
+            rows["certificates"] += [about_run | row for row in certificates_of(run)]
     for entry in joint:
         about = {
             "model": keys[entry["model"]],
             "task": entry["task"],
             "data": entry["dataset"],
         }
-        for claim in entry["claims"]:
-            rows["claims"] += _claim_rows(about | {"seeds": claim["n"]["seeds"]}, claim)
+        rows["claims"] += [row for claim in entry["claims"] for row in _claim_rows(about, claim)]
     rows["differences"] += difference_rows(studies, keys)
-    made = {name: DataFrame(rows[name], columns=list(NAMES[name])) for name in NAMES}
+    made = {name: DataFrame(rows[name], columns=NAMES[name]) for name in NAMES}
     return Tables(**made | {"models": models})
 
 
@@ -137,30 +128,26 @@ def _claim_rows(about: Entry, claim: Entry) -> Iterator[Entry]:
     """Yield the rows of a claim, one for each column."""
     title, _, what = claim["text"].partition(": ")
     about = about | {
-        "claim": claim["claim"],
         "mask": claim["image_attention"],
         "title": title,
         "what": what,
+        "seeds": claim["n"].get("seeds", 1),
         "images": claim["n"].get("images"),
         "patches": claim["n"].get("patches"),
     }
-    about |= {key: claim.get(key) for key in ("conclusion", "finding", "p", "p_holm", "truth")}
+    for key in ("claim", "conclusion", "finding", "p", "p_holm", "truth"):
+        about[key] = claim.get(key)
     columns = {name: claim["verdicts"][name] for name in COLUMNS}
     if claim.get("control"):
         columns[UNTRAINED] = claim["control"]
     for name, column in columns.items():
         draws = column.get("by_draw")
-        row = about | {
-            "column": name,
-            "random": draws and sum(draws) / len(draws),
-        }
-        row |= {
-            key: column.get(key) for key in ("value", "verdict", "reason", "detectable", "control")
-        }
-        row["low"], row["high"] = column["ci95"] or (None, None)
+        row = about | {"column": name, "random": draws and sum(draws) / len(draws)}
+        for key in ("value", "verdict", "reason", "detectable", "control"):
+            row[key] = column.get(key)
+        row |= bounds(column["ci95"])
         if below := column.get("below_optimum"):
-            row |= {"below_optimum": below["value"]}
-            row["below_low"], row["below_high"] = below["ci95"]
+            row |= {"below_optimum": below["value"]} | bounds(below["ci95"], "below_")
         yield row
 
 
@@ -171,7 +158,14 @@ def by_claim(claims: DataFrame) -> DataFrame:
     models: beyond_value, beyond_low, beyond_high, beyond_verdict, random and control.
     """
     parts = {name: claims[claims["column"] == name].reset_index(drop=True) for name in COLUMNS}
-    table = parts["optimum"].drop(columns=["column", "random", "control"])
+    table = parts["optimum"].drop(
+        columns=[
+            "column",
+            "random",
+            "control",
+            "verdict",
+        ]
+    )
     numbers = ["value", "low", "high"]
     table[numbers] = table[numbers].where(table["low"].notna(), parts["paper"][numbers])
     for name in COLUMNS:
@@ -179,31 +173,32 @@ def by_claim(claims: DataFrame) -> DataFrame:
     beyond = parts["beyond_random"]
     table[[f"beyond_{key}" for key in numbers]] = beyond[numbers]
     table[["random", "control"]] = beyond[["random", "control"]]
-    return table.drop(columns=["verdict"])
+    return table
 
 
 # ------------------------------------------------------------------------------------------------ names
 def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     """Return the table of models, in the order given."""
-    first = {}
+    first: dict[str, StudyRuns] = {}
     for study in studies:
         first.setdefault(study.name, study)
-    paths = {name: study.first.metrics["mllm"] for name, study in first.items()}
     # a checkpoint that records no name of itself is called by its path
-    labels = shorten_labels([x if x != Path(path).name else path for x, path in paths.items()])
+    paths = [study.first.metrics["mllm"] for study in first.values()]
+    named = zip(first, paths, strict=True)
+    labels = shorten_labels([path if name == Path(path).name else name for name, path in named])
     rows = [
         {
             "key": KEYS[i % len(KEYS)],
             "name": study.name,
-            "label": label,
-            "about": "" if _about(study) == label else _about(study),
-            "path": study.first.metrics["mllm"],
+            "label": labels[i],
+            "about": _about(study) if _about(study) != labels[i] else "",
+            "path": paths[i],
             "has_llm": study.first.has_llm,
             "last_layer": study.first.last_layer,
         }
-        for i, (label, study) in enumerate(zip(labels, first.values(), strict=True))
+        for i, study in enumerate(first.values())
     ]
-    return DataFrame(rows, columns=list(NAMES["models"]))
+    return DataFrame(rows, columns=NAMES["models"])
 
 
 def _about(study: StudyRuns) -> str:
@@ -218,12 +213,10 @@ def shorten_labels(names: Sequence[str]) -> list[str]:
     Two may be equal: keys tell models apart.
     """
     words = [_last_part(name).replace("_", " ").split() for name in names]
-    for end in (slice(1, None), slice(None, -1)):
-        at = 0 if end.start else -1
-        while (
-            len(words) > 1 and all(len(w) > 1 for w in words) and len({w[at] for w in words}) == 1
-        ):
-            words = [w[end] for w in words]
+    for _ in ("starts", "ends"):
+        fewest = min(map(len, words)) - 1 if len(words) > 1 else 0
+        shared = min(fewest, len(commonprefix(words)))
+        words = [w[shared:][::-1] for w in words]
     return [_shorten(" ".join(w)) for w in words]
 
 
@@ -231,20 +224,16 @@ def _last_part(name: str) -> str:
     """Return the last part of a path or module that tells something, without what every export's name ends with."""
     if not re.search("[/:]", name):
         return name
-    parts = [
-        x for x in re.split("[/:]", name) if x not in ("", "hf", "trained", "checkpoint", "model")
-    ]
+    parts = [x for x in re.split("[/:]", name) if x not in UNTOLD]
     return re.sub(
         r"([-_.](hf|instruct|chat))+$",
         "",
-        parts[-1] if parts else name,
+        (parts or [name])[-1],
         flags=re.I,
     )
 
 
 def _shorten(label: str) -> str:
-    if len(label) <= LONGEST_LABEL:
-        return label
-    if " " in label:
-        return label[: label.rfind(" ", 0, LONGEST_LABEL)].rstrip(" ,-") + "…"
+    if len(label) <= LONGEST_LABEL or " " in label:
+        return textwrap.shorten(label, LONGEST_LABEL, placeholder="…")
     return f"{label[: LONGEST_LABEL - 5].rstrip(' -_')}…{label[-4:].lstrip(' -_')}"

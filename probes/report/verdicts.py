@@ -53,26 +53,14 @@ POWER = 0.8  # at which an effect counts as detectable
 
 def judge(
     sign: int,
-    value: float,
-    ci95: Sequence[float],
-    margin: float = 0.0,
-) -> str:
-    """Return the verdict of a value and its interval about a claim of this sign."""
-    low, high = sorted(sign * bound for bound in ci95)
-    if abs(value) < margin or low <= 0 <= high:
-        return FAILS
-    return HOLDS if low > 0 else REVERSED
-
-
-def column(
-    sign: int,
-    value: float,
-    ci95: Sequence[float],
+    value: float | None,
+    ci95: Sequence[float] | None,
     margin: float = 0.0,
     df: float = math.inf,
+    reason: str = "",
     **more: Any,
 ) -> Entry:
-    """Return a column with a verdict and "p"; if it "does not hold", with the smallest effect that is "detectable".
+    """Return a column: its verdict with "p", and if it "does not hold", the smallest effect that is "detectable".
 
     Args:
         sign: Of the claim.
@@ -80,20 +68,36 @@ def column(
         ci95: Of Student's t with `df` degrees of freedom.
         margin: Smallest value that counts.
         df: Infinite for an interval over images.
+        reason: Why there is no verdict.
         more: Further entries.
     """
     entry = {
         "value": value,
-        "ci95": list(ci95),
-        "verdict": judge(
-            sign,
-            value,
-            ci95,
-            margin,
-        ),
-        "p": p_value(sign, value, [standard_error(ci95, df)]),
-    } | more
-    return entry | ({"detectable": detectable(ci95, margin)} if entry["verdict"] == FAILS else {})
+        "ci95": ci95 and list(ci95),
+    }
+    if reason:
+        return (
+            entry
+            | {
+                "verdict": UNTESTED,
+                "reason": reason,
+            }
+            | more
+        )
+    low, high = sorted(sign * bound for bound in ci95)
+    found = HOLDS if low > 0 else REVERSED
+    if abs(value) < margin or low <= 0 <= high:
+        found = FAILS
+        more["detectable"] = detectable(ci95, margin)
+    p = p_value(sign, value, [standard_error(ci95, df)])
+    return (
+        entry
+        | {
+            "verdict": found,
+            "p": p,
+        }
+        | more
+    )
 
 
 def detectable(ci95: Sequence[float], margin: float) -> float:
@@ -102,69 +106,46 @@ def detectable(ci95: Sequence[float], margin: float) -> float:
     return max(half, margin) + normal_quantile(POWER) * half / normal_quantile(0.975)
 
 
-def untested(
-    reason: str,
-    value: float | None = None,
-    ci95: Sequence[float] | None = None,
-    **more: Any,
-) -> Entry:
-    """Return a column without a verdict, and why."""
-    return {
-        "value": value,
-        "ci95": None if ci95 is None else list(ci95),
-        "verdict": UNTESTED,
-        "reason": reason,
-    } | more
-
-
 def conclude(verdicts: dict[str, Entry], unlearned: str) -> Entry:
     """Return "conclusion"; "supported", None if it is untested, and then the "reason"; and the "p" of both columns.
 
     `unlearned` is the conclusion about an effect that random models have as much.
     """
-    paper, optimum, beyond = (verdicts[name]["verdict"] for name in COLUMNS)
-    needed = [verdicts[name] for name in COLUMNS[1:]]
+    paper, *needed = (verdicts[name] for name in COLUMNS)
+    optimum, beyond = (entry["verdict"] for entry in needed)
     missing = [entry["reason"] for entry in needed if entry["verdict"] == UNTESTED]
+    p = None if missing else max(entry["p"] for entry in needed)
     if optimum == UNTESTED or (optimum == HOLDS and beyond == UNTESTED):
-        result = {
+        return {
             "supported": None,
             "conclusion": UNTESTED,
             "reason": missing[0],
+            "p": p,
         }
-    elif optimum == HOLDS:
-        if beyond == HOLDS:
-            conclusion = SUPPORTED
-        elif paper in (FAILS, REVERSED):
-            conclusion = FAILS
-        else:
-            conclusion = unlearned
-        result = {
-            "supported": beyond == HOLDS,
-            "conclusion": conclusion,
-        }
+    if optimum != HOLDS:
+        conclusion = ARTEFACT if paper["verdict"] == HOLDS else FAILS
+    elif beyond == HOLDS:
+        conclusion = SUPPORTED
     else:
-        result = {
-            "supported": False,
-            "conclusion": ARTEFACT if paper == HOLDS else FAILS,
-        }
-    return result | {"p": None if missing else max(entry["p"] for entry in needed)}
+        conclusion = FAILS if paper["verdict"] in (FAILS, REVERSED) else unlearned
+    return {
+        "supported": conclusion == SUPPORTED,
+        "conclusion": conclusion,
+        "p": p,
+    }
 
 
 def correct_for_claims(claims: list[Entry]) -> None:
-    """Add "p_holm": "p" corrected for the number of claims that have one (Holm), and the "finding" in words."""
+    """Add "p_holm": "p" corrected for the number of claims that have one (Holm), and the "finding" in words.
+
+    The finding is the conclusion, but of a supported claim that the correction undoes.
+    """
     tested = [claim for claim in claims if claim["p"] is not None]
     corrected = iter(holm([claim["p"] for claim in tested]))
     for claim in claims:
         claim["p_holm"] = None if claim["p"] is None else next(corrected)
-        claim["finding"] = describe_finding(claim)
-
-
-def describe_finding(claim: Entry) -> str:
-    """Return the conclusion of a claim; of a supported one also whether correction for all claims undoes it."""
-    is_undone = claim["p_holm"] is not None and claim["p_holm"] >= ALPHA
-    if claim["conclusion"] == SUPPORTED and is_undone:
-        return "supported by itself"
-    return claim["conclusion"]
+        is_undone = claim["conclusion"] == SUPPORTED and claim["p_holm"] >= ALPHA
+        claim["finding"] = "supported by itself" if is_undone else claim["conclusion"]
 
 
 def worst_of(sign: int, columns: Sequence[Entry], margin: float = MARGIN) -> Entry:
@@ -188,33 +169,6 @@ def worst_of(sign: int, columns: Sequence[Entry], margin: float = MARGIN) -> Ent
             "detectable": detectable(result["ci95"], margin),
         }
     return result
-
-
-def path_column(
-    sign: int,
-    rows: Sequence[Entry],
-    margin: float = MARGIN,
-) -> Entry:
-    """Return the column "optimum" from an effect at three strengths, with intervals that hold at all of them together.
-
-    It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count.
-    """
-    columns = [
-        column(
-            sign,
-            row["value"],
-            [row["low"], row["high"]],
-            margin,
-            row=row["row"],
-        )
-        for row in rows
-        if row["converged"]
-    ]
-    counts = {
-        "strengths": len(rows),
-        "converged": len(columns),
-    }
-    return worst_of(sign, columns, margin) | counts
 
 
 def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
@@ -244,10 +198,9 @@ def interval_over_draws(
     low, high = compared.ci95
     value = compared.value
     by_draw = [x.about["by_draw"] for x in (compared, *others)]
-    variances = [(statistics.variance(numbers), len(numbers) - 1) for numbers in by_draw]
-    df = sum(freedom for _, freedom in variances)
-    pooled = sum(variance * freedom for variance, freedom in variances) / df
-    variance = max(variances[0][0], pooled)
+    df = sum(len(numbers) - 1 for numbers in by_draw)
+    squares = [statistics.variance(numbers) * (len(numbers) - 1) for numbers in by_draw]
+    variance = max(statistics.variance(by_draw[0]), sum(squares) / df)
     error = (variance / len(by_draw[0])) ** 0.5
     half = student_quantile(0.975, df) * error
     ci95 = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
@@ -263,18 +216,14 @@ def judge_draws(
     """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
     own = compared.ci95
     ci95, of_draws = interval_over_draws(compared, others)
-    more = {
-        "draws": len(compared.about["by_draw"]),
-        "trained": compared.about["trained"],
-        "by_draw": compared.about["by_draw"],
-        "df_of_draws": of_draws[1],
-        "p": p_value(sign, compared.value, [standard_error(own), of_draws]),
-    }
-    return column(
+    return judge(
         sign,
         compared.value,
         ci95,
         margin,
-        **more,
+        draws=len(compared.about["by_draw"]),
+        **compared.about,
+        df_of_draws=of_draws[1],
+        p=p_value(sign, compared.value, [standard_error(own), of_draws]),
         ci95_without_draws=own,
     )

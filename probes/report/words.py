@@ -1,45 +1,94 @@
 """Numbers, names and sentences of the report, the same on the page and in the terminal.
 
 Scores are in per cent, differences in points with their sign; intervals have none before positive ends, which the value
-has: +11.5 [9.4, 13.6].
+has: +11.5 [9.4, 13.6]. Other tasks than segmentation have their own unit. :func:`shown` writes the numbers of a table;
+page and terminal select from what it returns.
 """
 
 import re
+from typing import TYPE_CHECKING
 
+from probes.tasks import SEGMENTATION
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+PICTURES = ("picture", "scene", "drawn")  # words in names of data sets without photos
 MINUS = "\u2212"
 SIGNS = {
     "causal": "◣",
     "bidirectional": "■",
 }  # the matrix of a mask, as a character
-SHORT_SITES = {
-    "encoder": "out",
+TICKS = {
+    "encoder": "enc",
+    "adapter": "ad",
     "final_norm": "norm",
     "encoder_norm": "norm",
-    "layer_00": "0",
-    "encoder_00": "0",
 }
-THE_SITES = {
-    "final_norm": "the final norm",
-    "encoder_norm": "the final norm",
-    "adapter": "the adapter",
-    "encoder": "the encoder",
-    "layer_00": "the patch embeddings",
-    "encoder_00": "the patch embeddings",
-}
+PATCHES = ("layer_00", "encoder_00")
 
 
 # ------------------------------------------------------------------------------------------------ numbers
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction in per cent, without the sign %."""
-    return "–" if value is None or value != value else f"{100 * value:.{digits}f}"
+LEAST = 0.01  # difference from random models that has an arrow
+SCORES = ("value", "random")  # of sites; of claims these are differences, as all other numbers are
+INTERVALS = {  # the numbers of tables, with the columns of their intervals
+    "value": ("low", "high"),
+    "beyond_value": ("beyond_low", "beyond_high"),
+    "difference": ("low", "high"),
+    "minus_random": ("minus_low", "minus_high"),
+    "random": (),
+}
 
 
-def signed(value: float | None, points: bool = True) -> str:
-    """Return a difference of fractions in points, +13.0, −1.2, 0.0; or as it is, in the unit of another task."""
+def shown(table: "DataFrame") -> "DataFrame":
+    """Return claims, sites or differences with their numbers as text: NAME_text and NAME_ci, "" without a number.
+
+    Sites also have an arrow: ▲ if one reads better than random models, by a point at least and in an interval without
+    0; ▼ if it reads worse.
+    """
+    texts = {}
+    tasks = table["task"]
+    for name, ends in INTERVALS.items():
+        if name in table:
+            has_sign = name not in SCORES or "claim" in table
+            values = zip(table[name], tasks, strict=True)
+            texts[f"{name}_text"] = [number(x, task, has_sign) for x, task in values]
+        if name in table and ends:
+            rows = zip(*(table[end] for end in ends), tasks, strict=True)
+            texts[f"{name}_ci"] = [interval(*row) for row in rows]
+    if "minus_random" in table:
+        gain = table["minus_random"]
+        is_clear = (gain.abs() >= LEAST) & (table["minus_low"] * table["minus_high"] > 0)
+        texts["arrow"] = (
+            gain.gt(0)
+            .map(
+                {
+                    True: "▲",
+                    False: "▼",
+                }
+            )
+            .where(is_clear, "")
+        )
+    return table.assign(**texts)
+
+
+def number(
+    value: float | None,
+    task: str = SEGMENTATION,
+    has_sign: bool = False,
+) -> str:
+    """Return a fraction in per cent or points, 13.0, or a number in the unit of another task; "" without one."""
     if value is None or value != value:
-        return "–"
-    text = f"{100 * value:+.1f}" if points else f"{value:+.3g}"
+        return ""
+    sign = "+" * has_sign
+    text = f"{100 * value:{sign}.1f}" if task == SEGMENTATION else f"{value:{sign}.3g}"
     return _minus(text)
+
+
+def interval(low: float | None, high: float | None, task: str = SEGMENTATION) -> str:
+    """Return an interval, [−0.5, 24.0]; "" without one."""
+    ends = number(low, task), number(high, task)
+    return f"[{', '.join(ends)}]" if all(ends) else ""
 
 
 def axis_number(value: float, signed: bool) -> str:
@@ -51,21 +100,14 @@ def _minus(text: str) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", MINUS)
 
 
-def interval(low: float | None, high: float | None, points: bool = True) -> str:
-    """Return the interval of a difference: [−0.5, 24.0]; "" without one."""
-    if low is None or high is None or low != low:
-        return ""
-    return f"[{signed(low, points).lstrip('+')}, {signed(high, points).lstrip('+')}]"
-
-
-def plain(value: float) -> str:
-    """Return a difference without its sign, for sentences that say which way it goes."""
-    return percent(abs(value))
-
-
 def p_value(value: float) -> str:
     """Return a p-value: 0.012, or < 0.001."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def noun_of(data: str) -> str:
+    """Return what the images of a data set are called: photos, or pictures if they are drawn."""
+    return "picture" if any(word in data.lower() for word in PICTURES) else "photo"
 
 
 # ------------------------------------------------------------------------------------------------ sites
@@ -77,9 +119,9 @@ def site_number(site: str) -> int | None:
 
 def site_name(site: str) -> str:
     """Return the name of a site in a sentence: layer 4, encoder layer 8, adapter."""
-    if site in ("layer_00", "encoder_00"):
-        return "patch embeddings"
     number = site_number(site)
+    if site in PATCHES:
+        return "patch embeddings"
     if number is None:
         return site.replace("_", " ")
     kind = site.rpartition("_")[0]
@@ -87,20 +129,15 @@ def site_name(site: str) -> str:
 
 
 def site_tick(site: str) -> str:
-    """Return what stands at the axis for a site, below which its zone is named."""
+    """Return what stands at the axis of a small chart for a site, below which its zone is named."""
     number = site_number(site)
-    return SHORT_SITES.get(site) or (site if number is None else str(number))
-
-
-def tile_name(site: str) -> str:
-    """Return the name of a site below a small picture."""
-    name = site_name(site).replace("encoder layer", "encoder")
-    return "patches" if name == "patch embeddings" else name
+    return TICKS.get(site, site) if number is None else str(number)
 
 
 def the_site(site: str) -> str:
     """Return the name of a site after "at" in a sentence: the adapter, layer 4."""
-    return THE_SITES.get(site) or site_name(site)
+    has_number = site_number(site) is not None and site not in PATCHES
+    return "the " * (not has_number) + site_name(site)
 
 
 def zone_of(site: str, has_llm: bool) -> str:

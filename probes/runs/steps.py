@@ -25,15 +25,6 @@ def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:
     return found
 
 
-def study_folder(run: Path) -> Path | None:
-    """Return the folder of the study that a run DIR/ARM or DIR/MODEL/ARM belongs to; None if it was made by itself."""
-    for folder in (run.parent, run.parent.parent):
-        name = ".".join(run.relative_to(folder).parts)
-        if (folder / "steps" / f"{name}.json").is_file():
-            return folder
-    return None
-
-
 def describe_steps(unfinished: Iterable[dict[str, str]], outcome: str) -> list[str]:
     """Return a line for each reason of the steps of :func:`unfinished_steps` with an outcome, LEFT_OUT or FAILED.
 

@@ -1,6 +1,10 @@
-"""Parts of a report, without a page."""
+"""Parts of a report, without a page, and references for its numbers."""
+
+import numpy as np
+from reference import miou_of_counts
 
 from probes.analyses.charts import Figure
+from probes.report.claims import evaluate_claims
 from probes.report.page import study_sections
 from probes.runs.read import open_run
 from probes.runs.study import StudyRuns, group_runs
@@ -20,3 +24,22 @@ def studies_of(paths) -> list[StudyRuns]:
         run.model = name if separator else None
         runs.append(run)
     return group_runs(runs)
+
+
+def claims_of(paths) -> dict[str, dict]:
+    """Return the claims of a study by name, those under causal attention first."""
+    claims = evaluate_claims(*studies_of(paths))
+    return {claim["claim"]: claim for claim in reversed(claims)}
+
+
+def differs(row: dict, margin: float = 0.01) -> bool:
+    """Return whether a difference is a finding: an interval without 0, the margin, of classes a p below 5%."""
+    is_clear = abs(row["difference"]) >= margin and row["low"] * row["high"] > 0
+    return is_clear and (row["of"] != "class" or (row["p"] is not None and row["p"] < 0.05))
+
+
+def miou(run, weights=None) -> np.ndarray:
+    """Return mIoU by site in numpy, f[S], or f[S, R] under the multiplicities of images f[R, N]."""
+    right, predicted, labelled = run.counts[:3]
+    pairs = zip(right, predicted, strict=True)
+    return np.array([miou_of_counts(i, p, labelled, weights) for i, p in pairs])

@@ -43,7 +43,11 @@ def draws(write):
     """Write random and permuted LLMs, solved, one of both for each curve; with step 0 they have equal counts."""
 
     def draws(
-        *curves, mask="causal", first=20, step=1, matches=("update", "permuted")
+        *curves,
+        mask="causal",
+        first=20,
+        step=1,
+        matches=("update", "permuted"),
     ) -> list[str]:
         return [
             write(

@@ -6,6 +6,7 @@ import math
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -17,20 +18,10 @@ from probes.report.pictures import map_uri, right_share
 from probes.report.readings import in_order
 
 POINTS = [
-    Point(
-        i,
-        value,
-        value - 0.02,
-        value + 0.02,
-        f"<{i}>",
-    )
+    Point(i, value, value - 0.02, value + 0.02, f"<{i}>")
     for i, value in enumerate((0.3, 0.4, 0.35))
 ]
-TICKS = {
-    0: "adapter",
-    1: "1",
-    2: "2",
-}
+TICKS = {0: "adapter", 1: "1", 2: "2"}
 DRAWS_PICTURES = True
 
 
@@ -45,7 +36,12 @@ DRAWS_PICTURES = True
         ([math.nan], True, 0, (-0.001, 0.001)),
     ],
 )
-def test_an_axis_ends_at_round_numbers_around_its_values(values, zero, least, expected):
+def test_an_axis_ends_at_round_numbers_around_its_values(
+    values,
+    zero,
+    least,
+    expected,
+):
     low, high = span_of(values, zero, least)
     assert (low, high) == pytest.approx(expected)
     shown = ticks(low, high)
@@ -53,12 +49,7 @@ def test_an_axis_ends_at_round_numbers_around_its_values(values, zero, least, ex
 
 
 def test_points_stand_where_their_values_are():
-    chart = Chart(
-        [Curve(POINTS)],
-        TICKS,
-        "mIoU",
-        span=(0, 100),
-    )
+    chart = Chart([Curve(POINTS)], TICKS, "mIoU", span=(0, 100))
     frame = Frame(chart, (300, 200), (50, 50, 0, 0))
     assert [frame.x(i) for i in range(3)] == pytest.approx([83.3, 150, 216.7])
     assert [frame.y(p.value) for p in POINTS] == pytest.approx([140, 120, 130])
@@ -74,33 +65,12 @@ def test_ticks_that_would_run_into_others_are_left_out():
 
 
 def test_figures_have_fonts_that_journals_accept(tmp_path):
-    curve = Curve(
-        POINTS,
-        "name",
-        "#112233",
-        "dots",
-        "circle",
-        True,
-    )
+    curve = Curve(POINTS, "name", "#112233", "dots", "circle")
     panels = [Chart([curve], TICKS, grey=[POINTS]), Grid(np.eye(3), "patches", signed=True)]
     pictures = [PictureRow("row", [np.zeros((4, 4, 3), np.uint8), None])]
-    for figure in (
-        Figure(
-            "a",
-            "",
-            "",
-            panels,
-        ),
-        Figure(
-            "b",
-            "",
-            "",
-            columns=["x", "y"],
-            pictures=pictures,
-        ),
-    ):
+    for more in ({"panels": panels}, {"columns": ["x", "y"], "pictures": pictures}):
         with mpl.rc_context(STYLE):
-            pdf_of(figure).savefig(tmp_path / "a.pdf")
+            pdf_of(Figure("a", "", "", **more)).savefig(tmp_path / "a.pdf")
         written = (tmp_path / "a.pdf").read_bytes()
         assert written.startswith(b"%PDF") and b"/Type3" not in written
 
@@ -113,16 +83,28 @@ def test_labels_are_moved_apart_in_their_order(heights):
     assert np.mean(moved) == pytest.approx(np.mean(heights))
 
 
-def test_numbers_are_written_alike():
-    assert [words.signed(x) for x in (0.13, -0.012, -0.0001, math.nan)] == [
-        "+13.0",
-        "−1.2",
-        "0.0",
-        "–",
-    ]
-    assert words.signed(-0.5, points=False) == "−0.5"
-    assert words.interval(-0.005, 0.24) == "[−0.5, 24.0]"
-    assert words.interval(math.nan, math.nan) == ""
+def test_each_number_is_written_once_for_all_views():
+    """Scores in per cent, differences with a sign, other tasks in their unit; nothing where there is no number."""
+    table = pd.DataFrame(
+        {
+            "task": ["segmentation", "segmentation", "depth"],
+            "value": [0.444, math.nan, 0.5],
+            "low": [0.4, math.nan, 0.4],
+            "high": [0.5, math.nan, 0.6],
+            "minus_random": [0.13, -0.012, -0.5],
+            "minus_low": [0.1, -0.02, math.nan],
+            "minus_high": [0.24, 0.001, math.nan],
+        }
+    )
+    sites = words.shown(table)
+    assert [*sites["value_text"]] == ["44.4", "", "0.5"]
+    assert [*sites["value_ci"]] == ["[40.0, 50.0]", "", "[0.4, 0.6]"]
+    assert [*sites["minus_random_text"]] == ["+13.0", "−1.2", "−0.5"]
+    assert [*sites["minus_random_ci"]] == ["[10.0, 24.0]", "[−2.0, 0.1]", ""]
+    assert [*sites["arrow"]] == ["▲", "", ""]
+    claims = words.shown(table.assign(claim="recovery"))
+    assert [*claims["value_text"]] == ["+44.4", "", "+0.5"]
+    assert words.number(-0.0001, has_sign=True) == "0.0"
     assert words.p_value(0.0000001) == "< 0.001"
 
 
@@ -131,12 +113,17 @@ def test_numbers_are_written_alike():
     [
         ("layer_04", "layer 4", "layer 4", "4"),
         ("encoder_08", "encoder layer 8", "encoder layer 8", "8"),
-        ("adapter", "adapter", "the adapter", "adapter"),
+        ("adapter", "adapter", "the adapter", "ad"),
         ("layer_00", "patch embeddings", "the patch embeddings", "0"),
         ("final_norm", "final norm", "the final norm", "norm"),
     ],
 )
-def test_names_of_sites(site, name, at, tick):
+def test_names_of_sites(
+    site,
+    name,
+    at,
+    tick,
+):
     assert (words.site_name(site), words.the_site(site), words.site_tick(site)) == (name, at, tick)
 
 

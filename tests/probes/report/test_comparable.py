@@ -9,9 +9,22 @@ from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
 
-CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
-RANDOM = {"untrained": ["llm"], "match": "update"}
+CURVE = [
+    0.5,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.7,
+]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [
+    0.5,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+]
 
 
 def keep_sites(run: str, kept: list[str]) -> None:
@@ -90,21 +103,10 @@ def test_other_prefixes_and_data_options_are_refused(
         studies_of([trained, draw])
 
 
-def test_two_equal_draws_are_refused(write, draws):
+def test_equal_weights_are_no_draws_or_seeds(write, draws):
     """As if all seeds were one: two draws would seem to have no spread at all."""
-    trained = write("trained", CURVE, solved=True)
+    trained = write("trained", CURVE, 7, solved=True)
     same = draws(FLAT, FLAT, step=0)
-    with pytest.raises(UserError, match="same probes at layer_01.*not two draws.*--model.draw"):
-        studies_of([trained, *same])
-    other = write(
-        "r2",
-        FLAT,
-        8,
-        solved=True,
-        **RANDOM,
-        draw=2,
-    )
-    assert studies_of([trained, same[0], other])
     adapters = [
         write(
             f"a{i}",
@@ -116,21 +118,56 @@ def test_two_equal_draws_are_refused(write, draws):
         )
         for i in (0, 1)
     ]
-    with pytest.raises(UserError, match="same probes at adapter"):
-        studies_of([trained, *adapters])
+    seeds = [
+        write(
+            f"s{seed}",
+            CURVE,
+            7,
+            solved=True,
+            seed=seed,
+        )
+        for seed in (0, 1)
+    ]
+    for runs, expected in (
+        ([trained, *same], "same probes at layer_01.*not two draws.*--model.draw"),
+        ([trained, *adapters], "same probes at adapter"),
+        (seeds, "not two trainings"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            studies_of(runs)
+    other = write(
+        "r2",
+        FLAT,
+        8,
+        solved=True,
+        untrained=["llm"],
+        match="update",
+        draw=2,
+    )
+    assert studies_of([trained, same[0], other])
+    assert (
+        len(
+            studies_of(
+                [
+                    seeds[0],
+                    write(
+                        "s2",
+                        CURVE,
+                        8,
+                        solved=True,
+                        seed=2,
+                    ),
+                ]
+            )
+        )
+        == 2
+    )
 
 
 def test_a_control_equal_to_the_trained_model_is_refused(write, draws):
     trained = write("trained", CURVE, 7, solved=True)
     with pytest.raises(UserError, match="random weights have changed nothing"):
         studies_of([trained, *draws(CURVE, first=7)])
-
-
-def test_equal_trainings_are_not_two_seeds(write):
-    runs = [write(f"s{seed}", CURVE, 7, solved=True, seed=seed) for seed in (0, 1)]
-    with pytest.raises(UserError, match="not two trainings"):
-        studies_of(runs)
-    assert len(studies_of([runs[0], write("s2", CURVE, 8, solved=True, seed=2)])) == 2
 
 
 def test_other_probes_and_other_images_are_refused(write):

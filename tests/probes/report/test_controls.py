@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 from probe_runs import write_effects
-from report_parts import studies_of
+from report_parts import claims_of, studies_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.files import read_json
@@ -14,8 +15,22 @@ from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
 from probes.runs.study import CONTROLS, UNTRAINED
 
-CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+CURVE = [
+    0.5,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.7,
+]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [
+    0.5,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+]
 MASKS = ("causal", "bidirectional")
 
 
@@ -31,14 +46,50 @@ def set_accuracy_of_patch_0(run: str, accuracy: list[float]) -> None:
 
 def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write, draws):
     """Solved and trained probes have their best layers elsewhere; all solved runs have the same gaps at each layer."""
-    peaks = {"trained": [0.5, 0.4, 0.5, 0.9, 0.7, 0.7], "solved": [0.5, 0.4, 0.9, 0.7, 0.6, 0.6]}
+    peaks = {
+        "trained": [
+            0.5,
+            0.4,
+            0.5,
+            0.9,
+            0.7,
+            0.7,
+        ],
+        "solved": [
+            0.5,
+            0.4,
+            0.9,
+            0.7,
+            0.6,
+            0.6,
+        ],
+    }
     runs = []
     for mask in MASKS:
         runs.append(write("trained", peaks["trained"], mask=mask))
-        solved = [write("solved", peaks["solved"], 5, mask=mask, solved=True)]
+        solved = [
+            write(
+                "solved",
+                peaks["solved"],
+                5,
+                mask=mask,
+                solved=True,
+            )
+        ]
         solved += draws(peaks["solved"], peaks["solved"], mask=mask, first=7)
         for run in solved:
-            gap = [0, 0, 0.1, 0.3, 0, 0] if mask == "bidirectional" else [0] * 6
+            gap = (
+                [
+                    0,
+                    0,
+                    0.1,
+                    0.3,
+                    0,
+                    0,
+                ]
+                if mask == "bidirectional"
+                else [0] * 6
+            )
             set_accuracy_of_patch_0(run, [0.3 + x for x in gap])
         runs += solved
     (study,) = studies_of(runs)
@@ -51,49 +102,64 @@ def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write, 
     assert beyond["verdict"] == "does not hold"
 
 
-@pytest.mark.parametrize("part", ["llm", "adapter"])
-def test_draws_are_paired_by_their_number(part, write):
+@pytest.mark.parametrize(
+    ("part", "matches"), [("llm", ("update", "permuted")), ("adapter", ("none",))]
+)
+def test_draws_are_paired_by_their_number(part, matches, write):
     """Under one mask there is a draw that the other lacks, and runs are passed in another order."""
-    control = {"untrained": [part], "match": "update" if part == "llm" else "none"}
-    matches = ("update", "permuted") if part == "llm" else ("none",)
     trained = [write("trained", CURVE, mask=mask) for mask in MASKS]
-    draws = {"causal": (0, 2, 1), "bidirectional": (1, 2)}
-    random = [
-        write(
-            f"{match[0]}{i}",
-            FLAT,
-            3 + i,
-            mask=mask,
-            untrained=[part],
-            match=match,
-            draw=i,
-        )
-        for match in matches
-        for mask in MASKS
-        for i in draws[mask]
-    ]
-    expected = [{"causal"}, {"causal", "bidirectional"}, {"causal", "bidirectional"}]
+    random = []
+    for match, (mask, numbers) in product(
+        matches, {"causal": (0, 2, 1), "bidirectional": (1, 2)}.items()
+    ):
+        for i in numbers:
+            weights = {
+                "untrained": [part],
+                "match": match,
+                "draw": i,
+                "mask": mask,
+            }
+            random.append(write(f"{match[0]}{i}", FLAT, 3 + i, **weights))
     for order in (trained + random, trained + random[::-1]):
         (study,) = studies_of(order)
         found = study.draws(*CONTROLS[part], solved=False)
-        assert [set(runs) for runs in found] == expected
-        assert all(
-            {run.metrics["draw"] for run in runs.values()} == {i} for i, runs in enumerate(found)
-        )
+        assert [{*runs} for runs in found] == [{"causal"}, {*MASKS}, {*MASKS}]
+        numbers = [{run.metrics["draw"] for run in runs.values()} for runs in found]
+        assert numbers == [{0}, {1}, {2}]
+    weights = {
+        "untrained": [part],
+        "match": matches[0],
+        "draw": 1,
+    }
     with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
-        studies_of([*order, write("again", FLAT, 9, **control, draw=1)])
+        studies_of([*order, write("again", FLAT, 9, **weights)])
 
 
 def test_the_untrained_model_is_the_same_control_in_any_order(write):
     """A trained LLM behind a random adapter is none, nor is a second draw."""
+    both = ["adapter", "llm"]
     runs = [
         write("trained", CURVE),
-        write("untrained", FLAT, 1, untrained=["adapter", "llm"], draw=0),
+        write(
+            "untrained",
+            FLAT,
+            1,
+            untrained=both,
+            draw=0,
+        ),
     ]
-    runs += [write("again", FLAT, 2, untrained=["adapter", "llm"], draw=1)]
+    runs.append(
+        write(
+            "again",
+            FLAT,
+            2,
+            untrained=both,
+            draw=1,
+        )
+    )
     runs += [
         write(
-            f"adapter{i}",
+            f"a{i}",
             CURVE,
             3 + i,
             untrained=["adapter"],
@@ -107,7 +173,18 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
         draws = [draw["causal"].metrics["draw"] for draw in study.draws("adapter", solved=False)]
         assert draws == [0, 1, 2], "one adapter of each draw"
     with pytest.raises(ValueError, match="are both the untrained run under 'causal'"):
-        studies_of([*runs, write("twice", FLAT, 8, untrained=["adapter", "llm"], draw=0)])
+        studies_of(
+            [
+                *runs,
+                write(
+                    "twice",
+                    FLAT,
+                    8,
+                    untrained=both,
+                    draw=0,
+                ),
+            ]
+        )
 
 
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):
@@ -120,12 +197,8 @@ def test_files_of_an_earlier_report_are_removed(write, tmp_path):
     shutil.rmtree(runs[1])
     write_report([str(tmp_path)], out)
     assert not (out / "starvation.csv").exists() and not (out / "differences.csv").exists()
-    expected = {
-        "index.html",
-        "results.json",
-        "notes.html",
-        *read_json(out / "results.json")["files"],
-    }
+    listed = read_json(out / "results.json")["files"]
+    expected = {"index.html", "results.json", "notes.html", *listed}
     assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == expected
 
 
@@ -134,9 +207,7 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
     file = tmp_path / "causal_solved/metrics.json"
 
     def optimum():
-        return next(c for c in evaluate_claims(*studies_of([run])) if c["claim"] == "recovery")[
-            "verdicts"
-        ]["optimum"]
+        return claims_of([run])["recovery"]["verdicts"]["optimum"]
 
     assert optimum()["verdict"] == "holds"
     metrics = json.loads(file.read_text())

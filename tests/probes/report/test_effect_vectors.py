@@ -14,13 +14,26 @@ import probes
 from llava_bidir.common.files import write_files
 from probes.analyses import claims as registry
 from probes.analyses.claims import read_effects
-from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.score.effects import effect_file
 
 EXAMPLE = Path(__file__).parents[2] / "extending/outside_analysis.py"
-CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+CURVE = [
+    0.5,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.7,
+]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [
+    0.5,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+]
 
 
 @pytest.fixture
@@ -89,22 +102,3 @@ def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
     assert claim["value"] == pytest.approx((accuracy[2] - accuracy[1]).item())
     page = (tmp_path / "report/index.html").read_text()
     assert "The first layer improves on the adapter" in page
-
-
-def test_a_registered_claim_that_reads_no_probes_needs_no_trained_ones(runs, tmp_path, registered):
-    """Which claims read probes was noted when the module was imported, without those registered later."""
-    solved = [path for path in runs if probes.ProbeRun(path).is_solved]
-    claims = {
-        "reads": probes.Claim(+1, "It is: a number"),
-        "reads_none": probes.Claim(+1, "It is: a number", reads_probes=False),
-    }
-    probes.register_analysis("mine", claims)
-    for path in solved:
-        run = probes.ProbeRun(path)
-        probes.write_effects(run, "mine", dict.fromkeys(claims, run.effects["recovery"]))
-    shutil.rmtree(runs[0])  # the trained ones
-    main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
-    results = json.loads((tmp_path / "report/results.json").read_text())
-    paper = {claim["claim"]: claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]}
-    assert paper["reads"] == "untested"
-    assert paper["reads_none"] == "holds"

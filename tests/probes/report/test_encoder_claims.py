@@ -4,9 +4,8 @@ import re
 from itertools import product
 
 import pytest
-from report_parts import studies_of
+from report_parts import claims_of
 
-from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
 from probes.report.words import site_name
 from probes.runs.read import ProbeRun
@@ -18,43 +17,41 @@ FLAT = [0.2, 0.2, 0.2, 0.2, 0.2]
 
 
 @pytest.fixture
-def claims_of(write):
-    """Return a function that returns the claims of an encoder and of two random ones, by name."""
+def claims_and_scores(write):
+    """Return a function that returns the claims of an encoder and of two random ones, by name, and mIoU by site."""
 
-    def claims_of(trained, random) -> dict:
+    def claims_and_scores(trained, random) -> tuple[dict, dict]:
         kind = {
             "sites": SITES,
             "solved": True,
             "mask": "bidirectional",
+            "model_kind": "encoder",
         }
-        runs = [write("trained", trained, 1, model_kind="encoder", **kind)]
-        for match, draw in product(("update", "permuted"), (0, 1)):
+        runs = [write("trained", trained, 1, **kind)]
+        for match, i in product(("update", "permuted"), (0, 1)):
             weights = {
                 "untrained": ["encoder"],
                 "match": match,
-                "draw": draw,
+                "draw": i,
             }
-            number = 10 + draw
             runs.append(
                 write(
-                    f"{match}{draw}",
+                    f"{match}{i}",
                     random,
-                    number,
-                    model_kind="encoder",
+                    10 + i,
                     **weights,
                     **kind,
                 )
             )
-        claims = {claim["claim"]: claim for claim in evaluate_claims(*studies_of(runs))}
         miou = {entry["site"]: entry["miou"] for entry in ProbeRun(runs[0]).metrics["sites"]}
-        return claims, miou
+        return claims_of(runs), miou
 
-    return claims_of
+    return claims_and_scores
 
 
-def test_gains_are_over_the_patch_embeddings_and_the_last_layer(claims_of):
+def test_gains_are_over_the_patch_embeddings_and_the_last_layer(claims_and_scores):
     """The norm after the last layer is no layer."""
-    claims, miou = claims_of(PEAK, FLAT)
+    claims, miou = claims_and_scores(PEAK, FLAT)
     assert claims.keys() == {"layer_gain", "over_last"}
     assert claims["layer_gain"]["value"] == pytest.approx(miou["layer_02"] - miou["layer_00"])
     assert claims["over_last"]["value"] == pytest.approx(miou["layer_02"] - miou["layer_03"])
@@ -64,8 +61,14 @@ def test_gains_are_over_the_patch_embeddings_and_the_last_layer(claims_of):
 @pytest.mark.parametrize("kind", ["encoder", "mllm"])
 def test_a_last_layer_that_was_probed_without_the_patches_is_compared(write, kind):
     """The page said that it was not probed, beside its score. No last layer of an LLM is compared."""
-    run = write("trained", PEAK[2:], solved=True, sites=SITES[2:], model_kind=kind)
-    claims = {claim["claim"]: claim for claim in evaluate_claims(*studies_of([run]))}
+    run = write(
+        "trained",
+        PEAK[2:],
+        solved=True,
+        sites=SITES[2:],
+        model_kind=kind,
+    )
+    claims = claims_of([run])
     sites = ProbeRun(run).metrics["sites"]
     assert list(claims) == ["over_last"] * (kind == "encoder")
     if claims:
@@ -73,16 +76,16 @@ def test_a_last_layer_that_was_probed_without_the_patches_is_compared(write, kin
         assert claims["over_last"]["value"] == pytest.approx(difference)
 
 
-def test_where_the_last_layer_is_the_best_none_reads_better(claims_of):
-    claims, _ = claims_of(RISE, FLAT)
+def test_where_the_last_layer_is_the_best_none_reads_better(claims_and_scores):
+    claims, _ = claims_and_scores(RISE, FLAT)
     assert claims["over_last"]["value"] == 0
     assert claims["over_last"]["conclusion"] == "does not hold"
     assert claims["layer_gain"]["conclusion"] == "supported"
 
 
-def test_a_best_layer_that_random_ones_have_too_is_not_called_unlearned(claims_of):
+def test_a_best_layer_that_random_ones_have_too_is_not_called_unlearned(claims_and_scores):
     """Nobody learns a last layer that reads worse; it is where to read, in random layers as well."""
-    claims, _ = claims_of(PEAK, PEAK)
+    claims, _ = claims_and_scores(PEAK, PEAK)
     assert claims["over_last"]["conclusion"] == "also in random layers"
     assert claims["over_last"]["supported"] is False
     assert claims["layer_gain"]["conclusion"] == "not learned"
@@ -90,7 +93,13 @@ def test_a_best_layer_that_random_ones_have_too_is_not_called_unlearned(claims_o
 
 @pytest.mark.parametrize("sites", [SITES, SITES[:-1], SITES[1:-1]])
 def test_the_page_names_only_sites_that_were_probed(write, tmp_path, sites):
-    write("trained", PEAK[: len(sites)], solved=True, sites=sites, model_kind="encoder")
+    write(
+        "trained",
+        PEAK[: len(sites)],
+        solved=True,
+        sites=sites,
+        model_kind="encoder",
+    )
     write_report([str(tmp_path)], tmp_path / "report")
     page = (tmp_path / "report/index.html").read_text()
     named = [name.strip() for name in re.findall(r'<th scope="row">([^<]*)<', page)]

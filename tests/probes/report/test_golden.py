@@ -24,8 +24,22 @@ from probes.cli import main
 from probes.runs.read import ProbeRun
 
 GOLDEN = Path(__file__).parent / "golden"
-CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+CURVE = [
+    0.5,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.7,
+]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [
+    0.5,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+    0.4,
+]
 MASKS = ("causal", "bidirectional")
 ANCHORS = (-0.4, 0.4)  # what hiding the wrong and the correct class does to the share left wrong
 NONE = (0.0, 0.0)
@@ -57,7 +71,11 @@ def claims() -> None:
         probe_runs.write_run(untrained, FLAT, untrained=True, **options)
         solved = {Path(f"{mask}_solved"): {}}
         for match, draw in product(("update", "permuted"), (0, 1)):
-            weights = {"untrained": ["llm"], "match": match, "draw": draw}
+            weights = {
+                "untrained": ["llm"],
+                "match": match,
+                "draw": draw,
+            }
             solved[Path(f"{mask}_{match}{draw}")] = weights
         for seed, (path, metrics) in enumerate(solved.items()):
             curve = FLAT if metrics else CURVE

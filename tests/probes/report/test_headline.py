@@ -6,26 +6,51 @@ import pandas as pd
 import pytest
 
 from probes.report.compare import BEST_LAYER
-from probes.report.headline import headline, plain_text
-from probes.report.readings import Model, SiteReading
+from probes.report.hero import headline, plain_text
+from probes.report.readings import SiteReading
 
-MLLM = {"encoder": 0.5, "adapter": 0.31, "layer_01": 0.4, "layer_02": 0.444}
-ENCODER = {"layer_00": 0.14, "layer_01": 0.4, "layer_02": 0.62, "layer_03": 0.6}
-NONE = pd.DataFrame(columns=["of", "low", "high", "difference", "site", "first", "second"])
+MLLM = {
+    "encoder": 0.5,
+    "adapter": 0.31,
+    "layer_01": 0.4,
+    "layer_02": 0.444,
+}
+ENCODER = {
+    "layer_00": 0.14,
+    "layer_01": 0.4,
+    "layer_02": 0.62,
+    "layer_03": 0.6,
+}
+NONE = pd.DataFrame(
+    columns=[
+        "of",
+        "low",
+        "high",
+        "difference",
+        "site",
+        "first",
+        "second",
+    ]
+)
 HOLDS, FAILS = "holds", "does not hold"
 
 
 def reading(scores: dict[str, float], has_llm: bool) -> SiteReading:
     """A model A of these scores."""
-    rows = [SimpleNamespace(site=site, value=value) for site, value in scores.items()]
-    model = Model(
-        "A",
-        "tiny",
-        "",
-        0,
-        has_llm,
-        len(scores) - (2 if has_llm else 1),
+    model = SimpleNamespace(
+        key="A",
+        has_llm=has_llm,
+        depth=len(scores) - (2 if has_llm else 1),
     )
+    rows = [
+        SimpleNamespace(
+            site=site,
+            value=value,
+            value_text=f"{100 * value:.1f}",
+        )
+        for site, value in scores.items()
+    ]
+    own = {site: site for site in scores}
     return SiteReading(
         model,
         "causal",
@@ -34,19 +59,29 @@ def reading(scores: dict[str, float], has_llm: bool) -> SiteReading:
         0,
         rows,
         {},
-        {site: site for site in scores},
+        own,
         {},
     )
 
 
-def claim(finding: str, value: float, optimum: str, random: float = 0.008) -> SimpleNamespace:
-    return SimpleNamespace(finding=finding, value=value, optimum_verdict=optimum, random=random)
+def claim(
+    finding: str,
+    value: float,
+    optimum: str,
+    random: float = 0.008,
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        finding=finding,
+        value=value,
+        optimum_verdict=optimum,
+        random=random,
+    )
 
 
 def said(lead: SiteReading, claims: dict, differences: pd.DataFrame = NONE) -> str:
-    many = len(differences) > 0
-    answer, after = headline(lead, claims, differences, many)
-    return plain_text([answer, *after], {"A": "tiny", "D": "shuffled"} if many else {"A": "tiny"})
+    sentences = headline(lead, claims, differences)
+    labels = {"A": "tiny"} | ({"D": "shuffled"} if len(differences) else {})
+    return plain_text(sentences, labels)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +141,17 @@ def test_which_layer_of_an_encoder_to_read(last, gain, text):
 
 
 def test_the_first_model_that_differs_is_named():
-    row = {"of": BEST_LAYER, "low": -0.16, "high": -0.09, "difference": -0.127}
-    row |= {"site": "encoder", "first": "A", "second": "D"}
+    row = {
+        "of": BEST_LAYER,
+        "low": -0.16,
+        "high": -0.09,
+        "difference": -0.127,
+    }
+    row |= {
+        "site": "encoder",
+        "first": "A",
+        "second": "D",
+    }
     text = said(reading(MLLM, True), {}, pd.DataFrame([row]))
     assert text == (
         "A tiny segments best at its encoder: 50.0% mIoU. D shuffled reads 12.7 points less."

@@ -7,12 +7,18 @@ import numpy as np
 import probe_runs
 import pytest
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
-from report_parts import studies_of
+from report_parts import claims_of
 
-from probes.report.claims import evaluate_claims
 from probes.runs.read import ProbeRun
 
-CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
+CURVE = [
+    0.5,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.7,
+]  # encoder, adapter, layers 1 to 3, final norm
 ANCHORS = (-0.4, 0.4)
 NONE = (0.0, 0.0)  # what hiding the wrong and the correct class does to the share left wrong
 KNOCKOUTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
@@ -35,17 +41,14 @@ def write(tmp_path):
         classes=CLASSES,
         **metrics,
     ) -> str:
-        path = tmp_path / name
         options = {
             "root": root,
             "seed": number,
             "images": N,
             "metrics": metrics,
         }
-        curves = [CURVE] * 3 if solved else CURVE
-        run = ProbeRun(
-            (probe_runs.write_solved if solved else probe_runs.write_run)(path, curves, **options)
-        )
+        write = probe_runs.write_solved if solved else probe_runs.write_run
+        run = ProbeRun(write(tmp_path / name, [CURVE] * 3 if solved else CURVE, **options))
         if effects is None:
             return str(run.path)
 
@@ -78,10 +81,6 @@ def draws(write):
     ]
 
 
-def claims_of(paths) -> dict[str, dict]:
-    return {claim["claim"]: claim for claim in evaluate_claims(*studies_of(paths))}
-
-
 @pytest.mark.parametrize(
     ("trained", "still_wrong", "random", "conclusion"),
     [
@@ -101,7 +100,13 @@ def test_conclusions(
 ):
     runs = [
         write("sgd", trained, 1),
-        write("solved", trained, 2, solved=True, still_wrong=still_wrong),
+        write(
+            "solved",
+            trained,
+            2,
+            solved=True,
+            still_wrong=still_wrong,
+        ),
     ]
     claims = claims_of([*runs, *draws(random, random, random)])
     assert {claims[name]["conclusion"] for name in KNOCKOUTS} == {conclusion}
@@ -110,7 +115,13 @@ def test_conclusions(
 def test_one_class_of_a_pair_is_untested_and_says_what_to_block(write, draws):
     paths = [
         write("sgd", ANCHORS, 1, classes=["sky"]),
-        write("solved", ANCHORS, 2, solved=True, classes=["sky"]),
+        write(
+            "solved",
+            ANCHORS,
+            2,
+            solved=True,
+            classes=["sky"],
+        ),
     ]
     claim = claims_of([*paths, *draws(NONE, NONE)])["knockout_correct"]
     paper, optimum, beyond = claim["verdicts"].values()

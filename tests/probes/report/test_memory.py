@@ -30,7 +30,13 @@ class LargestResult(TorchDispatchMode):
         super().__init__()
         self.numbers = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         out = func(*args, **kwargs or {})
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
@@ -53,7 +59,13 @@ def runs(tmp_path_factory) -> list[str]:
         "untrained": {"untrained": True, "seed": 1},
     }
     for name, more in kinds.items():
-        probe_runs.write_run(folder / name, quality, root=folder, images=IMAGES, **more)
+        probe_runs.write_run(
+            folder / name,
+            quality,
+            root=folder,
+            images=IMAGES,
+            **more,
+        )
     return [str(folder / name) for name in kinds]
 
 

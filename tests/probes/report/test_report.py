@@ -28,44 +28,17 @@ def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
     for mask in MASKS:
         for kind, more in (("probes", []), ("untrained", ["--model.untrained", "[adapter, llm]"])):
             out = root / mask / kind
-            more = [
-                *more,
-                "--trainer.max_epochs",
-                "2",
-                "--save_predictions",
-                "true",
-            ]
-            probe_runs.fit(
-                checkpoints[mask],
-                segmentation,
-                out,
-                *more,
-            )
+            options = "--trainer.max_epochs 2 --save_predictions true".split()
+            probe_runs.fit(checkpoints[mask], segmentation, out, *more, *options)
             paths.append(str(out))
-    main(
-        [
-            "maps",
-            "--probes",
-            paths[0],
-            "--image",
-            "0",
-            "1",
-        ]
-    )
+    main(f"maps --probes {paths[0]} --image 0 1".split())
     return paths
 
 
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    main(
-        [
-            "report",
-            str(Path(runs[0]).parents[1]),
-            "--out",
-            str(out),
-        ]
-    )
+    main(f"report {Path(runs[0]).parents[1]} --out {out}".split())
     return out
 
 
@@ -164,36 +137,12 @@ def test_runs_that_do_not_belong_together_are_rejected(runs, tmp_path):
         studies_of([runs[1]])
     for folder in (tmp_path, runs[0]):
         with pytest.raises(SystemExit, match="is no study: expected a folder that holds finished"):
-            main(
-                [
-                    "report",
-                    str(folder),
-                    "--out",
-                    str(tmp_path / "none"),
-                ]
-            )
+            main(f"report {folder} --out {tmp_path / 'none'}".split())
     with pytest.raises(ValueError, match="--probes takes the causal run, then the other"):
         starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))
 
 
 def test_a_report_of_other_tasks_alone_is_an_error(segmentation, tmp_path):
-    write_depth_run(
-        tmp_path / "tasks/depth",
-        [
-            0.5,
-            0.8,
-            0.7,
-            0.6,
-            0.6,
-        ],
-        segmentation,
-    )
+    write_depth_run(tmp_path / "tasks/depth", [0.5, 0.8, 0.7, 0.6, 0.6], segmentation)
     with pytest.raises(SystemExit, match="needs a run of segmentation beside those of other tasks"):
-        main(
-            [
-                "report",
-                str(tmp_path / "tasks"),
-                "--out",
-                str(tmp_path / "none"),
-            ]
-        )
+        main(f"report {tmp_path / 'tasks'} --out {tmp_path / 'none'}".split())

@@ -1,12 +1,9 @@
 """Claims of several seeds jointly: the seed is the unit; images that seeds share count once."""
 
 import numpy as np
-import probe_runs
 import pytest
 import scipy.stats
-import tiny_models
 import torch
-from report_parts import studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.claims import join_column, mean_over_seeds
@@ -14,7 +11,14 @@ from probes.report.verdicts import compare_to_draws, judge_draws
 from probes.score.estimate import Estimate
 
 STUDIES = 500
-CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]
+CURVE = [
+    0.5,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.7,
+]
 
 
 def test_interval_equals_scipys_t_and_is_never_shorter_than_that_over_images():
@@ -75,40 +79,3 @@ def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(
         )
     assert covered >= 0.93 * STUDIES
     assert np.median(lengths) < 1, "several seeds say more than one of them"
-
-
-def write(
-    folder,
-    root,
-    seed,
-    mask="causal",
-    quality=CURVE,
-    **options,
-):
-    images = {
-        "seed": seed,
-        "dataset": "toy world",
-        "images": 40 + seed,
-    }  # each seed has images of its own
-    return str(
-        probe_runs.write_run(
-            folder,
-            quality,
-            root=root,
-            mask=mask,
-            metrics={"seed": seed},
-            **images | options,
-        )
-    )
-
-
-def test_runs_are_studies_by_their_seed(tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
-    runs = []
-    for seed in (0, 1):
-        runs.append(write(tmp_path / f"{seed}", root, seed))
-        control = [0.5] * len(CURVE)
-        runs.append(write(tmp_path / f"un{seed}", root, seed, quality=control, untrained=True))
-    found = [(study.seed, len(study.untrained)) for study in studies_of(runs)]
-    assert found == [(0, 1), (1, 1)]
-    assert [study.seed for study in studies_of(runs[:1])] == [None], "one seed is not named"

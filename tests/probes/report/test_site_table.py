@@ -7,14 +7,12 @@ import pandas as pd
 import probe_runs
 import pytest
 import tiny_models
-from reference import miou_of_counts
-from report_parts import studies_of
+from report_parts import miou, studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.parts import beyond
 from probes.report.sites import site_rows
 from probes.report.tables import NAMES
-from probes.runs.read import ProbeRun
+from probes.report.words import shown
 from probes.runs.study import StudyRuns
 
 CURVE = [
@@ -59,31 +57,17 @@ def study(tmp_path, monkeypatch):
                 if draw >= 0
                 else {}
             )
-            curve = model if draw < 0 else random
-            path = probe_runs.write_solved(
-                Path(f"run{draw}"),
-                [curve] * 3,
-                seed=draw + 9,
-                metrics=metrics,
-                **options,
-            )
-            runs.append(str(path))
+            curves = [model if draw < 0 else random] * 3
+            more = {"seed": draw + 9, "metrics": metrics}
+            runs.append(probe_runs.write_solved(Path(f"run{draw}"), curves, **more, **options))
         return studies_of(runs)[0]
 
     return write
 
 
-def miou(run: ProbeRun, site: int, weights=None) -> np.ndarray:
-    """Return the mIoU of a site, or those of weighted images f[R]."""
-    counts = run.counts
-    return miou_of_counts(
-        counts.intersection[site], counts.predicted[site], counts.labelled, weights
-    )
-
-
 def rows_of(study: StudyRuns):
     """Return the rows of the trained model's main score by site."""
-    rows = pd.DataFrame(site_rows(study, "A"), columns=list(NAMES["sites"]))
+    rows = shown(pd.DataFrame(site_rows(study, "A"), columns=NAMES["sites"]))
     rows = rows[rows["main"] & (rows["metric"] == "miou")]
     return {row.site: row for row in rows.itertuples()}
 
@@ -94,22 +78,21 @@ def test_differences_and_intervals_equal_numpy(study):
     draws = runs.where(arm="random")
     assert len(draws) == 3
     weights = bootstrap_weights(IMAGES, seed=0).double().numpy()
+    own, drawn = miou(runs.first), np.array([miou(run) for run in draws])
+    others = np.mean([miou(run, weights) for run in draws], 0)
+    resampled = miou(runs.first, weights) - others
     for site, name in enumerate(runs.first.sites):
         row = rows[name]
-        own = miou(runs.first, site)
-        assert row.value == pytest.approx(own)
+        assert row.value == pytest.approx(own[site])
         if name in ("encoder", "adapter"):
             assert np.isnan([row.draws, row.random]).all(), "nothing is random there"
             continue
-        others = [miou(run, site) for run in draws]
-        assert row.random == pytest.approx(np.mean(others))
-        difference = own - np.mean(others)
-        assert row.minus_random == pytest.approx(difference)
-        resampled = miou(runs.first, site, weights)
-        resampled = resampled - np.mean([miou(run, site, weights) for run in draws], 0)
-        half = np.quantile(np.abs(resampled - resampled.mean()), 0.95)
-        of_draws = 4.302653 * np.std(others, ddof=1) / 3**0.5  # Student's t, 2 degrees of freedom
-        assert row.minus_high - difference == pytest.approx(np.hypot(half, of_draws), 1e-4)
+        assert row.random == pytest.approx(drawn[:, site].mean())
+        assert row.minus_random == pytest.approx(own[site] - row.random)
+        half = np.quantile(np.abs(resampled[site] - resampled[site].mean()), 0.95)
+        # Student's t, 2 degrees of freedom
+        of_draws = 4.302653 * drawn[:, site].std(ddof=1) / 3**0.5
+        assert row.minus_high - row.minus_random == pytest.approx(np.hypot(half, of_draws), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +100,16 @@ def test_differences_and_intervals_equal_numpy(study):
     [(CURVE, FLAT, "▲▲▲▲"), (FLAT, CURVE, "▼▼▼▼"), (FLAT, FLAT, "")],
 )
 def test_planted_gains_and_losses_are_marked_and_nothing_of_equal_models(
-    study, model, random, signs
+    study,
+    model,
+    random,
+    signs,
 ):
     rows = rows_of(study(model, random))
-    assert "".join(map(beyond, rows.values())) == signs
+    assert "".join(row.arrow for row in rows.values()) == signs
 
 
 def test_one_draw_has_a_difference_and_no_interval(study):
     row = rows_of(study(CURVE, FLAT, draws=1))["layer_03"]
     assert row.minus_random > 0.1 and np.isnan([row.minus_low, row.minus_high]).all()
-    assert beyond(row) == ""
+    assert row.arrow == ""

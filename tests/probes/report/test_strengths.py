@@ -1,7 +1,6 @@
 """Effects of solved probes at three strengths, compared with loops in numpy; studies and reports with solved runs."""
 
-import json
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from probe_runs import (
     effects_of_counts,
     random_counts,
     sums_of,
-    write_effects,
     write_run,
     write_solved,
 )
@@ -25,16 +23,30 @@ from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.measure import Case
-from probes.runs.read import ProbeRun
 from probes.runs.study import UNTRAINED
 from probes.score.effects import (
     cross_validated_layers,
     image_folds,
     read_scores,
 )
+from probes.score.strengths import Strengths
 
-CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]
+CURVE = [
+    0.6,
+    0.5,
+    0.55,
+    0.62,
+    0.7,
+    0.7,
+]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [
+    0.6,
+    0.5,
+    0.5,
+    0.5,
+    0.5,
+    0.5,
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,34 +60,16 @@ def paths(root, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("paths")
     curves = [[0.4, *CURVE[1:]], CURVE, CURVE]
 
-    def why_unconverged(row, site):
+    def converged(row, site):
         return (row, site) != ("weaker", "encoder")
 
+    write = partial(write_solved, root=root)
+    trained = partial(write_run, root=root)
     return {
-        "sgd": str(write_run(folder / "sgd", CURVE, root=root)),
-        "sgd_untrained": str(
-            write_run(
-                folder / "sgd_untrained",
-                FLAT,
-                root=root,
-                untrained=True,
-                seed=3,
-            )
-        ),
-        "solved": write_solved(
-            folder / "solved",
-            curves,
-            root=root,
-            converged=why_unconverged,
-            seed=5,
-        ),
-        "solved_untrained": write_solved(
-            folder / "su",
-            [FLAT] * 3,
-            root=root,
-            untrained=True,
-            seed=6,
-        ),
+        "sgd": str(trained(folder / "sgd", CURVE)),
+        "sgd_untrained": str(trained(folder / "sgd_untrained", FLAT, untrained=True, seed=3)),
+        "solved": write(folder / "solved", curves, converged=converged, seed=5),
+        "solved_untrained": write(folder / "su", [FLAT] * 3, untrained=True, seed=6),
     }
 
 
@@ -166,7 +160,14 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     assert len(set(expected[0])) > 1  # the folds disagree, so that the plain maximum would differ
     assert len({tuple(row) for row in expected}) > 5  # and so do resamplings
 
-    readings = read_scores(SITES, None, CLASSES_TASK, sums_of(counts), weights, groups)
+    readings = read_scores(
+        SITES,
+        None,
+        CLASSES_TASK,
+        sums_of(counts),
+        weights,
+        groups,
+    )
     vector = readings["best_layer"].score.vector
     right, predicted, labelled = (np.asarray(x) for x in counts[:3])
     images = np.arange(23)
@@ -210,42 +211,32 @@ def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(p
     quantile = np.quantile((np.abs(drop - drop.mean(1, keepdims=True)) / sd).max(0), 0.95)
     for name, s in zip(ROWS, sd[:, 0], strict=True):
         row = rows["adapter_drop", name]
-        assert [row["high"] - row["value"], row["value"] - row["low"]] == pytest.approx(
+        assert [abs(end - row["value"]) for end in row["ci95"]] == pytest.approx(
             [quantile * s] * 2, rel=1e-5
         )
 
 
-def choose(path: Path, strengths: dict[str, list[float]], chosen: dict[str, float]) -> ProbeRun:
-    """Give a solved run strengths that a user listed, all solved, and the choice of each site."""
-    metrics = json.loads((path / "metrics.json").read_text())
-    for entry in metrics["path"]["optimum"]["sites"]:
-        own = strengths.get(entry["site"], strengths["others"])
-        entry |= dict.fromkeys(("miou", "pacc", "cv_cross_entropy"), [0.5] * len(own))
-        entry |= {"strengths": own, "certificates": [{"converged": True}] * len(own)}
-        entry |= dict.fromkeys(("chosen", "lowest"), chosen.get(entry["site"], chosen["others"]))
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    write_effects(path)
-    return ProbeRun(path)
-
-
-def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
-    """Of listed strengths all are solved; a site whose choice is at an end keeps it where it has no neighbour."""
-    path = Path(write_solved(tmp_path / "run", [CURVE] * 3, root=root))
-    run = choose(
-        path,
-        {"encoder": [3.0, 0.3, 0.03], "others": [1.0, 0.1, 0.01]},
-        {"encoder": 0.3, "others": 0.01},
-    )
-    rows = {name: row.tolist() for name, row in run.strengths.neighbours().items()}
-    assert rows == {
-        "stronger": [0, 1, 1, 1, 1, 1],
-        "chosen": [1, 2, 2, 2, 2, 2],
-        "weaker": [2, 2, 2, 2, 2, 2],
+def path_of(site: str, strengths: list[float], chosen: float) -> dict:
+    """The path of a site all of whose strengths are solved."""
+    miou = [0.5] * len(strengths)
+    return {
+        "site": site,
+        "strengths": strengths,
+        "miou": miou,
+        "chosen": chosen,
+        "lowest": chosen,
     }
-    run = choose(path, {"others": [1.0, 0.1, 0.01]}, {"others": 1.0})
-    assert list(run.strengths.neighbours()) == ["chosen", "weaker"], "no site has a stronger one"
-    solved = ProbeRun(paths["solved"])
-    assert solved.strengths.solved == [[1, 2, 3]] * 6
+
+
+def test_rows_follow_the_choice_of_each_site():
+    """A site whose choice is at an end keeps it where it has no neighbour."""
+    sites = [path_of("encoder", [3.0, 0.3, 0.03], 0.3)]
+    sites += [path_of(site, [1.0, 0.1, 0.01], 0.01) for site in ("adapter", "layer_01")]
+    strengths = Strengths(sites, "miou")
+    rows = {name: row.tolist() for name, row in strengths.neighbours().items()}
+    assert rows == {"stronger": [0, 1, 1], "chosen": [1, 2, 2], "weaker": [2, 2, 2]}
+    strengths = Strengths([path_of("adapter", [1.0, 0.1, 0.01], 1.0)], "miou")
+    assert list(strengths.neighbours()) == ["chosen", "weaker"], "no site has a stronger one"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +249,13 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
     ],
 )
 def test_rows_count_if_the_sites_that_they_read_have_converged(
-    row, site, is_control, missing, paths, root, tmp_path
+    row,
+    site,
+    is_control,
+    missing,
+    paths,
+    root,
+    tmp_path,
 ):
     """The encoder is read at that strength, the best layer is layer 3; the untrained model must converge, too."""
 
@@ -266,7 +263,11 @@ def test_rows_count_if_the_sites_that_they_read_have_converged(
         return of != site or row not in ("all", name)
 
     curve = FLAT if is_control else CURVE
-    options = {"root": root, "untrained": is_control, "converged": converged}
+    options = {
+        "root": root,
+        "untrained": is_control,
+        "converged": converged,
+    }
     runs = [paths["solved"]] * is_control
     runs.append(write_solved(tmp_path / "run", [curve] * 3, **options))
     found = strengths_of(*studies_of(runs))
@@ -292,21 +293,15 @@ def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
 def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
     """Curves and Table 2 had shown trained probes of one mask beside solved ones of the other."""
     sgd = str(write_run(tmp_path / "sgd", CURVE, root=root))
+    masks = ("causal", "bidirectional")
     solved = [
-        write_solved(
-            tmp_path / mask,
-            [CURVE] * 3,
-            root=root,
-            mask=mask,
-            seed=i,
-        )
-        for i, mask in enumerate(("causal", "bidirectional"))
+        write_solved(tmp_path / mask, [CURVE] * 3, root=root, mask=mask, seed=i)
+        for i, mask in enumerate(masks)
     ]
-    (study,) = studies_of([sgd, *solved])
-    assert study.main_runs == study.solved
-    assert list(study.main_runs) == ["causal", "bidirectional"]
-    assert f"{sgd} is left out" in caplog.text
-    (study,) = studies_of([sgd, solved[1]])
-    assert list(study.main_runs) == ["causal"]
-    assert study.pair() is None
-    assert f"{solved[1]} is left out" in caplog.text
+    for runs, main, left_out in (
+        ([sgd, *solved], solved, sgd),
+        ([sgd, solved[1]], [sgd], solved[1]),
+    ):
+        (study,) = studies_of(runs)
+        assert [str(run.path) for run in study.main_runs.values()] == main
+        assert f"{left_out} is left out" in caplog.text

@@ -12,7 +12,6 @@ from probes.report.verdicts import (
     compare_to_draws,
     judge,
     judge_draws,
-    path_column,
     worst_of,
 )
 from probes.score.estimate import Estimate, p_value
@@ -21,20 +20,19 @@ STUDIES = 500
 
 
 def test_judge():
-    intervals = ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1])
-
-    def verdicts(sign):
-        return [judge(sign, sum(x) / 2, x) for x in intervals]
-
-    assert verdicts(1) == ["holds", "does not hold", "reversed"]
-    assert verdicts(-1) == ["reversed", "does not hold", "holds"]
-    assert judge(1, 0.1, [0.0, 0.2]) == "does not hold", "zero is not on the claimed side"
-
-    def small(sign, value):
-        return judge(sign, value, [value - 0.001, value + 0.001], MARGIN)
-
-    assert [small(sign, 0.0099) for sign in (1, -1)] == ["does not hold"] * 2
-    assert [small(sign, 0.01) for sign in (1, -1)] == ["holds", "reversed"]
+    for sign, value, half, verdict in (
+        (1, 0.15, 0.05, "holds"),
+        (-1, 0.15, 0.05, "reversed"),
+        (1, 0.05, 0.15, "does not hold"),
+        (-1, -0.15, 0.05, "holds"),
+        (1, 0.1, 0.1, "does not hold"),  # zero is not on the claimed side
+        (1, 0.0099, 0.001, "does not hold"),
+        (1, 0.01, 0.001, "holds"),
+    ):
+        column = judge(sign, value, [value - half, value + half], MARGIN)
+        assert column["verdict"] == verdict
+        assert ("detectable" in column) == (verdict == "does not hold")
+    assert judge(1, 0.2, [0.1, 0.3], reason="one draw")["verdict"] == "untested"
 
 
 def test_p_values_are_those_of_t_and_invert_the_interval():
@@ -53,50 +51,12 @@ def test_p_values_are_those_of_t_and_invert_the_interval():
     assert p_value(1, 1e9, parts[:1]) <= 1e-12
 
 
-def row(
-    name,
+def beyond(
+    verdict,
     low,
     high,
-    converged=True,
+    p,
 ):
-    return {
-        "row": name,
-        "value": (low + high) / 2,
-        "low": low,
-        "high": high,
-        "converged": converged,
-    }
-
-
-def test_the_path_is_judged_where_the_claim_fares_worst():
-    rows = [row("stronger", 0.04, 0.06), row("chosen", 0.015, 0.03), row("weaker", -0.01, 0.02)]
-    entry = path_column(1, rows)
-    assert (entry["verdict"], entry["row"], entry["ci95"]) == (
-        "does not hold",
-        "weaker",
-        [-0.01, 0.02],
-    )
-    assert path_column(1, rows[:2])["verdict"] == "holds"
-    assert path_column(1, rows[:2])["row"] == "chosen"
-    assert path_column(-1, rows[:2])["verdict"] == "reversed"
-    assert path_column(-1, rows[:2])["row"] == "chosen"
-    turned = path_column(1, [row("stronger", -0.04, -0.02), rows[1]])
-    assert turned["verdict"] == "does not hold" and turned["detectable"] > 0.01, (
-        "holds at one, reversed at the other"
-    )
-    unsolved = [row("stronger", -0.04, -0.02, converged=False), rows[1]]
-    assert path_column(1, unsolved)["verdict"] == "holds", (
-        "a neighbour that has not converged says nothing"
-    )
-    counted = path_column(1, unsolved)
-    assert (counted["converged"], counted["strengths"]) == (1, 2), (
-        "but the column says how many strengths count"
-    )
-    below = [row("chosen", 0.004, 0.006), row("weaker", 0.02, 0.03)]
-    assert path_column(1, below)["verdict"] == "does not hold", "below the margin at one of them"
-
-
-def beyond(verdict, low, high, p):
     return {
         "value": (low + high) / 2,
         "ci95": [low, high],
@@ -109,24 +69,33 @@ def worst(sign, columns):
     return worst_of(sign, [entry | {"control": name} for name, entry in columns.items()])
 
 
-def test_the_control_that_decides_is_the_one_beyond_which_the_claim_fares_worst():
-    holds = beyond("holds", 0.02, 0.06, 0.01)
-    more = beyond("holds", 0.03, 0.05, 0.001)
-    below = beyond("does not hold", 0.025, 0.03, 0.02)  # as of another margin
-    against = beyond("reversed", -0.06, -0.02, 1.0)
-    entry = worst(1, {"random": more, "permuted": holds})
-    assert (entry["verdict"], entry["control"], entry["p"]) == ("holds", "permuted", 0.01)
-    entry = worst(1, {"random": holds, "permuted": below})
-    assert (entry["verdict"], entry["control"], entry["p"]) == ("does not hold", "permuted", 0.02)
-    assert entry["detectable"] > 0.01
-    entry = worst(1, {"random": holds, "permuted": against})
-    assert (entry["verdict"], entry["control"]) == ("does not hold", "permuted"), "not reversed"
-    worse = beyond("reversed", -0.2, -0.1, 1.0)
-    entry = worst(1, {"random": worse, "permuted": against})
-    assert (entry["verdict"], entry["control"]) == ("reversed", "permuted"), "reversed beyond both"
-    falls = beyond("holds", -0.06, -0.02, 0.01)
-    further = beyond("holds", -0.2, -0.1, 0.001)
-    assert worst(-1, {"random": falls, "permuted": further})["control"] == "random"
+HOLDS_LEAST = beyond("holds", 0.02, 0.06, 0.01)
+HOLDS_MORE = beyond("holds", 0.03, 0.05, 0.001)
+BELOW = beyond("does not hold", 0.025, 0.03, 0.02)  # as of another margin
+AGAINST = beyond("reversed", -0.06, -0.02, 1.0)
+FURTHER = beyond("reversed", -0.2, -0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        (HOLDS_MORE, HOLDS_LEAST, "holds"),
+        (HOLDS_LEAST, BELOW, "does not hold"),
+        (HOLDS_LEAST, AGAINST, "does not hold"),  # not reversed
+        (FURTHER, AGAINST, "reversed"),  # by both
+    ],
+)
+def test_the_column_that_decides_is_the_one_where_the_claim_fares_worst(first, second, verdict):
+    """Of controls, and of strengths of regularisation; the second one each time."""
+    entry = worst(1, {"first": first, "second": second})
+    assert (entry["verdict"], entry["control"]) == (verdict, "second")
+    assert entry["p"] == max(first["p"], second["p"])
+    assert ("detectable" in entry) == (verdict == "does not hold")
+    turned = [
+        beyond({"reversed": "holds"}.get(x["verdict"], "reversed"), *x["ci95"], x["p"])
+        for x in (AGAINST, FURTHER)
+    ]
+    assert worst(-1, {"near": turned[0], "far": turned[1]})["control"] == "near"
 
 
 def beyond_draws(trained, draws, others=()):
@@ -175,7 +144,16 @@ def test_interval_over_images_and_draws_covers_the_truth(spread, draws, masks):
     truth = 0.1
     covered = 0
     for _ in range(STUDIES):
-        first, *others = [simulated(truth, spread, draws, 50, generator) for _ in range(masks)]
+        first, *others = [
+            simulated(
+                truth,
+                spread,
+                draws,
+                50,
+                generator,
+            )
+            for _ in range(masks)
+        ]
         _, (low, high) = beyond_draws(*first, others)
         covered += low <= truth <= high
     assert covered >= 0.93 * STUDIES, (

@@ -62,16 +62,13 @@ def test_other_sites_change_no_best_layer_test_or_effect(sites, tmp_path):
 def test_the_page_has_the_main_path_and_parts_in_a_figure_of_their_own(sites, tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
     probe_runs.write_run(
-        tmp_path / "study/trained", [*sites.values()], root=root, mask="causal", sites=[*sites]
+        tmp_path / "study/trained",
+        [*sites.values()],
+        root=root,
+        mask="causal",
+        sites=[*sites],
     )
-    main(
-        [
-            "report",
-            str(tmp_path / "study"),
-            "--out",
-            str(tmp_path / "report"),
-        ]
-    )
+    main(f"report {tmp_path / 'study'} --out {tmp_path / 'report'}".split())
     assert (tmp_path / "report/parts.pdf").is_file() == (sites == LLM | PARTS)
     page = (tmp_path / "report/index.html").read_text()
     named = [name.strip() for name in re.findall(r'<th scope="row">([^<]*)<', page)]

@@ -20,7 +20,7 @@ from probes.lab.requests import (
     Replace,
     View,
 )
-from probes.report.words import interval, plain, signed
+from probes.report.words import interval, number
 from probes.runs.read import ProbeRun
 from probes.studies.estimate import print_estimate
 from probes.studies.plan import plan
@@ -94,9 +94,11 @@ def test_the_answer_and_the_verdict_have_one_number(study):
     (claim,) = (claim for claim in results["claims"] if claim["claim"] == "over_last")
     judged = claim["verdicts"]["optimum"]
     page = (out / "report" / "index.html").read_text()
-    verdict = f"<b>{signed(judged['value'])}</b> <span>{interval(*judged['ci95'])}</span>"
+    verdict = (
+        f"<b>{number(judged['value'], has_sign=True)}</b> <span>{interval(*judged['ci95'])}</span>"
+    )
     assert page.count(verdict) == 1
-    holds = f"It reads {plain(judged['value'])} points more than the last layer."
+    holds = f"It reads {number(judged['value'])} points more than the last layer."
     said = holds if judged["verdict"] == "holds" else "The last layer is not shown to read less."
     assert said in " ".join(printed.split()) and said in page
 

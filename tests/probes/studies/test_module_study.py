@@ -63,7 +63,7 @@ def test_random_layers_are_left_out_before_any_work_and_permuted_ones_are_solved
     results = json.loads((out / "report/results.json").read_text())
     claims = {claim["claim"]: claim for claim in results["claims"]}
     reason = claims["layer_gain"]["verdicts"]["beyond_random"]["reason"]
-    assert "draws of a random encoder: 0" in reason and "cannot be matched" in reason
+    assert "draws of random layers: 0" in reason and "cannot be matched" in reason
 
 
 def test_a_control_that_is_asked_for_by_name_and_cannot_be_is_an_error(data, tmp_path):

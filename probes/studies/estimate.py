@@ -13,6 +13,7 @@ from probes.ops.quantiles import student_quantile
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.steps import LEFT_OUT, describe_steps
 from probes.runs.study import CONTROLS
+from probes.step_progress import format_duration
 
 from .arms import arm_names
 from .config import StudyConfig
@@ -71,7 +72,8 @@ def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
     if any(step.kind == "solve" for step in runs):
         from probes.solve.command import dry_run
 
-        dry_run(planned.arms[0].config)  # the trained model
+        seconds = dry_run(planned.arms[0].config)  # the trained model
+        print(f"{len(runs)} arms: about {format_duration(len(runs) * seconds)}, and the analyses")
 
 
 def describe_power(study: StudyConfig, images: int, masks: int) -> str:

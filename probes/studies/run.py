@@ -35,6 +35,7 @@ from .plan import RUNS, find_work, plan
 from .table import Study, write_table
 
 REPORT_WAIT_S = 600
+OUTSTANDING = "outstanding, since the first report comes before the controls"
 
 
 def run(options: StudyOptions) -> None:
@@ -108,7 +109,7 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
     part = "+".join([*labels, *(study.arms or ())]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         missing = find_work(study, planned, overwrite)
-        ready = _without_early_report(missing, out)
+        ready = trained_first(_without_early_report(missing, out))
         failed = run_steps(
             ready,
             out,
@@ -141,6 +142,20 @@ def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
     if len(kept) < len(missing):
         print("no report: the trained model is not solved yet")
     return kept
+
+
+def trained_first(steps: list[Step]) -> list[Step]:
+    """Return the steps of trained models first, then a report that says which controls are outstanding, then the others.
+
+    The report is made again at the end.
+    """
+    reports = [step for step in steps if step.kind == "report"]
+    trained = [step for step in steps if "trained" in step.name.replace("_", "/").split("/")]
+    others = [step for step in steps if step not in reports + trained]
+    if not (reports and trained and any(step.kind in RUNS for step in others)):
+        return steps
+    waiting = [replace(step, why_left_out=step.why_left_out or OUTSTANDING) for step in others]
+    return [*trained, *waiting, *reports, *others, *reports]
 
 
 # ---------------------------------------------------------------------------------------------------- one step

@@ -314,7 +314,7 @@ def test_a_dry_run_writes_nothing(
     assert "random1/knockout" in said
     assert "7 of them passes over the images: 1 trained, 2 random, 2 permuted, 2 adapter" in said
     assert "2 random and 2 permuted draws: an effect must exceed those of both by" in said
-    assert "MB" in said
+    assert "MB" in said and "7 arms: about 0:" in said
     assert not (tmp_path / "study").exists()
 
 

@@ -181,8 +181,8 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     }
     with pytest.raises(UserError, match="2 steps have failed.*broken.*RuntimeError: a bug"):
         run.run_study(made)
-    solved = ["trained", "random0", "permuted0", "adapter0"]
-    assert ran == [*solved, "trained/sinks", "trained/knockout", "trained/maps", "report"]
+    trained = ["trained", "trained/sinks", "trained/knockout", "trained/maps"]
+    assert ran == [*trained, "report", "random0", "permuted0", "adapter0", "report"]
     reasons = {
         entry["step"]: (entry["outcome"], entry["reason"]) for entry in unfinished_steps(made.out)
     }
@@ -202,18 +202,28 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     assert not ran
 
 
-def test_a_failed_arm_ends_the_study(settings, ran):
-    ran.failing = {"random0": UserError("random0: no memory")}
+def test_the_first_report_says_which_controls_are_outstanding(settings, ran):
+    """It comes after the trained arms of all models; here the first control ends the study."""
+    made = settings({"a": "causal", "b": "bidirectional"})
+    ran.failing = {"a/random0": UserError("a/random0: no memory")}
     with pytest.raises(UserError, match="no memory"):
-        run.run_study(settings({"": "causal"}))
-    assert ran == ["trained", "random0"]
+        run.run_study(made)
+    assert ran[-2:] == ["report", "a/random0"]
+    assert {name.split("/")[1] for name in ran[:-2]} == {"trained"}
+    reasons = {entry["step"]: entry["reason"] for entry in unfinished_steps(made.out)}
+    assert reasons["a/random0"] == reasons["b/permuted0"] == run.OUTSTANDING
+    ran.clear()
+    ran.failing = {}
+    run.run_study(made)
+    assert {"a/random0", "b/permuted0"} < set(ran) and ran[-1] == "report"
+    assert not unfinished_steps(made.out)
 
 
 def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):
     made = settings({"": "causal"})
     ran.failing = {"trained/knockout": NothingToMeasure("no image has a wrong patch")}
     run.run_study(made)
-    assert ran[-2:] == ["trained/knockout", "report"]
+    assert ran[2:4] == ["trained/knockout", "report"]
     ran.clear()
     run.run_study(made)
     assert not ran and "nothing to do" in capsys.readouterr().out
@@ -260,7 +270,8 @@ def test_trained_probes_have_mistakes_of_their_own(settings, ran):
 def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(settings, ran):
     some = settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
     run.run_study(some)
-    assert ran == ["trained", "random0", "permuted0", "adapter0", "trained/sinks", "report"]
+    solved = ["random0", "permuted0", "adapter0"]
+    assert ran == ["trained", "trained/sinks", "report", *solved, "report"]
     assert "layer_01" in unfinished_steps(some.out)[1]["reason"]
     ran.clear()
     run.run_study(some)

@@ -145,7 +145,7 @@ def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
 
 
 def trained_first(steps: list[Step]) -> list[Step]:
-    """Return the steps of trained models first, then a report that says which controls are outstanding, then the others.
+    """Return the steps of trained models first, then a report that names the outstanding controls, then the others.
 
     The report is made again at the end.
     """

@@ -19,8 +19,8 @@ from typing import Any
 
 import probes
 from llava_bidir.common.files import exclusive_run_lock
-from llava_bidir.common.process_group import end_on_signals
 from probes.config import DemoOptions
+from probes.process_group import end_on_signals
 from probes.steps import Step
 
 from .steps import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, write_files
 from llava_bidir.common.imports import import_words
-from llava_bidir.common.process_group import WATCH, process_group
+from probes.process_group import WATCH, process_group
 from probes.steps import Step, command_now, find_missing, run_steps
 
 MASKS = ("causal", "bidirectional")

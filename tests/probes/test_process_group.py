@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60
 # what a step does instead: a process that starts another one and sleeps, and ends by itself on Ctrl-C only
 STEP = """
@@ -28,7 +28,7 @@ except KeyboardInterrupt:
 DEMO = """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from llava_bidir.common import process_group
+from probes import process_group
 from probes.steps import Step
 from probes.worlds import steps
 from llava_bidir.common.errors import one_line_errors

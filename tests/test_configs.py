@@ -7,6 +7,7 @@ import dataset_layouts
 import pytest
 import tiny_models
 import yaml
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from transformers import (
     CLIPVisionModel,
     Dinov2Config,
@@ -16,25 +17,23 @@ from transformers import (
 )
 
 from llava_bidir.model.lora import Lora
+from llava_bidir.training.cli import build_cli
+from probes.fit.cli import build_cli as build_probes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OWN_ENCODER = {  # the kind of encoder that a config names itself
-    "demo/stage1.yaml": "clip",
-    "demo/stage2.yaml": "clip",
-    "real/stage1.yaml": "dinov2",
-    "real/stage2.yaml": "dinov2",
+TRAINING = {  # configs that go together: the kind of their encoder
+    ("stage1.yaml", "encoder/clip.yaml"): "clip",
+    ("stage2.yaml", "encoder/clip.yaml"): "clip",
+    ("stage2.yaml", "encoder/dinov2.yaml"): "dinov2",
+    ("stage2.yaml", "encoder/siglip.yaml"): "siglip",
+    ("demo/stage1.yaml",): "clip",
+    ("demo/stage2.yaml",): "clip",
+    ("real/stage1.yaml", "real/photos.yaml"): "dinov2",
+    ("real/stage2.yaml", "real/photos.yaml"): "dinov2",
 }
-UPON_REAL = ["real/photos.yaml"]
-TRAINING = ["stage1.yaml", "stage2.yaml", *OWN_ENCODER]
-ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
+STAGE2 = ("stage2.yaml", "encoder/clip.yaml")
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
-CLUSTER = [
-    "cluster/ddp.yaml",
-    "cluster/fsdp2.yaml",
-    "cluster/zero2.yaml",
-    "cluster/zero3.yaml",
-    "cluster/zero3_offload.yaml",
-]
+CLUSTER = [f"cluster/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")]
 PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/folder.yaml": (tiny_models.write_segmentation, 3),
     "probes/ade20k.yaml": (dataset_layouts.write_ade20k, 150),
@@ -42,11 +41,11 @@ PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/cityscapes.yaml": (dataset_layouts.write_cityscapes, 19),
     "demo/probes.yaml": (tiny_models.write_segmentation, 3),
 }
-UPON_PROBING = ["probes/matched.yaml"]
+UPON_PROBING = "probes/matched.yaml"
 
 
 def test_every_yaml_is_covered_here():
-    known = {*TRAINING, *ENCODERS, *BUDGET, *CLUSTER, *PROBING, *UPON_PROBING, *UPON_REAL}
+    known = {*BUDGET, *CLUSTER, *PROBING, UPON_PROBING}.union(*TRAINING)
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == known
 
 
@@ -68,81 +67,43 @@ def encoders(tmp_path_factory):
     return root
 
 
-def instantiate(
-    files,
-    parts,
-    conversations,
-    encoder_path,
-):
-    from llava_bidir.training.cli import build_cli
+@pytest.fixture
+def instantiate(parts, conversations, encoders):
+    """Return a function that builds model, data and trainer of configs, on tiny parts."""
 
-    argv = [x for file in files for x in ("-c", str(CONFIGS / file))]
-    records = str(conversations / "data.json")
-    argv += f"--model.encoder.path {encoder_path} --model.llm {parts[1]}".split()
-    argv += f"--data.images {conversations} --data.annotations {records}".split()
-    argv += "--trainer.accelerator cpu --trainer.precision 32-true".split()
-    configs = [yaml.safe_load((CONFIGS / file).read_text()) for file in files]
-    if any("val_annotations" in config.get("data", {}) for config in configs):
-        argv += ["--data.val_annotations", records]
-    if "real/stage2.yaml" in files:  # tiny LLMs have no chat template
-        argv += ["--data.template", "vicuna_v1"]
-    return build_cli(argv, run=False)
+    def build(files, kind: str = "clip"):
+        if "zero" in str([(CONFIGS / x).read_text() for x in files]) and not find_spec("deepspeed"):
+            pytest.skip("DeepSpeed (extra: cluster) is not installed")
+        argv = [x for file in files for x in ("-c", str(CONFIGS / file))]
+        records = str(conversations / "data.json")
+        argv += f"--model.encoder.path {encoders / kind} --model.llm {parts[1]}".split()
+        argv += f"--data.images {conversations} --data.annotations {records}".split()
+        argv += "--trainer.accelerator cpu --trainer.precision 32-true".split()
+        if "val_annotations" in (CONFIGS / files[0]).read_text():
+            argv += ["--data.val_annotations", records]
+        if "real/stage2.yaml" in files:  # tiny LLMs have no chat template
+            argv += ["--data.template", "vicuna_v1"]
+        return build_cli(argv, run=False)
 
-
-PAIRS = [
-    (stage, encoder)
-    for stage in TRAINING
-    for encoder in ENCODERS
-    if OWN_ENCODER.get(stage, Path(encoder).stem) == Path(encoder).stem
-]
+    return build
 
 
-@pytest.mark.parametrize(("stage", "encoder"), PAIRS)
-def test_training_config_is_instantiated(
-    stage,
-    encoder,
-    parts,
-    conversations,
-    encoders,
-):
-    files = [stage] if stage in OWN_ENCODER else [stage, encoder]
-    cli = instantiate(files, parts, conversations, encoders / Path(encoder).stem)
+@pytest.mark.parametrize("files", TRAINING)
+def test_training_config_is_instantiated(files, instantiate):
+    cli = instantiate(files, TRAINING[files])
     assert cli.datamodule.collate.processor is cli.model.processor
     assert cli.trainer.max_epochs == 1
-
-
-def test_options_for_photos_are_instantiated_upon_both_stages(parts, conversations, encoders):
-    for stage in ("real/stage1.yaml", "real/stage2.yaml"):
-        cli = instantiate([stage, *UPON_REAL], parts, conversations, encoders / "dinov2")
-        assert cli.model.hparams.compile
+    assert cli.model.hparams.compile == ("real/photos.yaml" in files)
 
 
 @pytest.mark.parametrize("cluster", CLUSTER)
-def test_cluster_config_is_instantiated_upon_a_recipe(
-    cluster,
-    parts,
-    conversations,
-    encoders,
-):
-    from lightning.pytorch.strategies import (
-        DDPStrategy,
-        DeepSpeedStrategy,
-        ModelParallelStrategy,
-    )
-
+def test_cluster_config_is_instantiated_upon_a_recipe(cluster, instantiate):
+    strategy = instantiate([*STAGE2, cluster]).trainer.strategy
     kinds = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}
-    if "zero" in cluster and find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed (extra: cluster) is not installed")
-    cli = instantiate(
-        ["stage2.yaml", "encoder/clip.yaml", cluster], parts, conversations, encoders / "clip"
-    )
-    strategy = cli.trainer.strategy
     assert isinstance(strategy, kinds.get(Path(cluster).stem, DeepSpeedStrategy))
     if "zero" in cluster:
-        zero, width = (
-            strategy.config["zero_optimization"],
-            4096,
-        )  # what Hugging Face's Trainer makes of "auto"
+        zero = strategy.config["zero_optimization"]
+        width = 4096  # what Hugging Face's Trainer makes of "auto"
         assert "auto" not in str(strategy.config)
         assert zero["reduce_bucket_size"] == width * width
         assert zero["stage"] == (2 if "zero2" in cluster else 3)
@@ -158,15 +119,9 @@ def test_cluster_config_is_instantiated_upon_a_recipe(
         ("stage2.yaml", (2e-5, 128, ["adapter", "llm"], "vicuna_v1", "pad", True)),
     ],
 )
-def test_recipe_is_llava_1_5(
-    stage,
-    numbers,
-    parts,
-    conversations,
-    encoders,
-):
+def test_recipe_is_llava_1_5(stage, numbers, instantiate):
     """Source: LLaVA scripts/v1_5/pretrain.sh and finetune.sh; paper, App. A.1."""
-    cli = instantiate([stage, "encoder/clip.yaml"], parts, conversations, encoders / "clip")
+    cli = instantiate([stage, "encoder/clip.yaml"])
     model = cli.model.hparams
     data = cli.datamodule
     assert (
@@ -186,16 +141,8 @@ def test_recipe_is_llava_1_5(
 
 
 @pytest.mark.parametrize("budget", BUDGET)
-def test_budget_accumulates_to_the_recipes_batch(
-    budget,
-    parts,
-    conversations,
-    encoders,
-):
-    if "zero.ZeRO" in (CONFIGS / budget).read_text() and find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed (extra: cluster) is not installed")
-    files = ["stage2.yaml", "encoder/clip.yaml", budget]
-    cli = instantiate(files, parts, conversations, encoders / "clip")
+def test_budget_accumulates_to_the_recipes_batch(budget, instantiate):
+    cli = instantiate([*STAGE2, budget])
     stage2 = yaml.safe_load((CONFIGS / "stage2.yaml").read_text())
     assert cli.datamodule.batch_size == stage2["data"]["batch_size"]
     assert cli.datamodule.group_by_length
@@ -208,20 +155,14 @@ def test_budget_accumulates_to_the_recipes_batch(
         assert rates == (2e-4, 2e-5)
 
 
-@pytest.mark.parametrize("more", [[], *([name] for name in UPON_PROBING)])
-@pytest.mark.parametrize("file", PROBING)
-def test_probing_config_is_instantiated(
-    file,
-    more,
-    checkpoints,
-    tmp_path,
-):
-    from probes.fit.cli import build_cli
-
+@pytest.mark.parametrize(
+    ("file", "more"), [*((file, []) for file in PROBING), ("demo/probes.yaml", [UPON_PROBING])]
+)
+def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
     write, classes = PROBING[file]
     argv = [x for name in [file, *more] for x in ("-c", str(CONFIGS / name))]
     argv += f"--model.mllm {checkpoints['causal']} --data.root {write(tmp_path)}".split()
-    cli = build_cli([*argv, "--trainer.accelerator", "cpu"], run=False)
+    cli = build_probes([*argv, "--trainer.accelerator", "cpu"], run=False)
     assert cli.model.hparams.num_classes == classes
     assert bool(cli.model.hparams.untrained) == bool(more)
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import filterfalse
 
 import torch
 from PIL import Image
@@ -21,7 +21,6 @@ from llava_bidir.command_options import GenerateOptions
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import FiniteLogits, greedy_config, load_weights, read_pretrained
 from llava_bidir.common.images import SUFFIXES, read_photo
-from llava_bidir.data.conversation import IMAGE
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
 from llava_bidir.model.build import CHAT_TEMPLATE, IMAGES_IN_CHAT
 
@@ -32,19 +31,17 @@ def is_photo(word: str) -> bool:
 
 
 def photos_and_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the photos and the questions of a command line, `IMAGE ... PROMPT ...`; the first word is a photo.
+    """Return the photos and the questions of a command line.
 
     Raises:
-        UserError: There is no question, or a photo follows a question.
+        UserError: It has none of one kind.
     """
-    photos = [words[0], *takewhile(is_photo, words[1:])]
-    prompts = [*words[len(photos) :]]
-    if not prompts:
+    photos = [*filter(is_photo, words)]
+    prompts = [*filterfalse(is_photo, words)]
+    if not photos or not prompts:
         raise UserError(
-            f"there is no question after {photos[-1]}; expected MODEL IMAGE ... PROMPT ..."
+            f"expected MODEL IMAGE ... PROMPT ..., got the images {photos} and the prompts {prompts}"
         )
-    for late in filter(is_photo, prompts):
-        raise UserError(f"photo {late!r} follows a question; expected all photos before")
     return photos, prompts
 
 
@@ -56,19 +53,12 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     another LLM keeps its own chat template.
 
     Raises:
-        UserError: There is no such checkpoint, it is no LLaVA, its mask would be ignored, or its model and its
-            tokenizer take other ids for images.
+        UserError: There is no such checkpoint, it is no LLaVA, or its mask would be ignored.
     """
     # first, since these errors say more than those of the weights
     read_image_attention(read_pretrained("MODEL", AutoConfig, model))
     loaded = load_weights("MODEL", AutoModelForImageTextToText, model, dtype=dtype).eval()
     processor = read_pretrained("MODEL", AutoProcessor, model)
-    index = loaded.config.image_token_id
-    if index != processor.image_token_id:
-        raise UserError(
-            f"MODEL: image_token_index of {model}/config.json is {index}, but the id of {IMAGE} in its tokenizer is "
-            f"{processor.image_token_id}; correct config.json"
-        )
     loaded.generation_config = greedy_config(loaded.generation_config, processor.tokenizer)
     processor.chat_template = as_evaluated(processor.chat_template)
     images = processor.image_processor

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from llava_bidir.common.errors import OneLineErrors, UserError
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.processes import worker_options
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
@@ -97,28 +97,23 @@ def format_record(shown: dict[str, Any], collate: Collate, image_attention: str)
     llm_config = LlamaConfig(attn_implementation="sdpa")  # the mask depends on the backend only
     mask = build_mask(image_attention, llm_config, is_image)[0, 0]
     lines += ["", "  attention: # all, \\ causal, . none, ? some (rows attend to columns)"]
-    lengths = is_image[0].unique_consecutive(return_counts=True)[1].tolist()
-    for i, rows in enumerate(mask.split(lengths)):
-        kind = "image" if bool(is_image[0, 0]) == (i % 2 == 0) else "text"
-        cells = " ".join(map(_cell, rows.split(lengths, dim=1)))
-        lines.append(f"  {kind:>5} {len(rows):>4}  {cells}")
+    segments, lengths = is_image[0].unique_consecutive(return_counts=True)
+    for image, rows in zip(segments, mask.split(lengths.tolist()), strict=True):
+        cells = " ".join(map(_cell, rows.split(lengths.tolist(), dim=1)))
+        lines.append(f"  {'image' if image else 'text':>5} {len(rows):>4}  {cells}")
     return "\n".join(lines)
 
 
 def _cell(part: torch.Tensor) -> str:
     """Return the character of a part bool[R, C] of a mask."""
-    patterns = {"#": torch.ones_like(part), ".": torch.zeros_like(part)}
-    patterns["\\"] = patterns["#"].tril()
-    return next((name for name, x in patterns.items() if torch.equal(part, x)), "?")
-
-
-class OptionParser(OneLineErrors, ArgumentParser):
-    """Parser of the options that are none of `fit`."""
+    if part.all() or not part.any():
+        return "#" if part.any() else "."
+    return "\\" if torch.equal(part, torch.ones_like(part).tril()) else "?"
 
 
 def main(argv: list[str]) -> None:
     """Run `llava-bidir verify-data`; the exit status is 1 if there are findings."""
-    parser = OptionParser(
+    parser = ArgumentParser(
         prog="llava-bidir verify-data",
         description=__doc__.partition("\n")[0],
         epilog="All other options are those of `llava-bidir fit`.",

@@ -13,6 +13,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from .errors import UserError, error_context
@@ -83,10 +84,9 @@ class Checkpoints(Checkpoint):
         SystemExit: After another signal, with status INTERRUPTED, on all ranks after the same step.
     """
 
-    on_slurm = False  # the run is a job of Slurm
-
     def __init__(self, every_n_steps: int = 500):
         self.every_n_steps = every_n_steps
+        self.on_slurm = SLURMEnvironment.detect()
         self.received: set[int] = set()
 
     def setup(

@@ -18,7 +18,6 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import field, fields
-from functools import partial
 from pkgutil import resolve_name
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -30,7 +29,6 @@ from jsonargparse.typing import PositiveInt as Count  # noqa: F401
 from . import imports
 from .configs import (
     configs_first,
-    find_key,
     merge_configs,
     take_configs,
 )
@@ -93,7 +91,6 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
             UsageError: One is unknown, missing or of another type, or a config cannot be read.
         """
         configs, words = take_configs(words)
-        self.source_of = partial(find_key, configs)
         merged = merge_configs(configs, values or {})
         for name, value in merged.items():
             if any(x.startswith(f"{name}.") for x in self.kinds) and not isinstance(value, dict):

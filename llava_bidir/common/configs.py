@@ -16,21 +16,12 @@ OPTIONS = ("-c", "--config")
 
 
 def config_names() -> dict[str, Path]:
-    """Return the files by name: "FOLDER/STEM", and "STEM" where no other file has it or the file is in no folder."""
-    files = sorted(
-        FOLDER.rglob("*.yaml"), key=lambda file: (len(file.relative_to(FOLDER).parts), file)
-    )
-    names: dict[str, Path] = {}
-    for file in files:
-        names[file.relative_to(FOLDER).with_suffix("").as_posix()] = file
+    """Return the files by name: "FOLDER/STEM", and "STEM", which is the file nearest to the top."""
+    files = sorted(FOLDER.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
+    names = {file.relative_to(FOLDER).with_suffix("").as_posix(): file for file in files}
     for file in files:
         names.setdefault(file.stem, file)
-    stems = [file.stem for file in files if file.parent != FOLDER]
-    return {
-        name: file
-        for name, file in names.items()
-        if "/" in name or file.parent == FOLDER or stems.count(name) == 1
-    }
+    return names
 
 
 def find_config(name: str) -> Path:
@@ -39,7 +30,7 @@ def find_config(name: str) -> Path:
     Raises:
         UsageError: There is no such file and no config of this name.
     """
-    if Path(name).exists() and not Path(name).is_dir():
+    if Path(name).is_file():
         return Path(name)
     names = config_names()
     if name not in names:
@@ -89,19 +80,6 @@ def merge_configs(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, 
         return before | {key: merge(before.get(key), value) for key, value in now.items()}
 
     return reduce(merge, [*map(read_config, names), values], {})
-
-
-def find_key(names: Sequence[str], key: str) -> str | None:
-    """Return the last of configs that has a key "GROUP.NAME"; None if none has."""
-    for name in reversed(names):
-        values = {"": read_config(name)}
-        for part in f".{key}".split("."):
-            if not isinstance(values, dict) or part not in values:
-                break
-            values = values[part]
-        else:
-            return name
-    return None
 
 
 def take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from textwrap import shorten
 from typing import Any, NoReturn
 
 # An option in an error of argparse or jsonargparse
@@ -40,15 +41,8 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning's exit(1)
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        advice = str(stop)  # of a run (interrupt.py)
-        if isinstance(stop, SystemExit) or not advice:
-            advice = "run the same command again"
-            if argv[:1] not in (["fit"], ["solve"]):
-                advice += " to go on"
+    except KeyboardInterrupt as stop:
+        advice = str(stop) or "run the same command again to go on"
         print(f"{program}: interrupted; {advice}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `probes sites MODEL | head`
@@ -71,10 +65,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class OneLineErrors:
-    """Parser whose errors are one line: the config that sets the option, and the option that was probably meant."""
-
-    def source_of(self, option: str) -> str | None:
-        """Return the config that sets an option, None if none does."""
+    """Parser whose errors are one line, with the option that was probably meant."""
 
     def error(
         self,
@@ -92,8 +83,6 @@ class OneLineErrors:
             options = [x for parser in (self, *commands) for x in parser._option_string_actions]
             known = [option.strip("-") for option in options]
             line += "" if name in known else did_you_mean(name, known)
-            file = self.source_of(name)
-            line = f"{file}: {line}" if file and not line.startswith(file) else line
         raise UsageError(line) from None
 
 
@@ -103,11 +92,9 @@ def error_context(subject: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if "trust_remote_code" in str(error):
             lines = ["it requires code from the checkpoint, which is never executed"]
         kind = "" if type(error) in (ValueError, UserError) else f"{type(error).__name__}: "
-        text = " ".join(lines[:3])
-        if len(text) > LONGEST:
-            text = text[:LONGEST].rpartition(" ")[0] + " ..."
+        text = shorten(" ".join(lines[:3]), LONGEST, placeholder=" ...")
         raise UserError(f"{subject}: {kind}{text}") from error

@@ -1,7 +1,7 @@
 """Write files and folders atomically: after a kill or on a full disk the previous version is intact.
 
-Data is written under a name that ends in .partial, which is then renamed. Permissions follow the umask; safetensors
-ignores it. A lock lets one process at a time write a folder.
+Data is written under a name that ends in .partial, which is then renamed. A lock lets one process at a time write a
+folder.
 """
 
 import errno
@@ -16,14 +16,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from .errors import UserError, error_context
-
-if TYPE_CHECKING:  # seconds, which commands that only read results do not need
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +37,9 @@ def partial_path(path: Path) -> Path:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` when the block ends, and deleted when the block fails."""
     partial = partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)  # it may be a link to a file that is not ours
         yield partial
-        _set_mode(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)  # frees the space on a full disk
@@ -80,15 +75,17 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
 
 
 def commit_directory(path: Path) -> None:
-    """Rename the folder `path`.partial to `path`.
+    """Rename the folder `path`.partial to `path`; its files get the permissions of other new files.
 
     A folder cannot replace another one in a single step. The old folder is renamed first and deleted last, so that a
     complete folder exists at every moment.
     """
     partial = partial_path(path)
     replaced = path.with_name(path.name + REPLACED)
-    for file in partial.rglob("*"):
-        _set_mode(file)
+    umask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(umask)
+    for file in filter(Path.is_file, partial.rglob("*")):
+        file.chmod(0o666 & ~umask)  # safetensors writes 0600
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)
@@ -114,9 +111,8 @@ def write_files(contents: Mapping[Path, Any]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = contents[path]
             if callable(content):
-                content = content(
-                    {file.name: sha256(partials[file]) for file in contents if file != path}
-                )
+                hashes = {file.name: sha256(partials[file]) for file in contents if file != path}
+                content = content(hashes)
             _write(partials[path], path.suffix, content)
         if others:
             last.unlink(missing_ok=True)
@@ -129,45 +125,20 @@ def write_files(contents: Mapping[Path, Any]) -> None:
         raise
 
 
-def check_suffix(path: Path, suffix: str) -> None:
-    """Raise a UserError if a user's name for a file does not end as `write_files` needs it for the content."""
-    if path.suffix != suffix:
-        raise UserError(f"{path}: expected a file name that ends in {suffix}")
-
-
-def write_tensors(
-    tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file in a folder PATH.tmp beside it, which the next write to `path` removes after a kill.
-
-    `save_file` writes under a random name first, which a kill would leave in the folder of the results for ever.
-    """
-    from safetensors.torch import save_file  # imports torch, which `demo` and others do not need
-
-    folder = path.with_name(path.name + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        save_file(tensors, folder / path.name, metadata)
-        os.replace(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _write(
     path: Path,
     suffix: str,
     content: Any,
 ) -> None:
-    path.unlink(missing_ok=True)  # it may be a link to a file that is not ours
     if suffix == ".safetensors":
+        from safetensors.torch import save  # imports torch, which `demo` and others do not need
+
         tensors, metadata = content if isinstance(content, tuple) else (content, None)
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        write_tensors(tensors, path, metadata)
-    else:
-        text = json.dumps(_null_for_nan(content), indent=1) + "\n" if suffix == ".json" else content
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
-    _set_mode(path)
+        content = save(tensors, metadata)
+    elif suffix == ".json":
+        content = json.dumps(_null_for_nan(content), indent=1) + "\n"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _null_for_nan(value: Any) -> Any:
@@ -176,15 +147,6 @@ def _null_for_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_null_for_nan(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _set_mode(path: Path) -> None:
-    """Give a file the permissions of other new files. Call it in one thread at a time."""
-    umask = os.umask(0o077)  # it cannot be read without being set
-    os.umask(umask)
-    if path.is_file():
-        with suppress(PermissionError):  # some mounts have fixed permissions
-            path.chmod(0o666 & ~umask)
 
 
 def sha256(path: Path) -> str:
@@ -206,41 +168,35 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-EXITING_S = 1.0  # what a process that is exiting may take
 NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def exclusive_run_lock(
-    folder: Path, result: str = "", wait_s: float | None = None
-) -> Iterator[None]:
+def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1.0) -> Iterator[None]:
     """Hold the lock FOLDER/.lock, or FOLDER/.RESULT.lock for a single result, while the block runs.
 
-    It waits `wait_s` seconds for another process, by default as long as one that is exiting may take. The OS releases
-    the lock when the process exits, even after SIGKILL; a stale lock file does not block later runs.
+    It waits for another process, by default as long as one that is exiting may take. The OS releases the lock when the
+    process exits, even after SIGKILL; a stale lock file does not block later runs.
 
     Raises:
         UserError: Another process holds the lock (the message names the process), or the folder is not writable.
     """
     file = folder / (f".{result}.lock" if result else ".lock")
-    timeout = EXITING_S if wait_s is None else wait_s
-    lock = FileLock(file, timeout=timeout, fallback_to_soft=False)
+    lock = FileLock(file, timeout=wait_s, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        file.write_text(
-            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
-        )
+        now = datetime.now().isoformat(" ", "seconds")
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
     except Timeout:
+        holder = file.read_text().strip() if file.exists() else "another process"
         raise UserError(
-            f"{folder / result} is in use by {_lock_holder(file)}; wait until it has ended, or write to another folder"
+            f"{folder / result} is in use by {holder}; wait until it has ended, or write to another folder"
         ) from None
     except OSError as error:
         lock.release()
         if error.errno not in NO_LOCK_SUPPORT:
-            raise UserError(
-                f"cannot write to folder {folder}: {error.strerror}; choose another folder"
-            ) from None
+            raise UserError(f"{folder}: {error.strerror}; choose another folder") from None
         log.warning(
             "the file system of %s does not support locks: a second run in it is not prevented",
             folder,
@@ -252,11 +208,3 @@ def exclusive_run_lock(
             # while the lock is held: filelock checks that the locked file still exists
             file.unlink()
         lock.release()
-
-
-def _lock_holder(file: Path) -> str:
-    """Return the text that the holder of the lock wrote."""
-    try:
-        return file.read_text().strip() or "a process that just started"
-    except OSError:
-        return "a process that just ended"

@@ -5,8 +5,7 @@ transformers or this package has the class of every supported model. The checks 
 """
 
 import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import date
 from importlib import import_module
 from pathlib import Path
@@ -27,10 +26,8 @@ if TYPE_CHECKING:  # seconds, which commands that only read results do not need
         PreTrainedTokenizerBase,
     )
 
-# Modules that register the config of a model_type with transformers
-OWN_CONFIGS = {"llava_bidir": "llava_bidir.model.configuration_llava_bidir"}
+OWN_CONFIG = "llava_bidir.model.configuration_llava_bidir"  # registers itself with transformers
 PARTS = ("vision_config", "text_config")
-AUTHORS_KEYS = ("mm_vision_tower", "mm_projector_type")  # in config.json of LLaVA's authors
 PEFT_PREFIX = "base_model.model."  # of the names of tensors in peft's files
 MERGE = (
     "merge updates into the weights (peft: merge_and_unload) and save the result, or use the checkpoint in bfloat16, "
@@ -41,7 +38,6 @@ _PARTS = "".join(
     f"|replace('%{part}', '{PROMPT_DATE.strftime('%' + part)}')" for part in "YymdBbAajHMS"
 )
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}\n"
-CONVERTED = "Use the checkpoint's conversion to transformers' format, for LLaVA those of llava-hf"
 
 
 def read_pretrained(
@@ -61,34 +57,25 @@ def read_pretrained(
     Raises:
         UserError: The checkpoint does not exist, is damaged, has no vocabulary, or requires code from the checkpoint.
     """
-    is_local = Path(path).is_dir()
-    if is_local and reader.__name__ == "AutoConfig" and not (Path(path) / "config.json").is_file():
-        raise UserError(
-            f"{path} contains no config.json; expected a Hugging Face checkpoint such as RUN/hf"
-        )
-    if is_local:
-        subject = path
-    else:
-        subject = f"{path!r} is neither a checkpoint directory nor a hub id that can be loaded"
-    with error_context(f"{key}: {subject}"):
+    with error_context(f"{key}: {path}"):
         if reader.__name__ == "AutoConfig":
             return _read_config(path, **kwargs)
         loaded = reader.from_pretrained(path, trust_remote_code=False, **kwargs)
-    _check_vocabulary(key, loaded, path)
-    for part in (loaded, getattr(loaded, "tokenizer", None)):
-        template = getattr(part, "chat_template", None)
-        if isinstance(template, dict):
-            part.chat_template = {name: with_fixed_date(text) for name, text in template.items()}
-        elif template:
+        tokenizer = getattr(loaded, "tokenizer", loaded)
+        _check_vocabulary(tokenizer)
+    for part in (loaded, tokenizer):
+        if template := getattr(part, "chat_template", None):
             part.chat_template = with_fixed_date(template)
     return loaded
 
 
-def with_fixed_date(template: str) -> str:
-    """Return a chat template with `PROMPT_DATE` for the date of the day, also where plain transformers renders it.
+def with_fixed_date(template: str | dict[str, str]) -> str | dict[str, str]:
+    """Return a chat template, or several by name, with `PROMPT_DATE` for the date of the day.
 
-    Prompts, and with them trained weights and states, would differ from day to day.
+    Prompts, and with them trained weights and states, would differ from day to day. Plain transformers renders it, too.
     """
+    if isinstance(template, dict):
+        return {name: with_fixed_date(text) for name, text in template.items()}
     if "strftime_now" not in template or "macro strftime_now" in template:
         return template
     return FIXED_DATE + template
@@ -101,28 +88,18 @@ def _read_config(path: str, **kwargs) -> "PreTrainedConfig":
     keys, would be described as a model of 32 layers.
 
     Raises:
-        UserError: transformers does not know the kind of model, or its config.json lacks the encoder's or the LLM's.
+        UserError: config.json lacks the encoder's or the LLM's part.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__
+    from transformers import AutoConfig, PreTrainedConfig
 
+    import_module(OWN_CONFIG)
     given, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
-    kind = given.get("model_type")
-    if kind in OWN_CONFIGS:
-        import_module(OWN_CONFIGS[kind])
-    of_authors = any(name in given for name in AUTHORS_KEYS)
-    if of_authors:
-        raise UserError(
-            f"config.json is in the format of LLaVA's authors (model_type {kind!r}). {CONVERTED}"
-        )
-    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in given:
-        raise UserError(
-            f"transformers {__version__} knows no model_type {kind!r}; a later version may"
-        )
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
     if missing := [name for name in PARTS if _is_default(name, config, given)]:
         absent = " and no ".join(missing)
         raise UserError(
-            f"config.json has no {absent}, for which transformers would take its defaults. {CONVERTED}"
+            f"config.json has no {absent}, for which transformers would take its defaults. Use the checkpoint's "
+            "conversion to transformers' format, for LLaVA those of llava-hf"
         )
     return config
 
@@ -134,10 +111,7 @@ def _is_default(
 ) -> bool:
     """Return whether transformers made a part of a config of its defaults, since config.json has nothing for it."""
     made = getattr(config, part, None)
-    if part not in config.sub_configs or made is None:
-        return False
-    # the latter of early CLIPs
-    if isinstance(given.get(part), dict) or isinstance(given.get(f"{part}_dict"), dict):
+    if part not in config.sub_configs or made is None or isinstance(given.get(part), dict):
         return False
     # that early configs, as of Qwen2-VL, have beside the encoder's
     sizes = ("hidden_size", "num_hidden_layers")
@@ -146,18 +120,13 @@ def _is_default(
     )
 
 
-def _check_vocabulary(
-    key: str,
-    loaded,
-    path: str,
-) -> None:
+def _check_vocabulary(tokenizer) -> None:
     """Raise if a tokenizer has special tokens only; transformers builds one where the vocabulary file is missing."""
-    tokenizer = getattr(loaded, "tokenizer", loaded)
     if hasattr(tokenizer, "get_vocab"):
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         if not tokenizer.get_vocab().keys() - special:
             files = ", ".join(sorted(tokenizer.vocab_files_names.values()))
-            raise UserError(f"{key}: {path} contains no vocabulary; expected one of {files}")
+            raise UserError(f"there is no vocabulary; expected one of {files}")
 
 
 def load_weights(
@@ -191,30 +160,37 @@ def load_weights(
             **kwargs,
         )
 
-    check_layers_complete(key, path, model, info["unexpected_keys"])
+    def is_inside(name: str) -> bool:
+        """Return whether a tensor is one of a layer that the model has, or of a further one of its kind."""
+        steps = _numbered(name.removeprefix(PEFT_PREFIX)).split(".")
+        return any(".".join(steps[:i]) in layers for i in range(1, len(steps)))
 
-    def numbered(name):
-        return re.sub(r"\d+", "#", name)
-
-    expected = {numbered(name) for name in model.state_dict()}
+    layers = {
+        _numbered(name)
+        for name, module in model.named_modules()
+        if [*module.parameters()] and not [*module.children()]
+    }
     faults = {
         "lacks": info["missing_keys"],
-        "has shapes that differ from its config in": {name for name, *_ in info["mismatched_keys"]},
-        "has more layers than its config, in": {
-            n for n in info["unexpected_keys"] if numbered(n) in expected
-        },
-        "has values that are not finite in": {
+        "has shapes that differ from its config in": [name for name, *_ in info["mismatched_keys"]],
+        "has updates, scales or biases, or more layers than its config, which would be ignored: in": [
+            *filter(is_inside, info["unexpected_keys"])
+        ],
+        "has values that are not finite in": [
             n for n, p in model.named_parameters() if not is_finite(p)
-        },
+        ],
     }
     for fault, names in faults.items():
         if names:
             raise UserError(
-                f"{key}: the checkpoint {path} {fault} {len(names)} tensors, e.g. {min(names)}; download it again or "
-                "correct its config.json"
+                f"{key}: the checkpoint {path} {fault} {len(names)} tensors, e.g. {min(names)}; download it again, "
+                f"correct its config.json, or {MERGE}"
             )
-    warn_of_slow_dtype(key, path, model.dtype)
     return model
+
+
+def _numbered(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def check_merged(
@@ -234,50 +210,6 @@ def check_merged(
         )
 
 
-def check_layers_complete(
-    key: str,
-    path: str,
-    model: torch.nn.Module,
-    unexpected: Iterable[str],
-) -> None:
-    """Raise if a checkpoint has tensors of a layer that the model's layer lacks: LoRA updates, scales, biases.
-
-    Tensors of modules that the model lacks are left out: a text model beside an encoder, for example.
-    """
-    layers = {
-        name
-        for name, module in model.named_modules()
-        if next(module.children(), None) is None and next(module.parameters(), None) is not None
-    }
-
-    def is_inside(name: str) -> bool:
-        steps = name.removeprefix(PEFT_PREFIX).split(".")
-        return any(".".join(steps[:i]) in layers for i in range(1, len(steps)))
-
-    if names := [*filter(is_inside, unexpected)]:
-        raise UserError(
-            f"{key}: the checkpoint {path} has LoRA updates, scales of quantised weights, or biases that the model of "
-            f"its config.json would ignore, in {len(names)} tensors, e.g. {min(names)}; {MERGE}"
-        )
-
-
-def warn_of_slow_dtype(
-    key: str,
-    path: str,
-    dtype: torch.dtype,
-) -> None:
-    """Warn of weights of 16 bits that this CPU takes several times as long to compute with as with others."""
-    fast = torch.float32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else torch.bfloat16
-    if dtype not in (torch.float32, fast) and not torch.cuda.is_available():
-        slow = str(dtype).removeprefix("torch.")
-        name = str(fast).removeprefix("torch.")
-        warnings.warn(
-            f"{key}: {path} is computed in {slow}, which takes this CPU up to ten times as long as {name}; consider "
-            f"`--model.dtype {name}`, for `llava-bidir generate` `--dtype {name}`",
-            stacklevel=3,
-        )
-
-
 def is_finite(parameter: torch.Tensor) -> bool:
     """Return False if a weight is NaN or infinite. No copy is made."""
     # ZeRO-3 leaves 0 elements in place
@@ -289,73 +221,37 @@ def is_finite(parameter: torch.Tensor) -> bool:
 INDEX = (
     ".index.json"  # end of the name of a file that lists the files of a checkpoint in several parts
 )
-# in the order in which transformers looks for them
-NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+NAMES = tuple(  # in the order in which transformers looks for them
+    stem + end for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX)
 )
 
 
-def find_weights(directory: Path) -> Path:
-    """Return the file of weights, or the index of several files, that transformers reads in a directory.
-
-    Raises:
-        UserError: There is none.
-    """
-    config = directory / "config.json"
-    named = read_json(config).get("transformers_weights") if config.is_file() else None
-    names = NAMES if named is None else (str(named),)
-    file = next((directory / name for name in names if (directory / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{directory} contains no weights; expected one of {', '.join(names)}")
-    return file
-
-
 def weight_files(directory: Path) -> list[Path]:
-    """Return the files with the weights of a checkpoint: safetensors, or else pickles of tensors.
+    """Return the files that transformers reads the weights of a directory from; the first can be their index.
 
     Raises:
-        UserError: There are none, or the index is damaged or names a file that does not exist.
+        UserError: There are none.
     """
-    file = find_weights(directory)
-    if not file.name.endswith(INDEX):
-        return [file]
-    parts = read_json(file).get("weight_map")
-    if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
-        raise UserError(f"{file}: expected weight_map, an object of file names by tensor")
-    files = sorted({directory / name for name in parts.values()})
-    for part in files:
-        if not part.is_file():
-            raise UserError(
-                f"{file} names {part.name}, which does not exist; download the checkpoint again"
-            )
-    return files
+    file = next((directory / name for name in NAMES if (directory / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{directory} contains no weights; expected one of {', '.join(NAMES)}")
+    parts = read_json(file)["weight_map"].values() if file.name.endswith(INDEX) else ()
+    return [file, *(directory / name for name in sorted(set(parts)))]
 
 
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint directory whose names contain `part`; the others are not read.
+    """Return the tensors of a directory's safetensors whose names contain `part`; the others are not read.
 
     Raises:
-        UserError: The directory has no weights, or a weight file is damaged.
+        UserError: The directory has no weights, or a weight file is damaged or absent.
     """
     matches = {}
     for file in weight_files(directory):
-        with error_context(file):
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as tensors:
-                    matches |= {
-                        name: tensors.get_tensor(name) for name in tensors.keys() if part in name
-                    }
-            else:
-                tensors = torch.load(
-                    file,
-                    map_location="cpu",
-                    mmap=True,
-                    weights_only=True,
-                )
-                matches |= {name: tensor for name, tensor in tensors.items() if part in name}
+        if file.name.endswith(INDEX):
+            continue
+        with error_context(file), safe_open(file, "pt") as tensors:
+            names = [name for name in tensors.keys() if part in name]
+            matches |= {name: tensors.get_tensor(name) for name in names}
     return matches
 
 

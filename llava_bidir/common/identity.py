@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 from collections.abc import (
+    Callable,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -20,39 +20,38 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import sha256
 from .hf import (
     INDEX,
     TRAINING_JSON,
-    find_weights,
     read_pretrained,
     weight_files,
 )
 
 Identity = dict[str, dict[str, Any]]
 
-# Settings that may change when a run is resumed. Those of the first list change no result beyond rounding; what the
-# paths of the second list lead to is compared by content. All other settings of model and data are compared.
-MAY_CHANGE = {
-    "model": ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens"),
-    "data": ("cache_features", "name", "num_workers"),
+# Settings that are not compared: they change no result beyond rounding, or are paths, whose content is compared
+NOT_COMPARED = {
+    "model": (
+        "attn_implementation",
+        "compile",
+        "gradient_checkpointing",
+        "max_new_tokens",
+        "adapter",
+        "encoder.path",
+        "llm",
+        "mllm",
+    ),
+    "data": (
+        "cache_features",
+        "name",
+        "num_workers",
+        "annotations",
+        "images",
+        "root",
+        "val_annotations",
+    ),
 }
-PATHS = {
-    "model": ("adapter", "encoder.path", "llm", "mllm"),
-    "data": ("annotations", "images", "root", "val_annotations"),
-}
-# Settings that say which model a checkpoint is of
-OF_MODEL = (
-    "encoder.name",
-    "encoder.layer",
-    "encoder.image_px",
-    "image_attention",
-    "image_resize",
-    "image_px",
-    "untrained",
-    "match",
-    "draw",
-    "template",
-)
 # All other settings of the trainer (devices, strategy, logging, progress, checkpoints) may change.
 TRAINER_SETTINGS = (
     "accumulate_grad_batches",
@@ -88,12 +87,29 @@ def run_identity(
         data: Its images and targets.
         trainer_settings: Settings of the trainer that change a result.
     """
-    settings = _settings(trainer, module, data, trainer_settings)
+    of_trainer = {*trainer_settings} - {*getattr(data, "sets_on_trainer", ())}
+    settings = {
+        **_settings("model", module.hparams),
+        **_settings("data", data.hparams),
+        **{f"trainer.{key}": plain(getattr(trainer, key)) for key in sorted(of_trainer)},
+    }
     return {
         "data": data.identity(),
         "model": named_identity(module.models()),
         "settings": settings,
     }
+
+
+def _settings(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"SECTION.KEY": value} of what is compared; that of a group (encoder, lora) is "SECTION.GROUP.KEY"."""
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": setting for inner, setting in value.items()}
+        elif not key.startswith("_"):
+            flat[key] = value
+    kept = flat.keys() - {*NOT_COMPARED[section]}
+    return {f"{section}.{key}": plain(value) for key, value in flat.items() if key in kept}
 
 
 def named_identity(models: dict[str, str | dict[str, str]]) -> dict[str, str]:
@@ -111,34 +127,6 @@ def named_identity(models: dict[str, str | dict[str, str]]) -> dict[str, str]:
         for name, identity in identities.items()
         for file, value in identity.items()
     }
-
-
-def _settings(
-    trainer,
-    module,
-    data,
-    trainer_settings: Sequence[str],
-) -> dict[str, Any]:
-    kept = {
-        f"{section}.{key}": plain(value)
-        for section, settings in (("model", module.hparams), ("data", data.hparams))
-        for key, value in _flatten(settings)
-        if key not in MAY_CHANGE[section] + PATHS[section] and not key.startswith("_")
-    }
-    own = getattr(data, "sets_on_trainer", ())
-    return kept | {
-        f"trainer.{key}": plain(getattr(trainer, key)) for key in trainer_settings if key not in own
-    }
-
-
-def _flatten(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the settings, those of a group (encoder, lora) as "GROUP.KEY"."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            for inner, setting in value.items():
-                yield f"{key}.{inner}", setting
-        else:
-            yield key, value
 
 
 def plain(value: Any) -> Any:
@@ -166,54 +154,16 @@ def check_same_identity(
         UserError: Names the first difference.
     """
     if saved is None:
-        raise UserError(
-            f"{source} does not record its data and model (it was trained on data without an identity); {advice}"
-        )
+        raise UserError(f"{source} does not record its data and model; {advice}")
     for section in current:
-        before = saved[section]
-        now = current[section]
-        for key in sorted(before.keys() | now.keys()):
-            # 1 batch is not the share 1.0
-            if json.dumps(before.get(key)) != json.dumps(now.get(key)):
+        for key in sorted(saved[section].keys() | current[section].keys()):
+            before, now = (identity[section].get(key) for identity in (saved, current))
+            if json.dumps(before) != json.dumps(now):  # 1 batch is not the share 1.0
                 name = key if section == "settings" else f"{section}.{key}"
                 raise UserError(
-                    f"{source} belongs to a run with {name}={before.get(key)!r}, but this run has {now.get(key)!r}; "
+                    f"{source} belongs to a run with {name}={before!r}, but this run has {now!r}; "
                     f"{(advice_of or {}).get(key, advice)}"
                 )
-
-
-def check_same_model(
-    saved: Identity | None,
-    files: dict[str, str],
-    options: dict[str, Any],
-    source: str,
-) -> None:
-    """Raise if a checkpoint that is scored was trained with another model than the one that is built.
-
-    Learning rates and data may differ: only the files of the models and the settings of `OF_MODEL` are compared, and
-    of these only what both have.
-
-    Args:
-        saved: Identity stored in `source`; None if it was trained from Python, on data that have none.
-        files: Checksums of the files of this command's models, see :func:`named_identity`.
-        options: Those of its module.
-        source: What `saved` belongs to, for the error.
-    """
-    if saved is None:
-        return
-    settings = {f"model.{key}": plain(value) for key, value in _flatten(options)}
-    pairs = [("model", key, files[key]) for key in saved["model"].keys() & files.keys()]
-    known = saved["settings"].keys() & settings.keys()
-    described = [f"model.{key}" for key in OF_MODEL if f"model.{key}" in known]
-    pairs += [("settings", key, settings[key]) for key in described]
-    for section, key, now in pairs:
-        before = saved[section][key]
-        if before != now:
-            name = key if section == "settings" else f"model.{key}"
-            raise UserError(
-                f"{source} was trained with {name}={before!r}, but this command has {now!r}; give the options of the "
-                "training"
-            )
 
 
 def model_identity(key: str, path: str | Path) -> dict[str, str]:
@@ -224,10 +174,10 @@ def model_identity(key: str, path: str | Path) -> dict[str, str]:
     """
     folder = Path(path)
     if folder.is_dir():
-        files = {find_weights(folder), *weight_files(folder)}
-        for pattern in MODEL_FILES:
-            found = (file for file in folder.glob(pattern) if file.name not in NOT_MODEL_FILES)
-            files |= {file for file in found if not file.name.endswith(INDEX)}
+        files = {*weight_files(folder)}
+        for file in (file for pattern in MODEL_FILES for file in folder.glob(pattern)):
+            if file.name not in NOT_MODEL_FILES and not file.name.endswith(INDEX):
+                files.add(file)
         return checksums(folder, sorted(os.path.relpath(file, folder) for file in files))
     from transformers import AutoConfig
 
@@ -240,29 +190,31 @@ def describe_digest(content: Any, count: int | None = None) -> str:
     return f"sha256 {digest}" if count is None else f"{count:,}, sha256 {digest}"
 
 
-def file_sizes(root: Path, names: list[str]) -> list[int]:
-    """Return the size of each file, -1 if it does not exist. Threads hide the latency of shared file systems."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(_size, (os.path.join(root, name) for name in names), chunksize=1000))
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+def file_sizes(root: str, names: list[str]) -> list[int]:
+    """Return the size of each file, -1 if it does not exist."""
+    return _read_files(lambda path: path.stat().st_size, root, names, -1)
 
 
 def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
     """Return the checksum of each file by content, "" if it cannot be read; `names` are relative to `root`."""
-
-    def checksum(name: str) -> str:
-        try:
-            with Path(root, name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
-        except OSError:  # reported with all other bad files when it is used
-            return ""
-
     names = list(names)
+    digests = _read_files(lambda path: sha256(path)[:DIGITS], root, names, "")
+    return dict(zip(names, digests, strict=True))
+
+
+def _read_files(
+    function: Callable[[Path], Any],
+    root: str | Path,
+    names: list[str],
+    absent: Any,
+) -> list[Any]:
+    """Return a function's value for each file; threads hide the latency of shared file systems."""
+
+    def read(name: str) -> Any:
+        try:
+            return function(Path(root, name))
+        except OSError:  # reported with all other bad files when it is used
+            return absent
+
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(names, pool.map(checksum, names), strict=True))
+        return list(pool.map(read, names))

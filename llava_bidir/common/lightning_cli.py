@@ -5,8 +5,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from inspect import isclass, isroutine
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -17,14 +15,10 @@ from lightning import (
     LightningModule,
     Trainer,
 )
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
-    LambdaCallback,
     LearningRateFinder,
-    ModelCheckpoint,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
@@ -34,16 +28,13 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import Strategy
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from .checkpoints import AtomicCheckpointIO, Checkpoints
-from .configs import find_key, take_configs
 from .errors import OneLineErrors, UserError
 from .files import exclusive_run_lock
 from .runs import (
@@ -58,51 +49,21 @@ from .runs import (
 
 log = logging.getLogger(__name__)
 
-CONFIGURABLE = (
-    Accelerator,
-    Callback,
-    CheckpointIO,
-    ClusterEnvironment,
-    LayerSync,
-    Logger,
-    Precision,
-    Profiler,
-    Strategy,
+# Callbacks that change batches, rates or weights so that a run neither records nor resumes them
+REFUSED = (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    Timer,  # of trainer.max_time: Lightning counts the epoch that it interrupts as complete
+    WeightAveraging,
 )
-SET_BATCHES = "batches and schedule follow from data.batch_size, and are recorded so"
-SETS_RATE = "the learning rate follows from model.learning_rate, and is recorded so"
-REFUSED = {  # callbacks: why
-    GradientAccumulationScheduler: SET_BATCHES,
-    BatchSizeFinder: SET_BATCHES,
-    LearningRateFinder: SETS_RATE,
-    StochasticWeightAveraging: SETS_RATE,
-    WeightAveraging: "its checkpoints have the average for the weights, so the run cannot be resumed",
-    Timer: (
-        "with it, or trainer.max_time, Lightning counts the epoch that is interrupted as complete, so the run could "
-        "not be resumed; use trainer.max_steps"
-    ),
-}
 LOG_EVERY_S = 10.0  # lines of progress within an epoch
+LINE = "step {n} of {total}{postfix}, {rate_fmt}, {remaining} left"
 
 
 class ConfigParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser, whose errors are one line."""
-
-    words: Sequence[str] = ()  # of the command
-
-    def parse_args(
-        self,
-        args: Sequence[str] | None = None,
-        *more: Any,
-        **kwargs: Any,
-    ) -> Namespace:
-        """Parse, and keep the words for errors."""
-        self.words = args or ()
-        return super().parse_args(args, *more, **kwargs)
-
-    def source_of(self, option: str) -> str | None:
-        """Return the config that sets an option."""
-        return find_key(take_configs(self.words)[0], option)
 
 
 class RunCLI(LightningCLI):
@@ -168,22 +129,19 @@ class RunCLI(LightningCLI):
             )
         plugins = setting("trainer.plugins") or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        on_slurm = SLURMEnvironment.detect()
-        if on_slurm:  # Lightning's own handlers may hang
+        if SLURMEnvironment.detect():  # Lightning's own handlers may hang
             plugins.append(SLURMEnvironment(auto_requeue=False))
         to_log = not sys.stderr.isatty() and setting("trainer.enable_progress_bar") is None
         if to_log:
             kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.callbacks:
-            for kind, why in REFUSED.items():
-                if isinstance(callback, kind):
-                    name = type(callback).__name__
-                    raise UserError(f"the callback {name} is not supported: {why}")
-            if isinstance(callback, ModelCheckpoint):  # loggers would put them elsewhere
-                callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"
-            if isinstance(callback, Checkpoints):
-                callback.on_slurm = on_slurm
+            if isinstance(callback, REFUSED):
+                name = type(callback).__name__
+                raise UserError(
+                    f"the callback {name} is not supported (trainer.max_time is a Timer): a run with it can be "
+                    "neither recorded nor resumed"
+                )
         if to_log:
             trainer.callbacks.insert(0, LogProgress())
         return trainer
@@ -199,14 +157,8 @@ class RunCLI(LightningCLI):
         All ranks find the same files, and decide for themselves.
 
         Raises:
-            UserError: No step would be made, another process trains in the folder, or see :func:`.runs.plan_run`.
+            UserError: Another process trains in the folder, or see :func:`.runs.plan_run`.
         """
-        for name in ("max_epochs", "max_steps", "limit_train_batches"):
-            if getattr(self.trainer, name) == 0:
-                raise UserError(
-                    f"trainer.{name} is 0, so nothing would be trained; for a trial, use trainer.max_steps 1 and "
-                    "another --out"
-                )
         lock = exclusive_run_lock(folder.path) if self.trainer.is_global_zero else nullcontext()
         with lock, interrupt_says_what_is_saved(folder.checkpoints):
             overwrite = self.config.get(str(self.subcommand), self.config)["overwrite"]
@@ -237,19 +189,9 @@ class StartOfRun(SaveConfigCallback):
         replaced: What is deleted.
     """
 
-    def __init__(
-        self,
-        *args,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.replaced: list[Path] = []
+    replaced: Sequence[Path] = ()
 
-    def setup(
-        self,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def setup(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: Lightning would write config.yaml before the model is built."""
 
     def on_train_start(
@@ -261,7 +203,7 @@ class StartOfRun(SaveConfigCallback):
         if trainer.is_global_zero:
             config = self.parser.dump(self.config, skip_none=False)
             begin_run(Path(trainer.default_root_dir), config, self.replaced)
-        self.replaced = []
+        self.replaced = ()
         for logger in trainer.loggers:
             # as its `purge_step`, which has to be known before the checkpoint is read
             if isinstance(getattr(logger, "experiment", None), SummaryWriter):
@@ -299,19 +241,21 @@ class LogProgress(Callback):
         if not trainer.is_global_zero or loop._should_accumulate() or not is_due:
             return
         self.last = now
-        step = trainer.global_step
-        total = optimizer_steps(trainer)
-        rate = (step - self.first_step) / max(now - self.started, 1e-9)
         loss = float(trainer.callback_metrics.get("train/loss", outputs["loss"]))
-        left = timedelta(seconds=round((total - step) / rate))
-        log.info(
-            f"step {step} of {total}, epoch {trainer.current_epoch + 1}, loss {loss:.4g}, {rate:.3g} steps/s, {left} "
-            "left"
+        line = tqdm.format_meter(
+            trainer.global_step,
+            optimizer_steps(trainer),
+            now - self.started,
+            initial=self.first_step,
+            unit="step",
+            bar_format=LINE,
+            postfix=f"epoch {trainer.current_epoch + 1}, loss {loss:.4g}",
         )
+        log.info(line)
 
 
 def check_classes(config: Any) -> None:
-    """Raise if a config names a function, or as `class_path` anything but a class of the kinds that a Trainer takes.
+    """Raise if a config names as `class_path` anything but a class of Lightning's, or one that extends it.
 
     Under a key of type Any, such as `data.options`, jsonargparse would call whatever it names, `os.system` too.
 
@@ -322,16 +266,13 @@ def check_classes(config: Any) -> None:
         config = vars(config)
     if isinstance(config, dict):
         path = config.get("class_path")
-        cls = locate(str(path)) if path is not None else Callback
-        if not isclass(cls) or not issubclass(cls, CONFIGURABLE) or issubclass(cls, LambdaCallback):
-            kinds = ", ".join(kind.__name__ for kind in CONFIGURABLE)
-            raise UserError(f"config: class_path {path!r} is not a subclass of any of {kinds}")
+        bases = getattr(locate(str(path)), "__mro__", [])
+        if path and not any(base.__module__.startswith("lightning.") for base in bases):
+            raise UserError(f"config: class_path {path!r} is not a subclass of one of Lightning's")
         config = [*config.values()]
     if isinstance(config, list | tuple):
         for value in config:
             check_classes(value)
-    elif isroutine(config):
-        raise UserError(f"config: it cannot contain the function {config!r}; write a Callback")
 
 
 def check_trainer(

@@ -86,23 +86,20 @@ def decide_on_first(function: Callable[[], T]) -> T:
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
-def is_rank_zero() -> bool:
-    """Return whether this is the first process of its run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
+def _is_first() -> bool:
     given = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
-    return not given or given[0] == "0"
+    return rank() == 0 if torch.distributed.is_initialized() else given[:1] in ([], ["0"])
 
 
 def rank_zero_info(message: str) -> None:
     """Log a message once for all processes."""
-    if is_rank_zero():
+    if _is_first():
         log.info(message)
 
 
 def rank_zero_warn(message: str) -> None:
     """Warn once for all processes."""
-    if is_rank_zero():
+    if _is_first():
         warnings.warn(message, stacklevel=2)
 
 
@@ -112,14 +109,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def limit_workers(wanted: int | None) -> int:
-    """Return the number of worker processes of a data loader, at most one per core.
-
-    Raises:
-        UserError: It is no number from 0.
-    """
-    if wanted is None or wanted < 0:
-        raise UserError(f"data.num_workers must be 0 or more, got {wanted}")
+def limit_workers(wanted: int) -> int:
+    """Return the number of worker processes of a data loader, at most one per core."""
     return min(wanted, usable_cores())
 
 

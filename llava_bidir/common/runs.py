@@ -11,7 +11,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # seconds, which a run without a training loop does not need
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
-EVENTS = "events.out.tfevents.*"
 LAST = "last.ckpt"  # in RUN/checkpoints; a file, or under ZeRO a folder
 RESUME_ADVICE = "resume with the original setting, or start a new run with another --out"
 # Messages about intended behaviour, and advertisements
@@ -40,18 +39,15 @@ WARNINGS = (
     "Total length of `list` across ranks is zero",  # no validation questions
     "The `srun` command is available",  # a run on a cluster's login node or inside an allocation
 )
-LOGGED = {  # by logger: beginnings of messages
-    "lightning.pytorch.utilities.rank_zero": (
-        "💡 Tip",
-        "TPU available",
-        "IPU available",
-        "HPU available",
-    ),
-    "transformers.modeling_utils": (
-        "The new embeddings will be",
-        "The new lm_head weights will be",
-    ),
-}
+LOGGERS = ("lightning.pytorch.utilities.rank_zero", "transformers.modeling_utils")
+LOGGED = (  # beginnings of messages of these
+    "💡 Tip",
+    "TPU available",
+    "IPU available",
+    "HPU available",
+    "The new embeddings will be",
+    "The new lm_head weights will be",
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class RunPlan:
 
     checkpoint: Path | None = None
     finished: bool = False
-    replaced: list[Path] = field(default_factory=list)
+    replaced: Sequence[Path] = ()
 
 
 def plan_run(
@@ -119,17 +115,22 @@ def plan_run(
             "--ckpt_path resumes a run and --overwrite true replaces it; give one of them"
         )
     if overwrite:
-        return RunPlan(replaced=_files_of_run(folder))
-    if folder.result.is_file():
-        if ckpt_path != "last":
-            name = folder.result.relative_to(folder.path)
-            raise _occupied(folder.path, f"a finished run ({name})")
+        results = [folder.path / name for name in folder.results]
+        events = folder.path.glob("events.out.tfevents.*")
+        return RunPlan(
+            replaced=[*folder.checkpoints.glob("*"), *filter(Path.exists, results), *events]
+        )
+    is_finished = folder.result.is_file()
+    left = [folder.result] if is_finished else sorted(folder.checkpoints.glob("*.*"))
+    if left and ckpt_path is None or is_finished and ckpt_path != "last":
+        kind = "a finished" if is_finished else "an unfinished"
+        raise UserError(
+            f"{folder.path} holds {kind} run ({left[-1].relative_to(folder.path)}); add `--ckpt_path last` to resume "
+            "it or `--overwrite true` to replace it, or choose another --out"
+        )
+    if is_finished:
         return RunPlan(finished=True)
-    if ckpt_path is None:
-        if left := sorted(folder.checkpoints.glob("*.*")):
-            raise _occupied(folder.path, f"checkpoints of an unfinished run, e.g. {left[-1].name}")
-        return RunPlan()
-    return RunPlan(find_checkpoint(ckpt_path, folder.checkpoints))
+    return RunPlan(ckpt_path and find_checkpoint(ckpt_path, folder.checkpoints))
 
 
 def find_checkpoint(ckpt_path: str, checkpoints: Path) -> Path | None:
@@ -161,27 +162,10 @@ def begin_run(
     config: str,
     replaced: Sequence[Path],
 ) -> None:
-    """Write config.yaml and delete what the run replaces, once all settings were accepted; on one process.
-
-    A link is replaced, not written through: its file is not the run's.
-    """
+    """Write config.yaml and delete what the run replaces, once all settings were accepted; on one process."""
     write_files({folder / CONFIG_FILE: config})
     for path in replaced:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _occupied(folder: Path, content: str) -> UserError:
-    return UserError(
-        f"{folder} holds {content}; add `--ckpt_path last` to resume it or `--overwrite true` to replace it, or "
-        "choose another --out"
-    )
-
-
-def _files_of_run(folder: RunFolder) -> list[Path]:
-    """Return the results, checkpoints and events in a run's folder."""
-    results = [folder.path / name for name in folder.results]
-    events = folder.path.glob(EVENTS)
-    return [*folder.checkpoints.glob("*"), *filter(Path.exists, results), *events]
 
 
 # ---------------------------------------------------------------------------------------------------- the process
@@ -207,7 +191,7 @@ def run_process(matmul_precision: str = "highest") -> Iterator[None]:
 
 @contextmanager
 def interrupt_says_what_is_saved(checkpoints: Path) -> Iterator[None]:
-    """Name the checkpoint to go on from, or that there is none, when Ctrl-C ends the block.
+    """Say how to go on, or that nothing was saved, when Ctrl-C ends the block.
 
     Args:
         checkpoints: Folder of the run's checkpoints.
@@ -223,31 +207,22 @@ def interrupt_says_what_is_saved(checkpoints: Path) -> Iterator[None]:
             stop.__context__, KeyboardInterrupt
         ):
             raise
-        complete = [path for path in checkpoints.glob("*.*") if path.suffix != ".partial"]
-        if not complete:
-            raise KeyboardInterrupt("nothing was saved yet: the same command starts anew") from None
-        newest = max(complete, key=lambda path: path.stat().st_mtime_ns)
-        raise KeyboardInterrupt(
-            f"run the same command again with `--ckpt_path last` to go on from {newest}"
-        ) from None
+        saved = [path for path in checkpoints.glob("*.*") if path.suffix != ".partial"]
+        advice = "run the same command again with `--ckpt_path last` to go on"
+        nothing = "nothing was saved yet: the same command starts anew"
+        raise KeyboardInterrupt(advice if saved else nothing) from None
 
 
-class _NoExpectedMessages(logging.Filter):
-    """Leave out what a logger says with some beginnings."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(LOGGED[self.name])
-
-
-FILTERS = [_NoExpectedMessages(name) for name in LOGGED]  # a logger takes each once
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(LOGGED)
 
 
 def hide_expected_messages() -> None:
     """Leave out the messages above. Others stay: they may be about the user's settings."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for expected in FILTERS:
-        logging.getLogger(expected.name).addFilter(expected)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(_is_unexpected)  # takes it once
     # a line for each table of each font of a PDF
     logging.getLogger("fontTools").setLevel(logging.WARNING)
     if not torch.cuda.is_available():

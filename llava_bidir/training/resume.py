@@ -10,12 +10,14 @@ from lightning import LightningModule
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import (
     check_same_identity,
-    check_same_model,
     named_identity,
 )
 from llava_bidir.common.imports import imports_as_text
 from llava_bidir.common.processes import decide_on_first
 from llava_bidir.common.runs import RESUME_ADVICE
+
+# Settings, with those of the encoder, that say which model a checkpoint is of
+OF_MODEL = ("image_attention", "image_resize", "template")
 
 
 def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -30,8 +32,8 @@ def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> Non
     """
     saved = checkpoint.get("identity")
     if not module.trainer.training:
-        files = decide_on_first(lambda: named_identity(module.models()))
-        check_same_model(saved, files, module.hparams, "the checkpoint")
+        if saved is not None:
+            check_same_model(module, saved["model"], checkpoint["hyper_parameters"])
         return
     if module.identity is not None:
         advice = how_to_train_on(Path(module.trainer.default_root_dir), module.hparams.trainable)
@@ -42,6 +44,30 @@ def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> Non
             f"the checkpoint is of a run on {devices} devices, and this one has {module.trainer.world_size}: resume "
             "it on as many"
         )
+
+
+def check_same_model(
+    module: LightningModule,
+    files: dict[str, str],
+    settings: dict[str, Any],
+) -> None:
+    """Raise if a checkpoint that is scored is of other models, as far as both name them, or of other settings of these.
+
+    Args:
+        module: The model that is built.
+        files: Checksums of the files of the checkpoint's models.
+        settings: Those of its module.
+    """
+    now = decide_on_first(lambda: named_identity(module.models()))
+    compared = [
+        {
+            "model": {key: models[key] for key in files.keys() & now.keys()},
+            "settings": {f"model.{key}": options[key] for key in OF_MODEL}
+            | {"model.encoder": options["encoder"] | {"path": ""}},
+        }
+        for models, options in ((files, settings), (now, module.hparams))
+    ]
+    check_same_identity(*compared, "the checkpoint", "give the options of the training")
 
 
 def how_to_train_on(run: Path, trainable: Sequence[str]) -> dict[str, str]:

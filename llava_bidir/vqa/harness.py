@@ -56,7 +56,7 @@ def run(options: VQAOptions) -> None:
             request = json.dumps([str(options.out), pending, info])
             command = [options.python, "-m", *start, MODULE, request]
             subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        if missing := [name for name, file in files.items() if not file.exists()]:
+        if missing := [name for name in pending if not files[name].exists()]:
             raise UserError(f"lmms-eval has no results of {', '.join(missing)}; see above")
     print(write_tables([options.out], options.out))
 

@@ -87,13 +87,11 @@ class Column(NamedTuple):
 
     Args:
         metric: Name of the metric in lmms-eval.
-        paper: Name in paper.json, None if the paper has no such column.
         count: Function from the items of a unit to the numerator and denominator of the score.
         categories: Categories whose scores are summed to points; else the score is a fraction.
     """
 
     metric: str
-    paper: str | None
     count: Callable[[list[Item]], tuple[float, float]] = accuracy
     categories: str = ""
 
@@ -122,36 +120,33 @@ class Benchmark:
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR"
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning"
 MME = {
-    "MME-P": Column("mme_perception_score", "MME_P", mme_points, PERCEPTION),
-    "MME-C": Column("mme_cognition_score", "MME_C", mme_points, COGNITION),
+    "MME-P": Column("mme_perception_score", mme_points, PERCEPTION),
+    "MME-C": Column("mme_cognition_score", mme_points, COGNITION),
 }
 # The paper does not name the measure. Its number is compared with accuracy; LLaVA-1.5 reports F1.
-POPE = {"POPE": Column("pope_accuracy", "POPE"), "POPE F1": Column("pope_f1_score", None, f1)}
-MMBENCH = {"MMBench": Column("gpt_eval_score", "MMB", circular)}
+POPE = {"POPE": Column("pope_accuracy"), "POPE F1": Column("pope_f1_score", f1)}
+EXACT = Column("exact_match")
 PROMPT = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase."}
 WITH_OCR = {"lmms_eval_specific_kwargs": {"default": PROMPT | {"ocr": True}}}
-
-
-GQA, SQA, VQA, OCR, VIZWIZ = (
-    {title: Column("exact_match", paper)}
-    for title, paper in {
-        "GQA": "GQA",
-        "SQA-I": "SQA_I",
-        "TextVQA": "TextVQA",
-        "TextVQA OCR": None,
-        "VizWiz": "VizWiz",
-    }.items()
-)
 BENCHMARKS: dict[str, Benchmark] = {
-    "gqa": Benchmark("gqa", GQA, lambda r: r["imageId"]),
+    "gqa": Benchmark("gqa", {"GQA": EXACT}, lambda r: r["imageId"]),
     # parses letters by rule; the task without _static asks GPT or guesses
-    "mmbench": Benchmark("mmbench_en_dev_static", MMBENCH, lambda r: int(r["index"]) % 1_000_000),
+    "mmbench": Benchmark(
+        "mmbench_en_dev_static",
+        {"MMBench": Column("gpt_eval_score", circular)},
+        lambda r: int(r["index"]) % 1_000_000,
+    ),
     "mme": Benchmark("mme", MME, lambda r: r["question_id"]),
-    "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc", "MMMU")}, lambda r: r["id"]),
+    "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc")}, lambda r: r["id"]),
     "pope": Benchmark("pope", POPE, lambda r: r["image_source"]),
-    "scienceqa": Benchmark("scienceqa_img", SQA),
-    "textvqa": Benchmark("textvqa_val", VQA, lambda r: r["image_id"]),
+    "scienceqa": Benchmark("scienceqa_img", {"SQA-I": EXACT}),
+    "textvqa": Benchmark("textvqa_val", {"TextVQA": EXACT}, lambda r: r["image_id"]),
     # the prompt of LLaVA-1.5, with the OCR tokens of the dataset
-    "textvqa_ocr": Benchmark("textvqa_val", OCR, lambda r: r["image_id"], WITH_OCR),
-    "vizwiz": Benchmark("vizwiz_vqa_val", VIZWIZ, lambda r: r["question_id"]),
+    "textvqa_ocr": Benchmark(
+        "textvqa_val",
+        {"TextVQA OCR": EXACT},
+        lambda r: r["image_id"],
+        WITH_OCR,
+    ),
+    "vizwiz": Benchmark("vizwiz_vqa_val", {"VizWiz": EXACT}, lambda r: r["question_id"]),
 }

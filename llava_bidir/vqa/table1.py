@@ -5,6 +5,7 @@ Scores are fractions, except for MME's points.
 
 import json
 import math
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,19 +19,23 @@ from llava_bidir.common.files import read_json, write_files
 
 from .scores import BENCHMARKS, SWAPS, ScoreTerms, swap_test
 
-COLUMNS = {title: x for benchmark in BENCHMARKS.values() for title, x in benchmark.columns.items()}
+SCORED = {title: x for benchmark in BENCHMARKS.values() for title, x in benchmark.columns.items()}
 NUMBERS = ["value", "low", "high", "paper", "p", "p_holm"]
 SEED = 0
-Row = dict[str, Any]
+PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 
 
 class Results(NamedTuple):
-    """Results of a checkpoint: settings; by column the terms of the score, what was asked, and the paper's score."""
+    """Results of a checkpoint: settings; by column the terms of the score, and what was asked."""
 
     info: dict[str, Any]
     terms: dict[str, ScoreTerms]
     asked: dict[str, list[list]]
-    paper: dict[str, float | None]
+
+    def paper_score(self, title: str) -> float:
+        """Return the paper's score of this encoder and mask; NaN if it has none."""
+        scores = PAPER.get(self.info["encoder"], {}).get(self.info["image_attention"], {})
+        return scores.get(title, math.nan) / (1 if SCORED[title].categories else 100)
 
 
 def run(options: VQATableOptions) -> None:
@@ -38,7 +43,7 @@ def run(options: VQATableOptions) -> None:
     print(write_tables(options.results, options.out))
 
 
-def write_tables(folders: list[Path], out: Path) -> str:
+def write_tables(folders: Sequence[Path], out: Path) -> str:
     """Write OUT/table1.{csv,json} from finished folders of `llava-bidir vqa` and return the table as text.
 
     A row is a score of a model, or the difference of a bidirectional model from a causal one with the same encoder.
@@ -46,22 +51,26 @@ def write_tables(folders: list[Path], out: Path) -> str:
     Raises:
         UserError: A folder has no results or those of several checkpoints, or two models were asked other questions.
     """
-    paper = json.loads(Path(__file__).with_name("paper.json").read_text())
-    models = [read_results(folder, paper) for folder in folders]
+    models = [read_results(folder) for folder in folders]
     rows = [row for model in models for row in score_rows(model)]
     for a, b in product(models, repeat=2):
         masks = [model.info["image_attention"] for model in (a, b)]
         if a.info["encoder"] == b.info["encoder"] and masks == ["causal", "bidirectional"]:
             rows += pair_rows(a, b)
     table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBERS])
-    table = table.astype(dict.fromkeys(NUMBERS, float))
-    about = {"resamplings": RESAMPLINGS, "swaps": SWAPS, "seed": SEED, "paper": paper["source"]}
-    described = {"models": [model.info for model in models], "rows": rows, **about}
+    described = {
+        "models": [model.info for model in models],
+        "rows": table.to_dict("records"),
+        "resamplings": RESAMPLINGS,
+        "swaps": SWAPS,
+        "seed": SEED,
+        "paper": PAPER["source"],
+    }
     write_files({out / "table1.csv": table.to_csv(index=False), out / "table1.json": described})
     return table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
 
 
-def read_results(folder: Path, paper: dict) -> Results:
+def read_results(folder: Path) -> Results:
     """Return the results of the finished tasks in a folder."""
     files = {name: folder / f"{name}.json" for name in BENCHMARKS}
     tasks = {name: read_json(file) for name, file in files.items() if file.exists()}
@@ -71,42 +80,28 @@ def read_results(folder: Path, paper: dict) -> Results:
         )
     first = next(iter(tasks.values()))
     keys = ("model", "encoder", "image_attention", "fingerprint", "dtype")
-    info = {key: first[key] for key in keys} | {"results": str(folder)}
-    results = Results(info, {}, {}, {})
-    published = paper.get(info["encoder"], {}).get(info["image_attention"], {})
+    results = Results({key: first[key] for key in keys} | {"results": str(folder)}, {}, {})
     for name, task in tasks.items():
         asked = [[x[key] for key in ("item", "unit", "question", "target")] for x in task["items"]]
         for title, column in BENCHMARKS[name].columns.items():
             results.terms[title] = column.terms(task["items"])
             results.asked[title] = asked
-            number = published.get(column.paper)
-            scale = 1 if number is None or column.categories else 100
-            results.paper[title] = number and number / scale
     return results
 
 
-def score_rows(results: Results) -> list[Row]:
-    """Return a model's score by column, its 95% interval, and the paper's."""
+def score_rows(results: Results) -> list[list]:
+    """Return a row of the table for each score of a model, with its 95% interval and the paper's."""
+    names = [results.info[key] for key in ("encoder", "image_attention")]
     rows = []
     for title, terms in results.terms.items():
-        highest = math.inf if COLUMNS[title].categories else 1.0
-        resampled = terms.resampled_scores(seed=SEED)
-        bounds = interval(terms.score(), resampled, lowest=0.0, highest=highest)
-        rows.append(
-            {
-                "encoder": results.info["encoder"],
-                "image_attention": results.info["image_attention"],
-                "column": title,
-                "value": terms.score(),
-                "low": bounds[0],
-                "high": bounds[1],
-                "paper": results.paper[title],
-            }
-        )
+        value = terms.score()
+        highest = math.inf if SCORED[title].categories else 1.0
+        bounds = interval(value, terms.resampled_scores(seed=SEED), lowest=0.0, highest=highest)
+        rows.append([*names, title, value, *bounds, results.paper_score(title), math.nan, math.nan])
     return rows
 
 
-def pair_rows(a: Results, b: Results) -> list[Row]:
+def pair_rows(a: Results, b: Results) -> list[list]:
     """Compare bidirectional (b) with causal (a) on the same questions; p-values are adjusted for the columns."""
     rows = []
     for title in (title for title in a.terms if title in b.terms):
@@ -114,23 +109,11 @@ def pair_rows(a: Results, b: Results) -> list[Row]:
             folders = f"{a.info['results']} and {b.info['results']}"
             raise UserError(f"{title}: {folders} differ in more than the mask: questions or dtype")
         terms = (a.terms[title], b.terms[title])
-        papers = (a.paper[title], b.paper[title])
-        paper = None if None in papers else papers[1] - papers[0]
         difference = terms[1].score() - terms[0].score()
         resampled = [x.resampled_scores(seed=SEED) for x in terms]
         bounds = interval(difference, resampled[1] - resampled[0])
-        rows.append(
-            {
-                "encoder": a.info["encoder"],
-                "image_attention": "bidirectional - causal",
-                "column": title,
-                "value": difference,
-                "low": bounds[0],
-                "high": bounds[1],
-                "paper": paper,
-                "p": swap_test(*terms, seed=SEED),
-            }
-        )
-    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p_holm"] = p
-    return rows
+        paper = b.paper_score(title) - a.paper_score(title)
+        names = (a.info["encoder"], "bidirectional - causal", title)
+        rows.append([*names, difference, *bounds, paper, swap_test(*terms, seed=SEED)])
+    adjusted = holm([row[-1] for row in rows])
+    return [[*row, p] for row, p in zip(rows, adjusted, strict=True)]

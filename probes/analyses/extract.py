@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import check_suffix, exclusive_run_lock, write_files
+from llava_bidir.common.files import exclusive_run_lock, write_files
 from llava_bidir.common.images import read_photos
 from probes.config import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
@@ -85,13 +85,18 @@ def write_states(options: StatesOptions) -> None:
     from probes.models.load import load
 
     out = options.out
-    check_suffix(out, ".safetensors")
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: expected a file name that ends in .safetensors")
     if out.exists() and not options.overwrite:
         raise UserError(f"{out} exists; --overwrite true replaces it")
     images = read_photos(options.image)
     with exclusive_run_lock(out.parent, out.name):
-        settings = {"image_attention": options.image_attention, "prefix": options.prefix}
-        mllm = load(options.mllm, image_px=options.image_px, **settings)
+        mllm = load(
+            options.mllm,
+            image_px=options.image_px,
+            image_attention=options.image_attention,
+            prefix=options.prefix,
+        )
         sites = options.sites and list(options.sites)
         states = mllm.states(mllm.preprocess(images), sites)
         # two sites can be one tensor: the layer that the adapter reads, and its input

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.errors import error_context
-from llava_bidir.common.files import atomic_write, write_tensors
+from llava_bidir.common.files import write_files
 from llava_bidir.common.identity import Identity, check_same_identity
 from llava_bidir.common.runs import RESUME_ADVICE
 
@@ -36,9 +36,8 @@ class SiteFiles:
 
     def save(self, site: str, solution: Solution) -> None:
         """Write the file of a site."""
-        with atomic_write(self.folder / f"{site}.safetensors") as partial:
-            tensors = {name: x.contiguous() for name, x in vars(solution).items()}
-            write_tensors(tensors, partial, {"identity": json.dumps(self.identity)})
+        metadata = {"identity": json.dumps(self.identity)}
+        write_files({self.folder / f"{site}.safetensors": (vars(solution), metadata)})
 
     def load(self, sites: list[str]) -> dict[str, Solution]:
         """Return the sites that a killed run has solved.

@@ -14,8 +14,6 @@ import torch
 from processes import HANGING_S, run_command
 from safetensors.torch import load_file
 
-import probes.cli
-
 ROOT = Path(__file__).parents[2]
 JOBS = 2 * 3 + 1  # of one encoder
 PROBES = "-c configs/demo/probes.yaml --data.batch_size 2 --data.name toy"
@@ -132,22 +130,55 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
 
     skew = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.2 --trainer.callbacks.losses={tmp_path}"
     log = tmp_path / "whole.log"
-    whole = wait_for_end(submit("stage2", settings, log, f"{skew}/whole"), log)
+    whole = wait_for_end(
+        submit(
+            "stage2",
+            settings,
+            log,
+            f"{skew}/whole",
+        ),
+        log,
+    )
     assert whole["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
     out = Path(settings["RUNS"]) / "clip-causal/interrupted"
     log = tmp_path / "cut.log"
     losses = tmp_path / "cut"
     more = f"{skew}/cut --out {out}"
-    job = submit("stage2", settings, log, more)
-    signal_at(5, losses, job, log, "--signal=USR1")
-    signal_at(13, losses, job, log, "--signal=TERM")
+    job = submit(
+        "stage2",
+        settings,
+        log,
+        more,
+    )
+    signal_at(
+        5,
+        losses,
+        job,
+        log,
+        "--signal=USR1",
+    )
+    signal_at(
+        13,
+        losses,
+        job,
+        log,
+        "--signal=TERM",
+    )
     stopped = wait_for_end(job, log)
     assert stopped["Restarts"] == "1" and stopped["JobState"] == "FAILED", (
         "dependent jobs must not start"
     )
     assert not (out / "hf").exists()
-    last = wait_for_end(submit("stage2", settings, log, more), log)
+    last = wait_for_end(
+        submit(
+            "stage2",
+            settings,
+            log,
+            more,
+        ),
+        log,
+    )
     assert last["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
     rows = [lines_of(tmp_path / name) for name in ("whole", "cut")]
@@ -160,49 +191,18 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     ]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
-    again = wait_for_end(submit("stage2", settings, log, more), log)
+    again = wait_for_end(
+        submit(
+            "stage2",
+            settings,
+            log,
+            more,
+        ),
+        log,
+    )
     assert again["JobState"] == "COMPLETED"
     assert "this run is finished; nothing to do" in log.read_text()
     assert len(lines_of(losses)) == 24
-
-
-def test_requeued_study_resumes_after_the_last_complete_epoch(
-    settings,
-    checkpoints,
-    segmentation,
-    tmp_path,
-):
-    model = tmp_path / "clip-causal/stage2/hf"
-    model.parent.mkdir(parents=True)
-    model.symlink_to(checkpoints["causal"])
-    log = tmp_path / "log"
-    losses = tmp_path / "losses"
-    epochs = "--trainer.max_epochs 8"
-    arguments = {"losses": str(losses), "pause_after": 10}
-    pause = {"callbacks": [{"class_path": "skew.Skew", "init_args": arguments}]}
-    (tmp_path / "pause.yaml").write_text(json.dumps({"trainer": pause}))
-    there = {
-        "TASKS_PER_NODE": "1",
-        "RUNS": str(tmp_path),
-        "STUDY": f"{PROBES} -c {tmp_path}/pause.yaml --fit {epochs}",
-    }
-    job = submit("study", settings | there, log, "--arms trained --only fit")
-    signal_at(10, losses, job, log, "--batch", "--signal=USR1")
-    state = wait_for_end(job, log)
-    assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", log.read_text()[-3000:]
-    steps = {int(step) for restarts, step, _ in lines_of(losses) if restarts == "1"}
-    assert steps == set(range(10, 25)), "three steps per epoch, interrupted in the fourth epoch"
-
-    data = ["--model.mllm", str(model), "--data.root", settings["SEGMENTATION"]]
-    probes.cli.main(
-        ["fit", *PROBES.split(), *epochs.split(), *data, "--out", str(tmp_path / "whole")]
-    )
-    cut, whole = (
-        json.loads((tmp_path / f"{name}/metrics.json").read_text())
-        for name in ("clip/causal/probes", "whole")
-    )
-    assert cut["sites"] == whole["sites"]
-    assert len(cut["sites"][0]["history"]) == 8
 
 
 def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):

@@ -113,7 +113,11 @@ def test_later_configs_replace_earlier_ones_key_by_key(tmp_path):
     files[1].write_text("trainer: {devices: 2}\nsolver: {memory_gb: 1}\npair: [a, b]")
     configs = [word for file in files for word in ("-c", str(file))]
     read = Parser(Options).read(["m", "p", *configs, "--trainer.max_steps", "3"])
-    assert read.trainer == {"devices": 2, "precision": "16-mixed", "max_steps": 3}
+    assert read.trainer == {
+        "devices": 2,
+        "precision": "16-mixed",
+        "max_steps": 3,
+    }
     assert read.solver == Solver(5, 1.0)
 
 
@@ -126,18 +130,17 @@ BAD = {  # YAML: parts of the error
     "solver: {folds: 0}": ["solver.folds", "v>0"],
     "solver: 3": ["solver", "3"],
     "pair: [a]": ["pair", "2 elements"],
-    "image: [1": ["expected"],
-    "hello": ["hello"],
+    "image: [1": ["own.yaml", "expected"],
+    "hello": ["own.yaml", "hello"],
 }
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_a_bad_value_is_an_error_that_names_the_file(text, tmp_path):
+def test_a_bad_value_is_an_error_that_names_the_option(text, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text(text)
     with pytest.raises(UsageError) as error:
         Parser(Options).read(["m", "p", "--pair", "a", "b", "-c", str(file)])
-    assert str(error.value).startswith(f"{file}: ")
     assert all(part in str(error.value) for part in BAD[text]), error.value
 
 

@@ -2,11 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
-from llava_bidir import cli as llava_bidir
 from llava_bidir.common.configs import FOLDER, config_names, configs_first, find_config
-from probes import cli as probes
 
 
 def test_every_config_has_a_name_and_short_ones_are_unique():
@@ -38,17 +34,3 @@ def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
         "--out",
         "clip",
     ]
-
-
-@pytest.mark.parametrize(
-    ("package", "words"),
-    [
-        (llava_bidir, "fit -c stage1 -c clpi --data.annotations A --data.images B"),
-        (probes, "solve -c clpi"),
-    ],
-)
-def test_an_unknown_name_is_told_before_missing_options(package, words, capsys):
-    message = f"there is no config 'clpi' in {FOLDER}, and no such file; did you mean 'clip'?"
-    with pytest.raises(SystemExit, match="^2$"):
-        package.main(words.split())
-    assert message in capsys.readouterr().err

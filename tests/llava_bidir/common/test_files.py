@@ -18,14 +18,13 @@ from processes import die
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common import files
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import (
     atomic_directory,
     atomic_write,
     exclusive_run_lock,
     write_files,
 )
-from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.export import export_hf
 
 
 def write_file(path: Path, text: str) -> None:
@@ -66,27 +65,19 @@ def test_a_kill_before_the_rename_leaves_the_old_version(
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_files_have_the_permissions_of_other_new_files(
-    umask,
-    mode,
-    parts,
-    tmp_path,
-):
+def test_files_have_the_permissions_of_other_new_files(umask, mode, tmp_path):
     """safetensors writes 0600, which a group cannot read."""
     before = os.umask(umask)
     try:
         write_files({tmp_path / "a.safetensors": {"x": torch.zeros(1)}, tmp_path / "a.json": {}})
-        with atomic_write(tmp_path / "b.safetensors") as partial:
-            save_file({"x": torch.zeros(1)}, partial)
-        processor = build_processor(*parts)
-        export_hf(build_model(*parts, processor), processor, tmp_path / "hf")
+        with atomic_directory(tmp_path / "hf", "b.safetensors") as partial:
+            save_file({"x": torch.zeros(1)}, partial / "b.safetensors")
     finally:
         os.umask(before)
-    files = [
-        path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".")
-    ]
-    assert tmp_path / "hf/model.safetensors" in files
-    assert {path.name for path in files if path.stat().st_mode & 0o777 != mode} == set()
+    files = [path for path in tmp_path.rglob("[!.]*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
+        ("a.safetensors", "a.json", "b.safetensors"), mode
+    )
 
 
 @pytest.mark.parametrize("existing", ["folder/thesis.txt", "folder/file/thesis.txt", "folder"])
@@ -145,25 +136,6 @@ def test_a_kill_between_two_renames_leaves_no_last_file(renamed, tmp_path, monke
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_kill_within_safetensors_leaves_nothing_after_the_next_write(tmp_path, monkeypatch):
-    """It writes under a random name, in the folder of the file."""
-
-    def killed(tensors, path, *args) -> None:
-        (Path(path).parent / ".tmpfH7XyR").write_bytes(b"")
-        die()
-
-    monkeypatch.setattr("safetensors.torch.save_file", killed)
-    assert (
-        processes.wait(processes.fork(lambda: write_files(three_files(tmp_path, 1))))
-        == -signal.SIGKILL
-    )
-    assert list(tmp_path.rglob(".tmp*"))
-    monkeypatch.undo()
-    write_files(three_files(tmp_path, 2))
-    assert contents(tmp_path) == [2, 2, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_write_files_on_a_full_disk_leaves_the_old_files(name, tmp_path, monkeypatch):
     write_files(three_files(tmp_path, 1))
@@ -181,40 +153,16 @@ def test_write_files_on_a_full_disk_leaves_the_old_files(name, tmp_path, monkeyp
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.json.partial"])
-@pytest.mark.parametrize("how", ["files", "file"])
-def test_nothing_is_written_through_a_link(name, how, tmp_path):
-    victim = tmp_path / "victim"
-    file = tmp_path / "a.json"
-    victim.write_text("untouched")
-    (tmp_path / name).symlink_to(victim)
-    if how == "files":
-        write_files({file: {}})
-    else:
-        with atomic_write(file) as partial:
-            partial.write_text("{}")
-    assert victim.read_text() == "untouched"
-    assert json.loads(file.read_text()) == {}
-    assert not file.is_symlink()
-
-
 # ------------------------------------------------------------------------------------------------ locks
-@pytest.fixture
-def no_patience(monkeypatch):
-    """A second process does not wait for the first one of these tests, which does not exit."""
-    monkeypatch.setattr(files, "EXITING_S", 0)
-
-
-@pytest.mark.usefixtures("no_patience")
 def test_a_second_process_is_an_error_that_names_the_holder(tmp_path):
-    with processes.inside(exclusive_run_lock(tmp_path / "run")) as child:
+    with processes.inside(exclusive_run_lock(tmp_path, "hf")) as child:
         who = f"process {child} on {re.escape(socket.gethostname())} since 20"
         for _ in range(2):  # an attempt does not delete the holder's name
-            with pytest.raises(
-                ValueError, match=rf"run is in use by {who}.*wait until it has ended"
-            ):
-                with exclusive_run_lock(tmp_path / "run"):
+            with pytest.raises(UserError, match=rf"hf is in use by {who}.*wait until it has ended"):
+                with exclusive_run_lock(tmp_path, "hf", wait_s=0):
                     pass
+        with exclusive_run_lock(tmp_path), exclusive_run_lock(tmp_path, "other"):
+            pass
 
 
 def test_a_killed_process_blocks_nobody(tmp_path):
@@ -247,18 +195,6 @@ def test_workers_that_outlive_a_killed_process_block_nobody(tmp_path):
         os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
 
 
-@pytest.mark.usefixtures("no_patience")
-def test_results_in_one_folder_have_separate_locks(tmp_path):
-    with processes.inside(exclusive_run_lock(tmp_path, "hf")):
-        with exclusive_run_lock(tmp_path), exclusive_run_lock(tmp_path, "other"):
-            pass
-        with (
-            pytest.raises(ValueError, match="hf is in use by process"),
-            exclusive_run_lock(tmp_path, "hf"),
-        ):
-            pass
-
-
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     def flock(descriptor, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -269,19 +205,12 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     assert "does not support locks: a second run" in caplog.text
 
 
-@pytest.mark.usefixtures("no_patience")
-@pytest.mark.parametrize("more", [(), ("--ckpt_path", "last")])
-def test_a_second_fit_into_a_run_is_an_error(
-    more,
-    parts,
-    conversations,
-    tmp_path,
-):
+def test_a_second_fit_into_a_run_is_an_error(parts, conversations, tmp_path):
     with (
         processes.inside(exclusive_run_lock(tmp_path)),
         pytest.raises(SystemExit, match="is in use by process"),
     ):
-        tiny_models.fit(parts, conversations, tmp_path, *more)
+        tiny_models.fit(parts, conversations, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [".lock"], (
         "the second process has written nothing"
     )

@@ -115,8 +115,7 @@ def test_a_signal_is_heeded_after_its_step_and_the_rest_equals_an_undisturbed_ru
     assert len(losses) == 2 * step
     assert not (tmp_path / "run/hf").exists(), "the run is not finished"
     if number == signal.SIGINT:
-        last = tmp_path / "run/checkpoints/last.ckpt"
-        advice = f"run the same command again with `--ckpt_path last` to go on from {last}"
+        advice = "run the same command again with `--ckpt_path last` to go on"
         assert told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
         assert status == 130
     else:

@@ -34,12 +34,12 @@ def usage_error(parts, conversations, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", KEYS)
-def test_an_error_in_a_config_names_the_file_and_what_was_meant(text, usage_error, tmp_path):
+def test_an_error_in_a_config_names_the_option_and_what_was_meant(text, usage_error, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     (error,) = usage_error("-c", str(file))
     option, end = KEYS[text]
-    assert error.startswith(f"llava-bidir fit: {file}: ")
+    assert error.startswith("llava-bidir fit: ")
     assert option in error
     assert error.endswith(f"{end} (see --help)")
 
@@ -63,41 +63,24 @@ def test_a_run_without_a_logger_trains(parts, conversations, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- callbacks
 SCHEDULER = ["GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"]
-REFUSED = [  # callback, its options: why
-    (SCHEDULER, "batches and schedule"),
-    (["BatchSizeFinder"], "batches and schedule"),
-    (["LearningRateFinder"], "the learning rate"),
-    (["StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"], "the learning rate"),
-    (["WeightAveraging"], "cannot be resumed"),
-    (["EMAWeightAveraging"], "cannot be resumed"),
+REFUSED = [  # callback, its options
+    SCHEDULER,
+    ["BatchSizeFinder"],
+    ["LearningRateFinder"],
+    ["StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"],
+    ["EMAWeightAveraging"],
 ]
 
 
-@pytest.mark.parametrize(("words", "why"), REFUSED)
+@pytest.mark.parametrize("words", REFUSED)
 def test_callbacks_that_a_run_cannot_record_or_resume_are_refused(
-    words, why, parts, conversations, tmp_path
+    words, parts, conversations, tmp_path
 ):
     """The scheduler trained with batches of 32, recorded 16, and its rate ended at 65% of the peak."""
     name, *options = words
     more = [f"--trainer.callbacks+={name}", *options]
-    with pytest.raises(SystemExit, match=f"{name} is not supported: .*{why}"):
+    with pytest.raises(SystemExit, match=f"{name} is not supported"):
         tiny_models.fit(parts, conversations, tmp_path / "run", *more)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("option", ["max_epochs", "max_steps", "limit_train_batches"])
-def test_a_run_without_a_step_is_refused(option, parts, conversations, tmp_path):
-    """It said "The trained model is RUN/hf", and there was none."""
-    with pytest.raises(SystemExit, match=f"trainer.{option} is 0, so nothing would be trained"):
-        tiny_models.fit(parts, conversations, tmp_path / "run", f"--trainer.{option}", "0")
-    assert not (tmp_path / "run").exists()
-
-
-def test_probes_without_a_step_are_refused(checkpoints, segmentation, tmp_path):
-    """Their scores were those of untrained probes."""
-    more = ("--trainer.max_steps", "0")
-    with pytest.raises(SystemExit, match="trainer.max_steps is 0, so nothing would be trained"):
-        probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *more)
     assert not (tmp_path / "run").exists()
 
 
@@ -166,11 +149,3 @@ def test_on_exception_checkpoint_is_resumed_exactly_or_refused(
     trained = load_file(undisturbed / "hf/model.safetensors")
     for name, weight in load_file(run / "hf/model.safetensors").items():
         assert weight.equal(trained[name]), name
-
-
-def test_probes_refuse_them_too(checkpoints, segmentation, tmp_path):
-    name, *options = SCHEDULER
-    more = [f"--trainer.callbacks+={name}", *options]
-    with pytest.raises(SystemExit, match=f"{name} is not supported: batches"):
-        probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *more)
-    assert not (tmp_path / "run").exists()

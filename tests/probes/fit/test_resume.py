@@ -153,7 +153,7 @@ def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path
 
 def test_checkpoints_of_a_killed_run_are_not_replaced(unfinished):
     folder, command = unfinished
-    with pytest.raises(SystemExit, match="checkpoints of an unfinished run, e.g. last.ckpt"):
+    with pytest.raises(SystemExit, match="holds an unfinished run .checkpoints/last.ckpt"):
         main(command)
 
 

@@ -106,7 +106,7 @@ class RunOptions:
         settings = asdict(self)
         for name in ("probes", "out", "overwrite", "trust"):
             del settings[name]
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(settings, default=str))
 
 
 class Result(NamedTuple):
@@ -295,7 +295,6 @@ class Section(NamedTuple):
     figures: Iterable["Figure"] = ()
     sentences: Iterable[str] = ()
     tables: Mapping[str, list[Row]] = {}  # CSV files by name
-    shown: Mapping[str, list[dict[str, str]]] = {}  # tables of text on the page, by caption
     results: Mapping[str, Any] = {}  # entries of results.json
     # entries of results.json["masks"][MASK], by key and mask
     by_mask: Mapping[str, Mapping[str, Any]] = {}

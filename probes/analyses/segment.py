@@ -44,13 +44,6 @@ def run(options: SegmentOptions) -> None:
     print(
         f"{out}: maps of {len(photos)} photos at {site} ({text}); colours in {out / 'legend.png'}"
     )
-    miou = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
-    best = max(miou, key=miou.__getitem__)
-    if options.site is None and best != site:
-        print(
-            f"{site} is the best decoder layer, {miou[site]:.1%} mIoU; better is {best}, {miou[best]:.1%}: "
-            f"--site {best}"
-        )
 
 
 def run_and_photos(run: str | None, words: list[str]) -> tuple[str, list[Path]]:

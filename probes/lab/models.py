@@ -1,10 +1,8 @@
 """Models of a lab, loaded from finished probe runs or from a checkpoint, and what the page needs to know of them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,7 +95,6 @@ class LabModel:
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that the page needs."""
-        config = self.mllm.model.config.get_text_config()
         return {
             "label": self.label,
             "name": self.source,
@@ -107,9 +104,6 @@ class LabModel:
             "change_sites": self.change_sites,
             "has_llm": self.mllm.has_llm,
             "layers": len(self.mllm.layers),
-            "heads": getattr(
-                config, "num_attention_heads", 0
-            ),  # not known of a module of one's own
             "other_mask": self.other_mask,
             "cannot_answer": self.cannot_answer,
         }
@@ -170,30 +164,3 @@ def open_split(model: LabModel) -> tuple[Any, list[list[int]], str]:
     except UserError as error:  # it may be on another machine; photos can still be dropped
         return None, palette_of(SimpleNamespace(classes=model.classes)).tolist(), str(error)
     return dataset, palette_of(dataset).tolist(), ""
-
-
-def example_questions(model: LabModel, count: int = 3) -> list[str]:
-    """Return questions of the data set of a model's run, from questions.json beside its folder; [] without one."""
-    if model.run is None or model.cannot_answer:
-        return []
-    try:
-        records = json.loads(
-            (Path(model.run.manifest["data"]["root"]).parent / "questions.json").read_text()
-        )
-        asked = [
-            record["conversations"][0]["value"].replace("<image>", "").strip()
-            for record in records[:1000]
-        ]
-        return list(dict.fromkeys(asked))[:count]
-    # the lab does without them
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []
-
-
-def check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> None:
-    """Raise a UserError if a patch is not in the model's grid."""
-    tokens = model.mllm.image_tokens
-    if max(patches, default=0) >= tokens:
-        raise UserError(
-            f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0"
-        )

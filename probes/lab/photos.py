@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import read_photo
 from probes.data.base import EmbeddedFile
 from probes.ops.geometry import Geometry, GridPlacement
-from probes.ops.pixel_counts import patch_labels
 
 KEPT = 64  # photos; each has a preview of up to 2.4 MB and a square per model of about 0.5 MB
 PREVIEW_PX = 896  # longer side of a preview: a panel of 448 px on a screen with two pixels per px
@@ -42,7 +40,7 @@ class Photo:
         geometries: Sequence[Geometry],
         **more: Any,
     ) -> "Photo":
-        """Return an RGB image as a photo. Placing a square again does not change it, so that models can be asked it."""
+        """Return an RGB image as a photo. Placing a square again does not change it."""
         preview = image.copy()
         preview.thumbnail((PREVIEW_PX, PREVIEW_PX), Image.Resampling.LANCZOS)
         return cls(
@@ -54,18 +52,14 @@ class Photo:
         )
 
     def describe(self, geometry: Geometry) -> dict[str, Any]:
-        """Return name, size, labels and the place of the grid, in the photo and in the model's square, for the page."""
+        """Return name, proportions, labels and the place of the grid, for the page."""
         width, height = self.size
-        square = (geometry.image_px, geometry.image_px)
-        boxes = [grid_box(geometry.view(size), size) for size in ((height, width), square)]
-        described = {
+        return {
             "name": self.name,
-            "width": width,
-            "height": height,
-            "box": boxes[0],
-            "square_box": boxes[1],
+            "ratio": width / height,
+            "box": grid_box(geometry.view((height, width)), (height, width)),
+            "truth": self.truth,
         }
-        return described | {"truth": self.truth}
 
 
 class Photos:
@@ -115,10 +109,7 @@ class Photos:
                 f"photo {index} of the validation split does not exist; it has {count} images"
             )
         sample = self.dataset[int(index)]
-        geometry = self.geometries[0]
-        target = torch.from_numpy(sample["target"])[None]
-        view = geometry.view(sample["target"].shape)
-        truth = patch_labels(target, len(self.dataset.classes), geometry.grid, view=view)[0]
+        truth = self.geometries[0].patches(sample["target"]).flatten()
         photo = Photo.from_image(
             sample["image"], sample["name"], self.geometries, truth=tuple(truth.tolist())
         )

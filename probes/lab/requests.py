@@ -66,10 +66,15 @@ class PatchView(View):
 
 
 class SiteView(View):
-    """A view at a site; `square` if the photo is shown as the model's square."""
+    """A view at a site."""
 
     site: Site
-    square: bool = False
+
+
+class ShownViews(View):
+    """All views that the page shows of a model: without and with the intervention, and a photo beside them."""
+
+    beside: PhotoKey | None = None
 
 
 class PhotoQuestion(View):
@@ -82,14 +87,6 @@ class Attention(View):
     """Attention of a patch, and to it, in a layer."""
 
     patch: Index
-    layer: Number
-
-
-class AnswerAttention(PhotoQuestion):
-    """Attention of a token of an answer, numbered from 0, in a layer."""
-
-    answer: Text
-    token: Index
     layer: Number
 
 

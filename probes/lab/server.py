@@ -2,7 +2,7 @@
 
     GET  /?token=T        sets the cookie of this server and leads to /
     GET  /                the page
-    GET  /picture         a photo's preview: ?photo=KEY&model=I, &square=1 for the model's square
+    GET  /picture         a photo's preview: ?photo=KEY
     POST /photo?name=N    a photo as the body, or ?key=KEY for one that the server has; its key, size, grid and labels
     POST /run/OPERATION   JSON (requests.py) to lines of JSON: {"waiting": jobs}, {"layer": l, "layers": L}, the answer
                           so far as {"text": answer, "blocked": bool}, and last {"result": ...} or {"error": text}.
@@ -32,10 +32,10 @@ from probes.report.render import render
 
 from .photos import encode
 from .requests import (
-    AnswerAttention,
     Attention,
     PatchView,
     PhotoQuestion,
+    ShownViews,
     SiteView,
     View,
     parse_request,
@@ -53,10 +53,9 @@ OPERATIONS: dict[str, type[View]] = {
     "words_of_site": SiteView,
     "pixel_map": SiteView,
     "similarity": PatchView,
-    "pca": View,
+    "pca": ShownViews,
     "ask": PhotoQuestion,
     "attention": Attention,
-    "answer_attention": AnswerAttention,
 }
 
 
@@ -173,16 +172,11 @@ def build_app(
         photo = await run_in_threadpool(
             session.photos.get, check_key(request.query_params.get("photo", ""))
         )
-        model = request.query_params.get("model", "0")
-        square = "square" in request.query_params
-        if model not in map(str, range(len(session.models))):
-            raise UserError(f"model {model[:20]!r} does not exist")
-        image, kind = (photo.squares[int(model)], "PNG") if square else (photo.preview, "JPEG")
-        content = await run_in_threadpool(encode, image, kind)
+        content = await run_in_threadpool(encode, photo.preview, "JPEG")
         # A later lab at this port has other pictures under the same key. Browsers send no Sec-Fetch-Site to a host
         # without TLS other than localhost, but do not show such a picture on other origins' pages.
         headers = {"Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
-        return Response(content, media_type=f"image/{kind.lower()}", headers=headers)
+        return Response(content, media_type="image/jpeg", headers=headers)
 
     async def run_operation(request: Request) -> Response:
         name = request.path_params["operation"]

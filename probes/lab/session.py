@@ -2,12 +2,11 @@
 
 Maps, words and pixel maps of a view come from one forward: its states are kept, and recomputed when they were dropped.
 
-Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A attention heads, d width.
+Shapes: S sites, T image tokens, K classes, k most probable ones, d width.
 """
 
 import base64
 from collections import OrderedDict
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,15 @@ from probes.models.knockout import Knockout
 from probes.models.reading import Replacement
 from probes.models.sites import layer_site
 
-from .models import LabModel, check_patches, example_questions, open_split
+from .models import LabModel, open_split
 from .photos import Photos, encode
 from .requests import (
     MAX_ANSWER_TOKENS,
-    AnswerAttention,
     Attention,
     PatchView,
     PhotoQuestion,
     Replace,
+    ShownViews,
     SiteView,
     View,
 )
@@ -64,14 +63,13 @@ class Session:
             "palette": self.palette,
             "images": 0 if dataset is None else len(dataset),
             "no_images": self.no_split,
-            "questions": example_questions(self.models[0]),
         }
 
     # ----------------------------------------------------------------------------------------------- operations
     def read(self, request: View, job: Job) -> dict[str, Any]:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""
         states = self._read_states(request, job)
-        model = self._model(request)
+        model = self.models[request.model]
         if not model.probes:
             return {"classes": None}
         shown = min(TOP_CLASSES, len(model.classes))
@@ -84,39 +82,25 @@ class Session:
 
     def words_of_patch(self, request: PatchView, job: Job) -> dict[str, Any]:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
-        model = self._model(request)
+        model = self.models[request.model]
         states = self._read_states(request, job)
-        check_patches(model, [request.patch])
-        if not model.word_sites:  # a run of the encoder's probe only
-            return {"words": []}
         of_patch = {site: states[site][:, [request.patch]] for site in model.word_sites}
         (words,) = self._words(model, of_patch)
         return {"words": words}
 
     def words_of_site(self, request: SiteView, job: Job) -> dict[str, Any]:
         """Return the most probable words of each patch at a site."""
-        model = self._model(request)
-        states = self._read_states(request, job)
-        if request.site not in model.word_sites:
-            raise UserError(
-                f"no words at {request.site!r}; expected one of {', '.join(model.word_sites)}"
-            )
-        of_site = {request.site: states[request.site]}
-        words = [patch[0] for patch in self._words(model, of_site)]
-        return {"words": words}
+        of_site = {request.site: self._read_states(request, job)[request.site]}
+        words = self._words(self.models[request.model], of_site)
+        return {"words": [patch[0] for patch in words]}
 
     def pixel_map(self, request: SiteView, job: Job) -> dict[str, Any]:
         """Return the classes predicted for each pixel, from upsampled logits, as a coloured PNG of the size shown."""
-        model = self._model(request)
+        model = self.models[request.model]
         states = self._read_states(request, job)
-        if request.site not in model.probes:
-            raise UserError(
-                f"no probe at {request.site!r}; expected one of {', '.join(model.probes) or 'a probe run'}"
-            )
-        photo = self.photos.get(request.photo)
+        preview = self.photos.get(request.photo).preview
         logits = model.probes[request.site](states[request.site].float()).mT
-        shown = photo.squares[request.model] if request.square else photo.preview
-        size = (shown.height, shown.width)
+        size = (preview.height, preview.width)
         maps = logits[0].unflatten(-1, model.mllm.grid)
         view = model.mllm.geometry.view(size)
         task = model.run.task
@@ -127,17 +111,21 @@ class Session:
 
     def similarity(self, request: PatchView, job: Job) -> dict[str, Any]:
         """Return the cosine of each patch with one at all sites, f32[S, T]."""
-        model = self._model(request)
-        check_patches(model, [request.patch])
+        mllm = self.models[request.model].mllm
         states = self._read_states(request, job)
-        found = model.mllm.similarity(states, divmod(request.patch, model.mllm.grid[1]))
+        found = mllm.similarity(states, divmod(request.patch, mllm.grid[1]))
         return {"similarity": _pack(torch.stack([*found.values()]), np.float32)}
 
-    def pca(self, request: View, job: Job) -> dict[str, Any]:
-        """Return PCA colours u8[S, T, 3] without the intervention and with it, fitted over both together."""
-        views = [request.model_copy(update={"intervention": None}), request]
-        of_views = [self._read_states(view, job) for view in dict.fromkeys(views)]
-        to_grid = self._model(request).mllm.to_grid
+    def pca(self, request: ShownViews, job: Job) -> dict[str, Any]:
+        """Return PCA colours u8[S, T, 3] of each view shown of a model, fitted over all of them together."""
+        plain = request.model_copy(update={"intervention": None})
+        views = [plain]
+        if request.intervention:
+            views.append(request)
+        if request.beside:
+            views.append(plain.model_copy(update={"photo": request.beside}))
+        of_views = [self._read_states(view, job) for view in views]
+        to_grid = self.models[request.model].mllm.to_grid
         states = {
             site: to_grid(torch.cat([states[site] for states in of_views])) for site in of_views[0]
         }
@@ -145,89 +133,49 @@ class Session:
         return {"colours": [_pack((255 * x).round(), np.uint8) for x in colours]}
 
     def ask(self, request: PhotoQuestion, job: Job) -> dict[str, Any]:
-        """Return the answer without the intervention and with it, and log-probabilities of the first one.
+        """Return the answer without the intervention and with it, and the first one's log-probability under both.
 
         Answers are reported while they grow.
         """
-        model = self._model(request)
-        photo = self.photos.get(request.photo)
+        mllm = self.models[request.model].mllm
+        square = self.photos.get(request.photo).squares[request.model]
         knockout = self._knockout(request)
-        square = photo.squares[request.model]
-        pixels = model.mllm.preprocess([square])
 
-        def answer(knockout: Knockout | None) -> dict[str, Any]:
+        def answer(knockout: Knockout | None) -> str:
             def report(text):
                 return job.report({"text": text, "blocked": knockout is not None})
 
-            text = model.mllm.answer(square, request.question, knockout, MAX_ANSWER_TOKENS, report)
-            return {"answer": text, "tokens": split_answer(model, text)}
+            return mllm.answer(square, request.question, knockout, MAX_ANSWER_TOKENS, report)
 
-        def log_probability(knockout: Knockout | None) -> float | None:
-            if not first["answer"]:
-                return None
-            return model.mllm.answer_log_probs(
-                pixels, request.question, [first["answer"]], knockout
-            ).item()
+        def log_probability(knockout: Knockout | None) -> float:
+            pixels = mllm.preprocess([square])
+            return mllm.answer_log_probs(pixels, request.question, [text], knockout).item()
 
-        with job.watched(model.mllm):
-            first = answer(None)
-            result = first | {"log_probability": log_probability(None)}
-            if knockout is None:
-                return result
-            return result | {
-                "blocked": answer(knockout) | {"log_probability": log_probability(knockout)}
-            }
+        with job.watched(mllm):
+            text = answer(None)
+            result: dict[str, Any] = {"answer": text}
+            if knockout is not None:
+                result["blocked"] = answer(knockout)
+            if knockout is not None and text:
+                result["log_probability"] = [log_probability(None), log_probability(knockout)]
+        return result
 
     def attention(self, request: Attention, job: Job) -> dict[str, Any]:
-        """Return the attention of a patch to all patches and of all patches to it in a layer, f32[A, T] each."""
-        model = self._model(request)
-        pixels = self._pixels(request)
-        check_patches(model, [request.patch])
-        with job.watched(model.mllm):
-            site = layer_site(request.layer)
-            knockout = self._knockout(request)
-            weights = model.mllm.attention(pixels, [site], knockout, average_heads=False)
-        rows = weights[site][0, :, request.patch]
-        columns = weights[site][0, :, :, request.patch]
-        return {"to": _pack(rows, np.float32), "from": _pack(columns, np.float32)}
-
-    def answer_attention(self, request: AnswerAttention, job: Job) -> dict[str, Any]:
-        """Return the attention of a token of an answer to all patches in a layer, f32[A, T], and the token's text."""
-        model = self._model(request)
-        pixels = self._pixels(request)
-        tokens = []
-        if request.answer.strip():
-            tokens = split_answer(model, request.answer)
-        if request.token >= len(tokens):
-            raise UserError(
-                f"token {request.token} does not exist; the answer has {len(tokens)}, counted from 0"
-            )
-        with job.watched(model.mllm):
-            site = layer_site(request.layer)
-            weights = model.mllm.answer_attention(
-                pixels,
-                request.question,
-                request.answer,
-                [site],
-                self._knockout(request),
-                average_heads=False,
-            )
+        """Return the attention of a patch to all patches and of all patches to it in a layer, f32[T] each."""
+        mllm = self.models[request.model].mllm
+        site = layer_site(request.layer)
+        with job.watched(mllm):
+            weights = mllm.attention(self._pixels(request), [site], self._knockout(request))
+        of_image = weights[site][0]
         return {
-            "to": _pack(weights[site][0, :, request.token], np.float32),
-            "token": tokens[request.token],
+            "to": _pack(of_image[request.patch], np.float32),
+            "from": _pack(of_image[:, request.patch], np.float32),
         }
 
     # ----------------------------------------------------------------------------------------------- parts
-    def _model(self, request: View) -> LabModel:
-        if request.model >= len(self.models):
-            raise UserError(
-                f"model {request.model} does not exist; this lab has {len(self.models)}"
-            )
-        return self.models[request.model]
-
     def _pixels(self, request: View, photo: str | None = None) -> Tensor:
         square = self.photos.get(photo or request.photo).squares[request.model]
-        return self._model(request).mllm.preprocess([square])
+        return self.models[request.model].mllm.preprocess([square])
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
@@ -237,7 +185,7 @@ class Session:
             intervention=request.intervention,
         )
         if view not in self._states:
-            model = self._model(request)
+            model = self.models[request.model]
             pixels = self._pixels(request)
             with job.watched(model.mllm):
                 hooks = self._hooks(request)
@@ -260,33 +208,23 @@ class Session:
                 "answers and attention are read under blocked patches only, not under replaced states"
             )
         block = request.intervention
-        return Knockout(_as_mask(self._model(request), block.patches)[None], block.layers)
+        return Knockout(_as_mask(self.models[request.model], block.patches)[None], block.layers)
 
     def _hooks(self, request: View) -> dict[str, Replacement]:
         """Return the hook that replaces states; {} for a request without one."""
-        model = self._model(request)
         change = request.intervention
         if not isinstance(change, Replace):
             return {}
-        patches = _as_mask(model, change.patches).to(model.mllm.device)
-        site = change.site
+        model = self.models[request.model]
+        mllm = model.mllm
+        if change.by == "other_mask":
+            mllm = mllm.with_attention(model.other_mask)
+        other = None if change.by in ("mean", "other_mask") else change.by
+        new = mllm.states(self._pixels(request, other), [change.site])[change.site]
         if change.by == "mean":
-
-            def new(states):
-                return states.mean(1, keepdim=True)
-        else:
-            own = change.by == "other_mask"
-            if own and model.other_mask is None:
-                raise UserError(
-                    "a vision encoder without an LLM has no other mask; replace by the mean or a photo's"
-                )
-            mllm = model.mllm.with_attention(model.other_mask) if own else model.mllm
-            other = mllm.states(self._pixels(request, None if own else change.by), [site])[site]
-
-            def new(states):
-                return other
-
-        return {site: lambda states: torch.where(patches[:, None], new(states), states)}
+            new = new.mean(1, keepdim=True)
+        patches = _as_mask(model, change.patches).to(new.device)[:, None]
+        return {change.site: lambda states: torch.where(patches, new, states)}
 
     def _words(
         self, model: LabModel, states: dict[str, Tensor]
@@ -305,7 +243,6 @@ class Session:
 
 def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
     """Return patches as bool[T]."""
-    check_patches(model, patches)
     mask = torch.zeros(model.mllm.image_tokens, dtype=torch.bool)
     mask[list(patches)] = True
     return mask
@@ -326,26 +263,6 @@ def token_text(tokenizer, token: int) -> str:
     if text.isprintable() and text and "\ufffd" not in text:
         return text
     return tokenizer.convert_ids_to_tokens(token)
-
-
-def split_answer(model: LabModel, answer: str) -> list[str]:
-    """Return the part of an answer that each of its tokens adds; together they are the answer."""
-    tokenizer = model.mllm.chat.tokenizer
-    parts = []
-    start = 0
-    if not answer:
-        return parts
-    (ids,) = model.mllm.chat.answer_ids([answer])
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count], skip_special_tokens=True).strip()
-        # Bytes of an unfinished character are not a part of the answer yet.
-        finished = commonprefix([text, answer])
-        end = max(start, len(finished))
-        if count == len(ids):
-            end = len(answer)
-        parts.append(answer[start:end])
-        start = end
-    return parts
 
 
 def _pack(values: Tensor, kind: type) -> str:

@@ -231,7 +231,7 @@ def shown_sections(
     found = {}
     for name in ANALYSES:
         own = [(x, of[name]) for x, of in zip(studies, sections, strict=True) if name in of]
-        own = [(x, section) for x, section in own if section.figures or any(section.shown.values())]
+        own = [(x, section) for x, section in own if section.figures]
         if own:
             found[name] = own
     return found

@@ -44,16 +44,13 @@ def select_cases(tensors: Tensors, classes: Sequence[str] | None = None) -> Tens
     Classes are in alphabetical order, and numbered so; {} without cases.
     """
     # in the order of a file, "A/B/..." stands between keys of "A"
-    names = sorted({name.rpartition("/")[0] for name in tensors})
+    parts = [name.rpartition("/") for name in tensors]
+    names = sorted({name for name, _, _ in parts})
     chosen = [name for name in names if classes is None or name in classes]
     if not chosen:
         return {}
-    keys = [key.removeprefix(f"{chosen[0]}/") for key in tensors if key.startswith(f"{chosen[0]}/")]
-    cases = {
-        key: torch.cat([tensors[f"{name}/{key}"] for name in chosen])
-        for key in keys
-        if all(f"{name}/{key}" in tensors for name in chosen)
-    }
+    keys = [key for name, _, key in parts if name == chosen[0]]
+    cases = {key: torch.cat([tensors[f"{name}/{key}"] for name in chosen]) for key in keys}
     numbers = [torch.full_like(tensors[f"{x}/image"], names.index(x)) for x in chosen]
     return cases | {"class": torch.cat(numbers)}
 

@@ -19,7 +19,6 @@ from probes.analyses.base import Analysis, Result, RunOptions, check_images
 if TYPE_CHECKING:  # this module answers `probes --help`
     from torch import Tensor
 
-    from probes.analyses.knockout import KnockoutOptions
     from probes.runs.read import FinishedRun, ProbeRun
 
 
@@ -87,11 +86,12 @@ def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor |
     from probes.models.knockout import Knockout
     from probes.runs.files import read_tensors
 
-    options = knockout_options(run)
-    if options is None or name not in options.classes:
+    results = run.analysis("knockout.json")
+    if results is None or name not in results["options"]["classes"]:
         raise UserError(
             f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first"
         )
+    options = results["options"]
     found = read_tensors(run.path / "knockout.safetensors")
     if f"{name}/patches" not in found:
         return {}, None
@@ -106,43 +106,22 @@ def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor |
         reader.mllm.geometry.patches(sample["target"]).view(1, -1),
         [image],
         classes.index(name),
-        run.layers.index(options.block_by),
-        options.min_patches,
+        run.layers.index(options["block_by"]),
+        options["min_patches"],
     )
     knockouts = [None]
     for condition in ("incorrect", "correct"):
-        knockouts.append(Knockout(case.blocked[condition][None], options.layers))
+        knockouts.append(Knockout(case.blocked[condition][None], options["layers"]))
     maps = [run.predict_sites(sample["image"], run.layers, knockout) for knockout in knockouts]
     entry = {
         "class": name,
         "correct_class": classes[case.correct_class],
         "image": image,
         "name": sample["name"],
-        "how": describe(options),
+        "layers": options["layers"],
+        "block_by": options["block_by"],
     }
     return entry, torch.stack([torch.from_numpy(of_condition) for of_condition in maps])
-
-
-def knockout_options(run: "ProbeRun") -> "KnockoutOptions | None":
-    """Return the options of a run's knockout.json, None without one."""
-    from llava_bidir.common.cli import Parser
-    from probes.analyses.knockout import KnockoutOptions
-
-    results = run.analysis("knockout.json")
-    if results is None:
-        return None
-    return Parser(KnockoutOptions).read([], results["options"] | {"probes": str(run.path)})
-
-
-def describe(options: "KnockoutOptions") -> str:
-    """Return how tokens are blocked if it differs from Eq. 1 as the paper uses it, e.g. "cut in layers 1, 2"."""
-    differences = []
-    if layers := options.layers:
-        numbers = ", ".join(map(str, layers))
-        differences.append(f"cut in layer{'s' * (len(layers) > 1)} {numbers} only")
-    if options.block_by != type(options).block_by:
-        differences.append(f"blocked by the predictions at {options.block_by}")
-    return "; ".join(differences)
 
 
 ANALYSIS = Analysis(

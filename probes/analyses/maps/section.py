@@ -39,14 +39,13 @@ def map_figures(study: StudyRuns) -> Iterator[Figure]:
             pictures=site_rows(run, sites, palette),
         )
         for case in result["knockout"]:
-            how = f" ({case['how']})" if case.get("how") else ""
             wrong, correct = case["class"], case["correct_class"]
             yield Figure(
                 f"knockout_maps_{mask}_{file_name(wrong)}",
                 f"{correct} predicted as {wrong}, {mask}",
                 f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
                 f"predicted as {correct!r}, by layer (Figs. 6 and 12). Rows: no blocking, wrong class blocked, correct "
-                f"class blocked{how}.",
+                f"class blocked, by the predictions at {case['block_by']}, in layers {case['layers'] or 'all'}.",
                 columns=knockout_columns(run, wrong),
                 pictures=knockout_rows(run, wrong, palette),
             )

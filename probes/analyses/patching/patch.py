@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
-from probes.analyses.routes.cuts import random_patches
+from llava_bidir.common.bootstrap import bootstrap_weights
+from probes.analyses.routes.cuts import band_entries, random_patches
 from probes.heads import Probe
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.score.estimate import Estimate
@@ -162,15 +162,8 @@ def patching_effects(
         if values.isnan().all():
             continue
         mean, resampled = nan_mean(values, weights)
-        low, high = simultaneous_band(mean, resampled)
-        results[group] = [
-            {
-                "layer": layer,
-                "value": mean[i].item(),
-                "ci95": [low[i].item(), high[i].item()],
-            }
-            for i, layer in enumerate(options.layers)
-        ]
+        layers = [{"layer": layer} for layer in options.layers]
+        results[group] = band_entries(layers, mean, resampled)
     return results
 
 

@@ -68,12 +68,9 @@ class RoutesOptions(RunOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What a result depends on, beside the run: the content of the questions, wherever they are."""
+        settings = super().settings
+        del settings["questions"], settings["images"]
         content = sha256(self.questions.read_bytes()).hexdigest()[:16]
-        paths = {"questions": None, "images": None}
-        rest = replace(self, **paths)
-        settings = super(RoutesOptions, rest).settings
-        for name in paths:
-            del settings[name]
         return settings | {"questions_sha256": content}
 
 

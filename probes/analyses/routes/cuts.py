@@ -292,7 +292,8 @@ def route_effects(
             )
             mean, resampled = mean_over_questions(tensors, values, seed)
             effect[of_all] = Estimate(mean[0].item(), resampled[:, 0]).json()
-            effect[by_window] = _window_entries(mean[1:], resampled[:, 1:], places[1:])
+            layers = [{"layers": list(place)} for place in places[1:]]
+            effect[by_window] = band_entries(layers, mean[1:], resampled[:, 1:])
         correct = change(
             tensors,
             "correct",
@@ -330,16 +331,13 @@ def change(
     return values - none
 
 
-def _window_entries(
-    values: Tensor, resampled: Tensor, places: Sequence[Sequence[int]]
+def band_entries(
+    places: Sequence[dict[str, Any]], values: Tensor, resampled: Tensor
 ) -> list[dict[str, Any]]:
+    """Return each place with its value f[P], and an interval from f[R, P] that holds for all places together."""
     low, high = simultaneous_band(values, resampled)
     return [
-        {
-            "layers": list(place),
-            "value": values[i].item(),
-            "ci95": [low[i].item(), high[i].item()],
-        }
+        place | {"value": values[i].item(), "ci95": [low[i].item(), high[i].item()]}
         for i, place in enumerate(places)
     ]
 

@@ -10,9 +10,7 @@ there, which is one of the probes' classes; or null for a question that is not a
 question is asked by itself, without the turns before it.
 """
 
-import hashlib
 import os
-from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Annotated, NamedTuple, NotRequired
 
@@ -55,7 +53,6 @@ class QuestionFile(NamedTuple):
 
     questions: list[Question]
     images: list[str]  # paths relative to the image folder, each once
-    sha256: str  # of the file
 
 
 def read_questions(path: Path, classes: list[str]) -> QuestionFile:
@@ -66,8 +63,7 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
             no question has a region.
     """
     with error_context(path):
-        content = path.read_bytes()
-        records = TypeAdapter(list[Record]).validate_json(_as_json_list(content))
+        records = TypeAdapter(list[Record]).validate_json(path.read_bytes())
     questions: list[Question] = []
     images: dict[str, int] = {}
     for number, record in enumerate(records):
@@ -95,10 +91,6 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
                     f"{path}, record {number}: {found}; expected left, top, right, bottom"
                 )
             text = turn["value"].replace("<image>", "").strip()
-            if not text:
-                raise UserError(
-                    f"{path}, record {number}: a question with a region has no text; expected what to ask"
-                )
             image = images.setdefault(record["image"], len(images))
             questions.append(
                 Question(image, text, classes.index(region["class"]), tuple(region["box"]))
@@ -107,7 +99,7 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
         raise UserError(
             f"{path} has no question with an entry in 'regions'; expected a box and a class for each"
         )
-    return QuestionFile(questions, list(images), hashlib.sha256(content).hexdigest()[:16])
+    return QuestionFile(questions, list(images))
 
 
 def first_questions(path: Path, file: QuestionFile, limit: int | None) -> list[Question]:
@@ -123,14 +115,6 @@ def first_questions(path: Path, file: QuestionFile, limit: int | None) -> list[Q
             f"{path}: {which} are about one image; expected two or more, since intervals go by image"
         )
     return questions
-
-
-def _as_json_list(content: bytes) -> bytes:
-    """Return JSON Lines as a JSON list, and other contents without a byte order mark."""
-    content = content.removeprefix(BOM_UTF8)
-    if not content.lstrip().startswith(b"{"):
-        return content
-    return b"[" + b",".join(line for line in content.splitlines() if line.strip()) + b"]"
 
 
 def read_question_image(folder: Path, name: str) -> Image.Image:

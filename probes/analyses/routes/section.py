@@ -78,10 +78,9 @@ def _analysed(study: StudyRuns) -> Iterator[tuple[str, ProbeRun, list[ProbeRun]]
 
 
 def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
-    one = run.analysis("routes.json")
-    other = draw.analysis("routes.json")
+    one, other = (x.analysis("routes.json")["options"] for x in (run, draw))
     alike = ("questions_sha256", "limit", "window", "stride", "seed")
-    if any(one["options"][key] != other["options"][key] for key in alike):
+    if any(one[key] != other[key] for key in alike):
         raise UserError(
             f"{run.path} and {draw.path} were asked different questions; run `probes routes` alike"
         )
@@ -267,5 +266,4 @@ def summarize(mask: str, of_mask: dict[str, Any]) -> str:
 
 
 def _nats(effect: dict[str, Any]) -> str:
-    low, high = effect["all"]["ci95"]
-    return f"{effect['all']['value']:+.3f} nats [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+    return f"{estimate_text(effect['all'], '+.3f')} nats"

@@ -6,25 +6,20 @@ also be an attention sink (sinks.py).
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from probes.analyses.base import Analysis, Claim
-from probes.analyses.sinks import Sinks, sinks_of, starts_with_sink
+from probes.analyses.sinks import sinks_of, starts_with_sink
 
 if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.runs.read import FinishedRun
 
 
-def first_token_sinks(measured: Sinks) -> list[Mapping[str, Any]]:
-    """Return the layers at which the first image token is a sink."""
-    return [layer for layer in measured["layers"] if starts_with_sink(layer)]
-
-
 def sink_warning(runs: Mapping[str, "FinishedRun"], site: str) -> str:
     """Return that the first image token is a sink at a site, in a sentence about a run by mask; "" if there is none."""
     for mask, run in runs.items():
-        for layer in first_token_sinks(sinks_of(run)):
-            if layer["site"] == site:
+        for layer in sinks_of(run)["layers"]:
+            if layer["site"] == site and starts_with_sink(layer):
                 return (
                     f"Under {mask} attention the first image token is an attention sink at {site}: its norm is "
                     f"{layer['first_norm']:.3g} times the median. Starvation is then not about context; see the claim "

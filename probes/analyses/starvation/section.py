@@ -1,4 +1,4 @@
-"""What the report shows of starvation: the gap of a study's two runs, and attention sinks.
+"""What the report shows of starvation: the gap of a study's two runs.
 
 The gap is bidirectional minus causal accuracy by patch. It cancels effects of content that both masks share: early
 patches are mostly sky and ceiling. One mask may still be better at these classes, so accuracy is also standardised to
@@ -10,7 +10,7 @@ Shapes: N images, T patches, K classes, R resamplings.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from probes.analyses.base import Section
 from probes.analyses.charts import Chart, Curve, Figure, Grid, Point
-from probes.analyses.sinks import sinks_of
-from probes.analyses.starvation import first_token_sinks, sink_warning
+from probes.analyses.starvation import sink_warning
 from probes.runs.compare import check_pair
 from probes.runs.formatting import Rows, bounds
 from probes.runs.paper import PAPER
-from probes.runs.read import FinishedRun, ProbeRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns
 from probes.score.estimate import Estimate
 
@@ -35,31 +34,13 @@ def section(study: StudyRuns) -> Section:
     result = starvation(*pair) if pair else None
     if result is None:
         return Section(results={"starvation": None})
-    rows = table3(result)
-    shown = {}
-    runs = {run.mask: run for run in pair}
-    if rows_of_sinks := sink_rows(runs):
-        shown[f"Attention sinks. {sink_warning(runs, result['site'])}"] = rows_of_sinks
+    warning = sink_warning({run.mask: run for run in pair}, result["site"])
     return Section(
         [*starvation_figures(result)],
-        tables={"table3": rows},
-        shown=shown,
+        [warning] if warning else [],
+        tables={"table3": table3(result)},
         results={"starvation": result},
     )
-
-
-def sink_rows(runs: Mapping[str, FinishedRun]) -> list[dict[str, str]]:
-    """Return a row of text for each layer at which the first image token is a sink, of runs by mask."""
-    return [
-        {
-            "attention": mask,
-            "site": layer["site"],
-            "norm of the first image token, in medians": f"{layer['first_norm']:.3g}",
-            "image tokens with such a norm": f"{layer['sinks']:.3g}",
-        }
-        for mask, run in runs.items()
-        for layer in first_token_sinks(sinks_of(run))
-    ]
 
 
 def table3(starvation: dict[str, Any]) -> Rows:

@@ -1,12 +1,12 @@
 """Attention sinks among image tokens: measured on models in which the first one is made one, or not, and told."""
 
 import json
+import shutil
 
 import probe_runs
 import pytest
 from report_parts import studies_of
 
-from probes.analyses.knockout.section import section as knockout_section
 from probes.analyses.routes.section import section as route_section
 from probes.analyses.sinks import (
     SINK_NORM,
@@ -16,7 +16,6 @@ from probes.analyses.sinks import (
     meets_sink,
 )
 from probes.analyses.starvation import sink_warning
-from probes.analyses.starvation.section import sink_rows
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.runs.read import ProbeRun
@@ -73,47 +72,23 @@ def test_a_window_meets_the_sinks_that_the_layer_before_has_written(norms, count
         assert bool(describe_sinks("causal", measured, window)) == meets_sink(window, measured)
 
 
-@pytest.fixture
-def planted(runs, monkeypatch):
-    """The causal run, whose model has a sink at the first image token after layer 1; files of it are removed again."""
+def test_routes_through_a_sink_are_marked_in_table_and_page(runs, tmp_path, monkeypatch):
+    """The first image token is a sink from layer 1 on."""
     model = ProbeRun.mllm
     monkeypatch.setattr(ProbeRun, "mllm", lambda run: with_sink(model(run), 1))
-    run = runs["causal"]
-    before = {*run.path.iterdir()}
-    yield run
-    for file in {*run.path.iterdir()} - before:
-        file.unlink()
-
-
-SAID = "Causal: in 2 layers from 2 to 3, image tokens attend to attention sinks among them (up to 1 per"
-
-
-def test_routes_through_a_sink_are_marked_in_table_and_page(planted, tmp_path):
-    questions = probe_runs.write_questions(planted, tmp_path)
-    words = ["--probes", str(planted.path)]
+    run = shutil.copytree(runs["causal"].path, tmp_path / "run")
+    questions = probe_runs.write_questions(runs["causal"], tmp_path)
+    words = ["--probes", str(run)]
     main(["sinks", *words])
     main(["routes", *words, "--questions", str(questions), "--draws", "1", "--window", "1"])
-    (study,) = studies_of([planted.path])
+    (study,) = studies_of([run])
     content = route_section(study)
-    assert any(text.startswith(SAID) for text in content.sentences)
+    said = "Causal: in 2 layers from 2 to 3, image tokens attend to attention sinks among them"
+    assert any(text.startswith(said) for text in content.sentences)
     (figure,) = content.figures
     assert "Grey ground: layers in which" in figure.caption
-    rows = {(x["source"], x["target"], x["layers"]): x["can_cut_sink"] for x in figure.rows}
-    assert len(rows) == len(figure.rows)
-    for (_, _, layers), can_cut in rows.items():
-        assert can_cut == (layers in ("all", "2-2", "3-3"))
-
-
-@pytest.mark.parametrize(("layers", "is_said"), [((), True), (("1",), False), (("1", "2"), True)])
-def test_a_knockout_of_layers_with_a_sink_says_so(planted, layers, is_said):
-    cut = ["--layers", *layers] if layers else []
-    words = ["--probes", str(planted.path)]
-    main(["knockout", *words, "--classes", "auto:2", "--draws", "1", *cut])
-    (study,) = studies_of([planted.path])
-    assert "sink" not in " ".join(knockout_section(study).sentences), "not measured"
-    main(["sinks", *words])
-    said = " ".join(knockout_section(study).sentences)
-    assert ("Causal: in " in said and "attention sinks among them" in said) == is_said
+    for row in figure.rows:
+        assert row["can_cut_sink"] == (row["layers"] in ("all", "2-2", "3-3"))
 
 
 @pytest.mark.parametrize("norm", [9.9, 159.0])
@@ -127,22 +102,14 @@ def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(runs, norm):
     try:
         claims = evaluate_claims(*studies_of([run.path for run in pair.values()]))
         warning = sink_warning(pair, site)
-        rows = sink_rows(pair)
     finally:
         file.unlink()
     found = [claim for claim in claims if claim["claim"] == CLAIM]
     if norm < SINK_NORM:
-        assert not (found or warning or rows)
+        assert not (found or warning)
         return
-    counts = [run.counts for run in pair.values()]
-    index = causal.sites.index(site)
-    columns = causal.metrics["grid"][1]
-    rest = slice(1, columns)
-    accuracies = [
-        c.patch_right[index][:, rest].sum().item() / c.patch_valid[:, rest].sum().item()
-        for c in counts
-    ]
-    assert found[0]["value"] == pytest.approx(accuracies[1] - accuracies[0])
+    rest = slice(1, causal.metrics["grid"][1])
+    right = [run.counts.patch_right[run.sites.index(site)][:, rest].sum() for run in pair.values()]
+    gap = (right[1] - right[0]).item() / causal.counts.patch_valid[:, rest].sum().item()
+    assert found[0]["value"] == pytest.approx(gap)
     assert f"attention sink at {site}: its norm is 159 times" in warning
-    (row,) = rows
-    assert row["norm of the first image token, in medians"] == "159"

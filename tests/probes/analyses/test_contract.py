@@ -110,18 +110,9 @@ def test_other_options_do_not_replace_a_result_unless_asked_to(name, study, tmp_
     out = ["--out", str(tmp_path)]
     with pytest.raises(SystemExit) as error:
         study.run(name, *out, *CASES[name].others)
-    said = str(error.value)
-    assert f"{result} is finished and was made with" in said
-    assert CASES[name].made in said
-    assert "--overwrite true replaces it, --out DIR writes elsewhere" in said
+    assert f"{result} is finished and was made with {CASES[name].made};" in str(error.value)
     assert result.read_bytes() == before
-    study.run(
-        name,
-        *out,
-        *CASES[name].others,
-        "--overwrite",
-        "true",
-    )
+    study.run(name, *out, *CASES[name].others, "--overwrite", "true")
     assert result.read_bytes() != before
 
 
@@ -188,40 +179,23 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "options", "message"), BAD)
-def test_a_bad_option_is_an_error_in_one_line(
+def test_a_bad_option_is_an_error_and_leaves_nothing(
     name,
     options,
     message,
     study,
     tmp_path,
 ):
-    with pytest.raises(SystemExit, match=f"^probes: .*{message}") as error:
+    with pytest.raises(SystemExit, match=f"^probes: .*{message}"):
         study.run(name, *options, "--out", str(tmp_path))
-    assert "\n" not in str(error.value)
     assert not [file for file in tmp_path.iterdir() if not file.name.startswith(".")]
 
 
-ABOUT_CLASSES = {
-    "knockout": ["--probes", "RUN", "--classes", "auto:1"],
-    "routes": ["--probes", "RUN"],
-    "patching": ["--probes", "RUN"],
-    "umap": ["--probes", "RUN"],
-    "lab": ["RUN"],
-    "maps": ["--probes", "RUN", "--classes", "a"],
-}
-
-
-@pytest.mark.parametrize("command", ABOUT_CLASSES)
-def test_what_is_about_classes_names_the_task(command, task_runs, tmp_path):
-    if command == "lab":
-        pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
-    paths = {"RUN": str(task_runs["normals"].path), "OUT": str(tmp_path / "out")}
-    options = [paths.get(word, word) for word in ABOUT_CLASSES[command]]
+@pytest.mark.parametrize("command", ["knockout --classes auto:1 --probes", "umap --probes"])
+def test_what_is_about_classes_names_the_task(command, task_runs):
     expected = "^probes: .*probes of the task normals, but .* about .*classes"
-    with pytest.raises(SystemExit, match=expected) as stop:
-        main([command, *options])
-    assert "\n" not in str(stop.value.code)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match=expected):
+        main([*command.split(), str(task_runs["normals"].path)])
 
 
 # ------------------------------------------------------------------------------------------ states

@@ -1,14 +1,14 @@
-"""Activation patching: against full forwards patched by hand, statistics against numpy, bad input."""
+"""Activation patching: against full forwards patched by hand, statistics against numpy."""
 
-import json
+from types import SimpleNamespace
 
 import numpy as np
-import probe_runs
 import pytest
+import reference
 import torch
 from safetensors.torch import load_file
 
-from probes.analyses.patching import PatchingOptions
+from probes.analyses.patching import PatchingOptions, complete
 from probes.analyses.patching.patch import (
     nan_mean,
     object_tokens,
@@ -29,63 +29,28 @@ def patched(request, runs, tmp_path_factory):
     return runs[request.param], load_file(out / "patching.safetensors")
 
 
+@torch.no_grad()
 def forward_by_hand(
     mllm,
     pixels,
-    mask: str,
     layer: int = 0,
     tokens=None,
     new=None,
 ) -> list[torch.Tensor]:
-    """Return the input of the LLM and the output of each layer, f[N, d], of a full forward of one image.
+    """Return the image's states at the adapter and after each layer, f[T, d], by an attention written out.
 
-    The outputs of `tokens` bool[N] at a layer are replaced by `new` f[N, d]. The mask is written out.
+    Those of `tokens` bool[T] at a layer are replaced by `new` f[T, d].
     """
-    ids = mllm.ids
-    image = mllm.is_image
-    states = []
-    positions = torch.arange(ids.shape[1])
-    allowed = positions[None] <= positions[:, None]
-    if mask == "bidirectional":
-        allowed = allowed | (image[:, None] & image[None])
-
-    def put(value):
-        value = (
-            value
-            if tokens is None or len(states) != layer
-            else torch.where(tokens[:, None], new, value[0])[None]
-        )
-        states.append(value[0].clone())
-        return value
-
-    def before(_, args, kwargs):
-        kwargs = kwargs | {"attention_mask": allowed[None, None]}
-        if args:
-            return (put(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": put(kwargs["hidden_states"])}
-
-    layers = mllm.decoder.layers
-    handles = []
-
-    def masked(_, args, kwargs):
-        return (args, kwargs | {"attention_mask": allowed[None, None]})
-
-    handles.append(layers[0].register_forward_pre_hook(before, with_kwargs=True))
-    handles += [each.register_forward_pre_hook(masked, with_kwargs=True) for each in layers[1:]]
-
-    def after(_, args, out):
-        return put(out) if torch.is_tensor(out) else (put(out[0]), *out[1:])
-
-    handles += [each.register_forward_hook(after) for each in layers]
-    with torch.no_grad():
-        mllm.model.model(
-            input_ids=ids,
-            pixel_values=pixels,
-            use_cache=False,
-        )
-    for handle in handles:
-        handle.remove()
-    return states
+    first = mllm.prefix_ids.shape[1]
+    masks = reference.masks_by_layer(mllm, mllm.ids.shape[1], lambda *_: False)
+    prefix = mllm.decoder.embed_tokens(mllm.prefix_ids)
+    states = [torch.cat([prefix, mllm.states(pixels, ["adapter"])["adapter"]], 1)]
+    for number, mask in enumerate(masks):
+        if tokens is not None and number == layer:
+            states[-1][0, first:][tokens] = new[tokens]
+        one = SimpleNamespace(layers=[mllm.decoder.layers[number]], config=mllm.decoder.config)
+        states += reference.llama_states(one, states[-1], [mask], torch.arange(mask.shape[-1]))
+    return [x[0, first:] for x in states]
 
 
 def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
@@ -93,12 +58,11 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
     run, tensors = patched
     mllm = run.mllm()
     probe = run.probes()[READ_OUT]
-    mask = run.metrics["image_attention"]
     dataset = run.dataset()
     others = other_images(len(dataset), seed=0)
 
     def odds(states, truth):
-        p = probe(states[mllm.is_image][None].float())[0].softmax(-1)
+        p = probe(states[2][None].float())[0].softmax(-1)
         p = p[torch.arange(len(truth)), truth.clamp(min=0)]
         return (p / (1 - p)).log()
 
@@ -118,21 +82,18 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
         tokens = object_tokens(truth[None])[0]
         assert len(truth[tokens].unique()) == 1
         assert tokens.sum() == truth[labelled].bincount().max()
-        donor = forward_by_hand(mllm, of_other, mask)
-        own = odds(forward_by_hand(mllm, pixels, mask)[2], truth)
-        close(tensors["total"][i], (odds(donor[2], truth) - own)[labelled].mean())
-        where = torch.zeros_like(mllm.is_image)
-        where[mllm.is_image.nonzero().flatten()[tokens]] = True
+        donor = forward_by_hand(mllm, of_other)
+        own = odds(forward_by_hand(mllm, pixels), truth)
+        close(tensors["total"][i], (odds(donor, truth) - own)[labelled].mean())
         for layer in (0, 1):
             states = forward_by_hand(
                 mllm,
                 pixels,
-                mask,
                 layer,
-                where,
+                tokens,
                 donor[layer],
             )
-            change = odds(states[2], truth) - own
+            change = odds(states, truth) - own
             for group, patches in (("patched", tokens), ("others", ~tokens)):
                 expected = change[labelled & patches].mean()  # NaN of no patch, too
                 close(tensors[group][i, layer], expected)
@@ -145,56 +106,25 @@ def test_each_image_is_given_another_ones_states():
     assert others != other_images(9, seed=2)
 
 
-def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoints, runs, tmp_path):
-    root = runs["causal"].manifest["data"]["root"]
-    run = probe_runs.fit(
-        checkpoints["causal"],
-        root,
-        tmp_path,
-        "--model.sites",
-        "[adapter,layer_02,final_norm]",
-    )
-    for site, layers in (("layer_02", [0, 1]), ("final_norm", [0, 1, 2, 3])):
-        out = tmp_path / site
-        main(
-            [
-                "patching",
-                "--probes",
-                str(run.path),
-                "--site",
-                site,
-                "--limit",
-                "2",
-                "--out",
-                str(out),
-            ]
-        )
-        assert json.loads((out / "patching.json").read_text())["layers"] == layers
+def test_layers_are_all_before_the_read_out(runs):
+    run = runs["causal"]
+    for site, layers in (("layer_02", (0, 1)), ("final_norm", (0, 1, 2, 3))):
+        assert complete(run, PatchingOptions(probes=run.path, site=site)).layers == layers
 
 
-def test_means_leave_out_images_without_patches_and_intervals_hold_together():
+def test_means_leave_out_images_without_patches():
     generator = np.random.default_rng(0)
     values = generator.normal(1.0, 2.0, (40, 3))
     values[3:9, 1] = np.nan
-    weights = generator.integers(0, 3, (500, 40)).astype(float)
+    weights = generator.integers(0, 3, (500, 40))
     mean, resampled = nan_mean(torch.tensor(values), torch.tensor(weights))
     np.testing.assert_allclose(mean, np.nanmean(values, 0))
     for r in (0, 99):
-        rows = [
-            values[i, 1]
-            for i in range(40)
-            if not np.isnan(values[i, 1])
-            for _ in range(int(weights[r, i]))
-        ]
-        np.testing.assert_allclose(resampled[r, 1], np.mean(rows))
-    held = 0
-    draws = 200
-    options = PatchingOptions(probes="run", layers=tuple(range(6)))
-    for _ in range(draws):
-        values = torch.tensor(generator.normal(0.0, 1.0, (60, 6)))
-        tensors = {"total": values[:, 0], "patched": values, "others": values}
-        tensors |= dict.fromkeys(("random", "difference"), torch.full_like(values, torch.nan))
-        effects = patching_effects(tensors, options)
-        assert set(effects) == {"images", "total", "patched", "others"}
-        held += all(place["ci95"][0] <= 0 <= place["ci95"][1] for place in effects["patched"])
-    assert 0.88 <= held / draws <= 0.99, "all six intervals hold together in about 95% of the draws"
+        drawn = np.repeat(values[:, 1], weights[r])
+        np.testing.assert_allclose(resampled[r, 1], np.nanmean(drawn))
+    tensors = {name: torch.tensor(values) for name in ("patched", "others")}
+    tensors |= dict.fromkeys(("random", "difference"), torch.full((40, 3), torch.nan))
+    tensors["total"] = torch.tensor(values[:, 0])
+    effects = patching_effects(tensors, PatchingOptions(probes="run", layers=(0, 1, 2)))
+    assert set(effects) == {"images", "total", "patched", "others"}
+    assert [place["value"] for place in effects["others"]] == pytest.approx(mean.tolist())

@@ -16,7 +16,7 @@ from probes import Knockout
 from probes.analyses import run as run_analysis
 from probes.analyses.routes import RoutesOptions
 from probes.analyses.routes.cuts import answer_statistics, outcomes, random_patches, windows
-from probes.analyses.routes.questions import read_questions
+from probes.analyses.routes.questions import read_questions, tokens_in_box
 from probes.cli import main
 from probes.runs.read import ProbeRun
 from probes.score.effects import read_effect_file
@@ -54,29 +54,16 @@ def test_routes_equal_a_loop_over_knockouts(measured):
     run, path, _, tensors = measured
     mllm = run.mllm()
     file = read_questions(path, CLASSES)
-    sets = {
-        "question": "question",
-        "last": "last",
-        "text": ("question", "last", "answer"),
-    }
+    sets = {"question": "question", "text": ("question", "last", "answer")}
     for number, question in list(enumerate(file.questions))[:2]:
         pixels = mllm.preprocess([Image.open(path.parent / file.images[question.image])])
         states = mllm.states(pixels, run.sites)
-        left, top, right, bottom = question.box
-        place = [
-            left <= (column + 0.5) / 2 < right and top <= (row + 0.5) / 2 < bottom
-            for row in range(2)
-            for column in range(2)
-        ]
-        place = torch.tensor(place)
+        place = tokens_in_box(mllm.geometry, (1, 1), question.box)
         for site, probe in run.probes().items():
             read = probe(states[site])[0, place].mean(0).log_softmax(-1)
             found = tensors[f"probe:{site}"][number]
             torch.testing.assert_close(found, read, rtol=0, atol=1e-4)
-        blocked = {
-            "image": place | True,
-            "object": place,
-        }
+        blocked = {"image": place | True, "object": place}
         for target, rows in sets.items():
             for source, patches in blocked.items():
                 for i, layers in enumerate((None, [1, 2], [2, 3])):
@@ -89,21 +76,6 @@ def test_routes_equal_a_loop_over_knockouts(measured):
                     assert tensors[f"changed:{source} to {target}"][number, i] == changed
                     correct = scores.argmax() == question.right
                     assert tensors[f"correct:{source} to {target}"][number, i] == correct
-
-
-def test_accuracies_are_shares_of_questions(measured):
-    run, _, results, tensors = measured
-    right = tensors["right"]
-    said = tensors["none"].argmax(-1)
-    assert results["accuracy"]["value"] == pytest.approx((said == right).double().mean().item())
-    assert [entry["site"] for entry in results["sites"]] == run.sites
-    for entry in results["sites"]:
-        read = tensors[f"probe:{entry['site']}"].argmax(-1)
-        assert entry["accuracy"]["value"] == pytest.approx((read == right).double().mean().item())
-        assert entry["agreement"]["value"] == pytest.approx((read == said).double().mean().item())
-    for effect in results["effects"][:3]:
-        correct = tensors[f"correct:{effect['source']} to {effect['target']}"][:, 0]
-        assert effect["right"]["value"] == pytest.approx(correct.double().mean().item())
 
 
 def test_intervals_resample_images_with_all_their_questions():
@@ -134,8 +106,14 @@ def test_random_patches_are_as_many_others():
     assert random.sum() == (~place).sum() and random[place].all(), "the rest are the object's"
 
 
-def test_effects_are_means_over_questions(measured):
+def test_accuracies_and_effects_are_means_over_questions(measured):
     _, _, results, tensors = measured
+    said = tensors["none"].argmax(-1)
+    for entry in results["sites"]:
+        read = tensors[f"probe:{entry['site']}"].argmax(-1)
+        accuracy = (read == tensors["right"]).double().mean().item()
+        assert entry["accuracy"]["value"] == pytest.approx(accuracy)
+        assert entry["agreement"]["value"] == pytest.approx((read == said).double().mean().item())
     assert windows(2, 3) == [[1, 3], [1, 2], [2, 3]]
     assert windows(2, 7, stride=3) == [[1, 7], [1, 2], [4, 5]]
     none = tensors["none"][range(len(tensors["right"])), tensors["right"]]
@@ -148,13 +126,8 @@ def test_effects_are_means_over_questions(measured):
         else:
             route = f"{effect['source']} to {effect['target']}"
             expected = tensors[f"right:{route}"] - none[:, None]
-        found = [effect["all"], *effect["windows"]]
-        assert [entry["value"] for entry in found] == pytest.approx(
-            expected.double().mean(0).tolist(), abs=1e-6
-        )
-        assert all(
-            low <= entry["value"] <= high for entry in found for low, high in [entry["ci95"]]
-        )
+        found = [entry["value"] for entry in (effect["all"], *effect["windows"])]
+        assert found == pytest.approx(expected.double().mean(0).tolist(), abs=1e-6)
 
 
 def test_the_probability_of_draws_is_their_mean_and_not_that_of_logarithms():
@@ -164,23 +137,20 @@ def test_the_probability_of_draws_is_their_mean_and_not_that_of_logarithms():
 
 
 # ------------------------------------------------------------------------------------------ known truth
-def write_world(folder: Path, images: int, shuffled: bool) -> Path:
-    """Pictures of one coloured patch each, and questions about it; shuffled, the answers do not depend on it."""
+def write_world(folder: Path, images: int) -> Path:
+    """Pictures of one coloured patch each, and a question about it."""
     rng = np.random.default_rng(0)
     records = []
-    (folder / "pictures").mkdir(parents=True)
     for i in range(images):
-        patch = int(rng.integers(4))
+        row, column = rng.integers(2, size=2)
         kind = int(rng.integers(3))
-        pixels = rng.integers(100, 140, (8, 8, 3)).astype(np.uint8)
-        row, column = divmod(patch, 2)
-        pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = COLOURS[kind]
-        Image.fromarray(pixels).save(folder / f"pictures/{i}.png")
-        name = CLASSES[int(rng.integers(3)) if shuffled else kind]
+        pixels = rng.integers(100, 140, (2, 4, 2, 4, 3)).astype(np.uint8)
+        pixels[row, :, column] = COLOURS[kind]
+        Image.fromarray(pixels.reshape(8, 8, 3)).save(folder / f"{i}.png")
         box = [column / 2, row / 2, column / 2 + 0.5, row / 2 + 0.5]
-        turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": name}]
-        record = {"image": f"pictures/{i}.png", "conversations": turns}
-        records.append(record | {"regions": [{"box": box, "class": name}]})
+        turn = {"from": "human", "value": QUESTION}
+        record = {"image": f"{i}.png", "conversations": [turn]}
+        records.append(record | {"regions": [{"box": box, "class": CLASSES[kind]}]})
     path = folder / "questions.json"
     path.write_text(json.dumps(records))
     return path
@@ -189,18 +159,15 @@ def write_world(folder: Path, images: int, shuffled: bool) -> Path:
 def train(mllm, questions: Path, steps: int) -> None:
     """Train adapter and LLM to answer, with all but the last 60 images."""
     file = read_questions(questions, CLASSES)
-    names = [file.images[question.image] for question in file.questions][:-60]
-    pixels = mllm.preprocess([Image.open(questions.parent / name) for name in names])
-    right = torch.tensor([question.right for question in file.questions][:-60])
+    pixels = mllm.preprocess([Image.open(questions.parent / name) for name in file.images[:-60]])
+    right = torch.tensor([question.right for question in file.questions])
     model = mllm.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    text = mllm.chat.question_ids(QUESTION)
     answers = torch.tensor([ids[0] for ids in mllm.chat.answer_ids(CLASSES)])
-    assert len(answers.unique()) == 3
-    ids = torch.tensor([mllm.ids[0].tolist() + text])
+    ids = torch.tensor([mllm.ids[0].tolist() + mllm.chat.question_ids(QUESTION)])
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        batch = torch.randint(len(right), (32,), generator=generator)
+        batch = torch.randint(len(pixels), (32,), generator=generator)
         output = model(input_ids=ids.expand(32, -1), pixel_values=pixels[batch])
         loss = F.cross_entropy(output.logits[:, -1], answers[right[batch]])
         optimizer.zero_grad()
@@ -210,44 +177,40 @@ def train(mllm, questions: Path, steps: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
+def test_a_planted_route_is_found_and_none_in_a_model_that_was_not_trained(
+    runs, tmp_path, monkeypatch
+):
     """Patches do not mix before the LLM, since the encoder's attention is zero."""
-    numbers = {}
-    for name in ("planted", "shuffled"):
-        questions = write_world(tmp_path / name, 400, shuffled=name == "shuffled")
-        run = runs["causal"]
+    questions = write_world(tmp_path, 400)
+    run = runs["causal"]
+    results = {}
+    claimed = {}
+    for steps in (0, 150):
         mllm = run.mllm()
         for layer in mllm.encoder_layers.modules(mllm.model):
             torch.nn.init.zeros_(layer.self_attn.out_proj.weight)
-        train(mllm, questions, 150)
-        held_out = json.loads(questions.read_text())[-60:]
-        questions.write_text(json.dumps(held_out))
-        with pytest.MonkeyPatch.context() as patch:
+        train(mllm, questions, steps)
+        held_out = questions.with_name("held_out.json")
+        held_out.write_text(json.dumps(json.loads(questions.read_text())[-60:]))
+        plan = RoutesOptions(
+            probes=run.path,
+            out=tmp_path / str(steps),
+            questions=held_out,
+            window=1,
+            draws=2,
+        )
+        with monkeypatch.context() as patch:
             patch.setattr(ProbeRun, "mllm", lambda self, mllm=mllm: mllm)
-            plan = RoutesOptions(
-                probes=run.path,
-                out=tmp_path / name / "out",
-                questions=questions,
-                window=1,
-                draws=2,
-            )
             run_analysis(plan)
-        results = json.loads((tmp_path / name / "out/routes.json").read_text())
-        effects = {(entry["source"], entry["target"]): entry for entry in results["effects"]}
-        tensors = load_file(tmp_path / name / "out/routes.safetensors")
-        own, other = (tensors[f"right:{s} to text"][:, 0].exp() for s in ("object", "random"))
-        numbers[name] = results["accuracy"]["value"], effects, (other - own).mean().item()
-    accuracy, effects, claimed = numbers["planted"]
+        results[steps] = json.loads((plan.out / "routes.json").read_text())
+        effects, _ = read_effect_file(plan.out / "routes_effects.safetensors")
+        claimed[steps] = effects["route_object"]
+    effects = {(x["source"], x["target"]): x for x in results[150]["effects"]}
     # the last token reads the object itself; one of three answers is the one without it
-    assert accuracy > 0.95
-    assert claimed > 0.2
+    assert results[150]["accuracy"]["value"] > 0.95
+    assert claimed[150].value > 0.2
     assert effects["object - random", "text"]["all"]["ci95"][1] < -0.5
     assert effects["object", "text"]["changed"]["value"] > 0.2
-    for source, target in (("random", "text"), ("object", "question")):
-        assert abs(effects[source, target]["all"]["value"]) < 0.1
-    accuracy, effects, claimed = numbers["shuffled"]
-    assert abs(accuracy - 1 / 3) < 0.2
-    assert claimed < 0.01
-    for target in ("text", "last"):
-        low, high = effects["object - random", target]["all"]["ci95"]
-        assert low <= 0 <= high
+    for route in (("random", "text"), ("object", "question")):
+        assert abs(effects[route]["all"]["value"]) < 0.1
+    assert claimed[0].value < 0.01

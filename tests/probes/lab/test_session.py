@@ -2,38 +2,40 @@
 
 import base64
 import io
-import json
 
 import labs
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.lab.models import example_questions, load_checkpoint
-from probes.lab.photos import encode
+from probes.lab.models import load_checkpoint
+from probes.lab.photos import encode, grid_box
 from probes.lab.requests import (
     MAX_ANSWER_TOKENS,
-    AnswerAttention,
     Attention,
     Block,
     PatchView,
     PhotoQuestion,
     Replace,
+    ShownViews,
     SiteView,
     View,
 )
-from probes.lab.session import Session, split_answer
+from probes.lab.session import Session, token_text
+from probes.ops.geometry import Geometry, ResizeRule
 from probes.tasks.segmentation import colorize_classes
 
 
-def block(*patches: int, **limits) -> Block:
-    return Block(
-        kind="block",
-        patches=patches,
-        **limits,
+def replace(site: str, by: str) -> Replace:
+    return Replace(
+        kind="replace",
+        patches=(1, 2),
+        site=site,
+        by=by,
     )
 
 
@@ -42,29 +44,14 @@ def hidden(*patches: int) -> probes.Knockout:
     return probes.Knockout(torch.tensor([[t in patches for t in range(4)]]))
 
 
-BLOCK = block(0, 2)
+BLOCK = Block(kind="block", patches=(0, 2))
 CHANGES = {
     "none": None,
     "block": BLOCK,
-    "layers": block(1, layers=(2, 3)),
-    "mean": Replace(
-        kind="replace",
-        patches=(0, 3),
-        site="layer_01",
-        by="mean",
-    ),
-    "other mask": Replace(
-        kind="replace",
-        patches=(1, 2),
-        site="layer_01",
-        by="other_mask",
-    ),
-    "other photo": Replace(
-        kind="replace",
-        patches=(1, 2),
-        site="adapter",
-        by="split:3",
-    ),
+    "layers": Block(kind="block", patches=(1,), layers=(2, 3)),
+    "mean": replace("layer_01", "mean"),
+    "other mask": replace("layer_01", "other_mask"),
+    "other photo": replace("adapter", "split:3"),
 }
 
 
@@ -75,48 +62,46 @@ def numbers(text: str, kind: str, *shape: int) -> np.ndarray:
 def read(session: Session, request: View) -> tuple[np.ndarray, np.ndarray]:
     """Return classes and probabilities as the page receives them."""
     result = session.read(request, labs.JOB)
-    sites = len(session.models[request.model].sites)
-    return numbers(
-        result["classes"],
-        "u1",
-        3,
-        sites,
-        4,
-    ), numbers(
-        result["probabilities"],
-        "<f4",
-        3,
-        sites,
-        4,
-    )
+    shape = (3, len(session.models[request.model].sites), 4)
+    classes = numbers(result["classes"], "u1", *shape)
+    return classes, numbers(result["probabilities"], "<f4", *shape)
 
 
-def states_of(session: Session, request: View) -> dict[str, torch.Tensor]:
-    """Return the states of a view by the Python API."""
-    model = session.models[request.model]
-    blocked = None if request.intervention is None else hidden(*request.intervention.patches)
-    image = session.photos.get(request.photo).squares[request.model]
-    return model.mllm.states(model.mllm.preprocess([image]), model.sites, blocked)
+def states_of(session: Session, photo: str, *blocked: int) -> dict[str, torch.Tensor]:
+    """Return the states of a photo in the second model by the Python API."""
+    model = session.models[1]
+    pixels = model.mllm.preprocess([session.photos.get(photo).squares[1]])
+    return model.mllm.states(pixels, model.sites, hidden(*blocked) if blocked else None)
 
 
+@pytest.mark.parametrize("beside", [None, "split:3"])
 @pytest.mark.parametrize("change", [None, BLOCK])
-def test_similarity_and_colours_are_those_of_the_python_api(session, change):
-    view = View(photo="split:1", model=1, intervention=change)
-    mllm = session.models[1].mllm
-    states = states_of(session, view)
-    asked = PatchView(**dict(view), patch=2)
-    found = session.similarity(asked, labs.JOB)["similarity"]
-    expected = torch.stack([*mllm.similarity(states, (1, 0)).values()]).flatten(1)
-    assert np.array_equal(numbers(found, "<f4", *expected.shape), expected.numpy())
-    views = [View(photo="split:1", model=1)] + [view] * (change is not None)
-    together = [states_of(session, x) for x in views]
-    joined = {site: torch.cat([x[site] for x in together]) for site in states}
-    colours = session.pca(view, labs.JOB)["colours"]
-    assert len(colours) == len(views)
-    for i, of_view in enumerate(colours):
-        read = numbers(of_view, "u1", len(states), 2, 2, 3)
-        for s, of_site in enumerate(probes.pca_colours(joined).values()):
-            assert np.array_equal(read[s], (255 * of_site[i]).round().numpy())
+def test_similarity_and_pca_colours_over_the_shown_views(session, change, beside):
+    """Components are fitted over all views together, by numpy."""
+    shown = ShownViews(
+        photo="split:1",
+        model=1,
+        intervention=change,
+        beside=beside,
+    )
+    views = [states_of(session, "split:1")]
+    if change:
+        views.append(states_of(session, "split:1", *change.patches))
+    if beside:
+        views.append(states_of(session, beside))
+    colours = session.pca(shown, labs.JOB)["colours"]
+    found = np.stack([numbers(of_view, "u1", len(views[0]), 4, 3) for of_view in colours])
+    asked = PatchView(**dict(View(photo="split:1", model=1)), patch=2)
+    expected = torch.stack([*session.models[1].mllm.similarity(views[0], (1, 0)).values()])
+    similarity = session.similarity(asked, labs.JOB)["similarity"]
+    assert np.array_equal(numbers(similarity, "<f4", *expected.shape), expected.numpy())
+    for s, site in enumerate(views[0]):
+        x = np.concatenate([states[site][0].double().numpy() for states in views])
+        u, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+        scores = (u * scale)[:, :3]
+        scores *= np.sign(scores[np.abs(scores).argmax(0), range(3)])
+        expected = 255 * (scores - scores.min(0)) / np.ptp(scores, 0)
+        assert np.abs(found[:, s].reshape(-1, 3) - expected).max() < 0.51
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -129,96 +114,61 @@ def test_views_have_the_numbers_of_the_python_api(session, change, model):
     assert (shares == best.values.permute(2, 0, 1).numpy()).all()
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_an_uploaded_photo_is_read_and_asked_as_the_python_api_does(session, orientation):
-    """A phone's photo is turned by its EXIF tag, as viewers show it."""
-    pixels = np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    file = io.BytesIO()
-    image.getexif()[0x0112] = orientation
-    image.save(file, "PNG", exif=image.getexif())
-    turned = Image.fromarray(np.rot90(pixels, -1) if orientation == 6 else pixels)
+def test_an_uploaded_photo_is_read_and_asked_as_the_python_api_does(session):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
     view = {
-        "photo": session.photos.add(file.getvalue(), "photo.png"),
+        "photo": session.photos.add(encode(image, "PNG"), "photo.png"),
         "model": 1,
         "intervention": BLOCK,
     }
-    assert session.photos.get(view["photo"]).size == turned.size
     _, shares = read(session, View(**view))
-    expected = labs.read_directly(session, View(**view), turned)
+    expected = labs.read_directly(session, View(**view), image)
     assert (shares[0] == expected.amax(-1).numpy()).all()
     asked = session.ask(PhotoQuestion(**view, question="What is 'it'?"), labs.JOB)
-    answer = session.models[1].mllm.answer(
-        turned, "What is 'it'?", hidden(*BLOCK.patches), MAX_ANSWER_TOKENS
-    )
-    assert asked["blocked"]["answer"] == answer
+    mllm = session.models[1].mllm
+    blocked = hidden(*BLOCK.patches)
+    assert asked["blocked"] == mllm.answer(image, "What is 'it'?", blocked, MAX_ANSWER_TOKENS)
+    answers = (mllm.preprocess(image), "What is 'it'?", [asked["answer"]])
+    scores = [mllm.answer_log_probs(*answers, knockout).item() for knockout in (None, blocked)]
+    assert asked["log_probability"] == scores
 
 
 def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
-    request = SiteView(
-        photo="split:2",
-        model=0,
-        site="layer_02",
-    )
+    request = SiteView(photo="split:2", model=0, site="layer_02")
     shown = Image.open(io.BytesIO(base64.b64decode(session.pixel_map(request, labs.JOB)["png"])))
     run = probes.ProbeRun(lab_runs[0])
     predicted = run.predict(run.dataset()[2]["image"], "layer_02")
-    assert (
-        np.asarray(shown) == colorize_classes(predicted, np.array(session.palette, np.uint8))
-    ).all()
+    expected = colorize_classes(predicted, np.array(session.palette, np.uint8))
+    assert np.array_equal(np.asarray(shown), expected)
 
 
-def test_words_of_a_patch_are_those_of_the_map(session):
-    view = {
-        "photo": "split:0",
-        "model": 0,
-        "intervention": BLOCK,
-    }
-    by_site = session.words_of_patch(PatchView(**view, patch=2), labs.JOB)["words"]
+def test_words_are_those_of_the_logit_lens(session):
+    view = View(photo="split:0", model=0, intervention=BLOCK)
     model = session.models[0]
-    for site, words in zip(model.word_sites, by_site, strict=True):
-        of_map = session.words_of_site(SiteView(**view, site=site), labs.JOB)["words"][2]
-        assert [text for text, _ in of_map] == [text for text, _ in words]
-    states = model.mllm.states(session._pixels(View(**view)), ["final_norm"], hidden(0, 2))
-    best = model.mllm.logit_lens(states)["final_norm"][0, 2].softmax(-1).max()
-    assert by_site[-1][0][1] == pytest.approx(best.item(), rel=1e-5)
+    states = model.mllm.states(session._pixels(view), model.word_sites, hidden(0, 2))
+    best = [x[0].softmax(-1).max(-1).values for x in model.mllm.logit_lens(states).values()]
+    by_site = session.words_of_patch(PatchView(**dict(view), patch=2), labs.JOB)["words"]
+    shares = [words[0][1] for words in by_site]
+    assert shares == pytest.approx([of_site[2].item() for of_site in best], rel=1e-5)
+    asked = SiteView(**dict(view), site="final_norm")
+    of_map = session.words_of_site(asked, labs.JOB)["words"]
+    assert [text for text, _ in of_map[2]] == [text for text, _ in by_site[-1]]
+    assert [words[0][1] for words in of_map] == pytest.approx(best[-1].tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("change", [None, BLOCK])
-def test_attention_is_that_of_the_python_api(session, change):
-    view = {
-        "photo": "split:1",
-        "model": 1,
-        "intervention": change,
-        "layer": 2,
-    }
+def test_attention_is_that_of_the_python_api(session):
+    asked = Attention(
+        photo="split:1",
+        model=1,
+        intervention=BLOCK,
+        layer=2,
+        patch=3,
+    )
     mllm = session.models[1].mllm
-    pixels = session._pixels(View(photo="split:1", model=1))
-    knockout = change and hidden(*change.patches)
-    (weights,) = mllm.attention(pixels, ["layer_02"], knockout, average_heads=False).values()
-    result = session.attention(Attention(**view, patch=3), labs.JOB)
-    assert numbers(result["to"], "<f4", 4, 4).tolist() == weights[0, :, 3].tolist()
-    assert numbers(result["from"], "<f4", 4, 4).tolist() == weights[0, :, :, 3].tolist()
-    word = view | {
-        "question": "Sky?",
-        "answer": "the sky",
-        "token": 1,
-    }
-    result = session.answer_attention(AnswerAttention(**word), labs.JOB)
-    (weights,) = mllm.answer_attention(
-        pixels, "Sky?", "the sky", ["layer_02"], knockout, average_heads=False
-    ).values()
-    assert numbers(result["to"], "<f4", 4, 4).tolist() == weights[0, :, 1].tolist()
-    with pytest.raises(UserError, match="token 99 does not exist"):
-        session.answer_attention(AnswerAttention(**word | {"token": 99}), labs.JOB)
-
-
-@pytest.mark.parametrize("answer", ["the sky is blue", "Straße 日本 🙂", "", "a"])
-def test_the_parts_of_an_answer_are_one_per_token_and_join_to_it(session, answer):
-    model = session.models[0]
-    parts = split_answer(model, answer)
-    assert "".join(parts) == answer
-    assert len(parts) == (len(model.mllm.chat.answer_ids([answer])[0]) if answer else 0)
+    weights = mllm.attention(session._pixels(asked), ["layer_02"], hidden(0, 2))["layer_02"][0]
+    result = session.attention(asked, labs.JOB)
+    assert numbers(result["to"], "<f4", 4).tolist() == weights[3].tolist()
+    assert numbers(result["from"], "<f4", 4).tolist() == weights[:, 3].tolist()
 
 
 def test_kept_states_are_bounded(session, monkeypatch):
@@ -228,73 +178,39 @@ def test_kept_states_are_bounded(session, monkeypatch):
         assert len(session._states) == 1
 
 
-FIRST = {"photo": "split:0", "model": 0}
-UNKNOWN = {
+REFUSED = {
     "drop the same file again": {"photo": "upload:" + 64 * "0"},
-    "patch 4 does not exist": {"intervention": block(4)},
-    "layer 4 is out of range": {"intervention": block(1, layers=(4,))},
+    "photo 99 of the validation split does not exist": {"photo": "split:99"},
+    "not under replaced states": {"intervention": CHANGES["mean"]},
 }
 
 
-@pytest.mark.parametrize("message", UNKNOWN)
-def test_a_view_that_does_not_exist_is_named(session, message):
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_asked_says_why(session, message):
+    asked = {"photo": "split:0", "model": 0, "question": "x"} | REFUSED[message]
     with pytest.raises(UserError, match=message):
-        session.read(View(**FIRST | UNKNOWN[message]), labs.JOB)
+        session.ask(PhotoQuestion(**asked), labs.JOB)
 
 
-def test_answers_and_attention_under_replaced_states_say_that_they_are_not_read(session):
-    view = {
-        "photo": "split:0",
-        "model": 0,
-        "intervention": CHANGES["mean"],
-    }
-    for operation, request in (
-        (session.ask, PhotoQuestion(**view, question="x")),
-        (
-            session.attention,
-            Attention(
-                **view,
-                patch=0,
-                layer=1,
-            ),
-        ),
-    ):
-        with pytest.raises(UserError, match="not under replaced states"):
-            operation(request, labs.JOB)
-
-
-def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
+def test_a_checkpoint_without_probes_has_words(checkpoints):
     session = Session(load_checkpoint(str(checkpoints["bidirectional"])))
     key = session.photos.add(encode(Image.new("RGB", (20, 10), "red"), "PNG"), "red.png")
-    view = {"photo": key, "model": 0}
     facts = session.describe()
-    assert facts["images"] == 0
-    assert facts["classes"] == []
-    assert facts["models"][0]["cannot_answer"] is None
-    assert session.read(View(**view), labs.JOB) == {"classes": None}
-    words = session.words_of_patch(PatchView(**view, patch=1), labs.JOB)["words"]
+    assert (facts["images"], facts["classes"]) == (0, [])
+    assert session.read(View(photo=key, model=0), labs.JOB) == {"classes": None}
+    asked = PatchView(photo=key, model=0, patch=1)
+    words = session.words_of_patch(asked, labs.JOB)["words"]
     assert len(words) == len(session.models[0].word_sites)
-    with pytest.raises(UserError, match="no probe at 'layer_01'"):
-        session.pixel_map(SiteView(**view, site="layer_01"), labs.JOB)
 
 
-def test_questions_of_the_data_set_are_offered(
-    session,
-    lab_runs,
-    tmp_path,
-    monkeypatch,
-):
-    model = session.models[0]
-    assert example_questions(model) == []
+def test_text_of_a_token_is_visible(checkpoints):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["causal"])
+    shown = {"▁sky": "sky", "▁": "▁", "<0xE2>": "<0xE2>", "a": "a"}
+    for token, text in shown.items():
+        assert token_text(tokenizer, tokenizer.convert_tokens_to_ids(token)) == text
+    assert token_text(tokenizer, len(tokenizer)) == f"<row {len(tokenizer)}>"
 
-    def record(text):
-        return {"conversations": [{"from": "human", "value": f"<image>\n{text}"}]}
 
-    root = tmp_path / "data"
-    monkeypatch.setitem(model.run.manifest["data"], "root", str(root))
-    (tmp_path / "questions.json").write_text(
-        json.dumps([record(t) for t in ("a?", "a?", "b?", "c?", "d?")])
-    )
-    assert example_questions(model) == ["a?", "b?", "c?"]
-    (tmp_path / "questions.json").write_text("{")
-    assert example_questions(model) == []
+def test_box_of_a_padded_image_exceeds_it():
+    padded = Geometry((2, 2), 8, 8, ResizeRule("pad")).view((4, 8))
+    assert grid_box(padded, (4, 8)) == (0.0, -0.5, 1.0, 2.0)

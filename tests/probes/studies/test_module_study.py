@@ -91,7 +91,7 @@ def test_the_finished_run_and_the_lab_load_the_module_again(study, tmp_path, mon
         assert torch.equal(states, encoder.states(pixels)[site])
     session = labs.open_session([str(out / "trained")])
     (model,) = session.describe()["models"]
-    assert (model["has_llm"], model["layers"], model["heads"]) == (False, 3, 0)
+    assert (model["has_llm"], model["layers"]) == (False, 3)
     view = {"photo": "split:0", "model": 0}
     assert session.read(View(**view), labs.JOB)["probabilities"]
     with pytest.raises(UserError, match="of a module of your own is not known"):

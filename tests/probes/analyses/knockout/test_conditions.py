@@ -57,16 +57,14 @@ def test_controls_block_as_many_tokens_and_none_of_high_norm_while_others_are_le
 
 def test_another_seed_or_condition_draws_other_tokens():
     case = case_of()
-
-    def same(a, b):
-        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-    drawn = blocked_of(case, HIGH_NORM)
-    assert same(drawn["random_correct"], blocked_of(case, HIGH_NORM)["random_correct"])
-    assert not same(drawn["random_correct"], blocked_of(case, HIGH_NORM, seed=1)["random_correct"])
     case.blocked["incorrect"] = case.blocked["correct"]  # the same set, but different draws
-    equal = blocked_of(case, HIGH_NORM)
-    assert not same(equal["random_correct"], equal["random_incorrect"])
+
+    def drawn(condition="random_correct", seed=0):
+        return torch.stack(blocked_of(case, HIGH_NORM, seed=seed)[condition])
+
+    assert torch.equal(drawn(), drawn())
+    assert not torch.equal(drawn(), drawn(seed=1))
+    assert not torch.equal(drawn(), drawn("random_incorrect"))
 
 
 def test_tokens_of_high_norm_exceed_the_mean_by_two_standard_deviations():
@@ -79,34 +77,16 @@ def test_cases_follow_the_paper():
     """Two images of four patches at layers 0 and 1; class 1 is the wrong one."""
     predicted = torch.tensor([[[1, 1, 1, 0], [0, 0, 0, 0]], [[1, 0, 0, 2], [1, 1, 1, 1]]])
     truth = torch.tensor([[0, 2, 1, 2], [0, 0, 0, 0]])
-    (case,) = find_cases(predicted, truth, [7, 8], wrong_class=1)
-    assert (case.image, case.patches, case.correct_class) == (7, 2, 0), (
-        "0 and 2 once each: the first"
-    )
-    assert case.blocked["incorrect"].tolist() == [
-        True,
-        True,
-        True,
-        False,
-    ]  # also the patch that is correctly 1
-    assert case.blocked["correct"].tolist() == [False, False, False, True]
-    assert case.anchors == 1
-    (later,) = find_cases(
-        predicted,
-        truth,
-        [7, 8],
-        wrong_class=1,
-        block_layer=1,
-    )
-    assert later.blocked["incorrect"].tolist() == [True, False, False, False]
+    of_batch = (predicted, truth, [7, 8], 1)
+    (case,) = find_cases(*of_batch)
+    # of the true classes 0 and 2, once each, the first
+    assert (case.image, case.patches, case.correct_class, case.anchors) == (7, 2, 0, 1)
+    assert case.blocked["incorrect"].tolist() == [1, 1, 1, 0], "also the patch that is rightly 1"
+    assert case.blocked["correct"].tolist() == [0, 0, 0, 1]
+    (later,) = find_cases(*of_batch, block_layer=1)
+    assert later.blocked["incorrect"].tolist() == [1, 0, 0, 0]
     assert later.patches == 2
-    assert not find_cases(
-        predicted,
-        truth,
-        [7, 8],
-        wrong_class=1,
-        min_patches=3,
-    )
+    assert not find_cases(*of_batch, min_patches=3)
     outcomes = {name: values.tolist() for name, values in case.outcomes(predicted[:, 0]).items()}
     assert outcomes == {"rate": [1, 0.5], "still_wrong": [1, 0.5]}
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODUL
     from .models.own_module import EncoderModule as EncoderModule
     from .ops.cross_entropy import upsampled_cross_entropy as upsampled_cross_entropy
     from .ops.quadrature import prepare_masks as prepare_masks
-    from .runs.read import FinishedRun as FinishedRun
     from .runs.read import ProbeRun as ProbeRun
-    from .runs.read import open_run as open_run
     from .score.estimate import Estimate as Estimate
     from .solve.features import solve_features as solve_features
     from .studies.run import study as study
@@ -48,8 +46,6 @@ _MODULES = {
     "Probe": ".heads",
     "register_head": ".heads",
     "ProbeRun": ".runs.read",
-    "FinishedRun": ".runs.read",
-    "open_run": ".runs.read",
     "Claim": ".analyses.base",
     "Estimate": ".score.estimate",
     "register_analysis": ".analyses.claims",

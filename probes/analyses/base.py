@@ -26,7 +26,7 @@ from probes.models.sites import ADAPTER, is_layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probes.runs.read import FinishedRun
+    from probes.runs.read import ProbeRun
     from probes.score.estimate import Estimate
 
     from .charts import Figure
@@ -56,7 +56,7 @@ class Claim(NamedTuple):
     against_tokens: bool = False
     reads_probes: bool = True
     unlearned: str = "not learned"
-    applies: Callable[[Mapping[str, "FinishedRun"]], bool] | None = None
+    applies: Callable[[Mapping[str, "ProbeRun"]], bool] | None = None
 
 
 class PlannedRun(NamedTuple):
@@ -155,8 +155,8 @@ class Analysis:
     question: str
     help: str = ""
     options: type[RunOptions] | None = None
-    measure: Callable[["FinishedRun", Any], Result] | None = None
-    complete: Callable[["FinishedRun", Any], Any] = lambda run, options: options
+    measure: Callable[["ProbeRun", Any], Result] | None = None
+    complete: Callable[["ProbeRun", Any], Any] = lambda run, options: options
     lines: Callable[[dict[str, Any]], Iterable[str]] = lambda results: ()
     title: str = ""
     paper: str = ""
@@ -184,7 +184,7 @@ class Analysis:
 
     def in_batches(
         self,
-        run: "FinishedRun",
+        run: "ProbeRun",
         options: RunOptions,
         items: Sequence,
         size: int,
@@ -228,10 +228,11 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
         UserError: The options do not fit the run, or the result of other options or runs may not be replaced.
         NothingToMeasure: The run has no case.
     """
-    from probes.runs.read import ProbeRun, open_run
+    from probes.runs.read import ProbeRun
 
-    open_probes = open_run if analysis.of_any_task else ProbeRun
-    run = open_probes(options.probes, trust=options.trust)
+    run = ProbeRun(options.probes, trust=options.trust)
+    if not analysis.of_any_task:
+        run.check_classes()
     if not (run.has_llm or analysis.of_encoders):
         raise UserError(
             f"{run.path} is of a vision encoder, and probes {analysis.name} needs an LLM; probes maps, umap, segment "
@@ -260,7 +261,7 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
 
 
 def effects_files(
-    run: "FinishedRun",
+    run: "ProbeRun",
     analysis: str,
     effects: Mapping[str, "Estimate"],
     folder: Path,
@@ -271,7 +272,7 @@ def effects_files(
     return {folder / f"{analysis}{EFFECTS}": effect_file(effects, run.fingerprint)}
 
 
-def _made_from(run: "FinishedRun", options: RunOptions) -> dict[str, Any]:
+def _made_from(run: "ProbeRun", options: RunOptions) -> dict[str, Any]:
     return {"runs": [run.fingerprint], "options": options.settings}
 
 

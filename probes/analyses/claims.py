@@ -15,7 +15,7 @@ from . import ANALYSES
 from .base import EFFECTS, Claim, effects_files
 
 if TYPE_CHECKING:  # this module answers `import probes`
-    from probes.runs.read import FinishedRun
+    from probes.runs.read import ProbeRun
     from probes.score.estimate import Estimate
 
 CLAIMS: dict[str, Claim] = {
@@ -63,7 +63,7 @@ def register_analysis(name: str, claims: Mapping[str, Claim]) -> None:
         ANALYSIS_OF[claim] = name
 
 
-def write_effects(run: "FinishedRun", analysis: str, effects: Mapping[str, "Estimate"]) -> Path:
+def write_effects(run: "ProbeRun", analysis: str, effects: Mapping[str, "Estimate"]) -> Path:
     """Write the effects that an analysis has found in a run into the run's folder, and return the file.
 
     Args:
@@ -85,7 +85,7 @@ def write_effects(run: "FinishedRun", analysis: str, effects: Mapping[str, "Esti
     return next(iter(files))
 
 
-def read_effects(run: "FinishedRun") -> dict[str, "Estimate"]:
+def read_effects(run: "ProbeRun") -> dict[str, "Estimate"]:
     """Return all effects of a run: its own, and those of its analyses.
 
     Raises:

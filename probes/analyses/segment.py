@@ -32,6 +32,7 @@ def run(options: SegmentOptions) -> None:
     """Run `probes segment`."""
     folder, photos = run_and_photos(options.probes, options.photos)
     run = ProbeRun(folder, trust=options.trust)
+    run.check_classes()
     out = options.out
     site = run.check_site(options.site)
     _check_paths(photos, out)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # this module answers `probes --help`
     from torch import Tensor
 
     from probes.models.frozen_mllm import FrozenMLLM
-    from probes.runs.read import FinishedRun
+    from probes.runs.read import ProbeRun
 
 # A state is a sink's from this multiple of the median norm. In SmolLM2-135M sinks have 159 times the median, the
 # largest of other tokens 3 to 5 times.
@@ -47,7 +47,7 @@ class SinksOptions(RunOptions):
     limit: Count = IMAGES
 
 
-def measure(run: "FinishedRun", options: SinksOptions) -> Result:
+def measure(run: "ProbeRun", options: SinksOptions) -> Result:
     """Return the norms of the run's model on the first images of its split."""
     dataset = run.dataset()
     images = [dataset[i]["image"] for i in range(min(options.limit, len(dataset)))]
@@ -81,7 +81,7 @@ def relative_norms(states: "Tensor") -> "Tensor":
     return norms / norms.median()
 
 
-def sinks_of(run: "FinishedRun") -> Sinks:
+def sinks_of(run: "ProbeRun") -> Sinks:
     """Return what was measured of a run; `NOT_MEASURED` without."""
     return run.analysis(ANALYSIS.result) or NOT_MEASURED
 

@@ -116,9 +116,10 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
         UserError: A run is not finished, or two runs differ in one of these.
     """
     runs = [ProbeRun(path, trust=trust) for path in paths]
-    for run in runs[1:]:
-        check_same_images(runs[0], run, "; open them in two labs")
+    for run in runs:
+        run.check_classes()
         first = runs[0]
+        check_same_images(first, run, "; open them in two labs")
         for key, same in (
             ("sites", first.sites == run.sites),
             ("grid", first.metrics["grid"] == run.metrics["grid"]),

@@ -25,7 +25,7 @@ from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.ops.quantiles import student_quantile
 from probes.runs.compare import knockout_difference
 from probes.runs.formatting import Entry
-from probes.runs.read import FinishedRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns, studies_by_model
 from probes.tasks import SEGMENTATION
 
@@ -234,7 +234,7 @@ def _beyond_random_column(case: Case) -> Entry:
     )
 
 
-def read_truth(run: FinishedRun) -> dict[str, str]:
+def read_truth(run: ProbeRun) -> dict[str, str]:
     """Return the truth about each claim that the run's data or checkpoint record; {} for those that do not.
 
     Raises:

@@ -18,7 +18,7 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, ENCODER, is_layer, layer_number
 from probes.runs.compare import check_same_probes
 from probes.runs.formatting import Entry
-from probes.runs.read import FinishedRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns, runs_to_compare
 from probes.score.effects import EFFECTS
 from probes.score.estimate import Estimate
@@ -77,7 +77,7 @@ def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Itera
 
 
 def compare_runs(
-    first: FinishedRun, second: FinishedRun, permutations: int = RESAMPLINGS
+    first: ProbeRun, second: ProbeRun, permutations: int = RESAMPLINGS
 ) -> Iterator[Entry]:
     """Yield a row for each difference; "of" is "site", "effect", "best layer" or "class"."""
     task = first.task
@@ -154,7 +154,7 @@ def has_depth(site: str) -> bool:
     return site in (ENCODER, ADAPTER) or is_layer(site)
 
 
-def pair_sites(first: FinishedRun, second: FinishedRun) -> list[tuple[str, str]]:
+def pair_sites(first: ProbeRun, second: ProbeRun) -> list[tuple[str, str]]:
     """Return the sites of both runs that are compared: of one name, and of layers those of equal relative depth.
 
     A layer is compared with that layer of the other model whose depth is nearest, if it was probed.
@@ -174,8 +174,8 @@ def pair_sites(first: FinishedRun, second: FinishedRun) -> list[tuple[str, str]]
 
 
 def _test_sites(
-    first: FinishedRun,
-    second: FinishedRun,
+    first: ProbeRun,
+    second: ProbeRun,
     pairs: Sequence[tuple[str, str]],
     swaps: Tensor,
 ) -> list[float]:
@@ -225,8 +225,8 @@ def difference_of_best(
 
 
 def compare_classes(
-    first: FinishedRun,
-    second: FinishedRun,
+    first: ProbeRun,
+    second: ProbeRun,
     sites: tuple[str, str],
     swaps: Tensor,
 ) -> Iterator[Entry]:
@@ -271,7 +271,7 @@ def compare_classes(
         }
 
 
-def photos_of_classes(run: FinishedRun) -> list[int]:
+def photos_of_classes(run: ProbeRun) -> list[int]:
     """Return in how many validation images each class is labelled; of images in groups, in how many groups."""
     labelled = run.sums_at(run.sites[:1])[0].unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
     if run.groups is not None:

@@ -27,7 +27,7 @@ from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
 from probes.runs.formatting import Rows
-from probes.runs.read import FinishedRun
+from probes.runs.read import ProbeRun
 from probes.runs.steps import LEFT_OUT, unfinished_steps
 from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
 from probes.score.estimate import Estimate
@@ -89,7 +89,7 @@ def effects_of_study(study: StudyRuns) -> Numbers:
 
 
 def _numbers_of_runs(
-    runs: Mapping[str, FinishedRun],
+    runs: Mapping[str, ProbeRun],
     effects: Mapping[Path, Mapping[str, Estimate]],
     site: str | None,
 ) -> Iterator[tuple[str, str, Number]]:
@@ -175,7 +175,7 @@ class Case:
         return next(filter(None, (knockout_difference(trained[0], run) for run in draws)), "")
 
     @property
-    def solved_runs(self) -> list[FinishedRun]:
+    def solved_runs(self) -> list[ProbeRun]:
         """The runs with solved probes that the number at the optimum is of."""
         runs = [self.study.solved[mask] for mask in self.masks if mask in self.study.solved]
         if self.name == GAIN:
@@ -270,7 +270,7 @@ def why_undecided(case: Case, compared: Container[str], solved: bool) -> str:
     return why_unconverged(case, runs) if solved else ""
 
 
-def why_no_number(case: Case, runs: list[FinishedRun], kind: str) -> str:
+def why_no_number(case: Case, runs: list[ProbeRun], kind: str) -> str:
     """Return why runs have no number: they lack the analysis, or their knockouts have no contrast."""
     name = ANALYSIS_OF[case.name]
     if not (case.claim.against_tokens and all(run.analysis("knockout.json") for run in runs)):
@@ -280,7 +280,7 @@ def why_no_number(case: Case, runs: list[FinishedRun], kind: str) -> str:
     return again(reason, "both classes of a pair in --add knockout.classes=A,B")
 
 
-def why_unconverged(case: Case, runs: list[FinishedRun]) -> str:
+def why_unconverged(case: Case, runs: list[ProbeRun]) -> str:
     """Return why the solved probes that a claim reads do not count, "" if those of all runs have converged."""
     for run in runs if case.claim.reads_probes else ():
         names = (ENCODER, ADAPTER) if case.name == "adapter_drop" else run.layers

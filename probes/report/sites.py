@@ -11,7 +11,7 @@ from probes.analyses.base import table_row
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer, layer_around
 from probes.runs.formatting import Entry
 from probes.runs.paper import PAPER
-from probes.runs.read import FinishedRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, MASKS, StudyRuns, runs_to_compare
 from probes.score.estimate import Estimate
 from probes.score.strengths import is_at_end
@@ -25,12 +25,12 @@ PART_OF = {control: part for part, controls in CONTROLS.items() for control in c
 MIN_FREEDOM = 2  # of draws: an interval from one is twelve standard errors wide
 
 
-def shown_runs(study: StudyRuns) -> dict[str, FinishedRun]:
+def shown_runs(study: StudyRuns) -> dict[str, ProbeRun]:
     """Return the trained model's runs that the report is about, by mask: solved ones where all masks have them."""
     return runs_to_compare(study)[0]
 
 
-def run_columns(study: StudyRuns, run: FinishedRun, key: str) -> Entry:
+def run_columns(study: StudyRuns, run: ProbeRun, key: str) -> Entry:
     """Return the columns that tell runs apart."""
     return {
         "model": key,
@@ -124,7 +124,7 @@ def _beyond_draws(
     }
 
 
-def random_runs(study: StudyRuns, control: str, mask: str) -> list[FinishedRun]:
+def random_runs(study: StudyRuns, control: str, mask: str) -> list[ProbeRun]:
     """Return the draws of a control; those of an adapter serve all masks, which it does not depend on."""
     is_solved = next(iter(shown_runs(study).values())).is_solved
     draws = study.draws(control, solved=is_solved)
@@ -177,9 +177,9 @@ def class_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
                 }
 
 
-def certificates_of(run: FinishedRun) -> Iterator[Entry]:
+def certificates_of(run: ProbeRun) -> Iterator[Entry]:
     """Yield site, strength, at_end, gradient and converged of each solved probe of a run."""
-    for entry in run.site_strengths if run.is_solved else ():
+    for entry in run.strengths.sites if run.is_solved else ():
         chosen = entry["strengths"].index(entry["chosen"])
         certificate = (entry.get("certificates") or {chosen: None})[chosen] or {}
         yield {

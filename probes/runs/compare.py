@@ -5,14 +5,14 @@ from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER
-from probes.runs.read import FinishedRun
+from probes.runs.read import ProbeRun
 
 KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of the analysis
 
 
 def _check_same(
-    first: FinishedRun,
-    second: FinishedRun,
+    first: ProbeRun,
+    second: ProbeRun,
     settings: Mapping[str, Sequence[Any]],
     advice: str,
     whose: str = "they",
@@ -26,7 +26,7 @@ def _check_same(
             )
 
 
-def check_same_images(first: FinishedRun, second: FinishedRun, advice: str = "") -> None:
+def check_same_images(first: ProbeRun, second: ProbeRun, advice: str = "") -> None:
     """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
     if first.manifest["data"]["fingerprint"] != second.manifest["data"]["fingerprint"]:
         raise UserError(
@@ -41,7 +41,7 @@ def check_same_images(first: FinishedRun, second: FinishedRun, advice: str = "")
             )
 
 
-def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
+def check_same_settings(first: ProbeRun, second: ProbeRun) -> None:
     """Raise a UserError unless both runs read their data with the same options, and the same text before the image."""
     settings = {"data.options": [run.manifest["data"]["options"] for run in (first, second)]}
     for name in ("prefix", "image_px"):
@@ -50,7 +50,7 @@ def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
     _check_same(first, second, settings, "make both with the same settings")
 
 
-def check_same_probes(first: FinishedRun, second: FinishedRun) -> None:
+def check_same_probes(first: ProbeRun, second: ProbeRun) -> None:
     """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
     if first.is_solved != second.is_solved:
         solved, trained = (first, second) if first.is_solved else (second, first)
@@ -65,7 +65,7 @@ def check_same_probes(first: FinishedRun, second: FinishedRun) -> None:
     _check_same(first, second, settings, "make both with the same settings", "their probes")
 
 
-def check_same_model(first: FinishedRun, second: FinishedRun) -> None:
+def check_same_model(first: ProbeRun, second: ProbeRun) -> None:
     """Raise a UserError unless both runs, of one model and mask, were made from the same weights and config."""
     if first.manifest["identity"]["model"] != second.manifest["identity"]["model"]:
         raise UserError(
@@ -74,7 +74,7 @@ def check_same_model(first: FinishedRun, second: FinishedRun) -> None:
         )
 
 
-def check_same_layers(first: FinishedRun, second: FinishedRun) -> None:
+def check_same_layers(first: ProbeRun, second: ProbeRun) -> None:
     """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
     ours = [site for site in first.layers if site != ADAPTER]
     theirs = [site for site in second.layers if site != ADAPTER]
@@ -93,7 +93,7 @@ def _some(sites: list[str]) -> str:
     return f"{len(sites)} layers, {sites[0]} to {sites[-1]}"
 
 
-def check_pair(causal: FinishedRun, bidirectional: FinishedRun) -> None:
+def check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
     """Raise a UserError unless these are a causal and a bidirectional run that can be compared image by image."""
     for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
         if run.mask != mask:
@@ -111,10 +111,10 @@ def check_pair(causal: FinishedRun, bidirectional: FinishedRun) -> None:
     check_same_images(causal, bidirectional)
 
 
-def check_study(main: FinishedRun, runs: Sequence[FinishedRun]) -> None:
+def check_study(main: ProbeRun, runs: Sequence[ProbeRun]) -> None:
     """Raise a UserError unless the runs of a study can be compared with its main run, and draws with each other."""
-    of_kind: dict[bool, FinishedRun] = {}
-    of_mask: dict[str, FinishedRun] = {}
+    of_kind: dict[bool, ProbeRun] = {}
+    of_mask: dict[str, ProbeRun] = {}
     for run in runs:
         check_same_probes(of_kind.setdefault(run.is_solved, run), run)
         check_same_settings(main, run)
@@ -127,7 +127,7 @@ def check_study(main: FinishedRun, runs: Sequence[FinishedRun]) -> None:
                 _check_weights_differ(other, run)
 
 
-def _check_weights_differ(first: FinishedRun, second: FinishedRun) -> None:
+def _check_weights_differ(first: ProbeRun, second: ProbeRun) -> None:
     """Raise if two draws of random weights are equal, or a draw equals the trained model: one number would be two."""
     arms = {first.arm, second.arm}
     if arms == {"trained"} or not (len(arms) == 1 or "trained" in arms):
@@ -141,7 +141,7 @@ def _check_weights_differ(first: FinishedRun, second: FinishedRun) -> None:
     _check_differ(first, second, sites, advice)
 
 
-def check_seeds_differ(runs: Sequence[FinishedRun]) -> None:
+def check_seeds_differ(runs: Sequence[ProbeRun]) -> None:
     """Raise if the runs of two seeds under a mask are equal: the mean over seeds would count one training twice."""
     advice = "these are not two trainings; pass one, or train the other with a seed of its own"
     for i, run in enumerate(runs):
@@ -151,8 +151,8 @@ def check_seeds_differ(runs: Sequence[FinishedRun]) -> None:
 
 
 def _check_differ(
-    first: FinishedRun,
-    second: FinishedRun,
+    first: ProbeRun,
+    second: ProbeRun,
     sites: Iterable[str],
     advice: str,
 ) -> None:
@@ -164,7 +164,7 @@ def _check_differ(
         )
 
 
-def knockout_difference(first: FinishedRun, second: FinishedRun) -> str | None:
+def knockout_difference(first: ProbeRun, second: ProbeRun) -> str | None:
     """Return what the knockouts of two runs differ in, and what to do; None if in nothing, or if a run has no knockout.
 
     Other classes, layers, sites or images are other effects.

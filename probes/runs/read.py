@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,32 +27,33 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.files import read_json
+from llava_bidir.common.files import read_json, sha256
+from llava_bidir.common.hf import DTYPE_ADVICE
 from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.images import PhotoLike, read_photo
 from probes.data.registry import open_dataset, split_identity
 from probes.heads import Probe
 from probes.models.sites import ADAPTER, is_layer
 from probes.ops.pixel_counts import Counts
-from probes.runs.files import CountsOfSites, check_finite, check_hash, open_tensors, read_tensors
+from probes.runs.files import open_tensors, read_tensors
 from probes.score.effects import EFFECTS_FILE, read_effect_file
 from probes.score.estimate import Estimate
 from probes.score.resampling import dataset_scores, resampled_scores
-from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
+from probes.score.strengths import CLOSED_FORM, Strengths
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
     from probes.models.knockout import Knockout
-    from probes.ops.geometry import Geometry
 
 log = logging.getLogger(__name__)
 
 NUMBERS_AT_ONCE = 2**20  # 8 MB in float64, of which scores take a few copies
+PROBES_FILE = "probes.safetensors"
 
 
 @dataclass
-class FinishedRun:
+class ProbeRun:
     """A finished run of any task.
 
     Args:
@@ -77,45 +78,34 @@ class FinishedRun:
             )
         self.metrics = read_json(self.path / "metrics.json")
         self.manifest = read_json(self.path / "manifest.json")
-        self._check_hash("metrics.json")
-        self._check_task()
-
-    def _check_task(self) -> None:
-        """Raise a UserError if the run's task is not one that this class reads."""
+        self._own("metrics.json")
         if self.task_name not in TASKS:
             raise UserError(
                 f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}"
             )
 
-    def _check_hash(self, name: str) -> Path:
+    def check_classes(self) -> None:
+        """Raise a UserError if the probes do not predict classes."""
+        if self.task_name != SEGMENTATION:
+            raise UserError(
+                f"{self.path} has probes of the task {self.task_name}, but this is about classes; expected a run of "
+                "segmentation"
+            )
+
+    def _own(self, name: str) -> Path:
         """Return the path of a file of the run.
 
         Raises:
             UserError: It is not the one that the run wrote.
         """
         path = self.path / name
-        check_hash(path, self.manifest.get("files", {}))
+        hashes = self.manifest.get("files", {})
+        if name in hashes and not (path.is_file() and hashes[name] == sha256(path)):
+            raise UserError(
+                f"{path} is not the file that the run wrote: its SHA-256 is not the one in manifest.json; restore the "
+                "file or make the run again"
+            )
         return path
-
-    def _read(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a file of the run.
-
-        Raises:
-            UserError: If the file is damaged or not the one that the run wrote.
-        """
-        tensors = read_tensors(self.path / name)
-        self._check_hash(name)
-        return tensors
-
-    def _read_probes(self) -> dict[str, torch.Tensor]:
-        tensors = self._read("probes.safetensors")
-        check_finite(tensors, self.path / "probes.safetensors")
-        return tensors
-
-    def check_probes(self) -> None:
-        """Raise a UserError if the run has probes, but not those that it wrote, or weights that are not finite."""
-        if (self.path / "probes.safetensors").is_file():
-            self._read_probes()
 
     @property
     def task(self) -> Task:
@@ -156,15 +146,65 @@ class FinishedRun:
         """Outputs of a probe for each token."""
         return self.task.channels or len(self.metrics["classes"])
 
+    @property
+    def is_solved(self) -> bool:
+        """True if the run was made by `probes solve`."""
+        return self.metrics.get("path") is not None
+
+    @property
+    def probe_kind(self) -> str:
+        """How the probes were made, in tables: "solved" or "trained"."""
+        return "solved" if self.is_solved else "trained"
+
+    @property
+    def sites(self) -> list[str]:
+        """All sites of the run, in the order of the forward."""
+        return [site["site"] for site in self.metrics["sites"]]
+
+    @property
+    def layers(self) -> list[str]:
+        """Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers."""
+        return [site for site in self.sites if site == ADAPTER or is_layer(site)]
+
+    @property
+    def last_layer(self) -> str | None:
+        """The model's last layer, probed or not."""
+        return self.metrics["last_layer"]
+
+    @property
+    def peak_layer(self) -> str | None:
+        """Decoder layer with the best score, if any was probed."""
+        return self.metrics["summary"]["peak_site"]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Content of the model's training.json, {} if there was none."""
+        return self.manifest["mllm_training"] or {}
+
+    @property
+    def strengths(self) -> Strengths:
+        """The path of strengths of a run of `probes solve`."""
+        ((kind, path),) = self.metrics["path"].items()
+        return Strengths(path["sites"], self.task.score, kind == CLOSED_FORM)
+
+    def check_site(self, site: str | None) -> str:
+        """Return `site`, or the best decoder layer for None.
+
+        Raises:
+            UserError: If the run has no such site.
+        """
+        site = site or self.peak_layer or self.sites[0]
+        if site not in self.sites:
+            raise UserError(f"{self.path} has no site {site!r}; it has {', '.join(self.sites)}")
+        return site
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of probes, settings and data, independent of the path; every analysis stores it."""
         settings = {key: value for key, value in self.manifest["config"].items() if key != "mllm"}
-        text = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True).encode()
-        probes = self.path / "probes.safetensors"
-        return hashlib.sha256(
-            text + (probes.read_bytes() if probes.is_file() else b"")
-        ).hexdigest()[:16]
+        text = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True)
+        probes = (self.path / PROBES_FILE).read_bytes()
+        return hashlib.sha256(text.encode() + probes).hexdigest()[:16]
 
     def analysis(self, name: str) -> dict[str, Any] | None:
         """Return the results of an analysis in the run's folder, None if there are none.
@@ -183,65 +223,7 @@ class FinishedRun:
             )
         return results
 
-    @property
-    def sites(self) -> list[str]:
-        """All sites of the run, in the order of the forward."""
-        return [site["site"] for site in self.metrics["sites"]]
-
-    @cached_property
-    def content(self) -> dict[str, str]:
-        """Digest of the probe at each site; of what was counted there in a run without probes."""
-        path = self.path / "probes.safetensors"
-        if path.is_file():
-            tensors = self._read_probes()
-            of_site = {
-                site: {k: x for k, x in tensors.items() if k.startswith(f"{site}.")}
-                for site in self.sites
-            }
-        else:
-            of_site = {
-                site: CountsOfSites(self._counts_file, [i]) for i, site in enumerate(self.sites)
-            }
-        return {site: _digest(dict(parts)) for site, parts in of_site.items()}
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """Content of the model's training.json, {} if there was none."""
-        return self.manifest["mllm_training"] or {}
-
-    @property
-    def layers(self) -> list[str]:
-        """Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers."""
-        return [site for site in self.sites if site == ADAPTER or is_layer(site)]
-
-    @property
-    def last_layer(self) -> str | None:
-        """The model's last layer, probed or not."""
-        return self.metrics["last_layer"]
-
-    @property
-    def site_strengths(self) -> list[dict[str, Any]]:
-        """Strengths, scores and certificates of each site's solved probes, from metrics.json["path"].
-
-        Raises:
-            UserError: If the probes were not solved.
-        """
-        return self.metrics["path"][self.path_kind]["sites"]
-
-    @property
-    def path_kind(self) -> str:
-        """How the probes were solved: "closed_form" for least squares, else "optimum"."""
-        if not self.is_solved:
-            raise UserError(
-                f"{self.path} has no path of strengths; expected a run of `probes solve`"
-            )
-        return OPTIMUM if self.metrics["path"].get(OPTIMUM) else CLOSED_FORM
-
-    @property
-    def strengths(self) -> Strengths:
-        """The path of strengths of a run of `probes solve`."""
-        return Strengths(self.site_strengths, self.task.score, self.path_kind == CLOSED_FORM)
-
+    # ------------------------------------------------------------------------------------------------ scores
     @cached_property
     def effects(self) -> dict[str, Estimate]:
         """The effects of the run's probes by name, with their resamplings: what claims are differences of.
@@ -251,35 +233,57 @@ class FinishedRun:
         Raises:
             UserError: The file is damaged.
         """
-        return read_effect_file(self._check_hash(EFFECTS_FILE))[0]
-
-    @cached_property
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """What was counted of each image."""
-        return self._read("counts.safetensors")
+        return read_effect_file(self._own(EFFECTS_FILE))[0]
 
     @cached_property
     def _counts_file(self) -> Path:
-        """The file of what was counted of each image, after it was found to be the run's own."""
-        with open_tensors(self.path / "counts.safetensors"):
-            return self._check_hash("counts.safetensors")
+        return self._own("counts.safetensors")
+
+    def _counted(self, names: Sequence[str], sites: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Return what was counted of each image by name; only these sites are read.
+
+        Those of all sites would be gigabytes: 34 sites x 2,000 images x 150 classes are 80 MB a tensor, 34 x 2,000 x
+        576 tokens 313 MB.
+        """
+        rows = [self.sites.index(site) for site in sites]
+        found = {}
+        with open_tensors(self._counts_file) as file:
+            for name in {*names}.intersection(file.keys()):
+                part = file.get_slice(name)
+                has_sites = len(part.get_shape()) > 2
+                found[name] = torch.cat([part[i : i + 1] for i in rows]) if has_sites else part[:]
+        return found
 
     @property
-    def sums(self) -> torch.Tensor:
+    def counts(self) -> Counts:
+        """Counts of probes of classes."""
+        return Counts(**self._counted(Counts._fields, self.sites))
+
+    @property
+    def patch_classes(self) -> Tensor:
+        """Class of most labelled pixels under each token, long[N, T]; -1 if none is labelled."""
+        return self._counted(["patch_class"])["patch_class"]
+
+    @property
+    def groups(self) -> Tensor | None:
+        """i64[N]: group (city) of each validation image; None for a dataset without groups, or with one."""
+        groups = self._counted(["group"]).get("group")
+        return None if groups is None or (groups == groups[0]).all() else groups
+
+    @property
+    def sums(self) -> Tensor:
         """Sums per image, from which the scores are computed, [S, N, M]."""
         return self.sums_at(self.sites)
 
-    def sums_at(self, sites: Sequence[str]) -> torch.Tensor:
+    def sums_at(self, sites: Sequence[str]) -> Tensor:
         """Return the sums per image at some sites of the run, [S, N, M]; only these are read."""
-        rows = [self.sites.index(site) for site in sites]
-        return self.task.sums(CountsOfSites(self._counts_file, rows))
+        return self.task.sums(self._counted(self.task.summed, sites))
 
-    def parts_of_sites(self, sites: Sequence[str]) -> list[Sequence[str]]:
-        """Return sites in parts whose sums, also those of all resamplings, have at most `NUMBERS_AT_ONCE` numbers."""
-        sums = self.sums_at(sites[:1])
-        numbers = sums.shape[-1] * max(RESAMPLINGS, self.metrics["images"])
-        size = max(1, NUMBERS_AT_ONCE // numbers)
-        return [sites[i : i + size] for i in range(0, len(sites), size)]
+    @cached_property
+    def weights(self) -> Tensor:
+        """f[R, N]: bootstrap weights, the same for every run on these images."""
+        groups = self.groups
+        return _weights(self.metrics["images"], None if groups is None else tuple(groups.tolist()))
 
     def site_scores(self) -> dict[str, Estimate]:
         """Return the main score of each site, with its values under resampling of the images."""
@@ -292,29 +296,17 @@ class FinishedRun:
         values: list[float] = []
         # at once: small tensors between large ones that are freed would keep the memory of these
         drawn = torch.empty(len(self.sites), len(weights), dtype=torch.float64)
-        for sites in self.parts_of_sites(self.sites):
-            sums = self.sums_at(sites)
+        # sites in parts whose sums, also those of all resamplings, have at most so many numbers
+        numbers = self.sums_at(self.sites[:1]).shape[-1] * max(RESAMPLINGS, self.metrics["images"])
+        size = max(1, NUMBERS_AT_ONCE // numbers)
+        for first in range(0, len(self.sites), size):
+            sums = self.sums_at(self.sites[first : first + size])
             resampled = resampled_scores(self.task, sums, weights)[score]
-            drawn[len(values) :][: len(sites)] = resampled.T
+            drawn[first : first + size] = resampled.T
             values += dataset_scores(self.task, sums)[score].tolist()
         return {site: Estimate(*own) for site, *own in zip(self.sites, values, drawn, strict=True)}
 
-    @property
-    def is_solved(self) -> bool:
-        """True if the run was made by `probes solve`."""
-        return self.metrics.get("path") is not None
-
-    @property
-    def probe_kind(self) -> str:
-        """How the probes were made, in tables: "solved" or "trained"."""
-        return "solved" if self.is_solved else "trained"
-
-    @property
-    def groups(self) -> torch.Tensor | None:
-        """i64[N]: group (city) of each validation image; None for a dataset without groups, or with one."""
-        groups = CountsOfSites(self._counts_file, ()).get("group")
-        return None if groups is None or (groups == groups[0]).all() else groups
-
+    # ---------------------------------------------------------------------------------------- data, model, probes
     def dataset(self, split: str = "validation"):
         """Return a split of the dataset.
 
@@ -322,66 +314,68 @@ class FinishedRun:
             UserError: If its images or masks are not those of the run any more.
         """
         data = self.manifest["data"]
-        targets = self.task.targets
         dataset = open_dataset(
             data["dataset"],
             data["root"],
             split,
             data["options"],
-            targets,
+            self.task.targets,
         )
-        self._check_unchanged("data", lambda: split_identity(split, dataset))
+        self._check_unchanged("data", split_identity(split, dataset))
         return dataset
 
-    def _check_unchanged(self, section: str, compute: Callable[[], dict[str, str]]) -> None:
-        """Raise unless the parts of the identity that `compute` returns are still those of the run."""
-        now = compute()
-        saved = {
-            key: value for key, value in self.manifest["identity"][section].items() if key in now
-        }
+    def _check_unchanged(self, section: str, now: dict[str, str]) -> None:
+        """Raise unless these parts of the identity are still those of the run."""
+        identity = self.manifest["identity"][section]
+        saved = {key: value for key, value in identity.items() if key in now}
         advice = "restore what was probed, or make the run again"
         check_same_identity({section: saved}, {section: now}, str(self.path), advice)
-
-    def _model_identity(self) -> dict[str, str]:
-        """Return what identifies the model as it is now.
-
-        Raises:
-            UserError: It is in a Python file that is not trusted.
-        """
-        # transformers takes seconds to import, and a report needs no model
-        from probes.models.module_sources import check_trusted, source_identity
-
-        model = self.manifest["config"]["mllm"]
-        if not self.trust:
-            check_trusted(model, self.path)
-        return named_identity({"mllm": source_identity(model)})
-
-    @cached_property
-    def weights(self) -> torch.Tensor:
-        """f[R, N]: bootstrap weights, the same for every run on these images."""
-        groups = self.groups
-        of_image = None if groups is None else tuple(groups.tolist())
-        return _weights(self.metrics["images"], of_image)
 
     def mllm(self) -> "FrozenMLLM":
         """Load the probed model with the settings of the run.
 
         Raises:
-            UserError: If it cannot be loaded, or its weights or config are not those that were probed.
+            UserError: If it cannot be loaded, its weights or config are not those that were probed, or it is in a
+                Python file that is not trusted.
         """
-        config = self.manifest["config"]
         # transformers takes seconds to import, and a report needs no model
         from probes.models.load import load
+        from probes.models.module_sources import check_trusted, source_identity
 
-        self._check_unchanged("model", self._model_identity)
+        config = self.manifest["config"]
+        if not self.trust:
+            check_trusted(config["mllm"], self.path)
+        self._check_unchanged("model", named_identity({"mllm": source_identity(config["mllm"])}))
         names = "dtype image_px image_resize prefix match draw update_scales seed".split()
-        settings = {name: config[name] for name in names}
         return load(
             config["mllm"],
             config["image_attention"],
             untrained=config["untrained"] or (),
-            **settings,
+            **{name: config[name] for name in names},
         )
+
+    def _tensors_of_sites(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights and statistics of each site's probe by name.
+
+        Raises:
+            UserError: They are damaged, not those that the run wrote, or not finite.
+        """
+        path = self._own(PROBES_FILE)
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in read_tensors(path).items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{path}: {name} is not finite; make the run again, in another dtype or with a lower learning "
+                    f"rate: {DTYPE_ADVICE}"
+                )
+            site, _, part = name.partition(".")
+            found.setdefault(site, {})[part] = tensor
+        return found
+
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """Digest of the probe at each site."""
+        return {site: _digest(tensors) for site, tensors in self._tensors_of_sites().items()}
 
     def probes(self) -> dict[str, Probe]:
         """Return the probe of each site, in eval mode.
@@ -389,59 +383,27 @@ class FinishedRun:
         Raises:
             UserError: If the probes are damaged, not those that the run wrote, or not finite.
         """
-        tensors = self._read_probes()
+        tensors = self._tensors_of_sites()
         settings = self.metrics["probe"]
-        grid = tuple(self.metrics["grid"])
         probes = {}
-        for site in self.metrics["sites"]:
-            prefix = f"{site['site']}."
-            with error_context(self.path / "probes.safetensors"):
+        for entry in self.metrics["sites"]:
+            site = entry["site"]
+            with error_context(self.path / PROBES_FILE):
                 probe = Probe(
-                    site["dim"],
+                    entry["dim"],
                     self.channels,
-                    grid,
+                    tuple(self.metrics["grid"]),
                     settings["feature_norm"],
                     settings["head"],
                 )
-                probe.load_state_dict(
-                    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                )
-            probes[site["site"]] = probe.eval().requires_grad_(False)
+                probe.load_state_dict(tensors.get(site, {}))
+            probes[site] = probe.eval().requires_grad_(False)
         return probes
 
     @cached_property
     def _loaded(self) -> tuple["FrozenMLLM", dict[str, Probe]]:
         mllm = self.mllm()
         return mllm, {site: probe.to(mllm.device) for site, probe in self.probes().items()}
-
-    @property
-    def peak_layer(self) -> str | None:
-        """Decoder layer with the best score, if any was probed."""
-        return self.metrics["summary"]["peak_site"]
-
-    def check_site(self, site: str | None) -> str:
-        """Return `site`, or the best decoder layer for None.
-
-        Raises:
-            UserError: If the run has no such site.
-        """
-        site = site or self.peak_layer or self.sites[0]
-        if site not in self.sites:
-            raise UserError(f"{self.path} has no site {site!r}; it has {', '.join(self.sites)}")
-        return site
-
-    @torch.no_grad()
-    def logits(
-        self,
-        image: PhotoLike,
-        sites: list[str],
-        knockout: "Knockout | None" = None,
-    ) -> torch.Tensor:
-        """Return the probes' outputs on an image's token grid, f32[S, K, h, w]; the first call loads the model."""
-        mllm, probes = self._loaded
-        states = mllm.states(mllm.preprocess(image), sites, knockout)
-        outputs = torch.cat([probes[site](states[site].float()) for site in sites])
-        return outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
 
     def predict(self, image: PhotoLike, site: str | None = None) -> np.ndarray:
         """Return the prediction for each pixel of an image: its class, uint8[H, W], or that of another task.
@@ -459,6 +421,7 @@ class FinishedRun:
         """
         return self.predict_sites(image, [self.check_site(site)])[0]
 
+    @torch.no_grad()
     def predict_sites(
         self,
         image: PhotoLike,
@@ -466,24 +429,22 @@ class FinishedRun:
         knockout: "Knockout | None" = None,
     ) -> np.ndarray:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
+        mllm, probes = self._loaded
         photo = read_photo(image)
-        logits = self.logits(photo, [*map(self.check_site, sites)], knockout)
+        states = mllm.states(mllm.preprocess(photo), sites, knockout)
+        outputs = torch.cat([probes[site](states[site].float()) for site in sites])
+        logits = outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
         size = (photo.height, photo.width)
-        return self.task.predict_pixels(logits, size, self.geometry.view(size))
-
-    @property
-    def geometry(self) -> "Geometry":
-        """Placement of the tokens on images; the first call loads the model."""
-        return self._loaded[0].geometry
+        return self.task.predict_pixels(logits, size, mllm.geometry.view(size))
 
 
 @lru_cache(maxsize=2)
-def _weights(images: int, groups: tuple[int, ...] | None) -> torch.Tensor:
+def _weights(images: int, groups: tuple[int, ...] | None) -> Tensor:
     """Return the bootstrap weights f[R, N] of images, once for all runs on them."""
     return bootstrap_weights(images, groups=None if groups is None else torch.tensor(groups))
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
+def _digest(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of tensors by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -491,7 +452,7 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:
+def warn_of_changed_data(runs: Iterable[ProbeRun]) -> None:
     """Log a warning for runs whose validation split is at hand, but is no longer the one that they were scored on.
 
     This is for commands that need only the scores of a run, and so no data. Those that read the data raise.
@@ -507,32 +468,6 @@ def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:
                 log.warning("%s. Its scores are those on the former data", error)
 
 
-class ProbeRun(FinishedRun):
-    """A finished run of segmentation probes, for analyses; see :class:`FinishedRun`.
-
-    Raises:
-        UserError: If the probes of the run do not predict classes.
-    """
-
-    def _check_task(self) -> None:
-        """Raise a UserError if the probes do not predict classes."""
-        if self.task_name != SEGMENTATION:
-            raise UserError(
-                f"{self.path} has probes of the task {self.task_name}, but this is about classes; expected a run of "
-                "segmentation (probes.open_run takes runs of other tasks)"
-            )
-
-    @property
-    def counts(self) -> Counts:
-        """Counts of the probes."""
-        return Counts(**{name: self._tensors[name] for name in Counts._fields})
-
-    @property
-    def patch_classes(self) -> Tensor:
-        """Class of most labelled pixels under each token, long[N, T]; -1 if none is labelled."""
-        return self._tensors["patch_class"]
-
-
 def finished_runs(folder: str | Path) -> list[Path]:
     """Return the folders of all finished runs, trained models first, draws in order."""
     folder = Path(folder)
@@ -542,23 +477,9 @@ def finished_runs(folder: str | Path) -> list[Path]:
         for file in folder.glob(f"{pattern}/metrics.json")
     }
 
-    def number(part):
-        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", part)]
+    def order(run: Path) -> tuple:
+        numbers = (re.split(r"(\d+)", part) for part in run.relative_to(folder).parts)
+        parts = [[int(x) if x.isdigit() else x for x in part] for part in numbers]
+        return not run.name.startswith(("trained", "probes")), parts
 
-    def key(run):
-        return (
-            not run.name.startswith(("trained", "probes")),
-            *map(number, run.relative_to(folder).parts),
-        )
-
-    return sorted(found, key=key)
-
-
-def open_run(path: str | Path, trust: bool = False) -> FinishedRun:
-    """Return a finished run of any task; of segmentation, a :class:`ProbeRun`.
-
-    Raises:
-        UserError: If `path` is not a finished run.
-    """
-    run = FinishedRun(path, trust=trust)
-    return ProbeRun(path, trust=trust) if run.task_name == SEGMENTATION else run
+    return sorted(found, key=order)

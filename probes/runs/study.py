@@ -18,7 +18,7 @@ from probes.tasks import SEGMENTATION, Task
 
 from .compare import check_same_images, check_seeds_differ, check_study
 from .formatting import file_name
-from .read import FinishedRun, finished_runs, open_run
+from .read import ProbeRun, finished_runs
 
 MASKS = ("causal", "bidirectional")
 # Arms with random weights, by the part that is random: a claim must hold beyond each of them.
@@ -29,9 +29,9 @@ UNTRAINED = ("untrained", "random, unmatched")
 log = logging.getLogger(__name__)
 
 
-def by_mask(runs: Iterable[FinishedRun]) -> dict[str, FinishedRun]:
+def by_mask(runs: Iterable[ProbeRun]) -> dict[str, ProbeRun]:
     """Return the first of these runs under each mask."""
-    found: dict[str, FinishedRun] = {}
+    found: dict[str, ProbeRun] = {}
     for run in runs:
         found.setdefault(run.mask, run)
     return found
@@ -49,10 +49,10 @@ class StudyRuns:
     name: str  # of the model
     dataset: str
     seed: int | None = None  # if the report has several
-    members: list[FinishedRun] = field(default_factory=list)
-    main_runs: dict[str, FinishedRun] = field(init=False)
-    solved: dict[str, FinishedRun] = field(init=False)
-    untrained: dict[str, FinishedRun] = field(init=False)
+    members: list[ProbeRun] = field(default_factory=list)
+    main_runs: dict[str, ProbeRun] = field(init=False)
+    solved: dict[str, ProbeRun] = field(init=False)
+    untrained: dict[str, ProbeRun] = field(init=False)
 
     def __post_init__(self):
         """Sort the runs, and leave out trained probes where more masks have solved ones.
@@ -92,11 +92,11 @@ class StudyRuns:
         arm: str | Iterable[str],
         mask: str | None = None,
         solved: bool | None = None,
-    ) -> list[FinishedRun]:
+    ) -> list[ProbeRun]:
         """Return the runs of one or several arms, in the order of the arms, then of masks and draws.
 
         Args:
-            arm: Names as in :attr:`FinishedRun.arm`.
+            arm: Names as in :attr:`ProbeRun.arm`.
             mask: The mask, None for all.
             solved: True for runs with solved probes, False for trained ones, None for both.
         """
@@ -107,14 +107,14 @@ class StudyRuns:
             if run.arm == name and mask in (None, run.mask) and solved in (None, run.is_solved)
         ]
 
-    def draws(self, *controls: str, solved: bool) -> list[dict[str, FinishedRun]]:
+    def draws(self, *controls: str, solved: bool) -> list[dict[str, ProbeRun]]:
         """Return the draws of the first of these `CONTROLS` that has any: per draw, the runs by mask.
 
         Untrained models have a random adapter, too; of the same draw it has the same weights.
         """
         for control in controls:
             arms = ("adapter", "untrained") if control == "adapter" else (control,)
-            by_draw: dict[tuple[int, int], list[FinishedRun]] = {}
+            by_draw: dict[tuple[int, int], list[ProbeRun]] = {}
             for run in self.where(arm=arms, solved=solved):
                 by_draw.setdefault((run.draw, run.metrics["seed"]), []).append(run)
             if by_draw:
@@ -127,7 +127,7 @@ class StudyRuns:
         return self.first.is_solved
 
     @property
-    def first(self) -> FinishedRun:
+    def first(self) -> ProbeRun:
         """The first trained run, whose dataset and settings stand for the study."""
         return next(iter(self.main_runs.values()))
 
@@ -152,7 +152,7 @@ class StudyRuns:
         """Folder name of the study."""
         return file_name(f"{self.model}_{self.dataset}")
 
-    def pair(self) -> tuple[FinishedRun, FinishedRun] | None:
+    def pair(self) -> tuple[ProbeRun, ProbeRun] | None:
         """Return the causal and the bidirectional run; None unless both exist with the same kind of probes."""
         for runs in (self.main_runs, self.solved):
             if all(mask in runs for mask in MASKS):
@@ -161,7 +161,7 @@ class StudyRuns:
 
     def _check_differ(self) -> None:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""
-        seen: dict[tuple, FinishedRun] = {}
+        seen: dict[tuple, ProbeRun] = {}
         for run in self.members:
             of_control = (
                 (run.draw, *run.metrics["untrained"], run.metrics["seed"])
@@ -183,7 +183,7 @@ class StudyRuns:
             )
 
 
-def _control_order(run: FinishedRun) -> tuple[int, int]:
+def _control_order(run: ProbeRun) -> tuple[int, int]:
     """Return the order of untrained models: the one that is untrained as a whole first, then by draw."""
     return -len(run.metrics["untrained"]), run.draw
 
@@ -201,7 +201,7 @@ def read_studies(texts: Iterable[str], labels: Sequence[str] = ()) -> list[Study
     return group_runs([run for text in texts for run in read_study(text, labels)])
 
 
-def read_study(text: str, labels: Sequence[str] = ()) -> list[FinishedRun]:
+def read_study(text: str, labels: Sequence[str] = ()) -> list[ProbeRun]:
     """Return the runs of [NAME=]FOLDER, with those of studies in this folder; each knows the name of its model.
 
     Raises:
@@ -211,7 +211,7 @@ def read_study(text: str, labels: Sequence[str] = ()) -> list[FinishedRun]:
     if not separator or Path(text).is_dir():
         name, path = "", text
     folder = Path(path)
-    runs = [open_run(path) for path in finished_runs(folder)]
+    runs = [ProbeRun(path) for path in finished_runs(folder)]
     if not runs:
         raise UserError(
             f"{folder} is no study: expected a folder that holds finished runs, of a model and its controls "
@@ -224,11 +224,11 @@ def read_study(text: str, labels: Sequence[str] = ()) -> list[FinishedRun]:
         runs.sort(key=lambda run: order.get(names[run.path], len(order)))
     for run in runs:
         run.model = " ".join(filter(None, (name, names.get(run.path)))) or None
-        run.check_probes()  # a report reads only their scores
+        _ = run.content  # damaged probes are an error, though a report reads only their scores
     return runs
 
 
-def group_runs(runs: Sequence[FinishedRun]) -> list[StudyRuns]:
+def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
     """Group runs into studies of one task, model and data set, in the order in which these first appear.
 
     Those of segmentation come first.
@@ -241,7 +241,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[StudyRuns]:
     seeds: dict[tuple, set[int]] = {}  # of trained runs
     for key, run in zip(keys, runs, strict=True):
         seeds.setdefault(key, set()).update([run.metrics["seed"]] * (run.arm == "trained"))
-    members: dict[tuple, list[FinishedRun]] = {}
+    members: dict[tuple, list[ProbeRun]] = {}
     for key, run in zip(keys, runs, strict=True):
         seed = run.metrics["seed"] if len(seeds[key]) > 1 else None
         members.setdefault((*key, seed), []).append(run)
@@ -252,7 +252,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[StudyRuns]:
     ]
     studies.sort(key=lambda study: study.task.name != SEGMENTATION)
     # by task, dataset and seed: the run whose images all others must share
-    reference: dict[tuple, FinishedRun] = {}
+    reference: dict[tuple, ProbeRun] = {}
     for study in studies:
         for run in study.members:
             compared = reference.setdefault((study.task.name, study.dataset, study.seed), run)
@@ -264,9 +264,9 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[StudyRuns]:
     return studies
 
 
-def _check_named_once(runs: Iterable[FinishedRun]) -> None:
+def _check_named_once(runs: Iterable[ProbeRun]) -> None:
     """Raise if a run is passed as that of two models, as one by itself and once more within its study."""
-    by_path: dict[Path, FinishedRun] = {}
+    by_path: dict[Path, ProbeRun] = {}
     for run in runs:
         other = by_path.setdefault(run.path.resolve(), run)
         if other.model != run.model:
@@ -279,7 +279,7 @@ def _check_named_once(runs: Iterable[FinishedRun]) -> None:
             )
 
 
-def _has_trained_run(runs: list[FinishedRun]) -> bool:
+def _has_trained_run(runs: list[ProbeRun]) -> bool:
     """Return False, with a warning, for controls of another task than the paper's without a trained model's run."""
     if runs[0].task_name == SEGMENTATION or any(run.arm == "trained" for run in runs):
         return True
@@ -296,7 +296,7 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     return list(groups.values())
 
 
-def model_name(run: FinishedRun) -> str:
+def model_name(run: ProbeRun) -> str:
     """Return the name that the run was told, else that of its checkpoint.
 
     A checkpoint is named by what it records of itself ("as trained"), else by encoder and LLM ("clip + vicuna-7b"),
@@ -313,7 +313,7 @@ def model_name(run: FinishedRun) -> str:
 
 
 def labels_of_models(
-    folder: Path, runs: list[FinishedRun], given: Sequence[str] = ()
+    folder: Path, runs: list[ProbeRun], given: Sequence[str] = ()
 ) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 
@@ -344,7 +344,7 @@ def given_labels(folder: Path) -> tuple[str, ...]:
     return tuple(config.get("labels", ())) if isinstance(config, dict) else ()
 
 
-def runs_to_compare(*studies: StudyRuns) -> list[dict[str, FinishedRun]]:
+def runs_to_compare(*studies: StudyRuns) -> list[dict[str, ProbeRun]]:
     """Return the trained model's runs of each study by mask: solved ones if all masks of all studies have them."""
     if all(study.solved.keys() == study.main_runs.keys() for study in studies):
         return [study.solved for study in studies]

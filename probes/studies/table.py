@@ -10,7 +10,7 @@ from llava_bidir.common.files import atomic_write
 from probes.analyses import MEASURED
 from probes.analyses.base import table_row
 from probes.report.options import ReportOptions
-from probes.runs.read import FinishedRun, finished_runs, open_run
+from probes.runs.read import ProbeRun, finished_runs
 from probes.runs.study import given_labels, labels_of_models, model_name
 
 if TYPE_CHECKING:  # pandas takes a second to import
@@ -80,7 +80,7 @@ class Study:
         from .plot import plot_table
 
         table = self.table().query("metric == @metric and task == @task")
-        runs = {path: open_run(path) for path in finished_runs(self.path)}
+        runs = {path: ProbeRun(path) for path in finished_runs(self.path)}
         given = given_labels(self.path)
         names = {path: model_name(run) for path, run in runs.items()}  # as in the report
         names |= labels_of_models(self.path, [*runs.values()], given)
@@ -100,7 +100,7 @@ def read_table(folder: Path, labels: tuple[str, ...]) -> "DataFrame":
     """
     from pandas import DataFrame
 
-    runs = [open_run(path) for path in finished_runs(folder)]
+    runs = [ProbeRun(path) for path in finished_runs(folder)]
     names = labels_of_models(folder, runs, labels)
     rows = [
         row
@@ -128,7 +128,7 @@ def write_report(options: ReportOptions) -> None:
     write_table(options.out.parent, options.labels)
 
 
-def _rows(run: FinishedRun, name: str, model: str | None) -> Iterator[dict[str, Any]]:
+def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of a run: its scores by site, its path of strengths, and its analyses.
 
     Args:
@@ -158,7 +158,7 @@ def _rows(run: FinishedRun, name: str, model: str | None) -> Iterator[dict[str, 
             metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False
         ):
             yield common | table_row(site["site"], "iou", iou, **{"class": cls})
-    for site in run.site_strengths if run.is_solved else ():
+    for site in run.strengths.sites if run.is_solved else ():
         for key, values in site.items():
             if key in ("cv_cross_entropy", "cv_loss", "miou", "pacc"):
                 for strength, value in zip(site["strengths"], values, strict=True):

@@ -46,6 +46,7 @@ class Task(ABC):
     # what `training_losses` takes of a batch: "target", or "masks" that are prepared from it
     trained_on: ClassVar[str] = "target"
     counted: ClassVar[tuple[str, ...]] = ("sums",)  # names of what `count` returns
+    summed: ClassVar[tuple[str, ...]] = ("sums",)  # of these, what `sums` reads
 
     @property
     def score(self) -> str:

@@ -46,6 +46,7 @@ class Segmentation(Task):
     trained_on = "masks"
     counted = (*Counts._fields, "patch_class")
     colorize = staticmethod(colorize_classes)
+    summed = ("intersection", "predicted", "labelled")
 
     def training_losses(
         self,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from probes.ops.geometry import GridPlacement
-from probes.runs.read import FinishedRun
+from probes.runs.read import ProbeRun
 from probes.solve.path import HELD_OUT_GAIN, TOLERANCE
 
 # Of a loss in nats: the quadrature of five nodes is exact to five digits, and probes are stored in float32.
@@ -67,8 +67,8 @@ def assert_same_optimum(
 
 
 def assert_same_solution(
-    one: FinishedRun,
-    other: FinishedRun,
+    one: ProbeRun,
+    other: ProbeRun,
     held_out: float = 2 * HELD_OUT_GAIN * TOLERANCE,
 ) -> None:
     """Raise unless two runs of `probes solve` on the same images have found the same, as far as their certificates say.
@@ -94,7 +94,7 @@ def assert_same_solution(
 class TrainingData:
     """States and masks of the training images of a run."""
 
-    def __init__(self, run: FinishedRun, sites: list[str]):
+    def __init__(self, run: ProbeRun, sites: list[str]):
         mllm = run.mllm()
         training = run.dataset("training")
         samples = [training[i] for i in range(len(training))]
@@ -124,15 +124,15 @@ class TrainingData:
         return value
 
 
-def _entry(run: FinishedRun, site: str) -> dict:
-    return next(entry for entry in run.site_strengths if entry["site"] == site)
+def _entry(run: ProbeRun, site: str) -> dict:
+    return next(entry for entry in run.strengths.sites if entry["site"] == site)
 
 
 def _losses(entry: dict) -> dict[float, float]:
     return dict(zip(entry["strengths"], entry["cv_cross_entropy"], strict=True))
 
 
-def _solved(run: FinishedRun, site: str) -> tuple[Point, float]:
+def _solved(run: ProbeRun, site: str) -> tuple[Point, float]:
     """Return the probe of a site, and the decrease that its certificate leaves."""
     probe = run.probes()[site]
     norm = probe.norm

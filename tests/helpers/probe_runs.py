@@ -17,7 +17,7 @@ from probes.cli import main
 from probes.data.registry import open_dataset, split_identity
 from probes.models.sites import last_layer, site_names
 from probes.ops.pixel_counts import Counts
-from probes.runs.read import FinishedRun, ProbeRun, open_run
+from probes.runs.read import ProbeRun
 from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
 from probes.score.estimate import Estimate
 from probes.score.resampling import dataset_scores, resampled_scores
@@ -265,8 +265,18 @@ def write_run(
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "counts.safetensors")
     (path / "metrics.json").write_text(json.dumps(facts))
     (path / "manifest.json").write_text(json.dumps(manifest))
+    write_probes(path, sites, tensors["intersection"])
     write_effects(path)
     return path
+
+
+def write_probes(path: Path, sites: list[str], counted: torch.Tensor) -> None:
+    """Write probes of no use, which differ where what was counted [S, N, ...] does."""
+    weights = counted.double().mean((1, 2))
+    save_file(
+        {f"{site}.head.weight": x[None].clone() for site, x in zip(sites, weights, strict=True)},
+        path / "probes.safetensors",
+    )
 
 
 def data_identity(root: Path) -> dict[str, str]:
@@ -278,7 +288,7 @@ def data_identity(root: Path) -> dict[str, str]:
     return found
 
 
-def sums_by_strength(run: FinishedRun) -> torch.Tensor:
+def sums_by_strength(run: ProbeRun) -> torch.Tensor:
     """Return the sums per image of a written run at each row of solved strengths, strong to weak, [R, S, N, M]."""
     return load_file(run.path / BY_STRENGTH)["sums"]
 
@@ -289,7 +299,7 @@ def counts_by_strength(run: ProbeRun) -> list[Counts]:
     return [Counts(*row, None, None) for row in zip(right, predicted, labelled[:, 0], strict=True)]
 
 
-def effects_of_counts(run: FinishedRun) -> dict[str, Estimate]:
+def effects_of_counts(run: ProbeRun) -> dict[str, Estimate]:
     """Return the effects of a run, computed from its counts; of a written one, also those of each row of strengths."""
     is_written = (run.path / BY_STRENGTH).is_file()
     return run_effects(
@@ -301,14 +311,14 @@ def effects_of_counts(run: FinishedRun) -> dict[str, Estimate]:
         run.groups,
         strengths=run.strengths if is_written else None,
         path=sums_by_strength(run) if is_written else None,
-        counts=run.counts if isinstance(run, ProbeRun) else None,
+        counts=run.counts if run.task_name == "segmentation" else None,
         columns=run.metrics["grid"][1],
     )
 
 
 def write_effects(path: Path) -> None:
     """Write the effects of a written run, of whose counts or path a test has made others."""
-    write_files({path / EFFECTS_FILE: effect_file(effects_of_counts(open_run(path)))})
+    write_files({path / EFFECTS_FILE: effect_file(effects_of_counts(ProbeRun(path)))})
 
 
 def record_hashes(path: Path) -> None:

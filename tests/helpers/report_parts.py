@@ -6,7 +6,7 @@ from reference import miou_of_counts
 from probes.analyses.charts import Figure
 from probes.report.claims import evaluate_claims
 from probes.report.page import study_sections
-from probes.runs.read import open_run
+from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns, group_runs
 
 
@@ -20,7 +20,7 @@ def studies_of(paths) -> list[StudyRuns]:
     """Return the studies that runs make; NAME=PATH names the model."""
     runs = []
     for name, separator, path in (str(path).rpartition("=") for path in paths):
-        run = open_run(path)
+        run = ProbeRun(path)
         run.model = name if separator else None
         runs.append(run)
     return group_runs(runs)

@@ -125,6 +125,7 @@ def write_depth_run(
     }
     (path / "metrics.json").write_text(json.dumps(metrics))
     save_file({"sums": sums}, path / "counts.safetensors")
+    probe_runs.write_probes(path, sites, sums)
     along_path = sums.expand(len(DEPTH_STRENGTHS), *sums.shape).contiguous()
     save_file({"sums": along_path}, path / probe_runs.BY_STRENGTH)
     probe_runs.write_effects(path)

@@ -7,7 +7,7 @@ import task_runs as helper
 import tiny_families
 from matplotlib.figure import Figure as Drawing
 
-from probes import FinishedRun
+from probes import ProbeRun
 from probes.cli import main
 from probes.models.families import dynamic_resolution, gemma
 
@@ -39,7 +39,7 @@ def task_root(segmentation, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, FinishedRun]:
+def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, ProbeRun]:
     """Solved runs of every task under a causal mask, and of depth under a bidirectional one at another strength."""
     runs = {}
     for name in ("depth", "normals", "boundaries", "depth bidirectional"):
@@ -56,5 +56,5 @@ def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, FinishedRun
                 *more,
             )
         )
-        runs[name] = FinishedRun(out)
+        runs[name] = ProbeRun(out)
     return runs

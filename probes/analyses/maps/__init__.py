@@ -19,7 +19,7 @@ from probes.analyses.base import Analysis, Result, RunOptions, check_images
 if TYPE_CHECKING:  # this module answers `probes --help`
     from torch import Tensor
 
-    from probes.runs.read import FinishedRun, ProbeRun
+    from probes.runs.read import ProbeRun, ProbeRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class MapsOptions(RunOptions):
     classes: tuple[str, ...] = ()
 
 
-def complete(run: "FinishedRun", options: MapsOptions) -> MapsOptions:
+def complete(run: "ProbeRun", options: MapsOptions) -> MapsOptions:
     """Raise a UserError if there are classes, but the run is of another task than segmentation."""
     if options.classes and "classes" not in run.metrics:
         raise UserError(
@@ -45,7 +45,7 @@ def complete(run: "FinishedRun", options: MapsOptions) -> MapsOptions:
     return options
 
 
-def measure(run: "FinishedRun", options: MapsOptions) -> Result:
+def measure(run: "ProbeRun", options: MapsOptions) -> Result:
     """Return the maps of the images at all sites, and of one image for each class under knockout."""
     import torch
 

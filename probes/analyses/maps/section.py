@@ -11,7 +11,7 @@ from probes.data.base import palette_of
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.files import read_tensors
 from probes.runs.formatting import file_name
-from probes.runs.read import FinishedRun, ProbeRun
+from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns
 from probes.tasks.segmentation import colorize_classes
 
@@ -55,7 +55,7 @@ SHOWN_LAYERS = 6  # of a bare encoder, and of an LLM under knockout
 
 
 def site_rows(
-    run: FinishedRun, sites: list[str], palette: np.ndarray | None = None
+    run: ProbeRun, sites: list[str], palette: np.ndarray | None = None
 ) -> list[PictureRow]:
     """Return images, targets, and the predictions at sites (Figs. 4, 13).
 
@@ -76,7 +76,7 @@ def site_rows(
     return rows
 
 
-def shown_sites(run: FinishedRun) -> list[str]:
+def shown_sites(run: ProbeRun) -> list[str]:
     """Return encoder, adapter, the first, the half-way and the best layer, where probed; of an encoder, some layers."""
     layers = [site for site in run.layers if site != ADAPTER]
     peak = run.peak_layer

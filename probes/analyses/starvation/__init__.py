@@ -12,10 +12,10 @@ from probes.analyses.base import Analysis, Claim
 from probes.analyses.sinks import sinks_of, starts_with_sink
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.runs.read import FinishedRun
+    from probes.runs.read import ProbeRun
 
 
-def sink_warning(runs: Mapping[str, "FinishedRun"], site: str) -> str:
+def sink_warning(runs: Mapping[str, "ProbeRun"], site: str) -> str:
     """Return that the first image token is a sink at a site, in a sentence about a run by mask; "" if there is none."""
     for mask, run in runs.items():
         for layer in sinks_of(run)["layers"]:
@@ -28,7 +28,7 @@ def sink_warning(runs: Mapping[str, "FinishedRun"], site: str) -> str:
     return ""
 
 
-def has_sink(runs: Mapping[str, "FinishedRun"]) -> bool:
+def has_sink(runs: Mapping[str, "ProbeRun"]) -> bool:
     """Return whether runs by mask have a sink at the first image token, at the site where starvation is measured."""
     pair = {mask: runs[mask] for mask in ("causal", "bidirectional") if mask in runs}
     return len(pair) == 2 and bool(sink_warning(pair, pair["causal"].peak_layer))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from probes import FinishedRun
+from probes import ProbeRun
 from probes.cli import main
 
 TASKS = ("depth", "normals", "boundaries")
@@ -14,7 +14,7 @@ TASKS = ("depth", "normals", "boundaries")
 
 @pytest.mark.parametrize("task", TASKS)
 def test_maps_equal_the_saved_predictions(task, task_runs, tmp_path):
-    run = FinishedRun(shutil.copytree(task_runs[task].path, tmp_path / "run"))
+    run = ProbeRun(shutil.copytree(task_runs[task].path, tmp_path / "run"))
     main(["maps", "--probes", str(run.path), "--image", "1", "3"])
     tensors = load_file(run.path / "maps.safetensors")
     index = run.analysis("maps.json")

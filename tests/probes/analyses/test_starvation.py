@@ -54,6 +54,6 @@ def test_standardised_gap_equals_a_loop():
 
 def test_the_class_of_a_patch_is_that_of_most_of_its_pixels(runs):
     run = runs["causal"]
-    patches = run.geometry.patches
+    patches = run.mllm().geometry.patches
     expected = [patches(sample["target"]).flatten() for sample in run.dataset()]
     assert torch.equal(run.patch_classes, torch.stack(expected))

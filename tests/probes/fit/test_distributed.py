@@ -22,7 +22,7 @@ from processes import HANGING_S, run_ranks
 from safetensors.torch import load_file
 
 from llava_bidir.common.runs import last_checkpoint
-from probes import FinishedRun
+from probes import ProbeRun
 from probes.cli import main
 
 # Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
@@ -229,7 +229,7 @@ def test_two_processes_solve_the_probes_of_one(
     tmp_path,
 ):
     main(solving.arguments(checkpoints["causal"], segmentation, tmp_path))
-    assert_same_solution(FinishedRun(tmp_path), FinishedRun(together[0] / "solve"))
+    assert_same_solution(ProbeRun(tmp_path), ProbeRun(together[0] / "solve"))
     assert metrics(together[0] / "solve")["images"] == 5
 
 
@@ -290,10 +290,10 @@ def test_a_search_in_which_one_of_two_processes_is_killed_resumes_to_the_same_by
 def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
     run = together[0] / "normals"
     alone = task_runs["normals"]
-    for ours, theirs in zip(FinishedRun(run).site_strengths, alone.site_strengths, strict=True):
+    for ours, theirs in zip(ProbeRun(run).strengths.sites, alone.strengths.sites, strict=True):
         assert ours["mean"] == pytest.approx(theirs["mean"], rel=1e-2)
     torch.testing.assert_close(
-        FinishedRun(run).sums,
+        ProbeRun(run).sums,
         alone.sums,
         rtol=1e-2,
         atol=1e-1,

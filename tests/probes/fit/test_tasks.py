@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from task_runs import arguments
 
-from probes import FinishedRun
+from probes import ProbeRun
 from probes.cli import main
 from probes.ops.bilinear import bilinear_weights
 from probes.solve.workers import SiteFiles
@@ -18,7 +18,7 @@ TASKS = ("depth", "normals")
 
 
 @pytest.fixture(scope="module")
-def runs(checkpoints, task_root, task_runs, tmp_path_factory) -> dict[str, dict[str, FinishedRun]]:
+def runs(checkpoints, task_root, task_runs, tmp_path_factory) -> dict[str, dict[str, ProbeRun]]:
     """By command and task; a command leaves the precision of products to the next one."""
     fitted = {}
     for task in (*TASKS, "boundaries"):
@@ -31,7 +31,7 @@ def runs(checkpoints, task_root, task_runs, tmp_path_factory) -> dict[str, dict[
             out,
         )
         main([*words, "--model.learning_rate", "0.1"])
-        fitted[task] = FinishedRun(out)
+        fitted[task] = ProbeRun(out)
     assert torch.get_float32_matmul_precision() == "highest"
     return {"solve": task_runs, "fit": fitted}
 

@@ -73,7 +73,6 @@ def test_scores_of_part_of_the_sites_are_those_of_all_to_the_last_bit(runs, monk
     at_once = ProbeRun(runs[0]).site_scores()
     monkeypatch.setattr(read, "NUMBERS_AT_ONCE", 1)
     run = ProbeRun(runs[0])
-    assert run.parts_of_sites(run.sites) == [[site] for site in run.sites]
     for site, estimate in run.site_scores().items():
         assert torch.equal(estimate.vector, at_once[site].vector), site
         assert estimate.ci95 == at_once[site].ci95

@@ -31,13 +31,13 @@ def solved(checkpoints, segmentation, tmp_path_factory):
 
 def test_equals_the_run_of_a_model(solved):
     run, features, masks = solved
-    strengths = run.site_strengths[0]["strengths"]
-    chosen = run.site_strengths[0]["chosen"]
+    strengths = run.strengths.sites[0]["strengths"]
+    chosen = run.strengths.sites[0]["chosen"]
     classes = len(run.metrics["classes"])
     probe = probes.solve_features(features, masks, classes, chosen, folds=2)
     assert probe.converged
     assert probe.loss == pytest.approx(
-        run.site_strengths[0]["cv_cross_entropy"][strengths.index(chosen)], abs=1e-4
+        run.strengths.sites[0]["cv_cross_entropy"][strengths.index(chosen)], abs=1e-4
     )
     validation = run.dataset()
     mllm = run.mllm()

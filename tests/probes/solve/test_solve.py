@@ -104,7 +104,7 @@ def test_each_strength_is_scored_as_a_run_of_that_strength_alone(run, solve):
     """The chosen probe is counted apart from the others, which must not be mixed up."""
     for row, strength in enumerate(STRENGTHS):
         ours = solve(out=strength, strengths=(strength,))
-        for entry, alone in zip(run.site_strengths, ours.site_strengths, strict=True):
+        for entry, alone in zip(run.strengths.sites, ours.strengths.sites, strict=True):
             assert entry["pacc"][row] == pytest.approx(alone["pacc"][0], abs=0.004)
         # of two strengths: all sites at the first, all at the second
         name = "adapter_drop@weaker" if row else "adapter_drop@stronger"

@@ -24,7 +24,6 @@ from probes.heads import Probe
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.load import load
 from probes.models.random_weights import MATCH_IMAGES
-from probes.score.image_metrics import TaskMetric
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 # options of the frozen model and its sites; the others of `ModelOptions` say how probes are trained
@@ -77,10 +76,6 @@ class SiteProbes:
         """Return the logits of the probes on the token grid, f32[S, B, K, h, w]."""
         logits = torch.stack([self.heads[site](states[site].float()) for site in self.sites])
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
-
-    def new_metric(self, images: int) -> TaskMetric:
-        """Return what scores the probes on `images` images."""
-        return TaskMetric(self.task, images, self.mllm.geometry)
 
 
 def load_probes(
@@ -151,33 +146,6 @@ def evenly_spaced_images(dataset: Dataset, count: int) -> list[Image.Image]:
     """Return at most `count` images of a dataset, at equal distances from the first on."""
     count = min(count, len(dataset))
     return [dataset[i * len(dataset) // count]["image"] for i in range(count)]
-
-
-def score_batch(
-    probes: SiteProbes,
-    states: dict[str, Tensor],
-    batch: dict[str, Any],
-    metric: TaskMetric,
-) -> Tensor:
-    """Count the images of a batch; return the logits f[S, B, K, h, w].
-
-    Args:
-        probes: The probes.
-        states: f[B, T, d] by site.
-        batch: Targets, and the index of each image.
-        metric: Receives the counts.
-    """
-    logits = probes.logits(states)
-    for images, target in group_by_size(batch["target"]):
-        metric.update(logits[:, images], target, batch["index"][images])
-    return logits
-
-
-def compute_counts(metric: TaskMetric) -> dict[str, Tensor]:
-    """Return what the task counts of each image, by name, on the CPU; the metric is empty then."""
-    counted = metric.compute()
-    metric.reset()
-    return counted
 
 
 def save_predictions(

@@ -23,8 +23,9 @@ from probes.data.samplers import PAD_INDEX
 from probes.heads import factory_of
 from probes.models.module_sources import source_identity
 from probes.runs.write import RunRecord, save_run
+from probes.score.image_metrics import TaskMetric
 from probes.score.resampling import dataset_scores
-from probes.site_probes import SiteProbes, compute_counts, load_probes, score_batch
+from probes.site_probes import SiteProbes, load_probes
 from probes.tasks import Task
 
 VALIDATIONS = ("best", "history", "validated_at")  # kept in checkpoints
@@ -87,7 +88,8 @@ class ProbeModule(LightningModule):
         # as parts of this module, so that Lightning moves, trains and saves them
         self.mllm = probes.mllm
         self.heads = probes.heads
-        self.metric = probes.new_metric(len(data.splits["validation"]))
+        images = len(data.splits["validation"])
+        self.metric = TaskMetric(probes.task, images, probes.mllm.geometry)
         prepare = None
         if self.task.trained_on == "masks":
             prepare = MaskPreparer(self.mllm.geometry, probes.channels, NODES)
@@ -111,7 +113,9 @@ class ProbeModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Count the images of the batch; return the logits f[S, B, K, h, w] for callbacks."""
-        return score_batch(self.probes, self.probes.states(batch), batch, self.metric)
+        logits = self.probes.logits(self.probes.states(batch))
+        self.metric.add(logits, batch)
+        return logits
 
     test_step = validation_step
 
@@ -120,7 +124,7 @@ class ProbeModule(LightningModule):
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if fitting:
             self.validated_at.append(self.trainer.global_step)
-        scores = dataset_scores(self.task, self.task.sums(compute_counts(self.metric)))
+        scores = dataset_scores(self.task, self.task.sums(self.metric.compute()))
         for i, site in enumerate(self.probes.sites):
             for score, values in scores.items():
                 self.log(f"{score}/{site}", values[i].item())
@@ -141,7 +145,7 @@ class ProbeModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Write the files of the run."""
-        counted = compute_counts(self.metric)
+        counted = self.metric.compute()
         data = self.trainer.datamodule
         if self.trainer.is_global_zero:
             record = RunRecord(

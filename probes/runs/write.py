@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.files import read_json, write_files
@@ -19,7 +20,6 @@ from probes.models.module_sources import absolute_source, is_source
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_layer, last_layer
 from probes.ops.pixel_counts import Counts
 from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
-from probes.score.estimate import Estimate
 from probes.score.resampling import dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, Strengths
 from probes.site_probes import SiteProbes
@@ -28,21 +28,6 @@ from probes.tasks import SEGMENTATION
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
-
-
-@dataclass(frozen=True)
-class StrengthsRecord:
-    """The path of strengths of solved probes.
-
-    Args:
-        path_kind: How they were solved: "optimum" or "closed_form".
-        about: metrics.json["path"].
-        counted: What the task counts of each image at the solved strengths, by name, [R, S, N, ...].
-    """
-
-    path_kind: str
-    about: dict[str, Any]
-    counted: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -55,7 +40,8 @@ class RunRecord:
         probe: What metrics.json says of the probes.
         history: Main score of each validation by site; empty for solved probes.
         epochs: Of each validation.
-        path: Of solved probes.
+        path: Of solved probes, metrics.json["path"]: {"optimum" or "closed_form": {"sites": [...]}}.
+        path_sums: Sums per image at their solved strengths, [R, S, N, M].
     """
 
     settings: Mapping[str, Any]
@@ -63,14 +49,15 @@ class RunRecord:
     probe: dict[str, Any]
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int | float] = field(default_factory=list)
-    path: StrengthsRecord | None = None
+    path: dict[str, Any] | None = None
+    path_sums: Tensor | None = None
 
 
 def save_run(
     probes: SiteProbes,
     record: RunRecord,
     data: ProbeData,
-    counted: dict[str, torch.Tensor],
+    counted: dict[str, Tensor],
     out: str | Path,
 ) -> None:
     """Write all files of a finished run into `out`.
@@ -83,27 +70,45 @@ def save_run(
         out: Folder of the run.
     """
     out = Path(out)
+    task = probes.task
     validation = data.splits["validation"]
     groups = group_indices(validation)
     weights = bootstrap_weights(len(validation), groups=groups)
-    metrics = make_metrics(probes, record, data, counted, weights)
-    effects = effects_of(probes, counted, record.path, weights, groups)
-    tensors = counted if groups is None else counted | {"group": groups}
-    files = {out / "counts.safetensors": tensors}
-    files[out / EFFECTS_FILE] = effect_file(effects)
-    files[out / "probes.safetensors"] = probes.heads.state_dict()
+    strengths = None
+    for kind, path in (record.path or {}).items():
+        strengths = Strengths(path["sites"], task.score, kind == CLOSED_FORM)
+    effects = run_effects(
+        probes.sites,
+        None if probes.mllm.has_llm else last_layer(probes.mllm.sites),
+        task,
+        task.sums(counted),
+        weights,
+        groups,
+        strengths=strengths,
+        path=record.path_sums,
+        counts=Counts(**{name: counted[name] for name in Counts._fields})
+        if task.name == SEGMENTATION
+        else None,
+        columns=probes.mllm.grid[1],
+    )
     about = manifest(probes, record, data)
-    files[out / "manifest.json"] = lambda hashes: about | {"files": hashes}
-    files[out / "metrics.json"] = metrics
-    write_files(files)
+    write_files(
+        {
+            out / "counts.safetensors": counted if groups is None else counted | {"group": groups},
+            out / EFFECTS_FILE: effect_file(effects),
+            out / "probes.safetensors": probes.heads.state_dict(),
+            out / "manifest.json": lambda hashes: about | {"files": hashes},
+            out / "metrics.json": make_metrics(probes, record, data, counted, weights),
+        }
+    )
 
 
 def make_metrics(
     probes: SiteProbes,
     record: RunRecord,
     data: ProbeData,
-    counted: dict[str, torch.Tensor],
-    weights: torch.Tensor,
+    counted: dict[str, Tensor],
+    weights: Tensor,
 ) -> dict[str, Any]:
     """Return metrics.json of a run: the model, the settings, and the scores of all sites.
 
@@ -123,7 +128,6 @@ def make_metrics(
     sums = task.sums(counted)
     scores = dataset_scores(task, sums)
     sites = site_entries(probes, record, scores, resampled_scores(task, sums, weights))
-    main = dict(zip(probes.sites, scores[task.score].tolist(), strict=True))
     if task.name == SEGMENTATION:
         own = {"classes": data.classes, "baseline": baseline(counted["labelled"], data.classes)}
         for site, iou in zip(sites, task.iou(sums.sum(1)).tolist(), strict=True):
@@ -131,7 +135,7 @@ def make_metrics(
     else:
         better = {name: "higher" if up else "lower" for name, up in task.scores.items()}
         own = {"task": task.name, "scores": better}
-    metrics = {
+    return {
         "dataset": data.name,
         "split": "validation",
         "images": len(data.splits["validation"]),
@@ -143,66 +147,21 @@ def make_metrics(
         "image_resize": settings["image_resize"],
         "dtype": str(mllm.model.dtype).removeprefix("torch."),
         "untrained": list(settings["untrained"] or ()),
-        "match": settings["match"],
-        "draw": settings["draw"],
-        "seed": settings["seed"],
+        **{name: settings[name] for name in ("match", "draw", "seed")},
         **own,
         "grid": list(mllm.grid),
         "probe": record.probe,
         "sites": sites,
-        "summary": summary(main, task.sign),
+        "summary": summary({site["site"]: site[task.score] for site in sites}, task.sign),
+        **({"path": record.path} if record.path else {}),
     }
-    if record.path:
-        metrics["path"] = record.path.about
-    return metrics
-
-
-def effects_of(
-    probes: SiteProbes,
-    counted: dict[str, torch.Tensor],
-    path: StrengthsRecord | None,
-    weights: torch.Tensor,
-    groups: torch.Tensor | None,
-) -> dict[str, Estimate]:
-    """Return the effects of a run, from which reports evaluate claims; see :mod:`probes.score.effects`.
-
-    Args:
-        probes: The model and its probes.
-        counted: As in :func:`save_run`.
-        path: Of solved probes.
-        weights: f[R, N], of the bootstrap.
-        groups: Group i64[N] of each image, or None.
-    """
-    task = probes.task
-    sites = probes.sites
-    counts = None
-    if task.name == SEGMENTATION:
-        counts = Counts(**{name: counted[name] for name in Counts._fields})
-    strengths = None
-    sums_by_strength = None
-    if path:
-        of_sites = path.about[path.path_kind]["sites"]
-        strengths = Strengths(of_sites, task.score, path.path_kind == CLOSED_FORM)
-        sums_by_strength = task.sums(counted | path.counted)
-    return run_effects(
-        sites,
-        None if probes.mllm.has_llm else last_layer(probes.mllm.sites),
-        task,
-        task.sums(counted),
-        weights,
-        groups,
-        strengths=strengths,
-        path=sums_by_strength,
-        counts=counts,
-        columns=probes.mllm.grid[1],
-    )
 
 
 def site_entries(
     probes: SiteProbes,
     record: RunRecord,
-    scores: dict[str, torch.Tensor],
-    resampled: dict[str, torch.Tensor],
+    scores: dict[str, Tensor],
+    resampled: dict[str, Tensor],
 ) -> list[dict[str, Any]]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 
@@ -212,29 +171,26 @@ def site_entries(
         scores: f64[S] by name.
         resampled: f64[R, S] by name.
     """
+    task = probes.task
     entries = []
-    sign = probes.task.sign
     for i, site in enumerate(probes.sites):
         history = record.history.get(site, [])
-        best = (
-            record.epochs[history.index(max(history, key=lambda x: sign * x))] if history else None
-        )
+        best = max(history, key=lambda x: task.sign * x, default=None)
         entry = {
             "site": site,
             "dim": probes.mllm.widths[site],
-            "best_epoch": best,
+            "best_epoch": record.epochs[history.index(best)] if history else None,
             "history": history,
         }
         for name, values in scores.items():
             value = values[i].item()
-            drawn = resampled[name][:, i]
-            ci95 = interval(value, drawn, lowest=0.0, highest=probes.task.highest)
+            ci95 = interval(value, resampled[name][:, i], lowest=0.0, highest=task.highest)
             entry |= {name: value, f"{name}_ci95": ci95}
         entries.append(entry)
     return entries
 
 
-def group_indices(dataset) -> torch.Tensor | None:
+def group_indices(dataset) -> Tensor | None:
     """Return the group (city) of each image, i64[N], numbered alphabetically; None for a dataset without groups."""
     groups = getattr(dataset, "groups", None)
     if groups is None:
@@ -243,7 +199,7 @@ def group_indices(dataset) -> torch.Tensor | None:
     return torch.tensor([numbers[group] for group in groups])
 
 
-def baseline(labelled: torch.Tensor, classes: list[str]) -> dict[str, Any]:
+def baseline(labelled: Tensor, classes: list[str]) -> dict[str, Any]:
     """Return the scores of predicting the most frequent class everywhere; `labelled` i64[N, K] are pixels."""
     labelled = labelled.sum(0).double()
     most = int(labelled.argmax())
@@ -258,36 +214,31 @@ def baseline(labelled: torch.Tensor, classes: list[str]) -> dict[str, Any]:
 
 def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str, Any]:
     """Return the versions, commit, configuration, data and hardware of a run."""
-    settings = record.settings
-    changed = {"mllm": _absolute(settings["mllm"]), "update_scales": probes.mllm.update_scales}
+    model = record.settings["mllm"]
+    # of both splits, if the files were checked in this process
+    labels = {split: counts._asdict() for split, counts in data.labels.items()}
+    notes = {"labels": labels, "shared_images": [list(pair) for pair in data.shared_images]}
     return {
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
         "git_commit": _git_commit(),
-        "config": dict(settings) | changed,
+        "config": dict(record.settings)
+        | {"mllm": _absolute(model), "update_scales": probes.mllm.update_scales},
         "data": {
             "root": _absolute(data.root),
             "dataset": data.dataset,
             "options": data.options,
             "fingerprint": describe_digest(record.identity["data"]),
-            **_data_notes(data),
+            **(notes if labels else {}),
         },
         "identity": record.identity,
-        "mllm_training": _read_training(Path(settings["mllm"]) / "training.json"),
+        "mllm_training": _read_training(Path(model) / "training.json"),
         "hardware": {
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
-
-
-def _data_notes(data) -> dict[str, Any]:
-    """Return the labels of both splits and the images that they share, if the files were checked in this process."""
-    if not data.labels:
-        return {}
-    labels = {split: counts._asdict() for split, counts in data.labels.items()}
-    return {"labels": labels, "shared_images": [list(pair) for pair in data.shared_images]}
 
 
 def _read_training(file: Path) -> dict[str, Any] | None:
@@ -316,17 +267,6 @@ def _git_commit() -> str | None:
     return found[1]
 
 
-def peak_layer(scores: dict[str, float], sign: int = 1) -> str | None:
-    """Return the decoder layer with the best score, without `final_norm` (the last layer, normalised).
-
-    Args:
-        scores: The main score by site.
-        sign: 1 if a higher score is better, else -1.
-    """
-    layers = [site for site in scores if is_layer(site)]
-    return max(layers, key=lambda site: sign * scores[site], default=None)
-
-
 def summary(scores: dict[str, float], sign: int = 1) -> dict[str, Any]:
     """Return the score of encoder, adapter and best layer with their differences (Table 2); None if not probed.
 
@@ -337,20 +277,20 @@ def summary(scores: dict[str, float], sign: int = 1) -> dict[str, Any]:
         scores: The main score by site.
         sign: 1 if a higher score is better, else -1.
     """
-    peak = peak_layer(scores, sign)
-    encoder = scores.get(ENCODER)
-    adapter = scores.get(ADAPTER)
+    layers = filter(is_layer, scores)  # without `final_norm`, the last layer, normalised
+    peak = max(layers, key=lambda site: sign * scores[site], default=None)
     best = scores.get(peak)
-
-    def better_than(other):
-        return None if best is None or other is None else sign * (best - other)
-
+    found = {name: scores.get(name) for name in (ENCODER, ADAPTER, FINAL_NORM)}
+    gains = {
+        name: None if None in (best, score) else sign * (best - score)
+        for name, score in found.items()
+    }
     return {
-        "encoder": encoder,
-        "adapter": adapter,
+        "encoder": found[ENCODER],
+        "adapter": found[ADAPTER],
         "peak_llm": best,
         "peak_site": peak,
-        "final_norm": scores.get(FINAL_NORM),
-        "delta_enc": better_than(encoder),
-        "recovery": better_than(adapter),
+        "final_norm": found[FINAL_NORM],
+        "delta_enc": gains[ENCODER],
+        "recovery": gains[ADAPTER],
     }

@@ -3,10 +3,14 @@
 Legend: P probes, N images of the dataset, B images of a batch, K channels of a probe, h w token grid.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llava_bidir.common.processes import all_gather_objects
+from probes.data.batches import group_by_size
 from probes.ops.geometry import Geometry
 from probes.tasks import Task
 
@@ -18,7 +22,8 @@ class TaskMetric:
         task: The task.
         images: N, size of the dataset; `compute` requires each image exactly once.
         geometry: Placement of the tokens on the images.
-        names: Of the tensors that are kept, if not those that the task counts.
+        of_run: Indices of the probes that are the run's, None for all. Of the others, which have another strength, is
+            kept what scores need.
     """
 
     def __init__(
@@ -26,17 +31,18 @@ class TaskMetric:
         task: Task,
         images: int,
         geometry: Geometry,
-        names: tuple[str, ...] | None = None,
+        of_run: Sequence[int] | None = None,
     ):
         self.task = task
         self.images = images
         self.geometry = geometry
-        self.names = names or task.counted
-        self.reset()
+        self.of_run = of_run
+        self.kept: dict[str, list[Tensor]] = {}
 
-    def reset(self) -> None:
-        """Forget all images."""
-        self.kept: dict[str, list[Tensor]] = {name: [] for name in ("index", *self.names)}
+    def add(self, outputs: Tensor, batch: dict[str, Any]) -> None:
+        """Add a batch: outputs f[P, B, K, h, w] on the grid, with "target" [B, H, W, ...], or a list, and "index"."""
+        for images, target in group_by_size(batch["target"]):
+            self.update(outputs[:, images], target, batch["index"][images])
 
     def update(
         self,
@@ -45,35 +51,34 @@ class TaskMetric:
         index: Tensor,
     ) -> None:
         """Add images: `outputs` f[P, B, K, h, w] on the grid, `target` [B, H, W, ...], `index` i64[B]."""
-        self.add(index, self.task.count(outputs, target, self.geometry))
-
-    def add(self, index: Tensor, counted: dict[str, Tensor]) -> None:
-        """Add images i64[B] with what was counted of them, [P, B, ...] or [B, n]."""
-        self.kept["index"].append(index)
-        for name, x in counted.items():
-            # images first, as they are joined
-            self.kept[name].append(x.transpose(0, 1) if x.ndim == 3 else x)
+        counted = self.task.count(outputs, target, self.geometry)
+        for name, x in {"index": index, **counted}.items():
+            if x.ndim == 3:
+                if self.of_run is not None and name not in self.task.summed:
+                    x = x[self.of_run]
+                x = x.transpose(0, 1)  # images first, as they are joined
+            self.kept.setdefault(name, []).append(x)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the tensors [P, N, ...] or [N, n] of all processes by name; integers as i64.
+        """Return the tensors [P, N, ...] or [N, n] of all processes by name, integers as i64, and forget them.
 
         Images are in the order of the dataset, tensors on the CPU.
 
         Raises:
             RuntimeError: If an image of the dataset was not seen exactly once.
         """
-        parts = all_gather_objects(
-            {name: torch.cat(xs).cpu() for name, xs in self.kept.items() if xs}
-        )
-        joined = {name: torch.cat([part[name] for part in parts if part]) for name in self.kept}
-        index, order = joined["index"].sort()
+        parts = all_gather_objects({name: torch.cat(xs).cpu() for name, xs in self.kept.items()})
+        self.kept = {}
+        names = ("index", *self.task.counted)
+        joined = {name: torch.cat([part[name] for part in parts if part]) for name in names}
+        index, order = joined.pop("index").sort()
         if index.tolist() != list(range(self.images)):
             raise RuntimeError(
                 f"expected each of {self.images} images once, saw {len(index)}, {len(index.unique())} different"
             )
         tensors = {}
-        for name in self.names:
-            x = joined[name][order]
+        for name, x in joined.items():
+            x = x[order]
             x = x.transpose(0, 1) if x.ndim == 3 else x
             tensors[name] = x if x.is_floating_point() else x.long()
         return tensors

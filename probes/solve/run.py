@@ -1,46 +1,61 @@
-"""A run of `probes solve`, from the first image to its files.
+"""The command `probes solve`, from the first image to the files of a run.
 
 Sites go through memory in groups: a forward over the training images keeps the states of a group, then each of these
-sites is solved. At last the validation images are scored: the probes of the chosen strengths, which are the run's, and
-those of the others. Each of several processes reads and solves sites of its own.
+sites is solved. At last the probes of all strengths are scored on the validation images; those of the chosen strengths
+are the run's. Each of several processes reads and solves sites of its own.
 
     RUN/checkpoints/SITE.safetensors      a solved site, until the run ends
 """
 
+import math
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
-from llava_bidir.common.identity import Identity, describe_digest
-from llava_bidir.common.processes import broadcast, rank, rank_count, rank_zero_info
-from probes.config import SolverOptions
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import exclusive_run_lock
+from llava_bidir.common.identity import Identity, describe_digest, run_identity
+from llava_bidir.common.processes import (
+    broadcast,
+    decide_on_first,
+    rank,
+    rank_count,
+    rank_zero_info,
+)
+from llava_bidir.common.runs import (
+    begin_run,
+    hide_expected_messages,
+    interrupt_says_what_is_saved,
+    plan_run,
+    run_process,
+)
+from probes.config import RunConfig, SolveOptions, SolverOptions
 from probes.data.available_memory import available_memory
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import assign_folds
-from probes.machine import Machine, solver_device
+from probes.machine import Machine, build_machine, seed_everything, solver_device
 from probes.models.module_sources import source_identity
+from probes.runs.files import format_scores, run_folder, say_finished
 from probes.runs.pictures import save_pictures
-from probes.runs.write import RunRecord, StrengthsRecord, save_run
+from probes.runs.write import RunRecord, save_run
+from probes.score.image_metrics import TaskMetric
+from probes.score.resampling import dataset_scores
 from probes.score.strengths import CLOSED_FORM, OPTIMUM
-from probes.site_probes import (
-    SiteProbes,
-    compute_counts,
-    load_probes,
-    save_predictions,
-    score_batch,
-)
+from probes.site_probes import MODEL_SETTINGS, SiteProbes, load_probes, save_predictions
 from probes.step_progress import format_duration
-from probes.tasks import SEGMENTATION, Task
+from probes.tasks import SEGMENTATION, TASKS, Task
+from probes.tasks.losses import CrossEntropy
 
 from .least_squares import solve_values
 from .objective import SiteProblem
-from .path_scores import PathScores
 from .progress import follow
 from .refinement import solve_classes
 from .solution import Solution
@@ -49,6 +64,7 @@ from .workers import SiteFiles, in_workers, threads_of
 
 MEMORY_SHARE = 0.6  # of the free memory, for states
 GPU_SHARE = 2 / 3  # of the free memory of a GPU, for the states of a site
+SCORED_BYTES = 2**30  # of logits at a time; a batch of 64 at 7B has 19 GB
 MEASURED_IMAGES = 64  # by `--dry-run`
 
 
@@ -63,7 +79,6 @@ class SolveRun:
         options: Those of the solver.
         task: Task of the probes.
         identity: Set when the run starts.
-        resuming: Start from the files of a killed run.
     """
 
     out: Path
@@ -71,7 +86,6 @@ class SolveRun:
     options: SolverOptions
     task: Task
     identity: Identity | None = None
-    resuming: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -83,30 +97,84 @@ class SolveRun:
         return {"mllm": source_identity(self.hparams["mllm"])}
 
 
+def run(options: SolveOptions) -> None:
+    """Run `probes solve`."""
+    (dry_run if options.dry_run else run_config)(RunConfig.of(options))
+
+
+def run_config(config: RunConfig) -> None:
+    """Solve the probes of all sites, score them, and write the files of the run."""
+    run, data, machine = build_solve(config)
+    lock = exclusive_run_lock(run.out) if machine.is_first else nullcontext()
+    with run_process(), lock, interrupt_says_what_is_saved(run.checkpoints):
+        machine.run(lambda: solve(config, run, data, machine))
+
+
+def dry_run(config: RunConfig) -> float:
+    """Print the time and memory of a run, and return its seconds. Nothing is written."""
+    run, data, machine = build_solve(config)
+    seconds: list[float] = []
+    with run_process():
+        machine.run(lambda: seconds.append(estimate(run, data, machine)))
+    return seconds[0]
+
+
+def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
+    """Return what a run is made from, its data, and where it computes.
+
+    Raises:
+        UserError: The config asks for probes that are not linear, or a strength is out of range.
+    """
+    if config.model.head != "linear":
+        raise UserError(
+            f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
+        )
+    task = TASKS[config.data.task]
+    strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
+    if task.loss is None and strengths and strengths[0] > 1:
+        raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
+    hide_expected_messages()
+    machine = build_machine(config.trainer)
+    seed_everything(config.seed_everything)
+    data = ProbeData(**vars(config.data), seed=config.seed_everything)
+    settings = asdict(config.model)
+    settings |= {"num_classes": data.num_classes, "seed": config.seed_everything}
+    hparams = {"folds": config.solver.folds, "strengths": strengths}
+    hparams |= {name: settings[name] for name in MODEL_SETTINGS}
+    if task.loss is not None and type(task.loss) is not CrossEntropy:  # of which a run says nothing
+        hparams["loss"] = task.loss.describe()
+    options = replace(config.solver, strengths=strengths)
+    return SolveRun(Path(config.out), hparams, options, task), data, machine
+
+
 @torch.no_grad()
 def solve(
+    config: RunConfig,
     run: SolveRun,
     data: ProbeData,
     machine: Machine,
-    begin: Callable[[], None],
-    save_images: bool = False,
 ) -> None:
-    """Solve the probes of all sites, score them, and write the files of the run; in all processes.
-
-    Args:
-        run: Model and options.
-        data: Images and targets.
-        machine: Where the run computes.
-        begin: Called once all settings were accepted; replaces what is in the folder of the run.
-        save_images: Also write the predictions of every validation image.
-    """
+    """Solve, score and write, or say that the run is finished; in all processes."""
+    folder = run_folder(run.out)
+    planned = plan_run(folder, config.ckpt_path, config.overwrite)
+    run.identity = decide_on_first(lambda: run_identity(machine, run, data, ("precision",)))
+    if planned.finished:
+        folder.check_finished(run.identity)
+        say_finished(run.out, data.name, config.save_predictions)
+        return
     data.verify(machine.progress == "bar")  # before the model is loaded
     training = data.splits["training"]
     fold_of = assign_folds(len(training), run.options.folds, training.groups)
     probes = load_on(machine, run, data)
-    begin()
-    solved = solve_sites(run, probes, data, machine, fold_of)
-    score(run, probes, solved, data, machine, save_images)
+    if rank() == 0:  # all settings were accepted
+        content = yaml.safe_dump(asdict(config), sort_keys=False)
+        begin_run(run.out, content, planned.replaced)
+    files = SiteFiles(run.checkpoints, run.identity, config.ckpt_path == "last")
+    solved = solve_sites(run, probes, data, machine, fold_of, files)
+    score(run, probes, solved, data, machine, config.save_predictions)
+    if rank() == 0:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        rank_zero_info(format_scores(run.out, run.task))
 
 
 def load_on(machine: Machine, run: SolveRun, data: ProbeData) -> SiteProbes:
@@ -124,9 +192,9 @@ def solve_sites(
     data: ProbeData,
     machine: Machine,
     fold_of: Tensor,
+    files: SiteFiles,
 ) -> dict[str, Solution]:
     """Return the probes of all sites, the same in all processes."""
-    files = SiteFiles(run.checkpoints, run.identity, run.resuming)
     mine = probes.sites[rank() :: rank_count()]
     solved = files.load(mine)
     if solved:
@@ -208,14 +276,20 @@ def score(
     machine: Machine,
     save_images: bool,
 ) -> None:
-    """Score what was solved on the validation split, and write the files of the run."""
+    """Score the probes of all strengths on the validation split, and write the files of the run."""
     for site, found in solved.items():
         found.set_probe(probes.heads[site])
         if limit := found.describe_limit(site):
             rank_zero_info(limit)
+    task = run.task
+    count = len(solved)
+    of_run = [found.row * count + i for i, found in enumerate(solved.values())]
     validation = data.splits["validation"]
-    metric = probes.new_metric(len(validation))
-    of_path = PathScores(probes, solved, len(validation))
+    metric = TaskMetric(task, len(validation), probes.mllm.geometry, of_run)
+    numbers = (
+        sum(len(x.solved) for x in solved.values()) * probes.channels * math.prod(probes.mllm.grid)
+    )
+    size = max(1, SCORED_BYTES // (4 * numbers))  # images whose logits are made at a time
     data.read_for(probes.mllm, probes.sites, None)
     loader = data.validation_loader()
     device = solver_device(machine.device)
@@ -223,30 +297,45 @@ def score(
         batch = move_batch(batch, device)
         with machine.forward_context():
             states = {site: x.to(device) for site, x in probes.states(batch).items()}
-            of_path.add(states, batch)
-            logits = score_batch(probes, states, batch, metric)
-        if save_images:
-            save_predictions(
-                probes,
-                logits,
-                batch,
-                validation.names,
-                run.out / "predictions",
-            )
-    counted = compute_counts(metric)
-    entries, tensors = of_path.results(counted)
+            for start in range(0, len(batch["index"]), size):
+                part = slice(start, start + size)
+                some = {name: batch[name][part] for name in ("index", "target")}
+                of_part = {site: x[part] for site, x in states.items()}
+                logits = logits_of_strengths(probes, solved, of_part)
+                metric.add(logits, some)
+                if save_images:
+                    save_predictions(
+                        probes,
+                        logits[of_run],
+                        some,
+                        validation.names,
+                        run.out / "predictions",
+                    )
+    counted = metric.compute()
     if rank() > 0:
         return
-    name = CLOSED_FORM if run.task.loss is None else OPTIMUM
-    path = StrengthsRecord(name, {name: {"sites": entries}}, tensors)
+    sums = task.sums(counted)  # [R * S, N, M]
+    counted |= {name: counted[name][of_run] for name in task.summed if counted[name].ndim == 3}
+    scores = {name: x.view(-1, count) for name, x in dataset_scores(task, sums).items()}
+    entries = [
+        found.entry(site, {name: x[:, i].tolist() for name, x in scores.items()}, task)
+        for i, (site, found) in enumerate(solved.items())
+    ]
+    kind = CLOSED_FORM if task.loss is None else OPTIMUM
     made = {
         "head": "linear",
         "feature_norm": "batchnorm",
-        "solved": name,
+        "solved": kind,
     }
     made |= {key: run.hparams[key] for key in ("seed", "folds")}
-    record = RunRecord(run.hparams, run.identity, made, path=path)
-    if run.task.name == SEGMENTATION and not run.hparams["untrained"]:
+    record = RunRecord(
+        run.hparams,
+        run.identity,
+        made,
+        path={kind: {"sites": entries}},
+        path_sums=sums.unflatten(0, (-1, count)),
+    )
+    if task.name == SEGMENTATION and not run.hparams["untrained"]:
         data_hash = describe_digest(run.identity["data"])
         with machine.forward_context():
             save_pictures(
@@ -257,6 +346,17 @@ def score(
                 data_hash,
             )
     save_run(probes, record, data, counted, run.out)
+
+
+def logits_of_strengths(
+    probes: SiteProbes, solved: dict[str, Solution], states: dict[str, Tensor]
+) -> Tensor:
+    """Return the logits of all strengths and sites, f32[R * S, B, K, h, w]; the chosen ones are those of the probes."""
+    grid = probes.mllm.grid
+    logits = torch.stack([found.logits(states[site], grid) for site, found in solved.items()], 1)
+    for i, (found, own) in enumerate(zip(solved.values(), probes.logits(states), strict=True)):
+        logits[found.row, i] = own
+    return logits.flatten(0, 1)
 
 
 @torch.no_grad()

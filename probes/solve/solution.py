@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probes.heads import Probe
 from probes.score.strengths import CONVERGED, GRADIENT, is_at_end
+from probes.tasks import SEGMENTATION, Task
 
 from .space import full_precision
 
@@ -90,14 +91,14 @@ class Solution:
         self,
         site: str,
         scores: dict[str, list[float]],
-        loss_name: str,
+        task: Task,
     ) -> dict[str, Any]:
         """Return the site's entry of metrics.json["path"]; each list has a value, or null, for each strength.
 
         Args:
             site: Name of the site.
             scores: R scores by name.
-            loss_name: Name of the cross-validated loss.
+            task: Names the cross-validated loss.
         """
         strengths = self.strengths.tolist()
         solved = self.solved.tolist()
@@ -109,7 +110,7 @@ class Solution:
         entry = {
             "site": site,
             "strengths": strengths,
-            loss_name: self.loss.tolist(),
+            "cv_loss" if task.name != SEGMENTATION else "cv_cross_entropy": self.loss.tolist(),
         }
         entry |= {
             "chosen": strengths[int(self.chosen)],

@@ -70,7 +70,7 @@ def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
         masks = {arm.run.mask for arm in planned.arms}
         print(describe_power(study, images, len(masks)))
     if any(step.kind == "solve" for step in runs):
-        from probes.solve.command import dry_run
+        from probes.solve.run import dry_run
 
         seconds = dry_run(planned.arms[0].config)  # the trained model
         print(f"{len(runs)} arms: about {format_duration(len(runs) * seconds)}, and the analyses")

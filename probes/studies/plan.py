@@ -186,7 +186,7 @@ def _run_step(
         ),
         study.out / name / "metrics.json",
         kind="fit" if is_fit else "solve",
-        call="probes.fit.cli:run_fit" if is_fit else "probes.solve.command:run_config",
+        call="probes.fit.cli:run_fit" if is_fit else "probes.solve.run:run_config",
         takes_overwrite=True,
         why_left_out=why_left_out,
         content=content,

@@ -15,9 +15,9 @@ from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.runs.read import ProbeRun
+from probes.score.image_metrics import TaskMetric
 from probes.site_probes import SiteProbes
 from probes.solve.path import FoldSearch
-from probes.solve.path_scores import PathScores
 from probes.solve.progress import follow
 from probes.solve.states import new_states
 from probes.solve.workers import SiteFiles, in_workers
@@ -164,7 +164,7 @@ KILLS = {
     "while states are read": (SiteProbes, "states", 2),
     "in a search": (FoldSearch, "visit", 4),
     "when a site is saved": (SiteFiles, "save", 2),
-    "while it is scored": (PathScores, "add", 1),
+    "while it is scored": (TaskMetric, "add", 1),
 }
 
 

@@ -41,6 +41,8 @@ MODEL_SETTINGS = (
     "sites",
     "seed",
 )
+# of these, what the model is loaded with as it is
+LOADED = ("dtype", "image_px", "image_resize", "prefix", "match", "draw", "seed")
 
 
 @dataclass
@@ -96,8 +98,16 @@ def load_probes(
         head: Name of the probes' head, see heads.py.
         feature_norm: Normalisation of the states before the head.
     """
+    matched = settings["match"] == "update"
     with torch.device("cpu"):
-        mllm = _load_mllm(settings, data, device)
+        mllm = load(
+            settings["mllm"],
+            settings["image_attention"],
+            device=device if matched else "cpu",
+            untrained=settings["untrained"] or (),
+            match_images=evenly_spaced_images(data.splits["training"], MATCH_IMAGES * matched),
+            **{name: settings[name] for name in LOADED},
+        )
         rule = mllm.geometry.rule
         if rule.replaces:
             rank_zero_info(f"images become squares by: {rule.describe(mllm.geometry.image_px)}")
@@ -119,27 +129,6 @@ def load_probes(
                     head,
                 )
     return SiteProbes(mllm, task, heads, channels)
-
-
-def _load_mllm(settings: Mapping[str, Any], data: ProbeData, device: torch.device) -> FrozenMLLM:
-    matched = settings["match"] == "update"
-    match_images = ()
-    if matched:
-        match_images = evenly_spaced_images(data.splits["training"], MATCH_IMAGES)
-    return load(
-        settings["mllm"],
-        settings["image_attention"],
-        dtype=settings["dtype"],
-        device=device if matched else "cpu",
-        image_px=settings["image_px"],
-        image_resize=settings["image_resize"],
-        prefix=settings["prefix"],
-        untrained=settings["untrained"] or (),
-        match=settings["match"],
-        draw=settings["draw"],
-        match_images=match_images,
-        seed=settings["seed"],
-    )
 
 
 def evenly_spaced_images(dataset: Dataset, count: int) -> list[Image.Image]:

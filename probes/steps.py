@@ -9,7 +9,7 @@ import os
 import resource
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from llava_bidir.common.files import read_json, sha256, write_files
 
 from .step_progress import StepWatcher, format_left, output_of_command, watched
 
-OUTCOMES = {"left_out": "left out", "failed": "failed"}  # by key of a record
+LEFT_OUT = "left out"
+FAILED = "failed"
+OUTCOMES = {"left_out": LEFT_OUT, "failed": FAILED}  # by key of a record
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def why_missing(step: Step, folder: Path) -> str | None:
 def _describe_difference(before: Any, now: Any, name: str = "a setting") -> str:
     """Return the first difference of two configs, of dataclasses or of the words of commands."""
     if isinstance(before, dict) and isinstance(now, dict):
-        key = first_changed(before, now)
-        return _describe_difference(before.get(key), now.get(key), key)
+        name = first_changed(before, now)
+        return _describe_difference(before.get(name), now.get(name), name)
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         at = next(i for i, value in enumerate(now) if value != before[i])
         name = next((x for x in reversed(now[:at]) if str(x).startswith("--")), name)
@@ -115,6 +117,32 @@ def _describe_difference(before: Any, now: Any, name: str = "a setting") -> str:
 def first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return the first key whose value differs."""
     return next(key for key in {**before, **now} if before.get(key, "") != now.get(key, ""))
+
+
+def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:
+    """Return {"step", "outcome", "reason"} of each step that has no result, in the order of their names."""
+    return [
+        {
+            "step": record["step"],
+            "outcome": outcome,
+            "reason": record[key],
+        }
+        for record in read_records(Path(folder))
+        for key, outcome in OUTCOMES.items()
+        if record.get(key)
+    ]
+
+
+def describe_steps(unfinished: Iterable[dict[str, str]], outcome: str) -> list[str]:
+    """Return a line for each reason of the steps of :func:`unfinished_steps` with an outcome, LEFT_OUT or FAILED.
+
+    What failed must be looked at, and is said first; what was left out had nothing to measure, and is said last.
+    """
+    steps: dict[str, list[str]] = {}
+    for entry in unfinished:
+        if entry["outcome"] == outcome:
+            steps.setdefault(entry["reason"], []).append(entry["step"])
+    return [f"{', '.join(names)} {outcome}: {reason}" for reason, names in steps.items()]
 
 
 def find_missing(steps: Sequence[Step], folder: Path) -> list[Step]:
@@ -273,17 +301,18 @@ def run_steps(
             continue
         if followed.get("failed"):  # the next call tries both
             continue
-        left = describe_time_left(missing[i:], folder)
-        print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
-        later = [other.kind for other in missing[i + 1 :]]
+        seconds = _mean_seconds(folder)
+        kinds = [other.kind for other in missing[i:]]
+        known = [seconds[kind] for kind in kinds if kind in seconds]
+        left = f", {format_left(sum(known))}" if known else ""
+        print(f"[{i + 1}/{len(missing)}] {step.name}{left}", flush=True)
         started = time.perf_counter()
         before = _state(step, folder)
         made = _how_made(step, folder)
         more: dict[str, Any] = {}
         try:
             with output_of_command() as lines:
-                seconds = _mean_seconds(folder)
-                with watched(StepWatcher(step.name, step.kind, later, seconds, lines)):
+                with watched(StepWatcher(step.name, step.kind, kinds[1:], seconds, lines)):
                     run(step)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without the advice to resume a run of its own
@@ -327,13 +356,6 @@ def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:
     with log.open("a") as stream:
         traceback.print_exception(error, file=stream)
     return f"{text} (traceback in {log})"
-
-
-def describe_time_left(steps: Sequence[Step], folder: Path) -> str:
-    """Return the time that steps will take, as far as steps of their kind were timed; "" if none was."""
-    seconds = _mean_seconds(folder)
-    known = [seconds[step.kind] for step in steps if step.kind in seconds]
-    return format_left(sum(known)) if known else ""
 
 
 def _mean_seconds(folder: Path) -> dict[str, float]:

@@ -31,9 +31,8 @@ import tiny_models
 
 from llava_bidir.common.tokenizer import load_tokenizer
 
-# A folder with `llama_tokenizer` (Llama's tokenizer.model) and `camvid`, which adds tests on real files.
+# A folder with `llama_tokenizer` (Llama's tokenizer.model), which adds tests on it.
 TEST_DATA = os.environ.get("LLAVA_BIDIR_TEST_DATA")
-collect_ignore = [] if TEST_DATA else ["probes/test_real_photos.py"]
 
 # HYPOTHESIS_PROFILE=long looks for counterexamples for many minutes, and for other ones each time.
 patient = {

@@ -387,8 +387,9 @@ def study(
             out=out / name / label if data.is_photos else out / name,
             arms=("trained", *controls),
             only=STEPS,
+            overwrite=True,  # the results of models that were made again
         )
-        run_study(config, overwrite=True)  # the results of models that were made again
+        run_study(config)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

@@ -294,6 +294,7 @@ def study_settings(
         arms=design.arms,
         fit=fit,
         only=("solve", "fit") if fit else ("solve",),
+        overwrite=True,  # the results of models that were made again
         configs=["demo/probes"],
         options={"seed_everything": seed, "model": {"sites": list(design.sites)}},
     )
@@ -304,7 +305,7 @@ def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:
     design = DESIGNS[name]
     settings = study_settings(folder, folder / name, seed, design, fit=design.fit)
     with contextlib.redirect_stdout(io.StringIO()):
-        run_study(settings, overwrite=True)  # the results of models that were made again
+        run_study(settings)
     (study,) = read_studies([str(settings.out)])
     return [_verdicts(claim, name, seed) for claim in evaluate_claims(study) if "truth" in claim]
 

@@ -91,9 +91,7 @@ class ProbeCLI(RunCLI):
             if plan.finished:
                 if self.trainer.is_global_zero:
                     folder.check_finished(run_identity(self.trainer, self.model, self.datamodule))
-                say_finished(
-                    out, self.datamodule.name, self._get(self.config_init, "save_predictions")
-                )
+                say_finished(out, self._get(self.config_init, "save_predictions"))
                 return
             self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)

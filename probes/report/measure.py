@@ -28,10 +28,10 @@ from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
 from probes.runs.formatting import Rows
 from probes.runs.read import ProbeRun
-from probes.runs.steps import LEFT_OUT, unfinished_steps
 from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS
+from probes.steps import LEFT_OUT, unfinished_steps
 
 from .verdicts import compare_to_draws
 

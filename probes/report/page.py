@@ -32,9 +32,8 @@ from probes.report import charts, hero, parts, pictures, words
 from probes.runs import formatting
 from probes.runs.formatting import Entry, Rows
 from probes.runs.pictures import names_of, read_pictures
-from probes.runs.read import warn_of_changed_data
-from probes.runs.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
 from probes.runs.study import StudyRuns, overridden_masks, read_studies, runs_to_compare
+from probes.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .claims import evaluate_claims, joint_studies
@@ -82,7 +81,6 @@ def write_report(
         )
     unfinished = [step for text in texts for step in unfinished_steps(text.rpartition("=")[2])]
     out = Path(out)
-    warn_of_changed_data(study.first for study in studies)
     with exclusive_run_lock(out), mpl.rc_context(charts.STYLE):
         main = [study for study in studies if study.task.name == SEGMENTATION]
         single = len(main) == 1

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from probes.analyses.base import table_row
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer, layer_around
-from probes.runs.formatting import Entry
-from probes.runs.paper import PAPER
+from probes.runs.formatting import PAPER, Entry
 from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, MASKS, StudyRuns, runs_to_compare
 from probes.score.estimate import Estimate

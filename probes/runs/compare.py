@@ -10,6 +10,9 @@ from probes.runs.read import ProbeRun
 KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of the analysis
 
 
+SETTINGS = "make both with the same settings"
+
+
 def _check_same(
     first: ProbeRun,
     second: ProbeRun,
@@ -43,11 +46,11 @@ def check_same_images(first: ProbeRun, second: ProbeRun, advice: str = "") -> No
 
 def check_same_settings(first: ProbeRun, second: ProbeRun) -> None:
     """Raise a UserError unless both runs read their data with the same options, and the same text before the image."""
-    settings = {"data.options": [run.manifest["data"]["options"] for run in (first, second)]}
+    runs = (first, second)
+    settings = {"data.options": [run.manifest["data"]["options"] for run in runs]}
     for name in ("prefix", "image_px"):
-        values = [run.manifest["config"].get(name) for run in (first, second)]
-        settings[f"model.{name}"] = values
-    _check_same(first, second, settings, "make both with the same settings")
+        settings[f"model.{name}"] = [run.manifest["config"].get(name) for run in runs]
+    _check_same(first, second, settings, SETTINGS)
 
 
 def check_same_probes(first: ProbeRun, second: ProbeRun) -> None:
@@ -62,7 +65,7 @@ def check_same_probes(first: ProbeRun, second: ProbeRun) -> None:
     theirs = second.metrics["probe"]
     names = ("solved", *(name for name in theirs if name in ours))
     settings = {name: (ours.get(name), theirs.get(name)) for name in names}
-    _check_same(first, second, settings, "make both with the same settings", "their probes")
+    _check_same(first, second, settings, SETTINGS, "their probes")
 
 
 def check_same_model(first: ProbeRun, second: ProbeRun) -> None:
@@ -74,23 +77,19 @@ def check_same_model(first: ProbeRun, second: ProbeRun) -> None:
         )
 
 
+def _decoder_layers(run: ProbeRun) -> list[str]:
+    return [site for site in run.layers if site != ADAPTER]
+
+
 def check_same_layers(first: ProbeRun, second: ProbeRun) -> None:
     """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
-    ours = [site for site in first.layers if site != ADAPTER]
-    theirs = [site for site in second.layers if site != ADAPTER]
+    ours, theirs = map(_decoder_layers, (first, second))
     if ours and theirs and ours != theirs:
+        both = [f"{len(x)} layers, {x[0]} to {x[-1]}" if x[1:] else x[0] for x in (ours, theirs)]
         raise UserError(
-            f"{first.path} and {second.path} cannot be compared: the first has probes at {_some(ours)}, the "
-            f"second at {_some(theirs)}, and the best of other layers would be another effect; make both with "
-            "the same --model.sites"
+            f"{first.path} and {second.path} cannot be compared: the first has probes at {both[0]}, the second at "
+            f"{both[1]}, and the best of other layers would be another effect; make both with the same --model.sites"
         )
-
-
-def _some(sites: list[str]) -> str:
-    """Return how many sites there are, and the first and the last of them."""
-    if len(sites) == 1:
-        return sites[0]
-    return f"{len(sites)} layers, {sites[0]} to {sites[-1]}"
 
 
 def check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
@@ -132,9 +131,7 @@ def _check_weights_differ(first: ProbeRun, second: ProbeRun) -> None:
     arms = {first.arm, second.arm}
     if arms == {"trained"} or not (len(arms) == 1 or "trained" in arms):
         return
-    sites = [ADAPTER]
-    if "adapter" not in arms:
-        sites = [site for site in second.layers if site != ADAPTER]
+    sites = [ADAPTER] if "adapter" in arms else _decoder_layers(second)
     advice = "these weights are not two draws; make one of them again with another --model.draw"
     if "trained" in arms:
         advice = "random weights have changed nothing; make the control again"

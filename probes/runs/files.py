@@ -59,8 +59,8 @@ def run_folder(out: Path) -> RunFolder:
     )
 
 
-def say_finished(out: Path, data_name: str, save_predictions: bool) -> None:
-    """Say that the run is finished, and which options have no effect on it.
+def say_finished(out: Path, save_predictions: bool) -> None:
+    """Say that the run is finished.
 
     Raises:
         UserError: It was made without predictions, which are wanted.
@@ -70,9 +70,6 @@ def say_finished(out: Path, data_name: str, save_predictions: bool) -> None:
             f"{out} is finished without predictions, which are saved while probes are scored; make it again "
             "with --overwrite true, or in another --out"
         )
-    name = read_json(out / "metrics.json")["dataset"]
-    if name != data_name:
-        rank_zero_info(f"{out} is finished, and its data set is still called {name!r}")
     rank_zero_info(f"{out / 'metrics.json'} exists: this run is finished; nothing to do")
 
 

@@ -1,12 +1,15 @@
-"""Rows of tables, and numbers as text."""
+"""Rows of tables, numbers as text, and the paper's numbers."""
 
 import csv
 import io
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 Entry = dict[str, Any]  # of results.json, or a row of a table
 Rows = list[Entry]
+PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 
 
 def format_csv(rows: Rows) -> str:

@@ -13,9 +13,8 @@ Axes: S sites, N images, M sums per image.
 
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -45,8 +44,6 @@ from probes.tasks import SEGMENTATION, TASKS, Task
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
     from probes.models.knockout import Knockout
-
-log = logging.getLogger(__name__)
 
 NUMBERS_AT_ONCE = 2**20  # 8 MB in float64, of which scores take a few copies
 PROBES_FILE = "probes.safetensors"
@@ -450,22 +447,6 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def warn_of_changed_data(runs: Iterable[ProbeRun]) -> None:
-    """Log a warning for runs whose validation split is at hand, but is no longer the one that they were scored on.
-
-    This is for commands that need only the scores of a run, and so no data. Those that read the data raise.
-    """
-    by_data = {
-        (run.manifest["data"]["root"], run.manifest["data"]["fingerprint"]): run for run in runs
-    }
-    for (root, _), run in by_data.items():
-        if Path(root).is_dir():
-            try:
-                run.dataset()
-            except UserError as error:
-                log.warning("%s. Its scores are those on the former data", error)
 
 
 def finished_runs(folder: str | Path) -> list[Path]:

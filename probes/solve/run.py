@@ -160,7 +160,7 @@ def solve(
     run.identity = decide_on_first(lambda: run_identity(machine, run, data, ("precision",)))
     if planned.finished:
         folder.check_finished(run.identity)
-        say_finished(run.out, data.name, config.save_predictions)
+        say_finished(run.out, config.save_predictions)
         return
     data.verify(machine.progress == "bar")  # before the model is loaded
     training = data.splits["training"]

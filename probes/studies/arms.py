@@ -116,15 +116,14 @@ def arm_names(study: StudyConfig, has_llm: bool = True) -> list[str]:
         draws = {"random": study.draws, "permuted": min(study.draws, PERMUTED_DRAWS)}
         draws |= {"adapter": study.draws} if has_llm else {}
         return ["trained", *(f"{kind}{i}" for kind, count in draws.items() for i in range(count))]
+    kinds = [*(ARMS if has_llm else ENCODER_ARMS)][1:]
     for name in study.arms:
-        if not has_llm and kind_of(name) in ARMS.keys() - ENCODER_ARMS.keys():
-            known = "trained, random0, permuted0, or another draw"
+        if not re.fullmatch(rf"trained|({'|'.join(kinds)})\d{{1,3}}", name):
+            known = ", ".join(["trained", *(f"{kind}0" for kind in kinds)])
+            of = "" if has_llm else " of a vision encoder"
             raise UserError(
-                f"arm {name!r} needs an LLM, and the model is a vision encoder; expected {known} (--arms)"
+                f"there is no arm {name!r}{of}; expected {known}, or another draw (--arms)"
             )
-        if not re.fullmatch(r"trained|(random|permuted|adapter|untrained)\d{1,3}", name):
-            known = "trained, random0, permuted0, adapter0, untrained0, or another draw"
-            raise UserError(f"there is no arm {name!r}; expected {known} (--arms)")
     return sorted(dict.fromkeys(study.arms), key=lambda name: name != "trained")
 
 

@@ -1,7 +1,7 @@
 """What a study is made of, as values. Nothing here imports torch or Lightning."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,16 @@ RESERVED = ("report", "steps")  # folders of a study
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """All that a study is made of.
+class StudyConfig(StudyOptions):
+    """All that a study is made of: its options, and what they mean.
 
     Args:
         models: Checkpoint directory or hub id by label. One model has the label "".
         probes: Options of the probe runs; each arm has a model, weights and a folder of its own.
-        out: As in :class:`StudyOptions`, and so are the others.
     """
 
     models: dict[str, str]
     probes: RunConfig
-    out: Path
-    draws: int = 3
-    arms: tuple[str, ...] | None = None
-    fit: bool = False
-    tasks: tuple[str, ...] = ()
-    add: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
 
     @classmethod
     def of(
@@ -63,8 +55,7 @@ class StudyConfig:
             out=str(options.out),
             overwrite=False,
         )
-        shared = {entry.name: getattr(options, entry.name) for entry in fields(cls)[2:]}
-        return cls(models=dict(models), probes=probes, **shared)
+        return cls(**vars(options) | {"models": dict(models), "probes": probes})
 
 
 def study_config(
@@ -108,20 +99,17 @@ def label_models(words: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: Two models have one label, or a model of several has none.
     """
-    pairs = [
-        text.split("=", 1) if "=" in text and not Path(text).exists() else ["", text]
-        for text in words
-    ]
-    if len(pairs) == 2 and not all(label for label, _ in pairs):
-        from probes.models.families import own_image_attention
-        from probes.models.read_config import read_config
+    models: dict[str, str] = {}
+    for text in words:
+        label, equals, model = text.partition("=")
+        if not equals or Path(text).exists():
+            label, model = "", text
+        if len(words) == 2 and not label:
+            from probes.models.families import own_image_attention
+            from probes.models.read_config import read_config
 
-        pairs = [
-            [label or own_image_attention(read_config(model)), model] for label, model in pairs
-        ]
-    models = {}
-    for label, model in pairs:
-        if len(pairs) > 1 and not label:
+            label = own_image_attention(read_config(model))
+        if len(words) > 1 and not label:
             raise UserError(f"{model} has no label; name each of several models: NAME={model}")
         check_label(label)
         if label in models:

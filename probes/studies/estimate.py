@@ -4,43 +4,33 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from llava_bidir.common.files import read_json
 from probes.ops.quantiles import student_quantile
 from probes.report.verdicts import MARGIN, POWER
-from probes.runs.steps import LEFT_OUT, describe_steps
 from probes.runs.study import CONTROLS
 from probes.step_progress import format_duration
+from probes.steps import LEFT_OUT, describe_steps
 
 from .arms import arm_names
 from .config import StudyConfig
 from .plan import RUNS, find_work, plan
 
-
-class Spread(NamedTuple):
-    """Standard deviations of recovery beyond random, as fractions, and whose they are."""
-
-    images: float  # of one image
-    draws: float  # of random LLMs
-    of: str
-
-
 SIMULATED = 20_000  # studies
-# experiments/statistics/draws.py
-TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world, which yours need not")
+# standard deviations of recovery beyond random in the toy world, as fractions (experiments/statistics/draws.py)
+OF_AN_IMAGE = 0.0028 * math.sqrt(600)
+OF_DRAWS = 0.0035
 
 
-def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
+def print_estimate(study: StudyConfig) -> None:
     """Print the missing steps, the time of a pass over the images, disk space, and the effect that can be detected.
 
     Raises:
         UserError: The study cannot be run.
     """
     planned = plan(study)
-    missing = find_work(study, planned, overwrite)
+    missing = find_work(study, planned)
     if not missing:
         print(f"{study.out} is complete; nothing to do")
         return
@@ -78,12 +68,11 @@ def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
 
 def describe_power(study: StudyConfig, images: int, masks: int) -> str:
     """Return which effects a study of models with so many masks can tell from those of random models."""
-    spread = own_spread(study.out) or TOY_WORLD
     arms = arm_names(study, has_llm=True)
     random, permuted = draws = [
         sum(arm.startswith(control) for arm in arms) for control in CONTROLS["llm"]
     ]
-    effect = detectable_effect(images, draws, masks, spread)
+    effect = detectable_effect(images, draws, masks)
     if effect is None:
         remedy = "--draws 2 or more"
         if study.arms is not None:
@@ -94,7 +83,7 @@ def describe_power(study: StudyConfig, images: int, masks: int) -> str:
         )
     return (
         f"{images} validation images, {random} random and {permuted} permuted draws: an effect must exceed those of "
-        f"both by {100 * effect:.1f} points to be found in 4 of 5 studies, if images differ as in {spread.of}"
+        f"both by {100 * effect:.1f} points to be found in 4 of 5 studies, if images differ as in the toy world"
     )
 
 
@@ -103,40 +92,7 @@ def disk_mb(images: int, classes: int, runs: int) -> float:
     return runs * 40 * images * classes * 4 * (3 + 2 * 3 + 1) / 2**20
 
 
-def own_spread(out: Path) -> Spread | None:
-    """Return the spread of recovery in the report of a folder, the mean over its masks and seeds; None without one."""
-    file = out / "report" / "results.json"
-    results = read_json(file) if file.is_file() else {}
-    claims = [
-        claim for study in results.get("studies", [results]) for claim in study.get("claims", ())
-    ]
-    columns = [
-        (c["n"]["images"], c["verdicts"]["beyond_random"])
-        for c in claims
-        if c["claim"] == "recovery"
-    ]
-    columns = [(images, column) for images, column in columns if len(column.get("by_draw", ())) > 1]
-    if not columns:
-        return None
-    squares = [
-        _squares(images, column["ci95_without_draws"], column["by_draw"])
-        for images, column in columns
-    ]
-    return Spread(*np.sqrt(np.mean(squares, 0)).tolist(), f"the study in {out}")
-
-
-def _squares(images: int, ci95: list[float], by_draw: list[float]) -> tuple[float, float]:
-    """Return the variance of one image and of draws; the interval is over images."""
-    error = (ci95[1] - ci95[0]) / 2 / 1.96
-    return images * error**2, float(np.var(by_draw, ddof=1))
-
-
-def detectable_effect(
-    images: int,
-    draws: Sequence[int],
-    masks: int,
-    spread: Spread,
-) -> float | None:
+def detectable_effect(images: int, draws: Sequence[int], masks: int) -> float | None:
     """Return the effect that 80% of studies find beyond all controls, as a fraction; None if it cannot be tested.
 
     Studies are simulated and judged as in a report (`interval_over_draws`), with the spread of draws pooled over masks
@@ -146,13 +102,12 @@ def detectable_effect(
         images: Validation images.
         draws: Draws of each control.
         masks: Masks of the study.
-        spread: Of images and draws.
     """
     if min(draws) < 2:
         return None
     rng = np.random.default_rng(0)
-    of_images = spread.images / math.sqrt(images)
-    values = [spread.draws * rng.standard_normal((SIMULATED, masks, count)) for count in draws]
+    of_images = OF_AN_IMAGE / math.sqrt(images)
+    values = [OF_DRAWS * rng.standard_normal((SIMULATED, masks, count)) for count in draws]
     variances = [x.var(-1, ddof=1) for x in values]
     df = masks * (sum(draws) - len(draws))
     pooled = sum(

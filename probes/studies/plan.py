@@ -22,8 +22,14 @@ from probes.data.registry import DATASETS, open_split, split_identity
 from probes.report.claims import TRUTH_FILE
 from probes.report.options import ReportOptions
 from probes.runs.read import finished_runs
-from probes.runs.steps import unfinished_steps
-from probes.steps import Step, digest, find_missing, first_changed, read_records
+from probes.steps import (
+    Step,
+    digest,
+    find_missing,
+    first_changed,
+    read_records,
+    unfinished_steps,
+)
 from probes.tasks import SEGMENTATION, TASKS
 
 from .arms import FITTED, Arm, join, kind_of, plan_arms
@@ -338,7 +344,7 @@ def _asked(study: StudyConfig) -> set[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------- work
-def find_work(study: StudyConfig, planned: Planned, overwrite: bool) -> list[Step]:
+def find_work(study: StudyConfig, planned: Planned) -> list[Step]:
     """Return the steps that are missing or were made from something else; print why one is done again.
 
     Raises:
@@ -353,7 +359,7 @@ def find_work(study: StudyConfig, planned: Planned, overwrite: bool) -> list[Ste
         label = name.rpartition("/")[0]
         held.setdefault(label, model)
         content = planned.contents.get((label, record["config"]["data"]["task"]))
-        if overwrite or content is None or content() == record["inputs"]:
+        if study.overwrite or content is None or content() == record["inputs"]:
             continue
         key = first_changed(record["inputs"], content())
         raise UserError(

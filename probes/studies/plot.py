@@ -1,7 +1,5 @@
 """The figure of a study: a metric by site, each trained model in its own colour."""
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -14,11 +12,6 @@ from probes.models.sites import (
     layer_number,
 )
 from probes.report.charts import COLOURS
-
-RANDOM = {
-    "color": "lightgrey",
-    "zorder": 1,
-}
 
 
 def plot_table(
@@ -38,26 +31,30 @@ def plot_table(
         encoders: Names of the models without an LLM, whose mask is not named.
     """
     runs = table.drop_duplicates("run").to_dict("records")
-    found = [run["model"] for run in runs if run["weights"] == "trained"]
-    models = list(dict.fromkeys([*(name for name in order if name in found), *found]))
     trained = [run for run in runs if run["weights"] == "trained"]
+    found = [run["model"] for run in trained]
+    models = [*dict.fromkeys([*(name for name in order if name in found), *found])]
     trained.sort(key=lambda run: models.index(run["model"]))
-    looks = {run["run"]: RANDOM for run in runs if run["weights"] != "trained"}
-    kinds = list(dict.fromkeys((run["model"], run["mask"]) for run in trained))
-    seeds = table["seed"].nunique()
-    for run in trained:
-        look = _look(run, kinds, run["model"] in encoders)
-        look["label"] += f", seed {run['seed']}" * (seeds > 1)
-        looks[run["run"]] = look
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    kinds = [*dict.fromkeys((run["model"], run["mask"]) for run in trained)]
     sites = sorted(filter(is_on_main_path, table["site"].unique()), key=_place)
     shown = table[table["site"].isin(sites)]
-    for run, look in looks.items():
-        rows = shown[shown["run"] == run]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for run in [*(run for run in runs if run["weights"] != "trained"), *trained]:
+        rows = shown[shown["run"] == run["run"]]
         places = rows["site"].map(sites.index)
-        axes.plot(places, rows["value"], marker="o", ms=3, **look)
-        if "label" in look:
+        look = {"color": "lightgrey", "zorder": 1}
+        if run in trained:
+            kind = kinds.index((run["model"], run["mask"]))
+            words = [run["model"]] * (len(models) > 1)
+            words += [run["mask"]] * (run["model"] not in encoders)
+            words += [f"{run['probes']} probes"]
+            words += [f"seed {run['seed']}"] * (table["seed"].nunique() > 1)
+            look = {
+                "color": COLOURS[kind % len(COLOURS)],
+                "label": ", ".join(words),
+                "ls": "-" if run["probes"] == "solved" else "--",
+            }
             axes.fill_between(
                 places,
                 rows["low"],
@@ -65,6 +62,7 @@ def plot_table(
                 color=look["color"],
                 alpha=0.12,
             )
+        axes.plot(places, rows["value"], marker="o", ms=3, **look)
     axes.set(ylabel=ylabel, title="grey: random weights")
     axes.set_xticks(range(len(sites)), sites, rotation=60)
     figure.legend(loc="outside lower center", fontsize=8)
@@ -76,16 +74,3 @@ def _place(site: str) -> tuple[int, int]:
     kinds = (is_encoder_layer(site), site == ENCODER, site == ADAPTER, is_layer(site))
     is_numbered = is_encoder_layer(site) or is_layer(site)
     return [*kinds, True].index(True), layer_number(site) if is_numbered else 0
-
-
-def _look(run: dict[str, Any], kinds: list[tuple[str, str]], is_encoder: bool) -> dict[str, Any]:
-    """Return how the curve of a trained model is drawn; `kinds` are all models and masks."""
-    several = len({model for model, _ in kinds}) > 1
-    colour = COLOURS[kinds.index((run["model"], run["mask"])) % len(COLOURS)]
-    words = [run["model"]] * several
-    words += [] if is_encoder else [run["mask"]]
-    return {
-        "color": colour,
-        "label": ", ".join([*words, f"{run['probes']} probes"]),
-        "ls": "-" if run["probes"] == "solved" else "--",
-    }

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -36,6 +37,7 @@ from .table import Study, write_table
 
 REPORT_WAIT_S = 600
 OUTSTANDING = "outstanding, since the first report comes before the controls"
+LOG = "study.log"
 
 
 def run(options: StudyOptions) -> None:
@@ -44,10 +46,7 @@ def run(options: StudyOptions) -> None:
     if not words:
         raise UsageError("expected a model and a folder: probes study MODEL DATA --out DIR")
     config = StudyConfig.of(options, label_models(words), data)
-    if options.dry_run:
-        print_estimate(config, options.overwrite)
-    else:
-        run_study(config, options.overwrite)
+    (print_estimate if options.dry_run else run_study)(config)
 
 
 def study(
@@ -55,7 +54,6 @@ def study(
     data: str | Path,
     *,
     out: str | Path,
-    overwrite: bool = False,
     **settings: Any,
 ) -> Study:
     """Solve the probes of a model and of its random controls, analyse them, and write a report; `probes study`.
@@ -71,9 +69,9 @@ def study(
             with the first.
         data: Folder of images and masks (probes/README.md), or the name of a layout.
         out: Folder of the study.
-        overwrite: Replace results that other settings, models or data have made.
-        settings: Those of :func:`probes.studies.config.study_config`: draws, arms, fit, tasks, add, only; options of
-            the probe runs nested as in YAML, options={"data": {"batch_size": 2}}, and names of YAML files, configs.
+        settings: Those of :func:`probes.studies.config.study_config`: draws, arms, fit, tasks, add, only, overwrite;
+            options of the probe runs nested as in YAML, options={"data": {"batch_size": 2}}, and names of YAML files,
+            configs.
 
     Raises:
         UserError: A setting, the model or the data are invalid, or `out` holds a study of others.
@@ -83,17 +81,15 @@ def study(
             "model must be a directory, a hub id, or several by label as a dict; a module is named FILE.py:FUNCTION; "
             f"got a {type(model).__name__}"
         )
-    if isinstance(model, dict):
-        models = {label: str(path) for label, path in model.items()}
-        for label in models:
-            check_label(label)
-    else:
-        models = {"": str(model)}
-    run_study(study_config(models, str(data), out=out, **settings), overwrite)
+    models = model if isinstance(model, dict) else {"": model}
+    for label in filter(None, models):
+        check_label(label)
+    paths = {label: str(path) for label, path in models.items()}
+    run_study(study_config(paths, str(data), out=out, **settings))
     return Study(Path(out))
 
 
-def run_study(study: StudyConfig, overwrite: bool = False) -> None:
+def run_study(study: StudyConfig) -> None:
     """Run what is missing of a study, and print its verdicts.
 
     Raises:
@@ -108,17 +104,22 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
     labels = tuple(filter(None, study.models))
     part = "+".join([*labels, *(study.arms or ())]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
-        missing = find_work(study, planned, overwrite)
-        ready = trained_first(_without_early_report(missing, out))
+        missing = find_work(study, planned)
+        # no report before the trained model is solved
+        solved = [run.name for run in finished_runs(out)]
+        solved += [Path(step.name).name for step in missing if step.kind == "solve"]
+        ready = [step for step in missing if step.kind != "report" or "trained" in solved]
+        if has_no_report := len(ready) < len(missing):
+            print("no report: the trained model is not solved yet")
         failed = run_steps(
-            ready,
+            trained_first(ready),
             out,
-            lambda step: _run_step(step, _config(step, out, overwrite), study),
-            log=out / "study.log",
-            overwrite=overwrite,
+            partial(_run_step, study),
+            log=out / LOG,
+            overwrite=study.overwrite,
         )
         lacks_table = finished_runs(out) and not (out / "table.csv").is_file()
-        if len(ready) < len(missing) or lacks_table:  # a report that was made has written it
+        if has_no_report or lacks_table:  # a report that was made has written it
             write_table(out, labels)
     if not missing:
         print(f"{out} is complete; nothing to do")
@@ -132,16 +133,6 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
             f"{steps_have} failed, and the report is without the result, or has an earlier one: "
             f"{'; '.join(failed)}. The same command tries again"
         )
-
-
-def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
-    """Return the steps without the report if the trained model is not solved before it."""
-    solved = [run.name for run in finished_runs(out)]
-    solved += [Path(step.name).name for step in missing if step.kind == "solve"]
-    kept = [step for step in missing if step.kind != "report" or "trained" in solved]
-    if len(kept) < len(missing):
-        print("no report: the trained model is not solved yet")
-    return kept
 
 
 def trained_first(steps: list[Step]) -> list[Step]:
@@ -159,41 +150,35 @@ def trained_first(steps: list[Step]) -> list[Step]:
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def _config(step: Step, out: Path, overwrite: bool) -> Any:
-    """Return what a step is called with. What it made from other inputs is replaced, all else only if asked to."""
-    config = step.config
-    if must_replace(step, out, overwrite=overwrite):
-        config = replace(config, overwrite=True)
-        if step.kind in RUNS:
-            config = replace(config, ckpt_path=None)  # to resume is the opposite
-    return config
-
-
-def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
+def _run_step(study: StudyConfig, step: Step) -> None:
     """Run a step in this process, or with several devices in processes of its own.
+
+    What it made from other inputs is replaced, all else only if asked to.
 
     Raises:
         UserError: The step has failed on its input.
         NothingToMeasure: It has no case.
     """
-    log_file = study.out / "study.log"
+    config = step.config
+    if must_replace(step, study.out, overwrite=study.overwrite):
+        config = replace(config, overwrite=True)
+        if step.kind in RUNS:
+            config = replace(config, ckpt_path=None)  # to resume is the opposite
     turn = nullcontext()
     if step.kind == "report":  # jobs of several arms may end together
         turn = exclusive_run_lock(study.out, "report-step", wait_s=REPORT_WAIT_S)
-    with turn, _output_to(log_file):
-        print(
-            f"{step.name}: probes {step.kind} with {json.dumps(as_json(config, study.out))}",
-            flush=True,
-        )
-        if step.kind in RUNS and uses_several_devices(study):
-            _run_in_processes(step, config, study.out)
-        else:
-            try:
+    with turn, _output_to(study.out / LOG):
+        words = json.dumps(as_json(config, study.out))
+        print(f"{step.name}: probes {step.kind} with {words}", flush=True)
+        try:
+            if step.kind in RUNS and uses_several_devices(study):
+                _run_in_processes(step, config, study.out)
+            else:
                 resolve_name(step.call)(config)
-            except NothingToMeasure:
-                raise
-            except UserError as error:
-                raise UserError(f"{step.name}: {error}") from None
+        except NothingToMeasure:
+            raise
+        except UserError as error:
+            raise UserError(f"{step.name}: {error}") from None
     gc.collect()  # the model of the step
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.empty_cache()
@@ -215,7 +200,7 @@ def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
     with process_group(command) as process:
         status = process.wait()
     if status:
-        raise UserError(f"{step.name} has failed; all it said is in {out / 'study.log'}")
+        raise UserError(f"the step has failed; all it said is in {out / LOG}")
 
 
 def uses_several_devices(study: StudyConfig) -> bool:

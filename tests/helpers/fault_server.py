@@ -58,14 +58,13 @@ def run(
         print(changes(), flush=True)
 
 
-def process(*arguments, kill_after_s: float | None = None) -> int:
+def process(*arguments) -> int:
     """Return the exit code of `run` in a new process, negative for a signal."""
     child = SERVER.Process(target=run, args=arguments)
     child.start()
-    child.join(HANGING_S if kill_after_s is None else kill_after_s)
+    child.join(HANGING_S)
     if child.is_alive():
         child.kill()
         child.join(HANGING_S)
-        if kill_after_s is None:
-            raise TimeoutError(f"a run was killed after {HANGING_S} s")
+        raise TimeoutError(f"a run was killed after {HANGING_S} s")
     return child.exitcode

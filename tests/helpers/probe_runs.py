@@ -63,7 +63,14 @@ def fit(
     out,
     *more: str,
 ) -> ProbeRun:
-    main(arguments(checkpoint, root, out, *more))
+    main(
+        arguments(
+            checkpoint,
+            root,
+            out,
+            *more,
+        )
+    )
     return ProbeRun(out)
 
 
@@ -96,7 +103,12 @@ def random_counts(
     Runs of one cohort have images with the same labels and difficulty.
     """
     same = torch.Generator().manual_seed(1000 + cohort)
-    labelled = torch.randint(20, 400, (images, classes), generator=same)
+    labelled = torch.randint(
+        20,
+        400,
+        (images, classes),
+        generator=same,
+    )
     ease = 0.1 * torch.randn(images, 1, generator=same)
     towards = torch.rand(classes, classes, generator=same).square()
     towards.fill_diagonal_(0)
@@ -117,7 +129,13 @@ def random_counts(
     tokens = GRID[0] * GRID[1]
     patch = (intersection.sum(-1, keepdim=True) // tokens).expand(-1, -1, tokens).contiguous()
     valid = (labelled.sum(-1, keepdim=True) // tokens).expand(-1, tokens).contiguous()
-    return Counts(intersection, predicted, labelled, patch, valid)
+    return Counts(
+        intersection,
+        predicted,
+        labelled,
+        patch,
+        valid,
+    )
 
 
 def sums_of(counts: Counts) -> torch.Tensor:
@@ -185,7 +203,12 @@ def write_run(
     classes = json.loads((root / "classes.json").read_text())["classes"]
     sites = sites or site_names(len(quality) - 3)
     weights = bootstrap_weights(images, 300, groups=groups)
-    counts = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
+    counts = random_counts(
+        quality,
+        images,
+        len(classes),
+        seed + 10 * (mask != "causal"),
+    )
     probe = {
         "head": "linear",
         "feature_norm": "none",
@@ -253,7 +276,11 @@ def write_run(
             "options": {},
             "fingerprint": f"{dataset} {images}",
         },
-        "identity": {"data": data_identity(root), "model": {}, "settings": {}},
+        "identity": {
+            "data": data_identity(root),
+            "model": {},
+            "settings": {},
+        },
         "mllm_training": training,
         "hardware": {
             "machine": "none",
@@ -296,7 +323,15 @@ def sums_by_strength(run: ProbeRun) -> torch.Tensor:
 def counts_by_strength(run: ProbeRun) -> list[Counts]:
     """Return the counts of each row of solved strengths, strong to weak, without those by patch."""
     right, predicted, labelled = sums_by_strength(run).unflatten(-1, (3, -1)).unbind(-2)
-    return [Counts(*row, None, None) for row in zip(right, predicted, labelled[:, 0], strict=True)]
+    return [
+        Counts(*row, None, None)
+        for row in zip(
+            right,
+            predicted,
+            labelled[:, 0],
+            strict=True,
+        )
+    ]
 
 
 def effects_of_counts(run: ProbeRun) -> dict[str, Estimate]:
@@ -340,7 +375,12 @@ def write_solved(
     **options,
 ) -> str:
     """Write a solved run; `curves` are the pixel accuracies at `ROWS`, of which the second is the run's."""
-    write_run(path, curves[1], root=root, **options)
+    write_run(
+        path,
+        curves[1],
+        root=root,
+        **options,
+    )
     metrics = json.loads((path / "metrics.json").read_text())
     run = ProbeRun(path)
     metrics["probe"], labelled, seed = dict(SETTINGS), run.counts.labelled, options.get("seed", 0)
@@ -348,7 +388,11 @@ def write_solved(
     right, predicted = (
         torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted")
     )
-    counted = {"intersection": right, "predicted": predicted, "labelled": labelled}
+    counted = {
+        "intersection": right,
+        "predicted": predicted,
+        "labelled": labelled,
+    }
     sites = []
     for entry in metrics["sites"]:
         entry |= {"best_epoch": None, "history": []}

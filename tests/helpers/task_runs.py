@@ -81,7 +81,13 @@ def write_depth_run(
     sites = sites or site_names(len(rmse) - 3)
     task = TASKS["depth"]
     noise = (
-        torch.rand(len(rmse), DEPTH_IMAGES, 6, generator=torch.Generator().manual_seed(seed)) * 0.1
+        torch.rand(
+            len(rmse),
+            DEPTH_IMAGES,
+            6,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        * 0.1
     )
     sums = torch.cat([torch.ones(len(rmse), DEPTH_IMAGES, 1), noise], -1)
     sums[..., 1] += torch.tensor(rmse)[:, None] - 0.05

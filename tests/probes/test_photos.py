@@ -23,7 +23,12 @@ def mllm(checkpoints):
 def turned(tmp_path_factory) -> Path:
     """A photo that is wider as stored, and higher as viewers show it."""
     file = tmp_path_factory.mktemp("photos") / "turned.png"
-    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0,
+        256,
+        (20, 30, 3),
+        np.uint8,
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(noise).save(file, exif=exif)
@@ -44,7 +49,15 @@ def test_a_photo_is_a_path_an_image_or_a_list_of_these(mllm, turned):
         (Image.open(turned),),
     ):
         assert torch.equal(mllm.preprocess(given), pixels)
-    assert torch.equal(mllm.preprocess([upright, str(turned)]), pixels.expand(2, -1, -1, -1))
+    assert torch.equal(
+        mllm.preprocess([upright, str(turned)]),
+        pixels.expand(
+            2,
+            -1,
+            -1,
+            -1,
+        ),
+    )
     alone = mllm.answer(upright, "wall", max_new_tokens=4)
     assert mllm.answer(str(turned), "wall", max_new_tokens=4) == alone
     assert mllm.answer([turned, Image.open(turned)], "wall", max_new_tokens=4) == [alone, alone]
@@ -85,10 +98,6 @@ CALLS = {
     "a site": (
         lambda m: m.states(m.preprocess(Image.new("RGB", (9, 9))), "adapter"),
         "sites must be a list of names",
-    ),
-    "a layer": (
-        lambda m: m.attention(m.preprocess(Image.new("RGB", (9, 9))), "layer_02"),
-        "attention",
     ),
     "models": (
         lambda m: probes.study(["a", "b"], "data", out="out"),

@@ -29,7 +29,12 @@ def paths(tmp_path) -> dict[str, str]:
     """Runs without a model: a rejected command has not loaded one."""
     root = tiny_models.write_segmentation(tmp_path / "data")
     quality = [0.5, 0.4, 0.5, 0.6, 0.6]
-    run = probe_runs.write_run(tmp_path / "study/run", quality, root=root, images=5)
+    run = probe_runs.write_run(
+        tmp_path / "study/run",
+        quality,
+        root=root,
+        images=5,
+    )
     probe_runs.write_run(
         tmp_path / "study/other",
         quality,

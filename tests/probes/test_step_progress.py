@@ -18,7 +18,13 @@ def clock(monkeypatch):
 
 
 def watcher(seconds=(), later=("solve", "report"), lines=None) -> StepWatcher:
-    return StepWatcher("before/trained", "solve", later, dict(seconds), lines)
+    return StepWatcher(
+        "before/trained",
+        "solve",
+        later,
+        dict(seconds),
+        lines,
+    )
 
 
 def test_estimates_of_a_first_step_are_bounds_that_grow_with_each_part(clock):
@@ -58,6 +64,11 @@ with step_progress.output_of_command() as lines:
 
 def test_lines_reach_the_output_of_the_command_while_that_of_a_step_is_redirected(tmp_path):
     command = [sys.executable, "-c", REDIRECTED, str(tmp_path / "log")]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found.stdout == "to the command\n"
     assert (tmp_path / "log").read_text() == "to the log\n"

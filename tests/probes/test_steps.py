@@ -29,14 +29,16 @@ def chain(folder: Path, **options) -> list[Step]:
     for name in "abc":
         words = ("llava-bidir", "fit", "--name", name, "--ckpt_path", "last")
         result = folder / name / "model"
+        options |= {
+            "kind": "fit",
+            "reads": {source.name: source},
+            "takes_overwrite": True,
+        }
         steps.append(
             Step(
                 name,
                 words,
                 result,
-                kind="fit",
-                reads={source.name: source},
-                takes_overwrite=True,
                 **options,
             )
         )
@@ -105,7 +107,20 @@ def test_work_that_was_moved_or_copied_is_done(spelled, tmp_path, monkeypatch):
         words = ("--out", f"{out}/b", "--data", f"{out}/data", "--same", "name", "--of", "/model")
         config = Options(out / "b", [f"{out}/a"])
         result = out / "b/result"
-        return [Step("b", words, result, kind="x"), Step("c", config, result, kind="x")]
+        return [
+            Step(
+                "b",
+                words,
+                result,
+                kind="x",
+            ),
+            Step(
+                "c",
+                config,
+                result,
+                kind="x",
+            ),
+        ]
 
     out = tmp_path / "first/demo"
     out.mkdir(parents=True)
@@ -217,8 +232,8 @@ def test_an_error_ends_the_work_unless_the_step_is_optional(folder):
 def test_a_step_is_left_out_with_the_one_that_it_follows(folder):
     result = folder / "result"
     steps = [
-        Step("trained", ("knockout",), result, kind="knockout"),
-        Step("random0", ("knockout",), result, kind="knockout", follows="trained"),
+        Step("trained", ("knockout",), result, kind="knockout",),
+        Step("random0", ("knockout",), result, kind="knockout", follows="trained",),
     ]  # fmt: skip
     ran = []
 

@@ -19,7 +19,7 @@ from probes.analyses.base import Analysis, Result, RunOptions, check_images
 if TYPE_CHECKING:  # this module answers `probes --help`
     from torch import Tensor
 
-    from probes.runs.read import ProbeRun, ProbeRun
+    from probes.runs.read import ProbeRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,7 @@ from probes.analyses.base import Section
 from probes.analyses.charts import Chart, Curve, Figure, Grid, Point
 from probes.analyses.starvation import sink_warning
 from probes.runs.compare import check_pair
-from probes.runs.formatting import Rows, bounds
-from probes.runs.paper import PAPER
+from probes.runs.formatting import PAPER, Rows, bounds
 from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns
 from probes.score.estimate import Estimate

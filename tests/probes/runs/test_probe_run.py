@@ -3,16 +3,12 @@
 import json
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import probe_runs
 import pytest
 import tiny_models
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from json_values import json_values
 from safetensors.torch import load_file, save_file
 
 from probes.cli import main
@@ -40,15 +36,12 @@ def run(whole, tmp_path) -> Path:
 
 
 def rewrite(file: Path, *keys, value) -> None:
-    """Set facts[keys[0]][keys[1]]... to `value`, or delete it for KeyError."""
+    """Set facts[keys[0]][keys[1]]... to `value`."""
     facts = json.loads(file.read_text())
     inner = facts
     for key in keys[:-1]:
         inner = inner[key]
-    if value is KeyError:
-        del inner[keys[-1]]
-    else:
-        inner[keys[-1]] = value
+    inner[keys[-1]] = value
     file.write_text(json.dumps(facts))
 
 
@@ -80,7 +73,16 @@ def add_tensor(file: Path) -> None:
 
 
 CHANGES = {
-    "metrics.json": (lambda file: rewrite(file, "sites", 2, "miou", value=0.99), lambda run: run),
+    "metrics.json": (
+        lambda file: rewrite(
+            file,
+            "sites",
+            2,
+            "miou",
+            value=0.99,
+        ),
+        lambda run: run,
+    ),
     "counts.safetensors": (add_tensor, lambda run: run.counts),
     "probes.safetensors": (add_tensor, lambda run: run.probes()),
 }
@@ -99,40 +101,18 @@ def test_a_file_that_has_changed_since_the_run_is_named(name, run, tmp_path):
         main(["report", str(run.parent), "--out", str(tmp_path / "again")])
 
 
-class Scripts(HTMLParser):
-    """All elements of a page that could execute something, and attributes that do."""
-
-    def __init__(self):
-        super().__init__()
-        self.found: list[str] = []
-
-    def handle_starttag(self, tag, attributes):
-        if tag in ("script", "iframe", "object", "embed", "link"):
-            self.found.append(tag)
-        self.found += [name for name, _ in attributes if name.startswith("on")]
-
-
-def scripts(page: Path) -> list[str]:
-    parser = Scripts()
-    parser.feed(page.read_text())
-    return parser.found
-
-
-def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
+def test_names_of_a_run_are_text_in_the_report(run, tmp_path):
     """Of classes, the dataset, the model, and the mask; and none is a path to write to."""
-    for keys in (["classes", 0], ["baseline", "class"], ["dataset"], ["mllm"], ["image_attention"]):
-        rewrite(
-            run / "metrics.json",
-            *keys,
-            value=EVIL + "/../../../up" if keys != ["classes", 0] else EVIL,
-        )
-    for facts in (
-        ["mllm_training", "encoder", "name"],
-        ["mllm_training", "llm"],
-        ["versions", "torch"],
-    ):
-        rewrite(run / "manifest.json", *facts, value=EVIL)
-    main(["report", str(whole.parent), "--out", str(tmp_path / "plain")])
+    rewrite(
+        run / "metrics.json",
+        "classes",
+        0,
+        value=EVIL,
+    )
+    for keys in (["baseline", "class"], ["dataset"], ["mllm"], ["image_attention"]):
+        rewrite(run / "metrics.json", *keys, value=EVIL + "/../../../up")
+    for keys in (["mllm_training", "encoder", "name"], ["mllm_training", "llm"]):
+        rewrite(run / "manifest.json", *keys, value=EVIL)
     before = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
     main(["report", str(run.parent), "--out", str(tmp_path / "evil")])
     html = (tmp_path / "evil/index.html").read_text()
@@ -140,68 +120,8 @@ def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
     assert "<script>alert" not in html
     assert "<img src=x" not in html
     assert "{{ 7*7 }}" in html
-    assert scripts(tmp_path / "evil/index.html") == scripts(tmp_path / "plain/index.html")
     after = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
     assert after - before == {tmp_path / "evil"}, "nothing was written elsewhere"
-
-
-# ------------------------------------------------------------------------------------------------ fuzz
-JSON = json_values(st.integers(-(10**12), 10**12) | st.floats(), st.text(max_size=5), leaves=5)
-
-
-def places(value, path=()) -> list[tuple]:
-    """The path of each value inside of a JSON value."""
-    inside = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    return [path] * bool(path) + [
-        place for key, inner in inside for place in places(inner, (*path, key))
-    ]
-
-
-def changed(facts, data) -> dict:
-    """A copy with another value at some place, or without it."""
-    facts = json.loads(json.dumps(facts))
-    *above, last = data.draw(st.sampled_from(places(facts)))
-    place = facts
-    for key in above:
-        place = place[key]
-    if data.draw(st.booleans()):
-        place[last] = data.draw(JSON)
-    else:
-        del place[last]
-    return facts
-
-
-def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(
-    checkpoints, tmp_path_factory
-):
-    """As `probes sites` reads it."""
-    import argparse
-
-    from probes.analyses.extract import print_sites
-
-    folder = Path(shutil.copytree(checkpoints["causal"], tmp_path_factory.mktemp("fuzz") / "hf"))
-    facts = json.loads((folder / "config.json").read_text())
-
-    @settings(deadline=None, suppress_health_check=list(HealthCheck))
-    @given(data=st.data())
-    def check(data):
-        (folder / "config.json").write_text(json.dumps(changed(facts, data)))
-        try:
-            print_sites(argparse.Namespace(mllm=str(folder), image_px=None))
-        except ValueError as error:
-            assert (
-                str(folder) in str(error)
-                or "no MLLM or encoder family" in str(error)
-                or "cannot be probed" in str(error)
-            )
-
-    check()
 
 
 def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):

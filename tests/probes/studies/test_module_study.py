@@ -1,11 +1,10 @@
-"""A study of a module of one's own: its controls, what is left out before any work, the lab, and the finished run."""
+"""A study of a module of one's own: its controls, what is left out before any work, and the finished run."""
 
 import json
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-import labs
 import own_modules
 import pytest
 import tiny_models
@@ -16,7 +15,6 @@ from studies import study_of
 import probes
 from llava_bidir.common.errors import UserError
 from probes.cli import main
-from probes.lab.requests import Attention, View
 from probes.models import module_sources
 from probes.studies.run import run_study
 
@@ -43,7 +41,15 @@ def run(data: str, out: Path, function: str, **settings) -> str:
     models = {"": f"{FILE}:{function}"}
     printed = StringIO()
     with redirect_stdout(printed):
-        run_study(study_of(models, data, out, options=OPTIONS, **settings))
+        run_study(
+            study_of(
+                models,
+                data,
+                out,
+                options=OPTIONS,
+                **settings,
+            )
+        )
     return printed.getvalue()
 
 
@@ -51,7 +57,12 @@ def run(data: str, out: Path, function: str, **settings) -> str:
 def study(data, tmp_path_factory):
     """Return the folder of a study of layers whose attention and MLP are not known, and what it printed."""
     out = tmp_path_factory.mktemp("studies") / "study"
-    return out, run(data, out, "build_closed", draws=1)
+    return out, run(
+        data,
+        out,
+        "build_closed",
+        draws=1,
+    )
 
 
 def test_random_layers_are_left_out_before_any_work_and_permuted_ones_are_solved(study):
@@ -68,11 +79,16 @@ def test_random_layers_are_left_out_before_any_work_and_permuted_ones_are_solved
 
 def test_a_control_that_is_asked_for_by_name_and_cannot_be_is_an_error(data, tmp_path):
     with pytest.raises(UserError, match="arm random0 of .* cannot be matched .*--arms"):
-        run(data, tmp_path / "study", "build_closed", arms=("trained", "random0"))
+        run(
+            data,
+            tmp_path / "study",
+            "build_closed",
+            arms=("trained", "random0"),
+        )
     assert not (tmp_path / "study/trained").exists()
 
 
-def test_the_finished_run_and_the_lab_load_the_module_again(study, tmp_path, monkeypatch):
+def test_the_finished_run_loads_the_module_again(study, tmp_path, monkeypatch):
     """A run's file is trusted by option, or by the name of the file in the same process."""
     out, _ = study
     Image.effect_noise((40, 32), 80).convert("RGB").save(tmp_path / "photo.jpg")
@@ -84,15 +100,17 @@ def test_the_finished_run_and_the_lab_load_the_module_again(study, tmp_path, mon
     main([*words, "--trust", "true"])
     assert (tmp_path / "maps/photo.png").is_file()
     encoder = probes.ProbeRun(out / "permuted0", trust=True).mllm()
-    settings = {"untrained": ["encoder"], "match": "permuted", "device": "cpu"}
+    settings = {
+        "untrained": ["encoder"],
+        "match": "permuted",
+        "device": "cpu",
+    }
     again = probes.load(f"{FILE}:build_closed", **settings)
-    pixels = torch.randn(1, 3, 32, 32)
+    pixels = torch.randn(
+        1,
+        3,
+        32,
+        32,
+    )
     for site, states in again.states(pixels).items():
         assert torch.equal(states, encoder.states(pixels)[site])
-    session = labs.open_session([str(out / "trained")])
-    (model,) = session.describe()["models"]
-    assert (model["has_llm"], model["layers"]) == (False, 3)
-    view = {"photo": "split:0", "model": 0}
-    assert session.read(View(**view), labs.JOB)["probabilities"]
-    with pytest.raises(UserError, match="of a module of your own is not known"):
-        session.attention(Attention(**view, layer=2, patch=5), labs.JOB)

@@ -1,6 +1,5 @@
 """Steps that a study leaves out, that fail, or that have nothing to measure; settings from words and from files."""
 
-import json
 import threading
 
 import pytest
@@ -8,48 +7,10 @@ from studies import study_of
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock
-from probes.runs.steps import unfinished_steps
-from probes.steps import Step, must_replace
+from probes.steps import must_replace, unfinished_steps
 from probes.studies import run
 from probes.studies.config import StudyConfig
 from probes.studies.plan import plan
-
-
-@pytest.fixture
-def settings(checkpoints, segmentation, tmp_path):
-    """Return a function that makes the settings of a study of models by label and mask."""
-
-    def make(models: dict[str, str], **more) -> StudyConfig:
-        paths = {label: str(checkpoints[mask]) for label, mask in models.items()}
-        return study_of(paths, str(segmentation), tmp_path / "study", **{"draws": 1, **more})
-
-    return make
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """Replace the commands of steps by files with their results; return the names of steps that ran.
-
-    `ran.failing` says which step raises which error.
-    """
-
-    class Ran(list):
-        failing: dict[str, Exception] = {}
-
-    names = Ran()
-    names.failing = {}
-
-    def run_step(step: Step, config: object, study: StudyConfig) -> None:
-        names.append(step.name)
-        if step.name in names.failing:
-            raise names.failing[step.name]
-        step.result.parent.mkdir(parents=True, exist_ok=True)
-        step.result.write_text(json.dumps({"classes": [{"class": "sky"}], "summary": []}))
-
-    monkeypatch.setattr(run, "_run_step", run_step)
-    monkeypatch.setattr(run, "write_table", lambda out, labels: None)
-    monkeypatch.setattr(run, "print_summary", lambda *_: None)
-    return names
 
 
 def test_the_plan_leaves_out_what_has_no_probes_it_needs(settings):
@@ -134,30 +95,18 @@ def test_maps_read_the_knockout_that_they_show(settings):
     assert maps.reads["trained/knockout"].name == "knockout.json"
 
 
-def test_options_are_values_of_all_words_and_files(settings, segmentation, tmp_path):
-    file = tmp_path / "some.yaml"
-    file.write_text("data: {options: {a: 1}, root: there}\nmodel: {sites: [encoder]}\n")
-    words = ("-c", str(file), "--data.options.b", "2", "--model.sites=[adapter]", "--folds", "3")
-    found = settings({"": "causal"}, options=words)
-    assert found.probes.data.options == {"a": 1, "b": 2}
-    assert found.probes.data.root == str(segmentation), "not that of the file"
-    assert found.probes.model.sites == ["adapter"]
-    assert found.probes.solver.folds == 3
-
-
 def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
     from dataset_layouts import write_voc2012
 
     root = write_voc2012(tmp_path / "voc")
     options = ("--data.root", str(root), "--data.options.background", "class")
     models = {"": str(checkpoints["causal"])}
-    add = ("knockout.classes=background",)
+    asked = {"out": tmp_path / "out", "add": ("knockout.classes=background",)}
     plan(
         study_of(
             models,
             "voc2012",
-            tmp_path / "out",
-            add=add,
+            **asked,
             options=options,
         )
     )
@@ -166,8 +115,7 @@ def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
             study_of(
                 models,
                 "voc2012",
-                tmp_path / "out",
-                add=add,
+                **asked,
                 options=options[:2],
             )
         )
@@ -241,19 +189,13 @@ def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):
     )
 
 
-def test_a_control_without_a_case_leaves_out_no_other(settings, ran):
-    ran.failing = {"random0/knockout": NothingToMeasure("no case")}
-    run.run_study(settings({"": "causal"}, draws=2))
-    assert {f"{arm}/knockout" for arm in ("trained", "random0", "random1")} <= set(ran)
-
-
 def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
     """Jobs of a cluster, each of some arms, can end together; the second one failed."""
     made = settings({"": "causal"})
     (report,) = (step for step in plan(made).steps if step.kind == "report")
     wrote = threading.Event()
     monkeypatch.setattr("probes.studies.table.write_report", lambda options: wrote.set())
-    job = threading.Thread(target=run._run_step, args=(report, report.config, made))
+    job = threading.Thread(target=run._run_step, args=(made, report))
     with exclusive_run_lock(made.out, "report-step"):
         job.start()
         assert not wrote.wait(0.5)

@@ -164,7 +164,6 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     assert len({x["probabilities"] for x in found}) == 3
     assert session.attention(Attention(**view, layer=2, patch=5), labs.JOB)["to"]
     assert model["other_mask"] is None, "which the page does not offer then"
-    assert session.words_of_patch(PatchView(**view, patch=0), labs.JOB) == {"words": []}
 
 
 def test_commands_that_need_an_llm_say_so_of_an_encoder(study):

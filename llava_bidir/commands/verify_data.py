@@ -20,7 +20,6 @@ from llava_bidir.common.processes import worker_options
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
 from llava_bidir.data.dataset import Instructions, has_first_answer, refers_to_image
-from llava_bidir.model.build import check_image_attention
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
 
@@ -126,7 +125,6 @@ def main(argv: list[str]) -> None:
     cli = build_data_cli(config, parser.prog)
     data = cli.datamodule
     mask = cli.model.hparams.image_attention
-    check_image_attention(mask)
     data.collate.image_attention = mask
     records = Instructions(data.annotations, data.images)
     for index in args.show:

@@ -5,6 +5,7 @@ Each global batch is split into consecutive blocks, one per micro-batch and rank
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -23,7 +24,8 @@ def random_batches(
     generator: Generator,
 ) -> ndarray:
     """Return all indices in random order, int[batches, batch_size]; the first fill up the last batch (stage 1)."""
-    return _split_batches(_shuffle(np.arange(len(lengths)), generator), batch_size)
+    order = _shuffle(np.arange(len(lengths)), generator)
+    return _split_batches(order, batch_size, order)
 
 
 def grouped_batches(
@@ -65,9 +67,8 @@ def grouped_batches(
     if len(megabatches):
         longest = np.abs(lengths)[megabatches].max(1).argmax()
         megabatches[[0, longest]] = megabatches[[longest, 0]]
-    last = _split_batches(
-        np.sort(np.concatenate(leftover)), batch_size, fill=megabatches[:1].ravel()
-    )
+    rest = np.sort(np.concatenate(leftover))
+    last = _split_batches(rest, batch_size, megabatches[0] if len(megabatches) else rest)
     return np.concatenate([megabatches, last])
 
 
@@ -96,77 +97,64 @@ def _balance_micro_batches(megabatches: ndarray, words: ndarray, size: int) -> n
     return assigned
 
 
-def _split_batches(order: ndarray, size: int, fill: ndarray | None = None) -> ndarray:
+def _split_batches(order: ndarray, size: int, fill: ndarray) -> ndarray:
     """Split `order` into batches and fill up the last one, since all ranks need the same number of samples."""
-    missing = -len(order) % size
-    source = order if fill is None or not len(fill) else fill
-    return np.concatenate([order, np.resize(source, missing)]).reshape(-1, size)
+    missing = np.resize(fill, -len(order) % size)
+    return np.concatenate([order, missing]).reshape(-1, size)
 
 
+@dataclass(eq=False)
 class BatchSampler:
     """Batch sampler with the micro-batches of one rank, which can start in mid-epoch.
 
     Args:
-        lengths: Words per sample, negative for text-only samples.
-        batch_size: Samples per global batch, over all ranks and accumulated micro-batches.
-        micro_batch_size: Samples per device and forward.
-        grouped: Use :func:`grouped_batches` instead of :func:`random_batches`.
+        lengths: Words per sample, negative for text-only samples, int[samples].
+        global_batch_size: Samples per global batch, over all ranks and accumulated micro-batches.
+        batch_size: Samples per device and forward. Lightning's DeepSpeedStrategy reads it.
+        draw: :func:`random_batches` or :func:`grouped_batches`.
         rank: Rank of this process.
         world_size: Number of processes.
         seed: Decides the order together with the epoch; the same on every rank.
+        epoch: Epoch of the next pass.
+        start: Micro-batches that the next pass leaves out, since they were trained before an interruption.
 
     Raises:
         UserError: The global batch cannot be divided into micro-batches over the ranks.
     """
 
-    def __init__(
-        self,
-        lengths: ndarray | list[int],
-        batch_size: int,
-        micro_batch_size: int,
-        *,
-        grouped: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-    ):
-        if batch_size % (micro_batch_size * world_size):
+    lengths: ndarray
+    global_batch_size: int
+    batch_size: int
+    draw: Callable[..., ndarray] = random_batches
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    epoch: int = 0
+    start: int = 0
+
+    def __post_init__(self):
+        if self.global_batch_size % (self.batch_size * self.world_size):
             raise UserError(
-                f"data.batch_size {batch_size} is not a multiple of data.micro_batch_size {micro_batch_size} x "
-                f"{world_size} devices; change one of them"
+                f"data.batch_size {self.global_batch_size} is not a multiple of data.micro_batch_size "
+                f"{self.batch_size} x {self.world_size} devices; change one of them"
             )
-        self.lengths = np.asarray(lengths, np.int32)
-        self.global_batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.batch_size = micro_batch_size  # Lightning's DeepSpeedStrategy reads it
-        self.draw = grouped_batches if grouped else random_batches
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
         self.sampler = self  # Lightning calls set_epoch on a batch sampler's `sampler`
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass."""
         self.epoch = epoch
 
-    def skip(self, micro_batches: int) -> None:
-        """Skip the first micro-batches of the next pass, which were trained before an interruption."""
-        self.start = micro_batches
-
     def __len__(self) -> int:
         batches = math.ceil(len(self.lengths) / self.global_batch_size)
-        return batches * self.global_batch_size // (self.micro_batch_size * self.world_size)
+        return batches * self.global_batch_size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self.start
         self.start = 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        batches = self.draw(self.lengths, self.global_batch_size, self.micro_batch_size, generator)
-        micro_batches = batches.reshape(-1, self.micro_batch_size)[self.rank :: self.world_size]
-        for micro_batch in micro_batches[start:]:
-            yield micro_batch.tolist()
+        batches = self.draw(self.lengths, self.global_batch_size, self.batch_size, generator)
+        micro_batches = batches.reshape(-1, self.batch_size)[self.rank :: self.world_size]
+        yield from micro_batches[start:].tolist()
 
 
 class StepLoader(DataLoader):

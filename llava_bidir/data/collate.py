@@ -86,7 +86,6 @@ class Collate:
               logits.
             - supervised: number of supervised tokens.
             - lengths: tokens per sample without padding.
-            - text_only: number of samples that show no image.
         """
         encoded = [self.encode(sample) for sample in samples]
         rows = [ids[: self.max_length] for ids, _ in encoded]
@@ -104,7 +103,6 @@ class Collate:
             "predicts": predicts,
             "supervised": len(predicts),
             "lengths": [len(row) for row in rows],
-            "text_only": sum(image_id not in row for row in rows),
         }
 
     def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor:

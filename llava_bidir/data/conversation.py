@@ -25,7 +25,6 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-ADVICE = "use data.template vicuna_v1, or an LLM whose tokenizer has another chat template"
 
 Turn = dict[str, str]
 Piece = tuple[str, bool]  # text, and whether it is a training target
@@ -63,12 +62,10 @@ def encode(
         input_ids and labels of the same length; labels are -100 where the model is not trained.
 
     Raises:
-        UserError: Unknown template or role, roles out of order, a turn without text, turns that do not fit `plain`, or
-            a chat template in which answers cannot be found.
+        UserError: Unknown role, roles out of order, a turn without text, turns that do not fit `plain`, or a chat
+            template in which answers cannot be found.
     """
     turns = usable_turns(turns)
-    if template not in TEMPLATES:
-        raise UserError(f"unknown template {template!r}; available: {', '.join(TEMPLATES)}")
     if image_tokens is not None:
         turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
     elif template == PLAIN:
@@ -122,14 +119,9 @@ def usable_turns(turns: Sequence[Turn]) -> list[Turn]:
         usable.append({"from": turn["from"], "value": turn["value"]})
     if usable and usable[0]["from"] == "gpt":
         usable = usable[1:]  # LLaVA train.py:425
-    for i, turn in enumerate(usable):
-        expected = ("human", "gpt")[i % 2]
-        if turn["from"] != expected:
-            raise UserError(
-                f"turn {i} is from {turn['from']!r}, expected {expected!r}; roles must alternate"
-            )
-    if not usable:
-        raise UserError("a conversation needs at least one human turn")
+    roles = [turn["from"] for turn in usable]
+    if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
+        raise UserError(f"expected turns from human and gpt by turns, human first; got {roles}")
     return usable
 
 
@@ -192,7 +184,7 @@ def _chat(turns: list[Turn], tokenizer) -> list[Piece]:
             )
         if not text.startswith(known):
             raise UserError(
-                f"the chat template writes a turn differently if others follow it; {ADVICE}"
+                "the chat template writes a turn differently if others follow it; use data.template vicuna_v1"
             )
         return text
 
@@ -200,29 +192,19 @@ def _chat(turns: list[Turn], tokenizer) -> list[Piece]:
     known = ""
     for count in range(2, len(messages) + 1, 2):
         prompt = render(count - 1, known)
-        answered = render(count, prompt)
         pieces.append((prompt.removeprefix(known), False))
-        written = answered.removeprefix(prompt)
-        answer = written[: _answer_length(written, messages[count - 1]["content"], tokenizer)]
-        pieces.append((answer, True))
-        known = prompt + answer
+        answer = messages[count - 1]["content"]
+        written, end, _ = render(count, prompt).removeprefix(prompt).rpartition(tokenizer.eos_token)
+        if answer and not (end and written.strip() == answer.strip()):
+            raise UserError(
+                f"the chat template writes {written[:200]!r} for the answer {answer[:80]!r}; expected the answer and "
+                f"the end token {tokenizer.eos_token!r}; use data.template vicuna_v1"
+            )
+        trained = written + end if answer and written else ""  # some templates strip it
+        pieces.append((trained, True))
+        known = prompt + trained
     pieces.append((render(len(messages), known).removeprefix(known), False))
     return pieces
-
-
-def _answer_length(written: str, answer: str, tokenizer) -> int:
-    """Return the characters up to the end token in what a template writes for an answer; 0 for an empty answer."""
-    end = tokenizer.eos_token
-    for text in (answer, answer.strip()):  # some templates strip it
-        if not text:
-            return 0
-        before, _, after = written.partition(text)
-        if not before.strip() and after.lstrip().startswith(end):
-            return len(before) + len(text) + after.index(end) + len(end)
-    raise UserError(
-        f"the chat template writes {written[:200]!r} for the answer {answer[:80]!r}; expected the answer and the end "
-        f"token {end!r}. {ADVICE}"
-    )
 
 
 TEMPLATES: dict[str, Callable[..., list[Piece]]] = {

@@ -2,23 +2,26 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from pydantic import PositiveInt
 from torch.utils.data import DataLoader, StackDataset, Subset
 from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest, file_sizes
 from llava_bidir.common.processes import limit_workers, worker_options
-from llava_bidir.common.runs import batches_per_epoch
 
-from .batch_samplers import BatchSampler, StepLoader
+from .batch_samplers import (
+    BatchSampler,
+    StepLoader,
+    grouped_batches,
+    random_batches,
+)
 from .collate import Collate, predicting_positions
-from .conversation import IGNORE_INDEX, PLAIN
+from .conversation import IGNORE_INDEX
 from .dataset import Instructions, has_first_answer, read_annotations
 
 
@@ -49,11 +52,11 @@ class InstructionData(LightningDataModule):
         annotations: str,
         images: str,
         val_annotations: str | None = None,
-        template: str = "vicuna_v1",
-        batch_size: int = 128,
-        micro_batch_size: int = 16,
+        template: Literal["plain", "vicuna_v1", "chat"] = "vicuna_v1",
+        batch_size: PositiveInt = 128,
+        micro_batch_size: PositiveInt = 16,
         group_by_length: bool = False,
-        max_length: int = 2048,
+        max_length: PositiveInt = 2048,
         num_workers: int = 4,
         seed: int = 0,
         processor: LlavaProcessor | None = None,
@@ -62,9 +65,6 @@ class InstructionData(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["processor", "max_positions"])
-        for key in ("batch_size", "micro_batch_size", "max_length"):
-            if (self.hparams[key] or 0) < 1:
-                raise UserError(f"data.{key} must be at least 1, got {self.hparams[key]}")
         self.annotations = annotations
         self.images = images
         self.val_annotations = val_annotations
@@ -103,16 +103,14 @@ class InstructionData(LightningDataModule):
         trainer = self.trainer
         self.train = Instructions(self.annotations, self.images)
         self.train.check_trainable()
-        lengths = self.train.lengths()
-        rank_zero_info(f"{len(lengths):,} records, {(lengths < 0).sum():,} of them text only")
         self.sampler = BatchSampler(
-            lengths,
+            self.train.lengths(),
             self.batch_size,
             self.micro_batch_size,
-            grouped=self.group_by_length,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            seed=self.seed,
+            grouped_batches if self.group_by_length else random_batches,
+            trainer.global_rank,
+            trainer.world_size,
+            self.seed,
         )
         micro_batches = self.batch_size // (self.micro_batch_size * trainer.world_size)
         if trainer.accumulate_grad_batches not in (1, micro_batches):
@@ -121,28 +119,16 @@ class InstructionData(LightningDataModule):
                 f"data.micro_batch_size make it {micro_batches}; leave it out"
             )
         trainer.accumulate_grad_batches = micro_batches
-        # Lightning would count a step there, and DeepSpeed take it in the next epoch
-        ends_inside_a_step = self.micro_batches_per_epoch % micro_batches
-        if ends_inside_a_step and isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise UserError(
-                f"trainer.limit_train_batches {trainer.limit_train_batches} ends an epoch inside a step, which "
-                f"accumulates {micro_batches} micro-batches and which DeepSpeed does not cut short; use a multiple"
-            )
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, self.steps_per_epoch)
-
-    @property
-    def micro_batches_per_epoch(self) -> int:
-        """Return the number of micro-batches that an epoch trains on this rank."""
-        return batches_per_epoch(len(self.sampler), self.trainer)
 
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of optimizer steps per epoch."""
-        return math.ceil(self.micro_batches_per_epoch / self.trainer.accumulate_grad_batches)
+        return len(self.sampler) // self.trainer.accumulate_grad_batches
 
     def train_dataloader(self) -> DataLoader:
         """Return the training loader, which starts after the micro-batches that a resumed run has trained."""
-        self.sampler.skip(self.trained_micro_batches % self.micro_batches_per_epoch)
+        self.sampler.start = self.trained_micro_batches % len(self.sampler)
         self.trained_micro_batches = 0
         batches = {"batch_sampler": self.sampler, "collate_fn": self.collate}
         if self.trainer.lightning_module.hparams.loss_average == "llava":
@@ -182,9 +168,9 @@ class InstructionData(LightningDataModule):
     test_dataloader = val_dataloader
 
     def collate_questions(self, samples: list[tuple[dict, bool]]) -> dict:
-        """Return a validation batch: the training batch, prompts with the first questions or images, and their answers.
+        """Return a validation batch: the training batch, its images, prompts with the first questions, and both texts.
 
-        A padding sample at the end has no labels and no answer, so `answers` can be shorter than the batch.
+        A padding sample at the end has no labels and no text, so `answers` can be shorter than the batch.
         """
         records = [sample for sample, _ in samples]
         count = sum(is_counted for _, is_counted in samples)
@@ -192,13 +178,13 @@ class InstructionData(LightningDataModule):
         batch["labels"][count:] = IGNORE_INDEX
         predicts = predicting_positions(batch["labels"])
         batch |= {"predicts": predicts, "supervised": len(predicts)}
-        answers = [record["conversations"][1]["value"] for record in records[:count]]
+        turns = [[x["value"] for x in record["conversations"]] for record in records[:count]]
         return {
             **batch,
+            "images": [record["image"] for record in records],
             "prompts": self.collate.prompts(records),
-            "answers": answers,
-            "are_captions": self.collate.template == PLAIN,
-            "image_tokens": self.collate.image_tokens,
+            "questions": [question for question, *_ in turns],
+            "answers": [answer for _, answer, *_ in turns],
         }
 
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:

@@ -28,7 +28,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError, error_context
@@ -46,12 +45,6 @@ FEATURES = datasets.Features(
 RULES = 6  # part of the cache key; increase it when the same file would be read differently
 
 
-def check_annotations(path: str | Path) -> None:
-    """Raise a UserError if there is no such file."""
-    if not os.path.isfile(path):
-        raise UserError(f"data.annotations: no file {path}")
-
-
 def read_annotations(path: str | Path) -> datasets.Dataset:
     """Return LLaVA's JSON as memory-mapped Arrow, converted once and cached; workers and ranks share one copy.
 
@@ -66,9 +59,9 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
     Raises:
         UserError: A record cannot be trained on, or the file cannot be read.
     """
-    check_annotations(path)
     datasets.disable_progress_bars()
-    file = os.stat(path)
+    with error_context("data.annotations"):
+        file = os.stat(path)
     # size and modification time are part of the cache key, so that an edited file is read again
     source = {
         "path": os.path.realpath(path),
@@ -106,8 +99,6 @@ def _rows(path: str, **_: int) -> Iterator[dict[str, Any]]:
     """
     for number, record in enumerate(read_records(path)):
         with error_context(f"{path}: record {number}"):
-            if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-                raise UserError("expected an object with a list 'conversations'")
             turns = record["conversations"]
             image = record.get("image") or ""
             if not isinstance(image, str) or image.startswith("/") or ".." in image.split("/"):
@@ -181,11 +172,10 @@ class Instructions(Dataset):
                 )
 
     def lengths(self) -> np.ndarray:
-        """Return words per record, int32, negative without an image. Source: LLaVA train.py modality_lengths."""
-        table = self.records.data
-        words = np.maximum(table.column("words").to_numpy(), 1)  # 0 has no sign
-        text_only = pc.equal(table.column("image"), "").to_numpy()
-        return np.where(text_only, -words, words).astype(np.int32)
+        """Return words per record, int64, negative without an image. Source: LLaVA train.py modality_lengths."""
+        table = self.records.with_format("numpy", columns=["words", "image"])[:]
+        words = np.maximum(table["words"], 1)  # 0 has no sign
+        return np.where(table["image"] == "", -words, words)
 
 
 def has_first_answer(record: dict[str, Any]) -> bool:

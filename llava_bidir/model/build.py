@@ -1,6 +1,5 @@
 """Construction of a model from encoder, adapter and LLM; the LLM's vocabulary; selection of trainable parts."""
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,6 @@ from llava_bidir.common.hf import (
 from llava_bidir.common.identity import Identity
 from llava_bidir.common.tokenizer import load_tokenizer
 
-from .attention import block_ids_of
 from .configuration_llava_bidir import LlavaBidirConfig
 from .encoders import Encoder
 from .lora import UPDATES, has_lora
@@ -138,14 +136,6 @@ def max_positions(llm: str) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_image_attention(name: str) -> None:
-    """Raise UserError for an unknown mask; attention.py ships in checkpoints and cannot import it."""
-    try:
-        block_ids_of(name)
-    except ValueError as error:
-        raise UserError(f"model.image_attention: {error}") from None
-
-
 def build_config(
     encoder: Encoder,
     llm: str,
@@ -154,7 +144,6 @@ def build_config(
     image_resize: str,
 ) -> LlavaBidirConfig:
     """Return the configuration of encoder, adapter and LLM without loading weights."""
-    check_image_attention(image_attention)
     vision_config = encoder.load_config()
     text_config = read_llm_config(llm)
     with error_context(f"model.llm: {llm}"):
@@ -241,16 +230,12 @@ def load_llm(path: str, tokens: int, **options) -> PreTrainedModel:
         **options: Passed to `from_pretrained`.
 
     Raises:
-        UserError: As :func:`load_weights`, or the LLM has no linear head of the embeddings' size.
+        UserError: As :func:`load_weights`, or the vocabulary cannot be resized.
     """
     if isinstance(read_pretrained("model.llm", AutoConfig, path), LlavaConfig):
         options |= {"config": read_llm_config(path), "key_mapping": OF_LLAVA}
     language_model = load_weights("model.llm", AutoModelForCausalLM, path, **options)
     with error_context(f"model.llm: {path}"):
-        head = language_model.get_output_embeddings()
-        rows = language_model.get_input_embeddings().num_embeddings
-        if not isinstance(head, nn.Linear) or head.out_features != rows:
-            raise UserError(f"expected an LLM with a linear head for {rows} tokens, got {head}")
         resize_vocabulary(language_model, tokens)
     return language_model
 
@@ -266,9 +251,8 @@ def resize_vocabulary(language_model: PreTrainedModel, tokens: int) -> None:
     rows = language_model.get_input_embeddings().num_embeddings
     if tokens <= rows:
         return
-    larger = math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     with torch.random.fork_rng(devices=[]):  # transformers draws rows first
-        language_model.resize_token_embeddings(larger, mean_resizing=False)
+        language_model.resize_token_embeddings(tokens, VOCABULARY_MULTIPLE, mean_resizing=False)
     head = language_model.get_output_embeddings()
     for embeddings in (language_model.get_input_embeddings(), head):
         embeddings.weight.data[rows:] = embeddings.weight.data[:rows].mean(0)
@@ -341,19 +325,10 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
                 f"adapter checkpoint {directory} has {name} {saved!r}, this model {expected!r}; use the same in both "
                 "stages (paper, Sec. 5)"
             )
-    weights = {
-        k.partition(ADAPTER)[2]: tensor
-        for k, tensor in read_tensors(Path(directory), ADAPTER).items()
-    }
-    if not weights:
-        raise UserError(f"adapter checkpoint {directory} has no tensor named {ADAPTER}*")
-    adapter = model.model.multi_modal_projector
-    try:
-        adapter.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}"
-        ) from None
+    tensors = read_tensors(Path(directory), ADAPTER)
+    weights = {name.partition(ADAPTER)[2]: tensor for name, tensor in tensors.items()}
+    with error_context(f"adapter checkpoint {directory}"):
+        model.model.multi_modal_projector.load_state_dict(weights)
 
 
 def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
@@ -364,41 +339,26 @@ def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
         llm: Directory of this run's LLM; that of the adapter's own export was trained with it.
         identity: Of this run.
     """
-    of_adapter = "llm" if llm.is_dir() and llm.samefile(adapter) else None
-    saved = read_training(adapter).get("identity") or {}
-    for key, before in saved.get("model", {}).items():
-        now = identity["model"].get(key)
+    saved = (read_training(adapter).get("identity") or {}).get("model", {})
+    is_own_llm = llm.is_dir() and llm.samefile(adapter)
+    for key in saved.keys() & identity["model"].keys():
         part = key.partition("/")[0]
-        if part in ("adapter", of_adapter):
-            continue
-        if now is not None and now != before:
+        is_compared = part == "encoder" or (part == "llm" and not is_own_llm)
+        if is_compared and saved[key] != identity["model"][key]:
             raise UserError(
                 f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
                 "stages, or train an adapter for this one"
             )
 
 
-def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
-    """Freeze all but `parts` ("adapter", "llm") and return the number of trainable parameters per part.
-
-    If the LLM has low-rank updates (lora.py), only the updates train.
-    """
-    unknown = set(parts) - set(TRAINABLE)
-    if unknown or not parts:
-        raise UserError(
-            f"model.trainable must list some of {', '.join(TRAINABLE)}, got {parts}; the encoder never trains"
-        )
-    counts = dict.fromkeys(parts, 0)
+def set_trainable(model: nn.Module, parts: list[str]) -> None:
+    """Freeze all but `parts` ("adapter", "llm"); if the LLM has low-rank updates (lora.py), only the updates train."""
     updates_only = has_lora(model)
     for name, parameter in model.named_parameters():
-        part = next((p for p in parts if name.startswith(TRAINABLE[p])), None)
-        if part == "llm" and updates_only and UPDATES not in name:
-            part = None
-        parameter.requires_grad_(part is not None)
-        if part is not None:
-            # numel() is 0 under ZeRO-3
-            counts[part] += getattr(parameter, "ds_numel", parameter.numel())
-    return counts
+        trains = any(name.startswith(TRAINABLE[part]) for part in parts)
+        if updates_only and name.startswith(TRAINABLE["llm"]):
+            trains = trains and UPDATES in name
+        parameter.requires_grad_(trains)
 
 
 def _select_strategy(encoder: Encoder) -> str:

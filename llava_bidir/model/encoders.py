@@ -38,10 +38,6 @@ from llava_bidir.common.hf import load_weights, read_pretrained
 from llava_bidir.common.images import MAX_GRID_SIDE, check_image_px
 
 
-def interpolates_itself(tower: PreTrainedModel, image_px: int) -> None:
-    """Change nothing: the tower's forward fits its positions to the pixels that it is given."""
-
-
 def resize_stored_positions(tower: PreTrainedModel, image_px: int) -> None:
     """Replace the stored positions of a CLIP or SigLIP tower by transformers' interpolation of them.
 
@@ -51,7 +47,8 @@ def resize_stored_positions(tower: PreTrainedModel, image_px: int) -> None:
     side = image_px // embeddings.patch_size
     with torch.no_grad():
         table = embeddings.position_embedding.weight
-        tokens = torch.empty(1, side * side + _extra_positions(embeddings), table.shape[1])
+        extra = embeddings.num_positions - embeddings.num_patches  # 1 for CLIP's CLS token
+        tokens = torch.empty(1, side * side + extra, table.shape[1])
         positions = embeddings.interpolate_pos_encoding(tokens, image_px, image_px)[0]
         embeddings.position_embedding = nn.Embedding.from_pretrained(
             positions.to(table), freeze=True
@@ -61,11 +58,6 @@ def resize_stored_positions(tower: PreTrainedModel, image_px: int) -> None:
     embeddings.register_buffer("position_ids", torch.arange(len(positions))[None], persistent=False)
     embeddings.image_size = image_px
     tower.config.image_size = image_px
-
-
-def _extra_positions(embeddings: nn.Module) -> int:
-    """Return the number of positions before those of the patches: 1 for CLIP's CLS token."""
-    return embeddings.num_positions - embeddings.num_patches
 
 
 @dataclass(frozen=True)
@@ -80,8 +72,8 @@ class EncoderEntry:
             would lose patch 0.
         image_px: Side of the square input; None uses the checkpoint's.
         mean, std: Pixel statistics. Padding has the mean colour.
-        resize_positions: (tower, side in pixels) -> None; fits a loaded tower to another side. None: the family has no
-            positions that can be interpolated.
+        resize_positions: (tower, side in pixels) -> None; fits a loaded tower to another side. None: its forward fits
+            the positions to the pixels that it is given.
     """
 
     config_class: type[PreTrainedConfig]
@@ -114,7 +106,6 @@ ENCODERS: dict[str, EncoderEntry] = {
         layer=-2,
         extra_tokens=1,
         image_px=336,
-        resize_positions=interpolates_itself,
         **IMAGENET,
     ),
     "dinov2_registers": EncoderEntry(
@@ -123,7 +114,6 @@ ENCODERS: dict[str, EncoderEntry] = {
         layer=-2,
         extra_tokens=5,
         image_px=336,
-        resize_positions=interpolates_itself,
         **IMAGENET,
     ),
     # Rotary positions, for any side; 336 px are 21 patches of 16 px.
@@ -133,7 +123,6 @@ ENCODERS: dict[str, EncoderEntry] = {
         layer=-2,
         extra_tokens=5,
         image_px=336,
-        resize_positions=interpolates_itself,
         **IMAGENET,
     ),
     # 384 px are 27 patches of 14 px; no patch covers the last 6 px at the right and the bottom.
@@ -170,11 +159,6 @@ class Encoder:
     def __post_init__(self):
         if self.name not in ENCODERS:
             raise UserError(f"unknown encoder {self.name!r}; registered: {', '.join(ENCODERS)}")
-        if self.image_px is not None and self.entry.resize_positions is None:
-            raise UserError(
-                f"model.encoder.image_px {self.image_px}: encoders of the family {self.name!r} take the side of their "
-                "checkpoint only, because their positions are not interpolated; leave it out"
-            )
 
     @property
     def entry(self) -> EncoderEntry:
@@ -225,7 +209,7 @@ class Encoder:
     def load_tower(self, **options) -> PreTrainedModel:
         """Return the vision tower with its weights, fitted to `image_px`; `options` are those of `from_pretrained`."""
         tower = load_weights("model.encoder.path", self.entry.model_class, self.path, **options)
-        if self.image_px is not None:
+        if self.image_px is not None and self.entry.resize_positions is not None:
             self.entry.resize_positions(tower, self.image_px)
         return tower
 
@@ -254,10 +238,6 @@ class Encoder:
 
         Deviates: SigLIP's own processor resizes without a crop; here all encoders crop alike.
         """
-        if image_resize not in ("pad", "center_crop"):
-            raise UserError(
-                f"unknown image_resize {image_resize!r}; expected pad (stage 2, evaluation) or center_crop (stage 1)"
-            )
         side = self.side_px(config)
         return LlavaImageProcessorPil(
             do_pad=image_resize == "pad",

@@ -3,11 +3,11 @@
 import copy
 from dataclasses import dataclass
 from itertools import chain
+from typing import Annotated
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import nn
-
-from llava_bidir.common.errors import UserError
 
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
@@ -26,15 +26,9 @@ class Lora:
         dropout: Dropout probability of the input of the updates.
     """
 
-    r: int = 128
+    r: PositiveInt = 128
     alpha: int = 256
-    dropout: float = 0.05
-
-    def __post_init__(self):
-        if self.r is None or self.r < 1:
-            raise UserError(f"model.lora.r must be at least 1, got {self.r}")
-        if self.dropout is None or not 0 <= self.dropout < 1:
-            raise UserError(f"model.lora.dropout must be from 0 to less than 1, got {self.dropout}")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
 
 def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:

@@ -8,8 +8,6 @@ causally. Exported checkpoints contain this file, :mod:`.configuration_llava_bid
 Shapes: B batch, N tokens of this call.
 """
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -35,10 +33,6 @@ from .attention import block_ids_of
 from .configuration_llava_bidir import LlavaBidirConfig
 
 logger = logging.get_logger(__name__)
-
-# The parent's name of the cache: `cache` from transformers 5.24 on, which would not notice one by the former name.
-_PARENT_PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters
-CACHE = "cache" if "cache" in _PARENT_PARAMETERS else "past_key_values"
 
 # Backends that apply any mask. Flash attention 2 and 3 support padding masks only and silently ignore other masks.
 MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
@@ -114,7 +108,7 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
 
         Without an `attention_mask`, `position_ids` have to count up by 1: rows of several samples are refused.
         """
-        cache = past_key_values if cache is None else cache
+        cache = past_key_values if cache is None else cache  # its former name
         has_images = pixel_values is not None or bool(mm_encoder_outputs)
         if attention_mask is None and position_ids is not None and position_ids.ndim == 2:
             several = (
@@ -153,7 +147,7 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             logits_to_keep=logits_to_keep,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
-            **{CACHE: cache},
+            cache=cache,
             **kwargs,
         )
 
@@ -364,10 +358,6 @@ def build_mask(
         layer_idx=windows.index(True) if True in windows else None,
         allow_is_causal_skip=False,
     )
-    if mask is None or len(mask.shape) != 4:
-        raise ValueError(
-            f"transformers built {mask!r} for image_attention={name!r}; expected a 4D mask"
-        )
     if kind == SLIDING:
         near = torch.ones_like(mask, dtype=torch.bool).triu(1 - text_config.sliding_window)
         mask = mask.masked_fill(

@@ -1,5 +1,6 @@
 """`llava-bidir fit | validate | test`: LightningCLI of the training."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -20,12 +21,10 @@ from llava_bidir.common.runs import (
     run_process,
 )
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.data.dataset import check_annotations
 
-from .callbacks import LogLearningRate, ShowAnswers
-from .module import LlavaTraining
+from .callbacks import ShowAnswers
+from .module import ADVICE, LlavaTraining
 from .read_checkpoint import export_checkpoint
-from .resume import how_to_train_on
 from .throughput import Throughput
 
 # Options of a command that reads the data of a config, on machines without the config's GPUs too
@@ -55,15 +54,16 @@ class TrainingCLI(RunCLI):
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Refuse what would show other samples in each epoch, or count as a finished run that is none."""
         trainer = super().instantiate_trainer(**kwargs)
+        required = {
+            "fast_dev_run": False,
+            "overfit_batches": 0.0,
+            "limit_train_batches": 1.0,
+        }
         why = "a run would count as finished that is none; for a trial, use trainer.max_steps and another --out"
-        check_trainer(trainer, {"fast_dev_run": False, "overfit_batches": 0.0}, why)
+        check_trainer(trainer, required, why)
         return trainer
 
-    def fit(
-        self,
-        ckpt_path: str | None = None,
-        **kwargs,
-    ) -> None:
+    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Train, and export the last checkpoint to OUT/hf.
 
         `--ckpt_path last` resumes the run in OUT; a finished run is replaced with `--overwrite true` only.
@@ -83,8 +83,7 @@ class TrainingCLI(RunCLI):
             if plan.finished:
                 if self.trainer.is_global_zero:
                     identity = run_identity(self.trainer, self.model, self.datamodule)
-                    trainable = self.model.hparams.trainable
-                    folder.check_finished(identity, how_to_train_on(out, trainable))
+                    folder.check_finished(identity, ADVICE)
                 rank_zero_info(f"{record.parent} exists: this run is finished; nothing to do")
                 return
             self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
@@ -104,18 +103,19 @@ class TrainingCLI(RunCLI):
         """Find the checkpoint of `validate --ckpt_path last`."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        run = self.config.get(command or "") or {}
-        if run.get("ckpt_path") and command != "fit":
-            folder = Path(run["out"]) / "checkpoints"
-            run["ckpt_path"] = find_checkpoint(run["ckpt_path"], folder)
-            if run["ckpt_path"] is None:
+        if command in ("validate", "test") and self.config[command].ckpt_path:
+            run = self.config[command]
+            folder = Path(run.out) / "checkpoints"
+            run.ckpt_path = find_checkpoint(run.ckpt_path, folder)
+            if run.ckpt_path is None:
                 raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}")
 
     def before_instantiate_classes(self) -> None:
         """Raise if there are no records: a model may be looked up on a hub that does not answer."""
         for name in ("data.annotations", "data.val_annotations"):
-            if path := self._get(self.config, name):
-                check_annotations(path)
+            path = self._get(self.config, name)
+            if path and not os.path.isfile(path):
+                raise UserError(f"{name}: no file {path}")
 
 
 def build_cli(
@@ -130,7 +130,7 @@ def build_cli(
         args=argv,
         run=run,
         parser_kwargs={"prog": prog},
-        trainer_defaults={"callbacks": [LogLearningRate("step"), ShowAnswers()]},
+        trainer_defaults={"callbacks": [ShowAnswers()]},
     )
 
 

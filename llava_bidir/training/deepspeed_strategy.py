@@ -11,14 +11,11 @@ A run resumes on the same number of devices only.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
-from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -35,7 +32,6 @@ from llava_bidir.common.files import (
     partial_path,
     read_json,
 )
-from llava_bidir.common.imports import imports_as_text
 
 TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory
 LAYOUT = "whole.json"  # beside it: how the checkpoint is sharded
@@ -51,9 +47,6 @@ class ZeRO(DeepSpeedStrategy):
         timeout_minutes: Time that a rank waits for the others before the run fails.
         grad_accum_dtype: Dtype in which the gradients of a step's micro-batches are summed, by default that of the
             weights, bfloat16 as in LLaVA. fp32 costs 2 more bytes per trained weight, divided by the number of devices.
-
-    Raises:
-        UserError: DeepSpeed is not installed.
     """
 
     def __init__(
@@ -62,12 +55,6 @@ class ZeRO(DeepSpeedStrategy):
         timeout_minutes: float = 30.0,
         grad_accum_dtype: Literal["fp32"] | None = None,
     ):
-        if find_spec("deepspeed") is None:
-            raise UserError(
-                "ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'"
-            )
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import of deepspeed
         super().__init__(
             config={
                 # only logged; Lightning would open the data for it
@@ -128,10 +115,9 @@ class ZeRO(DeepSpeedStrategy):
         partial = partial_path(path)
         if self.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
-        layout = self._layout() | {"trained": sorted(self.lightning_module.trainable_names())}
         super().save_checkpoint(checkpoint, str(partial), storage_options)  # ends with a barrier
         if self.is_global_zero:
-            (partial / LAYOUT).write_text(json.dumps(layout, indent=1) + "\n")
+            (partial / LAYOUT).write_text(json.dumps(self._layout(), indent=1) + "\n")
             commit_directory(path)
         self.barrier()
 
@@ -141,44 +127,24 @@ class ZeRO(DeepSpeedStrategy):
         """Load a checkpoint of a ZeRO run.
 
         Raises:
-            UserError: It is none, has other trainable parameters, or was sharded for another number of devices, stage
-                or precision.
+            UserError: It was sharded for another number of devices, stage or precision.
         """
         path = Path(checkpoint_path)
-        if path.is_file():
-            raise UserError(
-                f"checkpoint {path} is a file of a run without ZeRO; resume without configs/cluster/zero*.yaml"
-            )
         saved = read_json(path / LAYOUT)
-        if different := {*saved["trained"]} ^ self.lightning_module.trainable_names():
-            raise UserError(
-                f"checkpoint {path} and model.trainable differ in {len(different)} tensors, e.g. {min(different)}; it "
-                "belongs to another stage or model"
-            )
         is_fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if self.zero_stage_3 and not is_fitting:
-            # DeepSpeed's loader needs the optimizer, which exists in training only
-            return self._load_weights(path)
+            # DeepSpeed's loader needs the optimizer, which exists in training only; Lightning scatters from rank 0
+            self.load_full_weights = True
+            names = dict.fromkeys(self.lightning_module.trainable_names())
+            weights = load_zero_weights(path) if self.is_global_zero else names
+            return load_zero_state(path) | {"state_dict": weights}
         for key, ours in self._layout().items():
             if is_fitting and saved[key] != ours:
                 raise UserError(
                     f"checkpoint {path} has {key} {saved[key]} and this run {ours}, so the optimizer's state does not "
-                    f"fit. Resume with {key} {saved[key]}, or start from the weights alone: llava-bidir export "
-                    f"{quote(str(path))} DIR{imports_as_text()}"
+                    f"fit. Resume with {key} {saved[key]}, or start from the weights alone, by `llava-bidir export`"
                 )
         return super().load_checkpoint(checkpoint_path, weights_only)
-
-    def _load_weights(self, path: Path) -> dict[str, Any]:
-        """Read the weights on rank 0 and scatter them, one tensor at a time."""
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-        weights = load_zero_weights(path) if self.is_global_zero else {}
-        for name, parameter in self.lightning_module.named_parameters():
-            if parameter.requires_grad:
-                with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-                    if self.is_global_zero:
-                        parameter.copy_(weights.pop(name))
-        return load_zero_state(path)
 
     def _layout(self) -> dict[str, Any]:
         """Return the settings that determine how the optimizer's state is sharded."""
@@ -209,5 +175,4 @@ def load_zero_state(path: Path) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_model_state_file
 
     file = get_model_state_file(str(path / TAG), read_json(path / LAYOUT)["stage"])
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    return {key: value for key, value in state.items() if key != "module"}
+    return torch.load(file, map_location="cpu", weights_only=True)

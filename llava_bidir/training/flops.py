@@ -47,10 +47,8 @@ class ModelFlops(NamedTuple):
             lengths: Tokens of each sample, without padding.
             supervised: Number of supervised tokens.
         """
-        tokens = sum(lengths)
-        pairs = sum(length**2 for length in lengths)
-        of_llm = tokens * self.token + pairs * self.pair + supervised * self.supervised
-        return images * self.image + of_llm
+        counts = (images, sum(lengths), sum(length**2 for length in lengths), supervised)
+        return sum(cost * count for cost, count in zip(self, counts, strict=True))
 
 
 def count_flops(model: LlavaBidirForConditionalGeneration, image: Tensor) -> ModelFlops:
@@ -61,16 +59,14 @@ def count_flops(model: LlavaBidirForConditionalGeneration, image: Tensor) -> Mod
         image: Pixels f[1, 3, H, W] of any image; encoder and adapter are run on it.
     """
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None)
-    width = config.num_attention_heads * (
-        head_dim or config.hidden_size // config.num_attention_heads
-    )
-    scores_and_sums = 2 * 2 * width
-    forward_and_backward = 3  # the gradient has twice as many products: each factor has one
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    layers = model.model.language_model.modules()
     return ModelFlops(
         image=_count_image(model, image),
-        token=sum(_count_linear(layer) for layer in _linear_layers(model.model.language_model)),
-        pair=config.num_hidden_layers * scores_and_sums * forward_and_backward,
+        token=sum(_count_linear(layer) for layer in layers if isinstance(layer, nn.Linear)),
+        # scores and sums of values; the gradient has twice as many products: each factor has one
+        pair=config.num_hidden_layers * 2 * 2 * width * 3,
         supervised=_count_linear(model.get_output_embeddings()),
     )
 
@@ -80,17 +76,11 @@ def _count_image(model: LlavaBidirForConditionalGeneration, image: Tensor) -> fl
     """Return the operations of encoder and adapter, and those of the adapter's backward pass."""
     with FlopCounterMode(display=False) as counter:
         tokens = len(torch.cat(model.get_image_features(image).pooler_output))
-    backward = 0
-    reached = False  # a layer whose input depends on weights that train
-    for layer in _linear_layers(model.model.multi_modal_projector):
-        trains = layer.weight.requires_grad
-        backward += 2 * _size(layer.weight) * (trains + reached)
-        reached = reached or trains
+    adapter = model.model.multi_modal_projector
+    first, second = (2 * _size(layer.weight) for layer in (adapter.linear_1, adapter.linear_2))
+    # the features of a frozen encoder need no gradient
+    backward = adapter.linear_1.weight.requires_grad * (first + 2 * second)
     return counter.get_total_flops() + tokens * backward
-
-
-def _linear_layers(part: nn.Module) -> list[nn.Linear]:
-    return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
 
 
 def _count_linear(layer: nn.Linear) -> int:
@@ -110,8 +100,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         device: Device of the training.
         precision: Lightning's name: bf16-mixed, 32-true, ...
     """
-    if device.type != "cuda":
-        return None
     by_name = {"bf16": torch.bfloat16, "16": torch.float16}
     dtype = by_name.get(precision.split("-")[0], torch.float32)
-    return get_available_flops(device, dtype)
+    return get_available_flops(device, dtype) if device.type == "cuda" else None

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -44,6 +43,8 @@ class FSDP2(ModelParallelStrategy):
         timeout_minutes: Time that a rank waits for the others before the run fails.
     """
 
+    lightning_restore_optimizer = True  # as under DDP
+
     def __init__(self, timeout_minutes: float = 30.0):
         super().__init__(
             tensor_parallel_size=1,
@@ -64,11 +65,6 @@ class FSDP2(ModelParallelStrategy):
             policy = mixed_precision(self.precision_plugin.precision)
             shard(self.lightning_module, self.device_mesh["data_parallel"], policy)
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Let Lightning restore the optimizer as under DDP."""
-        return True
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the complete trained weights, on rank 0."""
         trained = self.lightning_module.trainable_names()
@@ -77,8 +73,6 @@ class FSDP2(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return the complete state of an optimizer, on rank 0."""
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
         return self._gather(optimizer.state_dict())
 
     def _gather(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -94,19 +88,11 @@ class FSDP2(ModelParallelStrategy):
         gathered = tree_map(gather, state)
         return gathered if self.is_global_zero else {}
 
-    def load_checkpoint(
-        self,
-        checkpoint_path: str,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str, **kwargs: Any) -> dict[str, Any]:
         """Map a checkpoint into memory, of which each rank reads its shards."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, mmap=True)
 
-    def load_model_state_dict(
-        self,
-        checkpoint: dict[str, Any],
-        strict: bool = True,
-    ) -> None:
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load this rank's shards of the weights."""
         shards = self.lightning_module.state_dict()  # parameters may be gathered
         saved = checkpoint["state_dict"].items()

@@ -1,28 +1,33 @@
 """LightningModule for both training stages of LLaVA-1.5; the config selects the stage."""
 
-import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import (
     FIXED_DATE,
     PROMPT_DATE,
     FiniteLogits,
     read_training,
 )
-from llava_bidir.common.identity import Identity, run_identity
+from llava_bidir.common.identity import (
+    check_same_identity,
+    named_identity,
+    run_identity,
+)
 from llava_bidir.common.processes import decide_on_first
-from llava_bidir.common.runs import optimizer_steps
-from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
+from llava_bidir.data.conversation import PLAIN
+from llava_bidir.model.attention import block_ids_of
 from llava_bidir.model.build import (
     PARTS,
     build_model,
@@ -37,12 +42,19 @@ from llava_bidir.model.lora import Lora, add_lora
 from .flops import ModelFlops, count_flops
 from .loss import supervised_loss
 from .optim import build_optimizer, build_schedule
-from .resume import check_checkpoint
 from .throughput import TIMING_METRICS
 
-log = logging.getLogger(__name__)
-
+RATE = "lr-AdamW/"  # learning rates in the logger, by parameter group
 SHOWN = 3  # validation images in the event file, each with question and answer
+# What to do where a run shall be longer or shorter: its rates would differ from the first step
+OTHER_LENGTH = (
+    "its learning rate ends with it. Resume it as it was, or train on from its weights in a new run: "
+    "`llava-bidir export RUN DIR`, then the same command with --model.adapter DIR, in stage 2 also --model.llm DIR, "
+    "and another --out"
+)
+# Settings, with those of the encoder, that say which model a checkpoint is of
+OF_MODEL = ("image_attention", "image_resize", "template")
+ADVICE = dict.fromkeys(("trainer.max_steps", "trainer.max_epochs"), OTHER_LENGTH)
 
 
 class LlavaTraining(LightningModule):
@@ -76,16 +88,16 @@ class LlavaTraining(LightningModule):
         self,
         encoder: Encoder,
         llm: str,
-        trainable: list[str],
+        trainable: list[Literal["adapter", "llm"]],
         image_attention: str = "causal",
-        image_resize: str = "pad",
+        image_resize: Literal["pad", "center_crop"] = "pad",
         adapter: str | None = None,
         adapter_init_scale: float = 1.0,
-        learning_rate: float = 2e-5,
-        adapter_learning_rate: float | None = None,
+        learning_rate: NonNegativeFloat = 2e-5,
+        adapter_learning_rate: NonNegativeFloat | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
-        warmup_ratio: float = 0.03,
+        warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03,
         loss_average: Literal["llava", "tokens"] = "llava",
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -107,19 +119,15 @@ class LlavaTraining(LightningModule):
         self.hparams["encoder"] = asdict(self.encoder)
         self.lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.hparams["lora"] = self.lora and asdict(self.lora)
-        for key in ("learning_rate", "adapter_learning_rate"):
-            if self.hparams[key] is not None and not self.hparams[key] >= 0:
-                raise UserError(f"model.{key} must not be negative, got {self.hparams[key]}")
-        if warmup_ratio is None or not 0 <= warmup_ratio <= 1:
-            raise UserError(f"model.warmup_ratio must be a share from 0 to 1, got {warmup_ratio}")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
+        with error_context("model.image_attention"):  # an unknown one
+            block_ids_of(image_attention)
         self.processor = build_processor(self.encoder, llm, image_resize, template)
         rows, columns = self.encoder.grid(self.encoder.load_config())
         self.image_tokens = rows * columns
         self.max_positions = max_positions(llm)
         self.model = None
-        self.identity: Identity | None = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
         self.step: list[tuple[Tensor, int, list[str]]] = []  # losses, supervised tokens, records
         self.val_loss = MeanMetric()
@@ -131,15 +139,13 @@ class LlavaTraining(LightningModule):
         return models | ({"adapter": self.hparams.adapter} if self.hparams.adapter else {})
 
     def setup(self, stage: str) -> None:
-        """Name the mask to the data, and compute the identity of a run that is not started by the command line."""
+        """Name the mask to the data, and compute the identity of a training."""
         data = self.trainer.datamodule
-        if isinstance(data, InstructionData):
-            data.collate.image_attention = self.hparams.image_attention
+        data.collate.image_attention = self.hparams.image_attention
         if stage != "fit":
             return
-        if self.identity is None and hasattr(data, "identity"):
-            self.identity = decide_on_first(lambda: run_identity(self.trainer, self, data))
-        if self.identity is not None and self.hparams.adapter is not None:
+        self.identity = decide_on_first(lambda: run_identity(self.trainer, self, data))
+        if self.hparams.adapter is not None:
             check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 
     def configure_model(self) -> None:
@@ -162,8 +168,7 @@ class LlavaTraining(LightningModule):
             adapter.linear_2.weight.data *= args.adapter_init_scale
         if self.lora:
             add_lora(self.model, self.lora)
-        for part, parameters in set_trainable(self.model, args.trainable).items():
-            log.info("training %s: %s parameters", part, f"{parameters:,}")
+        set_trainable(self.model, args.trainable)
         if args.gradient_checkpointing:
             llm = self.model.model.language_model
             llm.activation_checkpointing_enable({"use_reentrant": False})
@@ -181,8 +186,7 @@ class LlavaTraining(LightningModule):
         return dtypes
 
     def on_fit_start(self) -> None:
-        """Set train mode, except for the frozen encoder; forget the step in which an earlier run has ended."""
-        self.step.clear()
+        """Set train mode, except for the frozen encoder."""
         self.model.train()
         self.model.model.vision_tower.eval()
 
@@ -196,21 +200,13 @@ class LlavaTraining(LightningModule):
         if self.hparams.compile:
             torch.compiler.set_stance("default")
 
-    def on_train_batch_start(
-        self,
-        batch: dict[str, Any],
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""
         micro_batch = self.trainer.fit_loop.epoch_loop.total_batch_idx
         position = micro_batch * self.trainer.world_size + self.global_rank
         torch.manual_seed(self.trainer.datamodule.seed * 1_000_003 + position)
 
-    def training_step(
-        self,
-        batch: dict[str, Any],
-        batch_idx: int,
-    ) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, weighted for `loss_average`."""
         loss = self.loss(batch)
         if self.hparams.loss_average == "tokens":
@@ -226,18 +222,14 @@ class LlavaTraining(LightningModule):
         """Return the operations of a training step, which need a forward pass of encoder and adapter."""
         return count_flops(self.model, image)
 
-    def validation_step(
-        self,
-        batch: dict[str, Any],
-        batch_idx: int,
-    ) -> list[str]:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding.
 
         Captions (stage 1) have no right wording: only those that are shown are written.
         """
         self.val_loss.update(self.loss(batch), weight=batch["supervised"])
         self.log("val/loss", self.val_loss, prog_bar=True)
-        are_captions = batch["are_captions"]
+        are_captions = self.hparams.template == PLAIN
         shown = batch_idx * self.trainer.datamodule.micro_batch_size < SHOWN
         if are_captions and not shown:  # on each rank: they run each forward together
             return []
@@ -269,11 +261,7 @@ class LlavaTraining(LightningModule):
         new = ids[:, prompts["input_ids"].shape[1] :]
         return self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
 
-    def optimizer_step(
-        self,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks in its own step."""
         super().optimizer_step(*args, **kwargs)
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
@@ -282,28 +270,18 @@ class LlavaTraining(LightningModule):
                 self.log("train/grad_norm", float(norm))
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Log the loss of the step, and the gradient norm, except under ZeRO.
+        """Log what the step minimises, the mean over its micro-batches and devices, its tokens, and the gradient norm.
 
-        Under ZeRO, which accumulates gradients itself, Lightning calls this after each micro-batch.
-        """
-        if self.trainer.fit_loop._should_accumulate():
-            return
-        self._log_step()
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def _log_step(self) -> None:
-        """Log what the step minimises, the mean over its micro-batches and devices, and its supervised tokens.
-
-        The host waits for the device here only, once per step.
+        The host waits for the device here only, once per step. Under ZeRO, which accumulates gradients itself,
+        Lightning calls this after each micro-batch, and :meth:`optimizer_step` logs the norm.
 
         Raises:
             UserError: A loss is not finite, on any rank; it has not reached the weights.
         """
+        if self.trainer.fit_loop._should_accumulate():
+            return
         losses, tokens, records = zip(*self.step, strict=True)
+        self.step.clear()
         losses = torch.stack(losses)
         finite = losses.isfinite().tolist()
         if not self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
@@ -312,7 +290,11 @@ class LlavaTraining(LightningModule):
         tokens = torch.tensor(float(sum(tokens)), device=self.device)
         self.log("train/loss", losses.mean(), prog_bar=True, sync_dist=True)
         self.log("train/supervised_tokens", tokens, sync_dist=True, reduce_fx="sum")
-        self.step.clear()
+        self.log_dict({f"{RATE}{group['name']}": group["lr"] for group in optimizer.param_groups})
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and its schedule per step."""
@@ -333,34 +315,37 @@ class LlavaTraining(LightningModule):
             settings["prompt_date"] = str(PROMPT_DATE)
         return {"stage": "+".join(self.hparams.trainable), **settings}
 
-    def progress(self) -> dict[str, Any]:
-        """Return the position in the run and the latest value of each metric that does not depend on timing."""
-        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
-        return {
-            "global_batch": self.trainer.datamodule.batch_size,
-            "steps": self.trainer.global_step,
-            "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
-            "devices": self.trainer.world_size,
-            **self.metrics_before,
-            **{k: v for k, v in metrics.items() if k.removeprefix("train/") not in TIMING_METRICS},
-        }
-
     def trainable_names(self) -> set[str]:
         """Return the names of trainable parameters in a checkpoint."""
         return {name for name, weight in self.named_parameters() if weight.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save trainable weights only; frozen ones are reloaded from their source."""
-        checkpoint["progress"] = self.progress()
+        """Save identity, position and latest metrics, and trainable weights only; frozen ones are in their source."""
+        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+        changing = [
+            k for k in metrics if k.startswith(RATE) or k.removeprefix("train/") in TIMING_METRICS
+        ]
         checkpoint["identity"] = self.identity
+        checkpoint["progress"] = {
+            "global_batch": self.trainer.datamodule.batch_size,
+            "steps": self.trainer.global_step,
+            "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
+            "devices": self.trainer.world_size,
+            **self.metrics_before,
+            **{k: v for k, v in metrics.items() if k not in changing},
+        }
         trained = self.trainable_names()
         weights = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
+        """Check settings and trainable weights, since `strict_loading` is off for the frozen weights.
+
+        Raises:
+            UserError: Models, data, settings or the number of devices differ; without training, models and settings.
+        """
         if self._trainer is not None:
-            check_checkpoint(self, checkpoint)
+            self._check_same_run(checkpoint)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         if "state_dict" not in checkpoint:
             return  # ZeRO stores weights elsewhere and checks them itself
@@ -368,3 +353,29 @@ class LlavaTraining(LightningModule):
         if missing := trained - set(checkpoint["state_dict"]):
             found = f"lacks {len(missing)} of {len(trained)} trained tensors, e.g. {min(missing)}"
             raise UserError(f"the checkpoint {found}; it belongs to another stage or model")
+
+    def _check_same_run(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["identity"]
+        if not self.trainer.training:
+            self._check_same_model(saved["model"], checkpoint["hyper_parameters"])
+            return
+        check_same_identity(saved, self.identity, "the checkpoint", RESUME_ADVICE, ADVICE)
+        devices = checkpoint["progress"]["devices"]
+        if devices != self.trainer.world_size:
+            raise UserError(
+                f"the checkpoint is of a run on {devices} devices, and this one has {self.trainer.world_size}: resume "
+                "it on as many"
+            )
+
+    def _check_same_model(self, files: dict[str, str], settings: dict[str, Any]) -> None:
+        """Raise if a checkpoint that is scored is of other models, as far as both name them, or of other settings."""
+        now = decide_on_first(lambda: named_identity(self.models()))
+        compared = [
+            {
+                "model": {key: models[key] for key in files.keys() & now.keys()},
+                "settings": {f"model.{key}": options[key] for key in OF_MODEL}
+                | {"model.encoder": options["encoder"] | {"path": ""}},
+            }
+            for models, options in ((files, settings), (now, self.hparams))
+        ]
+        check_same_identity(*compared, "the checkpoint", "give the options of the training")

@@ -25,42 +25,24 @@ def build_optimizer(
         betas, weight_decay: Of AdamW. LLaVA's scripts use no weight decay.
         fused: Use the fused kernel.
     """
-    groups = []
-    for part, rate in learning_rates.items():
-        parameters = [
-            p
-            for n, p in model.named_parameters()
-            if p.requires_grad and n.startswith(TRAINABLE[part])
-        ]
-        for name, decay, members in _decay_groups(part, parameters, weight_decay):
-            groups.append(
-                {
-                    "params": members,
-                    "lr": rate,
-                    "name": name,
-                    "weight_decay": decay,
-                }
-            )
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = next(part for part in learning_rates if name.startswith(TRAINABLE[part]))
+        decay = weight_decay if _is_matrix(parameter) else 0.0
+        group = {
+            "params": [],
+            "lr": learning_rates[part],
+            "name": part if decay == weight_decay else f"{part}_biases_and_norms",
+            "weight_decay": decay,
+        }
+        groups.setdefault(group["name"], group)["params"].append(parameter)
     return torch.optim.AdamW(
-        groups,
+        groups.values(),
         betas=betas,
         fused=fused,
     )
-
-
-def _decay_groups(
-    part: str,
-    parameters: list[nn.Parameter],
-    weight_decay: float,
-) -> list[tuple[str, float, list[nn.Parameter]]]:
-    """Return name, weight decay and parameters of the groups of a part that have any."""
-    if weight_decay == 0:
-        groups = [(part, 0.0, parameters)]
-    else:
-        matrices = [p for p in parameters if _is_matrix(p)]
-        others = [p for p in parameters if not _is_matrix(p)]
-        groups = [(part, weight_decay, matrices), (f"{part}_biases_and_norms", 0.0, others)]
-    return [group for group in groups if group[2]]
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

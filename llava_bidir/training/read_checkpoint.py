@@ -6,7 +6,7 @@ import torch
 from transformers import LlavaProcessor
 from transformers.modeling_utils import local_torch_dtype
 
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import error_context
 from llava_bidir.model.export import export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
@@ -36,19 +36,15 @@ def read_checkpoint(
             saved = load_zero_state(checkpoint) | {"state_dict": load_zero_weights(checkpoint)}
         else:
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    settings = saved.get("hyper_parameters", {}) if isinstance(saved, dict) else {}
-    if "image_attention" not in settings or not saved.get("state_dict"):
-        raise UserError(f"{checkpoint} is not a checkpoint of `llava-bidir fit`")
-    settings = {k: v for k, v in settings.items() if not k.startswith("_")}
-    adapter = settings.get("adapter")
-    # A trained adapter is in the checkpoint, so that the model of stage 1 may be gone.
-    replaced = {"adapter": None if "adapter" in settings["trainable"] else adapter}
-    with error_context(f"the settings in {checkpoint}"):
-        module = LlavaTraining(**settings | replaced)
-    with local_torch_dtype(next(iter(saved["state_dict"].values())).dtype):
-        module.configure_model()
-    module.hparams["adapter"] = adapter
-    module.on_load_checkpoint(saved)
-    module.load_state_dict(saved["state_dict"], strict=False)
-    training = module.settings() | saved["progress"] | {"identity": saved.get("identity")}
+        settings = {k: v for k, v in saved["hyper_parameters"].items() if k[0] != "_"}
+        adapter = settings["adapter"]
+        # a trained adapter is in the checkpoint, so that the model of stage 1 may be gone
+        needed = None if "adapter" in settings["trainable"] else adapter
+        module = LlavaTraining(**settings | {"adapter": needed})
+        with local_torch_dtype(next(iter(saved["state_dict"].values())).dtype):
+            module.configure_model()
+        module.hparams["adapter"] = adapter
+        module.on_load_checkpoint(saved)
+        module.load_state_dict(saved["state_dict"], strict=False)
+    training = module.settings() | saved["progress"] | {"identity": saved["identity"]}
     return module.model, module.processor, training

@@ -1,4 +1,4 @@
-"""Training speed: samples/s, tokens/s, MFU, and the shares of waiting, padding and text-only samples."""
+"""Training speed: samples/s, tokens/s, MFU, and the shares of waiting and padding."""
 
 import time
 from collections import Counter
@@ -10,8 +10,7 @@ from lightning import (
     LightningModule,
     Trainer,
 )
-
-from llava_bidir.common.errors import UserError
+from pydantic import PositiveFloat
 
 from .flops import ModelFlops, peak_flops
 
@@ -23,7 +22,7 @@ class Throughput(Callback):
     """Log the training speed, averaged between two logged steps, or since a validation between them.
 
     Over all devices: samples/s, tokens/s (without padding). For this device: seconds per step, share of time spent
-    waiting for data, shares of padding and text-only samples, peak memory, and MFU (flops.py).
+    waiting for data, share of padding, peak memory, and MFU (flops.py).
 
     Lightning's ThroughputMonitor synchronises with the GPU after each batch; this callback reads the clock when a step
     is logged. Rates over all devices assume that all are as fast as this one.
@@ -31,26 +30,15 @@ class Throughput(Callback):
     Args:
         peak_tflops: 10^12 operations per second that a device can do at most, for MFU. None: what Lightning knows of
             the GPU; of one that it does not know, and of a CPU, no MFU is logged.
-
-    Raises:
-        UserError: `peak_tflops` is not positive.
     """
 
-    def __init__(self, peak_tflops: float | None = None):
-        if peak_tflops is not None and not peak_tflops > 0:
-            raise UserError(f"throughput.peak_tflops must be positive, got {peak_tflops}")
-        self.peak_tflops = peak_tflops
+    def __init__(self, peak_tflops: PositiveFloat | None = None):
+        self.peak = peak_tflops and 1e12 * peak_tflops
         self.flops: ModelFlops | None = None
 
-    def on_train_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self.peak = peak_flops(pl_module.device, trainer.precision)
-        if self.peak_tflops is not None:
-            self.peak = 1e12 * self.peak_tflops
+        self.peak = self.peak or peak_flops(pl_module.device, trainer.precision)
         self._start_window(trainer)
 
     def _start_window(self, trainer: Trainer) -> None:
@@ -83,7 +71,15 @@ class Throughput(Callback):
         *args: Any,
     ) -> None:
         """Count the batch, and log the rates at a logged step (`trainer.log_every_n_steps`, of which 0 is never)."""
-        self._count(batch)
+        lengths = batch["lengths"]
+        self.counts.update(
+            samples=len(lengths),
+            tokens=sum(lengths),
+            padded=batch["input_ids"].numel(),
+        )
+        if self.flops is not None:
+            images = len(batch["pixel_values"])
+            self.counts["flops"] += self.flops.of_batch(images, lengths, batch["supervised"])
         steps = trainer.global_step - self.first_step
         every = trainer.log_every_n_steps
         if steps > 0 and every > 0 and trainer.global_step % every == 0:
@@ -94,31 +90,11 @@ class Throughput(Callback):
             self._start_window(trainer)
         self.batch_ended = time.perf_counter()
 
-    def on_validation_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-    ) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restart the clock: validation is neither training nor waiting for data."""
         self._start_window(trainer)
 
-    def _count(self, batch: dict) -> None:
-        lengths = batch["lengths"]
-        self.counts.update(
-            samples=len(lengths),
-            text_only=batch["text_only"],
-            tokens=sum(lengths),
-            padded=batch["input_ids"].numel(),
-        )
-        if self.flops is not None:
-            images = len(batch["pixel_values"])
-            self.counts["flops"] += self.flops.of_batch(images, lengths, batch["supervised"])
-
-    def _rates(
-        self,
-        steps: int,
-        devices: int,
-    ) -> dict[str, float]:
+    def _rates(self, steps: int, devices: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
         counts = self.counts
         rates = {
@@ -127,7 +103,6 @@ class Throughput(Callback):
             "step_s": elapsed / steps,
             "data_share": counts["waited"] / elapsed,
             "padding_share": 1 - counts["tokens"] / counts["padded"],
-            "text_only_share": counts["text_only"] / counts["samples"],
         }
         if self.flops is not None:
             rates["mfu"] = counts["flops"] / elapsed / self.peak

@@ -16,23 +16,21 @@ from functools import partialmethod
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import tiny_models
 import torch
 import yaml
-from lightning import Callback, Trainer
+from lightning import Callback
 from lightning.pytorch.loops import utilities as lightning_loops
 from lightning.pytorch.strategies import DDPStrategy
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
+from training_runs import make_data, make_trainer
 from zero_on_cpu import ZeROOnCPU, gather_parameters
 
 from llava_bidir.common.checkpoints import AtomicCheckpointIO, Checkpoints
-from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.training.fsdp2_strategy import FSDP2
 from llava_bidir.training.module import LlavaTraining
@@ -74,14 +72,7 @@ class Recorder(Callback):
         self.losses = []
         self.text_only = []
 
-    def on_train_batch_end(
-        self,
-        trainer,
-        module,
-        outputs,
-        batch,
-        batch_idx,
-    ):
+    def on_train_batch_end(self, trainer, module, outputs, batch, *args):
         loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning divides it
         self.losses.append((tuple(batch["ids"]), loss))
         self.text_only.append(len(batch["image_positions"]) == 0)
@@ -104,40 +95,30 @@ def prepare(
     **settings,
 ):
     torch.manual_seed(0)
-    encoder = Encoder("clip", SPEC["encoder"], layer=-1)
-    llm = SPEC[llm]
+    parts = (Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm])
     settings |= {
         "learning_rate": 1e-2,
         "adapter_learning_rate": 5e-3,
         "max_new_tokens": 3,
     }
-    module = LlavaTraining(encoder, llm, list(trainable), **settings)
-    conversations = SPEC["conversations"]
-    data = InstructionData(
-        f"{conversations}/data.json",
-        conversations,
-        val_annotations=f"{conversations}/questions.json",
-        processor=build_processor(encoder, llm),
-        image_tokens=tiny_models.TOKENS,
+    module = LlavaTraining(*parts, list(trainable), **settings)
+    data = make_data(
+        SPEC["conversations"],
+        parts,
+        val_annotations=f"{SPEC['conversations']}/questions.json",
         batch_size=batch_size,
         micro_batch_size=1,
-        num_workers=0,
     )
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = make_trainer(
+        OUT / f"{folder}{strategy}-{precision}",
         devices=SPEC["processes"],
         strategy=build_strategy(strategy, **dict(strategy_options)),
         precision=precision,
         gradient_clip_val=clip,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
-        default_root_dir=OUT / f"{folder}{strategy}-{precision}",
-        use_distributed_sampler=False,
         num_sanity_val_steps=int(validate_first),
         enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=list(callbacks),
         plugins=[AtomicCheckpointIO()],
     )
@@ -201,12 +182,7 @@ def validate(strategy, precision):
     """Validate in a trainer that never trained."""
     trainer, module, data = prepare(strategy, precision, llm="dropout_llm")
     checkpoint = OUT / f"{strategy}-end-{precision}.ckpt"
-    trainer.validate(
-        module,
-        datamodule=data,
-        ckpt_path=checkpoint,
-        verbose=False,
-    )
+    trainer.validate(module, datamodule=data, ckpt_path=checkpoint)
     return {"metrics": {k: float(v) for k, v in trainer.callback_metrics.items()}}
 
 
@@ -215,54 +191,35 @@ def without_dropout(strategy, precision):
     return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
 
 
-def tokens(strategy, precision):
-    """Average over the tokens of a step, which the ranks count together."""
-    return fit(strategy, precision, epochs=1, loss_average="tokens")
-
-
-def twenty_steps(strategy, precision):
-    """Train for 21 steps of two micro-batches a rank."""
-    return fit(strategy, precision, epochs=7)
-
-
-def clipped(strategy, precision):
-    """Clip gradients, decay weights, average over tokens and recompute layers."""
-    return fit(
-        strategy,
-        precision,
-        clip=1.0,
-        weight_decay=0.1,
-        loss_average="tokens",
-        gradient_checkpointing=True,
-    )
-
-
-def stage1(strategy, precision):
-    """Train the adapter alone."""
-    return fit(strategy, precision, trainable=["adapter"])
-
-
-def tied(strategy, precision):
-    """Train an LLM whose head is its word embedding."""
-    return fit(
-        strategy,
-        precision,
-        llm="tied_llm",
-        folder="tied-",
-        callbacks=[Checkpoints()],
-    )
-
-
-def lora(strategy, precision):
-    """Train updates of an LLM in bfloat16."""
-    return fit(
-        strategy,
-        precision,
-        lora={"r": 4, "alpha": 8, "dropout": 0.0},
-        frozen_dtype="bfloat16",
-        folder="lora-",
-        callbacks=[Checkpoints()],
-    )
+SETTINGS = {  # other functions: what they train with
+    "tokens": {"epochs": 1, "loss_average": "tokens"},  # which the ranks count together
+    "twenty_steps": {"epochs": 7},  # 21 of two micro-batches a rank
+    "clipped": {
+        "clip": 1.0,
+        "weight_decay": 0.1,
+        "loss_average": "tokens",
+        "gradient_checkpointing": True,
+    },
+    "stage1": {"trainable": ["adapter"]},
+    "tied": {
+        "llm": "tied_llm",
+        "folder": "tied-",
+        "callbacks": [Checkpoints()],
+    },
+    "lora": {
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+        "frozen_dtype": "bfloat16",
+        "folder": "lora-",
+        "callbacks": [Checkpoints()],
+    },
+    # for the norm of the gradient
+    "many_micro_batches": {"epochs": 1, "batch_size": 256},
+    "sum_in_fp32": {
+        "epochs": 1,
+        "batch_size": 256,
+        "strategy_options": {"grad_accum_dtype": "fp32"},
+    },
+}
 
 
 def compiled(strategy, precision):
@@ -300,16 +257,6 @@ class EndAtOnce(Callback):
             module.model.generation_config.eos_token_id = list(range(vocabulary))
 
 
-def many_micro_batches(strategy, precision, **options):
-    """Take one step from 256 micro-batches of one sample, for its gradient norm."""
-    return fit(strategy, precision, epochs=1, batch_size=256, strategy_options=options)
-
-
-def sum_in_fp32(strategy, precision):
-    """As `many_micro_batches`, with the sum in float32."""
-    return many_micro_batches(strategy, precision, grad_accum_dtype="fp32")
-
-
 def resume_elsewhere(strategy, precision):
     """Resume `without_dropout` from SPEC["resume"], a checkpoint of another strategy."""
     return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])
@@ -321,13 +268,12 @@ def kill_self():
 
 def faulty(strategy, precision, fault: Callback):
     """Train with a checkpoint at MIDDLE and one at END, at which rank 1 has failed."""
-    callbacks = [fault, Checkpoints()]
     return fit(
         strategy,
         precision,
         llm="dropout_llm",
         save=FAULTY,
-        callbacks=callbacks,
+        callbacks=[fault, Checkpoints()],
     )
 
 
@@ -366,13 +312,7 @@ class Fault(Callback):
     def __init__(self, fault):
         self.fault = fault
 
-    def on_train_batch_start(
-        self,
-        trainer,
-        module,
-        batch,
-        batch_idx,
-    ):
+    def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == END - 1 and trainer.global_rank == 1:
             self.start_fault()
 
@@ -386,12 +326,7 @@ class FaultInSave(Fault):
     def start_fault(self):
         original = torch.save
 
-        def save(
-            state,
-            file,
-            *args,
-            **kwargs,
-        ):
+        def save(state, file, *args, **kwargs):
             if "optim_states" in str(file):
                 Path(file).write_bytes(b"the beginning of a file")
                 self.fault()
@@ -418,7 +353,10 @@ if __name__ == "__main__":
     for run in sys.argv[2:]:
         strategy, name, precision = run.split(":")
         try:
-            result = globals()[name](strategy, precision)
+            if name in SETTINGS:
+                result = fit(strategy, precision, **SETTINGS[name])
+            else:
+                result = globals()[name](strategy, precision)
         except Exception:
             result = {"error": traceback.format_exc()}
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Start of ddp_script.py on several processes, and what its runs return."""
+"""Trainings from Python; start of ddp_script.py on several processes, and what its runs return."""
 
 import json
 import shutil
@@ -7,8 +7,14 @@ from pathlib import Path
 
 import tiny_models
 import torch
+from lightning import Trainer
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.model.build import build_processor
 
 WORKER = Path(__file__).with_name("ddp_script.py")
 LLMS = {  # changes of an LLM's config
@@ -16,6 +22,44 @@ LLMS = {  # changes of an LLM's config
     "tied_llm": {"tie_word_embeddings": True},
 }
 HEAD = "lm_head.weight"
+
+
+def make_data(folder, parts, **settings) -> InstructionData:
+    """Return the conversations in a folder, two of them a micro-batch and four a step."""
+    defaults = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "num_workers": 0,
+    }
+    return InstructionData(
+        f"{folder}/data.json",
+        str(folder),
+        processor=build_processor(*parts),
+        image_tokens=tiny_models.TOKENS,
+        **defaults | settings,
+    )
+
+
+def make_trainer(folder, **settings) -> Trainer:
+    """Return the trainer of an epoch on one CPU, which logs and saves nothing."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**defaults | settings)
+
+
+def points(run: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
+    """Return step and value of each point of a metric in the run's TensorBoard."""
+    return [(x.step, x.value) for x in EventAccumulator(str(run)).Reload().Scalars(tag)]
 
 
 def write_spec(root: Path) -> dict[str, str]:
@@ -26,8 +70,8 @@ def write_spec(root: Path) -> dict[str, str]:
         config = json.loads((root / name / "config.json").read_text())
         (root / name / "config.json").write_text(json.dumps(config | changes))
     weights = load_file(root / "tied_llm/model.safetensors")
-    tied = {key: tensor for key, tensor in weights.items() if key != HEAD}
-    save_file(tied, root / "tied_llm/model.safetensors", {"format": "pt"})
+    del weights[HEAD]
+    save_file(weights, root / "tied_llm/model.safetensors", {"format": "pt"})
     data = tiny_models.write_conversations(root / "data")
     questions = json.loads((data / "data.json").read_text())[3:]
     (data / "questions.json").write_text(json.dumps(questions))
@@ -64,3 +108,26 @@ def result(folder: Path, run: str, rank: int = 0) -> dict:
 
 def results(folder: Path, run: str) -> list[dict]:
     return [result(folder, run, rank) for rank in (0, 1)]
+
+
+def together(ranks: list[dict]) -> list[tuple]:
+    """Return samples and loss of each micro-batch of two processes in the order of one."""
+    pairs = zip(*(rank["losses"] for rank in ranks), strict=True)
+    return [micro_batch for pair in pairs for micro_batch in pair]
+
+
+def assert_same_losses(found: list[tuple], expected: list[tuple], tolerance: float) -> None:
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+    losses = [[loss for _, loss in run] for run in (found, expected)]
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_weights(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weight, found[name]), name
+
+
+def read_export(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of an exported model in the dtype in which they are written."""
+    return LlavaBidirForConditionalGeneration.from_pretrained(folder, dtype="auto").state_dict()

@@ -191,25 +191,6 @@ def main() -> None:
         print("TransformerLens, a hook in the encoder moves the logits by")
         print("  ", effect_in_the_encoder(path, inputs, 1), "at the layer that LLaVA reads")
         print("  ", effect_in_the_encoder(path, inputs, 0), "one layer earlier")
-        text = torch.tensor([[5, 6, 7, 8, 9, 10]])
-        stock = load(path).generate(text, max_new_tokens=6, do_sample=False)
-        bridge = load_bridge(path)
-        newest = [
-            stock[0, 6:7]
-        ]  # continued without the prompt: each token from the one before alone
-        while len(newest) < 6:
-            newest.append(bridge(newest[-1][None])[0, -1:].argmax(-1))
-        theirs = bridge.generate(
-            text,
-            max_new_tokens=6,
-            do_sample=False,
-            stop_at_eos=False,
-            return_type="tokens",
-            verbose=False,
-        )
-        print("generate, transformers:", *stock[0, 6:].tolist())
-        print("generate, TransformerLens:", *theirs[0, 6:].tolist())
-        print("forwards of the newest token alone:", *torch.cat(newest).tolist())
 
 
 if __name__ == "__main__":

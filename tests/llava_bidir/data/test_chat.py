@@ -1,8 +1,11 @@
-"""The template `chat`: its text in pieces, supervised answers, and the prompts of exported models."""
+"""The template `chat`: its text in pieces, supervised answers; prompts of exported models with any template."""
+
+import json
+import shutil
 
 import pytest
 import tiny_models
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -120,57 +123,75 @@ def test_pieces_are_the_complete_text_and_answers_with_their_end_are_supervised(
     assert [*map(tokenizer.decode, trained)] == [answer + end for answer in answers if answer]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_prompts_and_exported_processors_have_the_ids_of_training(name, parts, tmp_path):
-    encoder, _ = parts
-    TOKENIZERS[name].save_pretrained(tmp_path / "llm")
-    build_processor(encoder, str(tmp_path / "llm"), template="chat").save_pretrained(
-        tmp_path / "hf"
-    )
-    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+@pytest.fixture(scope="module", params=["vicuna", "legacy", "not legacy", *TEMPLATES])
+def processor(request, parts, llama_folder, tmp_path_factory):
+    """Return the processor of an export, as AutoProcessor reads it, and the template of its training."""
+    folder = tmp_path_factory.mktemp("processor")
+    llm = folder / "llm"
+    template = "vicuna_v1"
+    if request.param in TEMPLATES:
+        TOKENIZERS[request.param].save_pretrained(llm)
+        template = "chat"
+    else:
+        shutil.copytree(llama_folder, llm)
+    if "legacy" in request.param:
+        settings = json.loads((llm / "tokenizer_config.json").read_text())
+        settings["legacy"] = request.param == "legacy"
+        (llm / "tokenizer_config.json").write_text(json.dumps(settings))
+    build_processor(parts[0], str(llm), template=template).save_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder), template
 
-    def part(text, shown=False):
-        return [{"type": "image", "image": IMAGE}] * shown + [{"type": "text", "text": text}]
 
-    turns = [
-        ("user", "What is it?", True),
-        ("assistant", "a cat", False),
-        ("user", "\n Why? ", False),
-    ]
-    messages = [{"role": role, "content": part(text, shown)} for role, text, shown in turns]
-    records = tiny_models.turns("<image>\nWhat is it?", "a cat", "\n Why? ", "the wall")
-    image_id = processor.image_token_id
-    trained, labels = encode(
-        records,
-        TOKENIZERS[name],
-        "chat",
-        TOKENS,
-        image_id,
+def message(role: str, text: str, has_image: bool) -> dict:
+    content = [{"type": "image", "image": IMAGE}] * has_image + [{"type": "text", "text": text}]
+    return {"role": role, "content": content}
+
+
+# A question needs a letter: LLaVA drops the space after "USER:" of an empty one.
+WORDS = st.text(st.sampled_from("ab A.\n\t  9é中<"), min_size=1, max_size=12).map(
+    lambda text: f" {text}b\n"
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(turns=st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=3))
+@example(turns=[("What is it?", "", True)])
+@example(turns=[("What is it?", "", False)])
+@example(
+    turns=[("What is it?", "A cat.", True), ("Why?\n\n  def f():", "A.", False), ("b", "", True)]
+)
+def test_prompts_of_exports_have_the_ids_of_training_in_one_step_and_in_two(turns, processor):
+    """Under `chat`, white space in front of an answer is a token of its own."""
+    processor, template = processor
+    records = []
+    messages = []
+    for question, answer, has_image in turns:
+        answer = answer.strip() if template == "chat" else answer
+        records += [("<image>\n" if has_image else "") + question, answer]
+        messages += [message("user", question, has_image), message("assistant", answer, False)]
+    images = [IMAGE for _, _, has_image in turns if has_image] or None
+    expected, _ = encode(
+        tiny_models.turns(*records[:-1]),
+        processor.tokenizer,
+        template,
+        TOKENS if images else None,
+        processor.image_token_id,
     )
-    prompt = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
+    options = {"add_generation_prompt": True}
+    in_one = processor.apply_chat_template(
+        messages[:-1], tokenize=True, return_dict=True, **options
     )
-    prompt = prompt["input_ids"][0]
-    assert (
-        prompt
-        == encode(
-            records[:-1],
-            processor.tokenizer,
-            "chat",
-            TOKENS,
-            image_id,
-        )[0]
-    )
-    assert prompt.count(image_id) == TOKENS
-    assert prompt == trained[: len(prompt)]
-    assert processor(
-        text=processor.apply_chat_template(messages, add_generation_prompt=True), images=[IMAGE]
-    )["input_ids"][0] == (prompt)
-    assert labels[len(prompt)] == trained[len(prompt)]
-    assert labels[len(prompt) - 1] == IGNORE_INDEX
+    assert in_one["input_ids"][0] == expected
+    text = processor.apply_chat_template(messages[:-1], **options)
+    assert processor(text=text, images=images)["input_ids"][0] == expected
+
+
+@pytest.mark.parametrize("processor", ["vicuna"], indirect=True)
+def test_a_system_message_is_refused(processor):
+    """LLaVA has one system prompt, and was trained with no other."""
+    messages = [{"role": "system", "content": "Be brief."}, message("user", "Why?", False)]
+    with pytest.raises(Exception, match="expected the roles user and assistant, got system"):
+        processor[0].apply_chat_template(messages, add_generation_prompt=True)
 
 
 def test_words_of_our_tokens_in_texts_are_text():
@@ -201,7 +222,7 @@ THINKING = CHATML.replace(
         ("{{ raise_exception('no') }}", "chat template of the LLM: TemplateError: no"),
         (
             THINKING,
-            "writes '<think></think>the wall<.im_end.>.n' for the answer 'the wall'; expected the answer and the end",
+            "writes '<think></think>the wall' for the answer 'the wall'; expected the answer and the end",
         ),
         (
             CHATML.replace("<|im_end|>", "<|endoftext|>"),

@@ -1,11 +1,19 @@
 """Token ids, labels and pixels against LLaVA's own algorithms, written out here from their description.
 
+LLaVA tokenises the complete text with its slow tokenizer (llama_tokenizers.SlowLlama).
+
 Source: LLaVA train.py preprocess_multimodal, preprocess_v1, expand2square; mm_utils.py tokenizer_image_token; CLIP's
 image processing: bicubic, short side to the input size, centre crop.
 """
 
+import copy
+
+import llama_tokenizers
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from llama_tokenizers import SlowLlama
 from PIL import Image
 from tiny_models import turns
 from transformers import CLIPVisionConfig, LlavaImageProcessorPil, SiglipVisionConfig
@@ -21,11 +29,20 @@ T = 3
 @pytest.fixture(scope="module")
 def tokenizer(llama_tokenizer):
     """As training has it: LLaVA's, and two tokens that LLaVA's does not know."""
-    import copy
-
     extended = copy.deepcopy(llama_tokenizer)
     extended.add_tokens(["<image>", "<pad>"], special_tokens=True)
     return extended
+
+
+def ours(texts, tokenizer, image_tokens: int | None = T, template: str = "vicuna_v1"):
+    """Return ids and labels of a conversation by our code."""
+    return encode(
+        turns(*texts),
+        tokenizer,
+        template,
+        image_tokens,
+        IMAGE_ID,
+    )
 
 
 def llava_ids(text: str, tokenizer, has_image: bool) -> list[int]:
@@ -76,12 +93,8 @@ def llava_v1(texts: list[str], tokenizer, has_image: bool) -> tuple[list[int], l
 
 def expanded(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
     """Each image id T times."""
-    both = [
-        pair
-        for pair in zip(ids, labels, strict=True)
-        for _ in range(T if pair[0] == IMAGE_ID else 1)
-    ]
-    return [a for a, _ in both], [b for _, b in both]
+    counts = [T if token == IMAGE_ID else 1 for token in ids]
+    return tuple(np.repeat(row, counts).tolist() for row in (ids, labels))
 
 
 AGREEING = {
@@ -112,16 +125,7 @@ def test_ids_and_labels_equal_llavas(case, tokenizer, slow_llama):
     texts = list(AGREEING[case])
     expected = expanded(*llava_v1(texts, slow_llama, has_image=True))
     assert any(label != IGNORE_INDEX for label in expected[1]), "LLaVA trains on it"
-    assert (
-        encode(
-            turns(*texts),
-            tokenizer,
-            "vicuna_v1",
-            T,
-            IMAGE_ID,
-        )
-        == expected
-    )
+    assert ours(texts, tokenizer) == expected
 
 
 TEXT_ONLY = {
@@ -138,13 +142,7 @@ TEXT_ONLY = {
 @pytest.mark.parametrize("case", TEXT_ONLY)
 def test_without_an_image_a_tag_is_text_as_in_llava(case, tokenizer, slow_llama):
     texts = list(TEXT_ONLY[case])
-    ids, labels = encode(
-        turns(*texts),
-        tokenizer,
-        "vicuna_v1",
-        None,
-        IMAGE_ID,
-    )
+    ids, labels = ours(texts, tokenizer, None)
     assert (ids, labels) == llava_v1(texts, slow_llama, has_image=False)
     assert IMAGE_ID not in ids
     assert any(label != IGNORE_INDEX for label in labels)
@@ -163,17 +161,40 @@ def test_samples_that_llava_loses_keep_ids_and_train_on_their_answers(case, toke
     """Deviates: LLaVA finds "ASSISTANT:" by searching, miscounts, and then masks the whole sample."""
     texts = list(LOST[case])
     theirs = expanded(*llava_v1(texts, slow_llama, has_image=True))
-    ids, labels = encode(
-        turns(*texts),
-        tokenizer,
-        "vicuna_v1",
-        T,
-        IMAGE_ID,
-    )
+    ids, labels = ours(texts, tokenizer)
     assert ids == theirs[0]
     assert set(theirs[1]) == {IGNORE_INDEX}
     trained = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
     assert trained.split() == "".join(f" {answer}</s>" for answer in texts[1::2] if answer).split()
+
+
+@pytest.mark.parametrize("caption", ["a cat", "  two  cats", "\n    x = 1\n"])
+def test_plain_trains_the_caption_and_its_newline(caption, tokenizer, slow_llama):
+    ids, labels = ours(("Describe <image>", caption), tokenizer, template="plain")
+    whole = llava_ids(f"<image>{caption}\n", slow_llama, has_image=True)
+    expected, _ = expanded(whole, whole)
+    assert ids == expected
+    assert labels == [IGNORE_INDEX] * (1 + T) + ids[1 + T :]
+
+
+@given(
+    texts=st.lists(llama_tokenizers.texts(*SlowLlama.SPECIAL, min_size=1), min_size=2, max_size=6)
+)
+def test_any_text_is_encoded_in_pieces_as_llava_encodes_it_at_once(tokenizer, slow_llama, texts):
+    texts = texts[: len(texts) // 2 * 2]
+    ids, labels = ours(texts, tokenizer)
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    text = f"{SYSTEM} " + "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, a in pairs)
+    assert ids == llava_ids(text, slow_llama, has_image=True)
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
+    ends = len(texts) // 2 + sum(answer.count("</s>") for answer in texts[1::2])
+    assert labels.count(2) == ends, "each answer's end is trained"
+
+
+def test_a_caption_needs_a_question_with_an_image(tokenizer):
+    for texts in (("q", "a"), ("<image>", "a", "b", "c")):
+        with pytest.raises(ValueError, match="'plain' requires one question with <image>"):
+            ours(texts, tokenizer, template="plain")
 
 
 @pytest.mark.parametrize("missing", [-1, 0, 1, 500])
@@ -193,13 +214,7 @@ def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer):
     }
     short, _ = Collate(Processor, 576, "vicuna_v1").encode(sample)
     sample["conversations"][-1]["value"] = "two" + "\n" * (2048 - len(short) + missing)
-    whole = encode(
-        sample["conversations"],
-        tokenizer,
-        "vicuna_v1",
-        576,
-        IMAGE_ID,
-    )
+    whole = ours([turn["value"] for turn in sample["conversations"]], tokenizer, 576)
     assert len(whole[0]) == 2048 + missing
     batch = Collate(Processor, 576, "vicuna_v1")([sample])
     ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))

@@ -22,32 +22,21 @@ from llava_bidir.model.encoders import ENCODERS, Encoder
 from llava_bidir.model.export import as_llava
 
 
-@pytest.fixture
-def built(parts):
-    return build_model(*parts, build_processor(*parts), image_attention="bidirectional")
-
-
-def test_parts_keep_their_weights_and_the_vocabulary_grows(parts, built):
+def test_parts_keep_their_weights_and_the_vocabulary_grows(parts):
     """As in LLaVA, the rows of added tokens are the mean of the LLM's; they must not depend on the seed."""
+    built = build_model(*parts, build_processor(*parts))
     llm = LlamaForCausalLM.from_pretrained(parts[1])
     words = llm.config.vocab_size
-    embeddings = built.get_input_embeddings().weight
-    assert torch.equal(embeddings[:words], llm.get_input_embeddings().weight)
-    assert len(embeddings) % 64 == 0 and len(embeddings) > words
     for module in ("get_input_embeddings", "get_output_embeddings"):
-        mean = getattr(llm, module)().weight.mean(0)
-        assert torch.equal(
-            getattr(built, module)().weight[words:], mean.expand(len(embeddings) - words, -1)
-        )
+        old, new = (getattr(model, module)().weight for model in (llm, built))
+        assert len(new) % 64 == 0 and len(new) > words
+        assert torch.equal(new[:words], old)
+        assert torch.equal(new[words:], old.mean(0).expand(len(new) - words, -1))
     assert built.config.image_token_id == words, "<image> follows the LLM's own words"
-    assert (
-        built.config.image_seq_length == tiny_models.TOKENS
-        and built.config.image_attention == "bidirectional"
-    )
-    assert torch.equal(
-        built.model.language_model.layers[0].mlp.up_proj.weight,
-        llm.model.layers[0].mlp.up_proj.weight,
-    )
+    assert built.config.image_seq_length == tiny_models.TOKENS
+    weights = built.model.language_model.state_dict()
+    for name, weight in llm.model.state_dict().items():
+        assert torch.equal(weights[name][: len(weight)], weight), name
 
 
 def test_adapter_of_stage_1_is_loaded(parts, checkpoints):
@@ -71,10 +60,8 @@ def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_
         )
     config = json.loads((checkpoints["causal"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="contains no weights; expected one of model.safetensors,"):
-        build_model(*parts, processor, adapter=str(tmp_path))
     shutil.copy(f"{parts[1]}/model.safetensors", tmp_path)
-    with pytest.raises(ValueError, match="has no tensor named multi_modal_projector"):
+    with pytest.raises(ValueError, match="Missing key.s. in state_dict: .linear_1.weight"):
         build_model(*parts, processor, adapter=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
     with pytest.raises(ValueError, match="has vision_feature_layer -2, this model -1"):
@@ -142,18 +129,12 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
     pixels, (rows, columns) = torch.randn(1, 3, side, side), encoder.grid(config)
     features = model.get_image_features(pixels).pooler_output[0]
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-    assert (
-        states.shape[1] == entry.extra_tokens + rows * columns
-        and model.config.image_seq_length == rows * columns
-    )
+    patches = states[:, entry.extra_tokens :]
+    assert patches.shape[1] == model.config.image_seq_length == rows * columns
     model.model.multi_modal_projector._forward_pre_hooks.clear()
-    assert torch.equal(
-        features, model.model.multi_modal_projector(states[:, entry.extra_tokens :])[0]
-    )
+    assert torch.equal(features, model.model.multi_modal_projector(patches)[0])
     if entry.extra_tokens > 1:
-        with pytest.raises(
-            ValueError, match="register tokens, which stock LLaVA would treat as patches"
-        ):
+        with pytest.raises(ValueError, match="register tokens, which stock LLaVA would treat"):
             as_llava(model)
 
 

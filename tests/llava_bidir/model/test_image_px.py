@@ -46,9 +46,7 @@ def stock_patches(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", [28, 70])
-@pytest.mark.parametrize(
-    "name", [name for name, entry in ENCODERS.items() if entry.resize_positions]
-)
+@pytest.mark.parametrize("name", ENCODERS)
 @torch.no_grad()
 def test_states_equal_the_stock_models_interpolation(name, side, tmp_path):
     encoder = replace(write_encoder(name, tmp_path), image_px=side)

@@ -94,57 +94,25 @@ def backend(kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def llm_of(parts, tmp_path_factory):
-    """A function that returns the folder of an LLM, and the LLM with the vocabulary that it gets in our model."""
-    folders = {}
+    """A function that returns the folder of an LLM of a kind."""
 
-    def read(kind: str):
-        if kind not in folders:
-            folder = tmp_path_factory.mktemp(kind)
-            folders[kind] = write_llm(folder / "llm", parts[1], kind, LLMS[kind])
-        own = AutoModelForCausalLM.from_pretrained(folders[kind], attn_implementation=backend(kind))
-        tokens = len(build_processor(parts[0], folders[kind]).tokenizer)
-        resize_vocabulary(own, tokens)
-        return folders[kind], own.eval()
+    def write(kind: str) -> str:
+        folder = tmp_path_factory.mktemp(kind)
+        return write_llm(folder / "llm", parts[1], kind, LLMS[kind])
 
-    return read
-
-
-def text(words: int) -> torch.Tensor:
-    return torch.randint(3, words, (2, 12), generator=torch.Generator().manual_seed(1))
+    return write
 
 
 def build(parts, llm: str, kind: str):
     processor = build_processor(parts[0], llm)
-    built = build_model(parts[0], llm, processor, attn_implementation=backend(kind))
-    return built.eval(), processor
+    return build_model(parts[0], llm, processor, attn_implementation=backend(kind)).eval()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("kind", LLMS)
-def test_logits_and_answers_are_the_llms_own_before_and_after_export(
-    kind,
-    parts,
-    llm_of,
-    tmp_path,
+def test_logits_answers_and_loss_are_the_llms_own_and_those_of_the_export(
+    kind, parts, llm_of, tmp_path
 ):
-    llm, own = llm_of(kind)
-    built, processor = build(parts, llm, kind)
-    ids = text(60)
-    expected = own(input_ids=ids).logits
-    export_hf(built, processor, tmp_path / "hf")
-    exported = LlavaBidirForConditionalGeneration.from_pretrained(
-        tmp_path / "hf", attn_implementation=backend(kind)
-    )
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    said = own.generate(ids, **settings)
-    for model in (built, exported.eval()):
-        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
-        assert torch.equal(model.generate(input_ids=ids, **settings), said)
-
-
-@pytest.mark.parametrize("kind", ["granite", "cohere", "gemma3_text", "nanochat", "gpt2", "opt"])
-def test_the_loss_of_training_is_the_llms_own(kind, parts, llm_of):
-    llm, own = llm_of(kind)
+    llm = llm_of(kind)
     module = LlavaTraining(
         parts[0],
         llm,
@@ -152,6 +120,20 @@ def test_the_loss_of_training_is_the_llms_own(kind, parts, llm_of):
         attn_implementation=backend(kind),
     )
     module.configure_model()
+    own = AutoModelForCausalLM.from_pretrained(llm, attn_implementation=backend(kind)).eval()
+    resize_vocabulary(own, len(module.processor.tokenizer))
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    said = own.generate(ids, **settings)
+    export_hf(module.model, module.processor, tmp_path / "hf")
+    exported = LlavaBidirForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", attn_implementation=backend(kind)
+    )
+    for model in (module.model.eval(), exported.eval()):
+        logits = model(input_ids=ids).logits
+        torch.testing.assert_close(logits, own(input_ids=ids).logits, rtol=0, atol=1e-5)
+        assert torch.equal(model.generate(input_ids=ids, **settings), said)
+
     answers = ("wall road", "sky", "road of the wall")
     samples = [
         {"id": "x", "image": None, "conversations": tiny_models.turns("name the sky", answer)}
@@ -163,7 +145,7 @@ def test_the_loss_of_training_is_the_llms_own(kind, parts, llm_of):
         batch["labels"][:, 1:].flatten(),
         ignore_index=-100,
     )
-    torch.testing.assert_close(module.eval().loss(batch), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(module.loss(batch), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -175,11 +157,10 @@ def test_other_llms_are_refused_when_the_model_is_built(kind, parts, tmp_path):
 
 
 def test_an_unknown_step_after_the_head_is_refused_with_its_size(parts, llm_of, monkeypatch):
-    llm, own = llm_of("granite")
     monkeypatch.setattr("llava_bidir.model.modeling_llava_bidir.logit_steps", lambda config: {})
     message = r"logits of a text differ by \S+ from .*, whose largest is \S+: granite computes"
     with pytest.raises(UserError, match=message):
-        build(parts, llm, "granite")
+        build(parts, llm_of("granite"), "granite")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +173,6 @@ def test_an_unknown_step_after_the_head_is_refused_with_its_size(parts, llm_of, 
     ],
 )
 def test_stock_llava_is_refused_where_it_would_leave_a_step_out(kind, step, parts, llm_of):
-    built, _ = build(parts, llm_of(kind)[0], kind)
+    built = build(parts, llm_of(kind), kind)
     with pytest.raises(UserError, match=f"--as-llava: {kind} makes its logits with {step}"):
         as_llava(built)

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import result, results, start, write_spec
+from training_runs import (
+    assert_same_losses,
+    assert_same_weights,
+    read_export,
+    result,
+    results,
+    start,
+    together,
+    write_spec,
+)
 
 import llava_bidir.cli
-from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.training.deepspeed_strategy import load_zero_weights
 
 pytestmark = [
@@ -39,6 +47,15 @@ RUNS = [
     ),
     *(f"{stage}:validate:bf16-mixed" for stage in ("zero2", "zero3")),
 ]
+SUMS = (
+    "ddp:many_micro_batches:32-true",
+    "zero2:many_micro_batches:bf16-mixed",
+    "zero2:sum_in_fp32:bf16-mixed",
+)
+REJECTED = {  # checkpoint of two processes, resumed by one: message
+    "ddp:reject:32-true": "of a run on 2 devices, and this one has 1",
+    "zero3_offload:reject:32-true": "has world_size 2 and this run 1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +71,6 @@ def two(spec) -> Path:
     return out
 
 
-SUMS = (
-    "ddp:many_micro_batches:32-true",
-    "zero2:many_micro_batches:bf16-mixed",
-    "zero2:sum_in_fp32:bf16-mixed",
-)
-
-
 @pytest.fixture(scope="module")
 def one(spec, two) -> Path:
     """Return the folder with the results of one process: the same training, and resumed checkpoints of `two`."""
@@ -68,13 +78,7 @@ def one(spec, two) -> Path:
         "ddp": str(two / "ddp-plain-32-true.ckpt"),
         "zero3_offload": str(two / "zero2-plain-32-true.ckpt"),
     }
-    runs = [
-        "ddp:without_dropout:32-true",
-        "ddp:tokens:32-true",
-        "ddp:reject:32-true",
-        "zero3_offload:reject:32-true",
-        *SUMS,
-    ]
+    runs = ["ddp:without_dropout:32-true", "ddp:tokens:32-true", *REJECTED, *SUMS]
     out, codes, log = start(spec, "one", runs, processes=1, resume=resume)
     assert codes == [0], log
     return out
@@ -82,25 +86,14 @@ def one(spec, two) -> Path:
 
 # ---------------------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize(("run", "tolerance"), AS_ONE.items())
-def test_two_processes_train_as_one(
-    run,
-    tolerance,
-    one,
-    two,
-):
+def test_two_processes_train_as_one(run, tolerance, one, two):
     """Compare losses, gradient norm and validation."""
-    function = run.split(":")[1]
-    single = result(one, f"ddp:{function}:32-true")
+    single = result(one, f"ddp:{run.split(':')[1]}:32-true")
     ranks = results(two, run)
-    steps = zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)
-    together = [loss for pair in steps for loss in pair]
-    assert [ids for ids, _ in together] == [ids for ids, _ in single["losses"]]
-    near = {"rtol": tolerance, "atol": tolerance}
-    expected = [loss for _, loss in single["losses"]]
-    torch.testing.assert_close([loss for _, loss in together], expected, **near)
+    assert_same_losses(together(ranks), single["losses"], tolerance)
     metrics = ranks[0]["metrics"]
     for name in ("val/loss", "train/loss", "train/supervised_tokens", "train/grad_norm"):
-        torch.testing.assert_close(metrics[name], single["metrics"][name], **near)
+        assert metrics[name] == pytest.approx(single["metrics"][name], tolerance, tolerance), name
     assert metrics["val/loss"] == ranks[1]["metrics"]["val/loss"]
     if "32-true" in run:
         assert metrics["val/answer_accuracy"] == single["metrics"]["val/answer_accuracy"]
@@ -133,30 +126,20 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(strategy, precision
         assert len(before["losses"]) == 12, "two micro-batches a step"
         assert after["losses"] == before["losses"][4:]
         assert after["metrics"] == before["metrics"]
-        for name, weight in before["weights"].items():
-            assert torch.equal(weight, after["weights"][name]), name
+        assert_same_weights(after["weights"], before["weights"])
     plain = result(two, f"{strategy}:without_dropout:{precision}")
     assert whole[0]["losses"][0] != plain["losses"][0], "dropout is on"
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize(("strategy", "precision"), ZERO)
-def test_export_of_a_checkpoint_equals_the_model_in_memory(
-    strategy,
-    precision,
-    two,
-    tmp_path,
-):
+def test_export_of_a_checkpoint_equals_the_model_in_memory(strategy, precision, two, tmp_path):
     """Export by the callback at the end of the run, and by the command, without the processes of the run."""
     checkpoint = two / f"{strategy}-end-{precision}.ckpt"
     llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "hf")])
     memory = result(two, f"{strategy}:uninterrupted:{precision}")["weights"]
     for folder in (tmp_path / "hf", two / f"{strategy}-{precision}" / "hf"):
-        model = LlavaBidirForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        written = model.state_dict()
-        assert set(written) == set(memory)
-        for name, weight in memory.items():
-            assert torch.equal(weight, written[name]), name
+        assert_same_weights(read_export(folder), memory)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -167,24 +150,17 @@ def test_checkpoint_is_validated_as_in_the_run_and_holds_trainable_weights_only(
         validated = {key: x for key, x in run["metrics"].items() if key.startswith("val/")}
         assert again["metrics"] == validated
     checkpoint = two / f"zero{stage}-end-bf16-mixed.ckpt"
-    listing = json.loads((checkpoint / "whole.json").read_text())
-    assert listing["world_size"] == 2
-    assert listing["stage"] == stage
+    layout = json.loads((checkpoint / "whole.json").read_text())
+    assert (layout["world_size"], layout["stage"]) == (2, stage)
     file = next((checkpoint / "checkpoint").glob("*mp_rank_00_model_states.pt"))
     saved = torch.load(file, weights_only=False)["module"]
     assert saved
-    assert not any("vision_tower" in name for name in [*saved, *listing["trained"]])
+    assert not any("vision_tower" in name for name in saved)
 
 
-def test_another_number_of_processes_is_rejected(one):
-    message = result(one, "ddp:reject:32-true")["message"]
-    assert "of a run on 2 devices, and this one has 1" in message
-
-
-def test_another_number_of_processes_is_rejected_with_the_way_out(one):
-    message = result(one, "zero3_offload:reject:32-true")["message"]
-    assert "has world_size 2 and this run 1" in message
-    assert "llava-bidir export" in message
+@pytest.mark.parametrize("run", REJECTED)
+def test_another_number_of_processes_is_rejected(run, one):
+    assert REJECTED[run] in result(one, run)["message"]
 
 
 FAULTS = {  # run of the worker: (exit code of rank 1, settings)
@@ -206,12 +182,8 @@ def test_a_rank_that_fails_ends_the_run_and_leaves_the_checkpoint_before_it(faul
     assert codes[0] not in (0, -9), log
     assert code is None or codes[1] == code, log
     assert not (out / "zero2-32-true/hf").exists()
-    good = out / "fault/good.ckpt"
-    assert good.is_dir()
     if "save" in fault:
         assert (out / "fault/bad.ckpt.partial").is_dir()
         assert not (out / "fault/bad.ckpt").exists()
-    ours = load_zero_weights(good)
     undisturbed = load_zero_weights(two / "zero2-middle-32-true.ckpt")
-    for name, weight in ours.items():
-        assert torch.equal(weight, undisturbed[name]), name
+    assert_same_weights(load_zero_weights(out / "fault/good.ckpt"), undisturbed)

@@ -3,7 +3,6 @@
 CI kills it once, the nightly job `FAULTS` times.
 """
 
-import json
 import os
 import random
 import shutil
@@ -18,54 +17,21 @@ import pytest
 import tiny_models
 import torch
 from processes import die, fork, kill_after, wait
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from run_bytes import assert_same_export
+from training_runs import points
 
-from llava_bidir.common.checkpoints import AtomicCheckpointIO
 from llava_bidir.common.runs import last_checkpoint
-from llava_bidir.training.throughput import TIMING_METRICS
 
 FAULTS = int(os.environ.get("FAULTS", 4))
+STAGES = {
+    1: "-c configs/demo/stage1.yaml",
+    2: "",
+}
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded torch"),
 ]
-
-
-@pytest.fixture(scope="module")
-def train(parts, conversations):
-    """Return a function that starts or resumes a run of ten epochs of three steps in a folder.
-
-    It saves a checkpoint after each step, and validates after epochs four and eight.
-    """
-
-    def run(out: Path) -> None:
-        # So that kills also interrupt the reading of conversations
-        datasets.config.HF_DATASETS_CACHE = out / "cache"
-        more = "--data.micro_batch_size 2 --trainer.log_every_n_steps 1 --ckpt_path last"
-        more += " --trainer.max_epochs 10 --trainer.check_val_every_n_epoch 4"
-        more += " --checkpoints.every_n_steps 1"
-        tiny_models.fit(parts, conversations, out, *more.split())
-
-    return run
-
-
-def results(out: Path) -> dict[str, object]:
-    """Return the files of hf/."""
-    files = {file.name: file.read_bytes() for file in (out / "hf").iterdir()}
-    return files | {"training.json": json.loads(files["training.json"])}
-
-
-def curves(out: Path) -> dict[tuple[str, int], set[float]]:
-    """Return the values in TensorBoard by metric and step; a step repeated after a kill may have several."""
-    points = {}
-    for file in out.glob("events.out.*"):
-        events = EventAccumulator(str(file)).Reload()
-        for tag in events.Tags()["scalars"]:
-            if tag.rpartition("/")[2] not in TIMING_METRICS:
-                for event in events.Scalars(tag):
-                    points.setdefault((tag, event.step), set()).add(event.value)
-    return points
 
 
 def saved_step(out: Path) -> int:
@@ -74,14 +40,21 @@ def saved_step(out: Path) -> int:
 
 
 @pytest.mark.parametrize("faults", [1, pytest.param(FAULTS, marks=pytest.mark.nightly)])
-def test_killed_runs_end_as_an_undisturbed_one(faults, train, tmp_path):
+def test_killed_runs_end_as_an_undisturbed_one(faults, parts, conversations, tmp_path):
+    """Of ten epochs of three steps, with a checkpoint after each, and validation after epochs four and eight."""
     log = tmp_path / "log"
-    start = time.monotonic()
-    assert wait(fork(lambda: train(tmp_path / "undisturbed"), log)) == 0, log.read_text()
-    duration = time.monotonic() - start
-    expected = results(tmp_path / "undisturbed")
-    points = curves(tmp_path / "undisturbed")
 
+    def train(name: str) -> None:
+        # so that kills also interrupt the reading of conversations
+        datasets.config.HF_DATASETS_CACHE = tmp_path / name / "cache"
+        more = "--data.micro_batch_size 2 --trainer.log_every_n_steps 1 --ckpt_path last"
+        more += " --trainer.max_epochs 10 --trainer.check_val_every_n_epoch 4"
+        more += " --checkpoints.every_n_steps 1"
+        tiny_models.fit(parts, conversations, tmp_path / name, *more.split())
+
+    start = time.monotonic()
+    assert wait(fork(partial(train, "undisturbed"), log)) == 0, log.read_text()
+    duration = time.monotonic() - start
     moments = random.Random(faults)
     out = tmp_path / "killed"
     kills = 0
@@ -90,74 +63,59 @@ def test_killed_runs_end_as_an_undisturbed_one(faults, train, tmp_path):
         log.unlink(missing_ok=True)
         share = moments.random() if kills else 0.5  # the first kill hits between checkpoints
         limit = share * duration if kills < faults else 20 * duration
-        status = kill_after(limit, fork(lambda: train(out), log))
+        status = kill_after(limit, fork(partial(train, "killed"), log))
         assert status in (-signal.SIGKILL, 0), log.read_text()
         assert saved_step(out) >= before, "a checkpoint is never lost"
         if status:
             kills += 1
             continue
-        assert results(out) == expected
-        for point, values in curves(out).items():
-            assert values == points[point], point
+        assert_same_export(out / "hf", tmp_path / "undisturbed/hf")
+        for tag in ("train/loss", "val/loss"):
+            assert points(out, tag) == points(tmp_path / "undisturbed", tag)
         shutil.rmtree(out)
 
 
 @pytest.mark.parametrize(
-    "function",
-    ["training.module.LlavaTraining.answer", "model.export._compare_weights"],
-    ids=["validation", "export"],
+    ("function", "stage"),
+    [
+        ("training.module.LlavaTraining.answer", 2),
+        ("model.export._compare_weights", 2),
+        ("common.checkpoints.torch.save", 1),
+        ("common.checkpoints.torch.save", 2),
+    ],
 )
-def test_a_run_killed_after_its_last_step_is_validated_and_exported(
-    function,
-    parts,
-    conversations,
-    tmp_path,
-    monkeypatch,
+def test_a_run_killed_in_validation_export_or_a_save_ends_as_an_undisturbed_one(
+    function, stage, parts, conversations, tmp_path, monkeypatch
 ):
-    """It is resumed from the checkpoint of the final step, if there is one."""
+    """It is resumed from the checkpoint before; a save is killed when half of the file is written."""
     log = tmp_path / "log"
-    more = "--trainer.log_every_n_steps 1 --ckpt_path last --model.lora.r 2"
-    more += " --model.frozen_dtype bfloat16 --trainer.precision bf16-mixed"
-    more += " --trainer.gradient_clip_val null"
+    more = f"{STAGES[stage]} --ckpt_path last --checkpoints.every_n_steps 1"
+    if function.startswith("model"):
+        more += " --model.lora.r 2 --model.frozen_dtype bfloat16 --trainer.precision bf16-mixed"
+        more += " --trainer.gradient_clip_val null"
+    if stage == 1:
+        more += " --data.val_annotations null"
 
     def train(name: str) -> int:
         out = tmp_path / name
         run = partial(tiny_models.fit, parts, conversations, out, *more.split())
         return wait(fork(run, log))
 
+    save = torch.save
+
+    def die_in_second_save(checkpoint, file):
+        if checkpoint["global_step"] == 2:
+            file.write(b"half")
+            file.flush()
+            die()
+        save(checkpoint, file)
+
+    in_save = function.endswith("save")
     assert train("undisturbed") == 0, log.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(f"llava_bidir.{function}", die)
+        patch.setattr(f"llava_bidir.{function}", die_in_second_save if in_save else die)
         assert train("killed") == -signal.SIGKILL
     assert not (tmp_path / "killed/hf").exists()
+    assert saved_step(tmp_path / "killed") == (1 if in_save else 3)
     assert train("killed") == 0, log.read_text()
-    undisturbed = results(tmp_path / "undisturbed")
-    assert results(tmp_path / "killed") == undisturbed
-    assert "val/answer_accuracy" in undisturbed["training.json"]
-
-
-def test_no_checkpoint_is_in_the_middle_of_a_step(train, tmp_path):
-    """Nor at the first micro-batch after a resume, when the number of steps still equals the checkpoint's."""
-
-    def recorded(out: Path):
-        save = AtomicCheckpointIO.save_checkpoint
-
-        def save_and_record(self, checkpoint, path, storage_options=None):
-            save(self, checkpoint, path)
-            with (tmp_path / "positions").open("a") as file:
-                file.write(
-                    f"{checkpoint['loops']['fit_loop']['epoch_loop.batch_progress']['current']['processed']}\n"
-                )
-
-        AtomicCheckpointIO.save_checkpoint = save_and_record
-        train(out)
-
-    child = fork(lambda: recorded(tmp_path / "run"), tmp_path / "log")
-    while not (tmp_path / "positions").exists():
-        time.sleep(0.001)
-    assert kill_after(0, child) == -signal.SIGKILL
-    assert wait(fork(lambda: recorded(tmp_path / "run"), tmp_path / "log")) == 0
-    positions = [int(line) for line in (tmp_path / "positions").read_text().split()]
-    assert len(positions) > 10 and not any(position % 2 for position in positions), (
-        "two micro-batches a step"
-    )
+    assert_same_export(tmp_path / "killed/hf", tmp_path / "undisturbed/hf")

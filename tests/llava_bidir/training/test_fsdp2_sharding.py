@@ -1,9 +1,8 @@
-"""Which modules FSDP2 shards, and that it computes on the CPU in one process what it is given."""
+"""Which modules FSDP2 shards, and the dtypes in which it gathers their weights, in one process."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from lightning import LightningModule
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -21,19 +20,37 @@ def mesh():
     dist.destroy_process_group()
 
 
+class Weighted(LlavaTraining):
+    """Returns the weight of a batch, and keeps the dtype in which the head has its own."""
+
+    def training_step(self, batch: dict, batch_idx: int):
+        self.gathered = self.model.lm_head.weight.dtype
+        return batch["weight"]
+
+
 @pytest.mark.parametrize("trainable", [["adapter"], ["adapter", "llm"]])
-def test_each_layer_is_a_unit_and_the_rest_is_one(trainable, parts, mesh):
-    encoder, llm = parts
-    module = LlavaTraining(encoder, llm, trainable)
+@pytest.mark.parametrize(
+    ("precision", "gathered"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)]
+)
+def test_each_layer_is_a_unit_that_is_gathered_in_the_precision_of_the_run(
+    precision, gathered, trainable, parts, mesh
+):
+    """Masters stay in fp32, and the weight of a loss is not rounded."""
+    module = Weighted(*parts, trainable)
     module.configure_model()
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    shard(module, mesh, mixed_precision("32-true"))
+    shard(module, mesh, mixed_precision(precision))
     units = {name for name, part in module.named_modules() if isinstance(part, FSDPModule)}
     layers = {f"model.model.language_model.layers.{i}" for i in range(3)}
     layers |= {f"model.model.vision_tower.encoder.layers.{i}" for i in range(2)}
     assert units == {"", *layers}
+    weight = torch.tensor(1.2345678)
+    assert torch.equal(module.training_step({"weight": weight}, 0), weight)
+    assert module.gathered == gathered
     parameters = dict(module.named_parameters())
-    assert all(isinstance(p, DTensor) for p in parameters.values())
+    state = module.state_dict()
+    assert all(isinstance(state[name], DTensor) for name in parameters)
+    assert {state[name].dtype for name in parameters} == {torch.float32}
     assert {name for name, p in parameters.items() if p.requires_grad} == trained
 
 
@@ -42,43 +59,3 @@ def test_modules_in_a_list_inside_a_layer_belong_to_its_unit():
         nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])}) for _ in "ab"
     )
     assert find_layers(nn.ModuleDict({"llm": nn.ModuleDict({"layers": layers})})) == [*layers]
-
-
-class Weighted(LightningModule):
-    """Returns the weight of a batch, and the dtype in which its layer has its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = nn.Module()
-        self.model.layers = nn.ModuleList([nn.Linear(4, 4)])
-        self.model.head = nn.Linear(4, 1)
-
-    def training_step(self, batch: dict, batch_idx: int):
-        self.gathered = self.model.head.weight.dtype
-        return batch["weight"]
-
-    validation_step = test_step = training_step
-
-    def count_flops(self):
-        return 0
-
-
-@pytest.mark.parametrize(
-    ("precision", "gathered", "kept"),
-    [
-        ("32-true", torch.float32, torch.float32),
-        ("bf16-mixed", torch.bfloat16, torch.float32),
-    ],
-)
-def test_weights_are_gathered_in_bf16_and_the_weight_of_a_loss_is_not_rounded(
-    precision,
-    gathered,
-    kept,
-    mesh,
-):
-    module = Weighted()
-    shard(module, mesh, mixed_precision(precision))
-    weight = torch.tensor(1.2345678)
-    assert torch.equal(module.training_step({"weight": weight}, 0), weight)
-    assert module.gathered == gathered
-    assert {tensor.dtype for tensor in module.state_dict().values()} == {kept}

@@ -12,40 +12,44 @@ import pytest
 import tiny_models
 import torch
 from processes import run_ranks
-from training_runs import result, results, start, write_spec
+from training_runs import (
+    assert_same_losses,
+    assert_same_weights,
+    read_export,
+    result,
+    results,
+    start,
+    together,
+    write_spec,
+)
 
 import llava_bidir.cli
-from llava_bidir import LlavaBidirForConditionalGeneration
 
 pytestmark = pytest.mark.distributed
 
-AS_ONE = {  # run without dropout: (precision, tolerance)
-    "twenty_steps": ("32-true", 1e-5),
-    "clipped": ("32-true", 1e-5),
-    "stage1": ("32-true", 1e-5),
-    "tied": ("32-true", 1e-5),
-    "without_dropout": ("bf16-mixed", 2e-2),
+AS_ONE = {  # run, at a precision: run of one process in float32, and tolerance
+    "twenty_steps:32-true": ("twenty_steps", 1e-5),
+    "clipped:32-true": ("clipped", 1e-5),
+    "stage1:32-true": ("stage1", 1e-5),
+    "tied:32-true": ("tied", 1e-5),
+    "without_dropout:bf16-mixed": ("without_dropout", 2e-2),
+    "without_dropout:bf16-true": ("without_dropout", 2e-2),
+    "short_answers:32-true": ("without_dropout", 1e-5),
+    "compiled:32-true": ("without_dropout", 1e-5),
 }
-ALSO = {
-    "bf16-true": "without_dropout",
-    "32-true": "short_answers",
-}  # as `without_dropout` of one process
 SAVED = ("32-true", "bf16-mixed")
 OTHERS = {  # run under another strategy: tolerance of its losses
     "ddp:lora:bf16-mixed": 2e-2,
-    "ddp:twenty_steps:32-true": 1e-5,
     "zero3:twenty_steps:32-true": 1e-5,
 }
 if find_spec("deepspeed") is None:
     del OTHERS["zero3:twenty_steps:32-true"]
 RUNS = [
     "fsdp2:lora:bf16-mixed",
-    *(f"fsdp2:{run}:{precision}" for run, (precision, _) in AS_ONE.items()),
-    *(f"fsdp2:{run}:{precision}" for precision, run in ALSO.items()),
+    *(f"fsdp2:{run}" for run in AS_ONE),
     *(f"fsdp2:{run}:{precision}" for precision in SAVED for run in ("uninterrupted", "resume")),
     "fsdp2:validate:32-true",
     "fsdp2:validate_as_on_gpus:32-true",
-    "fsdp2:compiled:32-true",
     "ddp:without_dropout:32-true",
     "fsdp2:without_dropout:32-true",
     "ddp:resume_elsewhere:32-true",
@@ -71,74 +75,38 @@ def two(spec) -> Path:
 @pytest.fixture(scope="module")
 def one(spec, two) -> Path:
     """Return the folder with the results of one process under DDP."""
-    runs = [f"ddp:{run}:32-true" for run in AS_ONE]
-    out, codes, log = start(spec, "one", runs, processes=1)
+    runs = dict.fromkeys(f"ddp:{run}:32-true" for run, _ in AS_ONE.values())
+    out, codes, log = start(spec, "one", [*runs], processes=1)
     assert codes == [0], log
     return out
-
-
-def together(ranks: list[dict]) -> list[tuple]:
-    """Return samples and loss of each micro-batch in the order of one process."""
-    pairs = zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)
-    return [micro_batch for pair in pairs for micro_batch in pair]
-
-
-def assert_same_training(found: list[tuple], expected: list[tuple], tolerance: float) -> None:
-    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
-    losses = [[loss for _, loss in run] for run in (found, expected)]
-    torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize("run", AS_ONE)
 def test_two_processes_train_as_one(run, one, two):
-    """Compare losses, metrics and weights; clipped also decays weights, averages over tokens and recomputes layers."""
-    precision, tolerance = AS_ONE[run]
-    ranks = results(two, f"fsdp2:{run}:{precision}")
-    single = result(one, f"ddp:{run}:32-true")
-    assert_same_training(together(ranks), single["losses"], tolerance)
-    near = {"rtol": tolerance, "atol": tolerance}
-    for rank in ranks:
-        assert rank["metrics"].keys() == single["metrics"].keys()
-        assert rank["metrics"] == ranks[0]["metrics"]
-    exact = precision == "32-true"
-    for name, value in single["metrics"].items():
-        if exact or name != "val/answer_accuracy":
-            torch.testing.assert_close(ranks[0]["metrics"][name], value, **near)
-    if exact:
-        for name, weight in single["weights"].items():
-            torch.testing.assert_close(ranks[0]["weights"][name], weight, **near)
+    """Compare losses, validation and weights.
+
+    `clipped` also decays weights, averages over tokens and recomputes layers. `short_answers` validates before the
+    first step, and answers end earlier on one rank, which then takes part in the forwards of the other.
+    """
+    of_one, tolerance = AS_ONE[run]
+    single = result(one, f"ddp:{of_one}:32-true")
+    ranks = results(two, f"fsdp2:{run}")
+    assert_same_losses(together(ranks), single["losses"], tolerance)
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+    assert ranks[0].get("graphs", 1) > 0, "compiled layers"
+    if of_one == run.removesuffix(":32-true"):
+        near = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(ranks[0]["metrics"], single["metrics"], **near)
+        torch.testing.assert_close(dict(ranks[0]["weights"]), dict(single["weights"]), **near)
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_losses_are_those_of_other_strategies(other, two):
     """Of 21 steps of two micro-batches, and of updates of an LLM in bfloat16."""
     strategy, _, run = other.partition(":")
-    found, expected = (results(two, f"{name}:{run}") for name in ("fsdp2", strategy))
-    assert len(found[0]["losses"]) >= (2 * 20 if "twenty" in run else 12)
-    assert_same_training(together(found), together(expected), OTHERS[other])
-    for name, value in expected[0]["metrics"].items():
-        assert found[0]["metrics"][name] == pytest.approx(value, abs=OTHERS[other]), name
-
-
-def test_compiled_layers_compute_the_same(one, two):
-    ranks = results(two, "fsdp2:compiled:32-true")
-    assert ranks[0]["graphs"] > 0
-    expected = result(one, "ddp:without_dropout:32-true")["losses"]
-    assert_same_training(together(ranks), expected, 1e-5)
-
-
-@pytest.mark.parametrize(("precision", "run"), ALSO.items())
-def test_weights_of_bfloat16_and_short_answers_before_the_first_step_change_no_loss(
-    precision,
-    run,
-    one,
-    two,
-):
-    """Answers end earlier on one rank, which then takes part in the forwards of the other."""
-    expected = result(one, "ddp:without_dropout:32-true")["losses"]
-    found = together(results(two, f"fsdp2:{run}:{precision}"))
-    assert_same_training(found, expected, 1e-5 if precision == "32-true" else 2e-2)
+    found, expected = (together(results(two, f"{name}:{run}")) for name in ("fsdp2", strategy))
+    assert_same_losses(found, expected, OTHERS[other])
 
 
 def test_each_process_has_half_of_every_parameter(two):
@@ -159,8 +127,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(precision, two):
         assert len(before["losses"]) == 12, "two micro-batches a step"
         assert after["losses"] == before["losses"][4:]
         assert after["metrics"] == before["metrics"]
-        for name, weight in before["weights"].items():
-            assert torch.equal(weight, after["weights"][name]), name
+        assert_same_weights(after["weights"], before["weights"])
     plain = result(two, f"fsdp2:without_dropout:{precision}")
     assert undisturbed[0]["losses"][0] != plain["losses"][0], "dropout is on"
 
@@ -169,27 +136,29 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(precision, two):
 def test_a_run_resumes_what_the_other_strategy_has_saved(strategy, two):
     moved = result(two, f"{strategy}:resume_elsewhere:32-true")
     before = result(two, f"{strategy}:without_dropout:32-true")
-    assert_same_training(moved["losses"], before["losses"][4:], 1e-5)
-    for name, weight in moved["weights"].items():
-        torch.testing.assert_close(weight, before["weights"][name], rtol=1e-5, atol=1e-5)
+    assert_same_losses(moved["losses"], before["losses"][4:], 1e-5)
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(dict(moved["weights"]), dict(before["weights"]), **near)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("precision", SAVED)
-def test_export_of_a_checkpoint_equals_the_weights_of_all_processes(precision, two, tmp_path):
-    """Export by the callback at the end of the run, and by the command, without the processes of the run."""
+def test_a_checkpoint_holds_trained_masters_and_is_exported_as_the_weights_of_all_processes(
+    precision, two, tmp_path
+):
+    """By the callback at the end of the run, and by the command, without the processes of the run."""
     checkpoint = two / f"fsdp2-end-{precision}.ckpt"
     llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "hf")])
     memory = result(two, f"fsdp2:uninterrupted:{precision}")["weights"]
     for folder in (tmp_path / "hf", two / f"fsdp2-{precision}" / "hf"):
-        written = read_export(folder)
-        assert set(written) == set(memory)
-        for name, weight in memory.items():
-            assert torch.equal(weight, written[name]), name
-
-
-def read_export(folder: Path) -> dict[str, torch.Tensor]:
-    return LlavaBidirForConditionalGeneration.from_pretrained(folder, dtype="auto").state_dict()
+        assert_same_weights(read_export(folder), memory)
+    saved = torch.load(checkpoint, weights_only=True)
+    weights = saved["state_dict"]
+    assert weights.keys() == {f"model.{name}" for name in memory if "vision_tower" not in name}
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    (optimizer,) = saved["optimizer_states"]
+    moments = [state["exp_avg"].shape for state in optimizer["state"].values()]
+    assert sorted(moments) == sorted(weight.shape for weight in weights.values())
 
 
 def test_export_merges_the_updates_of_lora(two):
@@ -208,26 +177,10 @@ def test_export_merges_the_updates_of_lora(two):
 
 
 def test_export_of_tied_embeddings_equals_the_weights_of_all_processes(two):
-    memory = result(two, "fsdp2:tied:32-true")["weights"]
     written = read_export(two / "tied-fsdp2-32-true/hf")
-    for name, weight in memory.items():
-        assert torch.equal(weight, written[name]), name
+    assert_same_weights(written, result(two, "fsdp2:tied:32-true")["weights"])
     embedding = written["model.language_model.embed_tokens.weight"]
     assert torch.equal(embedding, written["lm_head.weight"])
-
-
-def test_checkpoint_holds_trained_weights_only_and_their_masters(two):
-    for precision in SAVED:
-        path = two / f"fsdp2-end-{precision}.ckpt"
-        saved = torch.load(path, weights_only=True)
-        memory = result(two, f"fsdp2:uninterrupted:{precision}")["weights"]
-        assert saved["state_dict"].keys() == {
-            f"model.{name}" for name in memory if "vision_tower" not in name
-        }
-        (optimizer,) = saved["optimizer_states"]
-        moments = [state["exp_avg"].shape for state in optimizer["state"].values()]
-        assert sorted(moments) == sorted(w.shape for w in saved["state_dict"].values())
-        assert {w.dtype for w in saved["state_dict"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("run", ["validate", "validate_as_on_gpus"])
@@ -240,33 +193,26 @@ def test_checkpoint_is_validated_as_in_the_run(run, two):
         assert again["metrics"] == validated
 
 
-# ---------------------------------------------------------------------------------------------------- the command
-def fit(parts, conversations, out: Path) -> None:
-    """Run `llava-bidir fit -c fsdp2` on two processes, with a checkpoint after each step and a final one."""
-    options = f"""-c fsdp2 --trainer.accelerator cpu --trainer.devices 2 --trainer.precision 32-true
-        --data.micro_batch_size 1 --trainer.max_epochs 2 --ckpt_path last --out {out}
-        --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_train_steps=4
-        --trainer.callbacks.filename=middle"""
-    words = [*tiny_models.training_arguments(parts, conversations), *options.split()]
-    logs = out.with_name(f"{out.name}-logs")
-    logs.mkdir()
-    codes, log = run_ranks([sys.executable, "-m", "llava_bidir", "fit", *words], logs)
-    assert codes == [0, 0], log
-
-
 def test_command_resumes_to_the_export_of_an_undisturbed_run(parts, conversations, tmp_path):
-    fit(parts, conversations, tmp_path / "undisturbed")
+    """`llava-bidir fit -c fsdp2` on two processes, from a checkpoint in the middle."""
+
+    def fit(out: Path) -> None:
+        options = f"""-c fsdp2 --trainer.accelerator cpu --trainer.devices 2 --trainer.precision 32-true
+            --data.micro_batch_size 1 --trainer.max_epochs 2 --ckpt_path last --out {out}
+            --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_train_steps=4
+            --trainer.callbacks.filename=middle"""
+        words = [*tiny_models.training_arguments(parts, conversations), *options.split()]
+        logs = out.with_name(f"{out.name}-logs")
+        logs.mkdir()
+        codes, log = run_ranks([sys.executable, "-m", "llava_bidir", "fit", *words], logs)
+        assert codes == [0, 0], log
+
+    fit(tmp_path / "undisturbed")
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "undisturbed", resumed)
     shutil.rmtree(resumed / "hf")
     saved = resumed / "checkpoints"
     shutil.move(saved / "middle.ckpt", saved / "last.ckpt")
     assert torch.load(saved / "last.ckpt", weights_only=True)["global_step"] < 6
-    fit(parts, conversations, resumed)
-    llava_bidir.cli.main(["export", str(resumed), str(tmp_path / "hf")])
-    expected = read_export(tmp_path / "undisturbed/hf")
-    for folder in (resumed / "hf", tmp_path / "hf"):
-        written = read_export(folder)
-        assert written.keys() == expected.keys()
-        for name, weight in expected.items():
-            assert torch.equal(weight, written[name]), name
+    fit(resumed)
+    assert_same_weights(read_export(resumed / "hf"), read_export(tmp_path / "undisturbed/hf"))

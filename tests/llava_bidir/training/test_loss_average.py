@@ -1,15 +1,12 @@
 """Both averages of a step's loss, against a loop over samples (test_deepspeed_strategy.py: on two processes)."""
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
 from tolerances import rounding
+from training_runs import make_data, make_trainer
 
 from llava_bidir.data.batch_samplers import StepLoader
-from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.model.build import build_processor
 from llava_bidir.training.module import LlavaTraining
 
 pytestmark = pytest.mark.numerics
@@ -37,36 +34,6 @@ def gradients(model) -> dict[str, torch.Tensor]:
     }
 
 
-def fit_one_step(
-    parts,
-    folder,
-    loss_average: str,
-    micro_batch_size: int,
-) -> Recorded:
-    torch.manual_seed(0)
-    module = Recorded(*parts, ["adapter", "llm"], loss_average=loss_average, learning_rate=0.0)
-    data = InstructionData(
-        str(folder / "data.json"),
-        str(folder),
-        batch_size=GLOBAL_BATCH,
-        micro_batch_size=micro_batch_size,
-        num_workers=0,
-        processor=build_processor(*parts),
-        image_tokens=tiny_models.TOKENS,
-    )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, datamodule=data)
-    return module
-
-
 def summed_losses(model, batches) -> tuple[list[torch.Tensor], list[int]]:
     """Return the summed loss and the supervised tokens of each sample alone, without padding."""
     sums = []
@@ -88,13 +55,13 @@ def summed_losses(model, batches) -> tuple[list[torch.Tensor], list[int]]:
     ("loss_average", "micro"), [("tokens", 8), ("tokens", 2), ("llava", 8), ("llava", 2)]
 )
 def test_gradients_of_a_step_are_those_of_the_average(
-    loss_average,
-    micro,
-    parts,
-    conversations,
+    loss_average, micro, parts, conversations, tmp_path
 ):
     """`tokens` averages over the whole global batch, `llava` over the means of the micro-batches."""
-    step = fit_one_step(parts, conversations, loss_average, micro)
+    torch.manual_seed(0)
+    step = Recorded(*parts, ["adapter", "llm"], loss_average=loss_average, learning_rate=0.0)
+    data = make_data(conversations, parts, batch_size=GLOBAL_BATCH, micro_batch_size=micro)
+    make_trainer(tmp_path, max_steps=1).fit(step, datamodule=data)
     sums, counts = summed_losses(step.model, step.batches)
     assert len(counts) == GLOBAL_BATCH
     assert len(set(counts)) > 2
@@ -104,30 +71,28 @@ def test_gradients_of_a_step_are_those_of_the_average(
     means = [sum(sums[i : i + size]) / sum(counts[i : i + size]) for i in cuts]
     step.model.zero_grad()
     (sum(means) / len(means)).backward()
-    expected = gradients(step.model)
-    assert step.gradients.keys() == expected.keys()
-    for name, gradient in step.gradients.items():
-        near = rounding(expected[name], 2 * 7)  # layers from the pixels to the logits and back
-        torch.testing.assert_close(gradient, expected[name], **near)
+    for name, expected in gradients(step.model).items():
+        near = rounding(expected, 2 * 7)  # layers from the pixels to the logits and back
+        torch.testing.assert_close(step.gradients[name], expected, **near)
 
 
-def test_weights_of_a_step_average_to_one_and_none_is_lost():
+@pytest.mark.parametrize(
+    ("step_batches", "share_of_others", "weights"),
+    [
+        (2, 1.0, [2, 0, 2, 0, 0, 0, 1.75, 0.25]),
+        (4, 1.0, [1.5, 0, 2.5, 0, 0, 0, 3.5, 0.5]),
+        (1, 0.5, [2, 0, 2, 0, 0, 0, 2, 2]),  # beside an idle rank
+    ],
+)
+def test_weights_of_a_step_average_to_one_and_none_is_lost(step_batches, share_of_others, weights):
     counts = [3, 0, 5, 0, 0, 0, 7, 1]
-
-    def weights(step_batches, mean_over_ranks=lambda mean: mean) -> list[float]:
-        loader = StepLoader(
-            counts,
-            batch_size=1,
-            collate_fn=lambda x: {"supervised": x[0]},
-            step_batches=step_batches,
-            mean_over_ranks=mean_over_ranks,
-        )
-        batches = list(loader)
-        assert len(loader) == len(counts)
-        assert [batch["supervised"] for batch in batches] == counts
-        return [float(batch["weight"]) for batch in batches]
-
-    assert weights(2) == [2, 0, 2, 0, 0, 0, 1.75, 0.25]
-    assert weights(4) == [1.5, 0, 2.5, 0, 0, 0, 3.5, 0.5]
-    beside_an_idle_rank = weights(1, lambda mean: mean / 2)
-    assert beside_an_idle_rank == [2, 0, 2, 0, 0, 0, 2, 2]
+    loader = StepLoader(
+        counts,
+        batch_size=1,
+        collate_fn=lambda x: {"supervised": x[0]},
+        step_batches=step_batches,
+        mean_over_ranks=lambda mean: mean * share_of_others,
+    )
+    batches = list(loader)
+    assert [batch["supervised"] for batch in batches] == counts
+    assert [float(batch["weight"]) for batch in batches] == weights

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 from PIL import Image
-from run_bytes import run_bytes
+from run_bytes import assert_same_export, run_bytes
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.cli import main
@@ -120,36 +120,35 @@ def test_a_change_of_settings_data_or_models_changes_its_key_of_the_identity_and
             before = after
 
 
-@pytest.mark.parametrize("key", ["settings.model.image_attention", "data.images"])
+MASKS = "model.image_attention='causal', but this run has 'bidirectional'"
+LENGTHS = (
+    "trainer.max_epochs=1, but this run has 2; its learning rate ends with it. .*llava-bidir exp"
+)
+IMAGES = r"data.images='10, sha256 \w{16}', .*'10, sha256 \w{16}'"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("settings.model.image_attention", MASKS),
+        ("settings.trainer.max_epochs", LENGTHS),
+        ("data.images", IMAGES),
+    ],
+)
 def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(
-    key,
-    finished,
-    unfinished,
-    parts,
-    conversations,
-    tmp_path,
+    key, message, finished, unfinished, parts, conversations, tmp_path
 ):
     run, command = finished
     copy, resuming = unfinished
     before = run_bytes(run)
-    change = CHANGES[key]
-    ckpt_path = "last"
-    if callable(change):
+    options = CHANGES[key]
+    if callable(options):
         options = copied_parts(tmp_path / "copies", parts, conversations)
-        change(tmp_path / "copies")
-        ckpt_path = checkpoint(copy)
-    else:
-        options = change
-    message = {
-        "settings.model.image_attention": "model.image_attention='causal', .* 'bidirectional'",
-        "data.images": r"data.images='10, sha256 \w{16}', .*'10, sha256 \w{16}'",
-    }[key]
-    with pytest.raises(SystemExit, match=rf"^llava-bidir: \S*json belongs to a run with {message}"):
-        main([*command, *options, "--ckpt_path", "last"])
-    with pytest.raises(
-        SystemExit, match=f"^llava-bidir: the checkpoint belongs to a run with {message}"
-    ):
-        main([*resuming, *options, "--ckpt_path", ckpt_path])
+        CHANGES[key](tmp_path / "copies")
+    for words, source in ((command, r"\S*json"), (resuming, "the checkpoint")):
+        expected = f"^llava-bidir: {source} belongs to a run with {message}"
+        with pytest.raises(SystemExit, match=expected):
+            main([*words, *options, "--ckpt_path", "last"])
     assert not (copy / "hf").exists()
     assert not (copy / "config.yaml").exists()
     assert run_bytes(run) == before
@@ -167,50 +166,19 @@ def test_settings_that_change_no_result_may_change(finished, unfinished, caplog)
         assert weight.equal(weights[name]), name
 
 
-@pytest.mark.parametrize("is_finished", [True, False])
-def test_a_run_that_shall_be_longer_is_trained_on_from_its_export(
-    is_finished,
-    finished,
-    unfinished,
-    tmp_path,
-):
-    """It said to resume with the original setting, or to start anew; the error's own command works."""
-    run, command = finished if is_finished else unfinished
-    with pytest.raises(SystemExit) as error:
-        main([*command, "--trainer.max_steps", "4", "--ckpt_path", "last"])
-    advice = error.value.code
-    assert "trainer.max_steps=-1, but this run has 4; its learning rate ends with it" in advice
-    export = run / "hf"
-    if not is_finished:
-        export = tmp_path / "run-export"
-        assert f"`llava-bidir export {run} {export}`, then " in advice
-        main(["export", str(run), str(export)])
-        assert not (run / "hf").exists()
-    options = f"--model.adapter {export} --model.llm {export}"
-    assert advice.endswith(f"the same command with {options} --out NEW")
-    more = (
-        f"{options} --trainer.max_steps 1 --model.learning_rate 0 --model.adapter_learning_rate 0"
-    )
-    main([*command, *more.split(), "--out", str(tmp_path / "new")])
+def test_a_run_is_trained_on_from_its_export(unfinished, tmp_path):
+    """Here with a rate of 0, after which its weights are those of the export."""
+    run, command = unfinished
+    export = tmp_path / "exported"
+    main(["export", str(run), str(export)])
+    options = f"--model.adapter {export} --model.llm {export} --model.learning_rate 0"
+    options += f" --model.adapter_learning_rate 0 --trainer.max_steps 1 --out {tmp_path}/new"
+    main([*command, *options.split()])
     before = load_file(export / "model.safetensors")
     after = load_file(tmp_path / "new/hf/model.safetensors")
     assert before.keys() == after.keys()
     for name, weight in before.items():
         assert weight.equal(after[name]), name
-
-
-# ---------------------------------------------------------------------------------------------------- refusals
-@pytest.mark.parametrize(("option", "value"), [("fast_dev_run", "true"), ("overfit_batches", "1")])
-def test_options_after_which_a_trial_would_count_as_finished_are_refused(
-    option,
-    value,
-    parts,
-    conversations,
-    tmp_path,
-):
-    with pytest.raises(SystemExit, match=f"{option} must be (False|0.0), got .*; for a trial, use"):
-        tiny_models.fit(parts, conversations, tmp_path / "run", f"--trainer.{option}", value)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_is_validated_as_the_model_that_it_is_of(
@@ -239,11 +207,24 @@ def test_stage_2_refuses_an_adapter_of_another_encoder(finished, parts, conversa
     assert not (tmp_path / "run/hf").exists()
 
 
-def test_micro_batches_are_not_given_twice(parts, conversations, tmp_path):
-    with pytest.raises(SystemExit, match="accumulate_grad_batches is 3, but .* make it 1"):
-        tiny_models.fit(
-            parts, conversations, tmp_path / "run", "--trainer.accumulate_grad_batches", "3"
-        )
+# ---------------------------------------------------------------------------------------------------- refusals
+REFUSED = {  # options: message
+    "--trainer.fast_dev_run true": "fast_dev_run must be False, got .*; for a trial, use",
+    "--trainer.overfit_batches 1": "overfit_batches must be 0.0, got .*; for a trial, use",
+    "--trainer.limit_train_batches 2": "limit_train_batches must be 1.0, got .*; for a trial, use",
+    "--trainer.accumulate_grad_batches 3": "accumulate_grad_batches is 3, but .* make it 1",
+    "--ckpt_path last --overwrite true": "give one of them",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_options_that_contradict_each_other_or_the_record_are_refused(
+    options, parts, conversations, tmp_path
+):
+    """A trial would count as finished; micro-batches follow from the data's sizes."""
+    with pytest.raises(SystemExit, match=REFUSED[options]):
+        tiny_models.fit(parts, conversations, tmp_path / "run", *options.split())
+    assert not (tmp_path / "run/hf").exists()
 
 
 def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
@@ -256,11 +237,7 @@ def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            [],
-            r"holds a finished run \(hf/training.json\); add `--ckpt_path last`.*`--overwrite true`",
-        ),
-        (["--ckpt_path", "last", "--overwrite", "true"], "give one of them"),
+        ([], r"a finished run \(hf/training.json\); add `--ckpt_path last`.*`--overwrite true`"),
         (["--overwrite", "true", "--model.adapter", "/nowhere"], "/nowhere"),
     ],
 )
@@ -276,7 +253,6 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(
     finished, unfinished, monkeypatch
 ):
     folder, command = unfinished
-    longer = [*command, "--trainer.max_epochs", "2"]
     with pytest.raises(SystemExit, match="run holds an unfinished run .checkpoints/"):
         main(command)
     shutil.copytree(finished[0] / "hf", folder / "hf")
@@ -284,11 +260,8 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(
         export = "llava_bidir.training.read_checkpoint.export_hf"
         patch.setattr(export, lambda *args: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
-            main([*longer, "--overwrite", "true"])
+            main([*command, "--overwrite", "true"])
     assert not (folder / "hf").exists()
     assert checkpoint(folder), "one of the new run, none of the other"
-    main([*longer, "--ckpt_path", "last"])
-    ours, replaced = (
-        json.loads((run / "hf/training.json").read_text()) for run in (folder, finished[0])
-    )
-    assert ours["steps"] == 2 * replaced["steps"]
+    main([*command, "--ckpt_path", "last"])
+    assert_same_export(folder / "hf", finished[0] / "hf")

@@ -51,26 +51,19 @@ def build(parts, name: str, **settings) -> tuple[LlavaTraining, Collate]:
     return module, Collate(module.processor, tiny_models.TOKENS, "vicuna_v1")
 
 
-def loss_and_gradients(module, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    module.model.zero_grad()
-    loss = module.loss(batch)
-    loss.backward()
-    return loss.detach(), {
-        n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad
-    }
-
-
-def assert_equal(ours, expected) -> None:
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=0)
-    for name, gradient in expected[1].items():
-        near = 1e-5 * gradient.abs().max().item()
-        torch.testing.assert_close(
-            ours[1][name],
-            gradient,
-            rtol=0,
-            atol=near,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
+def assert_same_training(module, expected, batch) -> None:
+    """Compare the loss and the gradients of two modules."""
+    losses = []
+    for each in (module, expected):
+        losses.append(each.loss(batch))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    pairs = zip(module.model.named_parameters(), expected.model.parameters(), strict=True)
+    for (name, ours), theirs in pairs:
+        if theirs.requires_grad:
+            near = 1e-5 * theirs.grad.abs().max().item()
+            difference = (ours.grad - theirs.grad).abs().max()
+            assert difference <= near, name
 
 
 @torch.no_grad()
@@ -78,19 +71,15 @@ def llava_logits(
     model,
     image_attention: str,
     ids: torch.Tensor,
-    pixels: torch.Tensor | None,
+    pixels: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the logits f[N, V] of a sample without padding.
+    """Return the logits f[N, V] of a sample without padding, ids i64[N], by attention that is written out.
 
-    Args:
-        model: `LlavaBidirForConditionalGeneration` with a Llama, used for its weights, and for the features of images.
-        image_attention: Name of the mask.
-        ids: i64[N].
-        pixels: f[I, 3, H, W], or None without images.
+    The model, whose LLM is a Llama, is used for its weights, and for the features of images.
     """
     is_image = ids == model.config.image_token_id
     embedded = model.get_input_embeddings()(ids)
-    if pixels is not None:
+    if is_image.any():
         embedded[is_image] = torch.cat(list(model.get_image_features(pixels).pooler_output))
     decoder = model.model.language_model
     mask = reference.mask_by_loop(image_attention, is_image[None], torch.ones_like(ids)[None])
@@ -107,8 +96,7 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
     count = 0
     for item in samples():
         ids, labels = (torch.tensor(row) for row in collate.encode(item))
-        shown = module.model.config.image_token_id in ids
-        pixels = collate.pixels([item], [ids.tolist()]) if shown else None
+        pixels = collate.pixels([item], [ids.tolist()])
         logits = llava_logits(module.model, name, ids, pixels)[:-1]
         loss = F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
         total += loss.item()
@@ -117,50 +105,39 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
 
 
 def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):
-    results = []
+    plain, collate = build(parts, "bidirectional")
+    recomputed, _ = build(parts, "bidirectional", gradient_checkpointing=True)
     runs = []
-    for recompute in (False, True):
-        module, collate = build(parts, "bidirectional", gradient_checkpointing=recompute)
-        for layer in module.model.model.language_model.layers:
-            layer.self_attn.register_forward_pre_hook(lambda *args, r=recompute: runs.append(r))
-        module.model.train()
-        results.append(loss_and_gradients(module, collate(samples())))
-    assert_equal(results[1], results[0])
-    assert runs == [False] * 3 + [True] * 6
+    for layer in recomputed.model.model.language_model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *args: runs.append(args))
+    assert_same_training(recomputed.train(), plain.train(), collate(samples()))
+    assert len(runs) == 2 * 3
 
 
 @pytest.mark.slow
 def test_compiled_layers_leave_loss_and_gradients(parts):
-    results = []
-    for compiled in (False, True):
-        module, collate = build(
-            parts, "bidirectional", compile=compiled, gradient_checkpointing=True
-        )
-        torch.compiler.reset()
-        results.append(loss_and_gradients(module.train(), collate(samples())))
-    assert_equal(results[1], results[0])
+    torch.compiler.reset()
+    plain, collate = build(parts, "bidirectional")
+    compiled, _ = build(parts, "bidirectional", compile=True, gradient_checkpointing=True)
+    assert_same_training(compiled.train(), plain.train(), collate(samples()))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0, "nothing was compiled"
-    module.on_validation_start()
-    module.loss(collate(samples()[:1]))
-    module.on_validation_end()
+    compiled.on_validation_start()
+    compiled.loss(collate(samples()[:1]))
+    compiled.on_validation_end()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-
-
-def device_reads(module, batch) -> list[str]:
-    with DeviceReads() as mode:
-        module.loss(batch).backward()
-    return mode.reads
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_no_forward_or_backward_pass_waits_for_the_device(name, parts):
     module, collate = build(parts, name, gradient_checkpointing=True)
     for shown in (True, False):
-        reads = device_reads(module.train(), collate(samples(shown)))
+        batch = collate(samples(shown))
+        with DeviceReads() as mode:
+            module.train().loss(batch).backward()
         # transformers looks for packed samples in the positions of a causal row without a mask
         expected = ["_local_scalar_dense"] if name == "causal" or not shown else []
-        assert reads == expected
+        assert mode.reads == expected
 
 
 @pytest.mark.parametrize("change", [1, -1])

@@ -21,7 +21,6 @@ def test_validation_is_neither_training_nor_waiting_for_data(monkeypatch):
     batch = {
         "lengths": [3, 5],
         "pixel_values": torch.zeros(1, 3, 2, 2),
-        "text_only": 2,
         "input_ids": torch.zeros(2, 5),
         "supervised": 4,
     }

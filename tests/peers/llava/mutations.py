@@ -101,9 +101,9 @@ MUTATIONS = [
     Mutation(
         "adapter idle on batches of text",
         "stage 2, float64",
-        "training/module.py",
-        "if not needed:",
-        "if True:",
+        "training/loss.py",
+        "features = features[:0]",
+        "features = features[:0].detach()",
     ),
     Mutation(
         "two global batches exchanged",
@@ -116,7 +116,7 @@ MUTATIONS = [
         "end of the answer not trained",
         "stage 2, float64",
         "data/conversation.py",
-        "pieces.append((f\" {answer['value']}{eos}\", True))",
-        "pieces += [(f\" {answer['value']}\", True), (eos, False)]",
+        "pieces.append((f\" {answer['value']}{tokenizer.eos_token}\", True))",
+        "pieces += [(f\" {answer['value']}\", True), (tokenizer.eos_token, False)]",
     ),
 ]

@@ -24,22 +24,8 @@ ADAPTER = WORLD / "adapter"
 THEIR_PYTHON = ".venv-llava/bin/python"
 
 
-def call(
-    python: str,
-    script: str,
-    *arguments,
-    log: Path,
-    packages: Path,
-) -> None:
-    """Run a script of this folder; stop with the end of its log if it fails.
-
-    Args:
-        python: Interpreter.
-        script: File in this folder.
-        *arguments: Its arguments.
-        log: File for what it prints.
-        packages: Folder that `llava_bidir` is imported from.
-    """
+def call(python: str, packages: Path, log: Path, script: str, *arguments) -> None:
+    """Run a script of this folder, with packages of another one; stop with the end of its log if it fails."""
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
@@ -64,36 +50,17 @@ def train_theirs(case: Case) -> Path:
     case = BY_NAME[case.theirs_of or case.name]
     out = RUNS / case.folder / "theirs"
     if not (out / "weights.npz").exists():
-        call(
-            THEIR_PYTHON,
-            "theirs.py",
-            out,
-            case.precision,
-            *case.their_flags(WORLD, ADAPTER, out),
-            log=RUNS / case.folder / "theirs.log",
-            packages=HERE,
-        )
+        flags = case.their_flags(WORLD, ADAPTER, out)
+        log = out.with_suffix(".log")
+        call(THEIR_PYTHON, HERE, log, "theirs.py", out, case.precision, *flags)
     return out
 
 
-def train_ours(
-    case: Case,
-    out: Path,
-    packages: Path,
-    *more: str,
-) -> Path:
+def train_ours(case: Case, out: Path, packages: Path, *more: str) -> Path:
     """Return the folder of our training of a case."""
     if not (out / "weights.npz").exists():
-        call(
-            sys.executable,
-            "ours.py",
-            out,
-            train_theirs(case),
-            *case.our_flags(WORLD, ADAPTER),
-            *more,
-            log=out.with_suffix(".log"),
-            packages=packages,
-        )
+        arguments = [out, train_theirs(case), *case.our_flags(WORLD, ADAPTER), *more]
+        call(sys.executable, packages, out.with_suffix(".log"), "ours.py", *arguments)
     return out
 
 
@@ -128,13 +95,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="renew the committed results")
     arguments = parser.parse_args()
     if not (ADAPTER / "hf").exists():
-        call(
-            sys.executable,
-            "world.py",
-            WORLD,
-            log=RUNS / "world.log",
-            packages=Path.cwd(),
-        )
+        call(sys.executable, Path.cwd(), RUNS / "world.log", "world.py", WORLD)
     before = initial_weights(ADAPTER)
     cases = {}
     wrong = []

@@ -112,13 +112,8 @@ class InstructionData(LightningDataModule):
             trainer.world_size,
             self.seed,
         )
-        micro_batches = self.batch_size // (self.micro_batch_size * trainer.world_size)
-        if trainer.accumulate_grad_batches not in (1, micro_batches):
-            raise UserError(
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but data.batch_size and "
-                f"data.micro_batch_size make it {micro_batches}; leave it out"
-            )
-        trainer.accumulate_grad_batches = micro_batches
+        step_samples = self.micro_batch_size * trainer.world_size
+        trainer.accumulate_grad_batches = self.batch_size // step_samples
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, self.steps_per_epoch)
 
     @property

@@ -40,9 +40,9 @@ FEATURES = datasets.Features(
     id=TEXT,
     image=TEXT,
     conversations=datasets.List({"from": TEXT, "value": TEXT}),
-    words=datasets.Value("int32"),
+    length=datasets.Value("int32"),
 )
-RULES = 6  # part of the cache key; increase it when the same file would be read differently
+RULES = 7  # part of the cache key; increase it when the same file would be read differently
 
 
 def read_annotations(path: str | Path) -> datasets.Dataset:
@@ -54,7 +54,8 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         - id: str
         - image: str, "" for text-only records
         - conversations: list of {from, value}, the turns from the first question on
-        - words: number of words in all turns, the length that LLaVA's sampler uses
+        - length: number of words in all turns, at least 1, negative without an image. Source: LLaVA train.py
+          modality_lengths
 
     Raises:
         UserError: A record cannot be trained on, or the file cannot be read.
@@ -109,8 +110,9 @@ def _rows(path: str, **_: int) -> Iterator[dict[str, Any]]:
                 "id": str(record.get("id", "")),
                 "image": image,
                 "conversations": usable_turns(turns),
-                "words": sum(len(turn["value"].split()) for turn in turns),
             }
+            words = max(sum(len(turn["value"].split()) for turn in turns), 1)  # 0 has no sign
+            row["length"] = words if image else -words
         yield row
 
 
@@ -172,10 +174,8 @@ class Instructions(Dataset):
                 )
 
     def lengths(self) -> np.ndarray:
-        """Return words per record, int64, negative without an image. Source: LLaVA train.py modality_lengths."""
-        table = self.records.with_format("numpy", columns=["words", "image"])[:]
-        words = np.maximum(table["words"], 1)  # 0 has no sign
-        return np.where(table["image"] == "", -words, words)
+        """Return the length of each record, int32[records]."""
+        return self.records.data.column("length").to_numpy()
 
 
 def has_first_answer(record: dict[str, Any]) -> bool:

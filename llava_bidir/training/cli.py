@@ -52,7 +52,7 @@ class TrainingCLI(RunCLI):
         parser.link_arguments("data.template", "model.template")
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
-        """Refuse what would show other samples in each epoch, or count as a finished run that is none."""
+        """Refuse what would count as a finished run that is none, or is overruled by the data's sizes."""
         trainer = super().instantiate_trainer(**kwargs)
         required = {
             "fast_dev_run": False,
@@ -61,6 +61,8 @@ class TrainingCLI(RunCLI):
         }
         why = "a run would count as finished that is none; for a trial, use trainer.max_steps and another --out"
         check_trainer(trainer, required, why)
+        why = "it follows from data.batch_size and data.micro_batch_size"
+        check_trainer(trainer, {"accumulate_grad_batches": 1}, why)
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:

@@ -348,7 +348,7 @@ class LlavaTraining(LightningModule):
             self._check_same_run(checkpoint)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         if "state_dict" not in checkpoint:
-            return  # ZeRO stores weights elsewhere and checks them itself
+            return  # ZeRO has loaded the weights itself
         trained = self.trainable_names()
         if missing := trained - set(checkpoint["state_dict"]):
             found = f"lacks {len(missing)} of {len(trained)} trained tensors, e.g. {min(missing)}"

@@ -4,8 +4,7 @@ r"""Compare the sites of a tiny random LLaVA with TransformerLens and nnsight, f
         typeguard zstandard websocket-client httpx httpcore        # in a copy of .venv
     PYTHONPATH=.:tests/helpers python tests/peers/hook_names.py
 
-Prints the largest difference at each site, then that of the last states after a vector was added at a site. Float32,
-with stock weights and three text tokens after the image.
+Prints the largest difference at each site, in float32, with stock weights and three text tokens after the image.
 """
 
 import sys
@@ -100,42 +99,6 @@ def in_nnsight(path: Path, inputs: dict) -> States:
     return states
 
 
-def steer_transformer_lens(
-    path: Path,
-    inputs: dict,
-    image: slice,
-    layer: int,
-    vector: Tensor,
-) -> Tensor:
-    last = {}
-
-    def steer(states: Tensor, hook) -> Tensor:
-        states = states.clone()
-        states[:, image] += vector
-        return states
-
-    def keep(states: Tensor, hook) -> None:
-        last["states"] = states
-
-    hooks = [(f"blocks.{layer - 1}.hook_resid_post", steer), ("ln_final.hook_out", keep)]
-    load_bridge(path).run_with_hooks(**as_bridge_inputs(inputs), fwd_hooks=hooks)
-    return last["states"]
-
-
-def steer_nnsight(
-    path: Path,
-    inputs: dict,
-    image: slice,
-    layer: int,
-    vector: Tensor,
-) -> Tensor:
-    model = nnsight.TransformersModel(str(path), task="image-text-to-text", dispatch=True)
-    with model.trace(**inputs):
-        model.model.language_model.layers[layer - 1].output[:, image] += vector
-        last = model.model.language_model.norm.output.save()
-    return last
-
-
 def as_bridge_inputs(inputs: dict) -> dict:
     return {"input": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}
 
@@ -177,17 +140,6 @@ def main() -> None:
                 expected = ours[site.split(", not ")[-1]]
                 size = expected.abs().max()
                 print(f"{peer:16}{site:30}{largest(states, expected):9.1e} at up to {size:.0f}")
-        vector = torch.linspace(-9, 9, mllm.widths["adapter"])
-        steering = {"TransformerLens": steer_transformer_lens, "nnsight": steer_nnsight}
-        for layer in range(1, len(mllm.layers) + 1):
-            hooks = {layer_site(layer): lambda states: states + vector}
-            expected = mllm.states(pixels, ["final_norm"], hooks=hooks)["final_norm"]
-            effect = largest(expected, ours["final_norm"])
-            for peer, steer in steering.items():
-                got = steer(path, inputs, image, layer, vector)[:, image]
-                print(
-                    f"{peer} steered at layer {layer}: {largest(got, expected):.1e} of {effect:.1e}"
-                )
         print("TransformerLens, a hook in the encoder moves the logits by")
         print("  ", effect_in_the_encoder(path, inputs, 1), "at the layer that LLaVA reads")
         print("  ", effect_in_the_encoder(path, inputs, 0), "one layer earlier")

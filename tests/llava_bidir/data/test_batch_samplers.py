@@ -81,7 +81,7 @@ def test_grouped_batches_are_llavas_with_the_longest_in_front(lengths, micro, de
     last = theirs[full] if len(theirs) > full else []
     assert rest[: len(last)] == last
     longest = [max(abs(lengths[i]) for i in row) for row in ours[:full]]
-    assert longest[:1] == [max(longest)] * bool(longest)
+    assert not longest or longest[0] == max(longest)
 
 
 @pytest.mark.parametrize("draw", DRAWS)

@@ -65,9 +65,8 @@ REFUSED = {  # model type: (its settings, why)
     ),
     "bert": (SIZES | {"is_decoder": True}, "bert computes them in a way"),
     "bart": ({"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4}, "not auto"),
-    "trocr": ({"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4}, "Unrecognized"),
 }
-EAGER = {"gemma2", "recurrent_gemma", "trocr"}  # transformers runs them with no other attention
+EAGER = {"gemma2", "recurrent_gemma"}  # transformers runs them with no other attention
 NEW = 6
 
 

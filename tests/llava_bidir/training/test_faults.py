@@ -85,10 +85,11 @@ def test_killed_runs_end_as_an_undisturbed_one(faults, parts, conversations, tmp
     ],
 )
 def test_a_run_killed_in_validation_export_or_a_save_ends_as_an_undisturbed_one(
-    function, stage, parts, conversations, tmp_path, monkeypatch
+    function, stage, parts, tmp_path, monkeypatch
 ):
     """It is resumed from the checkpoint before; a save is killed when half of the file is written."""
     log = tmp_path / "log"
+    data = tiny_models.write_conversations(tmp_path / "data", text_only=2 if stage == 2 else 0)
     more = f"{STAGES[stage]} --ckpt_path last --checkpoints.every_n_steps 1"
     if function.startswith("model"):
         more += " --model.lora.r 2 --model.frozen_dtype bfloat16 --trainer.precision bf16-mixed"
@@ -98,7 +99,7 @@ def test_a_run_killed_in_validation_export_or_a_save_ends_as_an_undisturbed_one(
 
     def train(name: str) -> int:
         out = tmp_path / name
-        run = partial(tiny_models.fit, parts, conversations, out, *more.split())
+        run = partial(tiny_models.fit, parts, data, out, *more.split())
         return wait(fork(run, log))
 
     save = torch.save

@@ -212,7 +212,7 @@ REFUSED = {  # options: message
     "--trainer.fast_dev_run true": "fast_dev_run must be False, got .*; for a trial, use",
     "--trainer.overfit_batches 1": "overfit_batches must be 0.0, got .*; for a trial, use",
     "--trainer.limit_train_batches 2": "limit_train_batches must be 1.0, got .*; for a trial, use",
-    "--trainer.accumulate_grad_batches 3": "accumulate_grad_batches is 3, but .* make it 1",
+    "--trainer.accumulate_grad_batches 3": "accumulate_grad_batches must be 1, got 3: it follows",
     "--ckpt_path last --overwrite true": "give one of them",
 }
 

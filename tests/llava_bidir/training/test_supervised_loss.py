@@ -138,16 +138,3 @@ def test_no_forward_or_backward_pass_waits_for_the_device(name, parts):
         # transformers looks for packed samples in the positions of a causal row without a mask
         expected = ["_local_scalar_dense"] if name == "causal" or not shown else []
         assert mode.reads == expected
-
-
-@pytest.mark.parametrize("change", [1, -1])
-def test_other_number_of_features_than_image_tokens_is_an_error(change, parts):
-    """Without a count on the device. Features would otherwise belong to other images."""
-    module, collate = build(parts, "causal")
-    batch = collate(samples())
-    positions = batch["image_positions"]
-    batch["image_positions"] = (
-        torch.cat([positions, positions[:1]]) if change > 0 else positions[:-1]
-    )
-    with pytest.raises((RuntimeError, IndexError), match="index_copy"):
-        module.loss(batch)

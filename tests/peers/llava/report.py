@@ -29,7 +29,6 @@ DEVIATING = (
 )
 CHANGED = (
     "bug",
-    "stage",
     "batches that differ",
     "largest loss",
     "gradient norm",
@@ -129,7 +128,6 @@ def change(mutation, result: dict) -> tuple:
     """Return the cells of a bug in a copy of our package."""
     return (
         mutation.name,
-        mutation.case.split(",")[0].removeprefix("stage "),
         max(result["different_batches"].values()),
         result["loss"],
         result["grad_norm"],

@@ -1,4 +1,4 @@
-"""Both averages of a step's loss, against a loop over samples (test_sharded.py: on two processes)."""
+"""Both averages of a step's loss, against a loop over samples (test_deepspeed_strategy.py: on two processes)."""
 
 import pytest
 import torch

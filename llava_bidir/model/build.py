@@ -327,7 +327,7 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
             )
     tensors = read_tensors(Path(directory), ADAPTER)
     weights = {name.partition(ADAPTER)[2]: tensor for name, tensor in tensors.items()}
-    with error_context(f"adapter checkpoint {directory}"):
+    with error_context(f"adapter checkpoint {directory} does not fit this encoder and LLM"):
         model.model.multi_modal_projector.load_state_dict(weights)
 
 

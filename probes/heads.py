@@ -1,59 +1,20 @@
 """Probe heads, which map states of tokens to class logits.
 
-Legend: B images, T = h * w tokens, d width, K classes, R ranks.
+Legend: B images, T = h * w tokens, d width, K classes.
 """
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
-from llava_bidir.common.processes import all_gather, rank_count
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation f[N, d] -> f[N, d] over the batches of all ranks, without parameters.
-
-    Equals `nn.SyncBatchNorm`, which requires GPUs, on any backend. Gradients do not cross ranks; none are needed,
-    because the input is frozen states.
-    """
-
-    def __init__(self, width: int):
-        super().__init__(width, affine=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Normalise states f[N, d]."""
-        if not self.training or rank_count() == 1:
-            return super().forward(states)
-        moments = all_gather(self._moments(states))
-        count, mean, variance = moments.split([1, self.num_features, self.num_features], dim=1)
-        total = count.sum()
-        overall = (count * mean).sum(0) / total
-        squares = (count * (variance + (mean - overall).square())).sum(0)
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(overall.to(self.running_mean), self.momentum)
-        self.running_var.lerp_((squares / (total - 1)).to(self.running_var), self.momentum)
-
-        def to(x):
-            return x.to(states.dtype)
-
-        return F.batch_norm(states, to(overall), to(squares / total), eps=self.eps)
-
-    def _moments(self, states: Tensor) -> Tensor:
-        """Return number, mean and variance of this rank's states as one tensor f64[1 + 2 d], for one collective."""
-        if not len(states):
-            return states.new_zeros(1 + 2 * self.num_features, dtype=torch.float64)
-        variance, mean = torch.var_mean(states, 0, correction=0)
-        return torch.cat([mean.new_full((1,), len(states)), mean, variance]).double()
-
 
 # Normalisations without trainable parameters; a linear probe stays linear in the normalised states.
 FEATURE_NORMS = {
     "none": lambda width: nn.Identity(),
-    "batchnorm": BatchNorm,
+    # over the batches of all ranks: of several, it needs GPUs
+    "batchnorm": lambda width: nn.SyncBatchNorm(width, affine=False),
     "layernorm": lambda width: nn.LayerNorm(width, elementwise_affine=False),
 }
 

@@ -183,13 +183,7 @@ class Readout:
             self.logits(torch.cat([part[site].float() for part in parts])) for site in self.sites
         ]
         view = mllm.geometry.view(tuple(self.targets.shape[-2:]))
-        by_token = self.causal is not None
-        counts = count(
-            torch.stack(logits),
-            self.targets,
-            view,
-            by_token=by_token,
-        )
+        counts = count(torch.stack(logits), self.targets, view)
         task = TASKS[SEGMENTATION]
         sums = task.sums(counts._asdict())
         effects = run_effects(
@@ -199,7 +193,7 @@ class Readout:
             sums,
             self.weights,
             None,
-            counts=counts if by_token else None,
+            counts=counts if self.causal is not None else None,
             columns=mllm.grid[1],
         )
         scores = dataset_scores(task, sums)[task.score].tolist()

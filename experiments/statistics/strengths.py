@@ -77,7 +77,7 @@ def score(
         logits = torch.einsum("td,rkd->rkt", state, weights) + points[..., -1:].float()
         logits = logits.unflatten(-1, GRID)[:, None]
         view = GEOMETRY.view(tuple(target.shape))
-        parts.append(count(logits, target[None], view, by_token=False))
+        parts.append(count(logits, target[None], view))
         masks = MaskPreparer(GEOMETRY, classes, NODES)([target])
         loss = loss + loss_and_gradient(logits, masks, needs_grad=False)[0].sum(1)
         pixels += int((target != 255).sum())

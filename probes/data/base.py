@@ -7,10 +7,9 @@ animation is read. Symlinks are followed.
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -19,19 +18,11 @@ from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest
-from llava_bidir.common.images import FORMATS, as_stored, orientation, read_image
+from llava_bidir.common.images import as_stored, orientation, read_image
 from probes.ops.geometry import IGNORE_INDEX
 
 GREY = 0  # colour type in the header of a PNG
 GOLDEN = 0.381966  # step between hues, after which they stay distinct for any number of classes
-
-
-class BadFile(UserError):
-    """A file that cannot be used; `kind` is the defect, by which reports group files."""
-
-    def __init__(self, message: str, kind: str = "unusable"):
-        super().__init__(message)
-        self.kind = kind
 
 
 class EmbeddedFile(io.BytesIO):
@@ -57,7 +48,7 @@ class ImageDataset(Dataset):
         groups: The cluster of each image (e.g. its city), or None.
 
     Raises:
-        BadFile: On access, if an image or target is invalid.
+        UserError: On access, if an image or target is invalid.
     """
 
     task: str  # of the key data.task
@@ -83,7 +74,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         image_file, *target_files = self.files[index]
-        image, tag = _open(image_file, lambda image: (as_stored(image), orientation(image)))
+        image, tag = read_image(image_file, lambda image: (as_stored(image), orientation(image)))
         target = self.read_target(*target_files)
         check_sizes(
             image.size,
@@ -99,7 +90,7 @@ class ImageDataset(Dataset):
         }
 
     def read_target(self, *files: Path) -> ndarray:
-        """Return the target of an image from its files, or raise a BadFile that names the file."""
+        """Return the target of an image from its files, or raise a UserError that names the file."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, str]:
@@ -130,7 +121,7 @@ class SegmentationDataset(ImageDataset):
 
     Raises:
         UserError: If lookup and classes do not match, which would silently score the wrong classes.
-        BadFile: On access, if an image or mask is invalid.
+        UserError: On access, if an image or mask is invalid.
     """
 
     task = "segmentation"
@@ -154,21 +145,20 @@ class SegmentationDataset(ImageDataset):
         self._lookup = lookup
 
     def read_target(self, mask_file: Path) -> ndarray:
-        """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a BadFile that names the file."""
+        """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a UserError that names the file."""
         mask = read_png(
             mask_file, ("L", "P"), "8-bit indices of classes, one per pixel and no colours"
         )
         *_, bits, colour = mask_file.read_bytes()[:26]
         if bits < 8 and colour == GREY:  # PIL would multiply the labels
-            raise BadFile(f"{mask_file} has {bits} bits per pixel; save it as 8-bit PNG")
+            raise UserError(f"{mask_file} has {bits} bits per pixel; save it as 8-bit PNG")
         target = self._lookup[mask]
         if (target < 0).any():
             wrong = np.unique(mask[target < 0]).tolist()
             valid = np.flatnonzero((self._lookup >= 0) & (self._lookup < IGNORE_INDEX))
-            raise BadFile(
+            raise UserError(
                 f"{mask_file} has label {wrong[0]} ({len(wrong)} such labels); expected {valid[0]} to {valid[-1]} for "
-                f"the {len(self.classes)} classes, or a label that is ignored",
-                "label out of range",
+                f"the {len(self.classes)} classes, or a label that is ignored"
             )
         return target.astype(np.uint8)
 
@@ -188,23 +178,12 @@ def lookup(classes: int, first: int = 0, ignored: Sequence[int] = (IGNORE_INDEX,
 
 
 def open_png(file: Path) -> Image.Image:
-    """Return a decoded PNG, or raise a BadFile that names it."""
-    return _open(file, lambda image: image.copy(), ("PNG",))
-
-
-def _open(
-    file: Path,
-    convert: Callable[[Image.Image], Any],
-    formats: tuple[str, ...] = FORMATS,
-) -> Any:
-    try:
-        return read_image(file, convert, formats)
-    except UserError as error:
-        raise BadFile(str(error), "cannot be read") from None
+    """Return a decoded PNG, or raise a UserError that names it."""
+    return read_image(file, lambda image: image.copy(), ("PNG",))
 
 
 def read_png(file: Path, modes: tuple[str, ...], expected: str) -> ndarray:
-    """Return the values of a PNG, or raise a BadFile that names it.
+    """Return the values of a PNG, or raise a UserError that names it.
 
     Args:
         file: The file.
@@ -213,9 +192,7 @@ def read_png(file: Path, modes: tuple[str, ...], expected: str) -> ndarray:
     """
     image = open_png(file)
     if image.mode not in modes:
-        raise BadFile(
-            f"{file} has mode {image.mode!r}; expected {expected}", f"file that is not {expected}"
-        )
+        raise UserError(f"{file} has mode {image.mode!r}; expected {expected}")
     return np.asarray(image)
 
 
@@ -226,7 +203,7 @@ def check_sizes(
     target_name: str,
     file: Path,
 ) -> None:
-    """Raise a BadFile unless image and target have the same size and an EXIF tag leaves no doubt about the rotation.
+    """Raise a UserError unless image and target have the same size and an EXIF tag leaves no doubt about the rotation.
 
     Args:
         image: Width and height.
@@ -237,17 +214,15 @@ def check_sizes(
     """
     rotated = image[::-1] if orientation in range(5, 9) else image
     if orientation in range(2, 9) and target == rotated:
-        raise BadFile(
+        raise UserError(
             f"{file} has EXIF orientation {orientation}, and its {target_name} has the size of the rotated image, but "
             "pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the target matches the rotated "
-            "image, else remove the tag (`exiftool -Orientation=`)",
-            "EXIF orientation",
+            "image, else remove the tag (`exiftool -Orientation=`)"
         )
     if target != image:
         sizes = [f"{width} x {height} px" for width, height in (target, image)]
-        raise BadFile(
-            f"the {target_name} is {sizes[0]}, its image {file} {sizes[1]}; expected the same size",
-            "image and target of different size",
+        raise UserError(
+            f"the {target_name} is {sizes[0]}, its image {file} {sizes[1]}; expected the same size"
         )
 
 

@@ -82,11 +82,14 @@ def _numbered(target: Tensor, index: int) -> dict:
     return {"index": index, "target": torch.full_like(target, ignored) if is_padding else target}
 
 
-def collate(samples: list[dict]) -> dict:
+def collate(samples: list[dict] | dict) -> dict:
     """Return a batch: index i64[B], pixels f[B, 3, H', W'], and B targets uint8[H, W] of the size of their image.
 
     Targets of depth are f32[H, W], of normals f32[H, W, 3]. "masks" has the masks that the dataset has prepared.
+    A batch of cached states is returned as it is.
     """
+    if isinstance(samples, dict):
+        return samples
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     join = {
         "index": torch.tensor,
@@ -125,11 +128,10 @@ class CachedFeatures(Dataset):
     ):
         need = copies * len(images) * (mllm.state_bytes(sites) + images[0]["target"].nbytes)
         available = available_memory()
-        size = f"{copies} x {len(images)} images x {len(sites)} sites and targets = {need / 1e9:.2f} GB"
         if need > 0.8 * available:
             raise UserError(
-                f"data.cache_features needs {size} for {name}, but {available / 1e9:.1f} GB are available; choose "
-                "fewer model.sites or set data.cache_features to false"
+                f"data.cache_features needs {need / 1e9:.2f} GB for {name}, but {available / 1e9:.1f} GB are free; "
+                "choose fewer model.sites or set data.cache_features to false"
             )
         shape = (len(images), mllm.grid[0] * mllm.grid[1])
         dtype = mllm.model.dtype

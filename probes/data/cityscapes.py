@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from .base import BadFile, SegmentationDataset, lookup
+from .base import SegmentationDataset, lookup
 from .file_layout import files_by_name, find_root, pair_files, read_json
-from .targets import DepthDataset, limit_depth, read_16_bit
+from .targets import DepthDataset, read_16_bit
 
 SPLITS = {"training": "train", "validation": "val"}
 SIZES = {"training": 2975, "validation": 500}
@@ -108,17 +108,11 @@ class CityscapesDepth(DepthDataset):
         self.official_size = SIZES[split]
 
     def read_target(self, disparity_file: Path, camera_file: Path) -> ndarray:
-        """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a BadFile."""
+        """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a UserError."""
         camera = read_json(camera_file, "the published camera file")
-        try:
-            product = np.float32(camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"])
-        except (KeyError, TypeError):
-            product = np.nan
-        if not 0 < product < np.inf:  # in metres x pixels
-            raise BadFile(
-                f"{camera_file}: expected positive numbers extrinsic.baseline and intrinsic.fx"
-            )
+        # in metres x pixels
+        product = np.float32(camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"])
         values = read_16_bit(disparity_file)
         # 1 is infinitely far
         disparity = np.where(values > 1, (values - 1) / 256, np.nan)
-        return limit_depth(product / disparity, self.max_depth, disparity_file)
+        return self.limited(product / disparity)

@@ -9,14 +9,13 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-MOST_LISTED = 8  # files of a folder in a message
 
 
 def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
     """Return the folder that contains all `parts`: `root`, or its subfolder `name` (may contain slashes).
 
     Raises:
-        UserError: If neither does; the message lists the contents of `root`.
+        UserError: If neither does.
     """
     root = Path(root)
     for folder in (root, root / name):
@@ -24,17 +23,8 @@ def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
         if not missing:
             return folder
     raise UserError(
-        f"data.root: {root} lacks {', '.join(parts)}, which the dataset's {name} contains; {_describe(root)}"
+        f"data.root: {root} lacks {', '.join(parts)}, which the dataset's {name} contains"
     )
-
-
-def _describe(folder: Path) -> str:
-    """Return what is in a folder, in words."""
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    names = sorted(path.name for path in folder.iterdir())
-    more = ", ..." * (len(names) > MOST_LISTED)
-    return f"{folder} contains {', '.join(names[:MOST_LISTED]) or 'nothing'}{more}"
 
 
 def files_by_name(
@@ -49,7 +39,7 @@ def files_by_name(
         UserError: If the folder does not exist, or two files have the same name.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; {_describe(folder.parent)}")
+        raise UserError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
         # macOS writes ._NAME beside each file, on disks of other systems

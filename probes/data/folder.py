@@ -63,7 +63,8 @@ def _read_classes_json(path: Path) -> tuple[list[str], int, list[int], list | No
             raise UserError(f"{path} needs {what}")
 
     are_names = isinstance(names, list) and all(isinstance(x, str) and x for x in names)
-    need(are_names and len({*names}) == len(names), 'different names in a list under "classes"')
+    are_different = are_names and len({*names}) == len(names) > 1
+    need(are_different, 'two or more different names in a list under "classes"')
     need(isinstance(first, bool), 'true or false under "reduce_zero_label"')
     need(
         all(map(_is_byte, ignored)),
@@ -71,12 +72,6 @@ def _read_classes_json(path: Path) -> tuple[list[str], int, list[int], list | No
     )
     most = IGNORE_INDEX - first
     need(len(names) <= most, f"at most {most} classes for 8-bit masks, and has {len(names)}")
-    labelled = set(range(first, first + len(names))) - set(ignored)
-    need(
-        len(labelled) > 1,
-        "two classes whose label is not ignored; a single one, such as an object without its background, is right "
-        "everywhere",
-    )
     are_colours = isinstance(palette, list) and all(map(_is_colour, palette))
     need(
         palette is None or (are_colours and len(palette) == len(names)),

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from .base import BadFile
+from llava_bidir.common.errors import UserError
+
 from .file_layout import files_by_name, find_root, pair_files
-from .targets import DepthDataset, limit_depth
+from .targets import DepthDataset
 
 SPLITS = {"training": "train", "validation": "test"}
 SIZES = {"training": 795, "validation": 654}
@@ -64,14 +65,14 @@ class NYUv2Depth(DepthDataset):
         return identity
 
     def read_target(self, depth_file: Path) -> ndarray:
-        """Return the depth, float32[480, 640] in metres, NaN where there is no value, or raise a BadFile."""
+        """Return the depth, float32[480, 640] in metres, NaN where there is no value, or raise a UserError."""
         depth = super().read_target(depth_file)
         if not self.is_cropped:
             return depth
         if depth.shape != SHAPE:
-            raise BadFile(
+            raise UserError(
                 f"{depth_file} is {depth.shape[1]} x {depth.shape[0]} px; expected 640 x 480 px"
             )
         scored = np.full_like(depth, np.nan)
         scored[CROP] = depth[CROP]
-        return limit_depth(scored, None, depth_file)
+        return scored

@@ -100,15 +100,13 @@ class ProbeData:
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
-        images = {split: len(dataset) for split, dataset in self.splits.items()}
-        bad = {}
+        bad: list[str] = []
         for split, dataset in self.splits.items():
-            published = dataset.official_size or images[split]
-            if published != images[split]:
-                warn(
-                    f"{self.root}: {images[split]:,} {split} images, but {published:,} were published"
-                )
-            share = range(rank(), images[split], rank_count())
+            images = len(dataset)
+            published = dataset.official_size or images
+            if published != images:
+                warn(f"{self.root}: {images:,} {split} images, but {published:,} were published")
+            share = range(rank(), images, rank_count())
             name = f"{self.name} {split}"
             found = read_pairs(
                 dataset,
@@ -119,11 +117,11 @@ class ProbeData:
             )
             labels, defects = zip(*all_gather_objects(found), strict=True)
             self.labels[split] = join_counts(labels)
-            bad[split] = sum(defects, [])
+            bad += sum(defects, [])
         try:
-            check_pairs(bad, images)
-            if self.task == SEGMENTATION:
-                check_labels(self.classes, self.labels["training"], self.dataset == "folder")
+            check_pairs(bad, sum(map(len, self.splits.values())))
+            own_classes = self.dataset == "folder" and self.task == SEGMENTATION
+            check_labels(self.classes, self.labels, own_classes)
         except UserError as error:
             raise UserError(f"{self.root}: {error}") from None
         self.shared_images = shared_images(*self.splits.values())
@@ -166,7 +164,7 @@ class ProbeData:
             source,
             batch_sampler=batches,
             **worker_options(0 if is_cached else self.num_workers),
-            collate_fn=_identity if is_cached else collate,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -176,10 +174,6 @@ class ProbeData:
         return PreprocessedDataset(
             self.splits[split], mllm.preprocess, prepare if split == "training" else None
         )
-
-
-def _identity(batch: dict) -> dict:
-    return batch
 
 
 def verify_data(options: VerifyOptions) -> None:

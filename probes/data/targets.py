@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from .base import IGNORE_INDEX, BadFile, ImageDataset, SegmentationDataset, read_png
+from llava_bidir.common.errors import UserError
+
+from .base import IGNORE_INDEX, ImageDataset, SegmentationDataset, read_png
 
 # A channel of a normal is n = 2 v / 255 - 1: truncation changes it by less than 2 / 255, and the length by less than
 # sqrt(3) times that.
@@ -23,7 +25,7 @@ class DepthDataset(ImageDataset):
         groups: The cluster of each image (e.g. its city), or None.
 
     Raises:
-        BadFile: On access, if an image or depth map is invalid.
+        UserError: On access, if an image or depth map is invalid.
     """
 
     task = "depth"
@@ -46,27 +48,19 @@ class DepthDataset(ImageDataset):
         return super().identity() | {"depth_values": f"x {self.scale}, at most {self.max_depth} m"}
 
     def read_target(self, depth_file: Path) -> ndarray:
-        """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a BadFile."""
+        """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a UserError."""
         depth = read_16_bit(depth_file)
         depth[depth == 0] = np.nan
-        return limit_depth(depth * np.float32(self.scale), self.max_depth, depth_file)
+        return self.limited(depth * np.float32(self.scale))
 
-
-def limit_depth(depth: ndarray, max_depth: float | None, file: Path) -> ndarray:
-    """Return the depth with NaN where it exceeds the limit, or raise a BadFile if no value is left."""
-    if max_depth is not None:
-        depth[depth > max_depth] = np.nan
-    if np.isnan(depth).all():
-        raise BadFile(
-            f"{file} has no value in any pixel, or none up to the limit ({max_depth} m); remove it and its image, or "
-            "check the scale of its values",
-            "depth map without a value",
-        )
-    return depth
+    def limited(self, depth: ndarray) -> ndarray:
+        """Return the depth with NaN where it exceeds the limit."""
+        limit = np.inf if self.max_depth is None else self.max_depth
+        return np.where(depth <= limit, depth, np.float32(np.nan))
 
 
 def read_16_bit(file: Path) -> ndarray:
-    """Return the values of a single-channel 16-bit PNG, float32[H, W], or raise a BadFile that names the file."""
+    """Return the values of a single-channel 16-bit PNG, float32[H, W], or raise a UserError that names the file."""
     # PIL reads some 16-bit PNG files as I
     values = read_png(
         file, ("I;16", "I"), "16-bit values, one per pixel (mode I;16), not a picture of them"
@@ -88,8 +82,8 @@ class NormalsDataset(ImageDataset):
         files: {name: (image, normals)}, in the order of the dataset.
 
     Raises:
-        BadFile: On access, if an image is invalid, or a normal map is not 8-bit RGB, is black, has vectors that are not
-            of unit length, or points away from the viewer in most pixels.
+        UserError: On access, if an image is invalid, or a normal map is not 8-bit RGB, has vectors that are not of unit
+            length, or points away from the viewer in most pixels.
     """
 
     task = "normals"
@@ -100,30 +94,23 @@ class NormalsDataset(ImageDataset):
         super().__init__(files, [])
 
     def read_target(self, normals_file: Path) -> ndarray:
-        """Return the normals, float32[H, W, 3], NaN where there is no value, or raise a BadFile."""
+        """Return the normals, float32[H, W, 3], NaN where there is no value, or raise a UserError."""
         values = read_png(normals_file, ("RGB",), "8-bit RGB, n = 2 v / 255 - 1 in each channel")
         valid = values.any(-1)
-        if not valid.any():
-            raise BadFile(
-                f"{normals_file} is black, which means no value in any pixel; remove it and its image",
-                "no value",
-            )
         normals = values.astype(np.float32) * np.float32(2 / 255) - 1
         length = np.linalg.norm(normals, axis=-1)
         if (wrong := valid & (abs(length - 1) > LENGTH_TOLERANCE)).any():
             row, column = np.argwhere(wrong)[0]
-            raise BadFile(
+            raise UserError(
                 f"{normals_file}: {values[row, column].tolist()} in row {row}, column {column} is a vector of length "
                 f"{length[row, column]:.3f}, expected 1 (n = 2 v / 255 - 1); write unit vectors, and (0, 0, 0) where "
-                f"there is no value ({wrong.sum():,} of {valid.sum():,} pixels)",
-                "normals that are not unit vectors",
+                f"there is no value ({wrong.sum():,} of {valid.sum():,} pixels)"
             )
         # no camera sees most surfaces from behind
-        if (away := (normals[valid][:, 2] < 0).mean()) > 0.5:
-            raise BadFile(
-                f"{normals_file}: {away:.0%} of the normals point away from the viewer; expected x to the right, y "
-                "down, z towards the viewer; negate the vectors, or z alone, as your data requires",
-                "normals that point away from the viewer",
+        if (normals[valid][:, 2] < 0).sum() > valid.sum() / 2:
+            raise UserError(
+                f"{normals_file}: most normals point away from the viewer; expected x to the right, y down, z towards "
+                "the viewer; negate the vectors, or z alone, as your data requires"
             )
         normals /= length[..., None]
         normals[~valid] = np.nan
@@ -137,7 +124,7 @@ class InstanceBoundaries(ImageDataset):
         files: {name: (image, ids)}, in the order of the dataset. Ids are 8- or 16-bit PNG files; 0 is an id, too.
 
     Raises:
-        BadFile: On access, if an image or a map of ids is invalid.
+        UserError: On access, if an image or a map of ids is invalid.
     """
 
     task = "boundaries"
@@ -148,7 +135,7 @@ class InstanceBoundaries(ImageDataset):
         super().__init__(files, BOUNDARY_CLASSES)
 
     def read_target(self, ids_file: Path) -> ndarray:
-        """Return the boundaries, uint8[H, W], or raise a BadFile that names the file."""
+        """Return the boundaries, uint8[H, W], or raise a UserError that names the file."""
         modes = ("L", "P", "I;16", "I")
         return find_boundaries(read_png(ids_file, modes, "8- or 16-bit ids, one per pixel"))
 
@@ -173,7 +160,7 @@ class ClassBoundaries(ImageDataset):
         super().__init__(files, BOUNDARY_CLASSES, groups=dataset.groups)
 
     def read_target(self, mask_file: Path) -> ndarray:
-        """Return the boundaries, uint8[H, W], or raise a BadFile that names the file."""
+        """Return the boundaries, uint8[H, W], or raise a UserError that names the file."""
         labels = self._read_labels(mask_file)
         return find_boundaries(labels, labels == IGNORE_INDEX)
 

@@ -15,11 +15,15 @@ from probes.data.base import ImageDataset
 from probes.ops.geometry import IGNORE_INDEX
 
 BATCH_SIZE = 16
-FILES_PER_KIND = 3  # in the error message
-UNLABELLED = "no labelled pixel in any target of the split"
+MOST_FILES = 10  # in the error message
 FEW_IMAGES = 5  # a class in fewer images has an IoU of single images
 MUCH_IGNORED = 1 / 3
 MOST_NAMES = 8  # in a message
+ABSENT = {  # notes on classes
+    "training": "No training pixel is labelled {}, so that the IoU there is 0.",
+    "validation": "No validation pixel is labelled {}: the IoU there is 0 at sites whose probe predicts it, and left "
+    "out of mIoU at others, so that these are not of the same classes. Ignore its label.",
+}
 
 
 class LabelCounts(NamedTuple):
@@ -43,15 +47,8 @@ class LabelCounts(NamedTuple):
         return self.ignored / max(1, self.ignored + sum(self.pixels))
 
 
-class BadPair(NamedTuple):
-    """An image and its target that cannot be used: the kind of defect, and what is wrong with which file."""
-
-    kind: str
-    message: str
-
-
 class _Pairs(Dataset):
-    """The labels of each pair, None if it cannot be read, and its defect; pairs are decoded as in training."""
+    """The labels of each pair, or what is wrong with which file of it; pairs are decoded as in training."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
@@ -59,19 +56,11 @@ class _Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[LabelCounts | None, BadPair | None]:
+    def __getitem__(self, index: int) -> LabelCounts | str:
         try:
-            target = self.dataset[index]["target"]
+            return count_labels(self.dataset[index]["target"], len(self.dataset.classes))
         except UserError as error:
-            return None, BadPair(getattr(error, "kind", "unusable"), str(error))
-        labels = count_labels(target, len(self.dataset.classes))
-        file = self.dataset.files[index][-1]
-        problem = None
-        if self.dataset.classes and not sum(labels.pixels):
-            problem = f"{file}: all pixels are ignored; check which labels are"
-        elif self.dataset.task == "boundaries" and not labels.pixels[1]:
-            problem = f"{file}: no pixel is a boundary; where objects have an ignored border, as in VOC, none can be"
-        return labels, BadPair(UNLABELLED, problem) if problem else None
+            return str(error)
 
 
 def read_pairs(
@@ -80,8 +69,8 @@ def read_pairs(
     indices: Iterable[int],
     workers: int,
     progress: bool = True,
-) -> tuple[LabelCounts, list[BadPair]]:
-    """Return the labels of images, and the pairs that cannot be used, also those without a labelled pixel.
+) -> tuple[LabelCounts, list[str]]:
+    """Return the labels of images, and what is wrong with those that cannot be used.
 
     Args:
         dataset: A split.
@@ -102,20 +91,11 @@ def read_pairs(
         generator=torch.Generator(),
     )
     zero = [0] * max(1, len(dataset.classes))
-    counts = [LabelCounts(0, zero, zero, 0)]
-    bad: list[BadPair] = []
-    with tqdm(
-        total=len(indices),
-        desc=f"checking {name}",
-        unit=" images",
-        mininterval=1,
-        disable=not progress,
-    ) as bar:
-        for pairs in loader:
-            bar.update(len(pairs))
-            counts += [labels for labels, _ in pairs if labels]
-            bad += [defect for _, defect in pairs if defect]
-    return join_counts(counts), bad
+    found: list[LabelCounts | str] = [LabelCounts(0, zero, zero, 0)]
+    for pairs in tqdm(loader, f"checking {name}", mininterval=1, disable=not progress):
+        found += pairs
+    bad = [pair for pair in found if isinstance(pair, str)]
+    return join_counts([pair for pair in found if not isinstance(pair, str)]), bad
 
 
 def count_labels(target: ndarray, classes: int) -> LabelCounts:
@@ -139,53 +119,45 @@ def join_counts(parts: Sequence[LabelCounts]) -> LabelCounts:
     )
 
 
-def check_pairs(bad: Mapping[str, Sequence[BadPair]], images: Mapping[str, int]) -> None:
-    """Raise a UserError if some pairs cannot be used; some without a labelled pixel can, all of a split cannot.
+def check_pairs(bad: Sequence[str], images: int) -> None:
+    """Raise a UserError if some of so many images cannot be used.
 
     Args:
-        bad: The bad pairs by split.
-        images: Number of images by split.
+        bad: What is wrong with which file.
+        images: Number of images of both splits.
     """
-    by_kind: dict[str, list[str]] = {}
-    for split, pairs in bad.items():
-        unlabelled = sum(pair.kind == UNLABELLED for pair in pairs)
-        for kind, message in pairs:
-            if kind != UNLABELLED or unlabelled == images[split]:
-                by_kind.setdefault(kind, []).append(message)
-    if not by_kind:
-        return
-    total = sum(map(len, by_kind.values()))
-    lines = [f"{total} of {sum(images.values())} images cannot be used:"]
-    for kind, messages in by_kind.items():
-        lines.append(f"  {len(messages)} x {kind}")
-        lines += [f"    {message}" for message in sorted(messages)[:FILES_PER_KIND]]
-        if len(messages) > FILES_PER_KIND:
-            lines.append(f"    ... and {len(messages) - FILES_PER_KIND} more")
-    raise UserError("\n".join(lines))
+    if bad:
+        lines = [f"{len(bad)} of {images} images cannot be used:", *bad[:MOST_FILES]]
+        more = ["..."] * (len(bad) > MOST_FILES)
+        raise UserError("\n  ".join(lines + more))
 
 
-def check_labels(classes: list[str], training: LabelCounts, own_classes: bool) -> None:
-    """Raise if training images do not have the labels of the classes that probes are to tell apart.
+def check_labels(classes: list[str], labels: Mapping[str, LabelCounts], own_classes: bool) -> None:
+    """Raise if images do not have the labels of the classes, or the values, that probes are to tell apart.
 
     Classes that are published with a layout can be absent from a part of it, and so can any class from fewer than
     `FEW_IMAGES` images per class; :func:`data_notes` says so.
 
     Args:
-        classes: Names of the classes.
-        training: Labels of the training images.
+        classes: Names of the classes; none if targets are real numbers.
+        labels: Labels by split.
         own_classes: The names are those of this data set, in its classes.json.
 
     Raises:
-        UserError: One class is labelled at most, or a class of classes.json never is.
+        UserError: A split has no value or one class at most, or no training pixel is of a class of classes.json.
     """
-    present = [name for name, pixels in zip(classes, training.pixels, strict=True) if pixels]
-    absent = [name for name in classes if name not in present]
-    if len(present) < 2:
-        what = f"of the class {present[0]!r}" if present else "ignored"
-        raise UserError(
-            f"all labelled training pixels are {what}, so that a probe is right everywhere; check the labels of the "
-            f"masks, and which are ignored ({len(classes)} classes are listed: {_some(classes)})"
-        )
+    for split, counts in labels.items():
+        names = classes or ["value"]
+        present = [name for name, pixels in zip(names, counts.pixels, strict=True) if pixels]
+        if len(present) < min(2, len(names)):
+            raise UserError(
+                f"the {split} targets have no other labels than {present}, so that a probe is right everywhere; check "
+                "the labels, which of them are ignored, and the scale of values"
+            )
+    training = labels["training"]
+    absent = [
+        name for name, images in zip(classes, training.images_of_class, strict=False) if not images
+    ]
     if absent and own_classes and training.images >= FEW_IMAGES * len(classes):
         raise UserError(
             f"no pixel of {training.images:,} training masks is labelled {_some(absent)}, which classes.json lists; "
@@ -216,33 +188,17 @@ def data_notes(
         shared: Names in both splits of the images that are the same.
     """
     texts: dict[str, list[str]] = {}  # the names that a note is about, by note
-    if labels:
-        training, validation = labels["training"], labels["validation"]
-        rows = list(
-            zip(classes, training.images_of_class, validation.images_of_class, strict=False)
-        )
-        of_kind = {  # by whether training and validation images have the class
-            (False, True): "No training pixel is labelled {}, so that the IoU there is 0.",
-            (
-                True,
-                False,
-            ): "No validation pixel is labelled {}: the IoU there is 0 at sites whose probe predicts it, "
-            "and left out of mIoU at others, so that these are not of the same classes. Ignore its label.",
-            (False, False): "No pixel of either split is labelled {}.",
-        }
-        for kind, text in of_kind.items():
-            texts[text] = [name for name, *images in rows if tuple(map(bool, images)) == kind]
-        for split, counts in labels.items():
-            few = zip(classes, counts.images_of_class, strict=False)
-            texts[f"In fewer than {FEW_IMAGES} {split} images: {{}}."] = [
-                f"{name} ({images})" for name, images in few if 0 < images < FEW_IMAGES
-            ]
-            much = [f"{counts.ignored_share:.0%}"] * (counts.ignored_share > MUCH_IGNORED)
-            texts[f"{{}} of the {split} pixels are ignored or have no value."] = much
-    verb = "image stands" if len(shared) == 1 else "images stand"
-    texts[
-        f"{len(shared)} {verb} in training and in validation, byte for byte, which raises scores: {{}}."
-    ] = [" = ".join(dict.fromkeys(pair)) for pair in shared]
+    for split, counts in labels.items():
+        by_class = list(zip(classes, counts.images_of_class, strict=False))
+        texts[ABSENT[split]] = [name for name, images in by_class if not images]
+        texts[f"In fewer than {FEW_IMAGES} {split} images: {{}}."] = [
+            f"{name} ({images})" for name, images in by_class if 0 < images < FEW_IMAGES
+        ]
+        much = [f"{counts.ignored_share:.0%}"] * (counts.ignored_share > MUCH_IGNORED)
+        texts[f"{{}} of the {split} pixels are ignored or have no value."] = much
+    texts["Images in training and in validation, byte for byte, which raises scores: {}."] = [
+        " = ".join(dict.fromkeys(pair)) for pair in shared
+    ]
     return [text.format(_some(names)) for text, names in texts.items() if names]
 
 

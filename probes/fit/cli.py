@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,7 +14,6 @@ from llava_bidir.common.lightning_cli import RunCLI, check_trainer
 from llava_bidir.common.runs import run_process
 from probes.config import RunConfig
 from probes.runs.files import format_scores, run_folder, say_finished
-from probes.site_probes import save_predictions
 
 from .datamodule import ProbeDataModule
 from .module import ProbeModule
@@ -32,23 +31,6 @@ WHY_REQUIRED = (
     "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
     "trainer.limit_train_batches with fit"
 )
-
-
-class SavePredictions(Callback):
-    """Write the predictions of each probe of its best epoch to RUN/predictions/SITE; see `save_predictions`."""
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs,
-        batch,
-        *_: int,
-    ) -> None:
-        """Write the predictions of a batch."""
-        names = trainer.datamodule.splits["validation"].names
-        folder = Path(trainer.default_root_dir) / "predictions"
-        save_predictions(pl_module.probes, outputs, batch, names, folder)
 
 
 class ProbeCLI(RunCLI):
@@ -73,11 +55,9 @@ class ProbeCLI(RunCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
-        """Add what `--save_predictions` requires."""
+        """Build the trainer, which must have the options of a run that is scored."""
         trainer = super().instantiate_trainer(**kwargs)
         check_trainer(trainer, REQUIRED, WHY_REQUIRED)
-        if self._get(self.config_init, "save_predictions"):
-            trainer.callbacks.append(SavePredictions())
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
@@ -87,11 +67,12 @@ class ProbeCLI(RunCLI):
         """
         out = Path(self.trainer.default_root_dir)
         folder = run_folder(out)
+        self.model.saves_predictions = self._get(self.config_init, "save_predictions")
         with self.started(folder, ckpt_path) as plan:
             if plan.finished:
                 if self.trainer.is_global_zero:
                     folder.check_finished(run_identity(self.trainer, self.model, self.datamodule))
-                say_finished(out, self._get(self.config_init, "save_predictions"))
+                say_finished(out, self.model.saves_predictions)
                 return
             self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)

@@ -7,6 +7,7 @@ Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from probes.models.module_sources import source_identity
 from probes.runs.write import RunRecord, save_run
 from probes.score.image_metrics import TaskMetric
 from probes.score.resampling import dataset_scores
-from probes.site_probes import SiteProbes, load_probes
+from probes.site_probes import SiteProbes, load_probes, save_predictions
 from probes.tasks import Task
 
 VALIDATIONS = ("best", "history", "validated_at")  # kept in checkpoints
@@ -43,6 +44,8 @@ class ProbeModule(LightningModule):
     Raises:
         UserError: There is no such head, or the learning rate is not above 0.
     """
+
+    saves_predictions = False  # to predictions/SITE of the run's folder
 
     def __init__(
         self,
@@ -112,12 +115,18 @@ class ProbeModule(LightningModule):
         return losses.sum()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Count the images of the batch; return the logits f[S, B, K, h, w] for callbacks."""
+        """Count the images of the batch; return the logits f[S, B, K, h, w]."""
         logits = self.probes.logits(self.probes.states(batch))
         self.metric.add(logits, batch)
         return logits
 
-    test_step = validation_step
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count the images of the batch, and write the predictions of each probe of its best epoch, if asked to."""
+        logits = self.validation_step(batch, batch_idx)
+        if self.saves_predictions:
+            names = self.trainer.datamodule.splits["validation"].names
+            folder = Path(self.trainer.default_root_dir) / "predictions"
+            save_predictions(self.probes, logits, batch, names, folder)
 
     def on_validation_epoch_end(self) -> None:
         """Score every probe, and keep the weights of those with a new best score."""

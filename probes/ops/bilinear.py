@@ -82,17 +82,14 @@ def make_plan(
     size: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    view: GridPlacement | None = None,
+    view: GridPlacement,
 ) -> ResamplingPlan:
     """Return the weights and chunks that upsample `images` grids (h, w) of `classes` logits to `size` (H, W).
 
-    The type of the device sets the chunk size. `view` is the position of the grid on the pixels; None: the grid covers
-    them exactly.
+    The type of the device sets the chunk size. `view` is the position of the grid on the pixels.
     """
     h, w = grid
     height, width = size
-    view = view or GridPlacement.full(size)
     numel = limit_on(device, CHUNK_NUMEL)
     cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device).T.contiguous()
     nodes, fractions = axis_nodes(h, height, view.rows)
@@ -156,13 +153,14 @@ def upsampled_argmax(
     """
     *leading, classes, h, w = logits.shape
     size = tuple(size)
+    view = view or GridPlacement.full(size)
     dtype = compute_dtype(logits)
     grids = logits.reshape(-1, classes, h, w).transpose(1, 2)  # [N, h, K, w]
     if use_triton(logits):
         from probes.ops.kernels.argmax_counts import argmax_map
         from probes.ops.kernels.grid_cells import cells
 
-        rows, cols = cells((h, w), size, view or GridPlacement.full(size), logits.device)
+        rows, cols = cells((h, w), size, view, logits.device)
         return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
     plan = make_plan(
         max(1, len(grids)),
@@ -171,7 +169,7 @@ def upsampled_argmax(
         size,
         dtype,
         logits.device,
-        view=view,
+        view,
     )
     out = logits.new_empty(
         (len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16

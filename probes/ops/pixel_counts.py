@@ -39,8 +39,6 @@ def count(
     logits: Tensor,
     target: Tensor,
     view: GridPlacement | None = None,
-    *,
-    by_token: bool = True,
 ) -> Counts:
     """Upsample logits, take the argmax per pixel and count, without storing the predicted maps.
 
@@ -49,7 +47,6 @@ def count(
         target: uint8[N, H, W], 255 ignored.
         view: Placement of the grid on the pixels; by default it covers them all. Pixels outside every token count for
             the image, but for no token.
-        by_token: Count patches per token; False treats each image as one patch, T = 1.
     """
     *_, classes, h, w = logits.shape
     size = tuple(target.shape[1:])
@@ -62,9 +59,6 @@ def count(
         labelled = _histogram(labels.long().where(valid, classes), valid, classes)
         patch_valid = _histogram(token.expand_as(labels), valid, h * w)
         intersection, predicted, patch_right = _count_predictions(z, labels, token, view)
-        if not by_token:
-            patch_right = intersection.sum(-1, keepdim=True)
-            patch_valid = labelled.sum(-1, keepdim=True)
         parts.append(Counts(intersection, predicted, labelled, patch_right, patch_valid))
     return Counts(*(torch.cat(part, -2) for part in zip(*parts, strict=True)))
 

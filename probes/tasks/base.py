@@ -112,10 +112,6 @@ class Task(ABC):
     def colorize(self, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
         """Return a map of predictions as colours, uint8[..., H, W, 3]; `palette` uint8[K, 3] has those of classes."""
 
-    def truth(self, target: Tensor) -> Tensor:
-        """Return targets in the format of predictions, [B, H, W] or [B, H, W, 3]; most are read in it."""
-        return target
-
 
 class ValueTask(Task):
     """A number or a vector at each pixel.
@@ -186,9 +182,7 @@ class ValueTask(Task):
         sums = prediction.new_zeros(len(prediction), 1 + len(self.scores))
         if valid.any():
             sums[:, 0] = 1
-            sums[:, 1:] = self.image_scores(
-                prediction[:, valid], self.truth(target[None])[0][valid]
-            )
+            sums[:, 1:] = self.image_scores(prediction[:, valid], target[valid])
         return sums
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from probes.analyses.base import Section
 from probes.analyses.charts import Figure, PictureRow
@@ -68,8 +67,7 @@ def site_rows(
     for image in index["images"]:
         sample = dataset[image["index"]]
         predicted = maps[f"image/{image['index']}"].numpy()
-        target = torch.from_numpy(sample["target"])[None]
-        shown = [run.task.truth(target)[0].numpy()]
+        shown = [sample["target"]]
         shown += [predicted[index["sites"].index(site)] for site in sites]
         coloured = run.task.colorize(np.stack(shown), palette)
         rows.append(PictureRow(image["name"], [np.asarray(sample["image"]), *coloured]))

@@ -141,12 +141,9 @@ def test_cityscapes_has_19_classes_and_cities(city):
 
 
 @pytest.mark.parametrize("layout", ["ade20k", "voc2012", "cityscapes"])
-def test_wrong_root_says_what_was_expected_and_what_is_there(layout, tmp_path):
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="lacks .*, which the dataset's .*contains mine"):
+def test_wrong_root_says_what_was_expected(layout, tmp_path):
+    with pytest.raises(UserError, match="lacks .*, which the dataset's .*contains"):
         open_dataset(layout, str(tmp_path), "training")
-    with pytest.raises(UserError, match="there is no folder .*nowhere"):
-        open_dataset(layout, str(tmp_path / "nowhere"), "training")
 
 
 OPTIONS = {  # of layouts: what the error names

@@ -102,7 +102,7 @@ def test_any_classes_json_is_a_dataset_or_an_error_that_names_it(segmentation, f
     except ValueError as error:
         assert str(segmentation / "classes.json") in str(error)
     else:
-        assert set(data.classes) <= set(facts["classes"]) and len(data.classes) >= 2
+        assert set(data.classes) <= set(facts["classes"])
         assert len(data.palette or data.classes) == len(data.classes)
     finally:
         (segmentation / "classes.json").write_text(before)
@@ -154,8 +154,6 @@ MISSING = {  # what breaks a folder: the error before any work
     "000.jpg and .*000.png have the same name": copy_as_jpeg,
     "validation: no images": lambda root: [p.unlink() for p in root.glob("*/validation/*")],
     "at most 254 classes": lambda root: write_classes(root, MANY, reduce_zero_label=True),
-    "classes.json needs two classes whose label": lambda root: write_classes(root, ["a"]),
-    "needs two classes": lambda root: write_classes(root, [*"xyz"], ignore_index=[0, 1]),
     "city/photo.png is in a folder below": put_below,
 }
 

@@ -57,7 +57,7 @@ def uneven(tmp_path_factory) -> Path:
 
 
 THREE = """--trainer.max_epochs 3 --data.batch_size 3 --data.cache_features false
---model.feature_norm batchnorm --model.head conv""".split()
+--model.feature_norm layernorm --model.head conv""".split()
 
 
 def arguments(

@@ -1,15 +1,11 @@
 """Probe heads and normalisations."""
 
-import multiprocessing
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import HANGING_S
 from torch import nn
 
-from probes.heads import FEATURE_NORMS, HEADS, HIDDEN, BatchNorm, Probe, register_head
+from probes.heads import FEATURE_NORMS, HEADS, HIDDEN, Probe, register_head
 
 pytestmark = pytest.mark.numerics
 
@@ -106,61 +102,3 @@ def test_a_head_with_wrong_output_shape_is_named(drawn, monkeypatch):
             GRID,
             head="new",
         )(torch.randn(2, 6, 5))
-
-
-def test_batchnorm_of_one_process_is_torchs_to_the_bit():
-    ours = BatchNorm(4)
-    torchs = nn.BatchNorm1d(4, affine=False)
-    for batch in torch.randn(3, 50, 4) * 5 + 2:
-        assert torch.equal(ours(batch), torchs(batch))
-    assert torch.equal(ours.running_mean, torchs.running_mean)
-    assert torch.equal(ours.running_var, torchs.running_var)
-
-
-def _normalise(rank, file, batches, results) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        f"file://{file}",
-        rank=rank,
-        world_size=2,
-    )
-    norm = BatchNorm(4)
-    out = [norm(batch) for batch in batches]
-    arrays = [x.numpy() for x in (*out, *norm.state_dict().values())]
-    results.put((rank, arrays))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.distributed
-def test_batchnorm_over_two_processes_is_that_of_all_their_states(tmp_path):
-    """Shares of different size and scale, so that a mean over ranks, or statistics of one rank, would be far off."""
-    torch.manual_seed(0)
-    shares = [
-        [torch.randn(n, 4) * spread + spread for _ in range(3)]
-        for n, spread in ((20, 1.0), (50, 9.0))
-    ]
-    shares[0][2] = torch.empty(0, 4)  # a rank without an image
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [
-        context.Process(target=_normalise, args=(r, str(tmp_path / "meet"), share, results))
-        for r, share in enumerate(shares)
-    ]
-    for rank in ranks:
-        rank.start()
-    found = sorted((results.get(timeout=HANGING_S) for _ in ranks), key=lambda result: result[0])
-    for rank in ranks:
-        rank.join(HANGING_S)
-    whole = nn.BatchNorm1d(4, affine=False)
-    for i in range(3):
-        expected = whole(torch.cat([share[i] for share in shares])).numpy()
-        np.testing.assert_allclose(
-            np.concatenate([x[i] for _, x in found]),
-            expected,
-            1e-5,
-            1e-5,
-        )
-    for _, (*_, mean, variance, _) in found:
-        np.testing.assert_allclose(mean, whole.running_mean, 1e-5)
-        np.testing.assert_allclose(variance, whole.running_var, 1e-5)

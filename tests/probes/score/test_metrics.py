@@ -92,16 +92,6 @@ def test_score_is_of_the_dataset_not_the_mean_of_images():
     assert score["pacc"].item() == pytest.approx(18 / 20)
 
 
-def test_an_image_may_be_one_cell():
-    logits, target = random_batch(7)
-    by_token = count(logits, target)
-    whole = count(logits, target, by_token=False)
-    assert torch.equal(whole.patch_right, by_token.patch_right.sum(-1, keepdim=True))
-    assert torch.equal(whole.patch_valid, by_token.patch_valid.sum(-1, keepdim=True))
-    assert torch.equal(whole.intersection, by_token.intersection)
-    assert count(logits[:0], target).predicted.shape == (0, 3, CLASSES), "no sites"
-
-
 @pytest.mark.parametrize("order", [[2, 0, 1, 2], [0, 2], [0, 2, 2]])
 def test_an_image_that_is_seen_twice_or_never_is_an_error(order):
     logits, target = random_batch(2)

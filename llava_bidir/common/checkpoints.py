@@ -16,14 +16,13 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from .errors import UserError, error_context
+from .errors import error_context
 from .files import atomic_write
 from .runs import LAST
 
 log = logging.getLogger(__name__)
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
-WITHIN_STEP = "within_step"  # key of checkpoints
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -54,12 +53,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             mmap: Read a tensor only when it is used.
 
         Raises:
-            UserError: The file cannot be loaded as plain data, or is a checkpoint of a run with ZeRO.
+            UserError: The file cannot be loaded as plain data, or is a folder, from a run with ZeRO.
         """
-        if Path(path).is_dir():
-            raise UserError(
-                f"checkpoint {path} is a directory, from a run with ZeRO; add the run's configs/cluster/zero*.yaml"
-            )
         with error_context(f"checkpoint {path}"):
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
@@ -165,26 +160,3 @@ class Checkpoints(Checkpoint):
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
             trainer.strategy.barrier()  # srun kills all ranks when one exits
         raise SystemExit(INTERRUPTED)
-
-    def on_save_checkpoint(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Note in every checkpoint, also of a ModelCheckpoint, whether it is within a step."""
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        is_complete = batches % trainer.accumulate_grad_batches == 0
-        checkpoint[WITHIN_STEP] = not is_complete and batches < trainer.num_training_batches
-
-    def on_load_checkpoint(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Raise if the checkpoint lacks gradients that were accumulated."""
-        if checkpoint.get(WITHIN_STEP):
-            raise UserError(
-                "the checkpoint was saved within a step, whose gradients it lacks; resume another one"
-            )

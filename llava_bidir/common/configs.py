@@ -10,8 +10,6 @@ import yaml
 from .errors import UsageError, did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "configs"  # in a clone a link to configs/, in a wheel a copy
-if not FOLDER.is_dir():  # a clone on a system without links
-    FOLDER = Path(__file__).parents[2] / "configs"
 OPTIONS = ("-c", "--config")
 
 
@@ -83,11 +81,7 @@ def merge_configs(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, 
 
 
 def take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the configs among the words of a command, and the other words.
-
-    Raises:
-        UsageError: A `-c` has no config.
-    """
+    """Return the configs among the words of a command, and the other words."""
     configs = []
     others = []
     rest = iter(words)
@@ -96,10 +90,7 @@ def take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if option not in OPTIONS:
             others.append(word)
             continue
-        name = name if equals else next(rest, "")
-        if not name:
-            raise UsageError(f"{option} needs the name or the path of a config")
-        configs.append(name)
+        configs.append(name if equals else next(rest, ""))
     return configs, others
 
 

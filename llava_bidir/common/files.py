@@ -9,12 +9,9 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +72,15 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
 
 
 def commit_directory(path: Path) -> None:
-    """Rename the folder `path`.partial to `path`; its files get the permissions of other new files.
+    """Rename the folder `path`.partial to `path`; its files can be read by all who may enter it.
 
     A folder cannot replace another one in a single step. The old folder is renamed first and deleted last, so that a
     complete folder exists at every moment.
     """
     partial = partial_path(path)
     replaced = path.with_name(path.name + REPLACED)
-    umask = os.umask(0o077)  # it cannot be read without being set
-    os.umask(umask)
     for file in filter(Path.is_file, partial.rglob("*")):
-        file.chmod(0o666 & ~umask)  # safetensors writes 0600
+        file.chmod(0o644)  # safetensors writes 0600; who may enter the folder is the umask's matter
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)
@@ -179,19 +174,16 @@ def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1.0) -> I
     process exits, even after SIGKILL; a stale lock file does not block later runs.
 
     Raises:
-        UserError: Another process holds the lock (the message names the process), or the folder is not writable.
+        UserError: Another process holds the lock, or the folder is not writable.
     """
     file = folder / (f".{result}.lock" if result else ".lock")
     lock = FileLock(file, timeout=wait_s, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        now = datetime.now().isoformat(" ", "seconds")
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
     except Timeout:
-        holder = file.read_text().strip() if file.exists() else "another process"
         raise UserError(
-            f"{folder / result} is in use by {holder}; wait until it has ended, or write to another folder"
+            f"{folder / result} is in use by another process; wait until it has ended, or write to another folder"
         ) from None
     except OSError as error:
         lock.release()

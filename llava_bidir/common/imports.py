@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from .errors import UsageError, UserError
+from .errors import UsageError
 
 OPTION = "--import"
 HINT = f"{OPTION} FILE.py registers your own"
@@ -28,11 +28,7 @@ def take_imports(argv: Sequence[str]) -> list[str]:
         if option != OPTION:
             words.append(word)
             continue
-        file = file if equals else next(rest, "")
-        try:
-            _import(file)
-        except UserError as error:
-            raise UsageError(f"{OPTION} {file}: {error}") from None
+        _import(file if equals else next(rest, ""))
     return words
 
 
@@ -50,13 +46,13 @@ def _import(file: str) -> None:
     """Import a file; pickles and callbacks name its classes FILE.CLASS, so its folder comes last on the path."""
     path = Path(file).absolute()
     if path.suffix != ".py" or not path.stem.isidentifier() or not path.is_file():
-        raise UserError("expected a file NAME.py, where NAME is an identifier")
+        raise UsageError(f"{OPTION} {file}: expected a file NAME.py, where NAME is an identifier")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     importlib.invalidate_caches()  # the file may be new
     spec = importlib.util.find_spec(path.stem)
     if spec is None or spec.origin is None or not path.samefile(spec.origin):
-        raise UserError(f"there is a module {path.stem!r} already; rename the file")
+        raise UsageError(f"{OPTION} {file}: there is a module {path.stem!r} already; rename it")
     importlib.import_module(path.stem)
     if file not in _files:
         _files.append(file)

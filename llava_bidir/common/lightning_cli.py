@@ -2,14 +2,12 @@
 
 import logging
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning import (
     Callback,
     LightningModule,
@@ -32,7 +30,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from .checkpoints import AtomicCheckpointIO, Checkpoints
 from .errors import OneLineErrors, UserError
@@ -42,7 +39,7 @@ from .runs import (
     RunPlan,
     begin_run,
     hide_expected_messages,
-    interrupt_says_what_is_saved,
+    interrupt_says_how_to_resume,
     optimizer_steps,
     plan_run,
 )
@@ -58,8 +55,6 @@ REFUSED = (
     Timer,  # of trainer.max_time: Lightning counts the epoch that it interrupts as complete
     WeightAveraging,
 )
-LOG_EVERY_S = 10.0  # lines of progress within an epoch
-LINE = "step {n} of {total}{postfix}, {rate_fmt}, {remaining} left"
 
 
 class ConfigParser(OneLineErrors, LightningArgumentParser):
@@ -116,17 +111,10 @@ class RunCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Add the logger, atomic checkpoints, and lines of progress where no terminal shows a bar."""
-
-        def setting(key):
-            return self._get(self.config_init, key)
-
+        setting = partial(self._get, self.config_init)
         if setting("trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(
-                setting("out"),
-                name="",
-                version="",
-                default_hp_metric=False,
-            )
+            logger = TensorBoardLogger(setting("out"), name="", version="", default_hp_metric=False)
+            kwargs["logger"] = logger
         plugins = setting("trainer.plugins") or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():  # Lightning's own handlers may hang
@@ -137,10 +125,8 @@ class RunCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.callbacks:
             if isinstance(callback, REFUSED):
-                name = type(callback).__name__
                 raise UserError(
-                    f"the callback {name} is not supported (trainer.max_time is a Timer): a run with it can be "
-                    "neither recorded nor resumed"
+                    f"the callback {type(callback).__name__} is not supported (trainer.max_time is a Timer)"
                 )
         if to_log:
             trainer.callbacks.insert(0, LogProgress())
@@ -152,7 +138,7 @@ class RunCLI(LightningCLI):
         folder: RunFolder,
         ckpt_path: str | None,
     ) -> Iterator[RunPlan]:
-        """Yield what this `fit` does with its folder, which is locked, and say after Ctrl-C what is saved.
+        """Yield what this `fit` does with its folder, which is locked, and say after Ctrl-C how to go on.
 
         All ranks find the same files, and decide for themselves.
 
@@ -160,18 +146,13 @@ class RunCLI(LightningCLI):
             UserError: Another process trains in the folder, or see :func:`.runs.plan_run`.
         """
         lock = exclusive_run_lock(folder.path) if self.trainer.is_global_zero else nullcontext()
-        with lock, interrupt_says_what_is_saved(folder.checkpoints):
+        with lock, interrupt_says_how_to_resume():
             overwrite = self.config.get(str(self.subcommand), self.config)["overwrite"]
             plan = plan_run(folder, ckpt_path, overwrite)
             for callback in self.trainer.callbacks:
                 if isinstance(callback, StartOfRun):
                     callback.replaced = plan.replaced
             yield plan
-
-    def instantiate_classes(self) -> None:
-        """Build model, data and trainer, of classes that a config may name."""
-        check_classes(self.config)
-        super().instantiate_classes()
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently replace the command line's settings by the checkpoint's.
@@ -213,19 +194,7 @@ class StartOfRun(SaveConfigCallback):
 
 
 class LogProgress(Callback):
-    """Log step, loss, rate and the time left as lines, every ten seconds and at the end of each epoch.
-
-    A bar would write one line with thousands of carriage returns into a log.
-    """
-
-    def on_train_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-    ) -> None:
-        """Start the clock; a resumed run has steps behind it."""
-        self.started = self.last = time.monotonic()
-        self.first_step = trainer.global_step
+    """Log the loss as lines, where a bar would write one line with thousands of carriage returns into a log."""
 
     def on_train_batch_end(
         self,
@@ -234,45 +203,13 @@ class LogProgress(Callback):
         outputs: dict[str, Any],
         *args: Any,
     ) -> None:
-        """Log after a step if the last line is some seconds old or the epoch ends."""
-        now = time.monotonic()
+        """Log after every `trainer.log_every_n_steps` steps, and after the last one of an epoch."""
         loop = trainer.fit_loop.epoch_loop
-        is_due = now - self.last >= LOG_EVERY_S or loop._is_training_done
-        if not trainer.is_global_zero or loop._should_accumulate() or not is_due:
-            return
-        self.last = now
-        loss = float(trainer.callback_metrics.get("train/loss", outputs["loss"]))
-        line = tqdm.format_meter(
-            trainer.global_step,
-            optimizer_steps(trainer),
-            now - self.started,
-            initial=self.first_step,
-            unit="step",
-            bar_format=LINE,
-            postfix=f"epoch {trainer.current_epoch + 1}, loss {loss:.4g}",
-        )
-        log.info(line)
-
-
-def check_classes(config: Any) -> None:
-    """Raise if a config names as `class_path` anything but a class of Lightning's, or one that extends it.
-
-    Under a key of type Any, such as `data.options`, jsonargparse would call whatever it names, `os.system` too.
-
-    Raises:
-        UserError: Names it.
-    """
-    if isinstance(config, Namespace):
-        config = vars(config)
-    if isinstance(config, dict):
-        path = config.get("class_path")
-        bases = getattr(locate(str(path)), "__mro__", [])
-        if path and not any(base.__module__.startswith("lightning.") for base in bases):
-            raise UserError(f"config: class_path {path!r} is not a subclass of one of Lightning's")
-        config = [*config.values()]
-    if isinstance(config, list | tuple):
-        for value in config:
-            check_classes(value)
+        step = trainer.global_step
+        is_due = step % trainer.log_every_n_steps == 0 or loop._is_training_done
+        if trainer.is_global_zero and is_due and not loop._should_accumulate():
+            loss = trainer.callback_metrics.get("train/loss", outputs["loss"])
+            log.info(f"step {step} of {optimizer_steps(trainer)}, loss {loss:.4g}")
 
 
 def check_trainer(

@@ -6,7 +6,6 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
-from multiprocessing.queues import Queue
 from typing import Any, TypeVar
 
 import torch
@@ -87,8 +86,8 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def _is_first() -> bool:
-    given = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
-    return rank() == 0 if torch.distributed.is_initialized() else given[:1] in ([], ["0"])
+    told = (os.environ[name] for name in RANK_VARIABLES if name in os.environ)
+    return rank() == 0 if torch.distributed.is_initialized() else next(told, "0") == "0"
 
 
 def rank_zero_info(message: str) -> None:
@@ -125,32 +124,10 @@ def worker_options(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "multiprocessing_context": "fork",
-        "worker_init_fn": prepare_worker,
+        "worker_init_fn": ignore_interrupt,
     }
 
 
-def prepare_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, and let it know of a batch that cannot be passed on.
-
-    The main process may need more batches of its step; a terminal sends Ctrl-C to all. Batches wait in /dev/shm. Where
-    it is full, the queue only prints the error, and the main process would wait for ever.
-    """
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all, to the main process, which may need more batches of its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Queue._on_queue_feeder_error = _send_error
-
-
-def _send_error(
-    queue: Queue,
-    error: Exception,
-    item: tuple[int, Any],
-) -> None:
-    """Send an error in place of an item of a loader's queue, which is the number of a batch and its content."""
-    from torch._utils import ExceptionWrapper  # what a worker sends where a dataset raises
-
-    try:
-        raise UserError(
-            f"a worker of the data loader cannot pass on its batch: {error}. Give the container more shared memory "
-            "(docker run --shm-size 8g), or read without workers (--data.num_workers 0)"
-        )
-    except UserError:
-        queue.put((item[0], ExceptionWrapper(where="in DataLoader worker process")))

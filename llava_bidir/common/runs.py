@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 LAST = "last.ckpt"  # in RUN/checkpoints; a file, or under ZeRO a folder
 RESUME_ADVICE = "resume with the original setting, or start a new run with another --out"
-# Messages about intended behaviour, and advertisements
+# About intended behaviour
 WARNINGS = (
     "LightningCLI's args parameter",
     ".*does not have many workers",
@@ -38,15 +38,6 @@ WARNINGS = (
     ".*your dataloader is not resumable",  # the data modules restore their position themselves
     "Total length of `list` across ranks is zero",  # no validation questions
     "The `srun` command is available",  # a run on a cluster's login node or inside an allocation
-)
-LOGGERS = ("lightning.pytorch.utilities.rank_zero", "transformers.modeling_utils")
-LOGGED = (  # beginnings of messages of these
-    "💡 Tip",
-    "TPU available",
-    "IPU available",
-    "HPU available",
-    "The new embeddings will be",
-    "The new lm_head weights will be",
 )
 
 
@@ -190,11 +181,8 @@ def run_process(matmul_precision: str = "highest") -> Iterator[None]:
 
 
 @contextmanager
-def interrupt_says_what_is_saved(checkpoints: Path) -> Iterator[None]:
-    """Say how to go on, or that nothing was saved, when Ctrl-C ends the block.
-
-    Args:
-        checkpoints: Folder of the run's checkpoints.
+def interrupt_says_how_to_resume() -> Iterator[None]:
+    """Say how to go on when Ctrl-C ends the block.
 
     Raises:
         KeyboardInterrupt: With that sentence, which `one_line_errors` shows.
@@ -203,26 +191,16 @@ def interrupt_says_what_is_saved(checkpoints: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning exits on Ctrl-C
-        if not isinstance(stop, KeyboardInterrupt) and not isinstance(
-            stop.__context__, KeyboardInterrupt
-        ):
+        if KeyboardInterrupt not in (type(stop), type(stop.__context__)):
             raise
-        saved = [path for path in checkpoints.glob("*.*") if path.suffix != ".partial"]
         advice = "run the same command again with `--ckpt_path last` to go on"
-        nothing = "nothing was saved yet: the same command starts anew"
-        raise KeyboardInterrupt(advice if saved else nothing) from None
-
-
-def _is_unexpected(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(LOGGED)
+        raise KeyboardInterrupt(advice) from None
 
 
 def hide_expected_messages() -> None:
-    """Leave out the messages above. Others stay: they may be about the user's settings."""
+    """Leave out the warnings above. Others stay: they may be about the user's settings."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in LOGGERS:
-        logging.getLogger(name).addFilter(_is_unexpected)  # takes it once
     # a line for each table of each font of a PDF
     logging.getLogger("fontTools").setLevel(logging.WARNING)
     if not torch.cuda.is_available():

@@ -43,12 +43,8 @@ def run(options: VQAOptions) -> None:
         "fingerprint": describe_digest(model_identity("MODEL", options.model)).split()[-1],
         "batch_size": options.batch_size,
     }
-    files = {name: options.out / f"{name}.json" for name in options.tasks}
     with exclusive_run_lock(options.out):
-        for file in filter(Path.exists, files.values()):
-            if read_json(file)["fingerprint"] != info["fingerprint"]:
-                raise UserError(f"{file} is of another checkpoint; choose another --out")
-        if pending := [name for name, file in files.items() if not file.exists()]:
+        if pending := find_unfinished(options, info["fingerprint"]):
             if not options.python.is_file():
                 raise UserError(f"{options.python} does not exist; `make vqa-venv` makes it")
             ranks = f"torch.distributed.run --standalone --nproc-per-node {options.devices} -m"
@@ -56,9 +52,18 @@ def run(options: VQAOptions) -> None:
             request = json.dumps([str(options.out), pending, info])
             command = [options.python, "-m", *start, MODULE, request]
             subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        if missing := [name for name in pending if not files[name].exists()]:
+        if missing := find_unfinished(options, info["fingerprint"]):
             raise UserError(f"lmms-eval has no results of {', '.join(missing)}; see above")
     print(write_tables([options.out], options.out))
+
+
+def find_unfinished(options: VQAOptions, fingerprint: str) -> list[str]:
+    """Return the tasks without a file; raise a UserError if a file is of another checkpoint."""
+    files = {name: options.out / f"{name}.json" for name in options.tasks}
+    for file in filter(Path.exists, files.values()):
+        if read_json(file)["fingerprint"] != fingerprint:
+            raise UserError(f"{file} is of another checkpoint; choose another --out")
+    return [name for name, file in files.items() if not file.exists()]
 
 
 def main(out: Path, names: list[str], info: dict) -> None:
@@ -120,10 +125,12 @@ def write_results(
 def to_item(benchmark: Benchmark, sample: dict) -> Item:
     """Convert a sample of lmms-eval."""
     doc = sample["doc"]
-    unit = benchmark.unit_of(doc)
+    unit = doc.get(benchmark.unit, sample["doc_id"])
+    if benchmark.unit == "index":
+        unit = int(unit) % 1_000_000  # of MMBench: without the order of a question's options
     return {
         "item": sample["doc_id"],
-        "unit": sample["doc_id"] if unit is None else unit,
+        "unit": unit,
         "group": doc["category"] if benchmark.task == "mme" else None,
         "question": sample["arguments"][0],
         "answer": sample["filtered_resps"][0],

@@ -4,8 +4,7 @@ A score is a ratio of sums over units. A unit is drawn and exchanged as a whole:
 question with all orders of its options. Shapes: R resamplings, U units.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,47 +12,42 @@ import torch
 
 from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights, p_values, random_swaps
 
-SWAPS = 10_000
 Item = dict[str, Any]  # as `harness.to_item` writes it
 
 
 class ScoreTerms(NamedTuple):
-    """Numerators and denominators f[U] of a score, and strata i64[U], within which units are resampled."""
+    """Terms f[2, U] of a score, numerators and denominators, and strata i64[U], within which units are resampled."""
 
-    num: np.ndarray
-    den: np.ndarray
+    terms: np.ndarray
     strata: np.ndarray
 
     def score(self) -> float:
         """Return the score on the dataset."""
-        return float(divide(self.num.sum(), self.den.sum()))
+        return ratio(self.terms.sum(1)).item()
 
-    def resampled_scores(self, resamplings: int = RESAMPLINGS, seed: int = 0) -> torch.Tensor:
-        """Return scores f[R]. Two models with the same units and seed are resampled together."""
-        weights = np.empty((resamplings, len(self.num)))
+    def resampled_scores(self, resamplings: int = RESAMPLINGS) -> torch.Tensor:
+        """Return scores f[R]. Two models with the same units are resampled together."""
+        weights = np.empty((len(self.strata), resamplings))
         for stratum, count in enumerate(np.bincount(self.strata).tolist()):
-            drawn = bootstrap_weights(count, resamplings, seed + stratum)
-            weights[:, self.strata == stratum] = drawn
-        return torch.from_numpy(divide(weights @ self.num, weights @ self.den))
+            weights[self.strata == stratum] = bootstrap_weights(count, resamplings, stratum).T
+        return torch.from_numpy(ratio(self.terms @ weights))
 
 
 def swap_test(
     a: ScoreTerms,
     b: ScoreTerms,
-    swaps: int = SWAPS,
-    seed: int = 0,
+    swaps: int = 10_000,
 ) -> float:
     """Return the two-sided p-value of equal scores: the models' answers are exchanged, unit by unit, at random."""
-    swapped = random_swaps(len(a.num), swaps, seed).double().numpy()
-    num = swapped @ (b.num - a.num)
-    den = swapped @ (b.den - a.den)
-    scores_a = divide(a.num.sum() + num, a.den.sum() + den)
-    scores_b = divide(b.num.sum() - num, b.den.sum() - den)
-    return p_values(torch.from_numpy(scores_b - scores_a)[:, None])[0].item()
+    moved = (b.terms - a.terms) @ random_swaps(len(a.strata), swaps).double().numpy().T
+    sums = [x.terms.sum(1, keepdims=True) for x in (a, b)]
+    differences = ratio(sums[1] - moved) - ratio(sums[0] + moved)
+    return p_values(torch.from_numpy(differences)[:, None])[0].item()
 
 
-def divide(num: np.ndarray, den: np.ndarray) -> np.ndarray:
-    """Return num / den. 0 / 0 counts as 0, as in F1 without any positive."""
+def ratio(terms: np.ndarray) -> np.ndarray:
+    """Return numerators / denominators f[...] of f[2, ...]. 0 / 0 counts as 0, as in F1 without any positive."""
+    num, den = terms
     return num / np.where(den == 0, np.inf, den)
 
 
@@ -75,9 +69,7 @@ def mme_points(unit: list[Item]) -> tuple[float, float]:
 
 def f1(unit: list[Item]) -> tuple[float, float]:
     """Return the terms of the F1 of "yes". Other answers than yes and no are left out, as in lmms-eval's pope."""
-    pairs = []
-    for item in unit:
-        pairs.append((item["answer"].strip().lower(), item["target"].strip().lower()))
+    pairs = [tuple(item[key].strip().lower() for key in ("answer", "target")) for item in unit]
     hits = 2 * pairs.count(("yes", "yes"))
     return hits, hits + pairs.count(("yes", "no")) + pairs.count(("no", "yes"))
 
@@ -102,19 +94,18 @@ class Column(NamedTuple):
             if not self.categories or item["group"] in self.categories.split():
                 units.setdefault((str(item["group"]), item["unit"]), []).append(item)
         _, strata = np.unique([group for group, _ in units], return_inverse=True)
-        num, den = np.array([self.count(unit) for unit in units.values()], float).T
-        weights = len(units) / np.bincount(strata)
-        return ScoreTerms(num * weights[strata], den, strata)
+        terms = np.array([self.count(unit) for unit in units.values()], float).T
+        terms[0] *= len(units) / np.bincount(strata)[strata]
+        return ScoreTerms(terms, strata)
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A task of lmms-eval: its name, columns by title, the unit of a record, and changed settings."""
+class Benchmark(NamedTuple):
+    """A task of lmms-eval: its name, columns by title, the key of a record's unit, and changed settings."""
 
     task: str
     columns: dict[str, Column]
-    unit_of: Callable[[dict], Any] = lambda record: None  # each item alone
-    overrides: dict[str, Any] = field(default_factory=dict)
+    unit: str = ""  # each item alone
+    overrides: Mapping[str, Any] = {}
 
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR"
@@ -129,24 +120,19 @@ EXACT = Column("exact_match")
 PROMPT = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase."}
 WITH_OCR = {"lmms_eval_specific_kwargs": {"default": PROMPT | {"ocr": True}}}
 BENCHMARKS: dict[str, Benchmark] = {
-    "gqa": Benchmark("gqa", {"GQA": EXACT}, lambda r: r["imageId"]),
+    "gqa": Benchmark("gqa", {"GQA": EXACT}, "imageId"),
     # parses letters by rule; the task without _static asks GPT or guesses
     "mmbench": Benchmark(
         "mmbench_en_dev_static",
         {"MMBench": Column("gpt_eval_score", circular)},
-        lambda r: int(r["index"]) % 1_000_000,
+        "index",
     ),
-    "mme": Benchmark("mme", MME, lambda r: r["question_id"]),
-    "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc")}, lambda r: r["id"]),
-    "pope": Benchmark("pope", POPE, lambda r: r["image_source"]),
+    "mme": Benchmark("mme", MME, "question_id"),
+    "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc")}, "id"),
+    "pope": Benchmark("pope", POPE, "image_source"),
     "scienceqa": Benchmark("scienceqa_img", {"SQA-I": EXACT}),
-    "textvqa": Benchmark("textvqa_val", {"TextVQA": EXACT}, lambda r: r["image_id"]),
+    "textvqa": Benchmark("textvqa_val", {"TextVQA": EXACT}, "image_id"),
     # the prompt of LLaVA-1.5, with the OCR tokens of the dataset
-    "textvqa_ocr": Benchmark(
-        "textvqa_val",
-        {"TextVQA OCR": EXACT},
-        lambda r: r["image_id"],
-        WITH_OCR,
-    ),
-    "vizwiz": Benchmark("vizwiz_vqa_val", {"VizWiz": EXACT}, lambda r: r["question_id"]),
+    "textvqa_ocr": Benchmark("textvqa_val", {"TextVQA OCR": EXACT}, "image_id", WITH_OCR),
+    "vizwiz": Benchmark("vizwiz_vqa_val", {"VizWiz": EXACT}, "question_id"),
 }

@@ -13,24 +13,31 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from llava_bidir.command_options import VQATableOptions
-from llava_bidir.common.bootstrap import RESAMPLINGS, holm, interval
+from llava_bidir.common.bootstrap import holm, interval
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, write_files
 
-from .scores import BENCHMARKS, SWAPS, ScoreTerms, swap_test
+from .scores import BENCHMARKS, Item, ScoreTerms, swap_test
 
 SCORED = {title: x for benchmark in BENCHMARKS.values() for title, x in benchmark.columns.items()}
 NUMBERS = ["value", "low", "high", "paper", "p", "p_holm"]
-SEED = 0
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 
 
 class Results(NamedTuple):
-    """Results of a checkpoint: settings; by column the terms of the score, and what was asked."""
+    """Results of a checkpoint: its settings, and the answered items by column."""
 
-    info: dict[str, Any]
-    terms: dict[str, ScoreTerms]
-    asked: dict[str, list[list]]
+    info: dict[str, str]
+    items: dict[str, list[Item]]
+
+    def terms(self, title: str) -> ScoreTerms:
+        """Return the terms of a score."""
+        return SCORED[title].terms(self.items[title])
+
+    def questions(self, title: str) -> list[list[Any]]:
+        """Return what was asked."""
+        keys = ("item", "unit", "question", "target")
+        return [[item[key] for key in keys] for item in self.items[title]]
 
     def paper_score(self, title: str) -> float:
         """Return the paper's score of this encoder and mask; NaN if it has none."""
@@ -58,14 +65,7 @@ def write_tables(folders: Sequence[Path], out: Path) -> str:
         if a.info["encoder"] == b.info["encoder"] and masks == ["causal", "bidirectional"]:
             rows += pair_rows(a, b)
     table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBERS])
-    described = {
-        "models": [model.info for model in models],
-        "rows": table.to_dict("records"),
-        "resamplings": RESAMPLINGS,
-        "swaps": SWAPS,
-        "seed": SEED,
-        "paper": PAPER["source"],
-    }
+    described = {"models": [model.info for model in models], "rows": table.to_dict("records")}
     write_files({out / "table1.csv": table.to_csv(index=False), out / "table1.json": described})
     return table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
 
@@ -80,23 +80,20 @@ def read_results(folder: Path) -> Results:
         )
     first = next(iter(tasks.values()))
     keys = ("model", "encoder", "image_attention", "fingerprint", "dtype")
-    results = Results({key: first[key] for key in keys} | {"results": str(folder)}, {}, {})
-    for name, task in tasks.items():
-        asked = [[x[key] for key in ("item", "unit", "question", "target")] for x in task["items"]]
-        for title, column in BENCHMARKS[name].columns.items():
-            results.terms[title] = column.terms(task["items"])
-            results.asked[title] = asked
-    return results
+    info = {key: first[key] for key in keys} | {"results": str(folder)}
+    columns = [(title, name) for name in tasks for title in BENCHMARKS[name].columns]
+    return Results(info, {title: tasks[name]["items"] for title, name in columns})
 
 
 def score_rows(results: Results) -> list[list]:
     """Return a row of the table for each score of a model, with its 95% interval and the paper's."""
     names = [results.info[key] for key in ("encoder", "image_attention")]
     rows = []
-    for title, terms in results.terms.items():
+    for title in results.items:
+        terms = results.terms(title)
         value = terms.score()
         highest = math.inf if SCORED[title].categories else 1.0
-        bounds = interval(value, terms.resampled_scores(seed=SEED), lowest=0.0, highest=highest)
+        bounds = interval(value, terms.resampled_scores(), lowest=0.0, highest=highest)
         rows.append([*names, title, value, *bounds, results.paper_score(title), math.nan, math.nan])
     return rows
 
@@ -104,16 +101,15 @@ def score_rows(results: Results) -> list[list]:
 def pair_rows(a: Results, b: Results) -> list[list]:
     """Compare bidirectional (b) with causal (a) on the same questions; p-values are adjusted for the columns."""
     rows = []
-    for title in (title for title in a.terms if title in b.terms):
-        if a.asked[title] != b.asked[title] or a.info["dtype"] != b.info["dtype"]:
+    for title in filter(b.items.__contains__, a.items):
+        if a.questions(title) != b.questions(title) or a.info["dtype"] != b.info["dtype"]:
             folders = f"{a.info['results']} and {b.info['results']}"
             raise UserError(f"{title}: {folders} differ in more than the mask: questions or dtype")
-        terms = (a.terms[title], b.terms[title])
+        terms = (a.terms(title), b.terms(title))
         difference = terms[1].score() - terms[0].score()
-        resampled = [x.resampled_scores(seed=SEED) for x in terms]
-        bounds = interval(difference, resampled[1] - resampled[0])
+        bounds = interval(difference, terms[1].resampled_scores() - terms[0].resampled_scores())
         paper = b.paper_score(title) - a.paper_score(title)
         names = (a.info["encoder"], "bidirectional - causal", title)
-        rows.append([*names, difference, *bounds, paper, swap_test(*terms, seed=SEED)])
+        rows.append([*names, difference, *bounds, paper, swap_test(*terms)])
     adjusted = holm([row[-1] for row in rows])
     return [[*row, p] for row, p in zip(rows, adjusted, strict=True)]

@@ -33,7 +33,7 @@ from llava_bidir.common.processes import (
 from llava_bidir.common.runs import (
     begin_run,
     hide_expected_messages,
-    interrupt_says_what_is_saved,
+    interrupt_says_how_to_resume,
     plan_run,
     run_process,
 )
@@ -106,7 +106,7 @@ def run_config(config: RunConfig) -> None:
     """Solve the probes of all sites, score them, and write the files of the run."""
     run, data, machine = build_solve(config)
     lock = exclusive_run_lock(run.out) if machine.is_first else nullcontext()
-    with run_process(), lock, interrupt_says_what_is_saved(run.checkpoints):
+    with run_process(), lock, interrupt_says_how_to_resume():
         machine.run(lambda: solve(config, run, data, machine))
 
 

@@ -93,7 +93,7 @@ CALLS = {
     ),
     "an array": (
         lambda m: m.preprocess(np.zeros((8, 8, 3), np.uint8)),
-        "a PIL image or a list of these, got ndarray",
+        "ndarray",
     ),
     "a site": (
         lambda m: m.states(m.preprocess(Image.new("RGB", (9, 9))), "adapter"),

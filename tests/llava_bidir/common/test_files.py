@@ -3,9 +3,7 @@
 import errno
 import json
 import os
-import re
 import signal
-import socket
 import time
 from itertools import count
 from pathlib import Path
@@ -64,20 +62,11 @@ def test_a_kill_before_the_rename_leaves_the_old_version(
     assert [p.name for p in tmp_path.iterdir()] == ["path"]
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_files_have_the_permissions_of_other_new_files(umask, mode, tmp_path):
-    """safetensors writes 0600, which a group cannot read."""
-    before = os.umask(umask)
-    try:
-        write_files({tmp_path / "a.safetensors": {"x": torch.zeros(1)}, tmp_path / "a.json": {}})
-        with atomic_directory(tmp_path / "hf", "b.safetensors") as partial:
-            save_file({"x": torch.zeros(1)}, partial / "b.safetensors")
-    finally:
-        os.umask(before)
-    files = [path for path in tmp_path.rglob("[!.]*") if path.is_file()]
-    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
-        ("a.safetensors", "a.json", "b.safetensors"), mode
-    )
+def test_files_of_a_folder_can_be_read_by_a_group(tmp_path):
+    """safetensors writes 0600."""
+    with atomic_directory(tmp_path / "hf", "b.safetensors") as partial:
+        save_file({"x": torch.zeros(1)}, partial / "b.safetensors")
+    assert (tmp_path / "hf/b.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("existing", ["folder/thesis.txt", "folder/file/thesis.txt", "folder"])
@@ -154,11 +143,10 @@ def test_write_files_on_a_full_disk_leaves_the_old_files(name, tmp_path, monkeyp
 
 
 # ------------------------------------------------------------------------------------------------ locks
-def test_a_second_process_is_an_error_that_names_the_holder(tmp_path):
-    with processes.inside(exclusive_run_lock(tmp_path, "hf")) as child:
-        who = f"process {child} on {re.escape(socket.gethostname())} since 20"
-        for _ in range(2):  # an attempt does not delete the holder's name
-            with pytest.raises(UserError, match=rf"hf is in use by {who}.*wait until it has ended"):
+def test_a_second_process_is_an_error(tmp_path):
+    with processes.inside(exclusive_run_lock(tmp_path, "hf")):
+        for _ in range(2):  # an attempt does not release the lock
+            with pytest.raises(UserError, match="hf is in use by another process; wait until it"):
                 with exclusive_run_lock(tmp_path, "hf", wait_s=0):
                     pass
         with exclusive_run_lock(tmp_path), exclusive_run_lock(tmp_path, "other"):
@@ -208,7 +196,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 def test_a_second_fit_into_a_run_is_an_error(parts, conversations, tmp_path):
     with (
         processes.inside(exclusive_run_lock(tmp_path)),
-        pytest.raises(SystemExit, match="is in use by process"),
+        pytest.raises(SystemExit, match="is in use by another process"),
     ):
         tiny_models.fit(parts, conversations, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [".lock"], (

@@ -66,16 +66,10 @@ def test_states_equal_the_stock_models_interpolation(name, side, tmp_path):
     torch.testing.assert_close(states, stock_patches(encoder, pixels), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("side", "nearest"),
-    [
-        (225, "the nearest are 224 and 238"),
-        (7, "the nearest are 14 and 28"),
-    ],
-)
-def test_a_side_that_is_no_usable_multiple_of_the_patch_is_refused(side, nearest, tmp_path):
+@pytest.mark.parametrize("side", [225, 7])
+def test_a_side_that_is_no_usable_multiple_of_the_patch_is_refused(side, tmp_path):
     encoder = replace(write_encoder("dinov2", tmp_path), image_px=side)
     with pytest.raises(
-        UserError, match=rf"model\.encoder\.image_px {side}: expected a multiple .*14 px.*{nearest}"
+        UserError, match=rf"model\.encoder\.image_px {side}: expected a multiple .*14 px"
     ):
         encoder.load_config()

@@ -144,7 +144,7 @@ def test_ctrl_c_twice_ends_the_run_at_once(fit, monkeypatch):
     monkeypatch.setattr(LlavaTraining, "on_train_batch_start", interrupt)
     status, told, trained = fit()
     assert (status, trained) == (130, 0)
-    assert "nothing was saved yet: the same command starts anew" in told
+    assert "`--ckpt_path last` to go on" in told
 
 
 def test_a_run_outside_of_the_main_thread_ends_as_usual(parts, conversations, tmp_path):

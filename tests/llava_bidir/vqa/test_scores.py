@@ -52,7 +52,7 @@ def test_ratios_swap_their_denominators_too():
     rng = np.random.default_rng(5)
     num = [rng.integers(0, 5, 4).astype(float) for _ in range(2)]
     den = [rng.integers(5, 9, 4).astype(float) for _ in range(2)]
-    terms = [ScoreTerms(n, d, np.zeros(4, int)) for n, d in zip(num, den, strict=True)]
+    terms = [ScoreTerms(np.stack(x), np.zeros(4, int)) for x in zip(num, den, strict=True)]
     differences = []
     for sides in range(16):
         coin = np.array([sides >> u & 1 for u in range(4)])

@@ -48,26 +48,6 @@ def photo(tmp_path) -> str:
 
 
 @pytest.mark.parametrize(
-    "operation",
-    [
-        lambda x: x + torch.ones(2, 3),
-        lambda x: torch.ones(3)[torch.tensor([0]).to("cuda")],
-        lambda x: torch.nn.Linear(3, 4)(x),
-        lambda x: x.numpy(),
-        lambda x: torch.randperm(3, generator=torch.Generator(), device="cuda"),
-    ],
-)
-def test_what_fails_on_a_gpu_fails_on_a_pretended_one(operation):
-    with pretend_gpu():
-        x = torch.randn(2, 3).to("cuda")
-        with pytest.raises(
-            (RuntimeError, TypeError),
-            match="same device|Use Tensor.cpu|device type for generator",
-        ):
-            operation(x)
-
-
-@pytest.mark.parametrize(
     "more",
     [
         "",
@@ -103,18 +83,6 @@ def test_trained_probes(
         main(f"segment --probes {tmp_path}/run {photo} --out {tmp_path}/maps".split())
 
 
-def test_float64_fails_on_a_pretended_mac_as_on_a_real_one():
-    with pretend_mps():
-        for operation in (
-            lambda x: x.double(),
-            lambda x: x.sum(dtype=torch.float64),
-        ):
-            with pytest.raises(TypeError, match="float64"):
-                operation(torch.ones(3).to("mps"))
-        with pytest.raises(TypeError, match="float64"):
-            torch.ones(3).double().to("mps")
-
-
 @pytest.mark.parametrize("task", ["segmentation", "depth"])
 def test_a_mac_solves_on_its_cpu_what_its_gpu_reads(task, checkpoints, segmentation, tmp_path):
     """Also where random layers are matched to the trained ones."""
@@ -135,17 +103,6 @@ def test_a_mac_solves_on_its_cpu_what_its_gpu_reads(task, checkpoints, segmentat
     on_cpu, on_mac = (load_file(tmp_path / out / "probes.safetensors") for out in ("cpu", "auto"))
     assert on_cpu.keys() == on_mac.keys()
     assert all(torch.equal(x, on_mac[name]) for name, x in on_cpu.items())
-
-
-def test_a_mac_solves_features_of_its_gpu():
-    features = torch.randn(4, 3, 3, 5, generator=torch.Generator().manual_seed(0))
-    masks = [x[..., 0] > 0.5 for x in features]
-    expected = probes.solve_features(features, masks, 2, folds=2)
-    with pretend_mps():
-        found = probes.solve_features(features.to("mps"), masks, 2, folds=2)
-        assert found.weight.device.type == "mps"
-        assert torch.equal(found.weight.cpu(), expected.weight)
-        found.predict(features.to("mps"), (9, 9))
 
 
 def test_probes_are_trained_on_a_mac(checkpoints, segmentation, tmp_path):

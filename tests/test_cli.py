@@ -10,7 +10,6 @@ import pytest
 import run_bytes
 import tiny_models
 from processes import run_command
-from safetensors.torch import load_file
 
 import llava_bidir.cli
 import probes.cli
@@ -95,26 +94,6 @@ def test_missing_records_are_named_before_a_model_is_looked_up(tmp_path):
     words += f" --data.annotations {tmp_path}/none.json --data.images {tmp_path}"
     with pytest.raises(SystemExit, match="data.annotations: no file .*none.json"):
         llava_bidir.cli.main([*words.split(), "--out", str(tmp_path / "run")])
-
-
-def test_sites_names_what_states_returns(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
-):
-    checkpoint = str(checkpoints["bidirectional"])
-    probes.cli.main(["sites", checkpoint])
-    text = capsys.readouterr().out
-    images = [str(segmentation / f"images/validation/00{i}.png") for i in range(2)]
-    probes.cli.main(["states", checkpoint, *images, "--out", str(tmp_path / "s.safetensors")])
-    states = load_file(tmp_path / "s.safetensors")
-    assert "bidirectional image attention" in text
-    assert "2 x 2 = 4 image tokens" in text
-    for site, state in states.items():
-        assert f"{site} " in text
-        assert state.shape[:2] == (2, 4)
-    assert set(states) == set(probes.load(checkpoint).sites)
 
 
 def test_verify_data_shows_what_is_fed(parts, conversations, capsys):

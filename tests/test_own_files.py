@@ -1,14 +1,11 @@
 """`--import FILE.py`: what a file of one's own registers, in every command that meets its names."""
 
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import probe_runs
 import pytest
 import tiny_models
-import torch
 from processes import run_command
 
 import llava_bidir
@@ -21,7 +18,6 @@ from probes.models.families import FAMILIES
 
 pytestmark = pytest.mark.slow  # trains a model, and starts processes that do
 MAIN = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
-IS_IMAGE = torch.tensor([[False, True, True, True, True, False]])
 REGISTRIES = (llava_bidir.IMAGE_ATTENTION, HEADS, DATASETS, FAMILIES)
 KNOWN = [set(names) for names in REGISTRIES]
 OWN = '''
@@ -178,13 +174,6 @@ def test_segment_reads_probes_of_an_own_head_and_layout(
     assert (tmp_path / "maps/000.png").is_file()
 
 
-def test_a_spawned_process_finds_what_it_unpickles(own, call):
-    call("probes", "--version")
-    rows = sys.modules["own_parts"].rows
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(rows, IS_IMAGE).result().tolist() == [[-1, 0, 0, 1, 1, -1]]
-
-
 def test_a_file_with_the_name_of_a_module_is_a_usage_error(tmp_path, capsys):
     file = tmp_path / "json.py"
     file.write_text("")
@@ -194,20 +183,3 @@ def test_a_file_with_the_name_of_a_module_is_a_usage_error(tmp_path, capsys):
     sys.path[:] = path
     assert stop.value.code == 2
     assert f"--import {file}: there is a module 'json' already" in capsys.readouterr().err
-
-
-def test_unknown_families_and_layouts_name_the_option(checkpoints, tmp_path, call):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(SystemExit, match="no MLLM or encoder family 'llama'.*--import FILE.py"):
-        call("probes", "sites", tmp_path)
-    words = [
-        "study",
-        checkpoints["causal"],
-        "owm",
-        "--data.root",
-        tmp_path,
-        "--out",
-        tmp_path / "s",
-    ]
-    with pytest.raises(SystemExit, match="owm is neither .*, own.*--import FILE.py"):
-        call("probes", *words)

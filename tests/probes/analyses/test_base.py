@@ -3,11 +3,9 @@
 import os
 from dataclasses import dataclass
 
-import pytest
 import torch
 
-from llava_bidir.common.errors import NothingToMeasure
-from probes.analyses.base import Analysis, Result, RunOptions, run_analysis
+from probes.analyses.base import Analysis, RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +47,3 @@ def test_only_missing_or_damaged_batches_are_computed_again(runs, tmp_path):
     assert computed == ["cd", "ef"]
     batches(1)
     assert computed == ["ab", "cd", "ef", "g"], "other options"
-
-
-def test_an_analysis_without_a_case_leaves_nothing(runs, tmp_path):
-    def measure(run, options) -> Result:
-        analysis.in_batches(run, options, "ab", 1, lambda items: {})
-        raise NothingToMeasure("no case")
-
-    analysis = Analysis("none", "None?", options=Options, measure=measure)
-    with pytest.raises(NothingToMeasure):
-        run_analysis(analysis, Options(probes=runs["causal"].path, out=tmp_path))
-    assert not [*tmp_path.iterdir()]

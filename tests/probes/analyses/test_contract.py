@@ -163,16 +163,13 @@ def test_the_report_shows_the_numbers_of_the_analysis(name, study, report):
 # ------------------------------------------------------------------------------------------ errors
 BAD = [
     ("knockout", ["--classes", "moon"], "unknown class 'moon'; .* has sky, wall, road"),
-    ("knockout", ["--classes", "sky", "--block-by", "layer_9"], "unknown block_by site 'layer_9'"),
     (
         "knockout",
         ["--classes", "sky", "wall", "--min-patches", "5"],
         "no image has 5 or more patches wrongly .* sky or wall;",
     ),
-    ("knockout", ["--classes", "auto:9"], "--classes auto:9: expected N from 1 to 3"),
     ("knockout", ["--layers", "0"], "layer 0 is out of range; .* has layers 1..3"),
     ("patching", ["--layers", "2"], "--layers 2 is not before the read-out layer_02; expected 0"),
-    ("patching", ["--site", "adapter"], "no layer is before the read-out adapter"),
     ("routes", ["--window", "4"], "window is 4; expected 1 to 3, the model's layers"),
     ("maps", ["--image", "9"], "image 9 is out of range; the split has images 0..8"),
 ]

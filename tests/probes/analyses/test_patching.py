@@ -8,7 +8,7 @@ import reference
 import torch
 from safetensors.torch import load_file
 
-from probes.analyses.patching import PatchingOptions, complete
+from probes.analyses.patching import PatchingOptions
 from probes.analyses.patching.patch import (
     nan_mean,
     object_tokens,
@@ -104,12 +104,6 @@ def test_each_image_is_given_another_ones_states():
     assert sorted(others) == [*range(9)]
     assert all(other != image for image, other in enumerate(others))
     assert others != other_images(9, seed=2)
-
-
-def test_layers_are_all_before_the_read_out(runs):
-    run = runs["causal"]
-    for site, layers in (("layer_02", (0, 1)), ("final_norm", (0, 1, 2, 3))):
-        assert complete(run, PatchingOptions(probes=run.path, site=site)).layers == layers
 
 
 def test_means_leave_out_images_without_patches():

@@ -1,7 +1,6 @@
 """`probes segment` on any photo, against an independent forward and F.interpolate."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,23 +104,3 @@ def test_own_files_are_replaced_and_others_are_not(run, photos, tmp_path):
         SystemExit, match=r"grey.png exists and was not written by `probes segment`; choose another"
     ):
         segment(run, photos, photos[0].parent)
-
-
-def test_bad_arguments_are_one_line_errors_before_the_model_is_loaded(
-    run,
-    photos,
-    tmp_path,
-    monkeypatch,
-):
-    monkeypatch.setattr("probes.models.load.load", None)
-    (tmp_path / "other").mkdir()
-    same_stem = shutil.copy(photos[0], tmp_path / "other/odd.png")
-    out = tmp_path / "out"
-    for arguments, message in (
-        ([[tmp_path / "nothing.jpg"], out], "nothing.jpg is not a file; expected a photo"),
-        ([photos, out, "--site", "layer_99"], r"has no site 'layer_99'; it has encoder, [^\n]*"),
-        ([[photos[0], same_stem], out], "two outputs would be .*out/odd.png; rename a photo"),
-    ):
-        with pytest.raises(SystemExit, match=f"^probes: .*{message}"):
-            segment(run, *arguments)
-        assert not out.exists()

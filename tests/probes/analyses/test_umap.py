@@ -1,33 +1,11 @@
 """UMAP without its package; purity of neighbourhoods against scikit-learn."""
 
-import re
-import sys
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from probes.analyses import ANALYSES
-from probes.analyses.base import PlannedRun
 from probes.analyses.umap import knn_purity
-from probes.cli import main
-
-
-@pytest.mark.skipif(
-    find_spec("umap") is None, reason="umap-learn (extra: figures) is not installed"
-)
-def test_without_umap_learn_the_extra_is_named_and_a_study_leaves_it_out(
-    runs, monkeypatch, tmp_path
-):
-    sites = ["adapter", "layer_01"]
-    planned = PlannedRun("trained", "causal", sites, sites)
-    monkeypatch.setitem(sys.modules, "umap", None)
-    install = "umap-learn is not installed; run: pip install 'llava-bidir[figures]'"
-    assert ANALYSES["umap"].why_left_out(planned, {}) == install
-    with pytest.raises(SystemExit, match=re.escape(install)):
-        main(["umap", "--probes", str(runs["causal"].path), "--out", str(tmp_path)])
 
 
 @pytest.mark.numerics

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
 
 import probes
-from llava_bidir.common.errors import UserError
 from probes.lab.models import load_checkpoint
-from probes.lab.photos import encode, grid_box
+from probes.lab.photos import encode
 from probes.lab.requests import (
     MAX_ANSWER_TOKENS,
     Attention,
@@ -25,8 +23,7 @@ from probes.lab.requests import (
     SiteView,
     View,
 )
-from probes.lab.session import Session, token_text
-from probes.ops.geometry import Geometry, ResizeRule
+from probes.lab.session import Session
 from probes.tasks.segmentation import colorize_classes
 
 
@@ -178,20 +175,6 @@ def test_kept_states_are_bounded(session, monkeypatch):
         assert len(session._states) == 1
 
 
-REFUSED = {
-    "drop the same file again": {"photo": "upload:" + 64 * "0"},
-    "photo 99 of the validation split does not exist": {"photo": "split:99"},
-    "not under replaced states": {"intervention": CHANGES["mean"]},
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_asked_says_why(session, message):
-    asked = {"photo": "split:0", "model": 0, "question": "x"} | REFUSED[message]
-    with pytest.raises(UserError, match=message):
-        session.ask(PhotoQuestion(**asked), labs.JOB)
-
-
 def test_a_checkpoint_without_probes_has_words(checkpoints):
     session = Session(load_checkpoint(str(checkpoints["bidirectional"])))
     key = session.photos.add(encode(Image.new("RGB", (20, 10), "red"), "PNG"), "red.png")
@@ -201,16 +184,3 @@ def test_a_checkpoint_without_probes_has_words(checkpoints):
     asked = PatchView(photo=key, model=0, patch=1)
     words = session.words_of_patch(asked, labs.JOB)["words"]
     assert len(words) == len(session.models[0].word_sites)
-
-
-def test_text_of_a_token_is_visible(checkpoints):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoints["causal"])
-    shown = {"▁sky": "sky", "▁": "▁", "<0xE2>": "<0xE2>", "a": "a"}
-    for token, text in shown.items():
-        assert token_text(tokenizer, tokenizer.convert_tokens_to_ids(token)) == text
-    assert token_text(tokenizer, len(tokenizer)) == f"<row {len(tokenizer)}>"
-
-
-def test_box_of_a_padded_image_exceeds_it():
-    padded = Geometry((2, 2), 8, 8, ResizeRule("pad")).view((4, 8))
-    assert grid_box(padded, (4, 8)) == (0.0, -0.5, 1.0, 2.0)

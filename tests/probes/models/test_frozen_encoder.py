@@ -1,6 +1,5 @@
 """Bare vision encoders: every site equals the stock model's hidden states; controls, knockout, other sides."""
 
-import shutil
 from dataclasses import replace
 from itertools import product
 
@@ -171,32 +170,3 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
     found = torch.cat([*weights.values()])
     expected = torch.cat(expected[::2])[:, :, patches, patches]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (
-            {"image_px": 30},
-            r"--model\.image_px 30: expected a multiple of the patch, 4 px",
-        ),
-        (
-            {"image_attention": "causal"},
-            "is a vision encoder without an LLM, whose patches attend to all",
-        ),
-    ],
-)
-def test_settings_that_an_encoder_does_not_have_are_refused(settings, expected, folders):
-    with pytest.raises(UserError, match=expected):
-        probes.load(folders["dinov2"], device="cpu", **settings)
-
-
-def test_a_folder_without_the_image_processors_file_says_what_is_needed(folders, tmp_path):
-    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
-    (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match="preprocessor_config.json of .* is missing") as error:
-        probes.load(folder, device="cpu")
-    example = str(error.value)
-    example = example[example.index("{") : example.rindex("}") + 1]
-    (folder / "preprocessor_config.json").write_text(example)
-    probes.load(folder, device="cpu").preprocess(photo())

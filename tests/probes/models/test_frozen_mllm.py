@@ -1,6 +1,5 @@
 """States of a frozen MLLM: read at the right places, blind to what they should not see, and up to date."""
 
-import json
 import shutil
 from contextlib import ExitStack
 
@@ -116,15 +115,6 @@ def test_revision_of_a_hub_id_is_resolved_and_recorded(checkpoints, tmp_path, mo
     assert probes.load(str(checkpoints["causal"])).revision is None
 
 
-def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
-    shutil.copytree(checkpoints["causal"], tmp_path / "ours")
-    config = json.loads((tmp_path / "ours/config.json").read_text())
-    for resize in ("pad", "center_crop"):
-        (tmp_path / "ours/config.json").write_text(json.dumps(config | {"image_resize": resize}))
-        assert probes.load(str(tmp_path / "ours")).geometry.resize == resize
-    assert probes.load(str(tmp_path / "ours"), image_resize="squash").geometry.resize == "squash"
-
-
 def test_untrained_parts_are_drawn_by_seed_at_the_scale_of_the_training(
     checkpoints, pictures, tmp_path
 ):
@@ -146,19 +136,6 @@ def test_untrained_parts_are_drawn_by_seed_at_the_scale_of_the_training(
     spread = one.language_model.layers[0].self_attn.q_proj.weight.std().item()
     usual = trained.model.config.get_text_config().initializer_range
     assert spread == pytest.approx(usual, rel=0.1)
-
-
-def test_stays_frozen_and_in_eval_mode(mllm):
-    assert not any(module.training for module in mllm.modules())
-    mllm.train()
-    assert not mllm.training
-    assert not any(module.training for module in mllm.modules())
-    assert not any(parameter.requires_grad for parameter in mllm.parameters())
-
-
-def test_a_prefix_with_the_images_placeholder_is_an_error(mllm):
-    with pytest.raises(ValueError, match="prefix contains the image's placeholder"):
-        mllm.set_prefix([3, mllm.model.config.image_token_id])
 
 
 def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, pictures):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import own_modules
 import pytest
-import torch
 
 import probes
 from llava_bidir.common.errors import UserError
@@ -15,7 +14,6 @@ from probes.models.module_sources import (
     source_identity,
 )
 
-FILE = Path(own_modules.__file__)
 WEIGHTS = """
 def build():
     encoder = own_modules.build()
@@ -28,13 +26,6 @@ def write(folder: Path, offset: float = 0.0) -> str:
     file = folder / "mine.py"
     file.write_text("import own_modules\n" + WEIGHTS.format(offset=offset))
     return f"{file}:build"
-
-
-def test_a_file_is_the_module_that_its_function_describes():
-    encoder = probes.load(f"{FILE}:build", device="cpu")
-    expected = own_modules.build()
-    assert torch.equal(encoder.model.module.stem.weight, expected.module.stem.weight)
-    assert encoder.sites[-1] == "final_norm" and encoder.grid == (4, 4)
 
 
 def test_the_identity_is_that_of_file_and_weights(tmp_path):

@@ -290,21 +290,6 @@ def test_pixels_equal_torchs_resize_to_one_grey_level(name, checkpoint):
         assert difference.abs().max() < 1.1 / 255
 
 
-def test_pixels_that_are_not_normalised_need_no_mean(checkpoint):
-    """TIPSv2 as published."""
-    settings = {
-        "image_processor_type": "Tipsv2ImageProcessor",
-        "do_normalize": False,
-        "resample": int(BILINEAR),
-        "size": BOTH_SIDES,
-    }
-    (checkpoint("tipsv2") / "preprocessor_config.json").write_text(json.dumps(settings))
-    model = probes.load(str(checkpoint("tipsv2")), device="cpu")
-    square = photo((model.geometry.image_px,) * 2)
-    expected = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None] / 255
-    torch.testing.assert_close(model.preprocess(square), expected)
-
-
 def test_another_side_keeps_filter_and_field_of_view_and_squash_the_filter(
     checkpoint,
 ):

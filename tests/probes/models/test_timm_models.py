@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 import probes
-from llava_bidir.common.errors import UserError
 from probes.models.random_weights import layer_updates
 
 timm = pytest.importorskip("timm", reason="timm is not installed; it is the extra 'timm'")
@@ -63,18 +62,3 @@ def test_states_and_pixels_are_those_of_timm(name, tmp_path):
     control = {"untrained": ["encoder"], "match": "update", "match_images": [photo]}
     random = probes.load(path, device="cpu", **control)
     assert layer_updates(random, pixels) == pytest.approx(updates, rel=2e-3)
-
-
-def test_another_side_interpolates_positions_as_timm_does(tmp_path):
-    _, path = write("vit_small_patch14_dinov2", tmp_path)
-    assert probes.load(path, device="cpu", image_px=84).grid == (6, 6)
-    with pytest.raises(UserError, match="expected a multiple of the patch, 14 px"):
-        probes.load(path, device="cpu", image_px=60)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_models_that_are_no_vision_transformer_are_refused(name, tmp_path):
-    model = timm.create_model(name)
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    with pytest.raises(UserError, match="expected a vision transformer"):
-        probes.load(f"timm:local-dir:{tmp_path}")

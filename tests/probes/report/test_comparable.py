@@ -4,27 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from report_parts import studies_of
+from report_parts import CURVE, FLAT, studies_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
-
-CURVE = [
-    0.5,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.7,
-]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [
-    0.5,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-]
 
 
 def keep_sites(run: str, kept: list[str]) -> None:

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import scipy.stats
-from report_parts import claims_of, studies_of
+from report_parts import CURVE, FLAT, claims_of, studies_of
 
 from llava_bidir.common.bootstrap import interval
 from probes.report.claims import evaluate_claims
@@ -13,22 +13,6 @@ from probes.report.page import write_report
 from probes.report.verdicts import correct_for_claims
 from probes.runs.read import ProbeRun
 
-CURVE = [
-    0.5,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.7,
-]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [
-    0.5,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-]
 LOW = [x - 0.25 for x in CURVE]  # trained probes, far below the optimum
 
 

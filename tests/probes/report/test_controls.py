@@ -7,30 +7,14 @@ from pathlib import Path
 
 import pytest
 from probe_runs import write_effects
-from report_parts import claims_of, studies_of
+from report_parts import CURVE, FLAT, claims_of, studies_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.files import read_json
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
-from probes.runs.study import CONTROLS, UNTRAINED
+from probes.runs.study import CONTROLS
 
-CURVE = [
-    0.5,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.7,
-]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [
-    0.5,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-]
 MASKS = ("causal", "bidirectional")
 
 
@@ -133,58 +117,6 @@ def test_draws_are_paired_by_their_number(part, matches, write):
     }
     with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
         studies_of([*order, write("again", FLAT, 9, **weights)])
-
-
-def test_the_untrained_model_is_the_same_control_in_any_order(write):
-    """A trained LLM behind a random adapter is none, nor is a second draw."""
-    both = ["adapter", "llm"]
-    runs = [
-        write("trained", CURVE),
-        write(
-            "untrained",
-            FLAT,
-            1,
-            untrained=both,
-            draw=0,
-        ),
-    ]
-    runs.append(
-        write(
-            "again",
-            FLAT,
-            2,
-            untrained=both,
-            draw=1,
-        )
-    )
-    runs += [
-        write(
-            f"a{i}",
-            CURVE,
-            3 + i,
-            untrained=["adapter"],
-            draw=i,
-        )
-        for i in (0, 2)
-    ]
-    for order in (runs, runs[::-1]):
-        (study,) = studies_of(order)
-        assert study.where(arm=UNTRAINED)[0].path == Path(runs[1])
-        draws = [draw["causal"].metrics["draw"] for draw in study.draws("adapter", solved=False)]
-        assert draws == [0, 1, 2], "one adapter of each draw"
-    with pytest.raises(ValueError, match="are both the untrained run under 'causal'"):
-        studies_of(
-            [
-                *runs,
-                write(
-                    "twice",
-                    FLAT,
-                    8,
-                    untrained=both,
-                    draw=0,
-                ),
-            ]
-        )
 
 
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import knockouts
 import numpy as np
 import pytest
-from report_parts import studies_of
+from report_parts import CURVE, FLAT, studies_of
 
 import probes
 from llava_bidir.common.files import write_files
@@ -18,22 +18,6 @@ from probes.report.claims import evaluate_claims
 from probes.score.effects import effect_file
 
 EXAMPLE = Path(__file__).parents[2] / "extending/outside_analysis.py"
-CURVE = [
-    0.5,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.7,
-]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [
-    0.5,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-]
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """Claims about the layers of a bare encoder, from runs of random counts."""
 
-import re
 from itertools import product
 
 import pytest
 from report_parts import claims_of
 
-from probes.report.page import write_report
-from probes.report.words import site_name
 from probes.runs.read import ProbeRun
 
 SITES = ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
@@ -89,18 +86,3 @@ def test_a_best_layer_that_random_ones_have_too_is_not_called_unlearned(claims_a
     assert claims["over_last"]["conclusion"] == "also in random layers"
     assert claims["over_last"]["supported"] is False
     assert claims["layer_gain"]["conclusion"] == "not learned"
-
-
-@pytest.mark.parametrize("sites", [SITES, SITES[:-1], SITES[1:-1]])
-def test_the_page_names_only_sites_that_were_probed(write, tmp_path, sites):
-    write(
-        "trained",
-        PEAK[: len(sites)],
-        solved=True,
-        sites=sites,
-        model_kind="encoder",
-    )
-    write_report([str(tmp_path)], tmp_path / "report")
-    page = (tmp_path / "report/index.html").read_text()
-    named = [name.strip() for name in re.findall(r'<th scope="row">([^<]*)<', page)]
-    assert named == [site_name(site) for site in sites]

@@ -19,27 +19,12 @@ import probe_runs
 import pytest
 import task_runs
 import tiny_models
+from report_parts import CURVE, FLAT
 
 from probes.cli import main
 from probes.runs.read import ProbeRun
 
 GOLDEN = Path(__file__).parent / "golden"
-CURVE = [
-    0.5,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.7,
-]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [
-    0.5,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-]
 MASKS = ("causal", "bidirectional")
 ANCHORS = (-0.4, 0.4)  # what hiding the wrong and the correct class does to the share left wrong
 NONE = (0.0, 0.0)

@@ -7,18 +7,10 @@ import numpy as np
 import probe_runs
 import pytest
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
-from report_parts import claims_of
+from report_parts import CURVE, claims_of
 
 from probes.runs.read import ProbeRun
 
-CURVE = [
-    0.5,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.7,
-]  # encoder, adapter, layers 1 to 3, final norm
 ANCHORS = (-0.4, 0.4)
 NONE = (0.0, 0.0)  # what hiding the wrong and the correct class does to the share left wrong
 KNOCKOUTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
@@ -85,9 +77,7 @@ def draws(write):
     ("trained", "still_wrong", "random", "conclusion"),
     [
         (ANCHORS, ANCHORS, NONE, "supported"),
-        (ANCHORS, ANCHORS, ANCHORS, "not learned"),
         (ANCHORS, NONE, NONE, "artefact of the instrument"),  # new mistakes elsewhere
-        (NONE, NONE, NONE, "does not hold"),
     ],
 )
 def test_conclusions(

@@ -11,14 +11,6 @@ from probes.report.verdicts import compare_to_draws, judge_draws
 from probes.score.estimate import Estimate
 
 STUDIES = 500
-CURVE = [
-    0.5,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.7,
-]
 
 
 def test_interval_equals_scipys_t_and_is_never_shorter_than_that_over_images():

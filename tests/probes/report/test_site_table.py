@@ -7,7 +7,7 @@ import pandas as pd
 import probe_runs
 import pytest
 import tiny_models
-from report_parts import miou, studies_of
+from report_parts import CURVE, FLAT, miou, studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.sites import site_rows
@@ -15,22 +15,6 @@ from probes.report.tables import NAMES
 from probes.report.words import shown
 from probes.runs.study import StudyRuns
 
-CURVE = [
-    0.5,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.7,
-]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [
-    0.5,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-    0.4,
-]
 IMAGES = 40
 
 

@@ -49,7 +49,3 @@ def test_photos_are_chosen_by_quantile_each_once(images):
     assert len({*chosen.values()}) == len(chosen) == min(3, images)
     for name, index in chosen.items():
         assert right[index] == round(QUANTILES[name] * (images - 1))
-
-
-def test_a_run_without_photos_has_none(tmp_path):
-    assert read_pictures(tmp_path) == {}

@@ -22,7 +22,6 @@ from probes.lab.requests import (
     View,
 )
 from probes.runs.read import ProbeRun
-from probes.studies.estimate import print_estimate
 from probes.studies.plan import plan
 from probes.studies.run import run_study
 
@@ -102,30 +101,6 @@ def test_claims_compare_layers_and_random_encoders(study):
             assert column["value"] == pytest.approx(column["trained"] - np.mean(column["by_draw"]))
 
 
-def test_what_needs_an_llm_is_planned_only_if_asked_for_and_then_left_out_once(
-    study, parts, capsys
-):
-    out, printed = study
-    assert not (out / "trained" / "knockout.json").exists()
-    assert "left out" not in printed
-    page = (out / "report" / "index.html").read_text()
-    assert 'class="warn"' not in page and "left out" not in page
-    options = {"options": OPTIONS, "add": ("knockout",)}
-    planned = out.parent / "planned"
-    print_estimate(
-        study_of(
-            {"": parts[0]},
-            parts[1],
-            planned,
-            **options,
-        )
-    )
-    said = capsys.readouterr().out
-    reason = "trained/knockout left out: the model is a vision encoder, and it needs an LLM"
-    assert said.count("left out") == said.count(reason) == 1
-    assert said.index("passes over the images") < said.index(reason)
-
-
 def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tmp_path):
     with pytest.raises(UserError, match="no arm 'adapter0' of a vision encoder"):
         plan(
@@ -164,26 +139,3 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     assert len({x["probabilities"] for x in found}) == 3
     assert session.attention(Attention(**view, layer=2, patch=5), labs.JOB)["to"]
     assert model["other_mask"] is None, "which the page does not offer then"
-
-
-def test_commands_that_need_an_llm_say_so_of_an_encoder(study):
-    run = str(study[0] / "trained")
-    with pytest.raises(SystemExit, match="vision encoder, and probes routes needs an LLM"):
-        main(["routes", "--probes", run])
-
-
-@pytest.mark.slow
-def test_the_final_norm_alone_has_a_page_and_no_table_of_claims(parts, tmp_path, capsys):
-    options = (*OPTIONS, "--model.sites", "[final_norm]")
-    run_study(
-        study_of(
-            {"": parts[0]},
-            parts[1],
-            tmp_path,
-            draws=0,
-            options=options,
-        )
-    )
-    assert (tmp_path / "report/index.html").is_file()
-    said = capsys.readouterr().out
-    assert "segments best at its final norm" in said and "effect, points" not in said

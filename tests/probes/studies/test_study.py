@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pandas as pd
 import probe_runs
 import pytest
-import task_runs
 import torch
 from processes import HANGING_S
 from run_bytes import run_bytes
@@ -294,32 +293,6 @@ def test_bad_input_is_one_error_before_any_work(
         main(["study", *words.split(), "--out", str(out)])
     assert re.search(expected, f"{stop.value}{capsys.readouterr().err}")
     assert not out.exists() or not any(out.rglob("*.json"))
-
-
-def test_changed_targets_of_a_task_end_the_study(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    ran,
-):
-    data = task_runs.write_targets(segmentation, tmp_path / "data")
-    asked = {
-        "arms": ("trained",),
-        "only": ("solve",),
-        "tasks": ("depth",),
-    }
-    study = study_of(
-        {"": checkpoints["causal"]},
-        data,
-        tmp_path / "study",
-        **asked,
-    )
-    run_study(study)
-    depth = sorted((data / "depth/validation").iterdir())
-    depth[0].write_bytes(depth[1].read_bytes())
-    with pytest.raises(UserError, match="depth_trained.*validation_depth"):
-        run_study(study)
-    assert ran == ["trained", "depth_trained"]
 
 
 def test_new_weights_replace_every_arm_also_after_an_interruption(

@@ -88,13 +88,6 @@ def test_the_report_reads_truth_and_effects_of_other_analyses(settings, segmenta
         truth.unlink()
 
 
-def test_maps_read_the_knockout_that_they_show(settings):
-    (maps,) = (
-        step for step in plan(settings({"": "causal"}, add=("maps",))).steps if step.kind == "maps"
-    )
-    assert maps.reads["trained/knockout"].name == "knockout.json"
-
-
 def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
     from dataset_layouts import write_voc2012
 
@@ -201,12 +194,6 @@ def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
         assert not wrote.wait(0.5)
     job.join(60)
     assert wrote.is_set()
-
-
-def test_trained_probes_have_mistakes_of_their_own(settings, ran):
-    ran.failing = {"trained/knockout": NothingToMeasure("no image has a wrong patch")}
-    run.run_study(settings({"": "causal"}, fit=True))
-    assert "probes/knockout" in ran and "random0/knockout" not in ran
 
 
 def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(settings, ran):

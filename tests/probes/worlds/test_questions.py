@@ -156,20 +156,6 @@ def test_a_caption_lists_the_classes_of_the_photo(data, records):
         assert listed == {NAMES[value] for value in values}
 
 
-def test_a_folder_without_classes_or_masks_is_named(data, tmp_path):
-    for change, message in (
-        ("classes.json", "classes.json is missing"),
-        ("annotations/training/3.png", "3.jpg"),
-        ("images/validation", "images/validation"),
-    ):
-        broken = tmp_path / change.replace("/", "_")
-        broken.mkdir()
-        for part in ("classes.json", "images", "annotations"):
-            copy(data / part, broken / part, without=data / change)
-        with pytest.raises(SystemExit, match=re.escape(message)):
-            main(["questions", str(broken), "--out", str(tmp_path / "out")])
-
-
 def test_records_are_not_replaced_by_others(data, tmp_path):
     words = ["questions", str(data), "--out", str(tmp_path)]
     main(words)
@@ -178,15 +164,3 @@ def test_records_are_not_replaced_by_others(data, tmp_path):
     with pytest.raises(SystemExit, match="has records of other photos or options"):
         main([*words, "--seed", "1"])
     assert (tmp_path / "questions.json").read_bytes() == before
-
-
-def copy(source: Path, target: Path, without: Path) -> None:
-    """Link files of a folder at another place, except for one file or folder."""
-    if source == without:
-        return
-    if source.is_file():
-        target.symlink_to(source)
-        return
-    target.mkdir()
-    for part in source.iterdir():
-        copy(part, target / part.name, without)

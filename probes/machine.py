@@ -9,12 +9,15 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from llava_bidir.common.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 ProgressKind = Literal["bar", "lines", "none"]
 
@@ -24,7 +27,7 @@ PRECISIONS = {
     "bf16": "bf16-mixed",
     "bf16-mixed": "bf16-mixed",
 }
-ON_GPU = ("gpu", "cuda")
+ON_GPU = ("auto", "gpu", "cuda")
 # Number of processes, as torchrun, Slurm and MPI tell it
 COUNT_VARIABLES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Arguments of Lightning's Trainer that solved probes have, too
@@ -41,69 +44,49 @@ OF_FIT = (
 
 
 class Machine:
-    """One process on one device.
+    """One process on one device, or processes that Lightning's Fabric starts, or finds started by a launcher.
 
     Args:
         device: Where the model runs.
         precision: "32-true", or "bf16-mixed" for a forward under autocast.
         progress: How the progress of a pass is shown.
+        fabric: None for one process.
     """
-
-    is_first = True  # of all processes of the run
-    processes_here = 1  # on this machine
 
     def __init__(
         self,
         device: torch.device,
         precision: str = "32-true",
         progress: ProgressKind = "bar",
+        fabric: "Fabric | None" = None,
     ):
         self.device = device
         self.precision = precision
         self.progress = progress
+        self.fabric = fabric
+        self.is_first = fabric is None or fabric.is_global_zero  # of all processes of the run
+        strategy = getattr(fabric, "strategy", None)
+        self.processes_here = len(getattr(strategy, "parallel_devices", None) or [0])
 
     def run(self, function: Callable[[], None]) -> None:
-        """Call a function in every process of the run."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        function()
-
-    def forward_context(self) -> AbstractContextManager:
-        """Return the context of a forward at the precision."""
-        if self.precision == "bf16-mixed":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
-
-
-class FabricMachine(Machine):
-    """Processes that Lightning's Fabric starts, or finds started by torchrun, Slurm or MPI.
-
-    Args:
-        options: Arguments of Fabric by name.
-        precision, progress: As for :class:`Machine`.
-    """
-
-    def __init__(
-        self,
-        options: Mapping[str, Any],
-        precision: str,
-        progress: ProgressKind,
-    ):
-        from lightning.fabric import Fabric  # seconds, which one process does not need
-
-        self.fabric = Fabric(**options)
-        super().__init__(self.fabric.device, precision, progress)
-        self.is_first = self.fabric.is_global_zero
-        self.processes_here = max(1, len(getattr(self.fabric.strategy, "parallel_devices", [0])))
-
-    def run(self, function: Callable[[], None]) -> None:
-        """Start the processes that are missing, and call a function in each of them."""
+        """Start the processes that are missing, and call a function in every process of the run."""
+        if self.fabric is None:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            function()
+            return
         try:
             self.fabric.launch(lambda fabric: function())
         except KeyboardInterrupt:  # the others may wait for this one
             for process in getattr(self.fabric.strategy.launcher, "procs", ()):
                 process.send_signal(signal.SIGKILL)
             raise
+
+    def forward_context(self) -> AbstractContextManager:
+        """Return the context of a forward at the precision."""
+        if self.precision == "bf16-mixed":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
 
 def solver_device(device: torch.device) -> torch.device:
@@ -130,30 +113,34 @@ def build_machine(options: Mapping[str, Any]) -> Machine:
             f"trainer.precision of solved probes must be 32-true or bf16-mixed, got {precision}"
         )
     device = device_of_one_process(options)
+    fabric = None
+    if device is None:
+        from lightning.fabric import Fabric  # seconds, which one process does not need
+
+        fabric = Fabric(**{name: options[name] for name in OF_FABRIC if name in options})
+        device = fabric.device
     progress = progress_kind(options.get("enable_progress_bar"))
-    if device is not None:
-        return Machine(device, PRECISIONS[precision], progress)
-    of_fabric = {name: options[name] for name in OF_FABRIC if name in options}
-    return FabricMachine(of_fabric, PRECISIONS[precision], progress)
+    return Machine(device, PRECISIONS[precision], progress, fabric)
 
 
 def device_of_one_process(options: Mapping[str, Any]) -> torch.device | None:
     """Return the device of a run of one process; None of several processes, and of a device that Fabric must find."""
-    if any(os.environ.get(name, "1") != "1" for name in COUNT_VARIABLES):
-        return None
-    if str(options.get("num_nodes", 1)) != "1":
-        return None
-    if str(options.get("strategy", "auto")) not in ("auto", "ddp"):
-        return None
-    kind = str(options.get("accelerator", "auto"))
+    kind = options.get("accelerator", "auto")
     devices = str(options.get("devices", "auto"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cpu" or (kind == "auto" and not gpus and not torch.backends.mps.is_available()):
+    on_cpu = kind == "cpu" or (
+        kind == "auto" and not gpus and not torch.backends.mps.is_available()
+    )
+    if (
+        any(os.environ.get(name, "1") != "1" for name in COUNT_VARIABLES)
+        or str(options.get("num_nodes", 1)) != "1"
+        or options.get("strategy", "auto") not in ("auto", "ddp")
+    ):
+        return None
+    if on_cpu:
         return torch.device("cpu") if devices in ("auto", "1") else None
-    if kind in ("auto", *ON_GPU) and gpus:
-        is_one = devices in ("1", "[0]") or (devices == "auto" and gpus == 1)
-        return torch.device("cuda", 0) if is_one else None
-    return None
+    is_one = devices in ("1", "[0]") or (devices == "auto" and gpus == 1)
+    return torch.device("cuda", 0) if gpus and is_one and kind in ON_GPU else None
 
 
 def progress_kind(show_bar: bool | None) -> ProgressKind:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from llava_bidir.common.processes import rank_zero_info
 from probes.data.batches import group_by_size
@@ -99,13 +98,16 @@ def load_probes(
         feature_norm: Normalisation of the states before the head.
     """
     matched = settings["match"] == "update"
+    images = data.splits["training"]
+    count = min(MATCH_IMAGES, len(images)) if matched else 0
     with torch.device("cpu"):
         mllm = load(
             settings["mllm"],
             settings["image_attention"],
             device=device if matched else "cpu",
             untrained=settings["untrained"] or (),
-            match_images=evenly_spaced_images(data.splits["training"], MATCH_IMAGES * matched),
+            # at equal distances from the first on
+            match_images=[images[i * len(images) // count]["image"] for i in range(count)],
             **{name: settings[name] for name in LOADED},
         )
         rule = mllm.geometry.rule
@@ -131,12 +133,6 @@ def load_probes(
     return SiteProbes(mllm, task, heads, channels)
 
 
-def evenly_spaced_images(dataset: Dataset, count: int) -> list[Image.Image]:
-    """Return at most `count` images of a dataset, at equal distances from the first on."""
-    count = min(count, len(dataset))
-    return [dataset[i * len(dataset) // count]["image"] for i in range(count)]
-
-
 def save_predictions(
     probes: SiteProbes,
     logits: Tensor,
@@ -156,7 +152,7 @@ def save_predictions(
         folder: RUN/predictions.
     """
     for images, target in group_by_size(batch["target"]):
-        size = tuple(target.shape[1:3])
+        size = target.shape[1:3]
         view = probes.mllm.geometry.view(size)
         for site, logits_by_image in zip(probes.sites, logits[:, images], strict=True):
             (folder / site).mkdir(parents=True, exist_ok=True)

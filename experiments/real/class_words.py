@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 import probes
 from probes.models.sites import is_before_adapter
-from probes.ops.pixel_counts import patch_labels
 
 
 def class_tokens(mllm, classes: list[str]) -> list[Tensor]:
@@ -49,9 +48,7 @@ def count_words(run: probes.ProbeRun, top: int) -> tuple[dict[str, Tensor], Tens
     dataset = run.dataset()
     for image in tqdm(range(len(dataset)), mininterval=5):
         sample = dataset[image]
-        target = torch.from_numpy(sample["target"])[None]
-        view = mllm.geometry.view(sample["target"].shape)
-        labels = patch_labels(target, count, mllm.grid, view=view)[0]
+        labels = mllm.geometry.patches(sample["target"]).flatten()
         labelled = labels >= 0
         labels = labels[labelled]
         patches += labels.bincount(minlength=count)

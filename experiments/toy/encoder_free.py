@@ -25,7 +25,6 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil
 import probes
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
-from probes.ops.pixel_counts import patch_labels
 from probes.worlds.canvas import CLASSES
 from probes.worlds.plant import shuffle_weights
 from probes.worlds.tiny_models import train
@@ -77,9 +76,8 @@ def read_labelled_pictures(mllm: FrozenMLLM, folder: Path) -> tuple[Tensor, Tens
     """Return the pixels f[n, 3, H, W] of training pictures and the majority class of each token, i64[n, T]."""
     files = sorted((folder / "images/training").glob("*.png"))
     masks = [np.asarray(Image.open(folder / "annotations/training" / file.name)) for file in files]
-    target = torch.from_numpy(np.stack(masks))
-    view = mllm.geometry.view(tuple(target.shape[1:]))
-    return mllm.preprocess(files), patch_labels(target, len(CLASSES), mllm.grid, view=view)
+    labels = [mllm.geometry.patches(mask).flatten() for mask in masks]
+    return mllm.preprocess(files), torch.stack(labels)
 
 
 def train_layers(mllm: FrozenMLLM, pixels: Tensor, labels: Tensor, steps: int) -> None:

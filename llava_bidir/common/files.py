@@ -157,7 +157,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: The file cannot be read, or is not UTF-8, not JSON, or not an object.
     """
     with error_context(file):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # skips a byte order mark
         if not isinstance(content, dict):
             raise UserError(f"contains a {type(content).__name__}; expected an object {{...}}")
     return content

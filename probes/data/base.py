@@ -76,13 +76,19 @@ class ImageDataset(Dataset):
         image_file, *target_files = self.files[index]
         image, tag = read_image(image_file, lambda image: (as_stored(image), orientation(image)))
         target = self.read_target(*target_files)
-        check_sizes(
-            image.size,
-            target.shape[1::-1],
-            tag,
-            f"{self.target_name} {target_files[0]}",
-            image_file,
-        )
+        size = target.shape[1::-1]
+        rotated = image.size[::-1] if tag in range(5, 9) else image.size
+        if tag in range(2, 9) and size == rotated:
+            raise UserError(
+                f"{image_file} has EXIF orientation {tag}, and its {self.target_name} {target_files[0]} has the size "
+                "of the rotated image, but pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the "
+                "target matches the rotated image, else remove the tag (`exiftool -Orientation=`)"
+            )
+        if size != image.size:
+            raise UserError(
+                f"the {self.target_name} {target_files[0]} is {size[0]} x {size[1]} px, its image {image_file} "
+                f"{image.width} x {image.height} px; expected the same size"
+            )
         return {
             "name": self.names[index],
             "image": image,
@@ -154,10 +160,10 @@ class SegmentationDataset(ImageDataset):
             raise UserError(f"{mask_file} has {bits} bits per pixel; save it as 8-bit PNG")
         target = self._lookup[mask]
         if (target < 0).any():
-            wrong = np.unique(mask[target < 0]).tolist()
+            wrong = mask[target < 0].min()
             valid = np.flatnonzero((self._lookup >= 0) & (self._lookup < IGNORE_INDEX))
             raise UserError(
-                f"{mask_file} has label {wrong[0]} ({len(wrong)} such labels); expected {valid[0]} to {valid[-1]} for "
+                f"{mask_file} has label {wrong}; expected {valid[0]} to {valid[-1]} for "
                 f"the {len(self.classes)} classes, or a label that is ignored"
             )
         return target.astype(np.uint8)
@@ -194,36 +200,6 @@ def read_png(file: Path, modes: tuple[str, ...], expected: str) -> ndarray:
     if image.mode not in modes:
         raise UserError(f"{file} has mode {image.mode!r}; expected {expected}")
     return np.asarray(image)
-
-
-def check_sizes(
-    image: tuple[int, int],
-    target: tuple[int, int],
-    orientation: int,
-    target_name: str,
-    file: Path,
-) -> None:
-    """Raise a UserError unless image and target have the same size and an EXIF tag leaves no doubt about the rotation.
-
-    Args:
-        image: Width and height.
-        target: Width and height.
-        orientation: EXIF tag of the image.
-        target_name: Name and file of the target, for the message.
-        file: File of the image.
-    """
-    rotated = image[::-1] if orientation in range(5, 9) else image
-    if orientation in range(2, 9) and target == rotated:
-        raise UserError(
-            f"{file} has EXIF orientation {orientation}, and its {target_name} has the size of the rotated image, but "
-            "pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the target matches the rotated "
-            "image, else remove the tag (`exiftool -Orientation=`)"
-        )
-    if target != image:
-        sizes = [f"{width} x {height} px" for width, height in (target, image)]
-        raise UserError(
-            f"the {target_name} is {sizes[0]}, its image {file} {sizes[1]}; expected the same size"
-        )
 
 
 def palette_of(dataset) -> ndarray:

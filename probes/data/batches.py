@@ -33,11 +33,17 @@ class MaskPreparer(NamedTuple):
 
     def __call__(self, target: Sequence[Tensor] | Tensor) -> PreparedMasks:
         """Return B masks uint8[H, W], prepared."""
-        parts = [mask[None] for mask in target]
-        view = self.geometry.view
-        options = (self.classes, tuple(self.geometry.grid), self.nodes, IGNORE_INDEX)
         return join_masks(
-            [prepare_masks(part, *options, view=view(tuple(part.shape[1:]))) for part in parts]
+            [
+                prepare_masks(
+                    mask[None],
+                    self.classes,
+                    self.geometry.grid,
+                    self.nodes,
+                    view=self.geometry.view(mask.shape),
+                )
+                for mask in target
+            ]
         )
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
+from llava_bidir.common.files import read_json
+
 from .base import SegmentationDataset, lookup
-from .file_layout import files_by_name, find_root, pair_files, read_json
+from .file_layout import files_by_name, find_root, pair_files
 from .targets import DepthDataset, read_16_bit
 
 SPLITS = {"training": "train", "validation": "val"}
@@ -109,7 +111,7 @@ class CityscapesDepth(DepthDataset):
 
     def read_target(self, disparity_file: Path, camera_file: Path) -> ndarray:
         """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a UserError."""
-        camera = read_json(camera_file, "the published camera file")
+        camera = read_json(camera_file)
         # in metres x pixels
         product = np.float32(camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"])
         values = read_16_bit(disparity_file)

@@ -1,10 +1,8 @@
 """Locate the folder of a dataset and pair its images with their targets."""
 
-import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from llava_bidir.common.errors import UserError
 
@@ -85,30 +83,9 @@ def pair_folders(
     """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT.
 
     Raises:
-        UserError: As of :func:`pair_files`, or if an image is in a folder below, where none is read.
+        UserError: As of :func:`pair_files`.
     """
     images = Path(root) / "images" / split
     targets = files_by_name(Path(root) / folder / split, (".png",))
-    below = files_by_name(images, IMAGE_SUFFIXES, pattern="*/**/*")
-    if below:
-        path = min(below.values())
-        raise UserError(f"{path} is in a folder below {images}, where no image is read; move it")
     dataset = f"{root}, {split}"
     return pair_files(files_by_name(images, IMAGE_SUFFIXES), targets, dataset, target_name)
-
-
-def read_json(path: Path, expected: str) -> dict[str, Any]:
-    """Return the content of a JSON file.
-
-    Raises:
-        UserError: It is missing, or no JSON object; the message says what is expected.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing; expected {expected}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # skips a byte order mark
-    except (OSError, ValueError, RecursionError) as error:
-        content = error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object, but {content}; expected {expected}")
-    return content

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import read_json
 
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
-from .file_layout import pair_folders, read_json
+from .file_layout import pair_folders
 from .targets import DepthDataset, InstanceBoundaries, NormalsDataset
 
 
@@ -51,17 +52,18 @@ class FolderDataset(SegmentationDataset):
 
 def _read_classes_json(path: Path) -> tuple[list[str], int, list[int], list | None]:
     """Return the names of the classes, the label of the first one, the ignored labels, and the palette."""
-    settings = read_json(path, '{"classes": ["wall", ...]}')
-    names = settings.get("classes")
-    ignored = settings.get("ignore_index", IGNORE_INDEX)
-    ignored = ignored if isinstance(ignored, list) else [ignored]
-    first = settings.get("reduce_zero_label", False)
-    palette = settings.get("palette")
 
     def need(condition: bool, what: str) -> None:
         if not condition:
             raise UserError(f"{path} needs {what}")
 
+    need(path.is_file(), 'to be there, as {"classes": ["wall", ...]}')
+    settings = read_json(path)
+    names = settings.get("classes")
+    ignored = settings.get("ignore_index", IGNORE_INDEX)
+    ignored = ignored if isinstance(ignored, list) else [ignored]
+    first = settings.get("reduce_zero_label", False)
+    palette = settings.get("palette")
     are_names = isinstance(names, list) and all(isinstance(x, str) and x for x in names)
     are_different = are_names and len({*names}) == len(names) > 1
     need(are_different, 'two or more different names in a list under "classes"')
@@ -104,7 +106,7 @@ class FolderDepth(DepthDataset):
         expected = (
             '{"depth_scale": 0.001, "max_depth": 10.0}, metres per unit and (optional) metres'
         )
-        settings = read_json(path, expected)
+        settings = read_json(path)
         is_valid = {"depth_scale"} <= settings.keys() <= {"depth_scale", "max_depth"}
         for value in settings.values():
             is_valid &= type(value) in (int, float) and 1e-30 < value < 1e30

@@ -1,7 +1,6 @@
 """Images and targets of a probe run, checked and in batches, shared among its processes; `probes verify-data`."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.processes import (
     all_gather_objects,
     limit_workers,
@@ -22,7 +20,6 @@ from llava_bidir.common.processes import (
     worker_options,
 )
 from probes.config import DataOptions, VerifyOptions
-from probes.tasks import SEGMENTATION
 
 from .batches import CachedFeatures, MaskPreparer, PreprocessedDataset, collate
 from .registry import open_split, split_identity
@@ -118,12 +115,8 @@ class ProbeData:
             labels, defects = zip(*all_gather_objects(found), strict=True)
             self.labels[split] = join_counts(labels)
             bad += sum(defects, [])
-        try:
-            check_pairs(bad, sum(map(len, self.splits.values())))
-            own_classes = self.dataset == "folder" and self.task == SEGMENTATION
-            check_labels(self.classes, self.labels, own_classes)
-        except UserError as error:
-            raise UserError(f"{self.root}: {error}") from None
+        check_pairs(bad, sum(map(len, self.splits.values())))
+        check_labels(self.classes, self.labels)
         self.shared_images = shared_images(*self.splits.values())
         for note in data_notes(self.classes, self.labels, self.shared_images):
             warn(f"{self.root}: {note}")
@@ -182,11 +175,10 @@ def verify_data(options: VerifyOptions) -> None:
     Raises:
         UserError: If some cannot be used, or no pixel of a split is labelled; the message names them.
     """
-    start = time.perf_counter()
     workers = usable_cores() if options.workers is None else options.workers
     data = ProbeData(**vars(replace(options.data, num_workers=workers)))
     data.verify(True, partial(print, "warning:"))
     print(format_labels(data.classes, data.labels))
     sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
     targets = f"{data.num_classes} classes" if data.classes else data.task
-    print(f"{data.root}: {sizes}, {targets}, all readable ({time.perf_counter() - start:.0f} s)")
+    print(f"{data.root}: {sizes}, {targets}, all readable")

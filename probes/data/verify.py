@@ -1,6 +1,6 @@
 """Read every image and target before a model is loaded, to find bad files in seconds instead of after GPU hours."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +66,7 @@ class _Pairs(Dataset):
 def read_pairs(
     dataset: ImageDataset,
     name: str,
-    indices: Iterable[int],
+    indices: Sequence[int],
     workers: int,
     progress: bool = True,
 ) -> tuple[LabelCounts, list[str]]:
@@ -79,7 +79,6 @@ def read_pairs(
         workers: Processes; with 0, or for few images, the pairs are read in this process.
         progress: Show a progress bar.
     """
-    indices = list(indices)
     few = len(indices) <= 4 * BATCH_SIZE  # reading them takes less time than starting a process
     loader = DataLoader(
         _Pairs(dataset),
@@ -132,19 +131,17 @@ def check_pairs(bad: Sequence[str], images: int) -> None:
         raise UserError("\n  ".join(lines + more))
 
 
-def check_labels(classes: list[str], labels: Mapping[str, LabelCounts], own_classes: bool) -> None:
+def check_labels(classes: list[str], labels: Mapping[str, LabelCounts]) -> None:
     """Raise if images do not have the labels of the classes, or the values, that probes are to tell apart.
 
-    Classes that are published with a layout can be absent from a part of it, and so can any class from fewer than
-    `FEW_IMAGES` images per class; :func:`data_notes` says so.
+    A class can be absent from a split; :func:`data_notes` says so.
 
     Args:
         classes: Names of the classes; none if targets are real numbers.
         labels: Labels by split.
-        own_classes: The names are those of this data set, in its classes.json.
 
     Raises:
-        UserError: A split has no value or one class at most, or no training pixel is of a class of classes.json.
+        UserError: A split has no value, or one class at most.
     """
     for split, counts in labels.items():
         names = classes or ["value"]
@@ -154,16 +151,6 @@ def check_labels(classes: list[str], labels: Mapping[str, LabelCounts], own_clas
                 f"the {split} targets have no other labels than {present}, so that a probe is right everywhere; check "
                 "the labels, which of them are ignored, and the scale of values"
             )
-    training = labels["training"]
-    absent = [
-        name for name, images in zip(classes, training.images_of_class, strict=False) if not images
-    ]
-    if absent and own_classes and training.images >= FEW_IMAGES * len(classes):
-        raise UserError(
-            f"no pixel of {training.images:,} training masks is labelled {_some(absent)}, which classes.json lists; "
-            "check the labels of the masks. If the data have no such class, ignore its label: "
-            '"ignore_index": [LABEL, 255]'
-        )
 
 
 def shared_images(a: ImageDataset, b: ImageDataset) -> list[tuple[str, str]]:

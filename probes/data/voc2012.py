@@ -48,7 +48,7 @@ class VOC2012(SegmentationDataset):
             not comparable.
 
     Raises:
-        UserError: If a part is missing, or a training image is also in the validation list.
+        UserError: If a part is missing.
     """
 
     def __init__(
@@ -62,10 +62,6 @@ class VOC2012(SegmentationDataset):
         root = find_root(root, name, ("JPEGImages", "SegmentationClass", *map(LIST.format, LISTS)))
         lists = {"training": train_list, "validation": "val"}
         names = _image_names(root, lists[split])
-        if split == "training" and (shared := set(names) & set(_read_list(root, "val"))):
-            raise UserError(
-                f"{root}: {len(shared)} images are in both {train_list} and val, e.g. {min(shared)}"
-            )
         first = 1 if background == "ignore" else 0
         super().__init__(
             {name: (root / "JPEGImages" / f"{name}.jpg", _mask_file(root, name)) for name in names},

@@ -20,8 +20,6 @@ from .module import ProbeModule
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
 REQUIRED = {
-    "fast_dev_run": False,
-    "overfit_batches": 0.0,
     "accumulate_grad_batches": 1,
     # 1 is one batch, 1.0 are all
     "limit_val_batches": 1.0,

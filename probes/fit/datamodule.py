@@ -1,7 +1,6 @@
 """LightningDataModule of probes that are trained: images in random order, and states that are kept in memory."""
 
 import math
-from functools import cached_property
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
@@ -21,10 +20,6 @@ class ProbeDataModule(ProbeData, LightningDataModule):
 
     trained_batches = 0  # of the epoch, before a resume
 
-    @cached_property
-    def _cached(self) -> dict[str, CachedFeatures]:
-        return {}
-
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
@@ -40,6 +35,7 @@ class ProbeDataModule(ProbeData, LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read every image before training."""
         if stage == "fit":
+            self._cached: dict[str, CachedFeatures] = {}
             self.trainer.log_every_n_steps = min(
                 self.trainer.log_every_n_steps, self.steps_per_epoch
             )

@@ -14,7 +14,6 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity, check_same_identity, run_identity
 from llava_bidir.common.processes import all_gather, decide_on_first
 from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
@@ -42,7 +41,7 @@ class ProbeModule(LightningModule):
         **options: Fields of :class:`probes.config.ModelOptions`, of which `mllm` must be given.
 
     Raises:
-        UserError: There is no such head, or the learning rate is not above 0.
+        UserError: There is no such head.
     """
 
     saves_predictions = False  # to predictions/SITE of the run's folder
@@ -55,8 +54,6 @@ class ProbeModule(LightningModule):
     ):
         config = ModelOptions(**options)
         factory_of(config.head)
-        if not config.learning_rate > 0:
-            raise UserError(f"model.learning_rate must be above 0, got {config.learning_rate}")
         super().__init__()
         self.save_hyperparameters(asdict(config) | {"num_classes": num_classes, "seed": seed})
         self.probes: SiteProbes | None = None  # until the model is configured

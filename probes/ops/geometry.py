@@ -116,8 +116,6 @@ class ResizeRule:
         text = f"{self.way}, {Image.Resampling(self.resample).name.lower()}"
         if self.before_crop > 1:
             text += f", the middle {px} of {round(px * self.before_crop)} px"
-        if self.padding:
-            text += f", padded with the colour {self.padding}"
         if self.replaces:
             text += f"; it replaces {self.replaces.describe(px)}"
         return text
@@ -195,7 +193,7 @@ class Geometry:
         labels = label_tensor(mask).long()
         if labels.ndim != 2:
             raise UserError(f"a mask must have height and width, got {list(labels.shape)}")
-        size = tuple(labels.shape)
+        size = labels.shape
         token = self.view(size).token_of_pixel(self.grid, size)
         tokens = self.grid[0] * self.grid[1]
         if is_object:

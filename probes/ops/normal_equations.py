@@ -70,7 +70,7 @@ def normal_equations(
         grid: (h, w).
         view: Position of the grid on the pixels; None: it covers them exactly.
     """
-    size = tuple(target.shape[1:3])
+    size = target.shape[1:3]
     view = view or GridPlacement.full(size)
     like = {"dtype": torch.float64, "device": target.device}
     rows = bilinear_weights(grid[0], size[0], view.rows, **like)

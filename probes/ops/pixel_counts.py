@@ -25,6 +25,8 @@ class Counts(NamedTuple):
         labelled: i64[N, K], pixels of each class.
         patch_right: i64[S, N, T], correctly predicted pixels under each token.
         patch_valid: i64[N, T], labelled pixels under each token.
+        patch_class: i64[N, T], class of most labelled pixels under each token, the first of several; -1 if there are
+            none.
     """
 
     intersection: Tensor
@@ -32,6 +34,7 @@ class Counts(NamedTuple):
     labelled: Tensor
     patch_right: Tensor
     patch_valid: Tensor
+    patch_class: Tensor | None = None
 
 
 @torch.no_grad()
@@ -49,22 +52,26 @@ def count(
             the image, but for no token.
     """
     *_, classes, h, w = logits.shape
-    size = tuple(target.shape[1:])
+    size = target.shape[1:]
     view = view or GridPlacement.full(size)
     token = _token_of_pixel(view, (h, w), size, target.device)
-    images = _images_at_once(target)
+    images = max(1, limit_on(target.device, PIXELS_AT_ONCE) // size.numel())
     parts = []
     for z, labels in zip(logits.split(images, 1), target.split(images), strict=True):
         valid = labels != IGNORE_INDEX
-        labelled = _histogram(labels.long().where(valid, classes), valid, classes)
-        patch_valid = _histogram(token.expand_as(labels), valid, h * w)
+        numbers = labels.long().where(valid, classes)
         intersection, predicted, patch_right = _count_predictions(z, labels, token, view)
-        parts.append(Counts(intersection, predicted, labelled, patch_right, patch_valid))
+        parts.append(
+            Counts(
+                intersection,
+                predicted,
+                _histogram(numbers, valid, classes),
+                patch_right,
+                _histogram(token.expand_as(labels), valid, h * w),
+                majority_labels(numbers, classes, token, h * w),
+            )
+        )
     return Counts(*(torch.cat(part, -2) for part in zip(*parts, strict=True)))
-
-
-def _images_at_once(target: Tensor) -> int:
-    return max(1, limit_on(target.device, PIXELS_AT_ONCE) // target.shape[1:].numel())
 
 
 @lru_cache(maxsize=64)
@@ -86,7 +93,7 @@ def _count_predictions(
 ) -> list[Tensor]:
     """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T]."""
     sites, images, classes, h, w = logits.shape
-    size = tuple(target.shape[1:])
+    size = target.shape[1:]
     if use_triton(logits):
         from .kernels.argmax_counts import count_cells
         from .kernels.grid_cells import cells
@@ -120,28 +127,3 @@ def _histogram(values: Tensor, counted: Tensor, bins: int) -> Tensor:
     """
     counts = values.new_zeros(len(values), bins + 1)
     return counts.scatter_add_(1, values.flatten(1), counted.flatten(1).long())[:, :bins]
-
-
-def patch_labels(
-    target: Tensor,
-    classes: int,
-    grid: tuple[int, int],
-    view: GridPlacement | None = None,
-) -> Tensor:
-    """Return the majority class of the labelled pixels under each token, i64[B, T]; -1 if none is labelled.
-
-    Args:
-        target: uint8[B, H, W], 255 ignored.
-        classes: K.
-        grid: (h, w).
-        view: Placement of the grid on the pixels; by default it covers them all.
-    """
-    size = tuple(target.shape[1:])
-    view = view or GridPlacement.full(size)
-    token = _token_of_pixel(view, grid, size, target.device)
-    found = []
-    for part in target.split(_images_at_once(target)):
-        labels = part.long()
-        labels = labels.where(labels != IGNORE_INDEX, classes)
-        found.append(majority_labels(labels, classes, token, grid[0] * grid[1]))
-    return torch.cat(found)

@@ -144,7 +144,7 @@ def prepare_masks(
         raise ValueError(f"nodes must be at least 2, or None for all pixels; got {nodes}")
     if not (0 <= ignore_index <= 255 and num_classes <= 256):
         target = target.long()  # uint8 would wrap them
-    size = tuple(target.shape[1:])
+    size = target.shape[1:]
     labelled = target != ignore_index
     like = {"dtype": dtype, "device": target.device}
     view = view or GridPlacement.full(size)

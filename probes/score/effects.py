@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import error_context
 from probes.models.sites import ADAPTER, ENCODER, PATCHES, is_layer
 from probes.ops.pixel_counts import Counts
 from probes.score.estimate import Estimate
@@ -230,13 +230,10 @@ def read_effect_file(path: Path) -> tuple[dict[str, Estimate], str | None]:
     Raises:
         UserError: The file is damaged.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, Any] = json.loads((file.metadata() or {})["effects"])
-            effects = {
-                name: Estimate.from_vector(file.get_tensor(name), entry)
-                for name, entry in metadata["about"].items()
-            }
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); make it again") from None
+    with error_context(path), safe_open(path, "pt") as file:
+        metadata: dict[str, Any] = json.loads(file.metadata()["effects"])
+        effects = {
+            name: Estimate.from_vector(file.get_tensor(name), entry)
+            for name, entry in metadata["about"].items()
+        }
     return effects, metadata["run"]

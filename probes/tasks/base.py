@@ -156,7 +156,7 @@ class ValueTask(Task):
         """Return the summed losses of images f[P], and the number of images that have a value."""
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
-            size = tuple(y.shape[1:3])
+            size = y.shape[1:3]
             return self.image_losses(upsample(x, size, geometry.view(size))[:, None], y)[:, 0]
 
         images = outputs.new_zeros(())
@@ -193,7 +193,7 @@ class ValueTask(Task):
         geometry: Geometry,
     ) -> dict[str, Tensor]:
         """Return the sums of each image, f32[P, B, M]."""
-        size = tuple(target.shape[1:3])
+        size = target.shape[1:3]
         view = geometry.view(size)
         probes_at_once = max(1, limit_on(target.device, PIXELS_AT_ONCE) // target[0].numel())
         sums = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.cross_entropy import differentiable_sum
 from probes.ops.geometry import Geometry, GridPlacement
-from probes.ops.pixel_counts import Counts, count, patch_labels
+from probes.ops.pixel_counts import Counts, count
 from probes.ops.quadrature import PreparedMasks
 
 from .base import Task
@@ -44,7 +44,7 @@ class Segmentation(Task):
     margin = 0.01
     loss = CrossEntropy()
     trained_on = "masks"
-    counted = (*Counts._fields, "patch_class")
+    counted = Counts._fields
     colorize = staticmethod(colorize_classes)
     summed = ("intersection", "predicted", "labelled")
 
@@ -69,11 +69,8 @@ class Segmentation(Task):
         target: Tensor,
         geometry: Geometry,
     ) -> dict[str, Tensor]:
-        """Return the fields of :class:`probes.ops.pixel_counts.Counts` and "patch_class", of most pixels; i32."""
-        view = geometry.view(tuple(target.shape[-2:]))
-        classes, *grid = outputs.shape[2:]
-        counts = count(outputs, target, view)._asdict()
-        counts["patch_class"] = patch_labels(target, classes, tuple(grid), view)
+        """Return the fields of :class:`probes.ops.pixel_counts.Counts`, i32."""
+        counts = count(outputs, target, geometry.view(target.shape[-2:]))._asdict()
         return {name: x.to(torch.int32) for name, x in counts.items()}
 
     def sums(self, counted: dict[str, Tensor]) -> Tensor:

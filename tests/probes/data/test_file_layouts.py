@@ -113,12 +113,6 @@ def test_voc2012_without_the_augmentation_says_what_to_do(voc, part):
         open_dataset("voc2012", str(voc), "training")
 
 
-def test_voc2012_training_list_with_validation_images_is_refused(voc):
-    (voc / "ImageSets/Segmentation/trainaug.txt").write_text("2007_000032\n2007_000042\n")
-    with pytest.raises(UserError, match="1 images are in both trainaug and val, e.g. 2007_000042"):
-        open_dataset("voc2012", str(voc), "training")
-
-
 def test_cityscapes_has_19_classes_and_cities(city):
     training, data = (
         open_dataset("cityscapes", str(city), split) for split in ("training", "validation")
@@ -135,7 +129,7 @@ def test_cityscapes_has_19_classes_and_cities(city):
     path = city / "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png"
     Image.fromarray(dataset_layouts.labels(0, [*range(19), 255])).save(path)
     with pytest.raises(
-        UserError, match="has label 255 .*; expected 7 to 33 for the 19 classes, or a label that"
+        UserError, match="has label 255; expected 7 to 33 for the 19 classes, or a label that"
     ):
         data[0]
 

@@ -133,28 +133,20 @@ def turn_photo(root, orientation, size=(24, 20)):
     photo.save(root / "images/validation/000.jpg", exif=exif)
 
 
-def put_below(root):
-    """Beside others it would be left out without a word."""
-    below = root / "images/validation/city"
-    below.mkdir()
-    shutil.copy(root / IMAGE, below / "photo.png")
-
-
 def copy_as_jpeg(root):
     shutil.copy(root / IMAGE, root / "images/validation/000.jpg")
 
 
 MANY = [str(i) for i in range(255)]
 MISSING = {  # what breaks a folder: the error before any work
-    "classes.json is missing; expected": lambda root: (root / "classes.json").unlink(),
-    "classes.json is no JSON object": lambda root: (root / "classes.json").write_text("{"),
+    "classes.json needs to be there": lambda root: (root / "classes.json").unlink(),
+    "classes.json: JSONDecodeError": lambda root: (root / "classes.json").write_text("{"),
     "no folder .*annotations/validation": lambda root: shutil.rmtree(root / "annotations"),
     "1 files have no mask, .*images/validation/000.png": lambda root: (root / MASK).unlink(),
     "have no image, .*annotations/validation/000.png": lambda root: (root / IMAGE).unlink(),
     "000.jpg and .*000.png have the same name": copy_as_jpeg,
     "validation: no images": lambda root: [p.unlink() for p in root.glob("*/validation/*")],
     "at most 254 classes": lambda root: write_classes(root, MANY, reduce_zero_label=True),
-    "city/photo.png is in a folder below": put_below,
 }
 
 

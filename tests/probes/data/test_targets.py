@@ -304,8 +304,6 @@ SETTINGS = {
     "a word": '{"depth_scale": "1"}',
     "unknown key": '{"depth_scale": 1, "scale": 1}',
     "no scale": "{}",
-    "a list": "[1]",
-    "nothing": "",
 }
 
 

@@ -1,6 +1,5 @@
 """All files are read and their labels counted before a model is loaded; images in both splits are named."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from probes.data.probe_data import ProbeData
 from probes.data.registry import open_split
 from probes.data.verify import (
     LabelCounts,
-    check_labels,
     count_labels,
     data_notes,
     join_counts,
@@ -184,32 +182,6 @@ def test_masks_of_one_label_are_an_error(root):
         relabel(root, split, {1: 0, 2: 255})
     with pytest.raises(UserError, match=r"training targets have no other labels than \['sky'\]"):
         verify(root)
-
-
-def test_a_listed_class_without_a_training_pixel_is_an_error_with_its_remedy(tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data", training=15)
-    relabel(root, "training", {2: 1})
-    settings = json.loads((root / "classes.json").read_text())
-    names = settings["classes"]
-    with pytest.raises(
-        UserError, match=f"labelled {names[2]}, which classes.json lists.*ignore_index"
-    ):
-        verify(root)
-    (root / "classes.json").write_text(json.dumps(settings | {"ignore_index": [2, 255]}))
-    assert verify(root).classes == names[:2]
-
-
-def test_few_images_and_published_classes_may_lack_some():
-    training = LabelCounts(
-        15,
-        [9, 9, 0],
-        [5, 5, 0],
-        0,
-    )
-    with pytest.raises(UserError, match="labelled c"):
-        check_labels([*"abc"], {"training": training}, True)
-    check_labels([*"abc"], {"training": training}, False)
-    check_labels([*"abc"], {"training": training._replace(images=14)}, True)
 
 
 def test_images_in_both_splits_are_named_by_the_check_and_in_the_run(

@@ -12,9 +12,7 @@ from probe_runs import read_masks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tolerances import rounding
 
-from llava_bidir.common.errors import UserError
 from probes.cli import main
-from probes.fit.module import ProbeModule
 from probes.runs.files import read_tensors
 from probes.runs.read import ProbeRun
 
@@ -245,9 +243,3 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert len(whole.metrics["sites"][0]["history"]) == 3
     tensors = [read_tensors(run.path / "probes.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
-
-
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
-def test_learning_rate_that_trains_nothing_is_an_error(rate):
-    with pytest.raises(UserError, match=f"model.learning_rate must be above 0, got {rate}"):
-        ProbeModule(mllm="model", learning_rate=rate)

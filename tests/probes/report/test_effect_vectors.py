@@ -46,7 +46,7 @@ def test_claims_read_effects_and_no_counts(runs, monkeypatch):
     monkeypatch.undo()
     (Path(runs[0]) / "effects.safetensors").unlink()
     (study,) = studies_of(runs)
-    with pytest.raises(ValueError, match=r"effects.safetensors is damaged .*; make it again"):
+    with pytest.raises(ValueError, match=r"effects.safetensors: "):
         evaluate_claims(study)
 
 
@@ -60,7 +60,7 @@ def test_effects_of_other_probes_are_refused(runs):
     with pytest.raises(ValueError, match="made from other probes than .*; run knockout again"):
         read_effects(run)
     path.write_bytes(b"x" * 50)
-    with pytest.raises(ValueError, match=r"knockout_effects.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"knockout_effects.safetensors: "):
         read_effects(run)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from probes.ops import pixel_counts
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import Geometry
-from probes.ops.pixel_counts import count, patch_labels
+from probes.ops.pixel_counts import count
 from probes.score.image_metrics import TaskMetric
 from probes.score.resampling import dataset_scores
 from probes.tasks import TASKS
@@ -129,4 +129,5 @@ def test_patch_labels_are_majorities():
     target[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])  # three quarters of class 1
     target[0, 2:, 2:4] = torch.tensor([[4, 255], [4, 4]])
     target[0, 2:, 4:] = torch.tensor([[0, 3], [3, 0]])
-    assert patch_labels(target, CLASSES, GRID).tolist() == [[1, -1, -1, -1, 4, 0]]
+    logits = torch.zeros(1, 1, CLASSES, *GRID)
+    assert count(logits, target).patch_class.tolist() == [[1, -1, -1, -1, 4, 0]]

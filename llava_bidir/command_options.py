@@ -31,13 +31,11 @@ class ExportOptions:
         source: Folder of a run, whose newest complete checkpoint is exported, or one of its RUN/checkpoints/*.ckpt.
         out: Directory to write; replaces an earlier export.
         as_llava: Write a model of type llava for serving software; requires a causal model.
-        dtype: Dtype of the weights; auto: those of training, into which LoRA's updates are rounded.
     """
 
     source: Path = positional()
     out: Path = positional()
     as_llava: bool = False
-    dtype: Literal["auto", "float32"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,10 +102,8 @@ def trained(own, parts, conversations, tmp_path_factory) -> tuple[Path, str]:
     return out, done.stdout + done.stderr
 
 
-def test_fit_takes_mask_and_callback_and_prints_commands_that_contain_the_file(trained, own):
-    run, said = trained
-    assert "hello" in said
-    assert f"Try: llava-bidir generate {run}/hf IMAGE PROMPT --import {own}\n" in said
+def test_fit_takes_mask_and_callback(trained):
+    assert "hello" in trained[1]
 
 
 @pytest.mark.parametrize(

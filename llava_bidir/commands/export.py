@@ -1,14 +1,10 @@
 """`llava-bidir export`: convert a training checkpoint to a Hugging Face directory."""
 
-import logging
-
 from llava_bidir.command_options import ExportOptions
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.runs import last_checkpoint
 from llava_bidir.model.export import as_llava, export_hf
 from llava_bidir.training.read_checkpoint import read_checkpoint
-
-log = logging.getLogger(__name__)
 
 
 def run(options: ExportOptions) -> None:
@@ -17,7 +13,6 @@ def run(options: ExportOptions) -> None:
     Raises:
         UserError: There is no checkpoint of `llava-bidir fit`.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     checkpoint = options.source
     if (checkpoint / "checkpoints").is_dir():
         checkpoint = last_checkpoint(checkpoint / "checkpoints")
@@ -25,8 +20,5 @@ def run(options: ExportOptions) -> None:
         raise UserError(f"{options.source} is no checkpoint, and no folder of a run that has one")
     model, processor, facts = read_checkpoint(checkpoint)
     facts |= {"checkpoint": str(checkpoint)}
-    log.info("exporting %s, which is after step %s", checkpoint, facts["steps"])
-    if options.dtype == "float32":
-        model.float()
     export_hf(as_llava(model) if options.as_llava else model, processor, options.out, facts)
     print(options.out)

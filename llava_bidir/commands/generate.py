@@ -1,7 +1,6 @@
 """`llava-bidir generate`: answer questions about photos."""
 
 import os
-from collections.abc import Sequence
 from itertools import filterfalse
 
 import torch
@@ -30,21 +29,6 @@ def is_photo(word: str) -> bool:
     return os.path.isfile(word) or word.lower().endswith(SUFFIXES)
 
 
-def photos_and_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the photos and the questions of a command line.
-
-    Raises:
-        UserError: It has none of one kind.
-    """
-    photos = [*filter(is_photo, words)]
-    prompts = [*filterfalse(is_photo, words)]
-    if not photos or not prompts:
-        raise UserError(
-            f"expected MODEL IMAGE ... PROMPT ..., got the images {photos} and the prompts {prompts}"
-        )
-    return photos, prompts
-
-
 def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
     """Return model and processor of a checkpoint, ours or transformers' llava.
 
@@ -63,9 +47,8 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     processor.chat_template = as_evaluated(processor.chat_template)
     images = processor.image_processor
     if images.do_pad is None:  # CLIP's processor has no such option
-        names = ("size", "crop_size", "image_mean", "image_std", "resample")
-        settings = {name: getattr(images, name) for name in names}
-        processor.image_processor = LlavaImageProcessorPil(do_pad=True, **settings)
+        settings = images.to_dict() | {"do_pad": True}
+        processor.image_processor = LlavaImageProcessorPil.from_dict(settings)
     return loaded, processor
 
 
@@ -161,8 +144,15 @@ def answer(
 
 
 def run(options: GenerateOptions) -> None:
-    """Run `llava-bidir generate`; a single answer is streamed."""
-    photos, prompts = photos_and_prompts(options.words)
+    """Run `llava-bidir generate`; a single answer is streamed.
+
+    Raises:
+        UserError: There are no photos or no questions.
+    """
+    photos = [*filter(is_photo, options.words)]
+    prompts = [*filterfalse(is_photo, options.words)]
+    if not photos or not prompts:
+        raise UserError(f"expected IMAGE ... PROMPT ..., got images {photos} and prompts {prompts}")
     images = [read_photo(photo) for photo in photos]  # errors come before the model is loaded
     model, processor = load(options.model, options.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from .errors import UsageError, did_you_mean
+from .imports import take_option
 
 FOLDER = Path(__file__).parents[1] / "configs"  # in a clone a link to configs/, in a wheel a copy
-OPTIONS = ("-c", "--config")
 
 
 def config_names() -> dict[str, Path]:
@@ -82,16 +82,7 @@ def merge_configs(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, 
 
 def take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the configs among the words of a command, and the other words."""
-    configs = []
-    others = []
-    rest = iter(words)
-    for word in rest:
-        option, equals, name = word.partition("=")
-        if option not in OPTIONS:
-            others.append(word)
-            continue
-        configs.append(name if equals else next(rest, ""))
-    return configs, others
+    return take_option(words, "-c", "--config")
 
 
 def configs_first(words: Sequence[str]) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 NAMED = re.compile(
     r"""(?:Group '([\w.]+)' does not accept option '|key "|arguments: --|ption ')([\w.]+)"""
 )
-LONGEST = 500  # characters of a library's error that are shown
 
 
 class UserError(ValueError):
@@ -92,9 +91,6 @@ def error_context(subject: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if "trust_remote_code" in str(error):
-            lines = ["it requires code from the checkpoint, which is never executed"]
         kind = "" if type(error) in (ValueError, UserError) else f"{type(error).__name__}: "
-        text = shorten(" ".join(lines[:3]), LONGEST, placeholder=" ...")
+        text = shorten(str(error), 500, placeholder=" ...")
         raise UserError(f"{subject}: {kind}{text}") from error

@@ -4,10 +4,8 @@ Data is written under a name that ends in .partial, which is then renamed. A loc
 folder.
 """
 
-import errno
 import hashlib
 import json
-import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,8 +16,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import UserError, error_context
-
-log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 REPLACED = ".old"
@@ -115,8 +111,7 @@ def write_files(contents: Mapping[Path, Any]) -> None:
             partial.replace(path)
     except BaseException:
         for partial in partials.values():
-            with suppress(OSError):
-                partial.unlink()  # frees the space on a full disk
+            partial.unlink(missing_ok=True)  # frees the space on a full disk
         raise
 
 
@@ -163,9 +158,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-
-
 @contextmanager
 def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1.0) -> Iterator[None]:
     """Hold the lock FOLDER/.lock, or FOLDER/.RESULT.lock for a single result, while the block runs.
@@ -177,7 +169,7 @@ def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1.0) -> I
         UserError: Another process holds the lock, or the folder is not writable.
     """
     file = folder / (f".{result}.lock" if result else ".lock")
-    lock = FileLock(file, timeout=wait_s, fallback_to_soft=False)
+    lock = FileLock(file, timeout=wait_s)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -186,13 +178,7 @@ def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1.0) -> I
             f"{folder / result} is in use by another process; wait until it has ended, or write to another folder"
         ) from None
     except OSError as error:
-        lock.release()
-        if error.errno not in NO_LOCK_SUPPORT:
-            raise UserError(f"{folder}: {error.strerror}; choose another folder") from None
-        log.warning(
-            "the file system of %s does not support locks: a second run in it is not prevented",
-            folder,
-        )
+        raise UserError(f"{folder}: {error.strerror}; choose another folder") from None
     try:
         yield
     finally:

@@ -69,13 +69,11 @@ def read_pretrained(
     return loaded
 
 
-def with_fixed_date(template: str | dict[str, str]) -> str | dict[str, str]:
-    """Return a chat template, or several by name, with `PROMPT_DATE` for the date of the day.
+def with_fixed_date(template: str) -> str:
+    """Return a chat template with `PROMPT_DATE` for the date of the day.
 
     Prompts, and with them trained weights and states, would differ from day to day. Plain transformers renders it, too.
     """
-    if isinstance(template, dict):
-        return {name: with_fixed_date(text) for name, text in template.items()}
     if "strftime_now" not in template or "macro strftime_now" in template:
         return template
     return FIXED_DATE + template
@@ -115,9 +113,7 @@ def _is_default(
         return False
     # that early configs, as of Qwen2-VL, have beside the encoder's
     sizes = ("hidden_size", "num_hidden_layers")
-    return any(
-        given.get(size) is None or given[size] != getattr(made, size, None) for size in sizes
-    )
+    return any(given.get(size) != getattr(made, size, "") for size in sizes)
 
 
 def _check_vocabulary(tokenizer) -> None:

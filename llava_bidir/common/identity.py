@@ -139,7 +139,6 @@ def check_same_identity(
     current: Identity,
     source: str,
     advice: str,
-    advice_of: Mapping[str, str] | None = None,
 ) -> None:
     """Raise if two identities differ.
 
@@ -148,7 +147,6 @@ def check_same_identity(
         current: Identity of this run.
         source: What `saved` belongs to, for the error.
         advice: What to do, the end of the error.
-        advice_of: What to do instead where these settings differ.
 
     Raises:
         UserError: Names the first difference.
@@ -161,8 +159,7 @@ def check_same_identity(
             if json.dumps(before) != json.dumps(now):  # 1 batch is not the share 1.0
                 name = key if section == "settings" else f"{section}.{key}"
                 raise UserError(
-                    f"{source} belongs to a run with {name}={before!r}, but this run has {now!r}; "
-                    f"{(advice_of or {}).get(key, advice)}"
+                    f"{source} belongs to a run with {name}={before!r}, but this run has {now!r}; {advice}"
                 )
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 
 from .errors import UsageError
 
@@ -16,30 +15,35 @@ HINT = f"{OPTION} FILE.py registers your own"
 _files: list[str] = []  # of this process, as they were given
 
 
+def take_option(words: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
+    """Return the values of an option among the words of a command, and the other words."""
+    values = []
+    others = []
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option in names:
+            values.append(value if equals else next(rest, ""))
+        else:
+            others.append(word)
+    return values, others
+
+
 def take_imports(argv: Sequence[str]) -> list[str]:
     """Return the words of a command without `--import FILE.py`, after importing each file under its name.
 
     Raises:
         UsageError: There is no such file, or a module has its name already.
     """
-    words, rest = [], iter(argv)
-    for word in rest:
-        option, equals, file = word.partition("=")
-        if option != OPTION:
-            words.append(word)
-            continue
-        _import(file if equals else next(rest, ""))
+    files, words = take_option(argv, OPTION)
+    for file in files:
+        _import(file)
     return words
 
 
 def import_words() -> list[str]:
     """Return the options that import what this process has imported, for commands that it starts."""
     return [word for file in _files for word in (OPTION, file)]
-
-
-def imports_as_text() -> str:
-    """Return the end of a command that is printed: " --import FILE.py", "" if nothing was imported."""
-    return "".join(f" {quote(word)}" for word in import_words())
 
 
 def _import(file: str) -> None:

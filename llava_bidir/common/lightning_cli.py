@@ -29,7 +29,6 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoints import AtomicCheckpointIO, Checkpoints
 from .errors import OneLineErrors, UserError
@@ -38,7 +37,6 @@ from .runs import (
     RunFolder,
     RunPlan,
     begin_run,
-    hide_expected_messages,
     interrupt_says_how_to_resume,
     optimizer_steps,
     plan_run,
@@ -74,7 +72,6 @@ class RunCLI(LightningCLI):
         trainer_defaults: dict[str, Any],
         **kwargs,
     ):
-        hide_expected_messages()
         super().__init__(
             *args,
             **kwargs,
@@ -181,13 +178,14 @@ class StartOfRun(SaveConfigCallback):
         pl_module: LightningModule,
     ) -> None:
         """Write config.yaml, delete `replaced`, and hide from TensorBoard the steps that a resumed run repeats."""
-        if trainer.is_global_zero:
-            config = self.parser.dump(self.config, skip_none=False)
-            begin_run(Path(trainer.default_root_dir), config, self.replaced)
+        if not trainer.is_global_zero:
+            return
+        config = self.parser.dump(self.config, skip_none=False)
+        begin_run(Path(trainer.default_root_dir), config, self.replaced)
         self.replaced = ()
         for logger in trainer.loggers:
             # as its `purge_step`, which has to be known before the checkpoint is read
-            if isinstance(getattr(logger, "experiment", None), SummaryWriter):
+            if isinstance(logger, TensorBoardLogger):
                 started = SessionLog(status=SessionLog.START)
                 event = Event(step=trainer.global_step, session_log=started)
                 logger.experiment.file_writer.add_event(event)

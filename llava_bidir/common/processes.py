@@ -6,7 +6,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from .errors import UserError
 log = logging.getLogger(__name__)
 # what a command says, whatever the level of a notebook's or a test's root logger
 log.setLevel(logging.INFO)
-
-T = TypeVar("T")
 
 
 def rank_count() -> int:
@@ -66,7 +64,7 @@ def all_gather_objects(x: Any) -> list[Any]:
     return parts
 
 
-def decide_on_first(function: Callable[[], T]) -> T:
+def decide_on_first(function: Callable[[], Any]) -> Any:
     """Return the first process's `function()` on every process; its UserError is raised on every process."""
     result = None
     error = None
@@ -81,12 +79,10 @@ def decide_on_first(function: Callable[[], T]) -> T:
     return result
 
 
-# Index of a process, as torchrun, Slurm and Lightning tell it before the processes have met
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-
-
 def _is_first() -> bool:
-    told = (os.environ[name] for name in RANK_VARIABLES if name in os.environ)
+    # as torchrun, Slurm and Lightning tell it before the processes have met
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    told = (os.environ[name] for name in names if name in os.environ)
     return rank() == 0 if torch.distributed.is_initialized() else next(told, "0") == "0"
 
 
@@ -119,11 +115,9 @@ def worker_options(workers: int) -> dict[str, Any]:
     They are forked: datasets refer to processors and models, which other ways to start a process (the default of
     macOS, and of Python 3.14 on Linux) would have to pickle.
     """
-    if not workers:
-        return {"num_workers": 0}
     return {
         "num_workers": workers,
-        "multiprocessing_context": "fork",
+        "multiprocessing_context": "fork" if workers else None,
         "worker_init_fn": ignore_interrupt,
     }
 

@@ -1,13 +1,10 @@
 """The folder and the process of a run: a command that is repeated never replaces its results unasked."""
 
 import logging
-import os
 import shutil
-import warnings
 from collections.abc import (
     Callable,
     Iterator,
-    Mapping,
     Sequence,
 )
 from contextlib import contextmanager
@@ -26,19 +23,8 @@ if TYPE_CHECKING:  # seconds, which a run without a training loop does not need
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
 LAST = "last.ckpt"  # in RUN/checkpoints; a file, or under ZeRO a folder
 RESUME_ADVICE = "resume with the original setting, or start a new run with another --out"
-# About intended behaviour
-WARNINGS = (
-    "LightningCLI's args parameter",
-    ".*does not have many workers",
-    ".*isinstance.treespec",
-    ".*in eval mode",  # the frozen model
-    ".*your dataloader is not resumable",  # the data modules restore their position themselves
-    "Total length of `list` across ranks is zero",  # no validation questions
-    "The `srun` command is available",  # a run on a cluster's login node or inside an allocation
-)
 
 
 @dataclass(frozen=True)
@@ -62,12 +48,10 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def check_finished(
-        self, identity: Identity, advice_of: Mapping[str, str] | None = None
-    ) -> None:
+    def check_finished(self, identity: Identity) -> None:
         """Raise a UserError if the finished run was made from something else; see `check_same_identity`."""
         saved = self.read_identity()
-        check_same_identity(saved, identity, str(self.result), RESUME_ADVICE, advice_of)
+        check_same_identity(saved, identity, str(self.result), RESUME_ADVICE)
 
 
 @dataclass(frozen=True)
@@ -154,7 +138,7 @@ def begin_run(
     replaced: Sequence[Path],
 ) -> None:
     """Write config.yaml and delete what the run replaces, once all settings were accepted; on one process."""
-    write_files({folder / CONFIG_FILE: config})
+    write_files({folder / "config.yaml": config})
     for path in replaced:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -169,6 +153,8 @@ def run_process(matmul_precision: str = "highest") -> Iterator[None]:
             that no command of a process changes what the next one computes.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # a line for each table of each font of a PDF
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul_precision)
     try:
@@ -195,17 +181,6 @@ def interrupt_says_how_to_resume() -> Iterator[None]:
             raise
         advice = "run the same command again with `--ckpt_path last` to go on"
         raise KeyboardInterrupt(advice) from None
-
-
-def hide_expected_messages() -> None:
-    """Leave out the warnings above. Others stay: they may be about the user's settings."""
-    for message in WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    # a line for each table of each font of a PDF
-    logging.getLogger("fontTools").setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        # else DeepSpeed warns on stdout that it has to guess
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------- its length

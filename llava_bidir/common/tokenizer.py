@@ -61,15 +61,10 @@ def start_ids(tokenizer: PreTrainedTokenizerBase, text: str = "") -> list[int]:
     """
     plain = tokenizer.encode("a", add_special_tokens=False)
     complete = tokenizer.encode("a")
-    start = complete[: _find(plain, complete)]
+    places = (i for i in range(len(complete)) if complete[i : i + len(plain)] == plain)
+    start = complete[: next(places, 0)]
     written = "".join(tokenizer.convert_ids_to_tokens(start))
     return [] if text.startswith(written) else start
-
-
-def _find(part: list[int], ids: list[int]) -> int:
-    """Return the position of a part of ids; 0 if it is none."""
-    positions = range(len(ids) - len(part) + 1)
-    return next((i for i in positions if ids[i : i + len(part)] == part), 0)
 
 
 def _is_llama(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:

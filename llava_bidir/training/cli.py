@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,7 +12,6 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
 from llava_bidir.common.hf import TRAINING_JSON
 from llava_bidir.common.identity import run_identity
-from llava_bidir.common.imports import imports_as_text
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
 from llava_bidir.common.runs import (
     RunFolder,
@@ -23,7 +21,7 @@ from llava_bidir.common.runs import (
 from llava_bidir.data.datamodule import InstructionData
 
 from .callbacks import ShowAnswers
-from .module import ADVICE, LlavaTraining
+from .module import LlavaTraining
 from .read_checkpoint import export_checkpoint
 from .throughput import Throughput
 
@@ -85,17 +83,14 @@ class TrainingCLI(RunCLI):
             if plan.finished:
                 if self.trainer.is_global_zero:
                     identity = run_identity(self.trainer, self.model, self.datamodule)
-                    folder.check_finished(identity, ADVICE)
+                    folder.check_finished(identity)
                 rank_zero_info(f"{record.parent} exists: this run is finished; nothing to do")
                 return
             self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             if self.trainer.is_global_zero:
                 last = find_checkpoint("last", folder.checkpoints)
                 export_checkpoint(last, record.parent)
-        rank_zero_info(
-            f"The trained model is {record.parent}. Try: llava-bidir generate {quote(str(record.parent))} IMAGE PROMPT"
-            + imports_as_text()
-        )
+        rank_zero_info(f"The trained model is {record.parent}")
 
     def parse_arguments(
         self,

@@ -46,15 +46,8 @@ from .throughput import TIMING_METRICS
 
 RATE = "lr-AdamW/"  # learning rates in the logger, by parameter group
 SHOWN = 3  # validation images in the event file, each with question and answer
-# What to do where a run shall be longer or shorter: its rates would differ from the first step
-OTHER_LENGTH = (
-    "its learning rate ends with it. Resume it as it was, or train on from its weights in a new run: "
-    "`llava-bidir export RUN DIR`, then the same command with --model.adapter DIR, in stage 2 also --model.llm DIR, "
-    "and another --out"
-)
 # Settings, with those of the encoder, that say which model a checkpoint is of
 OF_MODEL = ("image_attention", "image_resize", "template")
-ADVICE = dict.fromkeys(("trainer.max_steps", "trainer.max_epochs"), OTHER_LENGTH)
 
 
 class LlavaTraining(LightningModule):
@@ -359,7 +352,7 @@ class LlavaTraining(LightningModule):
         if not self.trainer.training:
             self._check_same_model(saved["model"], checkpoint["hyper_parameters"])
             return
-        check_same_identity(saved, self.identity, "the checkpoint", RESUME_ADVICE, ADVICE)
+        check_same_identity(saved, self.identity, "the checkpoint", RESUME_ADVICE)
         devices = checkpoint["progress"]["devices"]
         if devices != self.trainer.world_size:
             raise UserError(

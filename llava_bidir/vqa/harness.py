@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llava_bidir.command_options import VQAOptions
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.hf import read_pretrained
 from llava_bidir.common.identity import describe_digest, model_identity
@@ -22,7 +22,6 @@ from .scores import BENCHMARKS, Benchmark, Item
 from .table1 import write_tables
 
 MODULE = "llava_bidir.vqa.harness"
-ROOT = Path(__file__).parents[2]
 
 
 def run(options: VQAOptions) -> None:
@@ -44,30 +43,30 @@ def run(options: VQAOptions) -> None:
         "batch_size": options.batch_size,
     }
     with exclusive_run_lock(options.out):
-        if pending := find_unfinished(options, info["fingerprint"]):
-            if not options.python.is_file():
-                raise UserError(f"{options.python} does not exist; `make vqa-venv` makes it")
+        pending = []
+        for name in options.tasks:
+            file = options.out / f"{name}.json"
+            if not file.exists():
+                pending.append(name)
+            elif read_json(file)["fingerprint"] != info["fingerprint"]:
+                raise UserError(f"{file} is of another checkpoint; choose another --out")
+        if pending:
             ranks = f"torch.distributed.run --standalone --nproc-per-node {options.devices} -m"
             start = ranks.split() if options.devices > 1 else []
             request = json.dumps([str(options.out), pending, info])
             command = [options.python, "-m", *start, MODULE, request]
-            subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        if missing := find_unfinished(options, info["fingerprint"]):
-            raise UserError(f"lmms-eval has no results of {', '.join(missing)}; see above")
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+            with error_context("lmms-eval, which `make vqa-venv` installs"):
+                subprocess.run(command, env=environment, check=True)
     print(write_tables([options.out], options.out))
 
 
-def find_unfinished(options: VQAOptions, fingerprint: str) -> list[str]:
-    """Return the tasks without a file; raise a UserError if a file is of another checkpoint."""
-    files = {name: options.out / f"{name}.json" for name in options.tasks}
-    for file in filter(Path.exists, files.values()):
-        if read_json(file)["fingerprint"] != fingerprint:
-            raise UserError(f"{file} is of another checkpoint; choose another --out")
-    return [name for name, file in files.items() if not file.exists()]
-
-
 def main(out: Path, names: list[str], info: dict) -> None:
-    """Run tasks in lmms-eval's environment."""
+    """Run tasks in lmms-eval's environment, and write the file of each.
+
+    Raises:
+        UserError: An item has no result or several.
+    """
     import torch.distributed as dist
 
     from .lmms_model import LlavaBidir
@@ -75,9 +74,16 @@ def main(out: Path, names: list[str], info: dict) -> None:
     model = LlavaBidir(info["model"], info["batch_size"])
     info |= {"dtype": str(model.model.dtype), "lmms_eval": version("lmms_eval")}
     for name in names:
-        results = run_benchmark(BENCHMARKS[name], model, out)
-        if results is not None:
-            write_results(out, name, results, info)
+        benchmark = BENCHMARKS[name]
+        results = run_benchmark(benchmark, model, out)
+        if results is None:
+            continue
+        samples = sorted(results["samples"][benchmark.task], key=lambda sample: sample["doc_id"])
+        count = results["n-samples"][benchmark.task]["original"]
+        if [sample["doc_id"] for sample in samples] != list(range(count)):
+            raise UserError(f"{name}: {len(samples)} results are not one for each of {count} items")
+        items = [to_item(benchmark, sample) for sample in samples]
+        write_files({out / f"{name}.json": info | {"items": items}})
     if dist.is_initialized():  # threads of its that outlive the interpreter would abort the process
         dist.destroy_process_group()
 
@@ -104,22 +110,6 @@ def run_benchmark(benchmark: Benchmark, model, out: Path) -> dict | None:
         process_docs_parallel=1,
         cli_args=Namespace(output_path=str(out / "harness"), process_with_media=False),
     )
-
-
-def write_results(
-    out: Path,
-    name: str,
-    results: dict,
-    info: dict,
-) -> None:
-    """Write the file of a task; raise a UserError if an item has no result or several."""
-    benchmark = BENCHMARKS[name]
-    items = [to_item(benchmark, sample) for sample in results["samples"][benchmark.task]]
-    items.sort(key=lambda item: item["item"])
-    count = results["n-samples"][benchmark.task]["original"]
-    if [item["item"] for item in items] != list(range(count)):
-        raise UserError(f"{name}: {len(items)} results are not one for each of {count} items")
-    write_files({out / f"{name}.json": {"benchmark": name, **info, "items": items}})
 
 
 def to_item(benchmark: Benchmark, sample: dict) -> Item:

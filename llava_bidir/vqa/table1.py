@@ -56,7 +56,7 @@ def write_tables(folders: Sequence[Path], out: Path) -> str:
     A row is a score of a model, or the difference of a bidirectional model from a causal one with the same encoder.
 
     Raises:
-        UserError: A folder has no results or those of several checkpoints, or two models were asked other questions.
+        UserError: A folder has no results, or two models were asked other questions.
     """
     models = [read_results(folder) for folder in folders]
     rows = [row for model in models for row in score_rows(model)]
@@ -74,15 +74,14 @@ def read_results(folder: Path) -> Results:
     """Return the results of the finished tasks in a folder."""
     files = {name: folder / f"{name}.json" for name in BENCHMARKS}
     tasks = {name: read_json(file) for name, file in files.items() if file.exists()}
-    if len({task["fingerprint"] for task in tasks.values()}) != 1:
-        raise UserError(
-            f"{folder} has results of {len(tasks)} tasks; expected one or more, of one checkpoint"
-        )
-    first = next(iter(tasks.values()))
-    keys = ("model", "encoder", "image_attention", "fingerprint", "dtype")
-    info = {key: first[key] for key in keys} | {"results": str(folder)}
-    columns = [(title, name) for name in tasks for title in BENCHMARKS[name].columns]
-    return Results(info, {title: tasks[name]["items"] for title, name in columns})
+    if not tasks:
+        raise UserError(f"{folder} has no results of `llava-bidir vqa`")
+    info = {}
+    items = {}
+    for name, task in tasks.items():
+        items |= dict.fromkeys(BENCHMARKS[name].columns, task.pop("items"))
+        info |= task | {"results": str(folder)}
+    return Results(info, items)
 
 
 def score_rows(results: Results) -> list[list]:

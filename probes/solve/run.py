@@ -32,7 +32,6 @@ from llava_bidir.common.processes import (
 )
 from llava_bidir.common.runs import (
     begin_run,
-    hide_expected_messages,
     interrupt_says_how_to_resume,
     plan_run,
     run_process,
@@ -133,7 +132,6 @@ def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
     strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
     if task.loss is None and strengths and strengths[0] > 1:
         raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
-    hide_expected_messages()
     machine = build_machine(config.trainer)
     seed_everything(config.seed_everything)
     data = ProbeData(**vars(config.data), seed=config.seed_everything)

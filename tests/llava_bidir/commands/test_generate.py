@@ -182,8 +182,8 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
     assert told == expected
 
     for words, message in {
-        (photos[0], photos[1]): "a.png', .*b.png'. and the prompts ..$",
-        ("what is it?", "wall"): "got the images .. and",
+        (photos[0], photos[1]): "a.png', .*b.png'. and prompts ..$",
+        ("what is it?", "wall"): "got images .. and",
         ("none.png", "wall"): "none.png cannot be read",
     }.items():
         with pytest.raises(SystemExit, match=message):

@@ -151,7 +151,7 @@ def test_finished_tasks_are_not_run_again(runs, checkpoints, data, tmp_path, cap
     )
     assert "clip causal" in capsys.readouterr().out
     (out / "pope.json").unlink()
-    with pytest.raises(SystemExit, match="/nowhere does not exist; `make vqa-venv` makes it"):
+    with pytest.raises(SystemExit, match="`make vqa-venv` installs: .*/nowhere"):
         vqa(
             checkpoints["causal"],
             out,
@@ -203,7 +203,7 @@ def test_item_that_cannot_be_answered_ends_the_run_by_name(
     capfd,
 ):
     """lmms-eval's own command succeeds then."""
-    with pytest.raises(SystemExit, match="^llava-bidir: lmms-eval has no results of pope; see abo"):
+    with pytest.raises(SystemExit, match="^llava-bidir: lmms-eval, .*non-zero exit status"):
         more = f"--python {stubbed('raises')} --tasks pope"
         vqa(
             checkpoints["causal"],
@@ -225,7 +225,7 @@ def test_a_cut_image_ends_the_run_by_name(checkpoints, data, tmp_path, capfd, mo
     rows[5]["image"]["bytes"] = rows[5]["image"]["bytes"][:-60]
     features = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path)).features
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(file))
-    with pytest.raises(SystemExit, match="lmms-eval has no results of pope"):
+    with pytest.raises(SystemExit, match="^llava-bidir: lmms-eval, .*non-zero exit status"):
         vqa(
             checkpoints["causal"],
             tmp_path / "out",

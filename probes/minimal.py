@@ -32,14 +32,15 @@ from probes.solve.refinement import refine
 from probes.tasks import SEGMENTATION, TASKS
 
 TASK = TASKS[SEGMENTATION]
+BATCH = 8
 
 
-def read_split(mllm, dataset, batch_size: int = 8) -> tuple[dict[str, Tensor], list[Tensor]]:
+def read_split(mllm, dataset) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Return the states {site: f[N, T, d]} of the images, and their masks, uint8[H, W] each."""
     states = {site: [] for site in mllm.sites}
     targets = []
-    for first in range(0, len(dataset), batch_size):
-        samples = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
+    for batch in torch.arange(len(dataset)).split(BATCH):
+        samples = [dataset[i] for i in batch.tolist()]
         pixels = mllm.preprocess([sample["image"] for sample in samples])
         for site, of_batch in mllm.states(pixels).items():
             states[site].append(of_batch.cpu())
@@ -58,8 +59,8 @@ def solve(states: Tensor, masks: PreparedMasks, strength: float) -> tuple[Tensor
     one_fold = torch.zeros(len(states), dtype=torch.long)  # no image is left out
     problem = SiteProblem(TASK.loss, states, masks, one_fold)
     strengths = torch.tensor([strength], dtype=torch.float64)
-    point = refine(problem, strengths, problem.start[None]).points[0]
-    probe = problem.space.to_states(point)  # of x - mean
+    points, _ = refine(problem, strengths, problem.start[None])
+    probe = problem.space.to_states(points[0])  # of x - mean
     bias = probe[:, -1] - probe[:, :-1] @ problem.space.mean
     return probe[:, :-1].float(), bias.float()
 

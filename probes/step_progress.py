@@ -5,12 +5,12 @@ The output of a step goes to a log, and one step can take hours. What runs in it
 time left, which bars show.
 """
 
-import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TextIO
 
@@ -38,19 +38,13 @@ def tell(part: str, done: float, total: float) -> str:
 @contextmanager
 def output_of_command() -> Iterator[TextIO | None]:
     """Yield the standard output of now, whatever redirects it later; None where a terminal shows bars."""
-    if sys.stderr is not None and sys.stderr.isatty():
+    if sys.stderr.isatty():
         yield None
-        return
-    is_own = sys.stdout is sys.__stdout__  # not a notebook's
-    try:
-        copy = os.dup(sys.stdout.fileno()) if is_own else None
-    except (AttributeError, OSError, io.UnsupportedOperation):
-        copy = None
-    if copy is None:
+    elif sys.stdout is not sys.__stdout__:  # a notebook's
         yield sys.stdout
-        return
-    with os.fdopen(copy, "w") as stream:
-        yield stream
+    else:
+        with os.fdopen(os.dup(sys.stdout.fileno()), "w") as stream:
+            yield stream
 
 
 def format_duration(seconds: float) -> str:
@@ -63,6 +57,7 @@ def format_left(seconds: float, is_bound: bool = False) -> str:
     return f"{'at least' if is_bound else 'about'} {max(1, round(seconds / 60))} min left"
 
 
+@dataclass
 class StepWatcher:
     """Estimates the time left while a step runs, from how fast its present part is and from earlier steps.
 
@@ -77,19 +72,13 @@ class StepWatcher:
         lines: Where lines are written; None for none.
     """
 
-    def __init__(
-        self,
-        name: str,
-        kind: str,
-        later: Sequence[str],
-        seconds: Mapping[str, float],
-        lines: TextIO | None,
-    ):
-        self.name = name
-        self.kind = kind
-        self.later = later
-        self.seconds = seconds
-        self.lines = lines
+    name: str
+    kind: str
+    later: Sequence[str]
+    seconds: Mapping[str, float]
+    lines: TextIO | None = None
+
+    def __post_init__(self):
         self.started = self.last = self.part_started = time.monotonic()
         self.part = ""
         self.part_begun = 0.0  # how far it was when it was first heard of
@@ -108,14 +97,14 @@ class StepWatcher:
             self.part_begun = done
         gained = done - self.part_begun
         part_left = (now - self.part_started) * (total - done) / gained if gained > 0 else None
-        left = self._describe_left(now - self.started, part_left)
+        left = self.describe_left(now - self.started, part_left)
         if self.lines and now - self.last >= max(SECONDS, (now - self.started) / 10):
             self.last = now
             text = f"    {self.name}: {part}, {done:.3g} of {total:.3g}"
             print(", ".join(filter(None, (text, left))), file=self.lines, flush=True)
         return left
 
-    def _describe_left(self, elapsed: float, part_left: float | None) -> str:
+    def describe_left(self, elapsed: float = 0.0, part_left: float | None = None) -> str:
         """Return the time left of this step and those after it; "" if nothing is known."""
         known = self.seconds.get(self.kind)
         if known is None and part_left is None:

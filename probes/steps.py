@@ -1,12 +1,10 @@
 """Steps of long work: each is done once, and again if what it was made from has changed.
 
-FOLDER/steps/NAME.json records of each step its config, hashes of what it read and wrote, its seconds and memory, or
-why it has made nothing. Studies, the demo and experiments are made of such steps.
+FOLDER/steps/NAME.json records of each step its config, hashes of what it read and wrote, and its seconds, or why
+it has made nothing. Studies, the demo and experiments are made of such steps.
 """
 
-import json
 import os
-import resource
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +15,7 @@ from typing import Any
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import read_json, sha256, write_files
 
-from .step_progress import StepWatcher, format_left, output_of_command, watched
+from .step_progress import StepWatcher, output_of_command, watched
 
 LEFT_OUT = "left out"
 FAILED = "failed"
@@ -102,15 +100,13 @@ def why_missing(step: Step, folder: Path) -> str | None:
     return None if record["result"] == now["result"] else f"{step.result} has changed"
 
 
-def _describe_difference(before: Any, now: Any, name: str = "a setting") -> str:
-    """Return the first difference of two configs, of dataclasses or of the words of commands."""
-    if isinstance(before, dict) and isinstance(now, dict):
+def _describe_difference(before: Any, now: Any) -> str:
+    """Return the first setting that differs of two configs."""
+    name = "a setting"
+    while isinstance(before, dict) and isinstance(now, dict):
         name = first_changed(before, now)
-        return _describe_difference(before.get(name), now.get(name), name)
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        at = next(i for i, value in enumerate(now) if value != before[i])
-        name = next((x for x in reversed(now[:at]) if str(x).startswith("--")), name)
-        return _describe_difference(before[at], now[at], name)
+        before = before.get(name)
+        now = now.get(name)
     return f"{name} was {before}, and is {now}"
 
 
@@ -153,7 +149,6 @@ def find_missing(steps: Sequence[Step], folder: Path) -> list[Step]:
         folder: Folder of the records.
     """
     missing: list[Step] = []
-    reasons: dict[str, list[str]] = {}
     written: dict[Path, str] = {}
     for step in steps:
         why = why_missing(step, folder)
@@ -165,9 +160,7 @@ def find_missing(steps: Sequence[Step], folder: Path) -> list[Step]:
         missing.append(step)
         written[step.result] = step.name
         if why:
-            reasons.setdefault(why, []).append(step.name)
-    for why, names in reasons.items():
-        print(f"{', '.join(names)} again: {why}", flush=True)
+            print(f"{step.name} again: {why}", flush=True)
     return missing
 
 
@@ -184,20 +177,20 @@ def as_json(value: Any, folder: Path) -> Any:
 
     Paths in `folder` and beside it are relative to it, so that records are true wherever the work is moved or copied.
     """
-
-    def relative(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {key: relative(value) for key, value in x.items()}
-        if isinstance(x, list):
-            return [relative(value) for value in x]
-        for base in (folder, folder.resolve()):
-            beside = base.parent if base.parent.name else base
-            if isinstance(x, str) and (x == str(base) or x.startswith(f"{beside}{os.sep}")):
-                return os.path.relpath(x, base)
-        return x
-
-    text = json.dumps(value, default=lambda x: asdict(x) if is_dataclass(x) else str(x))
-    return relative(json.loads(text))
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(of_key, folder) for key, of_key in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item, folder) for item in value]
+    if value is None or isinstance(value, int | float):
+        return value
+    text = str(value)
+    for base in (folder, folder.resolve()):
+        beside = base.parent if base.parent.name else base
+        if text == str(base) or text.startswith(f"{beside}{os.sep}"):
+            return os.path.relpath(text, base)
+    return text
 
 
 def _write_record(
@@ -211,17 +204,14 @@ def _write_record(
 
     The inputs are those `before` it ran: what has changed since was not read.
     """
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of this process so far
     record = {
         "step": step.name,
         "kind": step.kind,
         **before,
         "result": digest(step.result),
         "seconds": round(seconds, 1),
-        "peak_gb": round(peak_gb, 2),
     }
-    known_before = {"lacks": step.why_left_out} if step.why_left_out else {}
-    write_files({_record_file(step.name, folder): record | known_before | more})
+    write_files({_record_file(step.name, folder): record | more})
 
 
 def must_replace(
@@ -237,9 +227,8 @@ def must_replace(
         folder: Folder of the records.
         overwrite: Replace any other result, too.
     """
-    if not step.takes_overwrite or not step.result.is_file():
-        return False
-    return overwrite or _is_outdated(step, folder)
+    is_there = step.takes_overwrite and step.result.is_file()
+    return is_there and (overwrite or _is_outdated(step, folder))
 
 
 def command_now(step: Step, folder: Path) -> list[str]:
@@ -262,9 +251,8 @@ def _is_outdated(step: Step, folder: Path) -> bool:
 def _how_made(step: Step, folder: Path) -> dict[str, Any]:
     """Return config and inputs of the result that is there: a step that failed has not replaced it."""
     record = read_record(step.name, folder)
-    if record.get("failed"):
-        return record.get("kept", {})
-    return {key: record[key] for key in ("config", "inputs") if key in record}
+    made = record.get("kept", record)
+    return {key: made[key] for key in ("config", "inputs") if key in made}
 
 
 # ---------------------------------------------------------------------------------------------------- running
@@ -291,29 +279,31 @@ def run_steps(
     """
     failed: list[str] = []
     for i, step in enumerate(missing):
-        if step.why_left_out:
-            _leave_out(step, folder, step.why_left_out, overwrite)
-            continue
-        followed = read_record(step.follows, folder) if step.follows else {}
-        if followed.get("left_out"):
+        reason = step.why_left_out
+        followed = read_record(step.follows, folder)
+        if not reason and followed.get("left_out"):
             reason = f"so was {step.follows}, with which it is compared"
+        if reason:
             _leave_out(step, folder, reason, overwrite)
             continue
         if followed.get("failed"):  # the next call tries both
             continue
-        seconds = _mean_seconds(folder)
-        kinds = [other.kind for other in missing[i:]]
-        known = [seconds[kind] for kind in kinds if kind in seconds]
-        left = f", {format_left(sum(known))}" if known else ""
-        print(f"[{i + 1}/{len(missing)}] {step.name}{left}", flush=True)
+        later = [other.kind for other in missing[i + 1 :]]
+        watcher = StepWatcher(
+            step.name,
+            step.kind,
+            later,
+            _mean_seconds(folder),
+        )
+        said = f"[{i + 1}/{len(missing)}] {step.name}", watcher.describe_left()
+        print(", ".join(filter(None, said)), flush=True)
         started = time.perf_counter()
         before = _state(step, folder)
         made = _how_made(step, folder)
         more: dict[str, Any] = {}
         try:
-            with output_of_command() as lines:
-                with watched(StepWatcher(step.name, step.kind, kinds[1:], seconds, lines)):
-                    run(step)
+            with output_of_command() as watcher.lines, watched(watcher):
+                run(step)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without the advice to resume a run of its own
         except NothingToMeasure as error:
@@ -326,8 +316,7 @@ def run_steps(
             more["failed"] = _describe_failure(step, error, log)
             if overwrite:
                 step.result.unlink(missing_ok=True)
-            elif step.result.is_file():
-                more["kept"] = made
+            more["kept"] = made if step.result.is_file() else {}
             failed.append(f"{step.name}: {more['failed']}")
             print(f"failed: {failed[-1]}", flush=True)
         _write_record(step, folder, before, time.perf_counter() - started, more)
@@ -343,7 +332,8 @@ def _leave_out(
     """Record that a step was left out; a result from other inputs than are there now would be none of this work."""
     if overwrite or _is_outdated(step, folder):
         step.result.unlink(missing_ok=True)
-    _write_record(step, folder, _state(step, folder), 0.0, {"left_out": reason})
+    more = {"left_out": reason, "lacks": step.why_left_out}
+    _write_record(step, folder, _state(step, folder), 0.0, more)
 
 
 def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:

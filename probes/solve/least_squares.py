@@ -16,8 +16,7 @@ a last one with the rest of each token's weight: all of them sum to the weight, 
 Legend: F folds, R strengths, B images, T tokens, d width, K channels.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,25 +25,9 @@ from llava_bidir.common.errors import UserError
 from probes.ops.normal_equations import NormalEquations, apply_gram
 
 from .solution import Solution
-from .space import Moments, float_chunks, standardise
+from .space import Moments, float_chunks, moments_of, standardise
 
-LEAST_SQUARES_STRENGTHS = tuple(10 ** (-6 + i / 4) for i in range(25))  # 1e-6 to 1
-
-
-class _Probes(NamedTuple):
-    """Probes at R strengths.
-
-    Args:
-        mean: f64[d], of the upsampled states, minus the pivot.
-        scale: f64[d], D^-1/2; 0 for constant channels.
-        weights: f64[R, K, d], for x - mean.
-        bias: f64[R, K], the mean of the targets.
-    """
-
-    mean: Tensor
-    scale: Tensor
-    weights: Tensor
-    bias: Tensor
+LEAST_SQUARES_STRENGTHS = tuple(10 ** (-i / 4) for i in range(25))  # 1 to 1e-6
 
 
 def solve_values(
@@ -61,70 +44,79 @@ def solve_values(
         equations: Of the images.
         grid: (h, w) of the tokens.
         fold_of: i64[B], fold of each image.
-        strengths: Strengths from 0 to 1; None for `LEAST_SQUARES_STRENGTHS`.
+        strengths: Strengths from 1 to 0; None for `LEAST_SQUARES_STRENGTHS`.
     """
-    strengths = sorted(strengths or LEAST_SQUARES_STRENGTHS, reverse=True)
+    strengths = strengths or LEAST_SQUARES_STRENGTHS
     device = equations.weight.device
-    folds = list(range(int(fold_of.max()) + 1))
     pivot = states[0].to(device).double().mean(0)
-    moments = Moments.zeros(
-        len(folds),
-        equations.projected.shape[2] + 1,
-        states.shape[2],
-        device,
-    )
-    square = []
-    for fold in folds:
-        images = (fold_of == fold).nonzero().flatten()
-        square.append(equations.square[images].sum(0))
+
+    def parts(images: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # Products in float64: those of float32 would change the weights by percents at the weakest strengths.
         for part, x in float_chunks(states, images, pivot, 0, torch.float64):
             of_part = equations[part]
             rest = of_part.weight - of_part.projected.sum(-1)
             labels = torch.cat([of_part.projected, rest[..., None]], -1)
-            of_images = x.unflatten(0, (len(part), -1))
-            weighted = apply_gram(of_part.couplings, of_images, grid)
-            moments.add(fold, x, labels.flatten(0, 1), weighted.flatten(0, 1))
+            weighted = apply_gram(of_part.couplings, x.unflatten(0, (len(part), -1)), grid)
+            yield x, labels.flatten(0, 1), weighted.flatten(0, 1)
+
+    folds = [(fold_of == fold).nonzero().flatten() for fold in range(int(fold_of.max()) + 1)]
+    moments = [moments_of(parts(images)) for images in folds]
     loss = torch.zeros(len(strengths), dtype=torch.float64, device=device)
-    for fold in folds:
-        others = _solve(moments, [other for other in folds if other != fold], pivot, strengths)
-        loss += _squared_error(moments.sum_over([fold]), square[fold], others)
-    solved = _solve(moments, folds, pivot, strengths)
-    loss /= moments.count.sum()
+    for fold, images in enumerate(folds):
+        others = _join(moments[:fold] + moments[fold + 1 :])
+        mean, _, weights, bias = _solve(others, pivot, strengths)
+        square = equations.square[images].sum(0)
+        loss += _squared_error(
+            moments[fold],
+            square,
+            weights,
+            bias - weights @ mean,
+        )
+    loss /= torch.stack([of_fold.count for of_fold in moments]).sum()
+    mean, scale, weights, bias = _solve(_join(moments), pivot, strengths)
     return Solution(
         strengths=torch.tensor(strengths, dtype=torch.float64),
-        loss=loss.cpu(),
-        chosen=loss.argmin().cpu(),
+        loss=loss,
+        chosen=loss.argmin(),
         solved=torch.arange(len(strengths)),
-        mean=(pivot + solved.mean).cpu(),
-        scale=solved.scale.cpu(),
-        weights=solved.weights.float().cpu(),
-        bias=solved.bias.float().cpu(),
+        mean=pivot + mean,
+        scale=scale,
+        weights=weights.float(),
+        bias=bias.float(),
         certificates=torch.zeros(0, 2, dtype=torch.float64),
     )
 
 
 def check_values(equations: NormalEquations, fold_of: Tensor) -> None:
-    """Raise a UserError if no pixel has a value, in the training images or in those of all folds but one."""
+    """Raise a UserError if no pixel of all folds but one has a value."""
     pixels = equations.weight.sum(1).cpu()
-    subsets = {"the training images": pixels}
     for fold in range(int(fold_of.max()) + 1):
-        subsets[f"the training images that are not of fold {fold}"] = pixels[fold_of != fold]
-    for images, labelled in subsets.items():
-        if not labelled.sum() > 0:
+        if not pixels[fold_of != fold].sum() > 0:
             raise UserError(
-                f"{images} have no pixel with a value; expected targets with values (`probes verify-data`)"
+                f"the training images that are not of fold {fold} have no pixel with a value; expected targets with "
+                "values (`probes verify-data`)"
             )
+
+
+def _join(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of the images of several."""
+    return Moments(*(torch.stack(x).sum(0) for x in zip(*parts, strict=True)))
 
 
 def _solve(
     moments: Moments,
-    folds: list[int],
     pivot: Tensor,
     strengths: Sequence[float],
-) -> _Probes:
-    """Return the probes of some folds."""
-    count, first, second = moments.sum_over(folds)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the probes of some images.
+
+    Returns:
+        mean: f64[d], of the upsampled states, minus the pivot.
+        scale: f64[d], D^-1/2; 0 for constant channels.
+        weights: f64[R, K, d], for x - mean.
+        bias: f64[R, K], the mean of the targets.
+    """
+    count, first, second = moments
     total = count.sum()
     mean = first.sum(0) / total
     target = count[:-1] / total
@@ -135,20 +127,24 @@ def _solve(
     strength = torch.tensor(strengths, dtype=torch.float64, device=mean.device)[:, None]
     gain = (1 - strength) / ((1 - strength) * spectrum + strength)
     weights = ((gain[:, None] * directions) @ basis.T) * scale
-    return _Probes(mean, scale, weights, target.expand(len(strengths), -1).contiguous())
+    return mean, scale, weights, target.expand(len(strengths), -1).contiguous()
 
 
-def _squared_error(sums: tuple[Tensor, Tensor, Tensor], square: Tensor, probes: _Probes) -> Tensor:
+def _squared_error(
+    moments: Moments,
+    square: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+) -> Tensor:
     """Return the summed squared error f64[R] of probes in a fold.
 
     Args:
-        sums: N, S and Q of the fold.
+        moments: Of the fold.
         square: f64[K], of its targets.
-        probes: Of other folds.
+        weights: f64[R, K, d], of x - pivot.
+        bias: f64[R, K].
     """
-    count, first, second = sums
-    weights = probes.weights
-    bias = probes.bias - weights @ probes.mean  # of x - pivot
+    count, first, second = moments
     quadratic = (
         ((weights @ second) * weights).sum(-1)
         + 2 * bias * (weights @ first.sum(0))

@@ -14,26 +14,19 @@ x - mean, adds up the images chunk by chunk, each made float32 once for all prob
 Legend: P problems solved together, F folds, B images, T tokens, d width, K classes.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from probes.ops.lbfgs import FirstGuess, Objective
+from probes.ops.lbfgs import Objective
 from probes.ops.quadrature import PreparedMasks
 from probes.tasks.losses import CrossEntropy
 
-from .curvature import SampleHessian, sample_nodes
 from .held_out import lone_classes
 from .space import SiteSpace, float_chunks, full_precision
 
 NODES = 5  # of a cell of the token grid along each axis: the loss is exact to five digits
-# Nodes of the sample: one for a weight of a probe, at most one for two tokens, at least 500. With a quarter as many, 46
-# photos of CamVid with 44 classes take 1.4 times as many evaluations.
-TOKENS_PER_NODE = 2
-LEAST_SAMPLED = 500
-SAMPLE_RESIDUAL = 0.1  # of the step on the sample; with 0.03 it takes as many steps and more time
 
 
 class SiteProblem:
@@ -85,8 +78,8 @@ class SiteProblem:
             left_out: P folds, or None for all images.
         """
         ridge = self.space.ridge(strengths)
-        held_out = [0 if fold is None else self.pixels[fold] for fold in left_out]
-        pixels = torch.stack([self.pixels.sum() - of_fold for of_fold in held_out])
+        total = self.pixels.sum()
+        pixels = torch.stack([total if x is None else total - self.pixels[x] for x in left_out])
 
         def value_and_gradient(points: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
             value = points.new_zeros(len(points))
@@ -105,47 +98,6 @@ class SiteProblem:
 
         return value_and_gradient
 
-    def first_guess(
-        self,
-        strengths: Tensor,
-        left_out: Sequence[int | None],
-        start: Tensor,
-    ) -> FirstGuess:
-        """Return the inverse of the Hessian on a sample of nodes of all images, for `minimise`.
-
-        Args:
-            strengths, left_out: As of :meth:`objective`.
-            start: f64[P, K, d + 1], points from which it starts.
-        """
-        weights = self.start.numel()
-        tokens = self.states.shape[0] * self.states.shape[1]
-        most = min(weights, tokens // TOKENS_PER_NODE)
-        sample = sample_nodes(
-            self.loss,
-            self.space,
-            self.states,
-            self.masks,
-            self.folds,
-            max(LEAST_SAMPLED, most),
-            start.mean(0),
-        )
-
-        def inverse_hessian(
-            points: Tensor, gradient: Tensor, problems: list[int]
-        ) -> Callable[[Tensor], Tensor]:
-            hessian = SampleHessian(
-                self.loss,
-                sample,
-                points,
-                gradient,
-                [left_out[problem] for problem in problems],
-                self.space.ridge(strengths[problems]),
-                self.space.input_spectrum,
-            )
-            return partial(hessian.solve, residual=SAMPLE_RESIDUAL)
-
-        return inverse_hessian
-
     def held_out_loss(self, points: Tensor) -> float:
         """Return the mean loss of the pixels that test folds, each under the point f64[F, K, d + 1] of its fold."""
         losses = [
@@ -154,6 +106,7 @@ class SiteProblem:
         ]
         return (torch.cat(losses).sum() / self.scored_masks.pixels.sum()).item()
 
+    @full_precision()
     def sums(
         self,
         fold: int,
@@ -161,52 +114,29 @@ class SiteProblem:
         masks: PreparedMasks,
         needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return :func:`loss_sums` of the images of a fold; `masks` are those of all images."""
-        return loss_sums(
-            self.loss,
-            self.states,
-            masks,
-            self.folds[fold],
-            self.space.mean,
-            probes,
-            needs_grad,
-        )
+        """Return the summed loss f64[P] of probes on the images of a fold, and its gradient f64[P, K, d + 1].
 
-
-@full_precision()
-def loss_sums(
-    loss: CrossEntropy,
-    states: Tensor,
-    masks: PreparedMasks,
-    images: Tensor,
-    mean: Tensor,
-    probes: Tensor,
-    needs_grad: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the summed loss f64[P] of probes on some images, and its gradient f64[P, K, d + 1].
-
-    Args:
-        loss: Of the logits.
-        states: f[B, T, d], of any dtype, on any device.
-        masks: B masks, on the device of the probes.
-        images: i64[n], on the CPU.
-        mean: f64[d], subtracted from the states.
-        probes: f64[P, K, d + 1], weights of x - mean, and biases.
-        needs_grad: If False, the gradient is None.
-    """
-    count, classes = probes.shape[:2]
-    rows = probes.flatten(0, 1).float()
-    weights, bias = rows[:, :-1].contiguous(), rows[:, -1:]
-    grid = tuple(masks.soft.shape[2:])
-    total = probes.new_zeros(count)
-    gradient = torch.zeros_like(probes) if needs_grad else None
-    for part, x in float_chunks(states, images, mean, len(rows)):
-        # tokens are innermost, as the loss needs them
-        by_class = torch.addmm(bias, weights, x.T).view(count, classes, -1, *grid)
-        losses, by_logits = loss.of_images(by_class.transpose(1, 2), masks[part], needs_grad)
-        total += losses.sum(1)
-        if needs_grad:
-            by_row = by_logits.transpose(1, 2).flatten(2).flatten(0, 1)
-            gradient[..., :-1] += (by_row @ x).view(count, classes, -1)
-            gradient[..., -1] += by_row.sum(1).view(count, classes)
-    return total, gradient
+        Args:
+            fold: The fold.
+            probes: f64[P, K, d + 1], weights of x - mean, and biases.
+            masks: Of all images, on the device of the probes.
+            needs_grad: If False, the gradient is None.
+        """
+        count, classes = probes.shape[:2]
+        rows = probes.flatten(0, 1).float()
+        weights, bias = rows[:, :-1].contiguous(), rows[:, -1:]
+        grid = tuple(masks.soft.shape[2:])
+        total = probes.new_zeros(count)
+        gradient = torch.zeros_like(probes) if needs_grad else None
+        for part, x in float_chunks(self.states, self.folds[fold], self.space.mean, len(rows)):
+            # tokens are innermost, as the loss needs them
+            by_class = torch.addmm(bias, weights, x.T).view(count, classes, -1, *grid)
+            losses, by_logits = self.loss.of_images(
+                by_class.transpose(1, 2), masks[part], needs_grad
+            )
+            total += losses.sum(1)
+            if needs_grad:
+                by_row = by_logits.transpose(1, 2).flatten(2).flatten(0, 1)
+                gradient[..., :-1] += (by_row @ x).view(count, classes, -1)
+                gradient[..., -1] += by_row.sum(1).view(count, classes)
+        return total, gradient

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probes.ops.lbfgs import minimise
 
+from .curvature import first_guess
 from .objective import SiteProblem
 
 # the strongest and the weakest regularisation that is tried, in half decades: 1000 and 1e-8
@@ -84,9 +85,9 @@ class FoldSearch:
         """Return the path, and where the probes of all images start at `path.solved`, f64[R, K, d + 1].
 
         Args:
-            strengths: Strengths to solve, all of them; None to search for the best one.
+            strengths: Strengths to solve, all of them, from strong to weak; None to search for the best one.
         """
-        for strength in sorted(strengths or (), reverse=True):
+        for strength in strengths or ():
             self.visit(strength)
         if strengths is None:
             self.search()
@@ -99,7 +100,12 @@ class FoldSearch:
             solved = [chosen - 1, chosen, chosen + 1]
         losses = [self.visited[strength].loss for strength in order]
         points = [self._mean_of_folds(self.visited[order[i]].points) for i in solved]
-        return StrengthPath(order, losses, chosen, solved), torch.stack(points)
+        return StrengthPath(
+            order,
+            losses,
+            chosen,
+            solved,
+        ), torch.stack(points)
 
     @property
     def lowest(self) -> float:
@@ -118,15 +124,12 @@ class FoldSearch:
     def visit(self, strength: float) -> None:
         """Solve the folds at a strength, started from what is known of the nearest ones."""
         near = sorted(self.visited, key=lambda other: abs(math.log(other / strength)))
-        if not near:
-            start = self.problem.start.expand(len(self.problem.folds), -1, -1)
-            self._solve_folds(strength, start)
-            return
-        last, *before = (self.visited[other].points for other in near[:2])
+        points = [self.visited[other].points for other in near[:2]]
+        points = points or [self.problem.start.expand(len(self.problem.folds), -1, -1)]
+        start = points[0]
         is_beyond = len(near) > 1 and (near[0] < strength) == (near[1] < near[0])
-        start = last
         if is_beyond:  # but where the bias of an unknown class ends is chance
-            start = torch.where(self.problem.lone[..., None], last, 2 * last - before[0])
+            start = torch.where(self.problem.lone[..., None], start, 2 * start - points[1])
         self._solve_folds(strength, start)
 
     def _decide(self, is_search: bool) -> None:
@@ -156,12 +159,22 @@ class FoldSearch:
         minimum = minimise(
             self.problem.objective(strengths, left_out),
             start,
-            self.problem.first_guess(strengths, left_out, start),
+            first_guess(
+                self.problem,
+                strengths,
+                left_out,
+                start,
+            ),
             tolerance,
         )
         loss = self.problem.held_out_loss(minimum.points)
         decrease = minimum.decrease.max().item()
-        self.visited[strength] = FoldProbes(strength, loss, minimum.points, decrease)
+        self.visited[strength] = FoldProbes(
+            strength,
+            loss,
+            minimum.points,
+            decrease,
+        )
 
     def _mean_of_folds(self, points: Tensor) -> Tensor:
         """Return the mean of points f64[F, K, d + 1], of each class over the folds that know it."""
@@ -192,6 +205,4 @@ def too_close(visited: dict[float, FoldProbes]) -> list[FoldProbes]:
         if folds is not best
         and folds.loss - best.loss < HELD_OUT_GAIN * (folds.decrease + best.decrease)
     ]
-    if not close:
-        return []
-    return [folds for folds in (best, *close) if folds.decrease > LEAST_TOLERANCE]
+    return [folds for folds in (best, *close) if close and folds.decrease > LEAST_TOLERANCE]

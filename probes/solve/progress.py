@@ -26,18 +26,18 @@ def follow(
     """Yield so many items; show on the first process how many are done, and tell who watches the step."""
     is_first = rank() == 0
     started = last = time.monotonic()
-    with tqdm(
-        total=count,
-        desc=label,
+    bar = tqdm(
+        items,
+        label,
+        count,
         disable=kind != "bar" or not is_first,
         mininterval=BAR_S,
-    ) as bar:
-        for done, item in enumerate(items, 1):
-            yield item
-            bar.set_postfix_str(tell(label, done, count), refresh=False)
-            bar.update()
-            now = time.monotonic()
-            if kind == "lines" and is_first and (now - last >= LINE_S or done == count):
-                last = now
-                left = format_duration((count - done) * (now - started) / done)
-                log.info(f"{label}: {done}/{count}, {left} left")
+    )
+    for done, item in enumerate(bar, 1):
+        yield item
+        bar.set_postfix_str(tell(label, done, count), refresh=False)
+        now = time.monotonic()
+        if kind == "lines" and is_first and (now - last >= LINE_S or done == count):
+            last = now
+            left = format_duration((count - done) * (now - started) / done)
+            log.info(f"{label}: {done}/{count}, {left} left")

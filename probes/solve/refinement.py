@@ -4,7 +4,6 @@ Legend: R strengths, d width, K classes.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from probes.ops.lbfgs import minimise
 from probes.score.strengths import GRADIENT
 
+from .curvature import first_guess
 from .objective import SiteProblem
 from .path import FoldSearch
 from .solution import Certificate, Solution
@@ -22,24 +22,12 @@ TOLERANCE = 1e-7
 ROUNDS = 4  # of a refinement, each to a quarter of the tolerance of the one before
 
 
-class Refined(NamedTuple):
-    """Probes of all images at the optimum.
-
-    Args:
-        points: f64[R, K, d + 1].
-        certificates: How far each may be from it.
-    """
-
-    points: Tensor
-    certificates: list[Certificate]
-
-
 def refine(
     problem: SiteProblem,
     strengths: Tensor,
     points: Tensor,
-) -> Refined:
-    """Return the probes of all images at the optimum.
+) -> tuple[Tensor, list[Certificate]]:
+    """Return the probes f64[R, K, d + 1] of all images at the optimum, and how far each may be from it.
 
     Args:
         problem: The site's states and masks.
@@ -54,7 +42,12 @@ def refine(
     tolerance = min(TOLERANCE, (GRADIENT * null.min().item()) ** 2 / 8)
     known = None
     for _ in range(ROUNDS):
-        guess = problem.first_guess(strengths, everything, points)
+        guess = first_guess(
+            problem,
+            strengths,
+            everything,
+            points,
+        )
         found = minimise(
             objective,
             points,
@@ -70,7 +63,7 @@ def refine(
         if all(certificate.converged for certificate in certificates):
             break
         tolerance /= 4  # else the next round would end where it begins
-    return Refined(points, certificates)
+    return points, certificates
 
 
 def solve_classes(problem: SiteProblem, strengths: Sequence[float] | None = None) -> Solution:
@@ -78,20 +71,20 @@ def solve_classes(problem: SiteProblem, strengths: Sequence[float] | None = None
 
     Args:
         problem: The site's states and masks.
-        strengths: Strengths to solve, all of them; None to search for the best one.
+        strengths: Strengths to solve, all of them, from strong to weak; None to search for the best one.
     """
     path, points = FoldSearch(problem).choose(strengths)
     at = points.new_tensor([path.strengths[i] for i in path.solved])
-    refined = refine(problem, at, points)
-    probes = problem.space.to_states(refined.points)
+    points, certificates = refine(problem, at, points)
+    probes = problem.space.to_states(points)
     return Solution(
         strengths=torch.tensor(path.strengths, dtype=torch.float64),
         loss=torch.tensor(path.loss, dtype=torch.float64),
         chosen=torch.tensor(path.chosen),
         solved=torch.tensor(path.solved),
-        mean=problem.space.mean.cpu(),
-        scale=problem.space.scale.cpu(),
-        weights=probes[..., :-1].float().cpu(),
-        bias=probes[..., -1].float().cpu(),
-        certificates=torch.tensor(refined.certificates, dtype=torch.float64),
+        mean=problem.space.mean,
+        scale=problem.space.scale,
+        weights=probes[..., :-1].float(),
+        bias=probes[..., -1].float(),
+        certificates=torch.tensor(certificates, dtype=torch.float64),
     )

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ from .objective import SiteProblem
 from .progress import follow
 from .refinement import solve_classes
 from .solution import Solution
-from .states import Kept, move_batch, read, site_groups
+from .states import Targets, move_batch, read, site_groups
 from .workers import SiteFiles, in_workers, threads_of
 
 MEMORY_SHARE = 0.6  # of the free memory, for states
@@ -75,7 +75,7 @@ class SolveRun:
         out: Folder of the run.
         hparams: Every option of the model and of the solver, as a LightningModule names them, for the identity and
             the files of the run.
-        options: Those of the solver.
+        options: Those of the solver, as they were given.
         task: Task of the probes.
         identity: Set when the run starts.
     """
@@ -91,7 +91,7 @@ class SolveRun:
         """Folder from which a killed run resumes."""
         return self.out / "checkpoints"
 
-    def models(self) -> dict[str, str | dict[str, str]]:
+    def models(self) -> dict[str, Any]:
         """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
         return {"mllm": source_identity(self.hparams["mllm"])}
 
@@ -141,8 +141,7 @@ def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
     hparams |= {name: settings[name] for name in MODEL_SETTINGS}
     if task.loss is not None and type(task.loss) is not CrossEntropy:  # of which a run says nothing
         hparams["loss"] = task.loss.describe()
-    options = replace(config.solver, strengths=strengths)
-    return SolveRun(Path(config.out), hparams, options, task), data, machine
+    return SolveRun(Path(config.out), hparams, config.solver, task), data, machine
 
 
 @torch.no_grad()
@@ -167,8 +166,14 @@ def solve(
     if rank() == 0:  # all settings were accepted
         content = yaml.safe_dump(asdict(config), sort_keys=False)
         begin_run(run.out, content, planned.replaced)
-    files = SiteFiles(run.checkpoints, run.identity, config.ckpt_path == "last")
-    solved = solve_sites(run, probes, data, machine, fold_of, files)
+    solved = solve_sites(
+        run,
+        probes,
+        data,
+        machine,
+        fold_of,
+        config.ckpt_path == "last",
+    )
     score(run, probes, solved, data, machine, config.save_predictions)
     if rank() == 0:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -178,7 +183,13 @@ def solve(
 def load_on(machine: Machine, run: SolveRun, data: ProbeData) -> SiteProbes:
     """Load the model and its probes onto the device of a machine."""
     device = machine.device
-    probes = load_probes(run.hparams, data, device, head="linear", feature_norm="batchnorm")
+    probes = load_probes(
+        run.hparams,
+        data,
+        device,
+        head="linear",
+        feature_norm="batchnorm",
+    )
     probes.mllm.to(device)
     probes.heads.to(solver_device(device)).eval()
     return probes
@@ -190,50 +201,53 @@ def solve_sites(
     data: ProbeData,
     machine: Machine,
     fold_of: Tensor,
-    files: SiteFiles,
+    resuming: bool,
 ) -> dict[str, Solution]:
-    """Return the probes of all sites, the same in all processes."""
+    """Return the probes of all sites, the same in all processes; `resuming` from the files of a killed run."""
+    files = SiteFiles(run.checkpoints, run.identity)
     mine = probes.sites[rank() :: rank_count()]
-    solved = files.load(mine)
-    if solved:
-        rank_zero_info(f"{len(solved)} of {len(mine)} sites were solved before")
+    solved = files.load(mine) if resuming else {}
     memory = memory_for_states(run.options, machine)
-    size_of = sizes_of_states(probes, len(fold_of))
     device = solver_device(machine.device)
+    missing = [site for site in mine if site not in solved]
     targets = None
-    for sites in site_groups([site for site in mine if site not in solved], size_of, memory):
-        fits = sum(size_of[site] for site in sites) <= memory
-        folder = None if fits else run.checkpoints
-        kept = read(
+    for sites, size in site_groups(probes, missing, len(fold_of), memory):
+        states, targets = read(
             probes,
             data,
             machine,
             sites,
             fold_of,
-            folder,
+            None if size <= memory else run.checkpoints,
             targets,
         )
-        targets = kept.targets
-        work = partial(solve_site, probes, kept, run.options.strengths, device)
+        work = partial(
+            solve_site,
+            probes,
+            states,
+            targets,
+            run.hparams["strengths"],
+            device,
+        )
         results = in_workers(work, sites, device)
         for site, found in follow(results, len(sites), "solving sites", machine.progress):
             solved[site] = found
             files.save(site, found)
-            del kept.states[site]
+            del states[site]
     count = rank_count()
     return {site: broadcast(solved.get(site), i % count) for i, site in enumerate(probes.sites)}
 
 
 def solve_site(
     probes: SiteProbes,
-    kept: Kept,
+    states_of: dict[str, Tensor],
+    targets: Targets,
     strengths: list[float] | None,
     device: torch.device,
     site: str,
 ) -> Solution:
-    """Return the probes of a site whose states are kept."""
-    states = kept.states[site]
-    targets = kept.targets
+    """Return the probes of a site whose states were read."""
+    states = states_of[site]
     if device.type == "cuda" and states.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         states = states.to(device)
     if probes.task.loss is None:
@@ -261,11 +275,6 @@ def memory_for_states(options: SolverOptions, machine: Machine) -> float:
     return MEMORY_SHARE * available_memory() / machine.processes_here
 
 
-def sizes_of_states(probes: SiteProbes, images: int) -> dict[str, int]:
-    """Return the bytes of the states of so many images by site."""
-    return {site: images * probes.mllm.state_bytes([site]) for site in probes.sites}
-
-
 def score(
     run: SolveRun,
     probes: SiteProbes,
@@ -277,8 +286,6 @@ def score(
     """Score the probes of all strengths on the validation split, and write the files of the run."""
     for site, found in solved.items():
         found.set_probe(probes.heads[site])
-        if limit := found.describe_limit(site):
-            rank_zero_info(limit)
     task = run.task
     count = len(solved)
     of_run = [found.row * count + i for i, found in enumerate(solved.values())]
@@ -324,8 +331,9 @@ def score(
         "head": "linear",
         "feature_norm": "batchnorm",
         "solved": kind,
+        "seed": run.hparams["seed"],
+        "folds": run.hparams["folds"],
     }
-    made |= {key: run.hparams[key] for key in ("seed", "folds")}
     record = RunRecord(
         run.hparams,
         run.identity,
@@ -364,20 +372,32 @@ def estimate(run: SolveRun, data: ProbeData, machine: Machine) -> float:
     probes = load_on(machine, run, data)
     images = len(data.splits["training"])
     sites = probes.sites[rank() :: rank_count()]
+    measured = sites[-1:]
     fold_of = assign_folds(min(images, MEASURED_IMAGES), run.options.folds)
-    share = len(fold_of) / images
     device = solver_device(machine.device)
     started = time.perf_counter()
-    kept = read(probes, data, machine, sites[-1:], fold_of)
+    states, targets = read(
+        probes,
+        data,
+        machine,
+        measured,
+        fold_of,
+    )
     after_read = time.perf_counter()
-    work = partial(solve_site, probes, kept, run.options.strengths, device)
-    list(in_workers(work, sites[-1:], device))
-    forward = (after_read - started) / share
-    solve = (time.perf_counter() - after_read) / share
-    size_of = sizes_of_states(probes, images)
+    work = partial(
+        solve_site,
+        probes,
+        states,
+        targets,
+        run.hparams["strengths"],
+        device,
+    )
+    list(in_workers(work, measured, device))
+    forward = (after_read - started) * images / len(fold_of)
+    solve = (time.perf_counter() - after_read) * images / len(fold_of)
     memory = memory_for_states(run.options, machine)
-    groups = site_groups(sites, size_of, memory)
-    most = max(sum(size_of[site] for site in group) for group in groups)
+    groups = site_groups(probes, sites, images, memory)
+    most = max(size for _, size in groups)
     threads = threads_of(device)
     total = len(groups) * forward + len(sites) * solve / threads
     total += forward * len(data.splits["validation"]) / images / rank_count()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probes.heads import Probe
-from probes.score.strengths import CONVERGED, GRADIENT, is_at_end
+from probes.score.strengths import CONVERGED, GRADIENT
 from probes.tasks import SEGMENTATION, Task
 
 from .space import full_precision
@@ -35,7 +35,7 @@ class Certificate(NamedTuple):
 
 @dataclass
 class Solution:
-    """Linear probes of a site.
+    """Linear probes of a site, on the CPU.
 
     Args:
         strengths: f64[n], from strong to weak.
@@ -59,15 +59,14 @@ class Solution:
     bias: Tensor
     certificates: Tensor
 
+    def __post_init__(self):
+        for name, x in vars(self).items():
+            setattr(self, name, x.cpu())
+
     @property
     def row(self) -> int:
         """Index of the chosen strength among those that were solved."""
         return self.solved.tolist().index(int(self.chosen))
-
-    @property
-    def lowest(self) -> int:
-        """Index of the strength with the lowest loss."""
-        return int(self.loss.argmin())
 
     def runner_up(self) -> dict[str, float] | None:
         """Return the strength with the second lowest loss, and how much more it loses; None of a single strength."""
@@ -111,10 +110,8 @@ class Solution:
             "site": site,
             "strengths": strengths,
             "cv_loss" if task.name != SEGMENTATION else "cv_cross_entropy": self.loss.tolist(),
-        }
-        entry |= {
             "chosen": strengths[int(self.chosen)],
-            "lowest": strengths[self.lowest],
+            "lowest": strengths[int(self.loss.argmin())],
             "runner_up": self.runner_up(),
         }
         entry |= {name: along(values) for name, values in scores.items()}
@@ -132,15 +129,3 @@ class Solution:
         chosen = self.weights[self.row].to(probe.head.weight)
         probe.head.weight.copy_(chosen * (norm.running_var + norm.eps).sqrt())
         probe.head.bias.copy_(self.bias[self.row])
-
-    def describe_limit(self, site: str) -> str:
-        """Return a sentence if the lowest loss is at the end of the strengths that were tried, else an empty one."""
-        strengths = self.strengths.tolist()
-        lowest = self.lowest
-        if not is_at_end(strengths, strengths[lowest]):
-            return ""
-        end = "strongest" if lowest == 0 else "weakest"
-        return (
-            f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}; "
-            f"the probe has {strengths[int(self.chosen)]:g}"
-        )

@@ -15,11 +15,13 @@ With the pooled within-class covariance W and D = diag(W), D^-1/2 W D^-1/2 = V d
 Legend: F folds, B images, T tokens, K classes, d width, n tokens of some images, P problems solved together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A channel whose variance is below this share of its mean square is constant up to rounding of float32 states.
@@ -30,60 +32,38 @@ BLOCK = (
 CHUNK_NUMEL = 2**24  # numbers of states, or of their logits, at a time
 
 
-@dataclass
-class Moments:
-    """Moments of one site, per fold of images.
+class Moments(NamedTuple):
+    """Moments of the tokens of some images.
 
     Args:
-        count: f64[F, K], N.
-        first: f64[F, K, d], S.
-        second: f64[F, d, d], Q, on the diagonal and above.
+        count: f64[K], N.
+        first: f64[K, d], S.
+        second: f64[d, d], Q.
     """
 
     count: Tensor
     first: Tensor
     second: Tensor
 
-    @classmethod
-    def zeros(
-        cls,
-        folds: int,
-        classes: int,
-        width: int,
-        device: torch.device,
-    ) -> "Moments":
-        """Return empty moments."""
 
-        def new(*shape):
-            return torch.zeros(folds, *shape, dtype=torch.float64, device=device)
+def moments_of(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Moments:
+    """Return the moments of tokens that come in parts.
 
-        return cls(new(classes), new(classes, width), new(width, width))
-
-    def add(
-        self,
-        fold: int,
-        x: Tensor,
-        labels: Tensor,
-        weighted: Tensor,
-    ) -> None:
-        """Add tokens to a fold.
-
-        Args:
-            fold: The fold.
-            x: f[n, d], states minus the pivot, in the dtype of the products.
-            labels: f64[n, K], soft labels.
-            weighted: f[n, d]; x^T weighted is symmetric and goes into Q.
-        """
-        self.count[fold] += labels.sum(0)
-        self.first[fold] += labels.T.to(x) @ x
-        for start in range(0, x.shape[1], BLOCK):
-            rows = x[:, start : start + BLOCK]
-            self.second[fold, start : start + BLOCK, start:] += rows.T @ weighted[:, start:]
-
-    def sum_over(self, folds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return N f64[K], S f64[K, d] and Q f64[d, d] of some folds."""
-        upper = self.second[folds].sum(0).triu_()
-        return self.count[folds].sum(0), self.first[folds].sum(0), upper + upper.triu(1).T
+    Args:
+        parts: x f[n, d], states minus the pivot, in the dtype of the products; soft labels f64[n, K]; and weighted
+            f[n, d], where x^T weighted is symmetric and goes into Q.
+    """
+    count = first = second = 0
+    for x, labels, weighted in parts:
+        count = count + labels.sum(0)
+        first = first + (labels.T.to(x) @ x).double()
+        blocks = [
+            F.pad(x[:, start : start + BLOCK].T @ weighted[:, start:], (start, 0))
+            for start in range(0, x.shape[1], BLOCK)
+        ]
+        second = second + torch.cat(blocks).double()
+    upper = second.triu()
+    return Moments(count, first, upper + upper.triu(1).T)
 
 
 @contextmanager
@@ -147,12 +127,13 @@ class SiteSpace:
     def of(cls, states: Tensor, soft: Tensor) -> "SiteSpace":
         """Return the coordinates of states f[B, T, d], on the device of their soft labels f[B, K, h, w]."""
         pivot = states[0].to(soft.device).float().mean(0)
-        moments = Moments.zeros(1, soft.shape[1], states.shape[2], soft.device)
-        for part, x in float_chunks(states, torch.arange(len(states)), pivot, 0):
-            labels = soft[part].flatten(2).mT.flatten(0, 1).double()
-            weighted = x * labels.sum(1, keepdim=True).float()
-            moments.add(0, x, labels, weighted)
-        count, first, second = moments.sum_over([0])
+
+        def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for part, x in float_chunks(states, torch.arange(len(states)), pivot, 0):
+                labels = soft[part].flatten(2).mT.flatten(0, 1).double()
+                yield x, labels, x * labels.sum(1, keepdim=True).float()
+
+        count, first, second = moments_of(parts())
         total = count.sum()
         overall = first.sum(0) / total
         means = torch.where((count > 0)[:, None], first / count.clamp(min=1e-30)[:, None], overall)

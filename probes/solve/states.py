@@ -11,7 +11,7 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,35 +48,27 @@ class Targets:
     fold_of: Tensor
 
 
-@dataclass
-class Kept:
-    """The training images of a group of sites.
+def site_groups(
+    probes: SiteProbes,
+    sites: Sequence[str],
+    images: int,
+    memory: float,
+) -> list[tuple[list[str], int]]:
+    """Return sites in groups whose states fit into memory together, with their bytes; each group has one at least.
 
     Args:
-        states: f[N, T, d] by site, as the model gives them, on the CPU.
-        targets: Of the images.
-    """
-
-    states: dict[str, Tensor]
-    targets: Targets
-
-
-def site_groups(sites: Sequence[str], size_of: Mapping[str, int], memory: float) -> list[list[str]]:
-    """Return sites in groups whose states fit into memory together, in the same order; each has one at least.
-
-    Args:
+        probes: The model.
         sites: Names of sites, in the order of the forward.
-        size_of: Bytes of the states of a site.
+        images: N.
         memory: Bytes.
     """
-    groups: list[list[str]] = []
-    left = 0.0
+    groups: list[tuple[list[str], int]] = []
     for site in sites:
-        left -= size_of[site]
-        if not groups or left < 0:
-            groups.append([])
-            left = memory - size_of[site]
-        groups[-1].append(site)
+        size = images * probes.mllm.state_bytes([site])
+        if not groups or groups[-1][1] + size > memory:
+            groups.append(([], 0))
+        group, before = groups[-1]
+        groups[-1] = ([*group, site], before + size)
     return groups
 
 
@@ -88,8 +80,8 @@ def read(
     fold_of: Tensor,
     folder: Path | None = None,
     targets: Targets | None = None,
-) -> Kept:
-    """Return the states of all training images at some sites.
+) -> tuple[dict[str, Tensor], Targets]:
+    """Return the states f[N, T, d] of all training images by site, on the CPU, and the targets.
 
     Args:
         probes: Model and task.
@@ -103,9 +95,10 @@ def read(
     Raises:
         UserError: The disk has no place for the states, or the targets of some folds cannot be solved.
     """
-    prepare = MaskPreparer(probes.mllm.geometry, probes.channels, NODES)
-    are_classes = probes.task.loss is not None
-    data.read_for(probes.mllm, sites, prepare if are_classes and targets is None else None)
+    prepare = None
+    if probes.task.loss is not None:
+        prepare = MaskPreparer(probes.mllm.geometry, probes.channels, NODES)
+    data.read_for(probes.mllm, sites, prepare if targets is None else None)
     images = len(fold_of)
     batches = [part.tolist() for part in torch.arange(images).split(data.rank_batch_size)]
     states: dict[str, Tensor] = {}
@@ -121,9 +114,11 @@ def read(
             if site not in states:
                 states[site] = new_states((images, *x.shape[1:]), x.dtype, folder)
             states[site][index] = x.cpu()
-        if targets is None:
-            parts.append(batch["masks"] if are_classes else prepare_values(probes, batch["target"]))
-    if targets is None and are_classes:
+        if targets is None and prepare:
+            parts.append(batch["masks"])
+        elif targets is None:
+            parts += [prepare_values(probes, target) for target in batch["target"]]
+    if targets is None and prepare:
         masks = join_masks(parts)
         training = data.splits["training"]
         scored = scored_masks(
@@ -136,22 +131,14 @@ def read(
     elif targets is None:
         targets = Targets(join_equations(parts), None, fold_of)
         check_values(targets.prepared, fold_of)
-    return Kept(states, targets)
+    return states, targets
 
 
-def prepare_values(probes: SiteProbes, target: Tensor | list[Tensor]) -> NormalEquations:
-    """Return the normal equations of the targets f[H, W, ...] of some images."""
+def prepare_values(probes: SiteProbes, target: Tensor) -> NormalEquations:
+    """Return the normal equations of the target f[H, W, ...] of an image."""
     mllm = probes.mllm
-    return join_equations(
-        [
-            normal_equations(
-                probes.task.values(image[None]),
-                mllm.grid,
-                mllm.geometry.view(tuple(image.shape[:2])),
-            )
-            for image in target
-        ]
-    )
+    view = mllm.geometry.view(tuple(target.shape[:2]))
+    return normal_equations(probes.task.values(target[None]), mllm.grid, view)
 
 
 def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -160,9 +147,7 @@ def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     def move(x: Any) -> Any:
         if isinstance(x, list):
             return [move(item) for item in x]
-        if isinstance(x, Tensor):
-            return x.to(device, non_blocking=True)
-        return x.to(device) if isinstance(x, PreparedMasks) else x
+        return x.to(device) if isinstance(x, Tensor | PreparedMasks) else x
 
     return {name: move(x) for name, x in batch.items()}
 
@@ -185,7 +170,7 @@ def new_states(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) ->
             if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
                 os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
                 f"the states of a site take {size / 1e9:.3g} GB, more than --memory-gb, and more than the disk of "

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from llava_bidir.common.errors import error_context
 from llava_bidir.common.files import write_files
@@ -27,12 +26,10 @@ class SiteFiles:
     Args:
         folder: RUN/checkpoints.
         identity: Of this run.
-        resuming: Files of a killed run may be read.
     """
 
     folder: Path
     identity: Identity
-    resuming: bool
 
     def save(self, site: str, solution: Solution) -> None:
         """Write the file of a site."""
@@ -48,13 +45,14 @@ class SiteFiles:
         found = {}
         for site in sites:
             path = self.folder / f"{site}.safetensors"
-            if not self.resuming or not path.is_file():
+            if not path.is_file():
                 continue
             with error_context(path):
                 with safe_open(path, "pt") as file:
                     saved = json.loads(file.metadata()["identity"])
-                # in memory of torch: products of tensors in a mapped file can differ in their last bits
-                found[site] = Solution(**{name: x.clone() for name, x in load_file(path).items()})
+                    # in memory of torch: products of tensors in a mapped file can differ in their last bits
+                    tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+                found[site] = Solution(**tensors)
             check_same_identity(saved, self.identity, str(path), RESUME_ADVICE)
         return found
 
@@ -70,18 +68,13 @@ def in_workers(
     """
     threads = threads_of(device)
     # one site alone, too, which has as many threads here: they would round differently
-    processes = (
-        {"num_workers": min(threads, len(sites)), "multiprocessing_context": "fork"}
-        if threads > 1
-        else {}
-    )
-    results = iter(
-        DataLoader(
-            _Results(work, sites),
-            batch_size=None,
-            collate_fn=lambda result: result,
-            **processes,
-        )
+    count = min(threads, len(sites)) if threads > 1 else 0
+    results = DataLoader(
+        sites,
+        batch_size=None,
+        collate_fn=work,
+        num_workers=count,
+        multiprocessing_context="fork" if count else None,
     )
     return zip(sites, results, strict=True)
 
@@ -89,17 +82,3 @@ def in_workers(
 def threads_of(device: torch.device) -> int:
     """Return how many sites are solved at a time."""
     return torch.get_num_threads() if device.type == "cpu" and sys.platform == "linux" else 1
-
-
-@dataclass
-class _Results(Dataset):
-    """The result of some work for each site, done when it is asked for."""
-
-    work: Callable[[str], Any]
-    sites: list[str]
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.work(self.sites[index])

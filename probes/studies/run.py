@@ -3,7 +3,7 @@
 DIR/[LABEL/]ARM/          an arm: a finished run, with the results of its analyses
 DIR/report/               the report
 DIR/table.csv, .parquet   all results as one table
-DIR/steps/                options, seconds and memory of each step, and the hashes of what it read and wrote
+DIR/steps/                options and seconds of each step, and the hashes of what it read and wrote
 DIR/study.log             what the steps print
 """
 

@@ -1,5 +1,7 @@
 """A probing sweep over random models of real and toy shapes; bench.py times it on a CPU, gpu.py on a GPU."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from probes.fit.module import ProbeModule
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.pixel_counts import IGNORE_INDEX, count
-from probes.solve.objective import loss_sums
+from probes.solve.objective import SiteProblem
 from probes.tasks import SEGMENTATION, TASKS
 
 PREFIX, CLASSES, VOCABULARY = (
@@ -178,16 +180,13 @@ class Sweep:
         for site, x in self.forward().items():
             head = self.heads[site]
             probes = torch.cat([head.weight, head.bias[:, None]], 1).double().expand(3, -1, -1)
-            images = torch.arange(len(x))
-            mean = probes.new_zeros(x.shape[-1])
-            loss_sums(
-                self.task.loss,
-                x,
-                self.masks,
-                images,
-                mean,
-                probes,
+            problem = SimpleNamespace(
+                loss=self.task.loss,
+                states=x,
+                folds=[torch.arange(len(x))],
+                space=SimpleNamespace(mean=probes.new_zeros(x.shape[-1])),
             )
+            SiteProblem.sums(problem, 0, probes, self.masks)
 
     @torch.no_grad()
     def score(self) -> None:

@@ -284,6 +284,7 @@ def test_ctrl_c_advises_the_same_command(folder, capsys):
 
 def test_a_step_that_is_done_again_says_why(folder, capsys):
     first, second, third = chain(folder)
+    second = replace(second, config=Options(folder, ["b"]))
 
     def said(*steps: Step) -> str:
         find_missing(steps, folder)
@@ -293,8 +294,8 @@ def test_a_step_that_is_done_again_says_why(folder, capsys):
     run([first, second, third], folder)
     capsys.readouterr()
     assert said(first, second, third) == ""
-    other = replace(second, config=("llava-bidir", "fit", "--name", "x", "--ckpt_path", "last"))
-    assert said(first, other) == "b again: --name was b, and is x\n"
+    other = replace(second, config=Options(folder, ["x"]))
+    assert said(first, other) == "b again: names was ['b'], and is ['x']\n"
     (folder / "data.json").write_text("second")
     expected = ["a again: data.json has changed", "b again: it reads the result of a"]
     assert said(first, second).splitlines() == expected

@@ -1,5 +1,7 @@
 """Nodes that show the curvature of the loss of all images."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,15 +47,15 @@ def sample_of(
     if point is None:
         point = torch.zeros(CLASSES, width + 1)
     sizes = [len(x) for x in states]
-    return sample_nodes(
-        CROSS_ENTROPY,
-        plain_space(width),
-        torch.cat(states),
-        join_masks(masks),
-        torch.arange(sum(sizes)).split(sizes),
-        count,
-        point.double(),
+    problem = SimpleNamespace(
+        loss=CROSS_ENTROPY,
+        space=plain_space(width),
+        states=torch.cat(states),
+        masks=join_masks(masks),
+        folds=torch.arange(sum(sizes)).split(sizes),
+        pixels=torch.stack([of_fold.pixels.sum() for of_fold in masks]),
     )
+    return sample_nodes(problem, count, point.double())
 
 
 def node_states(states: torch.Tensor, masks: PreparedMasks, grid) -> torch.Tensor:
@@ -122,6 +124,7 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(
 ):
     """Of the mean loss of the nodes, for a probe that leaves a fold out and for one that does not."""
     monkeypatch.setattr(curvature, "fast_dtype", lambda device: product_dtype)
+    monkeypatch.setattr(curvature, "SAMPLE_RESIDUAL", 0.03)
     generator = torch.Generator().manual_seed(2)
     inputs = torch.randn(400, WIDTH + 1, generator=generator)
     inputs[:, -1] = 1
@@ -137,21 +140,21 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(
         probability = torch.einsum("nc,pkc->npk", inputs.double(), x).softmax(-1)
         return torch.einsum("np,npk,nc->pkc", used, probability, inputs.double())
 
-    ridge = torch.tensor([1e-2, 1e-3]).double()[:, None, None].repeat(1, 1, WIDTH + 1)
-    spectrum = torch.ones(WIDTH + 1).double()
+    space = plain_space(WIDTH)
+    strengths = torch.tensor([1e-2, 1e-3]).double()
     hessian = SampleHessian(
-        CROSS_ENTROPY,
+        SimpleNamespace(loss=CROSS_ENTROPY, space=space),
         sample,
         points,
         bias_gradient * direction,
+        strengths,
         [1, None],
-        ridge,
-        spectrum,
     )
     expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
     product = hessian.times(direction.float()) - hessian.pull * direction
     torch.testing.assert_close(product, expected, atol=2e-3, rtol=1e-2)
-    solved = hessian.solve(direction, residual=0.03)
+    solved = hessian.solve(direction)
     assert (hessian.times(solved) - direction).norm() < 0.1 * direction.norm()
-    at_least = ridge + (bias_gradient * direction[..., -1:]).abs() * spectrum
+    bias_pull = (bias_gradient * direction[..., -1:]).abs() * space.input_spectrum
+    at_least = space.ridge(strengths) + bias_pull
     assert (hessian.pull > at_least).all(), "and the damping"

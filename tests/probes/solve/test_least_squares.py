@@ -14,7 +14,6 @@ pytestmark = pytest.mark.numerics
 WIDTH = 7
 CHANNELS = 3
 IMAGES = 4
-STRENGTHS = sorted(LEAST_SQUARES_STRENGTHS, reverse=True)
 
 
 def draw(grid, size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +83,7 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
         ridged = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
         return (1 - strength) * torch.linalg.solve(ridged, cross), x.mean(0), y.mean(0)
 
-    error = torch.zeros(len(STRENGTHS), dtype=torch.float64)
+    error = torch.zeros(len(LEAST_SQUARES_STRENGTHS), dtype=torch.float64)
     count = 0
     for fold in range(2):
         held_out, others = (
@@ -92,11 +91,11 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
         )
         x, y = pixels(states[held_out], target[held_out], up)
         count += len(x)
-        for r, strength in enumerate(STRENGTHS):
+        for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
             weights, mean, bias = ridge(others, strength)
             error[r] += ((x - mean) @ weights + bias - y).square().sum()
     torch.testing.assert_close(solved.loss, error / count, rtol=1e-8, atol=0)
-    for r, strength in enumerate(STRENGTHS):
+    for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
         weights, mean, bias = ridge(list(range(IMAGES)), strength)
         torch.testing.assert_close(solved.weights[r], weights.T.float(), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(solved.mean, mean)

@@ -120,10 +120,10 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
     """With another loss, too: a class and nothing else."""
     at = problem(data, LabelSmoothing(smoothing) if smoothing else CROSS_ENTROPY)
     path, points = FoldSearch(at).choose((1.0, 1e-2, 1e-4))
-    refined = refine(at, torch.tensor(path.strengths).double(), points)
-    assert all(certificate.converged for certificate in refined.certificates)
+    points, certificates = refine(at, torch.tensor(path.strengths).double(), points)
+    assert all(certificate.converged for certificate in certificates)
     assert path.solved == [0, 1, 2]
-    for strength, point in zip(path.strengths, refined.points, strict=True):
+    for strength, point in zip(path.strengths, points, strict=True):
         found = objective(data, at, strength, point, label_smoothing=smoothing).item()
         expected, _ = scipy_optimum(data, at, strength, label_smoothing=smoothing)
         assert found == pytest.approx(expected, abs=1e-5)
@@ -187,9 +187,9 @@ def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):
     monkeypatch.setattr(refinements, "TOLERANCE", 10.0)  # of the decrease: no step is taken
     monkeypatch.setattr(refinements, "GRADIENT", 1e3)
     at = problem(data)
-    refined = refine(at, torch.tensor([1e-3]).double(), at.start[None] + 1)
-    assert not refined.certificates[0].converged
-    assert refined.certificates[0].decrease > 1e-2
+    _, (certificate,) = refine(at, torch.tensor([1e-3]).double(), at.start[None] + 1)
+    assert not certificate.converged
+    assert certificate.decrease > 1e-2
 
 
 def test_chunks_of_images_give_the_sums_of_all(data, monkeypatch):

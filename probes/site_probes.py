@@ -25,23 +25,25 @@ from probes.models.load import load
 from probes.models.random_weights import MATCH_IMAGES
 from probes.tasks import SEGMENTATION, TASKS, Task
 
+# options with which the model is loaded as they are
+LOADED = (
+    "dtype",
+    "image_px",
+    "image_resize",
+    "prefix",
+    "match",
+    "draw",
+    "seed",
+)
 # options of the frozen model and its sites; the others of `ModelOptions` say how probes are trained
 MODEL_SETTINGS = (
     "mllm",
     "num_classes",
     "image_attention",
     "untrained",
-    "match",
-    "draw",
-    "image_px",
-    "image_resize",
-    "dtype",
-    "prefix",
     "sites",
-    "seed",
+    *LOADED,
 )
-# of these, what the model is loaded with as it is
-LOADED = ("dtype", "image_px", "image_resize", "prefix", "match", "draw", "seed")
 
 
 @dataclass

@@ -59,13 +59,13 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         files: dict[str, tuple[Path, ...]],
-        classes: list[str],
+        classes: Sequence[str] = (),
         palette: list[list[int]] | None = None,
         groups: list[str] | None = None,
     ):
         self.names = list(files)
         self.files = list(files.values())
-        self.classes = classes
+        self.classes = list(classes)
         self.palette = palette
         self.groups = groups
 
@@ -188,7 +188,11 @@ def open_png(file: Path) -> Image.Image:
     return read_image(file, lambda image: image.copy(), ("PNG",))
 
 
-def read_png(file: Path, modes: tuple[str, ...], expected: str) -> ndarray:
+def read_png(
+    file: Path,
+    modes: tuple[str, ...],
+    expected: str,
+) -> ndarray:
     """Return the values of a PNG, or raise a UserError that names it.
 
     Args:

@@ -57,13 +57,6 @@ class NYUv2Depth(DepthDataset):
         self.official_size = SIZES[split]
         self.is_cropped = split == "validation"
 
-    def identity(self) -> dict[str, str]:
-        """Return what the split is; the crop is a part of it."""
-        identity = super().identity()
-        if self.is_cropped:
-            identity["depth_values"] += ", in [45:471, 41:601]"
-        return identity
-
     def read_target(self, depth_file: Path) -> ndarray:
         """Return the depth, float32[480, 640] in metres, NaN where there is no value, or raise a UserError."""
         depth = super().read_target(depth_file)

@@ -39,7 +39,7 @@ class DepthDataset(ImageDataset):
         max_depth: float | None = None,
         groups: list[str] | None = None,
     ):
-        super().__init__(files, [], groups=groups)
+        super().__init__(files, groups=groups)
         self.scale = scale
         self.max_depth = max_depth
 
@@ -89,9 +89,6 @@ class NormalsDataset(ImageDataset):
     task = "normals"
     parts = ("images", "normals")
     target_name = "normal map"
-
-    def __init__(self, files: dict[str, tuple]):
-        super().__init__(files, [])
 
     def read_target(self, normals_file: Path) -> ndarray:
         """Return the normals, float32[H, W, 3], NaN where there is no value, or raise a UserError."""

@@ -201,11 +201,9 @@ def format_labels(classes: list[str], labels: dict[str, LabelCounts]) -> str:
 
     columns = {}
     for split, counts in labels.items():
-        share = f"{counts.ignored_share:.1%}"
-        columns[f"{split} pixels"] = [*map("{:,}".format, counts.pixels), share]
-        columns[f"{split} images"] = [*map("{:,}".format, counts.images_of_class), ""]
-    rows = [*classes, "ignored"] if classes else ["value", "no value"]
-    return DataFrame(columns, rows).to_string()
+        columns[f"{split} pixels"] = [*counts.pixels, counts.ignored]
+        columns[f"{split} images"] = [*counts.images_of_class, counts.images]
+    return DataFrame(columns, [*(classes or ["value"]), "ignored"]).to_string()
 
 
 def _some(names: list[str]) -> str:

@@ -128,7 +128,11 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
+def upsample(
+    maps: Tensor,
+    size: tuple[int, int],
+    view: GridPlacement | None = None,
+) -> Tensor:
     """Return maps f[..., h, w] on the grid as pixels f[..., H, W], all at once; differentiable.
 
     Equals `F.interpolate(maps, size, mode="bilinear")`. `view` is the position of the grid on the pixels; None: the
@@ -144,7 +148,9 @@ def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = N
 
 @torch.no_grad()
 def upsampled_argmax(
-    logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None
+    logits: Tensor,
+    size: tuple[int, int],
+    view: GridPlacement | None = None,
 ) -> Tensor:
     """Return the predicted class per pixel, uint8[..., H, W], or int16 if K > 255, of finite logits f[..., K, h, w].
 

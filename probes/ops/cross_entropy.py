@@ -99,7 +99,11 @@ def upsampled_cross_entropy(
 ImageLoss = Callable[[Tensor, PreparedMasks, bool], tuple[Tensor, Tensor | None]]
 
 
-def differentiable_sum(image_loss: ImageLoss, logits: Tensor, masks: PreparedMasks) -> Tensor:
+def differentiable_sum(
+    image_loss: ImageLoss,
+    logits: Tensor,
+    masks: PreparedMasks,
+) -> Tensor:
     """Return the loss of each probe summed over images, f[P], as a function that autograd can differentiate.
 
     Args:
@@ -141,7 +145,9 @@ class _DifferentiableSum(torch.autograd.Function):
 
 @torch.no_grad()
 def loss_and_gradient(
-    logits: Tensor, masks: PreparedMasks, needs_grad: bool = True
+    logits: Tensor,
+    masks: PreparedMasks,
+    needs_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the summed loss of each probe and image, f64[P, B], and its gradient f[P, B, K, h, w] if `needs_grad`.
 

@@ -198,10 +198,10 @@ class Geometry:
         tokens = self.grid[0] * self.grid[1]
         if is_object:
             pixels, inside = (
-                x.flatten().bincount(minlength=tokens + 1)[:tokens]
-                for x in (token, token[labels > 0])
+                token.flatten().bincount(weights, tokens + 1)[:tokens]
+                for weights in (None, labels.flatten().double())
             )
-            return (inside / pixels.clamp(min=1).double()).view(self.grid)
+            return (inside / pixels.clamp(min=1)).view(self.grid)
         is_labelled = (labels >= 0) & (labels != IGNORE_INDEX)
         classes, number = labels[is_labelled].unique(return_inverse=True)
         numbers = torch.full(size, len(classes)).masked_scatter(is_labelled, number)

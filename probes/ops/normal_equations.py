@@ -60,18 +60,15 @@ def join_equations(parts: Sequence[NormalEquations]) -> NormalEquations:
     return NormalEquations(couplings, *others)
 
 
-def normal_equations(
-    target: Tensor, grid: tuple[int, int], view: GridPlacement | None = None
-) -> NormalEquations:
+def normal_equations(target: Tensor, grid: tuple[int, int], view: GridPlacement) -> NormalEquations:
     """Return the normal equations of targets f[B, H, W, K]; a pixel with a NaN in any channel is not labelled.
 
     Args:
         target: f[B, H, W, K].
         grid: (h, w).
-        view: Position of the grid on the pixels; None: it covers them exactly.
+        view: Position of the grid on the pixels.
     """
     size = target.shape[1:3]
-    view = view or GridPlacement.full(size)
     like = {"dtype": torch.float64, "device": target.device}
     rows = bilinear_weights(grid[0], size[0], view.rows, **like)
     cols = bilinear_weights(grid[1], size[1], view.cols, **like)
@@ -97,7 +94,9 @@ def normal_equations(
 
 
 def apply_gram(
-    couplings: dict[tuple[int, int], Tensor], states: Tensor, grid: tuple[int, int]
+    couplings: dict[tuple[int, int], Tensor],
+    states: Tensor,
+    grid: tuple[int, int],
 ) -> Tensor:
     """Return G X, f[B, h * w, d], of states X f[B, h * w, d]."""
     h, w = grid

@@ -42,22 +42,13 @@ class TaskMetric:
     def add(self, outputs: Tensor, batch: dict[str, Any]) -> None:
         """Add a batch: outputs f[P, B, K, h, w] on the grid, with "target" [B, H, W, ...], or a list, and "index"."""
         for images, target in group_by_size(batch["target"]):
-            self.update(outputs[:, images], target, batch["index"][images])
-
-    def update(
-        self,
-        outputs: Tensor,
-        target: Tensor,
-        index: Tensor,
-    ) -> None:
-        """Add images: `outputs` f[P, B, K, h, w] on the grid, `target` [B, H, W, ...], `index` i64[B]."""
-        counted = self.task.count(outputs, target, self.geometry)
-        for name, x in {"index": index, **counted}.items():
-            if x.ndim == 3:
-                if self.of_run is not None and name not in self.task.summed:
-                    x = x[self.of_run]
-                x = x.transpose(0, 1)  # images first, as they are joined
-            self.kept.setdefault(name, []).append(x)
+            counted = self.task.count(outputs[:, images], target, self.geometry)
+            for name, x in {"index": batch["index"][images], **counted}.items():
+                if x.ndim == 3:
+                    if self.of_run is not None and name not in self.task.summed:
+                        x = x[self.of_run]
+                    x = x.transpose(0, 1)  # images first, as they are joined
+                self.kept.setdefault(name, []).append(x)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the tensors [P, N, ...] or [N, n] of all processes by name, integers as i64, and forget them.

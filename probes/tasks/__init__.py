@@ -1,7 +1,6 @@
 """What probes predict: one file per task, and the registry of `data.task`."""
 
 from .base import Task as Task
-from .base import ValueTask as ValueTask
 from .boundaries import Boundaries
 from .depth import Depth
 from .normals import Normals

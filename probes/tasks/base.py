@@ -1,13 +1,11 @@
-"""What a probe predicts: `Task`, and `ValueTask` for a number or vector at each pixel; one subclass per file.
+"""What a probe predicts: `Task`, of which each file has a subclass.
 
 Legend: P probes, B images, N images of a dataset, K channels of a probe, h w token grid, H W pixels, M sums per image.
 A target has the shape [H, W], or [H, W, 3] for vectors; predictions have the shape of the target.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,30 +21,31 @@ from probes.ops.quadrature import PreparedMasks
 from .losses import CrossEntropy
 
 
-class Task(ABC):
+class Task:
     """What is counted of an image, and the scores of a dataset.
 
     Scores are functions of sums over the images of a dataset, so that they can be resampled and added up over
-    processes.
+    processes. A subclass predicts a number or a vector at each pixel, and scores are means over the images of
+    `image_scores`, unless it replaces `training_losses`, `count`, `dataset_scores` and `predict_pixels`.
     """
 
-    name: ClassVar[str]
+    name: str
     # the targets that are read, by `data.task`: segmentation, depth, normals or boundaries
-    targets: ClassVar[str]
+    targets: str
     # K; None if there is one for each class of the dataset
-    channels: ClassVar[int | None]
+    channels: int | None
     # name -> higher is better; the first is the one that chooses and is compared
-    scores: ClassVar[dict[str, bool]]
-    labels: ClassVar[dict[str, str]]  # name of a score -> name with its unit in reports
-    highest: ClassVar[float] = math.inf  # that a score can be
+    scores: dict[str, bool]
+    labels: dict[str, str]  # name of a score -> name with its unit in reports
+    highest: float = math.inf  # that a score can be
     # smallest difference of the main score that is a finding, chosen before any result
-    margin: ClassVar[float] = 0.0
+    margin: float = 0.0
     # what `probes solve` minimises if targets are classes; None for squared errors
-    loss: ClassVar[CrossEntropy | None] = None
+    loss: CrossEntropy | None = None
     # what `training_losses` takes of a batch: "target", or "masks" that are prepared from it
-    trained_on: ClassVar[str] = "target"
-    counted: ClassVar[tuple[str, ...]] = ("sums",)  # names of what `count` returns
-    summed: ClassVar[tuple[str, ...]] = ("sums",)  # of these, what `sums` reads
+    trained_on: str = "target"
+    counted: tuple[str, ...] = ("sums",)  # names of what `count` returns
+    summed: tuple[str, ...] = ("sums",)  # of these, what `sums` reads
 
     @property
     def score(self) -> str:
@@ -58,78 +57,23 @@ class Task(ABC):
         """1 if a higher main score is better, else -1."""
         return 1 if self.scores[self.score] else -1
 
-    @abstractmethod
-    def training_losses(
-        self,
-        outputs: Tensor,
-        targets: PreparedMasks | Sequence[Tensor],
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sums f[P] whose mean `probes fit` minimises, and the number of pixels or images that are summed.
-
-        Args:
-            outputs: Of the probes on the token grid, f[P, B, K, h, w].
-            targets: B masks, or B targets [H, W] or [H, W, 3].
-            geometry: Placement of the tokens on the images.
-        """
-
-    @abstractmethod
-    def count(
-        self,
-        outputs: Tensor,
-        target: Tensor,
-        geometry: Geometry,
-    ) -> dict[str, Tensor]:
-        """Return what is kept of each image, by the names of `counted`: [P, B, ...], or [B, n] if equal for all probes.
-
-        Args:
-            outputs: Of the probes on the token grid, f[P, B, K, h, w].
-            target: [B, H, W] or [B, H, W, 3].
-            geometry: Placement of the tokens on the images.
-        """
-
     def sums(self, counted: dict[str, Tensor]) -> Tensor:
         """Return the sums f[P, N, M], or of several paths [..., P, N, M], of what `count` returned of all images."""
         return counted["sums"]
 
-    @abstractmethod
-    def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
-        """Return the scores f64[...] by name, from sums over images f[..., M]; NaN without a value."""
-
-    @abstractmethod
-    def predict_pixels(
-        self,
-        outputs: Tensor,
-        size: tuple[int, int],
-        view: GridPlacement,
-    ) -> np.ndarray:
-        """Return the prediction for each pixel of images of `size` [H, W] from a probe's outputs f[..., K, h, w].
-
-        It is the class, uint8[..., H, W], or f32[..., H, W] or f32[..., H, W, 3] in the format of a task's targets.
-        """
-
-    @abstractmethod
     def colorize(self, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
         """Return a map of predictions as colours, uint8[..., H, W, 3]; `palette` uint8[K, 3] has those of classes."""
 
+    def truth(self, target: Tensor) -> Tensor:
+        """Return targets in the format of predictions, [B, H, W] or [B, H, W, 3]; most are read in it."""
+        return target
 
-class ValueTask(Task):
-    """A number or a vector at each pixel.
-
-    By default scores are means over the images of `image_scores`.
-    """
-
-    channels: ClassVar[int]
-
-    @abstractmethod
     def values(self, target: Tensor) -> Tensor:
         """Return what the channels are to equal, f[B, H, W, K], NaN where a pixel has no value."""
 
-    @abstractmethod
     def predict(self, maps: Tensor) -> Tensor:
         """Return the prediction f[..., H, W] or f[..., H, W, 3] of upsampled channels f[..., K, H, W]."""
 
-    @abstractmethod
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each image f[P, B], of which `probes fit` minimises the mean; 0 for one without a value.
 
@@ -145,15 +89,20 @@ class ValueTask(Task):
             prediction: f[P, n] or f[P, n, 3].
             target: The truth at these pixels, f[n] or f[n, 3], n > 0.
         """
-        raise NotImplementedError
 
     def training_losses(
         self,
         outputs: Tensor,
-        targets: Sequence[Tensor],
+        targets: PreparedMasks | Sequence[Tensor],
         geometry: Geometry,
     ) -> tuple[Tensor, Tensor]:
-        """Return the summed losses of images f[P], and the number of images that have a value."""
+        """Return the sums f[P] whose mean `probes fit` minimises, and the number of pixels or images that are summed.
+
+        Args:
+            outputs: Of the probes on the token grid, f[P, B, K, h, w].
+            targets: B targets [H, W] or [H, W, 3], or B masks that are prepared from them.
+            geometry: Placement of the tokens on the images.
+        """
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             size = y.shape[1:3]
@@ -182,7 +131,8 @@ class ValueTask(Task):
         sums = prediction.new_zeros(len(prediction), 1 + len(self.scores))
         if valid.any():
             sums[:, 0] = 1
-            sums[:, 1:] = self.image_scores(prediction[:, valid], target[valid])
+            truth = self.truth(target[None])[0]
+            sums[:, 1:] = self.image_scores(prediction[:, valid], truth[valid])
         return sums
 
     @torch.no_grad()
@@ -192,7 +142,13 @@ class ValueTask(Task):
         target: Tensor,
         geometry: Geometry,
     ) -> dict[str, Tensor]:
-        """Return the sums of each image, f32[P, B, M]."""
+        """Return what is kept of each image, by the names of `counted`: [P, B, ...], or [B, n] if equal for all probes.
+
+        Args:
+            outputs: Of the probes on the token grid, f[P, B, K, h, w].
+            target: [B, H, W] or [B, H, W, 3].
+            geometry: Placement of the tokens on the images.
+        """
         size = target.shape[1:3]
         view = geometry.view(size)
         probes_at_once = max(1, limit_on(target.device, PIXELS_AT_ONCE) // target[0].numel())
@@ -206,7 +162,7 @@ class ValueTask(Task):
         return {"sums": torch.stack(sums, -2).float()}
 
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
-        """Return the means over images."""
+        """Return the scores f64[...] by name, from sums over images f[..., M]; NaN without a value."""
         means = sums[..., 1:].double() / sums[..., :1].double()
         return dict(zip(self.scores, means.unbind(-1), strict=True))
 
@@ -217,7 +173,10 @@ class ValueTask(Task):
         size: tuple[int, int],
         view: GridPlacement,
     ) -> np.ndarray:
-        """Return the prediction for each pixel, f32[..., H, W] or f32[..., H, W, 3]."""
+        """Return the prediction for each pixel of images of `size` [H, W] from a probe's outputs f[..., K, h, w].
+
+        It is the class, uint8[..., H, W], or f32[..., H, W] or f32[..., H, W, 3] in the format of a task's targets.
+        """
         return self.predict(upsample(outputs, size, view)).float().cpu().numpy()
 
 

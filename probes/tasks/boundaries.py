@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from probes.ops.geometry import IGNORE_INDEX
 
-from .base import ValueTask, mean_over_valid
+from .base import Task, mean_over_valid
 from .losses import CrossEntropy
 
 TOLERANCE = 0.0075  # of the image's diagonal. Source: maxDist of BSDS500's correspondPixels
 THRESHOLDS = 99  # equally spaced in (0, 1). Source: nthresh of BSDS500's boundaryBench
 
 
-class Boundaries(ValueTask):
+class Boundaries(Task):
     """Pixels at boundaries.
 
     Scores are those of BSDS500 over the dataset: F at the threshold that is best for all images (ODS), and average

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ValueTask, mean_over_valid
+from .base import Task, mean_over_valid
 
 # DINOv2's lower limit for NYUv2, and far beyond what depth cameras measure: the exponential of a bad probe stays finite
 LOWEST_M = 1e-3
@@ -16,7 +16,7 @@ HIGHEST_M = 1e3
 VARIANCE_FOCUS = 0.15
 
 
-class Depth(ValueTask):
+class Depth(Task):
     """Depth in metres.
 
     Scores are computed for each image and averaged over images, as by probe3d (evals/utils/metrics.py) and DINOv2's
@@ -81,9 +81,8 @@ class Depth(ValueTask):
             error.square().mean(1).sqrt(),
             (error.abs() / target).mean(1),
             ratio.log10().mean(1),
+            *((ratio < 1.25**power).float().mean(1) for power in (1, 2, 3)),
         ]
-        for power in (1, 2, 3):
-            scores.append((ratio < 1.25**power).float().mean(1))
         return torch.stack(scores, 1)
 
     def colorize(self, prediction: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ValueTask, mean_over_valid
+from .base import Task, mean_over_valid
 
 WITHIN = (11.25, 22.5, 30.0)  # degrees. Source: Fouhey et al. 2013; probe3d, evals/utils/metrics.py
 
 
-class Normals(ValueTask):
+class Normals(Task):
     """Unit vectors.
 
     Scores are computed from the angle between prediction and target, for each image, and averaged over images as by

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from probes.analyses.base import Section
 from probes.analyses.charts import Figure, PictureRow
@@ -67,7 +68,8 @@ def site_rows(
     for image in index["images"]:
         sample = dataset[image["index"]]
         predicted = maps[f"image/{image['index']}"].numpy()
-        shown = [sample["target"]]
+        target = torch.from_numpy(sample["target"])[None]
+        shown = [run.task.truth(target)[0].numpy()]
         shown += [predicted[index["sites"].index(site)] for site in sites]
         coloured = run.task.colorize(np.stack(shown), palette)
         rows.append(PictureRow(image["name"], [np.asarray(sample["image"]), *coloured]))

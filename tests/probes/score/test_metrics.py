@@ -61,7 +61,7 @@ def test_scores_equal_numpy_with_absent_classes_and_ignored_pixels(seed, absent)
     logits, target = random_batch(seed, absent=absent)
     metric = TaskMetric(TASK, 3, GEOMETRY)
     for i in range(3):
-        metric.update(logits[:, i : i + 1], target[i : i + 1], torch.tensor([i]))
+        metric.add(logits[:, i : i + 1], {"target": target[i : i + 1], "index": torch.tensor([i])})
     sums = TASK.sums(metric.compute())
     ours = dataset_scores(TASK, sums)
     iou_per_class = TASK.iou(sums.sum(1))
@@ -96,7 +96,7 @@ def test_score_is_of_the_dataset_not_the_mean_of_images():
 def test_an_image_that_is_seen_twice_or_never_is_an_error(order):
     logits, target = random_batch(2)
     metric = TaskMetric(TASK, 3, GEOMETRY)
-    metric.update(logits[:, order], target[order], torch.tensor(order))
+    metric.add(logits[:, order], {"target": target[order], "index": torch.tensor(order)})
     with pytest.raises(RuntimeError, match="expected each of 3 images once"):
         metric.compute()
 

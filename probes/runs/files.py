@@ -47,15 +47,11 @@ RESULTS = (
 
 def run_folder(out: Path) -> RunFolder:
     """Return the folder of a run of probes."""
-
-    def read_identity():
-        return read_json(out / "manifest.json")["identity"]
-
     return RunFolder(
         path=out,
         result=out / "metrics.json",
         results=RESULTS,
-        read_identity=read_identity,
+        read_identity=lambda: read_json(out / "manifest.json")["identity"],
     )
 
 

@@ -42,23 +42,6 @@ class Weights(NamedTuple):
     # of the model's sites: a random LLM is compared from the adapter on, a random adapter up to it
     sites: slice
 
-    def apply(
-        self,
-        model: ModelOptions,
-        draw: int,
-        sites: list[str],
-    ) -> ModelOptions:
-        """Return the options of a model with these weights, whose changed sites are probed."""
-        if not self.parts:
-            return model
-        return replace(
-            model,
-            untrained=list(self.parts),
-            match=self.match,
-            draw=draw,
-            sites=sites,
-        )
-
 
 ARMS = {
     "trained": Weights((), "none", slice(None)),
@@ -138,11 +121,6 @@ def kind_of(arm: str) -> str:
     return arm.rstrip("0123456789")
 
 
-def draw_of(arm: str) -> int:
-    """Return the number of the draw of an arm, 0 without one."""
-    return int(arm.removeprefix(kind_of(arm)) or 0)
-
-
 def join(label: str, name: str) -> str:
     """Return the name of a run of a model."""
     return f"{label}/{name}" if label else name
@@ -165,15 +143,19 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
         for name in names:
             weights = weights_of(name, family.has_llm)
             compared = [*probed]
+            options = replace(study.probes, out=str(study.out / join(label, name)), model=model)
             if weights.parts:
                 changed = sites[weights.sites]
                 compared = [site for site, place in probed.items() if place in changed]
+                random = replace(
+                    model,
+                    untrained=list(weights.parts),
+                    match=weights.match,
+                    draw=int(name.removeprefix(kind_of(name))),
+                    sites=compared,
+                )
+                options = replace(options, model=random)
             run = PlannedRun(join(label, name), mask, compared, sites, family.has_llm)
-            options = replace(
-                study.probes,
-                model=weights.apply(model, draw_of(name), compared),
-                out=str(study.out / run.name),
-            )
             if name == FITTED and "max_epochs" not in options.trainer:
                 options = replace(options, trainer=RECIPE | options.trainer)
             why = unmatched if weights.match == "update" else ""

@@ -195,12 +195,12 @@ class StudyOptions(RunConfig):
     model: ModelOptions = ModelOptions("")
     data: DataOptions = DataOptions("")
     ckpt_path: Literal["last"] | None = "last"
-    draws: int = 3
-    arms: tuple[str, ...] | None = None
+    draws: Seed = 3
+    arms: tuple[str, ...] = ()
     fit: bool = False
     tasks: tuple[str, ...] = ()
     add: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
+    only: tuple[str, ...] = ()
     dry_run: bool = False
 
 

@@ -105,7 +105,7 @@ def read_states(folder: Path) -> States:
             for kind in BATCHES
         )
         patches = read_json(folder / row / "patch_protocols.json")
-        for site, score in run.site_scores().items():
+        for site, score in run.site_scores.items():
             names.append((row, site))
             exact.append(score.vector)
             scores["best epoch"].append(fitted[site]["miou"])
@@ -129,7 +129,7 @@ def print_best(folder: Path, rows: list[str]) -> None:
     for row in rows:
         run = ProbeRun(folder / row)
         site = run.peak_layer
-        score = run.site_scores()[site]
+        score = run.site_scores[site]
         certified = sum(x["converged"] for x in certificates_of(run))
         cells = [folder.name, row, site]
         cells.append(f"{number(score.value)} {interval(*score.ci95)}")
@@ -142,7 +142,7 @@ def print_best(folder: Path, rows: list[str]) -> None:
 
 def print_sites(folders: list[Path], row: str) -> None:
     """Print the score of each site of a row, with the half width of its interval, on each data set."""
-    by_data = [ProbeRun(folder / row).site_scores() for folder in folders]
+    by_data = [ProbeRun(folder / row).site_scores for folder in folders]
     for site in by_data[0]:
         cells = [row, site]
         for scores in by_data:

@@ -73,6 +73,7 @@ class Sample(SimpleNamespace):
         """Return the sums per image at some sites, f[S, N, M]."""
         return self.sums[[SITES.index(site) for site in sites]]
 
+    @property
     def site_scores(self) -> dict[str, Estimate]:
         """Return mIoU by site."""
         values = dataset_scores(self.task, self.sums)["miou"].tolist()
@@ -127,7 +128,7 @@ def cross_validated(sample: Sample) -> Estimate:
 
 def best_here(sample: Sample) -> Estimate:
     """Return the score of the layer that is best on the images of the sample."""
-    return sample.site_scores()[sample.peak_layer]
+    return sample.site_scores[sample.peak_layer]
 
 
 def difference(samples: list[Sample], score: Callable[[Sample], Estimate]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
     for run in runs:
         run.check_classes()
         first = runs[0]
-        check_same_images(first, run, "; open them in two labs")
+        check_same_images(first, run, "open them in two labs")
         for key, same in (
             ("sites", first.sites == run.sites),
             ("grid", first.metrics["grid"] == run.metrics["grid"]),

@@ -81,8 +81,8 @@ def compare_runs(
 ) -> Iterator[Entry]:
     """Yield a row for each difference; "of" is "site", "effect", "best layer" or "class"."""
     task = first.task
-    ours = first.site_scores()
-    theirs = second.site_scores()
+    ours = first.site_scores
+    theirs = second.site_scores
     swaps = random_swaps(
         first.metrics["images"],
         permutations,

@@ -71,9 +71,9 @@ def compare_sites(study: StudyRuns) -> dict[tuple[str, str], Entry]:
     """
     found = {}
     shown = shown_runs(study)
-    own = {mask: run.site_scores() for mask, run in shown.items()}
+    own = {mask: run.site_scores for mask, run in shown.items()}
     scores = {
-        (mask, control): [run.site_scores() for run in random_runs(study, control, mask)]
+        (mask, control): [run.site_scores for run in random_runs(study, control, mask)]
         for mask in shown
         for control in PART_OF
     }

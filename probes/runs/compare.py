@@ -1,6 +1,7 @@
 """Check that runs can be compared: the same images, settings, layers and kind of probes, and other weights or seeds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from llava_bidir.common.errors import UserError
@@ -10,104 +11,61 @@ from probes.runs.read import ProbeRun
 KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of the analysis
 
 
-SETTINGS = "make both with the same settings"
-
-
 def _check_same(
     first: ProbeRun,
     second: ProbeRun,
-    settings: Mapping[str, Sequence[Any]],
-    advice: str,
-    whose: str = "they",
+    read: Callable[[ProbeRun], Mapping[str, Any]],
+    advice: str = "make both with the same settings",
 ) -> None:
-    """Raise a UserError that ends with `advice` if a setting, by name with its value in both runs, differs."""
-    for name, (ours, theirs) in settings.items():
-        if ours != theirs:
+    """Raise a UserError that ends with `advice` if a setting, which `read` returns by name, differs."""
+    ours = read(first)
+    theirs = read(second)
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"{first.path} and {second.path} cannot be compared: {whose} differ in {name}, {ours!r} and "
-                f"{theirs!r}; {advice}"
+                f"{first.path} and {second.path} cannot be compared: they differ in {name}, {ours.get(name)!r} and "
+                f"{theirs.get(name)!r}; {advice}"
             )
 
 
-def check_same_images(first: ProbeRun, second: ProbeRun, advice: str = "") -> None:
+def check_same_images(
+    first: ProbeRun,
+    second: ProbeRun,
+    advice: str = "score both on the same data",
+) -> None:
     """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
-    if first.manifest["data"]["fingerprint"] != second.manifest["data"]["fingerprint"]:
-        raise UserError(
-            f"{first.path} and {second.path} were scored on different images or classes{advice}"
-        )
-    for key in ("image_resize", "dtype"):
-        ours = first.metrics[key]
-        theirs = second.metrics[key]
-        if ours != theirs:
-            raise UserError(
-                f"{first.path} was scored with {key} {ours}, but {second.path} with {theirs}{advice}"
-            )
+
+    def read(run: ProbeRun) -> dict[str, Any]:
+        keys = ("image_resize", "dtype")
+        found = {key: run.metrics[key] for key in keys}
+        return {"images or classes": run.manifest["data"]["fingerprint"], **found}
+
+    _check_same(first, second, read, advice)
 
 
-def check_same_settings(first: ProbeRun, second: ProbeRun) -> None:
-    """Raise a UserError unless both runs read their data with the same options, and the same text before the image."""
-    runs = (first, second)
-    settings = {"data.options": [run.manifest["data"]["options"] for run in runs]}
-    for name in ("prefix", "image_px"):
-        settings[f"model.{name}"] = [run.manifest["config"].get(name) for run in runs]
-    _check_same(first, second, settings, SETTINGS)
+def _settings(run: ProbeRun) -> dict[str, Any]:
+    """Return the options that data were read with, and the text before the image."""
+    config = run.manifest["config"]
+    return {
+        "data.options": run.manifest["data"]["options"],
+        "model.prefix": config.get("prefix"),
+        "model.image_px": config.get("image_px"),
+    }
 
 
 def check_same_probes(first: ProbeRun, second: ProbeRun) -> None:
     """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
-    if first.is_solved != second.is_solved:
-        solved, trained = (first, second) if first.is_solved else (second, first)
-        raise UserError(
-            f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of "
-            "the second were trained; make both in the same way"
-        )
-    ours = first.metrics["probe"]
-    theirs = second.metrics["probe"]
-    names = ("solved", *(name for name in theirs if name in ours))
-    settings = {name: (ours.get(name), theirs.get(name)) for name in names}
-    _check_same(first, second, settings, SETTINGS, "their probes")
-
-
-def check_same_model(first: ProbeRun, second: ProbeRun) -> None:
-    """Raise a UserError unless both runs, of one model and mask, were made from the same weights and config."""
-    if first.manifest["identity"]["model"] != second.manifest["identity"]["model"]:
-        raise UserError(
-            f"{first.path} and {second.path} cannot be compared: they were made from other weights or another config; "
-            "make the older one again"
-        )
+    _check_same(first, second, lambda run: {"probes": run.probe_kind, **run.metrics["probe"]})
 
 
 def _decoder_layers(run: ProbeRun) -> list[str]:
     return [site for site in run.layers if site != ADAPTER]
 
 
-def check_same_layers(first: ProbeRun, second: ProbeRun) -> None:
-    """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
-    ours, theirs = map(_decoder_layers, (first, second))
-    if ours and theirs and ours != theirs:
-        both = [f"{len(x)} layers, {x[0]} to {x[-1]}" if x[1:] else x[0] for x in (ours, theirs)]
-        raise UserError(
-            f"{first.path} and {second.path} cannot be compared: the first has probes at {both[0]}, the second at "
-            f"{both[1]}, and the best of other layers would be another effect; make both with the same --model.sites"
-        )
-
-
 def check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
-    """Raise a UserError unless these are a causal and a bidirectional run that can be compared image by image."""
-    for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
-        if run.mask != mask:
-            raise UserError(
-                f"{run.path} has image attention {run.mask!r}; --probes takes the causal run, then the other"
-            )
-    settings = {
-        key: (causal.metrics[key], bidirectional.metrics[key])
-        for key in ("dataset", "images", "grid", "untrained", "match", "draw")
-    }
-    advice = "compare runs on the same data, with the same weights replaced"
-    _check_same(causal, bidirectional, settings, advice)
-    check_same_probes(causal, bidirectional)
-    check_same_settings(causal, bidirectional)
-    check_same_images(causal, bidirectional)
+    """Raise a UserError unless two runs of a study, which has checked all else, can be compared patch by patch."""
+    keys = ("grid", "untrained", "match", "draw")
+    _check_same(causal, bidirectional, lambda run: {key: run.metrics[key] for key in keys})
 
 
 def check_study(main: ProbeRun, runs: Sequence[ProbeRun]) -> None:
@@ -116,35 +74,44 @@ def check_study(main: ProbeRun, runs: Sequence[ProbeRun]) -> None:
     of_mask: dict[str, ProbeRun] = {}
     for run in runs:
         check_same_probes(of_kind.setdefault(run.is_solved, run), run)
-        check_same_settings(main, run)
-        check_same_model(of_mask.setdefault(run.mask, run), run)
-        if run.arm != "adapter":  # random adapters are compared at the adapter
-            check_same_layers(main, run)
-    for i, run in enumerate(runs):
-        for other in runs[:i]:
-            if run.is_solved == other.is_solved and run.mask == other.mask:
-                _check_weights_differ(other, run)
+        _check_same(main, run, _settings)
+        _check_same(
+            of_mask.setdefault(run.mask, run),
+            run,
+            lambda run: run.manifest["identity"]["model"],
+            "make the older one again",
+        )
+        # random adapters are compared at the adapter
+        if run.arm != "adapter" and _decoder_layers(main) and _decoder_layers(run):
+            _check_same(
+                main,
+                run,
+                lambda run: {"layers": _decoder_layers(run)},
+                "the best of more layers is better; make both with the same --model.sites",
+            )
+    for first, second in combinations(runs, 2):
+        if first.is_solved == second.is_solved and first.mask == second.mask:
+            _check_weights_differ(first, second)
 
 
 def _check_weights_differ(first: ProbeRun, second: ProbeRun) -> None:
     """Raise if two draws of random weights are equal, or a draw equals the trained model: one number would be two."""
     arms = {first.arm, second.arm}
-    if arms == {"trained"} or not (len(arms) == 1 or "trained" in arms):
-        return
     sites = [ADAPTER] if "adapter" in arms else _decoder_layers(second)
-    advice = "these weights are not two draws; make one of them again with another --model.draw"
     if "trained" in arms:
         advice = "random weights have changed nothing; make the control again"
-    _check_differ(first, second, sites, advice)
+        _check_differ(first, second, sites, advice)
+    elif len(arms) == 1:
+        advice = "these are not two draws; make one of them again with another --model.draw"
+        _check_differ(first, second, sites, advice)
 
 
 def check_seeds_differ(runs: Sequence[ProbeRun]) -> None:
     """Raise if the runs of two seeds under a mask are equal: the mean over seeds would count one training twice."""
     advice = "these are not two trainings; pass one, or train the other with a seed of its own"
-    for i, run in enumerate(runs):
-        for other in runs[:i]:
-            if run.is_solved == other.is_solved and run.layers:
-                _check_differ(other, run, run.sites, advice)
+    for first, second in combinations(runs, 2):
+        if first.is_solved == second.is_solved and second.layers:
+            _check_differ(first, second, second.sites, advice)
 
 
 def _check_differ(

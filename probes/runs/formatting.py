@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def format_csv(rows: Rows) -> str:
 
 def file_name(text: str) -> str:
     """Return a name for files and links: letters, digits, "." and "-" of the text, "_" for all others."""
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
+    return re.sub(r"[^\w.-]", "_", text)
 
 
 def bounds(ci95: Sequence[float] | None, prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,6 @@ so that a photo compares models.
     typical/maps      uint8[S, h, w], classes at the sites
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +102,7 @@ def save_pictures(
             f"{name}/truth": np.asarray(truth, np.uint8)[::step, ::step],
             f"{name}/maps": maps[:, ::step, ::step],
         }
-    content = io.BytesIO()
-    np.savez_compressed(content, **found)
-    (folder / FILE).write_bytes(content.getvalue())
+    np.savez_compressed(folder / FILE, **found)
 
 
 def read_pictures(folder: Path) -> dict[str, np.ndarray]:

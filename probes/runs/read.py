@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, sha256
 from llava_bidir.common.hf import DTYPE_ADVICE
 from llava_bidir.common.identity import check_same_identity, named_identity
@@ -150,7 +150,7 @@ class ProbeRun:
 
     @property
     def probe_kind(self) -> str:
-        """How the probes were made, in tables: "solved" or "trained"."""
+        """How the probes were made: "solved" or "trained"."""
         return "solved" if self.is_solved else "trained"
 
     @property
@@ -214,9 +214,9 @@ class ProbeRun:
             return None
         results = read_json(file)
         if self.fingerprint not in results.get("runs", ()):
-            command = name.split(".")[0].split("_")[0]
             raise UserError(
-                f"{file} was made from other probes than {self.path} has now; run `probes {command}` again or delete it"
+                f"{file} was made from other probes than {self.path} has now; run `probes {file.stem}` again or delete "
+                "it"
             )
         return results
 
@@ -267,13 +267,8 @@ class ProbeRun:
         groups = self._counted(["group"]).get("group")
         return None if groups is None or (groups == groups[0]).all() else groups
 
-    @property
-    def sums(self) -> Tensor:
-        """Sums per image, from which the scores are computed, [S, N, M]."""
-        return self.sums_at(self.sites)
-
     def sums_at(self, sites: Sequence[str]) -> Tensor:
-        """Return the sums per image at some sites of the run, [S, N, M]; only these are read."""
+        """Return the sums per image at some sites, from which scores are computed, [S, N, M]; only these are read."""
         return self.task.sums(self._counted(self.task.summed, sites))
 
     @cached_property
@@ -282,12 +277,9 @@ class ProbeRun:
         groups = self.groups
         return _weights(self.metrics["images"], None if groups is None else tuple(groups.tolist()))
 
-    def site_scores(self) -> dict[str, Estimate]:
-        """Return the main score of each site, with its values under resampling of the images."""
-        return self._site_scores
-
     @cached_property
-    def _site_scores(self) -> dict[str, Estimate]:
+    def site_scores(self) -> dict[str, Estimate]:
+        """The main score of each site, with its values under resampling of the images."""
         score = self.task.score
         weights = self.weights
         values: list[float] = []
@@ -372,28 +364,31 @@ class ProbeRun:
     @cached_property
     def content(self) -> dict[str, str]:
         """Digest of the probe at each site."""
-        return {site: _digest(tensors) for site, tensors in self._tensors_of_sites().items()}
+        digests = {}
+        for site, tensors in self._tensors_of_sites().items():
+            numbers = [tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors)]
+            digests[site] = hashlib.sha256(b"".join(numbers)).hexdigest()
+        return digests
 
     def probes(self) -> dict[str, Probe]:
         """Return the probe of each site, in eval mode.
 
         Raises:
-            UserError: If the probes are damaged, not those that the run wrote, or not finite.
+            UserError: They are damaged, not those that the run wrote, or not finite.
         """
         tensors = self._tensors_of_sites()
         settings = self.metrics["probe"]
         probes = {}
         for entry in self.metrics["sites"]:
             site = entry["site"]
-            with error_context(self.path / PROBES_FILE):
-                probe = Probe(
-                    entry["dim"],
-                    self.channels,
-                    tuple(self.metrics["grid"]),
-                    settings["feature_norm"],
-                    settings["head"],
-                )
-                probe.load_state_dict(tensors.get(site, {}))
+            probe = Probe(
+                entry["dim"],
+                self.channels,
+                tuple(self.metrics["grid"]),
+                settings["feature_norm"],
+                settings["head"],
+            )
+            probe.load_state_dict(tensors[site])
             probes[site] = probe.eval().requires_grad_(False)
         return probes
 
@@ -441,14 +436,6 @@ def _weights(images: int, groups: tuple[int, ...] | None) -> Tensor:
     return bootstrap_weights(images, groups=None if groups is None else torch.tensor(groups))
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def finished_runs(folder: str | Path) -> list[Path]:
     """Return the folders of all finished runs, trained models first, draws in order."""
     folder = Path(folder)
@@ -459,8 +446,8 @@ def finished_runs(folder: str | Path) -> list[Path]:
     }
 
     def order(run: Path) -> tuple:
-        numbers = (re.split(r"(\d+)", part) for part in run.relative_to(folder).parts)
-        parts = [[int(x) if x.isdigit() else x for x in part] for part in numbers]
+        name = run.relative_to(folder).parts
+        parts = [re.sub(r"\d+", lambda digits: digits[0].zfill(9), part) for part in name]
         return not run.name.startswith(("trained", "probes")), parts
 
     return sorted(found, key=order)

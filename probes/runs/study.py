@@ -8,8 +8,8 @@ resemble the trained one (probes/models/random_weights.py).
 """
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
@@ -37,32 +37,41 @@ def by_mask(runs: Iterable[ProbeRun]) -> dict[str, ProbeRun]:
     return found
 
 
-@dataclass
 class StudyRuns:
     """One model on one dataset: its runs of one task, the paper's masks first. What a run is says its metrics.json.
 
     Three choices by mask: `main_runs` are those of the trained model with the kind of probes that more masks have
     (trained ones, if as many). `solved` are those with solved probes, which can be the main ones. `untrained` is the
-    model, or its LLM, as it is before training, with trained probes if there are such.
+    model, or its LLM, as it is before training, with trained probes if there are such. Trained probes are left out of
+    `members` where more masks have solved ones.
+
+    Args:
+        name: Of the model.
+        dataset: Name of the images.
+        seed: Of the training, None if the report has one only.
+        members: The runs.
+
+    Raises:
+        UserError: Two runs are the same arm, or none is of the trained model.
     """
 
-    name: str  # of the model
-    dataset: str
-    seed: int | None = None  # if the report has several
-    members: list[ProbeRun] = field(default_factory=list)
-    main_runs: dict[str, ProbeRun] = field(init=False)
-    solved: dict[str, ProbeRun] = field(init=False)
-    untrained: dict[str, ProbeRun] = field(init=False)
-
-    def __post_init__(self):
-        """Sort the runs, and leave out trained probes where more masks have solved ones.
-
-        Raises:
-            UserError: Two runs are the same arm, or none is of the trained model.
-        """
+    def __init__(
+        self,
+        name: str,
+        dataset: str,
+        seed: int | None,
+        members: list[ProbeRun],
+    ):
+        self.name = name
+        self.dataset = dataset
+        self.seed = seed
+        self.members = members
         self._check_differ()
         masks = [*MASKS, *sorted({run.mask for run in self.members})]
-        self.members.sort(key=lambda run: (masks.index(run.mask), *_control_order(run)))
+        # the model that is untrained as a whole before those that are in part, then by draw
+        self.members.sort(
+            key=lambda run: (masks.index(run.mask), -len(run.metrics["untrained"]), run.draw)
+        )
         trained = [self.where(arm="trained", solved=solved) for solved in (False, True)]
         main = max(trained, key=len)
         if not main:
@@ -72,19 +81,18 @@ class StudyRuns:
         self.main_runs = by_mask(main)
         for run in self.where(arm="trained", solved=not self.is_solved):
             if self.is_solved or run.mask not in self.main_runs:
-                text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
+                text = "%s is left out of curves and claims: the probes of %s under another mask were only %s"
                 log.warning(
                     text,
                     run.path,
-                    run.probe_kind,
                     self.title,
                     self.first.probe_kind,
                 )
         if self.is_solved:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
         self.solved = by_mask(self.where(arm="trained", solved=True))
-        self.untrained = by_mask(self.where(arm=UNTRAINED, solved=True))
-        self.untrained |= by_mask(self.where(arm=UNTRAINED, solved=False))
+        untrained = self.where(arm=UNTRAINED)
+        self.untrained = by_mask(sorted(untrained, key=lambda run: run.is_solved))
 
     def where(
         self,
@@ -163,29 +171,21 @@ class StudyRuns:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""
         seen: dict[tuple, ProbeRun] = {}
         for run in self.members:
-            of_control = (
-                (run.draw, *run.metrics["untrained"], run.metrics["seed"])
-                if run.arm != "trained"
-                else ()
+            key = (
+                run.probe_kind,
+                run.mask,
+                run.arm,
+                run.draw,
+                run.metrics["seed"],
+                *run.metrics["untrained"],
             )
-            key = (run.is_solved, run.mask, run.arm, *of_control)
-            if (other := seen.setdefault(key, run)) is run:
-                continue
-            if run.arm in ("trained", *UNTRAINED):
-                kind = "trained" if run.arm == "trained" else "untrained"
+            other = seen.setdefault(key, run)
+            if other is not run:
                 raise UserError(
-                    f"{other.path} and {run.path} are both the {kind} run under {run.mask!r} of {self.title}; "
-                    f"pass only one, or name the model of each: NAME={run.path}"
+                    f"{other.path} and {run.path} are both the {run.arm} run of draw {run.draw} under {run.mask!r} of "
+                    f"{self.title}; pass only one, name the model of each, NAME={run.path}, or make a control again "
+                    "with another --model.draw"
                 )
-            raise UserError(
-                f"{other.path} and {run.path} are the same draw of random weights; pass only one, or make the other "
-                f"again with another --model.draw than {run.draw}"
-            )
-
-
-def _control_order(run: ProbeRun) -> tuple[int, int]:
-    """Return the order of untrained models: the one that is untrained as a whole first, then by draw."""
-    return -len(run.metrics["untrained"]), run.draw
 
 
 def read_studies(texts: Iterable[str], labels: Sequence[str] = ()) -> list[StudyRuns]:
@@ -236,7 +236,12 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
     Raises:
         UserError: A run is of two models, two runs are the same case, or runs do not fit together.
     """
-    _check_named_once(runs)
+    for path, count in Counter(run.path.resolve() for run in runs).items():
+        if count > 1:
+            raise UserError(
+                f"{path} is passed twice, and would be compared with itself. Pass each model once; a study with "
+                "several models, NAME=STUDY, has them all, and NAME=STUDY/MODEL is one of them"
+            )
     keys = [(run.task_name, model_name(run), run.metrics["dataset"]) for run in runs]
     seeds: dict[tuple, set[int]] = {}  # of trained runs
     for key, run in zip(keys, runs, strict=True):
@@ -246,7 +251,7 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
         seed = run.metrics["seed"] if len(seeds[key]) > 1 else None
         members.setdefault((*key, seed), []).append(run)
     studies = [
-        StudyRuns(*key[1:], members=of_study)
+        StudyRuns(*key[1:], of_study)
         for key, of_study in members.items()
         if _has_trained_run(of_study)
     ]
@@ -262,21 +267,6 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
         for mask in dict.fromkeys(mask for study in of_model for mask in study.main_runs):
             check_seeds_differ([x.main_runs[mask] for x in of_model if mask in x.main_runs])
     return studies
-
-
-def _check_named_once(runs: Iterable[ProbeRun]) -> None:
-    """Raise if a run is passed as that of two models, as one by itself and once more within its study."""
-    by_path: dict[Path, ProbeRun] = {}
-    for run in runs:
-        other = by_path.setdefault(run.path.resolve(), run)
-        if other.model != run.model:
-            names = " and ".join(
-                repr(x.model) if x.model else "without a name" for x in (other, run)
-            )
-            raise UserError(
-                f"{run.path} is passed twice, as {names}: one model, which would be compared with itself. Pass each "
-                "model once; a study with several models, NAME=STUDY, has them all, and NAME=STUDY/MODEL is one of them"
-            )
 
 
 def _has_trained_run(runs: list[ProbeRun]) -> bool:
@@ -313,7 +303,9 @@ def model_name(run: ProbeRun) -> str:
 
 
 def labels_of_models(
-    folder: Path, runs: list[ProbeRun], given: Sequence[str] = ()
+    folder: Path,
+    runs: Collection[ProbeRun],
+    given: Sequence[str],
 ) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 
@@ -328,7 +320,7 @@ def labels_of_models(
         if run.path.parent == folder:
             continue
         name = model_name(run)
-        shape = (run.metrics["grid"], run.last_layer)
+        shape = run.metrics["grid"], run.last_layer
         keys = [(name, run.mask)]
         if all_given:
             keys.append(("", run.mask))  # whatever the models' names are
@@ -353,7 +345,8 @@ def runs_to_compare(*studies: StudyRuns) -> list[dict[str, ProbeRun]]:
 
 def overridden_masks(study: StudyRuns) -> dict[str, str]:
     """Return, per mask of a run, the different mask that its model was trained with."""
-    trained_with = {
-        mask: run.metrics["own_image_attention"] for mask, run in study.main_runs.items()
+    return {
+        mask: own
+        for mask, run in study.main_runs.items()
+        if (own := run.metrics["own_image_attention"]) not in (None, mask)
     }
-    return {mask: own for mask, own in trained_with.items() if own not in (None, mask)}

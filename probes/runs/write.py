@@ -1,6 +1,5 @@
 """Write the files of a finished run; `runs/read.py` lists the files and reads them back."""
 
-import logging
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -9,11 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
-from llava_bidir.common.files import read_json, write_files
+from llava_bidir.common.files import write_files
+from llava_bidir.common.hf import read_training
 from llava_bidir.common.identity import Identity, describe_digest
 from probes.data.probe_data import ProbeData
 from probes.models.module_sources import absolute_source, is_source
@@ -24,8 +25,6 @@ from probes.score.resampling import dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, Strengths
 from probes.site_probes import SiteProbes
 from probes.tasks import SEGMENTATION
-
-log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
@@ -126,8 +125,7 @@ def make_metrics(
     mllm = probes.mllm
     task = probes.task
     sums = task.sums(counted)
-    scores = dataset_scores(task, sums)
-    sites = site_entries(probes, record, scores, resampled_scores(task, sums, weights))
+    sites = site_entries(probes, record, sums, weights)
     if task.name == SEGMENTATION:
         own = {"classes": data.classes, "baseline": baseline(counted["labelled"], data.classes)}
         for site, iou in zip(sites, task.iou(sums.sum(1)).tolist(), strict=True):
@@ -160,18 +158,20 @@ def make_metrics(
 def site_entries(
     probes: SiteProbes,
     record: RunRecord,
-    scores: dict[str, Tensor],
-    resampled: dict[str, Tensor],
+    sums: Tensor,
+    weights: Tensor,
 ) -> list[dict[str, Any]]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 
     Args:
         probes: The model and its probes.
         record: How the probes were made.
-        scores: f64[S] by name.
-        resampled: f64[R, S] by name.
+        sums: Per image, f[S, N, M].
+        weights: f[R, N], of the bootstrap.
     """
     task = probes.task
+    scores = dataset_scores(task, sums)
+    resampled = resampled_scores(task, sums, weights)
     entries = []
     for i, site in enumerate(probes.sites):
         history = record.history.get(site, [])
@@ -193,21 +193,16 @@ def site_entries(
 def group_indices(dataset) -> Tensor | None:
     """Return the group (city) of each image, i64[N], numbered alphabetically; None for a dataset without groups."""
     groups = getattr(dataset, "groups", None)
-    if groups is None:
-        return None
-    numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
-    return torch.tensor([numbers[group] for group in groups])
+    return None if groups is None else torch.tensor(np.unique(groups, return_inverse=True)[1])
 
 
 def baseline(labelled: Tensor, classes: list[str]) -> dict[str, Any]:
     """Return the scores of predicting the most frequent class everywhere; `labelled` i64[N, K] are pixels."""
-    labelled = labelled.sum(0).double()
-    most = int(labelled.argmax())
-    occurring = int((labelled > 0).sum())
-    share = (labelled[most] / labelled.sum()).item()
+    pixels = labelled.sum(0).double()
+    share = (pixels.max() / pixels.sum()).item()
     return {
-        "class": classes[most],
-        "miou": share / occurring,
+        "class": classes[pixels.argmax()],
+        "miou": share / pixels.count_nonzero().item(),
         "pacc": share,
     }
 
@@ -232,22 +227,13 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str
             **(notes if labels else {}),
         },
         "identity": record.identity,
-        "mllm_training": _read_training(Path(model) / "training.json"),
+        "mllm_training": read_training(Path(model)) or None,
         "hardware": {
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
-
-
-def _read_training(file: Path) -> dict[str, Any] | None:
-    """Return a checkpoint's training.json; warn if it is invalid, which must not fail a run that has just ended."""
-    try:
-        return read_json(file) if file.is_file() else None
-    except ValueError as error:
-        log.warning("%s; manifest.json is written without it", error)
-        return None
 
 
 def _absolute(path: str) -> str:
@@ -262,9 +248,7 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    if len(found) != 2 or Path(found[0]) != root:
-        return None
-    return found[1]
+    return found[1] if found[:1] == [str(root)] and len(found) == 2 else None
 
 
 def summary(scores: dict[str, float], sign: int = 1) -> dict[str, Any]:
@@ -280,17 +264,16 @@ def summary(scores: dict[str, float], sign: int = 1) -> dict[str, Any]:
     layers = filter(is_layer, scores)  # without `final_norm`, the last layer, normalised
     peak = max(layers, key=lambda site: sign * scores[site], default=None)
     best = scores.get(peak)
-    found = {name: scores.get(name) for name in (ENCODER, ADAPTER, FINAL_NORM)}
-    gains = {
-        name: None if None in (best, score) else sign * (best - score)
-        for name, score in found.items()
-    }
+
+    def gain_over(site: str) -> float | None:
+        return None if peak is None or site not in scores else sign * (best - scores[site])
+
     return {
-        "encoder": found[ENCODER],
-        "adapter": found[ADAPTER],
+        "encoder": scores.get(ENCODER),
+        "adapter": scores.get(ADAPTER),
         "peak_llm": best,
         "peak_site": peak,
-        "final_norm": found[FINAL_NORM],
-        "delta_enc": gains[ENCODER],
-        "recovery": gains[ADAPTER],
+        "final_norm": scores.get(FINAL_NORM),
+        "delta_enc": gain_over(ENCODER),
+        "recovery": gain_over(ADAPTER),
     }

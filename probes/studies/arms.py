@@ -20,12 +20,10 @@ import re
 from dataclasses import replace
 from typing import NamedTuple
 
-from transformers import PreTrainedConfig
-
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import PlannedRun
-from probes.config import ModelOptions, RunConfig
-from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
+from probes.config import RunConfig
+from probes.models.families import family_of, own_image_attention
 from probes.models.families.modules import why_unmatched
 from probes.models.families.sites import all_sites, chosen_sites
 from probes.models.read_config import read_config
@@ -93,9 +91,7 @@ def arm_names(study: StudyConfig, has_llm: bool = True) -> list[str]:
     Raises:
         UserError: There is no such arm.
     """
-    if study.arms is not None and not study.arms:
-        raise UserError("arms is empty; expected trained, random0, ... (--arms)")
-    if study.arms is None:
+    if not study.arms:
         draws = {"random": study.draws, "permuted": min(study.draws, PERMUTED_DRAWS)}
         draws |= {"adapter": study.draws} if has_llm else {}
         return ["trained", *(f"{kind}{i}" for kind, count in draws.items() for i in range(count))]
@@ -108,12 +104,6 @@ def arm_names(study: StudyConfig, has_llm: bool = True) -> list[str]:
                 f"there is no arm {name!r}{of}; expected {known}, or another draw (--arms)"
             )
     return sorted(dict.fromkeys(study.arms), key=lambda name: name != "trained")
-
-
-def weights_of(arm: str, has_llm: bool) -> Weights:
-    """Return which weights of an arm are random; `probes` are of the trained model."""
-    kinds = ARMS if has_llm else ENCODER_ARMS
-    return kinds["trained" if arm == FITTED else kind_of(arm)]
 
 
 def kind_of(arm: str) -> str:
@@ -137,13 +127,17 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
             family.with_side(model.image_px, config)  # an error if it takes no input of this side
         mask = model.image_attention or own_image_attention(config)
         sites = family.sites(config)
-        probed = probed_sites(model, family, config)
+        chosen = chosen_sites(family, config, model.sites or None)
+        # in forward order, and where each is complete: a part is with its layer, which random weights from there on
+        # leave as it is
+        probed = {x: layer_around(x) for x in all_sites(family, config) if x in chosen}
+        kinds = ARMS if family.has_llm else ENCODER_ARMS
         unmatched = why_unmatched(config)
         names = [*arm_names(study, family.has_llm), *([FITTED] if study.fit else [])]
         for name in names:
-            weights = weights_of(name, family.has_llm)
+            weights = kinds["trained" if name == FITTED else kind_of(name)]
             compared = [*probed]
-            options = replace(study.probes, out=str(study.out / join(label, name)), model=model)
+            options = replace(study.probes, model=model)
             if weights.parts:
                 changed = sites[weights.sites]
                 compared = [site for site, place in probed.items() if place in changed]
@@ -159,25 +153,7 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
             if name == FITTED and "max_epochs" not in options.trainer:
                 options = replace(options, trainer=RECIPE | options.trainer)
             why = unmatched if weights.match == "update" else ""
-            if why and study.arms is not None:
+            if why and study.arms:
                 raise UserError(f"arm {name} of {path}: {why} (--arms)")
             arms.append(Arm(label, name, run, options, why))
     return arms
-
-
-def probed_sites(
-    model: ModelOptions, family: Family | EncoderFamily, config: PreTrainedConfig
-) -> dict[str, str]:
-    """Return the sites that `model.sites` chooses, in forward order, and where each is complete.
-
-    A part is complete with its layer: random weights from there on leave it as it is.
-
-    Raises:
-        UserError: A site is unknown or cannot be read.
-    """
-    try:
-        chosen = chosen_sites(family, config, model.sites or None)
-    except UserError as error:
-        raise UserError(f"{model.mllm}: {error} (model.sites)") from error
-    order = all_sites(family, config)
-    return {site: layer_around(site) for site in order if site in chosen}

@@ -34,7 +34,8 @@ class StudyConfig(StudyOptions):
         """Return a study of models by label on a folder of images and masks, or on a layout of a folder in the options.
 
         Raises:
-            UserError: The folder of a layout is missing, or a model is given as an option.
+            UserError: The folder of a layout is missing, a model is given as an option, or a label cannot be the name
+                of its folder.
         """
         if options.model.mllm:
             raise UserError(
@@ -47,6 +48,12 @@ class StudyConfig(StudyOptions):
             if not options.data.root:
                 raise UserError(f"{data} is a layout, and its folder is missing (--data.root DIR)")
             where = {"dataset": data, "name": options.data.name or data}
+        for label in filter(None, models):
+            if label in RESERVED or Path(label).name != label:
+                raise UserError(
+                    f"{label!r} cannot be the label of a model: expected the name of a folder, not "
+                    f"{' or '.join(RESERVED)}"
+                )
         first = next(iter(models.values()))
         probes = RunConfig.of(
             options,
@@ -83,14 +90,6 @@ def study_config(
     return StudyConfig.of(read, models, data)
 
 
-def check_label(label: str) -> None:
-    """Raise a UserError if a model's label cannot be the name of its folder in a study."""
-    if label in RESERVED or Path(label).name != label:
-        raise UserError(
-            f"{label!r} cannot be the label of a model: expected the name of a folder, not {' or '.join(RESERVED)}"
-        )
-
-
 def label_models(words: Sequence[str]) -> dict[str, str]:
     """Return the models by label, in the order given: "" for one, else the text before "=".
 
@@ -111,7 +110,6 @@ def label_models(words: Sequence[str]) -> dict[str, str]:
             label = own_image_attention(read_config(model))
         if len(words) > 1 and not label:
             raise UserError(f"{model} has no label; name each of several models: NAME={model}")
-        check_label(label)
         if label in models:
             raise UserError(
                 f"{models[label]} and {model} are both called {label!r}; name them: first=DIR second=DIR"

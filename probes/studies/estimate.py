@@ -11,7 +11,7 @@ from probes.ops.quantiles import student_quantile
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
 from probes.step_progress import format_duration
-from probes.steps import LEFT_OUT, describe_steps
+from probes.steps import LEFT_OUT
 
 from .arms import arm_names
 from .config import StudyConfig
@@ -34,15 +34,6 @@ def print_estimate(study: StudyConfig) -> None:
     if not missing:
         print(f"{study.out} is complete; nothing to do")
         return
-    left_out = [
-        {
-            "step": step.name,
-            "outcome": LEFT_OUT,
-            "reason": step.why_left_out,
-        }
-        for step in planned.steps
-        if step.why_left_out
-    ]
     missing = [step for step in missing if not step.why_left_out]
     for step in missing:
         print(f"  {step.name}")
@@ -50,10 +41,13 @@ def print_estimate(study: StudyConfig) -> None:
     arms = Counter(Path(step.name).name.rstrip("0123456789") for step in runs)
     kinds = ", ".join(f"{count} {arm}" for arm, count in arms.items())
     print(f"{len(missing)} steps, {len(runs)} of them passes over the images: {kinds}")
-    for line in describe_steps(left_out, LEFT_OUT):
-        print(line)
+    for step in planned.steps:
+        if step.why_left_out:
+            print(f"{step.name} {LEFT_OUT}: {step.why_left_out}")
     images = len(planned.validation)
-    print(f"disk: about {disk_mb(images, len(planned.validation.classes), len(runs)):.0f} MB")
+    # counts of all images and of the solved path, at 40 sites
+    numbers = 40 * images * len(planned.validation.classes) * (3 + 2 * 3 + 1)
+    print(f"disk: about {len(runs) * numbers * 4 / 2**20:.0f} MB")
     if any(arm.why_left_out for arm in planned.arms):
         print("without matched random layers, nothing can be told from random models")
     else:
@@ -74,22 +68,14 @@ def describe_power(study: StudyConfig, images: int, masks: int) -> str:
     ]
     effect = detectable_effect(images, draws, masks)
     if effect is None:
-        remedy = "--draws 2 or more"
-        if study.arms is not None:
-            remedy = "random0, random1, permuted0 and permuted1 among --arms"
         return (
-            "with fewer than two random and two permuted draws, nothing can be told from random models: "
-            f"give {remedy}"
+            "with fewer than two random and two permuted draws, nothing can be told from random models: give "
+            "--draws 2 or more, or random0, random1, permuted0 and permuted1 among --arms"
         )
     return (
         f"{images} validation images, {random} random and {permuted} permuted draws: an effect must exceed those of "
         f"both by {100 * effect:.1f} points to be found in 4 of 5 studies, if images differ as in the toy world"
     )
-
-
-def disk_mb(images: int, classes: int, runs: int) -> float:
-    """Return the size of the counts of all images and of the solved path, with 4 bytes a number, at 40 sites."""
-    return runs * 40 * images * classes * 4 * (3 + 2 * 3 + 1) / 2**20
 
 
 def detectable_effect(images: int, draws: Sequence[int], masks: int) -> float | None:

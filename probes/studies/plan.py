@@ -13,7 +13,7 @@ import yaml
 
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import describe_digest, named_identity
+from llava_bidir.common.identity import check_same_identity, describe_digest, named_identity
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.base import EFFECTS
@@ -26,7 +26,6 @@ from probes.steps import (
     Step,
     digest,
     find_missing,
-    first_changed,
     read_records,
     unfinished_steps,
 )
@@ -39,9 +38,8 @@ RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 SPLITS = ("training", "validation")
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
 Values = dict[str, Any]  # of options of an analysis, by name
-Content = Callable[
-    [], dict[str, str]
-]  # returns checksums of a model and of a task's images and targets
+# returns checksums of a model and of a task's images and targets
+Content = Callable[[], dict[str, str]]
 
 
 class Planned(NamedTuple):
@@ -68,7 +66,7 @@ class RunStep(Step):
 
     def inputs(self) -> dict[str, str | None]:
         """Return the checksums of model, images and targets."""
-        return {**self.content()}
+        return self.content()
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,7 @@ class ReportStep(Step):
         files = [run / name for run in runs for name in names]
         files += [file for run in runs for file in sorted(run.glob(f"*{EFFECTS}"))]
         hashes = {str(file.relative_to(out)): digest(file) for file in files if file.is_file()}
-        truth = self.reads.get(TRUTH_FILE)
-        if truth and truth.is_file():
-            hashes[TRUTH_FILE] = digest(truth)
+        hashes[TRUTH_FILE] = digest(self.reads[TRUTH_FILE])
         if unfinished := unfinished_steps(out):
             hashes["unfinished steps"] = describe_digest(unfinished)
         return hashes
@@ -118,8 +114,23 @@ def plan(study: StudyConfig) -> Planned:
             solved = [arm for arm in of_model if task == SEGMENTATION or arm.name != FITTED]
             steps += [_run_step(study, arm, task, contents[label, task]) for arm in solved]
         steps += _analysis_steps(study, of_model, analyses, len(validation))
-    steps.append(_report_step(study, steps))
-    chosen = [step for step in steps if study.only is None or step.kind in study.only]
+    report = study.out / "report"
+    truth = Path(data.root) / TRUTH_FILE
+    steps.append(
+        ReportStep(
+            "report",
+            ReportOptions(
+                studies=(str(study.out),),
+                out=report,
+                labels=tuple(filter(None, study.models)),
+            ),
+            report / "results.json",
+            kind="report",
+            call="probes.studies.table:write_report",
+            reads={step.name: step.result for step in steps} | {TRUTH_FILE: truth},
+        )
+    )
+    chosen = [step for step in steps if not study.only or step.kind in study.only]
     if not chosen:
         raise UserError(
             f"the study has no such step: --only {' '.join(study.only)}. fit needs --fit, "
@@ -130,17 +141,14 @@ def plan(study: StudyConfig) -> Planned:
 
 def _check(study: StudyConfig) -> None:
     """Raise a UserError if a setting is invalid."""
-    if study.draws < 0:
-        raise UserError(f"--draws must be 0 or more, got {study.draws}")
     others = [task for task in TASKS if task != SEGMENTATION]
-    kinds = (*RUNS, *MEASURED, "report")
-    for names, known, what in (
-        (study.tasks, others, "task {!r}; expected some of {} (--tasks)"),
-        (study.only, kinds, "step {!r}; expected some of {} (--only)"),
-    ):
-        for name in names or ():
+    kinds = [*RUNS, *MEASURED, "report"]
+    for option, names, known in (("task", study.tasks, others), ("step", study.only, kinds)):
+        for name in names:
             if name not in known:
-                raise UserError(f"there is no {what.format(name, ', '.join(known))}")
+                raise UserError(
+                    f"there is no {option} {name!r}; expected some of {', '.join(known)}"
+                )
     for key in ("untrained", "match", "draw"):
         if getattr(study.probes.model, key) not in (None, "none", 0):
             raise UserError(
@@ -180,9 +188,7 @@ def _run_step(
     name = arm.run.name
     if task != SEGMENTATION:
         name = join(arm.label, f"{task}_{arm.name}")
-    why_left_out = arm.why_left_out
-    if not arm.run.sites:
-        why_left_out = f"none of the sites that are probed is changed by {name} (model.sites)"
+    unchanged = f"none of the sites that are probed is changed by {name} (model.sites)"
     return RunStep(
         name,
         replace(
@@ -194,7 +200,7 @@ def _run_step(
         kind="fit" if is_fit else "solve",
         call="probes.fit.cli:run_fit" if is_fit else "probes.solve.run:run_config",
         takes_overwrite=True,
-        why_left_out=why_left_out,
+        why_left_out=arm.why_left_out if arm.run.sites else unchanged,
         content=content,
     )
 
@@ -256,24 +262,6 @@ def _analysis_step(
     )
 
 
-def _report_step(study: StudyConfig, steps: Sequence[Step]) -> Step:
-    """Return the step of the report, which reads the results of all others."""
-    out = study.out / "report"
-    return ReportStep(
-        "report",
-        ReportOptions(
-            studies=(str(study.out),),
-            out=out,
-            labels=tuple(filter(None, study.models)),
-        ),
-        out / "results.json",
-        kind="report",
-        call="probes.studies.table:write_report",
-        reads={step.name: step.result for step in steps}
-        | {TRUTH_FILE: Path(study.probes.data.root) / TRUTH_FILE},
-    )
-
-
 # ------------------------------------------------------------------------------------------------------- analyses
 def choose_analyses(study: StudyConfig, validation: ImageDataset) -> dict[str, Values]:
     """Return the options of each analysis that is run; the default ones and those of `--add`.
@@ -289,8 +277,8 @@ def choose_analyses(study: StudyConfig, validation: ImageDataset) -> dict[str, V
             raise UserError(f"there is no analysis {name!r}; expected one of {expected} (--add)")
         options = chosen.setdefault(name, {**MEASURED[name].in_study})
         if setting:
-            key, equals, value = setting.partition("=")
-            if not (key and equals and value):
+            key, _, value = setting.partition("=")
+            if not value:
                 raise UserError(
                     f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
                 )
@@ -300,8 +288,6 @@ def choose_analyses(study: StudyConfig, validation: ImageDataset) -> dict[str, V
         chosen["maps"]["image"] = [n for n in chosen["maps"]["image"] if n < len(validation)]
     _add_files_beside_data(study, chosen)
     known = validation.classes
-    if chosen.get("knockout", {}).get("classes") == ("auto:4",):
-        chosen["knockout"]["classes"] = (f"auto:{min(4, len(known))}",)
     for name in chosen.get("knockout", {}).get("classes", ()):
         if not name.startswith("auto:") and name not in known:
             raise UserError(
@@ -359,21 +345,17 @@ def find_work(study: StudyConfig, planned: Planned) -> list[Step]:
         label = name.rpartition("/")[0]
         held.setdefault(label, model)
         content = planned.contents.get((label, record["config"]["data"]["task"]))
-        if study.overwrite or content is None or content() == record["inputs"]:
-            continue
-        key = first_changed(record["inputs"], content())
-        raise UserError(
-            f"{study.out / name}, of {model}, belongs to a run with {key}={record['inputs'].get(key)!r}, but this run "
-            f"has {content().get(key)!r}; choose another --out, or --overwrite true"
-        )
+        if content and not study.overwrite:
+            check_same_identity(
+                {"settings": record["inputs"]},
+                {"settings": content()},
+                f"{study.out / name}, of {model},",
+                "choose another --out, or --overwrite true",
+            )
     labels = held.keys() | study.models.keys()
-    if "" in labels and len(labels) > 1:  # a report would take one model for two
+    if "" in labels and len(labels) > 1:
         raise UserError(
-            f"{study.out} holds a study of {_describe_models(held)}, and this one is of "
-            f"{_describe_models(study.models)}; choose another --out"
+            f"{study.out} holds a study of {', '.join(held.values())}; with a label and without, a report would "
+            "take one model for two; choose another --out"
         )
     return find_missing(planned.steps, study.out)
-
-
-def _describe_models(models: Mapping[str, str]) -> str:
-    return ", ".join(f"{label}={path}" if label else path for label, path in models.items())

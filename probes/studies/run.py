@@ -19,6 +19,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 import yaml
 
 from llava_bidir.common.errors import NothingToMeasure, UsageError, UserError
@@ -30,7 +31,7 @@ from probes.report.terminal import print_summary
 from probes.runs.read import finished_runs
 from probes.steps import Step, as_json, must_replace, run_steps
 
-from .config import StudyConfig, check_label, label_models, study_config
+from .config import StudyConfig, label_models, study_config
 from .estimate import print_estimate
 from .plan import RUNS, find_work, plan
 from .table import Study, write_table
@@ -65,8 +66,8 @@ def study(
         study.table().query("metric == 'miou' and weights == 'trained'")
 
     Args:
-        model: Checkpoint directory or hub id, or several by label, e.g. {"before": ..., "after": ...}; each is compared
-            with the first.
+        model: Checkpoint directory or hub id, or FILE.py:FUNCTION, or several by label, e.g. {"before": ..., "after":
+            ...}; each is compared with the first.
         data: Folder of images and masks (probes/README.md), or the name of a layout.
         out: Folder of the study.
         settings: Those of :func:`probes.studies.config.study_config`: draws, arms, fit, tasks, add, only, overwrite;
@@ -76,14 +77,7 @@ def study(
     Raises:
         UserError: A setting, the model or the data are invalid, or `out` holds a study of others.
     """
-    if not isinstance(model, str | Path | dict):
-        raise UserError(
-            "model must be a directory, a hub id, or several by label as a dict; a module is named FILE.py:FUNCTION; "
-            f"got a {type(model).__name__}"
-        )
     models = model if isinstance(model, dict) else {"": model}
-    for label in filter(None, models):
-        check_label(label)
     paths = {label: str(path) for label, path in models.items()}
     run_study(study_config(paths, str(data), out=out, **settings))
     return Study(Path(out))
@@ -102,7 +96,7 @@ def run_study(study: StudyConfig) -> None:
             print(f"left out: {line}")
     out = study.out
     labels = tuple(filter(None, study.models))
-    part = "+".join([*labels, *(study.arms or ())]).replace("/", ".")
+    part = "+".join([*labels, *study.arms]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         missing = find_work(study, planned)
         # no report before the trained model is solved
@@ -128,9 +122,8 @@ def run_study(study: StudyConfig) -> None:
         print()
         print_summary(read_json(report / "results.json")["summary"], report / "index.html")
     if failed:
-        steps_have = "a step has" if len(failed) == 1 else f"{len(failed)} steps have"
         raise UserError(
-            f"{steps_have} failed, and the report is without the result, or has an earlier one: "
+            f"{len(failed)} of the steps failed, and the report is without the result, or has an earlier one: "
             f"{'; '.join(failed)}. The same command tries again"
         )
 
@@ -180,8 +173,7 @@ def _run_step(study: StudyConfig, step: Step) -> None:
         except UserError as error:
             raise UserError(f"{step.name}: {error}") from None
     gc.collect()  # the model of the step
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        sys.modules["torch"].cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
@@ -207,8 +199,6 @@ def uses_several_devices(study: StudyConfig) -> bool:
     """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
     given = str(study.probes.trainer.get("devices", "auto"))
     if given == "auto":
-        import torch
-
         return torch.cuda.device_count() > 1
     return given not in ("1", "[0]")
 

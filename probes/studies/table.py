@@ -1,7 +1,6 @@
 """All results of a folder of finished runs as one tidy table, and the verdicts of its report as another."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +17,11 @@ if TYPE_CHECKING:  # pandas takes a second to import
     from pandas import DataFrame
 
 COLUMNS = (
-    "run",
-    "model",
-    "mask",
-    "weights",
-    "draw",
-    "probes",
-    "task",
-    "dataset",
-    "seed",
-    "site",
-    "metric",
-    "value",
-)
-COLUMNS += ("low", "high", "class", "condition", "strength")
+    "run model mask weights draw probes task dataset seed site metric value low high "
+    "class condition strength"
+).split()
 
 
-@dataclass(frozen=True)
 class Study:
     """The results in a folder.
 
@@ -42,11 +29,8 @@ class Study:
         path: Folder of :func:`probes.study`, or any folder of finished runs.
     """
 
-    path: Path
-
-    def __post_init__(self):
-        """Take a string, too."""
-        object.__setattr__(self, "path", Path(self.path))
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
 
     def table(self) -> "DataFrame":
         """Return a row for each number: see README.md for the columns."""
@@ -83,7 +67,7 @@ class Study:
         runs = {path: ProbeRun(path) for path in finished_runs(self.path)}
         given = given_labels(self.path)
         names = {path: model_name(run) for path, run in runs.items()}  # as in the report
-        names |= labels_of_models(self.path, [*runs.values()], given)
+        names |= labels_of_models(self.path, runs.values(), given)
         table = table.assign(model=[names[self.path / run] for run in table["run"]])
         encoders = {names[path] for path, run in runs.items() if not run.has_llm}
         return plot_table(table, metric, given, encoders)
@@ -101,15 +85,15 @@ def read_table(folder: Path, labels: tuple[str, ...]) -> "DataFrame":
     from pandas import DataFrame
 
     runs = [ProbeRun(path) for path in finished_runs(folder)]
+    if not runs:
+        raise UserError(f"{folder} holds no finished run")
     names = labels_of_models(folder, runs, labels)
     rows = [
         row
         for run in runs
         for row in _rows(run, str(run.path.relative_to(folder)), names.get(run.path))
     ]
-    if not rows:
-        raise UserError(f"{folder} holds no finished run")
-    return DataFrame(rows, columns=list(COLUMNS))
+    return DataFrame(rows, columns=COLUMNS)
 
 
 def write_table(folder: Path, labels: tuple[str, ...]) -> None:
@@ -137,14 +121,13 @@ def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[dict[str, Any
         model: Label of its model, if labels tell models apart.
     """
     metrics = run.metrics
-    weights = run.arm
     common = {
         "run": name,
-        "model": model or run.model or Path(metrics["mllm"]).parts[-1],
-        "mask": metrics["image_attention"],
-        "weights": weights,
-        "draw": None if weights == "trained" else metrics["draw"],
-        "probes": "solved" if run.is_solved else "trained",
+        "model": model or Path(metrics["mllm"]).name,
+        "mask": run.mask,
+        "weights": run.arm,
+        "draw": None if run.arm == "trained" else run.draw,
+        "probes": run.probe_kind,
         "task": run.task_name,
         "dataset": metrics["dataset"],
         "seed": metrics["seed"],

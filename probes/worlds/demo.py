@@ -163,5 +163,5 @@ def _study(out: Path, seed: int, in_full: bool) -> None:
         arms=["trained", *RANDOM_LLMS],
         fit=True,
         add=[*KNOCKOUT, *QUESTIONS] if in_full else KNOCKOUT,
-        only=None if in_full else STEPS,
+        only=() if in_full else STEPS,
     )

@@ -341,7 +341,7 @@ def effects_of_counts(run: ProbeRun) -> dict[str, Estimate]:
         run.sites,
         None if run.has_llm else run.last_layer,
         run.task,
-        run.sums,
+        run.sums_at(run.sites),
         run.weights,
         run.groups,
         strengths=run.strengths if is_written else None,

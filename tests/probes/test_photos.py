@@ -99,10 +99,6 @@ CALLS = {
         lambda m: m.states(m.preprocess(Image.new("RGB", (9, 9))), "adapter"),
         "sites must be a list of names",
     ),
-    "models": (
-        lambda m: probes.study(["a", "b"], "data", out="out"),
-        "model must be a directory, a hub id, or several by",
-    ),
 }
 
 

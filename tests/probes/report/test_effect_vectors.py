@@ -38,7 +38,7 @@ def registered():
 
 def test_claims_read_effects_and_no_counts(runs, monkeypatch):
     (study,) = studies_of(runs)
-    for name in ("counts", "sums"):
+    for name in ("counts", "sums_at"):
         monkeypatch.setattr(probes.ProbeRun, name, property(lambda run: pytest.fail("read")))
     claims = {claim["claim"]: claim for claim in evaluate_claims(study)}
     recovery = probes.ProbeRun(runs[0]).effects["recovery"]

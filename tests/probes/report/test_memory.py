@@ -70,13 +70,15 @@ def runs(tmp_path_factory) -> list[str]:
 
 
 def test_scores_of_part_of_the_sites_are_those_of_all_to_the_last_bit(runs, monkeypatch):
-    at_once = ProbeRun(runs[0]).site_scores()
+    at_once = ProbeRun(runs[0]).site_scores
     monkeypatch.setattr(read, "NUMBERS_AT_ONCE", 1)
     run = ProbeRun(runs[0])
-    for site, estimate in run.site_scores().items():
+    for site, estimate in run.site_scores.items():
         assert torch.equal(estimate.vector, at_once[site].vector), site
         assert estimate.ci95 == at_once[site].ci95
-    assert torch.equal(run.sums, torch.cat([run.sums_at([site]) for site in run.sites]))
+    assert torch.equal(
+        run.sums_at(run.sites), torch.cat([run.sums_at([site]) for site in run.sites])
+    )
 
 
 def test_a_report_never_holds_the_counts_of_all_sites(runs, monkeypatch, tmp_path):

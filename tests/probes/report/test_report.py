@@ -138,8 +138,6 @@ def test_runs_that_do_not_belong_together_are_rejected(runs, tmp_path):
     for folder in (tmp_path, runs[0]):
         with pytest.raises(SystemExit, match="is no study: expected a folder that holds finished"):
             main(f"report {folder} --out {tmp_path / 'none'}".split())
-    with pytest.raises(ValueError, match="--probes takes the causal run, then the other"):
-        starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))
 
 
 def test_a_report_of_other_tasks_alone_is_an_error(segmentation, tmp_path):

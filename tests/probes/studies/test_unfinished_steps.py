@@ -78,7 +78,7 @@ def test_the_report_reads_truth_and_effects_of_other_analyses(settings, segmenta
     monkeypatch.setattr("probes.studies.plan.finished_runs", lambda out: [finished])
     monkeypatch.setattr("probes.studies.plan.unfinished_steps", lambda out: [])
     finished.mkdir(parents=True)
-    assert report.inputs() == {}
+    assert report.inputs() == {"truth.json": None}
     (finished / "mine_effects.safetensors").write_text("")
     truth = segmentation / "truth.json"
     truth.write_text("{}")
@@ -120,7 +120,7 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
         "trained/knockout": UserError("trained/knockout: broken"),
         "trained/maps": RuntimeError("a bug"),
     }
-    with pytest.raises(UserError, match="2 steps have failed.*broken.*RuntimeError: a bug"):
+    with pytest.raises(UserError, match="2 of the steps failed.*broken.*RuntimeError: a bug"):
         run.run_study(made)
     trained = ["trained", "trained/sinks", "trained/knockout", "trained/maps"]
     assert ran == [*trained, "report", "random0", "permuted0", "adapter0", "report"]

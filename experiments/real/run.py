@@ -311,7 +311,7 @@ def stage_options(
     }
     if data.is_photos:
         exported = sorted({max(1, round(share * steps)) for share in EXPORTED})
-        stage2["--trainer.callbacks+"] = "llava_bidir.training.callbacks.ExportSteps"
+        stage2["--trainer.callbacks+"] = "experiments.real.export_steps.ExportSteps"
         stage2["--trainer.callbacks.steps"] = exported
     return {"stage1": stage1, "stage2": stage2}
 

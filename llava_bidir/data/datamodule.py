@@ -96,10 +96,8 @@ class InstructionData(LightningDataModule):
             raise UserError(
                 "data.val_annotations is not set, so there are no questions to validate with"
             )
-        if stage == "fit":
-            self._set_up_training()
-
-    def _set_up_training(self) -> None:
+        if stage != "fit":
+            return
         trainer = self.trainer
         self.train = Instructions(self.annotations, self.images)
         self.train.check_trainable()

@@ -164,14 +164,11 @@ class Instructions(Dataset):
 
     def check_trainable(self) -> None:
         """Raise a UserError if texts refer to images, but no record shows one."""
-        if any(map(shows_image, self.records)):
-            return
-        for number, record in enumerate(self.records):
-            if refers_to_image(record):
-                raise UserError(
-                    f"{self.annotations}: no record shows an image, but record {number} has {IMAGE} in its text; "
-                    f"expected the key 'image' with one path, and {IMAGE} in a question"
-                )
+        if any(map(refers_to_image, self.records)) and not any(map(shows_image, self.records)):
+            raise UserError(
+                f"{self.annotations}: no record shows an image, but texts have {IMAGE}; expected the key 'image' with "
+                f"one path, and {IMAGE} in a question"
+            )
 
     def lengths(self) -> np.ndarray:
         """Return the length of each record, int32[records]."""

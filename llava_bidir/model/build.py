@@ -31,7 +31,7 @@ from llava_bidir.common.tokenizer import load_tokenizer
 from .configuration_llava_bidir import LlavaBidirConfig
 from .encoders import Encoder
 from .lora import UPDATES, has_lora
-from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, check_layers
+from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 ADAPTER = "multi_modal_projector."
 PARTS = ("encoder", "adapter", "llm")
@@ -104,19 +104,19 @@ def build_processor(
     tokenizer = load_tokenizer("model.llm", llm)
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     tokenizer.pad_token = "<pad>"
-    own = tokenizer.get_chat_template() if template == "chat" and tokenizer.chat_template else None
-    own = own and own.removeprefix(IMAGES_IN_CHAT)  # that of an exported model
-    if template == "chat" and own is None:
-        raise UserError(
-            f"data.template chat: the tokenizer of {llm} has no chat template; use vicuna_v1"
-        )
+    chat_template = CHAT_TEMPLATE
+    if template == "chat":
+        with error_context(f"data.template chat: the tokenizer of {llm}"):  # may have none
+            own = tokenizer.get_chat_template()
+        # an exported model has the prefix
+        chat_template = IMAGES_IN_CHAT + own.removeprefix(IMAGES_IN_CHAT)
     return LlavaProcessor(
         image_processor=encoder.image_processor(vision_config, image_resize),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=_select_strategy(encoder),
-        num_additional_image_tokens=min(encoder.entry.extra_tokens, 1),  # those the strategy drops
-        chat_template=CHAT_TEMPLATE if own is None else IMAGES_IN_CHAT + own,
+        num_additional_image_tokens=int(encoder.entry.has_cls),  # which the strategy drops
+        chat_template=chat_template,
     )
 
 
@@ -134,32 +134,6 @@ def max_positions(llm: str) -> int | None:
     """Return the positions of an LLM, of image and text together; None if its config states no limit."""
     config = read_llm_config(llm).get_text_config()
     return getattr(config, "max_position_embeddings", None)
-
-
-def build_config(
-    encoder: Encoder,
-    llm: str,
-    image_token_id: int,
-    image_attention: str,
-    image_resize: str,
-) -> LlavaBidirConfig:
-    """Return the configuration of encoder, adapter and LLM without loading weights."""
-    vision_config = encoder.load_config()
-    text_config = read_llm_config(llm)
-    with error_context(f"model.llm: {llm}"):
-        check_layers(image_attention, text_config.get_text_config())
-    rows, columns = encoder.grid(vision_config)
-    return LlavaBidirConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=image_token_id,
-        image_seq_length=rows * columns,
-        vision_feature_layer=encoder.feature_layer,
-        vision_feature_select_strategy=_select_strategy(encoder),
-        register_tokens=max(encoder.entry.extra_tokens - 1, 0),
-        image_attention=image_attention,
-        image_resize=image_resize,
-    )
 
 
 def build_model(
@@ -191,18 +165,33 @@ def build_model(
     """
     dtypes = dtypes or dict.fromkeys(PARTS, torch.get_default_dtype())
     tokenizer = processor.tokenizer
-    config = build_config(encoder, llm, processor.image_token_id, image_attention, image_resize)
+    vision_config = encoder.load_config()
     language_model = load_llm(
         llm,
         len(tokenizer),
         dtype=dtypes["llm"],
         attn_implementation=attn_implementation,
     )
-    config.text_config = language_model.config
     head = language_model.get_output_embeddings()
-    config.lm_head_bias = head.bias is not None
+    config = LlavaBidirConfig(
+        vision_config=vision_config,
+        text_config=language_model.config,
+        image_token_index=processor.image_token_id,
+        image_seq_length=encoder.image_tokens(vision_config),
+        vision_feature_layer=encoder.layer,
+        vision_feature_select_strategy=_select_strategy(encoder),
+        register_tokens=getattr(vision_config, "num_register_tokens", 0),
+        image_attention=image_attention,
+        image_resize=image_resize,
+        lm_head_bias=head.bias is not None,
+    )
     with no_zero3_partitioning():
-        vision_tower = encoder.load_tower(dtype=dtypes["encoder"])
+        vision_tower = load_weights(
+            "model.encoder.path",
+            encoder.entry.model_class,
+            encoder.path,
+            dtype=dtypes["encoder"],
+        )
     with error_context(f"model.llm: {llm}"), no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
             config, dtype=torch.get_default_dtype(), attn_implementation=attn_implementation
@@ -212,8 +201,10 @@ def build_model(
     model.set_output_embeddings(head)
     with error_context(f"model.llm: {llm}"):
         check_text_logits(model, language_model)
-    init_adapter(model.model.multi_modal_projector.to_empty(device="cpu").float())
-    model.model.multi_modal_projector.to(dtypes["adapter"])
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
+    for layer in (projector.linear_1, projector.linear_2):
+        layer.reset_parameters()  # as LLaVA does
+    projector.to(dtypes["adapter"])
     if adapter is not None:
         load_adapter(model, adapter)
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
@@ -302,13 +293,6 @@ def no_zero3_partitioning() -> Iterator[None]:
         zero3._hf_deepspeed_config_weak_ref = config
 
 
-def init_adapter(adapter: nn.Module) -> None:
-    """Initialise the adapter with torch's default for Linear layers, as LLaVA does."""
-    for module in adapter.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
-
-
 def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> None:
     """Load the adapter's weights from a checkpoint directory.
 
@@ -341,10 +325,10 @@ def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
     """
     saved = (read_training(adapter).get("identity") or {}).get("model", {})
     is_own_llm = llm.is_dir() and llm.samefile(adapter)
+    compared = ("encoder",) if is_own_llm else ("encoder", "llm")
     for key in saved.keys() & identity["model"].keys():
         part = key.partition("/")[0]
-        is_compared = part == "encoder" or (part == "llm" and not is_own_llm)
-        if is_compared and saved[key] != identity["model"][key]:
+        if part in compared and saved[key] != identity["model"][key]:
             raise UserError(
                 f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
                 "stages, or train an adapter for this one"
@@ -363,4 +347,4 @@ def set_trainable(model: nn.Module, parts: list[str]) -> None:
 
 def _select_strategy(encoder: Encoder) -> str:
     """Return Hugging Face's name for the tokens to drop: "default" is CLS, "full" none; the model drops registers."""
-    return "default" if encoder.entry.extra_tokens else "full"
+    return "default" if encoder.entry.has_cls else "full"

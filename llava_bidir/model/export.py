@@ -23,7 +23,6 @@ from .modeling_llava_bidir import (
     released_names,
 )
 
-OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # the keys that it adds to LlavaConfig
 CARD = """\
 ---
 library_name: transformers
@@ -85,7 +84,11 @@ def export_hf(
         processor.save_pretrained(partial)
         (partial / TRAINING_JSON).write_text(json.dumps(training, indent=1) + "\n")
         (partial / "README.md").write_text(write_card(model.config, training))
-        _compare_weights(model, type(model).from_pretrained(partial, dtype=model.dtype))
+        written = type(model).from_pretrained(partial, dtype=model.dtype).state_dict()
+        for name, tensor in model.state_dict().items():
+            # in the dtype that was read back, since frozen weights may have been bfloat16
+            if not torch.equal(tensor.to("cpu", written[name].dtype), written[name]):
+                raise RuntimeError(f"export: tensor {name} differs after reading it back")
 
 
 def write_card(config: LlavaConfig, training: dict) -> str:
@@ -140,14 +143,6 @@ def _add_released_rope(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _compare_weights(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:
-    """Compare in the dtype of the reloaded tensor, since frozen weights may have been bfloat16."""
-    written = reloaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor.to("cpu", written[name].dtype), written[name]):
-            raise RuntimeError(f"export: tensor {name} differs after reading it back")
-
-
 def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGeneration:
     """Return the same weights in transformers' own LLaVA class, which serving software supports.
 
@@ -171,11 +166,8 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
             f"--as-llava: {text_config.model_type} makes its logits with {', '.join(steps)}, which stock LLaVA leaves "
             "out; export without --as-llava and load with trust_remote_code"
         )
-    settings = {
-        k: v
-        for k, v in model.config.to_dict().items()
-        if k not in (*OWN_KEYS, "model_type", "auto_map")
-    }
+    added = (*LlavaBidirConfig.__annotations__, "model_type", "auto_map")
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in added}
     config = LlavaConfig(**settings, attn_implementation=model.config._attn_implementation)
     with torch.device("meta"):
         stock = LlavaForConditionalGeneration._from_config(config, dtype=model.dtype)

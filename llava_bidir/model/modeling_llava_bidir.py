@@ -54,7 +54,6 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     """
 
     config: LlavaBidirConfig
-    config_class = LlavaBidirConfig
 
     def __init__(self, config: LlavaBidirConfig):
         check_layers(config.image_attention, config.get_text_config())
@@ -115,8 +114,8 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
                 "position_ids restart within a row; pass one sample per row, or an attention_mask"
             )
             torch_compilable_check((position_ids.diff() == 1).all(), several)
-        is_masked = has_images and self.config.image_attention != "causal"
-        if is_masked and _is_padding_mask(attention_mask):
+        needs_mask = self.config.image_attention != "causal" and _is_padding_mask(attention_mask)
+        if needs_mask and has_images:
             # A branch on the cache's length would break torch.export: it is a tensor in a static cache.
             torch_compilable_check(
                 cache is None or cache.get_seq_length() == 0,
@@ -131,8 +130,11 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
                 cache=cache,
                 dtype=self.dtype,
             )
-        elif inputs_embeds is not None and not has_images and not torch.compiler.is_compiling():
-            self._warn_of_embedded_images(attention_mask)
+        elif needs_mask and inputs_embeds is not None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "inputs_embeds without pixel_values are read as text, so attention is causal; if they contain image "
+                f"features, pass a 4D attention_mask for image_attention={self.config.image_attention!r}"
+            )
         if not _is_padding_mask(attention_mask):
             attention_mask = self._backend_masks(attention_mask)
         return super().forward(
@@ -200,13 +202,6 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         self._weight_conversions = [c for c in released_names(self) if c.scope_prefix]
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _warn_of_embedded_images(self, attention_mask) -> None:
-        if self.config.image_attention != "causal" and _is_padding_mask(attention_mask):
-            logger.warning_once(
-                "inputs_embeds without pixel_values are read as text, so attention is causal; if they contain image "
-                f"features, pass a 4D attention_mask for image_attention={self.config.image_attention!r}"
-            )
-
     def _is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Return bool[B, N], True at image tokens; without ids, where embeddings equal the image token's, as LLaVA."""
         if input_ids is not None:
@@ -216,7 +211,9 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 class LogitHead(nn.Linear):
-    """Head of an LLM, a linear layer whose products are made the LLM's own logits by :func:`finish_logits`.
+    """Head of an LLM, a linear layer whose products become the LLM's own logits: divided, multiplied or soft-capped.
+
+    Source: the `forward` of transformers' GraniteForCausalLM, CohereForCausalLM and Gemma2ForCausalLM.
 
     Args:
         linear: Layer whose weights it takes.
@@ -231,26 +228,19 @@ class LogitHead(nn.Linear):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the logits f[..., V] of states f[..., d]."""
-        return finish_logits(super().forward(states), self.text_config)
-
-
-def finish_logits(logits: Tensor, text_config: PreTrainedConfig) -> Tensor:
-    """Return logits as an LLM makes them of its head's products: divided, multiplied or soft-capped.
-
-    Source: the `forward` of transformers' GraniteForCausalLM, CohereForCausalLM and Gemma2ForCausalLM.
-    """
-    steps = logit_steps(text_config)
-    if divisor := steps.get("logits_scaling"):
-        logits = logits / divisor
-    if factor := steps.get("logit_scale"):
-        logits = logits * factor
-    if cap := steps.get("final_logit_softcapping"):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+        logits = super().forward(states)
+        steps = logit_steps(self.text_config)
+        if divisor := steps.get("logits_scaling"):
+            logits = logits / divisor
+        if factor := steps.get("logit_scale"):
+            logits = logits * factor
+        if cap := steps.get("final_logit_softcapping"):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
 
 def logit_steps(text_config: PreTrainedConfig) -> dict[str, float]:
-    """Return the settings of :func:`finish_logits` that change logits."""
+    """Return the settings of an LLM's head that change logits."""
     values = {name: getattr(text_config, name, None) for name in NEUTRAL}
     return {name: value for name, value in values.items() if value not in (None, NEUTRAL[name])}
 

@@ -1,7 +1,6 @@
 """`llava-bidir fit | validate | test`: LightningCLI of the training."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning import Trainer
@@ -92,20 +91,16 @@ class TrainingCLI(RunCLI):
                 export_checkpoint(last, record.parent)
         rank_zero_info(f"The trained model is {record.parent}")
 
-    def parse_arguments(
-        self,
-        parser: LightningArgumentParser,
-        args: Sequence[str],
-    ) -> None:
-        """Find the checkpoint of `validate --ckpt_path last`."""
-        super().parse_arguments(parser, args)
-        command = self.config.get("subcommand")
-        if command in ("validate", "test") and self.config[command].ckpt_path:
-            run = self.config[command]
+    def before_validate(self) -> None:
+        """Find the checkpoint of `--ckpt_path last`."""
+        run = self.config_init[self.subcommand]
+        if run.ckpt_path:
             folder = Path(run.out) / "checkpoints"
             run.ckpt_path = find_checkpoint(run.ckpt_path, folder)
             if run.ckpt_path is None:
                 raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}")
+
+    before_test = before_validate
 
     def before_instantiate_classes(self) -> None:
         """Raise if there are no records: a model may be looked up on a hub that does not answer."""

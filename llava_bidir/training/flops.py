@@ -1,8 +1,8 @@
-"""Floating-point operations that a training step needs, and those that a device can do.
+"""Floating-point operations that a training step needs.
 
-Their ratio is the model FLOPs utilisation (MFU). Source: Chowdhery et al., PaLM, 2022, appendix B: matrix products
-alone, without recomputation and padding; attention counts all pairs of tokens, also those that a causal mask hides. A
-product of n x k and k x m has 2 n k m operations.
+The share of a device's is the model FLOPs utilisation (MFU). Source: Chowdhery et al., PaLM, 2022, appendix B: matrix
+products alone, without recomputation and padding; attention counts all pairs of tokens, also those that a causal mask
+hides. A product of n x k and k x m has 2 n k m operations.
 
 Unlike there, the parts of this model differ: frozen weights have no gradient, the encoder no backward pass, and the
 head sees supervised tokens only.
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,15 +90,3 @@ def _count_linear(layer: nn.Linear) -> int:
 def _size(weight: Tensor) -> int:
     """Return the number of entries, of which ZeRO-3 leaves none in the parameter itself."""
     return getattr(weight, "ds_numel", weight.numel())
-
-
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return the operations per second that a device can do at most, None if Lightning's table does not have it.
-
-    Args:
-        device: Device of the training.
-        precision: Lightning's name: bf16-mixed, 32-true, ...
-    """
-    by_name = {"bf16": torch.bfloat16, "16": torch.float16}
-    dtype = by_name.get(precision.split("-")[0], torch.float32)
-    return get_available_flops(device, dtype) if device.type == "cuda" else None

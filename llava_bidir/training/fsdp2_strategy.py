@@ -62,8 +62,8 @@ class FSDP2(ModelParallelStrategy):
         """Shard the model that the block has built, unless it is."""
         yield
         if not isinstance(self.lightning_module, FSDPModule):
-            policy = mixed_precision(self.precision_plugin.precision)
-            shard(self.lightning_module, self.device_mesh["data_parallel"], policy)
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.lightning_module, mesh, self.precision_plugin.precision)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the complete trained weights, on rank 0."""
@@ -110,21 +110,23 @@ class FSDP2(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": shards})
 
 
-def mixed_precision(precision: str) -> MixedPrecisionPolicy:
-    """Return the dtypes in which weights are gathered and gradients summed at a precision of Lightning's."""
-    return MixedPrecisionPolicy(
+def shard(
+    module: LightningModule,
+    mesh: DeviceMesh,
+    precision: str,
+) -> None:
+    """Shard a module whose `model` is a LLaVA over a mesh, in place; `generate` then ends when each rank has.
+
+    Args:
+        module: The training.
+        mesh: Devices.
+        precision: Lightning's name of the precision, which decides the dtype of gathered weights.
+    """
+    policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast does so, and leaves the weight of a loss in fp32
     )
-
-
-def shard(
-    module: LightningModule,
-    mesh: DeviceMesh,
-    policy: MixedPrecisionPolicy,
-) -> None:
-    """Shard a module whose `model` is a LLaVA over a mesh, in place; `generate` then ends when each rank has."""
     for unit in find_layers(module.model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)

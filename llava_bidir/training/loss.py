@@ -29,29 +29,24 @@ def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
         # a black image, which gives the adapter zero gradients. Source: LLaVA llava_arch.py:234
         features = features[:0]
     rows = embedded.flatten(0, 1).index_copy(0, positions, features.to(embedded))
+    config = model.config
+    mask = (
+        None  # padding needs none: it is on the right, where neither text nor image tokens attend
+    )
+    if config.image_attention != "causal" and len(positions):
+        is_image = batch["input_ids"] == config.image_token_id
+        mask = build_masks(
+            config.image_attention,
+            config.get_text_config(),
+            is_image,
+            dtype=model.dtype,
+        )
     output = model.model.language_model(
         inputs_embeds=rows.view_as(embedded),
-        attention_mask=_attention_mask(model, batch),
+        attention_mask=mask,
         use_cache=False,
     )
     states = output.last_hidden_state.flatten(0, 1)
     logits = model.lm_head(states[batch["predicts"]]).float()
     targets = batch["labels"].flatten()[batch["predicts"] + 1]
     return F.cross_entropy(logits, targets, reduction="sum") / max(batch["supervised"], 1)
-
-
-def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]):
-    """Return the masks, None where attention is causal.
-
-    No mask is needed for padding: it is on the right, where neither text nor image tokens attend.
-    """
-    config = model.config
-    if config.image_attention == "causal" or not len(batch["image_positions"]):
-        return None
-    is_image = batch["input_ids"] == config.image_token_id
-    return build_masks(
-        config.image_attention,
-        config.get_text_config(),
-        is_image,
-        dtype=model.dtype,
-    )

@@ -45,7 +45,7 @@ from .optim import build_optimizer, build_schedule
 from .throughput import TIMING_METRICS
 
 RATE = "lr-AdamW/"  # learning rates in the logger, by parameter group
-SHOWN = 3  # validation images in the event file, each with question and answer
+SHOWN = 3  # validation samples of the first process in the event file
 # Settings, with those of the encoder, that say which model a checkpoint is of
 OF_MODEL = ("image_attention", "image_resize", "template")
 
@@ -117,8 +117,7 @@ class LlavaTraining(LightningModule):
         with error_context("model.image_attention"):  # an unknown one
             block_ids_of(image_attention)
         self.processor = build_processor(self.encoder, llm, image_resize, template)
-        rows, columns = self.encoder.grid(self.encoder.load_config())
-        self.image_tokens = rows * columns
+        self.image_tokens = self.encoder.image_tokens(self.encoder.load_config())
         self.max_positions = max_positions(llm)
         self.model = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
@@ -314,10 +313,11 @@ class LlavaTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save identity, position and latest metrics, and trainable weights only; frozen ones are in their source."""
-        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
-        changing = [
-            k for k in metrics if k.startswith(RATE) or k.removeprefix("train/") in TIMING_METRICS
-        ]
+        metrics = {
+            k: float(v)
+            for k, v in self.trainer.callback_metrics.items()
+            if not k.startswith(RATE) and k.removeprefix("train/") not in TIMING_METRICS
+        }
         checkpoint["identity"] = self.identity
         checkpoint["progress"] = {
             "global_batch": self.trainer.datamodule.batch_size,
@@ -325,7 +325,7 @@ class LlavaTraining(LightningModule):
             "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
             "devices": self.trainer.world_size,
             **self.metrics_before,
-            **{k: v for k, v in metrics.items() if k not in changing},
+            **metrics,
         }
         trained = self.trainable_names()
         weights = checkpoint["state_dict"].items()

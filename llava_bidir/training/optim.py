@@ -30,7 +30,8 @@ def build_optimizer(
         if not parameter.requires_grad:
             continue
         part = next(part for part in learning_rates if name.startswith(TRAINABLE[part]))
-        decay = weight_decay if _is_matrix(parameter) else 0.0
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens parameters
+        decay = weight_decay if len(shape) > 1 else 0.0
         group = {
             "params": [],
             "lr": learning_rates[part],
@@ -43,11 +44,6 @@ def build_optimizer(
         betas=betas,
         fused=fused,
     )
-
-
-def _is_matrix(parameter: nn.Parameter) -> bool:
-    """Return False for biases and weights of norms, also under ZeRO-3, which flattens all."""
-    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
 def build_schedule(

@@ -10,9 +10,11 @@ from lightning import (
     LightningModule,
     Trainer,
 )
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from pydantic import PositiveFloat
 
-from .flops import ModelFlops, peak_flops
+from .flops import ModelFlops
 
 # Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
 TIMING_METRICS = "samples_per_s tokens_per_s step_s data_share memory_gb mfu".split()
@@ -38,7 +40,9 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self.peak = self.peak or peak_flops(pl_module.device, trainer.precision)
+        if self.peak is None and pl_module.device.type == "cuda":
+            dtype = _plugin_to_compute_dtype(trainer.precision_plugin)
+            self.peak = get_available_flops(pl_module.device, dtype)
         self._start_window(trainer)
 
     def _start_window(self, trainer: Trainer) -> None:

@@ -17,7 +17,8 @@ from transformers import (
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.common.hf import greedy_config
 from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.export import OWN_KEYS, as_llava, export_hf
+from llava_bidir.model.configuration_llava_bidir import LlavaBidirConfig
+from llava_bidir.model.export import as_llava, export_hf
 from llava_bidir.model.lora import Lora, add_lora, has_lora
 
 pytestmark = pytest.mark.numerics
@@ -44,7 +45,7 @@ def test_as_llava_is_stock_llava_with_equal_logits(causal, tmp_path):
     )
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["model_type"] == "llava"
-    assert not set(OWN_KEYS) & set(config)
+    assert not set(LlavaBidirConfig.__annotations__) & set(config)
     assert "auto_map" not in config
     assert not list((tmp_path / "hf").glob("*.py")), "nothing that asks for trust_remote_code"
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()

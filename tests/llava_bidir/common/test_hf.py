@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf import read_pretrained
+from llava_bidir.common.hf import load_weights, read_pretrained
 from llava_bidir.model.build import build_model, build_processor
 from probes.cli import main as probes_main
 
@@ -160,7 +160,7 @@ def test_tensors_of_modules_that_the_model_lacks_are_left_out(parts, tmp_path):
         "vision_model.embeddings.position_ids": torch.arange(5),
     }
     save_file(tensors | others, folder / "model.safetensors", {"format": "pt"})
-    assert replace(parts[0], path=str(folder)).load_tower(dtype=torch.float32)
+    assert load_weights("encoder", parts[0].entry.model_class, str(folder))
 
 
 @pytest.fixture(params=[True, False], ids=["with peft", "without peft"])

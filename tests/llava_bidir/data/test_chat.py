@@ -243,5 +243,5 @@ def test_templates_whose_answers_cannot_be_found_are_errors(template, message):
 
 
 def test_an_llm_without_a_chat_template_is_an_error(parts):
-    with pytest.raises(UserError, match="has no chat template; use vicuna_v1"):
+    with pytest.raises(UserError, match="data.template chat: .*tokenizer.chat_template is not set"):
         build_processor(*parts, template="chat")

@@ -215,7 +215,7 @@ def test_placeholders_without_any_image_are_refused_before_training(changes, tmp
     unshown = record(**changes)
     text = record(image=None, conversations=turns("what", "a cat"))
     data = Instructions(write(tmp_path / "data.json", [text, unshown]), tmp_path)
-    with pytest.raises(ValueError, match="no record shows an image, but record 1 has <image> in"):
+    with pytest.raises(ValueError, match="no record shows an image, but texts have <image>"):
         data.check_trainable()
     shown = record(conversations=turns(ASKED, "cat"))
     Instructions(write(tmp_path / "data.json", [shown, unshown]), tmp_path).check_trainable()

@@ -76,11 +76,11 @@ def test_layer_that_the_encoder_lacks_is_an_error(layer, parts):
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "grid"),
+    ("name", "config", "side"),
     [
-        ("clip", CLIPVisionConfig(image_size=336, patch_size=14), (24, 24)),
-        ("dinov2", Dinov2Config(image_size=518, patch_size=14), (24, 24)),
-        ("dinov2_registers", Dinov2WithRegistersConfig(image_size=518, patch_size=14), (24, 24)),
+        ("clip", CLIPVisionConfig(image_size=336, patch_size=14), 24),
+        ("dinov2", Dinov2Config(image_size=518, patch_size=14), 24),
+        ("dinov2_registers", Dinov2WithRegistersConfig(image_size=518, patch_size=14), 24),
         (
             "dinov3",
             DINOv3ViTConfig(
@@ -88,21 +88,21 @@ def test_layer_that_the_encoder_lacks_is_an_error(layer, parts):
                 patch_size=16,
                 num_register_tokens=4,
             ),
-            (21, 21),
+            21,
         ),
-        ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), (27, 27)),
+        ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), 27),
     ],
 )
 def test_grids_of_released_encoders(
     name,
     config,
-    grid,
+    side,
     tmp_path,
 ):
     """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1)."""
     config.save_pretrained(tmp_path)
     encoder = Encoder(name, str(tmp_path))
-    assert encoder.grid(encoder.load_config()) == grid
+    assert encoder.image_tokens(encoder.load_config()) == side**2
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -116,8 +116,9 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
         "num_attention_heads": 2,
         "patch_size": 14,
     }
-    settings |= {"num_register_tokens": entry.extra_tokens - 1} if entry.extra_tokens > 1 else {}
-    config = entry.config_class(
+    registers = 2 * (name in ("dinov2_registers", "dinov3"))
+    settings |= {"num_register_tokens": registers} if registers else {}
+    config = entry.model_class.config_class(
         **settings,
         intermediate_size=32,
         image_size=side,
@@ -126,23 +127,13 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
     _, llm = tiny_models.write_parts(tmp_path / "parts")
     encoder = Encoder(name, str(tmp_path / "encoder"))
     model = build_model(encoder, llm, build_processor(encoder, llm)).eval()
-    pixels, (rows, columns) = torch.randn(1, 3, side, side), encoder.grid(config)
+    pixels = torch.randn(1, 3, side, side)
     features = model.get_image_features(pixels).pooler_output[0]
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-    patches = states[:, entry.extra_tokens :]
-    assert patches.shape[1] == model.config.image_seq_length == rows * columns
+    patches = states[:, entry.has_cls + registers :]
+    assert patches.shape[1] == model.config.image_seq_length == (side // 14) ** 2
     model.model.multi_modal_projector._forward_pre_hooks.clear()
     assert torch.equal(features, model.model.multi_modal_projector(patches)[0])
-    if entry.extra_tokens > 1:
+    if registers:
         with pytest.raises(ValueError, match="register tokens, which stock LLaVA would treat"):
             as_llava(model)
-
-
-def test_an_encoder_with_other_registers_than_its_entry_is_refused(tmp_path):
-    """The error comes before a large model is loaded."""
-    config = ENCODERS["dinov2_registers"].config_class(num_register_tokens=2)
-    config.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="has 2 register tokens, but name 'dinov2_registers' expects 4"
-    ):
-        Encoder("dinov2_registers", str(tmp_path)).load_config()

@@ -79,7 +79,7 @@ def test_killed_runs_end_as_an_undisturbed_one(faults, parts, conversations, tmp
     ("function", "stage", "saved"),
     [
         ("training.module.LlavaTraining.answer", 2, 2),  # an epoch is saved after its validation
-        ("model.export._compare_weights", 2, 3),
+        ("model.export.write_card", 2, 3),
         ("common.checkpoints.torch.save", 1, 1),
         ("common.checkpoints.torch.save", 2, 1),
     ],

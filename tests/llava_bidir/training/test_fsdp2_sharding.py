@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from llava_bidir.training.fsdp2_strategy import find_layers, mixed_precision, shard
+from llava_bidir.training.fsdp2_strategy import find_layers, shard
 from llava_bidir.training.module import LlavaTraining
 
 
@@ -39,7 +39,7 @@ def test_each_layer_is_a_unit_that_is_gathered_in_the_precision_of_the_run(
     module = Weighted(*parts, trainable)
     module.configure_model()
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    shard(module, mesh, mixed_precision(precision))
+    shard(module, mesh, precision)
     units = {name for name, part in module.named_modules() if isinstance(part, FSDPModule)}
     layers = {f"model.model.language_model.layers.{i}" for i in range(3)}
     layers |= {f"model.model.vision_tower.encoder.layers.{i}" for i in range(2)}

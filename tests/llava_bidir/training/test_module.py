@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training_runs import make_data, make_trainer
 
+from experiments.real.export_steps import ExportSteps
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.dataset import Instructions
 from llava_bidir.model.lora import Lora
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.training.callbacks import ExportSteps
 from llava_bidir.training.module import LlavaTraining
 
 pytestmark = pytest.mark.numerics

@@ -81,7 +81,7 @@ MUTATIONS = [
         "weight decay of biases and norms",
         "stage 2, weight decay, adapter's own rate",
         "training/optim.py",
-        'len(getattr(parameter, "ds_shape", parameter.shape)) > 1',
+        "len(shape) > 1",
         "True",
     ),
     Mutation(

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny_models
+import yaml
 
 import llava_bidir.cli
 import probes.cli
@@ -20,6 +21,43 @@ def arguments(
         "probes": ["-c", "configs/demo/probes.yaml", *model, "--trainer.accelerator", "cpu"],
         "llava_bidir": tiny_models.training_arguments(parts, conversations),
     }
+
+
+SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch executed"}}
+STRATEGY = {
+    "class_path": "lightning.pytorch.strategies.DDPStrategy",
+    "init_args": {"find_unused_parameters": SYSTEM},
+}
+
+
+@pytest.mark.parametrize(
+    ("package", "config"),
+    [
+        ("probes", {"data": {"options": {"background": SYSTEM}}}),
+        ("llava_bidir", {"trainer": {"strategy": STRATEGY}}),
+    ],
+)
+def test_config_makes_only_classes_of_declared_kinds(
+    package,
+    config,
+    arguments,
+    tmp_path,
+    monkeypatch,
+):
+    """Options and strategy settings have type Any: there jsonargparse calls whatever a class_path names."""
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("os.system", lambda command: pytest.fail("executed"))
+    main = {"probes": probes.cli.main, "llava_bidir": llava_bidir.cli.main}[package]
+    words = [
+        "fit",
+        *arguments[package],
+        "-c",
+        str(tmp_path / "c.yaml"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    with pytest.raises(SystemExit, match="os.system"):
+        main(words)
 
 
 def test_settings_in_a_checkpoint_make_no_classes(arguments, tmp_path, capsys):

@@ -16,13 +16,14 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from .errors import error_context
+from .errors import UserError, error_context
 from .files import atomic_write
 from .runs import LAST
 
 log = logging.getLogger(__name__)
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
+WITHIN_STEP = "within_step"  # key of checkpoints
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -160,3 +161,26 @@ class Checkpoints(Checkpoint):
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
             trainer.strategy.barrier()  # srun kills all ranks when one exits
         raise SystemExit(INTERRUPTED)
+
+    def on_save_checkpoint(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Note in every checkpoint, also of a ModelCheckpoint, whether it is within a step."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        is_complete = batches % trainer.accumulate_grad_batches == 0
+        checkpoint[WITHIN_STEP] = not is_complete and batches < trainer.num_training_batches
+
+    def on_load_checkpoint(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Raise if the checkpoint lacks gradients that were accumulated."""
+        if checkpoint.get(WITHIN_STEP):
+            raise UserError(
+                "the checkpoint was saved within a step, whose gradients it lacks; resume another one"
+            )

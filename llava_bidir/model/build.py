@@ -29,7 +29,7 @@ from llava_bidir.common.identity import Identity
 from llava_bidir.common.tokenizer import load_tokenizer
 
 from .configuration_llava_bidir import LlavaBidirConfig
-from .encoders import Encoder
+from .encoders import Encoder, resize_stored_positions
 from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
@@ -192,6 +192,8 @@ def build_model(
             encoder.path,
             dtype=dtypes["encoder"],
         )
+        if encoder.image_px is not None and encoder.entry.image_px is None:
+            resize_stored_positions(vision_tower, encoder.image_px)
     with error_context(f"model.llm: {llm}"), no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
             config, dtype=torch.get_default_dtype(), attn_implementation=attn_implementation

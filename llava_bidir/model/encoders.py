@@ -6,6 +6,8 @@ The patch grid and the covered pixels follow from image and patch size. Encoders
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     CLIPVisionModel,
@@ -31,14 +33,36 @@ from llava_bidir.common.hf import read_pretrained
 from llava_bidir.common.images import check_image_px
 
 
+def resize_stored_positions(tower: PreTrainedModel, image_px: int) -> None:
+    """Replace the stored positions of a CLIP or SigLIP tower by transformers' interpolation of them.
+
+    The tower is then an ordinary one of `image_px`: no code that reads it needs `interpolate_pos_encoding`.
+    """
+    embeddings = tower.embeddings
+    side = image_px // embeddings.patch_size
+    with torch.no_grad():
+        table = embeddings.position_embedding.weight
+        extra = embeddings.num_positions - embeddings.num_patches  # 1 for CLIP's CLS token
+        tokens = torch.empty(1, side * side + extra, table.shape[1])
+        positions = embeddings.interpolate_pos_encoding(tokens, image_px, image_px)[0]
+        embeddings.position_embedding = nn.Embedding.from_pretrained(
+            positions.to(table), freeze=True
+        )
+    embeddings.num_patches = side * side
+    embeddings.num_positions = len(positions)
+    embeddings.register_buffer("position_ids", torch.arange(len(positions))[None], persistent=False)
+    embeddings.image_size = image_px
+    tower.config.image_size = image_px
+
+
 @dataclass(frozen=True)
 class EncoderEntry:
     """Settings of an encoder family.
 
     Args:
         model_class: Class of the vision tower; its configuration also reads two-tower checkpoints.
-        image_px: Side of the square input, to which the model interpolates its positions. None: the checkpoint's, for
-            which alone it has positions.
+        image_px: Side of the square input, to which the model interpolates its positions. None: the checkpoint's; for
+            another side its stored positions are replaced.
         mean, std: Pixel statistics. Padding has the mean colour.
         has_cls: Whether a CLS token comes first. SigLIP has none, and dropping one there would lose patch 0.
     """
@@ -79,8 +103,8 @@ class Encoder:
         name: Key of ENCODERS.
         path: Directory or hub id of a vision tower, or of a two-tower checkpoint that includes one.
         layer: Index of the hidden states that the adapter reads. LLaVA reads the last but one.
-        image_px: Side of the square input in pixels, a multiple of the patch, instead of the entry's; for families that
-            interpolate their positions.
+        image_px: Side of the square input in pixels, a multiple of the patch, instead of the entry's. The positions of
+            the patches are interpolated as the encoder's own model in transformers does it.
     """
 
     name: str
@@ -114,11 +138,9 @@ class Encoder:
             )
         config = read_pretrained("model.encoder.path", config_class, self.path)
         if self.image_px is not None:
-            if self.entry.image_px is None:
-                raise UserError(
-                    f"model.encoder.image_px: {self.name} has positions for its own side only"
-                )
             check_image_px(self.image_px, config.patch_size, "model.encoder.image_px")
+            if self.entry.image_px is None:  # else the checkpoint's side is that of its positions
+                config.image_size = self.image_px
         layers = config.num_hidden_layers
         if not 1 <= abs(self.layer) <= layers:
             raise UserError(

@@ -1,4 +1,4 @@
-"""`model.encoder.image_px`: another side of the encoder's square."""
+"""`model.encoder.image_px`: another side of the encoder's square, equal to transformers' own interpolation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +8,7 @@ import tiny_models
 import torch
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf import load_weights
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import ENCODERS, Encoder
 
@@ -31,20 +32,19 @@ def write_encoder(name: str, folder: Path) -> Encoder:
 
 
 @pytest.mark.parametrize("side", [28, 70])
-@pytest.mark.parametrize("name", ["dinov2", "dinov2_registers", "dinov3"])
-def test_the_encoder_reads_the_patches_of_another_side(name, side, tmp_path):
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.no_grad()
+def test_states_equal_the_stock_models_interpolation(name, side, tmp_path):
     encoder = replace(write_encoder(name, tmp_path), image_px=side)
     _, llm = tiny_models.write_parts(tmp_path / "parts")
-    model = build_model(encoder, llm, build_processor(encoder, llm))
-    features = model.get_image_features(torch.zeros(1, 3, side, side)).pooler_output[0]
-    assert len(features) == model.config.image_seq_length == (side // PATCH_PX) ** 2
-
-
-@pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_an_encoder_with_positions_for_its_own_side_alone_refuses_another(name, tmp_path):
-    encoder = replace(write_encoder(name, tmp_path), image_px=28)
-    with pytest.raises(UserError, match=f"image_px: {name} has positions for its own side only"):
-        encoder.load_config()
+    model = build_model(encoder, llm, build_processor(encoder, llm)).eval()
+    assert model.config.image_seq_length == (side // PATCH_PX) ** 2
+    pixels = torch.randn(2, 3, side, side)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    stock = load_weights("encoder", encoder.entry.model_class, encoder.path).eval()
+    interpolate = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
+    expected = stock(pixels, output_hidden_states=True, **interpolate).hidden_states[-2]
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", [225, 7])

@@ -129,8 +129,6 @@ def test_files_and_targets_of_make_in_inline_code_exist(name):
 
 
 # ------------------------------------------------------------------------------------------------------ commands
-
-
 @pytest.mark.parametrize(("name", "command"), COMMANDS, ids=lambda value: value[:60])
 def test_files_and_targets_of_commands_exist(name, command):
     program, *words = shlex.split(command)
@@ -227,6 +225,20 @@ def test_tools_have_the_same_versions_everywhere():
 
 
 # ------------------------------------------------------------------------------------------------------ results
+RESULTS = {  # said on the first page: the page that found it, and its words there
+    "40 of 40": ("experiments/beyond_random/beyond_random.md", "40 of 40"),
+    "3 in 240": ("experiments/beyond_random/beyond_random.md", "3 of 240"),
+    "13 of 60": ("experiments/toy/toy_results.md", "13 of 60"),
+    "−0.3 to +0.9": ("experiments/real/real.md", "/ +0.9 ["),
+    "3 to 9 points": ("experiments/real/real_photos.md", "3.9 to 8.8 points"),
+}
+
+
+@pytest.mark.parametrize("said", RESULTS)
+def test_results_of_the_first_page_are_those_of_their_pages(said):
+    page, found = RESULTS[said]
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert found in (ROOT / page).read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------ promises

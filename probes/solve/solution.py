@@ -68,16 +68,6 @@ class Solution:
         """Index of the chosen strength among those that were solved."""
         return self.solved.tolist().index(int(self.chosen))
 
-    def runner_up(self) -> dict[str, float] | None:
-        """Return the strength with the second lowest loss, and how much more it loses; None of a single strength."""
-        if len(self.loss) < 2:
-            return None
-        first, second = self.loss.argsort()[:2]
-        return {
-            "strength": self.strengths[second].item(),
-            "behind": (self.loss[second] - self.loss[first]).item(),
-        }
-
     @full_precision()
     def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
@@ -112,7 +102,6 @@ class Solution:
             "cv_loss" if task.name != SEGMENTATION else "cv_cross_entropy": self.loss.tolist(),
             "chosen": strengths[int(self.chosen)],
             "lowest": strengths[int(self.loss.argmin())],
-            "runner_up": self.runner_up(),
         }
         entry |= {name: along(values) for name, values in scores.items()}
         if len(self.certificates):

@@ -31,7 +31,7 @@ from llava_bidir.common.tokenizer import load_tokenizer
 from .configuration_llava_bidir import LlavaBidirConfig
 from .encoders import Encoder, resize_stored_positions
 from .lora import UPDATES, has_lora
-from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, check_layers
 
 ADAPTER = "multi_modal_projector."
 PARTS = ("encoder", "adapter", "llm")
@@ -166,6 +166,8 @@ def build_model(
     dtypes = dtypes or dict.fromkeys(PARTS, torch.get_default_dtype())
     tokenizer = processor.tokenizer
     vision_config = encoder.load_config()
+    with error_context(f"model.llm: {llm}"):
+        check_layers(image_attention, read_llm_config(llm).get_text_config())
     language_model = load_llm(
         llm,
         len(tokenizer),

@@ -7,6 +7,8 @@ from probes import minimal
 from probes.cli import main
 from probes.runs.read import ProbeRun
 
+DRAWS_PICTURES = True
+
 
 @pytest.mark.numerics
 def test_scores_are_those_of_solve_at_the_same_strength(

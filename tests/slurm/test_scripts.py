@@ -58,9 +58,7 @@ def test_study_job_runs_a_study_that_can_be_planned(layout, tmp_path, monkeypatc
     job = ["bash", "slurm/study.sbatch", "clip", " ".join(MASKS), "--arms", "trained", "random1"]
     words = run_command(job, cwd=ROOT, env=os.environ | there).stdout.splitlines()
     planned = []
-    monkeypatch.setattr(
-        "probes.studies.run.run_study", lambda settings, overwrite: planned.append(settings)
-    )
+    monkeypatch.setattr("probes.studies.run.run_study", planned.append)
     monkeypatch.chdir(ROOT)
     main(words[words.index("probes") + 1 :])
     photos = MagicMock(

@@ -157,7 +157,7 @@ def test_segment_reads_probes_of_an_own_head_and_layout(
     )
     for option, name in (("--model.head", "cosine"), ("--data.dataset", "own")):
         words += [option, name]
-        with pytest.raises(SystemExit, match=f"{name}'; expected one of .*--import FILE.py"):
+        with pytest.raises(SystemExit, match=f"'{name}'.* expected one of .*--import FILE.py"):
             call("probes", *words, with_file=False)
         if name == "cosine":
             words = words[:-2]

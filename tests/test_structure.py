@@ -89,9 +89,9 @@ MOST = {
     "probes/report": (23_931, 17),
     "probes/lab": (6_793, 8),
     "probes/worlds": (14_996, 12),
-    "probes": (63_958, 85),  # the rest of it
+    "probes": (64_032, 85),  # the rest of it
     "experiments": (34_227, 34),
-    "tests": (251_981, 262),
+    "tests": (251_900, 262),
 }
 MOST_WORDS = 23_955  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")

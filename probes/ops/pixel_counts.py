@@ -3,7 +3,7 @@
 Legend: S sites, N images, K classes, h w token grid, T = h * w, H W pixels.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -51,27 +51,39 @@ def count(
         view: Placement of the grid on the pixels; by default it covers them all. Pixels outside every token count for
             the image, but for no token.
     """
-    *_, classes, h, w = logits.shape
+    sites, images, classes, h, w = logits.shape
     size = target.shape[1:]
     view = view or GridPlacement.full(size)
     token = _token_of_pixel(view, (h, w), size, target.device)
-    images = max(1, limit_on(target.device, PIXELS_AT_ONCE) // size.numel())
-    parts = []
-    for z, labels in zip(logits.split(images, 1), target.split(images), strict=True):
+    new = partial(target.new_zeros, dtype=torch.long)
+    counts = Counts(  # before the large tensors, which memory is then free for
+        new(sites, images, classes),
+        new(sites, images, classes),
+        new(images, classes),
+        new(sites, images, h * w),
+        new(images, h * w),
+        new(images, h * w),
+    )
+    step = max(1, limit_on(target.device, PIXELS_AT_ONCE) // size.numel())
+    for first in range(0, images, step):
+        part = slice(first, first + step)
+        labels = target[part]
         valid = labels != IGNORE_INDEX
         numbers = labels.long().where(valid, classes)
-        intersection, predicted, patch_right = _count_predictions(z, labels, token, view)
-        parts.append(
-            Counts(
-                intersection,
-                predicted,
-                _histogram(numbers, valid, classes),
-                patch_right,
-                _histogram(token.expand_as(labels), valid, h * w),
-                majority_labels(numbers, classes, token, h * w),
-            )
+        intersection, predicted, patch_right = _count_predictions(
+            logits[:, part], labels, token, view
         )
-    return Counts(*(torch.cat(part, -2) for part in zip(*parts, strict=True)))
+        found = Counts(
+            intersection,
+            predicted,
+            _histogram(numbers, valid, classes),
+            patch_right,
+            _histogram(token.expand_as(labels), valid, h * w),
+            majority_labels(numbers, classes, token, h * w),
+        )
+        for of_all, of_part in zip(counts, found, strict=True):
+            of_all[..., part, :] = of_part
+    return counts
 
 
 @lru_cache(maxsize=64)

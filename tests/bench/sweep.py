@@ -9,7 +9,6 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes.data.batches import MaskPreparer
-from probes.fit.module import ProbeModule
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.pixel_counts import IGNORE_INDEX, count
@@ -151,7 +150,9 @@ class Sweep:
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
 
     def losses(self, logits: Tensor) -> Tensor:
-        return ProbeModule.losses(self, logits, self.masks)
+        """The mean loss of each site's probe."""
+        total, count = self.task.training_losses(logits, self.masks, self.mllm.geometry)
+        return total / count
 
     def step(self, sites: list[str] | None = None) -> None:
         """A training step of the probes of these sites, or of all."""

@@ -88,15 +88,18 @@ def test_the_final_step_has_a_checkpoint(options, parts, conversations, tmp_path
 EXCEPTION = "--trainer.callbacks+=OnExceptionCheckpoint --trainer.callbacks.dirpath={}"
 
 
-def test_on_exception_checkpoint_is_resumed_exactly(parts, conversations, tmp_path, monkeypatch):
-    """It was an AttributeError."""
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_on_exception_checkpoint_is_resumed_exactly_or_refused(
+    micro_batch, parts, conversations, tmp_path, monkeypatch
+):
+    """It was an AttributeError, and a checkpoint within a step lacks the gradients of the step's beginning."""
     words = "--data.micro_batch_size 2 --data.val_annotations null".split()
     words += EXCEPTION.format(tmp_path / "exception").split()
     out = tmp_path / "run"
     step = LlavaTraining.training_step
 
     def fails(self, batch, batch_idx):
-        if batch_idx == 2:
+        if batch_idx == 2 + micro_batch:
             raise MemoryError
         return step(self, batch, batch_idx)
 
@@ -104,6 +107,10 @@ def test_on_exception_checkpoint_is_resumed_exactly(parts, conversations, tmp_pa
         patch.setattr(LlavaTraining, "training_step", fails)
         tiny_models.fit(parts, conversations, out, *words)
     resuming = [*words, "--ckpt_path", str(tmp_path / "exception/on_exception.ckpt")]
+    if micro_batch:
+        with pytest.raises(SystemExit, match="saved within a step, .*; resume another one"):
+            tiny_models.fit(parts, conversations, out, *resuming)
+        return
     tiny_models.fit(parts, conversations, out, *resuming)
     undisturbed = tiny_models.fit(parts, conversations, tmp_path / "undisturbed", *words)
     trained = load_file(undisturbed / "hf/model.safetensors")

@@ -83,7 +83,7 @@ def count(path: Path) -> tuple[int, int]:
 
 # The ratchet (CONTRIBUTING.md): most tokens and Python files of each part; commits only lower them.
 MOST = {
-    "llava_bidir": (34_289, 53),
+    "llava_bidir": (34_287, 53),
     "probes/models": (30_140, 32),
     "probes/analyses": (22_842, 24),
     "probes/report": (23_931, 17),
@@ -91,7 +91,7 @@ MOST = {
     "probes/worlds": (14_996, 12),
     "probes": (64_032, 85),  # the rest of it
     "experiments": (34_227, 34),
-    "tests": (251_900, 262),
+    "tests": (251_871, 262),
 }
 MOST_WORDS = 23_955  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")

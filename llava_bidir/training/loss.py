@@ -30,9 +30,8 @@ def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
         features = features[:0]
     rows = embedded.flatten(0, 1).index_copy(0, positions, features.to(embedded))
     config = model.config
-    mask = (
-        None  # padding needs none: it is on the right, where neither text nor image tokens attend
-    )
+    # padding needs none: it is on the right, where neither text nor image tokens attend
+    mask = None
     if config.image_attention != "causal" and len(positions):
         is_image = batch["input_ids"] == config.image_token_id
         mask = build_masks(

@@ -3,21 +3,13 @@
 import numpy as np
 from reference import miou_of_counts
 
-from probes.analyses.charts import Figure
 from probes.report.claims import evaluate_claims
-from probes.report.page import study_sections
 from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns, group_runs
 
 # pixel accuracies of encoder, adapter, layers 1 to 3, and final norm
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
-
-
-def figures_of(study: StudyRuns) -> dict[str, Figure]:
-    """Return all figures of a study's analyses by name, in the order of the page."""
-    sections = study_sections(study, "")
-    return {figure.name: figure for section in sections.values() for figure in section.figures}
 
 
 def studies_of(paths) -> list[StudyRuns]:

@@ -7,7 +7,7 @@ import probe_runs
 import pytest
 import tiny_models
 import torch
-from report_parts import differs, miou, studies_of
+from report_parts import CURVE, differs, miou, studies_of
 from safetensors.torch import load_file, save_file
 
 from probes.report.compare import (
@@ -170,15 +170,7 @@ def test_the_interval_of_best_layers_is_that_of_all_pairs_together(sign):
 
 def test_paired_differences_and_intervals_equal_numpy(write):
     """The half width is the 95% quantile of the distance of resampled values from their mean."""
-    curve = [
-        0.6,
-        0.5,
-        0.55,
-        0.62,
-        0.7,
-        0.7,
-    ]
-    paths = [write("run", curve, i, mask=mask) for i, mask in enumerate(MASKS)]
+    paths = [write("run", CURVE, i, mask=mask) for i, mask in enumerate(MASKS)]
     causal, bidirectional = map(ProbeRun, paths)
     rows = [*compare_runs(causal, bidirectional, 50)]
     difference = miou(bidirectional) - miou(causal)

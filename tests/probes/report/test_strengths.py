@@ -31,22 +31,9 @@ from probes.score.effects import (
 )
 from probes.score.strengths import Strengths
 
-CURVE = [
-    0.6,
-    0.5,
-    0.55,
-    0.62,
-    0.7,
-    0.7,
-]  # encoder, adapter, layers 1 to 3, final norm
-FLAT = [
-    0.6,
-    0.5,
-    0.5,
-    0.5,
-    0.5,
-    0.5,
-]
+# encoder, adapter, layers 1 to 3, final norm
+CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]
+FLAT = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]
 
 
 @pytest.fixture(scope="module")

@@ -223,8 +223,7 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()
-    of_training = "loss grad_norm supervised_tokens samples_per_s tokens_per_s step_s data_share"
-    of_training += " padding_share mfu"
+    of_training = "loss grad_norm supervised_tokens samples_per_s tokens_per_s step_s mfu"
     wanted = {f"train/{name}" for name in of_training.split()}
     wanted |= {"val/loss", "val/answer_accuracy", "lr-AdamW/adapter", "lr-AdamW/llm"}
     assert wanted <= set(tags["scalars"])

@@ -128,7 +128,9 @@ ENTRANCES = {
 }
 
 
-HOSTILE = set(product([*REJECTED, *TOO_DEEP], ENTRANCES)) - {("grey16.png", "mask")}  # depth is of 16 bits
+HOSTILE = set(product([*REJECTED, *TOO_DEEP], ENTRANCES)) - {
+    ("grey16.png", "mask")
+}  # depth is of 16 bits
 
 
 @pytest.mark.parametrize(("name", "entrance"), sorted(HOSTILE))

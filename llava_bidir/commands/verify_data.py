@@ -132,10 +132,13 @@ def main(argv: list[str]) -> None:
     files = []
     for path in filter(None, (data.annotations, data.val_annotations)):
         records = Instructions(path, data.images)
-        options = {"batch_size": 256, **worker_options(data.num_workers)}
-        options["collate_fn"] = partial(find, records, data.collate, bool(files))
-        batches = tqdm(DataLoader(range(len(records)), **options))
-        findings = list(chain.from_iterable(batches))
+        batches = DataLoader(
+            range(len(records)),
+            batch_size=256,
+            collate_fn=partial(find, records, data.collate, bool(files)),
+            **worker_options(data.num_workers),
+        )
+        findings = list(chain.from_iterable(tqdm(batches)))
         files.append({"path": str(path), "records": len(records), "findings": findings})
     print(json.dumps({"files": files}) if args.json else "\n".join(map(format_findings, files)))
     if any(file["findings"] for file in files):

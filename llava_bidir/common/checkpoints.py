@@ -23,7 +23,6 @@ from .runs import LAST
 log = logging.getLogger(__name__)
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
-WITHIN_STEP = "within_step"  # key of checkpoints
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -162,25 +161,15 @@ class Checkpoints(Checkpoint):
             trainer.strategy.barrier()  # srun kills all ranks when one exits
         raise SystemExit(INTERRUPTED)
 
-    def on_save_checkpoint(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Note in every checkpoint, also of a ModelCheckpoint, whether it is within a step."""
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        is_complete = batches % trainer.accumulate_grad_batches == 0
-        checkpoint[WITHIN_STEP] = not is_complete and batches < trainer.num_training_batches
-
     def on_load_checkpoint(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Raise if the checkpoint lacks gradients that were accumulated."""
-        if checkpoint.get(WITHIN_STEP):
+        """Raise if the checkpoint, also of a ModelCheckpoint, lacks gradients that were accumulated."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if progress["current"]["processed"] % trainer.accumulate_grad_batches:
             raise UserError(
                 "the checkpoint was saved within a step, whose gradients it lacks; resume another one"
             )

@@ -56,7 +56,7 @@ def upright(image: Image.Image) -> Image.Image:
     Raises:
         UserError: As :func:`as_stored`.
     """
-    if orientation(image) in range(2, 9):
+    if orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     return as_stored(image)
 

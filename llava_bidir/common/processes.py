@@ -1,6 +1,5 @@
 """The processes of a run: collectives, what only the first one says, and workers of data loaders."""
 
-import io
 import logging
 import os
 import signal
@@ -41,18 +40,14 @@ def broadcast(x: Any, source: int) -> Any:
     """Return the object of process `source`.
 
     Args:
-        x: Object of this process, which may contain tensors.
+        x: Object of this process, which may contain tensors on the CPU.
         source: Process whose object it is.
     """
     if rank_count() == 1:
         return x
-    file = io.BytesIO()
-    if rank() == source:
-        torch.save(x, file)
-    box = [file.getvalue()]
+    box = [x]
     torch.distributed.broadcast_object_list(box, source)
-    # our own processes' bytes, not a file that somebody gives us
-    return torch.load(io.BytesIO(box[0]), map_location="cpu", weights_only=False)
+    return box[0]
 
 
 def all_gather_objects(x: Any) -> list[Any]:
@@ -102,11 +97,6 @@ def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     # macOS lacks the first
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def limit_workers(wanted: int) -> int:
-    """Return the number of worker processes of a data loader, at most one per core."""
-    return min(wanted, usable_cores())
 
 
 def worker_options(workers: int) -> dict[str, Any]:

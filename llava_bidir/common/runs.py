@@ -3,7 +3,6 @@
 import logging
 import shutil
 from collections.abc import (
-    Callable,
     Iterator,
     Sequence,
 )
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import UserError
-from .files import REPLACED, write_files
+from .files import REPLACED, read_json, write_files
 from .identity import Identity, check_same_identity
 
 if TYPE_CHECKING:  # seconds, which a run without a training loop does not need
@@ -35,13 +34,13 @@ class RunFolder:
         path: The folder.
         result: The file that marks the run as finished.
         results: Names of all that a run writes, besides config, events and checkpoints.
-        read_identity: Returns the identity stored with `result`.
+        made_from: The JSON file that has the run's identity.
     """
 
     path: Path
     result: Path
     results: Sequence[str]
-    read_identity: Callable[[], Identity | None]
+    made_from: Path
 
     @property
     def checkpoints(self) -> Path:
@@ -50,7 +49,7 @@ class RunFolder:
 
     def check_finished(self, identity: Identity) -> None:
         """Raise a UserError if the finished run was made from something else; see `check_same_identity`."""
-        saved = self.read_identity()
+        saved = read_json(self.made_from).get("identity")
         check_same_identity(saved, identity, str(self.result), RESUME_ADVICE)
 
 
@@ -153,8 +152,6 @@ def run_process(matmul_precision: str = "highest") -> Iterator[None]:
             that no command of a process changes what the next one computes.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # a line for each table of each font of a PDF
-    logging.getLogger("fontTools").setLevel(logging.WARNING)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul_precision)
     try:
@@ -184,12 +181,6 @@ def interrupt_says_how_to_resume() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- its length
-def batches_per_epoch(batches: int, trainer: "Trainer") -> int:
-    """Return how many of its batches a rank trains in an epoch: at most `trainer.limit_train_batches`, at least one."""
-    limit = trainer.limit_train_batches  # a number, or a share
-    return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
-
-
 def optimizer_steps(trainer: "Trainer") -> int:
     """Return the number of optimizer steps of the complete training, from its config.
 

@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest, file_sizes
-from llava_bidir.common.processes import limit_workers, worker_options
+from llava_bidir.common.processes import usable_cores, worker_options
 
 from .batch_samplers import (
     BatchSampler,
@@ -72,7 +72,7 @@ class InstructionData(LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.group_by_length = group_by_length
         self.seed = seed
-        self.num_workers = limit_workers(num_workers)
+        self.num_workers = min(num_workers, usable_cores())
         if max_positions is not None:
             max_length = min(max_length, max_positions)
         self.collate = Collate(processor, image_tokens, template, max_length)

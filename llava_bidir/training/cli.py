@@ -8,7 +8,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import read_json
 from llava_bidir.common.hf import TRAINING_JSON
 from llava_bidir.common.identity import run_identity
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
@@ -76,7 +75,7 @@ class TrainingCLI(RunCLI):
             path=out,
             result=record,
             results=("hf", "steps"),
-            read_identity=lambda: read_json(record).get("identity"),
+            made_from=record,
         )
         with self.started(folder, ckpt_path) as plan:
             if plan.finished:

@@ -1,4 +1,4 @@
-"""Training speed: samples/s, tokens/s, MFU, and the shares of waiting and padding."""
+"""Training speed: samples/s, tokens/s, seconds a step, MFU and memory."""
 
 import time
 from collections import Counter
@@ -17,14 +17,14 @@ from pydantic import PositiveFloat
 from .flops import ModelFlops
 
 # Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
-TIMING_METRICS = "samples_per_s tokens_per_s step_s data_share memory_gb mfu".split()
+TIMING_METRICS = "samples_per_s tokens_per_s step_s memory_gb mfu".split()
 
 
 class Throughput(Callback):
     """Log the training speed, averaged between two logged steps, or since a validation between them.
 
-    Over all devices: samples/s, tokens/s (without padding). For this device: seconds per step, share of time spent
-    waiting for data, share of padding, peak memory, and MFU (flops.py).
+    Over all devices: samples/s, tokens/s (without padding). For this device: seconds per step, peak memory, and MFU
+    (flops.py). What a step waits for, Lightning's `--trainer.profiler simple` tells.
 
     Lightning's ThroughputMonitor synchronises with the GPU after each batch; this callback reads the clock when a step
     is logged. Rates over all devices assume that all are as fast as this one.
@@ -48,7 +48,7 @@ class Throughput(Callback):
     def _start_window(self, trainer: Trainer) -> None:
         self.counts = Counter()
         self.first_step = trainer.global_step
-        self.since = self.batch_ended = time.perf_counter()
+        self.since = time.perf_counter()
 
     def on_train_batch_start(
         self,
@@ -57,11 +57,7 @@ class Throughput(Callback):
         batch: dict[str, Any],
         *args: Any,
     ) -> None:
-        """Add the time since the last batch to the time spent waiting for data.
-
-        In front of the first one, count the operations of the model if there is a peak to compare them with.
-        """
-        self.counts["waited"] += time.perf_counter() - self.batch_ended
+        """Count the operations of the model before its first batch, if there is a peak to compare them with."""
         if self.peak is not None and self.flops is None:
             with trainer.precision_plugin.forward_context():
                 self.flops = pl_module.count_flops(batch["pixel_values"][:1])
@@ -76,11 +72,7 @@ class Throughput(Callback):
     ) -> None:
         """Count the batch, and log the rates at a logged step (`trainer.log_every_n_steps`, of which 0 is never)."""
         lengths = batch["lengths"]
-        self.counts.update(
-            samples=len(lengths),
-            tokens=sum(lengths),
-            padded=batch["input_ids"].numel(),
-        )
+        self.counts.update(samples=len(lengths), tokens=sum(lengths))
         if self.flops is not None:
             images = len(batch["pixel_values"])
             self.counts["flops"] += self.flops.of_batch(images, lengths, batch["supervised"])
@@ -92,7 +84,6 @@ class Throughput(Callback):
                 memory = torch.cuda.max_memory_allocated(pl_module.device)
                 pl_module.log("train/memory_gb", memory / 1e9)
             self._start_window(trainer)
-        self.batch_ended = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restart the clock: validation is neither training nor waiting for data."""
@@ -105,8 +96,6 @@ class Throughput(Callback):
             "samples_per_s": devices * counts["samples"] / elapsed,
             "tokens_per_s": devices * counts["tokens"] / elapsed,
             "step_s": elapsed / steps,
-            "data_share": counts["waited"] / elapsed,
-            "padding_share": 1 - counts["tokens"] / counts["padded"],
         }
         if self.flops is not None:
             rates["mfu"] = counts["flops"] / elapsed / self.peak

@@ -12,16 +12,14 @@ from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
-from llava_bidir.command_options import VQAOptions
+from llava_bidir.command_options import VQAOptions, VQATableOptions
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.hf import read_pretrained
 from llava_bidir.common.identity import describe_digest, model_identity
 
+from . import table1
 from .scores import BENCHMARKS, Benchmark, Item
-from .table1 import write_tables
-
-MODULE = "llava_bidir.vqa.harness"
 
 
 def run(options: VQAOptions) -> None:
@@ -54,11 +52,11 @@ def run(options: VQAOptions) -> None:
             ranks = f"torch.distributed.run --standalone --nproc-per-node {options.devices} -m"
             start = ranks.split() if options.devices > 1 else []
             request = json.dumps([str(options.out), pending, info])
-            command = [options.python, "-m", *start, MODULE, request]
+            command = [options.python, "-m", *start, __name__, request]
             environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
             with error_context("lmms-eval, which `make vqa-venv` installs"):
                 subprocess.run(command, env=environment, check=True)
-    print(write_tables([options.out], options.out))
+    table1.run(VQATableOptions(results=(options.out,), out=options.out))
 
 
 def main(out: Path, names: list[str], info: dict) -> None:
@@ -99,11 +97,11 @@ def run_benchmark(benchmark: Benchmark, model, out: Path) -> dict | None:
     # no spreadsheets for submission to a server: Excel rejects some answers
     metrics = [metric for metric in metrics if metric["metric"] != "submission"]
     # one folder only: indexing all tasks takes longer than a small task
-    folder = {"include_path": str(file.parent), "include_defaults": False}
+    manager = lmms_eval.tasks.TaskManager(include_path=str(file.parent), include_defaults=False)
     return simple_evaluate(
         model=model,
         tasks=[{"task": benchmark.task, "metric_list": metrics, **benchmark.overrides}],
-        task_manager=lmms_eval.tasks.TaskManager(**folder),
+        task_manager=manager,
         batch_size=model.batch_size,
         bootstrap_iters=0,
         # MMMU guesses for answers it cannot parse, reproducibly only in a fixed order

@@ -22,13 +22,7 @@ MAX_NEW_TOKENS = 128  # default for tasks that set none. Source: LLaVA eval/mode
 class LlavaBidir(lmms):
     """A llava_bidir or llava checkpoint, a directory or hub id, with the interface of lmms-eval."""
 
-    def __init__(
-        self,
-        pretrained: str,
-        batch_size: int | str = 1,
-        dtype: str = "auto",
-        **unused,
-    ):
+    def __init__(self, pretrained: str, batch_size: int | str = 1, dtype: str = "auto", **unused):
         super().__init__()
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # True fills missing parts of an image with grey
         self.batch_size = int(batch_size)

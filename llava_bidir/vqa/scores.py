@@ -33,11 +33,7 @@ class ScoreTerms(NamedTuple):
         return torch.from_numpy(ratio(self.terms @ weights))
 
 
-def swap_test(
-    a: ScoreTerms,
-    b: ScoreTerms,
-    swaps: int = 10_000,
-) -> float:
+def swap_test(a: ScoreTerms, b: ScoreTerms, swaps: int = 10_000) -> float:
     """Return the two-sided p-value of equal scores: the models' answers are exchanged, unit by unit, at random."""
     moved = (b.terms - a.terms) @ random_swaps(len(a.strata), swaps).double().numpy().T
     sums = [x.terms.sum(1, keepdims=True) for x in (a, b)]
@@ -116,17 +112,14 @@ MME = {
 }
 # The paper does not name the measure. Its number is compared with accuracy; LLaVA-1.5 reports F1.
 POPE = {"POPE": Column("pope_accuracy"), "POPE F1": Column("pope_f1_score", f1)}
+MMBENCH = {"MMBench": Column("gpt_eval_score", circular)}
 EXACT = Column("exact_match")
 PROMPT = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase."}
 WITH_OCR = {"lmms_eval_specific_kwargs": {"default": PROMPT | {"ocr": True}}}
 BENCHMARKS: dict[str, Benchmark] = {
     "gqa": Benchmark("gqa", {"GQA": EXACT}, "imageId"),
     # parses letters by rule; the task without _static asks GPT or guesses
-    "mmbench": Benchmark(
-        "mmbench_en_dev_static",
-        {"MMBench": Column("gpt_eval_score", circular)},
-        "index",
-    ),
+    "mmbench": Benchmark("mmbench_en_dev_static", MMBENCH, "index"),
     "mme": Benchmark("mme", MME, "question_id"),
     "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc")}, "id"),
     "pope": Benchmark("pope", POPE, "image_source"),

@@ -1,14 +1,10 @@
-"""`llava-bidir vqa-table`: Table 1 beside the paper's, with intervals and paired tests, as JSON, CSV and text.
-
-Scores are fractions, except for MME's points.
-"""
+"""`llava-bidir vqa-table`: Table 1 beside the paper's, with intervals and paired tests; fractions, but MME's points."""
 
 import json
 import math
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -20,6 +16,7 @@ from llava_bidir.common.files import read_json, write_files
 from .scores import BENCHMARKS, Item, ScoreTerms, swap_test
 
 SCORED = {title: x for benchmark in BENCHMARKS.values() for title, x in benchmark.columns.items()}
+ASKED = ("item", "unit", "question", "target")
 NUMBERS = ["value", "low", "high", "paper", "p", "p_holm"]
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 
@@ -34,11 +31,6 @@ class Results(NamedTuple):
         """Return the terms of a score."""
         return SCORED[title].terms(self.items[title])
 
-    def questions(self, title: str) -> list[list[Any]]:
-        """Return what was asked."""
-        keys = ("item", "unit", "question", "target")
-        return [[item[key] for key in keys] for item in self.items[title]]
-
     def paper_score(self, title: str) -> float:
         """Return the paper's score of this encoder and mask; NaN if it has none."""
         scores = PAPER.get(self.info["encoder"], {}).get(self.info["image_attention"], {})
@@ -46,19 +38,14 @@ class Results(NamedTuple):
 
 
 def run(options: VQATableOptions) -> None:
-    """Run `llava-bidir vqa-table`."""
-    print(write_tables(options.results, options.out))
-
-
-def write_tables(folders: Sequence[Path], out: Path) -> str:
-    """Write OUT/table1.{csv,json} from finished folders of `llava-bidir vqa` and return the table as text.
+    """Write OUT/table1.{csv,json} from finished folders of `llava-bidir vqa`, and print the table.
 
     A row is a score of a model, or the difference of a bidirectional model from a causal one with the same encoder.
 
     Raises:
         UserError: A folder has no results, or two models were asked other questions.
     """
-    models = [read_results(folder) for folder in folders]
+    models = [read_results(folder) for folder in options.results]
     rows = [row for model in models for row in score_rows(model)]
     for a, b in product(models, repeat=2):
         masks = [model.info["image_attention"] for model in (a, b)]
@@ -66,8 +53,9 @@ def write_tables(folders: Sequence[Path], out: Path) -> str:
             rows += pair_rows(a, b)
     table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBERS])
     described = {"models": [model.info for model in models], "rows": table.to_dict("records")}
-    write_files({out / "table1.csv": table.to_csv(index=False), out / "table1.json": described})
-    return table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
+    csv = options.out / "table1.csv"
+    write_files({csv: table.to_csv(index=False), csv.with_suffix(".json"): described})
+    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="–"))
 
 
 def read_results(folder: Path) -> Results:
@@ -101,7 +89,8 @@ def pair_rows(a: Results, b: Results) -> list[list]:
     """Compare bidirectional (b) with causal (a) on the same questions; p-values are adjusted for the columns."""
     rows = []
     for title in filter(b.items.__contains__, a.items):
-        if a.questions(title) != b.questions(title) or a.info["dtype"] != b.info["dtype"]:
+        asked = [[[item[key] for key in ASKED] for item in model.items[title]] for model in (a, b)]
+        if asked[0] != asked[1] or a.info["dtype"] != b.info["dtype"]:
             folders = f"{a.info['results']} and {b.info['results']}"
             raise UserError(f"{title}: {folders} differ in more than the mask: questions or dtype")
         terms = (a.terms(title), b.terms(title))

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.processes import (
     all_gather_objects,
-    limit_workers,
     rank,
     rank_count,
     rank_zero_warn,
@@ -70,7 +69,7 @@ class ProbeData:
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
         self.batch_size = config.batch_size
-        self.num_workers = limit_workers(config.num_workers)
+        self.num_workers = min(config.num_workers, usable_cores())
         self.seed = seed
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
         self.shared_images: list[tuple[str, str]] = []

@@ -6,7 +6,6 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.processes import rank, rank_count
-from llava_bidir.common.runs import batches_per_epoch
 from probes.data.batches import CachedFeatures
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import TrainingBatches
@@ -22,10 +21,10 @@ class ProbeDataModule(ProbeData, LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
-        return batches_per_epoch(
-            math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer
-        )
+        """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`, at least one."""
+        batches = math.ceil(len(self.splits["training"]) / self.batch_size)
+        limit = self.trainer.limit_train_batches  # a number, or a share
+        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
 
     def epochs_of(self, steps: int) -> int | float:
         """Return the number of epochs that have so many optimizer steps, an integer if they are complete."""

@@ -51,7 +51,7 @@ def run_folder(out: Path) -> RunFolder:
         path=out,
         result=out / "metrics.json",
         results=RESULTS,
-        read_identity=lambda: read_json(out / "manifest.json")["identity"],
+        made_from=out / "manifest.json",
     )
 
 

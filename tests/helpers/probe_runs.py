@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from probes.data.registry import open_dataset, split_identity
 from probes.models.sites import last_layer, site_names
 from probes.ops.pixel_counts import Counts
 from probes.runs.read import ProbeRun
+from probes.runs.write import summary
 from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
 from probes.score.estimate import Estimate
 from probes.score.resampling import dataset_scores, resampled_scores
+from probes.score.strengths import ROWS
 from probes.tasks import TASKS
 
 GRID = (2, 2)
@@ -30,7 +33,6 @@ STRENGTHS = {
     True: [3.0, 0.3, 0.03, 0.003, 0.0003],
     False: [1.0, 0.1, 0.01, 0.001, 0.0001],
 }  # by site == "encoder"
-ROWS = ("stronger", "chosen", "weaker")
 BY_STRENGTH = "by_strength.safetensors"  # of written runs alone
 SETTINGS = {
     "head": "linear",
@@ -96,13 +98,9 @@ def random_counts(
     images: int,
     classes: int,
     seed: int,
-    cohort: int = 0,
 ) -> Counts:
-    """Return the counts of sites with the pixel accuracies `quality`.
-
-    Runs of one cohort have images with the same labels and difficulty.
-    """
-    same = torch.Generator().manual_seed(1000 + cohort)
+    """Return the counts of sites with the pixel accuracies `quality`, of images that all runs share."""
+    same = torch.Generator().manual_seed(1000)
     labelled = torch.randint(
         20,
         400,
@@ -143,12 +141,7 @@ def sums_of(counts: Counts) -> torch.Tensor:
     return CLASSES_TASK.sums(counts._asdict())
 
 
-def entries(
-    sites: list[str],
-    counts: Counts,
-    weights: torch.Tensor,
-    width: int = 32,
-) -> list[dict]:
+def entries(sites: list[str], counts: Counts, weights: torch.Tensor) -> list[dict]:
     """Return the sites of metrics.json."""
     sums = sums_of(counts)
     score = dataset_scores(CLASSES_TASK, sums)
@@ -156,19 +149,16 @@ def entries(
     iou = CLASSES_TASK.iou(sums.sum(1))
     found = []
     for i, site in enumerate(sites):
-        miou = score["miou"][i].item()
-        pacc = score["pacc"][i].item()
         entry = {
             "site": site,
-            "dim": 16 if site == "encoder" else width,
-            "miou": miou,
-            "pacc": pacc,
-            "miou_ci95": interval(miou, drawn["miou"][:, i]),
-            "pacc_ci95": interval(pacc, drawn["pacc"][:, i]),
+            "dim": 16 if site == "encoder" else 32,
             "best_epoch": 2,
             "iou_per_class": iou[i].tolist(),
-            "history": [0.8 * miou, miou],
         }
+        for name in ("miou", "pacc"):
+            entry[name] = score[name][i].item()
+            entry[f"{name}_ci95"] = interval(entry[name], drawn[name][:, i])
+        entry["history"] = [0.8 * entry["miou"], entry["miou"]]
         found.append(entry)
     return found
 
@@ -225,16 +215,6 @@ def write_run(
     tensors["patch_class"] %= len(classes)
     if groups is not None:
         tensors["group"] = groups
-    miou = {entry["site"]: entry["miou"] for entry in main}
-    peak = max((site for site in sites if site.startswith("layer_")), key=miou.get)
-    summary = {
-        "encoder": miou.get("encoder"),
-        "adapter": miou.get("adapter"),
-        "peak_llm": miou[peak],
-        "peak_site": peak,
-    }
-    gains = {"delta_enc": "encoder", "recovery": "adapter"}
-    summary |= {key: miou[peak] - miou[x] if x in miou else None for key, x in gains.items()}
     facts = {
         "dataset": dataset,
         "split": "validation",
@@ -259,13 +239,10 @@ def write_run(
         },
         "grid": list(GRID),
         "sites": main,
+        "summary": summary({entry["site"]: entry["miou"] for entry in main}),
     }
-    facts |= {"summary": summary} | (metrics or {})
-    training = (
-        None
-        if encoder is None
-        else {"encoder": {"name": encoder, "path": "x"}, "llm": "lmsys/vicuna-7b-v1.5"}
-    )
+    facts |= metrics or {}
+    training = {"encoder": {"name": encoder, "path": "x"}, "llm": "lmsys/vicuna-7b-v1.5"}
     manifest = {
         "versions": {"torch": "2", "transformers": "5"},
         "git_commit": None,
@@ -281,7 +258,7 @@ def write_run(
             "model": {},
             "settings": {},
         },
-        "mllm_training": training,
+        "mllm_training": encoder and training,
         "hardware": {
             "machine": "none",
             "cpu_threads": 1,
@@ -320,20 +297,6 @@ def sums_by_strength(run: ProbeRun) -> torch.Tensor:
     return load_file(run.path / BY_STRENGTH)["sums"]
 
 
-def counts_by_strength(run: ProbeRun) -> list[Counts]:
-    """Return the counts of each row of solved strengths, strong to weak, without those by patch."""
-    right, predicted, labelled = sums_by_strength(run).unflatten(-1, (3, -1)).unbind(-2)
-    return [
-        Counts(*row, None, None)
-        for row in zip(
-            right,
-            predicted,
-            labelled[:, 0],
-            strict=True,
-        )
-    ]
-
-
 def effects_of_counts(run: ProbeRun) -> dict[str, Estimate]:
     """Return the effects of a run, computed from its counts; of a written one, also those of each row of strengths."""
     is_written = (run.path / BY_STRENGTH).is_file()
@@ -368,64 +331,66 @@ def record_hashes(path: Path) -> None:
 
 def write_solved(
     path: Path,
-    curves,
+    quality: list[float],
     *,
-    root,
-    converged=lambda row, site: True,
+    stronger: list[float] | None = None,
+    unconverged: Collection[tuple[str, str]] = (),
+    seed: int = 0,
     **options,
 ) -> str:
-    """Write a solved run; `curves` are the pixel accuracies at `ROWS`, of which the second is the run's."""
+    """Write a solved run with the pixel accuracies `quality` at all rows of strengths.
+
+    Args:
+        path: Folder.
+        quality: As of :func:`write_run`.
+        stronger: Those of the stronger row, if they are others.
+        unconverged: Rows and sites whose probes have not converged.
+        seed: As of :func:`write_run`.
+        **options: Those of :func:`write_run`.
+    """
     write_run(
         path,
-        curves[1],
-        root=root,
+        quality,
+        seed=seed,
         **options,
     )
     metrics = json.loads((path / "metrics.json").read_text())
-    run = ProbeRun(path)
-    metrics["probe"], labelled, seed = dict(SETTINGS), run.counts.labelled, options.get("seed", 0)
-    counts = [random_counts(x, *labelled.shape, seed + 50 + 7 * i) for i, x in enumerate(curves)]
-    right, predicted = (
-        torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted")
-    )
+    shape = metrics["images"], len(metrics["classes"])
+    curves = enumerate([stronger or quality, quality, quality])
+    counts = [random_counts(x, *shape, seed + 50 + 7 * i) for i, x in curves]
     counted = {
-        "intersection": right,
-        "predicted": predicted,
-        "labelled": labelled,
+        name: torch.stack([getattr(c, name) for c in counts])
+        for name in ("intersection", "predicted")
     }
+    counted["labelled"] = counts[0].labelled
+    scores = [None, 0.5, 0.5, 0.5, None]
     sites = []
     for entry in metrics["sites"]:
         entry |= {"best_epoch": None, "history": []}
-        strengths = STRENGTHS[entry["site"] == "encoder"]
         site = entry["site"]
-        scores = dict.fromkeys(("miou", "pacc"), [None, 0.5, 0.5, 0.5, None])
+        strengths = STRENGTHS[site == "encoder"]
         certificates = [
-            None,
-            *(
-                {
-                    "gradient": 0.0,
-                    "decrease": 0.0,
-                    "converged": converged(r, site),
-                }
-                for r in ROWS
-            ),
-            None,
+            {
+                "gradient": 0.0,
+                "decrease": 0.0,
+                "converged": (row, site) not in unconverged,
+            }
+            for row in ROWS
         ]
         sites.append(
             {
                 "site": site,
                 "strengths": strengths,
                 "cv_cross_entropy": [0.9, 0.6, 0.5, 0.6, 0.9],
-                **scores,
-            }
-            | {
+                "miou": scores,
+                "pacc": scores,
                 "chosen": strengths[2],
                 "lowest": strengths[2],
-                "certificates": certificates,
+                "certificates": [None, *certificates, None],
             }
         )
-    solved = {"optimum": {"sites": sites}}
-    (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
+    metrics |= {"probe": SETTINGS, "path": {"optimum": {"sites": sites}}}
+    (path / "metrics.json").write_text(json.dumps(metrics))
     save_file({"sums": CLASSES_TASK.sums(counted)}, path / BY_STRENGTH)
     write_effects(path)
     return str(path)

@@ -15,8 +15,7 @@ from probes.runs.write import summary
 from probes.tasks import TASKS
 
 STRENGTHS = [1.0, 1e-1, 1e-3]  # strong to weak
-DEPTH_IMAGES = 40  # of written runs
-DEPTH_STRENGTHS = [1.0, 1e-1, 1e-3, 1e-5]
+DEPTH_STRENGTHS = [1.0, 1e-1, 1e-3, 1e-5]  # of written runs
 
 
 def write_targets(segmentation: Path, root: Path) -> Path:
@@ -58,76 +57,47 @@ def arguments(
 
 
 def write_depth_run(
-    path,
+    path: Path,
     rmse: list[float],
-    root,
-    mask: str = "causal",
-    untrained: bool = False,
+    root: Path,
     seed: int = 0,
-    sites: list[str] | None = None,
     **more,
-):
-    """Write a depth run whose encoder, adapter, layers and final norm, or `sites`, have the mean RMSE `rmse`."""
-    probe_runs.write_run(
-        path,
-        [0.5] * len(rmse),
-        root=root,
-        mask=mask,
-        untrained=untrained,
-        images=DEPTH_IMAGES,
-        sites=sites,
-        **more,
-    )
-    sites = sites or site_names(len(rmse) - 3)
+) -> None:
+    """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`."""
+    probe_runs.write_run(path, [0.5] * len(rmse), root=root, **more)
+    metrics = json.loads((path / "metrics.json").read_text())
+    sites = site_names(len(rmse) - 3)
     task = TASKS["depth"]
-    noise = (
-        torch.rand(
-            len(rmse),
-            DEPTH_IMAGES,
-            6,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        * 0.1
-    )
-    sums = torch.cat([torch.ones(len(rmse), DEPTH_IMAGES, 1), noise], -1)
+    shape = len(rmse), metrics["images"]
+    noise = torch.rand(*shape, 6, generator=torch.Generator().manual_seed(seed))
+    sums = torch.cat([torch.ones(*shape, 1), 0.1 * noise], -1)
     sums[..., 1] += torch.tensor(rmse)[:, None] - 0.05
     scores = {name: x.tolist() for name, x in task.dataset_scores(sums.double().sum(1)).items()}
-    metrics = json.loads((path / "metrics.json").read_text())
     for key in ("classes", "baseline"):
         del metrics[key]
-    metrics |= {
-        "task": "depth",
-        "scores": {k: "higher" if up else "lower" for k, up in task.scores.items()},
-    }
-    metrics["sites"] = [
-        {
-            "site": site,
-            "dim": 8,
-            "best_epoch": None,
-            "history": [],
-        }
-        | {name: scores[name][i] for name in scores}
-        | {f"{name}_ci95": [scores[name][i] - 0.01, scores[name][i] + 0.01] for name in scores}
-        for i, site in enumerate(sites)
-    ]
-    metrics["summary"] = summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign)
-    along_path = {name: [1.0] * len(DEPTH_STRENGTHS) for name in ("cv_loss", *scores)}
     choice = {
         "strengths": DEPTH_STRENGTHS,
         "chosen": 1e-3,
         "lowest": 1e-3,
     }
-    metrics["path"] = {
-        "closed_form": {
-            "sites": [
-                {
-                    "site": x,
-                    **choice,
-                    **along_path,
-                }
-                for x in sites
-            ]
-        },
+    choice |= {name: [1.0] * len(DEPTH_STRENGTHS) for name in ("cv_loss", *scores)}
+    entries = []
+    for i, site in enumerate(sites):
+        entry = {
+            "site": site,
+            "dim": 8,
+            "best_epoch": None,
+            "history": [],
+        }
+        entry |= {name: values[i] for name, values in scores.items()}
+        entry |= {f"{name}_ci95": [x[i] - 0.01, x[i] + 0.01] for name, x in scores.items()}
+        entries.append(entry)
+    metrics |= {
+        "task": "depth",
+        "scores": {k: "higher" if up else "lower" for k, up in task.scores.items()},
+        "sites": entries,
+        "summary": summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign),
+        "path": {"closed_form": {"sites": [{"site": site} | choice for site in sites]}},
     }
     (path / "metrics.json").write_text(json.dumps(metrics))
     save_file({"sums": sums}, path / "counts.safetensors")
@@ -135,4 +105,3 @@ def write_depth_run(
     along_path = sums.expand(len(DEPTH_STRENGTHS), *sums.shape).contiguous()
     save_file({"sums": along_path}, path / probe_runs.BY_STRENGTH)
     probe_runs.write_effects(path)
-    return path

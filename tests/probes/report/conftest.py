@@ -1,14 +1,36 @@
 """Studies of random counts that the tests of the report write."""
 
+import json
+import shutil
+from pathlib import Path
+
+import knockouts
 import probe_runs
 import pytest
-import tiny_models
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """A data folder of which the classes alone are known."""
+    folder = tmp_path_factory.mktemp("classes")
+    (folder / "classes.json").write_text(json.dumps({"classes": knockouts.CLASSES}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def written() -> dict[str, Path]:
+    """Runs that a test has asked for, by what they are."""
+    return {}
 
 
 @pytest.fixture
-def write(tmp_path):
-    """Write a run by name; solved ones have the same accuracies at all strengths, unless `curves` says otherwise."""
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+def write(
+    root,
+    written,
+    tmp_path,
+    tmp_path_factory,
+):
+    """Return a function that writes a run, of which the test can change the files."""
 
     def write(
         name,
@@ -17,23 +39,16 @@ def write(tmp_path):
         *,
         mask="causal",
         solved=False,
-        curves=None,
-        images=40,
-        sites=None,
+        options=None,
         **metrics,
     ) -> str:
-        path = tmp_path / f"{mask}_{name}"
-        options = {
-            "root": root,
-            "mask": mask,
-            "seed": number,
-            "metrics": metrics,
-            "images": images,
-        }
-        options["sites"] = sites
-        if solved:
-            return probe_runs.write_solved(path, curves or [quality] * 3, **options)
-        return str(probe_runs.write_run(path, quality, **options))
+        options = (options or {}) | {"mask": mask, "seed": number, "metrics": metrics}
+        kind = repr((quality, solved, options))
+        if kind not in written:
+            written[kind] = tmp_path_factory.mktemp("written") / "run"
+            make = probe_runs.write_solved if solved else probe_runs.write_run
+            make(written[kind], quality, root=root, **options)
+        return str(shutil.copytree(written[kind], tmp_path / f"{mask}_{name}"))
 
     return write
 
@@ -48,17 +63,18 @@ def draws(write):
         first=20,
         step=1,
         matches=("update", "permuted"),
+        **more,
     ) -> list[str]:
         return [
             write(
-                f"{match[0]}{i}",
+                f"{match}{i}_{first}",
                 curve,
                 first + step * i,
                 mask=mask,
                 solved=True,
-                untrained=["llm"],
                 match=match,
                 draw=i,
+                **{"untrained": ["llm"], **more},
             )
             for match in matches
             for i, curve in enumerate(curves)

@@ -5,7 +5,6 @@ import io
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -32,29 +31,21 @@ def test_points_stand_where_their_values_are():
     assert [*frame.labels()] == [(83.3, "adapter"), (150.0, "1"), (216.7, "2")]
 
 
-def test_each_number_is_written_once_for_all_views():
-    """Scores in per cent, differences with a sign, other tasks in their unit; nothing where there is no number."""
-    table = pd.DataFrame(
-        {
-            "task": ["segmentation", "segmentation", "depth"],
-            "value": [0.444, math.nan, 0.5],
-            "low": [0.4, math.nan, 0.4],
-            "high": [0.5, math.nan, 0.6],
-            "minus_random": [0.13, -0.012, -0.5],
-            "minus_low": [0.1, -0.02, math.nan],
-            "minus_high": [0.24, 0.001, math.nan],
-        }
-    )
-    sites = words.shown(table)
-    assert [*sites["value_text"]] == ["44.4", "", "0.5"]
-    assert [*sites["value_ci"]] == ["[40.0, 50.0]", "", "[0.4, 0.6]"]
-    assert [*sites["minus_random_text"]] == ["+13.0", "−1.2", "−0.5"]
-    assert [*sites["minus_random_ci"]] == ["[10.0, 24.0]", "[−2.0, 0.1]", ""]
-    assert [*sites["arrow"]] == ["▲", "", ""]
-    claims = words.shown(table.assign(claim="recovery"))
-    assert [*claims["value_text"]] == ["+44.4", "", "+0.5"]
-    assert words.number(-0.0001, has_sign=True) == "0.0"
-    assert words.p_value(0.0000001) == "< 0.001"
+@pytest.mark.parametrize(
+    ("value", "task", "text", "signed"),
+    [
+        (0.444, "segmentation", "44.4", "+44.4"),
+        (-0.012, "segmentation", "−1.2", "−1.2"),
+        (-0.0001, "segmentation", "0.0", "0.0"),
+        (0.5, "depth", "0.5", "+0.5"),
+        (math.nan, "depth", "", ""),
+    ],
+)
+def test_numbers_are_in_per_cent_or_in_the_unit_of_another_task(value, task, text, signed):
+    assert words.number(value, task) == text
+    assert words.number(value, task, has_sign=True) == signed
+    ends = words.interval(value, 1.0, task)
+    assert ends == (text and f"[{text}, {'100.0' if task == 'segmentation' else '1'}]")
 
 
 def test_a_map_shows_what_is_wrong_in_full_colour():

@@ -5,56 +5,21 @@ from pathlib import Path
 
 import pytest
 from report_parts import CURVE, FLAT, studies_of
-from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
 
 
-def keep_sites(run: str, kept: list[str]) -> None:
-    """Leave a solved run these sites only."""
-    path = Path(run)
-    metrics = json.loads((path / "metrics.json").read_text())
-    indices = [i for i, entry in enumerate(metrics["sites"]) if entry["site"] in kept]
-    for entry in (metrics, metrics["path"]["optimum"]):
-        entry["sites"] = [entry["sites"][i] for i in indices]
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    counts = load_file(path / "counts.safetensors")
-    for name in ("intersection", "predicted", "patch_right"):
-        counts[name] = counts[name][indices].contiguous()
-    save_file(counts, path / "counts.safetensors")
-
-
-def edit_manifest(run: str, section: str, **values) -> None:
-    file = Path(run) / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest[section] |= values
-    file.write_text(json.dumps(manifest))
-
-
 def test_controls_at_other_layers_are_refused(write, draws):
-    trained = write("trained", CURVE, solved=True)
-    random = draws(FLAT, FLAT)
-    assert studies_of([trained, *random])
-    keep_sites(trained, ["adapter", "layer_01"])
+    """But random adapters need no layers."""
+    few = {"sites": ["adapter", "layer_01"]}
+    trained = write("few", CURVE[1:3], solved=True, options=few)
     with pytest.raises(UserError, match=r"in layers, \['layer_01'\] and .*3'\]; .*--model.sites"):
-        studies_of([trained, *random])
-    for run in random:
-        keep_sites(run, ["adapter", "layer_01"])
-    assert studies_of([trained, *random])
-
-
-def test_random_adapters_need_no_layers(write):
-    trained = write("trained", CURVE, solved=True)
-    adapter = write(
-        "a0",
-        FLAT,
-        7,
-        solved=True,
-        untrained=["adapter"],
-        draw=0,
-    )
-    keep_sites(adapter, ["encoder", "adapter"])
-    assert studies_of([trained, adapter])
+        studies_of([trained, *draws(FLAT, FLAT)])
+    assert studies_of([trained, *draws(FLAT[1:3], FLAT[1:3], first=40, options=few)])
+    options = {"sites": ["encoder", "adapter"]}
+    adapter = {"untrained": ["adapter"], "draw": 0}
+    random = write("a0", FLAT[:2], 7, solved=True, options=options, **adapter)
+    assert studies_of([write("all", CURVE, solved=True), random])
 
 
 @pytest.mark.parametrize(
@@ -72,83 +37,44 @@ def test_other_prefixes_and_data_options_are_refused(
     write,
     draws,
 ):
-    trained = write("trained", CURVE, solved=True)
-    (draw,) = draws(FLAT, matches=["update"])
-    for run in (trained, draw):
-        edit_manifest(run, section, **ours)
-    assert studies_of([trained, draw])
-    edit_manifest(draw, section, **theirs)
-    other = next(iter(theirs.values()))
+    runs = [write("trained", CURVE, solved=True), *draws(FLAT, matches=["update"])]
+
+    def edit(run: str, values: dict) -> None:
+        file = Path(run) / "manifest.json"
+        manifest = json.loads(file.read_text())
+        manifest[section] |= values
+        file.write_text(json.dumps(manifest))
+
+    for run in runs:
+        edit(run, ours)
+    assert studies_of(runs)
+    edit(runs[1], theirs)
+    (other,) = theirs.values()
     names = "model.prefix|model.image_px|data.options"
     with pytest.raises(UserError, match=f"differ in ({names}), .*{other}"):
-        studies_of([trained, draw])
+        studies_of(runs)
 
 
 def test_equal_weights_are_no_draws_or_seeds(write, draws):
     """As if all seeds were one: two draws would seem to have no spread at all."""
     trained = write("trained", CURVE, 7, solved=True)
     same = draws(FLAT, FLAT, step=0)
-    adapters = [
-        write(
-            f"a{i}",
-            FLAT,
-            9,
-            solved=True,
-            untrained=["adapter"],
-            draw=i,
-        )
-        for i in (0, 1)
-    ]
-    seeds = [
-        write(
-            f"s{seed}",
-            CURVE,
-            7,
-            solved=True,
-            seed=seed,
-        )
-        for seed in (0, 1)
-    ]
+    adapters = []
+    seeds = []
+    for i in (0, 1):
+        adapter = {"untrained": ["adapter"], "draw": i}
+        adapters.append(write(f"a{i}", FLAT, 9, solved=True, **adapter))
+        seeds.append(write(f"s{i}", CURVE, 7, solved=True, seed=i))
     for runs, expected in (
         ([trained, *same], "same probes at layer_01.*not two draws.*--model.draw"),
         ([trained, *adapters], "same probes at adapter"),
+        ([trained, *draws(CURVE, first=7)], "random weights have changed nothing"),
         (seeds, "not two trainings"),
     ):
         with pytest.raises(UserError, match=expected):
             studies_of(runs)
-    other = write(
-        "r2",
-        FLAT,
-        8,
-        solved=True,
-        untrained=["llm"],
-        match="update",
-        draw=2,
-    )
-    assert studies_of([trained, same[0], other])
-    assert (
-        len(
-            studies_of(
-                [
-                    seeds[0],
-                    write(
-                        "s2",
-                        CURVE,
-                        8,
-                        solved=True,
-                        seed=2,
-                    ),
-                ]
-            )
-        )
-        == 2
-    )
-
-
-def test_a_control_equal_to_the_trained_model_is_refused(write, draws):
-    trained = write("trained", CURVE, 7, solved=True)
-    with pytest.raises(UserError, match="random weights have changed nothing"):
-        studies_of([trained, *draws(CURVE, first=7)])
+    assert studies_of([trained, *draws(FLAT, FLAT, first=40)])
+    assert len(studies_of([seeds[0], write("s2", CURVE, 8, solved=True, seed=2)])) == 2
 
 
 def test_other_probes_and_other_images_are_refused(write):
@@ -157,5 +83,6 @@ def test_other_probes_and_other_images_are_refused(write):
     options = {"mask": "bidirectional", "probe": probe | {"feature_norm": "batchnorm"}}
     with pytest.raises(UserError, match="differ in feature_norm, 'none' and 'batchnorm'"):
         studies_of([pair[0], write("norm", CURVE, **options)])
+    fewer = write("images", CURVE, options={"images": 30})
     with pytest.raises(UserError, match="differ in images or classes"):
-        studies_of([*pair, f"another={write('images', CURVE, images=30)}"])
+        studies_of([*pair, f"another={fewer}"])

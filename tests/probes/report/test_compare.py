@@ -1,11 +1,11 @@
 """Comparisons of models on the same photos: pairs, intervals, classes, and names."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import probe_runs
 import pytest
-import tiny_models
 import torch
 from report_parts import CURVE, differs, miou, studies_of
 from safetensors.torch import load_file, save_file
@@ -22,15 +22,7 @@ from probes.runs.read import ProbeRun
 from probes.runs.study import read_studies
 from probes.score.estimate import Estimate
 
-QUALITY = [
-    0.50,
-    0.40,
-    0.52,
-    0.60,
-    0.58,
-    0.58,
-]  # encoder, adapter, three layers, final norm
-WORSE = [*QUALITY[:3], 0.50, 0.48, 0.48]
+WORSE = [x - 0.1 for x in CURVE]
 MASKS = ("causal", "bidirectional")
 
 
@@ -41,32 +33,22 @@ def compared(*words: str) -> list[dict]:
     return [*difference_rows(studies, dict(zip(names, "ABC", strict=False)))]
 
 
-def of(rows: list[dict], what: str) -> dict[str, dict]:
-    return {row["name"]: row for row in rows if row["of"] == what}
-
-
-def merge_classes(run: str, kept: int, lost: int) -> None:
-    """Make the probes of a run take one class for another everywhere."""
-    file = Path(run) / "counts.safetensors"
-    counts = load_file(file)
-    counts["predicted"][..., kept] += counts["predicted"][..., lost]
-    counts["predicted"][..., lost] = 0
-    counts["intersection"][..., lost] = 0
-    save_file(counts, file)
-    probe_runs.write_effects(Path(run))
-
-
 def test_a_class_in_too_few_photos_is_not_tested(write):
-    """Its interval is within what a difference can be."""
-    paths = [write("first", QUALITY, number=1), write("second", QUALITY, number=1)]
-    for path in paths:
-        file = Path(path) / "counts.safetensors"
-        counts = load_file(file)
+    """Its interval is within what a difference can be. The second model's probes take class 0 for class 1."""
+    runs = []
+    for name in ("first", "second"):
+        path = Path(write(name, CURVE))
+        counts = load_file(path / "counts.safetensors")
         counts["labelled"][FEWEST_PHOTOS - 1 :, 0] = 0
         counts["intersection"][:, FEWEST_PHOTOS - 1 :, 0] = 0
-        save_file(counts, file)
-    merge_classes(paths[1], 1, 0)
-    first, *others = of([*compare_runs(*map(ProbeRun, paths))], "class").values()
+        if name == "second":
+            counts["predicted"][..., 1] += counts["predicted"][..., 0]
+            counts["predicted"][..., 0] = 0
+            counts["intersection"][..., 0] = 0
+        save_file(counts, path / "counts.safetensors")
+        probe_runs.write_effects(path)
+        runs.append(ProbeRun(path))
+    first, *others = (row for row in compare_runs(*runs) if row["of"] == "class")
     assert (first["photos"], first["p"]) == (FEWEST_PHOTOS - 1, None)
     assert -1 <= first["low"] < first["difference"] < 0 and not differs(first)
     assert all(row["photos"] > 30 and row["p"] is not None for row in others)
@@ -74,7 +56,7 @@ def test_a_class_in_too_few_photos_is_not_tested(write):
 
 def test_each_model_is_compared_with_the_first_of_its_data(write):
     runs = []
-    for name, quality in (("a", QUALITY), ("b", WORSE), ("c", QUALITY)):
+    for name, quality in (("a", CURVE), ("b", WORSE), ("c", CURVE)):
         for i, data in enumerate(("street", "room")):
             run = write(f"{name}_{data}", quality, number=i, dataset=data)
             runs.append(f"{name}={run}")
@@ -83,18 +65,11 @@ def test_each_model_is_compared_with_the_first_of_its_data(write):
     assert {*found} == expected
 
 
-def study_of_two(write, tmp_path, masks=("causal", "causal")) -> Path:
-    """A study of models "zero" and "after", whose folders have other names."""
-    for label, name, mask in zip(("zero", "after"), ("r1", "r2"), masks, strict=True):
-        run = Path(write(name, QUALITY, mask=mask, mllm=f"models/{name}"))
-        (tmp_path / "study" / label).mkdir(parents=True)
-        run.rename(tmp_path / "study" / label / "trained")
-    return tmp_path / "study"
-
-
-@pytest.mark.parametrize("masks", [("causal", "causal"), ("causal", "bidirectional")])
-def test_a_model_of_a_study_is_not_compared_with_itself(write, tmp_path, masks):
-    study = study_of_two(write, tmp_path, masks)
+def test_a_model_of_a_study_is_not_compared_with_itself(write, tmp_path):
+    """Folders have other names than the models that they are of."""
+    study = tmp_path / "study"
+    for label, name in (("zero", "r1"), ("after", "r2")):
+        shutil.move(write(name, CURVE, mllm=f"models/{name}"), study / label / "trained")
     with pytest.raises(ValueError, match="after/trained is passed twice"):
         read_studies([f"A={study}", f"B={study}/after"])
 
@@ -110,22 +85,22 @@ def test_layers_of_equal_relative_depth_are_compared(write, layers, pairs):
     runs = []
     for name, of_model in zip("ab", layers, strict=True):
         sites = ["adapter", *(f"layer_{i:02d}" for i in of_model)]
-        runs.append(ProbeRun(write(name, [0.4, 0.5, 0.6], sites=sites)))
+        runs.append(ProbeRun(write(name, [0.4, 0.5, 0.6], options={"sites": sites})))
     expected = [(f"layer_{a:02d}", f"layer_{b:02d}") for a, b in pairs]
     assert pair_sites(*runs) == [("adapter", "adapter"), *expected]
 
 
 def test_solved_and_trained_probes_are_not_compared(write):
-    paths = [write("first", QUALITY), write("second", QUALITY, solved=True)]
+    paths = [write("first", CURVE), write("second", CURVE, solved=True)]
     (row,) = compared(f"before={paths[0]}", f"after={paths[1]}")
     assert row["of"] == LEFT_OUT and "differ in probes" in row["name"]
 
 
-FLAT = [0.5] * 12
+EQUAL = [0.5] * 12
 PEAKED = [0.5 - 0.03 * i for i in range(12)]
 
 
-@pytest.mark.parametrize("first", [FLAT, PEAKED])
+@pytest.mark.parametrize("first", [EQUAL, PEAKED])
 def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
     """Equal layers, and one best layer against twelve, where that of the two which look best covers too little."""
     generator = torch.Generator().manual_seed(0)
@@ -134,7 +109,7 @@ def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
     covered_by_best_here = 0
     for _ in range(200):
         models = []
-        for true in (first, FLAT):
+        for true in (first, EQUAL):
             observed = torch.tensor(true) + spread * torch.randn(12, generator=generator)
             drawn = observed + spread * torch.randn(300, 12, generator=generator)
             models.append([Estimate(observed[i].item(), drawn[:, i]) for i in range(12)])
@@ -187,17 +162,12 @@ def test_paired_differences_and_intervals_equal_numpy(write):
     assert effects["recovery"] == pytest.approx(peaks[1] - peaks[0] - difference[1])
 
 
-def test_three_groups_of_images_are_too_few(tmp_path):
+def test_three_groups_of_images_are_too_few(write):
     """A clear gain; images of a group are exchanged together."""
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    options = {"groups": torch.arange(40) % 3}
+    better = [x + 0.05 for x in CURVE]
     runs = []
-    for mask, shift in zip(MASKS, (0.0, 0.05), strict=True):
-        options = {
-            "root": root,
-            "mask": mask,
-            "groups": torch.arange(40) % 3,
-        }
-        path = probe_runs.write_run(tmp_path / mask, [q + shift for q in QUALITY], **options)
-        runs.append(ProbeRun(path))
-    sites = of([*compare_runs(*runs)], "site").values()
+    for mask, quality in zip(MASKS, (CURVE, better), strict=True):
+        runs.append(ProbeRun(write("run", quality, mask=mask, options=options)))
+    sites = [row for row in compare_runs(*runs) if row["of"] == "site"]
     assert all(row["p"] is None or row["p"] > 0.2 for row in sites)

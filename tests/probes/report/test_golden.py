@@ -33,47 +33,36 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 # ------------------------------------------------------------------------------------------ studies
-def write_knockout(run: ProbeRun, seed: int, effect: tuple[float, float]) -> None:
-    """Write a knockout in which hiding the wrong and the correct class has these effects."""
-    effects = dict.fromkeys(knockouts.CLASSES, effect)
-    knockouts.write_knockout(run, knockouts.simulate(np.random.default_rng(seed), effects))
-
-
-def claims() -> None:
+def claims(root: Path) -> None:
     """Every column of every claim: trained, solved and random probes of two masks, and planted truths."""
-    root = Path("data")
-    root.mkdir()
     (root / "classes.json").write_text(json.dumps({"classes": knockouts.CLASSES}))
     (root / "truth.json").write_text(json.dumps({"recovery": "planted", "adapter_drop": "absent"}))
     for mask in MASKS:
-        options = {
-            "root": root,
-            "mask": mask,
-            "images": knockouts.N,
-        }
-        trained = probe_runs.write_run(Path(f"{mask}_trained"), CURVE, seed=1, **options)
+        options = {"root": root, "mask": mask}
         untrained = Path(f"{mask}_untrained")
         probe_runs.write_run(untrained, FLAT, untrained=True, **options)
-        solved = {Path(f"{mask}_solved"): {}}
+        paths = [Path(f"{mask}_trained"), Path(f"{mask}_solved")]
+        probe_runs.write_run(paths[0], CURVE, seed=1, **options)
+        probe_runs.write_solved(paths[1], CURVE, seed=2, **options)
         for match, draw in product(("update", "permuted"), (0, 1)):
             weights = {
                 "untrained": ["llm"],
                 "match": match,
                 "draw": draw,
             }
-            solved[Path(f"{mask}_{match}{draw}")] = weights
-        for seed, (path, metrics) in enumerate(solved.items()):
-            curve = FLAT if metrics else CURVE
-            more = {"seed": 2 + seed, "metrics": metrics}
-            probe_runs.write_solved(path, [curve] * 3, **more, **options)
-        if mask == "causal":
-            for seed, path in enumerate((trained, *solved)):
-                write_knockout(ProbeRun(path), seed, NONE if solved.get(path) else ANCHORS)
+            paths.append(Path(f"{mask}_{match}{draw}"))
+            more = {"seed": len(paths), "metrics": weights}
+            probe_runs.write_solved(paths[-1], FLAT, **more, **options)
+        for seed, path in enumerate(paths if mask == "causal" else []):
+            effect = ANCHORS if seed < 2 else NONE
+            effects = dict.fromkeys(knockouts.CLASSES, effect)
+            tensors = knockouts.simulate(np.random.default_rng(seed), effects)
+            knockouts.write_knockout(ProbeRun(path), tensors)
 
 
-def models() -> None:
+def models(root: Path) -> None:
     """Two models, of which the second one's probes are solved, on two data sets; one mask is not its own."""
-    root = tiny_models.write_segmentation(Path("data"), 1, 1)
+    tiny_models.write_segmentation(root, 1, 1)
     for dataset, mask in (("ade20k", "causal"), ("ade20k", "bidirectional"), ("voc2012", "causal")):
         options = {
             "root": root,
@@ -91,39 +80,31 @@ def models() -> None:
         )
         if dataset == "ade20k":
             solved = Path(f"{dataset}_siglip_{mask}")
-            probe_runs.write_solved(solved, [CURVE] * 3, encoder="siglip", **options)
+            probe_runs.write_solved(solved, CURVE, encoder="siglip", **options)
 
 
-def seeds() -> None:
+def seeds(root: Path) -> None:
     """Three seeds with their untrained controls, and depth of two of them."""
-    root = tiny_models.write_segmentation(Path("data"), 1, 1)
-    for seed in (0, 1, 2):
-        for untrained in (False, True):
-            name = f"{'untrained' if untrained else 'trained'}{seed}"
-            options = {
-                "root": root,
-                "untrained": untrained,
-                "seed": seed,
-                "metrics": {"seed": seed},
-            }
-            quality = FLAT if untrained else CURVE
-            probe_runs.write_run(
-                Path(name),
-                quality,
-                dataset="toy",
-                images=40 + seed,
-                **options,
-            )
-            if seed < 2:
-                rmse = [0.5, 1.0, 1.1, 0.95, 0.96] if untrained else [0.5, 0.8, 0.7, 0.55, 0.56]
-                task_runs.write_depth_run(Path(f"depth_{name}"), rmse, **options)
-
-
-STUDIES = {
-    "claims": claims,
-    "models": models,
-    "seeds": seeds,
-}
+    tiny_models.write_segmentation(root, 1, 1)
+    for seed, untrained in product((0, 1, 2), (False, True)):
+        name = f"{'untrained' if untrained else 'trained'}{seed}"
+        options = {
+            "root": root,
+            "untrained": untrained,
+            "seed": seed,
+            "metrics": {"seed": seed},
+        }
+        quality = FLAT if untrained else CURVE
+        probe_runs.write_run(
+            Path(name),
+            quality,
+            dataset="toy",
+            images=40 + seed,
+            **options,
+        )
+        if seed < 2:
+            rmse = [0.5, 1.0, 1.1, 0.95, 0.96] if untrained else [0.5, 0.8, 0.7, 0.55, 0.56]
+            task_runs.write_depth_run(Path(f"depth_{name}"), rmse, **options)
 
 
 # ------------------------------------------------------------------------------------------ text
@@ -145,11 +126,7 @@ def flat(value, name: str = "") -> Iterator[str]:
         for i, inner in enumerate(value):
             yield from flat(inner, f"{name}[{i}]")
     else:
-        yield f"{name} = {json.dumps(json.loads(json.dumps(value), parse_float=rounded))}"
-
-
-def rounded(number: str) -> float:
-    return round(float(number), 6)
+        yield f"{name} = {json.dumps(json.loads(json.dumps(value), parse_float=lambda x: round(float(x), 6)))}"
 
 
 def shortened(number: re.Match) -> str:
@@ -190,15 +167,16 @@ def assert_same_text(found: str, expected: str, name: str) -> None:
             assert abs(float(a) - float(b)) <= allowed, f"{name}: {ours} for {golden}"
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("study", [claims, models, seeds])
 def test_a_report_says_what_its_golden_files_say(
-    name,
+    study,
     tmp_path,
     monkeypatch,
     capsys,
 ):
     monkeypatch.chdir(tmp_path)
-    STUDIES[name]()
+    Path("data").mkdir()
+    study(Path("data"))
     main(["report", ".", "--out", "report"])
     folder = tmp_path / "report"
     found = {
@@ -209,8 +187,7 @@ def test_a_report_says_what_its_golden_files_say(
     }
     for part, text in found.items():
         text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
-        file = GOLDEN / name / f"{part}.txt"
+        file = GOLDEN / study.__name__ / f"{part}.txt"
         if os.environ.get("GOLDEN") == "write":
-            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        assert_same_text(text, file.read_text(), f"{name}/{part}.txt")
+        assert_same_text(text, file.read_text(), f"{study.__name__}/{part}.txt")

@@ -21,71 +21,62 @@ DRAWS_PICTURES = True
 
 
 @pytest.fixture(scope="module")
-def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
-    """Trained and untrained runs under both masks, and maps of one of them."""
+def runs(checkpoints, segmentation, tmp_path_factory) -> dict[str, str]:
+    """Runs of both masks and an untrained one, and maps of the first."""
     root = tmp_path_factory.mktemp("study")
-    paths = []
-    for mask in MASKS:
-        for kind, more in (("probes", []), ("untrained", ["--model.untrained", "[adapter, llm]"])):
-            out = root / mask / kind
-            options = "--trainer.max_epochs 2 --save_predictions true".split()
-            probe_runs.fit(checkpoints[mask], segmentation, out, *more, *options)
-            paths.append(str(out))
-    main(f"maps --probes {paths[0]} --image 0 1".split())
-    return paths
+    untrained = ["--model.untrained", "[adapter, llm]"]
+    for name, more in (("causal", []), ("bidirectional", []), ("untrained", untrained)):
+        options = ["--save_predictions", "true", *more]
+        checkpoint = checkpoints["causal" if more else name]
+        probe_runs.fit(checkpoint, segmentation, root / name, *options)
+    main(f"maps --probes {root / 'causal'} --image 0 1".split())
+    return {path.name: str(path) for path in root.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    main(f"report {Path(runs[0]).parents[1]} --out {out}".split())
+    main(f"report {Path(runs['causal']).parent} --out {out}".split())
     return out
 
 
 def test_claims_equal_numpy_on_saved_predictions(runs, segmentation):
     targets = read_masks(segmentation / "annotations/validation")
-
-    def miou(run, site):
-        predictions = read_masks(run.path / "predictions" / site)
-        return reference.scores(predictions, targets, 3)[0]
-
-    claims = {(c["claim"], c["image_attention"]): c for c in evaluate_claims(*studies_of(runs))}
-    for i, mask in enumerate(MASKS):
-        trained = ProbeRun(runs[2 * i])
-        control = ProbeRun(runs[2 * i + 1])
-        drop = miou(trained, "encoder") - miou(trained, "adapter")
-        gains = [
-            max(miou(run, f"layer_{layer:02d}") for layer in (1, 2, 3)) - miou(run, "adapter")
-            for run in (trained, control)
-        ]
-        assert claims["adapter_drop", mask]["value"] == pytest.approx(drop)
-        assert claims["recovery", mask]["value"] == pytest.approx(gains[0])
-        assert claims["recovery", mask]["control"]["value"] == pytest.approx(gains[1])
-        assert claims["recovery_trained", mask]["value"] == pytest.approx(gains[0] - gains[1])
+    found = evaluate_claims(*studies_of(runs.values()))
+    claims = {(claim["claim"], claim["image_attention"]): claim for claim in found}
+    gains = {}
+    for name, path in runs.items():
+        miou = {}
+        for site in ProbeRun(path).sites:
+            predictions = read_masks(Path(path) / "predictions" / site)
+            miou[site] = reference.scores(predictions, targets, 3)[0]
+        best = max(miou[f"layer_{layer:02d}"] for layer in (1, 2, 3))
+        gains[name] = best - miou["adapter"]
+        if name != "untrained":
+            drop = miou["encoder"] - miou["adapter"]
+            assert claims["adapter_drop", name]["value"] == pytest.approx(drop)
+            assert claims["recovery", name]["value"] == pytest.approx(gains[name])
+    control = claims["recovery", "causal"]["control"]["value"]
+    assert control == pytest.approx(gains["untrained"])
+    learned = claims["recovery_trained", "causal"]["value"]
+    assert learned == pytest.approx(gains["causal"] - gains["untrained"])
 
 
 def test_starvation_equals_numpy_on_saved_predictions(runs, segmentation):
-    result = starvation(ProbeRun(runs[0]), ProbeRun(runs[2]))
-    site = result["site"]
-    targets = read_masks(segmentation / "annotations/validation")
-    for mask, path in zip(MASKS, (runs[0], runs[2]), strict=True):
-        predictions = read_masks(ProbeRun(path).path / "predictions" / site)
-        right = np.zeros(4)
-        valid = np.zeros(4)
-        for target, prediction in zip(targets, predictions, strict=True):
-            for t, (rows, columns) in enumerate((r, c) for r in range(2) for c in range(2)):
-                cell = np.s_[rows * 12 : rows * 12 + 12, columns * 10 : columns * 10 + 10]
-                right[t] += ((prediction[cell] == target[cell]) & (target[cell] != 255)).sum()
-                valid[t] += (target[cell] != 255).sum()
-        np.testing.assert_allclose(result[mask], right / valid)
-        assert result["first_row"][mask] == pytest.approx(right[:2].sum() / valid[:2].sum())
-    assert result["gap"] == pytest.approx(
-        np.subtract(result["bidirectional"], result["causal"]).tolist()
-    )
-    assert all(
-        low <= gap <= high
-        for gap, (low, high) in zip(result["gap"], result["gap_ci95"], strict=True)
-    )
+    result = starvation(*(ProbeRun(runs[mask]) for mask in MASKS))
+    targets = np.stack(read_masks(segmentation / "annotations/validation"))
+    for mask in MASKS:
+        predictions = np.stack(read_masks(Path(runs[mask]) / "predictions" / result["site"]))
+        valid = targets != 255
+        right = (predictions == targets) & valid
+        # of 24 x 20 pixels in 2 x 2 patches
+        right, valid = (x.reshape(-1, 2, 12, 2, 10).sum((0, 2, 4)) for x in (right, valid))
+        np.testing.assert_allclose(result[mask], (right / valid).ravel())
+        assert result["first_row"][mask] == pytest.approx(right[0].sum() / valid[0].sum())
+    gap = np.subtract(result["bidirectional"], result["causal"])
+    assert result["gap"] == pytest.approx(gap.tolist())
+    ends = np.array(result["gap_ci95"])
+    assert (ends[:, 0] <= gap).all() and (gap <= ends[:, 1]).all()
 
 
 def test_page_is_self_contained(page):
@@ -105,21 +96,14 @@ def test_page_is_self_contained(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_fits_its_screen(
     chromium,
     page,
     width,
     scheme,
 ):
-    tab = chromium.new_page(
-        viewport={
-            "width": width,
-            "height": 900,
-        },
-        color_scheme=scheme,
-    )
+    tab = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab.goto((page / "index.html").as_uri())
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.locator("svg.fig >> visible=true").first.bounding_box()["y"] < 700, "first screen"
@@ -132,15 +116,14 @@ def test_the_page_fits_its_screen(
     tab.close()
 
 
-def test_runs_that_do_not_belong_together_are_rejected(runs, tmp_path):
+def test_runs_that_do_not_belong_together_are_rejected(runs, segmentation, tmp_path):
     with pytest.raises(ValueError, match="only untrained controls were passed for"):
-        studies_of([runs[1]])
-    for folder in (tmp_path, runs[0]):
-        with pytest.raises(SystemExit, match="is no study: expected a folder that holds finished"):
+        studies_of([runs["untrained"]])
+    write_depth_run(tmp_path / "depth", [0.5, 0.8, 0.7, 0.6, 0.6], segmentation)
+    for folder, message in (
+        (segmentation, "is no study: expected a folder that holds finished"),
+        (runs["causal"], "is no study: expected a folder that holds finished"),
+        (tmp_path, "needs a run of segmentation beside those of other tasks"),
+    ):
+        with pytest.raises(SystemExit, match=message):
             main(f"report {folder} --out {tmp_path / 'none'}".split())
-
-
-def test_a_report_of_other_tasks_alone_is_an_error(segmentation, tmp_path):
-    write_depth_run(tmp_path / "tasks/depth", [0.5, 0.8, 0.7, 0.6, 0.6], segmentation)
-    with pytest.raises(SystemExit, match="needs a run of segmentation beside those of other tasks"):
-        main(f"report {tmp_path / 'tasks'} --out {tmp_path / 'none'}".split())

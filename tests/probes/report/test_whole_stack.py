@@ -1,10 +1,9 @@
 """Sites beside the layers of the LLM: the encoder's own layers, and parts of layers, change nothing of the others."""
 
 import re
+from pathlib import Path
 
-import probe_runs
 import pytest
-import tiny_models
 from report_parts import studies_of
 
 from probes.cli import main
@@ -26,25 +25,23 @@ PARTS = {
     "mlp_02": 0.35,
     "value_03": 0.8,
 }  # values read best
-MASKS = ("causal", "bidirectional")
 
 
-@pytest.mark.parametrize("sites", [ENCODER | LLM, LLM | PARTS])
-def test_other_sites_change_no_best_layer_test_or_effect(sites, tmp_path):
+@pytest.mark.parametrize("sites", [ENCODER | LLM, LLM | PARTS], ids=["encoder", "parts"])
+def test_other_sites_change_no_best_layer_test_or_effect_and_parts_have_their_own_figure(
+    sites,
+    write,
+    tmp_path,
+):
     """Also under both masks, where layers before the LLM have nothing to compare."""
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
 
     def study_of(quality):
-        runs = []
-        for mask in MASKS:
-            options = {
-                "root": root,
-                "mask": mask,
-                "sites": [*quality],
-            }
-            path = tmp_path / f"{mask}_{len(quality)}"
-            runs.append(probe_runs.write_run(path, [*quality.values()], **options))
-        return studies_of(map(str, runs))[0]
+        options = {"sites": [*quality]}
+        runs = [
+            write(f"{len(quality)}/run", [*quality.values()], mask=mask, options=options)
+            for mask in ("causal", "bidirectional")
+        ]
+        return studies_of(runs)[0]
 
     study = study_of(sites)
     reference = study_of(LLM)
@@ -57,18 +54,8 @@ def test_other_sites_change_no_best_layer_test_or_effect(sites, tmp_path):
     assert [row["site"] for row in rows if row["p"] is not None] == [*LLM][:-1]
     assert {row["site"] for row in rows} == {*sites}
 
-
-@pytest.mark.parametrize("sites", [ENCODER | LLM, LLM | PARTS])
-def test_the_page_has_the_main_path_and_parts_in_a_figure_of_their_own(sites, tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
-    probe_runs.write_run(
-        tmp_path / "study/trained",
-        [*sites.values()],
-        root=root,
-        mask="causal",
-        sites=[*sites],
-    )
-    main(f"report {tmp_path / 'study'} --out {tmp_path / 'report'}".split())
+    folder = Path(study.main_runs["causal"].path).parent
+    main(f"report {folder} --out {tmp_path / 'report'}".split())
     assert (tmp_path / "report/parts.pdf").is_file() == (sites == LLM | PARTS)
     page = (tmp_path / "report/index.html").read_text()
     named = [name.strip() for name in re.findall(r'<th scope="row">([^<]*)<', page)]

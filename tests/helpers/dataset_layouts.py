@@ -90,7 +90,11 @@ def write_cityscapes_depth(root: Path) -> Path:
 
 def write_nyuv2(root: Path, size=(6, 9)) -> Path:
     """Two scenes of training, one of test, as written by BTS's script; depth up to 12 m."""
-    scenes = {"train/bedroom": (5, 6), "train/cafe": (2,), "test/kitchen": (0, 1)}
+    scenes = {
+        "train/bedroom": (5, 6),
+        "train/cafe": (2,),
+        "test/kitchen": (0, 1),
+    }
     for scene, numbers in scenes.items():
         for number in numbers:
             save(root / f"{scene}/rgb_{number:05d}.jpg", photo(number, size))

@@ -1,6 +1,5 @@
 """Slow reference implementations, which share no code with the packages, and cases to compare them on."""
 
-import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -132,25 +131,6 @@ def uncached_states(
     parts = [embed(mllm.prefix_ids), image, embed(torch.tensor([text], dtype=torch.long))]
     inputs = torch.cat([part.expand(len(pixels), -1, -1) for part in parts], 1)
     return llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
-
-
-def eager_attention(mllm, pixels) -> list[Tensor]:
-    """f[B, A, N, N] by layer: the stock decoder on prefix and image, under eager attention that returns its weights."""
-    decoder = copy.deepcopy(mllm.decoder)
-    decoder.config._attn_implementation = "eager"
-    adapter = mllm.states(pixels, ["adapter"])["adapter"]
-    inputs = torch.cat(
-        [decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1
-    )
-    allowed = mllm.attention_masks(len(pixels))
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
-    with torch.no_grad():
-        return decoder(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            output_attentions=True,
-            use_cache=False,
-        ).attentions
 
 
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:

@@ -20,6 +20,7 @@ VISION = {
     "num_attention_heads": 2,
     "patch_size": PATCH_PX,
     "image_size": STORED_PX,
+    "layerscale_value": 0.5,  # where there is such a scale
 }
 TEXT = {
     "hidden_size": 16,
@@ -47,19 +48,24 @@ def in_order(pixels: Tensor) -> dict:
     return interpolated(pixels) | {"noise": noise}
 
 
+def cut(pixels: Tensor, side: int) -> list[Tensor]:
+    """Return the patches of images in raster order, cut out one by one, f[B, C, side, side]."""
+    rows, columns = (range(0, length, side) for length in pixels.shape[2:])
+    return [pixels[:, :, y : y + side, x : x + side] for y in rows for x in columns]
+
+
+def rows_of_pixels(patches: list[Tensor]) -> Tensor:
+    """Return each patch as rows of pixels with their channels, f[B, patches, side * side * C]."""
+    return torch.stack([patch.permute(0, 2, 3, 1).flatten(1) for patch in patches], 1)
+
+
 def patchified(pixels: Tensor) -> dict:
-    """Return the inputs of SigLIP 2: patches cut out one by one, each as rows of pixels with their channels."""
+    """Return the inputs of SigLIP 2."""
+    patches = rows_of_pixels(cut(pixels, PATCH_PX))
     grid = [side // PATCH_PX for side in pixels.shape[2:]]
-    patches = []
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            top = row * PATCH_PX
-            left = column * PATCH_PX
-            patch = pixels[:, :, top : top + PATCH_PX, left : left + PATCH_PX]
-            patches.append(patch.permute(0, 2, 3, 1).flatten(1))
     return {
-        "pixel_values": torch.stack(patches, 1),
-        "pixel_attention_mask": torch.ones(len(pixels), len(patches), dtype=torch.long),
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
         "spatial_shapes": torch.tensor([grid] * len(pixels)),
     }
 
@@ -161,8 +167,20 @@ STOCK = {
     "ijepa": StockEncoder("ijepa", "IJepaModel", inputs=interpolated),
     "deit": StockEncoder("deit", "DeiTModel", 2, inputs=interpolated),
     "vit_msn": StockEncoder("vit_msn", "ViTMSNModel", 1, inputs=interpolated),
-    "vit_mae": StockEncoder("vit_mae", "ViTMAEModel", 1, {"mask_ratio": 0.0}, inputs=in_order),
-    "beit": StockEncoder("beit", "BeitModel", 1, BIASED, inputs=interpolated),
+    "vit_mae": StockEncoder(
+        "vit_mae",
+        "ViTMAEModel",
+        1,
+        {"mask_ratio": 0.0},
+        inputs=in_order,
+    ),
+    "beit": StockEncoder(
+        "beit",
+        "BeitModel",
+        1,
+        BIASED,
+        inputs=interpolated,
+    ),
     "data2vec-vision": StockEncoder(
         "data2vec-vision",
         "Data2VecVisionModel",
@@ -182,7 +200,13 @@ STOCK = {
         normed=False,
         one_side=True,
     ),
-    "tipsv2": StockEncoder("tipsv2", "Tipsv2VisionModel", 3, REGISTERS, two_towers=True),
+    "tipsv2": StockEncoder(
+        "tipsv2",
+        "Tipsv2VisionModel",
+        3,
+        REGISTERS,
+        two_towers=True,
+    ),
     "tipsv2_vision_model": StockEncoder("tipsv2_vision_model", "Tipsv2VisionModel", 3, REGISTERS),
     "radio": StockEncoder(
         "radio",

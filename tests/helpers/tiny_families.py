@@ -1,75 +1,43 @@
 """Tiny random models of other labs' classes, as checkpoints on disk, and the inputs of their stock forward.
 
 A `Stock` states independently what the package must find out by itself, with module paths and stock image processors.
+Texts around the image are the family's, which test_texts_around_images.py compares with stock processors.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from tiny_encoders import MEAN, STD, cut, patchified, rows_of_pixels
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+from probes.models.families import FAMILIES
+
 VOCABULARY = 128
 SIDE = 8  # tokens per side in families that accept images of any size
 IMAGE_ID = 99
-SUFFIX = [3, 4, 3]  # text after the image
 SEVERAL_WAYS_IN = ("gemma4", "qwen3_vl", "qwen3_vl_moe")  # hooks at early layers are refused
-MEAN = [0.5, 0.4, 0.3]
-STD = [0.5, 0.6, 0.7]
 HIGH_MEAN = [0.1, 0.2, 0.3]
 HIGH_STD = [0.9, 0.8, 0.7]
-SPECIAL = [
-    "hello",  # as special tokens, words survive whatever pre-tokenizer a family's own class brings
-    "\n\n",
-    "<image>",
-    "<image_placeholder>",
-    "<begin_of_image>",
-    "<IMG_CONTEXT>",
-    "<img>",
-    "<|image_start|>",
-    "<|media_pad|>",
-    "<fake_token_around_image>",
-    "<global-img>",
-    "<|START_OF_IMG|>",
-    "TILE_GLOBAL",
-    "<|IMG_PATCH|>",
-    "<IMG_START>",
-    "<start_of_image>",
-    "<|image_pad|>",
-    "<|image|>",
-    "<|image>",
-    "[IMG]",
-    "[IMG_BREAK]",
-    "</img>",
-    "<|END_OF_IMG|>",
-    "<|IMG_LINE_BREAK|>",
-    "<end_of_image>",
-    "<image|>",
-    "[IMG_END]",
-    "<IMG_GRID>",
-    "<IMG_END>",
-    "\n",
-    "<|image_end|>",
-    "sky",
-    "wall",
-    "road",
-]
+# as special tokens, words survive whatever pre-tokenizer a family's own class brings
+SPECIAL = (
+    """
+<IMG_START> <IMG_GRID> <IMG_END> <image> <image_placeholder> <begin_of_image> <start_of_image> <end_of_image>
+<IMG_CONTEXT> <img> </img> <|image_start|> <|image_end|> <|media_pad|> <fake_token_around_image> <global-img>
+<|START_OF_IMG|> <|IMG_PATCH|> <|IMG_LINE_BREAK|> <|END_OF_IMG|> TILE_GLOBAL <|image_pad|> <|image|> <|image> <image|>
+[IMG] [IMG_BREAK] [IMG_END] hello sky wall road
+""".split()
+    + ["\n\n", "\n"]
+)
 QUESTION = "{% if messages[0]['content'] | length > 1 %}{{ messages[0]['content'][1]['text'] }}hello{% endif %}"
-_FIRST = ["<IMG_START>", *(token for token in SPECIAL if token != "<IMG_START>")]
-WORDS = {
-    "<pad>": 0,
-    "<s>": 1,
-    "</s>": 2,
-    "hello": 3,
-    "\n\n": 4,
-    "<unk>": 5,
-} | {token: 10 + i for i, token in enumerate(_FIRST)}
+WORDS = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *SPECIAL])}
 LLM = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -154,24 +122,20 @@ def _gemma4(images: list[Image.Image]) -> dict:
 
 def _gemma4_unified(images: list[Image.Image]) -> dict:
     """The pixels of each token, row by row, channels last; the stock processor needs torchvision."""
-    pixels = _normalised(images)["pixel_values"]
-    corners = [(6 * row, 6 * column) for row in range(SIDE) for column in range(SIDE)]
-    tokens = [pixels[:, :, y : y + 6, x : x + 6] for y, x in corners]
-    places = torch.tensor([[x // 6, y // 6] for y, x in corners])
+    places = torch.tensor([[column, row] for row in range(SIDE) for column in range(SIDE)])
     return {
-        "pixel_values": torch.stack([x.permute(0, 2, 3, 1).flatten(1) for x in tokens], 1),
+        "pixel_values": rows_of_pixels(cut(_normalised(images)["pixel_values"], 6)),
         "image_position_ids": places.expand(len(images), -1, -1),
     }
 
 
 def _raster(images: list[Image.Image]) -> dict:
     """Patches of 2 x 2 pixels, row by row."""
-    pixels = _normalised(images)["pixel_values"]
-    sides = range(0, pixels.shape[-1], 2)
-    patches = [pixels[:, :, y : y + 2, x : x + 2] for y in sides for x in sides]
+    patches = torch.stack(cut(_normalised(images)["pixel_values"], 2), 1)
+    side = round(patches.shape[1] ** 0.5)
     return {
-        "pixel_values": torch.stack(patches, 1).flatten(0, 1),
-        "image_grid_thw": torch.tensor([[1, len(sides), len(sides)]] * len(images)),
+        "pixel_values": patches.flatten(0, 1),
+        "image_grid_thw": torch.tensor([[1, side, side]] * len(images)),
     }
 
 
@@ -179,18 +143,6 @@ def _unmerged(images: list[Image.Image]) -> dict:
     inputs = _raster(images)
     ones = torch.ones(len(images), dtype=torch.long)
     return inputs | {"pixel_values": inputs["pixel_values"].flatten(1), "image_merge_sizes": ones}
-
-
-def _siglip2(images: list[Image.Image]) -> dict:
-    """The pixels of each patch of 4 x 4, row by row, channels last."""
-    pixels = _normalised(images)["pixel_values"]
-    sides = range(0, pixels.shape[-1], 4)
-    patches = [pixels[:, :, y : y + 4, x : x + 4] for y in sides for x in sides]
-    return {
-        "pixel_values": torch.stack([x.permute(0, 2, 3, 1).flatten(1) for x in patches], 1),
-        "spatial_shapes": torch.tensor([[len(sides), len(sides)]] * len(images)),
-        "pixel_attention_mask": torch.ones(len(images), len(sides) ** 2, dtype=torch.long),
-    }
 
 
 def _sizes(images: list[Image.Image]) -> dict:
@@ -231,17 +183,12 @@ class Stock:
     Args:
         config: Of a tiny model.
         encoder: Path of the module whose input is the encoder's states.
-        encoder_width: Width of these.
         grid: Rows and columns of image tokens.
         image_px: Side of the input.
         inputs: PIL images of that side -> arguments of the stock forward.
         decoder: Path of the LLM.
         norm: Its norm after the last layer.
-        prefix: Tokens before the image; "hello" is the template's.
-        before_question: Tokens between the image and a question.
-        after_question: Tokens between a question and its answer; "hello" is the template's.
         placeholder: The image in the template.
-        row_separator: Token after each row.
         extra: Image tokens of the stock forward after those of the full view.
         native: Mask among image tokens.
         types: Name of the token types' argument, value of an image's tokens, and of other ones.
@@ -250,17 +197,12 @@ class Stock:
 
     config: dict
     encoder: str
-    encoder_width: int = 16
     grid: tuple[int, int] = (6, 6)
     image_px: int = 24
     inputs: Callable = _normalised
     decoder: str = "model.language_model"
     norm: str = "norm"
-    prefix: list[str] = field(default_factory=lambda: ["<s>", "hello"])
-    before_question: tuple[str, ...] = ()
-    after_question: tuple[str, ...] = ("hello",)
     placeholder: str = "<image>"
-    row_separator: str | None = None
     extra: int = 0
     native: str = "causal"
     types: tuple[str, int, int] | None = None
@@ -281,12 +223,12 @@ def _config(
     text: dict,
     **kwargs,
 ) -> dict:
-    key = "image_token_index" if kind in INDEXED else "image_token_id"
     return {
         "model_type": kind,
         "vision_config": vision,
         "text_config": text,
-        key: IMAGE_ID,
+        "image_token_id": IMAGE_ID,
+        "image_token_index": IMAGE_ID,  # as some name it
         **kwargs,
     }
 
@@ -307,12 +249,14 @@ def _patched(
         "rope_parameters": MROPE,
         **text,
     }
-    config = _config(kind, {"model_type": kind, **vision}, text)
-    config |= {
-        "vision_start_token_id": 97,
-        "vision_end_token_id": 98,
-        "video_token_id": 96,
-    }
+    config = _config(
+        kind,
+        {"model_type": kind, **vision},
+        text,
+        vision_start_token_id=97,
+        vision_end_token_id=98,
+        video_token_id=96,
+    )
     inputs = _stock(
         name,
         patch_size=2,
@@ -327,10 +271,19 @@ def _patched(
     return Stock(
         config,
         encoder,
-        64,
         (SIDE, SIDE),
         4 * SIDE,
         **settings | kwargs,
+    )
+
+
+def _glm(kind: str, text: dict, **vision) -> Stock:
+    return _patched(
+        kind,
+        "model.visual.downsample",
+        GLM_VISION | vision,
+        text,
+        "<|image|>",
     )
 
 
@@ -338,7 +291,7 @@ def _pixtral(
     kind: str,
     text: dict,
     encoder: str,
-    **kwargs,
+    placeholder: str,
 ) -> Stock:
     vision = {
         "model_type": "pixtral",
@@ -347,15 +300,13 @@ def _pixtral(
         "image_size": 4 * SIDE,
         "patch_size": 2,
     }
-    config = _config(kind, vision, text, spatial_merge_size=2)
     return Stock(
-        config,
+        _config(kind, vision, text, spatial_merge_size=2),
         f"{encoder}.patch_merger.merging_layer",
-        64,
         (SIDE, SIDE),
         4 * SIDE,
         inputs=_sizes,
-        **kwargs,
+        placeholder=placeholder,
     )
 
 
@@ -369,11 +320,8 @@ def _internvl(kind: str, text: dict) -> Stock:
     return Stock(
         _config(kind, vision, text, image_seq_length=9),
         PROJECTOR,
-        64,
         (3, 3),
         placeholder="<IMG_CONTEXT>",
-        prefix=["<s>", "hello", "<img>"],
-        before_question=("</img>",),
     )
 
 
@@ -390,12 +338,9 @@ def _idefics(kind: str) -> Stock:
     return Stock(
         _config(kind, vision, _llm("llama"), scale_factor=3),
         "model.connector.modality_projection",
-        144,
         (4, 4),
         inputs=lambda images: processor([[image] for image in images]),
         decoder="model.text_model",
-        prefix=["<s>", "hello", "<fake_token_around_image>", "<global-img>"],
-        before_question=("<fake_token_around_image>",),
     )
 
 
@@ -409,27 +354,36 @@ def _tiled(kind: str, vision: dict, text: dict) -> Stock:
     )
 
 
-def _cohere(kind: str, *prefix: str, **kwargs) -> Stock:
+def _cohere(kind: str, placeholder: str) -> Stock:
     text = _llm("cohere2", **GEMMA)
-    config = _config(kind, SIGLIP, text, downsample_factor=2, alignment_intermediate_size=32)
-    return Stock(
-        config, f"{PROJECTOR}.linear_1", 64, (3, 3), prefix=["<s>", "hello", *prefix], **kwargs
+    config = _config(
+        kind,
+        SIGLIP,
+        text,
+        downsample_factor=2,
+        alignment_intermediate_size=32,
     )
+    return Stock(config, f"{PROJECTOR}.linear_1", (3, 3), placeholder=placeholder)
 
 
-INDEXED = {
-    "llava",
-    "vipllava",
-    "llava_next",
-    "llava_onevision",
-    "aya_vision",
-    "gemma3",
-    "paligemma",
-    "mistral3",
-}
 GEMMA = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "sliding_window": 5,
+}
+GEMMA4 = (
+    LLM
+    | GEMMA
+    | {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "use_bidirectional_attention": "vision",
+        "global_head_dim": 8,
+    }
+)
+GEMMA4_TOKENS = {
+    "audio_config": None,
+    "video_token_id": 96,
+    "audio_token_id": 95,
+    "boi_token_id": 94,
 }
 PROJECTOR = "model.multi_modal_projector"
 LINEAR = {
@@ -468,6 +422,11 @@ QWEN_VISION = {
     "num_heads": 2,
     "patch_size": 2,
 }
+WINDOWS = {
+    "out_hidden_size": 32,
+    "window_size": 16,
+    "fullatt_block_indexes": [1],
+}
 QWEN3_VISION = QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16}
 GLM_VISION = QWEN_VISION | {
     "out_hidden_size": 32,
@@ -490,31 +449,35 @@ SAM = {
 DEEPSEEK = {"encoder": "model.aligner", "placeholder": "<image_placeholder>"}
 MERGER = "model.visual.merger"
 
-STOCK = {
-    "llava": Stock(_config("llava", CLIP, _llm("llama"), image_seq_length=36), PROJECTOR),
-    "vipllava": Stock(
-        _config("vipllava", CLIP, _llm("llama"), image_seq_length=36)
-        | {"vision_feature_layers": [-1, -2], "vision_feature_layer": [-1, -2]},
+_ALL = [
+    Stock(_config("llava", CLIP, _llm("llama"), image_seq_length=36), PROJECTOR),
+    Stock(
+        _config(
+            "vipllava",
+            CLIP,
+            _llm("llama"),
+            image_seq_length=36,
+            vision_feature_layers=[-1, -2],
+            vision_feature_layer=[-1, -2],
+        ),
         PROJECTOR,
-        32,
     ),
-    "llava_next": _tiled("llava_next", CLIP, _llm("mistral", sliding_window=None)),
-    "llava_onevision": _tiled("llava_onevision", SIGLIP, _llm("qwen2")),
-    "deepseek_vl": Stock(_config("deepseek_vl", SIGLIP, _llm("llama")), **DEEPSEEK),
-    "deepseek_vl_hybrid": Stock(
+    _tiled("llava_next", CLIP, _llm("mistral", sliding_window=None)),
+    _tiled("llava_onevision", SIGLIP, _llm("qwen2")),
+    Stock(_config("deepseek_vl", SIGLIP, _llm("llama")), **DEEPSEEK),
+    Stock(
         _config(
             "deepseek_vl_hybrid",
             SIGLIP | {"image_size": 16},
             _llm("llama"),
             high_res_vision_config=SAM,
         ),
-        encoder_width=16 + 32,
         grid=(4, 4),
         image_px=128,
         inputs=hybrid_inputs,
         **DEEPSEEK,
     ),
-    "janus": Stock(
+    Stock(
         _config(
             "janus",
             VISION
@@ -525,22 +488,18 @@ STOCK = {
                 "mlp_ratio": 2.0,
             },
             _llm("llama"),
-        )
-        | {
-            "vq_config": {
+            vq_config={
                 "base_channels": 32,
                 "channel_multiplier": [1, 1],
                 "num_embeddings": 8,
                 "num_res_blocks": 1,
-            }
-        },
-        prefix=["<s>", "hello", "<begin_of_image>"],
-        before_question=("<end_of_image>",),
+            },
+        ),
         **DEEPSEEK,
     ),
-    "internvl": _internvl("internvl", _llm("qwen2")),
-    "qianfan_ocr": _internvl("qianfan_ocr", _llm("qwen3")),
-    "lfm2_vl": Stock(
+    _internvl("internvl", _llm("qwen2")),
+    _internvl("qianfan_ocr", _llm("qwen3")),
+    Stock(
         _config(
             "lfm2_vl",
             {
@@ -553,26 +512,16 @@ STOCK = {
             projector_hidden_size=24,
         ),
         f"{PROJECTOR}.layer_norm",
-        64,
         (3, 3),
-        inputs=_siglip2,
+        inputs=lambda images: patchified(_normalised(images)["pixel_values"]),
         norm="embedding_norm",
-        prefix=["<s>", "hello", "<|image_start|>"],
-        before_question=("<|image_end|>",),
         masks=False,
     ),
-    "idefics3": _idefics("idefics3"),
-    "smolvlm": _idefics("smolvlm"),
-    "aya_vision": _cohere(
-        "aya_vision", "<|START_OF_IMG|>", "TILE_GLOBAL", before_question=("<|END_OF_IMG|>",)
-    ),
-    "cohere2_vision": _cohere(
-        "cohere2_vision",
-        "<|START_OF_IMG|>",
-        placeholder="<|IMG_PATCH|>",
-        before_question=("<|IMG_LINE_BREAK|>", "<|END_OF_IMG|>"),
-    ),
-    "ovis2": Stock(
+    _idefics("idefics3"),
+    _idefics("smolvlm"),
+    _cohere("aya_vision", "<image>"),
+    _cohere("cohere2_vision", "<|IMG_PATCH|>"),
+    Stock(
         _config(
             "ovis2",
             VISION
@@ -583,30 +532,25 @@ STOCK = {
                 "hidden_stride": 2,
             },
             _llm("qwen2"),
-        )
-        | {
-            # <IMG_START>, <IMG_END>, <IMG_GRID>, and two that are for tiles
-            "visual_indicator_token_ids": [10, WORDS["<IMG_END>"], WORDS["<IMG_GRID>"], 122, 123],
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-        },
+            visual_indicator_token_ids=[
+                *map(WORDS.get, ("<IMG_START>", "<IMG_END>", "<IMG_GRID>")),
+                *(122, 123),  # for tiles
+            ],
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+        ),
         "model.vision_tower.head_linear",
-        64,
         (3, 3),
-        prefix=["<s>", "hello", "<IMG_START>"],
-        before_question=("<IMG_GRID>", "<IMG_END>"),
     ),
-    "gemma3": Stock(
+    Stock(
         _config("gemma3", SIGLIP, _llm("gemma3_text", **GEMMA), mm_tokens_per_image=9),
         f"{PROJECTOR}.mm_soft_emb_norm",
-        grid=(3, 3),
+        (3, 3),
         placeholder="<start_of_image>",
-        prefix=["<s>", "hello", "\n\n", "<start_of_image>"],
-        before_question=("<end_of_image>", "\n\n"),
         native="bidirectional",
         types=("token_type_ids", 1, 0),
     ),
-    "gemma4": Stock(
+    Stock(
         _config(
             "gemma4",
             {
@@ -615,38 +559,23 @@ STOCK = {
                 "head_dim": 8,
                 "patch_size": 2,
             },
-            {
-                **{
-                    **LLM,
-                    **GEMMA,
-                    "use_bidirectional_attention": "vision",
-                    "num_kv_shared_layers": 0,
-                },
-                **{"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
-                **{
-                    "hidden_size_per_layer_input": 8,
-                    "vocab_size_per_layer_input": VOCABULARY,
-                    "global_head_dim": 8,
-                },
+            GEMMA4
+            | {
+                "num_kv_shared_layers": 0,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": VOCABULARY,
             },
-            **{
-                "audio_config": None,
-                "video_token_id": 96,
-                "audio_token_id": 95,
-                "boi_token_id": 94,
-            },
+            **GEMMA4_TOKENS,
         ),
         "model.embed_vision.embedding_projection",
-        grid=(SIDE, SIDE),
-        image_px=SIDE * 6,
+        (SIDE, SIDE),
+        SIDE * 6,
         inputs=_gemma4,
         placeholder="<|image|>",
-        prefix=["<s>", "hello", "<|image>"],
-        before_question=("<image|>",),
         native="bidirectional_sliding",
         types=("mm_token_type_ids", 1, 0),
     ),
-    "gemma4_unified": Stock(
+    Stock(
         _config(
             "gemma4_unified",
             {
@@ -655,31 +584,19 @@ STOCK = {
                 "mm_embed_dim": 24,
                 "output_proj_dims": 24,
             },
-            LLM
-            | GEMMA
-            | {
-                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-                "sliding_window": 128,  # more than there are tokens, as in the published models
-                "use_bidirectional_attention": "vision",
-                "global_head_dim": 8,
-            },
-            audio_config=None,
-            video_token_id=96,
-            audio_token_id=95,
-            boi_token_id=94,
+            # more than there are tokens, as in the published models
+            GEMMA4 | {"sliding_window": 128},
+            **GEMMA4_TOKENS,
         ),
         "model.embed_vision.multimodal_embedder",
-        24,
         (SIDE, SIDE),
         SIDE * 6,
         inputs=_gemma4_unified,
         placeholder="<|image|>",
-        prefix=["<s>", "hello", "<|image>"],
-        before_question=("<image|>",),
         native="bidirectional",
         types=("mm_token_type_ids", 1, 0),
     ),
-    "paligemma": Stock(
+    Stock(
         _config(
             "paligemma",
             SIGLIP | {"projection_dim": 32},
@@ -688,13 +605,10 @@ STOCK = {
             hidden_size=32,
         ),
         PROJECTOR,
-        prefix=[],
-        before_question=("<s>",),
-        after_question=("\n",),
         native="prefix",
         types=("token_type_ids", 0, 1),
     ),
-    "qwen2_vl": _patched(
+    _patched(
         "qwen2_vl",
         f"{MERGER}.mlp",
         {
@@ -707,45 +621,47 @@ STOCK = {
         },
         {},
     ),
-    "qwen2_5_vl": _patched(
-        "qwen2_5_vl",
-        f"{MERGER}.mlp",
-        QWEN_VISION
-        | {
-            "out_hidden_size": 32,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
-        {},
-    ),
-    "qwen3_vl": _patched(
+    _patched("qwen2_5_vl", f"{MERGER}.mlp", QWEN_VISION | WINDOWS, {}),
+    _patched(
         "qwen3_vl",
         f"{MERGER}.linear_fc1",
         QWEN3_VISION | {"deepstack_visual_indexes": [0], "depth": 3},
         {},
     ),
-    "qwen3_vl_moe": _patched(
+    _patched(
         "qwen3_vl_moe",
         f"{MERGER}.linear_fc1",
         QWEN3_VISION | {"deepstack_visual_indexes": [0]},
         EXPERTS,
     ),
-    "glm4v": _patched("glm4v", "model.visual.downsample", GLM_VISION, {}, "<|image|>"),
-    "glm46v": _patched(
-        "glm46v",
-        "model.visual.downsample",
-        GLM_VISION | {"model_type": "glm4v_vision"},
-        {"model_type": "glm4v_text"},
-        "<|image|>",
+    _patched(
+        "qwen3_5",
+        f"{MERGER}.linear_fc1",
+        QWEN3_VISION,
+        LINEAR,
+        masks=False,
     ),
-    "glm_ocr": _patched(
-        "glm_ocr",
-        "model.visual.downsample",
-        GLM_VISION | {"model_type": "glm_ocr_vision"},
-        {},
-        "<|image|>",
+    _patched(
+        "qwen3_5_moe",
+        f"{MERGER}.linear_fc1",
+        QWEN3_VISION,
+        LINEAR | EXPERTS | {"shared_expert_intermediate_size": 16},
+        masks=False,
     ),
-    "paddleocr_vl": _patched(
+    _glm("glm4v", {}),
+    _glm("glm46v", {"model_type": "glm4v_text"}, model_type="glm4v_vision"),
+    _glm("glm_ocr", {}, model_type="glm_ocr_vision"),
+    _glm(
+        "glm4v_moe",
+        {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
+        },
+        model_type="glm4v_moe_vision",
+    ),
+    _patched(
         "paddleocr_vl",
         "model.projector.pre_norm",
         VISION
@@ -757,7 +673,7 @@ STOCK = {
         {"head_dim": 8},
         inputs=_raster,
     ),
-    "kimi_k25": Stock(
+    Stock(
         _config(
             "kimi_k25",
             VISION
@@ -772,44 +688,23 @@ STOCK = {
             video_token_id=96,
         ),
         "model.mm_projector",
-        64,
         (SIDE, SIDE),
         4 * SIDE,
         inputs=_raster,
         placeholder="<|media_pad|>",
     ),
-    "glm4v_moe": _patched(
-        "glm4v_moe",
-        "model.visual.downsample",
-        GLM_VISION | {"model_type": "glm4v_moe_vision"},
-        {
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-        }
-        | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
-        "<|image|>",
-    ),
-    "exaone4_5": _patched(
+    _patched(
         "exaone4_5",
         f"{MERGER}.mlp",
-        QWEN_VISION
-        | {
-            "model_type": "exaone4_5_vision",
-            "out_hidden_size": 32,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-            "num_key_value_heads": 1,
-        },
+        QWEN_VISION | WINDOWS | {"model_type": "exaone4_5_vision", "num_key_value_heads": 1},
         {
             "model_type": "exaone4",
             "rope_parameters": None,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "sliding_window": 5,
+            **GEMMA,
         },
         types=None,
     ),
-    "video_llama_3": Stock(
+    Stock(
         _config(
             "video_llama_3",
             VISION | {"model_type": "video_llama_3_vision", "patch_size": 2},
@@ -817,32 +712,15 @@ STOCK = {
             video_token_id=96,
         ),
         "model.projector",
-        16,
         (SIDE, SIDE),
         2 * SIDE,
         inputs=_unmerged,
         placeholder="<|image_pad|>",
     ),
-    "qwen3_5": _patched("qwen3_5", f"{MERGER}.linear_fc1", QWEN3_VISION, LINEAR, masks=False),
-    "qwen3_5_moe": _patched(
-        "qwen3_5_moe",
-        f"{MERGER}.linear_fc1",
-        QWEN3_VISION,
-        LINEAR | EXPERTS | {"shared_expert_intermediate_size": 16},
-        masks=False,
-    ),
-    "mistral3": _pixtral(
-        "mistral3",
-        _llm("mistral", sliding_window=None),
-        PROJECTOR,
-        placeholder="[IMG]",
-        row_separator="[IMG_BREAK]",
-        before_question=("[IMG_END]",),
-    ),
-    "lighton_ocr": _pixtral(
-        "lighton_ocr", _llm("qwen3"), "model.vision_projection", placeholder="<|image_pad|>"
-    ),
-}
+    _pixtral("mistral3", _llm("mistral", sliding_window=None), PROJECTOR, "[IMG]"),
+    _pixtral("lighton_ocr", _llm("qwen3"), "model.vision_projection", "<|image_pad|>"),
+]
+STOCK = {stock.config["model_type"]: stock for stock in _ALL}
 
 
 ENCODER_FREE = {"gemma4_unified"}  # whose LLM reads patches
@@ -861,13 +739,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return built
 
 
-def build(name: str, seed: int = 0, attention: str = "sdpa"):
+def build(name: str, attention: str = "sdpa"):
     """A random stock model whose attention is far from uniform."""
     settings = dict(STOCK[name].config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    torch.manual_seed(seed)
-    from probes.models.families import FAMILIES
-
+    torch.manual_seed(0)
     model = FAMILIES[name].model_cls._from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -881,7 +757,7 @@ def build(name: str, seed: int = 0, attention: str = "sdpa"):
 
 def write(name: str, folder: Path, attention: str = "sdpa") -> Path:
     """A checkpoint as the hub has it, without weights that a processor would need."""
-    build(name, attention=attention).save_pretrained(folder)
+    build(name, attention).save_pretrained(folder)
     text = tokenizer()
     text.chat_template = "{{ bos_token }}hello" + STOCK[name].placeholder + QUESTION
     text.save_pretrained(folder)
@@ -895,48 +771,62 @@ def write(name: str, folder: Path, attention: str = "sdpa") -> Path:
     return folder
 
 
-def stock_ids(name: str) -> tuple[Tensor, Tensor]:
-    """Return a full prompt, long[N], with text after the image, and its tokens of the full view, bool[N]."""
-    stock = STOCK[name]
-    vocabulary = tokenizer().get_vocab()
-    rows, columns = stock.grid
-    prefix = [vocabulary[token] for token in stock.prefix]
-    image = (
-        [IMAGE_ID] * columns + ([vocabulary[stock.row_separator]] if stock.row_separator else [])
-    ) * rows
-    ids = prefix + image + [IMAGE_ID] * stock.extra + SUFFIX
-    is_image = torch.tensor(ids) == IMAGE_ID
-    is_image[len(prefix) + len(image) :] = False
-    return torch.tensor(ids), is_image
+def asked_ids(
+    name: str,
+    question: Sequence[int] = (),
+    answer: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return the ids of a question about an image, long[N], and its tokens of the full view, bool[N].
 
-
-def stock_inputs(name: str, images: list[Image.Image]) -> dict:
-    """Return the arguments of the stock forward of :func:`stock_ids` about each image."""
-    stock = STOCK[name]
-    ids, is_image = stock_ids(name)
-    types = {}
-    if stock.types:
-        argument, of_image, of_text = stock.types
-        types[argument] = torch.where(is_image, of_image, of_text).expand(len(images), -1)
-    return {
-        "input_ids": ids.expand(len(images), -1),
-        **stock.inputs(images),
-        **types,
-    }
-
-
-def asked_ids(name: str, question: list[int], answer: list[int] = ()) -> tuple[Tensor, Tensor]:
-    """Return the ids of a question about the full view, long[N], and its image tokens, bool[N]."""
-    stock = STOCK[name]
-    rows, columns = stock.grid
-    separator = [WORDS[stock.row_separator]] if stock.row_separator else []
+    The template says "hello" before the image and after the question.
+    """
+    family = FAMILIES[name]
+    texts = ["<s>hello" + family.image_start_text, family.image_end_text, "hello"]
+    if family.own_template:  # PaliGemma's
+        texts = ["", "<s>", "\n"]
+    encode = partial(tokenizer().encode, add_special_tokens=False)
+    before, after, end = map(encode, texts)
+    separator = encode(family.row_separator or "")
+    rows, columns = STOCK[name].grid
     image = ([IMAGE_ID] * columns + separator) * rows
-    image = image[: len(image) - len(separator)]
-    before = [WORDS[token] for token in stock.before_question]
-    after = [WORDS[token] for token in stock.after_question]
-    prefix = [WORDS[token] for token in stock.prefix]
-    ids = torch.tensor([*prefix, *image, *before, *question, *after, *answer])
-    return ids, ids == IMAGE_ID
+    image = image[: len(image) - len(separator)] + [IMAGE_ID] * STOCK[name].extra
+    ids = torch.tensor([*before, *image, *after, *question, *end, *answer])
+    is_image = ids == IMAGE_ID
+    is_image[len(before) + len(image) - STOCK[name].extra :] = False
+    return ids, is_image
+
+
+def layer_depth(name: str) -> int:
+    """Return the depth of an LLM layer: linear attention adds a sum in series per token; a layer has eight others."""
+    return 1 if STOCK[name].masks else 1 + len(asked_ids(name)[0]) // 8
+
+
+def stock_inputs(
+    name: str,
+    images: Sequence[Image.Image],
+    ids: Tensor,
+    answer: int | None = None,
+) -> dict:
+    """Return the arguments of the stock forward about each image.
+
+    Args:
+        name: The family.
+        images: B images.
+        ids: long[N].
+        answer: Number of its last tokens that are an answer; None for all after the image.
+    """
+    stock = STOCK[name]
+    arguments = {
+        "input_ids": ids.expand(len(images), -1),
+        **stock.inputs(list(images)),
+    }
+    if stock.types:
+        key, of_image, of_text = stock.types
+        types = torch.where(ids == IMAGE_ID, of_image, of_text)
+        if stock.native == "prefix" and answer is not None:  # of the question, too
+            types[: len(ids) - answer] = of_image
+        arguments[key] = types.expand(len(images), -1)
+    return arguments
 
 
 def pictures(name: str, count: int = 2) -> list[Image.Image]:

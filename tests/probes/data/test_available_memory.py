@@ -30,11 +30,6 @@ def write_group(
     (folder / "memory.stat").write_text(f"anon {use - cached}\n{own}")
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * GB))
-
-
 @pytest.mark.parametrize(
     ("own", "root", "version"),
     [
@@ -46,9 +41,10 @@ def test_limits_of_all_groups_count_and_cached_files_do_not(
     own,
     root,
     version,
-    machine,
+    monkeypatch,
     tmp_path,
 ):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * GB))
     (tmp_path / "own").write_text(own)
 
     def available():
@@ -67,7 +63,7 @@ def test_limits_of_all_groups_count_and_cached_files_do_not(
         group / "job_1",
         version,
         64 * GB,
-        use=60 * GB,
+        60 * GB,
         cached=40 * GB,
     )
     assert available() == 44 * GB

@@ -16,18 +16,8 @@ TRAIN_IDS = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
 
 
 @pytest.fixture
-def ade(tmp_path):
-    return dataset_layouts.write_ade20k(tmp_path / "ADEChallengeData2016")
-
-
-@pytest.fixture
 def voc(tmp_path):
     return dataset_layouts.write_voc2012(tmp_path / "VOCdevkit/VOC2012")
-
-
-@pytest.fixture
-def city(tmp_path):
-    return dataset_layouts.write_cityscapes(tmp_path / "cityscapes")
 
 
 def raw(path):
@@ -39,7 +29,8 @@ def expected(raw, table):
     return np.vectorize(lambda label: table.get(int(label), 255))(raw)
 
 
-def test_ade20k_has_150_classes_from_label_1_on(ade):
+def test_ade20k_has_150_classes_from_label_1_on(tmp_path):
+    ade = dataset_layouts.write_ade20k(tmp_path)
     training, data = (
         open_dataset("ade20k", str(ade), split) for split in ("training", "validation")
     )
@@ -60,16 +51,13 @@ def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
     assert len(data.classes) == 20
     assert data.classes[0] == "aeroplane"
     assert data.classes[-1] == "tvmonitor"
-    table = {k: k - 1 for k in range(1, 21)}
-    assert (
-        data[0]["target"] == expected(raw(voc / "SegmentationClass/2007_000033.png"), table)
-    ).all()
-    own = training[0]["target"]
-    augmented = training[2]["target"]
-    assert (own == expected(raw(voc / "SegmentationClass/2007_000032.png"), table)).all(), (
-        "VOC's own mask, not SBD's"
-    )
-    assert (augmented == expected(raw(voc / "SegmentationClassAug/2008_000002.png"), table)).all()
+    for sample, file in (
+        (data[0], "SegmentationClass/2007_000033.png"),
+        (training[0], "SegmentationClass/2007_000032.png"),  # not SBD's
+        (training[2], "SegmentationClassAug/2008_000002.png"),
+    ):
+        mask = expected(raw(voc / file), {k: k - 1 for k in range(1, 21)})
+        assert (sample["target"] == mask).all()
 
 
 def test_voc2012_with_background_has_21_classes(voc):
@@ -81,22 +69,17 @@ def test_voc2012_with_background_has_21_classes(voc):
     )
     assert len(data.classes) == 21
     assert data.classes[0] == "background"
-    labels = raw(voc / "SegmentationClass/2007_000033.png")
-    assert (data[0]["target"] == labels).all()
-    assert {0, 20, 255} <= set(labels.flat)
+    assert (data[0]["target"] == raw(voc / "SegmentationClass/2007_000033.png")).all()
+    assert {0, 20, 255} <= set(data[0]["target"].flat)
 
 
 def test_voc2012_lists_come_in_several_forms(voc):
     lists = voc / "ImageSets/Segmentation"
+    augmented = open_dataset("voc2012", str(voc), "training").names
     (lists / "trainaug.txt").unlink()
-    (lists / "aug.txt").write_text(
-        "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\n"
-    )
-    assert open_dataset("voc2012", str(voc), "training").names == [
-        "2007_000032",
-        "2007_000039",
-        "2008_000002",
-    ]
+    line = "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\n"
+    (lists / "aug.txt").write_text(line)
+    assert open_dataset("voc2012", str(voc), "training").names == augmented
     plain = open_dataset(
         "voc2012",
         str(voc),
@@ -113,7 +96,8 @@ def test_voc2012_without_the_augmentation_says_what_to_do(voc, part):
         open_dataset("voc2012", str(voc), "training")
 
 
-def test_cityscapes_has_19_classes_and_cities(city):
+def test_cityscapes_has_19_classes_and_cities(tmp_path):
+    city = dataset_layouts.write_cityscapes(tmp_path)
     training, data = (
         open_dataset("cityscapes", str(city), split) for split in ("training", "validation")
     )
@@ -128,22 +112,18 @@ def test_cityscapes_has_19_classes_and_cities(city):
         assert set(range(19)) | {255} == set(data[i]["target"].flat)
     path = city / "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png"
     Image.fromarray(dataset_layouts.labels(0, [*range(19), 255])).save(path)
-    with pytest.raises(
-        UserError, match="has label 255; expected 7 to 33 for the 19 classes, or a label that"
-    ):
+    with pytest.raises(UserError, match="has label 255; expected 7 to 33 for the 19 classes"):
         data[0]
 
 
-@pytest.mark.parametrize("layout", ["ade20k", "voc2012", "cityscapes"])
-def test_wrong_root_says_what_was_expected(layout, tmp_path):
+def test_wrong_root_says_what_was_expected(tmp_path):
     with pytest.raises(UserError, match="lacks .*, which the dataset's .*contains"):
-        open_dataset(layout, str(tmp_path), "training")
+        open_dataset("cityscapes", str(tmp_path), "training")
 
 
 OPTIONS = {  # of layouts: what the error names
     ("voc2012", "backgound", "class"): "'voc2012': .*'backgound'",
     ("voc2012", "background", "Class"): "'voc2012': .*\"background\".*'ignore', 'class'.*: Class",
-    ("folder", "labels", "labelIds"): "'folder': .*'labels'",
 }
 
 

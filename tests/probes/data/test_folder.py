@@ -39,7 +39,6 @@ def test_image_and_mask_come_back_as_written(root):
     assert sample["name"] == "000"
     assert data.classes == tiny_models.CLASSES
     assert sample["image"].mode == "RGB"
-    assert sample["target"].dtype == np.uint8
     assert (sample["target"] == np.asarray(Image.open(root / MASK))).all()
     assert (sample["target"][0, :2] == 255).all()
 
@@ -51,33 +50,26 @@ def test_reduce_zero_label_ignores_zero_and_shifts_the_rest(root):
     raw = np.asarray(Image.open(root / MASK))
     data = FolderDataset(root, "validation")
     assert data.classes[0] == "größe"
-    for label, target in {
-        0: 255,
-        1: 0,
-        2: 1,
-    }.items():
-        assert (data[0]["target"][raw == label] == target).all()
+    assert (data[0]["target"] == np.uint8([255, 0, 1])[np.minimum(raw, 2)])[raw < 3].all()
 
 
-@pytest.mark.parametrize("ignored", range(3))
-def test_an_ignored_class_has_no_logit(root, ignored):
+def test_an_ignored_class_has_no_logit(root):
     """Else a pixel predicted as it would be a class of IoU 0, which no metric that ignores it counts."""
     palette = [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
     plain = np.stack([item["target"] for item in FolderDataset(root, "training")])
     write_classes(
         root,
         [*"xyz"],
-        ignore_index=[ignored, 255],
+        ignore_index=[1, 255],
         palette=palette,
     )
     dataset = FolderDataset(root, "training")
-    kept = [k for k in range(3) if k != ignored]
-    assert dataset.classes == ["xyz"[k] for k in kept]
-    assert dataset.palette == [palette[k] for k in kept]
+    assert dataset.classes == ["x", "z"]
+    assert dataset.palette == palette[::2]
     target = np.stack([item["target"] for item in dataset])
-    for number, k in enumerate(kept):
-        assert ((target == number) == (plain == k)).all()
-    assert ((target == 255) == ((plain == 255) | (plain == ignored))).all()
+    assert ((target == 0) == (plain == 0)).all()
+    assert ((target == 1) == (plain == 2)).all()
+    assert ((target == 255) == ((plain == 255) | (plain == 1))).all()
 
 
 any_json = json_values(st.integers() | st.floats(), st.text(max_size=4))

@@ -1,5 +1,7 @@
 """Batches: the same images a step on any number of ranks, validation once each, resumable."""
 
+from itertools import product
+
 import pytest
 
 from llava_bidir.common.errors import UserError
@@ -10,15 +12,12 @@ from probes.data.samplers import (
     validation_batches,
 )
 
-CASES = [
-    (images, batch, ranks)
-    for images in (8, 9, 17)
-    for batch in (1, 3, 4, 16)
-    for ranks in (1, 2, 3)
-]
+CASES = pytest.mark.parametrize(
+    ("images", "batch", "ranks"), list(product((8, 9, 17), (1, 3, 4, 16), (1, 2, 3)))
+)
 
 
-@pytest.mark.parametrize(("images", "batch", "ranks"), CASES)
+@CASES
 def test_global_batches_do_not_depend_on_the_number_of_ranks(images, batch, ranks):
     one = TrainingBatches(images, batch, seed=5)
     many = [
@@ -54,7 +53,7 @@ def test_skip_leaves_out_what_was_trained_once():
     assert list(sampler) == whole
 
 
-@pytest.mark.parametrize(("images", "batch", "ranks"), CASES)
+@CASES
 def test_validation_sees_each_image_once_in_as_many_batches_on_each_rank(images, batch, ranks):
     batches = [
         validation_batches(

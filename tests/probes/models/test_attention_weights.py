@@ -1,7 +1,6 @@
 """Attention weights of the frozen model against transformers' own eager weights."""
 
 import pytest
-import reference
 import tiny_models
 import torch
 from tolerances import rounding
@@ -23,19 +22,22 @@ QUERIES = [
 def test_weights_equal_eager_attention(checkpoints, name):
     mllm = probes.load(str(checkpoints[name]))
     pixels = tiny_models.pixels(2)
-    start = mllm.prefix_ids.shape[1]
-    eager = torch.stack(reference.eager_attention(mllm, pixels), 1)[
-        ..., start:, start:
-    ]  # [B, L, A, T, T]
+    stock = probes.load(str(checkpoints[name]), attn_implementation="eager").model
+    attentions = stock(mllm.ids.expand(2, -1), pixels, output_attentions=True).attentions
+    eager = torch.stack(attentions)[..., -4:, -4:]  # L, B, A, T, T
     weights = mllm.attention(pixels, average_heads=False)
     assert list(weights) == ["layer_01", "layer_02", "layer_03"]
-    for layer, by_head in enumerate(weights.values()):
-        torch.testing.assert_close(by_head, eager[:, layer], **rounding(eager, 3))
+    torch.testing.assert_close(torch.stack([*weights.values()]), eager, **rounding(eager, 3))
     averaged = mllm.attention(pixels, ["layer_03", "layer_01"])
     assert list(averaged) == ["layer_03", "layer_01"]
     for site, of_layer in averaged.items():
         torch.testing.assert_close(of_layer, weights[site].mean(1))
-    of_queries = read_attention(mllm, pixels, ["layer_02"], QUERIES)
+    of_queries = read_attention(
+        mllm,
+        pixels,
+        ["layer_02"],
+        QUERIES,
+    )
     for found, (image, tokens) in zip(of_queries, QUERIES, strict=True):
         expected = weights["layer_02"][image].mean(0)[tokens]
         torch.testing.assert_close(found["layer_02"], expected, **rounding(eager, 3))
@@ -64,21 +66,19 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
             layer.self_attn.q_proj.weight *= 8  # attention that is not uniform
     stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def attention(
-        module,
-        query,
-        key,
-        value,
-        mask,
-        *args,
-        scaling,
-        **kwargs,
-    ):
+    def attention(module, query, key, *args, **kwargs):
         if module in {layer.self_attn for layer in mllm.decoder.layers}:
             keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
-            logits = (query.double() @ keys.mT * scaling).masked_fill(~mask, -torch.inf)
+            logits = query.double() @ keys.mT * kwargs["scaling"]
+            logits = logits.masked_fill(~args[1], -torch.inf)
             expected.append(logits.softmax(-1)[0, :, -4:, -4:].float())
-        return stock(module, query, key, value, mask, *args, scaling=scaling, **kwargs)
+        return stock(
+            module,
+            query,
+            key,
+            *args,
+            **kwargs,
+        )
 
     with monkeypatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)

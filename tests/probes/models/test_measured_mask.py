@@ -27,7 +27,13 @@ def test_equals_the_definition_of_the_mask(checkpoints, name, applied):
         for block, row in zip(blocks, layer, strict=True):
             for key, seen in enumerate(row):
                 allowed = any(
-                    reference.allowed(applied or name, is_image, query, key) for query in block
+                    reference.allowed(
+                        applied or name,
+                        is_image,
+                        query,
+                        key,
+                    )
+                    for query in block
                 )
                 assert seen == (allowed or key in block), (block, key)
     assert measured.disagreements() == []
@@ -47,7 +53,13 @@ def with_mask(mllm, layer: int, change):
         mask = arguments["attention_mask"]
         if mask is None:  # sdpa's is_causal
             tokens = mllm.ids.shape[1] + measured_mask.TEXT_AFTER
-            mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+            mask = torch.ones(
+                1,
+                1,
+                tokens,
+                tokens,
+                dtype=torch.bool,
+            ).tril()
         return {"attention_mask": change(mask)}
 
     with_arguments(mllm.layers[layer - 1], replaced)

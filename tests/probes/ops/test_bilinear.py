@@ -18,12 +18,7 @@ SIZE = st.integers(1, 40)
 
 def interpolate(logits, size):
     """F.interpolate for any leading axes."""
-    up = F.interpolate(
-        logits.flatten(0, -4),
-        size,
-        mode="bilinear",
-        align_corners=False,
-    )
+    up = F.interpolate(logits.flatten(0, -4), size, mode="bilinear")
     return up.unflatten(0, logits.shape[:-3])
 
 
@@ -33,18 +28,9 @@ def test_weights_equal_interpolate_at_any_ratio(n_in, n_out):
     identity = torch.eye(n_in, dtype=torch.float64)[:, None, :, None]  # one basis vector an image
     expected = interpolate(identity, (n_out, 1))[:, 0, :, 0].T
     weights = bilinear_weights(n_in, n_out, dtype=torch.float64)
-    torch.testing.assert_close(
-        weights,
-        expected,
-        rtol=0,
-        atol=1e-13,
-    )
-    torch.testing.assert_close(
-        weights.sum(1),
-        torch.ones(n_out, dtype=torch.float64),
-        rtol=0,
-        atol=1e-15,
-    )
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-13)
+    ones = torch.ones(n_out, dtype=torch.float64)
+    torch.testing.assert_close(weights.sum(1), ones, rtol=0, atol=1e-15)
 
 
 @settings(
@@ -68,15 +54,8 @@ def test_argmax_equals_torch_but_for_ties(
     numel,
     seed,
 ):
-    logits = (
-        torch.randn(
-            *leading,
-            classes,
-            *grid,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        * 5
-    )
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn((*leading, classes, *grid), generator=generator)
     make_plan.cache_clear()
     with mock.patch.dict(bilinear.CHUNK_NUMEL, cpu=numel):
         predicted = upsampled_argmax(logits, size)
@@ -85,9 +64,8 @@ def test_argmax_equals_torch_but_for_ties(
     assert predicted.dtype == torch.uint8
     assert predicted.shape == (*leading, *size)
     chosen = up.gather(-3, predicted.long().unsqueeze(-3)).squeeze(-3)
-    assert (
-        up.amax(-3) - chosen
-    ).max() < 1e-5  # elsewhere than at a tie a wrong class is visibly worse
+    # elsewhere than at a tie a wrong class is visibly worse
+    assert (up.amax(-3) - chosen).max() < 1e-5
     clear = up.topk(min(2, classes), -3).values.diff(dim=-3).abs().squeeze(-3) > 1e-5
     if classes > 1:
         assert torch.equal(predicted[clear].long(), up.argmax(-3)[clear])
@@ -109,24 +87,11 @@ def test_argmax_reaches_the_last_class(classes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_argmax_is_not_rounded_to_the_dtype_of_the_logits(dtype):
-    logits = torch.randn(
-        5,
-        4,
-        4,
-        generator=torch.Generator().manual_seed(0),
-    ).to(dtype)
+    logits = torch.randn((5, 4, 4), generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         predicted = upsampled_argmax(logits, (33, 21))
     assert torch.equal(predicted.long(), interpolate(logits.double()[None], (33, 21))[0].argmax(0))
 
 
 def test_argmax_of_no_images_is_empty():
-    assert upsampled_argmax(
-        torch.zeros(
-            0,
-            4,
-            3,
-            3,
-        ),
-        (8, 9),
-    ).shape == (0, 8, 9)
+    assert upsampled_argmax(torch.zeros((0, 4, 3, 3)), (8, 9)).shape == (0, 8, 9)

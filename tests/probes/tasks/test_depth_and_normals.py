@@ -10,25 +10,9 @@ from probes.tasks.normals import Normals
 
 def test_depth_loss_is_the_scale_invariant_log_loss_of_each_image():
     generator = torch.Generator().manual_seed(0)
-    target = (
-        torch.rand(
-            2,
-            6,
-            7,
-            generator=generator,
-        )
-        + 0.5
-    )
+    target = 0.5 + torch.rand((2, 6, 7), generator=generator)
     target[0, :3] = torch.nan
-    maps = torch.randn(
-        3,
-        2,
-        1,
-        6,
-        7,
-        generator=generator,
-        requires_grad=True,
-    )
+    maps = torch.randn((3, 2, 1, 6, 7), generator=generator, requires_grad=True)
     ours = Depth().image_losses(maps, target)
     for p, b in np.ndindex(3, 2):
         valid = target[b].isfinite()
@@ -41,14 +25,7 @@ def test_depth_loss_is_the_scale_invariant_log_loss_of_each_image():
 
 
 def test_depth_loss_without_a_value_or_an_error_has_no_gradient():
-    maps = torch.zeros(
-        1,
-        2,
-        1,
-        4,
-        4,
-        requires_grad=True,
-    )
+    maps = torch.zeros((1, 2, 1, 4, 4), requires_grad=True)
     target = torch.stack([torch.full((4, 4), torch.nan), torch.ones(4, 4)])
     loss = Depth().image_losses(maps, target)
     (gradient,) = torch.autograd.grad(loss.sum(), maps)
@@ -62,25 +39,9 @@ def test_depth_of_a_bad_probe_is_finite():
 
 def test_normals_loss_is_one_minus_the_cosine():
     generator = torch.Generator().manual_seed(0)
-    target = F.normalize(
-        torch.randn(
-            1,
-            5,
-            6,
-            3,
-            generator=generator,
-        ),
-        dim=-1,
-    )
+    target = F.normalize(torch.randn((1, 5, 6, 3), generator=generator), dim=-1)
     target[0, 0] = torch.nan
-    maps = torch.randn(
-        2,
-        1,
-        3,
-        5,
-        6,
-        generator=generator,
-    )
+    maps = torch.randn((2, 1, 3, 5, 6), generator=generator)
     ours = Normals().image_losses(maps, target)
     for p in range(2):
         cosine = F.cosine_similarity(maps[p, 0].movedim(0, -1)[1:], target[0, 1:], dim=-1)

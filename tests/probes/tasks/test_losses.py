@@ -1,11 +1,9 @@
-"""The parts of a loss agree with one another, and with PyTorch's loss of upsampled logits."""
+"""Parts of a loss agree with PyTorch's; value and gradient are compared in tests/probes/ops/test_cross_entropy.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from losses import CROSS_ENTROPY, LabelSmoothing
-
-from probes.ops.quadrature import prepare_masks
 
 pytestmark = pytest.mark.numerics
 
@@ -17,62 +15,9 @@ LOSSES = pytest.mark.parametrize(
 
 
 @LOSSES
-def test_images_have_the_loss_and_gradient_of_their_upsampled_logits(loss, share):
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(
-        2,
-        3,
-        CLASSES,
-        4,
-        4,
-        generator=generator,
-        dtype=torch.float64,
-    )
-    logits.requires_grad_()
-    target = torch.randint(CLASSES, (3, 16, 16), generator=generator)
-    target[:, :3] = 255
-    masks = prepare_masks(
-        target,
-        CLASSES,
-        (4, 4),
-        nodes=None,
-        dtype=torch.float64,
-    )
-    found, gradient = loss.of_images(logits.detach(), masks)
-    for probe in range(2):
-        for image in range(3):
-            up = F.interpolate(logits[probe, image][None], (16, 16), mode="bilinear")
-            options = {
-                "ignore_index": 255,
-                "reduction": "sum",
-                "label_smoothing": share,
-            }
-            expected = F.cross_entropy(up, target[image][None], **options)
-            torch.testing.assert_close(
-                found[probe, image],
-                expected,
-                rtol=1e-6,
-                atol=1e-6,
-            )
-            expected.backward()
-    torch.testing.assert_close(
-        gradient,
-        logits.grad,
-        rtol=1e-5,
-        atol=1e-6,
-    )
-    assert loss.of_images(logits.detach(), masks, needs_grad=False)[1] is None
-
-
-@LOSSES
 def test_curvature_is_the_second_derivative_of_pytorchs_loss(loss, share):
     generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(
-        50,
-        CLASSES,
-        generator=generator,
-        dtype=torch.float64,
-    )
+    logits = 3 * torch.randn((50, CLASSES), generator=generator, dtype=torch.float64)
     labels = torch.randint(CLASSES, (50,), generator=generator)
     curvature = loss.curvature(logits)
 

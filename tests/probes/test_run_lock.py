@@ -13,9 +13,6 @@ from llava_bidir.common.files import exclusive_run_lock
 from probes.cli import main
 
 COMMANDS = {  # command -> the result it locks
-    "knockout --probes RUN --classes sky": "knockout.json",
-    "sinks --probes RUN": "sinks.json",
-    "umap --probes RUN": "umap.json",
     "maps --probes RUN": "maps.json",
     "segment --probes RUN IMAGE --out RUN": "legend.json",
     "report STUDY --out RUN": "",
@@ -28,26 +25,14 @@ COMMANDS = {  # command -> the result it locks
 def paths(tmp_path) -> dict[str, str]:
     """Runs without a model: a rejected command has not loaded one."""
     root = tiny_models.write_segmentation(tmp_path / "data")
-    quality = [0.5, 0.4, 0.5, 0.6, 0.6]
-    run = probe_runs.write_run(
-        tmp_path / "study/run",
-        quality,
-        root=root,
-        images=5,
-    )
-    probe_runs.write_run(
-        tmp_path / "study/other",
-        quality,
-        root=root,
-        images=5,
-        mask="bidirectional",
-    )
-    image = root / "images/validation/000.png"
+    study = tmp_path / "study"
+    for mask in ("causal", "bidirectional"):
+        probe_runs.write_run(study / mask, [0.5] * 5, root=root, images=5, mask=mask)
     return {
-        "RUN": str(run),
-        "STUDY": str(tmp_path / "study"),
+        "RUN": str(study / "causal"),
+        "STUDY": str(study),
         "DATA": str(root),
-        "IMAGE": str(image),
+        "IMAGE": str(root / "images/validation/000.png"),
     }
 
 
@@ -62,15 +47,13 @@ def test_a_second_writer_is_refused(command, paths):
     run = Path(paths["RUN"])
     with processes.inside(exclusive_run_lock(run, COMMANDS[command])):
         before = set(run.rglob("*"))
-        with pytest.raises(
-            SystemExit,
-            match=rf"{run / COMMANDS[command]} is in use by another process",
-        ):
+        message = rf"{run / COMMANDS[command]} is in use by another process"
+        with pytest.raises(SystemExit, match=message):
             main(argv(command, paths))
         assert set(run.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", [*COMMANDS][-3:])
+@pytest.mark.parametrize("command", [*COMMANDS][-2:])
 def test_read_only_folder_is_an_error_before_a_model_is_loaded(command, paths, tmp_path):
     with small_disks.mounted(tmp_path / "disk", "size=1m") as disk:
         subprocess.run(["cp", "-r", paths["RUN"], disk / "run"], check=True)

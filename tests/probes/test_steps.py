@@ -22,27 +22,22 @@ from probes.steps import (
 from probes.worlds.steps import run_given
 
 
-def chain(folder: Path, **options) -> list[Step]:
+def chain(folder: Path, optional: bool = False) -> list[Step]:
     """Return three trainings: b reads the model of a, and c that of b."""
     source = folder / "data.json"
     steps = []
     for name in "abc":
-        words = ("llava-bidir", "fit", "--name", name, "--ckpt_path", "last")
-        result = folder / name / "model"
-        options |= {
-            "kind": "fit",
-            "reads": {source.name: source},
-            "takes_overwrite": True,
-        }
-        steps.append(
-            Step(
-                name,
-                words,
-                result,
-                **options,
-            )
+        step = Step(
+            name,
+            ("llava-bidir", "fit", "--name", name, "--ckpt_path", "last"),
+            folder / name / "model",
+            kind="fit",
+            reads={source.name: source},
+            takes_overwrite=True,
+            optional=optional,
         )
-        source = result
+        source = step.result
+        steps.append(step)
     return steps
 
 
@@ -54,18 +49,22 @@ class Options:
     names: list[str]
 
 
-class Commands(list):
-    """Run a step by writing its result from what it reads, and keep the names."""
+def write(step: Step) -> None:
+    """Write the result of a step from what it reads."""
+    step.result.parent.mkdir(exist_ok=True)
+    text = "".join(source.read_text() for source in step.reads.values())
+    step.result.write_text(f"{text} made")
 
-    failing: str = ""
 
-    def __call__(self, step: Step) -> None:
-        self.append(step.name)
-        if step.name == self.failing:
-            raise RuntimeError("a bug")
-        step.result.parent.mkdir(exist_ok=True)
-        (source,) = step.reads.values()
-        step.result.write_text(f"{source.read_text()} {step.name}")
+def failing(error: Exception, name: str = ""):
+    """Return a function that runs steps, of which one, or each, fails."""
+
+    def run(step: Step) -> None:
+        if name in ("", step.name):
+            raise error
+        write(step)
+
+    return run
 
 
 @pytest.fixture
@@ -75,9 +74,10 @@ def folder(tmp_path) -> Path:
 
 
 def run(steps: list[Step], folder: Path) -> list[str]:
-    commands = Commands()
-    run_steps(find_missing(steps, folder), folder, commands)
-    return commands
+    """Run what is missing, and return the names of these steps."""
+    missing = find_missing(steps, folder)
+    run_steps(missing, folder, write)
+    return [step.name for step in missing]
 
 
 @pytest.mark.parametrize(
@@ -105,30 +105,12 @@ def test_work_that_was_moved_or_copied_is_done(spelled, tmp_path, monkeypatch):
     def steps(out: Path) -> list[Step]:
         out = Path(spelled(out))
         words = ("--out", f"{out}/b", "--data", f"{out}/data", "--same", "name", "--of", "/model")
-        config = Options(out / "b", [f"{out}/a"])
+        configs = {"b": words, "c": Options(out / "b", [f"{out}/a"])}
         result = out / "b/result"
-        return [
-            Step(
-                "b",
-                words,
-                result,
-                kind="x",
-            ),
-            Step(
-                "c",
-                config,
-                result,
-                kind="x",
-            ),
-        ]
+        return [Step(name, config, result, kind="x") for name, config in configs.items()]
 
     out = tmp_path / "first/demo"
     out.mkdir(parents=True)
-
-    def write(step: Step) -> None:
-        step.result.parent.mkdir(exist_ok=True)
-        step.result.write_text("made")
-
     for logs in ("logs", ""):  # of the demo, and of a study
         run_steps(steps(out), Path(spelled(out)) / logs, write)
         assert "first" not in (out / logs / "steps/b.json").read_text()
@@ -161,7 +143,7 @@ def test_an_input_that_changes_while_a_step_runs_was_not_read(folder):
     step, *_ = chain(folder)
 
     def run_beside_another_job(step: Step) -> None:
-        Commands()(step)
+        write(step)
         (folder / "data.json").write_text("second")
 
     run_steps([step], folder, run_beside_another_job)
@@ -172,19 +154,11 @@ def test_a_failed_step_and_one_that_is_left_out_keep_no_result_of_other_inputs(f
     step, *_ = chain(folder, optional=True)
     run([step], folder)
     (folder / "data.json").write_text("second")
-
-    def fail(step: Step) -> None:
-        raise RuntimeError("no memory")
-
-    run_steps([step], folder, fail)
+    run_steps([step], folder, failing(RuntimeError("no memory")))
     assert "--overwrite" in command_now(step, folder), "the next call replaces the earlier result"
     run([step], folder)
     (folder / "data.json").write_text("third")
-
-    def leave_out(step: Step) -> None:
-        raise NothingToMeasure("no case")
-
-    run_steps([step], folder, leave_out)
+    run_steps([step], folder, failing(NothingToMeasure("no case")))
     assert not step.result.exists()
 
 
@@ -192,57 +166,33 @@ def test_a_result_of_other_options_is_replaced_on_no_try_unless_it_is_asked_for(
     """A study's second call replaced what the first one had refused to."""
     step, *_ = chain(folder, optional=True)
     run([step], folder)
-    other = Step(**vars(step) | {"config": ("llava-bidir", "fit", "--name", "other")})
-
-    def refuse(step: Step) -> None:
-        raise UserError("made with other options; --overwrite true replaces it")
-
-    for _ in range(2):
+    other = replace(step, config=("llava-bidir", "fit", "--name", "other"))
+    refuse = failing(UserError("made with other options; --overwrite true replaces it"))
+    for data in ("first", "first", "second"):
+        (folder / "data.json").write_text(data)
         run_steps(find_missing([other], folder), folder, refuse)
         assert command_now(other, folder) == list(other.config)
-    (folder / "data.json").write_text("second")
-    run_steps(find_missing([other], folder), folder, refuse)
-    assert command_now(other, folder) == list(other.config)
     assert "--overwrite" in command_now(step, folder), "its own options, of other inputs"
 
 
 def test_an_error_ends_the_work_unless_the_step_is_optional(folder):
-    commands = Commands()
-    commands.failing = "b"
     with pytest.raises(RuntimeError, match="a bug"):
-        run_steps(chain(folder), folder, commands)
-    assert commands == ["a", "b"]
-    assert not read_record("b", folder)
-    steps = [Step(**vars(step) | {"optional": True}) for step in chain(folder)]
+        run_steps(chain(folder), folder, failing(RuntimeError("a bug"), "b"))
+    steps = chain(folder, optional=True)
+    missing = find_missing(steps, folder)
+    assert [step.name for step in missing] == ["b", "c"]
     log = folder / "log"
-    commands = Commands()
-    commands.failing = "c"
-    (failed,) = run_steps(
-        find_missing(steps, folder),
-        folder,
-        commands,
-        log=log,
-    )
-    assert commands == ["b", "c"]
+    (failed,) = run_steps(missing, folder, failing(RuntimeError("a bug"), "c"), log=log)
     assert failed == f"c: RuntimeError: a bug (traceback in {log})"
     assert "Traceback" in log.read_text()
-    assert [step.name for step in find_missing(steps, folder)] == ["c"], "it is tried again"
+    assert find_missing(steps, folder) == steps[2:], "it is tried again"
 
 
 def test_a_step_is_left_out_with_the_one_that_it_follows(folder):
-    result = folder / "result"
-    steps = [
-        Step("trained", ("knockout",), result, kind="knockout",),
-        Step("random0", ("knockout",), result, kind="knockout", follows="trained",),
-    ]  # fmt: skip
-    ran = []
-
-    def nothing(step: Step) -> None:
-        ran.append(step.name)
-        raise NothingToMeasure("no image has a wrong patch")
-
-    run_steps(steps, folder, nothing)
-    assert ran == ["trained"]
+    trained = Step("trained", ("knockout",), folder / "result", kind="knockout")
+    steps = [trained, replace(trained, name="random0", follows="trained")]
+    run_steps(steps, folder, failing(NothingToMeasure("no image has a wrong patch"), "trained"))
+    assert not trained.result.exists()
     assert read_record("random0", folder)["left_out"].startswith("so was trained")
     assert find_missing(steps, folder) == []
 
@@ -251,21 +201,16 @@ def test_steps_of_another_process_are_recorded_one_by_one(folder):
     """As after a kill: what was finished is not done again."""
     steps = chain(folder)
     given = b85encode(pickle.dumps((folder, steps, ["--import", "mine.py"]))).decode()
-    ran = []
 
     def main(words: list[str]) -> None:
-        name = words[words.index("--name") + 1]
-        ran.append(name)
         assert words[-2:] == ["--import", "mine.py"]
-        if name == "b":
+        if "b" in words:
             raise SystemExit("llava-bidir: no memory")
-        (folder / name).mkdir()
-        (folder / name / "model").write_text(name)
+        write(steps[0])
 
     with pytest.raises(SystemExit, match="no memory"):
         run_given(given, {"llava-bidir": main})
-    assert ran == ["a", "b"]
-    assert [step.name for step in find_missing(steps, folder)] == ["b", "c"]
+    assert find_missing(steps, folder) == steps[1:]
 
 
 def test_ctrl_c_advises_the_same_command(folder, capsys):
@@ -275,29 +220,22 @@ def test_ctrl_c_advises_the_same_command(folder, capsys):
         with interrupt_says_how_to_resume():
             raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit) as stop, one_line_errors("probes", ["study"]):
+    with pytest.raises(SystemExit), one_line_errors("probes", ["study"]):
         run_steps(chain(folder), folder, interrupted)
-    assert stop.value.code == 130
     said = capsys.readouterr().err
     assert said == "probes: interrupted; run the same command again to go on\n"
 
 
 def test_a_step_that_is_done_again_says_why(folder, capsys):
-    first, second, third = chain(folder)
+    first, second, _ = chain(folder)
     second = replace(second, config=Options(folder, ["b"]))
-
-    def said(*steps: Step) -> str:
-        find_missing(steps, folder)
-        return capsys.readouterr().out
-
-    assert said(first, second) == "", "they were never done"
-    run([first, second, third], folder)
-    capsys.readouterr()
-    assert said(first, second, third) == ""
-    other = replace(second, config=Options(folder, ["x"]))
-    assert said(first, other) == "b again: names was ['b'], and is ['x']\n"
+    run([first, second], folder)
     (folder / "data.json").write_text("second")
-    expected = ["a again: data.json has changed", "b again: it reads the result of a"]
-    assert said(first, second).splitlines() == expected
-    first.result.unlink()
-    assert said(first).startswith(f"a again: {first.result} is gone")
+    other = replace(second, config=Options(folder, ["x"]))
+    capsys.readouterr()
+    for steps, expected in (
+        ([first, second], ["a again: data.json has changed", "b again: it reads the result of a"]),
+        ([other], ["b again: names was ['b'], and is ['x']"]),
+    ):
+        find_missing(steps, folder)
+        assert capsys.readouterr().out.splitlines() == expected

@@ -1,10 +1,8 @@
 """Runs on several processes, and killed and resumed runs, give the probes and scores of an undisturbed run."""
 
-import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,25 +16,21 @@ import torch
 import two_ranks
 from optima import assert_same_solution
 from PIL import Image
-from processes import HANGING_S, run_ranks
+from processes import HANGING_S, run_command, run_ranks
 from safetensors.torch import load_file
 
 from llava_bidir.common.runs import last_checkpoint
 from probes import ProbeRun
 from probes.cli import main
 
-# Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
-DEATHS = {
-    "a step after a checkpoint": ("on_train_batch_end", 5, 4),
-    "validation": ("on_validation_start", 6, 4),
-}
+BYTES = ("probes.safetensors", "effects.safetensors", "counts.safetensors")
 KILLER = """
 import os, signal
 from lightning import Callback
 
 class Killer(Callback):
-    def HOOK(self, trainer, *_):
-        if (trainer.global_rank, trainer.global_step) == (RANK, STEP):
+    def on_train_batch_start(self, trainer, *_):
+        if (trainer.global_rank, trainer.global_step) == (RANK, 5):
             os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLING = """
@@ -56,54 +50,37 @@ def uneven(tmp_path_factory) -> Path:
     return root
 
 
+# three epochs of three steps; the last batch of an epoch has one image
 THREE = """--trainer.max_epochs 3 --data.batch_size 3 --data.cache_features false
 --model.feature_norm layernorm --model.head conv""".split()
 
 
-def arguments(
-    checkpoint,
-    root,
-    out,
-    *more: str,
-) -> list[str]:
-    """Three epochs of three steps; the last batch of an epoch has one image."""
-    return probe_runs.arguments(
-        checkpoint,
-        root,
-        out,
-        *THREE,
-        *more,
-    )
+@pytest.fixture
+def killed(checkpoints, uneven, tmp_path):
+    """A function that kills a rank of a run before its sixth step, and returns command, folder and exit status."""
 
+    def kill(rank: int, *more: str) -> tuple[list[str], Path, int]:
+        run = tmp_path / "run"
+        command = probe_runs.arguments(checkpoints["causal"], uneven, run, *THREE, *more)
+        (tmp_path / "killer.py").write_text(KILLER.replace("RANK", str(rank)))
+        (tmp_path / "killing.yaml").write_text(KILLING)
+        path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        # one thread, as in this process: sums depend on the number of threads
+        done = run_command(
+            [sys.executable, "-m", "probes", *command, "-c", tmp_path / "killing.yaml"],
+            must_pass=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        )
+        assert not (run / "metrics.json").exists(), done.stderr[-3000:]
+        return command, run, done.returncode
 
-def killed(
-    run: list[str],
-    folder: Path,
-    hook: str,
-    step: int,
-    rank: int = 0,
-) -> subprocess.CompletedProcess:
-    """The run, in which a rank is killed; checkpoints are saved on the way."""
-    code = KILLER.replace("HOOK", hook).replace("STEP", str(step)).replace("RANK", str(rank))
-    (folder / "killer.py").write_text(code)
-    (folder / "killing.yaml").write_text(KILLING)
-    path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-    # one thread, as in this process: sums depend on the number of threads
-    done = subprocess.run(
-        [sys.executable, "-m", "probes", *run, "-c", str(folder / "killing.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=HANGING_S,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-    assert done.returncode != 0, done.stderr[-3000:]
-    return done
+    return kill
 
 
 @pytest.fixture(scope="module")
 def one(checkpoints, uneven, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one")
-    main(arguments(checkpoints["causal"], uneven, out))
+    main(probe_runs.arguments(checkpoints["causal"], uneven, out, *THREE))
     return out
 
 
@@ -129,50 +106,26 @@ def together(
     """(Folder with a run per command on two processes, what both processes said of each)."""
     folder = tmp_path_factory.mktemp("together")
     model = checkpoints["causal"]
-    last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
     shutil.copytree(one, folder / "copy")
-    copy = arguments(
-        model,
-        uneven,
-        folder / "copy",
-        "--ckpt_path",
-        "last",
-    )
-    commands = {"finished": copy, "another rate": [*copy, "--model.learning_rate", "0.5"]}
-    for cache in ("true", "false"):
-        name = f"cache {cache}"
-        options = ["--data.cache_features", cache]
-        commands[name] = arguments(
-            model,
-            uneven,
-            folder / name,
-            *options,
+    last = [*THREE, "--ckpt_path", "last"]
+    cached = [*THREE, "--data.cache_features"]
+    same = [*THREE, "--data.num_workers", "2", "--ckpt_path", f"{one}/checkpoints/last.ckpt"]
+    commands = {
+        name: probe_runs.arguments(model, root, folder / out, *more)
+        for name, root, out, more in (
+            ("finished", uneven, "copy", last),
+            ("another rate", uneven, "copy", [*last, "--model.learning_rate", "0.5"]),
+            ("cache true", uneven, "cache true", [*cached, "true"]),
+            ("cache false", uneven, "cache false", [*cached, "false"]),
+            ("same probes", uneven, "same probes", same),
+            ("bad", bad, "bad", THREE),
         )
-    more = ["--data.num_workers", "2", *last]
-    commands["same probes"] = arguments(
-        model,
-        uneven,
-        folder / "same probes",
-        *more,
-    )
-    commands["bad"] = arguments(model, bad, folder / "bad")
-    commands["solve"] = solving.arguments(model, segmentation, folder / "solve")
-    name = "solve from files"
-    more = ["--memory-gb", "0"]
-    commands[name] = solving.arguments(
-        model,
-        segmentation,
-        folder / name,
-        *more,
-    )
+    }
+    for name, memory in (("solve", "8"), ("solve from files", "0")):
+        out = folder / name
+        commands[name] = solving.arguments(model, segmentation, out, "--memory-gb", memory)
     out = folder / "normals"
-    commands["normals"] = task_commands.arguments(
-        "solve",
-        "normals",
-        model,
-        task_root,
-        out,
-    )
+    commands["normals"] = task_commands.arguments("solve", "normals", model, task_root, out)
     commands = {name: [*argv, *two_ranks.TWO] for name, argv in commands.items()}
     return folder, two_ranks.run(commands, folder, HANGING_S)
 
@@ -182,15 +135,11 @@ def together(
 def test_two_processes_train_and_score_as_one(cache, one, together):
     """Masks differ in labelled area, and in the last batch one rank has no image."""
     run = together[0] / f"cache {cache}"
-    same_probes(
-        one,
-        run,
-        rtol=1e-3,
-        atol=1e-4,
-    )
-    assert metrics(run)["images"] == 5
-    assert metrics(one)["probe"] == metrics(run)["probe"]
-    for a, b in zip(metrics(one)["sites"], metrics(run)["sites"], strict=True):
+    assert_same_probes(run, one, rtol=1e-3, atol=1e-4)
+    ours, expected = (ProbeRun(path).metrics for path in (run, one))
+    assert ours["images"] == 5
+    assert ours["probe"] == expected["probe"]
+    for a, b in zip(expected["sites"], ours["sites"], strict=True):
         assert a["history"] == pytest.approx(b["history"], abs=0.005)
         assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
 
@@ -208,10 +157,7 @@ def test_the_first_process_decides_for_both_what_is_resumed(together):
 @pytest.mark.distributed
 def test_the_same_probes_count_the_same_pixels(one, together):
     """Five images: the batches of one process and of two, each with two data workers, differ."""
-    run = together[0] / "same probes"
-    for name in ("counts.safetensors", "probes.safetensors"):
-        assert (run / name).read_bytes() == (one / name).read_bytes(), name
-    assert metrics(run)["sites"] == metrics(one)["sites"]
+    assert_same_bytes(together[0] / "same probes", one)
 
 
 @pytest.mark.distributed
@@ -229,16 +175,10 @@ def test_two_processes_solve_the_probes_of_one(
     tmp_path,
 ):
     main(solving.arguments(checkpoints["causal"], segmentation, tmp_path))
-    assert_same_solution(ProbeRun(tmp_path), ProbeRun(together[0] / "solve"))
-    assert metrics(together[0] / "solve")["images"] == 5
-
-
-@pytest.mark.distributed
-def test_processes_that_map_files_solve_the_same_probes(together):
-    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
-        in_memory = together[0] / "solve" / name
-        mapped = together[0] / "solve from files" / name
-        assert mapped.read_bytes() == in_memory.read_bytes(), name
+    run = ProbeRun(together[0] / "solve")
+    assert_same_solution(ProbeRun(tmp_path), run)
+    assert run.metrics["images"] == 5
+    assert_same_bytes(together[0] / "solve from files", run.path)
 
 
 DIES_IN_A_SEARCH = """
@@ -271,19 +211,13 @@ def test_a_search_in_which_one_of_two_processes_is_killed_resumes_to_the_same_by
     tmp_path,
 ):
     out = tmp_path / "run"
-    command = solving.arguments(
-        checkpoints["causal"],
-        segmentation,
-        out,
-        *two_ranks.TWO,
-    )
+    command = solving.arguments(checkpoints["causal"], segmentation, out, *two_ranks.TWO)
     codes, _ = run_ranks([sys.executable, "-c", DIES_IN_A_SEARCH, *command], tmp_path)
     assert codes[0] == -signal.SIGKILL and codes[1] != 0
     assert not (out / "metrics.json").exists()
     assert (out / "checkpoints" / "encoder.safetensors").exists()
     two_ranks.run({"resumed": [*command, "--ckpt_path", "last"]}, tmp_path, HANGING_S)
-    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
-        assert (out / name).read_bytes() == (together[0] / "solve" / name).read_bytes(), name
+    assert_same_bytes(out, together[0] / "solve")
 
 
 @pytest.mark.distributed
@@ -301,72 +235,31 @@ def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
-def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(
-    rank,
-    checkpoints,
-    uneven,
-    tmp_path,
-):
-    run = arguments(
-        checkpoints["causal"],
-        uneven,
-        tmp_path / "run",
-        *two_ranks.TWO,
-    )
-    killed(
-        run,
-        tmp_path,
-        "on_train_batch_start",
-        5,
-        rank,
-    )  # both have ended; DDP's timeout is longer than the wait
-    assert not (tmp_path / "run/metrics.json").exists()
-    assert last_checkpoint(tmp_path / "run/checkpoints")
+def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(killed):
+    """Both have ended when the command has: DDP's timeout is longer than the wait for it."""
+    _, run, status = killed(1, *two_ranks.TWO)
+    assert status != 0
+    assert last_checkpoint(run / "checkpoints")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("death", DEATHS)
-def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(
-    death,
-    one,
-    checkpoints,
-    uneven,
-    tmp_path,
-):
-    hook, step, saved_step = DEATHS[death]
-    run = arguments(checkpoints["causal"], uneven, tmp_path / "run")
-    done = killed(
-        run,
-        tmp_path,
-        hook,
-        step,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    assert not (tmp_path / "run/metrics.json").exists()
-    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    assert last["global_step"] == saved_step, "in the middle of an epoch"
-    main([*run, "--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt")])
-    same_probes(
-        one,
-        tmp_path / "run",
-        rtol=0,
-        atol=0,
-    )
-    assert metrics(one)["sites"] == metrics(tmp_path / "run")["sites"]
+def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(killed, one):
+    command, run, status = killed(0)
+    assert status == -signal.SIGKILL
+    checkpoint = run / "checkpoints/last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4, "within an epoch"
+    main([*command, "--ckpt_path", str(checkpoint)])
+    assert_same_probes(run, one, rtol=0, atol=0)
+    assert ProbeRun(run).metrics["sites"] == ProbeRun(one).metrics["sites"]
 
 
-def metrics(out: Path) -> dict:
-    return json.loads((out / "metrics.json").read_text())
+def assert_same_bytes(run: Path, other: Path) -> None:
+    for name in BYTES:
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def same_probes(a: Path, b: Path, **tolerance) -> None:
-    ours, theirs = (load_file(out / "probes.safetensors") for out in (a, b))
+def assert_same_probes(run: Path, other: Path, **tolerance) -> None:
+    ours, theirs = (load_file(out / "probes.safetensors") for out in (run, other))
     assert set(ours) == set(theirs)
-    for name, tensor in ours.items():
-        torch.testing.assert_close(
-            theirs[name],
-            tensor,
-            **tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, **tolerance, msg=name)

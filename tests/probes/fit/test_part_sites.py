@@ -1,4 +1,4 @@
-"""Probes inside a layer: solved, saved under their names, and read by the commands after it."""
+"""Probes inside a layer and at the encoder's own layers: solved, saved by name, and read by the commands after it."""
 
 import labs
 import numpy as np
@@ -13,25 +13,20 @@ from probes.cli import main
 from probes.runs.read import ProbeRun
 from probes.studies.plan import plan
 
-SITES = "adapter value_02 attn_02 mlp_02 layer_02".split()
+ENCODER = ["encoder_00", "encoder_01", "encoder_02"]
+PARTS = ["value_02", "attn_02", "mlp_02"]
+SITES = [*ENCODER, "encoder", "adapter", *PARTS, "layer_02"]
 
 
 @pytest.fixture(scope="module")
 def solved(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("solved") / "run"
     more = ["--model.sites", f"[{', '.join(SITES)}]", "--save_predictions", "true"]
-    main(
-        solving.arguments(
-            checkpoints["causal"],
-            segmentation,
-            out,
-            *more,
-        )
-    )
+    main(solving.arguments(checkpoints["causal"], segmentation, out, *more))
     return ProbeRun(out)
 
 
-def test_runs_have_parts_under_their_names(solved):
+def test_runs_have_these_sites_under_their_names(solved):
     assert solved.sites == SITES
     llm = solved.mllm().model.config.text_config
     values = llm.num_key_value_heads * llm.hidden_size // llm.num_attention_heads
@@ -39,21 +34,26 @@ def test_runs_have_parts_under_their_names(solved):
     assert solved.peak_layer == solved.metrics["summary"]["peak_site"] == "layer_02"
 
 
+def test_the_layer_that_the_adapter_reads_has_the_probe_of_its_input(solved):
+    probes = solved.probes()
+    twin = ENCODER[solved.mllm().model.config.vision_feature_layer]
+    torch.testing.assert_close(probes[twin].head.weight, probes["encoder"].head.weight)
+    scores = {entry["site"]: entry["miou"] for entry in solved.metrics["sites"]}
+    assert scores[twin] == pytest.approx(scores["encoder"])
+
+
 def test_segment_and_predict_read_a_part(solved, segmentation, tmp_path):
     photo = next((segmentation / "images/validation").iterdir())
     words = ["--probes", str(solved.path), "--out", str(tmp_path), "--site", "attn_02"]
     main(["segment", str(photo), *words])
     mllm = solved.mllm()
-    pixels = mllm.preprocess([photo])
-    added = mllm.states(pixels, ["attn_02"])["attn_02"].float()
+    added = mllm.states(mllm.preprocess([photo]), ["attn_02"])["attn_02"].float()
     logits = solved.probes()["attn_02"](added).transpose(1, 2).unflatten(-1, mllm.grid)
-    image = Image.open(photo)
-    size = (image.height, image.width)
+    size = Image.open(photo).size[::-1]
     expected = torch.nn.functional.interpolate(logits, size, mode="bilinear")[0].argmax(0)
-    written = np.asarray(Image.open(tmp_path / f"{photo.stem}.png"))
-    assert (written == expected.numpy()).mean() > 0.999
-    saved = solved.path / "predictions" / "attn_02" / f"{photo.stem}.png"
-    assert (np.asarray(Image.open(saved)) == expected.numpy()).mean() > 0.999
+    for folder in (tmp_path, solved.path / "predictions/attn_02"):
+        written = np.asarray(Image.open(folder / f"{photo.stem}.png"))
+        assert (written == expected.numpy()).mean() > 0.999
 
 
 def test_the_lab_opens_such_a_run(solved):
@@ -80,13 +80,11 @@ def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segment
         steps = {step.name: step for step in plan(study).steps}
         return {name: steps[name].config.model.sites for name in arms}
 
-    sites = "[layer_01, attn_01, encoder, encoder_01, adapter]"
-    arms = planned(sites, "random0", "adapter0")
+    arms = planned("[layer_01, attn_01, encoder, encoder_01, adapter]", "random0", "adapter0")
     assert arms["random0"] == ["adapter", "attn_01", "layer_01"]
     assert arms["adapter0"] == ["encoder", "adapter"]
     everything = planned("all_parts", "random0")["random0"]
     assert everything[:5] == "adapter value_01 attn_01 mlp_01 layer_01".split()
     assert len(everything) == 1 + 4 * 3 + 1
-    message = "unknown site 'attn_09'; this model has .*"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="unknown site 'attn_09'; this model has .*"):
         planned("[attn_09]", "random0")

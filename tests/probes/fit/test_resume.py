@@ -40,11 +40,8 @@ def unfinished(finished, tmp_path):
 def replace_weights(folder: Path) -> None:
     file = folder / "hf/model.safetensors"
     weights = load_file(file)
-    save_file(
-        {name: tensor + (name == min(weights)) for name, tensor in weights.items()},
-        file,
-        {"format": "pt"},
-    )
+    weights[min(weights)] += 1
+    save_file(weights, file, {"format": "pt"})
 
 
 def replace_image(folder: Path) -> None:
@@ -63,9 +60,7 @@ CHANGES = {
         ["--model.image_attention", "bidirectional"],
         r"model.image_attention=None.* 'bidirectional'",
     ),
-    "rate": (["--model.learning_rate", "0.5"], r"model.learning_rate=0.001.* 0.5"),
     "batch": (["--data.batch_size", "3"], r"data.batch_size=4.* 3"),
-    "seed": (["--seed_everything", "7"], r"data.seed=0.* 7"),
     "length": (["--trainer.max_epochs", "2"], r"trainer.max_epochs=1.* 2"),
     "weights": (replace_weights, r"model.mllm/model.safetensors='\w{16}'.* '\w{16}'"),
     "image": (replace_image, r"data.validation_images='5, sha256 \w{16}'.*'5, sha256 \w{16}'"),
@@ -101,25 +96,19 @@ def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finish
 
 
 @pytest.mark.parametrize("changed", ["mask", "image"], indirect=True)
-@pytest.mark.parametrize("path", ["last", "{run}/checkpoints/last.ckpt"])
-def test_a_checkpoint_of_another_identity_is_not_resumed(unfinished, changed, path):
+def test_a_checkpoint_of_another_identity_is_not_resumed(unfinished, changed):
     run, command = unfinished
     options, message = changed
     expected = rf"^probes: the checkpoint belongs to a run with {message}"
     with pytest.raises(SystemExit, match=expected):
-        main([*command, *options, "--ckpt_path", path.format(run=run)])
-    assert not (run / "config.yaml").exists()
+        main([*command, *options, "--ckpt_path", f"{run}/checkpoints/last.ckpt"])
     assert not (run / "metrics.json").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            [],
-            r"run holds a finished run \(metrics.json\); add `--ckpt_path last`.*--overwrite true",
-        ),
-        (["--model.sites", "[layer_77]"], "run holds a finished run"),
+        ([], r"run holds a finished run \(metrics.json\)"),
         (["--ckpt_path", "{run}/checkpoints/last.ckpt"], "run holds a finished run"),
         (["--ckpt_path", "last", "--overwrite", "true"], "give one of them"),
         (["--overwrite", "true", "--model.sites", "[layer_77]"], "layer_77"),

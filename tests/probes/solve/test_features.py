@@ -22,8 +22,7 @@ def solved(checkpoints, segmentation, tmp_path_factory):
     main(arguments(checkpoints["causal"], segmentation, out / "run", *more))
     run = probes.ProbeRun(out / "run")
     mllm = run.mllm()
-    training = run.dataset("training")
-    samples = [training[i] for i in range(len(training))]
+    samples = [*run.dataset("training")]
     states = mllm.states(mllm.preprocess([sample["image"] for sample in samples]), [SITE])[SITE]
     features = states.unflatten(1, mllm.grid)
     return run, features, [sample["target"] for sample in samples]
@@ -31,18 +30,15 @@ def solved(checkpoints, segmentation, tmp_path_factory):
 
 def test_equals_the_run_of_a_model(solved):
     run, features, masks = solved
-    strengths = run.strengths.sites[0]["strengths"]
-    chosen = run.strengths.sites[0]["chosen"]
-    classes = len(run.metrics["classes"])
-    probe = probes.solve_features(features, masks, classes, chosen, folds=2)
+    (path,) = run.strengths.sites
+    chosen = path["chosen"]
+    probe = probes.solve_features(features, masks, len(run.metrics["classes"]), chosen, folds=2)
     assert probe.converged
-    assert probe.loss == pytest.approx(
-        run.strengths.sites[0]["cv_cross_entropy"][strengths.index(chosen)], abs=1e-4
-    )
-    validation = run.dataset()
+    expected = path["cv_cross_entropy"][path["strengths"].index(chosen)]
+    assert probe.loss == pytest.approx(expected, abs=1e-4)
     mllm = run.mllm()
-    for i in range(len(validation)):
-        image = validation[i]["image"]
+    for sample in run.dataset():
+        image = sample["image"]
         states = mllm.states(mllm.preprocess([image]), [SITE])[SITE].unflatten(1, mllm.grid)
         ours = probe.predict(states, (image.height, image.width))[0]
         assert (ours == run.predict(image, SITE)).mean() > 0.999
@@ -67,8 +63,7 @@ def test_misfits_are_errors(solved, change, message):
         probes.solve_features(features, masks, 3)
 
 
-@pytest.mark.parametrize("dtype", ["bool", "int8", "uint16", "int64"])
-@pytest.mark.parametrize("lone", [False, True])
+@pytest.mark.parametrize(("dtype", "lone"), [("bool", False), ("uint16", False), ("int64", True)])
 def test_masks_of_any_integer_type_are_as_uint8(dtype, lone):
     """Of an object in all images, or in one, whose fold it does not test."""
     generator = torch.Generator().manual_seed(0)

@@ -30,22 +30,6 @@ def draw(grid, size) -> tuple[torch.Tensor, torch.Tensor]:
     return states, target
 
 
-def dense(grid, size, view) -> torch.Tensor:
-    """Return U f64[pixels, T], written out."""
-    axes = (
-        bilinear_weights(n, m, extent, dtype=torch.float64)
-        for n, m, extent in zip(grid, size, view, strict=True)
-    )
-    return torch.einsum("yi,xj->yxij", *axes).reshape(size[0] * size[1], -1)
-
-
-def pixels(states, target, up) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return upsampled states f64[n, d] and targets f64[n, K] of the labelled pixels."""
-    flat = target.flatten(0, 2)
-    labelled = flat.isfinite().all(-1)
-    return (up @ states).flatten(0, 1)[labelled], flat[labelled]
-
-
 def solve(
     states,
     target,
@@ -53,9 +37,8 @@ def solve(
     view,
 ) -> Solution:
     """Return the probes; image i is in fold i % 2."""
-    fold_of = torch.arange(len(states)) % 2
-    equations = normal_equations(target, grid, view)
-    return solve_values(states, equations, grid, fold_of)
+    fold_of = torch.arange(IMAGES) % 2
+    return solve_values(states, normal_equations(target, grid, view), grid, fold_of)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +55,20 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
     view = Geometry(grid, 48, 42, ResizeRule(resize)).view(size)
     states, target = draw(grid, size)
     solved = solve(states, target, grid, view)
-    up = dense(grid, size, view)
+    axes = (
+        bilinear_weights(n, m, extent, dtype=torch.float64)
+        for n, m, extent in zip(grid, size, view, strict=True)
+    )
+    up = torch.einsum("yi,xj->yxij", *axes).reshape(size[0] * size[1], -1)
 
-    def ridge(
-        chosen: list[int], strength: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, y = pixels(states[chosen], target[chosen], up)
+    def pixels(images: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return upsampled states f64[n, d] and targets f64[n, K] of the labelled pixels."""
+        flat = target[images].flatten(0, 2)
+        labelled = flat.isfinite().all(-1)
+        return (up @ states[images]).flatten(0, 1)[labelled], flat[labelled]
+
+    def ridge(images: list[int], strength: float) -> tuple[torch.Tensor, ...]:
+        x, y = pixels(images)
         covariance = torch.cov(x.T, correction=0)
         cross = (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
         ridged = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
@@ -85,11 +76,8 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
 
     error = torch.zeros(len(LEAST_SQUARES_STRENGTHS), dtype=torch.float64)
     count = 0
-    for fold in range(2):
-        held_out, others = (
-            [i for i in range(IMAGES) if (i % 2 == fold) == left] for left in (True, False)
-        )
-        x, y = pixels(states[held_out], target[held_out], up)
+    for held_out, others in ([0, 2], [1, 3]), ([1, 3], [0, 2]):
+        x, y = pixels(held_out)
         count += len(x)
         for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
             weights, mean, bias = ridge(others, strength)

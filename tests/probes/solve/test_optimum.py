@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from losses import CROSS_ENTROPY, LabelSmoothing
-from scipy.optimize import minimize as scipy_minimize
+from scipy.optimize import minimize
 
-from probes.ops.quadrature import prepare_masks
+from probes.ops.quadrature import PreparedMasks, prepare_masks
 from probes.solve import refinement as refinements
 from probes.solve import space as spaces
 from probes.solve.held_out import scored_masks
@@ -42,21 +42,14 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def problem(data, loss: CrossEntropy = CROSS_ENTROPY) -> SiteProblem:
     states, target = data
-    masks = prepare_masks(target, CLASSES, GRID, NODES)
-    fold_of = torch.arange(len(states)) // 2 % FOLDS
-    scored = scored_masks(
-        masks,
-        fold_of,
-        lambda image: target[image],
-        lambda mask: prepare_masks(mask, CLASSES, GRID, NODES),
-    )
-    return SiteProblem(
-        loss,
-        states,
-        masks,
-        fold_of,
-        scored,
-    )
+
+    def prepare(mask: torch.Tensor) -> PreparedMasks:
+        return prepare_masks(mask, CLASSES, GRID, NODES)
+
+    masks = prepare(target)
+    fold_of = torch.arange(IMAGES) // 2 % FOLDS
+    scored = scored_masks(masks, fold_of, lambda image: target[image], prepare)
+    return SiteProblem(loss, states, masks, fold_of, scored)
 
 
 def objective(
@@ -101,18 +94,8 @@ def scipy_optimum(
         "ftol": 0,
     }
     start = np.zeros(at.start.numel())
-    found = scipy_minimize(
-        value_and_gradient,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        options=options,
-    )
+    found = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
     return found.fun, torch.from_numpy(found.x).view_as(at.start)
-
-
-def others(fold: int) -> list[int]:
-    return [i for i in range(IMAGES) if i // 2 % FOLDS != fold]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -129,25 +112,22 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
         assert found == pytest.approx(expected, abs=1e-5)
 
 
-def held_out_loss_of_scipy(data, at: SiteProblem, strength: float) -> float:
-    """Return the cross-validated loss of folds solved to the end."""
-    total = pixels = 0
-    for fold in range(FOLDS):
-        left_out = [i for i in range(IMAGES) if i not in others(fold)]
-        _, point = scipy_optimum(data, at, strength, others(fold))
-        labelled = (data[1][left_out] != 255).sum().item()
-        total += labelled * objective(data, at, 0.0, point, left_out).item()
-        pixels += labelled
-    return total / pixels
-
-
 def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
     """A fold sees none of the images that it is scored on; its decrease allows them `HELD_OUT_GAIN` times as much."""
     at = problem(data)
     path, _ = FoldSearch(at).choose()
+    folds = (torch.arange(IMAGES) // 2 % FOLDS).tolist()
     for strength, loss in zip(path.strengths, path.loss, strict=True):
-        expected = held_out_loss_of_scipy(data, at, strength)
-        assert loss == pytest.approx(expected, abs=HELD_OUT_GAIN * TOLERANCE), strength
+        total = pixels = 0
+        for fold in range(FOLDS):
+            left_out, others = (
+                [i for i in range(IMAGES) if (folds[i] == fold) == x] for x in (1, 0)
+            )
+            _, point = scipy_optimum(data, at, strength, others)
+            labelled = (data[1][left_out] != 255).sum().item()
+            total += labelled * objective(data, at, 0.0, point, left_out).item()
+            pixels += labelled
+        assert loss == pytest.approx(total / pixels, abs=HELD_OUT_GAIN * TOLERANCE), strength
 
 
 def test_the_search_ends_where_the_loss_has_risen_with_neighbours_on_both_sides(data):

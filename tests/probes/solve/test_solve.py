@@ -2,6 +2,8 @@
 
 import errno
 import os
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +15,17 @@ from solving import STRENGTHS, arguments
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
+from probes.data.batches import MaskPreparer
+from probes.ops import lbfgs
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.runs.read import ProbeRun
 from probes.score.image_metrics import TaskMetric
 from probes.site_probes import SiteProbes
+from probes.solve import states
+from probes.solve.objective import SiteProblem
 from probes.solve.path import FoldSearch
-from probes.solve.progress import follow
 from probes.solve.states import new_states
-from probes.solve.workers import SiteFiles, in_workers
-from probes.step_progress import watched
+from probes.solve.workers import SiteFiles
 from probes.tasks.segmentation import Segmentation
 
 pytestmark = pytest.mark.numerics
@@ -31,62 +35,37 @@ ADAPTER = ["--model.sites", "[adapter]"]
 BYTES = ("probes.safetensors", "effects.safetensors", "counts.safetensors")
 
 
+@pytest.fixture(scope="module")
+def words(checkpoints, segmentation):
+    """The command, as a function of its folder and more options."""
+    return partial(arguments, checkpoints["causal"], segmentation)
+
+
 @pytest.fixture
-def solve(checkpoints, segmentation, tmp_path):
+def solve(words, tmp_path):
     """Run a command in a folder of the test and return the run."""
 
-    def run(*more: str, out: str = "run", strengths: tuple[str, ...] = STRENGTHS) -> ProbeRun:
-        main(
-            arguments(
-                checkpoints["causal"],
-                segmentation,
-                tmp_path / out,
-                *more,
-                strengths=strengths,
-            )
-        )
+    def run(*more: str, out: str = "run", **options) -> ProbeRun:
+        main(words(tmp_path / out, *more, **options))
         return ProbeRun(tmp_path / out)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+def run(words, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("solved")
-    main(
-        arguments(
-            checkpoints["causal"],
-            segmentation,
-            out,
-            "--save_predictions",
-            "true",
-        )
-    )
+    main(words(out))
     return ProbeRun(out)
 
 
 def test_the_strength_of_the_lowest_loss_is_chosen_and_all_are_certified(run):
-    path = run.metrics["path"]
-    assert [entry["site"] for entry in path["optimum"]["sites"]] == run.sites
-    for entry in path["optimum"]["sites"]:
+    assert [entry["site"] for entry in run.strengths.sites] == run.sites
+    for entry in run.strengths.sites:
         assert entry["strengths"] == [0.1, 0.01]
         assert all(certificate["converged"] for certificate in entry["certificates"])
         best = int(np.argmin(entry["cv_cross_entropy"]))
         assert entry["chosen"] == entry["lowest"] == [0.1, 0.01][best]
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_sites_are_told_one_by_one(threads, monkeypatch, caplog):
-    """Also those that are solved by several processes."""
-    caplog.set_level("INFO")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    told = []
-    with watched(lambda *progress: told.append(progress) or "about 1 min left"):
-        results = in_workers(str.upper, ["x", "y"], torch.device("cpu"))
-        found = dict(follow(results, 2, "solving sites", "lines"))
-    assert found == {"x": "X", "y": "Y"}
-    assert told == [("solving sites", 1, 2), ("solving sites", 2, 2)]
-    assert "solving sites: 2/2, 0:00:00 left" in caplog.text
 
 
 def test_effects_are_written_as_the_counts_say(run):
@@ -103,27 +82,14 @@ def test_effects_are_written_as_the_counts_say(run):
 def test_each_strength_is_scored_as_a_run_of_that_strength_alone(run, solve):
     """The chosen probe is counted apart from the others, which must not be mixed up."""
     for row, strength in enumerate(STRENGTHS):
-        ours = solve(out=strength, strengths=(strength,))
-        for entry, alone in zip(run.strengths.sites, ours.strengths.sites, strict=True):
+        ours = solve("--model.sites", "[encoder, adapter]", out=strength, strengths=(strength,))
+        for alone in ours.strengths.sites:
+            entry = run.strengths.sites[run.sites.index(alone["site"])]
             assert entry["pacc"][row] == pytest.approx(alone["pacc"][0], abs=0.004)
         # of two strengths: all sites at the first, all at the second
         name = "adapter_drop@weaker" if row else "adapter_drop@stronger"
         of_row = run.effects.get(name, run.effects["adapter_drop@chosen"])
         assert of_row.value == pytest.approx(ours.effects["adapter_drop"].value, abs=0.01)
-
-
-def count_forwards(monkeypatch) -> list[tuple[str, ...]]:
-    """Return a list to which each forward of training images adds its sites."""
-    sites_of = []
-    inner = SiteProbes.states
-
-    def states(self, batch, sites=None):
-        if sites is not None:
-            sites_of.append(tuple(sites))
-        return inner(self, batch, sites)
-
-    monkeypatch.setattr(SiteProbes, "states", states)
-    return sites_of
 
 
 ONE_SITE_GB = 6 * 4 * 32 * 4 / 1e9  # six images of four tokens of 32 float32 channels
@@ -138,15 +104,22 @@ ONE_SITE_GB = 6 * 4 * 32 * 4 / 1e9  # six images of four tokens of 32 float32 ch
     ids=["mapped files", "groups"],
 )
 def test_memory_changes_no_byte(gb, groups, run, solve, monkeypatch):
-    forwards = count_forwards(monkeypatch)
+    forwards = []
+    states = SiteProbes.states
+
+    def counted(self, batch, sites=None):
+        forwards.extend([tuple(sites)] if sites else [])  # of training images
+        return states(self, batch, sites)
+
+    monkeypatch.setattr(SiteProbes, "states", counted)
     other = solve("--memory-gb", str(gb))
     assert list(dict.fromkeys(forwards)) == groups
+    assert_same_bytes(other.path, run.path)
+
+
+def assert_same_bytes(out: Path, other: Path) -> None:
     for name in BYTES:
-        assert (other.path / name).read_bytes() == (run.path / name).read_bytes(), name
-
-
-def die(*args, **kwargs) -> None:
-    raise KeyboardInterrupt
+        assert (out / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def in_this_process(work, sites, device):
@@ -161,7 +134,6 @@ def in_this_process(work, sites, device):
 
 # class and method, and the number of calls after which it is killed
 KILLS = {
-    "while states are read": (SiteProbes, "states", 2),
     "in a search": (FoldSearch, "visit", 4),
     "when a site is saved": (SiteFiles, "save", 2),
     "while it is scored": (TaskMetric, "add", 1),
@@ -172,8 +144,7 @@ KILLS = {
 def test_a_killed_run_resumes_to_the_same_bytes(
     when,
     run,
-    checkpoints,
-    segmentation,
+    words,
     tmp_path,
     monkeypatch,
 ):
@@ -183,9 +154,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
     def stop(self, *args) -> object:
         count.append(1)
-        return die() if len(count) == calls else original(self, *args)
+        if len(count) == calls:
+            raise KeyboardInterrupt
+        return original(self, *args)
 
-    killed = arguments(checkpoints["causal"], segmentation, tmp_path)
+    killed = words(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(owner, method, stop)
         patch.setattr("probes.solve.run.in_workers", in_this_process)
@@ -195,8 +168,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         with pytest.raises(SystemExit, match="unfinished"):
             main(killed)
     main([*killed, "--ckpt_path", "last"])
-    for name in BYTES:
-        assert (tmp_path / name).read_bytes() == (run.path / name).read_bytes(), name
+    assert_same_bytes(tmp_path, run.path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -208,19 +180,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         (["--strengths", "0"], "above 0"),
         (["--data.task", "depth", "--strengths", "2"], "at most 1, got 2"),
         (["--folds", "99"], "99 folds"),
-        (["--memory-gb", "-1"], "--memory-gb must be at least 0, got -1"),
-        (["--trainer.limit_test_batches", "0.5"], "limit_test_batches has no meaning for solved"),
     ],
 )
-def test_rejects_bad_options(
-    option,
-    message,
-    checkpoints,
-    task_root,
-    tmp_path,
-):
+def test_rejects_bad_options(option, message, solve, task_root):
     with pytest.raises((SystemExit, UserError), match=message):
-        main(arguments(checkpoints["causal"], task_root, tmp_path, *option))
+        solve("--data.root", str(task_root), *option)
 
 
 def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
@@ -247,15 +211,9 @@ def test_sites_solved_on_one_thread_and_on_two_have_the_same_optimum(run, solve)
     assert_same_solution(run, other)
 
 
-def test_dry_run_measures_and_writes_nothing(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    caplog,
-):
-    command = arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run")
+def test_dry_run_measures_and_writes_nothing(words, tmp_path, caplog):
+    command = words(tmp_path / "out", "--dry-run")
     main(command)
-    assert "a forward over 6 training images takes" in caplog.text
     assert "1 forwards at most" in caplog.text and "GB in memory" in caplog.text
     main([*command, "--memory-gb", "0"])
     assert "3 forwards at most" in caplog.text and "GB in a file" in caplog.text
@@ -288,3 +246,46 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(tmp_path, monkeypa
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match="take 0.008 GB, more than --memory-gb, and more than"):
         new_states((1000, 1000, 2), torch.float32, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- optima.py
+def bias_without_gradient(inner, *args, **kwargs):
+    loss, gradient = inner(*args, **kwargs)
+    if gradient is not None:
+        gradient[..., -1] = 0
+    return loss, gradient
+
+
+def folds_that_see_what_they_leave_out(inner, self, strengths, left_out):
+    return inner(self, strengths, [None] * len(left_out))
+
+
+def rows_of_pixels_dropped(inner, self, target):
+    for mask in target:
+        mask[-2:] = 255
+    return inner(self, target)
+
+
+FAULTS = {
+    bias_without_gradient: (SiteProblem, "sums"),
+    folds_that_see_what_they_leave_out: (SiteProblem, "objective"),
+    rows_of_pixels_dropped: (MaskPreparer, "__call__"),
+    1: (lbfgs, "ITERATIONS"),  # stopped too early
+    2: (states, "NODES"),  # too few for the integrals
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_comparison_of_optima_rejects_what_a_faulty_solver_finds(
+    fault,
+    run,
+    solve,
+    monkeypatch,
+):
+    owner, name = FAULTS[fault]
+    inner = getattr(owner, name)
+    faulty = (lambda *args, **kwargs: fault(inner, *args, **kwargs)) if callable(fault) else fault
+    monkeypatch.setattr(owner, name, faulty)
+    wrong = solve(*ADAPTER)
+    with pytest.raises(AssertionError):
+        assert_same_solution(run, wrong)

@@ -40,21 +40,11 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ask(data, tmp_path_factory):
-    """A function that runs the command and returns its files by name."""
-
-    def run(seed: int = 0) -> dict[str, list[dict]]:
-        out = tmp_path_factory.mktemp("out")
-        words = ["questions", str(data), "--out", str(out), "--seed", str(seed)]
-        main([*words, "--grid", str(GRID), "--held-out", "40"])
-        return {file.stem: json.loads(file.read_text()) for file in sorted(out.iterdir())}
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def records(ask):
-    return ask()
+def records(data, tmp_path_factory) -> dict[str, list[dict]]:
+    """The files of the command by name."""
+    out = tmp_path_factory.mktemp("out")
+    main(["questions", str(data), "--out", str(out), "--grid", str(GRID), "--held-out", "40"])
+    return {file.stem: json.loads(file.read_text()) for file in out.iterdir()}
 
 
 def pairs(record: dict) -> list[tuple[str, str]]:
@@ -63,7 +53,8 @@ def pairs(record: dict) -> list[tuple[str, str]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def masks_by_image(data: Path) -> dict[str, list[list[int]]]:
+@pytest.fixture(scope="module")
+def masks(data: Path) -> dict[str, list[list[int]]]:
     """Return class indices as the probes' own reader of folders has them."""
     masks = {}
     for split in ("training", "validation"):
@@ -75,13 +66,11 @@ def masks_by_image(data: Path) -> dict[str, list[list[int]]]:
 
 def majority(mask: list[list[int]], row: int, column: int) -> str | None:
     """Return the class of more than half of the pixels of a cell, by a loop over all pixels."""
-    inside = []
-    for y in range(SIDE[0]):
-        for x in range(SIDE[1]):
-            top, bottom = round(row * SIDE[0] / GRID), round((row + 1) * SIDE[0] / GRID)
-            left, right = round(column * SIDE[1] / GRID), round((column + 1) * SIDE[1] / GRID)
-            if top <= y < bottom and left <= x < right:
-                inside.append(mask[y][x])
+    (top, bottom), (left, right) = (
+        (round(at * side / GRID), round((at + 1) * side / GRID))
+        for at, side in zip((row, column), SIDE, strict=True)
+    )
+    inside = [mask[y][x] for y in range(top, bottom) for x in range(left, right)]
     for index, name in enumerate(NAMES):
         if 2 * inside.count(index) > len(inside):
             return name
@@ -105,8 +94,7 @@ def is_true(question: str, answer: str, mask: list[list[int]]) -> bool:
     return 2 * beside.count(answer) > len(beside)
 
 
-def test_every_answer_is_true(data, records):
-    masks = masks_by_image(data)
+def test_every_answer_is_true(masks, records):
     asked = [
         (question, answer, record["image"])
         for record in records["dialogues"] + records["questions"]
@@ -129,15 +117,9 @@ def test_without_the_photo_exactly_half_of_the_answers_can_be_right(records):
         assert 2 * best == sum(counts.total() for counts in answers.values())
 
 
-def test_the_seed_decides_all_of_it(ask, records):
-    assert ask() == records
-    assert ask(seed=1)["questions"] != records["questions"]
-
-
-def test_probes_answers_reads_the_regions_and_each_shows_its_class(data, records, tmp_path):
+def test_probes_answers_reads_the_regions_and_each_shows_its_class(masks, records, tmp_path):
     file = tmp_path / "questions.json"
     file.write_text(json.dumps(records["questions"]))
-    masks = masks_by_image(data)
     read = read_questions(file, NAMES)
     with_region = [record for record in records["questions"] if record["regions"] != [None]]
     assert len(read.questions) == len(with_region) > 20
@@ -147,8 +129,7 @@ def test_probes_answers_reads_the_regions_and_each_shows_its_class(data, records
         assert majority(masks[read.images[question.image]], *cell) == NAMES[question.right]
 
 
-def test_a_caption_lists_the_classes_of_the_photo(data, records):
-    masks = masks_by_image(data)
+def test_a_caption_lists_the_classes_of_the_photo(masks, records):
     for record in records["captions"]:
         (_, caption) = pairs(record)[0]
         listed = set(re.findall(r"\w+", caption)) - {"A", "picture", "with", "and"}

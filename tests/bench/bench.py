@@ -22,9 +22,8 @@ from loss import bench_loss, print_peak_memory
 from measure import last_line, ratios
 from probe_solvers import bench_solver
 from states import bench_states
-from sweep import PREFIX, Sweep, frozen_model
+from sweep import PREFIX, VOCABULARY, Sweep, frozen_model
 
-ROOT = Path(__file__).parents[2]
 TEXT = 64  # tokens after the image
 
 
@@ -53,82 +52,56 @@ def peak_memory_mb(step: str) -> float:
     return float(last_line(command, MALLOC_MMAP_THRESHOLD_=65536))
 
 
-def bench_sweep(rounds: int) -> list[dict]:
+def bench_sweep(rounds: int) -> dict:
     sweep = Sweep("small", images=8, mask_px=256)
 
     def one_by_one() -> None:
         for site in sweep.sites:
             sweep.step([site])
 
-    return [
-        {"name": f"{len(sweep.sites)} sites, one a pass over all in one pass"}
-        | paired(sweep.step, one_by_one, max(2, rounds // 2)),
-    ]
+    name = f"{len(sweep.sites)} sites, one a pass over all in one pass"
+    return {"name": name} | paired(sweep.step, one_by_one, max(2, rounds // 2))
 
 
-def bench_frozen(rounds: int) -> list[dict]:
+def bench_frozen(rounds: int) -> dict:
     """A CLIP ViT-L/14@336 and an LLM of 1.1 B parameters, 576 image tokens, one image with a mask of 512 x 512."""
     sweep = Sweep("1b", images=1, mask_px=512)
-    entry = {
-        "name": f"probing sweep over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"
-    }
-    entry |= paired(sweep.forward, sweep.step, max(2, rounds // 3))
-    return [entry]
+    name = f"probing sweep over the frozen forward, {len(sweep.sites)} sites of a 1.1B LLM"
+    return {"name": name} | paired(sweep.forward, sweep.step, max(2, rounds // 3))
 
 
-def bench_text(rounds: int) -> list[dict]:
+def bench_text(rounds: int) -> dict:
     """States of the image tokens, against the whole model on prefix, image and text as tools compute them."""
     mllm = frozen_model()
-    pixels = torch.randn(8, 3, 168, 168)
-    ids = torch.randint(1, 2000, (8, PREFIX + 144 + TEXT))
-    ids[:, PREFIX : PREFIX + 144] = 2047
+    image = slice(PREFIX, PREFIX + mllm.image_tokens)
+    ids = torch.randint(1, 2000, (8, image.stop + TEXT))
+    ids[:, image] = VOCABULARY - 1
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(8, 3, 168, 168)}
 
     @torch.no_grad()
     def whole() -> None:
-        mllm.model(
-            input_ids=ids,
-            pixel_values=pixels,
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        mllm.model(**inputs, output_hidden_states=True, use_cache=False)
 
-    timed = paired(lambda: mllm.states(pixels), whole, rounds)
-    return [
-        {"name": f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"} | timed
-    ]
+    name = f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"
+    return {"name": name} | paired(lambda: mllm.states(inputs["pixel_values"]), whole, rounds)
 
 
 BENCHES = {
     "loss": lambda args: bench_loss(paired, peak_memory_mb, args.rounds),
     "solver": lambda args: bench_solver(paired, max(2, args.rounds // 3)),
     "states": lambda args: bench_states(args.nnsight, max(2, args.rounds // 3)),
-    "sweep": lambda args: bench_sweep(args.rounds),
-    "frozen": lambda args: bench_frozen(args.rounds),
-    "text": lambda args: bench_text(args.rounds),
+    "sweep": lambda args: [bench_sweep(args.rounds)],
+    "frozen": lambda args: [bench_frozen(args.rounds)],
+    "text": lambda args: [bench_text(args.rounds)],
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=7,
-        help="paired runs of each (7)",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=BENCHES,
-        default=list(BENCHES),
-        help="some of them (all)",
-    )
-    parser.add_argument(
-        "--nnsight", metavar="PYTHON", help="of an environment with nnsight: a row of states"
-    )
+    parser.add_argument("--rounds", type=int, default=7, help="paired runs of each")
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
+    parser.add_argument("--nnsight", metavar="PYTHON", help="of an environment with nnsight")
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -140,9 +113,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    print(
-        f"{machine['machine']}, torch {machine['torch']}, one thread; median of {args.rounds} paired runs [min, max]\n"
-    )
+    print(f"{machine}; one thread, median of {args.rounds} paired runs [min, max]\n")
     entries = []
     for name in args.only:
         for entry in BENCHES[name](args):

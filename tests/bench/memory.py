@@ -31,13 +31,6 @@ def peak_mb(function: Callable[[], object]) -> float:
     return round(memory_mb("VmHWM") - before, 1)
 
 
-def family_anon_mb() -> float:
-    """RssAnon of this process and its children, data workers for one."""
-    me = os.getpid()
-    children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
-    return memory_mb("RssAnon") + sum(memory_mb("RssAnon", child) for child in children)
-
-
 class Watch:
     """What this process and its children hold while a block runs, in tenths of its time but the first and the last, in
     which workers start and end."""
@@ -51,11 +44,12 @@ class Watch:
         return self
 
     def _watch(self) -> None:
+        me = os.getpid()
+        children = Path(f"/proc/{me}/task/{me}/children")
         while not self._done.wait(0.1):
-            with contextlib.suppress(
-                FileNotFoundError, ProcessLookupError
-            ):  # a child that has just ended
-                self.samples.append((time.perf_counter() - self.start, family_anon_mb()))
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one has just ended
+                held = [memory_mb("RssAnon", pid) for pid in (me, *children.read_text().split())]
+                self.samples.append((time.perf_counter() - self.start, sum(held)))
 
     def __exit__(self, *_) -> None:
         self._done.set()
@@ -63,7 +57,7 @@ class Watch:
         self.seconds = time.perf_counter() - self.start
 
     def facts(self, records: int) -> dict:
-        """Rate, memory, and the slope of a line through it, of a block that took these records in turn."""
+        """Rate and memory of a block that took these records in turn."""
         kept = [sample for sample in self.samples if 0.1 < sample[0] / self.seconds < 0.9]
         when, held = np.array(kept).T
         tenth = (10 * when / self.seconds).astype(int)
@@ -71,7 +65,4 @@ class Watch:
             "seconds": round(self.seconds, 1),
             "records_per_s": round(records / self.seconds),
             "held_mb": [round(float(held[tenth == i].mean()), 1) for i in np.unique(tenth)],
-            "slope_mb_per_100k_records": round(
-                float(np.polyfit(when * records / self.seconds, held, 1)[0] * 1e5), 2
-            ),
         }

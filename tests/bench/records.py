@@ -2,23 +2,22 @@
 
     python tests/bench/records.py --records 665298
 
-Prints JSON: seconds, records/s and memory of each phase; of the long ones, what the processes hold in every tenth of
-the time, and the slope of that. Records are as long as those of the 665K mix: several turns, 94% with an image. The
-images are 64 small ones shared by all, so that the time is that of the records; `data.py` of the benchmarks times real
-ones. The epoch is that of `InstructionData`, with its step loader, sampler and collation.
+Prints JSON: seconds and memory of opening, then records/s of an epoch and what the processes hold in every tenth of
+the time. Records are as long as those of the 665K mix: several turns, 94% with an image. The images are 64 small ones
+shared by all, so that the time is that of the records. The epoch is that of `InstructionData`, with its step loader,
+sampler and collation.
 """
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from measure import last_line
 from memory import Watch, peak_mb
 from PIL import Image
 from transformers import CLIPVisionConfig
@@ -45,9 +44,8 @@ def write_world(root: Path, records: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     py = random.Random(seed)
     for i in range(PICTURES):
-        Image.fromarray(rng.integers(0, 255, (*PICTURE_PX[::-1], 3), np.uint8)).save(
-            root / f"{i}.png"
-        )
+        pixels = rng.integers(0, 255, (*PICTURE_PX[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
     with open(root / "data.json", "w") as file:
         for i in range(records):
             file.write(("[" if i == 0 else ",\n") + json.dumps(_record(i, py)))
@@ -61,37 +59,20 @@ def _record(index: int, py: random.Random) -> dict:
     turns = []
     for turn in range(py.choice((1, 1, 3, 5, 8, 12))):
         question = " ".join(py.choices(WORDS, k=py.randint(4, 14)))
-        turns.append(
-            {"from": "human", "value": ("<image>\n" if picture and turn == 0 else "") + question}
-        )
-        turns.append(
-            {"from": "gpt", "value": " ".join(py.choices(WORDS, k=py.choice((1, 3, 10, 60, 120))))}
-        )
+        answer = " ".join(py.choices(WORDS, k=py.choice((1, 3, 10, 60, 120))))
+        shown = "<image>\n" * (picture and turn == 0)
+        turns.append({"from": "human", "value": shown + question})
+        turns.append({"from": "gpt", "value": answer})
     record = {"id": f"{index:012d}", "conversations": turns}
     return record | {"image": f"{index % PICTURES}.png"} if picture else record
 
 
 def opening(root: Path, workers: int) -> dict:
-    """The JSON into memory-mapped Arrow; later ones, in workers and ranks, find it in the cache."""
+    """The JSON into memory-mapped Arrow."""
     start = time.perf_counter()
     return {
         "peak_mb": peak_mb(lambda: open_all(root)),
         "seconds": round(time.perf_counter() - start, 1),
-    }
-
-
-def sampler(root: Path, workers: int) -> dict:
-    """The order of a whole epoch, in batches of one modality and similar length."""
-    lengths = open_all(root).lengths()
-    start = time.perf_counter()
-    drawn = []
-    peak = peak_mb(
-        lambda: drawn.extend(map(len, BatchSampler(lengths, BATCH, MICRO_BATCH, grouped=True)))
-    )
-    return {
-        "peak_mb": peak,
-        "samples": sum(drawn),
-        "seconds": round(time.perf_counter() - start, 2),
     }
 
 
@@ -113,12 +94,7 @@ def epoch(root: Path, workers: int) -> dict:
     return watch.facts(samples) | {"samples": samples}
 
 
-PHASES = {
-    "opening": opening,
-    "opening again": opening,
-    "sampler": sampler,
-    "epoch": epoch,
-}
+PHASES = {"opening": opening, "epoch": epoch}
 
 
 def open_all(root: Path) -> Instructions:
@@ -133,59 +109,24 @@ def build_collate(root: Path) -> Collate:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=665_298)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=2,
-        help="processes of the loader",
-    )
-    parser.add_argument(
-        "--phases",
-        nargs="+",
-        choices=PHASES,
-        default=list(PHASES),
-    )
-    parser.add_argument(
-        "--phase",
-        nargs=2,
-        metavar=("NAME", "FOLDER"),
-        help="one of them, in this process",
-    )
+    parser.add_argument("--workers", type=int, default=2, help="processes of the loader")
+    parser.add_argument("--phase", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.phase:
         print(json.dumps(PHASES[args.phase[0]](Path(args.phase[1]), args.workers)))
         return
     with TemporaryDirectory() as folder:
         write_world(Path(folder), args.records)
-        found = {
-            "records": args.records,
-            "json_mb": round((Path(folder) / "data.json").stat().st_size / 1e6, 1),
-        }
-        environment = os.environ | {
-            "HF_DATASETS_CACHE": f"{folder}/cache",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        for (
-            phase
-        ) in args.phases:  # each in a process of its own, or one would hide what another holds
-            command = [
-                sys.executable,
-                __file__,
-                "--workers",
-                str(args.workers),
-                "--phase",
-                phase,
-                folder,
-            ]
-            done = subprocess.run(
-                command,
-                env=environment,
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
+        size = (Path(folder) / "data.json").stat().st_size
+        found = {"records": args.records, "json_mb": round(size / 1e6, 1)}
+        words = [sys.executable, __file__, "--workers", args.workers, "--phase"]
+        for phase in PHASES:  # each in a process of its own, or one would hide what another holds
+            line = last_line(
+                [*words, phase, folder],
+                HF_DATASETS_CACHE=f"{folder}/cache",
+                TOKENIZERS_PARALLELISM="false",
             )
-            found[phase] = json.loads(done.stdout)
-            print(phase, done.stdout, file=sys.stderr)
+            found[phase] = json.loads(line)
     print(json.dumps(found, indent=1))
 
 

@@ -19,6 +19,7 @@ SIDE = 336
 PREFIX = 5  # tokens before the image
 IMAGE_TOKENS = 576
 IMAGE_ID = 2047
+IDS = torch.tensor([[1] * PREFIX + [IMAGE_ID] * IMAGE_TOKENS] * BATCH)  # a prefix and the image
 ENCODER = {
     "hidden_size": 384,
     "intermediate_size": 1536,
@@ -48,11 +49,6 @@ def make_model() -> torch.nn.Module:
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
-def prompt() -> torch.Tensor:
-    """Return the ids i64[1, n] of a prefix and the image."""
-    return torch.tensor([[1] * PREFIX + [IMAGE_ID] * IMAGE_TOKENS])
-
-
 def by_probes() -> Callable[[torch.Tensor], object]:
     """Return the states of all sites, as `probes` computes them, of pixels f[B, 3, px, px]."""
     from probes.models.families import FAMILIES
@@ -71,16 +67,10 @@ def by_probes() -> Callable[[torch.Tensor], object]:
 def by_stock() -> Callable[[torch.Tensor], object]:
     """Return what a careful user of transformers writes: no head, no text after the image."""
     model = make_model().model
-    ids = prompt()
 
     def states(pixels: torch.Tensor) -> object:
-        batch = ids.expand(len(pixels), -1)
-        return model(
-            input_ids=batch,
-            pixel_values=pixels,
-            output_hidden_states=True,
-            use_cache=False,
-        ).hidden_states
+        inputs = {"input_ids": IDS, "pixel_values": pixels, "use_cache": False}
+        return model(**inputs, output_hidden_states=True).hidden_states
 
     return states
 
@@ -90,12 +80,10 @@ def by_nnsight() -> Callable[[torch.Tensor], object]:
     from nnsight import NNsight
 
     model = NNsight(make_model().model)
-    ids = prompt()
 
     def states(pixels: torch.Tensor) -> object:
-        batch = ids.expand(len(pixels), -1)
         saved = []
-        with model.trace(input_ids=batch, pixel_values=pixels, use_cache=False):
+        with model.trace(input_ids=IDS, pixel_values=pixels, use_cache=False):
             for layer in model.language_model.layers:
                 saved.append(layer.output[..., PREFIX:, :].save())
         return saved
@@ -111,42 +99,31 @@ WAYS = {
 
 
 @torch.inference_mode()
-def print_seconds(way: str, images: int) -> None:
-    """Print the CPU-seconds of the states of some images, after one batch to warm up."""
+def print_seconds(way: str) -> None:
+    """Print the CPU-seconds of the states of a batch, after one to warm up."""
     torch.set_num_threads(1)
     states = WAYS[way]()
-    pixels = torch.randn(images, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    states(pixels[:BATCH])
+    pixels = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    states(pixels)
     before = time.process_time()
-    for part in pixels.split(BATCH):
-        states(part)
+    states(pixels)
     print(time.process_time() - before)
 
 
-def measure(python: str, way: str, images: int) -> float:
-    """Return what a process of a way prints."""
-    return float(last_line([python, __file__, way, images], OMP_NUM_THREADS=1))
-
-
-def bench_states(nnsight: str | None, rounds: int, images: int = BATCH) -> list[dict]:
-    """Return the ratios of time of the other ways over ours; ways take turns.
-
-    Args:
-        nnsight: Python of an environment with nnsight, or None.
-        rounds: Of each way.
-        images: Of a process.
-    """
+def bench_states(nnsight: str | None, rounds: int) -> list[dict]:
+    """Return the ratios of time of the other ways over ours, which take turns; `nnsight` is a Python that has it."""
     pythons = {"probes": sys.executable, "stock": sys.executable}
     if nnsight:
         pythons["nnsight"] = nnsight
     seconds = {way: [] for way in pythons}
     for _ in range(rounds):
         for way, python in pythons.items():
-            seconds[way].append(measure(python, way, images))
+            line = last_line([python, __file__, way], OMP_NUM_THREADS=1)
+            seconds[way].append(float(line))
     ours = seconds.pop("probes")
     name = "states of all sites, an LLM of 30 layers x 576: {} over probes"
     return [{"name": name.format(way)} | ratios(ours, found) for way, found in seconds.items()]
 
 
 if __name__ == "__main__":
-    print_seconds(sys.argv[1], int(sys.argv[2]))
+    print_seconds(sys.argv[1])

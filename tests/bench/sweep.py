@@ -1,5 +1,6 @@
 """A probing sweep over random models of real and toy shapes; bench.py times it on a CPU, gpu.py on a GPU."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -15,36 +16,25 @@ from probes.ops.pixel_counts import IGNORE_INDEX, count
 from probes.solve.objective import SiteProblem
 from probes.tasks import SEGMENTATION, TASKS
 
-PREFIX, CLASSES, VOCABULARY = (
-    36,
-    150,
-    2048,
-)  # tokens before the image; ADE20K's classes; what little of an embedding
+PREFIX = 36  # tokens before the image
+CLASSES = 150  # of ADE20K
+VOCABULARY = 2048  # what little of an embedding
 
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-CLIP_SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": 168,
-    "patch_size": 14,
-}
-CLIP_TOY = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+
+def clip(
+    width: int,
+    layers: int,
+    heads: int,
+    image_px: int,
+) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image_px,
+        "patch_size": 14,
+    }
 
 
 def llama(
@@ -63,11 +53,12 @@ def llama(
     }
 
 
+VIT_L = clip(1024, 24, 16, 336)  # CLIP ViT-L/14@336
 SHAPES = {  # encoder, LLM
-    "toy": (CLIP_TOY, llama(32, 48, 3, 4, 2)),
-    "small": (CLIP_SMALL, llama(512, 1376, 8, 8, 8)),
-    "1b": (CLIP_LARGE, llama(2048, 5632, 22, 32, 4)),  # CLIP ViT-L/14@336 and TinyLlama 1.1B
-    "7b": (CLIP_LARGE, llama(4096, 11008, 32, 32, 32)),  # LLaVA-1.5 7B
+    "toy": (clip(16, 2, 2, 28), llama(32, 48, 3, 4, 2)),
+    "small": (clip(128, 4, 4, 168), llama(512, 1376, 8, 8, 8)),
+    "1b": (VIT_L, llama(2048, 5632, 22, 32, 4)),  # TinyLlama 1.1B
+    "7b": (VIT_L, llama(4096, 11008, 32, 32, 32)),  # LLaVA-1.5 7B
 }
 
 
@@ -160,11 +151,15 @@ class Sweep:
         self.losses(self.logits(states)).sum().backward()
         self.update(tuple(states))
 
+    def naive_logits(self) -> Iterator[Tensor]:
+        """Yield the logits of all pixels, site by site."""
+        for site, x in self.forward().items():
+            logits = self.logits({site: x})[0]
+            yield F.interpolate(logits, self.target.shape[1:], mode="bilinear")
+
     def naive_step(self) -> None:
         """The same, with all logits of all pixels, site by site lest memory runs out."""
-        for site, x in self.forward().items():
-            logits = self.heads[site](x.float()).transpose(-1, -2).unflatten(-1, self.mllm.grid)
-            up = F.interpolate(logits, self.target.shape[1:], mode="bilinear")
+        for up in self.naive_logits():
             F.cross_entropy(up, self.target.long(), ignore_index=IGNORE_INDEX).backward()
         self.update(tuple(self.sites))
 
@@ -198,8 +193,7 @@ class Sweep:
     def naive_score(self) -> None:
         """The same with all logits of all pixels, and a table of label and prediction an image."""
         image = torch.arange(len(self.target), device=self.target.device).view(-1, 1, 1)
-        for site, x in self.forward().items():
-            logits = self.heads[site](x.float()).transpose(-1, -2).unflatten(-1, self.mllm.grid)
-            best = F.interpolate(logits, self.target.shape[1:], mode="bilinear").argmax(1)
+        for up in self.naive_logits():
+            best = up.argmax(1)
             pair = ((image * CLASSES + self.target) * CLASSES + best)[self.target != IGNORE_INDEX]
             torch.bincount(pair, minlength=len(image) * CLASSES**2)

@@ -25,13 +25,9 @@ def python(*words: object) -> str:
 def test_what_a_script_imports_of_the_packages_is_there(path):
     """Most scripts run in no test."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in (
-            "llava_bidir",
-            "probes",
-        ):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(("llava_bidir", "probes")):
             module = importlib.import_module(node.module)
-            for alias in node.names:
-                getattr(module, alias.name)
+            assert all(hasattr(module, alias.name) for alias in node.names)
 
 
 @pytest.mark.slow
@@ -39,20 +35,20 @@ def test_the_benchmark_of_a_gpu_runs_and_writes_its_numbers(tmp_path):
     options = "--device cpu --shape toy --images 2 --mask-px 64 --rounds 1".split()
     python(HERE / "gpu.py", *options, "--out", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
-    steps = ("frozen forward", "training step", "solver step", "validation step")
-    steps += ("training step, naive", "validation step, naive")
-    assert all(found["sweep"][step]["images_s"] > 0 for step in steps)
+    rates = [step["images_s"] for step in found["sweep"].values() if isinstance(step, dict)]
+    assert len(rates) == 6 and min(rates) > 0
     assert found["sweep"]["hours"] > 0
     assert found["loss"]["gradient_error"] < 1e-4
 
 
 @pytest.mark.nightly
 def test_the_table_of_the_loss_is_printed():
-    code = "import bench, loss; "
-    code += "loss.CASES = {'small': (5, 1, (96, 128))}; "
-    code += "loss.bench_loss(bench.paired, lambda step: 1.0, rounds=1)"
-    table = python("-c", code)
+    table = python(
+        "-c",
+        "import bench, loss; loss.CASES = {'small': (5, 1, (96, 128))}; "
+        "loss.bench_loss(bench.paired, lambda step: 1.0, rounds=1)",
+    )
     rows = [line.split() for line in table.splitlines() if "ms " in line and "x" in line]
     errors = [float(row[4]) for row in rows]
-    assert [row[0] for row in rows] == ["2", "3", "4", "5", "8"]
+    assert [row[0] for row in rows] == ["2", "3", "5"]
     assert errors[-1] < 1e-6 < errors[0] < 1e-2

@@ -21,13 +21,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from extract_states import read_split
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel
 
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+BATCH = 8
 IGNORED = 255
 NORM_EPS = 1e-5  # of BatchNorm
 # Steps end where a step's relative decrease is about what float32 losses resolve.
@@ -40,6 +43,29 @@ OPTIONS = {
 }
 Photos = tuple[Tensor, list[Tensor]]  # states f32[N, T, d] and N masks uint8[H, W]
 Probe = tuple[Tensor, Tensor]  # weights f64[K, d] of states and biases f64[K]
+
+
+@torch.inference_mode()
+def read_split(
+    model,
+    folder: Path,
+    split: str,
+    layer: int,
+    px: int,
+) -> Photos:
+    """Return the states of the patches, and the masks; pixels are normalised as a DINOv2 expects."""
+    files = sorted((folder / "images" / split).iterdir())
+    photos = [
+        Image.open(file).convert("RGB").resize((px, px), Image.Resampling.BICUBIC) for file in files
+    ]
+    pixels = torch.stack([torch.tensor(np.asarray(photo)).permute(2, 0, 1) for photo in photos])
+    pixels = (pixels / 255 - MEAN) / DEVIATION
+    states = [
+        model(part, output_hidden_states=True).hidden_states[layer][:, 1:].clone()
+        for part in pixels.split(BATCH)
+    ]
+    masks = [Image.open(folder / "annotations" / split / f"{file.stem}.png") for file in files]
+    return torch.cat(states), [torch.tensor(np.asarray(mask)) for mask in masks]
 
 
 def upsampled(logits: Tensor, mask: Tensor) -> Tensor:

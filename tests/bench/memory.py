@@ -11,21 +11,16 @@ import numpy as np
 
 
 def memory_mb(kind: str, pid: int | str = "self") -> float:
-    """VmRSS now, VmHWM at most since :func:`forget_peak`, or RssAnon: what is not a mapped file and cannot be given
+    """VmRSS now, VmHWM at most, or RssAnon: what is not a mapped file and cannot be given
     back."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return (
-        next((int(line.split()[1]) for line in lines if line.startswith(kind)), 0) / 1024
-    )  # 0 of one that has ended
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    # 0 of one that has ended
+    return next((int(line.split()[1]) for line in lines if line.startswith(kind)), 0) / 1024
 
 
 def peak_mb(function: Callable[[], object]) -> float:
     """By how much a call raises this process's memory at most. What a first call allocates for good should be there."""
-    forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     before = memory_mb("VmRSS")
     function()
     return round(memory_mb("VmHWM") - before, 1)

@@ -2,7 +2,7 @@
 
 On synthetic states: 48 images, 16 x 16 tokens, 384 channels, 11 classes, masks of 360 x 480 pixels.
 `probes.solve_features` searches the strength over four folds and ends with a certificate; AdamW is given a learning
-rate. `solver.py` compares two checkouts on states of photos.
+rate.
 """
 
 from collections.abc import Callable

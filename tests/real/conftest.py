@@ -61,34 +61,35 @@ def english(tmp_path_factory) -> Path:
     """Twelve dialogues in English with their images; two of them have none."""
     root = tmp_path_factory.mktemp("english")
     rng = np.random.default_rng(0)
-    records = []
-    captions = []
+    records = {"dialogues": [], "captions": []}
     for i in range(12):
-        Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(root / f"{i}.png")
+        pixels = rng.integers(0, 255, (10, 14, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        picture = {"image": f"{i}.png"}
+        caption = f"A street with {i + 2} trees,\nthe sky and a car."
         turns = [
             "<image>\n" * (i < 10) + "Is this a room or a street?",
             ("a room", "a street")[i % 2],
             "Describe the picture.",
-            f"A street with {i + 2} trees,\nthe sky and a car.",
+            caption,
         ]
-        picture = {"image": f"{i}.png"} if i < 10 else {}
-        records.append({"id": f"r{i}", "conversations": tiny_models.turns(*turns)} | picture)
-        caption = tiny_models.turns("<image>\nDescribe the picture.", turns[-1])
-        captions.append({"id": f"c{i}", "image": f"{i}.png"} | {"conversations": caption})
-    (root / "dialogues.json").write_text(json.dumps(records))
-    (root / "captions.json").write_text(json.dumps(captions))
+        record = {"id": f"r{i}", "conversations": tiny_models.turns(*turns)}
+        records["dialogues"].append(record | (picture if i < 10 else {}))
+        turns = tiny_models.turns("<image>\nDescribe the picture.", caption)
+        records["captions"].append({"id": f"c{i}", "conversations": turns} | picture)
+    for name, written in records.items():
+        (root / f"{name}.json").write_text(json.dumps(written))
     return root
 
 
 @pytest.fixture(scope="session")
-def two_layers(llm, tmp_path_factory) -> Path:
+def two_layers(llm, tokenizer, tmp_path_factory) -> Path:
     """The first two of its 30 layers, for what does not depend on language."""
     out = tmp_path_factory.mktemp("llm") / "two_layers"
     config = AutoConfig.from_pretrained(llm, num_hidden_layers=2)
-    AutoModelForCausalLM.from_pretrained(llm, config=config, dtype=torch.float32).save_pretrained(
-        out
-    )
-    AutoTokenizer.from_pretrained(llm).save_pretrained(out)
+    two = AutoModelForCausalLM.from_pretrained(llm, config=config, dtype=torch.float32)
+    two.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     return out
 
 
@@ -96,12 +97,7 @@ def two_layers(llm, tmp_path_factory) -> Path:
 def options(encoder, english):
     """A function that returns the options of `llava-bidir fit` for a stage of three steps."""
 
-    def build(
-        stage: str,
-        llm: Path,
-        out: Path,
-        *more: str,
-    ) -> list[str]:
+    def build(stage: str, llm: Path, out: Path) -> list[str]:
         records = "captions" if stage == "stage1" else "dialogues"
         words = f"fit -c configs/real/{stage}.yaml --out {out} --model.llm {llm}"
         words += f" --model.encoder.path {encoder.path} --model.encoder.name clip"
@@ -112,7 +108,7 @@ def options(encoder, english):
             words += " --model.adapter_init_scale 4"
         if stage == "stage2":  # LLaVA's rate for the LLM
             words += " --data.val_annotations null --model.learning_rate 2e-5"
-        return [*words.split(), *more]
+        return words.split()
 
     return build
 
@@ -121,7 +117,7 @@ def trained(options, llm: Path, runs: Path) -> tuple[Path, Path]:
     """Train both stages on an LLM and return their exports."""
     main(options("stage1", llm, runs / "stage1"))
     stage1 = runs / "stage1/hf"
-    main(options("stage2", llm, runs / "stage2", "--model.adapter", str(stage1)))
+    main([*options("stage2", llm, runs / "stage2"), "--model.adapter", str(stage1)])
     return stage1, runs / "stage2/hf"
 
 
@@ -135,10 +131,3 @@ def stages(options, llm, tmp_path_factory) -> tuple[Path, Path]:
 def small_stages(options, two_layers, tmp_path_factory) -> tuple[Path, Path]:
     """Both stages of the model of two layers."""
     return trained(options, two_layers, tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="session")
-def small_stage2_options(options, two_layers, small_stages):
-    """A function that returns the options of stage 2 of the model of two layers."""
-    adapter = ["--model.adapter", str(small_stages[0])]
-    return lambda out, *more: options("stage2", two_layers, out, *adapter, *more)

@@ -24,35 +24,19 @@ def out(two_layers, tmp_path, monkeypatch) -> Path:
     out.mkdir()
     (out / "llm").symlink_to(two_layers)
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-    }
-    config = Dinov2Config(
-        **sizes,
-        patch_size=real_plan.PATCH_PX,
-        image_size=5 * real_plan.PATCH_PX,
-    )
+    px = real_plan.PATCH_PX
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = Dinov2Config(**sizes, patch_size=px, image_size=5 * px)
     Dinov2Model(config).save_pretrained(out / "encoder")
     seconds = 60 * real.TRAINING_SHARE / ((1 + real_plan.STAGE1_SHARE) * STEPS)
     monkeypatch.setattr(real_plan, "measure_step", lambda llm, tokens: ("32-true", seconds))
+    monkeypatch.setattr(real, "SCALE", 0.01)
+    monkeypatch.setattr(real, "SITES", ["encoder", "adapter", "layer_01", "layer_02"])
     return out
 
 
-@pytest.fixture
-def command(out, monkeypatch):
-    """Return the words of the command and its folder."""
-    monkeypatch.setattr(real, "SCALE", 0.01)
-    monkeypatch.setattr(real, "SITES", ["encoder", "adapter", "layer_01", "layer_02"])
-    options = ["--minutes", "1", "--controls", "--draws", "1"]
-    return ["--out", str(out), *options], out
-
-
-def test_it_trains_and_studies_the_model_and_its_controls_and_then_has_nothing_to_do(
-    command, capsys
-):
-    words, out = command
+def test_it_trains_and_studies_the_model_and_its_controls_and_then_has_nothing_to_do(out, capsys):
+    words = f"--out {out} --minutes 1 --controls --draws 1".split()
     real.main(words)
     assert f"{STEPS} steps of stage 1, {STEPS} of stage 2" in capsys.readouterr().out
     plan = json.loads((out / "plan.json").read_text())

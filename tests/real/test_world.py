@@ -1,5 +1,6 @@
 """Conversations in plain English: they are true, give nothing away, and are balanced without the picture."""
 
+import itertools
 import re
 from collections import Counter, defaultdict
 
@@ -40,11 +41,7 @@ def nouns(text: str) -> set[str]:
 
 def test_every_answer_is_true(records, scenes):
     kinds = Counter()
-    for record in (
-        *records["captions"],
-        *records["dialogues"],
-        *records["questions"],
-    ):
+    for record in itertools.chain(*records.values()):
         scene = scene_of(record, scenes)
         grid = np.array(scene.names).reshape(GRID, GRID)
         for question, answer in pairs(record):
@@ -52,9 +49,8 @@ def test_every_answer_is_true(records, scenes):
             if place := PLACE.search(question):
                 row, column = (int(number) - 1 for number in place.groups())
                 assert answer == grid[row, column]
-                assert "is there" not in question or (
-                    answer in nouns(question) and len(nouns(question)) == 2
-                )
+                if "is there" in question:
+                    assert answer in nouns(question) and len(nouns(question)) == 2
             elif question == KIND:
                 assert answer == f"a {scene.kind}"
             elif question == CAPTION:
@@ -70,11 +66,8 @@ def test_what_gives_answers_away_comes_after_them(records):
     for record in records["dialogues"]:
         asked = [question for question, _ in pairs(record)]
         assert all(PLACE.search(question) for question in asked[:-3])
-        assert [asked[-3], asked[-2], asked[-1][:21]] == [
-            KIND,
-            CAPTION,
-            "What is in each row, ",
-        ]
+        assert asked[-3:-1] == [KIND, CAPTION]
+        assert asked[-1].startswith("What is in each row, ")
 
 
 def test_without_the_picture_exactly_half_of_the_choices_can_be_right(records):
@@ -95,9 +88,5 @@ def test_regions_are_the_places_of_the_open_questions(records):
         none, region = record["regions"]
         assert none is None
         assert region["class"] == answer == choice
-        assert region["box"] == [
-            column / GRID,
-            row / GRID,
-            (column + 1) / GRID,
-            (row + 1) / GRID,
-        ]
+        edges = (column, row, column + 1, row + 1)
+        assert region["box"] == [edge / GRID for edge in edges]

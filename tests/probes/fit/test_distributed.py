@@ -16,7 +16,7 @@ import torch
 import two_ranks
 from optima import assert_same_solution
 from PIL import Image
-from processes import HANGING_S, run_command, run_ranks
+from processes import HANGING_S, run_command
 from safetensors.torch import load_file
 
 from llava_bidir.common.runs import last_checkpoint
@@ -179,45 +179,6 @@ def test_two_processes_solve_the_probes_of_one(
     assert_same_solution(ProbeRun(tmp_path), run)
     assert run.metrics["images"] == 5
     assert_same_bytes(together[0] / "solve from files", run.path)
-
-
-DIES_IN_A_SEARCH = """
-import os, signal, sys
-import torch
-from probes.cli import main
-from probes.solve.path import FoldSearch
-
-torch.set_num_threads(1)  # sites are solved one after the other
-visit = FoldSearch.visit
-visited = []
-
-def die(self, strength):
-    visited.append(strength)
-    if len(visited) == 4 and os.environ["RANK"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    visit(self, strength)
-
-FoldSearch.visit = die
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_a_search_in_which_one_of_two_processes_is_killed_resumes_to_the_same_bytes(
-    together,
-    checkpoints,
-    segmentation,
-    tmp_path,
-):
-    out = tmp_path / "run"
-    command = solving.arguments(checkpoints["causal"], segmentation, out, *two_ranks.TWO)
-    codes, _ = run_ranks([sys.executable, "-c", DIES_IN_A_SEARCH, *command], tmp_path)
-    assert codes[0] == -signal.SIGKILL and codes[1] != 0
-    assert not (out / "metrics.json").exists()
-    assert (out / "checkpoints" / "encoder.safetensors").exists()
-    two_ranks.run({"resumed": [*command, "--ckpt_path", "last"]}, tmp_path, HANGING_S)
-    assert_same_bytes(out, together[0] / "solve")
 
 
 @pytest.mark.distributed

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from losses import CROSS_ENTROPY, LabelSmoothing
 from scipy.optimize import minimize
 
+import probes
+from llava_bidir.common.errors import UserError
 from probes.ops.quadrature import PreparedMasks, prepare_masks
 from probes.solve import refinement as refinements
 from probes.solve import space as spaces
@@ -24,6 +26,8 @@ CLASSES = 3
 WIDTH = 5
 IMAGES = 24
 FOLDS = 3
+FOLD_OF = torch.arange(IMAGES) // 2 % FOLDS
+LONE = CLASSES  # a class that only the first fold has
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +44,25 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return states + 2, pixels
 
 
+@pytest.fixture(scope="module")
+def lone(data) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with another class in the middle of two images of the first fold."""
+    states, target = (x.clone() for x in data)
+    target[:2, 16:32] = LONE
+    states[:2, 3:6] += 2
+    return states, target
+
+
 def problem(data, loss: CrossEntropy = CROSS_ENTROPY) -> SiteProblem:
     states, target = data
+    classes = int(target[target != 255].max()) + 1
 
     def prepare(mask: torch.Tensor) -> PreparedMasks:
-        return prepare_masks(mask, CLASSES, GRID, NODES)
+        return prepare_masks(mask, classes, GRID, NODES)
 
     masks = prepare(target)
-    fold_of = torch.arange(IMAGES) // 2 % FOLDS
-    scored = scored_masks(masks, fold_of, lambda image: target[image], prepare)
-    return SiteProblem(loss, states, masks, fold_of, scored)
+    scored = scored_masks(masks, FOLD_OF, lambda image: target[image], prepare)
+    return SiteProblem(loss, states, masks, FOLD_OF, scored)
 
 
 def objective(
@@ -112,22 +125,57 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
         assert found == pytest.approx(expected, abs=1e-5)
 
 
+def held_out_loss(data, at: SiteProblem, points) -> float:
+    """Return the mean loss of the images that each fold's point was not solved on."""
+    total = pixels = 0
+    for fold, point in enumerate(points):
+        left_out = (FOLD_OF == fold).nonzero()[:, 0]
+        labelled = (data[1][left_out] != 255).sum().item()
+        total += labelled * objective(data, at, 0.0, point, left_out).item()
+        pixels += labelled
+    return total / pixels
+
+
 def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
     """A fold sees none of the images that it is scored on; its decrease allows them `HELD_OUT_GAIN` times as much."""
     at = problem(data)
     path, _ = FoldSearch(at).choose()
-    folds = (torch.arange(IMAGES) // 2 % FOLDS).tolist()
+    others = [(FOLD_OF != fold).nonzero()[:, 0] for fold in range(FOLDS)]
     for strength, loss in zip(path.strengths, path.loss, strict=True):
-        total = pixels = 0
-        for fold in range(FOLDS):
-            left_out, others = (
-                [i for i in range(IMAGES) if (folds[i] == fold) == x] for x in (1, 0)
-            )
-            _, point = scipy_optimum(data, at, strength, others)
-            labelled = (data[1][left_out] != 255).sum().item()
-            total += labelled * objective(data, at, 0.0, point, left_out).item()
-            pixels += labelled
-        assert loss == pytest.approx(total / pixels, abs=HELD_OUT_GAIN * TOLERANCE), strength
+        points = [scipy_optimum(data, at, strength, images)[1] for images in others]
+        expected = held_out_loss(data, at, points)
+        assert loss == pytest.approx(expected, abs=HELD_OUT_GAIN * TOLERANCE), strength
+
+
+def test_a_class_that_one_fold_alone_has_is_trained_on_and_not_tested(lone):
+    """Its pixels take no part in the choice of the strength."""
+    at = problem(lone)
+    states, target = lone
+    shape = (FOLDS, LONE + 1, WIDTH + 1)
+    points = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    expected = held_out_loss((states, target.masked_fill(target == LONE, 255)), at, points)
+    assert at.held_out_loss(points) == pytest.approx(expected, rel=1e-4)
+    assert at.pixels.sum() == (target != 255).sum()
+    probe = at.space.to_states(points[:1])
+    trained, tested = (
+        at.sums(0, probe, masks, needs_grad=False)[0] for masks in (at.masks, at.scored_masks)
+    )
+    assert trained > tested
+
+
+def test_probes_of_all_images_start_from_folds_that_know_the_class(lone):
+    search = FoldSearch(problem(lone))
+    _, points = search.choose((1e-2,))
+    of_folds = search.visited[1e-2].points
+    expected = of_folds.mean(0)
+    expected[LONE] = of_folds[1:, LONE].mean(0)
+    torch.testing.assert_close(points[0], expected)
+
+
+def test_classes_of_one_fold_each_are_an_error(data):
+    masks = [np.full(SIZE, image % 2, np.uint8) for image in range(12)]
+    with pytest.raises(UserError, match="each class is labelled in only one of 2 folds"):
+        probes.solve_features(data[0][:12].unflatten(1, GRID), masks, 2, folds=2)
 
 
 def test_the_search_ends_where_the_loss_has_risen_with_neighbours_on_both_sides(data):
@@ -175,7 +223,7 @@ def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):
 def test_chunks_of_images_give_the_sums_of_all(data, monkeypatch):
     """States of half precision are used as they are."""
     at = problem((data[0].half(), data[1]))
-    probes = torch.randn(2, CLASSES, WIDTH + 1, dtype=torch.float64)
-    whole = at.sums(1, probes, at.masks)
+    two = torch.randn(2, CLASSES, WIDTH + 1, dtype=torch.float64)
+    whole = at.sums(1, two, at.masks)
     monkeypatch.setattr(spaces, "CHUNK_NUMEL", 1)  # one image at a time
-    torch.testing.assert_close(at.sums(1, probes, at.masks), whole, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(at.sums(1, two, at.masks), whole, rtol=1e-4, atol=1e-2)

@@ -78,58 +78,48 @@ def assert_same_solution(
         other: The other one.
         held_out: How far the losses of left-out images may be apart, in nats.
     """
-    data = TrainingData(one, other.sites)
-    for site in other.sites:
-        entries = [_entry(run, site) for run in (one, other)]
-        assert entries[0]["chosen"] == entries[1]["chosen"], site
-        losses = [_losses(entry) for entry in entries]
-        for strength in losses[0].keys() & losses[1].keys():
-            ours, theirs = (of_run[strength] for of_run in losses)
-            assert ours == pytest.approx(theirs, abs=held_out), (site, strength)
-        points, left = zip(*(_solved(run, site) for run in (one, other)), strict=True)
-        value = data.objective(site, entries[0]["chosen"], one.probes()[site].norm.running_var)
-        assert_same_optimum(value, *points, left, data.states[site].flatten(0, 1)[::7])
+    mllm = one.mllm()
+    samples = [*one.dataset("training")]
+    states = mllm.states(mllm.preprocess([sample["image"] for sample in samples]), other.sites)
+    targets = [torch.tensor(sample["target"]).long() for sample in samples]
+    for target in targets:
+        size = tuple(target.shape)
+        assert mllm.geometry.view(size) == GridPlacement.full(size), "as F.interpolate"
+    labelled = sum((target != 255).sum() for target in targets)
 
-
-class TrainingData:
-    """States and masks of the training images of a run."""
-
-    def __init__(self, run: ProbeRun, sites: list[str]):
-        mllm = run.mllm()
-        training = run.dataset("training")
-        samples = [training[i] for i in range(len(training))]
-        self.grid = mllm.grid
-        pixels = mllm.preprocess([sample["image"] for sample in samples])
-        self.states = mllm.states(pixels, sites)
-        self.targets = [torch.tensor(sample["target"]).long() for sample in samples]
-        for target in self.targets:
-            size = tuple(target.shape)
-            assert mllm.geometry.view(size) == GridPlacement.full(size), "as F.interpolate"
-
-    def objective(self, site: str, strength: float, variance: Tensor) -> Callable[[Point], Tensor]:
+    def objective(site: str, strength: float) -> Callable[[Point], Tensor]:
         """Return the penalised loss of a site with F.interpolate and F.cross_entropy, in float64."""
-        states = self.states[site].double()
-        labelled = sum((target != 255).sum() for target in self.targets)
+        inputs = states[site].double()
+        variance = one.probes()[site].norm.running_var.double()
 
         def value(point: Point) -> Tensor:
-            logits = states @ point[:, :-1].T + point[:, -1]
-            grids = logits.transpose(1, 2).unflatten(2, self.grid)
+            logits = inputs @ point[:, :-1].T + point[:, -1]
+            grids = logits.transpose(1, 2).unflatten(2, mllm.grid)
             total = 0
-            for logits_of_image, target in zip(grids, self.targets, strict=True):
+            for logits_of_image, target in zip(grids, targets, strict=True):
                 up = F.interpolate(logits_of_image[None], target.shape, mode="bilinear")
                 total += F.cross_entropy(up, target[None], ignore_index=255, reduction="sum")
-            penalty = (point[:, :-1].square() * variance.double()).sum()
+            penalty = (point[:, :-1].square() * variance).sum()
             return total / labelled + strength / 2 * penalty
 
         return value
 
+    for site in other.sites:
+        ours, theirs = (_entry(run, site) for run in (one, other))
+        assert ours["chosen"] == theirs["chosen"], site
+        losses = [
+            dict(zip(x["strengths"], x["cv_cross_entropy"], strict=True)) for x in (ours, theirs)
+        ]
+        for strength in losses[0].keys() & losses[1].keys():
+            expected = pytest.approx(losses[1][strength], abs=held_out)
+            assert losses[0][strength] == expected, (site, strength)
+        points, left = zip(*(_solved(run, site) for run in (one, other)), strict=True)
+        value = objective(site, ours["chosen"])
+        assert_same_optimum(value, *points, left, states[site].flatten(0, 1)[::7])
+
 
 def _entry(run: ProbeRun, site: str) -> dict:
     return next(entry for entry in run.strengths.sites if entry["site"] == site)
-
-
-def _losses(entry: dict) -> dict[float, float]:
-    return dict(zip(entry["strengths"], entry["cv_cross_entropy"], strict=True))
 
 
 def _solved(run: ProbeRun, site: str) -> tuple[Point, float]:

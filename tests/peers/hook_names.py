@@ -45,15 +45,6 @@ def load(path: Path, attention: str = "sdpa") -> transformers.LlavaForConditiona
     ).eval()
 
 
-def load_bridge(path: Path) -> TransformerBridge:
-    return TransformerBridge.boot_transformers(
-        str(path),
-        hf_model=load(path, "eager"),
-        tokenizer=transformers.AutoTokenizer.from_pretrained(path),
-        device="cpu",
-    )
-
-
 def in_transformers(path: Path, inputs: dict) -> States:
     model = load(path)
     hidden = model(**inputs, output_hidden_states=True).hidden_states
@@ -68,8 +59,13 @@ def in_transformers(path: Path, inputs: dict) -> States:
 
 
 def in_transformer_lens(path: Path, inputs: dict) -> States:
-    bridge = load_bridge(path)
-    _, cache = bridge.run_with_cache(**as_bridge_inputs(inputs))
+    bridge = TransformerBridge.boot_transformers(
+        str(path),
+        hf_model=load(path, "eager"),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(path),
+        device="cpu",
+    )
+    _, cache = bridge.run_with_cache(input=inputs["input_ids"], pixel_values=inputs["pixel_values"])
     blocks = "vision_encoder.encoder_layers"
     states = {encoder_site(0): cache[f"{blocks}.0.hook_in"][:, 1:]}
     for j in range(1, bridge.original_model.config.vision_config.num_hidden_layers + 1):
@@ -79,7 +75,6 @@ def in_transformer_lens(path: Path, inputs: dict) -> States:
     for i in range(1, bridge.cfg.n_layers + 1):
         states[layer_site(i)] = cache[f"blocks.{i - 1}.hook_resid_post"]
     states["final_norm"] = cache["ln_final.hook_out"]
-    states["embed.hook_out, not adapter"] = cache["embed.hook_out"]
     return states
 
 
@@ -97,22 +92,6 @@ def in_nnsight(path: Path, inputs: dict) -> States:
             states[layer_site(i)] = layer.output
         states["final_norm"] = model.model.language_model.norm.output
     return states
-
-
-def as_bridge_inputs(inputs: dict) -> dict:
-    return {"input": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}
-
-
-def effect_in_the_encoder(path: Path, inputs: dict, layer: int) -> float:
-    """Return the largest change of TransformerLens's logits by a hook at an encoder layer, counted from 0."""
-    bridge = load_bridge(path)
-    inputs = as_bridge_inputs(inputs)
-    hooks = [(f"vision_encoder.encoder_layers.{layer}.hook_resid_post", lambda s, hook: s + 5)]
-    return largest(bridge.run_with_hooks(**inputs, fwd_hooks=hooks), bridge(**inputs))
-
-
-def largest(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 @torch.no_grad()
@@ -137,12 +116,9 @@ def main() -> None:
         for peer, read in peers.items():
             for site, states in read(path, inputs).items():
                 states = states if states.shape[1] == mllm.image_tokens else states[:, image]
-                expected = ours[site.split(", not ")[-1]]
-                size = expected.abs().max()
-                print(f"{peer:16}{site:30}{largest(states, expected):9.1e} at up to {size:.0f}")
-        print("TransformerLens, a hook in the encoder moves the logits by")
-        print("  ", effect_in_the_encoder(path, inputs, 1), "at the layer that LLaVA reads")
-        print("  ", effect_in_the_encoder(path, inputs, 0), "one layer earlier")
+                difference = (states - ours[site]).abs().max()
+                size = ours[site].abs().max()
+                print(f"{peer:16}{site:30}{difference:9.1e} at up to {size:.0f}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ COMMANDS = {
     "fit": "fit -c configs/demo/probes.yaml --trainer.max_epochs 2 --ckpt_path last --model.mllm MODEL --data.root DATA"
     " --data.batch_size 3 --out OUT/MASK",
     "knockout": "knockout --probes RUN --classes sky wall road --batch-size 2",
-    "report": "report RUN OUT/bidirectional --out RUN/report",
+    "report": "report OUT --out RUN/report",
 }
 NAMES = [*STEPS, "end"]
 

@@ -59,8 +59,7 @@ def test_sites_keep_their_best_epoch_and_the_summary_is_of_their_scores(run):
     assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
 
 
-def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
-    targets = read_masks(segmentation / "annotations/validation")
+def assert_scores_are_numpys(run: ProbeRun, targets: list[np.ndarray]) -> None:
     for site in run.metrics["sites"]:
         predictions = read_masks(run.path / "predictions" / site["site"])
         miou, pacc, iou = reference.scores(predictions, targets, 3)
@@ -69,8 +68,12 @@ def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
         assert site["iou_per_class"] == [None if x is None else pytest.approx(x) for x in iou]
 
 
-def test_baseline_is_the_most_frequent_class(run, segmentation):
-    targets = np.concatenate(read_masks(segmentation / "annotations/validation"))
+def test_baseline_is_the_most_frequent_class_and_scores_are_those_of_the_predictions(
+    run, segmentation
+):
+    masks = read_masks(segmentation / "annotations/validation")
+    assert_scores_are_numpys(run, masks)
+    targets = np.concatenate(masks)
     shares = np.bincount(targets[targets != 255], minlength=3) / (targets != 255).sum()
     baseline = run.metrics["baseline"]
     assert baseline["class"] == tiny_models.CLASSES[shares.argmax()]
@@ -106,10 +109,8 @@ def test_masks_of_different_sizes_are_scored_at_their_position_in_padded_squares
         image.resize((31, 17), Image.Resampling.NEAREST).save(path)
     more = "--save_predictions true --model.dtype bfloat16 --model.image_resize pad".split()
     run = fit(tmp_path / "run", *more, root=root)
-    targets = read_masks(root / "annotations/validation")
+    assert_scores_are_numpys(run, read_masks(root / "annotations/validation"))
     predictions = read_masks(run.path / "predictions/adapter")
-    expected, _, _ = reference.scores(predictions, targets, 3)
-    assert run.metrics["sites"][1]["miou"] == pytest.approx(expected)
     mllm = run.mllm()
     head = run.probes()["adapter"]
     assert run.metrics["image_resize"] == mllm.geometry.resize == "pad"
@@ -135,7 +136,6 @@ def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentati
     run = ProbeRun(tmp_path)
     probe = run.metrics["probe"]
     assert (probe["steps"], probe["validated_at"]) == (12, [4, 8, 12])
-    assert probe["epochs"] == 12, "one batch holds all images"
     assert all(len(entry["history"]) == 3 for entry in run.metrics["sites"])
     events = EventAccumulator(str(tmp_path)).Reload()
     rates = [event.value for event in events.Scalars("lr-AdamW")]

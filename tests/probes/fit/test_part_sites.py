@@ -4,14 +4,11 @@ import labs
 import numpy as np
 import pytest
 import solving
-import studies
 import torch
 from PIL import Image
 
-from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.runs.read import ProbeRun
-from probes.studies.plan import plan
 
 ENCODER = ["encoder_00", "encoder_01", "encoder_02"]
 PARTS = ["value_02", "attn_02", "mlp_02"]
@@ -66,25 +63,3 @@ def test_the_lab_opens_such_a_run(solved):
 def test_patching_refuses_a_part_as_the_read_out(solved):
     with pytest.raises(SystemExit, match="no layer is before the read-out attn_02;"):
         main(["patching", "--probes", str(solved.path), "--site", "attn_02"])
-
-
-def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segmentation, tmp_path):
-    def planned(sites: str, *arms: str) -> dict[str, list[str]]:
-        study = studies.study_of(
-            {"": checkpoints["causal"]},
-            segmentation,
-            tmp_path,
-            options=("--model.sites", sites),
-            arms=("trained", *arms),
-        )
-        steps = {step.name: step for step in plan(study).steps}
-        return {name: steps[name].config.model.sites for name in arms}
-
-    arms = planned("[layer_01, attn_01, encoder, encoder_01, adapter]", "random0", "adapter0")
-    assert arms["random0"] == ["adapter", "attn_01", "layer_01"]
-    assert arms["adapter0"] == ["encoder", "adapter"]
-    everything = planned("all_parts", "random0")["random0"]
-    assert everything[:5] == "adapter value_01 attn_01 mlp_01 layer_01".split()
-    assert len(everything) == 1 + 4 * 3 + 1
-    with pytest.raises(UserError, match="unknown site 'attn_09'; this model has .*"):
-        planned("[attn_09]", "random0")

@@ -37,19 +37,19 @@ def plain_space(width: int) -> SiteSpace:
 
 
 def sample_of(
-    states: list[torch.Tensor],
+    states: torch.Tensor,
     masks: list[PreparedMasks],
     count: int,
     point: torch.Tensor,
 ) -> SampledNodes:
-    """Return a sample of nodes of some folds for a probe."""
-    sizes = [len(x) for x in states]
+    """Return a sample of nodes for a probe; each of the masks is those of a fold."""
+    sizes = [len(of_fold.pixels) for of_fold in masks]
     problem = SimpleNamespace(
         loss=CROSS_ENTROPY,
-        space=plain_space(states[0].shape[-1]),
-        states=torch.cat(states),
+        space=plain_space(states.shape[-1]),
+        states=states,
         masks=join_masks(masks),
-        folds=torch.arange(sum(sizes)).split(sizes),
+        folds=torch.arange(len(states)).split(sizes),
         pixels=torch.stack([of_fold.pixels.sum() for of_fold in masks]),
     )
     return sample_nodes(problem, count, point.double())
@@ -63,9 +63,8 @@ def test_a_fold_of_few_pixels_has_a_node(count):
     target = torch.full((1, 240, 240), 255, dtype=torch.uint8)
     target[0, 0, :6] = 1
     few = prepare_masks(target, CLASSES, grid, NODES)
-    states = torch.randn(1, 9, WIDTH)
     unsure = torch.zeros(CLASSES, WIDTH + 1)
-    sample = sample_of([states, states, states], [few, many, few], count, unsure)
+    sample = sample_of(torch.randn(3, 9, WIDTH), [few, many, few], count, unsure)
     assert sample.folds.bincount(minlength=3).tolist() == [1, count, 1]
     expected = few.mass.clamp(min=0).sum().to(sample.weights.dtype)
     torch.testing.assert_close(sample.weights[sample.folds != 1], expected.expand(2))
@@ -79,7 +78,7 @@ def test_means_over_nodes_are_means_over_pixels(certainty):
     masks = masks_of(grid, sizes)
     states = torch.randn(2, 16, 1, generator=torch.Generator().manual_seed(1))
     point = certainty * torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
-    sample = sample_of([states], [masks], 20_000, point)
+    sample = sample_of(states, [masks], 20_000, point)
     total = labelled = 0.0
     for i, (x, size) in enumerate(zip(states, sizes, strict=True)):
         up = F.interpolate(x.T.unflatten(1, grid)[None], size, mode="bilinear")[0, 0]

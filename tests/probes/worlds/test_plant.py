@@ -21,7 +21,6 @@ from probes.worlds.plant import (
     MERGED,
     class_directions,
     encoder_states,
-    name_model,
     plant_drop,
     plant_random,
     plant_recovery,
@@ -120,13 +119,6 @@ def test_a_drop_makes_the_directions_of_its_pairs_equal_and_no_others(pairs, wor
     assert (left[pairs:] > 0.1).all()
     truth = read_json(out / "training.json")["truth"]["segmentation"]["adapter_drop"]
     assert truth == ("planted" if pairs else "absent")
-
-
-def test_models_have_plain_names_of_what_was_planted_in_this_order():
-    drawn = {"planted": "random", "weights": "orthogonal"}
-    drop = {"planted": "drop", "merged": MERGED[:2]}
-    both = "LLM drawn anew (orthogonal), adapter merges two pairs of classes"
-    assert name_model([{"planted": "recovery"}, drawn, drop])["about"] == both
 
 
 def test_bad_input_is_named(world, model, tmp_path):

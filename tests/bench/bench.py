@@ -36,7 +36,12 @@ def paired(
     """Times both in turn after one warm-up each, ours as the mean of `repeat` calls if it takes only milliseconds."""
     times = ([], [])
     for i in range(rounds + 1):
-        for function, seconds, calls in zip((ours, other), times, (repeat, 1), strict=True):
+        for function, seconds, calls in zip(
+            (ours, other),
+            times,
+            (repeat, 1),
+            strict=True,
+        ):
             start = time.process_time()
             for _ in range(calls):
                 function()
@@ -76,11 +81,23 @@ def bench_text(rounds: int) -> dict:
     image = slice(PREFIX, PREFIX + mllm.image_tokens)
     ids = torch.randint(1, 2000, (8, image.stop + TEXT))
     ids[:, image] = VOCABULARY - 1
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(8, 3, 168, 168)}
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(
+            8,
+            3,
+            168,
+            168,
+        ),
+    }
 
     @torch.no_grad()
     def whole() -> None:
-        mllm.model(**inputs, output_hidden_states=True, use_cache=False)
+        mllm.model(
+            **inputs,
+            output_hidden_states=True,
+            use_cache=False,
+        )
 
     name = f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"
     return {"name": name} | paired(lambda: mllm.states(inputs["pixel_values"]), whole, rounds)
@@ -99,8 +116,18 @@ BENCHES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--rounds", type=int, default=7, help="paired runs of each")
-    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="paired runs of each",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=BENCHES,
+        default=list(BENCHES),
+    )
     parser.add_argument("--nnsight", metavar="PYTHON", help="of an environment with nnsight")
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -71,8 +71,18 @@ def read_split(
 def upsampled(logits: Tensor, mask: Tensor) -> Tensor:
     """Return logits f[T, K] of a square grid as pixels f[1, K, H, W] of a mask."""
     side = round(len(logits) ** 0.5)
-    maps = logits.T.reshape(1, -1, side, side)
-    return F.interpolate(maps, mask.shape, mode="bilinear", align_corners=False)
+    maps = logits.T.reshape(
+        1,
+        -1,
+        side,
+        side,
+    )
+    return F.interpolate(
+        maps,
+        mask.shape,
+        mode="bilinear",
+        align_corners=False,
+    )
 
 
 def soft_labels(photos: Photos, classes: int) -> Tensor:
@@ -111,7 +121,12 @@ class Objective:
         strength: r.
     """
 
-    def __init__(self, photos: Photos, classes: int, strength: float):
+    def __init__(
+        self,
+        photos: Photos,
+        classes: int,
+        strength: float,
+    ):
         states = photos[0].flatten(0, 1).double()
         covariance = within_class_covariance(states, soft_labels(photos, classes))
         self.deviation = covariance.diagonal().sqrt()
@@ -132,7 +147,12 @@ class Objective:
         loss = 0.0
         for states, mask in zip(self.states, self.masks, strict=True):
             logits = upsampled(states @ probe[:, :-1].T + probe[:, -1], mask)
-            photo = F.cross_entropy(logits, mask[None], ignore_index=IGNORED, reduction="sum")
+            photo = F.cross_entropy(
+                logits,
+                mask[None],
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
             photo.backward()
             loss += photo.item()
         gradient = probe.grad.double() / self.pixels
@@ -198,12 +218,24 @@ def main() -> None:
     (path,) = (entry for entry in metrics["path"]["optimum"]["sites"] if entry["site"] == site)
     model = AutoModel.from_pretrained(metrics["mllm"]).eval()
     training, validation = (
-        read_split(model, Path(data), split, args.layer, args.px)
+        read_split(
+            model,
+            Path(data),
+            split,
+            args.layer,
+            args.px,
+        )
         for split in ("training", "validation")
     )
     objective = Objective(training, len(metrics["classes"]), path["chosen"])
     start = np.zeros(objective.shape).ravel()
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=OPTIONS)
+    found = minimize(
+        objective,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        options=OPTIONS,
+    )
     solved = objective.point_of(*read_probe(args.run, site))
     print(f"{site} of {metrics['dataset']}, {args.px} px, strength {path['chosen']:.3g}")
     print(f"scipy ended after {found.nfev} evaluations: {found.message}")

@@ -53,12 +53,63 @@ def llama(
     }
 
 
-VIT_L = clip(1024, 24, 16, 336)  # CLIP ViT-L/14@336
+VIT_L = clip(
+    1024,
+    24,
+    16,
+    336,
+)  # CLIP ViT-L/14@336
 SHAPES = {  # encoder, LLM
-    "toy": (clip(16, 2, 2, 28), llama(32, 48, 3, 4, 2)),
-    "small": (clip(128, 4, 4, 168), llama(512, 1376, 8, 8, 8)),
-    "1b": (VIT_L, llama(2048, 5632, 22, 32, 4)),  # TinyLlama 1.1B
-    "7b": (VIT_L, llama(4096, 11008, 32, 32, 32)),  # LLaVA-1.5 7B
+    "toy": (
+        clip(
+            16,
+            2,
+            2,
+            28,
+        ),
+        llama(
+            32,
+            48,
+            3,
+            4,
+            2,
+        ),
+    ),
+    "small": (
+        clip(
+            128,
+            4,
+            4,
+            168,
+        ),
+        llama(
+            512,
+            1376,
+            8,
+            8,
+            8,
+        ),
+    ),
+    "1b": (
+        VIT_L,
+        llama(
+            2048,
+            5632,
+            22,
+            32,
+            4,
+        ),
+    ),  # TinyLlama 1.1B
+    "7b": (
+        VIT_L,
+        llama(
+            4096,
+            11008,
+            32,
+            32,
+            32,
+        ),
+    ),  # LLaVA-1.5 7B
 }
 
 
@@ -84,7 +135,12 @@ def random_model(
 def frozen_model(
     shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> FrozenMLLM:
-    model = random_model("bidirectional", shape, dtype, device)
+    model = random_model(
+        "bidirectional",
+        shape,
+        dtype,
+        device,
+    )
     prefix = list(range(1, PREFIX + 1))
     mllm = FrozenMLLM(
         model,
@@ -117,9 +173,18 @@ class Sweep:
     ):
         self.mllm = frozen_model(shape, dtype, device)
         side = self.mllm.geometry.image_px
-        self.pixels = torch.randn(images, 3, side, side, device=device)
+        self.pixels = torch.randn(
+            images,
+            3,
+            side,
+            side,
+            device=device,
+        )
         regions = torch.randint(
-            0, CLASSES, (images, mask_px // 32, mask_px // 32), dtype=torch.uint8
+            0,
+            CLASSES,
+            (images, mask_px // 32, mask_px // 32),
+            dtype=torch.uint8,
         )
         regions[torch.rand(regions.shape) < 0.1] = IGNORE_INDEX
         self.target = regions.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
@@ -182,7 +247,12 @@ class Sweep:
                 folds=[torch.arange(len(x))],
                 space=SimpleNamespace(mean=probes.new_zeros(x.shape[-1])),
             )
-            SiteProblem.sums(problem, 0, probes, self.masks)
+            SiteProblem.sums(
+                problem,
+                0,
+                probes,
+                self.masks,
+            )
 
     @torch.no_grad()
     def score(self) -> None:

@@ -98,7 +98,12 @@ def assert_same_solution(
             total = 0
             for logits_of_image, target in zip(grids, targets, strict=True):
                 up = F.interpolate(logits_of_image[None], target.shape, mode="bilinear")
-                total += F.cross_entropy(up, target[None], ignore_index=255, reduction="sum")
+                total += F.cross_entropy(
+                    up,
+                    target[None],
+                    ignore_index=255,
+                    reduction="sum",
+                )
             penalty = (point[:, :-1].square() * variance).sum()
             return total / labelled + strength / 2 * penalty
 
@@ -115,7 +120,12 @@ def assert_same_solution(
             assert losses[0][strength] == expected, (site, strength)
         points, left = zip(*(_solved(run, site) for run in (one, other)), strict=True)
         value = objective(site, ours["chosen"])
-        assert_same_optimum(value, *points, left, states[site].flatten(0, 1)[::7])
+        assert_same_optimum(
+            value,
+            *points,
+            left,
+            states[site].flatten(0, 1)[::7],
+        )
 
 
 def _entry(run: ProbeRun, site: str) -> dict:

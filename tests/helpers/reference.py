@@ -33,13 +33,23 @@ def allowed(
 def mask_by_loop(name: str, is_image: Tensor, padding: Tensor) -> Tensor:
     """Return the mask bool[B, N, N] by a loop over all pairs; rows and columns of padding are False."""
     batch, length = is_image.shape
-    mask = torch.zeros(batch, length, length, dtype=torch.bool)
+    mask = torch.zeros(
+        batch,
+        length,
+        length,
+        dtype=torch.bool,
+    )
     for b in range(batch):
         real = [i for i in range(length) if padding[b, i]]
         flags = [bool(is_image[b, i]) for i in real]
         for qi, q in enumerate(real):
             for ki, k in enumerate(real):
-                mask[b, q, k] = allowed(name, flags, qi, ki)
+                mask[b, q, k] = allowed(
+                    name,
+                    flags,
+                    qi,
+                    ki,
+                )
     return mask
 
 
@@ -112,9 +122,19 @@ def masks_by_layer(
     is_image = [first <= i < first + tokens for i in range(length)]
     masks = []
     for layer in range(1, len(mllm.decoder.layers) + 1):
-        mask = torch.zeros(1, length, length, dtype=torch.bool)
+        mask = torch.zeros(
+            1,
+            length,
+            length,
+            dtype=torch.bool,
+        )
         for q, k in itertools.product(range(length), repeat=2):
-            mask[0, q, k] = allowed(mllm.image_attention, is_image, q, k) and not gone(layer, q, k)
+            mask[0, q, k] = allowed(
+                mllm.image_attention,
+                is_image,
+                q,
+                k,
+            ) and not gone(layer, q, k)
         masks.append(mask)
     return masks
 
@@ -130,7 +150,12 @@ def uncached_states(
     image = mllm.states(pixels, ["adapter"])["adapter"]
     parts = [embed(mllm.prefix_ids), image, embed(torch.tensor([text], dtype=torch.long))]
     inputs = torch.cat([part.expand(len(pixels), -1, -1) for part in parts], 1)
-    return llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
+    return llama_states(
+        mllm.decoder,
+        inputs,
+        masks,
+        torch.arange(inputs.shape[1]),
+    )
 
 
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:
@@ -164,7 +189,12 @@ def miou_of_counts(
     intersection = weights @ right
     union = weights @ predicted + weights @ labelled - intersection
     iou = np.full(union.shape, np.nan)
-    np.divide(intersection, union, out=iou, where=union > 0)
+    np.divide(
+        intersection,
+        union,
+        out=iou,
+        where=union > 0,
+    )
     return np.nanmean(iou, -1)
 
 
@@ -180,7 +210,12 @@ def make_case(
     """Return random logits f[P, B, K, h, w] and labels i64[B, H, W], some of them ignored but never all."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    target = torch.randint(0, shape[2], (shape[1], *size), generator=generator)
+    target = torch.randint(
+        0,
+        shape[2],
+        (shape[1], *size),
+        generator=generator,
+    )
     target[torch.rand(target.shape, generator=generator) < ignored] = IGNORED
     target[:, size[0] // 2, size[1] // 2] = 0
     return logits.to(dtype), target

@@ -18,7 +18,12 @@ def clock(monkeypatch):
 
 
 def watcher(**seconds: float) -> StepWatcher:
-    return StepWatcher("before/trained", "solve", ("solve", "report"), seconds)
+    return StepWatcher(
+        "before/trained",
+        "solve",
+        ("solve", "report"),
+        seconds,
+    )
 
 
 def test_estimates_of_a_first_step_are_bounds_that_grow_with_each_part(clock):

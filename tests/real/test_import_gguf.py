@@ -174,7 +174,12 @@ def test_tensors_and_logits_are_those_of_the_file(
     assert imported.dtype == torch.float32
     assert not hasattr(imported.config, "quantization_config")
     if not quantised:
-        ids = torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            4,
+            200,
+            (2, 9),
+            generator=torch.Generator().manual_seed(0),
+        )
         with torch.no_grad():
             torch.testing.assert_close(imported(ids).logits, model(ids).logits)
 

@@ -106,7 +106,13 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(
     answers = [answer for _, answer in turns]
     pairs = [text for pair in zip(questions, answers, strict=True) for text in pair]
     tokens = IMAGE_TOKENS if shown else None
-    ids, labels = encode(tiny_models.turns(*pairs), tokenizer, name, tokens, image_id)
+    ids, labels = encode(
+        tiny_models.turns(*pairs),
+        tokenizer,
+        name,
+        tokens,
+        image_id,
+    )
     if name == "chat":
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": next(roles), "content": text} for text in pairs]
@@ -140,7 +146,11 @@ def test_the_mask_reaches_each_of_the_30_layers(stages):
     content = [{"type": "image"}, {"type": "text", "text": "What is in it?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}])
     image = Image.new("RGB", (8, 8), (90, 90, 90))
-    inputs = processor(text=text, images=[image], return_tensors="pt")
+    inputs = processor(
+        text=text,
+        images=[image],
+        return_tensors="pt",
+    )
     options = {"output_hidden_states": True, "use_cache": False}
     is_image = inputs["input_ids"][0] == model.config.image_token_id
     places = torch.arange(len(is_image))

@@ -19,7 +19,14 @@ def solved(checkpoints, segmentation, tmp_path_factory):
     """A run of one site, and the states and masks of its training images."""
     out = tmp_path_factory.mktemp("features")
     more = ("--model.sites", f"[{SITE}]")
-    main(arguments(checkpoints["causal"], segmentation, out / "run", *more))
+    main(
+        arguments(
+            checkpoints["causal"],
+            segmentation,
+            out / "run",
+            *more,
+        )
+    )
     run = probes.ProbeRun(out / "run")
     mllm = run.mllm()
     samples = [*run.dataset("training")]
@@ -32,7 +39,13 @@ def test_equals_the_run_of_a_model(solved):
     run, features, masks = solved
     (path,) = run.strengths.sites
     chosen = path["chosen"]
-    probe = probes.solve_features(features, masks, len(run.metrics["classes"]), chosen, folds=2)
+    probe = probes.solve_features(
+        features,
+        masks,
+        len(run.metrics["classes"]),
+        chosen,
+        folds=2,
+    )
     assert probe.converged
     expected = path["cv_cross_entropy"][path["strengths"].index(chosen)]
     assert probe.loss == pytest.approx(expected, abs=1e-4)
@@ -67,12 +80,23 @@ def test_misfits_are_errors(solved, change, message):
 def test_masks_of_any_integer_type_are_as_uint8(dtype, lone):
     """Of an object in all images, or in one, whose fold it does not test."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(4, 3, 3, 5, generator=generator)
+    features = torch.randn(
+        4,
+        3,
+        3,
+        5,
+        generator=generator,
+    )
     masks = [(x[..., 0] > 0.5).numpy() for x in features]
     if lone:
         masks[1:] = [mask & False for mask in masks[1:]]
     expected, found = (
-        probes.solve_features(features, [mask.astype(kind) for mask in masks], 3, folds=2)
+        probes.solve_features(
+            features,
+            [mask.astype(kind) for mask in masks],
+            3,
+            folds=2,
+        )
         for kind in ("uint8", dtype)
     )
     assert expected.converged

@@ -34,7 +34,12 @@ LONE = CLASSES  # a class that only the first fold has
 def data() -> tuple[torch.Tensor, torch.Tensor]:
     """States f32[B, T, d] with a channel of tiny scale, and masks uint8[B, H, W] that they predict in part."""
     generator = torch.Generator().manual_seed(0)
-    target = torch.randint(0, CLASSES, (IMAGES, *GRID), generator=generator)
+    target = torch.randint(
+        0,
+        CLASSES,
+        (IMAGES, *GRID),
+        generator=generator,
+    )
     pixels = F.interpolate(target[:, None].float(), SIZE, mode="nearest")[:, 0].to(torch.uint8)
     pixels[:, 0, :3] = 255
     pixels[3, 20:] = 255
@@ -58,11 +63,27 @@ def problem(data, loss: CrossEntropy = CROSS_ENTROPY) -> SiteProblem:
     classes = int(target[target != 255].max()) + 1
 
     def prepare(mask: torch.Tensor) -> PreparedMasks:
-        return prepare_masks(mask, classes, GRID, NODES)
+        return prepare_masks(
+            mask,
+            classes,
+            GRID,
+            NODES,
+        )
 
     masks = prepare(target)
-    scored = scored_masks(masks, FOLD_OF, lambda image: target[image], prepare)
-    return SiteProblem(loss, states, masks, FOLD_OF, scored)
+    scored = scored_masks(
+        masks,
+        FOLD_OF,
+        lambda image: target[image],
+        prepare,
+    )
+    return SiteProblem(
+        loss,
+        states,
+        masks,
+        FOLD_OF,
+        scored,
+    )
 
 
 def objective(
@@ -83,7 +104,12 @@ def objective(
     up = F.interpolate(logits.transpose(1, 2).unflatten(2, GRID), SIZE, mode="bilinear")
     variance = torch.where(at.space.scale > 0, at.space.scale**-2, 0)
     return (
-        F.cross_entropy(up, target.long(), ignore_index=255, label_smoothing=label_smoothing)
+        F.cross_entropy(
+            up,
+            target.long(),
+            ignore_index=255,
+            label_smoothing=label_smoothing,
+        )
         + strength / 2 * (weights**2 * variance).sum()
     )
 
@@ -97,7 +123,14 @@ def scipy_optimum(
 ) -> tuple[float, torch.Tensor]:
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.from_numpy(x).view_as(at.start).requires_grad_()
-        value = objective(data, at, strength, point, images, label_smoothing)
+        value = objective(
+            data,
+            at,
+            strength,
+            point,
+            images,
+            label_smoothing,
+        )
         value.backward()
         return value.item(), point.grad.flatten().numpy()
 
@@ -107,7 +140,13 @@ def scipy_optimum(
         "ftol": 0,
     }
     start = np.zeros(at.start.numel())
-    found = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
+    found = minimize(
+        value_and_gradient,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        options=options,
+    )
     return found.fun, torch.from_numpy(found.x).view_as(at.start)
 
 
@@ -120,8 +159,19 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
     assert all(certificate.converged for certificate in certificates)
     assert path.solved == [0, 1, 2]
     for strength, point in zip(path.strengths, points, strict=True):
-        found = objective(data, at, strength, point, label_smoothing=smoothing).item()
-        expected, _ = scipy_optimum(data, at, strength, label_smoothing=smoothing)
+        found = objective(
+            data,
+            at,
+            strength,
+            point,
+            label_smoothing=smoothing,
+        ).item()
+        expected, _ = scipy_optimum(
+            data,
+            at,
+            strength,
+            label_smoothing=smoothing,
+        )
         assert found == pytest.approx(expected, abs=1e-5)
 
 
@@ -131,7 +181,16 @@ def held_out_loss(data, at: SiteProblem, points) -> float:
     for fold, point in enumerate(points):
         left_out = (FOLD_OF == fold).nonzero()[:, 0]
         labelled = (data[1][left_out] != 255).sum().item()
-        total += labelled * objective(data, at, 0.0, point, left_out).item()
+        total += (
+            labelled
+            * objective(
+                data,
+                at,
+                0.0,
+                point,
+                left_out,
+            ).item()
+        )
         pixels += labelled
     return total / pixels
 
@@ -142,7 +201,15 @@ def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
     path, _ = FoldSearch(at).choose()
     others = [(FOLD_OF != fold).nonzero()[:, 0] for fold in range(FOLDS)]
     for strength, loss in zip(path.strengths, path.loss, strict=True):
-        points = [scipy_optimum(data, at, strength, images)[1] for images in others]
+        points = [
+            scipy_optimum(
+                data,
+                at,
+                strength,
+                images,
+            )[1]
+            for images in others
+        ]
         expected = held_out_loss(data, at, points)
         assert loss == pytest.approx(expected, abs=HELD_OUT_GAIN * TOLERANCE), strength
 
@@ -158,7 +225,13 @@ def test_a_class_that_one_fold_alone_has_is_trained_on_and_not_tested(lone):
     assert at.pixels.sum() == (target != 255).sum()
     probe = at.space.to_states(points[:1])
     trained, tested = (
-        at.sums(0, probe, masks, needs_grad=False)[0] for masks in (at.masks, at.scored_masks)
+        at.sums(
+            0,
+            probe,
+            masks,
+            needs_grad=False,
+        )[0]
+        for masks in (at.masks, at.scored_masks)
     )
     assert trained > tested
 
@@ -175,7 +248,12 @@ def test_probes_of_all_images_start_from_folds_that_know_the_class(lone):
 def test_classes_of_one_fold_each_are_an_error(data):
     masks = [np.full(SIZE, image % 2, np.uint8) for image in range(12)]
     with pytest.raises(UserError, match="each class is labelled in only one of 2 folds"):
-        probes.solve_features(data[0][:12].unflatten(1, GRID), masks, 2, folds=2)
+        probes.solve_features(
+            data[0][:12].unflatten(1, GRID),
+            masks,
+            2,
+            folds=2,
+        )
 
 
 def test_the_search_ends_where_the_loss_has_risen_with_neighbours_on_both_sides(data):
@@ -223,7 +301,17 @@ def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):
 def test_chunks_of_images_give_the_sums_of_all(data, monkeypatch):
     """States of half precision are used as they are."""
     at = problem((data[0].half(), data[1]))
-    two = torch.randn(2, CLASSES, WIDTH + 1, dtype=torch.float64)
+    two = torch.randn(
+        2,
+        CLASSES,
+        WIDTH + 1,
+        dtype=torch.float64,
+    )
     whole = at.sums(1, two, at.masks)
     monkeypatch.setattr(spaces, "CHUNK_NUMEL", 1)  # one image at a time
-    torch.testing.assert_close(at.sums(1, two, at.masks), whole, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        at.sums(1, two, at.masks),
+        whole,
+        rtol=1e-4,
+        atol=1e-2,
+    )

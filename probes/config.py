@@ -240,7 +240,7 @@ class StatesOptions:
         image: Image files.
         out: A .safetensors file with "SITE" f[images, T, d].
         sites: Sites to write; `all` with the encoder's own layers in an MLLM, `all_parts` also with what is inside the
-            layers; A+B for two side by side (default: encoder, adapter and outputs of layers).
+            layers (default: encoder, adapter and outputs of layers).
         image_attention: Image attention (default: the checkpoint's own).
         prefix: Text before the image (default: from the chat template).
         image_px: Side of the square input of a bare encoder, a multiple of its patch (default: as published).

@@ -18,9 +18,8 @@ cross-validation, intervals, states that do not fit into memory, several process
 Shapes: N images, T = h * w image tokens, d width of a site, K classes.
 """
 
-import argparse
-
 import torch
+from jsonargparse import auto_cli
 from torch import Tensor
 
 import probes
@@ -106,22 +105,21 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
     return miou
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the mIoU by site, and draw it."""
-    parser = argparse.ArgumentParser(
-        description="Solve linear probes at all sites of a frozen model."
-    )
-    parser.add_argument("model", help="checkpoint folder or hub id")
-    parser.add_argument("data", help="folder with images/, annotations/ and classes.json")
-    parser.add_argument(
-        "--strength",
-        type=float,
-        default=1e-2,
-        help="penalty r: r/2 |w|^2 in whitened units",
-    )
-    parser.add_argument("--out", default="curve.png", help="picture of the curve")
-    args = parser.parse_args(argv)
-    miou = measure(args.model, args.data, args.strength)
+def main(
+    model: str,
+    data: str,
+    strength: float = 1e-2,
+    out: str = "curve.png",
+) -> None:
+    """Print the mIoU by site, and draw it.
+
+    Args:
+        model: Checkpoint folder or hub id.
+        data: Folder with images/, annotations/ and classes.json.
+        strength: Penalty r: r/2 |w|^2 in whitened units.
+        out: Picture of the curve.
+    """
+    miou = measure(model, data, strength)
 
     from matplotlib.figure import Figure
 
@@ -129,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     axes.plot(list(miou), [100 * value for value in miou.values()], marker="o")
     axes.set(ylabel="mIoU (%)")
     axes.tick_params(axis="x", rotation=90)
-    figure.savefig(args.out)
-    print(args.out)
+    figure.savefig(out)
+    print(out)
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main)

@@ -83,17 +83,17 @@ def count(path: Path) -> tuple[int, int]:
 
 # The ratchet (CONTRIBUTING.md): most tokens and Python files of each part; commits only lower them.
 MOST = {
-    "llava_bidir": (34_287, 53),
+    "llava_bidir": (33_990, 53),
     "probes/models": (30_140, 32),
     "probes/analyses": (22_842, 24),
     "probes/report": (23_931, 17),
     "probes/lab": (6_793, 8),
     "probes/worlds": (14_996, 12),
-    "probes": (64_032, 85),  # the rest of it
+    "probes": (63_977, 85),  # the rest of it
     "experiments": (34_227, 34),
-    "tests": (251_871, 262),
+    "tests": (234_981, 253),
 }
-MOST_WORDS = 23_955  # of all Markdown
+MOST_WORDS = 23_821  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")
 
 

@@ -152,6 +152,8 @@ def run_process(matmul_precision: str = "highest") -> Iterator[None]:
             that no command of a process changes what the next one computes.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # a line for each table of each font of a PDF
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul_precision)
     try:

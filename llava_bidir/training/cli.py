@@ -40,9 +40,8 @@ class TrainingCLI(RunCLI):
         """Add the options of a run and --throughput, and link the data to the model's processor."""
         self.add_run_options(parser, "runs/llava", "hf/")
         parser.add_lightning_class_args(Throughput, "throughput")
-        parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
-        parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
-        parser.link_arguments("model.max_positions", "data.max_positions", apply_on="instantiate")
+        for name in ("processor", "image_tokens", "max_positions"):
+            parser.link_arguments(f"model.{name}", f"data.{name}", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed")
         # which the export of a checkpoint needs
         parser.link_arguments("data.template", "model.template")

@@ -13,7 +13,6 @@ a folder for each study.
 """
 
 import io
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from inspect import isfunction
@@ -167,8 +166,6 @@ def _csv_files(rows_by_name: dict[str, Rows], out: Path) -> Files:
 
 def _figure_files(figures: Iterable[Figure], out: Path) -> Files:
     """Return each figure as PDF and PNG, and its numbers as CSV."""
-    # it logs a line for each table of each font of a PDF
-    logging.getLogger("fontTools").setLevel(logging.WARNING)
     files: Files = {}
     for figure in figures:
         for kind, metadata in FORMATS.items():

@@ -51,25 +51,25 @@ LLM = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# one for all encoders, which leave out what they do not know
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
+    "depth": 2,
     "num_attention_heads": 2,
-}
-SIGLIP = {
-    "model_type": "siglip_vision_model",
-    **VISION,
+    "num_heads": 2,
+    "head_dim": 8,
+    "out_hidden_size": 32,
+    "projection_dim": 32,
+    "num_position_embeddings": 16,
     "image_size": 24,
     "patch_size": 4,
 }
-CLIP = {
-    "model_type": "clip_vision_model",
-    **VISION,
-    "image_size": 24,
-    "patch_size": 4,
-    "projection_dim": 16,
-}
+SMALL_PATCHES = VISION | {"patch_size": 2, "image_size": 4 * SIDE}
+WINDOWS = SMALL_PATCHES | {"window_size": 16, "fullatt_block_indexes": [1]}
+SIGLIP = VISION | {"model_type": "siglip_vision_model"}
+CLIP = VISION | {"model_type": "clip_vision_model"}
 MROPE = {
     "rope_type": "default",
     "rope_theta": 10000.0,
@@ -281,7 +281,7 @@ def _glm(kind: str, text: dict, **vision) -> Stock:
     return _patched(
         kind,
         "model.visual.downsample",
-        GLM_VISION | vision,
+        SMALL_PATCHES | vision,
         text,
         "<|image|>",
     )
@@ -293,13 +293,7 @@ def _pixtral(
     encoder: str,
     placeholder: str,
 ) -> Stock:
-    vision = {
-        "model_type": "pixtral",
-        **VISION,
-        "head_dim": 8,
-        "image_size": 4 * SIDE,
-        "patch_size": 2,
-    }
+    vision = SMALL_PATCHES | {"model_type": "pixtral"}
     return Stock(
         _config(kind, vision, text, spatial_merge_size=2),
         f"{encoder}.patch_merger.merging_layer",
@@ -311,12 +305,7 @@ def _pixtral(
 
 
 def _internvl(kind: str, text: dict) -> Stock:
-    vision = {
-        "model_type": f"{kind}_vision",
-        **VISION,
-        "image_size": [24, 24],
-        "patch_size": [4, 4],
-    }
+    vision = VISION | {"model_type": f"{kind}_vision"}
     return Stock(
         _config(kind, vision, text, image_seq_length=9),
         PROJECTOR,
@@ -326,12 +315,7 @@ def _internvl(kind: str, text: dict) -> Stock:
 
 
 def _idefics(kind: str) -> Stock:
-    vision = {
-        "model_type": f"{kind}_vision",
-        **VISION,
-        "image_size": 24,
-        "patch_size": 2,
-    }
+    vision = VISION | {"model_type": f"{kind}_vision", "patch_size": 2}
     processor = _stock(
         "Idefics3ImageProcessorPil", do_image_splitting=False, max_image_size={"longest_edge": 24}
     )
@@ -403,35 +387,15 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
-    "n_routed_experts": 4,
     "n_group": 1,
     "topk_group": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }
 EXPERTS = {
     "num_experts": 4,
+    "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
-}
-QWEN_VISION = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "patch_size": 2,
-}
-WINDOWS = {
-    "out_hidden_size": 32,
-    "window_size": 16,
-    "fullatt_block_indexes": [1],
-}
-QWEN3_VISION = QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16}
-GLM_VISION = QWEN_VISION | {
-    "out_hidden_size": 32,
-    "image_size": 4 * SIDE,
-    "intermediate_size": 24,
 }
 SAM = {
     "model_type": "sam_vision_model",
@@ -480,13 +444,7 @@ _ALL = [
     Stock(
         _config(
             "janus",
-            VISION
-            | {
-                "image_size": 24,
-                "patch_size": 4,
-                "projection_dim": 32,
-                "mlp_ratio": 2.0,
-            },
+            VISION | {"mlp_ratio": 2.0},
             _llm("llama"),
             vq_config={
                 "base_channels": 32,
@@ -502,12 +460,7 @@ _ALL = [
     Stock(
         _config(
             "lfm2_vl",
-            {
-                "model_type": "siglip2_vision_model",
-                **VISION,
-                "num_patches": 36,
-                "patch_size": 4,
-            },
+            VISION | {"model_type": "siglip2_vision_model", "num_patches": 36},
             _llm("lfm2", layer_types=["conv", "full_attention", "conv"]),
             projector_hidden_size=24,
         ),
@@ -524,13 +477,7 @@ _ALL = [
     Stock(
         _config(
             "ovis2",
-            VISION
-            | {
-                "image_size": 24,
-                "patch_size": 4,
-                "vocab_size": 40,
-                "hidden_stride": 2,
-            },
+            VISION | {"vocab_size": 40, "hidden_stride": 2},
             _llm("qwen2"),
             visual_indicator_token_ids=[
                 *map(WORDS.get, ("<IMG_START>", "<IMG_END>", "<IMG_GRID>")),
@@ -553,12 +500,7 @@ _ALL = [
     Stock(
         _config(
             "gemma4",
-            {
-                **VISION,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "patch_size": 2,
-            },
+            SMALL_PATCHES | {"num_key_value_heads": 2},
             GEMMA4
             | {
                 "num_kv_shared_layers": 0,
@@ -599,7 +541,7 @@ _ALL = [
     Stock(
         _config(
             "paligemma",
-            SIGLIP | {"projection_dim": 32},
+            SIGLIP,
             _llm("gemma"),
             projection_dim=32,
             hidden_size=32,
@@ -611,40 +553,33 @@ _ALL = [
     _patched(
         "qwen2_vl",
         f"{MERGER}.mlp",
-        {
-            "depth": 2,
-            "embed_dim": 16,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 2,
-        },
+        SMALL_PATCHES | {"embed_dim": 16, "hidden_size": 32},
         {},
     ),
-    _patched("qwen2_5_vl", f"{MERGER}.mlp", QWEN_VISION | WINDOWS, {}),
+    _patched("qwen2_5_vl", f"{MERGER}.mlp", WINDOWS, {}),
     _patched(
         "qwen3_vl",
         f"{MERGER}.linear_fc1",
-        QWEN3_VISION | {"deepstack_visual_indexes": [0], "depth": 3},
+        SMALL_PATCHES | {"deepstack_visual_indexes": [0], "depth": 3},
         {},
     ),
     _patched(
         "qwen3_vl_moe",
         f"{MERGER}.linear_fc1",
-        QWEN3_VISION | {"deepstack_visual_indexes": [0]},
+        SMALL_PATCHES | {"deepstack_visual_indexes": [0]},
         EXPERTS,
     ),
     _patched(
         "qwen3_5",
         f"{MERGER}.linear_fc1",
-        QWEN3_VISION,
+        SMALL_PATCHES,
         LINEAR,
         masks=False,
     ),
     _patched(
         "qwen3_5_moe",
         f"{MERGER}.linear_fc1",
-        QWEN3_VISION,
+        SMALL_PATCHES,
         LINEAR | EXPERTS | {"shared_expert_intermediate_size": 16},
         masks=False,
     ),
@@ -653,37 +588,26 @@ _ALL = [
     _glm("glm_ocr", {}, model_type="glm_ocr_vision"),
     _glm(
         "glm4v_moe",
-        {
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
-        },
+        EXPERTS | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
         model_type="glm4v_moe_vision",
     ),
     _patched(
         "paddleocr_vl",
         "model.projector.pre_norm",
-        VISION
-        | {
-            "model_type": "paddleocr_vl_vision",
-            "image_size": 4 * SIDE,
-            "patch_size": 2,
-        },
+        SMALL_PATCHES | {"model_type": "paddleocr_vl_vision"},
         {"head_dim": 8},
         inputs=_raster,
     ),
     Stock(
         _config(
             "kimi_k25",
-            VISION
+            SMALL_PATCHES
             | {
                 "model_type": "kimi_k25_vision",
-                "patch_size": 2,
                 "pos_emb_height": 16,
                 "pos_emb_width": 16,
             },
-            _llm("deepseek_v3", **LATENT),
+            _llm("deepseek_v3", **LATENT, **EXPERTS),
             projection_hidden_size=16,
             video_token_id=96,
         ),
@@ -696,7 +620,7 @@ _ALL = [
     _patched(
         "exaone4_5",
         f"{MERGER}.mlp",
-        QWEN_VISION | WINDOWS | {"model_type": "exaone4_5_vision", "num_key_value_heads": 1},
+        WINDOWS | {"model_type": "exaone4_5_vision", "num_key_value_heads": 1},
         {
             "model_type": "exaone4",
             "rope_parameters": None,
@@ -707,7 +631,7 @@ _ALL = [
     Stock(
         _config(
             "video_llama_3",
-            VISION | {"model_type": "video_llama_3_vision", "patch_size": 2},
+            SMALL_PATCHES | {"model_type": "video_llama_3_vision"},
             _llm("qwen2"),
             video_token_id=96,
         ),
@@ -739,9 +663,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return built
 
 
-def build(name: str, attention: str = "sdpa"):
-    """A random stock model whose attention is far from uniform."""
+def build(name: str, attention: str = "sdpa", **text):
+    """A random stock model whose attention is far from uniform; `text` are other settings of its LLM."""
     settings = dict(STOCK[name].config)
+    settings["text_config"] = settings["text_config"] | text
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     model = FAMILIES[name].model_cls._from_config(config, attn_implementation=attention).eval()
@@ -755,12 +680,17 @@ def build(name: str, attention: str = "sdpa"):
     return model
 
 
-def write(name: str, folder: Path, attention: str = "sdpa") -> Path:
-    """A checkpoint as the hub has it, without weights that a processor would need."""
-    build(name, attention).save_pretrained(folder)
-    text = tokenizer()
-    text.chat_template = "{{ bos_token }}hello" + STOCK[name].placeholder + QUESTION
-    text.save_pretrained(folder)
+def write(
+    name: str,
+    folder: Path,
+    attention: str = "sdpa",
+    **text,
+) -> Path:
+    """A checkpoint of :func:`build` as the hub has it."""
+    build(name, attention, **text).save_pretrained(folder)
+    words = tokenizer()
+    words.chat_template = "{{ bos_token }}hello" + STOCK[name].placeholder + QUESTION
+    words.save_pretrained(folder)
     settings = {
         "image_mean": MEAN,
         "image_std": STD,

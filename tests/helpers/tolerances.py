@@ -5,6 +5,7 @@ another order, and each sum is then rounded differently.
 """
 
 from torch import Tensor, finfo
+from torch.testing import assert_close
 
 # A layer has about eight sums in series: norm, projection, scores, values, projection, norm, two products of the MLP.
 # The roundings of a sum of 64 terms add up to about 8 eps of its largest term. Residual connections add up the layers.
@@ -18,3 +19,8 @@ def rounding(expected: Tensor, layers: int) -> dict[str, float]:
     """
     eps = finfo(expected.dtype).eps if expected.is_floating_point() else 0
     return {"rtol": 0, "atol": ROUNDINGS_PER_LAYER * layers * eps * expected.abs().max().item()}
+
+
+def assert_near(found: Tensor, expected: Tensor, layers: int) -> None:
+    """Compare two tensors within :func:`rounding` of the expected one."""
+    assert_close(found, expected, **rounding(expected, layers))

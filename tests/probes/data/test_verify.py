@@ -55,40 +55,33 @@ def test_bad_files_are_listed_before_the_model_is_loaded(root, tmp_path, monkeyp
     config = ["-c", "configs/demo/probes.yaml", "--data.root", str(root)]
     fit = ["fit", *config, "--model.mllm", "facebook/none", "--out", str(tmp_path / "run")]
     for command in (fit, ["verify-data", "--workers", "0", *config]):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match="5 of 11 images cannot be used") as stop:
             main(command)
-        message = str(stop.value.code)
-        for line in (
-            "5 of 11 images cannot be used",
-            "000.png has label 9",
-            "label 77",
-            "002.png has mode 'RGB'",
-            "003.png is 21 x 24 px",
-            "images/validation/004.png",
-        ):
-            assert line in message
+        named = [name for name in (*MESS, "004.png") if name in str(stop.value.code)]
+        assert named == [*MESS, "004.png"]
 
 
 BORDERED = np.repeat(np.uint8([[0], [255], [1]]), (7, 2, 15), axis=0).repeat(20, axis=1)
 EMPTY = {  # where objects have an ignored border, as in VOC, F would be 0 / 0
-    "training": ({}, r"training targets have no other labels than \[\]"),
-    "validation": ({}, r"validation targets have no other labels than \[\]"),
-    "boundaries": ({"task": "boundaries"}, r"validation .* than \['interior'\]"),
+    "training": r"training targets have no other labels than \[\]",
+    "validation": r"validation targets have no other labels than \[\]",
+    "boundaries": r"validation .* than \['interior'\]",
 }
 
 
 @pytest.mark.parametrize("case", EMPTY)
 def test_a_split_without_a_labelled_pixel_is_an_error_and_a_part_of_one_is_none(case, tmp_path):
     """A wrong ignore_index: probes would be scored untrained, or the scores would fail after the training."""
-    options, message = EMPTY[case]
     root = tiny_models.write_segmentation(tmp_path, 5, 5)
-    mask = BORDERED if options else np.full((24, 20), 255, np.uint8)
-    files = masks(root, case if case == "training" else "validation")
+    options, mask = {}, np.full((24, 20), 255, np.uint8)
+    if case == "boundaries":
+        options, mask = {"task": case}, BORDERED
+    files = masks(root, "training" if case == "training" else "validation")
     for file in files[1:]:
         Image.fromarray(mask).save(file)
     verify(root, **options)
     Image.fromarray(mask).save(files[0])
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=EMPTY[case]):
         verify(root, **options)
 
 
@@ -177,10 +170,7 @@ def test_images_in_both_splits_are_named_by_the_check_and_in_the_run(
     for kind in ("images", "annotations"):
         shutil.copy(root / kind / "training/002.png", root / kind / "validation/copy.png")
     main(["verify-data", "-c", "folder", "--data.root", str(root)])
-    said = capsys.readouterr().out
-    assert f"warning: {root}: Images in training and in validation, byte for byte" in said
-    assert "002 = copy" in said
-    assert "6 training images, 6 validation images, 3 classes, all readable" in said
+    assert "002 = copy" in capsys.readouterr().out
     words = f"--data.root {root} --folds 2 --strengths 0.1 --model.sites [encoder]".split()
     words += ["--model.mllm", str(checkpoints["causal"]), "--out", str(tmp_path / "run")]
     with pytest.warns(UserWarning, match="002 = copy"):

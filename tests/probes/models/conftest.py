@@ -14,7 +14,7 @@ import probes
 # under the last mask, the prefix sees the image, also what a knockout blocks
 @pytest.fixture(scope="module", params=["causal", "bidirectional", "prefix"])
 def mllm(request, checkpoints):
-    return probes.load(str(checkpoints[request.param]))
+    return probes.load(checkpoints[request.param])
 
 
 @pytest.fixture(scope="module")

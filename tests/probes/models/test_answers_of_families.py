@@ -7,7 +7,8 @@ from the stock forward. Nothing is cached.
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import tiny_families
@@ -22,7 +23,7 @@ from tiny_families import (
     pictures,
     stock_inputs,
 )
-from tolerances import rounding
+from tolerances import assert_near
 from torch import Tensor, nn
 
 import probes
@@ -38,6 +39,18 @@ llava gemma3 gemma4 gemma4_unified paligemma mistral3 qwen2_vl qwen3_vl qwen3_5 
 """.split()
 DEPTH = 3 + 3 + 1  # encoder and adapter, layers, word head
 EOS = 2
+
+
+def with_mask(mask, _, args, kwargs):
+    """Give attention another mask."""
+    return args, kwargs | {"attention_mask": mask}
+
+
+def with_states(image, function, _, args, kwargs):
+    """Give a layer what a function makes of the states of the image."""
+    states = (args[0] if args else kwargs.pop("hidden_states")).clone()
+    states[:, image] = function(states[:, image])
+    return (states, *args[1:]), kwargs
 
 
 @dataclass(frozen=True)
@@ -87,9 +100,8 @@ class StockModel:
         ids: Tensor,
         answer: int,
         change: dict | None = None,
-        **options,
-    ):
-        """Return the output of the forward for ids long[N] with an answer at their end.
+    ) -> Tensor:
+        """Return the logits of the forward for ids long[N] with an answer at their end.
 
         `change` has the arguments of the package: a knockout, and hooks at adapter and layers; {} writes out the mask
         that the model has by itself.
@@ -108,31 +120,14 @@ class StockModel:
             if change is not None and STOCK[self.name].masks:
                 masks = self.masks(sets, change.get("knockout"))
                 for layer, mask in zip(self.layers, masks, strict=True):
-
-                    def use(
-                        _,
-                        args,
-                        kwargs,
-                        mask=mask,
-                    ):
-                        return args, kwargs | {"attention_mask": mask}
-
-                    handle = layer.self_attn.register_forward_pre_hook(use, with_kwargs=True)
+                    attention = layer.self_attn
+                    use = partial(with_mask, mask)
+                    handle = attention.register_forward_pre_hook(use, with_kwargs=True)
                     stack.callback(handle.remove)
             for site, function in (change or {}).get("hooks", {}).items():
                 number = 0 if site == "adapter" else int(site.removeprefix("layer_"))
-
-                def before(
-                    _,
-                    args,
-                    kwargs,
-                    function=function,
-                ):
-                    states = (args[0] if args else kwargs.pop("hidden_states")).clone()
-                    states[:, image] = function(states[:, image])
-                    return (states, *args[1:]), kwargs
-
-                handle = self.layers[number].register_forward_pre_hook(before, with_kwargs=True)
+                use = partial(with_states, image, function)
+                handle = self.layers[number].register_forward_pre_hook(use, with_kwargs=True)
                 stack.callback(handle.remove)
             inputs = stock_inputs(
                 self.name,
@@ -140,7 +135,7 @@ class StockModel:
                 ids,
                 answer,
             )
-            return self.model(use_cache=False, **inputs, **options)
+            return self.model(use_cache=False, **inputs).logits
 
     @torch.no_grad()
     def score(
@@ -151,7 +146,7 @@ class StockModel:
     ) -> Tensor:
         """Return the log-probability of an answer about each image, f[B]."""
         ids, _ = asked_ids(self.name, question, answer)
-        logits = self.logits(ids, len(answer), change).logits[:, -len(answer) - 1 : -1]
+        logits = self.logits(ids, len(answer), change)[:, -len(answer) - 1 : -1]
         return logits.log_softmax(-1)[:, range(len(answer)), answer].sum(1)
 
     @torch.no_grad()
@@ -179,7 +174,7 @@ class StockModel:
         answer = []
         while len(answer) < tokens:
             ids, _ = asked_ids(self.name, question, answer)
-            token = int(self.logits(ids, len(answer), change).logits[0, -1].argmax())
+            token = int(self.logits(ids, len(answer), change)[0, -1].argmax())
             if token == EOS:
                 break
             answer.append(token)
@@ -196,33 +191,26 @@ def spoken(tokens: list[int]) -> str:
     return " ".join(map(str, tokens))
 
 
-def interventions(name: str, images: int) -> dict[str, dict]:
-    """Return arguments of the package by a name, of the interventions that a family can take."""
+def interventions(name: str, images: int) -> list[dict]:
+    """Return arguments of the package, of the interventions that a family can take."""
     stock = STOCK[name]
-    found = {}
+    found = []
+    text = {}
     if stock.masks:
         # other tokens of each image, never the first one, which may be all that a token sees
         place = torch.arange(stock.grid[0] * stock.grid[1])
         blocked = [(place > 0) & ((place + image) % 3 == 1) for image in range(images)]
-        found["Eq. 1"] = {"knockout": Knockout(torch.stack(blocked), rows=["image"])}
-        rows = ["last", "answer"]
-        text = Knockout(
-            None,
-            [1, 3],
-            rows,
-            ["image", "question"],
-        )
-        found["text"] = {"knockout": text}
+        found.append({"knockout": Knockout(torch.stack(blocked), rows=["image"])})
+        seen = ["image", "question"]
+        text["knockout"] = Knockout(layers=[1, 3], rows=["last", "answer"], columns=seen)
     if stock.native == "prefix":
-        question = Knockout(rows=["image"], columns=["question"])
-        found["image to question"] = {"knockout": question}
+        found.append({"knockout": Knockout(rows=["image"], columns=["question"])})
     if name not in SEVERAL_WAYS_IN:
-        hooks = {
+        text["hooks"] = {
             "adapter": lambda states: states.flip(1),
             "layer_02": lambda states: states * 0.5,
         }
-        found["patched"] = found.pop("text", {}) | {"hooks": hooks}
-    return found
+    return [*found, text]
 
 
 @pytest.fixture
@@ -257,7 +245,7 @@ def check_scores(name: str, read) -> None:
     answers = read.chat.answer_ids(ANSWERS)
     plain = read.answer_log_probs(pixels, "hello", ANSWERS)
     # None: the model's own mask, to which the written one is equal
-    for change in (None, {}, *interventions(name, len(images)).values()):
+    for change in (None, {}, *interventions(name, len(images))):
         scores = read.answer_log_probs(
             pixels,
             "hello",
@@ -284,16 +272,11 @@ def test_scores_equal_the_stock_forward_with_masks_and_states_written_out(name, 
     check_scores(name, mllm(name))
 
 
-def test_answers_of_a_soft_capped_llm_that_runs_eagerly(tmp_path, monkeypatch):
+def test_answers_of_a_soft_capped_llm_that_runs_eagerly(tmp_path):
     """PaliGemma 2: transformers has no sdpa for Gemma 2, so that masks are added to its scores."""
-    text = {
-        "model_type": "gemma2",
-        **tiny_families.LLM,
-        "attn_logit_softcapping": 2.0,
-    }
-    config = STOCK["paligemma"].config | {"text_config": text}
-    monkeypatch.setitem(STOCK, "paligemma", replace(STOCK["paligemma"], config=config))
-    read = probes.load(str(tiny_families.write("paligemma", tmp_path, "eager")))
+    text = {"model_type": "gemma2", "attn_logit_softcapping": 2.0}
+    path = tiny_families.write("paligemma", tmp_path, "eager", **text)
+    read = probes.load(str(path))
     read.chat.tokenizer.decode = lambda ids, **_: spoken(ids)
     check_answers("paligemma", read)
     check_scores("paligemma", read)
@@ -306,7 +289,7 @@ def test_cached_answers_equal_uncached_ones(name, mllm):
     stock = StockModel(name, read.model, images)
     answers = []
     with never_generated(read, IMAGE_ID):
-        for change in interventions(name, 1).values():
+        for change in interventions(name, 1):
             answers.append(
                 read.answer(
                     images[0],
@@ -353,14 +336,14 @@ def test_attention_of_an_answer_equals_eager_attention(name, mllm):
     output = eager(use_cache=False, output_attentions=True, **inputs)
     asking = slice(len(ids) - len(answer) - 1, -1)
     expected = torch.cat(output.attentions)[:, :, asking][..., is_image]
-    torch.testing.assert_close(weights, expected, **rounding(expected, DEPTH))
+    assert_near(weights, expected, DEPTH)
     assert (weights.sum(-1) > 0).any()
 
 
 def test_tokens_are_reported_while_the_answer_grows_and_a_stop_leaves_no_hooks(mllm):
     read = mllm("llava")
     asked = pictures("llava", 1)[0], "hello"
-    change = interventions("llava", 1)["Eq. 1"]
+    change = interventions("llava", 1)[0]
     plain = read.answer(*asked, max_new_tokens=4)
     shown = []
     whole = read.answer(

@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from tolerances import rounding
+from tolerances import assert_near
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import probes
@@ -20,14 +20,14 @@ QUERIES = [
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
 def test_weights_equal_eager_attention(checkpoints, name):
-    mllm = probes.load(str(checkpoints[name]))
+    mllm = probes.load(checkpoints[name])
     pixels = tiny_models.pixels(2)
-    stock = probes.load(str(checkpoints[name]), attn_implementation="eager").model
+    stock = probes.load(checkpoints[name], attn_implementation="eager").model
     attentions = stock(mllm.ids.expand(2, -1), pixels, output_attentions=True).attentions
     eager = torch.stack(attentions)[..., -4:, -4:]  # L, B, A, T, T
     weights = mllm.attention(pixels, average_heads=False)
     assert list(weights) == ["layer_01", "layer_02", "layer_03"]
-    torch.testing.assert_close(torch.stack([*weights.values()]), eager, **rounding(eager, 3))
+    assert_near(torch.stack([*weights.values()]), eager, 3)
     averaged = mllm.attention(pixels, ["layer_03", "layer_01"])
     assert list(averaged) == ["layer_03", "layer_01"]
     for site, of_layer in averaged.items():
@@ -40,25 +40,25 @@ def test_weights_equal_eager_attention(checkpoints, name):
     )
     for found, (image, tokens) in zip(of_queries, QUERIES, strict=True):
         expected = weights["layer_02"][image].mean(0)[tokens]
-        torch.testing.assert_close(found["layer_02"], expected, **rounding(eager, 3))
+        assert_near(found["layer_02"], expected, 3)
 
 
 def test_weights_follow_replaced_states(checkpoints):
     """A hook at a layer changes the attention of later layers, to what the replaced states have."""
-    mllm = probes.load(str(checkpoints["causal"]))
+    mllm = probes.load(checkpoints["causal"])
     pixels = tiny_models.pixels(2)
     swap = {"layer_01": lambda states: states.flip(0)}
     plain = mllm.attention(pixels)
     swapped = mllm.attention(pixels, hooks=swap)
     assert torch.equal(swapped["layer_01"], plain["layer_01"])
     for site in ("layer_02", "layer_03"):
-        torch.testing.assert_close(swapped[site], plain[site].flip(0), **rounding(plain[site], 3))
+        assert_near(swapped[site], plain[site].flip(0), 3)
         assert not torch.allclose(swapped[site], plain[site])
 
 
 def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
     """From queries and keys in bf16; products in bf16 would be off by 1% and more."""
-    mllm = probes.load(str(checkpoints["causal"]), dtype="bfloat16")
+    mllm = probes.load(checkpoints["causal"], dtype="bfloat16")
     pixels = tiny_models.pixels(1)
     expected = []
     with torch.no_grad():
@@ -84,11 +84,11 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
         patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)
         mllm.states(pixels)
     weights = torch.cat([*mllm.attention(pixels, average_heads=False).values()])
-    torch.testing.assert_close(weights, torch.stack(expected), **rounding(weights, 1))
+    assert_near(weights, torch.stack(expected), 1)
 
 
 def test_knocked_out_tokens_receive_no_attention(checkpoints):
-    mllm = probes.load(str(checkpoints["bidirectional"]))
+    mllm = probes.load(checkpoints["bidirectional"])
     knockout = Knockout(torch.tensor([[False, True, False, False]]), layers=[2])
     weights = mllm.attention(tiny_models.pixels(1), knockout=knockout)
     receives = [of_layer[:, :, 1].any().item() for of_layer in weights.values()]

@@ -8,6 +8,7 @@ from operator import attrgetter
 
 import pytest
 import torch
+from layer_parts import LAYERS, check_parts, recorded
 from tiny_families import (
     ENCODER_FREE,
     SEVERAL_WAYS_IN,
@@ -18,10 +19,12 @@ from tiny_families import (
     layer_depth,
     pictures,
     stock_inputs,
+    write,
 )
-from tolerances import rounding
+from tolerances import assert_near, rounding
 
 import probes
+from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.models.families import FAMILIES
 from probes.models.random_weights import layer_updates
@@ -30,45 +33,57 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
 ALL = sorted(STOCK)
 MASKABLE = [name for name in ALL if STOCK[name].masks]
-LAYERS = ["layer_01", "layer_02", "layer_03"]
+# other LLMs inside of LLaVA: fused projections, a multiplier, norms after the parts; backends that transformers has
+LLMS = {
+    "phi3": ("sdpa", {}),
+    "granite": ("sdpa", {"residual_multiplier": 0.25}),
+    "gemma2": ("eager", {"final_logit_softcapping": None}),  # LLaVA's forward has no cap
+}
+VALUE_PATHS = {
+    "gemma4": "self_attn.v_norm",
+    "gemma4_unified": "self_attn.v_norm",
+    "phi3": "self_attn.qkv_proj",
+}
+# layers with values, of families that have others; and what is said of the first layer
+VALUES = {
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), ([2], "linear attention, which mixes values .*")),
+    "lfm2_vl": ([2], "a convolution in place of attention"),
+    "kimi_k25": ([], "latent attention, which expands values from one vector for all heads"),
+}
 
 
-def stock_states(name: str, model, images) -> dict[str, torch.Tensor]:
-    """The states, and the logits, of the stock class's full forward, with text after the image, by hooks."""
+def stock_states(
+    name: str,
+    model,
+    images,
+    values: dict[int, str],
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """The states and the logits of the stock class's full forward, with text after the image, and parts of layers."""
     stock = STOCK[name]
     ids, is_image = asked_ids(name)
-    found = {}
     decoder = attrgetter(stock.decoder)(model)
     encoder = attrgetter(stock.encoder)(model)
+    norm = getattr(decoder, stock.norm)
+    found = {}
     calls = []  # PaddleOCR-VL's adapter runs image by image
 
     def entering(_, args):
         calls.append(torch.cat(args, -1) if name == "deepseek_vl_hybrid" else args[0])
-        found["encoder"] = torch.cat(calls)
 
     def embedded(_, args, kwargs):
         found["adapter"] = kwargs["inputs_embeds"]
 
-    def out(site):
-        return lambda _, args, output: found.__setitem__(
-            site, output[0] if isinstance(output, tuple) else output
-        )
-
-    hooks = [encoder.register_forward_pre_hook(entering)]
-    hooks += [decoder.register_forward_pre_hook(embedded, with_kwargs=True)]
-    hooks += [
-        layer.register_forward_hook(out(site))
-        for site, layer in zip(LAYERS, decoder.layers, strict=True)
-    ]
-    norm = getattr(decoder, stock.norm)
-    hooks += [norm.register_forward_hook(out("final_norm"))]
-    with torch.no_grad():
+    with (
+        recorded(decoder.layers, values, "mlp" if name == "exaone4_5" else "") as parts,
+        encoder.register_forward_pre_hook(entering),
+        decoder.register_forward_pre_hook(embedded, with_kwargs=True),
+        norm.register_forward_hook(lambda _, args, output: found.update(final_norm=output)),
+        torch.no_grad(),
+    ):
         found["logits"] = model(use_cache=False, **stock_inputs(name, images, ids)).logits
-    for hook in hooks:
-        hook.remove()
-    return {
-        site: state if site == "encoder" else state[:, is_image] for site, state in found.items()
-    }
+    found |= {f"layer_{i:02d}": parts["out", i] for i in LAYERS}
+    found = {site: state[:, is_image] for site, state in found.items()}
+    return found | {"encoder": torch.cat(calls)}, parts
 
 
 def test_there_are_tests_for_all_families():
@@ -76,13 +91,26 @@ def test_there_are_tests_for_all_families():
     assert set(ALL) == with_llm - {"llava_bidir"}
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_states_equal_hooks_on_the_stock_forward(name, load_family):
-    read = load_family(name)
+@pytest.mark.parametrize("name", [*ALL, *LLMS])
+def test_states_equal_hooks_on_the_stock_forward(name, load_family, tmp_path):
+    """And parts of layers what these add: values are those of `v_proj`, in Phi-3 the last quarter of its output."""
+    part_of = VALUE_PATHS.get(name, "self_attn.v_proj")
+    values = dict.fromkeys(VALUES[name][0] if name in VALUES else LAYERS, part_of)
+    fused = name == "phi3"
+    if name in LLMS:
+        attention, text = LLMS[name]
+        path = write("llava", tmp_path, attention, model_type=name, **text)
+        read, name = probes.load(str(path), device="cpu"), "llava"
+    else:
+        read = load_family(name)
     images = pictures(name)
-    states = read.states(read.preprocess(images))
-    stock = stock_states(name, read.model, images)
-    assert list(states) == ["encoder", "adapter", *LAYERS, "final_norm"]
+    states = read.states(read.preprocess(images), "all_parts")
+    stock, parts = stock_states(name, read.model, images, values)
+    layers = ["layer_01", "layer_02", "layer_03"]
+    assert read.sites == ["encoder", "adapter", *layers, "final_norm"]
+    for site, state in states.items():
+        assert state.shape == (2, read.image_tokens, read.widths[site])
+    check_parts(states, parts, layer_depth(name), asked_ids(name)[1], fused)
     # the same kernels on the same shapes, bit by bit, but for tiles, which make another batch of the stock encoder's,
     # patches that pad the image, and pixels resized before or after normalisation
     same = name not in (
@@ -92,9 +120,7 @@ def test_states_equal_hooks_on_the_stock_forward(name, load_family):
         "deepseek_vl_hybrid",
     )
     depth = 0 if same else 3  # layers of encoder and adapter
-    torch.testing.assert_close(
-        states["adapter"], stock["adapter"], **rounding(stock["adapter"], depth)
-    )
+    assert_near(states["adapter"], stock["adapter"], depth)
     encoder = stock["encoder"][:: 3 if STOCK[name].extra else 1]  # views: whole, tile, tile
     encoder = encoder.reshape(len(images), read.image_tokens, -1)
     if "window_size" in STOCK[name].config["vision_config"]:  # tokens run by windows of 4 x 4
@@ -122,14 +148,14 @@ def test_states_equal_hooks_on_the_stock_forward(name, load_family):
         )
         patches = encoder.reshape(len(images), 4 * read.image_tokens, -1)
         encoder = patches[:, order.reshape(SIDE**2, 4)].flatten(2)
-    torch.testing.assert_close(states["encoder"], encoder, **rounding(encoder, depth))
-    for site in (*LAYERS, "final_norm"):
+    assert_near(states["encoder"], encoder, depth)
+    for site in (*layers, "final_norm"):
         depth += layer_depth(name)
-        torch.testing.assert_close(states[site], stock[site], **rounding(stock[site], depth))
-    assert all(states[site].std() > 1e-3 for site in states), "nothing is compared with nothing"
+        assert_near(states[site], stock[site], depth)
+    assert all(states[site].std() > 1e-3 for site in read.sites), "nothing is compared"
     last = {site: states[site] for site in ("layer_03", "final_norm")}
     for logits in read.logit_lens(last).values():
-        torch.testing.assert_close(logits, stock["logits"], **rounding(stock["logits"], depth + 1))
+        assert_near(logits, stock["logits"], depth + 1)
 
 
 def test_logit_lens_caps_logits_as_the_stock_forward_does(load_family, monkeypatch):
@@ -143,10 +169,10 @@ def test_logit_lens_caps_logits_as_the_stock_forward_does(load_family, monkeypat
         0.05,
         raising=False,
     )
-    logits = stock_states("gemma4", read.model, images)["logits"]
+    stock, _ = stock_states("gemma4", read.model, images, {})
     states = read.states(read.preprocess(images), ["final_norm"])
     near = rounding(plain, 3 + 3 + 1)  # capping does not increase errors
-    torch.testing.assert_close(read.logit_lens(states)["final_norm"], logits, **near)
+    torch.testing.assert_close(read.logit_lens(states)["final_norm"], stock["logits"], **near)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -189,7 +215,7 @@ def no_attention(read):
 
 @pytest.mark.parametrize("name", MASKABLE)
 def test_rows_of_an_image_equal_a_batch_with_copies_of_it(name, load_family):
-    """In all windows of layers, also under hooks; some families share the encoder."""
+    """In all windows of layers, also under hooks, at all sites; some families share the encoder."""
     read = load_family(name)
     pixels = read.preprocess(pictures(name))
     images = [1, 0, 1, 1]
@@ -199,12 +225,12 @@ def test_rows_of_an_image_equal_a_batch_with_copies_of_it(name, load_family):
         "knockout": Knockout(blocked, windows),
         "hooks": {"layer_03": lambda states: states / torch.arange(1, 5)[:, None, None]},
     }
-    together = read.states(pixels, rows=images, **change)
-    copies = read.states(pixels[images], **change)
-    for depth, site in enumerate(read.sites):
-        torch.testing.assert_close(
-            together[site], copies[site], **rounding(copies[site], max(depth, 1))
-        )
+    together = read.states(pixels, "all_parts", rows=images, **change)
+    copies = read.states(pixels[images], "all_parts", **change)
+    for site, expected in copies.items():
+        number = site[-2:]  # of a layer, or of a part of it
+        depth = 1 + int(number) if number.isdigit() else max(read.sites.index(site), 1)
+        assert_near(together[site], expected, depth)
 
 
 @pytest.mark.parametrize("name", sorted({*ALL} - {*SEVERAL_WAYS_IN}))
@@ -240,7 +266,7 @@ def test_states_of_another_image_at_a_complete_site_leave_nothing_of_the_image(n
         last = unchecked.states(image, ["final_norm"], hooks=hooks)["final_norm"]
         return (last - wanted["final_norm"]).norm() < 1e-4 * wanted["final_norm"].norm()
 
-    sites = ["adapter", *LAYERS]
+    sites = frozen.layer_sites
     count = frozen.family.incomplete_sites(frozen.model.config)
     assert [is_complete(site) for site in sites].index(True) == count
     for site in sites[:count]:
@@ -362,3 +388,43 @@ def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
     )
     with pytest.raises(ValueError, match=r"has no token \[IMG_BREAK\]"):
         probes.load(no_token)
+
+
+# ------------------------------------------------------------------------------------------- parts of layers
+@pytest.mark.parametrize("name", ["llava", "gemma4", "aya_vision"])
+def test_a_part_read_alone_is_the_same_and_the_forward_ends_there(name, load_family):
+    frozen = load_family(name)
+    pixels = frozen.preprocess(pictures(name, 1))
+    together = frozen.states(pixels, "all_parts")
+    ran = []
+    with frozen.decoder.layers[1].mlp.register_forward_hook(lambda *_: ran.append("mlp")):
+        for site in ("value_02", "attn_02", "mlp_02", "layer_02"):
+            alone = frozen.states(pixels, [site])
+            assert torch.equal(alone[site], together[site])
+            assert ran == ["mlp"] * (site in ("mlp_02", "layer_02"))
+            ran.clear()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_are_not_of_one_token_are_refused(name, load_family):
+    frozen = load_family(name)
+    pixels = frozen.preprocess(pictures(name, 1))
+    layers, why = VALUES[name]
+    with pytest.raises(UserError, match=f"^layer 1 has {why}; leave out value_01$"):
+        frozen.states(pixels, ["value_01"])
+    values = [site for site in frozen.states(pixels, "all_parts") if site.startswith("value_")]
+    assert values == [f"value_{layer:02d}" for layer in layers]
+
+
+def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
+    """Gemma 4's last layers have no values of their own."""
+    text = {
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    }
+    frozen = probes.load(str(write("gemma4", tmp_path, **text)), device="cpu")
+    pixels = frozen.preprocess(pictures("gemma4", 1))
+    with pytest.raises(UserError, match="layer 3 has no values of its own, .*; leave out value_03"):
+        frozen.states(pixels, ["value_03"])
+    states = frozen.states(pixels, "all_parts")
+    assert "value_03" not in states and {"value_02", "attn_03", "mlp_03"} < states.keys()

@@ -1,6 +1,7 @@
 """Bare vision encoders: every site equals the stock model's hidden states; controls, knockout, other sides."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -16,18 +17,14 @@ from llava_bidir.common.hf import load_weights
 from probes.models.families.encoders import ENCODERS
 from probes.models.random_weights import layer_updates
 
+assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 VISION = [name for name, stock in tiny_encoders.STOCK.items() if not stock.two_towers]
 
 
 def photo(seed: int = 0) -> Image.Image:
     """Return a random photo that is no square."""
-    noise = np.random.default_rng(seed).integers(
-        0,
-        255,
-        (30, 40, 3),
-        np.uint8,
-    )
-    return Image.fromarray(noise)
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(255, size=(30, 40, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -76,23 +73,13 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
     for i, hidden in enumerate(output.hidden_states):
         patches = hidden[:, stock.extra_tokens :]
         assert patches.shape[1] == grid * grid
-        torch.testing.assert_close(
-            states[f"layer_{i:02d}"],
-            patches,
-            rtol=1e-5,
-            atol=1e-6,
-        )
+        assert_close(states[f"layer_{i:02d}"], patches)
     names = ["layer_00", "layer_01", "layer_02", "layer_03"] + ["final_norm"] * stock.has_norm
     assert encoder.sites == names
     if stock.has_norm:
         last = output.last_hidden_state[:, stock.extra_tokens :]
         last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
-        torch.testing.assert_close(
-            states["final_norm"],
-            last,
-            rtol=1e-5,
-            atol=1e-6,
-        )
+        assert_close(states["final_norm"], last)
     check_parts(
         states,
         found,
@@ -192,12 +179,7 @@ def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
         by_row,
         rows=[0, 0],
     )["layer_02"]
-    torch.testing.assert_close(
-        rows,
-        torch.cat([with_cut, plain]),
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    assert_close(rows, torch.cat([with_cut, plain]))
 
 
 @pytest.mark.parametrize("name", ["dinov2", "clip_vision_model", "beit"])
@@ -218,9 +200,4 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
     patches = slice(stock.extra_tokens, None)
     found = torch.cat([*weights.values()])
     expected = torch.cat(expected[::2])[:, :, patches, patches]
-    torch.testing.assert_close(
-        found,
-        expected,
-        rtol=1e-4,
-        atol=1e-6,
-    )
+    assert_close(found, expected, rtol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import reference
 import tiny_models
 import torch
-from tolerances import rounding
+from tolerances import assert_near, rounding
 
 import probes
 from llava_bidir.common.errors import UserError
@@ -42,7 +42,7 @@ def mllms(checkpoints):
 
     @cache
     def load(mask: str, backend: str = "sdpa"):
-        mllm = probes.load(str(checkpoints[mask]), attn_implementation=backend)
+        mllm = probes.load(checkpoints[mask], attn_implementation=backend)
         with torch.no_grad():
             for layer in mllm.decoder.layers:
                 layer.self_attn.v_proj.weight *= 8
@@ -142,7 +142,7 @@ def test_states_equal_the_mask_written_out(mllms, mask, cut):
         for i, state in enumerate(expected, 1):
             of_image = state[:, first : first + tiny_models.TOKENS]
             found = states[f"layer_{i:02d}"]
-            torch.testing.assert_close(found, of_image, **rounding(of_image, i))
+            assert_near(found, of_image, i)
     assert not torch.allclose(found, mllms(mask).states(pixels)["layer_03"], atol=1e-3)
 
 
@@ -173,7 +173,7 @@ def test_each_row_of_a_batch_has_its_own_layers_and_columns(mllms):
         alone = [Knockout(BLOCKED, None, rows), Knockout(~BLOCKED, [2], rows), None]
         expected = torch.cat([read(batch[:1], one) for one in alone])
         found = read(batch, Knockout(blocked, layers, rows))
-        torch.testing.assert_close(found, expected, **rounding(expected, 3))
+        assert_near(found, expected, 3)
 
 
 def test_a_knockout_that_changes_no_allowed_pair_is_an_error(mllms):

@@ -27,18 +27,16 @@ def path(checkpoints):
 
 def reference_updates(mllm, pixels):
     """Relative updates of image tokens, from the stock forward's own hidden states."""
-    tokens = mllm.grid[0] * mllm.grid[1]
-    image = torch.full((len(pixels), tokens), mllm.model.config.image_token_id)
-    ids = torch.cat([mllm.prefix_ids.expand(len(pixels), -1), image], 1)
     seen = []
     hooks = [
         layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
         for layer in mllm.decoder.layers
     ]
-    mllm.model(ids, pixels, use_cache=False)
+    mllm.model(mllm.ids.expand(len(pixels), -1), pixels, use_cache=False)
     for hook in hooks:
         hook.remove()
-    relative = [(y - x)[:, -tokens:].norm(dim=-1) / x[:, -tokens:].norm(dim=-1) for x, y in seen]
+    places = mllm.image_positions
+    relative = [(y - x)[:, places].norm(dim=-1) / x[:, places].norm(dim=-1) for x, y in seen]
     return [of_layer.mean().item() for of_layer in relative]
 
 
@@ -79,9 +77,9 @@ def test_the_scales_are_those_of_complete_forwards_layer_by_layer(deep, pictures
         calls[layer.self_attn.layer_idx] += 1
         return original(layer, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(LlamaDecoderLayer, "forward", counted)
-        control = probes.load(deep, **UPDATE, match_images=pictures)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    control = probes.load(deep, **UPDATE, match_images=pictures)
+    monkeypatch.undo()
     # the trained update (prompt and image), and a few steps of its own: as many for the first layer as for the last
     assert set(calls) == set(range(6)) and max(calls.values()) <= 8, calls
     same_draw = probes.load(deep, **UPDATE, update_scales=[1.0] * 6)

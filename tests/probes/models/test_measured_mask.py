@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 @pytest.mark.parametrize("applied", [None, "causal", "bidirectional"])
 def test_equals_the_definition_of_the_mask(checkpoints, name, applied):
     """Of the model's own forward, and of the one in which `probes` replaces the mask."""
-    mllm = probes.load(str(checkpoints[name]), applied)
+    mllm = probes.load(checkpoints[name], applied)
     measured = mllm.measured_mask()
     before, *image, after = measured.blocks
     is_image = [False] * len(before) + [True] * sum(map(len, image)) + [False] * len(after)
@@ -67,7 +67,7 @@ def with_mask(mllm, layer: int, change):
 
 
 def test_a_layer_that_drops_the_mask_is_named(checkpoints, monkeypatch, capsys):
-    mllm = with_mask(probes.load(str(checkpoints["bidirectional"])), 2, torch.tril)
+    mllm = with_mask(probes.load(checkpoints["bidirectional"]), 2, torch.tril)
     expected = "image to later image: is not attended to, though the mask allows it, in layer_02"
     assert mllm.measured_mask().disagreements() == [expected]
     monkeypatch.setattr("probes.models.load.load", lambda *args, **kwargs: mllm)
@@ -78,7 +78,7 @@ def test_a_layer_that_drops_the_mask_is_named(checkpoints, monkeypatch, capsys):
 
 
 def test_a_layer_that_leaks_is_named(checkpoints):
-    mllm = with_mask(probes.load(str(checkpoints["causal"])), 3, torch.ones_like)
+    mllm = with_mask(probes.load(checkpoints["causal"]), 3, torch.ones_like)
     assert mllm.measured_mask().disagreements() == [
         f"{name}: is attended to, against the mask, in layer_03"
         for name in (
@@ -91,7 +91,7 @@ def test_a_layer_that_leaks_is_named(checkpoints):
 
 
 def test_a_layer_without_a_gradient_is_an_error(checkpoints):
-    mllm = probes.load(str(checkpoints["causal"]))
+    mllm = probes.load(checkpoints["causal"])
     with (
         around(mllm.layers[1], without_graph),
         pytest.raises(UserError, match="mask of layer_02 is not measured"),

@@ -20,8 +20,6 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.runs.read import ProbeRun
 
-CLAIM = "starvation_without_sink"
-
 
 def with_sink(mllm, layer: int):
     """Add a large vector to the first image token after a layer, as a sink has it."""
@@ -92,19 +90,22 @@ def test_routes_through_a_sink_are_marked_in_table_and_page(runs, tmp_path, monk
 
 
 @pytest.mark.parametrize("norm", [9.9, 159.0])
-def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(runs, norm):
-    pair = {mask: runs[mask] for mask in ("causal", "bidirectional")}
+def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(
+    runs,
+    norm,
+    tmp_path,
+):
+    names = ("causal", "bidirectional")
+    paths = [shutil.copytree(runs[mask].path, tmp_path / mask) for mask in names]
+    pair = {mask: ProbeRun(path) for mask, path in zip(names, paths, strict=True)}
     causal = pair["causal"]
-    file = causal.path / "sinks.json"
     site = causal.peak_layer
     layers = [{"site": site, "first_norm": norm, "sinks": 1.0}]
-    file.write_text(json.dumps({"runs": [causal.fingerprint], "images": 8, "layers": layers}))
-    try:
-        claims = evaluate_claims(*studies_of([run.path for run in pair.values()]))
-        warning = sink_warning(pair, site)
-    finally:
-        file.unlink()
-    found = [claim for claim in claims if claim["claim"] == CLAIM]
+    measured = {"runs": [causal.fingerprint], "images": 8, "layers": layers}
+    (causal.path / "sinks.json").write_text(json.dumps(measured))
+    claims = evaluate_claims(*studies_of(paths))
+    warning = sink_warning(pair, site)
+    found = [claim for claim in claims if claim["claim"] == "starvation_without_sink"]
     if norm < SINK_NORM:
         assert not (found or warning)
         return

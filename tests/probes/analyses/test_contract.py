@@ -1,10 +1,8 @@
 """What every analysis keeps: same seed, same bytes; replacement; errors in one line; its numbers in the report."""
 
-import csv
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +10,7 @@ from typing import NamedTuple
 import probe_runs
 import pytest
 from PIL import Image
+from task_runs import write_depth_run
 
 from probes.analyses import ANALYSES, MEASURED
 from probes.cli import main
@@ -24,41 +23,19 @@ NUMBER = r"-?\d+\.\d+(e-?\d+)?"
 
 
 class Case(NamedTuple):
-    """Options of an analysis, others that make another result, and what an error says of the first."""
+    """Options of an analysis, and CSV files of the report whose numbers are those of the analysis."""
 
-    options: list[str]
-    others: list[str]
-    made: str
-    files: tuple[str, ...] = ()  # CSV files of the report whose numbers are those of the analysis
+    options: str
+    files: tuple[str, ...] = ()
 
 
-KNOCKOUT = ["--classes", "sky", "wall", "--draws", "1"]
 CASES = {
-    "sinks": Case(["--limit", "2"], ["--limit", "3"], "limit 2"),
-    "knockout": Case(
-        KNOCKOUT,
-        ["--classes", "sky"],
-        'classes ["sky", "wall"]',
-    ),
-    "routes": Case(
-        ["--limit", "2", "--draws", "1"],
-        ["--window", "1"],
-        "window 2",
-        ("routes_causal", "answer_accuracy"),
-    ),
-    "patching": Case(
-        ["--site", "layer_02", "--limit", "4", "--draws", "1"],
-        ["--layers", "1"],
-        "layers [0, 1]",
-        ("patching_causal",),
-    ),
-    "maps": Case(["--image", "1", "3"], ["--image", "2"], "image [1, 3]"),
-    "umap": Case(
-        ["--image", "1", "--sites", "adapter"],
-        ["--sites", "layer_02"],
-        'sites ["adapter"]',
-        ("umap_causal_1",),
-    ),
+    "sinks": Case("--limit 2"),
+    "knockout": Case("--classes sky wall --draws 1"),
+    "routes": Case("--limit 2 --draws 1", ("routes_causal", "answer_accuracy")),
+    "patching": Case("--site layer_02 --limit 4 --draws 1", ("patching_causal",)),
+    "maps": Case("--image 1 3"),
+    "umap": Case("--image 1 --sites adapter", ("umap_causal_1",)),
 }
 
 
@@ -80,7 +57,7 @@ class Study:
         return self.runs[0] / f"{name}.json"
 
     def run(self, name: str, *more: str, of: int = 0) -> None:
-        command = [name, "--probes", str(self.runs[of]), *CASES[name].options]
+        command = [name, "--probes", str(self.runs[of]), *CASES[name].options.split()]
         if name == "routes":
             command += ["--questions", str(self.questions)]
         main([*command, *more])
@@ -103,35 +80,24 @@ def test_same_seed_gives_the_same_files(name, study, tmp_path):
         assert file.read_bytes() == (study.result(name).parent / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_other_options_do_not_replace_a_result_unless_asked_to(name, study, tmp_path):
-    result = Path(shutil.copy(study.result(name), tmp_path))
+def test_a_result_of_other_options_or_runs_is_not_replaced_unless_it_is_asked_for(study, tmp_path):
+    result = Path(shutil.copy(study.result("sinks"), tmp_path))
     before = result.read_bytes()
     out = ["--out", str(tmp_path)]
-    with pytest.raises(SystemExit) as error:
-        study.run(name, *out, *CASES[name].others)
-    assert f"{result} is finished and was made with {CASES[name].made};" in str(error.value)
+    for more, of, message in (
+        (["--limit", "3"], 0, "with limit 2;"),
+        ([], 1, "from other runs;"),
+    ):
+        with pytest.raises(SystemExit, match=f"{result} is finished and was made {message}"):
+            study.run("sinks", *out, *more, of=of)
     assert result.read_bytes() == before
-    study.run(name, *out, *CASES[name].others, "--overwrite", "true")
+    study.run("sinks", *out, "--limit", "3", "--overwrite", "true")
     assert result.read_bytes() != before
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_result_of_another_run_is_not_replaced(name, study, tmp_path):
-    shutil.copy(study.result(name), tmp_path)
-    with pytest.raises(SystemExit, match=rf"{name}.json is finished and was made from other runs"):
-        study.run(name, "--out", str(tmp_path), of=1)
-
-
-def numbers(value) -> Iterator[float]:
-    """All numbers of a JSON value."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for inner in value:
-            yield from numbers(inner)
-    elif isinstance(value, float):
-        yield float(f"{value:.9g}")
+def numbers(text: str) -> set[float]:
+    """All numbers of a text that have a decimal point, up to the ninth digit."""
+    return {float(f"{float(number[0]):.9g}") for number in re.finditer(NUMBER, text)}
 
 
 @pytest.fixture(scope="module")
@@ -151,27 +117,24 @@ def test_the_report_shows_the_numbers_of_the_analysis(name, study, report):
         assert len(both) > 2
         assert all(in_results[key] == made[key] for key in both)
     assert ANALYSES[name].title in (report / "index.html").read_text()  # "" of sinks
-    known = set(numbers(made))
+    known = numbers(study.result(name).read_text())
     for file in CASES[name].files:
-        with (report / f"{file}.csv").open() as lines:
-            cells = [cell for row in csv.DictReader(lines) for cell in row.values()]
-        shown = {float(f"{float(cell):.9g}") for cell in cells if re.fullmatch(NUMBER, cell)}
-        assert shown, file
-        assert shown <= known, f"{file}: {sorted(shown - known)[:5]}"
+        shown = numbers((report / f"{file}.csv").read_text())
+        assert shown and shown <= known, f"{file}: {sorted(shown - known)[:5]}"
 
 
 # ------------------------------------------------------------------------------------------ errors
 BAD = [
-    ("knockout", ["--classes", "moon"], "unknown class 'moon'; .* has sky, wall, road"),
+    ("knockout", "--classes moon", "unknown class 'moon'; .* has sky, wall, road"),
     (
         "knockout",
-        ["--classes", "sky", "wall", "--min-patches", "5"],
+        "--classes sky wall --min-patches 5",
         "no image has 5 or more patches wrongly .* sky or wall;",
     ),
-    ("knockout", ["--layers", "0"], "layer 0 is out of range; .* has layers 1..3"),
-    ("patching", ["--layers", "2"], "--layers 2 is not before the read-out layer_02; expected 0"),
-    ("routes", ["--window", "4"], "window is 4; expected 1 to 3, the model's layers"),
-    ("maps", ["--image", "9"], "image 9 is out of range; the split has images 0..8"),
+    ("knockout", "--layers 0", "layer 0 is out of range; .* has layers 1..3"),
+    ("patching", "--layers 2", "--layers 2 is not before the read-out layer_02; expected 0"),
+    ("routes", "--window 4", "window is 4; expected 1 to 3, the model's layers"),
+    ("maps", "--image 9", "image 9 is out of range; the split has images 0..8"),
 ]
 
 
@@ -184,15 +147,16 @@ def test_a_bad_option_is_an_error_and_leaves_nothing(
     tmp_path,
 ):
     with pytest.raises(SystemExit, match=f"^probes: .*{message}"):
-        study.run(name, *options, "--out", str(tmp_path))
+        study.run(name, *options.split(), "--out", str(tmp_path))
     assert not [file for file in tmp_path.iterdir() if not file.name.startswith(".")]
 
 
 @pytest.mark.parametrize("command", ["knockout --classes auto:1 --probes", "umap --probes"])
-def test_what_is_about_classes_names_the_task(command, task_runs):
-    expected = "^probes: .*probes of the task normals, but .* about .*classes"
+def test_what_is_about_classes_names_the_task(command, segmentation, tmp_path):
+    write_depth_run(tmp_path / "run", [0.5, 0.8, 0.7, 0.6, 0.6], segmentation)
+    expected = "^probes: .*probes of the task depth, but .* about .*classes"
     with pytest.raises(SystemExit, match=expected):
-        main([*command.split(), str(task_runs["normals"].path)])
+        main([*command.split(), str(tmp_path / "run")])
 
 
 # ------------------------------------------------------------------------------------------ states

@@ -67,13 +67,8 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
         return (p / (1 - p)).log()
 
     def close(found, expected):
-        torch.testing.assert_close(
-            found,
-            expected,
-            rtol=2e-3,
-            atol=2e-4,
-            equal_nan=True,
-        )
+        tolerances = {"rtol": 2e-3, "atol": 2e-4}
+        torch.testing.assert_close(found, expected, equal_nan=True, **tolerances)
 
     for i in (0, 5, 8):
         pixels, of_other = (mllm.preprocess([dataset[n]["image"]]) for n in (i, others[i]))

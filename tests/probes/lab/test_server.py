@@ -17,6 +17,7 @@ pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
 
 VIEW = {"photo": "split:0", "model": 0}
+TEXT = json.dumps(VIEW)
 
 
 @pytest.fixture
@@ -26,24 +27,35 @@ def still_serves(port):
     assert "result" in run(port, "read", VIEW)
 
 
-def headers_of(port, path: str):
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("GET", path, headers={"Cookie": f"lab-{port}={TOKEN}"})
-    return connection.getresponse().headers
+def begin(
+    port: int,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    length: int = 0,
+) -> http.client.HTTPConnection:
+    """Send a request whose body is said to have `length` bytes, without waiting for the answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    headers = {"Cookie": f"lab-{port}={TOKEN}", "Content-Length": str(length or len(body))}
+    connection.request(method, path, body, headers)
+    return connection
 
 
 def test_page_and_pictures_are_for_this_server_only(port):
     status, page = send(port, "GET", "/")
     assert status == 200
     assert not re.search(rb"https?://|@import|url\(", page)
-    policy = headers_of(port, "/")["Content-Security-Policy"]
+    page_headers, with_token, picture = (
+        begin(port, "GET", path).getresponse().headers
+        for path in ("/", f"/?token={TOKEN}", "/picture?photo=split:0")
+    )
+    policy = page_headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; connect-src 'self'")
     assert "unsafe" not in policy
     nonce = re.search(r"script-src 'nonce-([\w-]+)'", policy)[1]
     assert nonce not in page.decode(), "a nonce is used once"
-    cookie = headers_of(port, f"/?token={TOKEN}")["Set-Cookie"]
+    cookie = with_token["Set-Cookie"]
     assert all(part in cookie for part in (f"lab-{port}={TOKEN}", "HttpOnly", "SameSite=strict"))
-    picture = headers_of(port, "/picture?photo=split:0")
     assert picture["Cache-Control"] == "no-store", "a later lab has other pictures at this address"
     assert picture["Cross-Origin-Resource-Policy"] == "same-origin"
 
@@ -65,10 +77,8 @@ FOREIGN = {
 @pytest.mark.parametrize("case", FOREIGN)
 def test_foreign_requests_are_refused(port, still_serves, case):
     headers = {k: v and v.replace("{port}", str(port)) for k, v in FOREIGN[case].items()}
-    for path in ("/run/read", "/photo?key=split:0", "/"):
-        method = "GET" if path == "/" else "POST"
-        body = None if path == "/" else json.dumps(VIEW)
-        status, answer = send(port, method, path, body, **headers)
+    for method, path in (("POST", "/run/read"), ("POST", "/photo?key=split:0"), ("GET", "/")):
+        status, answer = send(port, method, path, TEXT if method == "POST" else None, **headers)
         assert status in (400, 403)
         assert b"classes" not in answer
 
@@ -92,43 +102,25 @@ def test_a_link_on_another_page_opens_the_lab(port):
     assert send(port, "GET", "/", Cookie=None, **link)[0] == 403
 
 
-BODIES = {
-    "no JSON": b"{",
-    "deep": b"[" * 100_000,
-    "huge number": b'{"photo": "split:0", "model": 1' + b"0" * 5000 + b"}",
-    "traversal": json.dumps(VIEW | {"photo": "split:../../etc/passwd"}).encode(),
-    "key with a line break": json.dumps(VIEW | {"photo": "split:0\n"}).encode(),
-    "too long": b" " * (1 << 20) + json.dumps(VIEW).encode(),
+REQUESTS = {
+    "no JSON": ("/run/read", b"{", 400),
+    "deep": ("/run/read", b"[" * 100_000, 400),
+    "huge number": ("/run/read", b'{"photo": "split:0", "model": 1' + b"0" * 5000 + b"}", 400),
+    "traversal": ("/run/read", TEXT.replace("split:0", "split:../../etc/passwd"), 400),
+    "key with a line break": ("/run/read", TEXT.replace("split:0", "split:0\\n"), 400),
+    "too long": ("/run/read", b" " * (1 << 20) + TEXT.encode(), 413),
+    "unknown operation": ("/run/__init__", b"{}", 404),
+    "unknown photo": ("/photo?key=split:9999999999", b"{}", 400),
+    "picture elsewhere": ("/picture?photo=../../etc/passwd", None, 400),
 }
 
 
-@pytest.mark.parametrize("case", BODIES)
-def test_invalid_json_is_refused(port, still_serves, case):
-    status, body = send(port, "POST", "/run/read", BODIES[case])
-    assert status == (413 if case == "too long" else 400)
-    assert json.loads(body)["error"]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/picture?photo=../../etc/passwd", 400),
-        ("POST", "/run/__init__", 404),
-        ("POST", "/photo?key=split:9999999999", 400),
-    ],
-)
-def test_unknown_addresses_are_refused(port, method, path, status):
-    assert send(port, method, path, "{}" if method == "POST" else None)[0] == status
-
-
-def begin(port: int, path: str, length: int) -> http.client.HTTPConnection:
-    """Send the head of a request whose body has `length` bytes."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.putrequest("POST", path)
-    connection.putheader("Cookie", f"lab-{port}={TOKEN}")
-    connection.putheader("Content-Length", length)
-    connection.endheaders()
-    return connection
+@pytest.mark.parametrize("case", REQUESTS)
+def test_invalid_requests_are_refused(port, still_serves, case):
+    path, body, expected = REQUESTS[case]
+    status, answer = send(port, "GET" if body is None else "POST", path, body)
+    assert status == expected
+    assert path != "/run/read" or json.loads(answer)["error"]
 
 
 @pytest.mark.parametrize("name", ["photo", "run/read"])
@@ -138,7 +130,8 @@ def test_a_client_whose_body_is_too_long_gets_the_answer(
     monkeypatch,
     name,
 ):
-    assert begin(port, f"/{name}", 10**15).getresponse().status == 413, "before it arrives"
+    held = begin(port, "POST", f"/{name}", length=10**15)
+    assert held.getresponse().status == 413, "before it arrives"
     for limit in ("MAX_PHOTO_BYTES", "MAX_JSON_BYTES"):
         monkeypatch.setattr(f"probes.lab.server.{limit}", 4 << 20)
     for _ in range(5):  # 16 MB do not fit into the socket's buffers
@@ -152,15 +145,12 @@ def test_a_flood_of_views_leaves_the_lab_answering(port, still_serves):
     for i in range(120):
         block = {"kind": "block", "patches": [i % 4]}
         view = {"photo": f"split:{i % 5}", "model": 0, "intervention": block}
-        body = json.dumps(view).encode()
-        connection = begin(port, "/run/read", len(body))
-        connection.send(body)
-        connection.close()
+        begin(port, "POST", "/run/read", json.dumps(view).encode()).close()
     deadline = time.monotonic() + 30
     status = 503
     # until the server has seen that the clients left
     while status == 503 and time.monotonic() < deadline:
-        status, body = send(port, "POST", "/run/read", json.dumps(VIEW))
+        status, body = send(port, "POST", "/run/read", TEXT)
     assert status == 200
     assert b'"result"' in body
     assert time.monotonic() < deadline, "views that nobody waits for are not read"
@@ -181,9 +171,8 @@ def test_words_are_sent_while_the_answer_grows_and_a_client_that_leaves_ends_it(
 
     first_layer = session.models[0].mllm.decoder.layers[0]
     request.addfinalizer(first_layer.mlp.register_forward_hook(wait).remove)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    question = json.dumps(VIEW | {"question": "Sky?"})
-    connection.request("POST", "/run/ask", question, {"Cookie": f"lab-{port}={TOKEN}"})
+    question = json.dumps(VIEW | {"question": "Sky?"}).encode()
+    connection = begin(port, "POST", "/run/ask", question)
     response = connection.getresponse()
     first = next(event for event in map(json.loads, response) if "text" in event)
     assert first["text"]
@@ -234,7 +223,7 @@ def test_command_prints_its_address_and_ends_at_once(checkpoints):
     )
     port = int(address[1])
     assert send(port, "GET", "/", Cookie=f"lab-{port}={address[2]}")[0] == 200
-    held = begin(port, "/photo", 100)
+    held = begin(port, "POST", "/photo", length=100)
     start = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(30) == 130

@@ -26,30 +26,13 @@ from probes.lab.requests import (
 from probes.lab.session import Session
 from probes.tasks.segmentation import colorize_classes
 
+BLOCK = Block(kind="block", patches=(0, 2))
+BLOCKED = probes.Knockout(torch.tensor([[True, False, True, False]]))  # the same, written out
+VIEW = {"photo": "split:1", "model": 1}
+
 
 def replace(site: str, by: str) -> Replace:
-    return Replace(
-        kind="replace",
-        patches=(1, 2),
-        site=site,
-        by=by,
-    )
-
-
-def hidden(*patches: int) -> probes.Knockout:
-    """Return the knockout written out."""
-    return probes.Knockout(torch.tensor([[t in patches for t in range(4)]]))
-
-
-BLOCK = Block(kind="block", patches=(0, 2))
-CHANGES = {
-    "none": None,
-    "block": BLOCK,
-    "layers": Block(kind="block", patches=(1,), layers=(2, 3)),
-    "mean": replace("layer_01", "mean"),
-    "other mask": replace("layer_01", "other_mask"),
-    "other photo": replace("adapter", "split:3"),
-}
+    return Replace(kind="replace", patches=(1, 2), site=site, by=by)
 
 
 def numbers(text: str, kind: str, *shape: int) -> np.ndarray:
@@ -64,33 +47,25 @@ def read(session: Session, request: View) -> tuple[np.ndarray, np.ndarray]:
     return classes, numbers(result["probabilities"], "<f4", *shape)
 
 
-def states_of(session: Session, photo: str, *blocked: int) -> dict[str, torch.Tensor]:
-    """Return the states of a photo in the second model by the Python API."""
-    model = session.models[1]
-    pixels = model.mllm.preprocess([session.photos.get(photo).squares[1]])
-    return model.mllm.states(pixels, model.sites, hidden(*blocked) if blocked else None)
-
-
-@pytest.mark.parametrize("beside", [None, "split:3"])
-@pytest.mark.parametrize("change", [None, BLOCK])
+@pytest.mark.parametrize(
+    ("change", "beside"), [(None, None), (BLOCK, "split:3")], ids=["one", "three"]
+)
 def test_similarity_and_pca_colours_over_the_shown_views(session, change, beside):
     """Components are fitted over all views together, by numpy."""
-    shown = ShownViews(
-        photo="split:1",
-        model=1,
-        intervention=change,
-        beside=beside,
-    )
-    views = [states_of(session, "split:1")]
+    model = session.models[1]
+
+    def states_of(photo: str, knockout=None) -> dict[str, torch.Tensor]:
+        pixels = model.mllm.preprocess([session.photos.get(photo).squares[1]])
+        return model.mllm.states(pixels, model.sites, knockout)
+
+    views = [states_of("split:1")]
     if change:
-        views.append(states_of(session, "split:1", *change.patches))
-    if beside:
-        views.append(states_of(session, beside))
+        views += [states_of("split:1", BLOCKED), states_of(beside)]
+    shown = ShownViews(**VIEW, intervention=change, beside=beside)
     colours = session.pca(shown, labs.JOB)["colours"]
     found = np.stack([numbers(of_view, "u1", len(views[0]), 4, 3) for of_view in colours])
-    asked = PatchView(**dict(View(photo="split:1", model=1)), patch=2)
-    expected = torch.stack([*session.models[1].mllm.similarity(views[0], (1, 0)).values()])
-    similarity = session.similarity(asked, labs.JOB)["similarity"]
+    expected = torch.stack([*model.mllm.similarity(views[0], (1, 0)).values()])
+    similarity = session.similarity(PatchView(**VIEW, patch=2), labs.JOB)["similarity"]
     assert np.array_equal(numbers(similarity, "<f4", *expected.shape), expected.numpy())
     for s, site in enumerate(views[0]):
         x = np.concatenate([states[site][0].double().numpy() for states in views])
@@ -101,10 +76,21 @@ def test_similarity_and_pca_colours_over_the_shown_views(session, change, beside
         assert np.abs(found[:, s].reshape(-1, 3) - expected).max() < 0.51
 
 
-@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("model", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        BLOCK,
+        Block(kind="block", patches=(1,), layers=(2, 3)),
+        replace("layer_01", "mean"),
+        replace("layer_01", "other_mask"),
+        replace("adapter", "split:3"),
+    ],
+    ids=["none", "block", "layers", "mean", "other mask", "other photo"],
+)
 def test_views_have_the_numbers_of_the_python_api(session, change, model):
-    view = View(photo="split:1", model=model, intervention=CHANGES[change])
+    view = View(photo="split:1", model=model, intervention=change)
     best = labs.read_directly(session, view).topk(3)  # [S, T, k]
     classes, shares = read(session, view)
     assert (classes == best.indices.permute(2, 0, 1).numpy()).all()
@@ -113,20 +99,17 @@ def test_views_have_the_numbers_of_the_python_api(session, change, model):
 
 def test_an_uploaded_photo_is_read_and_asked_as_the_python_api_does(session):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
-    view = {
-        "photo": session.photos.add(encode(image, "PNG"), "photo.png"),
-        "model": 1,
-        "intervention": BLOCK,
-    }
+    key = session.photos.add(encode(image, "PNG"), "photo.png")
+    view = {"photo": key, "model": 1, "intervention": BLOCK}
     _, shares = read(session, View(**view))
     expected = labs.read_directly(session, View(**view), image)
     assert (shares[0] == expected.amax(-1).numpy()).all()
-    asked = session.ask(PhotoQuestion(**view, question="What is 'it'?"), labs.JOB)
+    question = "What is 'it'?"
+    asked = session.ask(PhotoQuestion(**view, question=question), labs.JOB)
     mllm = session.models[1].mllm
-    blocked = hidden(*BLOCK.patches)
-    assert asked["blocked"] == mllm.answer(image, "What is 'it'?", blocked, MAX_ANSWER_TOKENS)
-    answers = (mllm.preprocess(image), "What is 'it'?", [asked["answer"]])
-    scores = [mllm.answer_log_probs(*answers, knockout).item() for knockout in (None, blocked)]
+    assert asked["blocked"] == mllm.answer(image, question, BLOCKED, MAX_ANSWER_TOKENS)
+    answers = (mllm.preprocess(image), question, [asked["answer"]])
+    scores = [mllm.answer_log_probs(*answers, knockout).item() for knockout in (None, BLOCKED)]
     assert asked["log_probability"] == scores
 
 
@@ -140,29 +123,22 @@ def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
 
 
 def test_words_are_those_of_the_logit_lens(session):
-    view = View(photo="split:0", model=0, intervention=BLOCK)
-    model = session.models[0]
-    states = model.mllm.states(session._pixels(view), model.word_sites, hidden(0, 2))
+    view = VIEW | {"intervention": BLOCK}
+    model = session.models[1]
+    states = model.mllm.states(session._pixels(View(**view)), model.word_sites, BLOCKED)
     best = [x[0].softmax(-1).max(-1).values for x in model.mllm.logit_lens(states).values()]
-    by_site = session.words_of_patch(PatchView(**dict(view), patch=2), labs.JOB)["words"]
+    by_site = session.words_of_patch(PatchView(**view, patch=2), labs.JOB)["words"]
     shares = [words[0][1] for words in by_site]
     assert shares == pytest.approx([of_site[2].item() for of_site in best], rel=1e-5)
-    asked = SiteView(**dict(view), site="final_norm")
-    of_map = session.words_of_site(asked, labs.JOB)["words"]
+    of_map = session.words_of_site(SiteView(**view, site="final_norm"), labs.JOB)["words"]
     assert [text for text, _ in of_map[2]] == [text for text, _ in by_site[-1]]
     assert [words[0][1] for words in of_map] == pytest.approx(best[-1].tolist(), rel=1e-5)
 
 
 def test_attention_is_that_of_the_python_api(session):
-    asked = Attention(
-        photo="split:1",
-        model=1,
-        intervention=BLOCK,
-        layer=2,
-        patch=3,
-    )
+    asked = Attention(**VIEW, intervention=BLOCK, layer=2, patch=3)
     mllm = session.models[1].mllm
-    weights = mllm.attention(session._pixels(asked), ["layer_02"], hidden(0, 2))["layer_02"][0]
+    weights = mllm.attention(session._pixels(asked), ["layer_02"], BLOCKED)["layer_02"][0]
     result = session.attention(asked, labs.JOB)
     assert numbers(result["to"], "<f4", 4).tolist() == weights[3].tolist()
     assert numbers(result["from"], "<f4", 4).tolist() == weights[:, 3].tolist()
@@ -181,6 +157,5 @@ def test_a_checkpoint_without_probes_has_words(checkpoints):
     facts = session.describe()
     assert (facts["images"], facts["classes"]) == (0, [])
     assert session.read(View(photo=key, model=0), labs.JOB) == {"classes": None}
-    asked = PatchView(photo=key, model=0, patch=1)
-    words = session.words_of_patch(asked, labs.JOB)["words"]
+    words = session.words_of_patch(PatchView(photo=key, model=0, patch=1), labs.JOB)["words"]
     assert len(words) == len(session.models[0].word_sites)

@@ -12,41 +12,42 @@ from probes.studies.config import StudyConfig
 
 @pytest.fixture
 def settings(checkpoints, segmentation, tmp_path):
-    """Return a function that makes the settings of a study of models by label and mask."""
+    """Return a function that makes the settings of a study of a causal model, or of models by label and mask."""
 
-    def make(models: dict[str, str], **more) -> StudyConfig:
-        paths = {label: str(checkpoints[mask]) for label, mask in models.items()}
-        return study_of(
-            paths,
-            str(segmentation),
-            tmp_path / "study",
-            **{"draws": 1, **more},
-        )
+    def make(models: dict[str, str] | None = None, **more) -> StudyConfig:
+        paths = {label: checkpoints[mask] for label, mask in (models or {"": "causal"}).items()}
+        return study_of(paths, segmentation, tmp_path / "study", **{"draws": 1, **more})
 
     return make
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """Replace the commands of steps by files with their results; return the names of steps that ran.
+class Ran(list):
+    """The names of the steps that have run; `failing` says which step raises which error."""
 
-    `ran.failing` says which step raises which error.
-    """
+    def __init__(self):
+        super().__init__()
+        self.failing: dict[str, Exception] = {}
 
-    class Ran(list):
-        failing: dict[str, Exception] = {}
-
-    names = Ran()
-    names.failing = {}
-
-    def run_step(study: StudyConfig, step: Step) -> None:
-        names.append(step.name)
-        if step.name in names.failing:
-            raise names.failing[step.name]
+    def run_step(self, study: StudyConfig, step: Step) -> None:
+        """Write a result as the command of a step does."""
+        self.append(step.name)
+        if step.name in self.failing:
+            raise self.failing[step.name]
         step.result.parent.mkdir(parents=True, exist_ok=True)
         step.result.write_text(json.dumps({"classes": [{"class": "sky"}], "summary": []}))
 
-    monkeypatch.setattr(run, "_run_step", run_step)
+    def of(self, study: StudyConfig) -> list[str]:
+        """Run a study, and return the names of its steps that ran this time."""
+        self.clear()
+        run.run_study(study)
+        return [*self]
+
+
+@pytest.fixture
+def ran(monkeypatch) -> Ran:
+    """Replace the commands of steps by files with their results."""
+    ran = Ran()
+    monkeypatch.setattr(run, "_run_step", ran.run_step)
     monkeypatch.setattr(run, "write_table", lambda out, labels: (out / "table.csv").touch())
     monkeypatch.setattr(run, "print_summary", lambda *_: None)
-    return names
+    return ran

@@ -6,7 +6,6 @@ from contextlib import redirect_stdout
 from io import StringIO
 
 import labs
-import numpy as np
 import pytest
 import tiny_encoders
 import tiny_models
@@ -14,7 +13,6 @@ from reference import miou_of_counts
 from studies import study_of
 
 from llava_bidir.common.errors import UserError
-from probes.cli import main
 from probes.lab.requests import (
     Attention,
     Block,
@@ -25,103 +23,77 @@ from probes.runs.read import ProbeRun
 from probes.studies.plan import plan
 from probes.studies.run import run_study
 
-OPTIONS = ("--data.batch_size", "8", "--trainer.accelerator", "cpu", "--model.image_px", "32")
-OPTIONS += ("--folds", "2", "--strengths", "1e-2", "1e-1", "1")
+OPTIONS = (
+    "--data.batch_size 8 --trainer.accelerator cpu --model.image_px 32 --folds 2 --strengths 1e-1"
+).split()
 ARMS = ("trained", "random0", "random1", "permuted0", "permuted1")
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
+    """An encoder and a folder of images."""
     root = tmp_path_factory.mktemp("parts")
-    encoder = tiny_encoders.STOCK["dinov2"].write(root / "dinov2")
-    data = tiny_models.write_segmentation(
-        root / "data",
-        training=8,
-        validation=12,
-        size=(32, 32),
-    )
-    return encoder, str(data)
+    data = tiny_models.write_segmentation(root / "data", 8, 12, size=(32, 32))
+    return {"": tiny_encoders.STOCK["dinov2"].write(root / "dinov2")}, data
 
 
 @pytest.fixture(scope="module")
 def study(parts, tmp_path_factory):
     """Return the folder of a finished study, and what it printed."""
     out = tmp_path_factory.mktemp("studies") / "study"
-    printed = StringIO()
-    with redirect_stdout(printed):
-        run_study(
-            study_of(
-                {"": parts[0]},
-                parts[1],
-                out,
-                arms=ARMS,
-                options=OPTIONS,
-            )
-        )
+    settings = {"arms": ARMS, "only": ("solve", "report")}
+    with redirect_stdout(StringIO()) as printed:
+        run_study(study_of(*parts, out, OPTIONS, **settings))
     return out, printed.getvalue()
 
 
-def miou_of(counts, site: int) -> float:
+def miou_of(run: ProbeRun, site: int) -> float:
     """Return the mIoU of a site from counts per image and class."""
-    right, predicted, labelled = counts[:3]
+    right, predicted, labelled = run.counts[:3]
     return miou_of_counts(right[site], predicted[site], labelled)
-
-
-def test_a_last_layer_without_a_probe_is_not_taken_for_another(parts, tmp_path):
-    words = ["--model.mllm", parts[0], "--data.root", parts[1], "--out", str(tmp_path / "run")]
-    main(["solve", *words, *OPTIONS, "--model.sites", "[layer_00, layer_01, layer_02]"])
-    run = ProbeRun(tmp_path / "run")
-    assert "layer_gain" in run.effects
-    assert "over_last" not in run.effects
 
 
 def test_the_answer_has_the_numbers_of_the_counts(study):
     out, printed = study
     run = ProbeRun(out / "trained")
     assert run.sites == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
-    best = max(miou_of(run.counts, site) for site in range(5))
+    best = max(miou_of(run, site) for site in range(5))
     assert re.search(rf"{100 * best:.1f}%\s+mIoU\.", printed)
 
 
 def test_claims_compare_layers_and_random_encoders(study):
     out, _ = study
-    results = json.loads((out / "report" / "results.json").read_text())
-    claims = {claim["claim"]: claim for claim in results["claims"]}
+    results = json.loads((out / "report/results.json").read_text())
+    claims = {claim["claim"]: claim["verdicts"] for claim in results["claims"]}
     assert claims.keys() == {"layer_gain", "over_last"}
-    runs = {name: ProbeRun(out / name) for name in ARMS}
-    assert [run.arm for run in runs.values()] == ["trained", *["random"] * 2, *["permuted"] * 2]
-    assert not any(run.has_llm for run in runs.values())
-    first = [miou_of(run.counts, 0) for run in runs.values()]
-    assert first == [first[0]] * 5  # patch embeddings stay trained
-    for name in ("layer_gain", "over_last"):
-        controls = claims[name]["verdicts"]["beyond_random"]["controls"]
-        assert controls.keys() == {"random", "permuted"}
-        for column in controls.values():
-            assert column["draws"] == 2 and len(column["by_draw"]) == 2
-            assert column["value"] == pytest.approx(column["trained"] - np.mean(column["by_draw"]))
+    runs = [ProbeRun(out / name) for name in ARMS]
+    assert [run.arm for run in runs] == ["trained", *["random"] * 2, *["permuted"] * 2]
+    assert not any(run.has_llm for run in runs)
+    assert len({miou_of(run, 0) for run in runs}) == 1, "patch embeddings stay trained"
+    for columns in claims.values():
+        controls = columns["beyond_random"]["controls"]
+        assert {name: column["draws"] for name, column in controls.items()} == {
+            "random": 2,
+            "permuted": 2,
+        }
 
 
-def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tmp_path):
-    with pytest.raises(UserError, match="no arm 'adapter0' of a vision encoder"):
-        plan(
-            study_of(
-                {"": parts[0]},
-                parts[1],
-                tmp_path,
-                arms=("trained", "adapter0"),
-            )
-        )
-    with pytest.raises(
-        UserError, match=r"--model\.image_px 30: expected a multiple of the patch, 4 px"
-    ):
-        plan(
-            study_of(
-                {"": parts[0]},
-                parts[1],
-                tmp_path,
-                options=("--model.image_px", "30"),
-            )
-        )
+@pytest.mark.parametrize(
+    ("arms", "side", "message"),
+    [
+        ("adapter0", "32", "no arm 'adapter0' of a vision encoder"),
+        ("trained", "30", r"--model\.image_px 30: expected a multiple of the patch, 4 px"),
+    ],
+)
+def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(
+    arms,
+    side,
+    message,
+    parts,
+    tmp_path,
+):
+    with pytest.raises(UserError, match=message):
+        plan(study_of(*parts, tmp_path, ("--model.image_px", side), arms=(arms,)))
 
 
 def test_the_lab_opens_a_run_of_an_encoder(study):

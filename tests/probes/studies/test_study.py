@@ -24,11 +24,9 @@ import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import write_files
 from probes.cli import main
-from probes.steps import Step
 from probes.studies.arms import plan_arms
 from probes.studies.estimate import print_estimate
 from probes.studies.plan import choose_analyses, plan
-from probes.studies.run import run_study
 
 OPTIONS = "-c configs/demo/probes.yaml --data.batch_size 2 --folds 2 --strengths 1e-3 1e-1".split()
 # what tests that are not about scores solve: the sites that a knockout needs
@@ -39,6 +37,7 @@ LITTLE_PROBES = {
 }
 
 
+RANDOM = [f"{arm}{i}" for arm in ("random", "permuted", "adapter") for i in (0, 1)]
 BYTES = ("metrics.json", "counts.safetensors", "effects.safetensors", "probes.safetensors")
 
 
@@ -66,22 +65,23 @@ def finished(checkpoints, segmentation, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_a_study_has_arms_analyses_report_and_table(finished):
     for mask in ("causal", "bidirectional"):
-        for arm in ("trained", "random0", "random1", "adapter0", "adapter1"):
-            assert (finished / mask / arm / "metrics.json").is_file()
-        assert (finished / mask / "trained/knockout.json").is_file()
-        for part in ("random", "adapter"):
-            draws = [load_file(finished / mask / f"{part}{i}/counts.safetensors") for i in (0, 1)]
+        arms = finished / mask
+        assert {path.name for path in arms.iterdir()} == {"trained", *RANDOM}
+        for part in ("random", "permuted", "adapter"):
+            draws = [load_file(arms / f"{part}{i}/counts.safetensors") for i in (0, 1)]
             assert not torch.equal(*(draw["intersection"] for draw in draws)), "draws differ"
-        knockouts = [finished / mask / arm / "knockout.json" for arm in ("trained", "random0")]
-        classes = [[x["class"] for x in json.loads(x.read_text())["classes"]] for x in knockouts]
-        assert classes[0] and classes[0] == classes[1], "those of the trained model are blocked"
+        knockouts = [json.loads((arms / arm / "knockout.json").read_text()) for arm in RANDOM[:2]]
+        knockouts.append(json.loads((arms / "trained/knockout.json").read_text()))
+        classes = [[entry["class"] for entry in x["classes"]] for x in knockouts]
+        assert classes[0] and classes == [classes[0]] * 3, "those of the trained model are blocked"
     found = json.loads((finished / "report/results.json").read_text())
     claims = {claim["claim"]: claim["verdicts"] for claim in found["claims"]}
     assert len(found["starvation"]["gap"]) == 4
     for name in ("recovery", "adapter_drop"):
         assert claims[name]["beyond_random"]["draws"] == 2
-    assert pd.read_parquet(finished / "table.parquet").equals(probes.Study(finished).table())
-    assert len(pd.read_csv(finished / "table.csv")) == len(probes.Study(finished).table())
+    table = probes.Study(finished).table()
+    assert pd.read_parquet(finished / "table.parquet").equals(table)
+    assert len(pd.read_csv(finished / "table.csv")) == len(table)
 
 
 @pytest.mark.slow
@@ -132,6 +132,17 @@ def test_the_table_answers_questions_in_one_line(finished):
     assert "adapter_drop" in probes.Study(finished)._repr_html_()
 
 
+@pytest.fixture
+def write(tmp_path):
+    """Return a function that writes the trained arm of a model into a study."""
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
+
+    def write(label: str, quality: list[float], **options) -> None:
+        probe_runs.write_run(tmp_path / label / "trained", quality, root=tmp_path, **options)
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "expected"),
     [
@@ -143,61 +154,73 @@ def test_models_of_one_name_are_told_apart_by_their_labels(
     kind,
     given,
     expected,
+    write,
     tmp_path,
 ):
     """Exports of this project all end in hf. The order is that which the study was given."""
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
     for label in ("after", "before"):
-        more = {"root": tmp_path, "metrics": {"model_kind": kind}}
-        probe_runs.write_run(tmp_path / label / "trained", [0.6, 0.5, 0.6, 0.5], **more)
+        write(label, [0.6, 0.5, 0.6, 0.5], metrics={"model_kind": kind})
     write_files({tmp_path / "steps/report.json": {"config": {"labels": given}}})
-    table = probes.Study(tmp_path).table()
-    assert set(table["model"]) == {"before", "after"}
-    assert table.equals(probes.Study(str(tmp_path)).table())
-    lines = probes.Study(tmp_path).plot().axes[0].get_lines()
+    study = probes.Study(str(tmp_path))
+    assert set(study.table()["model"]) == {"before", "after"}
+    lines = study.plot().axes[0].get_lines()
     assert [line.get_label() for line in lines] == expected
     assert len({line.get_color() for line in lines}) == 2, "each model has its own colour"
 
 
-def test_a_second_call_does_nothing_and_a_new_draw_no_more(settings, ran, capsys):
-    def study(*arms: str) -> list[str]:
-        ran.clear()
-        run_study(settings({"": "causal"}, arms=("trained", *arms)))
-        return [*ran]
+def test_the_plot_has_each_site_in_its_place_and_each_line_its_own_label(write, tmp_path):
+    """The final norm stood between layers, where lines folded back, and models of one folder's name had one label."""
+    layers = [f"layer_{i:02d}" for i in range(1, 13)]
+    deep = ["encoder", "adapter", *layers, "final_norm"]
+    runs = {
+        "other": ["adapter", *layers[:2], "final_norm"],
+        "deep": deep,
+        "shallow": ["encoder_03", "encoder", *layers[:6], "final_norm"],
+    }
+    for name, sites in runs.items():
+        write(name, [0.5] * len(sites), sites=sites, encoder=name)
+    axes = probes.Study(tmp_path).plot().axes[0]
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    assert names == ["encoder_03", *deep]
+    lines = {line.get_label(): [*line.get_xdata()] for line in axes.get_lines()}
+    expected = {f"{x} + vicuna-7b-v1.5, causal, trained probes": sites for x, sites in runs.items()}
+    assert lines == {label: [*map(names.index, sites)] for label, sites in expected.items()}
 
-    first = study("random0")
+
+def test_a_second_call_does_nothing_and_a_new_draw_no_more(settings, ran, capsys):
+    one = settings(arms=("trained", "random0"))
+    two = settings(arms=("trained", "random0", "random1"))
+    first = ran.of(one)
     assert first.index("trained") < first.index("report") < first.index("random0")
-    assert study("random0") == [] and "nothing to do" in capsys.readouterr().out
-    more = study("random0", "random1")
-    assert {"random1", "random1/knockout", "report"} == {*more}
-    out = settings({"": "causal"}).out
-    (out / "random0/knockout.json").unlink()
-    (out / "table.csv").unlink()
-    assert study("random0", "random1") == ["random0/knockout", "report"]
-    assert (out / "table.csv").is_file()
+    assert ran.of(one) == [] and "nothing to do" in capsys.readouterr().out
+    assert {*ran.of(two)} == {"random1", "random1/knockout", "report"}
+    (two.out / "random0/knockout.json").unlink()
+    (two.out / "table.csv").unlink()
+    assert ran.of(two) == ["random0/knockout", "report"]
+    assert (two.out / "table.csv").is_file()
 
 
 def test_a_folder_of_other_models_or_data_is_refused_before_any_work(settings, ran, capsys):
     """Arms of the second model were solved beside those of the first, and no report could be made of either."""
 
-    def study(call, models: dict[str, str], arm: str = "trained") -> None:
-        call(settings(models, arms=(arm,), only=("solve",)))
+    def study(models: dict[str, str], arm: str = "trained"):
+        return settings(models, arms=(arm,), only=("solve",))
 
-    study(run_study, {"": "causal"})
-    ran.clear()
-    out = settings({"": "causal"}).out
-    before = run_bytes(out)
-    for call in (run_study, print_estimate):
+    first = study({"": "causal"})
+    assert ran.of(first) == ["trained"]
+    before = run_bytes(first.out)
+    for call in (ran.of, print_estimate):
         for models in ({"a": "causal", "b": "bidirectional"}, {"a": "causal"}):
             with pytest.raises(UserError, match="holds a study of .*; choose another --out"):
-                study(call, models)
+                call(study(models))
         for arm in ("trained", "random0"):
             with pytest.raises(UserError, match="trained, of .* belongs to a run with model.mllm/"):
-                study(call, {"": "bidirectional"}, arm)
+                call(study({"": "bidirectional"}, arm))
         capsys.readouterr()
-        study(call, {"": "causal"})
-        assert capsys.readouterr().out == f"{out} is complete; nothing to do\n"
-    assert run_bytes(out) == before and ran == []
+        call(first)
+        assert capsys.readouterr().out == f"{first.out} is complete; nothing to do\n"
+        assert ran == []
+    assert run_bytes(first.out) == before
 
 
 def test_a_study_whose_data_or_folder_were_moved_solves_nothing_again(
@@ -205,29 +228,20 @@ def test_a_study_whose_data_or_folder_were_moved_solves_nothing_again(
 ):
     """By content, which is compared also for arms that are not solved yet."""
 
-    def study(place: str, arm: str) -> None:
-        models = {"": checkpoints["causal"]}
+    def study(place: str, arm: str) -> list[str]:
         data, out = (tmp_path / place / name for name in ("data", "study"))
-        run_study(
-            study_of(
-                models,
-                data,
-                out,
-                only=("solve",),
-                arms=(arm,),
-            )
-        )
+        models = {"": checkpoints["causal"]}
+        return ran.of(study_of(models, data, out, only=("solve",), arms=(arm,)))
 
     shutil.copytree(segmentation, tmp_path / "first/data")
-    study("first", "trained")
+    assert study("first", "trained") == ["trained"]
     (tmp_path / "first").rename(tmp_path / "second")
-    study("second", "trained")
-    assert ran == ["trained"]
+    assert study("second", "trained") == []
     masks = sorted((tmp_path / "second/data/annotations/training").iterdir())
     masks[0].write_bytes(masks[1].read_bytes())
     with pytest.raises(UserError, match="data.training_masks=.*choose another --out"):
         study("second", "random0")
-    assert ran == ["trained"]
+    assert ran == []
 
 
 def test_a_dry_run_writes_nothing(
@@ -236,18 +250,11 @@ def test_a_dry_run_writes_nothing(
     tmp_path,
     capsys,
 ):
-    main(
-        arguments(
-            [str(checkpoints["causal"])],
-            segmentation,
-            tmp_path / "study",
-            "--dry-run",
-        )
-    )
+    models = [str(checkpoints["causal"])]
+    main(arguments(models, segmentation, tmp_path / "study", "--dry-run"))
     said = capsys.readouterr().out
-    assert "random1/knockout" in said and "MB" in said
+    assert "random1/knockout" in said
     assert "7 of them passes over the images: 1 trained, 2 random, 2 permuted, 2 adapter" in said
-    assert "2 random and 2 permuted draws: an effect must exceed those of both by" in said
     assert "7 arms: about 0:" in said
     assert not (tmp_path / "study").exists()
 
@@ -302,21 +309,12 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
     model = shutil.copytree(checkpoints["causal"], tmp_path / "model")
 
     def study(*arms: str, overwrite: bool = False) -> list[str]:
-        ran.clear()
         asked = {
             "arms": arms,
             "only": ("solve",),
             "overwrite": overwrite,
         }
-        run_study(
-            study_of(
-                {"": model},
-                segmentation,
-                tmp_path / "study",
-                **asked,
-            )
-        )
-        return [*ran]
+        return ran.of(study_of({"": model}, segmentation, tmp_path / "study", **asked))
 
     study("trained", "random0")
     tensors = load_file(model / "model.safetensors")
@@ -334,18 +332,8 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
     ("text", "classes"),
     [('["wall, brick", sky]', ["wall, brick", "sky"]), ("wall,sky", ["wall", "sky"])],
 )
-def test_a_class_with_a_comma_is_one_class(
-    text,
-    classes,
-    segmentation,
-    tmp_path,
-):
-    study = study_of(
-        {"": "model"},
-        segmentation,
-        tmp_path,
-        add=(f"knockout.classes={text}",),
-    )
+def test_a_class_with_a_comma_is_one_class(text, classes, settings):
+    study = settings(add=(f"knockout.classes={text}",))
     photos = SimpleNamespace(classes=["wall, brick", "wall", "sky"])
     assert choose_analyses(study, photos)["knockout"]["classes"] == classes
 
@@ -353,24 +341,18 @@ def test_a_class_with_a_comma_is_one_class(
 def test_every_step_comes_after_what_it_needs(settings):
     models = {mask: mask for mask in ("causal", "bidirectional")}
     add = ("maps", "umap", "patching.draws=2")
-    steps = plan(
-        settings(
-            models,
-            draws=3,
-            fit=True,
-            tasks=("boundaries",),
-            add=add,
-        )
-    ).steps
+    study = settings(models, draws=3, fit=True, tasks=("boundaries",), add=add)
+    steps = plan(study).steps
     names = [step.name for step in steps]
-    assert len(set(names)) == len(names)
+    assert len({*names}) == len(names)
     assert names[-1] == "report"
+    assert steps[-1].config.labels == ("causal", "bidirectional"), "as given"
     results = [step.result for step in steps]
     for i, step in enumerate(steps):
         assert all(results.index(file) < i for file in step.reads.values() if file in results)
         assert step.reads or step.kind in ("solve", "fit")
     last = {"causal/probes/maps", "causal/boundaries_random0", "bidirectional/probes/sinks"}
-    assert last <= set(names)
+    assert last <= {*names}
 
 
 @pytest.mark.nightly
@@ -402,17 +384,14 @@ def test_kills_change_no_result(
 
 
 def test_a_study_from_python(checkpoints, segmentation, tmp_path):
-    options = {
-        "draws": 0,
-        "only": ["solve"],
-        "configs": ["configs/demo/probes.yaml"],
-        "options": LITTLE_PROBES,
-    }
     study = probes.study(
         checkpoints["causal"],
         segmentation,
         out=tmp_path,
-        **options,
+        draws=0,
+        only=["solve"],
+        configs=["configs/demo/probes.yaml"],
+        options=LITTLE_PROBES,
     )
     assert set(study.table().run) == {"trained"}
     with pytest.raises(UserError, match="not finished"):
@@ -443,15 +422,9 @@ def test_an_analysis_that_finds_no_case_any_more_leaves_no_claims_behind(
     assert not judged("knockout.min-patches=99", overwrite=True)
 
 
-def test_two_models_are_compared_in_the_order_given(settings):
-    study = settings({"zero": "causal", "after": "causal"}, draws=0)
-    report = next(step.config for step in plan(study).steps if step.kind == "report")
-    assert report.labels == ("zero", "after")
-
-
 def test_each_draw_of_a_control_has_its_own_number(settings):
     """Two draws of one number would be one model, counted twice."""
-    steps = plan(settings({"": "causal"}, draws=3, only=("solve",))).steps
+    steps = plan(settings(draws=3, only=("solve",))).steps
     drawn = {step.name: step.config.model.draw for step in steps if step.config.model.untrained}
     counts = {
         "random": 3,
@@ -464,68 +437,30 @@ def test_each_draw_of_a_control_has_its_own_number(settings):
 def test_questions_are_asked_about_places_and_again_if_they_have_changed(
     checkpoints, segmentation, tmp_path
 ):
-    root = tmp_path / "a, b"  # a comma is part of a path
-    shutil.copytree(segmentation, root / "data")
+    data = shutil.copytree(segmentation, tmp_path / "a, b/data")  # a comma is part of a path
     models = {"": checkpoints["causal"]}
-    settings = study_of(
-        models,
-        root / "data",
-        tmp_path / "study",
-        draws=0,
-        add=("routes",),
-    )
-    questions = root / "questions.json"
+    settings = study_of(models, data, tmp_path / "study", draws=0, add=("routes",))
+    questions = data.with_name("questions.json")
 
-    def asked(content: str) -> list[Step]:
+    def asked(content: str):
         questions.write_text(content)
-        return [step for step in plan(settings).steps if step.kind == "routes"]
+        (step,) = [step for step in plan(settings).steps if step.kind == "routes"]
+        assert step.config.questions == questions
+        return step.inputs()["routes.questions"]
 
     with pytest.raises(UserError, match="--add routes needs .*questions.json"):
         asked("[]")
-    (first,) = asked('[{"regions": []}]')
-    assert first.config.questions == questions
-    before = first.inputs()["routes.questions"]
-    (second,) = asked('[{"regions": [1]}]')
-    assert second.inputs()["routes.questions"] != before
+    assert asked('[{"regions": []}]') != asked('[{"regions": [1]}]')
 
 
-@pytest.mark.parametrize("chosen", ["all", "[encoder_00, encoder_02, encoder, adapter, layer_02]"])
-def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(chosen, settings):
+def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(settings):
     """Random models share the encoder, so these sites would be solved again for the same states."""
     arms = ("trained", "random0", "permuted0", "adapter0", "untrained0")
-    study = settings({"": "causal"}, arms=arms, options=("--model.sites", chosen))
-    planned = {arm.name: arm.run for arm in plan_arms(study)}
-    in_encoder = ["encoder_00", "encoder_01", "encoder_02"] if chosen == "all" else None
-    in_encoder = in_encoder or ["encoder_00", "encoder_02"]
-    assert planned["trained"].sites[: len(in_encoder)] == in_encoder
-    assert planned["trained"].sites[len(in_encoder)] == "encoder"
+    study = settings(arms=arms, options=("--model.sites", "all"))
+    planned = {arm.name: arm.run.sites for arm in plan_arms(study)}
+    in_encoder = ["encoder_00", "encoder_01", "encoder_02", "encoder"]
+    assert planned["trained"][:4] == in_encoder
     for arm in arms[1:]:
-        assert planned[arm].sites and not any("encoder_" in site for site in planned[arm].sites)
+        assert planned[arm] and not any("encoder_" in site for site in planned[arm])
     solved = [step for step in plan(study).steps if step.kind == "solve"]
-    for step, arm in zip(solved[1:], arms[1:], strict=True):
-        assert step.config.model.sites == planned[arm].sites
-
-
-def test_the_plot_has_each_site_in_its_place_and_each_line_its_own_label(tmp_path):
-    """The final norm stood between layers, where lines folded back, and models of one folder's name had one label."""
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
-    layers = [f"layer_{i:02d}" for i in range(1, 13)]
-    deep = ["encoder", "adapter", *layers, "final_norm"]
-    runs = {
-        "other": ["adapter", *layers[:2], "final_norm"],
-        "deep": deep,
-        "shallow": ["encoder_03", "encoder", *layers[:6], "final_norm"],
-    }
-    for name, sites in runs.items():
-        write = {
-            "sites": sites,
-            "encoder": name,
-            "root": tmp_path,
-        }
-        probe_runs.write_run(tmp_path / name / "trained", [0.5] * len(sites), **write)
-    axes = probes.Study(tmp_path).plot().axes[0]
-    names = [text.get_text() for text in axes.get_xticklabels()]
-    assert names == ["encoder_03", *deep]
-    lines = {line.get_label(): [*line.get_xdata()] for line in axes.get_lines()}
-    expected = {f"{x} + vicuna-7b-v1.5, causal, trained probes": sites for x, sites in runs.items()}
-    assert lines == {label: [*map(names.index, sites)] for label, sites in expected.items()}
+    assert [step.config.model.sites for step in solved[1:]] == [planned[arm] for arm in arms[1:]]

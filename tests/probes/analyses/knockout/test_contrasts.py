@@ -15,7 +15,9 @@ from probes.analyses.knockout.effects import (
     EFFECTS,
     contrast_estimates,
     knockout_effects,
+    later_half,
     patch_contrasts,
+    select_cases,
 )
 from probes.runs.read import ProbeRun
 
@@ -36,24 +38,25 @@ def run(tmp_path) -> ProbeRun:
 
 def mantel_haenszel(tensors, names, weights):
     """Return the three contrasts under image weights f[N], by a loop over patches' cases."""
-    total = np.zeros(3)
-    share = 0.0
-    for a, b in (names[i : i + 2] for i in range(0, len(names), 2)):
-        kinds = []
-        for name in (a, b):
 
-            def left(key, name=name):
-                return tensors[f"{name}/still_wrong:{key}"][:, 3:].double().mean(1).numpy()
+    def kind(name):
+        """Return the weight of a kind of mistakes, and its mean effects."""
 
-            incorrect, correct = (
-                left(key) - left(f"random_{key}") for key in ("incorrect", "correct")
-            )
-            effects = np.stack([incorrect, correct, correct - incorrect], 1)
-            w = weights[tensors[f"{name}/image"].numpy()] * tensors[f"{name}/patches"].numpy()
-            kinds.append((w.sum(), (w[:, None] * effects).sum(0) / w.sum()))
-        (n_a, mean_a), (n_b, mean_b) = kinds
-        total += n_a * n_b / (n_a + n_b) * (mean_a + mean_b) / 2
-        share += n_a * n_b / (n_a + n_b)
+        def left(key):
+            return tensors[f"{name}/still_wrong:{key}"][:, 3:].double().mean(1).numpy()
+
+        incorrect, correct = (left(key) - left(f"random_{key}") for key in ("incorrect", "correct"))
+        effects = np.stack([incorrect, correct, correct - incorrect], 1)
+        w = weights[tensors[f"{name}/image"].numpy()] * tensors[f"{name}/patches"].numpy()
+        return w.sum(), w @ effects / w.sum()
+
+    total = 0
+    share = 0
+    for a, b in zip(names[::2], names[1::2], strict=True):
+        (n_a, mean_a), (n_b, mean_b) = kind(a), kind(b)
+        balanced = n_a * n_b / (n_a + n_b)
+        total += balanced * (mean_a + mean_b) / 2
+        share += balanced
     return total / share
 
 
@@ -71,9 +74,8 @@ def test_contrasts_equal_a_loop_and_balance_both_mistakes_of_a_pair(run):
     assert found["knockout_correct"].about["n"]["pairs"] == 2
     wider = [x.resampled[7].item() - x.value for x in found.values()]
     loop = mantel_haenszel(tensors, CLASSES[:4], run.weights[7].numpy()) - expected
-    assert (
-        np.allclose(np.divide(wider, loop), wider[0] / loop[0]) and 1 < wider[0] / loop[0] < 1.1
-    ), "Student's t"
+    ratio = np.divide(wider, loop)
+    assert np.allclose(ratio, ratio[0]) and 1 < ratio[0] < 1.1, "Student's t"
 
 
 def test_without_both_mistakes_or_enough_images_there_is_no_contrast(run):
@@ -87,31 +89,42 @@ def test_effects_as_in_the_paper_are_means_over_cases_against_nothing_blocked(ru
     tensors = simulate(np.random.default_rng(0), {"sky": (-0.1, 0.2), "road": (0.3, 0.1)}, cases=25)
 
     def later(key):
-        return torch.cat(
-            [tensors[f"{name}/{key}"][:, 3:].mean(1) for name in ("road", "sky")]
-        ).numpy()
+        return torch.cat([tensors[f"{name}/{key}"][:, 3:].mean(1) for name in ("road", "sky")])
 
     found = knockout_effects(run, tensors)
-    assert found["knockout_incorrect"].value == pytest.approx(
-        (later("incorrect") - later("none")).mean(), abs=1e-6
-    )
-    assert found["knockout_correct"].value == pytest.approx(
-        (later("correct") - later("none")).mean(), abs=1e-6
-    )
-    low, high = found["knockout_correct"].ci95
-    assert low < found["knockout_correct"].value < high
+    for kind in ("incorrect", "correct"):
+        expected = (later(kind) - later("none")).mean().item()
+        effect = found[f"knockout_{kind}"]
+        assert effect.value == pytest.approx(expected, abs=1e-6)
+        low, high = effect.ci95
+        assert low < effect.value < high
 
 
-def test_groups_of_images_are_the_units(tmp_path):
+def test_the_later_half_of_an_odd_number_of_layers_is_the_larger_one():
+    assert later_half(torch.tensor([[0.0, 1, 2, 6]])).tolist() == [4]
+
+
+def test_a_class_named_like_a_part_of_another_keeps_its_cases_together():
+    """In the order of the keys, "a/b/..." stands between "a/image" and "a/none"."""
+    tensors = {
+        "a/image": torch.tensor([1, 2]),
+        "a/b/image": torch.tensor([3]),
+        "a/b/none": torch.full((1, 2), 3.0),
+        "a/none": torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
+    }
+    cases = select_cases(tensors)
+    assert cases["none"][:, 0].tolist() == cases["image"].tolist()
+
+
+def test_groups_of_images_are_the_units():
     """The same cases in few cities are worth less than in as many images."""
     weights = bootstrap_weights(60, 400)
     cases = simulate_cases(np.random.default_rng(0), 60, [0.05])
-
-    def spread(groups):
-        return contrast_estimates(cases, weights, groups)[0].resampled.std()
-
-    assert spread(torch.arange(60)) == spread(None)
-    assert spread(torch.arange(60) % 6) > 1.2 * spread(None)
+    groups = (None, torch.arange(60), torch.arange(60) % 6)
+    images, alone, cities = (
+        contrast_estimates(cases, weights, x)[0].resampled.std() for x in groups
+    )
+    assert alone == images and cities > 1.2 * images
 
 
 @pytest.mark.parametrize(

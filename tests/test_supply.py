@@ -121,7 +121,6 @@ def imported(*folders: str) -> dict[str, set[str]]:
 
 BY_HAND = {  # files that are run by hand, or in an environment of their own: what they need there
     "tests/peers/hook_names.py": {"transformer-lens", "nnsight"},
-    "tests/bench/states.py": {"nnsight"},
     "tests/peers/llava/theirs.py": {"llava"},
 }
 

@@ -106,7 +106,7 @@ def bench_text(rounds: int) -> dict:
 BENCHES = {
     "loss": lambda args: bench_loss(paired, peak_memory_mb, args.rounds),
     "solver": lambda args: bench_solver(paired, max(2, args.rounds // 3)),
-    "states": lambda args: bench_states(args.nnsight, max(2, args.rounds // 3)),
+    "states": lambda args: [bench_states(max(2, args.rounds // 3))],
     "sweep": lambda args: [bench_sweep(args.rounds)],
     "frozen": lambda args: [bench_frozen(args.rounds)],
     "text": lambda args: [bench_text(args.rounds)],
@@ -128,7 +128,6 @@ def main() -> None:
         choices=BENCHES,
         default=list(BENCHES),
     )
-    parser.add_argument("--nnsight", metavar="PYTHON", help="of an environment with nnsight")
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -84,6 +84,7 @@ def opening(root: Path, workers: int) -> dict:
 def epoch(root: Path, workers: int) -> dict:
     """Every batch of an epoch, as the training step gets it."""
     instructions = open_all(root)
+    processor = build_processor(Encoder("clip", str(root / "encoder")), str(root / "llm"))
     samples = 0
     loader = StepLoader(
         instructions,
@@ -93,7 +94,7 @@ def epoch(root: Path, workers: int) -> dict:
             MICRO_BATCH,
             grouped=True,
         ),
-        collate_fn=build_collate(root),
+        collate_fn=Collate(processor, IMAGE_TOKENS, "vicuna_v1"),
         num_workers=workers,
         step_batches=BATCH // MICRO_BATCH,
         mean_over_ranks=lambda x: x,
@@ -109,11 +110,6 @@ PHASES = {"opening": opening, "epoch": epoch}
 
 def open_all(root: Path) -> Instructions:
     return Instructions(root / "data.json", root)
-
-
-def build_collate(root: Path) -> Collate:
-    processor = build_processor(Encoder("clip", str(root / "encoder")), str(root / "llm"))
-    return Collate(processor, IMAGE_TOKENS, "vicuna_v1")
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
-"""Time of the states of all sites, by `probes`, by careful code on stock transformers and by nnsight.
+"""Time of the states of all sites, by `probes` and by careful code on stock transformers.
 
-`bench.py --only states [--nnsight PYTHON]` runs it. The model has random weights and the shape of real ones: a CLIP of
-384 x 12 at 336 px, an LLM of SmolLM2's 576 x 30, 576 image tokens. Each way is a process of one thread, which makes the
-model and counts the CPU-seconds of the states alone. PYTHON is that of an environment with torch, transformers and
-nnsight; it may not have this project.
+`bench.py --only states` runs it. The model has random weights and the shape of real ones: a CLIP of 384 x 12 at 336 px,
+an LLM of SmolLM2's 576 x 30, 576 image tokens. Each way is a process of one thread, which makes the model and counts
+the CPU-seconds of the states alone.
 """
 
 import sys
@@ -79,31 +78,7 @@ def by_stock() -> Callable[[torch.Tensor], object]:
     return states
 
 
-def by_nnsight() -> Callable[[torch.Tensor], object]:
-    """Return what nnsight saves of every layer's image tokens."""
-    from nnsight import NNsight
-
-    model = NNsight(make_model().model)
-
-    def states(pixels: torch.Tensor) -> object:
-        saved = []
-        with model.trace(
-            input_ids=IDS,
-            pixel_values=pixels,
-            use_cache=False,
-        ):
-            for layer in model.language_model.layers:
-                saved.append(layer.output[..., PREFIX:, :].save())
-        return saved
-
-    return states
-
-
-WAYS = {
-    "probes": by_probes,
-    "stock": by_stock,
-    "nnsight": by_nnsight,
-}
+WAYS = {"probes": by_probes, "stock": by_stock}
 
 
 @torch.inference_mode()
@@ -124,19 +99,15 @@ def print_seconds(way: str) -> None:
     print(time.process_time() - before)
 
 
-def bench_states(nnsight: str | None, rounds: int) -> list[dict]:
-    """Return the ratios of time of the other ways over ours, which take turns; `nnsight` is a Python that has it."""
-    pythons = {"probes": sys.executable, "stock": sys.executable}
-    if nnsight:
-        pythons["nnsight"] = nnsight
-    seconds = {way: [] for way in pythons}
+def bench_states(rounds: int) -> dict:
+    """Return the ratio of time of stock code over ours; both take turns."""
+    seconds = {way: [] for way in WAYS}
     for _ in range(rounds):
-        for way, python in pythons.items():
-            line = last_line([python, __file__, way], OMP_NUM_THREADS=1)
-            seconds[way].append(float(line))
-    ours = seconds.pop("probes")
-    name = "states of all sites, an LLM of 30 layers x 576: {} over probes"
-    return [{"name": name.format(way)} | ratios(ours, found) for way, found in seconds.items()]
+        for way, found in seconds.items():
+            line = last_line([sys.executable, __file__, way], OMP_NUM_THREADS=1)
+            found.append(float(line))
+    name = "states of all sites, an LLM of 30 layers x 576: stock code over probes"
+    return {"name": name} | ratios(*seconds.values())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checksums of all files of a run, and comparison of two exports."""
+"""Checksums of all files of a run, and comparison of two runs and of two exports."""
 
 import json
 import zlib
@@ -10,6 +10,12 @@ def run_bytes(folder: Path) -> dict[str, int]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     kept = (path for path in files if not path.name.startswith((".", "events.out.tfevents")))
     return {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) for path in kept}
+
+
+def assert_same_results(run: Path, other: Path) -> None:
+    """Compare what two runs of probes have found byte by byte."""
+    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def assert_same_export(one: Path, other: Path) -> None:

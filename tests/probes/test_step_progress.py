@@ -26,18 +26,6 @@ def watcher(**seconds: float) -> StepWatcher:
     )
 
 
-def test_estimates_of_a_first_step_are_bounds_that_grow_with_each_part(clock):
-    """Two steps of a kind: ten batches of twelve seconds, then four sites of a minute."""
-    watch = watcher()
-    assert watch("pass 1", 0, 10) == ""
-    clock.now += 60
-    assert watch("pass 1", 5, 10) == "at least 3 min left", "one of this step, two of the next"
-    clock.now += 60
-    watch("solving sites", 0, 4)
-    clock.now += 60
-    assert watch("solving sites", 1, 4) == "at least 9 min left", "three here, six in the next"
-
-
 def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):
     watch = watcher(solve=240.0, report=60.0)
     assert watch("solving sites", 0, 4) == "about 9 min left", "four, four and one"

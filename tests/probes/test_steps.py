@@ -242,18 +242,3 @@ def test_ctrl_c_advises_the_same_command(folder, capsys):
         run_steps(chain(folder), folder, interrupted)
     said = capsys.readouterr().err
     assert said == "probes: interrupted; run the same command again to go on\n"
-
-
-def test_a_step_that_is_done_again_says_why(folder, capsys):
-    first, second, _ = chain(folder)
-    second = replace(second, config=Options(folder, ["b"]))
-    run([first, second], folder)
-    (folder / "data.json").write_text("second")
-    other = replace(second, config=Options(folder, ["x"]))
-    capsys.readouterr()
-    for steps, expected in (
-        ([first, second], ["a again: data.json has changed", "b again: it reads the result of a"]),
-        ([other], ["b again: names was ['b'], and is ['x']"]),
-    ):
-        find_missing(steps, folder)
-        assert capsys.readouterr().out.splitlines() == expected

@@ -40,6 +40,11 @@ STAGES = {
 PRECISIONS = {"float64": "64-true", "float32": "32-true", "bf16": "bf16-mixed"}
 
 
+def as_flags(settings: dict) -> list[str]:
+    """Return settings as words of a command."""
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
 @dataclass(frozen=True)
 class Case:
     """One training of each program.
@@ -117,8 +122,7 @@ class Case:
             "bf16": self.precision == "bf16",
             "gradient_checkpointing": self.precision != "float64",  # see record.FloatIsDouble
         }
-        flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-        return [*flags, *self.theirs]
+        return [*as_flags(settings), *self.theirs]
 
     def our_flags(self, world: Path, adapter: Path) -> list[str]:
         """Return the flags of `llava-bidir fit`, over the stage's config."""
@@ -139,9 +143,8 @@ class Case:
             "trainer.devices": 1,
             "trainer.precision": PRECISIONS[self.precision],
         }
-        flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         order = ["--own-order"] if self.own_order else []
-        return [*order, "-c", f"stage{self.stage}", *flags, *self.ours]
+        return [*order, "-c", f"stage{self.stage}", *as_flags(settings), *self.ours]
 
 
 EXACT = {"loss": 1e-9, "weights": 1e-9, "grad_norm": 1e-9}

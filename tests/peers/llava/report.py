@@ -1,7 +1,6 @@
 """Results of the comparison as files: results.md and curves.csv."""
 
 import csv
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +9,6 @@ from compare import Training
 from mutations import MUTATIONS, STEPS
 
 PRECISIONS = ("float64", "float32", "bf16")
-AGREEING = (
-    "training",
-    "batches that differ",
-    "loss, nats (at most)",
-    "LLaVA's bf16 there",
-    "gradient norm",
-    "weights (at most)",
-)
-DEVIATING = (
-    "training",
-    "deviation",
-    "samples elsewhere",
-    "batches with other labels",
-    "largest loss",
-    "last ten",
-    "weights",
-)
-CHANGED = (
-    "bug",
-    "batches that differ",
-    "largest loss",
-    "gradient norm",
-    "learning rate",
-)
 
 
 def write_report(
@@ -66,27 +41,27 @@ same learning rates.
 llava-torch 1.2.2.post1: torch {theirs["torch"]}, transformers {theirs["transformers"]};
 ours: torch {ours["torch"]}, transformers {ours["transformers"]}.
 
-{table(AGREEING, agreeing)}
+{table(agreeing)}
 
 ## Deviations
 
-{table(DEVIATING, deviating)}
+{table(deviating)}
 
 ## Mutations
 
 Over the first {STEPS} steps, in float64.
 
-{table(CHANGED, changed)}
+{table(changed)}
 """
     (folder / "results.md").write_text(text)
     write_curves(folder / "curves.csv", trainings)
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
-    """Return a table of Markdown; numbers have two digits."""
-    rows = [[number(cell) if isinstance(cell, float) else str(cell) for cell in x] for x in rows]
-    lines = [f"| {' | '.join(cells)} |" for cells in ([*header], *rows)]
-    return "\n".join([lines[0], "|---" * len([*header]) + "|", *lines[1:]])
+def table(rows: list[dict]) -> str:
+    """Return a table of Markdown from cells by column; numbers have two digits."""
+    cells = [[number(x) if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    header, *lines = (f"| {' | '.join(line)} |" for line in ([*rows[0]], *cells))
+    return "\n".join([header, "|---" * len(rows[0]) + "|", *lines])
 
 
 def number(value: float) -> str:
@@ -99,40 +74,40 @@ def limited(value: float, most: float | None) -> str:
     return number(value) if most is None else f"{number(value)} ({most:.0e})"
 
 
-def agreement(case, result: dict) -> tuple:
+def agreement(case, result: dict) -> dict:
     """Return the cells of what has to agree."""
-    return (
-        case.name,
-        max(result["different_batches"].values()),
-        limited(result["loss"], case.loss),
-        result["rounding_there"] or "",
-        result["grad_norm"],
-        limited(max(result["weights"].values()), case.weights),
-    )
+    return {
+        "training": case.name,
+        "batches that differ": max(result["different_batches"].values()),
+        "loss, nats (at most)": limited(result["loss"], case.loss),
+        "LLaVA's bf16 there": result["rounding_there"] or "",
+        "gradient norm": result["grad_norm"],
+        "weights (at most)": limited(max(result["weights"].values()), case.weights),
+    }
 
 
-def deviation(case, result: dict) -> tuple:
+def deviation(case, result: dict) -> dict:
     """Return the cells of what differs on purpose."""
-    return (
-        case.name,
-        case.why,
-        result["samples_in_another_place"],
-        result["different_batches"]["labels"],
-        result["loss"],
-        f"{result['loss_of_the_last']:+.1e}",
-        max(result["weights"].values()),
-    )
+    return {
+        "training": case.name,
+        "deviation": case.why,
+        "samples elsewhere": result["samples_in_another_place"],
+        "batches with other labels": result["different_batches"]["labels"],
+        "largest loss": result["loss"],
+        "last ten": f"{result['loss_of_the_last']:+.1e}",
+        "weights": max(result["weights"].values()),
+    }
 
 
-def change(mutation, result: dict) -> tuple:
+def change(mutation, result: dict) -> dict:
     """Return the cells of a bug in a copy of our package."""
-    return (
-        mutation.name,
-        max(result["different_batches"].values()),
-        result["loss"],
-        result["grad_norm"],
-        result["lr"],
-    )
+    return {
+        "bug": mutation.name,
+        "batches that differ": max(result["different_batches"].values()),
+        "largest loss": result["loss"],
+        "gradient norm": result["grad_norm"],
+        "learning rate": result["lr"],
+    }
 
 
 def write_curves(file: Path, trainings: dict[str, list[Training]]) -> None:

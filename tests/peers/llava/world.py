@@ -19,6 +19,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
+import tiny_models
 from llama_tokenizers import write_tokenizer
 
 from llava_bidir.common.tokenizer import load_tokenizer
@@ -121,9 +122,7 @@ class Writer:
     @staticmethod
     def record(index: int, turns: list[str], image: str | None = None) -> dict:
         """Return LLaVA's JSON of a dialogue."""
-        roles = ("human", "gpt")
-        conversations = [{"from": roles[i % 2], "value": text} for i, text in enumerate(turns)]
-        record = {"id": str(index), "conversations": conversations}
+        record = {"id": str(index), "conversations": tiny_models.turns(*turns)}
         return record if image is None else record | {"image": image}
 
 
@@ -211,19 +210,13 @@ def write_adapter(folder: Path, encoder: str, llm: str) -> None:
     adapter = model.model.multi_modal_projector
     for parameter in adapter.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    export_adapter(model, processor, folder)
-
-
-def export_adapter(model, processor, folder: Path) -> None:
-    """Write a model's adapter in both formats."""
-    adapter = model.model.multi_modal_projector
-    names = {"linear_1": "0", "linear_2": "2"}
+    layers = {"0": adapter.linear_1, "2": adapter.linear_2}
     weights = {
-        f"model.mm_projector.{names[layer]}.{kind}": getattr(getattr(adapter, layer), kind).data
-        for layer in names
+        f"model.mm_projector.{name}.{kind}": getattr(layer, kind).data
+        for name, layer in layers.items()
         for kind in ("weight", "bias")
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     torch.save(weights, folder / "mm_projector.bin")
     export_hf(model, processor, folder / "hf")
 
@@ -233,9 +226,10 @@ def write_world(folder: Path) -> None:
     writer = Writer(folder)
     captions = [writer.caption(i) for i in range(RECORDS)]
     dialogues = [writer.dialogue(i) for i in range(RECORDS)]
-    (folder / "stage1.json").write_text(json.dumps(captions))
-    (folder / "stage2.json").write_text(json.dumps(dialogues))
-    (folder / "stage2_broken.json").write_text(json.dumps(break_every_40th(dialogues)))
+    broken = break_every_40th(dialogues)
+    files = {"stage1": captions, "stage2": dialogues, "stage2_broken": broken}
+    for name, records in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(records))
     write_encoder(folder / "encoder")
     for name, rows in (("vicuna", VOCABULARY + SPARE_ROWS), ("vicuna_full", VOCABULARY)):
         write_tokenizer(folder / name, VOCABULARY, VOCABULARY)

@@ -17,13 +17,13 @@ import two_ranks
 from optima import assert_same_solution
 from PIL import Image
 from processes import HANGING_S, run_command
+from run_bytes import assert_same_results
 from safetensors.torch import load_file
 
 from llava_bidir.common.runs import last_checkpoint
 from probes import ProbeRun
 from probes.cli import main
 
-BYTES = ("probes.safetensors", "effects.safetensors", "counts.safetensors")
 KILLER = """
 import os, signal
 from lightning import Callback
@@ -192,7 +192,7 @@ def test_the_first_process_decides_for_both_what_is_resumed(together):
 @pytest.mark.distributed
 def test_the_same_probes_count_the_same_pixels(one, together):
     """Five images: the batches of one process and of two, each with two data workers, differ."""
-    assert_same_bytes(together[0] / "same probes", one)
+    assert_same_results(together[0] / "same probes", one)
 
 
 @pytest.mark.distributed
@@ -213,7 +213,7 @@ def test_two_processes_solve_the_probes_of_one(
     run = ProbeRun(together[0] / "solve")
     assert_same_solution(ProbeRun(tmp_path), run)
     assert run.metrics["images"] == 5
-    assert_same_bytes(together[0] / "solve from files", run.path)
+    assert_same_results(together[0] / "solve from files", run.path)
 
 
 @pytest.mark.distributed
@@ -252,11 +252,6 @@ def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(killed, one):
         atol=0,
     )
     assert ProbeRun(run).metrics["sites"] == ProbeRun(one).metrics["sites"]
-
-
-def assert_same_bytes(run: Path, other: Path) -> None:
-    for name in BYTES:
-        assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def assert_same_probes(run: Path, other: Path, **tolerance) -> None:

@@ -1,7 +1,11 @@
 """Least squares in closed form against explicit upsampling, ignored pixels, several grids, sizes and views."""
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from probes.ops.bilinear import bilinear_weights
 from probes.ops.geometry import Geometry, ResizeRule
@@ -92,12 +96,10 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
         labelled = flat.isfinite().all(-1)
         return (up @ states[images]).flatten(0, 1)[labelled], flat[labelled]
 
-    def ridge(images: list[int], strength: float) -> tuple[torch.Tensor, ...]:
+    def ridge(images: list[int], strength: float) -> Pipeline:
         x, y = pixels(images)
-        covariance = torch.cov(x.T, correction=0)
-        cross = (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
-        ridged = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
-        return (1 - strength) * torch.linalg.solve(ridged, cross), x.mean(0), y.mean(0)
+        alpha = len(x) * strength / max(1 - strength, 1e-12)
+        return make_pipeline(StandardScaler(), Ridge(alpha)).fit(x, y)
 
     error = torch.zeros(len(LEAST_SQUARES_STRENGTHS), dtype=torch.float64)
     count = 0
@@ -105,24 +107,14 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
         x, y = pixels(held_out)
         count += len(x)
         for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
-            weights, mean, bias = ridge(others, strength)
-            error[r] += ((x - mean) @ weights + bias - y).square().sum()
-    torch.testing.assert_close(
-        solved.loss,
-        error / count,
-        rtol=1e-8,
-        atol=0,
-    )
+            error[r] += ((ridge(others, strength).predict(x) - y.numpy()) ** 2).sum()
+    torch.testing.assert_close(solved.loss, error / count, rtol=1e-8, atol=0)
     for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
-        weights, mean, bias = ridge(list(range(IMAGES)), strength)
-        torch.testing.assert_close(
-            solved.weights[r],
-            weights.T.float(),
-            rtol=1e-6,
-            atol=1e-7,
-        )
-        torch.testing.assert_close(solved.mean, mean)
-        torch.testing.assert_close(solved.bias[r], bias.float())
+        scaler, found = ridge([*range(IMAGES)], strength)
+        weights = found.coef_ / scaler.scale_
+        np.testing.assert_allclose(solved.weights[r], weights, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(solved.mean, scaler.mean_)
+        np.testing.assert_allclose(solved.bias[r], found.intercept_, rtol=1e-6)
 
 
 @pytest.mark.parametrize("states_are", ["far from zero", "nearly singular"])

@@ -3,7 +3,6 @@
 import errno
 import os
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 from losses import LabelSmoothing
 from optima import assert_same_solution
 from probe_runs import effects_of_counts
+from run_bytes import assert_same_results
 from solving import STRENGTHS, arguments
 
 from llava_bidir.common.errors import UserError
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.numerics
 
 
 ADAPTER = ["--model.sites", "[adapter]"]
-BYTES = ("probes.safetensors", "effects.safetensors", "counts.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +130,7 @@ def test_memory_changes_no_byte(
     monkeypatch.setattr(SiteProbes, "states", counted)
     other = solve("--memory-gb", str(gb))
     assert list(dict.fromkeys(forwards)) == groups
-    assert_same_bytes(other.path, run.path)
-
-
-def assert_same_bytes(out: Path, other: Path) -> None:
-    for name in BYTES:
-        assert (out / name).read_bytes() == (other / name).read_bytes(), name
+    assert_same_results(other.path, run.path)
 
 
 def in_this_process(work, sites, device):
@@ -185,7 +179,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         with pytest.raises(SystemExit, match="unfinished"):
             main(killed)
     main([*killed, "--ckpt_path", "last"])
-    assert_same_bytes(tmp_path, run.path)
+    assert_same_results(tmp_path, run.path)
     assert not (tmp_path / "checkpoints").exists()
 
 

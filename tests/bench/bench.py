@@ -22,9 +22,7 @@ from loss import bench_loss, print_peak_memory
 from measure import last_line, ratios
 from probe_solvers import bench_solver
 from states import bench_states
-from sweep import PREFIX, VOCABULARY, Sweep, frozen_model
-
-TEXT = 64  # tokens after the image
+from sweep import Sweep
 
 
 def paired(
@@ -75,41 +73,12 @@ def bench_frozen(rounds: int) -> dict:
     return {"name": name} | paired(sweep.forward, sweep.step, max(2, rounds // 3))
 
 
-def bench_text(rounds: int) -> dict:
-    """States of the image tokens, against the whole model on prefix, image and text as tools compute them."""
-    mllm = frozen_model()
-    image = slice(PREFIX, PREFIX + mllm.image_tokens)
-    ids = torch.randint(1, 2000, (8, image.stop + TEXT))
-    ids[:, image] = VOCABULARY - 1
-    inputs = {
-        "input_ids": ids,
-        "pixel_values": torch.randn(
-            8,
-            3,
-            168,
-            168,
-        ),
-    }
-
-    @torch.no_grad()
-    def whole() -> None:
-        mllm.model(
-            **inputs,
-            output_hidden_states=True,
-            use_cache=False,
-        )
-
-    name = f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"
-    return {"name": name} | paired(lambda: mllm.states(inputs["pixel_values"]), whole, rounds)
-
-
 BENCHES = {
     "loss": lambda args: bench_loss(paired, peak_memory_mb, args.rounds),
     "solver": lambda args: bench_solver(paired, max(2, args.rounds // 3)),
     "states": lambda args: [bench_states(max(2, args.rounds // 3))],
     "sweep": lambda args: [bench_sweep(args.rounds)],
     "frozen": lambda args: [bench_frozen(args.rounds)],
-    "text": lambda args: [bench_text(args.rounds)],
 }
 
 

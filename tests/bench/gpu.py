@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from loss import torch_loss, with_gradient
 from sweep import CLASSES, SHAPES, Sweep
 
 from probes import prepare_masks, upsampled_cross_entropy
@@ -101,12 +101,9 @@ def bench_loss(args: argparse.Namespace) -> dict:
 
     def ours(z: torch.Tensor, nodes: int = 3) -> torch.Tensor:
         masks = prepared[nodes] if z.dtype == torch.float32 else target
-        return torch.autograd.grad(upsampled_cross_entropy(z, masks, nodes=None), z)[0]
+        return with_gradient(partial(upsampled_cross_entropy, target=masks, nodes=None), z)[1]
 
-    def naive() -> torch.Tensor:
-        up = F.interpolate(logits, size[1:], mode="bilinear")
-        return torch.autograd.grad(F.cross_entropy(up, target.long(), ignore_index=255), logits)
-
+    naive = partial(with_gradient, partial(torch_loss, target=target), logits)
     prepared = {
         nodes: prepare_masks(
             target,

@@ -113,12 +113,8 @@ SHAPES = {  # encoder, LLM
 }
 
 
-def random_model(
-    image_attention: str,
-    shape: str = "small",
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> LlavaBidirForConditionalGeneration:
+def frozen_model(shape: str, dtype: torch.dtype, device: str) -> FrozenMLLM:
+    """Return a model of random weights under the bidirectional mask."""
     torch.manual_seed(0)
     vision, text = SHAPES[shape]
     config = LlavaBidirConfig(
@@ -126,27 +122,15 @@ def random_model(
         text_config=LlamaConfig(**text, vocab_size=VOCABULARY),
         image_token_index=VOCABULARY - 1,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
-        image_attention=image_attention,
+        image_attention="bidirectional",
     )
     with torch.device(device):
-        return LlavaBidirForConditionalGeneration._from_config(config, dtype=dtype).eval()
-
-
-def frozen_model(
-    shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> FrozenMLLM:
-    model = random_model(
-        "bidirectional",
-        shape,
-        dtype,
-        device,
-    )
-    prefix = list(range(1, PREFIX + 1))
+        model = LlavaBidirForConditionalGeneration._from_config(config, dtype=dtype).eval()
     mllm = FrozenMLLM(
         model,
         FAMILIES["llava_bidir"],
         [CLIPImageProcessorPil()],
-        prefix,
+        list(range(1, PREFIX + 1)),
         "bidirectional",
     )
     return mllm.to(device)

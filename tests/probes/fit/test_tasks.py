@@ -43,18 +43,6 @@ def runs(
     return found
 
 
-def targets(root, task) -> list[np.ndarray]:
-    files = sorted((root / task / "validation").glob("*.png"))
-    if task == "depth":
-        depths = [np.asarray(Image.open(file)).astype(np.float64) / 1000 for file in files]
-        return [np.where(depth > 0, depth, np.nan) for depth in depths]
-    arrays = [np.asarray(Image.open(file)).astype(np.float64) for file in files]
-    vectors = [
-        np.where(array.any(-1, keepdims=True), array / 127.5 - 1, np.nan) for array in arrays
-    ]
-    return [vector / np.linalg.norm(vector, axis=-1, keepdims=True) for vector in vectors]
-
-
 def depth_scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
     p = prediction[np.isfinite(target)]
     t = target[np.isfinite(target)]
@@ -76,13 +64,13 @@ SCORES = {"depth": depth_scores, "normals": normals_scores}
 
 
 @pytest.mark.parametrize("name", ["solve depth", "solve normals", "fit depth"])
-def test_scores_equal_numpy_on_the_saved_predictions(name, runs, task_root):
+def test_scores_equal_numpy_on_the_saved_predictions(name, runs):
     run = runs[name]
-    task = run.task_name
+    truth = [sample["target"].astype(np.float64) for sample in run.dataset()]
     for site in run.metrics["sites"]:
         files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
-        truth = targets(task_root, task)
-        per_image = [SCORES[task](np.load(f), t) for f, t in zip(files, truth, strict=True)]
+        score_of = SCORES[run.task_name]
+        per_image = [score_of(np.load(f), t) for f, t in zip(files, truth, strict=True)]
         for score in run.metrics["scores"]:
             mean = np.mean([scores[score] for scores in per_image])
             assert site[score] == pytest.approx(mean, rel=1e-4, abs=1e-3), (site["site"], score)

@@ -236,13 +236,12 @@ def test_dry_run_measures_and_writes_nothing(words, tmp_path, caplog):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_another_loss_is_another_run(solve, tmp_path, monkeypatch):
+def test_a_run_of_another_loss_is_another_run(run, words, monkeypatch):
     """The command, repeated with another loss in the code, left the run of the first loss as its own."""
-    solve(*ADAPTER)
     monkeypatch.setattr(Segmentation, "loss", LabelSmoothing(0.2))
     message = r"with model.loss=None, but this run has 'LabelSmoothing\(share=0.2\)'"
     with pytest.raises(SystemExit, match=message):
-        solve(*ADAPTER, "--ckpt_path", "last")
+        main(words(run.path, "--ckpt_path", "last"))
 
 
 def test_mapped_states_keep_their_bits_and_leave_no_file(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import threading
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 import probe_runs
 import tiny_models
@@ -53,17 +53,15 @@ def read_directly(session: Session, view: View, image: Image.Image | None = None
     if change is not None:
         patches = torch.zeros(1, mllm.image_tokens, dtype=torch.bool)
         patches[0, list(change.patches)] = True
-    if change is not None and change.kind == "block":
-        options["knockout"] = probes.Knockout(patches, change.layers)
-    elif change is not None:
-        other = pixels if change.by in ("mean", "other_mask") else pixels_of(change.by)
-        mask = model.other_mask if change.by == "other_mask" else mllm.image_attention
-        new = mllm.with_attention(mask).states(other, [change.site])[change.site]
-        if change.by == "mean":
-            new = new.mean(1, keepdim=True)
-        options["hooks"] = {
-            change.site: lambda states: torch.where(patches[..., None], new, states)
-        }
+        if change.kind == "block":
+            options["knockout"] = probes.Knockout(patches, change.layers)
+        else:
+            other = pixels_of(change.by) if change.by.startswith("split:") else pixels
+            mask = model.other_mask if change.by == "other_mask" else mllm.image_attention
+            new = mllm.with_attention(mask).states(other, [change.site])[change.site]
+            new = new.mean(1, keepdim=True) if change.by == "mean" else new
+            place = patches[..., None]
+            options["hooks"] = {change.site: lambda states: torch.where(place, new, states)}
     states = mllm.states(pixels, model.sites, **options)
     logits = [probe(states[site].float())[0] for site, probe in model.run.probes().items()]
     return torch.stack(logits).softmax(-1)
@@ -97,10 +95,9 @@ def send(
 ) -> tuple[int, bytes]:
     """Send a request with the token's cookie; return status and body. Headers replace the usual ones."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    usual = {"Cookie": f"lab-{port}={TOKEN}", "Host": f"127.0.0.1:{port}"}
-    connection.request(
-        method, path, body, {k: v for k, v in (usual | headers).items() if v is not None}
-    )
+    headers = {"Cookie": f"lab-{port}={TOKEN}", "Host": f"127.0.0.1:{port}"} | headers
+    sent = {name: value for name, value in headers.items() if value is not None}
+    connection.request(method, path, body, sent)
     response = connection.getresponse()
     content = response.read()
     connection.close()
@@ -149,15 +146,13 @@ def settle(tab):
 
 
 def address(tab) -> dict[str, str]:
-    return {
-        key: value for key, (value,) in parse_qs(tab.evaluate("location.hash.slice(1)")).items()
-    }
+    return dict(parse_qsl(tab.evaluate("location.hash.slice(1)")))
 
 
 def point(tab, patch: int, panel: int = 0) -> tuple[float, float]:
     """Return the screen position of the centre of a patch of the 2 x 2 grid."""
-    tab.locator("#panels canvas").nth(panel).scroll_into_view_if_needed()
-    box = tab.locator("#panels canvas").nth(panel).bounding_box()
-    return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (
-        0.25 + patch // 2 / 2
-    )
+    canvas = tab.locator("#panels canvas").nth(panel)
+    canvas.scroll_into_view_if_needed()
+    x, y, width, height = (canvas.bounding_box()[key] for key in ("x", "y", "width", "height"))
+    row, column = divmod(patch, 2)
+    return x + width * (0.25 + column / 2), y + height * (0.25 + row / 2)

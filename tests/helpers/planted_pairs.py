@@ -31,31 +31,27 @@ PATCH_PX = 8
 SIDE_PX = 64
 
 
-def write_photos(root: Path, training: int = 24, validation: int = 40) -> Path:
+def write_photos(root: Path) -> Path:
     """Write a folder dataset of rectangles."""
     rng = np.random.default_rng(0)
     means = np.array(list(COLOURS.values()))
-    for split, count in (("training", training), ("validation", validation)):
-        for kind in ("images", "annotations"):
-            (root / kind / split).mkdir(parents=True)
+    for split, count in (("training", 24), ("validation", 40)):
+        folders = [root / kind / split for kind in ("images", "annotations")]
+        for folder in folders:
+            folder.mkdir(parents=True)
         for i in range(count):
             mask = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
             image = np.zeros((SIDE_PX, SIDE_PX, 3))
             for number in range(12):
                 top, left = rng.integers(0, SIDE_PX - 16, 2) if number else (0, 0)
                 height, width = rng.integers(16, 40, 2) if number else (SIDE_PX, SIDE_PX)
-                rows = slice(top, top + height)
-                columns = slice(left, left + width)
-                label = rng.integers(len(CLASSES))
-                mask[rows, columns] = label
-                image[rows, columns] = rng.normal(means[label], SPREAD)
+                place = slice(top, top + height), slice(left, left + width)
+                mask[place] = label = rng.integers(len(CLASSES))
+                image[place] = rng.normal(means[label], SPREAD)
             image += rng.normal(0, 5, image.shape)
-            pixels = image.clip(0, 255).astype(np.uint8)
-            name = f"{i:03d}.png"
-            Image.fromarray(pixels).save(root / "images" / split / name)
-            Image.fromarray(mask).save(root / "annotations" / split / name)
-    settings = {"classes": CLASSES, "ignore_index": 255}
-    (root / "classes.json").write_text(json.dumps(settings))
+            for folder, pixels in zip(folders, (image.clip(0, 255), mask), strict=True):
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
+    (root / "classes.json").write_text(json.dumps({"classes": CLASSES}))
     return root
 
 
@@ -89,19 +85,11 @@ class Encoder(nn.Module):
             layer.rotation.data = rotation
         if merges:
             road, tree = (torch.tensor(COLOURS[name]).float() for name in MERGED)
-            axis = colours @ (road - tree)
-            axis = axis / axis.norm()
+            axis = nn.functional.normalize(colours @ (road - tree), dim=0)
             colours = colours - torch.outer(axis, axis @ colours)
-        self.stem = nn.Conv2d(
-            3,
-            WIDTH,
-            PATCH_PX,
-            PATCH_PX,
-            bias=False,
-        )
+        self.stem = nn.Conv2d(3, WIDTH, PATCH_PX, PATCH_PX, bias=False)
         mean = (rotation @ colours) / PATCH_PX**2  # of the pixels of a patch
-        weight = mean[..., None, None].expand(-1, -1, PATCH_PX, PATCH_PX)
-        self.stem.weight.data = weight.clone()
+        self.stem.weight.data = mean[..., None, None].repeat(1, 1, PATCH_PX, PATCH_PX)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the states f[B, T, d] of the last layer."""

@@ -50,24 +50,21 @@ def test_a_planted_sink_is_found_from_its_layer_on(runs):
 @pytest.mark.parametrize(
     ("norms", "counts", "layers"),
     [
-        ([1.0, 1.0, 1.0], [0, 0, 0], []),
-        ([1.0, 50.0, 50.0], [0, 1, 1], [3]),
-        ([50.0, 1.0, 1.0], [1, 0.9, 0], [2]),
-        ([1.0, 1.0, 50.0], [1.5, 0, 1], [2]),
+        ([1.0, 1.0, 1.0], [0, 0, 0], set()),
+        ([1.0, 50.0, 50.0], [0, 1, 1], {3}),
+        ([50.0, 1.0, 1.0], [1, 0.9, 0], {2}),
+        ([1.0, 1.0, 50.0], [1.5, 0, 1], {2}),
     ],
 )
 def test_a_window_meets_the_sinks_that_the_layer_before_has_written(norms, counts, layers):
-    measured = {
-        "images": 8,
-        "layers": [
-            {"site": f"layer_{i:02d}", "first_norm": norm, "sinks": count}
-            for i, (norm, count) in enumerate(zip(norms, counts, strict=True), 1)
-        ],
-    }
-    assert layers_with_sinks(measured) == layers
-    for window in ([1], [2], [3], [1, 2, 3]):
-        assert meets_sink(window, measured) == bool({*window} & {*layers})
-        assert bool(describe_sinks("causal", measured, window)) == meets_sink(window, measured)
+    names = ("layer_01", "layer_02", "layer_03")
+    rows = zip(names, norms, counts, strict=True)
+    keys = ("site", "first_norm", "sinks")
+    measured = {"images": 8, "layers": [dict(zip(keys, row, strict=True)) for row in rows]}
+    assert layers_with_sinks(measured) == sorted(layers)
+    for window in ({1}, {2}, {3}, {1, 2, 3}):
+        assert meets_sink(window, measured) == bool(window & layers)
+        assert bool(describe_sinks("causal", measured, window)) == bool(window & layers)
 
 
 def test_routes_through_a_sink_are_marked_in_table_and_page(runs, tmp_path, monkeypatch):

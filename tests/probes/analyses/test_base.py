@@ -1,29 +1,11 @@
 """Batches of a killed analysis, and what it leaves."""
 
 import os
-from dataclasses import dataclass
 
 import torch
 
-from probes.analyses.base import Analysis, RunOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
-    """Options.
-
-    Args:
-        seed: A seed.
-    """
-
-    seed: int = 0
-
-
-ANALYSIS = Analysis(
-    "letters",
-    "Which letters?",
-    options=Options,
-)
+from probes.analyses.base import Analysis
+from probes.analyses.sinks import SinksOptions
 
 
 def test_only_missing_or_damaged_batches_are_computed_again(runs, tmp_path):
@@ -35,15 +17,16 @@ def test_only_missing_or_damaged_batches_are_computed_again(runs, tmp_path):
         computed.append(items)
         return {"x": torch.full((100,), len(computed))}
 
-    def batches(seed: int) -> list[int]:
+    def batches(limit: int) -> list[int]:
         computed.clear()
-        options = Options(probes=run.path, out=tmp_path, seed=seed)
-        return ANALYSIS.in_batches(run, options, "abcdefg", 2, compute)["x"][::100].tolist()
+        options = SinksOptions(probes=run.path, out=tmp_path, limit=limit)
+        analysis = Analysis("letters", "Which letters?")
+        return analysis.in_batches(run, options, "abcdefg", 2, compute)["x"][::100].tolist()
 
-    assert batches(0) == [1, 2, 3, 4]
+    assert batches(8) == [1, 2, 3, 4]
     (folder / "000001.safetensors").unlink()
     os.truncate(folder / "000002.safetensors", 200)
-    assert batches(0) == [1, 1, 2, 4]
+    assert batches(8) == [1, 1, 2, 4]
     assert computed == ["cd", "ef"]
-    batches(1)
+    batches(9)
     assert computed == ["ab", "cd", "ef", "g"], "other options"

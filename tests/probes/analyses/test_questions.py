@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import probe_runs
 import pytest
+import tiny_models
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.routes.questions import read_questions, tokens_in_box
@@ -16,26 +18,19 @@ BOXES = [[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0], [0.0,
 
 def record(*boxes: list[float] | None, name: str = "sky", image: str = "a.png") -> dict:
     """Return a record with a question for each box."""
-    turns = []
-    for _ in boxes:
-        turns += [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": name}]
+    texts = ["<image>\nWhat?", name] * len(boxes)
     regions = [None if box is None else {"box": box, "class": name} for box in boxes]
-    return {"image": image, "conversations": turns, "regions": regions}
-
-
-TEXT = {"conversations": [{"from": "human", "value": "hello"}]}
+    return {"image": image, "conversations": tiny_models.turns(*texts), "regions": regions}
 
 
 def test_questions_are_those_with_a_region(tmp_path):
     path = tmp_path / "questions.json"
-    path.write_text(json.dumps([TEXT, record(None, BOXES[1]), record(BOXES[0], image="b.png")]))
+    text = {"conversations": tiny_models.turns("hello")}
+    path.write_text(json.dumps([text, record(None, BOXES[1]), record(BOXES[0], image="b.png")]))
     found = read_questions(path, CLASSES)
     assert found.images == ["a.png", "b.png"]
-    assert [(question.image, [*question.box]) for question in found.questions] == [
-        (0, BOXES[1]),
-        (1, BOXES[0]),
-    ]
-    assert {(question.text, question.right) for question in found.questions} == {("What?", 0)}
+    asked = [(x.image, [*x.box], x.text, x.right) for x in found.questions]
+    assert asked == [(0, BOXES[1], "What?", 0), (1, BOXES[0], "What?", 0)]
 
 
 @pytest.mark.parametrize(
@@ -78,19 +73,14 @@ def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
     height, width = size = (60, 90)
     geometry = Geometry((4, 4), 32, 32, ResizeRule(resize))
     view = geometry.view(size)
-    points = [
-        (
-            view.rows.start_px + (r + 0.5) * view.rows.length_px / 4,
-            view.cols.start_px + (c + 0.5) * view.cols.length_px / 4,
-        )
-        for r in range(4)
-        for c in range(4)
-    ]
-    expected = [box[1] <= y / height < box[3] and box[0] <= x / width < box[2] for y, x in points]
+    y, x = np.mgrid[:4, :4] + 0.5  # in tokens
+    y = (view.rows.start_px + y * view.rows.length_px / 4) / height
+    x = (view.cols.start_px + x * view.cols.length_px / 4) / width
+    left, top, right, bottom = box
+    expected = (top <= y) & (y < bottom) & (left <= x) & (x < right)
     found = tokens_in_box(geometry, size, box)
-    if any(expected):
-        assert found.tolist() == expected
+    if expected.any():
+        assert found.tolist() == expected.ravel().tolist()
     else:  # the nearest one on each axis
-        middle = (box[1] + box[3]) / 2 * height, (box[0] + box[2]) / 2 * width
-        distances = [abs(y - middle[0]) + abs(x - middle[1]) for y, x in points]
-        assert found[distances.index(min(distances))]
+        distance = abs(y - (top + bottom) / 2) * height + abs(x - (left + right) / 2) * width
+        assert found[distance.argmin()]

@@ -89,11 +89,13 @@ def test_intervals_resample_images_with_all_their_questions():
         tensors[reader] = torch.randn(60, 3, generator=generator).log_softmax(-1)
     copies = {key: value.repeat_interleave(10, 0) for key, value in tensors.items()}
     once, often = (answer_statistics(found, ["adapter"], 0) for found in (tensors, copies))
-    assert often["questions"] == 10 * once["questions"]
-    assert often["images"] == once["images"]
-    assert often["accuracy"]["ci95"] == pytest.approx(once["accuracy"]["ci95"])
-    difference = [found["sites"][0]["difference"]["ci95"] for found in (once, often)]
-    assert difference[0] == pytest.approx(difference[1])
+    assert (often["questions"], often["images"]) == (10 * once["questions"], once["images"])
+    (site,), (site_often,) = once["sites"], often["sites"]
+    for few, many in (
+        (once["accuracy"], often["accuracy"]),
+        (site["difference"], site_often["difference"]),
+    ):
+        assert many["ci95"] == pytest.approx(few["ci95"])
 
 
 def test_random_patches_are_as_many_others():
@@ -106,28 +108,27 @@ def test_random_patches_are_as_many_others():
     assert random.sum() == (~place).sum() and random[place].all(), "the rest are the object's"
 
 
+def test_windows_have_all_layers_first():
+    assert windows(2, 3) == [[1, 3], [1, 2], [2, 3]]
+    assert windows(2, 7, stride=3) == [[1, 7], [1, 2], [4, 5]]
+
+
 def test_accuracies_and_effects_are_means_over_questions(measured):
     _, _, results, tensors = measured
     said = tensors["none"].argmax(-1)
     for entry in results["sites"]:
         read = tensors[f"probe:{entry['site']}"].argmax(-1)
-        accuracy = (read == tensors["right"]).double().mean().item()
-        assert entry["accuracy"]["value"] == pytest.approx(accuracy)
-        assert entry["agreement"]["value"] == pytest.approx((read == said).double().mean().item())
-    assert windows(2, 3) == [[1, 3], [1, 2], [2, 3]]
-    assert windows(2, 7, stride=3) == [[1, 7], [1, 2], [4, 5]]
-    none = tensors["none"][range(len(tensors["right"])), tensors["right"]]
+        for name, other in (("accuracy", tensors["right"]), ("agreement", said)):
+            share = (read == other).double().mean().item()
+            assert entry[name]["value"] == pytest.approx(share)
+    none = tensors["none"][range(len(said)), tensors["right"]]
     for effect in results["effects"]:
-        if effect["source"] == "object - random":
-            own, other = (
-                tensors[f"right:{name} to {effect['target']}"] for name in ("object", "random")
-            )
-            expected = own - other
-        else:
-            route = f"{effect['source']} to {effect['target']}"
-            expected = tensors[f"right:{route}"] - none[:, None]
+        target = effect["target"]
+        first, is_difference, second = effect["source"].partition(" - ")
+        other = tensors[f"right:{second} to {target}"] if is_difference else none[:, None]
+        expected = (tensors[f"right:{first} to {target}"] - other).double().mean(0)
         found = [entry["value"] for entry in (effect["all"], *effect["windows"])]
-        assert found == pytest.approx(expected.double().mean(0).tolist(), abs=1e-6)
+        assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_the_probability_of_draws_is_their_mean_and_not_that_of_logarithms():

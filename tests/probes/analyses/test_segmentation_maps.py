@@ -16,8 +16,7 @@ from probes.runs.read import ProbeRun
 
 PLANS = {
     "paper": {},
-    "layers": {"layers": (2,)},
-    "site of the predictions": {"block_by": "layer_02"},
+    "layer and site of the predictions": {"layers": (2,), "block_by": "layer_02"},
 }
 
 

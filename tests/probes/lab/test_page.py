@@ -2,6 +2,7 @@
 
 import base64
 import re
+from itertools import product
 
 import labs
 import numpy as np
@@ -36,15 +37,7 @@ def check_numbers(session, tab, views: list[View], image: Image.Image | None = N
 def views_of(photo: str, change=None) -> list[View]:
     """Return the views of the panels, in their order."""
     changes = [None] if change is None else [None, change]
-    return [
-        View(
-            photo=photo,
-            model=model,
-            intervention=c,
-        )
-        for model in (0, 1)
-        for c in changes
-    ]
+    return [View(photo=photo, model=model, intervention=x) for model, x in product((0, 1), changes)]
 
 
 def test_painting_blocking_and_replacing_show_the_numbers_of_the_python_api(open_tab, session):
@@ -64,12 +57,7 @@ def test_painting_blocking_and_replacing_show_the_numbers_of_the_python_api(open
     check_numbers(session, tab, views_of("split:1", BLOCK.model_copy(update={"layers": (2, 3)})))
     tab.locator("#kind").select_option("other_mask")
     settle(tab)
-    change = Replace(
-        kind="replace",
-        patches=(0, 1),
-        site="adapter",
-        by="other_mask",
-    )
+    change = Replace(kind="replace", patches=(0, 1), site="adapter", by="other_mask")
     check_numbers(session, tab, views_of("split:1", change))
     assert "those under the other mask" in tab.locator("figcaption").nth(1).inner_text()
     tab.get_by_role("button", name="Clear").click()
@@ -121,11 +109,8 @@ def test_pca_colours_of_all_sites_follow_a_knockout_and_hold_for_a_second_photo(
 def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session):
     tab = open_tab()
     image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8))
-    file = {
-        "name": HOSTILE,
-        "mimeType": "image/png",
-        "buffer": encode(image, "PNG"),
-    }
+    photo = encode(image, "PNG")
+    file = {"name": HOSTILE, "mimeType": "image/png", "buffer": photo}
     tab.locator("#file").set_input_files(file)
     tab.wait_for_selector("img[src*=upload]")
     settle(tab)

@@ -115,25 +115,20 @@ def test_the_spread_of_draws_is_pooled_over_masks_and_controls(write, draws):
             curves = [[*FLAT[:4], 0.5 + sign * spread, 0.4] for sign in (-1, 1)]
             runs += draws(*curves, mask=mask, matches=[match])
     claims = evaluate_claims(*studies_of(runs))
-    beyond = {
-        (c["image_attention"], control): entry
-        for c in claims
-        if c["claim"] == "recovery"
-        for control, entry in c["verdicts"]["beyond_random"]["controls"].items()
-    }
+    columns = [c["verdicts"]["beyond_random"] for c in claims if c["claim"] == "recovery"]
+    beyond = [entry for column in columns for entry in column["controls"].values()]
     assert len(beyond) == 4
-    variances = {key: np.var(entry["by_draw"], ddof=1) for key, entry in beyond.items()}
-    for key, entry in beyond.items():
+    variances = [np.var(entry["by_draw"], ddof=1) for entry in beyond]
+    pooled = np.mean(variances)
+    assert min(variances) < pooled < max(variances), (
+        "one has its own spread, another the pooled one"
+    )
+    for entry, own in zip(beyond, variances, strict=True):
         assert entry["df_of_draws"] == 4
-        variance = max(variances[key], np.mean(list(variances.values())))
-        half = scipy.stats.t.ppf(0.975, 4) * np.sqrt(variance / 2)
+        half = scipy.stats.t.ppf(0.975, 4) * np.sqrt(max(own, pooled) / 2)
         low, high = (abs(bound - entry["value"]) for bound in entry["ci95_without_draws"])
         expected = [entry["value"] - np.hypot(half, low), entry["value"] + np.hypot(half, high)]
         assert entry["ci95"] == pytest.approx(expected)
-    smallest, *_, largest = sorted(variances.values())
-    assert smallest < np.mean(list(variances.values())) < largest, (
-        "one has its own spread, the other the pooled one"
-    )
 
 
 def test_claims_are_corrected_for_their_number(write, draws):
@@ -146,10 +141,10 @@ def test_claims_are_corrected_for_their_number(write, draws):
     claims = evaluate_claims(*studies_of(runs))
     tested = [claim for claim in claims if claim["p"] is not None]
     assert 1 < len(tested) < len(claims)
-    order = np.argsort([claim["p"] for claim in tested])
-    p = [tested[i]["p"] * (len(tested) - rank) for rank, i in enumerate(order)]
+    tested.sort(key=lambda claim: claim["p"])
+    p = [claim["p"] * (len(tested) - rank) for rank, claim in enumerate(tested)]
     expected = np.maximum.accumulate(p).clip(max=1)  # Holm 1979
-    assert [tested[i]["p_holm"] for i in order] == pytest.approx(expected)
+    assert [claim["p_holm"] for claim in tested] == pytest.approx(expected)
     for claim in tested:
         needed = [claim["verdicts"][name] for name in ("optimum", "beyond_random")]
         assert claim["p"] == max(entry["p"] for entry in needed)

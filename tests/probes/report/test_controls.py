@@ -1,10 +1,13 @@
 """Controls of a study: which run is which control, in whatever order they are passed, and where they are compared."""
 
+import json
+import math
 import shutil
 from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from probe_runs import write_effects
 from report_parts import CURVE, FLAT, claims_of, studies_of
 from safetensors.torch import load_file, save_file
@@ -17,24 +20,29 @@ from probes.runs.study import CONTROLS
 MASKS = ("causal", "bidirectional")
 
 
+def change_patch_0(run: str, valid: int, shares=(0,) * 6) -> None:
+    """Label `valid` pixels of the first patch of each image, of which a run has a share right at each site."""
+    file = Path(run) / "counts.safetensors"
+    tensors = load_file(file)
+    tensors["patch_valid"][:, 0] = valid
+    tensors["patch_class"][:, 0] = 0 if valid else -1
+    tensors["patch_right"][..., 0] = (torch.tensor(shares) * valid).long()[:, None]
+    save_file(tensors, file)
+    write_effects(file.parent)
+
+
 def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write, draws):
     """Solved and trained probes have their best layers elsewhere; all solved runs have the same gaps at each layer."""
     runs = []
     best_first = [*CURVE[:2], 0.9, 0.7, 0.6, 0.6]
     best_second = [*CURVE[:3], 0.9, 0.7, 0.7]
+    shares = {"causal": [0.3] * 6, "bidirectional": [0.3, 0.3, 0.4, 0.6, 0.3, 0.3]}
     for mask in MASKS:
         solved = [write("solved", best_first, 5, mask=mask, solved=True)]
         solved += draws(best_first, best_first, mask=mask)
         runs += [write("trained", best_second, mask=mask), *solved]
-        gaps = [0, 0, 0.1, 0.3, 0, 0]
-        for run in map(Path, solved):
-            tensors = load_file(run / "counts.safetensors")
-            for site, gap in enumerate(gaps):
-                share = 0.3 + gap * (mask == "bidirectional")
-                right = (tensors["patch_valid"][:, 0] * share).long()
-                tensors["patch_right"][site, :, 0] = right
-            save_file(tensors, run / "counts.safetensors")
-            write_effects(run)
+        for run in solved:
+            change_patch_0(run, 100, shares[mask])
     (study,) = studies_of(runs)
     assert study.main_runs["causal"].peak_layer == "layer_02"
     assert study.solved["causal"].peak_layer == "layer_01"
@@ -43,6 +51,23 @@ def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write, 
     beyond = claim["verdicts"]["beyond_random"]
     assert beyond["value"] == pytest.approx(0, abs=1e-9)
     assert beyond["verdict"] == "does not hold"
+
+
+def test_a_patch_that_is_never_labelled_has_no_accuracy_and_no_claim(write, tmp_path, capsys):
+    """Such as the padding of landscape photos. Readers of other languages can parse the file: JSON has no NaN."""
+    for mask in MASKS:
+        change_patch_0(write("run", CURVE, mask=mask), 0)
+    write_report([str(tmp_path)], tmp_path / "report")
+    written = (tmp_path / "report/results.json").read_text()
+    results = json.loads(written, parse_constant=pytest.fail)
+    for patches in (results["starvation"], results["starvation"]["by_class"]):
+        assert patches["gap"][0] is None
+        assert patches["gap_ci95"][0] == [None, None]
+        assert all(math.isfinite(gap) for gap in patches["gap"][1:])
+    claims = {entry["claim"] for entry in results["claims"]}
+    assert claims & {"starvation", "starvation_first_row"} == {"starvation_first_row"}
+    assert "nan" not in capsys.readouterr().out
+    assert ">nan" not in (tmp_path / "report/index.html").read_text()
 
 
 @pytest.mark.parametrize(

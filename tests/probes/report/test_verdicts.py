@@ -36,17 +36,12 @@ def test_judge():
 
 
 def test_p_values_are_those_of_t_and_invert_the_interval():
-    se = 0.3
-    df = 4
-    assert p_value(1, 0.9, [(se, df)]) == pytest.approx(
-        2 * scipy.stats.t.sf(0.9 / se, df), rel=1e-6
-    )
-    assert p_value(-1, -0.9, [(se, math.inf)]) == pytest.approx(
-        2 * scipy.stats.norm.sf(3), rel=1e-6
-    )
-    assert p_value(1, -0.9, [(se, df)]) == 1
+    sf = scipy.stats.t.sf
+    assert p_value(1, 0.9, [(0.3, 4)]) == pytest.approx(2 * sf(3, 4), rel=1e-6)
+    assert p_value(-1, -0.9, [(0.3, math.inf)]) == pytest.approx(2 * sf(3, math.inf), rel=1e-6)
+    assert p_value(1, -0.9, [(0.3, 4)]) == 1
     parts = [(0.2, math.inf), (0.3, 2)]
-    half = math.hypot(0.2 * scipy.stats.norm.ppf(0.975), 0.3 * scipy.stats.t.ppf(0.975, 2))
+    half = math.hypot(*(se * scipy.stats.t.ppf(0.975, df) for se, df in parts))
     assert p_value(1, half, parts) == pytest.approx(0.05, rel=1e-6)
     assert p_value(1, 1e9, parts[:1]) <= 1e-12
 

@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import gc
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -54,19 +53,18 @@ LONGEST = (
     "tests/test_demo.py",
     "tests/real/test_real.py",
     "tests/slurm/test_cluster.py",
-    "tests/llava_bidir/training/test_deepspeed_strategy.py",
-    "tests/llava_bidir/training/test_fsdp2_strategy.py",
+    "tests/llava_bidir/training/test_strategies.py",
     "tests/probes/studies/test_study.py",
     "tests/test_pretended_gpu.py",
     "tests/probes/test_faults.py",
     "tests/probes/fit/test_distributed.py",
     "tests/llava_bidir/training/test_faults.py",
+    "tests/llava_bidir/training/test_resume.py",
     "tests/test_documents.py",
     "tests/test_memory.py",
     "tests/test_wheel.py",
     "tests/test_cli.py",
     "tests/probes/models/test_answers_of_families.py",
-    "tests/llava_bidir/training/test_lightning_habits.py",
     "tests/llava_bidir/model/test_llms.py",
     "tests/probes/report/test_conclusions.py",
 )
@@ -154,15 +152,6 @@ def llama_tokenizer(llama_folder):
 def slow_llama(llama_folder):
     """The same tokenizer by the sentencepiece package, as LLaVA uses it."""
     return llama_tokenizers.SlowLlama(llama_folder)
-
-
-@pytest.fixture
-def spawn():
-    """Processes start as on macOS; those of Python 3.14 on Linux, too, receive pickled arguments."""
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
-    yield
-    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(scope="module")

@@ -165,26 +165,3 @@ def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
     cli = build_probes([*argv, "--trainer.accelerator", "cpu"], run=False)
     assert cli.model.hparams.num_classes == classes
     assert bool(cli.model.hparams.untrained) == bool(more)
-
-
-@pytest.mark.parametrize("file", [file for file in PROBING if file.startswith("probes/")])
-def test_probing_protocol_is_the_papers(file):
-    """App. A.2: AdamW (0.9, 0.999), 1e-3, polynomial 0.9, no weight decay, batch 64, plain linear; 20 epochs, or for
-    small data the steps that 20 epochs of ADE20K are."""
-    config = yaml.safe_load((CONFIGS / file).read_text())
-    model = {
-        "feature_norm": "none",
-        "learning_rate": 1e-3,
-        "betas": [0.9, 0.999],
-        "weight_decay": 0.0,
-    }
-    assert config["model"] == model
-    assert config["data"]["batch_size"] == 64
-    trainer = config["trainer"]
-    length = ("max_epochs", "max_steps", "val_check_interval", "check_val_every_n_epoch")
-    if file == "probes/folder.yaml":
-        steps = 20 * -(-20210 // 64)
-        assert [trainer[key] for key in length] == [-1, steps, steps // 20, None]
-    else:
-        assert trainer["max_epochs"] == 20
-        assert not {*length[1:]} & {*trainer}

@@ -14,8 +14,6 @@ import network_guard
 import pytest
 from processes import HANGING_S, run_command
 
-from llava_bidir.common.files import exclusive_run_lock
-
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
 SCALE = 0.05
@@ -59,23 +57,6 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
-def main_study(found: dict) -> dict:
-    """The study of both masks on pictures of two scenes."""
-    (study,) = (s for s in found["studies"] if len(s["masks"]) == 2)
-    return study
-
-
-def test_results_name_every_mask_and_control(finished):
-    found = main_study(results(finished))
-    assert set(found["masks"]) == {"causal", "bidirectional"}
-    claimed = {(claim["claim"], claim["image_attention"]) for claim in found["claims"]}
-    assert {("recovery", mask) for mask in found["masks"]} <= claimed
-    assert all(of_mask["answer_accuracy"] is not None for of_mask in found["masks"].values())
-    draws = {claim["claim"]: claim["verdicts"]["beyond_random"] for claim in found["claims"]}
-    assert all(draws[name]["draws"] == 2 for name in ("recovery", "starvation"))
-    assert all(len(runs) >= 2 for runs in found["controls"]["random"].values())
-
-
 def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
     studies = results(finished)["studies"]
     truth = {
@@ -111,16 +92,6 @@ def test_no_network_is_reached_for(finished):
 
 def test_second_run_does_nothing(finished):
     assert "nothing to do" in run(finished)
-
-
-def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(
-    tmp_path,
-):
-    with exclusive_run_lock(tmp_path, "demo"):
-        done = run_command(command(tmp_path), must_pass=False, cwd=FOLDER)
-    assert done.returncode != 0
-    assert f"{tmp_path / 'demo'} is in use by another process" in done.stderr
-    assert not {"settings.json", "logs"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_demo_of_other_settings_is_left_alone(finished):

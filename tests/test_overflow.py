@@ -4,10 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-import probe_runs
 import pytest
-import solving
 import tiny_encoders
 import torch
 from PIL import Image
@@ -20,7 +17,6 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
 from llava_bidir.training.module import LlavaTraining
 from probes import Knockout
-from probes.cli import main
 from probes.models.random_weights import match_updates, scale_layers
 
 LLAMA_LAYER_2 = "model.language_model.layers.1.mlp.down_proj.weight"
@@ -61,13 +57,9 @@ def mllm(planted):
     return probes.load(planted, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("photos") / "photo.png"
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 255, (20, 30, 3), np.uint8)
-    Image.fromarray(noise).save(path)
-    return path
+@pytest.fixture
+def photo(segmentation) -> Path:
+    return segmentation / "images/validation/000.png"
 
 
 CUT = Knockout(BLOCKED, [3])
@@ -149,21 +141,6 @@ def test_random_layers_that_overflow_while_they_are_matched_are_refused(
     with scale_layers(mllm, scales):
         with pytest.raises(UserError, match=r"states at layer_02 are NaN or infinite"):
             match_updates(mllm, pixels, [0.1, 1e6, 0.1], scales)
-
-
-def test_commands_that_read_states_end_with_the_site(planted, segmentation, photo, tmp_path):
-    """None of them writes a result."""
-    file = tmp_path / "states.safetensors"
-    commands = [
-        ["states", planted, str(photo), "--out", str(file)],
-        solving.arguments(planted, segmentation, tmp_path / "solve"),
-        probe_runs.arguments(planted, segmentation, tmp_path / "fit"),
-    ]
-    for command in commands:
-        with pytest.raises(SystemExit, match=LAYER_2):
-            main(command)
-    assert not file.exists()
-    assert not [*tmp_path.rglob("metrics.json")]
 
 
 def test_generated_answers_are_refused(planted, photo):

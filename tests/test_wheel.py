@@ -28,24 +28,6 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
-class Installed:
-    """Commands of the installed wheel, run in an empty folder."""
-
-    def __init__(self, environment: Path, folder: Path):
-        self.environment = environment
-        self.folder = folder
-
-    def run(self, program: str, *words: str) -> str:
-        variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        command = [self.environment / "bin" / program, *words]
-        return run_command(command, cwd=self.folder, env=variables).stdout
-
-
-@pytest.fixture
-def installed(built, tmp_path) -> Installed:
-    return Installed(built / "environment", tmp_path)
-
-
 def test_wheel_and_source_archive_hold_all_of_the_packages(built):
     link = "llava_bidir/configs"
     files = wheels.tracked_files()
@@ -68,13 +50,19 @@ def test_wheel_and_source_archive_hold_all_of_the_packages(built):
 
 
 @pytest.mark.nightly
-def test_a_demo_and_a_study_of_own_pictures_work_without_the_clone(installed):
-    installed.run("probes", "demo", "--scale", "0.01")
-    assert "adapter_drop" in (installed.folder / "runs/demo/report/results.json").read_text()
-    tiny_models.write_segmentation(installed.folder / "pictures")
-    model = "runs/demo/causal/stage2/hf"
+def test_a_demo_and_a_study_of_own_pictures_work_without_the_clone(built, tmp_path):
+    """In an empty folder."""
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def probes(*words: str) -> str:
+        command = [built / "environment/bin/probes", *words]
+        return run_command(command, cwd=tmp_path, env=variables).stdout
+
+    probes("demo", "--scale", "0.01")
+    assert "adapter_drop" in (tmp_path / "runs/demo/report/results.json").read_text()
+    tiny_models.write_segmentation(tmp_path / "pictures")
     options = ["--out", "runs/mine", "--draws", "1", "-c", "demo/probes"]
-    said = installed.run("probes", "study", model, "pictures", *options)
+    said = probes("study", "runs/demo/causal/stage2/hf", "pictures", *options)
     assert "runs/mine/report/index.html" in said
-    page = (installed.folder / "runs/mine/report/index.html").read_text()
+    page = (tmp_path / "runs/mine/report/index.html").read_text()
     assert "<svg" in page and "data:image/" in page  # curves, and pictures by site

@@ -6,12 +6,8 @@ imports are slow. The result of each rank is saved as OUT/RUN.RANK.pt for the te
 
 import json
 import os
-import resource
-import signal
 import sys
-import time
 import traceback
-from datetime import timedelta
 from functools import partialmethod
 from pathlib import Path
 from unittest.mock import patch
@@ -25,6 +21,7 @@ import yaml
 from lightning import Callback
 from lightning.pytorch.loops import utilities as lightning_loops
 from lightning.pytorch.strategies import DDPStrategy
+from processes import die
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from training_runs import make_data, make_trainer
@@ -40,7 +37,6 @@ SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
 MIDDLE = 2  # optimizer step with a checkpoint, inside the first epoch of three steps
 END = 6  # after the second epoch
-TIMEOUT_MINUTES = SPEC.get("timeout_minutes", 30)
 FAULTY = {MIDDLE: "fault/good.ckpt", END: "fault/bad.ckpt"}
 # 0 lets ZeRO-3 partition and release parameters of a model this small
 THRESHOLDS = (
@@ -50,18 +46,18 @@ THRESHOLDS = (
 )
 
 
-def build_strategy(name: str, **options):
+def build_strategy(name: str, grad_accum_dtype: str | None):
     if name == "ddp":
-        return DDPStrategy(timeout=timedelta(minutes=TIMEOUT_MINUTES))
+        return DDPStrategy()
     if name == "fsdp2":
-        return FSDP2(timeout_minutes=TIMEOUT_MINUTES)
+        return FSDP2()
     file = f"configs/cluster/{name}.yaml"
     config = yaml.safe_load((Path(__file__).parents[2] / file).read_text())
     zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]
     zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
     if zero["stage"] == 3:
         zero |= dict.fromkeys(THRESHOLDS, 0)
-    return ZeROOnCPU(zero, timeout_minutes=TIMEOUT_MINUTES, **options)
+    return ZeROOnCPU(zero, grad_accum_dtype=grad_accum_dtype)
 
 
 class Recorder(Callback):
@@ -87,7 +83,7 @@ def prepare(
     callbacks=(),
     epochs: int = 2,
     batch_size: int = 4,
-    strategy_options=(),
+    grad_accum_dtype: str | None = None,
     clip: float | None = None,
     validate_first: bool = False,
     trainable=("adapter", "llm"),
@@ -112,7 +108,7 @@ def prepare(
     trainer = make_trainer(
         OUT / f"{folder}{strategy}-{precision}",
         devices=SPEC["processes"],
-        strategy=build_strategy(strategy, **dict(strategy_options)),
+        strategy=build_strategy(strategy, grad_accum_dtype),
         precision=precision,
         gradient_clip_val=clip,
         max_epochs=epochs,
@@ -214,11 +210,7 @@ SETTINGS = {  # other functions: what they train with
     },
     # for the norm of the gradient
     "many_micro_batches": {"epochs": 1, "batch_size": 256},
-    "sum_in_fp32": {
-        "epochs": 1,
-        "batch_size": 256,
-        "strategy_options": {"grad_accum_dtype": "fp32"},
-    },
+    "sum_in_fp32": {"epochs": 1, "batch_size": 256, "grad_accum_dtype": "fp32"},
 }
 
 
@@ -262,12 +254,8 @@ def resume_elsewhere(strategy, precision):
     return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])
 
 
-def kill_self():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def faulty(strategy, precision, fault: Callback):
-    """Train with a checkpoint at MIDDLE and one at END, at which rank 1 has failed."""
+    """Train with a checkpoint at MIDDLE and one at END, before which rank 1 is killed."""
     return fit(
         strategy,
         precision,
@@ -279,63 +267,36 @@ def faulty(strategy, precision, fault: Callback):
 
 def kill_in_save(strategy, precision):
     """Kill rank 1 while it writes its shard of the second checkpoint."""
-    return faulty(strategy, precision, FaultInSave(kill_self))
-
-
-def disk_full_in_save(strategy, precision):
-    """Limit rank 1 to a few bytes of its shard of the second checkpoint."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-
-    return faulty(strategy, precision, FaultInSave(limit))
+    return faulty(strategy, precision, DieInSave())
 
 
 def kill_in_step(strategy, precision):
     """Kill rank 1 inside an epoch, while rank 0 trains a micro-batch."""
-    return faulty(strategy, precision, Fault(kill_self))
+    return faulty(strategy, precision, Die())
 
 
-def stall_in_step(strategy, precision):
-    """Let rank 1 hang inside an epoch until rank 0 has failed."""
-
-    def stall():
-        while not (OUT / f"{strategy}:stall_in_step:{precision}.0.pt").exists():
-            time.sleep(0.1)
-
-    return faulty(strategy, precision, Fault(stall))
-
-
-class Fault(Callback):
-    """Calls `fault` on rank 1 in the last step."""
-
-    def __init__(self, fault):
-        self.fault = fault
+class Die(Callback):
+    """Kills rank 1 in the last step."""
 
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == END - 1 and trainer.global_rank == 1:
-            self.start_fault()
+            self.begin()
 
-    def start_fault(self):
-        self.fault()
+    def begin(self):
+        die()
 
 
-class FaultInSave(Fault):
-    """Calls `fault` on rank 1 when it has begun to write its shard of the checkpoint at END."""
+class DieInSave(Die):
+    """Kills rank 1 when it has begun to write its shard of the checkpoint at END."""
 
-    def start_fault(self):
+    def begin(self):
         original = torch.save
 
         def save(state, file, *args, **kwargs):
             if "optim_states" in str(file):
                 Path(file).write_bytes(b"the beginning of a file")
-                self.fault()
-            try:
-                original(state, file, *args, **kwargs)
-            finally:  # this process can still write its log
-                resource.setrlimit(
-                    resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-                )
+                die()
+            original(state, file, *args, **kwargs)
 
         torch.save = save
 

@@ -88,21 +88,7 @@ class SlowLlama:
         return ids
 
 
-WHITE_SPACE = [
-    " ",
-    "  ",
-    "    ",
-    "\n",
-    "\n\n",
-    "\t",
-    "\r\n",
-    "\u00a0",
-    "\u3000",
-    "▁",
-    "▁▁",
-    "\u200b",
-    "\x00",
-]
+WHITE_SPACE = " |  |    |\n|\n\n|\t|\r\n|\u00a0|\u3000|▁|▁▁|\u200b|\x00".split("|")
 CODE = (
     "def f(x):\n    return x|if (a == b) {|};|// |# |===|----|***|...|_|__init__|"
     "<|>|<a>|</|<0x0A>|http://"

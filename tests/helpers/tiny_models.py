@@ -28,31 +28,24 @@ TOKENS = 4
 CLASSES = ["sky", "wall", "road"]
 
 
-def vision_config(**kwargs) -> CLIPVisionConfig:
-    settings = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
+def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        **settings,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         image_size=8,
         patch_size=4,
         projection_dim=16,
-        **kwargs,
     )
 
 
 def llama_config(vocabulary: int = VOCABULARY, **kwargs) -> LlamaConfig:
-    settings = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }
     return LlamaConfig(
-        **settings,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=vocabulary,
         max_position_embeddings=512,
@@ -106,27 +99,22 @@ def ids(*rows: str, pad: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and padding mask of rows such as "tiiiit": t is a text token, i an image token."""
     width = max(map(len, rows))
     generator = torch.Generator().manual_seed(1)
-    lines = []
-    masks = []
-    for row in rows:
-        line = [
-            IMAGE_ID if c == "i" else torch.randint(3, 90, (), generator=generator).item()
-            for c in row
-        ]
-        fill = [0] * (width - len(row))
-        lines.append(line + fill if pad == "right" else fill + line)
-        masks.append([1] * len(row) + fill if pad == "right" else fill + [1] * len(row))
-    return torch.tensor(lines), torch.tensor(masks)
+    lines = torch.zeros(len(rows), width, dtype=torch.long)
+    masks = torch.zeros_like(lines)
+    for line, mask, row in zip(lines, masks, rows, strict=True):
+        places = slice(len(row)) if pad == "right" else slice(width - len(row), None)
+        mask[places] = 1
+        line[places] = torch.tensor(
+            [
+                IMAGE_ID if c == "i" else torch.randint(3, 90, (), generator=generator).item()
+                for c in row
+            ]
+        )
+    return lines, masks
 
 
-def pixels(images: int, seed: int = 2) -> torch.Tensor:
-    return torch.randn(
-        images,
-        3,
-        8,
-        8,
-        generator=torch.Generator().manual_seed(seed),
-    )
+def pixels(images: int) -> torch.Tensor:
+    return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
 def write_parts(folder: Path) -> tuple[Encoder, str]:

@@ -1,6 +1,7 @@
 """A Slurm cluster for the tests of this folder: local_cluster.sh, started if it is not running."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -41,10 +42,6 @@ def _cluster_name() -> str | None:
     """Return the name of the Slurm cluster of this machine, if there is one."""
     if not shutil.which("scontrol"):
         return None
-    config = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
-    names = [
-        line.split("=")[1].strip()
-        for line in config.stdout.splitlines()
-        if line.startswith("ClusterName")
-    ]
-    return names[0] if names else None
+    config = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True).stdout
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", config, re.MULTILINE)
+    return found and found[1]

@@ -88,16 +88,7 @@ def wait_until(done, job: str, log: Path) -> dict[str, str]:
     return state
 
 
-def wait_for_end(job: str, log: Path) -> dict[str, str]:
-    return wait_until(lambda state: state["JobState"] not in ON_THE_WAY, job, log)
-
-
-def submit(
-    script: str,
-    settings: dict[str, str],
-    log: Path,
-    more: str = "",
-) -> str:
+def submit(script: str, settings: dict[str, str], log: Path, more: str = "") -> str:
     """Submit a script with further options `more` of its command. Return the job id."""
     words = "$NODE slurm/study.sbatch"
     if script != "study":
@@ -106,103 +97,51 @@ def submit(
     return shell(command, settings).strip()
 
 
+def ended(job: str, log: Path) -> dict[str, str]:
+    return wait_until(lambda state: state["JobState"] not in ON_THE_WAY, job, log)
+
+
+def complete(job: str, log: Path) -> None:
+    assert ended(job, log)["JobState"] == "COMPLETED", log.read_text()[-3000:]
+
+
 def lines_of(path: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def signal_at(
-    micro_batches: int,
-    losses: Path,
-    job: str,
-    log: Path,
-    *options: str,
-) -> None:
-    wait_until(lambda state: len(lines_of(losses)) >= micro_batches, job, log)
-    subprocess.run(["scancel", *options, job], check=True)
-
-
 def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, tmp_path):
     """Stage 2 is requeued in mid-epoch, stopped in mid-epoch and submitted again: every loss once, equal weights."""
-    stage1 = wait_for_end(
-        submit("stage1", settings, tmp_path / "stage1.log"), tmp_path / "stage1.log"
-    )
-    assert stage1["JobState"] == "COMPLETED", (tmp_path / "stage1.log").read_text()[-3000:]
-
+    log = tmp_path / "log"
+    complete(submit("stage1", settings, log), log)
     skew = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.2 --trainer.callbacks.losses={tmp_path}"
-    log = tmp_path / "whole.log"
-    whole = wait_for_end(
-        submit(
-            "stage2",
-            settings,
-            log,
-            f"{skew}/whole",
-        ),
-        log,
-    )
-    assert whole["JobState"] == "COMPLETED", log.read_text()[-3000:]
+    complete(submit("stage2", settings, log, f"{skew}/whole"), log)
 
     out = Path(settings["RUNS"]) / "clip-causal/interrupted"
+    interrupted = ("stage2", settings, tmp_path / "cut.log", f"{skew}/cut --out {out}")
     log = tmp_path / "cut.log"
-    losses = tmp_path / "cut"
-    more = f"{skew}/cut --out {out}"
-    job = submit(
-        "stage2",
-        settings,
-        log,
-        more,
-    )
-    signal_at(
-        5,
-        losses,
-        job,
-        log,
-        "--signal=USR1",
-    )
-    signal_at(
-        13,
-        losses,
-        job,
-        log,
-        "--signal=TERM",
-    )
-    stopped = wait_for_end(job, log)
+    job = submit(*interrupted)
+    for micro_batches, number in ((5, "USR1"), (13, "TERM")):
+        wait_until(lambda state: len(lines_of(tmp_path / "cut")) >= micro_batches, job, log)  # noqa: B023
+        subprocess.run(["scancel", f"--signal={number}", job], check=True)
+    stopped = ended(job, log)
     assert stopped["Restarts"] == "1" and stopped["JobState"] == "FAILED", (
         "dependent jobs must not start"
     )
     assert not (out / "hf").exists()
-    last = wait_for_end(
-        submit(
-            "stage2",
-            settings,
-            log,
-            more,
-        ),
-        log,
-    )
-    assert last["JobState"] == "COMPLETED", log.read_text()[-3000:]
+    complete(submit(*interrupted), log)
 
-    rows = [lines_of(tmp_path / name) for name in ("whole", "cut")]
-    assert len(rows[0]) == 24
-    assert [row[1:] for row in rows[0]] == [row[1:] for row in rows[1]]
-    assert {row[0] for row in rows[1]} == {"0", "1"}, "resumed after it was requeued"
-    weights = [
-        load_file(Path(settings["RUNS"]) / f"clip-causal/{n}/hf/model.safetensors")
-        for n in ("stage2", out.name)
-    ]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-
-    again = wait_for_end(
-        submit(
-            "stage2",
-            settings,
-            log,
-            more,
-        ),
-        log,
+    whole, cut = (lines_of(tmp_path / name) for name in ("whole", "cut"))
+    assert len(whole) == 24
+    assert [row[1:] for row in whole] == [row[1:] for row in cut]
+    assert {row[0] for row in cut} == {"0", "1"}, "resumed after it was requeued"
+    expected, weights = (
+        load_file(folder / "hf/model.safetensors") for folder in (out.with_name("stage2"), out)
     )
-    assert again["JobState"] == "COMPLETED"
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in expected.items())
+
+    complete(submit(*interrupted), log)
     assert "this run is finished; nothing to do" in log.read_text()
-    assert len(lines_of(losses)) == 24
+    assert len(lines_of(tmp_path / "cut")) == 24
 
 
 def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
@@ -217,10 +156,7 @@ def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
     assert len(lines) == len(again) == JOBS
     for line in lines + again:  # the second ones find finished what the first ones have made
         job, name = line.split()
-        log = tmp_path / "logs" / f"{name.replace('/', '-')}.log"
-        assert wait_for_end(job, log)["JobState"] == "COMPLETED", (
-            f"{name}\n{log.read_text()[-3000:]}"
-        )
+        complete(job, tmp_path / "logs" / f"{name.replace('/', '-')}.log")
     results = json.loads((tmp_path / "clip/report/results.json").read_text())
     verdicts = {claim["claim"]: claim["verdicts"] for claim in results["claims"]}
     assert verdicts["recovery"]["beyond_random"]["draws"] == 2

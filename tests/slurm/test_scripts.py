@@ -34,47 +34,30 @@ def test_script_is_valid_bash(path):
         run_command(["shellcheck", "-x", path], cwd=ROOT)
 
 
-@pytest.mark.parametrize("layout", ["ade20k", "photos"])
-def test_study_job_runs_a_study_that_can_be_planned(layout, tmp_path, monkeypatch, checkpoints):
-    """Its words are options of `probes study`, also upon a config of one's own that sets some of them, too."""
+def test_study_job_runs_a_study_that_can_be_planned(tmp_path, monkeypatch, checkpoints):
+    """Its words are options of `probes study`, which plan what the paper has."""
     (tmp_path / "srun").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "srun").chmod(0o755)
     for mask in MASKS:
         (tmp_path / f"clip-{mask}/stage2").mkdir(parents=True)
         (tmp_path / f"clip-{mask}/stage2/hf").symlink_to(checkpoints[mask])
-    there = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SEGMENTATION": "masks",
-        "RUNS": str(tmp_path),
-    }
-    if layout == "photos":
-        (tmp_path / "photos").mkdir()
-        config = tmp_path / "own.yaml"
-        config.write_text("data:\n  root: elsewhere\ntrainer:\n  devices: 1\n")
-        there |= {
-            "LAYOUT": str(tmp_path / layout),
-            "STUDY": f"-c {config} --add knockout.classes=auto:5",
-        }
+    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEGMENTATION": "masks"}
     job = ["bash", "slurm/study.sbatch", "clip", " ".join(MASKS), "--arms", "trained", "random1"]
-    words = run_command(job, cwd=ROOT, env=os.environ | there).stdout.splitlines()
+    settings = os.environ | there | {"RUNS": str(tmp_path)}
+    words = run_command(job, cwd=ROOT, env=settings).stdout.splitlines()
     planned = []
     monkeypatch.setattr("probes.studies.run.run_study", planned.append)
     monkeypatch.chdir(ROOT)
     main(words[words.index("probes") + 1 :])
-    photos = MagicMock(
-        classes=["sky", "ceiling", "grass"], __len__=lambda _: 8
-    )  # the data are on the cluster
-    monkeypatch.setattr("probes.studies.plan.open_split", lambda data, split: photos)
+    ade = MagicMock(classes=["sky", "ceiling", "grass"], __len__=lambda _: 8)  # is on the cluster
+    monkeypatch.setattr("probes.studies.plan.open_split", lambda data, split: ade)
     steps = {step.name: step for step in plan(planned[0]).steps}
     knockouts = {f"{mask}/{arm}/knockout" for mask in MASKS for arm in ("trained", "random1")}
-    assert knockouts | {"bidirectional/trained/sinks", "report"} < {*steps}
-    assert ("causal/probes" in steps) == (layout == "ade20k"), "the default also fits probes"
-    expected = ("folder", str(tmp_path / "photos")) if layout == "photos" else ("ade20k", "masks")
+    assert knockouts | {"bidirectional/trained/sinks", "causal/probes", "report"} < {*steps}
     data = steps["causal/trained"].config.data
-    assert (data.dataset, str(data.root)) == expected
-    if layout == "ade20k":  # Fig. 11 of the paper
-        classes = {"sky", "ceiling", "grass"}
-        assert classes <= {*steps["causal/trained/knockout"].config.classes} <= {*ade20k.CLASSES}
+    assert (data.dataset, str(data.root)) == ("ade20k", "masks")
+    knocked = {*steps["causal/trained/knockout"].config.classes}
+    assert {*ade.classes} <= knocked <= {*ade20k.CLASSES}, "Fig. 11 of the paper"
 
 
 @pytest.fixture

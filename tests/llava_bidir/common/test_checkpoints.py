@@ -58,19 +58,11 @@ def test_a_checkpoint_that_is_not_there_is_an_error_unless_it_is_the_last(tmp_pa
         find_checkpoint(str(tmp_path / "none.ckpt"), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("truncated", "checkpoint .*last.ckpt: "),
-        ("pickle", "checkpoint .*last.ckpt: .*[Ww]eights.only"),
-    ],
-)
-def test_what_is_no_checkpoint_of_one_file_is_an_error(content, message, tmp_path):
+def test_a_truncated_checkpoint_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "last.ckpt"
-    torch.save(Path if content == "pickle" else torch.zeros(1000), path)
-    if content == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=message):
+    torch.save(torch.zeros(1000), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="checkpoint .*last.ckpt: "):
         AtomicCheckpointIO().load_checkpoint(str(path))
 
 

@@ -47,13 +47,9 @@ def llava_megabatches(lengths: list[int], batch: int, devices: int, generator) -
             rest += chunks.pop()
         for chunk in chunks:
             parts = [[] for _ in range(devices)]
-            totals = [0.0] * devices
             for index in sorted(chunk, key=lambda i: abs(lengths[i]), reverse=True):
-                shortest = totals.index(min(totals))
-                parts[shortest].append(index)
-                totals[shortest] += abs(lengths[index])
-                if len(parts[shortest]) == batch // devices:
-                    totals[shortest] = float("inf")
+                unfilled = [part for part in parts if len(part) < batch // devices]
+                min(unfilled, key=lambda part: sum(abs(lengths[i]) for i in part)).append(index)
             megabatches.append([i for part in parts for i in part])
     shuffled = [megabatches[i] for i in torch.randperm(len(megabatches), generator=generator)]
     return [*shuffled, sorted(rest)] if rest else shuffled

@@ -1,5 +1,6 @@
 """The template `chat`: its text in pieces, supervised answers; prompts of exported models with any template."""
 
+import itertools
 import json
 import shutil
 
@@ -73,7 +74,6 @@ TEXT = st.text(st.sampled_from("ab c.\n\t '9é中<"), max_size=12)
     answered=st.booleans(),
 )
 @example(turns=[("What is it?", "\n\n\na cat", True), ("a", " cat\n", False)], answered=True)
-@example(turns=[("", "\n", False)], answered=True)
 @example(turns=[("", "", True), (" ", " ", False), ("\n", "a\n\n", False)], answered=True)
 def test_pieces_are_the_complete_text_and_answers_with_their_end_are_supervised(
     name, turns, answered
@@ -105,22 +105,17 @@ def test_pieces_are_the_complete_text_and_answers_with_their_end_are_supervised(
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not any(answer[:1].isspace() for answer in answers):
         expected = tokenizer.encode(text, add_special_tokens=False)
-        assert ids == sum(
-            ([token] * (TOKENS if token == IMAGE_ID else 1) for token in expected), []
-        )
+        assert ids == [
+            i for token in expected for i in [token] * (TOKENS if token == IMAGE_ID else 1)
+        ]
 
-    trained = []
-    previous = IGNORE_INDEX
-    for token, label in zip(ids, labels, strict=True):
-        assert label in (IGNORE_INDEX, token)
-        if label != IGNORE_INDEX:
-            trained += [[]] * (previous == IGNORE_INDEX)
-            trained[-1] = [*trained[-1], token]
-        previous = label
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
+    runs = itertools.groupby(labels, lambda label: label != IGNORE_INDEX)
+    trained = [tokenizer.decode([*run]) for is_trained, run in runs if is_trained]
     if name != "ChatML" and "trim" in TEMPLATES[name]:
         answers = [answer.strip() for answer in answers]
     end = " <|im_end|>" if name == "INST" else "<|im_end|>"
-    assert [*map(tokenizer.decode, trained)] == [answer + end for answer in answers if answer]
+    assert trained == [answer + end for answer in answers if answer]
 
 
 @pytest.fixture(scope="module", params=["vicuna", "legacy", "not legacy", *TEMPLATES])
@@ -155,11 +150,8 @@ WORDS = st.text(st.sampled_from("ab A.\n\t  9é中<"), min_size=1, max_size=12).
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(turns=st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=3))
-@example(turns=[("What is it?", "", True)])
 @example(turns=[("What is it?", "", False)])
-@example(
-    turns=[("What is it?", "A cat.", True), ("Why?\n\n  def f():", "A.", False), ("b", "", True)]
-)
+@example(turns=[("Is it?", "A cat.", True), ("Why?\n\n  def f():", "A.", False), ("b", "", True)])
 def test_prompts_of_exports_have_the_ids_of_training_in_one_step_and_in_two(turns, processor):
     """Under `chat`, white space in front of an answer is a token of its own."""
     processor, template = processor
@@ -196,15 +188,9 @@ def test_a_system_message_is_refused(processor):
 
 def test_words_of_our_tokens_in_texts_are_text():
     tokenizer = TOKENIZERS["ChatML"]
-    ids, _ = encode(
-        tiny_models.turns("a <image> <pad>", "<pad>"),
-        tokenizer,
-        "chat",
-        None,
-        IMAGE_ID,
-    )
-    assert IMAGE_ID not in ids
-    assert tokenizer.pad_token_id not in ids
+    turns = tiny_models.turns("a <image> <pad>", "<pad>")
+    ids, _ = encode(turns, tokenizer, "chat", None, IMAGE_ID)
+    assert not {IMAGE_ID, tokenizer.pad_token_id} & {*ids}
     assert tokenizer.decode(ids).endswith(
         "user\na <image> <pad><|im_end|>\n<|im_start|>assistant\n<pad><|im_end|>\n"
     )
@@ -232,14 +218,9 @@ THINKING = CHATML.replace(
     ],
 )
 def test_templates_whose_answers_cannot_be_found_are_errors(template, message):
+    turns = tiny_models.turns("What is it?", "the wall")
     with pytest.raises(UserError, match=message):
-        encode(
-            tiny_models.turns("What is it?", "the wall"),
-            byte_level(template),
-            "chat",
-            None,
-            IMAGE_ID,
-        )
+        encode(turns, byte_level(template), "chat", None, IMAGE_ID)
 
 
 def test_an_llm_without_a_chat_template_is_an_error(parts):

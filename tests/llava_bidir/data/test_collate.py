@@ -55,15 +55,23 @@ def test_batch_is_padded_and_says_where_it_predicts(collate):
     assert batch["supervised"] == len(expected) > 5
 
 
-def test_leading_answer_with_a_tag_has_no_image(collate):
-    """It is dropped, and so must be its image."""
-    led = sample("<image>\nname", "wall", True)
-    led["conversations"].insert(0, {"from": "gpt", "value": "<image>"})
-    assert len(collate([led])["pixel_values"]) == 1
+@pytest.mark.parametrize("missing", [-1, 0, 1, 50])
+def test_what_is_over_the_longest_is_cut(missing, collate):
+    """LLaVA counts image tokens and cuts on the right (llava_arch.py:273); labels before the cut stay."""
+    question = "<image>\nname the sky"
+    long = sample(question, "wall " * (60 + missing), True)
+    words = len(collate.encode(long)[0]) - 60 - missing  # beside those of the answer
+    long = sample(question, "wall " * (60 + missing - words), True)
+    ids, labels = collate.encode(long)
+    assert len(ids) == 60 + missing
+    batch = collate([long])
+    assert batch["input_ids"][0].tolist() == ids[:60]
+    assert batch["labels"][0].tolist() == labels[:60]
+    end = collate.processor.tokenizer.eos_token_id
+    assert (ids[:60][-1] == labels[:60][-1] == end) == (missing <= 0), "the answer's end"
 
 
-def test_long_sample_is_cut_and_one_cut_within_its_image_is_an_error(collate):
-    assert collate([sample("<image>\nsky", "wall " * 80, True)])["input_ids"].shape[1] == 60
+def test_a_sample_that_would_be_cut_within_its_image_is_an_error(collate):
     text_first = sample("wall " * 70, "sky", True, name="late")
     text_first["conversations"] += sample("<image>\nname", "wall", True)["conversations"]
     with pytest.raises(ValueError, match="record 'late': its image ends after token 60"):

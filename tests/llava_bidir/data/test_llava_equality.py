@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from llama_tokenizers import SlowLlama
 from PIL import Image
 from tiny_models import turns
-from transformers import CLIPVisionConfig, LlavaImageProcessorPil, SiglipVisionConfig
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, SYSTEM, encode
 from llava_bidir.model.encoders import Encoder
 
@@ -105,17 +104,10 @@ AGREEING = {
     "two images in a turn": ("<image><image> Compare.", "Both are cats."),
     "image in two turns": ("<image>\nOne?", "Yes.", "<image>\nTwo?", "No."),
     "image in a later turn": ("Hello", "Hi.", "<image>\nWhat?", "A cat."),
-    "unicode": ("<image>\nWas ist das? 猫 👩‍👩‍👧", "Eine Katze — 猫 😀", "naïve?", "ça va"),
-    "accents, apart": ("<image>\ncafe\u0301", "A\u0308 \u200b!"),
     "assistant without spaces": ("<image>\nsay ASSISTANT:now", "I sayASSISTANT: now"),
     "spaces and newlines": ("  <image>\n two  spaces ", " a\n\nb  c ", "x", "  y\n"),
     "image alone": ("<image>", "A cat."),
-    "indented code": (
-        "<image>\nFix it:\n    def f(x):\n        return  x",
-        "def f(x):\n\treturn x  # 'x'\n    ",
-    ),
     "empty first answer": ("<image>\na", "", "b", "yes"),
-    "special tokens in a text": ("<image>\nsay <s> now", "<unk> it"),
     "pad in a text": ("<image>\nwhat is <pad>?", "a <pad> token"),
 }
 
@@ -168,8 +160,8 @@ def test_samples_that_llava_loses_keep_ids_and_train_on_their_answers(case, toke
     assert trained.split() == "".join(f" {answer}</s>" for answer in texts[1::2] if answer).split()
 
 
-@pytest.mark.parametrize("caption", ["a cat", "  two  cats", "\n    x = 1\n"])
-def test_plain_trains_the_caption_and_its_newline(caption, tokenizer, slow_llama):
+def test_plain_trains_the_caption_and_its_newline(tokenizer, slow_llama):
+    caption = "\n  two  cats\n"
     ids, labels = ours(("Describe <image>", caption), tokenizer, template="plain")
     whole = llava_ids(f"<image>{caption}\n", slow_llama, has_image=True)
     expected, _ = expanded(whole, whole)
@@ -197,48 +189,12 @@ def test_a_caption_needs_a_question_with_an_image(tokenizer):
             ours(texts, tokenizer, template="plain")
 
 
-@pytest.mark.parametrize("missing", [-1, 0, 1, 500])
-def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer):
-    """LLaVA counts image tokens and cuts on the right (llava_arch.py:273); labels before the cut stay."""
-
-    class Processor:
-        image_token_id = IMAGE_ID
-        image_processor = LlavaImageProcessorPil()
-
-    Processor.tokenizer = tokenizer
-    tokenizer.pad_token = "<pad>"
-    sample = {
-        "id": "long",
-        "image": Image.new("RGB", (4, 4)),
-        "conversations": turns("<image>\nCount.", "one", "More.", "two"),
-    }
-    short, _ = Collate(Processor, 576, "vicuna_v1").encode(sample)
-    sample["conversations"][-1]["value"] = "two" + "\n" * (2048 - len(short) + missing)
-    whole = ours([turn["value"] for turn in sample["conversations"]], tokenizer, 576)
-    assert len(whole[0]) == 2048 + missing
-    batch = Collate(Processor, 576, "vicuna_v1")([sample])
-    ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
-    assert (ids, labels) == (whole[0][:2048], whole[1][:2048])
-    assert ids.count(IMAGE_ID) == 576
-    assert (ids[-1] == labels[-1] == 2) == (missing <= 0), "the end of the answer is there, or cut"
-
-
 # ---------------------------------------------------------------------------------------------------------- pixels
 CONFIGS = {
     "clip": CLIPVisionConfig(image_size=336, patch_size=14),
     "siglip": SiglipVisionConfig(image_size=384, patch_size=14),
 }
-SIZES = [
-    (640, 480),
-    (480, 640),
-    (333, 500),
-    (501, 334),
-    (336, 336),
-    (337, 336),
-    (31, 7),
-    (1, 9),
-    (700, 91),
-]
+SIZES = [(640, 480), (333, 500), (336, 336), (337, 336), (31, 7), (1, 9)]
 
 
 def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import load_file
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
@@ -17,6 +16,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf import load_weights
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import ENCODERS, Encoder
 from llava_bidir.model.export import as_llava
@@ -37,17 +38,6 @@ def test_parts_keep_their_weights_and_the_vocabulary_grows(parts):
     weights = built.model.language_model.state_dict()
     for name, weight in llm.model.state_dict().items():
         assert torch.equal(weights[name][: len(weight)], weight), name
-
-
-def test_adapter_of_stage_1_is_loaded(parts, checkpoints):
-    adapter = build_model(
-        *parts, build_processor(*parts), adapter=str(checkpoints["causal"])
-    ).model.multi_modal_projector
-    saved = load_file(checkpoints["causal"] / "model.safetensors")
-    assert all(
-        torch.equal(x, saved[f"model.multi_modal_projector.{name}"])
-        for name, x in adapter.state_dict().items()
-    )
 
 
 def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_path):
@@ -75,58 +65,49 @@ def test_layer_that_the_encoder_lacks_is_an_error(layer, parts):
         replace(parts[0], layer=layer).load_config()
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "side"),
-    [
-        ("clip", CLIPVisionConfig(image_size=336, patch_size=14), 24),
-        ("dinov2", Dinov2Config(image_size=518, patch_size=14), 24),
-        ("dinov2_registers", Dinov2WithRegistersConfig(image_size=518, patch_size=14), 24),
-        (
-            "dinov3",
-            DINOv3ViTConfig(
-                image_size=224,
-                patch_size=16,
-                num_register_tokens=4,
-            ),
-            21,
-        ),
-        ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), 27),
-    ],
-)
-def test_grids_of_released_encoders(
-    name,
-    config,
-    side,
-    tmp_path,
-):
-    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1)."""
+DINOV3 = DINOv3ViTConfig(image_size=224, patch_size=16, num_register_tokens=4)
+RELEASED = {  # encoder: its config, and its grid at the side that the paper has (App. A.1)
+    "clip": (CLIPVisionConfig(image_size=336, patch_size=14), 24),
+    "dinov2": (Dinov2Config(image_size=518, patch_size=14), 24),
+    "dinov2_registers": (Dinov2WithRegistersConfig(image_size=518, patch_size=14), 24),
+    "dinov3": (DINOV3, 21),
+    "siglip": (SiglipVisionConfig(image_size=384, patch_size=14), 27),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_grids_of_released_encoders(name, tmp_path):
+    """24 x 24 at 336 px and 27 x 27 at 384 px."""
+    config, side = RELEASED[name]
     config.save_pretrained(tmp_path)
     encoder = Encoder(name, str(tmp_path))
     assert encoder.image_tokens(encoder.load_config()) == side**2
 
 
+def write_encoder(name: str, folder, side: int, **settings) -> Encoder:
+    """Write a small random encoder of the real class."""
+    model_class = ENCODERS[name].model_class
+    config = model_class.config_class(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        patch_size=14,
+        image_size=side,
+        **settings,
+    )
+    model_class(config).save_pretrained(folder / "encoder")
+    return Encoder(name, str(folder / "encoder"))
+
+
 @pytest.mark.parametrize("name", ENCODERS)
-def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
-    """With a small random encoder of the real class."""
+def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, tmp_path):
     entry = ENCODERS[name]
     side = entry.image_px or 56
-    settings = {
-        "hidden_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "patch_size": 14,
-    }
     registers = 2 * (name in ("dinov2_registers", "dinov3"))
-    settings |= {"num_register_tokens": registers} if registers else {}
-    config = entry.model_class.config_class(
-        **settings,
-        intermediate_size=32,
-        image_size=side,
-    )
-    entry.model_class(config).save_pretrained(tmp_path / "encoder")
-    _, llm = tiny_models.write_parts(tmp_path / "parts")
-    encoder = Encoder(name, str(tmp_path / "encoder"))
-    model = build_model(encoder, llm, build_processor(encoder, llm)).eval()
+    settings = {"num_register_tokens": registers} if registers else {}
+    encoder = write_encoder(name, tmp_path, side, **settings)
+    model = build_model(encoder, parts[1], build_processor(encoder, parts[1])).eval()
     pixels = torch.randn(1, 3, side, side)
     features = model.get_image_features(pixels).pooler_output[0]
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
@@ -137,3 +118,25 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
     if registers:
         with pytest.raises(ValueError, match="register tokens, which stock LLaVA would treat"):
             as_llava(model)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.no_grad()
+def test_states_at_another_side_are_those_of_the_stock_models_interpolation(name, parts, tmp_path):
+    """`model.encoder.image_px`, where stored positions are a 4 x 4 grid."""
+    encoder = replace(write_encoder(name, tmp_path, 56), image_px=70)
+    model = build_model(encoder, parts[1], build_processor(encoder, parts[1])).eval()
+    assert model.config.image_seq_length == 5**2
+    pixels = torch.randn(2, 3, 70, 70)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    stock = load_weights("encoder", encoder.entry.model_class, encoder.path).eval()
+    interpolate = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
+    expected = stock(pixels, output_hidden_states=True, **interpolate).hidden_states[-2]
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [225, 7])
+def test_a_side_that_is_no_usable_multiple_of_the_patch_is_refused(side, tmp_path):
+    encoder = replace(write_encoder("dinov2", tmp_path, 56), image_px=side)
+    with pytest.raises(UserError, match=rf"image_px {side}: expected a multiple .*14 px"):
+        encoder.load_config()

@@ -1,5 +1,6 @@
 """Exports where the package is not installed: the code in the folder is all there is."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -7,18 +8,17 @@ import sys
 import pytest
 import tiny_models
 import torch
+import without_package
 from processes import run_command
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.common.errors import UserError
 
-SCRIPT = "tests/helpers/without_package.py"
-
 
 @pytest.mark.slow
-def test_all_ways_to_generate_without_the_package(checkpoints, tmp_path):
-    """Exports, and what save_pretrained writes of a model that the package loaded, e.g. after a fine-tuning."""
+def test_answers_without_the_package_are_those_with_it(checkpoints, tmp_path):
+    """Of exports, and of what save_pretrained writes of a model that the package loaded, e.g. after a fine-tuning."""
     saved = tmp_path / "saved"
     AutoModelForImageTextToText.from_pretrained(checkpoints["bidirectional"]).save_pretrained(saved)
     for file in checkpoints["bidirectional"].iterdir():
@@ -28,16 +28,13 @@ def test_all_ways_to_generate_without_the_package(checkpoints, tmp_path):
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "PATH": "",
     }
-    command = [sys.executable, "-I", SCRIPT, *map(str, checkpoints.values()), str(saved)]
-    run_command(command, env=environment | {"PATH": ""}, stdin=subprocess.DEVNULL)
-
-
-def test_a_causal_export_read_by_the_stock_class_is_complete(checkpoints):
-    ours = AutoModelForImageTextToText.from_pretrained(checkpoints["causal"])
-    stock = LlavaForConditionalGeneration.from_pretrained(checkpoints["causal"])
-    ids, _ = tiny_models.ids("tttttt")
-    assert torch.equal(stock(input_ids=ids).logits, ours(input_ids=ids).logits)
+    exports = [*map(str, checkpoints.values()), str(saved)]
+    command = [sys.executable, "-I", without_package.__file__, *exports]
+    done = run_command(command, env=environment, stdin=subprocess.DEVNULL)
+    expected = [without_package.answers(path) for path in exports]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def pairs(is_image):

@@ -1,5 +1,6 @@
-"""Masks of LLMs with sliding windows; refusal of layers without a mask."""
+"""Answers with every cache, also of LLMs with sliding windows, and refusal of layers without a mask."""
 
+import itertools
 import shutil
 
 import pytest
@@ -15,69 +16,71 @@ from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.modeling_llava_bidir import FULL, SLIDING, build_masks, layer_kinds
 
 MASKS = tuple(IMAGE_ATTENTION)
-ROWS = ("ttiiiittiiiitttt", "ttttiiiitt")
+ROWS = ("ttiiiittiiiitttt", "ttttiiiitt", "tttt")
+IMAGES = (2, 1, 0)  # of each row
 NEW = 8
-IMAGES = (slice(0, 2), slice(2, 3))  # of each row
+LLMS = {"llama": tiny_models.llama_config(), **SLIDING_LLMS}
+CACHES = ({}, {"use_cache": False}, {"cache_implementation": "static"})
+BEAMS = ({}, {"num_beams": 3, "num_return_sequences": 2})
+GREEDY = {
+    "max_new_tokens": NEW,
+    "do_sample": False,
+    "eos_token_id": tiny_models.IMAGE_ID,  # which is suppressed
+    "suppress_tokens": [tiny_models.IMAGE_ID],
+    "return_dict_in_generate": True,
+    "output_logits": True,
+    "output_scores": True,
+}
 
 
-def batch() -> dict:
-    ids, mask = tiny_models.ids(*ROWS, pad="left")
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": tiny_models.pixels(3),
-    }
-
-
-@torch.no_grad()
-def stock_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a row without padding from stock LLaVA under masks from a loop, without a cache."""
-    is_image = ids == tiny_models.IMAGE_ID
-    full = reference.mask_by_loop(model.config.image_attention, is_image, torch.ones_like(ids))
+def stock_logits(stock, name: str, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the logits f[NEW, V] of an answer in a row without padding, under masks from a loop, without a cache."""
+    full = reference.mask_by_loop(name, ids == tiny_models.IMAGE_ID, torch.ones_like(ids))
     places = range(ids.shape[1])
     near = torch.tensor([[q - k < WINDOW for k in places] for q in places])
     masks = {FULL: full, SLIDING: full & near}
     for kind, mask in masks.items():
         masks[kind] = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None]
-    several = len(layer_kinds(model.config.text_config)) > 1
-    return tiny_models.stock(model)(
+    kinds = layer_kinds(stock.config.text_config)
+    out = stock(
         input_ids=ids,
-        attention_mask=masks if several else masks[SLIDING],
-        pixel_values=pixels,
+        attention_mask=masks if len(kinds) > 1 else masks[next(iter(kinds))],
+        pixel_values=pixels if len(pixels) else None,
         use_cache=False,
-    ).logits
+    )
+    return out.logits[0, -NEW - 1 : -1]
 
 
 @pytest.mark.parametrize(
     ("name", "backend"), [*((name, "sdpa") for name in MASKS), ("bidirectional", "eager")]
 )
-@pytest.mark.parametrize("llm", SLIDING_LLMS)
-def test_sliding_layers_keep_their_window_with_every_cache(llm, backend, name):
-    model = tiny_models.model(name, backend, text_config=SLIDING_LLMS[llm])
-    inputs = batch()
-    caches = ({}, {"use_cache": False}, {"cache_implementation": "static"})
-    details = {
-        "return_dict_in_generate": True,
-        "output_logits": True,
-        "suppress_tokens": [tiny_models.IMAGE_ID],
-    }
-    for cache in caches:
+@pytest.mark.parametrize("llm", LLMS)
+@torch.no_grad()
+def test_answers_with_every_cache_are_those_of_full_forwards(llm, backend, name):
+    """About the images of their prompt, also in beams; sliding layers keep their window."""
+    model = tiny_models.model(name, backend, text_config=LLMS[llm])
+    stock = tiny_models.stock(model)
+    ids, padding = tiny_models.ids(*ROWS, pad="left")
+    pixels = tiny_models.pixels(sum(IMAGES))
+    for cache, beams in itertools.product(CACHES, BEAMS):
         out = model.generate(
-            **inputs,
-            **details,
+            input_ids=ids,
+            attention_mask=padding,
+            pixel_values=pixels,
+            **GREEDY,
             **cache,
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=[],
+            **beams,
         )
-        for row, real in enumerate(inputs["attention_mask"].bool()):
-            ids = out.sequences[row][torch.cat([real, torch.ones(NEW, dtype=torch.bool)])][None]
-            expected = stock_logits(model, ids, inputs["pixel_values"][IMAGES[row]])[
-                0, -NEW - 1 : -1
-            ]
-            torch.testing.assert_close(
-                torch.stack(out.logits, 1)[row], expected, rtol=1e-3, atol=1e-3
-            )
+        for i, sequence in enumerate(out.sequences):
+            row = i * len(ROWS) // len(out.sequences)
+            real = torch.cat([padding[row].bool(), torch.ones(NEW, dtype=torch.bool)])
+            logits = stock_logits(stock, name, sequence[real][None], pixels.split(IMAGES)[row])
+            if beams:
+                score = logits.log_softmax(-1).gather(1, sequence[-NEW:, None]).mean()
+                torch.testing.assert_close(out.sequences_scores[i], score, rtol=1e-4, atol=1e-4)
+            else:
+                found = torch.stack(out.logits, 1)[i]
+                torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
 
 
 def test_flex_attention_with_sliding_windows_is_refused():

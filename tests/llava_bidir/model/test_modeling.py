@@ -1,15 +1,18 @@
 """The model: causal equals stock LLaVA, the mask reaches attention, generation equals full forwards."""
 
+import inspect
+
 import pytest
 import reference
 import tiny_models
 import torch
 from tiny_llms import SLIDING_LLMS, WINDOW
 from tolerances import rounding
-from transformers import AutoModelForImageTextToText
+from transformers import LlavaForConditionalGeneration
 
-from llava_bidir import IMAGE_ATTENTION
-from llava_bidir.model.modeling_llava_bidir import FULL, SLIDING, layer_kinds
+from llava_bidir import IMAGE_ATTENTION, LlavaBidirForConditionalGeneration
+from llava_bidir.model import modeling_llava_bidir
+from llava_bidir.model.modeling_llava_bidir import FULL, SLIDING
 
 pytestmark = pytest.mark.numerics
 
@@ -72,30 +75,22 @@ def test_states_equal_an_attention_written_out_under_the_looped_mask(
             torch.testing.assert_close(ours[layer + 1][row, real], expected[layer][0], **near)
 
 
-def callers_masks(model, is_image) -> list:
-    """Return the model's mask from a loop over pairs: as booleans, as floats, and in a dict of kinds of layers."""
-    mask = reference.mask_by_loop(model.config.image_attention, is_image, torch.ones_like(is_image))
-    mask = mask[:, None]
-    added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    kinds = layer_kinds(model.config.get_text_config())
-    if len(kinds) > 1:
-        near = torch.ones_like(mask).triu(1 - WINDOW)
-        return [{FULL: mask, SLIDING: mask & near}]
-    return [mask, added]
-
-
 @pytest.mark.parametrize("llm", ["llama", "gemma3"])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_mask_of_the_callers_equals_the_models_own(backend, name, llm):
-    """Eager attention adds a mask to the scores: True would be added as 1."""
-    llms = {"gemma3": {"text_config": SLIDING_LLMS["gemma3"]}}
-    model = tiny_models.model(name, backend, **llms.get(llm, {}))
-    ids, _ = tiny_models.ids("tiiiittiiiitt")
+    """As booleans, as floats, and in a dict of kinds of layers; eager attention would add True to the scores as 1."""
+    own = {"text_config": SLIDING_LLMS["gemma3"]} if llm == "gemma3" else {}
+    model = tiny_models.model(name, backend, **own)
+    ids, padding = tiny_models.ids("tiiiittiiiitt")
     inputs = {"input_ids": ids, "pixel_values": tiny_models.pixels(2)}
+    mask = reference.mask_by_loop(name, ids == tiny_models.IMAGE_ID, padding)[:, None]
+    masks = [mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)]
+    if own:
+        masks = [{FULL: mask, SLIDING: mask & torch.ones_like(mask).triu(1 - WINDOW)}]
     expected = model(**inputs).logits
-    for mask in callers_masks(model, ids == tiny_models.IMAGE_ID):
-        logits = model(**inputs, attention_mask=mask).logits
+    for given in masks:
+        logits = model(**inputs, attention_mask=given).logits
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -106,15 +101,6 @@ def test_a_mask_of_integers_is_refused(backend):
     mask = torch.ones(1, 1, 4, 4, dtype=torch.long).tril()
     with pytest.raises(ValueError, match="attention_mask is torch.int64 .* expected booleans"):
         model(input_ids=ids, attention_mask=mask)
-
-
-def test_save_and_load_keep_the_mask_and_the_logits(tmp_path):
-    model = tiny_models.model("bidirectional")
-    inputs = batch()
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert loaded.config.image_attention == "bidirectional"
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
@@ -132,7 +118,7 @@ def test_images_after_cached_tokens_are_rejected(name):
         )
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", ["causal", "bidirectional"])
 def test_positions_that_restart_within_a_row_are_refused(name):
     """transformers separates samples of a row in some backends and caches, and mixes them in others."""
     model = tiny_models.model(name)
@@ -143,3 +129,54 @@ def test_positions_that_restart_within_a_row_are_refused(name):
     with pytest.raises(ValueError, match="position_ids restart within a row; pass one"):
         model(**inputs, position_ids=packed)
     assert torch.equal(model(**inputs, position_ids=one).logits, model(**inputs).logits)
+
+
+def test_forward_names_every_parameter_of_the_parents():
+    """generate() reads the signature to decide what it passes; a missing name changes results without an error."""
+    ours, stock = (
+        set(inspect.signature(cls.forward).parameters)
+        for cls in (LlavaBidirForConditionalGeneration, LlavaForConditionalGeneration)
+    )
+    assert stock <= ours, f"forward does not name {stock - ours}"
+
+
+@pytest.mark.parametrize("name", MASKS)
+@torch.no_grad()
+def test_an_image_token_in_an_answer_is_text(name):
+    model = tiny_models.model(name)
+    ids, _ = tiny_models.ids("ttiiiitt")
+    pixels = tiny_models.pixels(1)
+    out = model.generate(
+        input_ids=ids,
+        pixel_values=pixels,
+        max_new_tokens=5,
+        do_sample=False,
+        sequence_bias=[[[tiny_models.IMAGE_ID], 1e4]],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    answer = out.sequences[:, 8:]
+    assert answer.tolist() == [[tiny_models.IMAGE_ID] * 5]
+    is_image = torch.cat([ids == tiny_models.IMAGE_ID, torch.zeros(1, 5, dtype=torch.bool)], 1)
+    embedded = model.get_input_embeddings()(out.sequences)
+    embedded[is_image] = torch.cat(list(model.get_image_features(pixels).pooler_output))
+    states = model.model.language_model(
+        inputs_embeds=embedded,
+        attention_mask=reference.mask_by_loop(name, is_image, torch.ones_like(is_image))[:, None],
+        use_cache=False,
+    ).last_hidden_state
+    expected = model.lm_head(states[:, -6:-1])
+    torch.testing.assert_close(torch.stack(out.logits, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_embeddings_that_may_contain_images_are_causal_with_a_warning(name, monkeypatch):
+    """Features that a caller merged cannot be told from text; a mask of the caller's own says what they are."""
+    model = tiny_models.model(name)
+    warnings = []
+    monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
+    embedded = model.get_input_embeddings()(torch.arange(6)[None])
+    model(inputs_embeds=embedded, attention_mask=torch.ones(1, 1, 1, 6).bool())
+    assert not warnings
+    model(inputs_embeds=embedded)
+    assert ["pass a 4D attention_mask" in text for text in warnings] == [True] * (name != "causal")

@@ -3,7 +3,6 @@
 import copy
 import json
 
-import pytest
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
@@ -84,34 +83,22 @@ def names_in(folder) -> set[str]:
     return names
 
 
-@pytest.fixture(scope="module")
-def built(parts):
+def test_names_in_exports_are_those_of_released_llavas_whatever_the_model_was(parts, tmp_path):
+    """Built, read from either export, or with updates to be merged."""
     processor = build_processor(*parts)
-    return build_model(*parts, processor).eval(), processor
-
-
-def histories(built, folder) -> dict[str, LlavaBidirForConditionalGeneration]:
-    """Return a model by each way to make it: built, read from either export, and with updates to be merged."""
-    model, processor = built
-    export_hf(model, processor, folder / "ours")
-    export_hf(as_llava(model), processor, folder / "stock")
+    model = build_model(*parts, processor).eval()
+    export_hf(model, processor, tmp_path / "ours")
+    export_hf(as_llava(model), processor, tmp_path / "stock")
     updated = copy.deepcopy(model)
     add_lora(updated, Lora(r=2, alpha=4))
-    read = LlavaBidirForConditionalGeneration.from_pretrained
-    return {
-        "built": model,
-        "read": read(folder / "ours"),
-        "read_from_stock": read(folder / "stock"),
-        "lora": updated,
-    }
-
-
-def test_names_in_exports_are_those_of_released_llavas_whatever_the_model_was(built, tmp_path):
-    for history, model in histories(built, tmp_path).items():
-        export_hf(as_llava(model), built[1], tmp_path / "hf")
-        assert names_in(tmp_path / "hf") == released(model.config), history
-        export_hf(model, built[1], tmp_path / "hf")
-        assert names_in(tmp_path / "hf") == released(model.config, ours=True), history
+    read = [
+        LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / x) for x in ("ours", "stock")
+    ]
+    for made in (model, *read, updated):
+        export_hf(as_llava(made), processor, tmp_path / "hf")
+        assert names_in(tmp_path / "hf") == released(made.config)
+        export_hf(made, processor, tmp_path / "hf")
+        assert names_in(tmp_path / "hf") == released(made.config, ours=True)
 
 
 def test_configs_of_stock_exports_have_the_rotary_keys_of_released_llavas(parts, tmp_path):

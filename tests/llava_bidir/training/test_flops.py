@@ -12,32 +12,20 @@ from llava_bidir.training.flops import count_flops
 from llava_bidir.training.loss import supervised_loss
 
 
-def make_batch(processor) -> dict:
-    """Two samples of one length, with an image each."""
-    turns = tiny_models.turns("<image>\nname", "wall")
-    image = Image.new("RGB", (8, 8))
-    samples = [{"id": name, "image": image, "conversations": turns} for name in "ab"]
-    return Collate(processor, tiny_models.TOKENS, "vicuna_v1")(samples)
-
-
-@pytest.fixture
-def training(parts):
-    """A model whose adapter trains, and a batch."""
-    processor = build_processor(*parts)
-    model = build_model(*parts, processor, attn_implementation="eager")
-    set_trainable(model, ["adapter"])
-    return model, make_batch(processor)
-
-
 @pytest.mark.parametrize(
     ("trainable", "rank"),
     [(["adapter"], None), (["adapter", "llm"], None), (["adapter", "llm"], 2)],
 )
-def test_counted_operations_are_those_that_torch_counts(training, trainable, rank):
-    model, batch = training
+def test_counted_operations_are_those_that_torch_counts(trainable, rank, parts):
+    """Of two samples of one length, with an image each."""
+    processor = build_processor(*parts)
+    model = build_model(*parts, processor, attn_implementation="eager")
     if rank:
         add_lora(model, Lora(r=rank))
     set_trainable(model, trainable)
+    turns = tiny_models.turns("<image>\nname", "wall")
+    sample = {"id": "a", "image": Image.new("RGB", (8, 8)), "conversations": turns}
+    batch = Collate(processor, tiny_models.TOKENS, "vicuna_v1")([sample, sample])
     flops = count_flops(model, batch["pixel_values"][:1])
     with FlopCounterMode(display=False) as counter:
         supervised_loss(model, batch).backward()

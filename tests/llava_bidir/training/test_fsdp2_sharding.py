@@ -28,9 +28,12 @@ class Weighted(LlavaTraining):
         return batch["weight"]
 
 
-@pytest.mark.parametrize("trainable", [["adapter"], ["adapter", "llm"]])
 @pytest.mark.parametrize(
-    ("precision", "gathered"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)]
+    ("precision", "gathered", "trainable"),
+    [
+        ("32-true", torch.float32, ["adapter"]),
+        ("bf16-mixed", torch.bfloat16, ["adapter", "llm"]),
+    ],
 )
 def test_each_layer_is_a_unit_that_is_gathered_in_the_precision_of_the_run(
     precision, gathered, trainable, parts, mesh

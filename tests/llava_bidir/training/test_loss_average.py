@@ -1,8 +1,7 @@
-"""Both averages of a step's loss, against a loop over samples (test_deepspeed_strategy.py: on two processes)."""
+"""Both averages of a step's loss, against a loop over samples (test_strategies.py: on two processes)."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tolerances import rounding
 from training_runs import make_data, make_trainer
 
@@ -34,23 +33,6 @@ def gradients(model) -> dict[str, torch.Tensor]:
     }
 
 
-def summed_losses(model, batches) -> tuple[list[torch.Tensor], list[int]]:
-    """Return the summed loss and the supervised tokens of each sample alone, without padding."""
-    sums = []
-    counts = []
-    for batch in batches:
-        images = iter(batch["pixel_values"])
-        rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
-        for ids, labels, mask in rows:
-            n = int(mask.sum())
-            pixels = next(images)[None] if model.config.image_token_id in ids else None
-            logits = model(input_ids=ids[None, :n], pixel_values=pixels).logits[0, :-1]
-            loss = F.cross_entropy(logits, labels[1:n], ignore_index=-100, reduction="sum")
-            sums.append(loss)
-            counts.append(int((labels[1:n] != -100).sum()))
-    return sums, counts
-
-
 @pytest.mark.parametrize(
     ("loss_average", "micro"), [("tokens", 8), ("tokens", 2), ("llava", 8), ("llava", 2)]
 )
@@ -62,7 +44,10 @@ def test_gradients_of_a_step_are_those_of_the_average(
     step = Recorded(*parts, ["adapter", "llm"], loss_average=loss_average, learning_rate=0.0)
     data = make_data(conversations, parts, batch_size=GLOBAL_BATCH, micro_batch_size=micro)
     make_trainer(tmp_path, max_steps=1).fit(step, datamodule=data)
-    sums, counts = summed_losses(step.model, step.batches)
+    drawn = [int(name.removeprefix("r")) for batch in step.batches for name in batch["ids"]]
+    alone = [data.collate([data.train[i]]) for i in drawn]  # as test_supervised_loss.py compares it
+    counts = [batch["supervised"] for batch in alone]
+    sums = [step.loss(batch) * batch["supervised"] for batch in alone]
     assert len(counts) == GLOBAL_BATCH
     assert len(set(counts)) > 2
     assert len(step.batches) == GLOBAL_BATCH // micro

@@ -1,27 +1,11 @@
-"""Change the harness as STUB says, then run it.
+"""Run the harness with answers from its data: right in the first half of each task, wrong in the second."""
 
-STUB=oracle  answer from the data: right in the first half of each task, wrong in the second
-STUB=raises  raise in the second batch
-"""
-
-import os
 import runpy
 import sys
 
 import lmms_eval.evaluator
 
-import llava_bidir.vqa.lmms_model as model
-
-answer = model.answer
 simple_evaluate = lmms_eval.evaluator.simple_evaluate
-calls = []
-
-
-def raises(*args, **kwargs):
-    calls.append(args)
-    if len(calls) == 2:
-        raise FloatingPointError("out of range")
-    return answer(*args, **kwargs)
 
 
 def oracle(**kwargs):
@@ -56,10 +40,6 @@ def _say(task: str, doc: dict, right: bool) -> str:
     return doc["answer"] if right else wrong.get(doc["answer"].lower(), "nothing")
 
 
-stub = os.environ["STUB"]
-if stub == "raises":
-    model.answer = raises
-if stub == "oracle":
-    lmms_eval.evaluator.simple_evaluate = oracle
+lmms_eval.evaluator.simple_evaluate = oracle
 del sys.argv[0:2]  # this file, and -m
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

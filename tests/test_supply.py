@@ -13,18 +13,10 @@ from processes import run_command
 ROOT = Path(__file__).parents[1]
 LOCK = "requirements.lock"
 HARNESS_LOCK = "llava_bidir/vqa/requirements.lock"
-# lmms-eval's environment, by hand: what the nine tasks import
-HARNESS_PINS = "llava_bidir/vqa/requirements.txt"
 
 
 def torch_version() -> str:
     return re.search(r"^TORCH := torch==(\S+)$", (ROOT / "Makefile").read_text(), re.M).group(1)
-
-
-def pins(path: str) -> dict[str, str]:
-    """{package: version} of a requirements file."""
-    lines = [line for line in (ROOT / path).read_text().splitlines() if line and line[0] != "#"]
-    return {canonical(name): version for name, version in (line.split("==") for line in lines)}
 
 
 def locked(path: str) -> dict[str, tuple[Requirement, list[str]]]:
@@ -61,7 +53,9 @@ def test_the_lock_holds_every_declared_package_within_its_bounds():
 
 
 def test_the_harness_has_the_versions_that_training_has():
-    harness = pins(HARNESS_PINS)
+    lines = (ROOT / "llava_bidir/vqa/requirements.txt").read_text().splitlines()
+    harness = dict(line.split("==") for line in lines if line and line[0] != "#")
+    harness = {canonical(name): version for name, version in harness.items()}
     ours = {name: next(iter(r.specifier)).version for name, (r, _) in locked(LOCK).items()}
     assert harness.pop("torch") == torch_version()
     assert {name for name in harness if name not in locked(HARNESS_LOCK)} == set(), "make lock"

@@ -8,12 +8,7 @@ import pytest
 import tiny_models
 import torch
 from transformers import (
-    CLIPVisionConfig,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
-    DINOv3ViTConfig,
     LlamaForCausalLM,
-    SiglipVisionConfig,
 )
 
 from llava_bidir.common.errors import UserError
@@ -63,25 +58,6 @@ def test_layer_that_the_encoder_lacks_is_an_error(layer, parts):
     message = rf"model.encoder.layer {layer}: .* has 2 layers; expected 1 to 2, or -2 to -1"
     with pytest.raises(ValueError, match=message):
         replace(parts[0], layer=layer).load_config()
-
-
-DINOV3 = DINOv3ViTConfig(image_size=224, patch_size=16, num_register_tokens=4)
-RELEASED = {  # encoder: its config, and its grid at the side that the paper has (App. A.1)
-    "clip": (CLIPVisionConfig(image_size=336, patch_size=14), 24),
-    "dinov2": (Dinov2Config(image_size=518, patch_size=14), 24),
-    "dinov2_registers": (Dinov2WithRegistersConfig(image_size=518, patch_size=14), 24),
-    "dinov3": (DINOV3, 21),
-    "siglip": (SiglipVisionConfig(image_size=384, patch_size=14), 27),
-}
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_grids_of_released_encoders(name, tmp_path):
-    """24 x 24 at 336 px and 27 x 27 at 384 px."""
-    config, side = RELEASED[name]
-    config.save_pretrained(tmp_path)
-    encoder = Encoder(name, str(tmp_path))
-    assert encoder.image_tokens(encoder.load_config()) == side**2
 
 
 def write_encoder(name: str, folder, side: int, **settings) -> Encoder:

@@ -135,13 +135,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(
 def test_schedule_warms_up_and_falls_to_zero_over_all_steps(parts, conversations, tmp_path):
     rates = []
     built = module(parts, warmup_ratio=0.4, adapter_learning_rate=1e-4)
-    step = built.on_before_optimizer_step
-
-    def recorded(optimizer):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        step(optimizer)
-
-    built.on_before_optimizer_step = recorded
+    built.on_before_optimizer_step = lambda optimizer: rates.append(
+        [group["lr"] for group in optimizer.param_groups]
+    )
     trainer = make_trainer(tmp_path, max_epochs=2)
     trainer.fit(built, datamodule=make_data(conversations, parts))
     adapter, llm = zip(*rates, strict=True)

@@ -10,52 +10,32 @@ from llava_bidir import cli
 from llava_bidir.common.files import write_files
 
 CAUSAL, BIDIRECTIONAL = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.65]]
-NAMES = ["gqa", "mmbench", "mme", "pope", "textvqa_ocr"]
+
+WORDS = {"mmbench": "AB", "mme": ("Yes", "No"), "pope": ("yes", "no")}  # others: words
 
 
-ANSWERS = {
-    "mmbench": "AB",
-    "mme": ("Yes", "No"),
-    "pope": ("yes", "no"),
-}  # others: words
-
-
-def write(
-    out: Path,
-    name: str,
-    right: np.ndarray,
-    mask: str = "causal",
-    dtype: str = "torch.float32",
-) -> None:
-    """Write a finished task with two questions per unit, whose targets alternate between two words.
-
-    Args:
-        out: Folder of the results.
-        name: Name of the benchmark.
-        right: bool[items], the correctness of each item.
-        mask: Image attention of the model.
-        dtype: Dtype of the model.
-    """
-    words = ANSWERS.get(name, ("sky", "wall"))
-    categories = ("existence", "code_reasoning")
-    items = []
-    for i, r in enumerate(right):
-        group = categories[i // 2 % 2] if name == "mme" else None
-        item = {
+def write(out: Path, name: str, right: np.ndarray, mask: str = "causal", bits: int = 32) -> None:
+    """Write a finished task with two questions per unit, whose targets alternate between two words."""
+    words = WORDS.get(name, ("sky", "wall"))
+    categories = ("existence", "code_reasoning") if name == "mme" else (None, None)
+    items = [
+        {
             "item": i,
             "unit": i // 2,
-            "group": group,
+            "group": categories[i // 2 % 2],
             "question": f"question {i}",
             "target": words[i % 2],
+            "answer": words[i % 2 if is_right else 1 - i % 2],
+            "right": float(is_right),
         }
-        answer = words[i % 2 if r else 1 - i % 2]
-        items.append(item | {"answer": answer, "right": float(r)})
+        for i, is_right in enumerate(right)
+    ]
     about = {
         "model": f"clip-{mask}",
         "encoder": "clip",
         "image_attention": mask,
         "fingerprint": mask,
-        "dtype": dtype,
+        "dtype": f"torch.float{bits}",
     }
     write_files({out / f"{name}.json": about | {"items": items}})
 
@@ -69,16 +49,11 @@ def make_table(root: Path, *models: str) -> dict[tuple[str, str], dict]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def table(tmp_path_factory) -> dict[tuple[str, str], dict]:
     root = tmp_path_factory.mktemp("table")
-    for name in NAMES:
+    for name in ("gqa", "mmbench", "mme", "pope", "textvqa_ocr"):
         write(root / "a", name, CAUSAL)
         write(root / "b", name, BIDIRECTIONAL, "bidirectional")
-    return root
-
-
-@pytest.fixture(scope="module")
-def table(root):
     return make_table(root, "a", "b")
 
 
@@ -121,10 +96,10 @@ def test_paired_differences_on_the_same_questions(table):
     assert gqa["p"] == pytest.approx((abs(coins) >= abs(gqa["value"])).mean(), abs=0.001)
 
 
-@pytest.mark.parametrize(("right", "dtype"), [(BIDIRECTIONAL[:-2], 32), (CAUSAL, 16)])
-def test_models_that_differ_in_more_than_the_mask_are_not_compared(right, dtype, tmp_path):
+@pytest.mark.parametrize(("right", "bits"), [(BIDIRECTIONAL[:-2], 32), (CAUSAL, 16)])
+def test_models_that_differ_in_more_than_the_mask_are_not_compared(right, bits, tmp_path):
     write(tmp_path / "a", "gqa", CAUSAL)
-    write(tmp_path / "b", "gqa", right, "bidirectional", f"torch.float{dtype}")
+    write(tmp_path / "b", "gqa", right, "bidirectional", bits)
     with pytest.raises(SystemExit, match="GQA: .*/a and .*/b differ in more than the mask"):
         make_table(tmp_path, "a", "b")
 

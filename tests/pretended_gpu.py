@@ -47,7 +47,13 @@ def photo(segmentation) -> str:
 )
 def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
     with pretend_gpu():
-        tiny_models.fit(parts, conversations, tmp_path / "run", *more.split(), *GPU)
+        tiny_models.fit(
+            parts,
+            conversations,
+            tmp_path / "run",
+            *more.split(),
+            *GPU,
+        )
         llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), photo, "what is it?"])
 
 
@@ -55,7 +61,13 @@ def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
 def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
     more = [] if control == "none" else ["--model.untrained", "[llm]", "--model.match", control]
     with pretend_gpu():
-        fit(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU)
+        fit(
+            checkpoints["causal"],
+            segmentation,
+            tmp_path / "run",
+            *more,
+            *GPU,
+        )
         main(f"segment --probes {tmp_path}/run {photo} --out {tmp_path}/maps".split())
 
 
@@ -83,15 +95,32 @@ def test_a_mac_solves_on_its_cpu_what_its_gpu_reads(task, checkpoints, segmentat
 
 def test_probes_are_trained_on_a_mac(checkpoints, segmentation, tmp_path):
     with pretend_mps():
-        fit(checkpoints["causal"], segmentation, tmp_path / "run", "--trainer.accelerator", "auto")
+        fit(
+            checkpoints["causal"],
+            segmentation,
+            tmp_path / "run",
+            "--trainer.accelerator",
+            "auto",
+        )
     assert (tmp_path / "run" / "metrics.json").is_file()
 
 
 @pytest.fixture(scope="module")
 def run(checkpoints, tmp_path_factory) -> ProbeRun:
-    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), 4, 9, seed=5)
+    root = tiny_models.write_segmentation(
+        tmp_path_factory.mktemp("data"),
+        4,
+        9,
+        seed=5,
+    )
     out = tmp_path_factory.mktemp("runs") / "run"
-    return fit(checkpoints["causal"], root, out, "--data.batch_size", "2")
+    return fit(
+        checkpoints["causal"],
+        root,
+        out,
+        "--data.batch_size",
+        "2",
+    )
 
 
 @pytest.mark.nightly
@@ -124,7 +153,12 @@ def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch
         monkeypatch.setattr(module, side, tiny_families.SIDE)
     path = str(tiny_families.write(name, tmp_path))
     masks = ("bidirectional",) * tiny_families.STOCK[name].masks
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0,
+        256,
+        (40, 40, 3),
+        dtype=np.uint8,
+    )
     images = [Image.fromarray(pixels), Image.fromarray(255 - pixels)]
     for mask in (None, *masks):
         on_cpu = probes.load(path, image_attention=mask, device="cpu")

@@ -38,7 +38,12 @@ def run(out: Path) -> str:
     """Without a network where that can be had, and watched for attempts to reach one."""
     words = [*network_guard.cut(), *command(out, "--extras")]
     environment = network_guard.watched(out / "network")
-    return run_command(words, cwd=FOLDER, env=environment, timeout=DEMO_S).stdout
+    return run_command(
+        words,
+        cwd=FOLDER,
+        env=environment,
+        timeout=DEMO_S,
+    ).stdout
 
 
 def results(out: Path) -> dict:

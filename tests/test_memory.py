@@ -28,7 +28,15 @@ def run(*command: str) -> str:
 @pytest.mark.nightly
 def test_an_epoch_holds_no_record():
     """4,000 records of 1.4 KB: batches that are kept would be some 120 MB."""
-    phases = json.loads(run("tests/bench/records.py", "--records", "4000", "--workers", "0"))
+    phases = json.loads(
+        run(
+            "tests/bench/records.py",
+            "--records",
+            "4000",
+            "--workers",
+            "0",
+        )
+    )
     assert phases["epoch"]["samples"] == 4096
     held = phases["epoch"]["held_mb"]
     assert held[-1] - held[0] < 40
@@ -75,7 +83,12 @@ def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
         (root / "classes.json").write_text(json.dumps(classes))
         out = tmp_path / f"run{size[0]}"
         more = "--data.batch_size 2 --save_predictions true".split()
-        command = probe_runs.arguments(checkpoints["causal"], root, out, *more)
+        command = probe_runs.arguments(
+            checkpoints["causal"],
+            root,
+            out,
+            *more,
+        )
         peaks.append(float(run("-c", PROBES, *command).splitlines()[-1]))
     assert peaks[1] - peaks[0] < 500
 

@@ -64,5 +64,10 @@ def test_commands_reach_for_no_network(
         ("llava_bidir", "fit", *training, "--out", str(tmp_path / "run")),
         f"llava_bidir generate {tmp_path}/run/hf {picture} sky --max-new-tokens 2".split(),
     ]
-    run_python(tmp_path / "log", ALL, json.dumps(commands), checkpoint)
+    run_python(
+        tmp_path / "log",
+        ALL,
+        json.dumps(commands),
+        checkpoint,
+    )
     assert network_guard.reached_for(tmp_path / "log") == []

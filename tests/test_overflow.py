@@ -94,7 +94,12 @@ def test_states_of_text_that_overflow_are_refused(mllm, photo):
         lambda: mllm.answer(photo, QUESTION),
         lambda: mllm.answer(photo, QUESTION, CUT),
         lambda: mllm.answer_log_probs(pixels, QUESTION, ["sky", "wall"]),
-        lambda: mllm.answer_attention(pixels, QUESTION, "wall", ["layer_03"]),
+        lambda: mllm.answer_attention(
+            pixels,
+            QUESTION,
+            "wall",
+            ["layer_03"],
+        ),
     ):
         with pytest.raises(UserError, match=FINAL_NORM):
             ask()
@@ -140,7 +145,12 @@ def test_random_layers_that_overflow_while_they_are_matched_are_refused(
     scales = [1.0, 1.0, 1.0]
     with scale_layers(mllm, scales):
         with pytest.raises(UserError, match=r"states at layer_02 are NaN or infinite"):
-            match_updates(mllm, pixels, [0.1, 1e6, 0.1], scales)
+            match_updates(
+                mllm,
+                pixels,
+                [0.1, 1e6, 0.1],
+                scales,
+            )
 
 
 def test_generated_answers_are_refused(planted, photo):
@@ -150,7 +160,13 @@ def test_generated_answers_are_refused(planted, photo):
     model, processor = load(planted)
     images = [[Image.open(photo)]]
     with pytest.raises(UserError, match=LOGITS):
-        answer(model, processor, [QUESTION], images, 5)
+        answer(
+            model,
+            processor,
+            [QUESTION],
+            images,
+            5,
+        )
 
 
 def test_answers_of_validation_are_refused(planted, parts, photo):
@@ -160,7 +176,12 @@ def test_answers_of_validation_are_refused(planted, parts, photo):
     prompts = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.zeros(1, 3, 8, 8),
+        "pixel_values": torch.zeros(
+            1,
+            3,
+            8,
+            8,
+        ),
     }
     with pytest.raises(UserError, match=LOGITS):
         module.answer(prompts)
@@ -174,4 +195,11 @@ def test_one_value_that_is_not_finite_is_found_and_the_first_site_named(dtype, v
     broken = finite.clone()
     broken[1, 2] = value
     with pytest.raises(UserError, match="states at b are NaN"):
-        check_outputs("states", {"a": finite, "b": broken, "c": broken})
+        check_outputs(
+            "states",
+            {
+                "a": finite,
+                "b": broken,
+                "c": broken,
+            },
+        )

@@ -130,7 +130,12 @@ def fit(
     **kwargs,
 ) -> dict:
     recorder = Recorder(save or {})
-    trainer, module, data = prepare(strategy, precision, callbacks=[recorder, *callbacks], **kwargs)
+    trainer, module, data = prepare(
+        strategy,
+        precision,
+        callbacks=[recorder, *callbacks],
+        **kwargs,
+    )
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
     run = Path(trainer.default_root_dir)
     if trainer.checkpoint_callbacks and trainer.is_global_zero:
@@ -156,7 +161,11 @@ def fit(
         "text_only": recorder.text_only,
         "weights": weights,
     }
-    return results | {"metrics": metrics, "shares": shares, "shards": shards}
+    return results | {
+        "metrics": metrics,
+        "shares": shares,
+        "shards": shards,
+    }
 
 
 def uninterrupted(strategy, precision):
@@ -184,7 +193,12 @@ def validate(strategy, precision):
 
 def without_dropout(strategy, precision):
     """Comparable to one process, since dropout differs between ranks."""
-    return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
+    return fit(
+        strategy,
+        precision,
+        epochs=1,
+        save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"},
+    )
 
 
 SETTINGS = {  # other functions: what they train with
@@ -203,14 +217,22 @@ SETTINGS = {  # other functions: what they train with
         "callbacks": [Checkpoints()],
     },
     "lora": {
-        "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+        "lora": {
+            "r": 4,
+            "alpha": 8,
+            "dropout": 0.0,
+        },
         "frozen_dtype": "bfloat16",
         "folder": "lora-",
         "callbacks": [Checkpoints()],
     },
     # for the norm of the gradient
     "many_micro_batches": {"epochs": 1, "batch_size": 256},
-    "sum_in_fp32": {"epochs": 1, "batch_size": 256, "grad_accum_dtype": "fp32"},
+    "sum_in_fp32": {
+        "epochs": 1,
+        "batch_size": 256,
+        "grad_accum_dtype": "fp32",
+    },
 }
 
 
@@ -219,7 +241,12 @@ def compiled(strategy, precision):
     counters.clear()
     compile_layer = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     with patch.object(torch.nn.Module, "compile", compile_layer):
-        results = fit(strategy, precision, epochs=1, compile=True)
+        results = fit(
+            strategy,
+            precision,
+            epochs=1,
+            compile=True,
+        )
     return results | {"graphs": counters["stats"]["unique_graphs"]}
 
 
@@ -251,7 +278,12 @@ class EndAtOnce(Callback):
 
 def resume_elsewhere(strategy, precision):
     """Resume `without_dropout` from SPEC["resume"], a checkpoint of another strategy."""
-    return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])
+    return fit(
+        strategy,
+        precision,
+        epochs=1,
+        resume=SPEC["resume"][strategy],
+    )
 
 
 def faulty(strategy, precision, fault: Callback):
@@ -296,7 +328,12 @@ class DieInSave(Die):
             if "optim_states" in str(file):
                 Path(file).write_bytes(b"the beginning of a file")
                 die()
-            original(state, file, *args, **kwargs)
+            original(
+                state,
+                file,
+                *args,
+                **kwargs,
+            )
 
         torch.save = save
 

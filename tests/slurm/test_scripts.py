@@ -141,7 +141,11 @@ def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
 
 def test_finished_parts_are_skipped_and_nothing_waits_for_them(study, tmp_path):
     (tmp_path / "runs/clip-causal/stage1/hf").mkdir(parents=True)
-    _, calls = study(ENCODERS="clip", MASKS="causal", VQA_PYTHON="")
+    _, calls = study(
+        ENCODERS="clip",
+        MASKS="causal",
+        VQA_PYTHON="",
+    )
     assert [script(call)[:2] for call in calls] == [
         ["slurm/stage.sbatch", "2"],
         ["slurm/study.sbatch", "clip"],
@@ -153,7 +157,11 @@ def test_finished_parts_are_skipped_and_nothing_waits_for_them(study, tmp_path):
 def test_a_mistake_submits_nothing_and_all_that_is_missing_is_named_at_once(study):
     done, calls = study("--dry-run=yes", check=False)
     assert done.returncode == 2 and "usage: " in done.stderr
-    done, calls = study(check=False, PYTHON="/nowhere/python", CAPTIONS="/nowhere/a.json")
+    done, calls = study(
+        check=False,
+        PYTHON="/nowhere/python",
+        CAPTIONS="/nowhere/a.json",
+    )
     assert done.stderr.splitlines() == [
         "slurm/env.sh: PYTHON=/nowhere/python does not exist",
         "slurm/env.sh: CAPTIONS=/nowhere/a.json does not exist",

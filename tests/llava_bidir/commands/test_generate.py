@@ -33,7 +33,15 @@ def asked(checkpoints):
 
 
 def pictures(*seeds: int) -> list[Image.Image]:
-    drawn = (np.random.default_rng(s).integers(0, 255, (9 + s, 14, 3), np.uint8) for s in seeds)
+    drawn = (
+        np.random.default_rng(s).integers(
+            0,
+            255,
+            (9 + s, 14, 3),
+            np.uint8,
+        )
+        for s in seeds
+    )
     return [Image.fromarray(pixels) for pixels in drawn]
 
 
@@ -44,14 +52,35 @@ def test_batches_of_unlike_questions_are_answered_as_each_alone(asked, monkeypat
     questions = ["name the sky", "wall", "name the road and " * 6]
     images = [[], pictures(0), pictures(1, 2)]
     pairs = zip(questions, images, strict=True)
-    alone = [answer(*asked, [question], [shown], 500)[0] for question, shown in pairs]
-    assert answer(*asked, questions, images, 500) == alone
+    alone = [
+        answer(
+            *asked,
+            [question],
+            [shown],
+            500,
+        )[0]
+        for question, shown in pairs
+    ]
+    assert (
+        answer(
+            *asked,
+            questions,
+            images,
+            500,
+        )
+        == alone
+    )
     assert len(set(alone)) == 3
 
 
 def test_prompt_without_room_for_an_answer_is_an_error(asked):
     with pytest.raises(ValueError, match="a prompt has .* tokens, but the LLM has 512 positions"):
-        answer(*asked, ["sky " * 600], [[]], 5)
+        answer(
+            *asked,
+            ["sky " * 600],
+            [[]],
+            5,
+        )
 
 
 def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
@@ -114,7 +143,15 @@ def test_several_images_come_before_the_question(asked):
         2 * 4,
         processor.image_token_id,
     )
-    assert ids_of(processor, "wall", 1, 2) == expected
+    assert (
+        ids_of(
+            processor,
+            "wall",
+            1,
+            2,
+        )
+        == expected
+    )
 
 
 def test_several_photos_are_each_asked_and_no_photo_is_a_question(

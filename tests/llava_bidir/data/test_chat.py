@@ -189,7 +189,13 @@ def test_a_system_message_is_refused(processor):
 def test_words_of_our_tokens_in_texts_are_text():
     tokenizer = TOKENIZERS["ChatML"]
     turns = tiny_models.turns("a <image> <pad>", "<pad>")
-    ids, _ = encode(turns, tokenizer, "chat", None, IMAGE_ID)
+    ids, _ = encode(
+        turns,
+        tokenizer,
+        "chat",
+        None,
+        IMAGE_ID,
+    )
     assert not {IMAGE_ID, tokenizer.pad_token_id} & {*ids}
     assert tokenizer.decode(ids).endswith(
         "user\na <image> <pad><|im_end|>\n<|im_start|>assistant\n<pad><|im_end|>\n"
@@ -220,7 +226,13 @@ THINKING = CHATML.replace(
 def test_templates_whose_answers_cannot_be_found_are_errors(template, message):
     turns = tiny_models.turns("What is it?", "the wall")
     with pytest.raises(UserError, match=message):
-        encode(turns, byte_level(template), "chat", None, IMAGE_ID)
+        encode(
+            turns,
+            byte_level(template),
+            "chat",
+            None,
+            IMAGE_ID,
+        )
 
 
 def test_an_llm_without_a_chat_template_is_an_error(parts):

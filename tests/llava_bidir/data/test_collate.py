@@ -72,7 +72,12 @@ def test_what_is_over_the_longest_is_cut(missing, collate):
 
 
 def test_a_sample_that_would_be_cut_within_its_image_is_an_error(collate):
-    text_first = sample("wall " * 70, "sky", True, name="late")
+    text_first = sample(
+        "wall " * 70,
+        "sky",
+        True,
+        name="late",
+    )
     text_first["conversations"] += sample("<image>\nname", "wall", True)["conversations"]
     with pytest.raises(ValueError, match="record 'late': its image ends after token 60"):
         collate([text_first])

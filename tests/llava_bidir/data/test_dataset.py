@@ -80,9 +80,33 @@ def test_json_lines_are_read_as_the_list(tmp_path):
 @pytest.mark.parametrize(
     ("conversations", "shown"),
     [
-        (turns("<image> hello", "what", "a cat", first="gpt"), False),
-        (turns("hello", "<image> what", "a cat", first="gpt"), True),
-        (turns("<image> and <image>", "two", "<image> again", "three"), True),
+        (
+            turns(
+                "<image> hello",
+                "what",
+                "a cat",
+                first="gpt",
+            ),
+            False,
+        ),
+        (
+            turns(
+                "hello",
+                "<image> what",
+                "a cat",
+                first="gpt",
+            ),
+            True,
+        ),
+        (
+            turns(
+                "<image> and <image>",
+                "two",
+                "<image> again",
+                "three",
+            ),
+            True,
+        ),
     ],
 )
 def test_what_llava_trains_on_loads(conversations, shown, tmp_path):
@@ -196,7 +220,11 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
 
 ASKED = "<image>\nwhat"
 UNSHOWN = [
-    {"image": None, "images": ["a.png"], "conversations": turns(ASKED, "cat")},
+    {
+        "image": None,
+        "images": ["a.png"],
+        "conversations": turns(ASKED, "cat"),
+    },
     {"conversations": turns("<Image> what", "cat")},
 ]
 

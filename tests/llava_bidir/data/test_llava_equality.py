@@ -199,7 +199,12 @@ SIZES = [(640, 480), (333, 500), (336, 336), (337, 336), (31, 7), (1, 9)]
 
 def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     width, height = size
-    noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 4), np.uint8)
+    noise = np.random.default_rng(width * height).integers(
+        0,
+        256,
+        (height, width, 4),
+        np.uint8,
+    )
     return Image.fromarray(noise, "RGBA").convert(mode)
 
 
@@ -236,6 +241,16 @@ def test_pixels_equal_llavas(name, aspect, size):
     ours = encoder.image_processor(config, aspect)(picture(size), return_tensors="np")[
         "pixel_values"
     ][0]
-    expected = llava_pixels(picture(size), encoder.entry, config.image_size, aspect)
+    expected = llava_pixels(
+        picture(size),
+        encoder.entry,
+        config.image_size,
+        aspect,
+    )
     assert ours.shape == (3, config.image_size, config.image_size)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        ours,
+        expected,
+        rtol=0,
+        atol=2e-6,
+    )

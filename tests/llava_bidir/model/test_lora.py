@@ -15,7 +15,14 @@ def updated():
     """Return a tiny model with updates as large as its weights."""
     model = tiny_models.model("bidirectional")
     torch.manual_seed(5)
-    add_lora(model, Lora(r=3, alpha=6, dropout=0.1))
+    add_lora(
+        model,
+        Lora(
+            r=3,
+            alpha=6,
+            dropout=0.1,
+        ),
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -91,14 +91,25 @@ def test_a_mask_of_the_callers_equals_the_models_own(backend, name, llm):
     expected = model(**inputs).logits
     for given in masks:
         logits = model(**inputs, attention_mask=given).logits
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits,
+            expected,
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_mask_of_integers_is_refused(backend):
     model = tiny_models.model("bidirectional", backend)
     ids, _ = tiny_models.ids("tttt")
-    mask = torch.ones(1, 1, 4, 4, dtype=torch.long).tril()
+    mask = torch.ones(
+        1,
+        1,
+        4,
+        4,
+        dtype=torch.long,
+    ).tril()
     with pytest.raises(ValueError, match="attention_mask is torch.int64 .* expected booleans"):
         model(input_ids=ids, attention_mask=mask)
 
@@ -166,7 +177,12 @@ def test_an_image_token_in_an_answer_is_text(name):
         use_cache=False,
     ).last_hidden_state
     expected = model.lm_head(states[:, -6:-1])
-    torch.testing.assert_close(torch.stack(out.logits, 1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.stack(out.logits, 1),
+        expected,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -176,7 +192,15 @@ def test_embeddings_that_may_contain_images_are_causal_with_a_warning(name, monk
     warnings = []
     monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
     embedded = model.get_input_embeddings()(torch.arange(6)[None])
-    model(inputs_embeds=embedded, attention_mask=torch.ones(1, 1, 1, 6).bool())
+    model(
+        inputs_embeds=embedded,
+        attention_mask=torch.ones(
+            1,
+            1,
+            1,
+            6,
+        ).bool(),
+    )
     assert not warnings
     model(inputs_embeds=embedded)
     assert ["pass a 4D attention_mask" in text for text in warnings] == [True] * (name != "causal")

@@ -15,7 +15,12 @@ from llava_bidir.training.module import LlavaTraining
 @pytest.fixture
 def mesh():
     """One process of a group of its own."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+    )
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 

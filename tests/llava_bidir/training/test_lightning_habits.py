@@ -22,7 +22,13 @@ def test_an_error_in_a_config_names_the_option_and_what_was_meant(
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(SystemExit, match="^2$"):
-        tiny_models.fit(parts, conversations, tmp_path / "run", "-c", str(file))
+        tiny_models.fit(
+            parts,
+            conversations,
+            tmp_path / "run",
+            "-c",
+            str(file),
+        )
     (error,) = capsys.readouterr().err.strip().splitlines()
     option, end = KEYS[text]
     assert error.startswith("llava-bidir fit: ")
@@ -33,14 +39,26 @@ def test_an_error_in_a_config_names_the_option_and_what_was_meant(
 
 def test_csv_logger_has_each_step(parts, conversations, tmp_path):
     more = "--trainer.logger CSVLogger --trainer.log_every_n_steps 1 --trainer.logger.save_dir"
-    tiny_models.fit(parts, conversations, tmp_path / "run", *more.split(), str(tmp_path / "logs"))
+    tiny_models.fit(
+        parts,
+        conversations,
+        tmp_path / "run",
+        *more.split(),
+        str(tmp_path / "logs"),
+    )
     (file,) = tmp_path.rglob("metrics.csv")
     rows = [*csv.DictReader(file.read_text().splitlines())]
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2"]
 
 
 def test_a_run_without_a_logger_trains(parts, conversations, tmp_path):
-    run = tiny_models.fit(parts, conversations, tmp_path / "run", "--trainer.logger", "false")
+    run = tiny_models.fit(
+        parts,
+        conversations,
+        tmp_path / "run",
+        "--trainer.logger",
+        "false",
+    )
     assert (run / "hf/training.json").is_file()
     assert not [*run.glob("events*")]
 
@@ -56,7 +74,12 @@ def test_what_a_run_cannot_record_or_resume_is_refused(callback, parts, conversa
     """The scheduler trained with batches of 32, recorded 16, and its rate ended at 65% of the peak."""
     words = [f"--trainer.callbacks+={callback}", *REFUSED[callback]]
     with pytest.raises(SystemExit, match=f"{callback} is not supported"):
-        tiny_models.fit(parts, conversations, tmp_path / "run", *words)
+        tiny_models.fit(
+            parts,
+            conversations,
+            tmp_path / "run",
+            *words,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -70,6 +93,11 @@ def test_what_a_run_cannot_record_or_resume_is_refused(callback, parts, conversa
 )
 def test_the_final_step_has_a_checkpoint(options, parts, conversations, tmp_path):
     """Lightning saves after validations, where there are any: `export RUN` wrote older weights than RUN/hf."""
-    run = tiny_models.fit(parts, conversations, tmp_path / "run", *options.split())
+    run = tiny_models.fit(
+        parts,
+        conversations,
+        tmp_path / "run",
+        *options.split(),
+    )
     main(["export", str(run), str(tmp_path / "exported")])
     assert_same_export(run / "hf", tmp_path / "exported")

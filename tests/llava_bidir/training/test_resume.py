@@ -420,7 +420,12 @@ def test_options_that_contradict_each_other_or_the_record_are_refused(
 ):
     """A trial would count as finished; micro-batches follow from the data's sizes."""
     with pytest.raises(SystemExit, match=REFUSED[options]):
-        tiny_models.fit(parts, conversations, tmp_path / "run", *options.split())
+        tiny_models.fit(
+            parts,
+            conversations,
+            tmp_path / "run",
+            *options.split(),
+        )
     assert not (tmp_path / "run/hf").exists()
 
 

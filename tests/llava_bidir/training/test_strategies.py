@@ -78,7 +78,12 @@ def spec(tmp_path_factory) -> dict[str, str]:
 def two(spec) -> Path:
     """Return the folder with the results of all runs on two processes."""
     resume = {"ddp": "fsdp2-plain-32-true.ckpt", "fsdp2": "ddp-plain-32-true.ckpt"}
-    out, codes, log = start(spec, "two", [*RUNS, *VALIDATED, *ELSEWHERE], resume=resume)
+    out, codes, log = start(
+        spec,
+        "two",
+        [*RUNS, *VALIDATED, *ELSEWHERE],
+        resume=resume,
+    )
     assert codes == [0, 0], log
     return out
 
@@ -91,7 +96,13 @@ def one(spec, two) -> Path:
         "zero3_offload": str(two / "zero2-plain-32-true.ckpt"),
     }
     runs = dict.fromkeys(f"ddp:{run}" for run, _ in AS_ONE.values())
-    out, codes, log = start(spec, "one", [*runs, *REJECTED, *SUMS], processes=1, resume=resume)
+    out, codes, log = start(
+        spec,
+        "one",
+        [*runs, *REJECTED, *SUMS],
+        processes=1,
+        resume=resume,
+    )
     assert codes == [0], log
     return out
 
@@ -120,7 +131,12 @@ def test_two_processes_train_as_one(run, one, two):
         torch.testing.assert_close(dict(ranks[0]["weights"]), dict(single["weights"]), **near)
     for name in names:
         found, expected = (x["metrics"][name] for x in (ranks[0], single))
-        torch.testing.assert_close(found, expected, **near, msg=name)
+        torch.testing.assert_close(
+            found,
+            expected,
+            **near,
+            msg=name,
+        )
 
 
 def test_gradients_summed_in_fp32_have_the_norm_of_float32(one):

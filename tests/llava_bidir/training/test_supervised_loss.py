@@ -84,7 +84,12 @@ def llava_logits(
     decoder = model.model.language_model
     mask = reference.mask_by_loop(image_attention, is_image[None], torch.ones_like(ids)[None])
     masks = [mask] * len(decoder.layers)
-    states = reference.llama_states(decoder, embedded[None], masks, torch.arange(len(ids)))
+    states = reference.llama_states(
+        decoder,
+        embedded[None],
+        masks,
+        torch.arange(len(ids)),
+    )
     return model.lm_head(decoder.norm(states[-1]))[0]
 
 
@@ -97,8 +102,18 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
     for item in samples():
         ids, labels = (torch.tensor(row) for row in collate.encode(item))
         pixels = collate.pixels([item], [ids.tolist()])
-        logits = llava_logits(module.model, name, ids, pixels)[:-1]
-        loss = F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+        logits = llava_logits(
+            module.model,
+            name,
+            ids,
+            pixels,
+        )[:-1]
+        loss = F.cross_entropy(
+            logits,
+            labels[1:],
+            ignore_index=-100,
+            reduction="sum",
+        )
         total += loss.item()
         count += int((labels[1:] != -100).sum())
     assert module.loss(collate(samples())).item() == pytest.approx(total / count, rel=1e-5)
@@ -118,7 +133,12 @@ def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):
 def test_compiled_layers_leave_loss_and_gradients(parts):
     torch.compiler.reset()
     plain, collate = build(parts, "bidirectional")
-    compiled, _ = build(parts, "bidirectional", compile=True, gradient_checkpointing=True)
+    compiled, _ = build(
+        parts,
+        "bidirectional",
+        compile=True,
+        gradient_checkpointing=True,
+    )
     assert_same_training(compiled.train(), plain.train(), collate(samples()))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0, "nothing was compiled"

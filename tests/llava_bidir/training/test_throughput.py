@@ -20,7 +20,12 @@ def test_validation_is_no_training(monkeypatch):
     module = SimpleNamespace(device=torch.device("cpu"), log_dict=logged.update)
     batch = {
         "lengths": [3, 5],
-        "pixel_values": torch.zeros(1, 3, 2, 2),
+        "pixel_values": torch.zeros(
+            1,
+            3,
+            2,
+            2,
+        ),
         "supervised": 4,
     }
     callback = Throughput()
@@ -30,7 +35,13 @@ def test_validation_is_no_training(monkeypatch):
     for _ in range(2):
         now += 4
         trainer.global_step += 1
-        callback.on_train_batch_end(trainer, module, None, batch, 0)
+        callback.on_train_batch_end(
+            trainer,
+            module,
+            None,
+            batch,
+            0,
+        )
         now += 100
         callback.on_validation_end(trainer, module)
     names = ("step_s", "samples_per_s", "mfu")

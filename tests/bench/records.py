@@ -22,7 +22,7 @@ from memory import Watch, peak_mb
 from PIL import Image
 from transformers import CLIPVisionConfig
 
-from llava_bidir.data.batch_samplers import BatchSampler, StepLoader
+from llava_bidir.data.batch_samplers import BatchSampler, StepLoader, grouped_batches
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import SYSTEM
 from llava_bidir.data.dataset import Instructions
@@ -92,7 +92,7 @@ def epoch(root: Path, workers: int) -> dict:
             instructions.lengths(),
             BATCH,
             MICRO_BATCH,
-            grouped=True,
+            grouped_batches,
         ),
         collate_fn=Collate(processor, IMAGE_TOKENS, "vicuna_v1"),
         num_workers=workers,

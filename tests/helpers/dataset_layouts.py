@@ -13,7 +13,12 @@ def save(file: Path, array: np.ndarray) -> None:
 
 
 def photo(seed: int, size=(6, 9)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    return np.random.default_rng(seed).integers(
+        0,
+        256,
+        (*size, 3),
+        np.uint8,
+    )
 
 
 def labels(seed: int, values, size=(6, 9)) -> np.ndarray:
@@ -44,13 +49,12 @@ def write_voc2012(root: Path) -> Path:
     save(root / "JPEGImages/2008_000002.jpg", photo(9))  # in no list but the augmented one
     save(root / "SegmentationClassAug/2008_000002.png", labels(9, [0, 5, 20]))
     save(root / "SegmentationClassAug/2007_000032.png", labels(9, [0, 7]))
-    lists = {
-        "train": "2007_000039\n2007_000032\n",
-        "val": "2007_000033\n2007_000042\n",
-        "trainaug": "2008_000002\n2007_000032\n2007_000039\n",
-    }
     (root / "ImageSets/Segmentation").mkdir(parents=True)
-    for name, text in lists.items():
+    for name, text in (
+        ("train", "2007_000039\n2007_000032\n"),
+        ("val", "2007_000033\n2007_000042\n"),
+        ("trainaug", "2008_000002\n2007_000032\n2007_000039\n"),
+    ):
         (root / f"ImageSets/Segmentation/{name}.txt").write_text(text)
     return root
 

@@ -1,7 +1,7 @@
 """Tiny random vision encoders of the real classes, as checkpoints on disk, and the inputs of their stock forward."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,18 @@ VISION = {
     "num_attention_heads": 2,
     "patch_size": PATCH_PX,
     "image_size": STORED_PX,
-    "layerscale_value": 0.5,  # where there is such a scale
+    # of some kinds; the others leave them out
+    "layerscale_value": 0.5,
+    "layer_scale_init_value": 0.7,
+    "use_relative_position_bias": True,
+    "num_register_tokens": 2,
+    "num_registers": 2,
+    "num_cls_tokens": 3,
+    "n_cls_tokens": 3,
+    "num_patches": 36,
+    "num_key_value_attention_heads": 1,
+    "max_img_size": 64,
+    "mask_ratio": 0.0,
 }
 TEXT = {
     "hidden_size": 16,
@@ -78,8 +89,8 @@ class StockEncoder:
         model_type: That of the config on disk.
         vision_class: The vision model in transformers.
         extra_tokens: Tokens before the patches.
-        settings: Further settings of the vision config.
         inputs: Normalised pixels -> arguments of the stock forward.
+        settings: Further settings of the vision config.
         two_towers: The checkpoint on disk has a text model, too.
         normed: The stock `last_hidden_state` is after the final norm.
         has_norm: There is a final norm.
@@ -90,8 +101,8 @@ class StockEncoder:
     model_type: str
     vision_class: str
     extra_tokens: int = 0
-    settings: dict = field(default_factory=dict)
     inputs: Callable[[Tensor], dict] = whole
+    settings: dict = field(default_factory=dict)
     two_towers: bool = False
     normed: bool = True
     has_norm: bool = True
@@ -112,9 +123,8 @@ class StockEncoder:
         model = transformers.AutoModel.from_config(config) if self.two_towers else self.cls(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if (
-                    parameter.ndim > 1 and "norm" not in name
-                ):  # else layers hardly change the states
+                # else layers hardly change the states
+                if parameter.ndim > 1 and "norm" not in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         model.save_pretrained(folder)
         CLIPImageProcessorPil(
@@ -131,93 +141,53 @@ class StockEncoder:
         return getattr(transformers, self.vision_class)
 
 
-_CLIP = {
-    "vision_class": "CLIPVisionModel",
-    "extra_tokens": 1,
-    "normed": False,
-    "inputs": interpolated,
-}
-_METACLIP_2 = _CLIP | {"vision_class": "MetaClip2VisionModel"}
-REGISTERS = {"num_register_tokens": 2}
-BIASED = {
-    "use_relative_position_bias": True,
-    "layer_scale_init_value": 0.7,
-}
-SAPIENS = REGISTERS | {
-    "image_size": [32, 24],
-    "num_key_value_attention_heads": 1,
-}
-_SIGLIP = {"vision_class": "SiglipVisionModel", "inputs": interpolated}
-_SIGLIP2 = {
-    "vision_class": "Siglip2VisionModel",
-    "inputs": patchified,
-    "settings": {"num_patches": 36},
-}
-STOCK = {
-    "dinov2": StockEncoder("dinov2", "Dinov2Model", 1),
-    "dinov2_with_registers": StockEncoder("dinov2_with_registers", "Dinov2WithRegistersModel", 5),
-    "dinov3_vit": StockEncoder("dinov3_vit", "DINOv3ViTModel", 5, {"num_register_tokens": 4}),
-    "clip": StockEncoder("clip", two_towers=True, **_CLIP),
-    "clip_vision_model": StockEncoder("clip_vision_model", **_CLIP),
-    "siglip": StockEncoder("siglip", two_towers=True, **_SIGLIP),
-    "siglip_vision_model": StockEncoder("siglip_vision_model", **_SIGLIP),
-    "siglip2": StockEncoder("siglip2", two_towers=True, **_SIGLIP2),
-    "siglip2_vision_model": StockEncoder("siglip2_vision_model", **_SIGLIP2),
-    "vit": StockEncoder("vit", "ViTModel", 1, inputs=interpolated),
-    "ijepa": StockEncoder("ijepa", "IJepaModel", inputs=interpolated),
-    "deit": StockEncoder("deit", "DeiTModel", 2, inputs=interpolated),
-    "vit_msn": StockEncoder("vit_msn", "ViTMSNModel", 1, inputs=interpolated),
-    "vit_mae": StockEncoder(
-        "vit_mae",
-        "ViTMAEModel",
+_ALL = [
+    StockEncoder("dinov2", "Dinov2Model", 1),
+    StockEncoder("dinov2_with_registers", "Dinov2WithRegistersModel", 3),
+    StockEncoder("dinov3_vit", "DINOv3ViTModel", 3),
+    StockEncoder(
+        "clip_vision_model",
+        "CLIPVisionModel",
         1,
-        {"mask_ratio": 0.0},
-        inputs=in_order,
+        interpolated,
+        normed=False,
     ),
-    "beit": StockEncoder(
-        "beit",
-        "BeitModel",
+    StockEncoder(
+        "metaclip_2_vision_model",
+        "MetaClip2VisionModel",
         1,
-        BIASED,
-        inputs=interpolated,
+        interpolated,
+        normed=False,
     ),
-    "data2vec-vision": StockEncoder(
+    StockEncoder("siglip_vision_model", "SiglipVisionModel", 0, interpolated),
+    StockEncoder("siglip2_vision_model", "Siglip2VisionModel", 0, patchified),
+    StockEncoder("vit", "ViTModel", 1, interpolated),
+    StockEncoder("ijepa", "IJepaModel", 0, interpolated),
+    StockEncoder("deit", "DeiTModel", 2, interpolated),
+    StockEncoder("vit_msn", "ViTMSNModel", 1, interpolated),
+    StockEncoder("vit_mae", "ViTMAEModel", 1, in_order),
+    StockEncoder("beit", "BeitModel", 1, interpolated),
+    StockEncoder(
         "data2vec-vision",
         "Data2VecVisionModel",
         1,
-        BIASED,
-        inputs=interpolated,
+        interpolated,
         has_own_attention=True,
     ),
-    "pixio": StockEncoder("pixio", "PixioModel", 3, {"n_cls_tokens": 3}),
-    "metaclip_2": StockEncoder("metaclip_2", two_towers=True, **_METACLIP_2),
-    "metaclip_2_vision_model": StockEncoder("metaclip_2_vision_model", **_METACLIP_2),
-    "aimv2_vision_model": StockEncoder("aimv2_vision_model", "Aimv2VisionModel", one_side=True),
-    "mlcd_vision_model": StockEncoder(
+    StockEncoder("pixio", "PixioModel", 3),
+    StockEncoder("aimv2_vision_model", "Aimv2VisionModel", one_side=True),
+    StockEncoder(
         "mlcd_vision_model",
         "MLCDVisionModel",
         1,
         normed=False,
         one_side=True,
     ),
-    "tipsv2": StockEncoder(
-        "tipsv2",
-        "Tipsv2VisionModel",
-        3,
-        REGISTERS,
-        two_towers=True,
-    ),
-    "tipsv2_vision_model": StockEncoder("tipsv2_vision_model", "Tipsv2VisionModel", 3, REGISTERS),
-    "radio": StockEncoder(
-        "radio",
-        "RadioModel",
-        5,
-        {
-            "num_cls_tokens": 3,
-            "num_registers": 2,
-            "max_img_size": 64,
-        },
-        has_norm=False,
-    ),
-    "sapiens2": StockEncoder("sapiens2", "Sapiens2Model", 3, SAPIENS),
-}
+    StockEncoder("tipsv2_vision_model", "Tipsv2VisionModel", 3),
+    StockEncoder("radio", "RadioModel", 5, has_norm=False),
+    StockEncoder("sapiens2", "Sapiens2Model", 3, settings={"image_size": [32, 24]}),
+]
+STOCK = {stock.model_type: stock for stock in _ALL}
+for _name in ("clip", "metaclip_2", "siglip", "siglip2", "tipsv2"):
+    _stock = STOCK[f"{_name}_vision_model"]
+    STOCK[_name] = replace(_stock, model_type=_name, two_towers=True)

@@ -249,14 +249,7 @@ def _patched(
         "rope_parameters": MROPE,
         **text,
     }
-    config = _config(
-        kind,
-        {"model_type": kind, **vision},
-        text,
-        vision_start_token_id=97,
-        vision_end_token_id=98,
-        video_token_id=96,
-    )
+    config = _config(kind, {"model_type": kind, **vision}, text)
     inputs = _stock(
         name,
         patch_size=2,
@@ -609,7 +602,6 @@ _ALL = [
             },
             _llm("deepseek_v3", **LATENT, **EXPERTS),
             projection_hidden_size=16,
-            video_token_id=96,
         ),
         "model.mm_projector",
         (SIDE, SIDE),
@@ -633,7 +625,6 @@ _ALL = [
             "video_llama_3",
             SMALL_PATCHES | {"model_type": "video_llama_3_vision"},
             _llm("qwen2"),
-            video_token_id=96,
         ),
         "model.projector",
         (SIDE, SIDE),
@@ -645,9 +636,6 @@ _ALL = [
     _pixtral("lighton_ocr", _llm("qwen3"), "model.vision_projection", "<|image_pad|>"),
 ]
 STOCK = {stock.config["model_type"]: stock for stock in _ALL}
-
-
-ENCODER_FREE = {"gemma4_unified"}  # whose LLM reads patches
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

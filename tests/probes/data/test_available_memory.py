@@ -14,7 +14,7 @@ def write_group(
     folder: Path,
     version: int,
     limit: int | str,
-    use: int = 0,
+    use: int,
     cached: int = 0,
 ) -> None:
     """Write the files of a control group, as the kernel does."""
@@ -22,12 +22,8 @@ def write_group(
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in zip(names, (limit, use), strict=True):
         (folder / f"memory.{name}").write_text(f"{value}\n")
-    own = (
-        f"inactive_file {cached}\n"
-        if version == 2
-        else f"inactive_file 0\ntotal_inactive_file {cached}\n"
-    )
-    (folder / "memory.stat").write_text(f"anon {use - cached}\n{own}")
+    total = "total_" if version == 1 else ""
+    (folder / "memory.stat").write_text(f"inactive_file 0\n{total}inactive_file {cached}\n")
 
 
 @pytest.mark.parametrize(

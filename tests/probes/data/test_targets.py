@@ -125,7 +125,12 @@ def test_any_segmentation_layout_has_boundaries(tmp_path):
 
 def test_cityscapes_depth_is_baseline_times_focal_length_over_disparity(tmp_path):
     city = dataset_layouts.write_cityscapes_depth(dataset_layouts.write_cityscapes(tmp_path))
-    data = opened(city, "depth", "training", "cityscapes")
+    data = opened(
+        city,
+        "depth",
+        "training",
+        "cityscapes",
+    )
     assert data.groups == ["aachen", "aachen", "ulm"]
     assert data.official_size == 2975
     for sample in data:

@@ -4,7 +4,6 @@ from functools import cache
 
 import pytest
 import tiny_families
-import tiny_models
 import torch
 from PIL import Image
 
@@ -15,11 +14,6 @@ import probes
 @pytest.fixture(scope="module", params=["causal", "bidirectional", "prefix"])
 def mllm(request, checkpoints):
     return probes.load(checkpoints[request.param])
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    return tiny_models.pixels(3)
 
 
 @pytest.fixture(scope="session")

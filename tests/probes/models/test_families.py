@@ -1,8 +1,7 @@
 """Every family on a tiny random instance of its real class, against plain hooks on the forward of that class."""
 
 import shutil
-from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from operator import attrgetter
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from layer_parts import LAYERS, check_parts, recorded
 from tiny_families import (
-    ENCODER_FREE,
     SEVERAL_WAYS_IN,
     SIDE,
     STOCK,
@@ -178,39 +176,29 @@ def test_logit_lens_caps_logits_as_the_stock_forward_does(load_family, monkeypat
 @pytest.mark.parametrize("name", ALL)
 def test_states_lie_in_raster_order(name, load_family):
     """Without attention in the encoder, a change of the pixels of one token reaches that token alone."""
-    read, (rows, columns) = load_family(name), STOCK[name].grid
-    pixels = read.preprocess(pictures(name, 1))
-    token_px = STOCK[name].image_px // columns
-    with no_attention(read):
-        before = read.states(pixels, ["encoder", "adapter"])
-        for row, column in ((0, 1), (1, 0), (rows - 1, 1), (1, columns - 1)):
-            changed = pixels.clone()
-            changed[..., row * token_px :, column * token_px :][..., :token_px, :token_px] += 1.0
-            after = read.states(changed, ["encoder", "adapter"])
-            for site in before:
-                moved = (after[site] - before[site]).norm(dim=-1)[0]
-                assert moved.argmax() == row * columns + column, (site, row, column)
-                if name != "deepseek_vl_hybrid":  # its convolutions and resizing reach over patches
-                    assert (moved > 0).sum() == 1, (site, row, column)
-
-
-@contextmanager
-def no_attention(read):
-    """Set the weights of all attention modules outside the decoder to zero."""
+    read = deepcopy(load_family(name))
     decoder = set(read.decoder.modules())
-    weights = [
-        parameter
+    attention = [
+        module
         for module in read.model.model.modules()
-        if module not in decoder and module.__class__.__name__.endswith("Attention")
-        for parameter in module.parameters()
+        if module not in decoder and type(module).__name__.endswith("Attention")
     ]
-    assert weights or read.model.config.model_type in ENCODER_FREE
-    kept = [weight.clone() for weight in weights]
-    try:
-        [weight.zero_() for weight in weights]
-        yield
-    finally:
-        [weight.copy_(value) for weight, value in zip(weights, kept, strict=True)]
+    assert attention or name == "gemma4_unified"  # whose LLM reads patches
+    for module in attention:
+        [weight.zero_() for weight in module.parameters()]
+    rows, columns = STOCK[name].grid
+    token_px = STOCK[name].image_px // columns
+    pixels = read.preprocess(pictures(name, 1))
+    before = read.states(pixels, ["encoder", "adapter"])
+    for row, column in ((0, 1), (1, 0), (rows - 1, 1), (1, columns - 1)):
+        changed = pixels.clone()
+        changed[..., row * token_px :, column * token_px :][..., :token_px, :token_px] += 1.0
+        after = read.states(changed, ["encoder", "adapter"])
+        for site in before:
+            moved = (after[site] - before[site]).norm(dim=-1)[0]
+            assert moved.argmax() == row * columns + column, (site, row, column)
+            if name != "deepseek_vl_hybrid":  # its convolutions and resizing reach over patches
+                assert (moved > 0).sum() == 1, (site, row, column)
 
 
 @pytest.mark.parametrize("name", MASKABLE)
@@ -304,10 +292,8 @@ def test_a_random_adapter_is_random_for_all_features_of_the_same_encoder(checkpo
     trained = load_family("qwen3_vl")
     control = probes.load(checkpoint("qwen3_vl"), untrained=["adapter"])
     pixels = trained.preprocess(pictures("qwen3_vl"))
-    before = trained.states(pixels)
-    after = control.states(pixels)
+    before, after = (frozen.states(pixels) for frozen in (trained, control))
     assert torch.equal(after["encoder"], before["encoder"])
-    assert after["adapter"].isfinite().all()
     assert not torch.allclose(after["adapter"], before["adapter"])
     weights, random = (dict(frozen.model.named_parameters()) for frozen in (trained, control))
     found = [key for key in weights if "merger" in key and key.endswith("linear_fc1.weight")]

@@ -2,36 +2,21 @@
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
 import probes
 
 pytestmark = pytest.mark.numerics
 
-GRID = (3, 3)
-
-
-def states_of(images: int, width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(images + width)
-    scale = torch.logspace(1, 0, width)
-    return (
-        scale
-        * torch.randn(
-            images,
-            9,
-            width,
-            generator=generator,
-        )
-        + 3
-    )
-
 
 @pytest.mark.parametrize(("images", "width"), [(4, 40), (1, 2)])
 def test_colours_are_the_main_components_of_all_images_together(images, width):
-    states = states_of(images, width)
+    torch.manual_seed(0)
+    states = 3 + torch.logspace(1, 0, width) * torch.randn(images, 9, width)
     found = probes.pca_colours({"a": states})["a"]
-    assert found.shape == (images, *GRID, 3)
-    assert torch.equal(found, probes.pca_colours({"a": states.unflatten(1, GRID)})["a"])
+    assert found.shape == (images, 3, 3, 3)
+    assert torch.equal(found, probes.pca_colours({"a": states.unflatten(1, (3, 3))})["a"])
     x = states.double().flatten(0, 1).numpy()
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     scores = (u * s)[:, :3]
@@ -48,15 +33,7 @@ def test_equal_states_have_no_colour():
 
 def test_similarity_is_the_cosine_with_a_patch_of_the_first_image(checkpoints):
     mllm = probes.load(checkpoints["causal"])
-    states = mllm.states(
-        torch.randn(
-            2,
-            3,
-            8,
-            8,
-            generator=torch.Generator().manual_seed(0),
-        )
-    )
+    states = mllm.states(tiny_models.pixels(2))
     found = mllm.similarity(states, (1, 0))
     assert list(found) == mllm.sites
     for site, of_site in found.items():

@@ -53,9 +53,9 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
     encoder = probes.load(folders[name], device="cpu", image_px=side)
     pixels = encoder.preprocess([photo(), photo(1)])
     assert pixels.shape == (2, 3, side, side) and not encoder.has_llm
-    expected_pixels = np.asarray(photo().resize((side, side), Image.BICUBIC)) / 255
-    expected_pixels = (expected_pixels - tiny_encoders.MEAN) / tiny_encoders.STD
-    assert np.abs(pixels[0].permute(1, 2, 0).numpy() - expected_pixels).max() < 1e-5
+    square = np.asarray(photo().resize((side, side), Image.BICUBIC)) / 255
+    normalised = (square - tiny_encoders.MEAN) / tiny_encoders.STD
+    assert np.abs(pixels[0].permute(1, 2, 0).numpy() - normalised).max() < 1e-5
     states = encoder.states(pixels, "all_parts")
     model = load_weights(
         "encoder",
@@ -149,37 +149,29 @@ def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
     """Another state of the blocked patch before the cut layer changes no other patch behind it."""
     encoder = probes.load(folders[name], device="cpu", attn_implementation=backend)
     pixels = encoder.preprocess([photo()])
-    blocked = torch.zeros(1, encoder.grid[0] * encoder.grid[1], dtype=torch.bool)
-    blocked[0, 7] = True
-    others = ~blocked[0]
+    blocked = (torch.arange(encoder.image_tokens) == 7)[None]
     noise = torch.randn(16, generator=torch.Generator().manual_seed(1))
     hooks = {"layer_01": lambda states: torch.where(blocked[..., None], noise, states)}
     cut = probes.Knockout(blocked, layers=[2])
+
+    def states(knockout=None, **more):
+        return encoder.states(
+            pixels,
+            ["layer_02"],
+            knockout,
+            **more,
+        )["layer_02"]
+
     if tiny_encoders.STOCK[name].has_own_attention:
         with pytest.raises(UserError, match="no attention that a knockout can cut"):
-            encoder.states(pixels, knockout=cut)
+            states(cut)
         return
-    plain = encoder.states(pixels, ["layer_02"])["layer_02"]
-    moved = encoder.states(pixels, ["layer_02"], hooks=hooks)["layer_02"]
-    with_cut = encoder.states(pixels, ["layer_02"], cut)["layer_02"]
-    moved_with_cut = encoder.states(
-        pixels,
-        ["layer_02"],
-        cut,
-        hooks=hooks,
-    )["layer_02"]
     # CLS and registers of this layer read the blocked patch, but patches of this layer do not read those of this layer
-    assert (moved - plain)[0, others].abs().max() > 1e-4
-    assert (moved_with_cut - with_cut)[0, others].abs().max() <= 1e-6
+    assert (states(hooks=hooks) - states())[~blocked].abs().max() > 1e-4
+    assert (states(cut, hooks=hooks) - states(cut))[~blocked].abs().max() <= 1e-6
     in_layers = torch.tensor([[False, True, False], [False, False, False]])
     by_row = probes.Knockout(blocked.expand(2, -1), in_layers)
-    rows = encoder.states(
-        pixels,
-        ["layer_02"],
-        by_row,
-        rows=[0, 0],
-    )["layer_02"]
-    assert_close(rows, torch.cat([with_cut, plain]))
+    assert_close(states(by_row, rows=[0, 0]), torch.cat([states(cut), states()]))
 
 
 @pytest.mark.parametrize("name", ["dinov2", "clip_vision_model", "beit"])

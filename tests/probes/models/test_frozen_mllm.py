@@ -15,15 +15,9 @@ pytestmark = pytest.mark.numerics
 
 def full_forward(mllm, pixels):
     """Hidden states of the whole model on prefix and image, at the image's positions."""
-    image = torch.full((len(pixels), tiny_models.TOKENS), mllm.model.config.image_token_id)
-    ids = torch.cat([mllm.prefix_ids.expand(len(pixels), -1), image], 1)
-    states = mllm.model(
-        ids,
-        pixels,
-        output_hidden_states=True,
-        use_cache=False,
-    ).hidden_states
-    return [state[:, -tiny_models.TOKENS :] for state in states]
+    ids = mllm.ids.expand(len(pixels), -1)
+    output = mllm.model(ids, pixels, output_hidden_states=True, use_cache=False)
+    return [state[:, -tiny_models.TOKENS :] for state in output.hidden_states]
 
 
 def test_states_equal_those_of_the_full_forward(mllm, pictures):

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import tiny_models
 import torch
 from PIL import Image
@@ -35,22 +34,19 @@ def stock_states(mllm, pixels, change) -> torch.Tensor:
     return hidden[-1][:, first : first + tiny_models.TOKENS]
 
 
-@pytest.fixture
-def names(checkpoints, tmp_path, monkeypatch):
-    """The variables after all Python blocks of the page, run in one folder with two photos."""
+def test_code_of_the_page_equals_plain_hooks_on_the_stock_forward(
+    checkpoints, tmp_path, monkeypatch
+):
+    """All Python blocks run in one folder with two photos."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / PATH
     folder.parent.mkdir(parents=True)
     folder.symlink_to(checkpoints["causal"])
     Image.new("RGB", (30, 20), "red").save("photo.jpg")
     Image.radial_gradient("L").convert("RGB").save("other.jpg")
-    variables = {}
+    names = {}
     for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S):
-        exec(block, variables)
-    return variables
-
-
-def test_code_of_the_page_equals_plain_hooks_on_the_stock_forward(names):
+        exec(block, names)
     mllm = names["mllm"]
     pixels = names["pixels"]
     states = names["states"]

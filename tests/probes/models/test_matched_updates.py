@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import probes
-from llava_bidir import LlavaBidirConfig
+from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes.models.random_weights import COARSE_TOLERANCE, TOLERANCE, layer_updates
 
 pytestmark = pytest.mark.numerics
@@ -52,22 +52,17 @@ def matched_from_the_first_layer(mllm, pixels, updates):
     return factors
 
 
-@pytest.fixture(scope="module")
-def deep(checkpoints, tmp_path_factory):
-    """A checkpoint with six layers."""
-    folder = shutil.copytree(checkpoints["bidirectional"], tmp_path_factory.mktemp("deep") / "hf")
-    text = LlavaBidirConfig.from_pretrained(folder).text_config
-    text.num_hidden_layers = 6
-    config = {
-        "text_config": text,
-        "image_token_index": probes.load(str(folder)).model.config.image_token_id,
-    }
-    tiny_models.model("bidirectional", **config).save_pretrained(folder)
-    return str(folder)
-
-
-def test_the_scales_are_those_of_complete_forwards_layer_by_layer(deep, pictures, monkeypatch):
-    """And no layer runs again for the layers after it."""
+def test_the_scales_are_those_of_complete_forwards_layer_by_layer(
+    checkpoints, pictures, tmp_path, monkeypatch
+):
+    """Of six layers, none of which runs again for the layers after it."""
+    deep = shutil.copytree(checkpoints["bidirectional"], tmp_path / "hf")
+    config = LlavaBidirConfig.from_pretrained(deep)
+    config.text_config.num_hidden_layers = 6
+    torch.manual_seed(0)
+    built = LlavaBidirForConditionalGeneration._from_config(config)
+    tiny_models.sharpen(built)
+    built.save_pretrained(deep)
     trained = probes.load(deep)
     pixels = trained.preprocess(pictures)
     calls = Counter()
@@ -97,10 +92,10 @@ def test_updates_are_matched_in_bfloat16_as_far_as_its_rounding_allows(
         if "projector.linear_2" in name:
             weights[name] = 8 * weights[name]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    trained = probes.load(str(path), dtype="bfloat16")
+    trained = probes.load(path, dtype="bfloat16")
     updates = layer_updates(trained, trained.preprocess(pictures))
     control = probes.load(
-        str(path),
+        path,
         **UPDATE,
         match_images=pictures,
         dtype="bfloat16",

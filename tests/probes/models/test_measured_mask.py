@@ -66,15 +66,13 @@ def with_mask(mllm, layer: int, change):
     return mllm
 
 
-def test_a_layer_that_drops_the_mask_is_named(checkpoints, monkeypatch, capsys):
+def test_a_layer_that_drops_the_mask_is_named(checkpoints, monkeypatch):
     mllm = with_mask(probes.load(checkpoints["bidirectional"]), 2, torch.tril)
     expected = "image to later image: is not attended to, though the mask allows it, in layer_02"
     assert mllm.measured_mask().disagreements() == [expected]
     monkeypatch.setattr("probes.models.load.load", lambda *args, **kwargs: mllm)
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match=expected):
         main(["mask", str(checkpoints["bidirectional"])])
-    assert expected in str(exit_.value.code)
-    assert "67%" in capsys.readouterr().out, "two of three layers"
 
 
 def test_a_layer_that_leaks_is_named(checkpoints):

@@ -30,9 +30,9 @@ SAID = {
 }
 
 
-def photo(size: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    return Image.fromarray(noise)
+def photo(seed: int = 0) -> Image.Image:
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(256, size=(30, 40, 3), dtype=np.uint8))
 
 
 def load(module: nn.Module | None = None, **changes) -> probes.FrozenEncoder:
@@ -43,7 +43,7 @@ def load(module: nn.Module | None = None, **changes) -> probes.FrozenEncoder:
 def test_states_are_those_of_the_modules_own_forward_without_extra_tokens():
     module = own_modules.build().module
     encoder = load(module)
-    pixels = encoder.preprocess([photo(), photo(seed=1)])
+    pixels = encoder.preprocess([photo(), photo(1)])
     torch.testing.assert_close(pixels[0], resized(photo()))
     states = encoder.states(pixels)
     hidden = module.eval().embed(pixels)

@@ -37,15 +37,13 @@ class StockProcessor:
         name: Its class; of those that need torchvision, the one with Pillow.
         settings: Its options.
         view: Index of the view that the sites see, among the views of an image.
-        square_only: Other photos keep their shape, which the sites do not see.
-        is_patches: It returns patches, as the family's own forward takes them; of squares only, too.
+        is_own: It returns what the family's forward takes, of photos in their shape, of which the sites see squares.
     """
 
     name: str
     settings: dict = field(default_factory=lambda: {"size": BOTH_SIDES})
     view: int = 0
-    square_only: bool = False
-    is_patches: bool = False
+    is_own: bool = False
 
     def build(self):
         """Return the processor with the means of the tiny models."""
@@ -55,7 +53,7 @@ class StockProcessor:
     def pixels(self, photo: Image.Image) -> torch.Tensor:
         """Return the pixels of the view that the sites see."""
         pixels = torch.as_tensor(np.array(self.build()([[photo]])["pixel_values"]))
-        if self.is_patches:
+        if self.is_own:
             return pixels
         return pixels.reshape(-1, *pixels.shape[-3:])[self.view][None]
 
@@ -73,7 +71,7 @@ def _patches(name: str, side: int = TOKENS_PX, **kwargs) -> StockProcessor:
         "merge_size": 2,
         "size": dict.fromkeys(("shortest_edge", "longest_edge"), frames * side**2),
     }
-    return StockProcessor(name, settings | kwargs, is_patches=True)
+    return StockProcessor(name, settings | kwargs, is_own=True)
 
 
 _TILES = {"image_grid_pinpoints": [[24, 48], [48, 24]]}
@@ -118,7 +116,7 @@ PROCESSORS = [
                 "max_soft_tokens": 70,
                 "do_normalize": True,
             },
-            is_patches=True,
+            is_own=True,
         ),
     ),
     ("internvl aya_vision qianfan_ocr", StockProcessor("GotOcr2ImageProcessorPil", _GOT)),
@@ -141,7 +139,7 @@ PROCESSORS = [
         StockProcessor(
             "PixtralImageProcessorPil",
             {"size": {"longest_edge": TOKENS_PX}, "patch_size": {"height": 4, "width": 4}},
-            square_only=True,
+            is_own=True,
         ),
     ),
     ("paddleocr_vl", _patches("PaddleOCRVLImageProcessorPil")),
@@ -152,7 +150,7 @@ PROCESSORS = [
         StockProcessor(
             "Siglip2ImageProcessorPil",
             {"patch_size": 4, "max_num_patches": 36},
-            is_patches=True,
+            is_own=True,
         ),
     ),
     ("vit ijepa vit_msn vit_mae", StockProcessor("ViTImageProcessorPil")),
@@ -216,9 +214,9 @@ def test_pixels_equal_those_of_the_stock_processor(name, stock, checkpoint):
     """The filter, the crop, the padding and the detour over a larger photo are the processor's."""
     stock.build().save_pretrained(checkpoint(name))
     model = probes.load(str(checkpoint(name)), device="cpu")
-    for size in [SQUARE] if stock.square_only or stock.is_patches else SIZES:
+    for size in [SQUARE] if stock.is_own else SIZES:
         ours = model.preprocess(photo(size))
-        if stock.is_patches:
+        if stock.is_own:
             of_llm = (model.model, ours, model.is_image[None]) if model.has_llm else ()
             ours = model.family.inputs(*of_llm or (model.model.config, ours))["pixel_values"]
         expected = stock.pixels(photo(size)).flatten()[: ours.numel()]  # Gemma 4 pads its patches

@@ -1,11 +1,13 @@
-"""The text that processors insert around image tokens: ours is that of the stock processors."""
+"""The text before the image and around its tokens: that of stock processors, of templates, and of users."""
 
 import importlib
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
+import probe_runs
 import pytest
 import tiny_families
 import torch
@@ -15,6 +17,7 @@ from tiny_families import IMAGE_ID, STOCK
 from transformers.processing_utils import ProcessorMixin
 
 from probes.models.families import FAMILIES
+from probes.models.prompts import read_prefix_ids
 
 pytestmark = pytest.mark.usefixtures("small_squares")
 
@@ -109,17 +112,15 @@ OTHERS = {
     "global_image_tag": "<global-img>",
     "global_image_token": "<global-img>",
     "image_token": "I",
-    "image_seq_length": 2,
-    "image_seq_len": 2,
-    "num_image_tokens": 2,
-    "img_size": 2,
-    "patch_size": 1,
-    "spatial_merge_size": 1,
-    "effective_patch_size": 1,
-    "num_additional_image_tokens": 0,
-    "vision_feature_select_strategy": "full",
     "image_processor": SimpleNamespace(merge_size=1),
 }
+
+
+class Settings(SimpleNamespace):
+    """What a processor knows; numbers are 1."""
+
+    def __getattr__(self, name):
+        return 1
 
 
 def one_image() -> dict:
@@ -146,7 +147,7 @@ def test_texts_around_the_image_are_those_of_the_stock_processor(name, monkeypat
         path = "transformers.models.pixtral.image_processing_pixtral"
         monkeypatch.setitem(sys.modules, path, resizing)
     processor = stock_processor(name)
-    processor_self = SimpleNamespace(**OTHERS | TOKENS.get(name, {}))
+    processor_self = Settings(**OTHERS | TOKENS.get(name, {}))
     if name == "lfm2_vl":
         text = processor._build_image_tokens(
             processor_self,
@@ -169,3 +170,23 @@ def test_families_with_the_processor_of_another_have_its_texts():
     for name, other in OF_ANOTHER.items():
         for text in ("image_start_text", "image_end_text"):
             assert getattr(FAMILIES[name], text) == getattr(FAMILIES[other], text)
+
+
+def test_the_named_template_default_is_used(tmp_path):
+    llava = tiny_families.write("llava", tmp_path)
+    (llava / "additional_chat_templates").mkdir()
+    (llava / "additional_chat_templates/tool_use.jinja").write_text("{{ bos_token }}sky<image>")
+    ids = [tiny_families.WORDS[word] for word in ("<s>", "hello")]
+    assert read_prefix_ids(str(llava), FAMILIES["llava"]) == ids
+
+
+def test_a_prefix_is_part_of_the_run_and_used_by_analyses(checkpoints, segmentation, tmp_path):
+    """A checkpoint without a chat template is probed with the text that the error asks for."""
+    model = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    (model / "chat_template.jinja").unlink()
+    words = [model, segmentation, tmp_path / "run", "--model.sites=[layer_02]"]
+    with pytest.raises(SystemExit, match="has no chat template.* `probes fit --model.prefix`"):
+        probe_runs.fit(*words)
+    run = probe_runs.fit(*words, "--model.prefix", "USER: sky")
+    assert run.manifest["identity"]["settings"]["model.prefix"] == "USER: sky"
+    assert run.mllm().prefix_ids.shape[1] > 1

@@ -49,29 +49,24 @@ def make_case(*shape_and_size, **settings):
     return logits.double().to(DEVICE), target.to(DEVICE, torch.uint8)
 
 
-@pytest.mark.parametrize("classes", [1, 150, 255])
-def test_any_number_of_classes(classes):
-    logits, target = make_case((2, 1, classes, 1, 2), (3, 9))
-    assert_same_counts(logits, target)
-
-
-# input side, its part that the tokens cover, how images become squares, size of the mask
-PADDED = (56, 56, "pad", (9, 6))
-VIEWS = [
-    (64, 40, "squash", (7, 8)),
-    (64, 50, "pad", (8, 5)),
-    (56, 56, "center_crop", (5, 9)),
-    (56, 56, "squash", (1, 2)),
+# number of classes, input side, its part that the tokens cover, how images become squares, size of the mask
+PADDED = (4, 56, 56, "pad", (9, 6))
+MANY = (255, 56, 56, "squash", (3, 4))
+SLOW = [
+    (150, 64, 40, "squash", (7, 8)),
+    (4, 64, 50, "pad", (8, 5)),
+    (1, 56, 56, "center_crop", (5, 9)),
+    (1, 56, 56, "squash", (1, 2)),
 ]
 
 
 @pytest.mark.parametrize(
-    "case", [PADDED, *(pytest.param(case, marks=pytest.mark.slow) for case in VIEWS)], ids=str
+    "case", [PADDED, MANY, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str
 )
-def test_grids_that_do_not_lie_flush_with_the_mask(case):
-    image_px, covered_px, resize, size = case
+def test_any_number_of_classes_on_grids_that_do_not_lie_flush_with_the_mask(case):
+    classes, image_px, covered_px, resize, size = case
     geometry = Geometry((2, 3), image_px, covered_px, ResizeRule(resize))
-    logits, target = make_case((1, 2, 4, 2, 3), size)
+    logits, target = make_case((1, 2, classes, 2, 3), size)
     assert_same_counts(logits, target, geometry.view(size))
 
 
@@ -88,13 +83,8 @@ def test_logits_as_a_linear_layer_gives_them_and_bfloat16():
 def assert_same_counts(logits, target, view=None):
     """Every integer is that of the chunked form in float64, and so is the map."""
     found, expected = (count(z, target, view) for z in (logits.float(), logits))
-    for name, a, b in zip(
-        found._fields,
-        found,
-        expected,
-        strict=True,
-    ):
-        assert a.dtype == b.dtype and torch.equal(a, b), name
+    assert all(a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+    assert all(map(torch.equal, found, expected))
     maps = [upsampled_argmax(z, target.shape[1:], view) for z in (logits.float(), logits)]
     assert maps[0].dtype == maps[1].dtype == torch.uint8
     assert torch.equal(*maps)
@@ -116,12 +106,7 @@ def test_counts_equal_the_chunked_form(shape, size, seed):
 
 
 def test_argmax_of_a_tie_is_the_first_class():
-    logits = torch.zeros(
-        4,
-        2,
-        2,
-        device=DEVICE,
-    )
+    logits = torch.zeros(4, 2, 2, device=DEVICE)
     logits[1:3] = 1
     assert (upsampled_argmax(logits, (6, 6)) == 1).all()
 
@@ -162,32 +147,17 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
         timeout=HANGING_S,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert set(found) == {"count_cell", "argmax_cell"}
-    assert all(
-        kernel["spilled_bytes"] == 0 and kernel["registers"] > 0 for kernel in found.values()
-    )
+    assert json.loads(done.stdout) == {"count_cell": 0, "argmax_cell": 0}
 
 
 @pytest.mark.gpu
 def test_real_size_on_the_gpu_equals_float64_repeats_bit_by_bit_and_is_fast():
     logits, target = make_case((4, 2, 150, 24, 24), (512, 683))
     masks = prepare_masks(target, 150, (24, 24))
-    expected = upsampled_cross_entropy(
-        logits,
-        prepare_masks(
-            target,
-            150,
-            (24, 24),
-            dtype=torch.float64,
-        ),
-    )
-    torch.testing.assert_close(
-        upsampled_cross_entropy(logits.float(), masks).double(),
-        expected,
-        rtol=2e-5,
-        atol=1e-5,
-    )
+    exact = prepare_masks(target, 150, (24, 24), dtype=torch.float64)
+    expected = upsampled_cross_entropy(logits, exact)
+    found = upsampled_cross_entropy(logits.float(), masks).double()
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)
     logits = logits.float().requires_grad_()
     runs = []
     for _ in range(3):

@@ -13,17 +13,17 @@ def identity(points, gradient, problems):
 
 
 def test_minimise_stops_where_rounding_allows_no_step():
-    start = torch.zeros(
-        3,
-        1,
-        12,
-        dtype=torch.float64,
-    )
+    start = torch.zeros((3, 1, 12), dtype=torch.float64)
 
     def flat(points, problems):
         return torch.ones(len(points)).double(), torch.ones_like(points)
 
-    found, _, _, decrease = minimise(flat, start, identity, 1e-12)
+    found, _, _, decrease = minimise(
+        flat,
+        start,
+        identity,
+        1e-12,
+    )
     assert torch.equal(found, start)
     assert (decrease > 1).all()
 
@@ -33,13 +33,7 @@ class Quadratic:
 
     def __init__(self):
         generator = torch.Generator().manual_seed(1)
-        root = torch.randn(
-            2,
-            6,
-            6,
-            generator=generator,
-            dtype=torch.float64,
-        )
+        root = torch.randn((2, 6, 6), generator=generator, dtype=torch.float64)
         self.hessian = root @ root.mT + torch.eye(6)
         self.evaluated = 0
 
@@ -51,13 +45,7 @@ class Quadratic:
 
     @property
     def minimum(self) -> torch.Tensor:
-        ones = torch.ones(
-            2,
-            6,
-            1,
-            dtype=torch.float64,
-        )
-        return torch.linalg.solve(self.hessian, ones).view(2, 1, 6)
+        return torch.linalg.solve(self.hessian, torch.ones(2, 6, 1).double()).view(2, 1, 6)
 
 
 def test_the_inverse_hessian_as_first_guess_leads_to_the_minimum_in_one_step():
@@ -70,8 +58,18 @@ def test_the_inverse_hessian_as_first_guess_leads_to_the_minimum_in_one_step():
 
     start = objective.minimum
     start[0] = 1  # the other one has nothing to do
-    found = minimise(objective, start, inverse, 1e-10)
-    torch.testing.assert_close(found.points, objective.minimum, rtol=1e-5, atol=1e-5)
+    found = minimise(
+        objective,
+        start,
+        inverse,
+        1e-10,
+    )
+    torch.testing.assert_close(
+        found.points,
+        objective.minimum,
+        rtol=1e-5,
+        atol=1e-5,
+    )
     assert objective.evaluated == 2
     assert [problems for *_, problems in seen] == [[0, 1], [0]]
     assert [points.tolist() for points, *_ in seen] == [start.tolist(), found.points[:1].tolist()]
@@ -80,14 +78,7 @@ def test_the_inverse_hessian_as_first_guess_leads_to_the_minimum_in_one_step():
 
 def test_quasi_newton_satisfies_its_last_pair():
     generator = torch.Generator().manual_seed(0)
-    steps = torch.randn(
-        3,
-        2,
-        4,
-        5,
-        generator=generator,
-        dtype=torch.float64,
-    )
+    steps = torch.randn((3, 2, 4, 5), generator=generator, dtype=torch.float64)
     changes = steps * torch.rand(steps.shape, generator=generator) + 0.1 * steps
     pairs = [Pair.of(*pair) for pair in zip(steps, changes, strict=True)]
     found = quasi_newton(changes[-1], pairs, lambda x: x / 3)
@@ -102,9 +93,27 @@ def test_quasi_newton_satisfies_its_last_pair():
 def test_pairs_whose_product_has_no_inverse_are_left_out():
     """The gradient has not grown along a step, or the product is a denormal number in float32."""
     small = 0.5 * torch.finfo(torch.float32).tiny ** 0.5
-    step = torch.ones(3, 1, 3, dtype=torch.float64) * torch.tensor([1, 1, small])[:, None, None]
+    step = (
+        torch.ones(
+            3,
+            1,
+            3,
+            dtype=torch.float64,
+        )
+        * torch.tensor([1, 1, small])[:, None, None]
+    )
     pair = Pair.of(step, torch.stack([-step[0], step[1], step[2]]))
     assert pair.inverse.tolist() == pytest.approx([0, 1 / 3, 0])
-    gradient = torch.randn(3, 1, 3, dtype=torch.float64)
+    gradient = torch.randn(
+        3,
+        1,
+        3,
+        dtype=torch.float64,
+    )
     found = quasi_newton(gradient, [pair], lambda x: x / 3)
-    torch.testing.assert_close(found[[0, 2]], gradient[[0, 2]] / 3, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found[[0, 2]],
+        gradient[[0, 2]] / 3,
+        rtol=1e-6,
+        atol=1e-6,
+    )

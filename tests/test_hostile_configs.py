@@ -73,13 +73,6 @@ def test_settings_in_a_checkpoint_make_no_classes(arguments, tmp_path, capsys):
     assert "hyperparameters" not in capsys.readouterr().err
 
 
-def test_time_limit_that_would_end_as_a_finished_run_is_an_error(arguments, tmp_path):
-    """Lightning counts the epoch in which it stops as complete: the run was exported, and could not be resumed."""
-    with pytest.raises(SystemExit, match="Timer is not supported .trainer.max_time"):
-        more = f"--out {tmp_path} --trainer.max_time 00:00:00:01".split()
-        llava_bidir.cli.main(["fit", *arguments["llava_bidir"], *more])
-
-
 @pytest.mark.parametrize(("command", "option"), [("fit", "-c {}"), ("solve", "--config={}")])
 def test_a_key_that_occurs_twice_is_noticed_however_the_file_is_named(
     command, option, arguments, tmp_path, capsys

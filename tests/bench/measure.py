@@ -17,7 +17,7 @@ def last_line(command: Sequence[object], **environment: object) -> str:
         [str(word) for word in command],
         env=os.environ | added,
         check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
     ).stdout
     return output.splitlines()[-1]

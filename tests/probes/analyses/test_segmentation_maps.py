@@ -31,14 +31,11 @@ def test_maps_are_those_of_the_runs_knockout(name, runs, tmp_path):
     assert (entry["layers"], entry["block_by"]) == (plan.layers and [*plan.layers], plan.block_by)
     sample = run.dataset()[entry["image"]]
     reader = PatchReader(run)
-    states = reader.mllm.states(reader.mllm.preprocess([sample["image"]]), run.layers)
-    (case,) = find_cases(
-        reader.predict(states),
-        reader.mllm.geometry.patches(sample["target"]).view(1, -1),
-        [entry["image"]],
-        run.metrics["classes"].index(wrong),
-        run.layers.index(plan.block_by),
-    )
+    mllm = reader.mllm
+    predicted = reader.predict(mllm.states(mllm.preprocess([sample["image"]]), run.layers))
+    truth = mllm.geometry.patches(sample["target"]).view(1, -1)
+    number = run.metrics["classes"].index(wrong)
+    (case,) = find_cases(predicted, truth, [0], number, run.layers.index(plan.block_by))
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{wrong}"]
     for i, condition in enumerate(("incorrect", "correct"), 1):
         knockout = Knockout(case.blocked[condition][None], plan.layers)

@@ -104,15 +104,18 @@ PEAKED = [0.5 - 0.03 * i for i in range(12)]
 def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
     """Equal layers, and one best layer against twelve, where that of the two which look best covers too little."""
     generator = torch.Generator().manual_seed(0)
-    spread = 0.02
     covered = 0
     covered_by_best_here = 0
+
+    def noise(*shape):
+        return 0.02 * torch.randn(*shape, generator=generator)
+
     for _ in range(200):
         models = []
         for true in (first, EQUAL):
-            observed = torch.tensor(true) + spread * torch.randn(12, generator=generator)
-            drawn = observed + spread * torch.randn(300, 12, generator=generator)
-            models.append([Estimate(observed[i].item(), drawn[:, i]) for i in range(12)])
+            observed = torch.tensor(true) + noise(12)
+            drawn = observed + noise(300, 12)
+            models.append([Estimate(x.item(), y) for x, y in zip(observed, drawn.T, strict=True)])
         row = difference_of_best(1, *models)
         covered += row["low"] <= 0 <= row["high"]
         best = [max(scores, key=lambda score: score.value) for scores in models]

@@ -63,7 +63,8 @@ def test_conclusions(
     assert recovery["conclusion"] == conclusion
     assert recovery["supported"] is {"supported": True, "untested": None}.get(conclusion, False)
     assert ("reason" in recovery) == (conclusion == "untested")
-    beyond = recovery["verdicts"]["beyond_random"]
+    _, *needed = recovery["verdicts"].values()
+    beyond = needed[-1]
     if conclusion == "untested":
         assert about in recovery["reason"]
         assert recovery["p"] is recovery["p_holm"] is None
@@ -74,6 +75,7 @@ def test_conclusions(
         least = beyond["controls"][beyond["control"]]
         assert {key: beyond[key] for key in ("value", "ci95", "by_draw")}.items() <= least.items()
         assert beyond["p"] == max(entry["p"] for entry in beyond["controls"].values())
+        assert recovery["p"] == max(entry["p"] for entry in needed)
 
 
 def test_a_verdict_that_does_not_hold_says_what_would_have_been_found(write, draws):
@@ -131,40 +133,19 @@ def test_the_spread_of_draws_is_pooled_over_masks_and_controls(write, draws):
         assert entry["ci95"] == pytest.approx(expected)
 
 
-def test_claims_are_corrected_for_their_number(write, draws):
-    """The p of a claim is that of the weaker of the two columns that it needs; bootstraps are not symmetric."""
-    runs = []
-    for mask, seed in (("causal", 1), ("bidirectional", 2)):
-        kind = {"mask": mask, "solved": True}
-        runs.append(write("solved", CURVE, seed, **kind))
-        runs += draws(FLAT, CURVE, FLAT, mask=mask)
-    claims = evaluate_claims(*studies_of(runs))
-    tested = [claim for claim in claims if claim["p"] is not None]
-    assert 1 < len(tested) < len(claims)
-    tested.sort(key=lambda claim: claim["p"])
-    p = [claim["p"] * (len(tested) - rank) for rank, claim in enumerate(tested)]
-    expected = np.maximum.accumulate(p).clip(max=1)  # Holm 1979
-    assert [claim["p_holm"] for claim in tested] == pytest.approx(expected)
-    for claim in tested:
-        needed = [claim["verdicts"][name] for name in ("optimum", "beyond_random")]
-        assert claim["p"] == max(entry["p"] for entry in needed)
-        for entry in needed:
-            is_clear = entry["ci95"][0] > 0
-            assert (entry["p"] < 0.05) == is_clear or abs(entry["p"] - 0.05) < 0.02
-
-
-@pytest.mark.parametrize(
-    ("conclusion", "p", "finding"),
-    [
-        ("supported", 0.049, "supported"),
-        ("supported", 0.05, "supported by itself"),
-        ("not learned", 0.5, "not learned"),
-    ],
-)
-def test_a_claim_that_correction_undoes_is_not_called_supported(conclusion, p, finding):
-    claims = [{"conclusion": conclusion, "p": p}]
+def test_claims_are_corrected_for_the_number_of_those_that_were_tested():
+    """A claim that the correction undoes is not called supported (Holm 1979)."""
+    p = [0.04, None, 0.01, 0.5, 0.025]
+    claims = [{"conclusion": "supported", "p": x} for x in p]
+    claims[1]["conclusion"] = "untested"
+    claims[3]["conclusion"] = "not learned"
     correct_for_claims(claims)
-    assert claims[0]["finding"] == finding
+    assert [claim["p_holm"] for claim in claims if claim["p"]] == pytest.approx(
+        [0.08, 0.04, 0.5, 0.075]
+    )
+    assert claims[1]["p_holm"] is None
+    for i, finding in ((0, "supported by itself"), (2, "supported"), (3, "not learned")):
+        assert claims[i]["finding"] == finding
 
 
 def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(write, draws, tmp_path):

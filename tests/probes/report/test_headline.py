@@ -64,63 +64,63 @@ def claim(
     )
 
 
-def said(lead: SiteReading, claims: dict, differences: pd.DataFrame = NONE) -> str:
-    sentences = headline(lead, claims, differences)
+def said(scores: dict[str, float], claims: dict, differences: pd.DataFrame = NONE) -> str:
+    sentences = headline(reading(scores, "adapter" in scores), claims, differences)
     labels = {"A": "tiny"} | ({"D": "shuffled"} if len(differences) else {})
     return plain_text(sentences, labels)
 
 
 @pytest.mark.parametrize(
-    ("claims", "after"),
+    ("scores", "claims", "text"),
     [
         (
+            MLLM,
             {"recovery": claim("not learned", 0.13, HOLDS)},
-            "Its LLM adds 13.0 points to its adapter, but this is not shown to be learned.",
+            "tiny segments best at its encoder: 50.0% mIoU. Its LLM adds 13.0 points to its adapter, but this is not "
+            "shown to be learned.",
         ),
         (
+            MLLM,
             {
                 "recovery": claim(FAILS, 0.0, FAILS),
                 "adapter_drop": claim("not learned", 0.123, HOLDS),
             },
-            "Its adapter loses 12.3 points, as random adapters do, and no LLM layer is shown to recover them.",
+            "tiny segments best at its encoder: 50.0% mIoU. Its adapter loses 12.3 points, as random adapters do, and "
+            "no LLM layer is shown to recover them.",
         ),
         (
+            MLLM,
             {"recovery": claim(FAILS, 0.0, FAILS)},
-            "No LLM layer is shown to improve on its adapter (31.0%).",
+            "tiny segments best at its encoder: 50.0% mIoU. No LLM layer is shown to improve on its adapter (31.0%).",
         ),
-    ],
-)
-def test_what_an_llm_adds(claims, after):
-    """Golden files have what is said if it is supported or untested."""
-    text = said(reading(MLLM, True), claims)
-    assert text == f"tiny segments best at its encoder: 50.0% mIoU. {after}"
-
-
-@pytest.mark.parametrize(
-    ("last", "gain", "text"),
-    [
         (
-            claim(FAILS, 0.002, FAILS),
-            claim("supported", 0.467, HOLDS, 0.073),
+            ENCODER,
+            {
+                "over_last": claim(FAILS, 0.002, FAILS),
+                "layer_gain": claim("supported", 0.467, HOLDS, 0.073),
+            },
             "tiny segments best at layer 2 of 3: 62.0% mIoU. Its layers add 46.7 points to its patches, random layers "
             "7.3. The last layer is not shown to read less.",
         ),
         (
-            claim("also in random layers", 0.02, HOLDS),
-            claim("not learned", 0.4, HOLDS),
+            ENCODER,
+            {
+                "over_last": claim("also in random layers", 0.02, HOLDS),
+                "layer_gain": claim("not learned", 0.4, HOLDS),
+            },
             "Read tiny at layer 2 of 3: 62.0% mIoU. It reads 2.0 points more than the last layer. Random layers have "
             "such a gap, too.",
         ),
     ],
 )
-def test_which_layer_of_an_encoder_to_read(last, gain, text):
-    claims = {"over_last": last, "layer_gain": gain}
-    assert said(reading(ENCODER, False), claims) == text
+def test_the_best_site_and_what_is_shown_of_it(scores, claims, text):
+    """Golden files have what is said of an LLM that adds something, and of one that was not tested."""
+    assert said(scores, claims) == text
 
 
 def test_the_first_model_that_differs_is_named():
     row = [BEST_LAYER, -0.16, -0.09, -0.127, "encoder", "A", "D"]
-    text = said(reading(MLLM, True), {}, pd.DataFrame([row], columns=NONE.columns))
+    text = said(MLLM, {}, pd.DataFrame([row], columns=NONE.columns))
     assert text == (
         "A tiny segments best at its encoder: 50.0% mIoU. D shuffled reads 12.7 points less."
     )

@@ -47,8 +47,8 @@ def arguments(
     out: Path,
     *more: str,
 ) -> list[str]:
-    own = ["--out", str(out), "--draws", "2", "--add", "knockout.draws=1"]
-    return ["study", *models, str(data), *own, *OPTIONS, *more]
+    own = ["--draws", "2", "--add", "knockout.draws=1", *OPTIONS]
+    return ["study", *models, str(data), "--out", str(out), *own, *more]
 
 
 def both(checkpoints) -> list[str]:

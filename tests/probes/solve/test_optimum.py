@@ -1,5 +1,7 @@
 """Probes at the optimum against scipy on explicitly upsampled logits, and on their path."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -90,64 +92,50 @@ def objective(
     data,
     at: SiteProblem,
     strength: float,
-    point: torch.Tensor,
     images=slice(None),
     label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Return the objective with F.interpolate and F.cross_entropy, in float64."""
-    states = data[0][images]
-    target = data[1][images]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the objective at a point, with F.interpolate and F.cross_entropy, in float64."""
+    states, target = (x[images] for x in data)
     space = at.space
-    weights = (point[:, :-1] @ space.basis.double().T) * space.scale
-    bias = point[:, -1]
-    logits = (states.double() - at.space.mean) @ weights.T + bias
-    up = F.interpolate(logits.transpose(1, 2).unflatten(2, GRID), SIZE, mode="bilinear")
-    variance = torch.where(at.space.scale > 0, at.space.scale**-2, 0)
-    return (
-        F.cross_entropy(
+    variance = torch.where(space.scale > 0, space.scale**-2, 0)
+
+    def value(point: torch.Tensor) -> torch.Tensor:
+        weights = (point[:, :-1] @ space.basis.double().T) * space.scale
+        logits = (states.double() - space.mean) @ weights.T + point[:, -1]
+        up = F.interpolate(logits.transpose(1, 2).unflatten(2, GRID), SIZE, mode="bilinear")
+        loss = F.cross_entropy(
             up,
             target.long(),
             ignore_index=255,
             label_smoothing=label_smoothing,
         )
-        + strength / 2 * (weights**2 * variance).sum()
-    )
+        return loss + strength / 2 * (weights**2 * variance).sum()
+
+    return value
 
 
-def scipy_optimum(
-    data,
-    at: SiteProblem,
-    strength: float,
-    images=slice(None),
-    label_smoothing: float = 0.0,
-) -> tuple[float, torch.Tensor]:
+def scipy_optimum(value: Callable, start: torch.Tensor) -> torch.Tensor:
+    """Return the point where an objective is lowest."""
+
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-        point = torch.from_numpy(x).view_as(at.start).requires_grad_()
-        value = objective(
-            data,
-            at,
-            strength,
-            point,
-            images,
-            label_smoothing,
-        )
-        value.backward()
-        return value.item(), point.grad.flatten().numpy()
+        point = torch.from_numpy(x).view_as(start).requires_grad_()
+        loss = value(point)
+        loss.backward()
+        return loss.item(), point.grad.flatten().numpy()
 
-    options = {
-        "maxiter": 5000,
-        "gtol": 1e-9,
-        "ftol": 0,
-    }
-    start = np.zeros(at.start.numel())
     found = minimize(
         value_and_gradient,
-        start,
+        np.zeros(start.numel()),
         jac=True,
         method="L-BFGS-B",
-        options=options,
+        options={
+            "maxiter": 5000,
+            "gtol": 1e-9,
+            "ftol": 0,
+        },
     )
-    return found.fun, torch.from_numpy(found.x).view_as(at.start)
+    return torch.from_numpy(found.x).view_as(start)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -159,20 +147,14 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
     assert all(certificate.converged for certificate in certificates)
     assert path.solved == [0, 1, 2]
     for strength, point in zip(path.strengths, points, strict=True):
-        found = objective(
-            data,
-            at,
-            strength,
-            point,
-            label_smoothing=smoothing,
-        ).item()
-        expected, _ = scipy_optimum(
+        value = objective(
             data,
             at,
             strength,
             label_smoothing=smoothing,
         )
-        assert found == pytest.approx(expected, abs=1e-5)
+        expected = value(scipy_optimum(value, at.start)).item()
+        assert value(point).item() == pytest.approx(expected, abs=1e-5)
 
 
 def held_out_loss(data, at: SiteProblem, points) -> float:
@@ -187,9 +169,8 @@ def held_out_loss(data, at: SiteProblem, points) -> float:
                 data,
                 at,
                 0.0,
-                point,
                 left_out,
-            ).item()
+            )(point).item()
         )
         pixels += labelled
     return total / pixels
@@ -201,15 +182,16 @@ def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
     path, _ = FoldSearch(at).choose()
     others = [(FOLD_OF != fold).nonzero()[:, 0] for fold in range(FOLDS)]
     for strength, loss in zip(path.strengths, path.loss, strict=True):
-        points = [
-            scipy_optimum(
+        values = [
+            objective(
                 data,
                 at,
                 strength,
                 images,
-            )[1]
+            )
             for images in others
         ]
+        points = [scipy_optimum(value, at.start) for value in values]
         expected = held_out_loss(data, at, points)
         assert loss == pytest.approx(expected, abs=HELD_OUT_GAIN * TOLERANCE), strength
 

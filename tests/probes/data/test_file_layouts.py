@@ -31,9 +31,7 @@ def expected(raw, table):
 
 def test_ade20k_has_150_classes_from_label_1_on(tmp_path):
     ade = dataset_layouts.write_ade20k(tmp_path)
-    training, data = (
-        open_dataset("ade20k", str(ade), split) for split in ("training", "validation")
-    )
+    training, data = (open_dataset("ade20k", ade, split) for split in ("training", "validation"))
     assert (len(training), len(data), len(data.classes)) == (3, 2, 150)
     for i, name in enumerate(("ADE_val_00000001", "ADE_val_00000002")):
         labels = raw(ade / f"annotations/validation/{name}.png")
@@ -44,7 +42,7 @@ def test_ade20k_has_150_classes_from_label_1_on(tmp_path):
 
 @pytest.mark.parametrize("above", ["", "..", "../.."])
 def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
-    root = str(voc / above)
+    root = voc / above
     training, data = (open_dataset("voc2012", root, split) for split in ("training", "validation"))
     assert training.names == ["2007_000032", "2007_000039", "2008_000002"], "sorted"
     assert data.names == ["2007_000033", "2007_000042"]
@@ -63,7 +61,7 @@ def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
 def test_voc2012_with_background_has_21_classes(voc):
     data = open_dataset(
         "voc2012",
-        str(voc),
+        voc,
         "validation",
         {"background": "class"},
     )
@@ -75,14 +73,14 @@ def test_voc2012_with_background_has_21_classes(voc):
 
 def test_voc2012_lists_come_in_several_forms(voc):
     lists = voc / "ImageSets/Segmentation"
-    augmented = open_dataset("voc2012", str(voc), "training").names
+    augmented = open_dataset("voc2012", voc, "training").names
     (lists / "trainaug.txt").unlink()
     line = "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\n"
     (lists / "aug.txt").write_text(line)
-    assert open_dataset("voc2012", str(voc), "training").names == augmented
+    assert open_dataset("voc2012", voc, "training").names == augmented
     plain = open_dataset(
         "voc2012",
-        str(voc),
+        voc,
         "training",
         {"train_list": "train"},
     )
@@ -93,13 +91,13 @@ def test_voc2012_lists_come_in_several_forms(voc):
 def test_voc2012_without_the_augmentation_says_what_to_do(voc, part):
     (voc / part).rename(voc / "away")
     with pytest.raises(UserError, match="masks of SBD.*data.options.train_list: train"):
-        open_dataset("voc2012", str(voc), "training")
+        open_dataset("voc2012", voc, "training")
 
 
 def test_cityscapes_has_19_classes_and_cities(tmp_path):
     city = dataset_layouts.write_cityscapes(tmp_path)
     training, data = (
-        open_dataset("cityscapes", str(city), split) for split in ("training", "validation")
+        open_dataset("cityscapes", city, split) for split in ("training", "validation")
     )
     assert training.groups == ["aachen", "aachen", "ulm"]
     assert data.groups == ["munster"] * 2
@@ -118,7 +116,7 @@ def test_cityscapes_has_19_classes_and_cities(tmp_path):
 
 def test_wrong_root_says_what_was_expected(tmp_path):
     with pytest.raises(UserError, match="lacks .*, which the dataset's .*contains"):
-        open_dataset("cityscapes", str(tmp_path), "training")
+        open_dataset("cityscapes", tmp_path, "training")
 
 
 OPTIONS = {  # of layouts: what the error names

@@ -37,7 +37,7 @@ def test_run_on_an_official_layout_is_read_back_with_its_options(checkpoints, tm
 
 @pytest.fixture
 def prepared(checkpoints, segmentation):
-    mllm = probes.load(str(checkpoints["causal"]), device="cpu", dtype=torch.bfloat16)
+    mllm = probes.load(checkpoints["causal"], device="cpu", dtype=torch.bfloat16)
     return mllm, PreprocessedDataset(
         open_dataset("folder", str(segmentation), "validation"), mllm.preprocess
     )

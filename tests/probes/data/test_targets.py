@@ -28,7 +28,7 @@ def root(tmp_path):
 def opened(root, task, split="validation", dataset="folder"):
     return open_dataset(
         dataset,
-        str(root),
+        root,
         split,
         task=task,
     )

@@ -253,7 +253,7 @@ def test_answers_of_a_soft_capped_llm_that_runs_eagerly(tmp_path):
     """PaliGemma 2: transformers has no sdpa for Gemma 2, so that masks are added to its scores."""
     text = {"model_type": "gemma2", "attn_logit_softcapping": 2.0}
     path = tiny_families.write("paligemma", tmp_path, "eager", **text)
-    read = probes.load(str(path))
+    read = probes.load(path)
     read.chat.tokenizer.decode = lambda ids, **_: spoken(ids)
     check("paligemma", read)
 

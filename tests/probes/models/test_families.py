@@ -98,7 +98,7 @@ def test_states_equal_hooks_on_the_stock_forward(name, load_family, tmp_path):
     if name in LLMS:
         attention, text = LLMS[name]
         path = write("llava", tmp_path, attention, model_type=name, **text)
-        read, name = probes.load(str(path), device="cpu"), "llava"
+        read, name = probes.load(path, device="cpu"), "llava"
     else:
         read = load_family(name)
     images = pictures(name)
@@ -408,7 +408,7 @@ def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
         "num_kv_shared_layers": 1,
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     }
-    frozen = probes.load(str(write("gemma4", tmp_path, **text)), device="cpu")
+    frozen = probes.load(write("gemma4", tmp_path, **text), device="cpu")
     pixels = frozen.preprocess(pictures("gemma4", 1))
     with pytest.raises(UserError, match="layer 3 has no values of its own, .*; leave out value_03"):
         frozen.states(pixels, ["value_03"])

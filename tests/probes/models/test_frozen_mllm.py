@@ -109,7 +109,7 @@ def test_untrained_parts_are_drawn_by_seed_at_the_scale_of_the_training(
     checkpoints, pictures, tmp_path
 ):
     def load(path=checkpoints["causal"], **kwargs):
-        return probes.load(str(path), untrained=["adapter", "llm"], **kwargs)
+        return probes.load(path, untrained=["adapter", "llm"], **kwargs)
 
     trained = probes.load(checkpoints["causal"])
     pixels = trained.preprocess(pictures)

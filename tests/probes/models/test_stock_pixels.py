@@ -213,7 +213,7 @@ def test_every_family_has_a_stock_processor_here():
 def test_pixels_equal_those_of_the_stock_processor(name, stock, checkpoint):
     """The filter, the crop, the padding and the detour over a larger photo are the processor's."""
     stock.build().save_pretrained(checkpoint(name))
-    model = probes.load(str(checkpoint(name)), device="cpu")
+    model = probes.load(checkpoint(name), device="cpu")
     for size in [SQUARE] if stock.is_own else SIZES:
         ours = model.preprocess(photo(size))
         if stock.is_own:
@@ -228,7 +228,7 @@ def test_pixels_of_the_larger_view_equal_those_of_the_stock_processor(size, chec
     """DeepSeek-VL's SAM; the smaller view is made of it with less than one grey level of difference."""
     folder = checkpoint("deepseek_vl_hybrid")
     stock = tiny_families.stock_hybrid([photo(size)])
-    model = probes.load(str(folder), device="cpu")
+    model = probes.load(folder, device="cpu")
     inputs = model.family.inputs(model.model, model.preprocess(photo(size)), model.is_image[None])
     torch.testing.assert_close(inputs["high_res_pixel_values"], stock["high_res_pixel_values"])
     grey_level = 1 / 255 / min(STD)
@@ -245,7 +245,7 @@ def test_pixels_equal_torchs_resize_to_one_grey_level(name, checkpoint):
         "image_std": STD,
     }
     (checkpoint(name) / "preprocessor_config.json").write_text(json.dumps(settings))
-    model = probes.load(str(checkpoint(name)), device="cpu")
+    model = probes.load(checkpoint(name), device="cpu")
     side = model.geometry.image_px
     for size in SIZES:
         whole = torch.from_numpy(np.array(photo(size))).permute(2, 0, 1)[None] / 255
@@ -271,7 +271,7 @@ def test_another_side_keeps_filter_and_field_of_view_and_squash_the_filter(check
         ("image_px", 32, StockProcessor("BitImageProcessorPil", larger | filter_)),
         ("image_resize", "squash", StockProcessor("ViTImageProcessorPil", both_sides)),
     ):
-        model = probes.load(str(checkpoint("dinov2")), device="cpu", **{option: value})
+        model = probes.load(checkpoint("dinov2"), device="cpu", **{option: value})
         for size in SIZES:
             torch.testing.assert_close(model.preprocess(photo(size)), stock.pixels(photo(size)))
 

@@ -106,7 +106,7 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, tmp
             as_llava(model)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", ["clip", "dinov2", "dinov2_registers", "dinov3", "siglip"])
 @torch.no_grad()
 def test_states_at_another_side_are_those_of_the_stock_models_interpolation(name, parts, tmp_path):
     """`model.encoder.image_px`, where stored positions are a 4 x 4 grid."""

@@ -91,9 +91,9 @@ MOST = {
     "probes/worlds": (14_996, 12),
     "probes": (63_977, 85),  # the rest of it
     "experiments": (34_227, 34),
-    "tests": (234_981, 253),
+    "tests": (220_000, 244),
 }
-MOST_WORDS = 23_821  # of all Markdown
+MOST_WORDS = 23_768  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")
 
 

@@ -21,107 +21,40 @@ CLASSES = 150  # of ADE20K
 VOCABULARY = 2048  # what little of an embedding
 
 
-def clip(
-    width: int,
-    layers: int,
-    heads: int,
-    image_px: int,
-) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "image_size": image_px,
-        "patch_size": 14,
-    }
-
-
-def llama(
-    width: int,
-    inner: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-
-
-VIT_L = clip(
-    1024,
-    24,
-    16,
-    336,
-)  # CLIP ViT-L/14@336
+CLIP = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")
+LLAMA = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+VIT_L = (1024, 24, 16, 336)  # CLIP ViT-L/14@336
 SHAPES = {  # encoder, LLM
-    "toy": (
-        clip(
-            16,
-            2,
-            2,
-            28,
-        ),
-        llama(
-            32,
-            48,
-            3,
-            4,
-            2,
-        ),
-    ),
-    "small": (
-        clip(
-            128,
-            4,
-            4,
-            168,
-        ),
-        llama(
-            512,
-            1376,
-            8,
-            8,
-            8,
-        ),
-    ),
-    "1b": (
-        VIT_L,
-        llama(
-            2048,
-            5632,
-            22,
-            32,
-            4,
-        ),
-    ),  # TinyLlama 1.1B
-    "7b": (
-        VIT_L,
-        llama(
-            4096,
-            11008,
-            32,
-            32,
-            32,
-        ),
-    ),  # LLaVA-1.5 7B
+    "toy": ((16, 2, 2, 28), (32, 48, 3, 4, 2)),
+    "small": ((128, 4, 4, 168), (512, 1376, 8, 8, 8)),
+    "1b": (VIT_L, (2048, 5632, 22, 32, 4)),  # TinyLlama 1.1B
+    "7b": (VIT_L, (4096, 11008, 32, 32, 32)),  # LLaVA-1.5 7B
 }
+PATCH_PX = 14
 
 
 def frozen_model(shape: str, dtype: torch.dtype, device: str) -> FrozenMLLM:
     """Return a model of random weights under the bidirectional mask."""
     torch.manual_seed(0)
-    vision, text = SHAPES[shape]
+    encoder, llm = SHAPES[shape]
+    width, *_, side = encoder
+    vision = dict(zip(CLIP, encoder, strict=True))
+    text = dict(zip(LLAMA, llm, strict=True))
     config = LlavaBidirConfig(
-        vision_config=CLIPVisionConfig(**vision),
+        vision_config=CLIPVisionConfig(
+            **vision,
+            intermediate_size=4 * width,
+            patch_size=PATCH_PX,
+        ),
         text_config=LlamaConfig(**text, vocab_size=VOCABULARY),
         image_token_index=VOCABULARY - 1,
-        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+        image_seq_length=(side // PATCH_PX) ** 2,
         image_attention="bidirectional",
     )
     with torch.device(device):

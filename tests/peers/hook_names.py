@@ -39,29 +39,13 @@ def write_llava(folder: Path) -> Path:
     return folder / "hf"
 
 
-def load(path: Path, attention: str = "sdpa") -> transformers.LlavaForConditionalGeneration:
-    return transformers.LlavaForConditionalGeneration.from_pretrained(
-        path, attn_implementation=attention
-    ).eval()
-
-
-def in_transformers(path: Path, inputs: dict) -> States:
-    model = load(path)
-    hidden = model(**inputs, output_hidden_states=True).hidden_states
-    tower = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
-    states = {encoder_site(j): state[:, 1:] for j, state in enumerate(tower.hidden_states)}
-    states["encoder"] = tower.hidden_states[model.config.vision_feature_layer][:, 1:]
-    states["adapter"] = hidden[0]
-    for i in range(1, len(hidden) - 1):
-        states[layer_site(i)] = hidden[i]
-    states["final_norm"] = hidden[-1]
-    return states
-
-
 def in_transformer_lens(path: Path, inputs: dict) -> States:
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        path, attn_implementation="eager"
+    )
     bridge = TransformerBridge.boot_transformers(
         str(path),
-        hf_model=load(path, "eager"),
+        hf_model=model.eval(),
         tokenizer=transformers.AutoTokenizer.from_pretrained(path),
         device="cpu",
     )
@@ -108,11 +92,7 @@ def main() -> None:
         inputs = {"input_ids": ids, "pixel_values": pixels}
         first = mllm.prefix_ids.shape[1]
         image = slice(first, first + mllm.image_tokens)
-        peers = {
-            "transformers": in_transformers,
-            "TransformerLens": in_transformer_lens,
-            "nnsight": in_nnsight,
-        }
+        peers = {"TransformerLens": in_transformer_lens, "nnsight": in_nnsight}
         for peer, read in peers.items():
             for site, states in read(path, inputs).items():
                 states = states if states.shape[1] == mllm.image_tokens else states[:, image]

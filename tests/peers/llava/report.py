@@ -1,14 +1,10 @@
-"""Results of the comparison as files: results.md and curves.csv."""
+"""Results of the comparison as a page, results.md."""
 
-import csv
 from pathlib import Path
 
-import numpy as np
 from cases import CASES
 from compare import Training
 from mutations import MUTATIONS, STEPS
-
-PRECISIONS = ("float64", "float32", "bf16")
 
 
 def write_report(
@@ -17,19 +13,16 @@ def write_report(
     cases: dict[str, dict],
     mutations: dict[str, dict],
 ) -> None:
-    """Write all files.
+    """Write the page.
 
     Args:
         folder: Where to.
         runs: Folder of the trainings.
         cases, mutations: Results of :func:`compare.compare` by name; complete.
     """
-    trainings = {
-        case.name: [Training.read(runs / case.folder / side) for side in ("theirs", "ours")]
-        for case in CASES
-        if case.name == f"stage {case.stage}, {case.precision}"
-    }
-    theirs, ours = (training.record for training in trainings["stage 1, float64"])
+    theirs, ours = (
+        Training.read(runs / CASES[0].folder / side).record for side in ("theirs", "ours")
+    )
     agreeing = [agreement(case, cases[case.name]) for case in CASES if not case.why]
     deviating = [deviation(case, cases[case.name]) for case in CASES if case.why]
     changed = [change(mutation, mutations[mutation.name]) for mutation in MUTATIONS]
@@ -54,7 +47,6 @@ Over the first {STEPS} steps, in float64.
 {table(changed)}
 """
     (folder / "results.md").write_text(text)
-    write_curves(folder / "curves.csv", trainings)
 
 
 def table(rows: list[dict]) -> str:
@@ -108,18 +100,3 @@ def change(mutation, result: dict) -> dict:
         "gradient norm": result["grad_norm"],
         "learning rate": result["lr"],
     }
-
-
-def write_curves(file: Path, trainings: dict[str, list[Training]]) -> None:
-    """Write the loss of each step of both programs, one row per stage and step."""
-    header = ["stage", "step", "learning_rate"]
-    header += [f"{side}_{p}" for p in PRECISIONS for side in ("llava", "llava_bidir")]
-    with file.open("w", newline="") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(header)
-        for stage in (1, 2):
-            pairs = [trainings[f"stage {stage}, {p}"] for p in PRECISIONS]
-            rates = pairs[0][0].steps("adapter")
-            losses = np.array([training.losses() for pair in pairs for training in pair])
-            for step, (rate, row) in enumerate(zip(rates, losses.T, strict=True), 1):
-                writer.writerow([stage, step, f"{rate:.8g}", *(f"{loss:.8g}" for loss in row)])

@@ -1,13 +1,8 @@
 """`probes study` end to end: files, what is done again and what is not, resumption after kills, bad input."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +10,6 @@ import pandas as pd
 import probe_runs
 import pytest
 import torch
-from processes import HANGING_S
 from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
 from studies import study_of
@@ -353,34 +347,6 @@ def test_every_step_comes_after_what_it_needs(settings):
         assert step.reads or step.kind in ("solve", "fit")
     last = {"causal/probes/maps", "causal/boundaries_random0", "bidirectional/probes/sinks"}
     assert last <= {*names}
-
-
-@pytest.mark.nightly
-def test_kills_change_no_result(
-    finished,
-    checkpoints,
-    segmentation,
-    tmp_path,
-):
-    """kill -9 at five moments; then it is let finish."""
-    out = tmp_path / "study"
-    command = [sys.executable, "-m", "probes", *arguments(both(checkpoints), segmentation, out)]
-    for seconds in (7, 9, 11, 13, 15):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        running = subprocess.Popen(command, start_new_session=True, **quiet)
-        time.sleep(seconds)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait(HANGING_S)
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=HANGING_S,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for file in finished.rglob("*"):
-        if file.name in (*BYTES, "knockout.json") and file.name != "counts.safetensors":
-            assert file.read_bytes() == (out / file.relative_to(finished)).read_bytes(), file
 
 
 def test_a_study_from_python(checkpoints, segmentation, tmp_path):

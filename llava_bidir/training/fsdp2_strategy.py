@@ -2,9 +2,8 @@
 
 Parameters, gradients and optimizer state are sharded over all devices. A unit is gathered when it computes, and
 released afterwards: each layer of LLM and encoder is one, and the module of the training is the unit of the rest:
-adapter, word embeddings, head and norms. Tied embeddings are thereby in one unit.
-
-With precision bf16-mixed, weights are gathered in bf16 from sharded fp32 masters, and gradients are summed in fp32.
+adapter, word embeddings, head and norms. Tied embeddings are thereby in one unit. With precision bf16-mixed, weights
+are gathered in bf16 from sharded fp32 masters, and gradients are summed in fp32.
 
 Checkpoints are the files of one process and DDP, so that a run also resumes without FSDP2: rank 0 writes complete
 tensors, and needs host memory for weights and two moments, 82 GB for 6.8 billion weights; ZeRO writes shards. While the

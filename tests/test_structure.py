@@ -91,7 +91,7 @@ MOST = {
     "probes/worlds": (14_996, 12),
     "probes": (63_977, 85),  # the rest of it
     "experiments": (34_227, 34),
-    "tests": (220_000, 244),
+    "tests": (219_998, 244),
 }
 MOST_WORDS = 23_766  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")

@@ -14,7 +14,6 @@ WRONG = {  # words: parts of the line
     "probes solve --folds many": ["solver.folds", "int", "many"],
     "probes study MODEL --out DIR": ["probes study MODEL DATA --out DIR"],
     "probes plant rcovery A B C": ["what", "'recovery', 'drop', 'random'", "rcovery"],
-    "probes umap --probes RUN --image": ["--image", "expected one argument"],
     "probes demo OUT": ["unrecognized arguments: OUT"],
     "llava-bidir generate MODEL": ["required: words"],
     "llava-bidir export RUN DIR --as-lava": ["--as_lava", "did you mean 'as_llava'?"],

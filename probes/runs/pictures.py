@@ -23,11 +23,7 @@ from probes.data.base import palette_of
 from probes.site_probes import SiteProbes
 
 FILE = "pictures.npz"
-QUANTILES = {
-    "typical": 0.5,
-    "easy": 0.9,
-    "hard": 0.1,
-}
+QUANTILES = {"typical": 0.5, "easy": 0.9, "hard": 0.1}
 PHOTO_PX = 360
 MAP_PX = 256
 
@@ -47,7 +43,8 @@ def choose_photos(counted: dict[str, Tensor], best: int) -> dict[str, int]:
 
 def shown_photos(folder: Path, data: str) -> dict[str, int]:
     """Return the photos of the first run beside DIR/MODEL/ARM, DIR/*/ARM, that shows these images; {} without one."""
-    for file in sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}")):
+    folder = folder.absolute()
+    for file in sorted(folder.parent.parent.glob(f"*/{folder.name}/{FILE}")):
         found = read_pictures(file.parent)
         if found["data"] == data and file.parent != folder:
             return {name: int(found[f"{name}/index"]) for name in names_of(found)}

@@ -112,7 +112,7 @@ def run_config(config: RunConfig) -> None:
 def dry_run(config: RunConfig) -> float:
     """Print the time and memory of a run, and return its seconds. Nothing is written."""
     run, data, machine = build_solve(config)
-    seconds: list[float] = []
+    seconds = []
     with run_process():
         machine.run(lambda: seconds.append(estimate(run, data, machine)))
     return seconds[0]

@@ -221,14 +221,7 @@ def solve_sites(
             None if size <= memory else run.checkpoints,
             targets,
         )
-        work = partial(
-            solve_site,
-            probes,
-            states,
-            targets,
-            run.hparams["strengths"],
-            device,
-        )
+        work = partial(solve_site, run, probes, states, targets, device)
         results = in_workers(work, sites, device)
         for site, found in follow(results, len(sites), "solving sites", machine.progress):
             solved[site] = found
@@ -239,15 +232,16 @@ def solve_sites(
 
 
 def solve_site(
+    run: SolveRun,
     probes: SiteProbes,
     states_of: dict[str, Tensor],
     targets: Targets,
-    strengths: list[float] | None,
     device: torch.device,
     site: str,
 ) -> Solution:
     """Return the probes of a site whose states were read."""
     states = states_of[site]
+    strengths = run.hparams["strengths"]
     if device.type == "cuda" and states.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         states = states.to(device)
     if probes.task.loss is None:
@@ -384,14 +378,7 @@ def estimate(run: SolveRun, data: ProbeData, machine: Machine) -> float:
         fold_of,
     )
     after_read = time.perf_counter()
-    work = partial(
-        solve_site,
-        probes,
-        states,
-        targets,
-        run.hparams["strengths"],
-        device,
-    )
+    work = partial(solve_site, run, probes, states, targets, device)
     list(in_workers(work, measured, device))
     forward = (after_read - started) * images / len(fold_of)
     solve = (time.perf_counter() - after_read) * images / len(fold_of)

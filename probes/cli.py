@@ -11,6 +11,7 @@ from probes.config import (
     MaskOptions,
     PlantOptions,
     QuestionsOptions,
+    ReportOptions,
     SegmentOptions,
     SitesOptions,
     SolveOptions,
@@ -18,7 +19,6 @@ from probes.config import (
     StudyOptions,
     VerifyOptions,
 )
-from probes.report.options import ReportOptions
 
 ABOUT = (
     "Layerwise segmentation probes for frozen MLLMs and vision encoders (arXiv 2603.17228). A finished result is "

@@ -1,4 +1,4 @@
-"""The options of all commands but analyses, reports and studies, as frozen dataclasses; nothing here imports torch.
+"""The options of all commands but analyses, as frozen dataclasses; nothing here imports torch.
 
 An option is a field, with its type, default and description; the parsers of the commands are made of them.
 """
@@ -202,6 +202,23 @@ class StudyOptions(RunConfig):
     add: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Options of `probes report`.
+
+    Args:
+        studies: Folders of studies; NAME=STUDY names the model. Of several models on the same photos, each is compared
+            with the first.
+        out: Folder for index.html, results.json, *.csv, *.pdf and *.png.
+        labels: Labels of a study's models, in the order in which they are compared (default: those that the study was
+            given).
+    """
+
+    studies: tuple[str, ...] = positional()
+    out: Path
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

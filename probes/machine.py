@@ -7,19 +7,18 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from llava_bidir.common.errors import UserError
+from probes.step_progress import ProgressKind
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-ProgressKind = Literal["bar", "lines", "none"]
 
 PRECISIONS = {
     "32": "32-true",
@@ -49,7 +48,7 @@ class Machine:
     Args:
         device: Where the model runs.
         precision: "32-true", or "bf16-mixed" for a forward under autocast.
-        progress: How the progress of a pass is shown.
+        progress: How the first process shows the progress of a pass.
         fabric: None for one process.
     """
 
@@ -62,21 +61,23 @@ class Machine:
     ):
         self.device = device
         self.precision = precision
-        self.progress = progress
         self.fabric = fabric
         self.is_first = fabric is None or fabric.is_global_zero  # of all processes of the run
+        self.progress = progress if self.is_first else "none"
         strategy = getattr(fabric, "strategy", None)
         self.processes_here = len(getattr(strategy, "parallel_devices", None) or [0])
 
-    def run(self, function: Callable[[], None]) -> None:
-        """Start the processes that are missing, and call a function in every process of the run."""
+    @contextmanager
+    def processes(self) -> Iterator[None]:
+        """Start the processes that are missing; the context is then entered in every process of the run."""
         if self.fabric is None:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            function()
+            yield
             return
         try:
-            self.fabric.launch(lambda fabric: function())
+            self.fabric.launch()
+            yield
         except KeyboardInterrupt:  # the others may wait for this one
             for process in getattr(self.fabric.strategy.launcher, "procs", ()):
                 process.send_signal(signal.SIGKILL)

@@ -1,19 +1,27 @@
 """How far a running step is, and when it and the steps after it will end.
 
-The output of a step goes to a log, and one step can take hours. What runs in it calls :func:`tell`. A
-:class:`StepWatcher`, made before the output was redirected, writes lines where the command was called, and returns the
-time left, which bars show.
+The output of a step goes to a log, and one step can take hours. What runs in it calls :func:`tell`, by :func:`follow`.
+A :class:`StepWatcher`, made before the output was redirected, writes lines where the command was called, and returns
+the time left, which bars show.
 """
 
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TextIO
+from typing import Any, Literal, TextIO
 
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+ProgressKind = Literal["bar", "lines", "none"]
+BAR_S = 5.0  # between two drawings of a bar
+LINE_S = 10.0  # between two lines of a log
 SECONDS = 20.0  # between two lines at first; later a tenth of the time that the step has taken
 
 Watcher = Callable[[str, float, float], str]
@@ -33,6 +41,31 @@ def watched(watcher: Watcher) -> Iterator[None]:
 def tell(part: str, done: float, total: float) -> str:
     """Tell the innermost watcher how far a part of the work is, and return what it says: the time left, or ""."""
     return _watchers[-1](part, done, total) if _watchers else ""
+
+
+def follow(
+    items: Iterable[Any],
+    count: int,
+    label: str,
+    kind: ProgressKind,
+) -> Iterator[Any]:
+    """Yield so many items; show how many are done, and tell who watches the step."""
+    started = last = time.monotonic()
+    bar = tqdm(
+        items,
+        label,
+        count,
+        disable=kind != "bar",
+        mininterval=BAR_S,
+    )
+    for done, item in enumerate(bar, 1):
+        yield item
+        bar.set_postfix_str(tell(label, done, count), refresh=False)
+        now = time.monotonic()
+        if kind == "lines" and (now - last >= LINE_S or done == count):
+            last = now
+            left = format_duration((count - done) * (now - started) / done)
+            log.info(f"{label}: {done}/{count}, {left} left")
 
 
 @contextmanager

@@ -54,8 +54,7 @@ from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, worst_of
 from probes.score.effects import run_effects
-from probes.score.estimate import Estimate
-from probes.score.resampling import dataset_scores
+from probes.score.estimate import Estimate, dataset_scores
 from probes.tasks import SEGMENTATION, TASKS
 
 RIDGE = 1e-3  # of the covariance within classes, in units of its mean variance

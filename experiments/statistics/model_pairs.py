@@ -30,8 +30,7 @@ from probe_runs import CLASSES_TASK, random_counts, sums_of
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.compare import compare_runs
 from probes.score.effects import cross_validated_layers, image_folds
-from probes.score.estimate import Estimate
-from probes.score.resampling import dataset_scores, resampled_scores
+from probes.score.estimate import Estimate, dataset_scores, resampled_scores
 
 POPULATION = 20_000
 CLASSES = {"all classes": 8, "three of 20": 20}

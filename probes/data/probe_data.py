@@ -1,14 +1,14 @@
 """Images and targets of a probe run, checked and in batches, shared among its processes; `probes verify-data`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from llava_bidir.common.processes import (
     all_gather_objects,
@@ -20,7 +20,7 @@ from llava_bidir.common.processes import (
 )
 from probes.config import DataOptions, VerifyOptions
 
-from .batches import CachedFeatures, MaskPreparer, PreprocessedDataset, collate
+from .batches import CachedFeatures, PreprocessedDataset, collate
 from .registry import open_split, split_identity
 from .samplers import validation_batches
 from .verify import (
@@ -33,9 +33,6 @@ from .verify import (
     read_pairs,
     shared_images,
 )
-
-if TYPE_CHECKING:  # a report needs no model
-    from probes.models.frozen_mllm import FrozenMLLM
 
 
 class ProbeData:
@@ -120,52 +117,26 @@ class ProbeData:
         for note in data_notes(self.classes, self.labels, self.shared_images):
             warn(f"{self.root}: {note}")
 
-    def validation_loader(self) -> DataLoader:
-        """Return the loader of the validation images."""
-        source = self._source("validation")
-        batches = validation_batches(len(source), self.rank_batch_size, rank(), rank_count())
-        return self._loader(source, batches)
-
-    def training_loader(self, batches: Sequence[list[int]]) -> DataLoader:
-        """Return the loader of batches of training images, for a pass of `probes solve`."""
-        return self._loader(self._source("training"), batches)
-
     @property
     def rank_batch_size(self) -> int:
         """Images per batch of a rank."""
         return math.ceil(self.batch_size / rank_count())
 
-    def read_for(
-        self,
-        mllm: "FrozenMLLM",
-        sites: list[str],
-        prepare: MaskPreparer | None,
-    ) -> None:
-        """Set what images are read for, by the loaders that follow.
-
-        Args:
-            mllm: The model that preprocesses them.
-            sites: Sites whose states are cached, if they are.
-            prepare: Prepares training masks for the loss; None to leave them.
-        """
-        self._reader = (mllm, sites, prepare)
-
-    def _loader(self, source: Dataset, batches) -> DataLoader:
-        is_cached = isinstance(source, CachedFeatures)
+    def loader(self, images: PreprocessedDataset | CachedFeatures, batches) -> DataLoader:
+        """Return the loader of batches of images of a split: their indices, or a sampler of these."""
+        is_cached = isinstance(images, CachedFeatures)
         return DataLoader(
-            source,
+            images,
             batch_sampler=batches,
             **worker_options(0 if is_cached else self.num_workers),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _source(self, split: str) -> Dataset:
-        """Return the images of a split as the model of :meth:`read_for` takes them."""
-        mllm, _, prepare = self._reader
-        return PreprocessedDataset(
-            self.splits[split], mllm.preprocess, prepare if split == "training" else None
-        )
+    def validation_batches(self) -> list[list[int]]:
+        """Return the validation images of this process in batches."""
+        images = len(self.splits["validation"])
+        return validation_batches(images, self.rank_batch_size, rank(), rank_count())
 
 
 def verify_data(options: VerifyOptions) -> None:

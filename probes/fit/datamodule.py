@@ -3,12 +3,13 @@
 import math
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from llava_bidir.common.processes import rank, rank_count
-from probes.data.batches import CachedFeatures
+from probes.data.batches import CachedFeatures, MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import TrainingBatches
+from probes.models.frozen_mllm import FrozenMLLM
 
 
 class ProbeDataModule(ProbeData, LightningDataModule):
@@ -52,21 +53,38 @@ class ProbeDataModule(ProbeData, LightningDataModule):
         )
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
-        return self._loader(source, batches)
+        return self.loader(source, batches)
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation images."""
-        return self.validation_loader()
+        return self.loader(self._source("validation"), self.validation_batches())
 
     test_dataloader = val_dataloader
 
-    def _source(self, split: str) -> Dataset:
-        """Return the images of a split, or their states if these are kept."""
-        source = super()._source(split)
+    def read_for(
+        self,
+        mllm: FrozenMLLM,
+        sites: list[str],
+        prepare: MaskPreparer | None,
+    ) -> None:
+        """Set what images are read for, by the loaders that follow.
+
+        Args:
+            mllm: The model that preprocesses them.
+            sites: Sites whose states are cached, if they are.
+            prepare: Prepares training masks for the loss; None to leave them.
+        """
+        self._reader = (mllm, sites, prepare)
+
+    def _source(self, split: str) -> PreprocessedDataset | CachedFeatures:
+        """Return the images of a split as the model takes them, or their states if these are kept."""
+        mllm, sites, prepare = self._reader
+        source = PreprocessedDataset(
+            self.splits[split], mllm.preprocess, prepare if split == "training" else None
+        )
         if not self.settings["cache_features"]:
             return source
         if split not in self._cached:
-            mllm, sites, _ = self._reader
             # the precision of states that are not cached
             with self.trainer.precision_plugin.forward_context():
                 self._cached[split] = CachedFeatures(

@@ -23,8 +23,8 @@ from probes.data.samplers import PAD_INDEX
 from probes.heads import factory_of
 from probes.models.module_sources import source_identity
 from probes.runs.write import RunRecord, save_run
+from probes.score.estimate import dataset_scores
 from probes.score.image_metrics import TaskMetric
-from probes.score.resampling import dataset_scores
 from probes.site_probes import SiteProbes, load_probes, save_predictions
 from probes.tasks import Task
 

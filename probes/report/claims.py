@@ -22,11 +22,11 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
 from llava_bidir.common.imports import HINT
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS
-from probes.ops.quantiles import student_quantile
 from probes.runs.compare import knockout_difference
 from probes.runs.formatting import Entry
 from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns, studies_by_model
+from probes.score.estimate import student_quantile
 from probes.tasks import SEGMENTATION
 
 from .measure import (

@@ -27,6 +27,7 @@ from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
 from probes.analyses.charts import Figure
+from probes.config import ReportOptions
 from probes.data.verify import notes_of_run
 from probes.report import charts, hero, parts, pictures, words
 from probes.runs import formatting
@@ -38,7 +39,6 @@ from probes.tasks import SEGMENTATION, TASKS
 
 from .claims import evaluate_claims, joint_studies
 from .compare import BEST_LAYER
-from .options import ReportOptions
 from .readings import ReportView, SiteAxis, by_site, read_view
 from .render import render
 from .sites import table2

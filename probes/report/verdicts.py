@@ -32,9 +32,14 @@ from dataclasses import replace
 from typing import Any
 
 from llava_bidir.common.bootstrap import holm
-from probes.ops.quantiles import normal_quantile, student_quantile
 from probes.runs.formatting import Entry
-from probes.score.estimate import Estimate, p_value, standard_error
+from probes.score.estimate import (
+    Estimate,
+    normal_quantile,
+    p_value,
+    standard_error,
+    student_quantile,
+)
 from probes.tasks import SEGMENTATION, TASKS
 
 COLUMNS = ("paper", "optimum", "beyond_random")

@@ -36,8 +36,7 @@ from probes.models.sites import ADAPTER, is_layer
 from probes.ops.pixel_counts import Counts
 from probes.runs.files import open_tensors, read_tensors
 from probes.score.effects import EFFECTS_FILE, read_effect_file
-from probes.score.estimate import Estimate
-from probes.score.resampling import dataset_scores, resampled_scores
+from probes.score.estimate import Estimate, dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, Strengths
 from probes.tasks import SEGMENTATION, TASKS, Task
 

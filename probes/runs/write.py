@@ -21,8 +21,8 @@ from probes.models.module_sources import absolute_source, is_source
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_layer, last_layer
 from probes.ops.pixel_counts import Counts
 from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
-from probes.score.resampling import dataset_scores, resampled_scores
-from probes.score.strengths import CLOSED_FORM, Strengths
+from probes.score.estimate import dataset_scores, resampled_scores
+from probes.score.strengths import Strengths
 from probes.site_probes import SiteProbes
 from probes.tasks import SEGMENTATION
 
@@ -39,8 +39,8 @@ class RunRecord:
         probe: What metrics.json says of the probes.
         history: Main score of each validation by site; empty for solved probes.
         epochs: Of each validation.
-        path: Of solved probes, metrics.json["path"]: {"optimum" or "closed_form": {"sites": [...]}}.
-        path_sums: Sums per image at their solved strengths, [R, S, N, M].
+        path: Strengths of solved probes.
+        path_sums: Sums per image at these that were solved, [R, S, N, M].
     """
 
     settings: Mapping[str, Any]
@@ -48,7 +48,7 @@ class RunRecord:
     probe: dict[str, Any]
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int | float] = field(default_factory=list)
-    path: dict[str, Any] | None = None
+    path: Strengths | None = None
     path_sums: Tensor | None = None
 
 
@@ -73,9 +73,6 @@ def save_run(
     validation = data.splits["validation"]
     groups = group_indices(validation)
     weights = bootstrap_weights(len(validation), groups=groups)
-    strengths = None
-    for kind, path in (record.path or {}).items():
-        strengths = Strengths(path["sites"], task.score, kind == CLOSED_FORM)
     effects = run_effects(
         probes.sites,
         None if probes.mllm.has_llm else last_layer(probes.mllm.sites),
@@ -83,7 +80,7 @@ def save_run(
         task.sums(counted),
         weights,
         groups,
-        strengths=strengths,
+        strengths=record.path,
         path=record.path_sums,
         counts=Counts(**{name: counted[name] for name in Counts._fields})
         if task.name == SEGMENTATION
@@ -151,7 +148,7 @@ def make_metrics(
         "probe": record.probe,
         "sites": sites,
         "summary": summary({site["site"]: site[task.score] for site in sites}, task.sign),
-        **({"path": record.path} if record.path else {}),
+        **({"path": {record.probe["solved"]: {"sites": record.path.sites}}} if record.path else {}),
     }
 
 

@@ -38,6 +38,7 @@ from llava_bidir.common.runs import (
 )
 from probes.config import RunConfig, SolveOptions, SolverOptions
 from probes.data.available_memory import available_memory
+from probes.data.batches import PreprocessedDataset
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import assign_folds
 from probes.machine import Machine, build_machine, seed_everything, solver_device
@@ -45,24 +46,19 @@ from probes.models.module_sources import source_identity
 from probes.runs.files import format_scores, run_folder, say_finished
 from probes.runs.pictures import save_pictures
 from probes.runs.write import RunRecord, save_run
+from probes.score.estimate import dataset_scores
 from probes.score.image_metrics import TaskMetric
-from probes.score.resampling import dataset_scores
-from probes.score.strengths import CLOSED_FORM, OPTIMUM
+from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
 from probes.site_probes import MODEL_SETTINGS, SiteProbes, load_probes, save_predictions
-from probes.step_progress import format_duration
-from probes.tasks import SEGMENTATION, TASKS, Task
+from probes.step_progress import follow, format_duration
+from probes.tasks import SEGMENTATION, TASKS
 from probes.tasks.losses import CrossEntropy
 
-from .least_squares import solve_values
-from .objective import SiteProblem
-from .progress import follow
-from .refinement import solve_classes
 from .solution import Solution
-from .states import Targets, move_batch, read, site_groups
-from .workers import SiteFiles, in_workers, threads_of
+from .states import move_batch, read, site_groups
+from .workers import SiteFiles, in_workers, solve_site, threads_of
 
 MEMORY_SHARE = 0.6  # of the free memory, for states
-GPU_SHARE = 2 / 3  # of the free memory of a GPU, for the states of a site
 SCORED_BYTES = 2**30  # of logits at a time; a batch of 64 at 7B has 19 GB
 MEASURED_IMAGES = 64  # by `--dry-run`
 
@@ -76,14 +72,12 @@ class SolveRun:
         hparams: Every option of the model and of the solver, as a LightningModule names them, for the identity and
             the files of the run.
         options: Those of the solver, as they were given.
-        task: Task of the probes.
         identity: Set when the run starts.
     """
 
     out: Path
     hparams: dict[str, Any]
     options: SolverOptions
-    task: Task
     identity: Identity | None = None
 
     @property
@@ -101,21 +95,32 @@ def run(options: SolveOptions) -> None:
     (dry_run if options.dry_run else run_config)(RunConfig.of(options))
 
 
+@torch.no_grad()
 def run_config(config: RunConfig) -> None:
-    """Solve the probes of all sites, score them, and write the files of the run."""
+    """Solve the probes of all sites, score them, and write the files of the run, or say that it is finished."""
     run, data, machine = build_solve(config)
     lock = exclusive_run_lock(run.out) if machine.is_first else nullcontext()
-    with run_process(), lock, interrupt_says_how_to_resume():
-        machine.run(lambda: solve(config, run, data, machine))
-
-
-def dry_run(config: RunConfig) -> float:
-    """Print the time and memory of a run, and return its seconds. Nothing is written."""
-    run, data, machine = build_solve(config)
-    seconds = []
-    with run_process():
-        machine.run(lambda: seconds.append(estimate(run, data, machine)))
-    return seconds[0]
+    with run_process(), lock, interrupt_says_how_to_resume(), machine.processes():
+        folder = run_folder(run.out)
+        planned = plan_run(folder, config.ckpt_path, config.overwrite)
+        run.identity = decide_on_first(lambda: run_identity(machine, run, data, ("precision",)))
+        if planned.finished:
+            folder.check_finished(run.identity)
+            say_finished(run.out, config.save_predictions)
+            return
+        data.verify(machine.progress == "bar")  # before the model is loaded
+        training = data.splits["training"]
+        fold_of = assign_folds(len(training), run.options.folds, training.groups)
+        probes = load_on(machine, run, data)
+        if rank() == 0:  # all settings were accepted
+            content = yaml.safe_dump(asdict(config), sort_keys=False)
+            begin_run(run.out, content, planned.replaced)
+        resuming = config.ckpt_path == "last"
+        solved = solve_sites(run, probes, data, machine, fold_of, resuming)
+        score(run, probes, solved, data, machine, config.save_predictions)
+        if rank() == 0:
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            rank_zero_info(format_scores(run.out, probes.task))
 
 
 def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
@@ -141,43 +146,7 @@ def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
     hparams |= {name: settings[name] for name in MODEL_SETTINGS}
     if task.loss is not None and type(task.loss) is not CrossEntropy:  # of which a run says nothing
         hparams["loss"] = task.loss.describe()
-    return SolveRun(Path(config.out), hparams, config.solver, task), data, machine
-
-
-@torch.no_grad()
-def solve(
-    config: RunConfig,
-    run: SolveRun,
-    data: ProbeData,
-    machine: Machine,
-) -> None:
-    """Solve, score and write, or say that the run is finished; in all processes."""
-    folder = run_folder(run.out)
-    planned = plan_run(folder, config.ckpt_path, config.overwrite)
-    run.identity = decide_on_first(lambda: run_identity(machine, run, data, ("precision",)))
-    if planned.finished:
-        folder.check_finished(run.identity)
-        say_finished(run.out, config.save_predictions)
-        return
-    data.verify(machine.progress == "bar")  # before the model is loaded
-    training = data.splits["training"]
-    fold_of = assign_folds(len(training), run.options.folds, training.groups)
-    probes = load_on(machine, run, data)
-    if rank() == 0:  # all settings were accepted
-        content = yaml.safe_dump(asdict(config), sort_keys=False)
-        begin_run(run.out, content, planned.replaced)
-    solved = solve_sites(
-        run,
-        probes,
-        data,
-        machine,
-        fold_of,
-        config.ckpt_path == "last",
-    )
-    score(run, probes, solved, data, machine, config.save_predictions)
-    if rank() == 0:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-        rank_zero_info(format_scores(run.out, run.task))
+    return SolveRun(Path(config.out), hparams, config.solver), data, machine
 
 
 def load_on(machine: Machine, run: SolveRun, data: ProbeData) -> SiteProbes:
@@ -221,7 +190,7 @@ def solve_sites(
             None if size <= memory else run.checkpoints,
             targets,
         )
-        work = partial(solve_site, run, probes, states, targets, device)
+        work = partial(solve_site, probes, states, targets, run.hparams["strengths"], device)
         results = in_workers(work, sites, device)
         for site, found in follow(results, len(sites), "solving sites", machine.progress):
             solved[site] = found
@@ -229,37 +198,6 @@ def solve_sites(
             del states[site]
     count = rank_count()
     return {site: broadcast(solved.get(site), i % count) for i, site in enumerate(probes.sites)}
-
-
-def solve_site(
-    run: SolveRun,
-    probes: SiteProbes,
-    states_of: dict[str, Tensor],
-    targets: Targets,
-    device: torch.device,
-    site: str,
-) -> Solution:
-    """Return the probes of a site whose states were read."""
-    states = states_of[site]
-    strengths = run.hparams["strengths"]
-    if device.type == "cuda" and states.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
-        states = states.to(device)
-    if probes.task.loss is None:
-        return solve_values(
-            states,
-            targets.prepared,
-            probes.mllm.grid,
-            targets.fold_of,
-            strengths,
-        )
-    problem = SiteProblem(
-        probes.task.loss,
-        states,
-        targets.prepared,
-        targets.fold_of,
-        targets.scored,
-    )
-    return solve_classes(problem, strengths)
 
 
 def memory_for_states(options: SolverOptions, machine: Machine) -> float:
@@ -280,7 +218,7 @@ def score(
     """Score the probes of all strengths on the validation split, and write the files of the run."""
     for site, found in solved.items():
         found.set_probe(probes.heads[site])
-    task = run.task
+    task = probes.task
     count = len(solved)
     of_run = [found.row * count + i for i, found in enumerate(solved.values())]
     validation = data.splits["validation"]
@@ -289,8 +227,8 @@ def score(
         sum(len(x.solved) for x in solved.values()) * probes.channels * math.prod(probes.mllm.grid)
     )
     size = max(1, SCORED_BYTES // (4 * numbers))  # images whose logits are made at a time
-    data.read_for(probes.mllm, probes.sites, None)
-    loader = data.validation_loader()
+    images = PreprocessedDataset(validation, probes.mllm.preprocess)
+    loader = data.loader(images, data.validation_batches())
     device = solver_device(machine.device)
     for batch in follow(loader, len(loader), "scores", machine.progress):
         batch = move_batch(batch, device)
@@ -320,11 +258,10 @@ def score(
         found.entry(site, {name: x[:, i].tolist() for name, x in scores.items()}, task)
         for i, (site, found) in enumerate(solved.items())
     ]
-    kind = CLOSED_FORM if task.loss is None else OPTIMUM
     made = {
         "head": "linear",
         "feature_norm": "batchnorm",
-        "solved": kind,
+        "solved": CLOSED_FORM if task.loss is None else OPTIMUM,
         "seed": run.hparams["seed"],
         "folds": run.hparams["folds"],
     }
@@ -332,7 +269,7 @@ def score(
         run.hparams,
         run.identity,
         made,
-        path={kind: {"sites": entries}},
+        path=Strengths(entries, task.score, exact=task.loss is None),
         path_sums=sums.unflatten(0, (-1, count)),
     )
     if task.name == SEGMENTATION and not run.hparams["untrained"]:
@@ -360,37 +297,34 @@ def logits_of_strengths(
 
 
 @torch.no_grad()
-def estimate(run: SolveRun, data: ProbeData, machine: Machine) -> float:
-    """Print what a run takes, measured on some images, and return its seconds. Nothing is written."""
-    data.verify(machine.progress == "bar")
-    probes = load_on(machine, run, data)
-    images = len(data.splits["training"])
-    sites = probes.sites[rank() :: rank_count()]
-    measured = sites[-1:]
-    fold_of = assign_folds(min(images, MEASURED_IMAGES), run.options.folds)
-    device = solver_device(machine.device)
-    started = time.perf_counter()
-    states, targets = read(
-        probes,
-        data,
-        machine,
-        measured,
-        fold_of,
-    )
-    after_read = time.perf_counter()
-    work = partial(solve_site, run, probes, states, targets, device)
-    list(in_workers(work, measured, device))
-    forward = (after_read - started) * images / len(fold_of)
-    solve = (time.perf_counter() - after_read) * images / len(fold_of)
-    memory = memory_for_states(run.options, machine)
-    groups = site_groups(probes, sites, images, memory)
-    most = max(size for _, size in groups)
-    threads = threads_of(device)
-    total = len(groups) * forward + len(sites) * solve / threads
-    total += forward * len(data.splits["validation"]) / images / rank_count()
-    rank_zero_info(
-        f"about {format_duration(total)}: a forward over {images:,} training images takes {format_duration(forward)}, "
-        f"a site {format_duration(solve)}, {threads} at a time; {len(groups)} forwards at most, each for the sites "
-        f"whose states fit: {most / 1e9:.3g} GB in {'memory' if most <= memory else 'a file in --out'}"
-    )
-    return total
+def dry_run(config: RunConfig) -> float:
+    """Print the time and memory of a run, measured on some images, and return its seconds. Nothing is written."""
+    run, data, machine = build_solve(config)
+    with run_process(), machine.processes():
+        data.verify(machine.progress == "bar")
+        probes = load_on(machine, run, data)
+        images = len(data.splits["training"])
+        sites = probes.sites[rank() :: rank_count()]
+        measured = sites[-1:]
+        fold_of = assign_folds(min(images, MEASURED_IMAGES), run.options.folds)
+        device = solver_device(machine.device)
+        started = time.perf_counter()
+        states, targets = read(probes, data, machine, measured, fold_of)
+        after_read = time.perf_counter()
+        work = partial(solve_site, probes, states, targets, run.hparams["strengths"], device)
+        list(in_workers(work, measured, device))
+        forward = (after_read - started) * images / len(fold_of)
+        solve = (time.perf_counter() - after_read) * images / len(fold_of)
+        memory = memory_for_states(run.options, machine)
+        groups = site_groups(probes, sites, images, memory)
+        most = max(size for _, size in groups)
+        threads = threads_of(device)
+        total = len(groups) * forward + len(sites) * solve / threads
+        total += forward * len(data.splits["validation"]) / images / rank_count()
+        rank_zero_info(
+            f"about {format_duration(total)}: a forward over {images:,} training images takes "
+            f"{format_duration(forward)}, a site {format_duration(solve)}, {threads} at a time; {len(groups)} forwards "
+            f"at most, each for the sites whose states fit: {most / 1e9:.3g} GB in "
+            f"{'memory' if most <= memory else 'a file in --out'}"
+        )
+        return total

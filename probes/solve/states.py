@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.data.batches import MaskPreparer
+from probes.data.batches import MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
 from probes.machine import Machine, solver_device
 from probes.ops.normal_equations import NormalEquations, join_equations, normal_equations
 from probes.ops.quadrature import PreparedMasks, join_masks
 from probes.site_probes import SiteProbes
+from probes.step_progress import follow
 
 from .held_out import scored_masks
 from .least_squares import check_values
 from .objective import NODES
-from .progress import follow
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,17 @@ def read(
     prepare = None
     if probes.task.loss is not None:
         prepare = MaskPreparer(probes.mllm.geometry, probes.channels, NODES)
-    data.read_for(probes.mllm, sites, prepare if targets is None else None)
+    training = data.splits["training"]
+    loaded = PreprocessedDataset(
+        training, probes.mllm.preprocess, prepare if targets is None else None
+    )
     images = len(fold_of)
     batches = [part.tolist() for part in torch.arange(images).split(data.rank_batch_size)]
     states: dict[str, Tensor] = {}
     parts: list[Any] = []
     device = solver_device(machine.device)
     label = f"states of {len(sites)} sites"
-    for batch in follow(data.training_loader(batches), len(batches), label, machine.progress):
+    for batch in follow(data.loader(loaded, batches), len(batches), label, machine.progress):
         batch = move_batch(batch, device)
         with machine.forward_context():
             found = probes.states(batch, sites)
@@ -120,7 +123,6 @@ def read(
             parts += [prepare_values(probes, target) for target in batch["target"]]
     if targets is None and prepare:
         masks = join_masks(parts)
-        training = data.splits["training"]
         scored = scored_masks(
             masks,
             fold_of,

@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llava_bidir.common.errors import error_context
 from llava_bidir.common.files import write_files
 from llava_bidir.common.identity import Identity, check_same_identity
 from llava_bidir.common.runs import RESUME_ADVICE
+from probes.site_probes import SiteProbes
 
+from .least_squares import solve_values
+from .objective import SiteProblem
+from .refinement import solve_classes
 from .solution import Solution
+from .states import Targets
+
+GPU_SHARE = 2 / 3  # of the free memory of a GPU, for the states of a site
 
 
 @dataclass
@@ -55,6 +63,36 @@ class SiteFiles:
                 found[site] = Solution(**tensors)
             check_same_identity(saved, self.identity, str(path), RESUME_ADVICE)
         return found
+
+
+def solve_site(
+    probes: SiteProbes,
+    states_of: dict[str, Tensor],
+    targets: Targets,
+    strengths: list[float] | None,
+    device: torch.device,
+    site: str,
+) -> Solution:
+    """Return the probes of a site whose states were read."""
+    states = states_of[site]
+    if device.type == "cuda" and states.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        states = states.to(device)
+    if probes.task.loss is None:
+        return solve_values(
+            states,
+            targets.prepared,
+            probes.mllm.grid,
+            targets.fold_of,
+            strengths,
+        )
+    problem = SiteProblem(
+        probes.task.loss,
+        states,
+        targets.prepared,
+        targets.fold_of,
+        targets.scored,
+    )
+    return solve_classes(problem, strengths)
 
 
 def in_workers(

@@ -120,7 +120,7 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
     """Return the arms of all models: the trained one first, and the one with trained probes last."""
     arms = []
     for label, path in study.models.items():
-        model = replace(study.probes.model, mllm=path)
+        model = replace(study.model, mllm=path)
         config = read_config(path)
         family = family_of(config)
         if model.image_px is not None:
@@ -137,7 +137,7 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
         for name in names:
             weights = kinds["trained" if name == FITTED else kind_of(name)]
             compared = [*probed]
-            options = replace(study.probes, model=model)
+            options = RunConfig.of(study, model=model, overwrite=False)
             if weights.parts:
                 changed = sites[weights.sites]
                 compared = [site for site, place in probed.items() if place in changed]

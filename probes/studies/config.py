@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
-from probes.config import RunConfig, StudyOptions
+from probes.config import StudyOptions
 
 RESERVED = ("report", "steps")  # folders of a study
 
@@ -18,11 +18,9 @@ class StudyConfig(StudyOptions):
 
     Args:
         models: Checkpoint directory or hub id by label. One model has the label "".
-        probes: Options of the probe runs; each arm has a model, weights and a folder of its own.
     """
 
     models: dict[str, str]
-    probes: RunConfig
 
     @classmethod
     def of(
@@ -54,15 +52,8 @@ class StudyConfig(StudyOptions):
                     f"{label!r} cannot be the label of a model: expected the name of a folder, not "
                     f"{' or '.join(RESERVED)}"
                 )
-        first = next(iter(models.values()))
-        probes = RunConfig.of(
-            options,
-            model=replace(options.model, mllm=first),
-            data=replace(options.data, **where),
-            out=str(options.out),
-            overwrite=False,
-        )
-        return cls(**vars(options) | {"models": dict(models), "probes": probes})
+        own = {"models": dict(models), "data": replace(options.data, **where)}
+        return cls(**vars(options) | own)
 
 
 def study_config(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from probes.ops.quantiles import student_quantile
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
+from probes.score.estimate import student_quantile
 from probes.step_progress import format_duration
 from probes.steps import LEFT_OUT
 

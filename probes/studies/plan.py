@@ -17,10 +17,10 @@ from llava_bidir.common.identity import check_same_identity, describe_digest, na
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.base import EFFECTS
+from probes.config import ReportOptions
 from probes.data.base import ImageDataset
 from probes.data.registry import DATASETS, open_split, split_identity
 from probes.report.claims import TRUTH_FILE
-from probes.report.options import ReportOptions
 from probes.runs.read import finished_runs
 from probes.steps import (
     Step,
@@ -94,7 +94,7 @@ def plan(study: StudyConfig) -> Planned:
         UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
     _check(study)
-    data = study.probes.data
+    data = study.data
     splits = {
         task: {split: open_split(replace(data, task=task), split) for split in SPLITS}
         for task in (SEGMENTATION, *study.tasks)
@@ -150,11 +150,11 @@ def _check(study: StudyConfig) -> None:
                     f"there is no {option} {name!r}; expected some of {', '.join(known)}"
                 )
     for key in ("untrained", "match", "draw"):
-        if getattr(study.probes.model, key) not in (None, "none", 0):
+        if getattr(study.model, key) not in (None, "none", 0):
             raise UserError(
                 f"model.{key} is given, but the arms of a study say which weights are random (--arms)"
             )
-    data = study.probes.data
+    data = study.data
     if data.task != SEGMENTATION:
         raise UserError(
             "data.task is given, but a study is of segmentation; it solves other tasks beside it with --tasks NAME"
@@ -312,7 +312,7 @@ def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> Non
     """
     for name in [*chosen]:
         for option, (file, content) in MEASURED[name].beside_data.items():
-            beside = Path(study.probes.data.root).resolve().parent / file
+            beside = Path(study.data.root).resolve().parent / file
             if beside.is_file() and content in beside.read_bytes():
                 chosen[name].setdefault(option, str(beside))
             if option in chosen[name]:

@@ -197,7 +197,7 @@ def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
 
 def uses_several_devices(study: StudyConfig) -> bool:
     """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
-    given = str(study.probes.trainer.get("devices", "auto"))
+    given = str(study.trainer.get("devices", "auto"))
     if given == "auto":
         return torch.cuda.device_count() > 1
     return given not in ("1", "[0]")

@@ -8,7 +8,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
 from probes.analyses import MEASURED
 from probes.analyses.base import table_row
-from probes.report.options import ReportOptions
+from probes.config import ReportOptions
 from probes.runs.read import ProbeRun, finished_runs
 from probes.runs.study import given_labels, labels_of_models, model_name
 

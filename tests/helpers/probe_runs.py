@@ -21,8 +21,7 @@ from probes.ops.pixel_counts import Counts
 from probes.runs.read import ProbeRun
 from probes.runs.write import summary
 from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
-from probes.score.estimate import Estimate
-from probes.score.resampling import dataset_scores, resampled_scores
+from probes.score.estimate import Estimate, dataset_scores, resampled_scores
 from probes.score.strengths import ROWS
 from probes.tasks import TASKS
 

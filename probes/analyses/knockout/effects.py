@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from probes.ops.quantiles import normal_quantile, student_quantile
 from probes.runs.read import ProbeRun
-from probes.score.estimate import Estimate
+from probes.score.estimate import Estimate, normal_quantile, student_quantile
 
 from . import KnockoutOptions
 from .cases import CONDITIONS, outcome_key

@@ -99,9 +99,9 @@ def test_both_machines_solve_the_same_probes_to_the_last_bit(
     main(own)
     with monkeypatch.context() as patch:
         patch.setattr(machine, "device_of_one_process", lambda options: None)
-        run = Machine.run
+        start = Machine.processes
         used = []
-        patch.setattr(Machine, "run", lambda self, work: used.append(self) or run(self, work))
+        patch.setattr(Machine, "processes", lambda self: used.append(self) or start(self))
         main(other)
     assert len(used) == 1 and used[0].fabric is not None
     for name in ("probes", "counts", "effects"):

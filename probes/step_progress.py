@@ -85,11 +85,6 @@ def format_duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def format_left(seconds: float, is_bound: bool = False) -> str:
-    """Return "about 3 min left", or "at least 3 min left" of a lower bound."""
-    return f"{'at least' if is_bound else 'about'} {max(1, round(seconds / 60))} min left"
-
-
 @dataclass
 class StepWatcher:
     """Estimates the time left while a step runs, from how fast its present part is and from earlier steps.
@@ -138,7 +133,7 @@ class StepWatcher:
         return left
 
     def describe_left(self, elapsed: float = 0.0, part_left: float | None = None) -> str:
-        """Return the time left of this step and those after it; "" if nothing is known."""
+        """Return the time left of this step and those after it, "about 3 min left"; "" if nothing is known."""
         known = self.seconds.get(self.kind)
         if known is None and part_left is None:
             return ""
@@ -146,4 +141,5 @@ class StepWatcher:
         later = sum(
             self.seconds.get(kind, whole if kind == self.kind else 0.0) for kind in self.later
         )
-        return format_left(whole - elapsed + later, is_bound=known is None)
+        minutes = max(1, round((whole - elapsed + later) / 60))
+        return f"{'at least' if known is None else 'about'} {minutes} min left"

@@ -91,12 +91,12 @@ def check_paths(
 
 def describe_sources(folders: list[Path], captions: Path | None) -> dict[str, str | None]:
     """Return what records are made from, as hashes: images and masks of each data set, and the captions."""
-    from probes.data.registry import open_dataset, split_identity
+    from probes.data.registry import identity_of_splits, open_dataset
 
     found: dict[str, str | None] = {"captions": captions and sha256(captions)}
     for folder in folders:
         for split in ("training", "validation"):
-            identity = split_identity(split, open_dataset("folder", str(folder), split))
+            identity = identity_of_splits({split: open_dataset("folder", str(folder), split)})
             for part, value in identity.items():
                 found[f"{folder.resolve().name}/{part}"] = value
     return found

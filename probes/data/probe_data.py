@@ -21,8 +21,7 @@ from llava_bidir.common.processes import (
 from probes.config import DataOptions, VerifyOptions
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
-from .registry import open_split, split_identity
-from .samplers import validation_batches
+from .registry import identity_of_splits, open_split
 from .verify import (
     LabelCounts,
     check_labels,
@@ -78,10 +77,7 @@ class ProbeData:
 
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""
-        identity = {}
-        for split, dataset in self.splits.items():
-            identity |= split_identity(split, dataset)
-        return identity
+        return identity_of_splits(self.splits)
 
     def verify(self, show_bar: bool, warn: Callable[[str], None] = rank_zero_warn) -> None:
         """Read every image and target once, before the model is loaded; each rank reads its share.
@@ -132,11 +128,6 @@ class ProbeData:
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def validation_batches(self) -> list[list[int]]:
-        """Return the validation images of this process in batches."""
-        images = len(self.splits["validation"])
-        return validation_batches(images, self.rank_batch_size, rank(), rank_count())
 
 
 def verify_data(options: VerifyOptions) -> None:

@@ -1,5 +1,6 @@
 """Registry of dataset layouts. The options of a layout are the arguments of its class after `root` and `split`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,11 @@ def open_dataset(
     return layouts[dataset](root, split, **{name: parsed[name] for name in options})
 
 
-def split_identity(split: str, dataset: ImageDataset) -> dict[str, str]:
-    """Return what a split is, see `common/identity.py`: its classes, images and targets by content."""
-    parts = {f"{split}_{part}": value for part, value in dataset.identity().items()}
-    return {"classes": describe_digest(dataset.classes, len(dataset.classes)), **parts}
+def identity_of_splits(splits: Mapping[str, ImageDataset]) -> dict[str, str]:
+    """Return what splits are, see `common/identity.py`: their classes, images and targets by content."""
+    found = {}
+    for split, dataset in splits.items():
+        found["classes"] = describe_digest(dataset.classes, len(dataset.classes))
+        for part, value in dataset.identity().items():
+            found[f"{split}_{part}"] = value
+    return found

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from llava_bidir.common.processes import rank, rank_count
 from probes.data.batches import CachedFeatures, MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
-from probes.data.samplers import TrainingBatches
+from probes.data.samplers import TrainingBatches, validation_batches
 from probes.models.frozen_mllm import FrozenMLLM
 
 
@@ -57,7 +57,9 @@ class ProbeDataModule(ProbeData, LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation images."""
-        return self.loader(self._source("validation"), self.validation_batches())
+        source = self._source("validation")
+        batches = validation_batches(len(source), self.rank_batch_size, rank(), rank_count())
+        return self.loader(source, batches)
 
     test_dataloader = val_dataloader
 

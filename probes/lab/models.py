@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 import probes
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.tokenizer import load_tokenizer
 from probes.data.base import palette_of
 from probes.heads import Probe
 from probes.models.frozen_model import FrozenModel
-from probes.models.prompts import read_tokenizer
 from probes.models.sites import ENCODER, is_in_llm_space
 from probes.runs.compare import check_same_images
 from probes.runs.read import ProbeRun
@@ -73,7 +73,7 @@ class LabModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer, for the words of the logit lens."""
-        return read_tokenizer(self.checkpoint)
+        return load_tokenizer("tokenizer", self.checkpoint)
 
     @cached_property
     def cannot_answer(self) -> str | None:
@@ -135,8 +135,7 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
     models = []
     for name, run in zip(names, runs, strict=True):
         label = f"{name}, {run.path}" if names.count(name) > 1 else name
-        mllm = run.mllm()
-        heads = {site: probe.to(mllm.device) for site, probe in run.probes().items()}
+        mllm, heads = run.loaded
         models.append(
             LabModel(
                 label,

@@ -20,11 +20,6 @@ PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states -
 IMAGE_TOKENS = re.compile(r"<[^<>]+>|\[IMG\w*\]")
 
 
-def read_tokenizer(path: str, **hub: Any) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a checkpoint; raise a UserError if there is none or it is damaged."""
-    return load_tokenizer("tokenizer", path, **hub)
-
-
 def read_prefix_ids(
     path: str,
     family: Family,
@@ -45,7 +40,7 @@ def read_prefix_ids(
         for token in IMAGE_TOKENS.findall(family.image_start_text):
             _token_id(path, tokenizer, token)
     else:
-        tokenizer = read_tokenizer(path, **hub)
+        tokenizer = load_tokenizer("tokenizer", path, **hub)
     # Tokenised by itself, without a preceding token, as LLaVA tokenises the text before an image.
     return start_ids(tokenizer, prefix) + tokenizer.encode(prefix, add_special_tokens=False)
 
@@ -53,7 +48,7 @@ def read_prefix_ids(
 def read_separator_id(path: str, family: Family, **hub: Any) -> int | None:
     """Return the id of the token after each row of image tokens, or None if the family has none."""
     return family.row_separator and _token_id(
-        path, read_tokenizer(path, **hub), family.row_separator
+        path, load_tokenizer("tokenizer", path, **hub), family.row_separator
     )
 
 
@@ -118,7 +113,7 @@ def read_chat(path: str, family: Family, **hub: Any) -> Chat:
     Raises:
         UserError: There is no chat template, or it or the tokenizer is damaged.
     """
-    tokenizer = read_tokenizer(path, **hub)
+    tokenizer = load_tokenizer("tokenizer", path, **hub)
     if family.own_template:
         return Chat(path, tokenizer, family.own_template, family.placeholder, "")
     with error_context(f"chat template of {path}"):

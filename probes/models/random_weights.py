@@ -90,7 +90,9 @@ def reinitialize(
                 for top in modules[part]:
                     permute_weights(top)
                 continue
-            _forget_initialisation(modules[part])
+            # else transformers keeps weights from a checkpoint, also those that a module draws for its children (CLIP)
+            for parameter in (p for module in modules[part] for p in module.parameters()):
+                parameter._is_hf_initialized = False
             for module in (m for top in modules[part] for m in top.modules()):
                 if part == "adapter" and hasattr(module, "reset_parameters"):
                     module.reset_parameters()
@@ -111,12 +113,6 @@ def reinitialize(
         scale = read_training(Path(model.name_or_path)).get("adapter_init_scale")
         if "adapter" in parts and scale is not None:  # of this project's adapters, and no others
             modules["adapter"][0].linear_2.weight *= scale
-
-
-def _forget_initialisation(modules: Sequence[nn.Module]) -> None:
-    """Let transformers draw all weights, also those that a module draws for its children (CLIP, SigLIP)."""
-    for parameter in (parameter for module in modules for parameter in module.parameters()):
-        parameter._is_hf_initialized = False
 
 
 def permute_weights(layers: nn.Module) -> None:

@@ -73,16 +73,6 @@ def is_in_llm_space(site: str) -> bool:
     return not (is_before_adapter(site) or part_of(site) == VALUE)
 
 
-def wants_all(sites: str | list[str] | None) -> bool:
-    """Return whether chosen sites are "all", by itself or as a list."""
-    return sites in (ALL, [ALL])
-
-
-def wants_all_parts(sites: str | list[str] | None) -> bool:
-    """Return whether chosen sites are "all_parts", by itself or as a list."""
-    return sites in (ALL_PARTS, [ALL_PARTS])
-
-
 def site_names(layers: int) -> list[str]:
     """Return the sites of the main path of a model with `layers` decoder layers, in forward order."""
     return [ENCODER, ADAPTER, *(layer_site(i) for i in range(1, layers + 1)), FINAL_NORM]

@@ -30,7 +30,7 @@ from llava_bidir.common.files import read_json, sha256
 from llava_bidir.common.hf import DTYPE_ADVICE
 from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.images import PhotoLike, read_photo
-from probes.data.registry import open_dataset, split_identity
+from probes.data.registry import identity_of_splits, open_dataset
 from probes.heads import Probe
 from probes.models.sites import ADAPTER, is_layer
 from probes.ops.pixel_counts import Counts
@@ -309,7 +309,7 @@ class ProbeRun:
             data["options"],
             self.task.targets,
         )
-        self._check_unchanged("data", split_identity(split, dataset))
+        self._check_unchanged("data", identity_of_splits({split: dataset}))
         return dataset
 
     def _check_unchanged(self, section: str, now: dict[str, str]) -> None:
@@ -392,7 +392,8 @@ class ProbeRun:
         return probes
 
     @cached_property
-    def _loaded(self) -> tuple["FrozenMLLM", dict[str, Probe]]:
+    def loaded(self) -> tuple["FrozenMLLM", dict[str, Probe]]:
+        """The model, and the probe of each site on its device."""
         mllm = self.mllm()
         return mllm, {site: probe.to(mllm.device) for site, probe in self.probes().items()}
 
@@ -420,7 +421,7 @@ class ProbeRun:
         knockout: "Knockout | None" = None,
     ) -> np.ndarray:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
-        mllm, probes = self._loaded
+        mllm, probes = self.loaded
         photo = read_photo(image)
         states = mllm.states(mllm.preprocess(photo), sites, knockout)
         outputs = torch.cat([probes[site](states[site].float()) for site in sites])

@@ -40,7 +40,7 @@ from probes.config import RunConfig, SolveOptions, SolverOptions
 from probes.data.available_memory import available_memory
 from probes.data.batches import PreprocessedDataset
 from probes.data.probe_data import ProbeData
-from probes.data.samplers import assign_folds
+from probes.data.samplers import assign_folds, validation_batches
 from probes.machine import Machine, build_machine, seed_everything, solver_device
 from probes.models.module_sources import source_identity
 from probes.runs.files import format_scores, run_folder, say_finished
@@ -228,7 +228,8 @@ def score(
     )
     size = max(1, SCORED_BYTES // (4 * numbers))  # images whose logits are made at a time
     images = PreprocessedDataset(validation, probes.mllm.preprocess)
-    loader = data.loader(images, data.validation_batches())
+    batches = validation_batches(len(images), data.rank_batch_size, rank(), rank_count())
+    loader = data.loader(images, batches)
     device = solver_device(machine.device)
     for batch in follow(loader, len(loader), "scores", machine.progress):
         batch = move_batch(batch, device)

@@ -19,7 +19,7 @@ from probes.analyses import MEASURED
 from probes.analyses.base import EFFECTS
 from probes.config import ReportOptions
 from probes.data.base import ImageDataset
-from probes.data.registry import DATASETS, open_split, split_identity
+from probes.data.registry import DATASETS, identity_of_splits, open_split
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
 from probes.steps import (
@@ -112,7 +112,7 @@ def plan(study: StudyConfig) -> Planned:
         of_model = [arm for arm in arms if arm.label == label]
         for task in splits:
             solved = [arm for arm in of_model if task == SEGMENTATION or arm.name != FITTED]
-            steps += [_run_step(study, arm, task, contents[label, task]) for arm in solved]
+            steps += [_step_of_arm(study, arm, task, contents[label, task]) for arm in solved]
         steps += _analysis_steps(study, of_model, analyses, len(validation))
     report = study.out / "report"
     truth = Path(data.root) / TRUTH_FILE
@@ -170,14 +170,15 @@ def _content(model: str, splits: Mapping[str, ImageDataset]) -> dict[str, str]:
     """Return the checksums of a model and of the splits of a task."""
     from probes.models.module_sources import source_identity  # imports transformers' models
 
-    found = {"model": named_identity({"mllm": source_identity(model)}), "data": {}}
-    for split, dataset in splits.items():
-        found["data"] |= split_identity(split, dataset)
+    found = {
+        "model": named_identity({"mllm": source_identity(model)}),
+        "data": identity_of_splits(splits),
+    }
     return {f"{part}.{key}": value for part, of in found.items() for key, value in of.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- steps
-def _run_step(
+def _step_of_arm(
     study: StudyConfig,
     arm: Arm,
     task: str,

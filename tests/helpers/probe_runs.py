@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.files import write_files
 from probes.cli import main
-from probes.data.registry import open_dataset, split_identity
+from probes.data.registry import identity_of_splits, open_dataset
 from probes.models.sites import last_layer, site_names
 from probes.ops.pixel_counts import Counts
 from probes.runs.read import ProbeRun
@@ -287,7 +287,7 @@ def data_identity(root: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if (root / "images").is_dir():
         for split in ("training", "validation"):
-            found |= split_identity(split, open_dataset("folder", str(root), split))
+            found |= identity_of_splits({split: open_dataset("folder", str(root), split)})
     return found
 
 

@@ -1,7 +1,5 @@
 """What the report shows of predicted maps."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -17,20 +15,16 @@ from probes.tasks.segmentation import colorize_classes
 
 
 def section(study: StudyRuns) -> Section:
-    """Return the section of a study."""
-    return Section([*map_figures(study)])
-
-
-def map_figures(study: StudyRuns) -> Iterator[Figure]:
-    """Yield the maps of a study's runs; they need the dataset."""
+    """Return the section of a study: the maps of its runs, which need the dataset."""
+    figures: list[Figure] = []
     if not any(run.analysis("maps.json") for run in study.main_runs.values()):
-        return
+        return Section()
     palette = palette_of(study.first.dataset())
     for mask, run in study.main_runs.items():
         if not (result := run.analysis("maps.json")):
             continue
         sites = shown_sites(run)
-        yield Figure(
+        shown = Figure(
             f"maps_{mask}",
             f"Predictions by layer, {mask}" if run.has_llm else "Predictions by layer",
             "Look for the layer from which on objects are found, and for confusions that appear and disappear over the "
@@ -38,9 +32,10 @@ def map_figures(study: StudyRuns) -> Iterator[Figure]:
             columns=["image", "target", *(site.replace("_", " ") for site in sites)],
             pictures=site_rows(run, sites, palette),
         )
+        figures.append(shown)
         for case in result["knockout"]:
             wrong, correct = case["class"], case["correct_class"]
-            yield Figure(
+            shown = Figure(
                 f"knockout_maps_{mask}_{file_name(wrong)}",
                 f"{correct} predicted as {wrong}, {mask}",
                 f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
@@ -49,6 +44,8 @@ def map_figures(study: StudyRuns) -> Iterator[Figure]:
                 columns=knockout_columns(run, wrong),
                 pictures=knockout_rows(run, wrong, palette),
             )
+            figures.append(shown)
+    return Section(figures)
 
 
 SHOWN_LAYERS = 6  # of a bare encoder, and of an LLM under knockout

@@ -1,6 +1,5 @@
 """Figure of activation patching: what replaced states change at other tokens, by layer."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from probes.analyses.base import Section
@@ -68,15 +67,11 @@ def section(study: StudyRuns) -> Section:
     """Return the section of a study: of its solved runs, else of the main ones."""
     runs = {mask: study.solved.get(mask, run) for mask, run in study.main_runs.items()}
     results = {mask: run.analysis("patching.json") for mask, run in runs.items()}
-    return Section([*patching_figures(results)], by_mask={"patching": results})
-
-
-def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Iterator[Figure]:
-    """Yield a figure for each patching.json."""
-    for mask, patched in by_mask.items():
+    figures: list[Figure] = []
+    for mask, patched in results.items():
         if patched:
             rows = effect_rows(patched)
-            yield Figure(
+            shown = Figure(
                 f"patching_{mask}",
                 f"Replaced states, {mask}",
                 "Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
@@ -87,3 +82,5 @@ def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Iterator[Figu
                 [patching_chart(patched, rows)],
                 rows,
             )
+            figures.append(shown)
+    return Section(figures, by_mask={"patching": results})

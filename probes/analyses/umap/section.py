@@ -1,6 +1,5 @@
 """What the report shows of UMAP projections (Fig. 5)."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,14 @@ NAMED_CLASSES = 4  # all others are grey
 
 
 def section(study: StudyRuns) -> Section:
-    """Return the section of a study."""
-    return Section([*umap_figures(study)])
-
-
-def umap_figures(study: StudyRuns) -> Iterator[Figure]:
-    """Yield a figure for each image of each run; they need the dataset."""
+    """Return the section of a study: a figure for each image of each run, whose colours need the dataset."""
+    figures: list[Figure] = []
     for mask, run in study.main_runs.items():
         result = run.analysis("umap.json")
         palette = palette_of(study.first.dataset()) if result else None
         for image in result["images"] if result else ():
             classes = run.metrics["classes"]
-            yield Figure(
+            shown = Figure(
                 f"umap_{mask}_{image['image']}",
                 f"Patches of image {image['name']}, {mask}",
                 "UMAP of the patches of one image, coloured by class (Fig. 5). UMAP exaggerates the gaps between "
@@ -43,6 +38,8 @@ def umap_figures(study: StudyRuns) -> Iterator[Figure]:
                 ],
                 umap_rows(image),
             )
+            figures.append(shown)
+    return Section(figures)
 
 
 def umap_chart(

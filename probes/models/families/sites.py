@@ -23,6 +23,8 @@ from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from probes.models.sites import (
+    ALL,
+    ALL_PARTS,
     PARTS,
     PATCHES,
     VALUE,
@@ -32,8 +34,6 @@ from probes.models.sites import (
     layer_number,
     part_names,
     part_of,
-    wants_all,
-    wants_all_parts,
     with_parts,
 )
 
@@ -370,9 +370,9 @@ def chosen_sites(
     own = family.sites(config)
     if sites is None:
         return own
-    if wants_all(sites):
+    if sites in (ALL, [ALL]):
         return [*encoder_sites(family, config), *own]
-    if wants_all_parts(sites):
+    if sites in (ALL_PARTS, [ALL_PARTS]):
         return all_sites(family, config)
     if isinstance(sites, str):
         raise UserError(f"sites must be a list of names, or 'all', or 'all_parts'; got {sites!r}")

@@ -12,7 +12,7 @@ from PIL import Image
 from llava_bidir.common.errors import UserError
 from probes.data.batches import PreprocessedDataset, collate
 from probes.data.probe_data import ProbeData
-from probes.data.registry import LAYOUTS, open_dataset, split_identity
+from probes.data.registry import LAYOUTS, identity_of_splits, open_dataset
 from probes.data.samplers import PAD_INDEX
 from probes.data.targets import find_boundaries
 
@@ -188,21 +188,21 @@ def test_batches_keep_targets_and_pad_with_no_value(task, root):
 
 
 def test_identity_changes_with_the_targets_and_how_they_are_read(root):
-    before = {task: split_identity("validation", opened(root, task)) for task in LAYOUTS}
+    before = {task: identity_of_splits({"validation": opened(root, task)}) for task in LAYOUTS}
     assert len({json.dumps(identity) for identity in before.values()}) == len(LAYOUTS)
     for kind in ("depth", "normals", "instances"):
         path = root / kind / "validation/0.png"
         array = np.asarray(Image.open(path)).copy()
         array[3, 3] = array[4, 4]
         Image.fromarray(array).save(path)
-    after = {task: split_identity("validation", opened(root, task)) for task in LAYOUTS}
+    after = {task: identity_of_splits({"validation": opened(root, task)}) for task in LAYOUTS}
     assert {task for task in LAYOUTS if after[task] != before[task]} == {
         "depth",
         "normals",
         "boundaries",
     }
     (root / "targets.json").write_text('{"depth_scale": 0.002}')
-    assert split_identity("validation", opened(root, "depth")) != after["depth"]
+    assert identity_of_splits({"validation": opened(root, "depth")}) != after["depth"]
 
 
 GREY = dataset_layouts.unit_normals(0)

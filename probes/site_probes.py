@@ -88,14 +88,14 @@ def load_probes(
     head: str,
     feature_norm: str,
 ) -> SiteProbes:
-    """Load the MLLM and build a probe for each site, on the CPU.
+    """Load the MLLM, and build a probe for each site on the CPU.
 
-    Everything is built there: generators of a CPU cannot draw on the GPU that is Lightning's default.
+    Generators of a CPU cannot draw on the GPU that is Lightning's default.
 
     Args:
         settings: Those that `MODEL_SETTINGS` names.
         data: Images and targets.
-        device: Where a random model is matched to a trained one.
+        device: Where the model runs.
         head: Name of the probes' head, see heads.py.
         feature_norm: Normalisation of the states before the head.
     """
@@ -106,7 +106,7 @@ def load_probes(
         mllm = load(
             settings["mllm"],
             settings["image_attention"],
-            device=device if matched else "cpu",
+            device=device,
             untrained=settings["untrained"] or (),
             # at equal distances from the first on
             match_images=[images[i * len(images) // count]["image"] for i in range(count)],

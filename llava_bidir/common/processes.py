@@ -59,13 +59,13 @@ def all_gather_objects(x: Any) -> list[Any]:
     return parts
 
 
-def decide_on_first(function: Callable[[], Any]) -> Any:
-    """Return the first process's `function()` on every process; its UserError is raised on every process."""
+def decide_on_first(function: Callable[..., Any], *args: Any) -> Any:
+    """Return the first process's `function(*args)` on every process; its UserError is raised on every process."""
     result = None
     error = None
     if rank() == 0:
         try:
-            result = function()
+            result = function(*args)
         except UserError as raised:
             error = str(raised)
     result, error = broadcast((result, error), 0)

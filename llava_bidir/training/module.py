@@ -136,7 +136,7 @@ class LlavaTraining(LightningModule):
         data.collate.image_attention = self.hparams.image_attention
         if stage != "fit":
             return
-        self.identity = decide_on_first(lambda: run_identity(self.trainer, self, data))
+        self.identity = decide_on_first(run_identity, self.trainer, self, data)
         if self.hparams.adapter is not None:
             check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 
@@ -362,7 +362,7 @@ class LlavaTraining(LightningModule):
 
     def _check_same_model(self, files: dict[str, str], settings: dict[str, Any]) -> None:
         """Raise if a checkpoint that is scored is of other models, as far as both name them, or of other settings."""
-        now = decide_on_first(lambda: named_identity(self.models()))
+        now = decide_on_first(named_identity, self.models())
         compared = [
             {
                 "model": {key: models[key] for key in files.keys() & now.keys()},

@@ -21,7 +21,7 @@ from llava_bidir.common.processes import (
 from probes.config import DataOptions, VerifyOptions
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
-from .registry import identity_of_splits, open_split
+from .registry import identity_of_splits, open_splits
 from .verify import (
     LabelCounts,
     check_labels,
@@ -38,30 +38,23 @@ class ProbeData:
     """Training and validation images with masks, or with the targets of another task.
 
     Args:
-        root: Folder of the dataset.
-        seed: Random seed of the order of training images; linked from seed_everything by the command line.
-        **options: Other fields of :class:`probes.config.DataOptions`.
+        config: Options of the data.
+        seed: Random seed of the order of training images.
 
     Raises:
         UserError: There is no such layout or task, or the folder is not of the layout.
     """
 
-    def __init__(
-        self,
-        root: str,
-        seed: int = 0,
-        **options,
-    ):
+    def __init__(self, config: DataOptions, seed: int = 0):
         super().__init__()  # of LightningDataModule, in a run that trains
-        config = DataOptions(root=root, **options)
         self.settings = asdict(config) | {"seed": seed}
 
-        self.splits = {split: open_split(config, split) for split in ("training", "validation")}
-        self.root = root
+        self.splits = open_splits(config)
+        self.root = config.root
         self.dataset = config.dataset
         self.task = config.task
         self.options = config.options or {}
-        self.name = config.name or Path(root).resolve().name
+        self.name = config.name or Path(config.root).resolve().name
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
         self.batch_size = config.batch_size
@@ -137,7 +130,7 @@ def verify_data(options: VerifyOptions) -> None:
         UserError: If some cannot be used, or no pixel of a split is labelled; the message names them.
     """
     workers = usable_cores() if options.workers is None else options.workers
-    data = ProbeData(**vars(replace(options.data, num_workers=workers)))
+    data = ProbeData(replace(options.data, num_workers=workers))
     data.verify(True, partial(print, "warning:"))
     print(format_labels(data.classes, data.labels))
     sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())

@@ -57,21 +57,19 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
     layouts[name] = cls
 
 
-def open_split(data: DataOptions, split: str) -> ImageDataset:
-    """Return a split of the data of a run, "training" or "validation".
+def open_splits(data: DataOptions) -> dict[str, ImageDataset]:
+    """Return the training and the validation split of the data of a run.
 
     Raises:
         UserError: If the task, the layout or an option is unknown, or the files do not match the layout.
     """
     if data.task not in TASKS:
         raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}")
-    return open_dataset(
-        data.dataset,
-        data.root,
-        split,
-        data.options,
-        TASKS[data.task].targets,
-    )
+    targets = TASKS[data.task].targets
+    return {
+        split: open_dataset(data.dataset, data.root, split, data.options, targets)
+        for split in ("training", "validation")
+    }
 
 
 def open_dataset(

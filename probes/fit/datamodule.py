@@ -6,6 +6,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from llava_bidir.common.processes import rank, rank_count
+from probes.config import DataOptions
 from probes.data.batches import CachedFeatures, MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import TrainingBatches, validation_batches
@@ -15,10 +16,22 @@ from probes.models.frozen_mllm import FrozenMLLM
 class ProbeDataModule(ProbeData, LightningDataModule):
     """Images and targets of a run that trains.
 
-    Its arguments are those of :class:`.ProbeData`.
+    Args:
+        root: Folder of the dataset.
+        seed: As of :class:`.ProbeData`; linked from seed_everything by the command line.
+        **options: Other fields of :class:`probes.config.DataOptions`.
     """
 
     trained_batches = 0  # of the epoch, before a resume
+
+    def __init__(
+        self,
+        root: str,
+        seed: int = 0,
+        **options,
+    ):
+        config = DataOptions(root=root, **options)
+        super().__init__(config, seed)
 
     @property
     def steps_per_epoch(self) -> int:

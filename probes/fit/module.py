@@ -73,7 +73,7 @@ class ProbeModule(LightningModule):
         """Compute the identity of a run that is not started by the command line."""
         if self.identity is None:
             data = self.trainer.datamodule
-            self.identity = decide_on_first(lambda: run_identity(self.trainer, self, data))
+            self.identity = decide_on_first(run_identity, self.trainer, self, data)
 
     def configure_model(self) -> None:
         """Load the MLLM and build the probes."""

@@ -71,7 +71,9 @@ def save_run(
     out = Path(out)
     task = probes.task
     validation = data.splits["validation"]
-    groups = group_indices(validation)
+    groups = None  # i64[N], the group (city) of each image, numbered alphabetically
+    if validation.groups is not None:
+        groups = torch.tensor(np.unique(validation.groups, return_inverse=True)[1])
     weights = bootstrap_weights(len(validation), groups=groups)
     effects = run_effects(
         probes.sites,
@@ -185,12 +187,6 @@ def site_entries(
             entry |= {name: value, f"{name}_ci95": ci95}
         entries.append(entry)
     return entries
-
-
-def group_indices(dataset) -> Tensor | None:
-    """Return the group (city) of each image, i64[N], numbered alphabetically; None for a dataset without groups."""
-    groups = getattr(dataset, "groups", None)
-    return None if groups is None else torch.tensor(np.unique(groups, return_inverse=True)[1])
 
 
 def baseline(labelled: Tensor, classes: list[str]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def run_config(config: RunConfig) -> None:
     with run_process(), lock, interrupt_says_how_to_resume(), machine.processes():
         folder = run_folder(run.out)
         planned = plan_run(folder, config.ckpt_path, config.overwrite)
-        run.identity = decide_on_first(lambda: run_identity(machine, run, data, ("precision",)))
+        run.identity = decide_on_first(run_identity, machine, run, data, ("precision",))
         if planned.finished:
             folder.check_finished(run.identity)
             say_finished(run.out, config.save_predictions)
@@ -111,7 +111,7 @@ def run_config(config: RunConfig) -> None:
         data.verify(machine.progress == "bar")  # before the model is loaded
         training = data.splits["training"]
         fold_of = assign_folds(len(training), run.options.folds, training.groups)
-        probes = load_on(machine, run, data)
+        probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
         if rank() == 0:  # all settings were accepted
             content = yaml.safe_dump(asdict(config), sort_keys=False)
             begin_run(run.out, content, planned.replaced)
@@ -139,7 +139,7 @@ def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
         raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
     machine = build_machine(config.trainer)
     seed_everything(config.seed_everything)
-    data = ProbeData(**vars(config.data), seed=config.seed_everything)
+    data = ProbeData(config.data, config.seed_everything)
     settings = asdict(config.model)
     settings |= {"num_classes": data.num_classes, "seed": config.seed_everything}
     hparams = {"folds": config.solver.folds, "strengths": strengths}
@@ -147,21 +147,6 @@ def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
     if task.loss is not None and type(task.loss) is not CrossEntropy:  # of which a run says nothing
         hparams["loss"] = task.loss.describe()
     return SolveRun(Path(config.out), hparams, config.solver), data, machine
-
-
-def load_on(machine: Machine, run: SolveRun, data: ProbeData) -> SiteProbes:
-    """Load the model and its probes onto the device of a machine."""
-    device = machine.device
-    probes = load_probes(
-        run.hparams,
-        data,
-        device,
-        head="linear",
-        feature_norm="batchnorm",
-    )
-    probes.mllm.to(device)
-    probes.heads.to(solver_device(device)).eval()
-    return probes
 
 
 def solve_sites(
@@ -216,6 +201,8 @@ def score(
     save_images: bool,
 ) -> None:
     """Score the probes of all strengths on the validation split, and write the files of the run."""
+    device = solver_device(machine.device)
+    probes.heads.to(device).eval()
     for site, found in solved.items():
         found.set_probe(probes.heads[site])
     task = probes.task
@@ -230,7 +217,6 @@ def score(
     images = PreprocessedDataset(validation, probes.mllm.preprocess)
     batches = validation_batches(len(images), data.rank_batch_size, rank(), rank_count())
     loader = data.loader(images, batches)
-    device = solver_device(machine.device)
     for batch in follow(loader, len(loader), "scores", machine.progress):
         batch = move_batch(batch, device)
         with machine.forward_context():
@@ -303,7 +289,7 @@ def dry_run(config: RunConfig) -> float:
     run, data, machine = build_solve(config)
     with run_process(), machine.processes():
         data.verify(machine.progress == "bar")
-        probes = load_on(machine, run, data)
+        probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
         images = len(data.splits["training"])
         sites = probes.sites[rank() :: rank_count()]
         measured = sites[-1:]

@@ -11,11 +11,11 @@ from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
 from probes.score.estimate import student_quantile
 from probes.step_progress import format_duration
-from probes.steps import LEFT_OUT
+from probes.steps import LEFT_OUT, find_missing
 
 from .arms import arm_names
 from .config import StudyConfig
-from .plan import RUNS, find_work, plan
+from .plan import RUNS, check_folder, plan
 
 SIMULATED = 20_000  # studies
 # standard deviations of recovery beyond random in the toy world, as fractions (experiments/statistics/draws.py)
@@ -30,7 +30,8 @@ def print_estimate(study: StudyConfig) -> None:
         UserError: The study cannot be run.
     """
     planned = plan(study)
-    missing = find_work(study, planned)
+    check_folder(study, planned)
+    missing = find_missing(planned.steps, study.out)
     if not missing:
         print(f"{study.out} is complete; nothing to do")
         return

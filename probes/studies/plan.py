@@ -19,13 +19,12 @@ from probes.analyses import MEASURED
 from probes.analyses.base import EFFECTS
 from probes.config import ReportOptions
 from probes.data.base import ImageDataset
-from probes.data.registry import DATASETS, identity_of_splits, open_split
+from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
 from probes.steps import (
     Step,
     digest,
-    find_missing,
     read_records,
     unfinished_steps,
 )
@@ -35,7 +34,6 @@ from .arms import FITTED, Arm, join, kind_of, plan_arms
 from .config import StudyConfig
 
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
-SPLITS = ("training", "validation")
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
 Values = dict[str, Any]  # of options of an analysis, by name
 # returns checksums of a model and of a task's images and targets
@@ -95,10 +93,8 @@ def plan(study: StudyConfig) -> Planned:
     """
     _check(study)
     data = study.data
-    splits = {
-        task: {split: open_split(replace(data, task=task), split) for split in SPLITS}
-        for task in (SEGMENTATION, *study.tasks)
-    }
+    tasks = (SEGMENTATION, *study.tasks)
+    splits = {task: open_splits(replace(data, task=task)) for task in tasks}
     validation = splits[SEGMENTATION]["validation"]
     analyses = choose_analyses(study, validation)
     contents = {
@@ -330,13 +326,9 @@ def _asked(study: StudyConfig) -> set[str]:
     return {text.partition(".")[0] for text in study.add}
 
 
-# ---------------------------------------------------------------------------------------------------------- work
-def find_work(study: StudyConfig, planned: Planned) -> list[Step]:
-    """Return the steps that are missing or were made from something else; print why one is done again.
-
-    Raises:
-        UserError: The folder holds runs of other models, images or targets, which may not be overwritten.
-    """
+# -------------------------------------------------------------------------------------------------------- folder
+def check_folder(study: StudyConfig, planned: Planned) -> None:
+    """Raise a UserError if the folder holds runs of other models, images or targets, which may not be overwritten."""
     held: dict[str, str] = {}  # models by label
     for record in read_records(study.out):
         name = record["step"]
@@ -359,4 +351,3 @@ def find_work(study: StudyConfig, planned: Planned) -> list[Step]:
             f"{study.out} holds a study of {', '.join(held.values())}; with a label and without, a report would "
             "take one model for two; choose another --out"
         )
-    return find_missing(planned.steps, study.out)

@@ -29,11 +29,11 @@ from probes.config import RunConfig, StudyOptions
 from probes.process_group import end_on_signals, process_group
 from probes.report.terminal import print_summary
 from probes.runs.read import finished_runs
-from probes.steps import Step, as_json, must_replace, run_steps
+from probes.steps import Step, as_json, find_missing, must_replace, run_steps
 
 from .config import StudyConfig, label_models, study_config
 from .estimate import print_estimate
-from .plan import RUNS, find_work, plan
+from .plan import RUNS, check_folder, plan
 from .table import Study, write_table
 
 REPORT_WAIT_S = 600
@@ -98,7 +98,8 @@ def run_study(study: StudyConfig) -> None:
     labels = tuple(filter(None, study.models))
     part = "+".join([*labels, *study.arms]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
-        missing = find_work(study, planned)
+        check_folder(study, planned)
+        missing = find_missing(planned.steps, out)
         # no report before the trained model is solved
         solved = [run.name for run in finished_runs(out)]
         solved += [Path(step.name).name for step in missing if step.kind == "solve"]

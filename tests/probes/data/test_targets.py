@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
+from probes.config import DataOptions
 from probes.data.batches import PreprocessedDataset, collate
 from probes.data.probe_data import ProbeData
 from probes.data.registry import LAYOUTS, identity_of_splits, open_dataset
@@ -187,22 +188,26 @@ def test_batches_keep_targets_and_pad_with_no_value(task, root):
     assert (padding == 255).all() if task == "boundaries" else padding.isnan().all()
 
 
+def identities(root):
+    return {task: identity_of_splits({"validation": opened(root, task)}) for task in LAYOUTS}
+
+
 def test_identity_changes_with_the_targets_and_how_they_are_read(root):
-    before = {task: identity_of_splits({"validation": opened(root, task)}) for task in LAYOUTS}
+    before = identities(root)
     assert len({json.dumps(identity) for identity in before.values()}) == len(LAYOUTS)
     for kind in ("depth", "normals", "instances"):
         path = root / kind / "validation/0.png"
         array = np.asarray(Image.open(path)).copy()
         array[3, 3] = array[4, 4]
         Image.fromarray(array).save(path)
-    after = {task: identity_of_splits({"validation": opened(root, task)}) for task in LAYOUTS}
+    after = identities(root)
     assert {task for task in LAYOUTS if after[task] != before[task]} == {
         "depth",
         "normals",
         "boundaries",
     }
     (root / "targets.json").write_text('{"depth_scale": 0.002}')
-    assert identity_of_splits({"validation": opened(root, "depth")}) != after["depth"]
+    assert identities(root)["depth"] != after["depth"]
 
 
 GREY = dataset_layouts.unit_normals(0)
@@ -232,7 +237,7 @@ def test_bad_file_is_an_error_that_names_it(root, message):
 def test_depth_in_another_unit_is_an_error(root):
     (root / "targets.json").write_text('{"depth_scale": 100, "max_depth": 10}')
     with pytest.raises(UserError, match=r"no other labels than \[\].*scale of values"):
-        ProbeData(str(root), task="depth", num_workers=0).verify(False)
+        ProbeData(DataOptions(str(root), task="depth", num_workers=0)).verify(False)
 
 
 def test_settings_of_depth_are_positive_numbers(root):

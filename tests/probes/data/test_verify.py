@@ -13,7 +13,7 @@ from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.config import DataOptions
 from probes.data.probe_data import ProbeData
-from probes.data.registry import open_split
+from probes.data.registry import open_splits
 from probes.data.verify import (
     LabelCounts,
     count_labels,
@@ -42,7 +42,7 @@ def masks(root: Path, split: str) -> list[Path]:
 
 
 def verify(root: Path, **options) -> ProbeData:
-    data = ProbeData(str(root), num_workers=0, **options)
+    data = ProbeData(DataOptions(str(root), num_workers=0, **options))
     data.verify(False)
     return data
 
@@ -89,7 +89,7 @@ def test_workers_and_shares_find_what_one_process_finds(tmp_path):
     root = tiny_models.write_segmentation(tmp_path, training=80)
     for file in masks(root, "training")[3::37]:
         Image.fromarray(np.full((24, 20), 100, np.uint8)).save(file)
-    dataset = open_split(DataOptions(str(root)), "training")
+    dataset = open_splits(DataOptions(str(root)))["training"]
 
     def read(indices, workers=0):
         labels, bad = read_pairs(

@@ -7,7 +7,7 @@ test-nightly: venv vqa-venv ## what is too slow for every change (tests/README.m
 
 NIGHTLY := runs/nightly
 nightly-tests: venv vqa-venv ## of these, the tests
-	$(PY) -m probes demo --out $(NIGHTLY)/demo
+	$(PY) -m probes demo --out $(NIGHTLY)/demo --extras
 	DEMO=$(CURDIR)/$(NIGHTLY)/demo FAULTS=20 FAULTS_EACH=5 NUMBA_DISABLE_JIT=0 $(PYTEST) --durations=40 -m 'nightly and not gpu'
 
 nightly-calibration: venv ## of these, a seed of the calibration

@@ -1,7 +1,6 @@
 """The demo: what it finds, what is done twice, and what is not.
 
-With DEMO=FOLDER, the tests use what `probes demo --out FOLDER --scale 0.05 --extras` has made; without such a
-folder, they make it. `.ci/run` has it made by a wheel that is installed without the clone.
+With WHEEL=FOLDER, as in `.ci/run`, it is made by the wheel that is installed there without the clone.
 """
 
 import html
@@ -18,10 +17,9 @@ ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
 SCALE = 0.05
 REPORT = "report/results.json"
-# DEMO is run again by the wheel that has made it, from a folder where nothing else can be imported: steps name files of
-# the installation that they read.
-if "DEMO" in os.environ and "WHEEL" in os.environ:
-    FOLDER = Path(os.environ["WHEEL"]).absolute() / "dist"
+if given := os.environ.get("WHEEL"):
+    # from which nothing else can be imported
+    FOLDER = Path(given).absolute() / "dist"
     PROGRAM = [str(FOLDER.parent / "environment/bin/probes")]
 else:
     FOLDER = ROOT
@@ -36,7 +34,7 @@ def command(out: Path, *more: str) -> list[str]:
 
 def run(out: Path) -> str:
     """Without a network where that can be had, and watched for attempts to reach one."""
-    words = [*network_guard.cut(), *command(out, "--extras")]
+    words = [*network_guard.cut(), *command(out)]
     environment = network_guard.watched(out / "network")
     return run_command(
         words,
@@ -53,10 +51,6 @@ def results(out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    if given := os.environ.get("DEMO"):
-        settings = json.loads((Path(given) / "settings.json").read_text())
-        if settings["scale"] == SCALE:  # the one of `make test-nightly` is larger
-            return Path(given).absolute()
     out = tmp_path_factory.mktemp("demo")
     run(out)
     return out
@@ -109,16 +103,10 @@ def test_a_demo_of_other_settings_is_left_alone(finished):
 
 def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finished):
     before = results(finished)
-    kept = finished / "causal/random1/metrics.json"
-    kept.unlink()
+    (finished / "causal/probes/metrics.json").unlink()
     said = run(finished)
     steps = {
         line.split("] ")[1].split(",")[0] for line in said.splitlines() if line.startswith("[")
     }
-    assert steps == {
-        "causal/random1",
-        "causal/random1/knockout",
-        "causal/random1/routes",
-        "report",
-    }
+    assert steps == {"causal/probes", "causal/probes/sinks", "report"}
     assert results(finished) == before

@@ -1,7 +1,7 @@
 """The wheel, built from the source archive and installed without the clone: it is complete, and enough to work with.
 
-With WHEEL=FOLDER, the tests use what `python tests/helpers/wheels.py FOLDER` has made, as `.ci/run` does. CI's demo is
-made by that wheel, and tests/test_demo.py looks at it.
+With WHEEL=FOLDER, the tests use what `python tests/helpers/wheels.py FOLDER` has made, as `.ci/run` does; test_demo.py
+makes a demo by it.
 """
 
 import os

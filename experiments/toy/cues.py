@@ -34,35 +34,38 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
     root = Path(run.manifest["data"]["root"])
     pixels, labels = read_pictures(root, "validation")
     patches = json.loads((root / "patches.json").read_text())["validation"]
-    alike = torch.tensor([LOOK_ALIKE[name] != name for name in CLASSES])[labels.clamp(min=0)] & (
-        labels >= 0
+    alike = torch.isin(
+        labels, torch.tensor([k for k, name in enumerate(CLASSES) if LOOK_ALIKE[name] != name])
     )
     mllm = run.mllm()
     site = run.check_site(None)
     probe = run.probes()[site]
-    shares: dict[str, list[Tensor]] = {f"probe at {site}": [], "answers": []}
+    cases = []  # a scene of a picture each, with what the probe reads
     for picture, entry in enumerate(patches):
-        scene, cue = (torch.tensor(entry[key]) for key in ("scene", "cue"))
-        rows = {name: [] for name in shares}
-        for number in range(int(scene.max()) + 1):
-            own = cue & (scene == number)
-            other = cue & (scene != number)
-            asked = (alike[picture] & (scene == number)).nonzero()[:, 0]
-            if not (own.any() and other.any() and len(asked)):
-                continue
-            images = pixels[picture].expand(len(CONDITIONS), -1, -1, -1)
-            right = labels[picture, asked]
-            knockout = Knockout(torch.stack([torch.zeros_like(own), own, other]))
-            read = probe(mllm.states(images, [site], knockout)[site].float())[:, asked]
-            answers = [
-                mllm.answer_log_probs(images, ask_patch(int(i)), CLASSES, knockout) for i in asked
-            ]
-            said = torch.stack(answers, 1)
-            for name, scores in zip(rows, (read, said), strict=True):
-                rows[name].append((scores.argmax(-1) == right).double().mean(1))
-        for name, values in rows.items():
-            shares[name] += [torch.stack(values).mean(0)] if values else []
-    return {name: torch.stack(values) for name, values in shares.items()}
+        scene, cue = map(torch.tensor, (entry["scene"], entry["cue"]))
+        for number in scene.unique():
+            own = scene == number
+            asked = alike[picture] & own
+            hidden = cue & torch.stack([own ^ own, own, ~own])
+            if asked.any() and hidden[1:].any(1).all():
+                images = pixels[[picture] * len(CONDITIONS)]
+                states = mllm.states(images, [site], Knockout(hidden))
+                read = probe(states[site].float()).argmax(-1)
+                cases.append((torch.tensor(picture), asked, hidden, read))
+    pictures, asked, hidden, read = map(torch.stack, zip(*cases, strict=True))
+    said = read.clone()
+    for i, rows in enumerate(asked.T):  # a question to all scenes at once
+        if rows.any():
+            images = pixels[pictures[rows]].repeat_interleave(len(CONDITIONS), 0)
+            knockout = Knockout(hidden[rows].flatten(0, 1))
+            scores = mllm.answer_log_probs(images, ask_patch(i), CLASSES, knockout)
+            said[rows, :, i] = scores.argmax(-1).view(-1, len(CONDITIONS))
+    shares = {}
+    for name, found in {f"probe at {site}": read, "answers": said}.items():
+        right = torch.where(asked[:, None], found == labels[pictures, None], torch.nan)
+        share = right.nanmean(-1, dtype=torch.double)
+        shares[name] = torch.stack([share[pictures == i].mean(0) for i in pictures.unique()])
+    return shares
 
 
 def main() -> None:
@@ -73,14 +76,15 @@ def main() -> None:
         for what, shares in accuracies(ProbeRun(path)).items():
             difference = shares[:, 2] - shares[:, 1]
             resampled = bootstrap_weights(len(shares)).double() @ difference / len(shares)
-            low, high = interval(difference.mean().item(), resampled)
+            mean = difference.mean().item()
+            low, high = interval(mean, resampled)
             words = [
                 f"{name} {100 * share:.1f}%"
                 for name, share in zip(CONDITIONS, shares.mean(0), strict=True)
             ]
-            found = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
             print(
-                f"{path}, {what}, {len(shares)} pictures: hidden {', '.join(words)}; difference {found}"
+                f"{path}, {what}, {len(shares)} pictures: hidden {', '.join(words)}; "
+                f"difference {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
             )
 
 

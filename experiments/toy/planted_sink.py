@@ -83,7 +83,7 @@ def main() -> None:
     for layer in measure_sinks(probes.load(str(planted), device="cpu"), photos)["layers"]:
         print(f"{layer['site']}: first image token {layer['first_norm']:.1f} medians")
     study = probes.study(
-        {"causal": planted, "bidirectional": source["bidirectional"]},
+        source | {"causal": planted},
         options.demo / "assets/segmentation",
         out=options.out / "study",
         arms=options.arms,

@@ -35,9 +35,8 @@ from probes.worlds.dialogues import (
     prepend_picture,
 )
 from probes.worlds.plant import read_pictures
-from probes.worlds.steps import WEIGHTS, make_step, run_in_child_process
+from probes.worlds.steps import MASKS, WEIGHTS, make_step, run_in_child_process
 
-MASKS = ("causal", "bidirectional")
 ARMS = {
     "tokens": None,
     "questions": {"points": GRID**2},
@@ -79,12 +78,14 @@ def write_dialogues(assets: Path, seed: int) -> None:
     for i in range(QUESTIONS):
         image, text = val[i % len(val)]
         turns = build_dialogue(text, rng, points=1, look_alikes=True)
-        record = {
-            "id": f"{image} {i}",
-            "image": image,
-            "conversations": prepend_picture(turns),
-        }
-        asked.append(record | {"regions": find_regions(record["conversations"])})
+        asked.append(
+            {
+                "id": f"{image} {i}",
+                "image": image,
+                "conversations": prepend_picture(turns),
+                "regions": find_regions(turns),
+            }
+        )
     (assets / "look_alikes.json").write_text(json.dumps(asked))
 
 
@@ -149,13 +150,7 @@ def train(folder: Path, seed: int, count: int) -> None:
                 command = words(
                     "probes", "plant", "recovery", *models, "--steps", count, "--seed", seed
                 )
-            step = make_step(
-                folder,
-                command,
-                out / WEIGHTS,
-                reads=stage1 / WEIGHTS,
-            )
-            steps.append(step)
+            steps.append(make_step(folder, command, out / WEIGHTS, [stage1 / WEIGHTS]))
         run_in_child_process(folder, mask, steps)
 
 

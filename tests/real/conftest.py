@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct, converted once, and models that were trained on it for a few steps."""
 
 import json
+from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,14 +22,20 @@ STEPS = 3  # of each training
 
 
 @pytest.fixture(scope="session")
-def gguf_file() -> Path:
+def gguf_file() -> Iterator[Path]:
+    """The file, which is parsed once: transformers does so for each config, tokenizer and model."""
     try:
         file = find_model()
     except UserError as error:
         pytest.skip(str(error))
     if find_spec("gguf") is None:
         pytest.skip("needs the package gguf: pip install gguf")
-    return file
+    import gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        for slow in (gguf.GGUFReader, gguf.get_tensor_name_map):
+            patch.setattr(gguf, slow.__name__, cache(slow))
+        yield file
 
 
 @pytest.fixture(scope="session")

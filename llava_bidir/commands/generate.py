@@ -6,7 +6,6 @@ from itertools import filterfalse
 import torch
 from PIL import Image
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
@@ -18,7 +17,13 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_bidir.command_options import GenerateOptions
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf import FiniteLogits, greedy_config, load_weights, read_pretrained
+from llava_bidir.common.hf import (
+    FiniteLogits,
+    greedy_config,
+    load_weights,
+    read_model_config,
+    read_pretrained,
+)
 from llava_bidir.common.images import SUFFIXES, read_photo
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
 from llava_bidir.model.build import CHAT_TEMPLATE, IMAGES_IN_CHAT
@@ -40,7 +45,7 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
         UserError: There is no such checkpoint, it is no LLaVA, or its mask would be ignored.
     """
     # first, since these errors say more than those of the weights
-    read_image_attention(read_pretrained("MODEL", AutoConfig, model))
+    read_image_attention(read_model_config("MODEL", model))
     loaded = load_weights("MODEL", AutoModelForImageTextToText, model, dtype=dtype).eval()
     processor = read_pretrained("MODEL", AutoProcessor, model)
     loaded.generation_config = greedy_config(loaded.generation_config, processor.tokenizer)

@@ -46,11 +46,11 @@ def read_pretrained(
     path: str,
     **kwargs,
 ):
-    """Return `reader.from_pretrained(path)`, a config, tokenizer or processor.
+    """Return `reader.from_pretrained(path)`, a tokenizer, a processor, or a config of a class.
 
     Args:
         key: Name for errors: a key of the config or an argument.
-        reader: A class of transformers.
+        reader: A class of transformers; :func:`read_model_config` is for its AutoConfig.
         path: Directory or hub id.
         **kwargs: Passed to `from_pretrained`.
 
@@ -58,8 +58,6 @@ def read_pretrained(
         UserError: The checkpoint does not exist, is damaged, has no vocabulary, or requires code from the checkpoint.
     """
     with error_context(f"{key}: {path}"):
-        if reader.__name__ == "AutoConfig":
-            return _read_config(path, **kwargs)
         loaded = reader.from_pretrained(path, trust_remote_code=False, **kwargs)
         tokenizer = getattr(loaded, "tokenizer", loaded)
         _check_vocabulary(tokenizer)
@@ -79,26 +77,32 @@ def with_fixed_date(template: str) -> str:
     return FIXED_DATE + template
 
 
-def _read_config(path: str, **kwargs) -> "PreTrainedConfig":
+def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
     """Return the config of a checkpoint, all parts of which are in its config.json.
 
     Where a part is absent, transformers takes its defaults: LLaVA-1.5-13B of LLaVA's authors, whose config has other
     keys, would be described as a model of 32 layers.
 
+    Args:
+        key: Name for errors.
+        path: Directory or hub id.
+        **hub: `revision` of a hub id.
+
     Raises:
-        UserError: config.json lacks the encoder's or the LLM's part.
+        UserError: There is none, transformers does not know its kind, or it lacks the encoder's or the LLM's part.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
     import_module(OWN_CONFIG)
-    given, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
-    if missing := [name for name in PARTS if _is_default(name, config, given)]:
-        absent = " and no ".join(missing)
-        raise UserError(
-            f"config.json has no {absent}, for which transformers would take its defaults. Use the checkpoint's "
-            "conversion to transformers' format, for LLaVA those of llava-hf"
-        )
+    with error_context(f"{key}: {path}"):
+        given, _ = PreTrainedConfig.get_config_dict(path, **hub)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+        if missing := [name for name in PARTS if _is_default(name, config, given)]:
+            absent = " and no ".join(missing)
+            raise UserError(
+                f"config.json has no {absent}, for which transformers would take its defaults. Use the checkpoint's "
+                "conversion to transformers' format, for LLaVA those of llava-hf"
+            )
     return config
 
 

@@ -24,7 +24,7 @@ from .files import sha256
 from .hf import (
     INDEX,
     TRAINING_JSON,
-    read_pretrained,
+    read_model_config,
     weight_files,
 )
 
@@ -176,9 +176,7 @@ def model_identity(key: str, path: str | Path) -> dict[str, str]:
             if file.name not in NOT_MODEL_FILES and not file.name.endswith(INDEX):
                 files.add(file)
         return checksums(folder, sorted(os.path.relpath(file, folder) for file in files))
-    from transformers import AutoConfig
-
-    return {"": f"{path}@{read_pretrained(key, AutoConfig, str(path))._commit_hash}"}
+    return {"": f"{path}@{read_model_config(key, str(path))._commit_hash}"}
 
 
 def describe_digest(content: Any, count: int | None = None) -> str:

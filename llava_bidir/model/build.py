@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     LlavaConfig,
     LlavaProcessor,
@@ -21,6 +20,7 @@ from llava_bidir.common.hf import (
     check_merged,
     greedy_config,
     load_weights,
+    read_model_config,
     read_pretrained,
     read_tensors,
     read_training,
@@ -126,7 +126,7 @@ def read_llm_config(path: str) -> PreTrainedConfig:
     Raises:
         UserError: There is no such checkpoint.
     """
-    config = read_pretrained("model.llm", AutoConfig, path)
+    config = read_model_config("model.llm", path)
     return config.text_config if isinstance(config, LlavaConfig) else config
 
 
@@ -227,7 +227,7 @@ def load_llm(path: str, tokens: int, **options) -> PreTrainedModel:
     Raises:
         UserError: As :func:`load_weights`, or the vocabulary cannot be resized.
     """
-    if isinstance(read_pretrained("model.llm", AutoConfig, path), LlavaConfig):
+    if isinstance(read_model_config("model.llm", path), LlavaConfig):
         options |= {"config": read_llm_config(path), "key_mapping": OF_LLAVA}
     language_model = load_weights("model.llm", AutoModelForCausalLM, path, **options)
     with error_context(f"model.llm: {path}"):

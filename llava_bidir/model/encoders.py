@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
@@ -29,7 +28,7 @@ from transformers.image_utils import (
 )
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf import read_pretrained
+from llava_bidir.common.hf import read_model_config, read_pretrained
 from llava_bidir.common.images import check_image_px
 
 
@@ -128,7 +127,7 @@ class Encoder:
             UserError: The checkpoint at `path` is not of the family `name`, `image_px` does not suit it,
                 or it lacks the layer.
         """
-        config = read_pretrained("model.encoder.path", AutoConfig, self.path)
+        config = read_model_config("model.encoder.path", self.path)
         model_type = getattr(config, "vision_config", config).model_type
         config_class = self.entry.model_class.config_class
         if model_type != config_class.model_type:

@@ -15,7 +15,7 @@ from pathlib import Path
 from llava_bidir.command_options import VQAOptions, VQATableOptions
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
-from llava_bidir.common.hf import read_pretrained
+from llava_bidir.common.hf import read_model_config
 from llava_bidir.common.identity import describe_digest, model_identity
 
 from . import table1
@@ -28,11 +28,9 @@ def run(options: VQAOptions) -> None:
     Raises:
         UserError: lmms-eval failed, or OUT has results of another checkpoint.
     """
-    from transformers import AutoConfig
-
     from llava_bidir.commands.generate import read_image_attention
 
-    config = read_pretrained("MODEL", AutoConfig, options.model)
+    config = read_model_config("MODEL", options.model)
     info = {
         "model": options.model,
         "image_attention": read_image_attention(config),

@@ -116,11 +116,6 @@ class FrozenMLLM(FrozenModel):
         return encoder_layers(self.family, self.model.config)
 
     @property
-    def encoder_sites(self) -> list[str]:
-        """Names of the encoder's own layers in forward order; a UserError says why they cannot be read."""
-        return self.encoder_layers.sites
-
-    @property
     def layers(self) -> nn.ModuleList:
         """The layers of the LLM."""
         return self.decoder.layers

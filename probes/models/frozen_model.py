@@ -17,7 +17,7 @@ from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_weights import read_attention
 from .families import EncoderFamily, Family, own_image_attention
-from .families.sites import all_sites, chosen_sites, part_width
+from .families.sites import all_sites, chosen_sites, encoder_sites, part_width
 from .features import similarity
 from .knockout import Knockout
 from .reading import Replacement, read_states
@@ -244,8 +244,8 @@ class FrozenModel(nn.Module):
 
     @property
     def encoder_sites(self) -> list[str]:
-        """Names of the encoder's own layers in an MLLM, in forward order: before `sites`."""
-        return []
+        """Names of the encoder's own layers in an MLLM, before `sites`; a UserError says why they cannot be read."""
+        return encoder_sites(self.family, self.model.config)
 
     @cached_property
     def all_sites(self) -> list[str]:

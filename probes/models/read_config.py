@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf import read_pretrained
+from llava_bidir.common.hf import read_model_config
 from llava_bidir.common.images import MAX_GRID_SIDE
 
 from .families import EncoderFamily, Family
@@ -21,7 +21,7 @@ def read_config(path: str, **hub: Any) -> PreTrainedConfig:
     check_names_function(path)
     if is_source(path):
         return module_config(path)
-    return read_pretrained("MLLM", AutoConfig, path, **hub)
+    return read_model_config("MLLM", path, **hub)
 
 
 def check_numbers(path: str, family: Family | EncoderFamily, config: PreTrainedConfig) -> None:

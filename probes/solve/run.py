@@ -31,6 +31,7 @@ from llava_bidir.common.processes import (
     rank_zero_info,
 )
 from llava_bidir.common.runs import (
+    RunFolder,
     begin_run,
     interrupt_says_how_to_resume,
     plan_run,
@@ -68,22 +69,17 @@ class SolveRun:
     """What a run is made from.
 
     Args:
-        out: Folder of the run.
+        folder: Folder of the run.
         hparams: Every option of the model and of the solver, as a LightningModule names them, for the identity and
             the files of the run.
         options: Those of the solver, as they were given.
         identity: Set when the run starts.
     """
 
-    out: Path
+    folder: RunFolder
     hparams: dict[str, Any]
     options: SolverOptions
     identity: Identity | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder from which a killed run resumes."""
-        return self.out / "checkpoints"
 
     def models(self) -> dict[str, Any]:
         """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
@@ -99,14 +95,14 @@ def run(options: SolveOptions) -> None:
 def run_config(config: RunConfig) -> None:
     """Solve the probes of all sites, score them, and write the files of the run, or say that it is finished."""
     run, data, machine = build_solve(config)
-    lock = exclusive_run_lock(run.out) if machine.is_first else nullcontext()
+    folder = run.folder
+    lock = exclusive_run_lock(folder.path) if machine.is_first else nullcontext()
     with run_process(), lock, interrupt_says_how_to_resume(), machine.processes():
-        folder = run_folder(run.out)
         planned = plan_run(folder, config.ckpt_path, config.overwrite)
         run.identity = decide_on_first(run_identity, machine, run, data, ("precision",))
         if planned.finished:
             folder.check_finished(run.identity)
-            say_finished(run.out, config.save_predictions)
+            say_finished(folder.path, config.save_predictions)
             return
         data.verify(machine.progress == "bar")  # before the model is loaded
         training = data.splits["training"]
@@ -114,13 +110,13 @@ def run_config(config: RunConfig) -> None:
         probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
         if rank() == 0:  # all settings were accepted
             content = yaml.safe_dump(asdict(config), sort_keys=False)
-            begin_run(run.out, content, planned.replaced)
+            begin_run(folder.path, content, planned.replaced)
         resuming = config.ckpt_path == "last"
         solved = solve_sites(run, probes, data, machine, fold_of, resuming)
         score(run, probes, solved, data, machine, config.save_predictions)
         if rank() == 0:
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
-            rank_zero_info(format_scores(run.out, probes.task))
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            rank_zero_info(format_scores(folder.path, probes.task))
 
 
 def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
@@ -146,7 +142,7 @@ def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
     hparams |= {name: settings[name] for name in MODEL_SETTINGS}
     if task.loss is not None and type(task.loss) is not CrossEntropy:  # of which a run says nothing
         hparams["loss"] = task.loss.describe()
-    return SolveRun(Path(config.out), hparams, config.solver), data, machine
+    return SolveRun(run_folder(Path(config.out)), hparams, config.solver), data, machine
 
 
 def solve_sites(
@@ -158,7 +154,7 @@ def solve_sites(
     resuming: bool,
 ) -> dict[str, Solution]:
     """Return the probes of all sites, the same in all processes; `resuming` from the files of a killed run."""
-    files = SiteFiles(run.checkpoints, run.identity)
+    files = SiteFiles(run.folder.checkpoints, run.identity)
     mine = probes.sites[rank() :: rank_count()]
     solved = files.load(mine) if resuming else {}
     memory = memory_for_states(run.options, machine)
@@ -172,7 +168,7 @@ def solve_sites(
             machine,
             sites,
             fold_of,
-            None if size <= memory else run.checkpoints,
+            None if size <= memory else run.folder.checkpoints,
             targets,
         )
         work = partial(solve_site, probes, states, targets, run.hparams["strengths"], device)
@@ -233,7 +229,7 @@ def score(
                         logits[of_run],
                         some,
                         validation.names,
-                        run.out / "predictions",
+                        run.folder.path / "predictions",
                     )
     counted = metric.compute()
     if rank() > 0:
@@ -266,10 +262,10 @@ def score(
                 probes,
                 counted,
                 validation,
-                run.out,
+                run.folder.path,
                 data_hash,
             )
-    save_run(probes, record, data, counted, run.out)
+    save_run(probes, record, data, counted, run.folder.path)
 
 
 def logits_of_strengths(

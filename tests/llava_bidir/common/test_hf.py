@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf import load_weights, read_pretrained
+from llava_bidir.common.hf import load_weights, read_model_config
 from llava_bidir.model.build import build_model, build_processor
 from probes.cli import main as probes_main
 
@@ -50,7 +50,7 @@ def config_of(name: str, folder) -> dict:
 @pytest.mark.parametrize("name", sorted(tiny_families.STOCK))
 def test_a_config_without_a_part_is_refused_for_every_family(name, tmp_path):
     whole = config_of(name, tmp_path)
-    assert read_pretrained("MLLM", AutoConfig, str(tmp_path)).model_type == whole["model_type"]
+    assert read_model_config("MLLM", str(tmp_path)).model_type == whole["model_type"]
     for part in ("vision_config", "text_config"):
         path = write(tmp_path, {key: value for key, value in whole.items() if key != part})
         message = f"config.json has no {part}, for which|config.json of .*: it has no {part}"
@@ -63,7 +63,7 @@ def test_an_early_config_with_the_llm_beside_the_encoder_is_read(tmp_path):
     whole = config_of("qwen2_vl", tmp_path)
     text = whole.pop("text_config")
     flat = {key: value for key, value in text.items() if key != "model_type"}
-    found = read_pretrained("MLLM", AutoConfig, write(tmp_path, flat | whole)).get_text_config()
+    found = read_model_config("MLLM", write(tmp_path, flat | whole)).get_text_config()
     assert found.num_hidden_layers == text["num_hidden_layers"]
 
 

@@ -63,7 +63,7 @@ def digest(file: Path) -> str | None:
 # ---------------------------------------------------------------------------------------------------- what is done
 def read_record(name: str, folder: Path) -> dict[str, Any]:
     """Return the record of a step, {} if there is none."""
-    file = _record_file(name, folder)
+    file = record_file(name, folder)
     return read_json(file) if file.is_file() else {}
 
 
@@ -72,7 +72,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [read_json(file) for file in sorted((folder / "steps").glob("*.json"))]
 
 
-def _record_file(name: str, folder: Path) -> Path:
+def record_file(name: str, folder: Path) -> Path:
+    """Return the file of a step's record."""
     return folder / "steps" / f"{name.replace('/', '.')}.json"
 
 
@@ -211,7 +212,7 @@ def _write_record(
         "result": digest(step.result),
         "seconds": round(seconds, 1),
     }
-    write_files({_record_file(step.name, folder): record | more})
+    write_files({record_file(step.name, folder): record | more})
 
 
 def must_replace(

@@ -139,7 +139,7 @@ def measure(run: ProbeRun) -> dict[str, dict[str, float | bool]]:
     training = read_split(run, "training")
     validation = read_split(run, "validation")
     grid = tuple(run.metrics["grid"])
-    shares = patch_shares(training.masks, grid, run.channels)
+    shares = patch_shares(training.masks, grid, len(run.metrics["classes"]))
     probes = run.probes()
     scores: dict[str, dict[str, float | bool]] = {}
     for site in run.metrics["sites"]:

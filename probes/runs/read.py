@@ -38,7 +38,7 @@ from probes.runs.files import open_tensors, read_tensors
 from probes.score.effects import EFFECTS_FILE, read_effect_file
 from probes.score.estimate import Estimate, dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, Strengths
-from probes.tasks import SEGMENTATION, TASKS, Task
+from probes.tasks import SEGMENTATION, TASKS
 
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
@@ -57,6 +57,20 @@ class ProbeRun:
         model: Name of the model in a report, if it has been told one.
         trust: Whether the model's code is run if it is a function in a file (probes/models/module_sources.py).
 
+    Attributes:
+        metrics, manifest: Contents of the JSON files.
+        task_name, task: Task of the run, see `data.task`, and what its probes predict.
+        mask: Attention mask among image tokens that the model ran with.
+        draw: Number of the draw of random weights; 0 without such.
+        has_llm: False if the model is a bare vision encoder.
+        is_solved: True if the run was made by `probes solve`.
+        probe_kind: How the probes were made: "solved" or "trained".
+        sites: All sites of the run, in the order of the forward.
+        layers: Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers.
+        last_layer: The model's last layer, probed or not.
+        peak_layer: Decoder layer with the best score, None if none was probed.
+        training: Content of the model's training.json, {} if there was none.
+
     Raises:
         UserError: If `path` is not a finished run, or a JSON file is invalid or has changed since the run. Tensors are
             checked on first use.
@@ -72,13 +86,25 @@ class ProbeRun:
             raise UserError(
                 f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)"
             )
-        self.metrics = read_json(self.path / "metrics.json")
+        metrics = self.metrics = read_json(self.path / "metrics.json")
         self.manifest = read_json(self.path / "manifest.json")
         self._own("metrics.json")
+        self.task_name: str = metrics.get("task", SEGMENTATION)
         if self.task_name not in TASKS:
             raise UserError(
                 f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}"
             )
+        self.task = TASKS[self.task_name]
+        self.mask: str = metrics["image_attention"]
+        self.draw: int = metrics["draw"]
+        self.has_llm = metrics["model_kind"] == "mllm"
+        self.is_solved = metrics.get("path") is not None
+        self.probe_kind = "solved" if self.is_solved else "trained"
+        self.sites: list[str] = [site["site"] for site in metrics["sites"]]
+        self.layers = [site for site in self.sites if site == ADAPTER or is_layer(site)]
+        self.last_layer: str | None = metrics["last_layer"]
+        self.peak_layer: str | None = metrics["summary"]["peak_site"]
+        self.training: dict[str, Any] = self.manifest["mllm_training"] or {}
 
     def check_classes(self) -> None:
         """Raise a UserError if the probes do not predict classes."""
@@ -104,16 +130,6 @@ class ProbeRun:
         return path
 
     @property
-    def task(self) -> Task:
-        """What the probes predict."""
-        return TASKS[self.task_name]
-
-    @property
-    def task_name(self) -> str:
-        """Task of the run, see `data.task`."""
-        return self.metrics.get("task", SEGMENTATION)
-
-    @property
     def arm(self) -> str:
         """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md)."""
         untrained = sorted(self.metrics["untrained"])
@@ -121,61 +137,6 @@ class ProbeRun:
         if untrained in (["llm"], ["encoder"]):
             return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
         return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
-
-    @property
-    def mask(self) -> str:
-        """Attention mask among image tokens that the model ran with."""
-        return self.metrics["image_attention"]
-
-    @property
-    def draw(self) -> int:
-        """Number of the draw of random weights; 0 without such."""
-        return self.metrics["draw"]
-
-    @property
-    def has_llm(self) -> bool:
-        """False if the model is a bare vision encoder."""
-        return self.metrics["model_kind"] == "mllm"
-
-    @property
-    def channels(self) -> int:
-        """Outputs of a probe for each token."""
-        return self.task.channels or len(self.metrics["classes"])
-
-    @property
-    def is_solved(self) -> bool:
-        """True if the run was made by `probes solve`."""
-        return self.metrics.get("path") is not None
-
-    @property
-    def probe_kind(self) -> str:
-        """How the probes were made: "solved" or "trained"."""
-        return "solved" if self.is_solved else "trained"
-
-    @property
-    def sites(self) -> list[str]:
-        """All sites of the run, in the order of the forward."""
-        return [site["site"] for site in self.metrics["sites"]]
-
-    @property
-    def layers(self) -> list[str]:
-        """Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers."""
-        return [site for site in self.sites if site == ADAPTER or is_layer(site)]
-
-    @property
-    def last_layer(self) -> str | None:
-        """The model's last layer, probed or not."""
-        return self.metrics["last_layer"]
-
-    @property
-    def peak_layer(self) -> str | None:
-        """Decoder layer with the best score, if any was probed."""
-        return self.metrics["summary"]["peak_site"]
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """Content of the model's training.json, {} if there was none."""
-        return self.manifest["mllm_training"] or {}
 
     @property
     def strengths(self) -> Strengths:
@@ -377,12 +338,13 @@ class ProbeRun:
         """
         tensors = self._tensors_of_sites()
         settings = self.metrics["probe"]
+        channels = self.task.channels or len(self.metrics["classes"])
         probes = {}
         for entry in self.metrics["sites"]:
             site = entry["site"]
             probe = Probe(
                 entry["dim"],
-                self.channels,
+                channels,
                 tuple(self.metrics["grid"]),
                 settings["feature_norm"],
                 settings["head"],

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava_bidir.common.errors import UserError
 from probes.steps import read_record
-from probes.tasks import SEGMENTATION, Task
+from probes.tasks import SEGMENTATION
 
 from .compare import check_same_images, check_seeds_differ, check_study
 from .formatting import file_name
@@ -51,6 +51,13 @@ class StudyRuns:
         seed: Of the training, None if the report has one only.
         members: The runs.
 
+    Attributes:
+        model: Name of the model, with the seed if the report has several.
+        title: Heading of the study on the page, with its task unless that is the paper's.
+        first: The first trained run, whose dataset and settings stand for the study.
+        is_solved: Whether the probes of the main runs are solved.
+        task: Task of all runs.
+
     Raises:
         UserError: Two runs are the same arm, or none is of the trained model.
     """
@@ -65,7 +72,10 @@ class StudyRuns:
         self.name = name
         self.dataset = dataset
         self.seed = seed
+        self.model = name if seed is None else f"{name}, seed {seed}"
         self.members = members
+        task = members[0].task_name
+        self.title = f"{self.model}, {dataset}" + f", {task}" * (task != SEGMENTATION)
         self._check_differ()
         masks = [*MASKS, *sorted({run.mask for run in self.members})]
         # the model that is untrained as a whole before those that are in part, then by draw
@@ -79,6 +89,9 @@ class StudyRuns:
                 f"only untrained controls were passed for {self.title}; add a run of the trained model"
             )
         self.main_runs = by_mask(main)
+        self.first = next(iter(self.main_runs.values()))
+        self.is_solved = self.first.is_solved
+        self.task = self.first.task
         for run in self.where(arm="trained", solved=not self.is_solved):
             if self.is_solved or run.mask not in self.main_runs:
                 text = "%s is left out of curves and claims: the probes of %s under another mask were only %s"
@@ -128,32 +141,6 @@ class StudyRuns:
             if by_draw:
                 return [by_mask(by_draw[key]) for key in sorted(by_draw)]
         return []
-
-    @property
-    def is_solved(self) -> bool:
-        """Whether the probes of the main runs are solved."""
-        return self.first.is_solved
-
-    @property
-    def first(self) -> ProbeRun:
-        """The first trained run, whose dataset and settings stand for the study."""
-        return next(iter(self.main_runs.values()))
-
-    @property
-    def task(self) -> Task:
-        """The task of all runs."""
-        return self.first.task
-
-    @property
-    def model(self) -> str:
-        """Name of the model, with the seed if the report has several."""
-        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
-
-    @property
-    def title(self) -> str:
-        """Heading of the study on the page, with its task unless that is the paper's."""
-        task = self.members[0].task_name
-        return f"{self.model}, {self.dataset}" + f", {task}" * (task != SEGMENTATION)
 
     @property
     def slug(self) -> str:

@@ -13,7 +13,7 @@ from probes.score.estimate import student_quantile
 from probes.step_progress import format_duration
 from probes.steps import LEFT_OUT, find_missing
 
-from .arms import arm_names
+from .arms import arm_names, kind_of
 from .config import StudyConfig
 from .plan import RUNS, check_folder, plan
 
@@ -39,7 +39,7 @@ def print_estimate(study: StudyConfig) -> None:
     for step in missing:
         print(f"  {step.name}")
     runs = [step for step in missing if step.kind in RUNS]
-    arms = Counter(Path(step.name).name.rstrip("0123456789") for step in runs)
+    arms = Counter(kind_of(Path(step.name).name) for step in runs)
     kinds = ", ".join(f"{count} {arm}" for arm, count in arms.items())
     print(f"{len(missing)} steps, {len(runs)} of them passes over the images: {kinds}")
     for step in planned.steps:

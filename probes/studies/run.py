@@ -29,7 +29,7 @@ from probes.config import RunConfig, StudyOptions
 from probes.process_group import end_on_signals, process_group
 from probes.report.terminal import print_summary
 from probes.runs.read import finished_runs
-from probes.steps import Step, as_json, find_missing, must_replace, run_steps
+from probes.steps import Step, as_json, find_missing, must_replace, record_file, run_steps
 
 from .config import StudyConfig, label_models, study_config
 from .estimate import print_estimate
@@ -183,7 +183,7 @@ def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
     Raises:
         UserError: It has failed.
     """
-    file = out / "steps" / f"{step.name.replace('/', '.')}.yaml"
+    file = record_file(step.name, out).with_suffix(".yaml")
     values = asdict(config)
     if step.kind == "fit":
         del values["solver"]

@@ -78,6 +78,7 @@ class FrozenModel(nn.Module):
         self.image_attention = image_attention
         self.own_image_attention = own_image_attention(model.config)
         self.grid = family.grid(model.config)
+        self.image_tokens = self.grid[0] * self.grid[1]
         self.sites = family.sites(model.config)
         self.widths = Widths(family.widths(model.config), self._find_width)
         # the last one's pixels are those of the square; DeepSeek-VL makes the smaller ones of them
@@ -87,12 +88,6 @@ class FrozenModel(nn.Module):
         covered = family.covered_px(model.config)
         self.geometry = Geometry(self.grid, side, covered, resize_rule, colour)
         self.eval()
-
-    @property
-    def image_tokens(self) -> int:
-        """T, tokens of an image."""
-        rows, columns = self.grid
-        return rows * columns
 
     def state_bytes(self, sites: Iterable[str]) -> int:
         """Return the memory of the states of an image at some sites, in bytes."""

@@ -290,17 +290,18 @@ class ProbeRun:
         # transformers takes seconds to import, and a report needs no model
         from probes.models.load import load
         from probes.models.module_sources import check_trusted, source_identity
+        from probes.site_probes import LOADED
 
         config = self.manifest["config"]
         if not self.trust:
             check_trusted(config["mllm"], self.path)
         self._check_unchanged("model", named_identity({"mllm": source_identity(config["mllm"])}))
-        names = "dtype image_px image_resize prefix match draw update_scales seed".split()
         return load(
             config["mllm"],
             config["image_attention"],
             untrained=config["untrained"] or (),
-            **{name: config[name] for name in names},
+            update_scales=config["update_scales"],
+            **{name: config[name] for name in LOADED},
         )
 
     def _tensors_of_sites(self) -> dict[str, dict[str, Tensor]]:

@@ -29,10 +29,9 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.verdicts import MARGIN
 from probes.score.effects import (
     cross_validated_layers,
-    effects_of,
     image_folds,
     main_score,
-    read_scores,
+    run_effects,
 )
 from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION, TASKS
@@ -48,7 +47,7 @@ QUALITIES = {
 
 def judged(sums: Tensor, weights: Tensor) -> Estimate:
     """Return recovery as claims read it, from sums f64[S, N, M] and weights f64[R, N]."""
-    return effects_of(read_scores(SITES, None, TASK, sums, weights, None))["recovery"]
+    return run_effects(SITES, None, TASK, sums, weights, None)["recovery"]
 
 
 def kept(sums: Tensor, weights: Tensor) -> Estimate:

@@ -14,6 +14,7 @@ seeds are then added as the sides of a right angle.
 
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -65,56 +66,47 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     a knockout also the mistaken patches, that it is a mean over. "value", "ci95" and "holds" are those of the main
     runs, as the paper measures them.
     """
-    numbers = effects_of_study(study)
-    cases = [
-        Case(
-            study,
-            name,
-            mask,
-            numbers,
-        )
-        for name in CLAIMS
-        for mask in study.main_runs
-    ]
-    claims = [_evaluate(case) for case in cases if case.number(study.is_solved)]
+    effects = effects_of_study(study)
+    claims = []
+    for (name, claim), (mask, run) in product(CLAIMS.items(), study.main_runs.items()):
+        case = Case(study, name, mask, effects)
+        number = case.number(name, study.is_solved)
+        if not number:
+            continue
+        judged = case.number(case.judged, study.is_solved) or number
+        untrained = case.number(name, study.is_solved, "untrained")
+        measured = number.json()
+        verdicts = {
+            "paper": _paper_column(case),
+            "optimum": _optimum_column(case),
+            "beyond_random": _beyond_random_column(case),
+        }
+        images = {"images": run.metrics["images"]}
+        if run.groups is not None:
+            images["groups"] = len(run.groups.unique())
+        # what is known of a world is about its classes
+        truth = read_truth(run).get(name) if study.task.name == SEGMENTATION else None
+        entry = {
+            "claim": name,
+            "image_attention": mask,
+            **measured,
+            "holds": judge(claim.sign, **measured)["verdict"] == HOLDS,
+            "verdicts": verdicts,
+            **conclude(verdicts, claim.unlearned),
+            **({"truth": truth} if truth else {}),
+            "text": claim.text.replace("mIoU", study.task.labels[study.task.score]),
+            "control": untrained and untrained.json(),
+            "n": judged.about.get("n", images),
+        }
+        claims.append(entry)
     correct_for_claims(claims)
     return claims
-
-
-def _evaluate(case: Case) -> Entry:
-    study = case.study
-    run = study.main_runs[case.mask]
-    number = case.number(study.is_solved)
-    untrained = case.number(study.is_solved, "untrained")
-    verdicts = {
-        "paper": _paper_column(case),
-        "optimum": _optimum_column(case),
-        "beyond_random": _beyond_random_column(case),
-    }
-    measured = number.paper.json()
-    images = {"images": run.metrics["images"]}
-    if run.groups is not None:
-        images["groups"] = len(run.groups.unique())
-    # what is known of a world is about its classes
-    truth = read_truth(run).get(case.name) if study.task.name == SEGMENTATION else None
-    return {
-        "claim": case.name,
-        "image_attention": case.mask,
-        **measured,
-        "holds": judge(case.claim.sign, **measured)["verdict"] == HOLDS,
-        "verdicts": verdicts,
-        **conclude(verdicts, case.claim.unlearned),
-        **({"truth": truth} if truth else {}),
-        "text": case.claim.text.replace("mIoU", study.task.labels[study.task.score]),
-        "control": untrained and untrained.paper.json(),
-        "n": (number.judged or number.paper).about.get("n", images),
-    }
 
 
 def _paper_column(case: Case) -> Entry:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
     study = case.study
-    number = case.number(study.is_solved).paper
+    number = case.number(case.name, study.is_solved)
     sign = case.claim.sign
     if not case.claim.reads_probes:
         return judge(sign, **number.json())
@@ -128,10 +120,10 @@ def _paper_column(case: Case) -> Entry:
             probes="solved",
         )
     below = None
-    if optimum := case.number(solved=True):
+    if optimum := case.number(case.name, solved=True):
         pair = study.main_runs[case.mask], study.solved[case.mask]
         if ANALYSIS_OF.get(case.name) != KNOCKOUT or not knockout_difference(*pair):
-            below = (optimum.paper - number).json()
+            below = (optimum - number).json()
     return judge(
         sign,
         **number.json(),
@@ -149,17 +141,9 @@ def _optimum_column(case: Case) -> Entry:
     sign = case.claim.sign
     margin = case.study.task.margin
     rows = case.strengths()
-    number = case.number(solved=True)
-    judged = number and not rows and number.judged
-    measured = (
-        judged.json()
-        if judged
-        else {
-            "value": None,
-            "ci95": None,
-        }
-    )
     if (reason := why_no_optimum(case, rows)) or not rows:
+        number = None if rows else case.number(case.judged, solved=True)
+        measured = number.json() if number else {"value": None, "ci95": None}
         return judge(
             sign,
             **measured,

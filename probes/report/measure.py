@@ -13,10 +13,10 @@ What has no verdict has a reason, and what to run the study again with.
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -39,34 +39,20 @@ KNOCKOUT = "knockout"  # the analysis
 GAIN = "recovery_trained"  # the recovery minus that of the untrained model
 
 
-class Number(NamedTuple):
-    """The number of a claim in a model."""
-
-    paper: Estimate  # as the paper measures it
-    # at the optimum and beyond random; None for a knockout without a contrast
-    judged: Estimate | None
+# by effect, mask, weights ("trained", "untrained" or a control), and whether probes are solved; several of draws
+Effects = dict[tuple[str, str, str, bool], list[Estimate]]
 
 
-# by claim, mask, weights ("trained", "untrained" or a control), and whether probes are solved; several of draws
-Numbers = dict[tuple[str, str, str, bool], list[Number]]
+def effects_of_study(study: StudyRuns) -> Effects:
+    """Return what claims are judged from, of solved probes, and of trained ones if the main runs have these.
 
-
-def effects_of_study(study: StudyRuns) -> Numbers:
-    """Return the numbers of a study from solved probes, and from trained ones if the main runs have these."""
-    effects = {run.path: read_effects(run) for run in study.members}
-    numbers: Numbers = {}
+    An effect has the name of its claim, with "@ROW" at a row of strengths, with "@random" against random tokens.
+    """
+    of_run = {run.path: read_effects(run) for run in study.members}
+    effects: Effects = {}
     for solved in {True, study.is_solved}:
-        trained = by_mask(
-            study.where(
-                arm="trained",
-                solved=solved,
-            )
-        )
-        untrained = by_mask(
-            study.where(
-                arm=UNTRAINED,
-                solved=solved,
-            )
+        trained, untrained = (
+            by_mask(study.where(arm=arm, solved=solved)) for arm in ("trained", UNTRAINED)
         )
         # where masks are compared: the best layer of the trained model, for its controls too
         site = next((run.peak_layer for run in trained.values()), None)
@@ -75,41 +61,47 @@ def effects_of_study(study: StudyRuns) -> Numbers:
         for control in (*CONTROLS["llm"], *CONTROLS["adapter"]):
             models += [(control, draw) for draw in study.draws(control, solved=solved)]
         for weights, runs in models:
-            for name, mask, number in _numbers_of_runs(runs, effects, site):
-                applies = CLAIMS[name].applies
-                if weights != "trained" or applies is None or applies(runs):
-                    numbers.setdefault((name, mask, weights, solved), []).append(number)
-        for mask in trained:
-            own = numbers.get(("recovery", mask, "trained", solved))
-            before = numbers.get(("recovery", mask, "untrained", solved))
+            own = {mask: of_run[run.path] for mask, run in runs.items()}
+            if all(mask in runs and site in runs[mask].sites for mask in MASKS):
+                check_pair(*(runs[mask] for mask in MASKS))
+                own["causal"] = own["causal"] | between_masks(*(own[mask] for mask in MASKS), site)
+            claims = [
+                name
+                for name, claim in CLAIMS.items()
+                if weights != "trained" or claim.applies is None or claim.applies(runs)
+            ]
+            for mask, of_mask in own.items():
+                for name, estimate in of_mask.items():
+                    if name.partition("@")[0] in claims:
+                        effects.setdefault((name, mask, weights, solved), []).append(estimate)
+        for mask, row in product(trained, ("", *(f"@{row}" for row in ROWS))):
+            own, before = (
+                effects.get((f"recovery{row}", mask, weights, solved))
+                for weights in ("trained", "untrained")
+            )
             if own and before:
-                gain = own[0].judged - before[0].judged
-                numbers[GAIN, mask, "trained", solved] = [Number(gain, gain)]
-    return numbers
+                gain = own[0] - before[0]
+                if row:
+                    converged = [x[0].about["converged"] for x in (own, before)]
+                    gain = replace(gain, about={"converged": all(converged)})
+                effects[f"{GAIN}{row}", mask, "trained", solved] = [gain]
+    return effects
 
 
-def _numbers_of_runs(
-    runs: Mapping[str, ProbeRun],
-    effects: Mapping[Path, Mapping[str, Estimate]],
-    site: str | None,
-) -> Iterator[tuple[str, str, Number]]:
-    """Yield claim, mask and number from the runs of a model by mask; `site` is where masks are compared."""
-    for mask, run in runs.items():
-        own = effects[run.path]
-        for name in CLAIMS.keys() & own.keys():
-            judged = f"{name}@random" if CLAIMS[name].against_tokens else name
-            yield name, mask, Number(own[name], own.get(judged))
-    pair = [runs[mask] for mask in MASKS if mask in runs]
-    if len(pair) < 2 or any(site not in run.sites for run in pair):
-        return
-    check_pair(*pair)
-    causal, bidirectional = (effects[run.path] for run in pair)
+def between_masks(
+    causal: Mapping[str, Estimate],
+    bidirectional: Mapping[str, Estimate],
+    site: str,
+) -> dict[str, Estimate]:
+    """Return the claims that are differences of the effects of two masks at a site."""
+    gaps = {}
     for name, claim in CLAIMS.items():
         effect = f"{claim.between_masks}@{site}"
         if effect in causal and effect in bidirectional:
             gap = bidirectional[effect] - causal[effect]
             if not math.isnan(gap.value):  # as in the padding of landscape photos
-                yield name, "causal", Number(gap, gap)
+                gaps[name] = gap
+    return gaps
 
 
 @dataclass(frozen=True)
@@ -120,13 +112,13 @@ class Case:
         study: The runs.
         name: Name of the claim.
         mask: The mask.
-        numbers: Of the study, from :func:`effects_of_study`.
+        effects: Of the study, from :func:`effects_of_study`.
     """
 
     study: StudyRuns
     name: str
     mask: str
-    numbers: Numbers
+    effects: Effects
 
     @property
     def claim(self) -> Claim:
@@ -143,23 +135,33 @@ class Case:
         """The kinds of random weights beyond which it must hold."""
         return CONTROLS["adapter" if self.name == "adapter_drop" else "llm"]
 
-    def number(self, solved: bool, weights: str = "trained") -> Number | None:
-        """Return the number from probes of one kind, None without."""
-        return next(iter(self.numbers.get((self.name, self.mask, weights, solved), ())), None)
+    @property
+    def judged(self) -> str:
+        """The effect that it is at the optimum and beyond random; a knockout without a contrast has none."""
+        return f"{self.name}@random" if self.claim.against_tokens else self.name
+
+    def number(
+        self,
+        effect: str,
+        solved: bool,
+        weights: str = "trained",
+    ) -> Estimate | None:
+        """Return an effect of a model from probes of one kind, None without."""
+        return next(iter(self.effects.get((effect, self.mask, weights, solved), ())), None)
 
     def minus_draws(self, solved: bool) -> dict[tuple[str, str], Estimate]:
         """Return the claim's number minus that of random draws, two at least, by mask and control."""
         found = {}
-        for name, mask, weights, is_solved in self.numbers:
-            if (name, weights, is_solved) != (self.name, "trained", solved):
+        for effect, mask, weights, is_solved in self.effects:
+            if (effect, weights, is_solved) != (self.judged, "trained", solved):
                 continue
             case = replace(self, mask=mask)
-            trained = case.number(solved).judged
-            for control in self.controls if trained else ():
-                draws = self.numbers.get((name, mask, control, solved), ())
-                judged = [draw.judged for draw in draws]
-                if len(judged) > 1 and all(judged) and not case.other_knockouts(control, solved):
-                    found[mask, control] = compare_to_draws(trained, judged)
+            for control in self.controls:
+                draws = self.effects.get((self.name, mask, control, solved), ())
+                judged = self.effects.get((effect, mask, control, solved), ())
+                is_known = len(draws) == len(judged) > 1
+                if is_known and not case.other_knockouts(control, solved):
+                    found[mask, control] = compare_to_draws(case.number(effect, solved), judged)
         return found
 
     def other_knockouts(self, control: str, solved: bool) -> str:
@@ -174,44 +176,25 @@ class Case:
         draws = [x[self.mask] for x in self.study.draws(control, solved=solved) if self.mask in x]
         return next(filter(None, (knockout_difference(trained[0], run) for run in draws)), "")
 
-    @property
-    def solved_runs(self) -> list[ProbeRun]:
-        """The runs with solved probes that the number at the optimum is of."""
-        runs = [self.study.solved[mask] for mask in self.masks if mask in self.study.solved]
-        if self.name == GAIN:
-            runs += self.study.where(
-                arm=UNTRAINED,
-                mask=self.mask,
-                solved=True,
-            )[:1]
-        return runs
-
     def strengths(self) -> Rows:
         """Return the effect at each row of strengths, with an interval that holds at all; [] of other claims.
 
         A row counts, "converged", only if the certificates of all sites that the effect reads hold.
         """
-        is_gain = self.name == GAIN
-        name = "recovery" if is_gain else self.name
-        found = {}
-        for row in ROWS:
-            own = [run.effects.get(f"{name}@{row}") for run in self.solved_runs]
-            if all(own) and len(own) == 1 + is_gain:
-                effect = own[0] - own[1] if is_gain else own[0]
-                found[row] = effect, all(x.about["converged"] for x in own)
+        found = {row: self.number(f"{self.name}@{row}", solved=True) for row in ROWS}
+        found = {row: effect for row, effect in found.items() if effect}
         if not found:
             return []
-        values = torch.tensor([x.value for x, _ in found.values()], dtype=torch.float64)
-        resampled = torch.stack([x.resampled for x, _ in found.values()], 1)
-        bounds = torch.stack(simultaneous_band(values, resampled), 1).tolist()
+        drawn = torch.stack([effect.vector for effect in found.values()], 1)
+        bounds = torch.stack(simultaneous_band(drawn[0], drawn[1:]), 1).tolist()
         return [
             {
                 "row": row,
                 "value": effect.value,
                 "ci95": ci95,
-                "converged": converged,
+                "converged": effect.about["converged"],
             }
-            for (row, (effect, converged)), ci95 in zip(found.items(), bounds, strict=True)
+            for (row, effect), ci95 in zip(found.items(), bounds, strict=True)
         ]
 
 
@@ -229,12 +212,18 @@ def why_no_optimum(case: Case, rows: Rows) -> str:
         return again(f"no solved probes{mask}", "trained among its --arms")
     if case.name == GAIN and not rows:
         return again("no solved run of the untrained model", "untrained0 among its --arms")
-    number = case.number(solved=True)
-    if not (number and number.judged):
-        return why_no_number(case, case.solved_runs, "the solved probes")
+    runs = [case.study.solved[mask] for mask in case.masks]
+    if case.name == GAIN:
+        runs += case.study.where(
+            arm=UNTRAINED,
+            mask=case.mask,
+            solved=True,
+        )[:1]
+    if not case.number(case.judged, solved=True):
+        return why_no_number(case, runs, "the solved probes")
     if any(row["row"] == "chosen" and row["converged"] for row in rows):
         return ""
-    return why_unconverged(case, case.solved_runs)
+    return why_unconverged(case, runs)
 
 
 def why_no_draws(case: Case, control: str) -> str:
@@ -250,7 +239,7 @@ def why_no_draws(case: Case, control: str) -> str:
                 return f"{kind}: {count}, two are needed: {step['reason']}"
         option = f"--draws 2, or {control}0 and {control}1 among its --arms"
         return again(f"{kind}: {count}, two are needed", option)
-    if not case.number(study.is_solved).judged:
+    if not case.number(case.judged, study.is_solved):
         return why_no_number(case, [study.main_runs[case.mask]], "the model")
     if reason := case.other_knockouts(control, study.is_solved):
         return reason

@@ -78,28 +78,18 @@ def verdicts(claims: DataFrame, task: str) -> Entry:
 
     Claims joint over seeds stand for those of the seeds, which are their dots.
     """
-    entries = []
-    for _, rows in claims[claims["task"] == task].groupby(ABOUT_CLAIM, sort=False):
-        joint = rows[rows["seeds"] > 1]
-        dots = rows.loc[rows["seeds"] == 1, "value"].tolist() if len(joint) else []
-        shown = joint if len(joint) else rows
-        entries += [
-            {
-                "row": row,
-                "dots": dots,
-            }
-            for row in shown.itertuples()
-        ]
-    groups: dict[str, list[Entry]] = {}
-    tested = [entry for entry in entries if entry["row"].conclusion != "untested"]
-    for entry in tested:
-        groups.setdefault(entry["row"].claim, []).append(entry)
-    tested = [entry["row"] for entry in tested]
+    rows = []
+    for _, own in claims[claims["task"] == task].groupby(ABOUT_CLAIM, sort=False):
+        joint = own[own["seeds"] > 1]
+        dots = own.loc[own["seeds"] == 1, "value"].tolist() if len(joint) else []
+        shown = joint if len(joint) else own
+        rows += shown.assign(dots=[dots] * len(shown)).itertuples()
+    tested = [row for row in rows if row.conclusion != "untested"]
     ends = [x for row in tested for x in (row.low, row.high, row.beyond_low, row.beyond_high)]
     return {
-        "groups": groups,
+        "groups": grouped(tested, "claim"),
         "scale": Scale(ends, 100 if task == SEGMENTATION else 1),
-        "rows": [entry["row"] for entry in entries],
+        "rows": rows,
         "tested": tested,
         "margin": TASKS[task].margin,
         "task": task,
@@ -169,11 +159,11 @@ def panels(
     ]
 
 
-def grouped(readings: Iterable[SiteReading], name: str) -> dict[Any, list[SiteReading]]:
-    """Return readings by "task", "data", or "model.key", in their order."""
-    groups: dict[Any, list[SiteReading]] = {}
-    for reading in readings:
-        groups.setdefault(attrgetter(name)(reading), []).append(reading)
+def grouped(rows: Iterable[Any], name: str) -> dict[Any, list[Any]]:
+    """Return readings by "task", "data", or "model.key", or claims by "claim", in their order."""
+    groups: dict[Any, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(attrgetter(name)(row), []).append(row)
     return groups
 
 

@@ -84,13 +84,16 @@ class ReportView:
         tables: Of the report.
         models: Models by key, in the order given.
         readings: Of the report's main runs, in the order of the table of sites.
-        claims: A row for each claim (:func:`by_claim`), with text.
     """
 
     tables: Tables
     models: dict[str, Any]
     readings: list[SiteReading]
-    claims: pd.DataFrame
+
+    @cached_property
+    def claims(self) -> pd.DataFrame:
+        """A row for each claim, with text."""
+        return shown(by_claim(self.tables.claims))
 
     @cached_property
     def lead(self) -> SiteReading:
@@ -177,12 +180,7 @@ def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -
                 pictures.get(about, {}),
             )
         )
-    return ReportView(
-        tables,
-        models,
-        readings,
-        shown(by_claim(tables.claims)),
-    )
+    return ReportView(tables, models, readings)
 
 
 def rows_about(table: pd.DataFrame, reading: SiteReading) -> pd.DataFrame:

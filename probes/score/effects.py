@@ -126,19 +126,6 @@ def read_scores(
     return readings
 
 
-def effects_of(readings: dict[str, Reading]) -> dict[str, Estimate]:
-    """Return the effects of `EFFECTS`; one is missing if a site of it was not probed.
-
-    They are drop-off and recovery of an MLLM, and gains over layers of an encoder. The plain maximum over layers, the
-    paper's definition, is "recovery" in the "summary" of metrics.json.
-    """
-    return {
-        name: readings[a].score - readings[b].score
-        for name, (a, b) in EFFECTS.items()
-        if a in readings and b in readings
-    }
-
-
 def run_effects(
     sites: list[str],
     last: str | None,
@@ -151,7 +138,10 @@ def run_effects(
     counts: Counts | None = None,
     columns: int = 1,
 ) -> dict[str, Estimate]:
-    """Return the effects of a run, from which reports evaluate claims.
+    """Return the effects of a run, from which reports evaluate claims; one is missing if a site of it was not probed.
+
+    They are drop-off and recovery of an MLLM, and gains over layers of an encoder. The plain maximum over layers, the
+    paper's definition, is "recovery" in the "summary" of metrics.json.
 
     "EFFECT" is of its probes, "EFFECT@ROW" at the chosen strengths or their neighbours: one that holds at each of them
     does not depend on the choice. "converged" says whether the probes of all sites that it reads have converged there.
@@ -168,17 +158,19 @@ def run_effects(
         counts: Counts by patch, of segmentation.
         columns: Patches of a row.
     """
-
-    def read(sums: Tensor) -> dict[str, Reading]:
-        return read_scores(sites, last, task, sums, weights, groups)
-
-    effects = effects_of(read(sums))
-    for name, row in strengths.neighbours().items() if strengths else ():
-        readings = read(path[row, torch.arange(len(sites))])
-        for effect, estimate in effects_of(readings).items():
-            sites_read = [i for site in EFFECTS[effect] for i in readings[site].sites]
-            about = {"converged": not strengths.unconverged(row, sites_read)}
-            effects[f"{effect}@{name}"] = replace(estimate, about=about)
+    rows = strengths.neighbours() if strengths else {}
+    effects = {}
+    for at, row in ({"": None} | {f"@{name}": row for name, row in rows.items()}).items():
+        of_row = sums if row is None else path[row, torch.arange(len(sites))]
+        readings = read_scores(sites, last, task, of_row, weights, groups)
+        for name, (first, second) in EFFECTS.items():
+            if first in readings and second in readings:
+                effect = readings[first].score - readings[second].score
+                if row is not None:
+                    sites_read = readings[first].sites + readings[second].sites
+                    about = {"converged": not strengths.unconverged(row, sites_read)}
+                    effect = replace(effect, about=about)
+                effects[name + at] = effect
     if counts is not None:
         effects |= patch_accuracies(sites, counts, columns, weights)
     return effects

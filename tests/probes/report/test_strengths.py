@@ -9,7 +9,7 @@ from report_parts import CURVE, FLAT, studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.report.claims import evaluate_claims
-from probes.report.measure import Case
+from probes.report.measure import Case, effects_of_study
 from probes.score.effects import (
     cross_validated_layers,
     image_folds,
@@ -101,9 +101,12 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
 def strengths_of(paths) -> dict[tuple[str, str], dict]:
     """The effects of a study under the causal mask by name and row of strengths."""
     (study,) = studies_of(paths)
-    effects = ("adapter_drop", "recovery", "recovery_trained")
-    cases = [Case(study, name, "causal", {}) for name in effects]
-    return {(case.name, row["row"]): row for case in cases for row in case.strengths()}
+    effects = effects_of_study(study)
+    return {
+        (name, row["row"]): row
+        for name in ("adapter_drop", "recovery", "recovery_trained")
+        for row in Case(study, name, "causal", effects).strengths()
+    }
 
 
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(write):

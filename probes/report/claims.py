@@ -247,13 +247,14 @@ def joint_studies(studies: list[StudyRuns], claims: list[list[Entry]]) -> list[E
     `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values of the seeds.
     """
     joint = []
+    claims_of = dict(zip(studies, claims, strict=True))
     for members in studies_by_model(study for study in studies if study.seed is not None):
         first = members[0]
         images = [study.first.manifest["data"]["fingerprint"] for study in members]
         seeds = [study.seed for study in members]
         found: dict[tuple[str, str], dict[int, Entry]] = {}
-        for study, of_study in zip(studies, claims, strict=True):
-            for claim in of_study if any(study is member for member in members) else ():
+        for study in members:
+            for claim in claims_of[study]:
                 key = (claim["claim"], claim["image_attention"])
                 found.setdefault(key, {})[study.seed] = claim
         own = [

@@ -90,56 +90,28 @@ def compare_runs(
     ).double()
     pairs = pair_sites(first, second)
     tested = [pair for pair in pairs if has_depth(pair[0])]
-    p_of = dict(
-        zip(
-            tested,
-            _test_sites(
-                first,
-                second,
-                tested,
-                swaps,
-            ),
-            strict=True,
-        )
+    p_of = _test_sites(
+        first,
+        second,
+        tested,
+        swaps,
     )
     for pair in pairs:
-        difference = _difference(
-            ours[pair[0]],
-            theirs[pair[1]],
-            task,
-        )
-        yield (
-            _row(
-                "site",
-                pair[0],
-                pair,
-            )
-            | difference
-            | {"p": p_of.get(pair)}
-        )
+        scores = ours[pair[0]], theirs[pair[1]]
+        yield _row("site", pair[0], task, *scores, *pair) | {"p": p_of.get(pair)}
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
-            difference = _difference(
-                first.effects[name],
-                second.effects[name],
-                task,
-            )
-            yield (
-                _row(
-                    "effect",
-                    name,
-                    (None, None),
-                )
-                | difference
-            )
+            yield _row("effect", name, task, first.effects[name], second.effects[name])
     best = (first.peak_layer, second.peak_layer)
     if all(best):
         layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
-        yield _row(
-            BEST_LAYER,
-            BEST_LAYER,
-            best,
-        ) | difference_of_best(task.sign, *layers)
+        about = {
+            "of": BEST_LAYER,
+            "name": BEST_LAYER,
+            "site": best[0],
+            "second_site": best[1],
+        }
+        yield about | difference_of_best(task.sign, *layers)
         if task.name == SEGMENTATION:
             yield from compare_classes(
                 first,
@@ -178,10 +150,10 @@ def _test_sites(
     second: ProbeRun,
     pairs: Sequence[tuple[str, str]],
     swaps: Tensor,
-) -> list[float]:
+) -> dict[tuple[str, str], float]:
     """Return the corrected p-value of each pair of sites, from runs that exchange some images, f[1 + P, N]."""
     if not pairs:
-        return []
+        return {}
     task = first.task
     differences = []
     for site, other in pairs:  # one at a time: the sums of all sites can be large
@@ -190,7 +162,8 @@ def _test_sites(
         moved = swaps @ (b - a)
         scores = [task.dataset_scores(x)[task.score] for x in (a.sum(0) + moved, b.sum(0) - moved)]
         differences.append(scores[1] - scores[0])
-    return p_values(torch.stack(differences, 1))[1].tolist()
+    corrected = p_values(torch.stack(differences, 1))[1].tolist()
+    return dict(zip(pairs, corrected, strict=True))
 
 
 def difference_of_best(
@@ -259,13 +232,9 @@ def compare_classes(
         corrected,
         strict=True,
     ):
-        row = _row(
-            "class",
-            first.metrics["classes"][k],
-            sites,
-        )
-        row |= _difference(*(Estimate.from_vector(x[:, k]) for x in drawn), first.task)
-        yield row | {
+        name = first.metrics["classes"][k]
+        estimates = (Estimate.from_vector(x[:, k]) for x in drawn)
+        yield _row("class", name, first.task, *estimates, *sites) | {
             "photos": photos[k],
             "p": p if photos[k] >= FEWEST_PHOTOS else None,
         }
@@ -279,22 +248,26 @@ def photos_of_classes(run: ProbeRun) -> list[int]:
     return labelled.sum(0).tolist()
 
 
-def _row(of: str, name: str, sites: tuple[str | None, str | None]) -> Entry:
-    return {
-        "of": of,
-        "name": name,
-        "site": sites[0],
-        "second_site": sites[1],
-    }
-
-
-def _difference(first: Estimate, second: Estimate, task: Task) -> Entry:
+def _row(
+    of: str,
+    name: str,
+    task: Task,
+    first: Estimate,
+    second: Estimate,
+    site: str | None = None,
+    second_site: str | None = None,
+) -> Entry:
+    """Return the row of a difference of two numbers, without its p-value."""
     difference = second - first
     low, high = difference.json(
         lowest=-task.highest,
         highest=task.highest,
     )["ci95"]
     return {
+        "of": of,
+        "name": name,
+        "site": site,
+        "second_site": second_site,
         "first_value": first.value,
         "second_value": second.value,
         "difference": difference.value,

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .charts import Frame, colour_class
 from .compare import BEST_LAYER
-from .readings import ReportView, SiteReading, by_site, rows_about
+from .readings import ReportView, SiteReading, by_site
 from .words import SIGNS, number, site_name, site_number, site_tick, the_site, zone_of
 
 HOLDS = "holds"
@@ -118,11 +118,6 @@ def about_others(lead: SiteReading, differences: pd.DataFrame) -> list[str]:
 def its_site(site: str) -> str:
     """Return the name of a site in a sentence about the model: its adapter, layer 4."""
     return the_site(site).replace("the ", "its ")
-
-
-def claims_about(claims: pd.DataFrame, reading: SiteReading) -> dict[str, Any]:
-    """Return the claims about a reading by name."""
-    return {row.claim: row for row in rows_about(claims, reading).itertuples()}
 
 
 def plain_text(sentences: Sequence[str], labels: Mapping[str, str]) -> str:

@@ -39,7 +39,7 @@ from probes.tasks import SEGMENTATION, TASKS
 
 from .claims import evaluate_claims, joint_studies
 from .compare import BEST_LAYER
-from .readings import ReportView, SiteAxis, by_site, read_view
+from .readings import ReportView, SiteAxis, by_site, read_view, rows_about
 from .render import render
 from .sites import table2
 from .tables import Tables, make_tables
@@ -99,7 +99,7 @@ def write_report(
                 files |= _csv_files(section.tables, out if single else out / study.slug)
                 files |= _figure_files(section.figures, out)
         view = read_view(tables, pictures_of(studies, tables))
-        own = hero.claims_about(view.claims, view.lead)
+        own = {row.claim: row for row in rows_about(view.claims, view.lead).itertuples()}
         sentences = hero.headline(view.lead, own, view.pairs)
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
@@ -201,6 +201,14 @@ def render_page(
         unfinished: Steps that have no result.
         files: Names of the report's files.
     """
+    analyses = {
+        name: [
+            (study, of_study[name])
+            for study, of_study in zip(studies, sections, strict=True)
+            if name in of_study and of_study[name].figures
+        ]
+        for name in ANALYSES
+    }
     return render(
         "report/page.html.j2",
         FILTERS,
@@ -208,7 +216,7 @@ def render_page(
         view=view,
         sentences=sentences,
         studies=studies,
-        analyses=shown_sections(studies, sections),
+        analyses={name: own for name, own in analyses.items() if own},
         all_analyses=ANALYSES,
         site_figures=site_figures,
         failed=describe_steps(unfinished, FAILED),
@@ -219,20 +227,6 @@ def render_page(
         nan=np.nan,
         all_tasks=TASKS,
     )
-
-
-def shown_sections(
-    studies: Sequence[StudyRuns],
-    sections: Sequence[Sections],
-) -> dict[str, list[tuple[StudyRuns, Section]]]:
-    """Return by analysis the studies of which it shows something."""
-    found = {}
-    for name in ANALYSES:
-        own = [(x, of[name]) for x, of in zip(studies, sections, strict=True) if name in of]
-        own = [(x, section) for x, section in own if section.figures]
-        if own:
-            found[name] = own
-    return found
 
 
 def pictures_of(studies: Sequence[StudyRuns], tables: Tables) -> dict[tuple, dict[str, np.ndarray]]:

@@ -123,26 +123,9 @@ class ReportView:
         """The differences of models on the lead's data, under its mask if there are some, with text."""
         lead = self.lead
         table = self.tables.differences
-        seeds = table["seed"].fillna(lead.seed)
-        about = table.assign(seed=seeds)[
-            [
-                "between",
-                "task",
-                "data",
-                "seed",
-            ]
-        ]
-        table = table[
-            (
-                about
-                == [
-                    "models",
-                    lead.task,
-                    lead.data,
-                    lead.seed,
-                ]
-            ).all(axis=1)
-        ]
+        table = table[table["seed"].isna() | (table["seed"] == lead.seed)]
+        is_lead = (table[["task", "data"]] == [lead.task, lead.data]).all(axis=1)
+        table = table[is_lead & (table["between"] == "models")]
         is_same_mask = table["mask"] == lead.mask
         return shown(table[is_same_mask] if is_same_mask.any() else table)
 

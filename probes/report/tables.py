@@ -6,6 +6,7 @@ A new claim is a row in its analysis, a new view a function of a table; nothing 
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
@@ -186,25 +187,22 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     paths = [study.first.metrics["mllm"] for study in first.values()]
     named = zip(first, paths, strict=True)
     labels = shorten_labels([path if name == Path(path).name else name for name, path in named])
-    rows = [
-        {
-            "key": KEYS[i % len(KEYS)],
-            "name": study.name,
-            "label": labels[i],
-            "about": _about(study) if _about(study) != labels[i] else "",
-            "path": paths[i],
-            "has_llm": study.first.has_llm,
-            "last_layer": study.first.last_layer,
-        }
-        for i, study in enumerate(first.values())
-    ]
+    rows = []
+    for key, label, path, study in zip(cycle(KEYS), labels, paths, first.values(), strict=False):
+        # what a checkpoint records of itself, else its name
+        about = study.first.training.get("about") or (path if study.name in path else study.name)
+        rows.append(
+            {
+                "key": key,
+                "name": study.name,
+                "label": label,
+                "about": about if about != label else "",
+                "path": path,
+                "has_llm": study.first.has_llm,
+                "last_layer": study.first.last_layer,
+            }
+        )
     return DataFrame(rows, columns=NAMES["models"])
-
-
-def _about(study: StudyRuns) -> str:
-    """Return what a checkpoint records of itself, else its name."""
-    path = study.first.metrics["mllm"]
-    return study.first.training.get("about") or (path if study.name in path else study.name)
 
 
 def shorten_labels(names: Sequence[str]) -> list[str]:

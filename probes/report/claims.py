@@ -49,6 +49,7 @@ from .verdicts import (
     correct_for_claims,
     judge,
     judge_draws,
+    untested,
     worst_of,
 )
 
@@ -113,12 +114,7 @@ def _paper_column(case: Case) -> Entry:
     if study.is_solved:
         reason = "the number is that of solved probes"
         reason = again(reason, "--fit") if study.task.name == SEGMENTATION else reason
-        return judge(
-            sign,
-            **number.json(),
-            reason=reason,
-            probes="solved",
-        )
+        return untested(reason, **number.json(), probes="solved")
     below = None
     if optimum := case.number(case.name, solved=True):
         pair = study.main_runs[case.mask], study.solved[case.mask]
@@ -141,15 +137,12 @@ def _optimum_column(case: Case) -> Entry:
     sign = case.claim.sign
     margin = case.study.task.margin
     rows = case.strengths()
-    if (reason := why_no_optimum(case, rows)) or not rows:
-        number = None if rows else case.number(case.judged, solved=True)
-        measured = number.json() if number else {"value": None, "ci95": None}
-        return judge(
-            sign,
-            **measured,
-            margin=margin,
-            reason=reason,
-        )
+    number = case.number(case.judged, solved=True)
+    measured = number.json() if number and not rows else {}
+    if reason := why_no_optimum(case, rows):
+        return untested(reason, **measured)
+    if not rows:
+        return judge(sign, **measured, margin=margin)
     columns = [
         judge(
             sign,
@@ -198,11 +191,10 @@ def _beyond_random_column(case: Case) -> Entry:
         probes = "solved" if solved else "trained"
         worst = worst_of(sign, [x | {"control": name} for name, x in columns.items()], margin)
         if reason := why_undecided(case, columns, solved):
-            return judge(
-                sign,
+            return untested(
+                reason,
                 worst["value"],
                 worst["ci95"],
-                reason=reason,
                 probes=probes,
             )
         return worst | {
@@ -210,12 +202,7 @@ def _beyond_random_column(case: Case) -> Entry:
             "probes": probes,
         }
     reasons = [why_no_draws(case, control) for control in case.controls]
-    return judge(
-        sign,
-        None,
-        None,
-        reason="; ".join(dict.fromkeys(reasons)),
-    )
+    return untested("; ".join(dict.fromkeys(reasons)))
 
 
 def read_truth(run: ProbeRun) -> dict[str, str]:
@@ -347,19 +334,20 @@ def join_column(
         reason = "fewer than two seeds have a verdict; seed {}: {}".format(*first)
     entries = [*(_same_probes(by_seed) if reason else judged).values()]
     if len(entries) < 2 or any(entry["value"] is None for entry in entries):
-        return judge(
-            sign,
-            None,
-            None,
-            reason=reason,
-            **more,
-        )
+        return untested(reason, **more)
     more["seeds"] = len(entries)
     # each seed has draws of its own, so that their spread is part of that between seeds
     of_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in entries]
     value, ci95 = mean_over_seeds(of_images, shared_images)
+    if reason:
+        return untested(
+            reason,
+            value,
+            ci95,
+            **more,
+        )
     below = [x["below_optimum"] for x in entries if x.get("below_optimum")]
-    if len(below) > 1 and not reason:
+    if len(below) > 1:
         mean = mean_over_seeds([(x["value"], x["ci95"]) for x in below], shared_images)
         more["below_optimum"] = dict(zip(("value", "ci95"), mean, strict=True))
     return judge(
@@ -368,7 +356,6 @@ def join_column(
         ci95,
         margin,
         len(entries) - 1,
-        reason,
         **more,
     )
 

@@ -97,11 +97,24 @@ def compare_runs(
         swaps,
     )
     for pair in pairs:
-        scores = ours[pair[0]], theirs[pair[1]]
-        yield _row("site", pair[0], task, *scores, *pair) | {"p": p_of.get(pair)}
+        row = _row(
+            "site",
+            pair[0],
+            task,
+            ours[pair[0]],
+            theirs[pair[1]],
+            *pair,
+        )
+        yield row | {"p": p_of.get(pair)}
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
-            yield _row("effect", name, task, first.effects[name], second.effects[name])
+            yield _row(
+                "effect",
+                name,
+                task,
+                first.effects[name],
+                second.effects[name],
+            )
     best = (first.peak_layer, second.peak_layer)
     if all(best):
         layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
@@ -232,9 +245,14 @@ def compare_classes(
         corrected,
         strict=True,
     ):
-        name = first.metrics["classes"][k]
-        estimates = (Estimate.from_vector(x[:, k]) for x in drawn)
-        yield _row("class", name, first.task, *estimates, *sites) | {
+        row = _row(
+            "class",
+            first.metrics["classes"][k],
+            first.task,
+            *(Estimate.from_vector(x[:, k]) for x in drawn),
+            *sites,
+        )
+        yield row | {
             "photos": photos[k],
             "p": p if photos[k] >= FEWEST_PHOTOS else None,
         }

@@ -64,7 +64,12 @@ def effects_of_study(study: StudyRuns) -> Effects:
             own = {mask: of_run[run.path] for mask, run in runs.items()}
             if all(mask in runs and site in runs[mask].sites for mask in MASKS):
                 check_pair(*(runs[mask] for mask in MASKS))
-                own["causal"] = own["causal"] | between_masks(*(own[mask] for mask in MASKS), site)
+                gaps = between_masks(
+                    own["causal"],
+                    own["bidirectional"],
+                    site,
+                )
+                own["causal"] = own["causal"] | gaps
             claims = [
                 name
                 for name, claim in CLAIMS.items()

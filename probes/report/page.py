@@ -33,7 +33,7 @@ from probes.report import charts, hero, parts, pictures, words
 from probes.runs import formatting
 from probes.runs.formatting import Entry, Rows
 from probes.runs.pictures import names_of, read_pictures
-from probes.runs.study import StudyRuns, overridden_masks, read_studies, runs_to_compare
+from probes.runs.study import StudyRuns, overridden_masks, read_studies
 from probes.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -41,7 +41,7 @@ from .claims import evaluate_claims, joint_studies
 from .compare import BEST_LAYER
 from .readings import ReportView, SiteAxis, by_site, read_view, rows_about
 from .render import render
-from .sites import table2
+from .sites import shown_runs, table2
 from .tables import Tables, make_tables
 from .terminal import print_summary, summarize
 from .verdicts import MARGIN
@@ -234,7 +234,7 @@ def pictures_of(studies: Sequence[StudyRuns], tables: Tables) -> dict[tuple, dic
     keys = tables.models.set_index("name")["key"]
     found = {}
     for study in studies:
-        for mask, run in runs_to_compare(study)[0].items():
+        for mask, run in shown_runs(study).items():
             about = study.task.name, study.dataset, keys[study.name]
             found[*about, mask, run.metrics["seed"]] = read_pictures(run.path)
     return found

@@ -163,7 +163,11 @@ def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -
                 pictures.get(about, {}),
             )
         )
-    return ReportView(tables, models, readings)
+    return ReportView(
+        tables,
+        models,
+        readings,
+    )
 
 
 def rows_about(table: pd.DataFrame, reading: SiteReading) -> pd.DataFrame:

@@ -56,13 +56,28 @@ ALPHA = 0.05  # level of p-values
 POWER = 0.8  # at which an effect counts as detectable
 
 
+def untested(
+    reason: str,
+    value: float | None = None,
+    ci95: Sequence[float] | None = None,
+    **more: Any,
+) -> Entry:
+    """Return a column without a verdict: the reason, and its number if it has one."""
+    return {
+        "value": value,
+        "ci95": ci95,
+        "verdict": UNTESTED,
+        "reason": reason,
+        **more,
+    }
+
+
 def judge(
     sign: int,
-    value: float | None,
-    ci95: Sequence[float] | None,
+    value: float,
+    ci95: Sequence[float],
     margin: float = 0.0,
     df: float = math.inf,
-    reason: str = "",
     **more: Any,
 ) -> Entry:
     """Return a column: its verdict with "p", and if it "does not hold", the smallest effect that is "detectable".
@@ -73,36 +88,20 @@ def judge(
         ci95: Of Student's t with `df` degrees of freedom.
         margin: Smallest value that counts.
         df: Infinite for an interval over images.
-        reason: Why there is no verdict.
         more: Further entries.
     """
-    entry = {
-        "value": value,
-        "ci95": ci95 and list(ci95),
-    }
-    if reason:
-        return (
-            entry
-            | {
-                "verdict": UNTESTED,
-                "reason": reason,
-            }
-            | more
-        )
     low, high = sorted(sign * bound for bound in ci95)
     found = HOLDS if low > 0 else REVERSED
     if abs(value) < margin or low <= 0 <= high:
         found = FAILS
         more["detectable"] = detectable(ci95, margin)
-    p = p_value(sign, value, [standard_error(ci95, df)])
-    return (
-        entry
-        | {
-            "verdict": found,
-            "p": p,
-        }
-        | more
-    )
+    return {
+        "value": value,
+        "ci95": list(ci95),
+        "verdict": found,
+        "p": p_value(sign, value, [standard_error(ci95, df)]),
+        **more,
+    }
 
 
 def detectable(ci95: Sequence[float], margin: float) -> float:

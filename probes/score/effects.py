@@ -162,7 +162,14 @@ def run_effects(
     effects = {}
     for at, row in ({"": None} | {f"@{name}": row for name, row in rows.items()}).items():
         of_row = sums if row is None else path[row, torch.arange(len(sites))]
-        readings = read_scores(sites, last, task, of_row, weights, groups)
+        readings = read_scores(
+            sites,
+            last,
+            task,
+            of_row,
+            weights,
+            groups,
+        )
         for name, (first, second) in EFFECTS.items():
             if first in readings and second in readings:
                 effect = readings[first].score - readings[second].score

@@ -70,7 +70,12 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     effects = effects_of_study(study)
     claims = []
     for (name, claim), (mask, run) in product(CLAIMS.items(), study.main_runs.items()):
-        case = Case(study, name, mask, effects)
+        case = Case(
+            study,
+            name,
+            mask,
+            effects,
+        )
         number = case.number(name, study.is_solved)
         if not number:
             continue

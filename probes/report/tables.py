@@ -143,7 +143,10 @@ def _claim_rows(about: Entry, claim: Entry) -> Iterator[Entry]:
         columns[UNTRAINED] = claim["control"]
     for name, column in columns.items():
         draws = column.get("by_draw")
-        row = about | {"column": name, "random": draws and sum(draws) / len(draws)}
+        row = about | {
+            "column": name,
+            "random": draws and sum(draws) / len(draws),
+        }
         for key in ("value", "verdict", "reason", "detectable", "control"):
             row[key] = column.get(key)
         row |= bounds(column["ci95"])
@@ -188,7 +191,13 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     named = zip(first, paths, strict=True)
     labels = shorten_labels([path if name == Path(path).name else name for name, path in named])
     rows = []
-    for key, label, path, study in zip(cycle(KEYS), labels, paths, first.values(), strict=False):
+    for key, label, path, study in zip(
+        cycle(KEYS),
+        labels,
+        paths,
+        first.values(),
+        strict=False,
+    ):
         # what a checkpoint records of itself, else its name
         about = study.first.training.get("about") or (path if study.name in path else study.name)
         rows.append(

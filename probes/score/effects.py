@@ -200,7 +200,11 @@ def patch_accuracies(
         weights: f[R, N], of the bootstrap.
     """
     weights = weights.double()
-    patches = {"patch_0": slice(1), "first_row": slice(columns), "rest_of_row": slice(1, columns)}
+    patches = {
+        "patch_0": slice(1),
+        "first_row": slice(columns),
+        "rest_of_row": slice(1, columns),
+    }
     estimates = {}
     for site, of_site in zip(sites, counts.patch_right, strict=True):
         for name, part in patches.items() if is_layer(site) else ():

@@ -19,7 +19,10 @@ WIDE = ((856, 412), (40, 62, 26, 76))  # size, and margins
 WRITTEN = ("encoder", "adapter")  # sites with their whole name at the axis
 NARROW = ((358, 270), (34, 46, 26, 46))
 TILES = 6
-GREY_NAMES = {"LLM layers": "random LLMs", "adapter": "random adapters"}
+GREY_NAMES = {
+    "LLM layers": "random LLMs",
+    "adapter": "random adapters",
+}
 MOST_BANDS = 4  # models whose random models are drawn
 LEAST_GAP = 0.1  # of the height, from which the bracket is drawn
 MOST_COLOURS = 6  # models that are told apart by colour

@@ -160,10 +160,6 @@ class Family:
         """Return the norm after the decoder's last layer."""
         return module_at(model, f"{self.language_model}.{self.norm}", "model")
 
-    def adapter_of(self, model: "PreTrainedModel") -> list[nn.Module]:
-        """Return the modules of a model's adapter."""
-        return [module_at(model, path, "model") for path in self.adapter]
-
     def encoder_output_of(self, model: "PreTrainedModel") -> nn.Module:
         """Return the module of a model whose input is the encoder output."""
         return module_at(model, self.encoder_output_module or self.adapter[0], "model")
@@ -172,7 +168,8 @@ class Family:
         """Return the modules that random weights replace, by part; matched LLMs keep all but their layers."""
         decoder = self.decoder_of(model)
         llm = decoder if match == "none" else decoder.layers
-        return {"adapter": self.adapter_of(model), "llm": [llm]}
+        adapter = [module_at(model, path, "model") for path in self.adapter]
+        return {"adapter": adapter, "llm": [llm]}
 
 
 def find_model_class(model_class: "str | type[PreTrainedModel]") -> "type[PreTrainedModel]":

@@ -18,7 +18,9 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from llava_bidir.common.bootstrap import simultaneous_band
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
 from llava_bidir.common.imports import HINT
@@ -28,6 +30,7 @@ from probes.runs.formatting import Entry
 from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns, studies_by_model
 from probes.score.estimate import student_quantile
+from probes.score.strengths import ROWS
 from probes.tasks import SEGMENTATION
 
 from .measure import (
@@ -137,27 +140,30 @@ def _optimum_column(case: Case) -> Entry:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes.
 
     The three have intervals that hold at all of them together; it is the row where the claim fares worst. Neighbours of
-    the chosen strength that have not converged do not count.
+    the chosen strength do not count if the certificates of a site that the effect reads do not hold.
     """
     sign = case.claim.sign
     margin = case.study.task.margin
-    rows = case.strengths()
+    rows = {row: case.number(f"{case.name}@{row}", solved=True) for row in ROWS}
+    rows = {row: effect for row, effect in rows.items() if effect}
     number = case.number(case.judged, solved=True)
     measured = number.json() if number and not rows else {}
     if reason := why_no_optimum(case, rows):
         return untested(reason, **measured)
     if not rows:
         return judge(sign, **measured, margin=margin)
+    drawn = torch.stack([effect.vector for effect in rows.values()], 1)
+    bounds = torch.stack(simultaneous_band(drawn[0], drawn[1:]), 1).tolist()
     columns = [
         judge(
             sign,
-            row["value"],
-            row["ci95"],
+            effect.value,
+            ci95,
             margin,
-            row=row["row"],
+            row=row,
         )
-        for row in rows
-        if row["converged"]
+        for (row, effect), ci95 in zip(rows.items(), bounds, strict=True)
+        if effect.about["converged"]
     ]
     counts = {
         "strengths": len(rows),

@@ -18,15 +18,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import torch
-
-from llava_bidir.common.bootstrap import simultaneous_band
 from probes.analyses import ANALYSES
 from probes.analyses.base import Claim
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
-from probes.runs.formatting import Rows
 from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
 from probes.score.estimate import Estimate
@@ -51,8 +47,17 @@ def effects_of_study(study: StudyRuns) -> Effects:
     of_run = {run.path: read_effects(run) for run in study.members}
     effects: Effects = {}
     for solved in {True, study.is_solved}:
-        trained, untrained = (
-            by_mask(study.where(arm=arm, solved=solved)) for arm in ("trained", UNTRAINED)
+        trained = by_mask(
+            study.where(
+                arm="trained",
+                solved=solved,
+            )
+        )
+        untrained = by_mask(
+            study.where(
+                arm=UNTRAINED,
+                solved=solved,
+            )
         )
         # where masks are compared: the best layer of the trained model, for its controls too
         site = next((run.peak_layer for run in trained.values()), None)
@@ -79,7 +84,8 @@ def effects_of_study(study: StudyRuns) -> Effects:
                 for name, estimate in of_mask.items():
                     if name.partition("@")[0] in claims:
                         effects.setdefault((name, mask, weights, solved), []).append(estimate)
-        for mask, row in product(trained, ("", *(f"@{row}" for row in ROWS))):
+        rows = ("", *(f"@{row}" for row in ROWS))
+        for mask, row in product(trained, rows):
             own, before = (
                 effects.get((f"recovery{row}", mask, weights, solved))
                 for weights in ("trained", "untrained")
@@ -157,16 +163,18 @@ class Case:
     def minus_draws(self, solved: bool) -> dict[tuple[str, str], Estimate]:
         """Return the claim's number minus that of random draws, two at least, by mask and control."""
         found = {}
-        for effect, mask, weights, is_solved in self.effects:
-            if (effect, weights, is_solved) != (self.judged, "trained", solved):
-                continue
+        masks = dict.fromkeys(run.mask for run in self.study.members)
+        for mask, control in product(masks, self.controls):
             case = replace(self, mask=mask)
-            for control in self.controls:
-                draws = self.effects.get((self.name, mask, control, solved), ())
-                judged = self.effects.get((effect, mask, control, solved), ())
-                is_known = len(draws) == len(judged) > 1
-                if is_known and not case.other_knockouts(control, solved):
-                    found[mask, control] = compare_to_draws(case.number(effect, solved), judged)
+            trained = case.number(self.judged, solved)
+            draws, judged = (
+                self.effects.get((effect, mask, control, solved), ())
+                for effect in (self.name, self.judged)
+            )
+            # a draw whose knockout has no contrast leaves the claim without this control
+            is_known = trained and len(draws) == len(judged) > 1
+            if is_known and not case.other_knockouts(control, solved):
+                found[mask, control] = compare_to_draws(trained, judged)
         return found
 
     def other_knockouts(self, control: str, solved: bool) -> str:
@@ -181,27 +189,6 @@ class Case:
         draws = [x[self.mask] for x in self.study.draws(control, solved=solved) if self.mask in x]
         return next(filter(None, (knockout_difference(trained[0], run) for run in draws)), "")
 
-    def strengths(self) -> Rows:
-        """Return the effect at each row of strengths, with an interval that holds at all; [] of other claims.
-
-        A row counts, "converged", only if the certificates of all sites that the effect reads hold.
-        """
-        found = {row: self.number(f"{self.name}@{row}", solved=True) for row in ROWS}
-        found = {row: effect for row, effect in found.items() if effect}
-        if not found:
-            return []
-        drawn = torch.stack([effect.vector for effect in found.values()], 1)
-        bounds = torch.stack(simultaneous_band(drawn[0], drawn[1:]), 1).tolist()
-        return [
-            {
-                "row": row,
-                "value": effect.value,
-                "ci95": ci95,
-                "converged": effect.about["converged"],
-            }
-            for (row, effect), ci95 in zip(found.items(), bounds, strict=True)
-        ]
-
 
 # ------------------------------------------------------------------------------------------------ what is missing
 def again(reason: str, option: str) -> str:
@@ -209,8 +196,8 @@ def again(reason: str, option: str) -> str:
     return f"{reason}: run the study again with {option}"
 
 
-def why_no_optimum(case: Case, rows: Rows) -> str:
-    """Return why a claim is not judged at the optimum, "" if it is."""
+def why_no_optimum(case: Case, rows: Mapping[str, Estimate]) -> str:
+    """Return why a claim is not judged at the optimum, "" if it is; `rows` are its effects at rows of strengths."""
     missing = [mask for mask in case.masks if mask not in case.study.solved]
     if missing:
         mask = f" under {missing[0]} attention" * case.study.first.has_llm
@@ -226,7 +213,7 @@ def why_no_optimum(case: Case, rows: Rows) -> str:
         )[:1]
     if not case.number(case.judged, solved=True):
         return why_no_number(case, runs, "the solved probes")
-    if any(row["row"] == "chosen" and row["converged"] for row in rows):
+    if "chosen" in rows and rows["chosen"].about["converged"]:
         return ""
     return why_unconverged(case, runs)
 

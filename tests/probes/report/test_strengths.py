@@ -5,20 +5,22 @@ import probe_runs
 import pytest
 import torch
 from reference import miou_of_counts
-from report_parts import CURVE, FLAT, studies_of
+from report_parts import CURVE, FLAT, claims_of, studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.report.claims import evaluate_claims
-from probes.report.measure import Case, effects_of_study
+from probes.report.measure import effects_of_study
 from probes.score.effects import (
     cross_validated_layers,
     image_folds,
     read_scores,
 )
+from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS, Strengths
 
 NO_DROP = [0.4, *CURVE[1:]]
 CONTROL = {"solved": True, "untrained": ["adapter", "llm"]}
+EFFECTS = ("adapter_drop", "recovery", "recovery_trained")
 SITES = ["encoder", "adapter", "layer_01", "layer_02", "layer_03"]
 
 
@@ -98,15 +100,12 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     assert readings["best_layer"].sites == sorted(set(expected[0]))
 
 
-def strengths_of(paths) -> dict[tuple[str, str], dict]:
-    """The effects of a study under the causal mask by name and row of strengths."""
-    (study,) = studies_of(paths)
-    effects = effects_of_study(study)
-    return {
-        (name, row["row"]): row
-        for name in ("adapter_drop", "recovery", "recovery_trained")
-        for row in Case(study, name, "causal", effects).strengths()
-    }
+def strengths_of(paths) -> dict[str, Estimate]:
+    """The effects of a study under the causal mask by name and row of strengths, EFFECT@ROW."""
+    effects = effects_of_study(*studies_of(paths))
+    names = [f"{effect}@{row}" for effect in EFFECTS for row in ROWS]
+    found = {name: effects.get((name, "causal", "trained", True)) for name in names}
+    return {name: of_name[0] for name, of_name in found.items() if of_name}
 
 
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(write):
@@ -132,22 +131,17 @@ def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(w
             miou_at(counts[0], 0, w) - miou_at(counts[0], 1, w) for w in (None, weights)
         )
         drops.append(resampled)
-        expected = {
-            "adapter_drop": drop,
-            "recovery": gains[0],
-            "recovery_trained": gains[0] - gains[1],
-        }
-        assert {effect: rows[effect, name]["value"] for effect in expected} == pytest.approx(
-            expected
-        )
+        expected = [drop, gains[0], gains[0] - gains[1]]
+        found = [rows[f"{effect}@{name}"].value for effect in EFFECTS]
+        assert found == pytest.approx(expected)
     assert len(rows) == 3 * 3
     drops = np.array(drops)
     sd = drops.std(1, ddof=1, keepdims=True)
     quantile = np.quantile((np.abs(drops - drops.mean(1, keepdims=True)) / sd).max(0), 0.95)
-    for name, s in zip(ROWS, sd[:, 0], strict=True):
-        row = rows["adapter_drop", name]
-        half = [abs(end - row["value"]) for end in row["ci95"]]
-        assert half == pytest.approx([quantile * s] * 2, rel=1e-5)
+    column = claims_of(paths)["adapter_drop"]["verdicts"]["optimum"]
+    assert column["row"] == "stronger"
+    half = [abs(end - column["value"]) for end in column["ci95"]]
+    assert half == pytest.approx([quantile * sd[0, 0]] * 2, rel=1e-5)
 
 
 def path_of(site: str, strengths: list[float], chosen: float) -> dict:
@@ -175,10 +169,10 @@ def test_rows_follow_the_choice_of_each_site():
 @pytest.mark.parametrize(
     ("unconverged", "is_control", "missing"),
     [
-        ([("weaker", "encoder")], False, [("adapter_drop", "weaker")]),
+        ([("weaker", "encoder")], False, ["adapter_drop@weaker"]),
         ([(row, "layer_01") for row in ROWS], False, []),
-        ([(row, "layer_03") for row in ROWS], False, [("recovery", row) for row in ROWS]),
-        ([("weaker", "adapter")], True, [("recovery_trained", "weaker")]),
+        ([(row, "layer_03") for row in ROWS], False, [f"recovery@{row}" for row in ROWS]),
+        ([("weaker", "adapter")], True, ["recovery_trained@weaker"]),
     ],
 )
 def test_rows_count_if_the_sites_that_they_read_have_converged(
@@ -197,7 +191,7 @@ def test_rows_count_if_the_sites_that_they_read_have_converged(
     else:
         runs = [write("run", CURVE, solved=True, options=options)]
     found = strengths_of(runs)
-    assert [key for key, row in found.items() if not row["converged"]] == missing
+    assert [name for name, x in found.items() if not x.about["converged"]] == missing
 
 
 # ------------------------------------------------------------------------------------------------ studies

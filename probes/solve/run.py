@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,17 @@ from llava_bidir.common.processes import (
     rank_zero_info,
 )
 from llava_bidir.common.runs import (
-    RunFolder,
     begin_run,
     interrupt_says_how_to_resume,
     plan_run,
     run_process,
 )
-from probes.config import RunConfig, SolveOptions, SolverOptions
+from probes.config import RunConfig, SolveOptions
 from probes.data.available_memory import available_memory
 from probes.data.batches import PreprocessedDataset
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import assign_folds, validation_batches
-from probes.machine import Machine, build_machine, seed_everything, solver_device
+from probes.machine import build_machine, seed_everything, solver_device
 from probes.models.module_sources import source_identity
 from probes.runs.files import format_scores, run_folder, say_finished
 from probes.runs.pictures import save_pictures
@@ -64,22 +63,48 @@ SCORED_BYTES = 2**30  # of logits at a time; a batch of 64 at 7B has 19 GB
 MEASURED_IMAGES = 64  # by `--dry-run`
 
 
-@dataclass
 class SolveRun:
-    """What a run is made from.
+    """What a run is made from, and where it computes.
 
     Args:
-        folder: Folder of the run.
+        config: All that `probes solve` is told.
+
+    Attributes:
+        machine: Where it computes.
+        data: Its images and targets.
+        folder: Its folder.
         hparams: Every option of the model and of the solver, as a LightningModule names them, for the identity and
             the files of the run.
-        options: Those of the solver, as they were given.
         identity: Set when the run starts.
+
+    Raises:
+        UserError: The config asks for probes that are not linear, or a strength is out of range.
     """
 
-    folder: RunFolder
-    hparams: dict[str, Any]
-    options: SolverOptions
     identity: Identity | None = None
+
+    def __init__(self, config: RunConfig):
+        if config.model.head != "linear":
+            raise UserError(
+                f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
+            )
+        task = TASKS[config.data.task]
+        strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
+        if task.loss is None and strengths and strengths[0] > 1:
+            raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
+        self.config = config
+        self.machine = build_machine(config.trainer)
+        seed_everything(config.seed_everything)
+        self.data = ProbeData(config.data, config.seed_everything)
+        self.folder = run_folder(Path(config.out))
+        settings = asdict(config.model)
+        settings |= {"num_classes": self.data.num_classes, "seed": config.seed_everything}
+        self.hparams: dict[str, Any] = {"folds": config.solver.folds, "strengths": strengths}
+        self.hparams |= {name: settings[name] for name in MODEL_SETTINGS}
+        if (
+            task.loss is not None and type(task.loss) is not CrossEntropy
+        ):  # of which a run says nothing
+            self.hparams["loss"] = task.loss.describe()
 
     def models(self) -> dict[str, Any]:
         """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
@@ -94,7 +119,9 @@ def run(options: SolveOptions) -> None:
 @torch.no_grad()
 def run_config(config: RunConfig) -> None:
     """Solve the probes of all sites, score them, and write the files of the run, or say that it is finished."""
-    run, data, machine = build_solve(config)
+    run = SolveRun(config)
+    data = run.data
+    machine = run.machine
     folder = run.folder
     lock = exclusive_run_lock(folder.path) if machine.is_first else nullcontext()
     with run_process(), lock, interrupt_says_how_to_resume(), machine.processes():
@@ -106,65 +133,32 @@ def run_config(config: RunConfig) -> None:
             return
         data.verify(machine.progress == "bar")  # before the model is loaded
         training = data.splits["training"]
-        fold_of = assign_folds(len(training), run.options.folds, training.groups)
+        fold_of = assign_folds(len(training), config.solver.folds, training.groups)
         probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
         if rank() == 0:  # all settings were accepted
             content = yaml.safe_dump(asdict(config), sort_keys=False)
             begin_run(folder.path, content, planned.replaced)
-        resuming = config.ckpt_path == "last"
-        solved = solve_sites(run, probes, data, machine, fold_of, resuming)
-        score(run, probes, solved, data, machine, config.save_predictions)
+        solved = solve_sites(run, probes, fold_of)
+        score(run, probes, solved)
         if rank() == 0:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
             rank_zero_info(format_scores(folder.path, probes.task))
 
 
-def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
-    """Return what a run is made from, its data, and where it computes.
-
-    Raises:
-        UserError: The config asks for probes that are not linear, or a strength is out of range.
-    """
-    if config.model.head != "linear":
-        raise UserError(
-            f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
-        )
-    task = TASKS[config.data.task]
-    strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
-    if task.loss is None and strengths and strengths[0] > 1:
-        raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
-    machine = build_machine(config.trainer)
-    seed_everything(config.seed_everything)
-    data = ProbeData(config.data, config.seed_everything)
-    settings = asdict(config.model)
-    settings |= {"num_classes": data.num_classes, "seed": config.seed_everything}
-    hparams = {"folds": config.solver.folds, "strengths": strengths}
-    hparams |= {name: settings[name] for name in MODEL_SETTINGS}
-    if task.loss is not None and type(task.loss) is not CrossEntropy:  # of which a run says nothing
-        hparams["loss"] = task.loss.describe()
-    return SolveRun(run_folder(Path(config.out)), hparams, config.solver), data, machine
-
-
-def solve_sites(
-    run: SolveRun,
-    probes: SiteProbes,
-    data: ProbeData,
-    machine: Machine,
-    fold_of: Tensor,
-    resuming: bool,
-) -> dict[str, Solution]:
-    """Return the probes of all sites, the same in all processes; `resuming` from the files of a killed run."""
+def solve_sites(run: SolveRun, probes: SiteProbes, fold_of: Tensor) -> dict[str, Solution]:
+    """Return the probes of all sites, the same in all processes; a run that is resumed has files of some."""
+    machine = run.machine
     files = SiteFiles(run.folder.checkpoints, run.identity)
     mine = probes.sites[rank() :: rank_count()]
-    solved = files.load(mine) if resuming else {}
-    memory = memory_for_states(run.options, machine)
+    solved = files.load(mine) if run.config.ckpt_path == "last" else {}
+    memory = memory_for_states(run)
     device = solver_device(machine.device)
     missing = [site for site in mine if site not in solved]
     targets = None
     for sites, size in site_groups(probes, missing, len(fold_of), memory):
         states, targets = read(
             probes,
-            data,
+            run.data,
             machine,
             sites,
             fold_of,
@@ -181,22 +175,18 @@ def solve_sites(
     return {site: broadcast(solved.get(site), i % count) for i, site in enumerate(probes.sites)}
 
 
-def memory_for_states(options: SolverOptions, machine: Machine) -> float:
+def memory_for_states(run: SolveRun) -> float:
     """Return the bytes of states that a process keeps at a time."""
-    if options.memory_gb is not None:
-        return 1e9 * options.memory_gb
-    return MEMORY_SHARE * available_memory() / machine.processes_here
+    given = run.config.solver.memory_gb
+    if given is not None:
+        return 1e9 * given
+    return MEMORY_SHARE * available_memory() / run.machine.processes_here
 
 
-def score(
-    run: SolveRun,
-    probes: SiteProbes,
-    solved: dict[str, Solution],
-    data: ProbeData,
-    machine: Machine,
-    save_images: bool,
-) -> None:
+def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> None:
     """Score the probes of all strengths on the validation split, and write the files of the run."""
+    data = run.data
+    machine = run.machine
     device = solver_device(machine.device)
     probes.heads.to(device).eval()
     for site, found in solved.items():
@@ -223,7 +213,7 @@ def score(
                 of_part = {site: x[part] for site, x in states.items()}
                 logits = logits_of_strengths(probes, solved, of_part)
                 metric.add(logits, some)
-                if save_images:
+                if run.config.save_predictions:
                     save_predictions(
                         probes,
                         logits[of_run],
@@ -282,14 +272,16 @@ def logits_of_strengths(
 @torch.no_grad()
 def dry_run(config: RunConfig) -> float:
     """Print the time and memory of a run, measured on some images, and return its seconds. Nothing is written."""
-    run, data, machine = build_solve(config)
+    run = SolveRun(config)
+    data = run.data
+    machine = run.machine
     with run_process(), machine.processes():
         data.verify(machine.progress == "bar")
         probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
         images = len(data.splits["training"])
         sites = probes.sites[rank() :: rank_count()]
         measured = sites[-1:]
-        fold_of = assign_folds(min(images, MEASURED_IMAGES), run.options.folds)
+        fold_of = assign_folds(min(images, MEASURED_IMAGES), config.solver.folds)
         device = solver_device(machine.device)
         started = time.perf_counter()
         states, targets = read(probes, data, machine, measured, fold_of)
@@ -298,7 +290,7 @@ def dry_run(config: RunConfig) -> float:
         list(in_workers(work, measured, device))
         forward = (after_read - started) * images / len(fold_of)
         solve = (time.perf_counter() - after_read) * images / len(fold_of)
-        memory = memory_for_states(run.options, machine)
+        memory = memory_for_states(run)
         groups = site_groups(probes, sites, images, memory)
         most = max(size for _, size in groups)
         threads = threads_of(device)

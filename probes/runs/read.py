@@ -63,6 +63,7 @@ class ProbeRun:
         mask: Attention mask among image tokens that the model ran with.
         draw: Number of the draw of random weights; 0 without such.
         has_llm: False if the model is a bare vision encoder.
+        strengths: The path of strengths of a run of `probes solve`; None of another one.
         is_solved: True if the run was made by `probes solve`.
         probe_kind: How the probes were made: "solved" or "trained".
         sites: All sites of the run, in the order of the forward.
@@ -98,7 +99,11 @@ class ProbeRun:
         self.mask: str = metrics["image_attention"]
         self.draw: int = metrics["draw"]
         self.has_llm = metrics["model_kind"] == "mllm"
-        self.is_solved = metrics.get("path") is not None
+        self.is_solved = "path" in metrics
+        self.strengths: Strengths | None = None
+        if self.is_solved:
+            ((kind, path),) = metrics["path"].items()
+            self.strengths = Strengths(path["sites"], self.task.score, kind == CLOSED_FORM)
         self.probe_kind = "solved" if self.is_solved else "trained"
         self.sites: list[str] = [site["site"] for site in metrics["sites"]]
         self.layers = [site for site in self.sites if site == ADAPTER or is_layer(site)]
@@ -137,12 +142,6 @@ class ProbeRun:
         if untrained in (["llm"], ["encoder"]):
             return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
         return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
-
-    @property
-    def strengths(self) -> Strengths:
-        """The path of strengths of a run of `probes solve`."""
-        ((kind, path),) = self.metrics["path"].items()
-        return Strengths(path["sites"], self.task.score, kind == CLOSED_FORM)
 
     def check_site(self, site: str | None) -> str:
         """Return `site`, or the best decoder layer for None.

@@ -75,14 +75,12 @@ def effects_of_study(study: StudyRuns) -> Effects:
                     site,
                 )
                 own["causal"] = own["causal"] | gaps
-            claims = [
-                name
-                for name, claim in CLAIMS.items()
-                if weights != "trained" or claim.applies is None or claim.applies(runs)
-            ]
             for mask, of_mask in own.items():
                 for name, estimate in of_mask.items():
-                    if name.partition("@")[0] in claims:
+                    claim = CLAIMS.get(name.partition("@")[0])
+                    if claim is None:
+                        continue
+                    if weights != "trained" or claim.applies is None or claim.applies(runs):
                         effects.setdefault((name, mask, weights, solved), []).append(estimate)
         rows = ("", *(f"@{row}" for row in ROWS))
         for mask, row in product(trained, rows):

@@ -68,7 +68,7 @@ def minimise(
     points: Tensor,
     first_guess: FirstGuess,
     tolerance: float,
-    known: tuple[Tensor, Tensor] | None = None,
+    known: Minimum | None = None,
 ) -> Minimum:
     """Return the minima of P independent smooth convex objectives, by L-BFGS.
 
@@ -77,10 +77,10 @@ def minimise(
         points: f64[P, K, n], where to start.
         first_guess: Gives about the inverse Hessian of some of the problems at the points of each step.
         tolerance: Predicted decrease at which a problem ends.
-        known: Value f64[P] and gradient f64[P, K, n] at `points`; None to evaluate them.
+        known: Where an earlier call has ended, if it starts there; None to evaluate the points.
     """
     active = list(range(len(points)))
-    value, gradient = objective(points, active) if known is None else known
+    value, gradient = objective(points, active) if known is None else (known.value, known.gradient)
     pairs: deque[Pair] = deque(maxlen=MEMORY)
     decrease = torch.zeros_like(value)
     for iteration in range(ITERATIONS + 1):

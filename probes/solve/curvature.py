@@ -195,12 +195,13 @@ class Nodes(NamedTuple):
             images: i64[m], index of each node's image in them.
             chosen: i64[m], the nodes.
         """
-        images = images.to(states.device)
+        rows = states.flatten(0, 1)
+        first = images.to(states.device) * states.shape[1]
         tokens = self.tokens[chosen].to(states.device)
         shares = self.shares[chosen]
         found = shares.new_zeros(len(chosen), states.shape[-1])
         for token, share in zip(tokens.T, shares.T, strict=True):
-            found += share[:, None] * states[images, token].to(found)
+            found.addcmul_(share[:, None], rows.index_select(0, first + token).to(found))
         return found
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probes.ops.lbfgs import minimise
+from probes.ops.lbfgs import Minimum, minimise
 
 from .curvature import first_guess
 from .objective import SiteProblem
@@ -27,7 +27,9 @@ from .objective import SiteProblem
 STRONGEST = -6
 WEAKEST = 16
 FIRST = 2  # 0.1
-# Predicted decreases, in nats, at which the folds end: at each strength, and at last if the choice is close
+# Predicted decreases, in nats, at which the folds end: before the first sample of nodes of which a probe is unsure, at
+# each strength, and at last if the choice is close
+ROUGH = 1e-2
 TOLERANCE = 3e-5
 LEAST_TOLERANCE = 1e-7
 # Change of the loss of left-out images for a decrease of the folds' own. Measured: 1 to 25 on CamVid and on the demo
@@ -57,14 +59,17 @@ class FoldProbes(NamedTuple):
     Args:
         strength: Of regularisation.
         loss: Mean loss of all images, each under the probe of its fold.
-        points: f64[F, K, d + 1].
-        decrease: The largest decrease that a further step of a fold is expected to have.
+        found: Where the folds have ended, with points f64[F, K, d + 1].
     """
 
     strength: float
     loss: float
-    points: Tensor
-    decrease: float
+    found: Minimum
+
+    @property
+    def decrease(self) -> float:
+        """The largest decrease that a further step of a fold is expected to have."""
+        return self.found.decrease.max().item()
 
 
 class FoldSearch:
@@ -99,7 +104,7 @@ class FoldSearch:
             chosen = min(max(chosen, 1), len(order) - 2)
             solved = [chosen - 1, chosen, chosen + 1]
         losses = [self.visited[strength].loss for strength in order]
-        points = [self._mean_of_folds(self.visited[order[i]].points) for i in solved]
+        points = [self._mean_of_folds(self.visited[order[i]].found.points) for i in solved]
         return StrengthPath(
             order,
             losses,
@@ -124,13 +129,17 @@ class FoldSearch:
     def visit(self, strength: float) -> None:
         """Solve the folds at a strength, started from what is known of the nearest ones."""
         near = sorted(self.visited, key=lambda other: abs(math.log(other / strength)))
-        points = [self.visited[other].points for other in near[:2]]
-        points = points or [self.problem.start.expand(len(self.problem.folds), -1, -1)]
+        if not near:
+            start = self.problem.start.expand(len(self.problem.folds), -1, -1)
+            rough = self._minimise(strength, start, ROUGH)
+            self._keep(strength, self._minimise(strength, rough.points, TOLERANCE, rough))
+            return
+        points = [self.visited[other].found.points for other in near[:2]]
         start = points[0]
         is_beyond = len(near) > 1 and (near[0] < strength) == (near[1] < near[0])
         if is_beyond:  # but where the bias of an unknown class ends is chance
             start = torch.where(self.problem.lone[..., None], start, 2 * start - points[1])
-        self._solve_folds(strength, start)
+        self._keep(strength, self._minimise(strength, start, TOLERANCE))
 
     def _decide(self, is_search: bool) -> None:
         """Solve the folds further at strengths whose losses are too close, and at neighbours of the best one."""
@@ -142,21 +151,23 @@ class FoldSearch:
             undecided = too_close(self.visited)
             for folds in undecided:
                 tolerance = max(folds.decrease / 10, LEAST_TOLERANCE)
-                self._solve_folds(folds.strength, folds.points, tolerance)
+                further = self._minimise(folds.strength, folds.found.points, tolerance, folds.found)
+                self._keep(folds.strength, further)
             # if none is better, rounding of float32 logits allows no better
             if all(self.visited[x.strength].decrease >= x.decrease for x in undecided):
                 return
 
-    def _solve_folds(
+    def _minimise(
         self,
         strength: float,
         start: Tensor,
-        tolerance: float = TOLERANCE,
-    ) -> None:
+        tolerance: float,
+        known: Minimum | None = None,
+    ) -> Minimum:
         count = len(start)
         strengths = torch.full((count,), strength, dtype=torch.float64, device=start.device)
         left_out = list(range(count))
-        minimum = minimise(
+        return minimise(
             self.problem.objective(strengths, left_out),
             start,
             first_guess(
@@ -166,15 +177,12 @@ class FoldSearch:
                 start,
             ),
             tolerance,
+            known,
         )
-        loss = self.problem.held_out_loss(minimum.points)
-        decrease = minimum.decrease.max().item()
-        self.visited[strength] = FoldProbes(
-            strength,
-            loss,
-            minimum.points,
-            decrease,
-        )
+
+    def _keep(self, strength: float, found: Minimum) -> None:
+        loss = self.problem.held_out_loss(found.points)
+        self.visited[strength] = FoldProbes(strength, loss, found)
 
     def _mean_of_folds(self, points: Tensor) -> Tensor:
         """Return the mean of points f64[F, K, d + 1], of each class over the folds that know it."""

@@ -40,7 +40,7 @@ def refine(
     null = problem.space.whitened_norm(at_zero, strengths).clamp(min=1e-300)
     # the second one is for the norm of the gradient
     tolerance = min(TOLERANCE, (GRADIENT * null.min().item()) ** 2 / 8)
-    known = None
+    found = None
     for _ in range(ROUNDS):
         guess = first_guess(
             problem,
@@ -53,10 +53,9 @@ def refine(
             points,
             guess,
             tolerance,
-            known,
+            found,
         )
         points = found.points
-        known = found.value, found.gradient
         relative = problem.space.whitened_norm(found.gradient, strengths) / null
         both = zip(relative.tolist(), found.decrease.tolist(), strict=True)
         certificates = [Certificate(*numbers) for numbers in both]

@@ -100,8 +100,8 @@ def float_chunks(
     _, tokens, width = states.shape
     mean = mean.to(dtype)
     for part in images.split(max(1, CHUNK_NUMEL // (tokens * max(rows, width)))):
-        x = states[part.to(states.device)].to(mean.device).to(dtype)
-        yield part.tolist(), (x - mean).flatten(0, 1)
+        x = states.index_select(0, part.to(states.device)).to(mean.device).to(dtype)
+        yield part.tolist(), x.sub_(mean).flatten(0, 1)
 
 
 @dataclass

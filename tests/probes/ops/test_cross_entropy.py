@@ -245,11 +245,11 @@ def test_full_resolution_logits_never_exist():
                 self.numel = max(self.numel, out.untyped_storage().nbytes() // out.element_size())
             return out
 
-    logits, target = make_case((2, 2, 60, 6, 6), (320, 320), dtype=torch.float32)
+    logits, target = make_case((2, 2, 60, 6, 6), (640, 640), dtype=torch.float32)
     for nodes, most in ((None, 6 * loss_module.CHUNK_NUMEL["cpu"]), (3, 2 * target.numel())):
         with Largest() as largest:
             upsampled_cross_entropy(logits.requires_grad_(), target, nodes=nodes).sum().backward()
-        assert 0 < largest.numel <= most < 60 * 320 * 320 / 3
+        assert 0 < largest.numel <= most < 60 * 640 * 640 / 3
 
 
 def test_off_the_cpu_no_value_is_read():

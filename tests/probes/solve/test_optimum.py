@@ -221,7 +221,7 @@ def test_a_class_that_one_fold_alone_has_is_trained_on_and_not_tested(lone):
 def test_probes_of_all_images_start_from_folds_that_know_the_class(lone):
     search = FoldSearch(problem(lone))
     _, points = search.choose((1e-2,))
-    of_folds = search.visited[1e-2].points
+    of_folds = search.visited[1e-2].found.points
     expected = of_folds.mean(0)
     expected[LONE] = of_folds[1:, LONE].mean(0)
     torch.testing.assert_close(points[0], expected)
@@ -249,16 +249,16 @@ def test_the_search_ends_where_the_loss_has_risen_with_neighbours_on_both_sides(
 
 
 def test_a_close_choice_ends_where_rounding_allows_no_smaller_decrease(data, monkeypatch):
-    solve = FoldSearch._solve_folds
+    minimise = FoldSearch._minimise
     calls = []
 
     def stuck(self, strength, *args):
         calls.append(strength)
         assert len(calls) < 100, "the search goes on for ever"
-        solve(self, strength, *args)
-        self.visited[strength] = self.visited[strength]._replace(decrease=1.0)
+        found = minimise(self, strength, *args)
+        return found._replace(decrease=torch.ones_like(found.decrease))
 
-    monkeypatch.setattr(FoldSearch, "_solve_folds", stuck)
+    monkeypatch.setattr(FoldSearch, "_minimise", stuck)
     path, _ = FoldSearch(problem(data)).choose()
     assert path.loss[path.chosen] == min(path.loss)
 

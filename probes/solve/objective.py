@@ -130,7 +130,7 @@ class SiteProblem:
         gradient = torch.zeros_like(probes) if needs_grad else None
         for part, x in float_chunks(self.states, self.folds[fold], self.space.mean, len(rows)):
             # tokens are innermost, as the loss needs them
-            by_class = torch.addmm(bias, weights, x.T).view(count, classes, -1, *grid)
+            by_class = (weights @ x.T).add_(bias).view(count, classes, -1, *grid)
             losses, by_logits = self.loss.of_images(
                 by_class.transpose(1, 2), masks[part], needs_grad
             )

@@ -54,7 +54,7 @@ def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
             *more.split(),
             *GPU,
         )
-        llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), photo, "what is it?"])
+        llava_bidir.cli.main(f"generate {tmp_path}/run/hf {photo} sky --max-new-tokens 2".split())
 
 
 @pytest.mark.parametrize("control", ["none", "update"])

@@ -14,9 +14,6 @@ import pytest
 from processes import HANGING_S, run_command
 
 ROOT = Path(__file__).parents[1]
-DEMO_S = 2 * HANGING_S
-SCALE = 0.05
-REPORT = "report/results.json"
 if given := os.environ.get("WHEEL"):
     # from which nothing else can be imported
     FOLDER = Path(given).absolute() / "dist"
@@ -29,24 +26,19 @@ pytestmark = pytest.mark.slow
 
 
 def command(out: Path, *more: str) -> list[str]:
-    return [*PROGRAM, "demo", "--out", str(out), "--scale", str(SCALE), *more]
+    return [*PROGRAM, "demo", "--out", str(out), "--scale", "0.05", *more]
 
 
 def run(out: Path) -> str:
     """Without a network where that can be had, and watched for attempts to reach one."""
     words = [*network_guard.cut(), *command(out)]
-    environment = network_guard.watched(out / "network")
-    return run_command(
-        words,
-        cwd=FOLDER,
-        env=environment,
-        timeout=DEMO_S,
-    ).stdout
+    watched = network_guard.watched(out / "network")
+    return run_command(words, cwd=FOLDER, env=watched, timeout=2 * HANGING_S).stdout
 
 
 def results(out: Path) -> dict:
     """Everything but what tells where."""
-    return json.loads((out / REPORT).read_text().replace(str(out), "OUT"))
+    return json.loads((out / "report/results.json").read_text().replace(str(out), "OUT"))
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +96,7 @@ def test_a_demo_of_other_settings_is_left_alone(finished):
 def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finished):
     before = results(finished)
     (finished / "causal/probes/metrics.json").unlink()
-    said = run(finished)
-    steps = {
-        line.split("] ")[1].split(",")[0] for line in said.splitlines() if line.startswith("[")
-    }
+    said = run(finished).splitlines()
+    steps = {line.split("] ")[1].split(",")[0] for line in said if line.startswith("[")}
     assert steps == {"causal/probes", "causal/probes/sinks", "report"}
     assert results(finished) == before

@@ -264,7 +264,7 @@ def test_examples_work_as_written(tmp_path):
         files += own
         chosen += arguments[-1:] if "-k" in arguments else [Path(file).stem for file in own]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    environment |= {"PYTHONPATH": str(tmp_path)}
     words = [
         *dict.fromkeys(files),
         "-k",

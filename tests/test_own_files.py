@@ -6,7 +6,7 @@ from pathlib import Path
 import probe_runs
 import pytest
 import tiny_models
-from processes import run_command
+from processes import fork, wait
 
 import llava_bidir
 import llava_bidir.cli
@@ -92,9 +92,10 @@ def trained(own, parts, conversations, tmp_path_factory) -> Path:
     """A run of `fit` under the mask, with the callback, in a process of its own."""
     out = tmp_path_factory.mktemp("trained") / "run"
     words = [*tiny_models.training_arguments(parts, conversations), "--model.image_attention"]
-    words += ["rows", "--trainer.callbacks+=own_parts.Hello", f"--import={own}", "--out", out]
-    done = run_command([sys.executable, "-m", "llava_bidir", "fit", *words])
-    assert "hello" in done.stdout
+    words += ["rows", "--trainer.callbacks+=own_parts.Hello", f"--import={own}", "--out", str(out)]
+    log = out.with_name("log")
+    assert wait(fork(lambda: MAIN["llava-bidir"](["fit", *words]), log)) == 0, log.read_text()
+    assert "hello" in log.read_text()
     return out
 
 

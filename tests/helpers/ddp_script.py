@@ -1,14 +1,13 @@
 """Training runs on several processes, started by training_runs.py: python ddp_script.py SPEC RUN ...
 
-A RUN is STRATEGY:FUNCTION:PRECISION, with a function of this file. One set of processes executes many runs, because
-imports are slow. The result of each rank is saved as OUT/RUN.RANK.pt for the tests.
+A RUN is STRATEGY:FUNCTION:PRECISION, with a function of this file. One set of processes executes many runs. The
+result of each rank is saved as OUT/RUN.RANK.pt for the tests.
 """
 
 import json
 import os
 import sys
 import traceback
-from functools import partialmethod
 from pathlib import Path
 from unittest.mock import patch
 
@@ -160,6 +159,7 @@ def fit(
         "losses": recorder.losses,
         "text_only": recorder.text_only,
         "weights": weights,
+        "graphs": counters["stats"]["unique_graphs"],
     }
     return results | {
         "metrics": metrics,
@@ -211,6 +211,7 @@ SETTINGS = {  # other functions: what they train with
         "gradient_checkpointing": True,
     },
     "stage1": {"trainable": ["adapter"]},
+    "compiled": {"epochs": 1, "compile": True},
     "tied": {
         "llm": "tied_llm",
         "folder": "tied-",
@@ -234,20 +235,6 @@ SETTINGS = {  # other functions: what they train with
         "grad_accum_dtype": "fp32",
     },
 }
-
-
-def compiled(strategy, precision):
-    """Compile the layers, without the minutes that C++ takes."""
-    counters.clear()
-    compile_layer = partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    with patch.object(torch.nn.Module, "compile", compile_layer):
-        results = fit(
-            strategy,
-            precision,
-            epochs=1,
-            compile=True,
-        )
-    return results | {"graphs": counters["stats"]["unique_graphs"]}
 
 
 def validate_as_on_gpus(strategy, precision):

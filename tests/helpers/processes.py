@@ -1,5 +1,6 @@
 """Processes that tests start and kill; most are forked, which avoids importing torch again."""
 
+import logging
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,8 +40,9 @@ def fork(run: Callable[[], None], log: Path | None = None) -> int:
     try:
         if log:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
+            for stream in (1, 2, sys.stdout.fileno(), sys.stderr.fileno()):
+                os.dup2(output, stream)
+            logging.root.handlers.clear()  # pytest's, as were the streams
         # A forked process replaces torch's thread pool at its first parallel operation. If two threads do so at once,
         # as when transformers reads weights, one of them can find no pool ("Invalid thread pool!").
         torch.set_num_threads(torch.get_num_threads())
@@ -48,6 +51,7 @@ def fork(run: Callable[[], None], log: Path | None = None) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
@@ -111,19 +115,13 @@ def inside(context) -> Iterator[int]:
             pass  # the test has killed it
 
 
-def run_ranks(
-    command: list[str],
-    folder: Path,
-    processes: int = 2,
-    timeout_s: int = HANGING_S,
-) -> tuple[list[int], str]:
-    """Run a command once per rank, as torchrun does.
+def run_ranks(run: Callable[[], None], folder: Path, processes: int = 2) -> tuple[list[int], str]:
+    """Call `run` once per rank, each in a process with the variables that torchrun sets.
 
     Args:
-        command: The same words for every rank.
+        run: The same for every rank.
         folder: Where the log of each rank is written.
         processes: Number of ranks, on this machine.
-        timeout_s: Limit of the wait for each.
 
     Returns:
         Exit code of each rank, negative for a signal, and the ends of their logs.
@@ -138,26 +136,20 @@ def run_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": 1,  # sums depend on the number of threads
-        "PYTHONWARNINGS": "ignore",
     }
-    running = []
-    for rank in range(processes):
+
+    def run_rank(rank: int) -> None:
         variables = group | {"RANK": rank, "LOCAL_RANK": rank}
-        environment = os.environ | {key: str(value) for key, value in variables.items()}
-        with (folder / f"{rank}.log").open("w") as log:
-            running.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdout=log,
-                    stderr=log,
-                )
-            )
+        os.environ.update({key: str(value) for key, value in variables.items()})
+        run()
+
+    logs = [folder / f"{rank}.log" for rank in range(processes)]
+    running = [fork(partial(run_rank, rank), log) for rank, log in enumerate(logs)]
+    codes: list[int] = []
     try:
-        codes = [process.wait(timeout=timeout_s) for process in running]
+        for child in running:
+            codes.append(wait(child))
     finally:
-        for process in running:
-            process.kill()
-    logs = [(folder / f"{rank}.log").read_text()[-3000:] for rank in range(processes)]
-    return codes, "\n".join(logs)
+        for child in running[len(codes) + 1 :]:  # after one that has hung
+            os.kill(child, signal.SIGKILL)
+    return codes, "\n".join(log.read_text()[-3000:] for log in logs)

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import tiny_models
 import torch
@@ -90,15 +91,22 @@ def start(
     name: str,
     runs: list[str],
     processes: int = 2,
+    must_pass: bool = True,
     **more,
 ):
-    """Execute runs of the worker; return the folder, the exit codes and the output of the processes."""
+    """Execute runs of the worker; return the folder, and exit codes and output of the processes, which must pass."""
     out = Path(spec["root"]) / name
     out.mkdir()
     settings = spec | {"out": str(out), "processes": processes} | more
     (out / "spec.json").write_text(json.dumps(settings))
-    command = [sys.executable, str(WORKER), str(out / "spec.json"), *runs]
-    return out, *run_ranks(command, out, processes)
+
+    def execute() -> None:
+        sys.argv = [str(WORKER), str(out / "spec.json"), *runs]
+        run_path(sys.argv[0], run_name="__main__")
+
+    codes, log = run_ranks(execute, out, processes)
+    assert codes == [0] * processes or not must_pass, log
+    return out, codes, log
 
 
 def result(folder: Path, run: str, rank: int = 0) -> dict:

@@ -1,19 +1,18 @@
-"""Commands of `probes` on two processes, which run all of them one after the other, because imports are slow.
+"""Commands on two processes, which run all of them one after the other."""
 
-`run` starts the processes; each one is `python two_ranks.py FILE`, as torchrun starts them.
-"""
-
-import json
 import os
 import socket
 import sys
 from contextlib import ExitStack
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from processes import run_ranks
 
 RANKS = 2
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+MARK = "-------- command "
 
 
 def free_ports(count: int) -> list[int]:
@@ -25,14 +24,10 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def run(commands: dict[str, list[str]], folder: Path, timeout_s: int) -> dict[str, str]:
-    """Run commands by name on two processes, and return what both said of each; errors are a part of it."""
-    file = folder / "commands.json"
+def run(commands: dict[str, list[str]], folder: Path) -> dict[str, str]:
+    """Run commands by name, each with its package first; return what both processes said of each, errors included."""
     ports = free_ports(len(commands))
-    file.write_text(
-        json.dumps([[*item, port] for item, port in zip(commands.items(), ports, strict=True)])
-    )
-    codes, ends = run_ranks([sys.executable, __file__, str(file)], folder, RANKS, timeout_s)
+    codes, ends = run_ranks(partial(_run_all, commands, ports), folder, RANKS)
     assert codes == [0] * RANKS, ends
     logs = [(folder / f"{rank}.log").read_text() for rank in range(RANKS)]
     said = dict.fromkeys(commands, "")
@@ -43,22 +38,11 @@ def run(commands: dict[str, list[str]], folder: Path, timeout_s: int) -> dict[st
     return said
 
 
-MARK = "-------- command "
-
-
-def main() -> None:
-    root = Path(__file__).parents[2]
-    sys.path.insert(0, str(root))
-    from probes.cli import main as run_command
-
-    for name, argv, port in json.loads(Path(sys.argv[1]).read_text()):
+def _run_all(commands: dict[str, list[str]], ports: list[int]) -> None:
+    for (name, (package, *argv)), port in zip(commands.items(), ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         print(f"{MARK}{name}", file=sys.stderr, flush=True)
         try:
-            run_command(argv)
+            import_module(f"{package}.cli").main(argv)
         except SystemExit as error:
             print(error, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -34,7 +34,6 @@ def importable():
         patch.setenv(
             "PYTHONPATH", f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}/helpers"
         )
-        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 

@@ -1,5 +1,7 @@
 """Loss against samples alone; no wait for the device."""
 
+from functools import partialmethod
+
 import pytest
 import reference
 import tiny_models
@@ -130,7 +132,14 @@ def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):
 
 
 @pytest.mark.slow
-def test_compiled_layers_leave_loss_and_gradients(parts):
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)]
+)
+def test_compiled_layers_leave_loss_and_gradients(backend, parts, monkeypatch):
+    """Inductor, which is what training uses, takes a minute of C++."""
+    monkeypatch.setattr(
+        "torch.nn.Module.compile", partialmethod(torch.nn.Module.compile, backend=backend)
+    )
     torch.compiler.reset()
     plain, collate = build(parts, "bidirectional")
     compiled, _ = build(

@@ -35,7 +35,6 @@ def data(tmp_path_factory) -> Path:
 def environment(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def vqa(model, out, data, more: str = "") -> None:
@@ -59,7 +58,6 @@ def runs(checkpoints, data, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
-        patch.setenv("OMP_NUM_THREADS", "1")
         for mask in ("causal", "bidirectional"):
             vqa(checkpoints[mask], root / mask, data)
     return root

@@ -16,7 +16,7 @@ import torch
 import two_ranks
 from optima import assert_same_solution
 from PIL import Image
-from processes import HANGING_S, run_command
+from processes import run_command
 from run_bytes import assert_same_results
 from safetensors.torch import load_file
 
@@ -71,11 +71,10 @@ def killed(checkpoints, uneven, tmp_path):
         (tmp_path / "killer.py").write_text(KILLER.replace("RANK", str(rank)))
         (tmp_path / "killing.yaml").write_text(KILLING)
         path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-        # one thread, as in this process: sums depend on the number of threads
         done = run_command(
             [sys.executable, "-m", "probes", *command, "-c", tmp_path / "killing.yaml"],
             must_pass=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path},
         )
         assert not (run / "metrics.json").exists(), done.stderr[-3000:]
         return command, run, done.returncode
@@ -156,8 +155,8 @@ def together(
         task_root,
         out,
     )
-    commands = {name: [*argv, *two_ranks.TWO] for name, argv in commands.items()}
-    return folder, two_ranks.run(commands, folder, HANGING_S)
+    commands = {name: ["probes", *argv, *two_ranks.TWO] for name, argv in commands.items()}
+    return folder, two_ranks.run(commands, folder)
 
 
 @pytest.mark.distributed

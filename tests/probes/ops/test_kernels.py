@@ -90,7 +90,7 @@ def assert_same_counts(logits, target, view=None):
     assert torch.equal(*maps)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings(
     deadline=None,
     max_examples=15,

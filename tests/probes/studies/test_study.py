@@ -22,7 +22,7 @@ from probes.studies.arms import plan_arms
 from probes.studies.estimate import print_estimate
 from probes.studies.plan import choose_analyses, plan
 
-OPTIONS = "-c configs/demo/probes.yaml --data.batch_size 2 --folds 2 --strengths 1e-3 1e-1".split()
+OPTIONS = "-c configs/demo/probes.yaml --data.batch_size 2 --folds 2 --strengths 1e-1".split()
 # what tests that are not about scores solve: the sites that a knockout needs
 LITTLE_PROBES = {
     "data": {"batch_size": 2},

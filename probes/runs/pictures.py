@@ -23,7 +23,11 @@ from probes.data.base import palette_of
 from probes.site_probes import SiteProbes
 
 FILE = "pictures.npz"
-QUANTILES = {"typical": 0.5, "easy": 0.9, "hard": 0.1}
+QUANTILES = {
+    "typical": 0.5,
+    "easy": 0.9,
+    "hard": 0.1,
+}
 PHOTO_PX = 360
 MAP_PX = 256
 

@@ -132,7 +132,13 @@ class FoldSearch:
         if not near:
             start = self.problem.start.expand(len(self.problem.folds), -1, -1)
             rough = self._minimise(strength, start, ROUGH)
-            self._keep(strength, self._minimise(strength, rough.points, TOLERANCE, rough))
+            found = self._minimise(
+                strength,
+                rough.points,
+                TOLERANCE,
+                rough,
+            )
+            self._keep(strength, found)
             return
         points = [self.visited[other].found.points for other in near[:2]]
         start = points[0]
@@ -151,7 +157,12 @@ class FoldSearch:
             undecided = too_close(self.visited)
             for folds in undecided:
                 tolerance = max(folds.decrease / 10, LEAST_TOLERANCE)
-                further = self._minimise(folds.strength, folds.found.points, tolerance, folds.found)
+                further = self._minimise(
+                    folds.strength,
+                    folds.found.points,
+                    tolerance,
+                    folds.found,
+                )
                 self._keep(folds.strength, further)
             # if none is better, rounding of float32 logits allows no better
             if all(self.visited[x.strength].decrease >= x.decrease for x in undecided):

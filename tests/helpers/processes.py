@@ -145,7 +145,7 @@ def run_ranks(run: Callable[[], None], folder: Path, processes: int = 2) -> tupl
 
     logs = [folder / f"{rank}.log" for rank in range(processes)]
     running = [fork(partial(run_rank, rank), log) for rank, log in enumerate(logs)]
-    codes: list[int] = []
+    codes = []
     try:
         for child in running:
             codes.append(wait(child))

@@ -27,7 +27,7 @@ def free_ports(count: int) -> list[int]:
 def run(commands: dict[str, list[str]], folder: Path) -> dict[str, str]:
     """Run commands by name, each with its package first; return what both processes said of each, errors included."""
     ports = free_ports(len(commands))
-    codes, ends = run_ranks(partial(_run_all, commands, ports), folder, RANKS)
+    codes, ends = run_ranks(partial(_run_all, commands, ports), folder)
     assert codes == [0] * RANKS, ends
     logs = [(folder / f"{rank}.log").read_text() for rank in range(RANKS)]
     said = dict.fromkeys(commands, "")

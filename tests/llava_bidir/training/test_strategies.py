@@ -4,6 +4,7 @@ Starts cost most, so that one set of processes executes many runs of tests/helpe
 """
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ REJECTED = {  # checkpoint of two processes, resumed by one: message
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> dict[str, str]:
+    import_module("torch._inductor.lowering")  # DeepSpeed does so: once, before ranks are forked
     return write_spec(tmp_path_factory.mktemp("strategies"))
 
 

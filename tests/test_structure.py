@@ -83,17 +83,17 @@ def count(path: Path) -> tuple[int, int]:
 
 # The ratchet (CONTRIBUTING.md): most tokens and Python files of each part; commits only lower them.
 MOST = {
-    "llava_bidir": (33_990, 53),
-    "probes/models": (30_140, 32),
-    "probes/analyses": (22_842, 24),
-    "probes/report": (23_931, 17),
-    "probes/lab": (6_793, 8),
-    "probes/worlds": (14_996, 12),
-    "probes": (63_968, 85),  # the rest of it
-    "experiments": (34_227, 34),
+    "llava_bidir": (33_972, 53),
+    "probes/models": (30_022, 32),
+    "probes/analyses": (22_807, 24),
+    "probes/report": (23_562, 16),
+    "probes/lab": (6_767, 8),
+    "probes/worlds": (14_994, 12),
+    "probes": (63_614, 82),  # the rest of it
+    "experiments": (34_219, 34),
     "tests": (219_998, 244),
 }
-MOST_WORDS = 23_766  # of all Markdown
+MOST_WORDS = 23_765  # of all Markdown
 FOLDERS = ("llava_bidir", "probes", "configs", "slurm", "experiments", "tests")
 
 

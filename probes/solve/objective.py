@@ -26,7 +26,7 @@ from probes.tasks.losses import CrossEntropy
 from .held_out import lone_classes
 from .space import SiteSpace, float_chunks, full_precision
 
-NODES = 4  # of a cell of the token grid along each axis: the loss is exact to five digits
+NODES = 5  # of a cell of the token grid along each axis: the loss is exact to five digits
 
 
 class SiteProblem:

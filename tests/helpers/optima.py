@@ -21,7 +21,7 @@ from probes.ops.geometry import GridPlacement
 from probes.runs.read import ProbeRun
 from probes.solve.path import HELD_OUT_GAIN, TOLERANCE
 
-# Of a loss in nats: the quadrature of four nodes is exact to five digits, and probes are stored in float32.
+# Of a loss in nats: the quadrature of five nodes is exact to five digits, and probes are stored in float32.
 ROUNDING = 1e-5
 # A certificate is the decrease that a model of the curvature predicts for the next step. The model is a sample.
 SLACK = 3

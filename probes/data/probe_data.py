@@ -22,6 +22,7 @@ from probes.config import DataOptions, VerifyOptions
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
 from .registry import identity_of_splits, open_splits
+from .samplers import validation_batches
 from .verify import (
     LabelCounts,
     check_labels,
@@ -110,6 +111,11 @@ class ProbeData:
     def rank_batch_size(self) -> int:
         """Images per batch of a rank."""
         return math.ceil(self.batch_size / rank_count())
+
+    def validation_loader(self, images: PreprocessedDataset | CachedFeatures) -> DataLoader:
+        """Return the loader of the validation images that are this process's."""
+        batches = validation_batches(len(images), self.rank_batch_size, rank(), rank_count())
+        return self.loader(images, batches)
 
     def loader(self, images: PreprocessedDataset | CachedFeatures, batches) -> DataLoader:
         """Return the loader of batches of images of a split: their indices, or a sampler of these."""

@@ -9,7 +9,7 @@ from llava_bidir.common.processes import rank, rank_count
 from probes.config import DataOptions
 from probes.data.batches import CachedFeatures, MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
-from probes.data.samplers import TrainingBatches, validation_batches
+from probes.data.samplers import TrainingBatches
 from probes.models.frozen_mllm import FrozenMLLM
 
 
@@ -70,9 +70,7 @@ class ProbeDataModule(ProbeData, LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation images."""
-        source = self._source("validation")
-        batches = validation_batches(len(source), self.rank_batch_size, rank(), rank_count())
-        return self.loader(source, batches)
+        return self.validation_loader(self._source("validation"))
 
     test_dataloader = val_dataloader
 

@@ -40,7 +40,7 @@ from probes.config import RunConfig, SolveOptions
 from probes.data.available_memory import available_memory
 from probes.data.batches import PreprocessedDataset
 from probes.data.probe_data import ProbeData
-from probes.data.samplers import assign_folds, validation_batches
+from probes.data.samplers import assign_folds
 from probes.machine import build_machine, seed_everything, solver_device
 from probes.models.module_sources import source_identity
 from probes.runs.files import format_scores, run_folder, say_finished
@@ -101,9 +101,8 @@ class SolveRun:
         settings |= {"num_classes": self.data.num_classes, "seed": config.seed_everything}
         self.hparams: dict[str, Any] = {"folds": config.solver.folds, "strengths": strengths}
         self.hparams |= {name: settings[name] for name in MODEL_SETTINGS}
-        if (
-            task.loss is not None and type(task.loss) is not CrossEntropy
-        ):  # of which a run says nothing
+        # of the paper's loss a run says nothing
+        if task.loss is not None and type(task.loss) is not CrossEntropy:
             self.hparams["loss"] = task.loss.describe()
 
     def models(self) -> dict[str, Any]:
@@ -200,9 +199,7 @@ def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> Non
         sum(len(x.solved) for x in solved.values()) * probes.channels * math.prod(probes.mllm.grid)
     )
     size = max(1, SCORED_BYTES // (4 * numbers))  # images whose logits are made at a time
-    images = PreprocessedDataset(validation, probes.mllm.preprocess)
-    batches = validation_batches(len(images), data.rank_batch_size, rank(), rank_count())
-    loader = data.loader(images, batches)
+    loader = data.validation_loader(PreprocessedDataset(validation, probes.mllm.preprocess))
     for batch in follow(loader, len(loader), "scores", machine.progress):
         batch = move_batch(batch, device)
         with machine.forward_context():

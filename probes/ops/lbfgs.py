@@ -90,7 +90,7 @@ def minimise(
         active = [i for i in active if decrease[i] > tolerance]
         if not active or iteration == ITERATIONS:
             break
-        step = value.new_zeros(len(value))
+        step = torch.zeros_like(value)
         new = (points.clone(), value.clone(), gradient.clone())
         step[active] = 1.0
         trying = active

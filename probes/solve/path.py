@@ -142,8 +142,8 @@ class FoldSearch:
             return
         points = [self.visited[other].found.points for other in near[:2]]
         start = points[0]
-        is_beyond = len(near) > 1 and (near[0] < strength) == (near[1] < near[0])
-        if is_beyond:  # but where the bias of an unknown class ends is chance
+        if len(near) > 1 and (near[0] < strength) == (near[1] < near[0]):
+            # beyond both; but where the bias of an unknown class ends is chance
             start = torch.where(self.problem.lone[..., None], start, 2 * start - points[1])
         self._keep(strength, self._minimise(strength, start, TOLERANCE))
 
@@ -175,9 +175,8 @@ class FoldSearch:
         tolerance: float,
         known: Minimum | None = None,
     ) -> Minimum:
-        count = len(start)
-        strengths = torch.full((count,), strength, dtype=torch.float64, device=start.device)
-        left_out = list(range(count))
+        left_out = range(len(start))
+        strengths = start.new_full((len(left_out),), strength)
         return minimise(
             self.problem.objective(strengths, left_out),
             start,

@@ -24,12 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from probes.ops.kernels import limit_on
+
 # A channel whose variance is below this share of its mean square is constant up to rounding of float32 states.
 DEAD = 1e-12
-BLOCK = (
-    512  # rows of Q per product; Q is symmetric, so that blocks below the diagonal are not computed
-)
-CHUNK_NUMEL = 2**24  # numbers of states, or of their logits, at a time
+# Rows of Q per product; Q is symmetric, so that blocks below the diagonal are not computed.
+BLOCK = 512
+# Numbers of states, or of their logits, at a time: on a CPU 4 MB, which its cache holds between passes. But at least as
+# many tokens as channels: adding up moments would take longer than their products.
+CHUNK_NUMEL = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Moments(NamedTuple):
@@ -99,7 +102,8 @@ def float_chunks(
     """
     _, tokens, width = states.shape
     mean = mean.to(dtype)
-    for part in images.split(max(1, CHUNK_NUMEL // (tokens * max(rows, width)))):
+    most = max(width, limit_on(mean.device, CHUNK_NUMEL) // max(rows, width))
+    for part in images.split(max(1, most // tokens)):
         x = states.index_select(0, part.to(states.device)).to(mean.device).to(dtype)
         yield part.tolist(), x.sub_(mean).flatten(0, 1)
 

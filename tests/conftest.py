@@ -110,6 +110,15 @@ def pytest_make_collect_report(collector):
 
 
 @pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demo in full: that of DEMO=FOLDER, as in `make test-nightly`, or runs/demo."""
+    folder = Path(os.environ.get("DEMO", "runs/demo")).absolute()
+    if not (folder / "report/results.json").is_file():
+        pytest.skip(f"no finished demo in {folder}: make demo")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """(Encoder, path of the LLM): a tiny CLIP and a tiny Llama on disk."""
     return tiny_models.write_parts(tmp_path_factory.mktemp("parts"))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def command(out: Path, *more: str) -> list[str]:
-    return [*PROGRAM, "demo", "--out", str(out), "--scale", "0.05", *more]
+    return [*PROGRAM, "demo", "--out", str(out), "--scale", "0.02", *more]
 
 
 def run(out: Path) -> str:
@@ -67,14 +67,14 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
     assert {claim for _, claim, _ in truth} == {"starvation", "starvation_first_row"}
 
 
-def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(finished):
-    runs = [str(finished / name / "trained") for name in ("causal", "bidirectional", "shuffled")]
+@pytest.mark.nightly  # a model of CI's small demo has learned too little
+def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(demo):
+    runs = [str(demo / name / "trained") for name in ("causal", "bidirectional", "shuffled")]
     done = run_command([sys.executable, "experiments/toy/cues.py", *runs], cwd=ROOT)
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
     probes, answers = found[::2], found[1::2]  # a line each by run
     assert min(probes[:2]) > probes[2], done.stdout
-    # in CI's small demo the bidirectional model answers badly
-    assert answers[0] > answers[2], done.stdout
+    assert min(answers[:2]) > answers[2], done.stdout
 
 
 def test_no_network_is_reached_for(finished):
@@ -89,7 +89,7 @@ def test_a_demo_of_other_settings_is_left_alone(finished):
     before = results(finished)
     done = run_command(command(finished, "--seed", "7"), must_pass=False, cwd=FOLDER)
     assert done.returncode == 1
-    assert "holds a result of seed 0, scale 0.05;" in done.stderr
+    assert "holds a result of seed 0, scale 0.02;" in done.stderr
     assert results(finished) == before
 
 

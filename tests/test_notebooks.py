@@ -1,7 +1,4 @@
-"""The notebooks: committed with outputs, and every cell runs on the demo's model.
-
-They read runs/demo; with DEMO=FOLDER, as in `make test-nightly`, that one.
-"""
+"""The notebooks: committed with outputs, and every cell runs on the demo's model."""
 
 import os
 import re
@@ -37,17 +34,13 @@ def test_committed_with_outputs_of_one_run_and_nothing_of_the_machine(name):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_every_cell_runs(name, tmp_path, monkeypatch):
+def test_every_cell_runs(name, demo, tmp_path, monkeypatch):
     """In a copy of the folder, which has nothing but a demo above it."""
     client = pytest.importorskip("nbclient", reason="nbclient (extra: test) is not installed")
-    demo = Path(os.environ.get("DEMO") or ROOT / "runs/demo").absolute()
-    if not (demo / "report/results.json").is_file():
-        pytest.skip(f"no finished demo in {demo}: make demo")
     folder = tmp_path / Path(name).parent
     folder.mkdir(parents=True)
     shutil.copytree(demo, tmp_path / "runs/demo")
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     notebook = nbformat.read(ROOT / name, 4)
     client.NotebookClient(
         notebook, timeout=HANGING_S, resources={"metadata": {"path": str(folder)}}

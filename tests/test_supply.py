@@ -60,7 +60,7 @@ def test_the_harness_has_the_versions_that_training_has():
     assert harness.pop("torch") == torch_version()
     assert {name for name in harness if name not in locked(HARNESS_LOCK)} == set(), "make lock"
     common = ours.keys() & harness.keys()
-    assert {"transformers", "tokenizers", "pillow", "datasets"} <= common
+    assert {"transformers", "tokenizers", "pillow", "datasets", "jsonargparse"} <= common
     assert {name: harness[name] for name in common} == {name: ours[name] for name in common}
     assert not harness.keys() & {"torchvision", "timm"}, (
         "beside a CPU build of torch they break transformers"

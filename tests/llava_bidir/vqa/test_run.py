@@ -112,20 +112,10 @@ def test_answers_are_those_of_generate(runs, checkpoints):
 def test_finished_tasks_are_not_run_again(runs, checkpoints, data, tmp_path, capsys):
     out = shutil.copytree(runs / "causal", tmp_path / "out")
     elsewhere = "--python /nowhere"
-    vqa(
-        checkpoints["causal"],
-        out,
-        data,
-        elsewhere,
-    )
-    assert "clip causal" in capsys.readouterr().out
+    vqa(checkpoints["causal"], out, data, elsewhere)
+    assert "GQA" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"out/gqa.json is of another checkpoint"):
-        vqa(
-            checkpoints["bidirectional"],
-            out,
-            data,
-            elsewhere,
-        )
+        vqa(checkpoints["bidirectional"], out, data, elsewhere)
     (out / "pope.json").unlink()
     with pytest.raises(SystemExit, match="`make vqa-venv` installs: .*/nowhere"):
         vqa(

@@ -112,7 +112,7 @@ def pytest_make_collect_report(collector):
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The demo in full: that of DEMO=FOLDER, as in `make test-nightly`, or runs/demo."""
-    folder = Path(os.environ.get("DEMO", "runs/demo")).absolute()
+    folder = Path(os.environ.get("DEMO") or Path(__file__).parents[1] / "runs/demo").absolute()
     if not (folder / "report/results.json").is_file():
         pytest.skip(f"no finished demo in {folder}: make demo")
     return folder

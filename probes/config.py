@@ -13,6 +13,14 @@ from llava_bidir.common.cli import Count, Seed, Values, positional
 from llava_bidir.common.errors import UserError
 
 
+def split_label(text: str) -> tuple[str, str]:
+    """Return label and path of LABEL=PATH; the label is "" of a path alone, which can have a "=" in it, too."""
+    label, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return "", text
+    return label, path
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Options of the frozen model and of its probes.

@@ -246,7 +246,7 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
         try:
             result = analysis.measure(run, options)
         except NothingToMeasure:
-            shutil.rmtree(options.folder / f"{analysis.name}.partial")
+            shutil.rmtree(options.folder / f"{analysis.name}.partial", ignore_errors=True)
             raise
         header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
         results = header | _made_from(run, options) | result.rows

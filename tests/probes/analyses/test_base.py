@@ -2,9 +2,11 @@
 
 import os
 
+import pytest
 import torch
 
-from probes.analyses.base import Analysis
+from llava_bidir.common.errors import NothingToMeasure
+from probes.analyses.base import Analysis, run_analysis
 from probes.analyses.sinks import SinksOptions
 
 
@@ -30,3 +32,14 @@ def test_only_missing_or_damaged_batches_are_computed_again(runs, tmp_path):
     assert computed == ["cd", "ef"]
     batches(9)
     assert computed == ["ab", "cd", "ef", "g"], "other options"
+
+
+def test_an_analysis_without_a_case_is_left_out_before_its_first_batch_too(runs, tmp_path):
+    """As of questions about one image: the folder of its batches was not there to be removed."""
+
+    def measure(run, options):
+        raise NothingToMeasure("no question")
+
+    analysis = Analysis("letters", "Which letters?", measure=measure)
+    with pytest.raises(NothingToMeasure, match="no question"):
+        run_analysis(analysis, SinksOptions(probes=runs["causal"].path, out=tmp_path / "new"))

@@ -1,8 +1,10 @@
 """Effects as vectors: their files are what the counts say, and an analysis outside the repository adds a claim."""
 
 import json
+import math
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import knockouts
@@ -71,3 +73,28 @@ def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
     assert claim["value"] == pytest.approx((accuracy[2] - accuracy[1]).item())
     page = (tmp_path / "report/index.html").read_text()
     assert "The first layer improves on the adapter" in page
+
+
+@pytest.mark.parametrize(("undefined", "column"), [(0, ""), (1, "optimum"), (2, "beyond_random")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_effect_that_is_no_number_has_no_verdict(undefined, column, value, runs, monkeypatch):
+    """As of an analysis that found nothing to measure in one of the runs: the report ended in an error."""
+    for registry in (claims.CLAIMS, claims.ANALYSIS_OF):
+        monkeypatch.setitem(registry, "mine", None)
+        del registry["mine"]
+    probes.register_analysis("mine", {"mine": probes.Claim(+1, "Mine: a number")})
+    for i, path in enumerate(runs):
+        run = probes.ProbeRun(path)
+        effect = run.effects["recovery"]
+        if i == undefined:
+            effect = replace(effect, value=value, resampled=value + effect.resampled)
+        probes.write_effects(run, "mine", {"mine": effect})
+    found = [claim for claim in evaluate_claims(*studies_of(runs)) if claim["claim"] == "mine"]
+    untested = [
+        name
+        for claim in found
+        for name, x in claim["verdicts"].items()
+        if x["verdict"] == "untested"
+    ]
+    assert bool(found) == bool(column), "no claim without the number that the paper has"
+    assert untested[:1] == ([column] if column else [])

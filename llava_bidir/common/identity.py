@@ -51,6 +51,7 @@ NOT_COMPARED = {
         "root",
         "val_annotations",
     ),
+    "solver": ("memory_gb",),
 }
 # All other settings of the trainer (devices, strategy, logging, progress, checkpoints) may change.
 TRAINER_SETTINGS = (
@@ -98,6 +99,20 @@ def run_identity(
         "model": named_identity(module.models()),
         "settings": settings,
     }
+
+
+def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is compared of a config as YAML has it: as of runs, no setting that changes no result."""
+    compared = {}
+    for section, settings in config.items():
+        if section == "trainer":
+            of_trainer = {*TRAINER_SETTINGS} & settings.keys()
+            compared |= {f"trainer.{key}": settings[key] for key in sorted(of_trainer)}
+        elif section in NOT_COMPARED:
+            compared |= _settings(section, settings)
+        else:
+            compared[section] = settings
+    return compared
 
 
 def _settings(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,23 @@ class Session:
             "no_images": self.no_split,
         }
 
+    def check(self, request: View) -> None:
+        """Raise a UserError if a request names a model, patch or site that there is not."""
+        if request.model >= len(self.models):
+            raise UserError(
+                f"there is no model {request.model}; the lab has 0..{len(self.models) - 1}"
+            )
+        model = self.models[request.model]
+        tokens = model.mllm.image_tokens
+        for part in (request, request.intervention):
+            patches = [*getattr(part, "patches", ()), getattr(part, "patch", 0)]
+            if max(patches) >= tokens:
+                raise UserError(f"there is no patch {max(patches)}; an image has 0..{tokens - 1}")
+            site = getattr(part, "site", model.sites[0])
+            if site not in model.sites:
+                known = ", ".join(model.sites)
+                raise UserError(f"there is no site {site!r}; expected one of {known}")
+
     # ----------------------------------------------------------------------------------------------- operations
     def read(self, request: View, job: Job) -> dict[str, Any]:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""

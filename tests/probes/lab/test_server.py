@@ -123,6 +123,27 @@ def test_invalid_requests_are_refused(port, still_serves, case):
     assert path != "/run/read" or json.loads(answer)["error"]
 
 
+UNKNOWN = {
+    "model 7": ("read", {"model": 7}),
+    "patch 400": ("similarity", {"patch": 400}),
+    "patch 401": ("attention", {"patch": 401, "layer": 1}),
+    "patch 402": ("read", {"intervention": {"kind": "block", "patches": [0, 402]}}),
+    "site 'layer_99'": ("pixel_map", {"site": "layer_99"}),
+    "site 'x'": (
+        "read",
+        {"intervention": {"kind": "replace", "patches": [0], "site": "x", "by": "mean"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("named", UNKNOWN)
+def test_what_the_lab_has_not_is_named(port, still_serves, named):
+    operation, more = UNKNOWN[named]
+    status, answer = send(port, "POST", f"/run/{operation}", json.dumps(VIEW | more))
+    assert status == 400
+    assert json.loads(answer)["error"].startswith(f"there is no {named}; ")
+
+
 @pytest.mark.parametrize("name", ["photo", "run/read"])
 def test_a_client_whose_body_is_too_long_gets_the_answer(
     port,

@@ -5,12 +5,26 @@ An option is a field, with its type, default and description; the parsers of the
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from jsonargparse.typing import restricted_number_type
 
 from llava_bidir.common.cli import Count, Seed, Values, positional
 from llava_bidir.common.errors import UserError
+
+# Options of `probes fit` that its configs have, without a meaning for solved probes
+OF_FIT = (
+    "model.feature_norm",
+    "model.learning_rate",
+    "model.betas",
+    "model.weight_decay",
+    "data.cache_features",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.val_check_interval",
+    "trainer.check_val_every_n_epoch",
+    "trainer.log_every_n_steps",
+)
 
 
 def split_label(text: str) -> tuple[str, str]:
@@ -163,6 +177,7 @@ class SolveOptions(RunConfig):
     """
 
     dry_run: bool = False
+    in_configs_only: ClassVar[tuple[str, ...]] = OF_FIT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,8 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
             name = name.replace("-", "_")
             ends = [known for known in self.kinds if known.endswith(f".{name}")]
             name = ends[0] if len(ends) == 1 and name not in self.kinds else name
+            if name in getattr(self.options, "in_configs_only", ()):
+                self.error(f"--{name} does nothing here; leave it out")
             kind = self.kinds.get(name, "")
             if "bool'" in kind and not equals and after[:1] not in (["true"], ["false"]):
                 after.insert(0, "true")

@@ -191,6 +191,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         (["--strengths", "0"], "above 0"),
         (["--data.task", "depth", "--strengths", "2"], "at most 1, got 2"),
         (["--folds", "99"], "99 folds"),
+        (["--model.draw", "3"], "draw 3 is one of random weights; add their part to untrained"),
     ],
 )
 def test_rejects_bad_options(

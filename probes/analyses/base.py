@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_bidir.common.cli import positional
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.models.sites import ADAPTER, is_layer
@@ -90,7 +91,7 @@ class RunOptions:
         trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
     """
 
-    probes: Path
+    probes: Path = positional()
     out: Path | None = None
     overwrite: bool = False
     trust: bool = False

@@ -1,11 +1,14 @@
 """Batches of a killed analysis, and what it leaves."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import NothingToMeasure
+from probes.analyses import MEASURED
 from probes.analyses.base import Analysis, run_analysis
 from probes.analyses.sinks import SinksOptions
 
@@ -43,3 +46,13 @@ def test_an_analysis_without_a_case_is_left_out_before_its_first_batch_too(runs,
     analysis = Analysis("letters", "Which letters?", measure=measure)
     with pytest.raises(NothingToMeasure, match="no question"):
         run_analysis(analysis, SinksOptions(probes=runs["causal"].path, out=tmp_path / "new"))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_run_is_named_by_the_first_word_or_by_an_option(name):
+    """As of `probes segment RUN`."""
+    parser = Parser(MEASURED[name].options)
+    more = ["--overwrite", *["--classes=[sky]"] * (name == "knockout")]
+    read = parser.read(["RUN", *more])
+    assert read == parser.read([*more, "--probes", "RUN"])
+    assert read.probes == Path("RUN")

@@ -302,7 +302,7 @@ class SegmentOptions:
     """Options of `probes segment`.
 
     Args:
-        probes: Folder of a finished probe run, unless it stands before the photos: probes segment RUN PHOTO ...
+        probes: Folder of a finished probe run.
         photos: Image files with distinct names.
         site: Site of the probe (default: the run's best decoder layer).
         out: Folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this
@@ -310,8 +310,8 @@ class SegmentOptions:
         trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
     """
 
-    probes: str | None = None
-    photos: tuple[str, ...] = positional()
+    probes: Path = positional()
+    photos: tuple[Path, ...] = positional()
     site: str | None = None
     out: Path
     trust: bool = False

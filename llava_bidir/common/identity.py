@@ -89,15 +89,15 @@ def run_identity(
         trainer_settings: Settings of the trainer that change a result.
     """
     of_trainer = {*trainer_settings} - {*getattr(data, "sets_on_trainer", ())}
-    settings = {
-        **_settings("model", module.hparams),
-        **_settings("data", data.hparams),
-        **{f"trainer.{key}": plain(getattr(trainer, key)) for key in sorted(of_trainer)},
+    config = {
+        "model": module.hparams,
+        "data": data.hparams,
+        "trainer": {key: getattr(trainer, key) for key in sorted(of_trainer)},
     }
     return {
         "data": data.identity(),
         "model": named_identity(module.models()),
-        "settings": settings,
+        "settings": compared_settings(config),
     }
 
 
@@ -105,11 +105,11 @@ def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is compared of a config as YAML has it: as of runs, no setting that changes no result."""
     compared = {}
     for section, settings in config.items():
-        if section == "trainer":
-            of_trainer = {*TRAINER_SETTINGS} & settings.keys()
-            compared |= {f"trainer.{key}": settings[key] for key in sorted(of_trainer)}
-        elif section in NOT_COMPARED:
+        if section in NOT_COMPARED:
             compared |= _settings(section, settings)
+        elif section == "trainer":
+            kept = {key: x for key, x in settings.items() if key in TRAINER_SETTINGS}
+            compared |= {f"trainer.{key}": plain(x) for key, x in kept.items()}
         else:
             compared[section] = settings
     return compared

@@ -73,10 +73,10 @@ class Session:
             )
         model = self.models[request.model]
         tokens = model.mllm.image_tokens
+        last = max(getattr(request, "patch", 0), *getattr(request.intervention, "patches", (0,)))
+        if last >= tokens:
+            raise UserError(f"there is no patch {last}; an image has 0..{tokens - 1}")
         for part in (request, request.intervention):
-            patches = [*getattr(part, "patches", ()), getattr(part, "patch", 0)]
-            if max(patches) >= tokens:
-                raise UserError(f"there is no patch {max(patches)}; an image has 0..{tokens - 1}")
             site = getattr(part, "site", model.sites[0])
             if site not in model.sites:
                 known = ", ".join(model.sites)

@@ -5,7 +5,7 @@ An option is a field, with its type, default and description; the parsers of the
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from jsonargparse.typing import restricted_number_type
 
@@ -177,7 +177,7 @@ class SolveOptions(RunConfig):
     """
 
     dry_run: bool = False
-    in_configs_only: ClassVar[tuple[str, ...]] = OF_FIT
+    in_configs_only = OF_FIT
 
 
 @dataclass(frozen=True, kw_only=True)

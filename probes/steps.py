@@ -97,25 +97,17 @@ def why_missing(step: Step, folder: Path) -> str | None:
     now = _state(step, folder)
     before, config = compared(record["config"]), compared(now["config"])
     if before != config:
-        return _describe_difference(before, config)
+        name = first_changed(before, config)
+        return f"{name} was {before.get(name)}, and is {config.get(name)}"
     if record["inputs"] != now["inputs"]:
         return f"{first_changed(record['inputs'], now['inputs'])} has changed"
     return None if record["result"] == now["result"] else f"{step.result} has changed"
 
 
-def compared(config: Any) -> Any:
-    """Return what is compared of the config of a record; of words, all."""
-    return compared_settings(config) if isinstance(config, dict) else config
-
-
-def _describe_difference(before: Any, now: Any) -> str:
-    """Return the first setting that differs of two configs."""
-    name = "a setting"
-    if isinstance(before, dict):
-        name = first_changed(before, now)
-        before = before.get(name)
-        now = now.get(name)
-    return f"{name} was {before}, and is {now}"
+def compared(config: Any) -> dict[str, Any]:
+    """Return what is compared of a config."""
+    settings = config if isinstance(config, dict) else {"a setting": config}
+    return compared_settings(settings)
 
 
 def first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -108,8 +108,9 @@ def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if section in NOT_COMPARED:
             compared |= _settings(section, settings)
         elif section == "trainer":
-            kept = {key: x for key, x in settings.items() if key in TRAINER_SETTINGS}
-            compared |= {f"trainer.{key}": plain(x) for key, x in kept.items()}
+            compared |= {
+                f"trainer.{key}": plain(x) for key, x in settings.items() if key in TRAINER_SETTINGS
+            }
         else:
             compared[section] = settings
     return compared

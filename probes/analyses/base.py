@@ -242,12 +242,13 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
     options = analysis.complete(run, options)
     with exclusive_run_lock(options.folder, analysis.result):
         file = options.folder / analysis.result
+        partial = options.folder / f"{analysis.name}.partial"
         if file.is_file() and not options.overwrite:
             _check_made_from(file, _made_from(run, options))
         try:
             result = analysis.measure(run, options)
         except NothingToMeasure:
-            shutil.rmtree(options.folder / f"{analysis.name}.partial", ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
         header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
         results = header | _made_from(run, options) | result.rows
@@ -255,7 +256,7 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
         if result.effects:
             files |= effects_files(run, analysis.name, result.effects, options.folder)
         write_files(files | {file: results})
-        shutil.rmtree(options.folder / f"{analysis.name}.partial", ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     for line in analysis.lines(results):
         print(line)
     print(file)

@@ -28,6 +28,13 @@ def runs(write, draws) -> list[str]:
     return [write("sgd", CURVE), write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
 
 
+def make_place(claim: str, monkeypatch) -> None:
+    """Have a claim of this name forgotten after the test that registers it."""
+    for registry in (claims.CLAIMS, claims.ANALYSIS_OF):
+        monkeypatch.setitem(registry, claim, None)
+        del registry[claim]
+
+
 def test_claims_read_effects_and_no_counts(runs, monkeypatch):
     (study,) = studies_of(runs)
     for name in ("counts", "sums_at"):
@@ -58,9 +65,7 @@ def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
     runs, tmp_path, monkeypatch
 ):
     """The example, copied out of the repository; layer 1 has 10 points more than the adapter, random ones none."""
-    for registry in (claims.CLAIMS, claims.ANALYSIS_OF):
-        monkeypatch.setitem(registry, "first_layer", None)  # removed after the test
-        del registry["first_layer"]
+    make_place("first_layer", monkeypatch)
     script = shutil.copy(EXAMPLE, tmp_path / "mine.py")
     monkeypatch.setattr("sys.argv", ["mine.py", str(tmp_path), "--out", str(tmp_path / "report")])
     runpy.run_path(script, run_name="__main__")
@@ -79,9 +84,7 @@ def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_effect_that_is_no_number_has_no_verdict(undefined, column, value, runs, monkeypatch):
     """As of an analysis that found nothing to measure in one of the runs: the report ended in an error."""
-    for registry in (claims.CLAIMS, claims.ANALYSIS_OF):
-        monkeypatch.setitem(registry, "mine", None)
-        del registry["mine"]
+    make_place("mine", monkeypatch)
     probes.register_analysis("mine", {"mine": probes.Claim(+1, "Mine: a number")})
     for i, path in enumerate(runs):
         run = probes.ProbeRun(path)

@@ -12,6 +12,28 @@ from jsonargparse.typing import restricted_number_type
 from llava_bidir.common.cli import Count, Seed, Values, positional
 from llava_bidir.common.errors import UserError
 
+# Options of `probes fit` that its configs have, without a meaning for solved probes
+OF_FIT = (
+    "model.feature_norm",
+    "model.learning_rate",
+    "model.betas",
+    "model.weight_decay",
+    "data.cache_features",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.val_check_interval",
+    "trainer.check_val_every_n_epoch",
+    "trainer.log_every_n_steps",
+)
+
+
+def split_label(text: str) -> tuple[str, str]:
+    """Return label and path of LABEL=PATH; the label is "" of a path alone, which can have a "=" in it, too."""
+    label, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return "", text
+    return label, path
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -155,6 +177,7 @@ class SolveOptions(RunConfig):
     """
 
     dry_run: bool = False
+    in_configs_only = OF_FIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +302,7 @@ class SegmentOptions:
     """Options of `probes segment`.
 
     Args:
-        probes: Folder of a finished probe run, unless it stands before the photos: probes segment RUN PHOTO ...
+        probes: Folder of a finished probe run.
         photos: Image files with distinct names.
         site: Site of the probe (default: the run's best decoder layer).
         out: Folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this
@@ -287,8 +310,8 @@ class SegmentOptions:
         trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
     """
 
-    probes: str | None = None
-    photos: tuple[str, ...] = positional()
+    probes: Path = positional()
+    photos: tuple[Path, ...] = positional()
     site: str | None = None
     out: Path
     trust: bool = False

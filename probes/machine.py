@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from llava_bidir.common.errors import UserError
+from probes.config import OF_FIT
 from probes.step_progress import ProgressKind
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ COUNT_VARIABLES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SI
 # Arguments of Lightning's Trainer that solved probes have, too
 OF_FABRIC = ("accelerator", "devices", "num_nodes", "strategy")
 OPTIONS = (*OF_FABRIC, "precision", "enable_progress_bar")
-# Numbers of configs for `probes fit`, without a meaning for solved probes
-OF_FIT = (
-    "max_epochs",
-    "max_steps",
-    "val_check_interval",
-    "check_val_every_n_epoch",
-    "log_every_n_steps",
-)
 
 
 class Machine:
@@ -104,7 +97,8 @@ def build_machine(options: Mapping[str, Any]) -> Machine:
     Raises:
         UserError: An option has no meaning for solved probes.
     """
-    if unknown := [name for name in options if name not in OPTIONS + OF_FIT]:
+    known = {*OF_FIT, *(f"trainer.{name}" for name in OPTIONS)}
+    if unknown := [name for name in options if f"trainer.{name}" not in known]:
         raise UserError(
             f"trainer.{unknown[0]} has no meaning for solved probes; expected {', '.join(OPTIONS)}"
         )

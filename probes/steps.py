@@ -14,6 +14,7 @@ from typing import Any
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import read_json, sha256, write_files
+from llava_bidir.common.identity import compared_settings
 
 from .step_progress import StepWatcher, output_of_command, watched
 
@@ -94,26 +95,24 @@ def why_missing(step: Step, folder: Path) -> str | None:
     if not step.result.is_file() and not record.get("left_out"):
         return f"{step.result} is gone"
     now = _state(step, folder)
-    if record["config"] != now["config"]:
-        return _describe_difference(record["config"], now["config"])
+    before, config = compared(record["config"]), compared(now["config"])
+    if before != config:
+        name = first_changed(before, config)
+        return f"{name} was {before.get(name)}, and is {config.get(name)}"
     if record["inputs"] != now["inputs"]:
         return f"{first_changed(record['inputs'], now['inputs'])} has changed"
     return None if record["result"] == now["result"] else f"{step.result} has changed"
 
 
-def _describe_difference(before: Any, now: Any) -> str:
-    """Return the first setting that differs of two configs."""
-    name = "a setting"
-    while isinstance(before, dict) and isinstance(now, dict):
-        name = first_changed(before, now)
-        before = before.get(name)
-        now = now.get(name)
-    return f"{name} was {before}, and is {now}"
+def compared(config: Any) -> dict[str, Any]:
+    """Return what is compared of a config."""
+    settings = config if isinstance(config, dict) else {"a setting": config}
+    return compared_settings(settings)
 
 
 def first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return the first key whose value differs."""
-    return next(key for key in {**before, **now} if before.get(key, "") != now.get(key, ""))
+    return next(key for key in {**before, **now} if before.get(key, ...) != now.get(key, ...))
 
 
 def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:
@@ -246,7 +245,8 @@ def command_now(step: Step, folder: Path) -> list[str]:
 def _is_outdated(step: Step, folder: Path) -> bool:
     """Return whether the result that is there was made by this call from other inputs."""
     made = _how_made(step, folder)
-    return made.get("config") == as_json(step.config, folder) and made["inputs"] != step.inputs()
+    is_this_call = compared(made.get("config")) == compared(as_json(step.config, folder))
+    return is_this_call and made["inputs"] != step.inputs()
 
 
 def _how_made(step: Step, folder: Path) -> dict[str, Any]:

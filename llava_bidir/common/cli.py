@@ -105,11 +105,15 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         for text in words:
             parts.append([text]) if text.startswith("-") else parts[-1].append(text)
         loose = []
+        given = set()
         for option, *after in parts:
             name, equals, text = option.removeprefix("--").partition("=")
             name = name.replace("-", "_")
             ends = [known for known in self.kinds if known.endswith(f".{name}")]
             name = ends[0] if len(ends) == 1 and name not in self.kinds else name
+            if name in getattr(self.options, "in_configs_only", ()):
+                self.error(f"--{name} does nothing here; leave it out")
+            given.add(name)
             kind = self.kinds.get(name, "")
             if "bool'" in kind and not equals and after[:1] not in (["true"], ["false"]):
                 after.insert(0, "true")
@@ -123,9 +127,9 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
                 yield f"--{name}{equals}{text}" if option.startswith("--") else option
         for name in self.words:
             taken = len(loose) if "tuple[" in self.kinds[name] else 1
-            if loose:
+            if loose and name not in given:
                 yield f"--{name}={_as_text(self.kinds[name], loose[:taken])}"
-            loose = loose[taken:]
+                loose = loose[taken:]
         yield from loose
 
 

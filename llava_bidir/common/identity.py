@@ -51,6 +51,7 @@ NOT_COMPARED = {
         "root",
         "val_annotations",
     ),
+    "solver": ("memory_gb",),
 }
 # All other settings of the trainer (devices, strategy, logging, progress, checkpoints) may change.
 TRAINER_SETTINGS = (
@@ -88,16 +89,31 @@ def run_identity(
         trainer_settings: Settings of the trainer that change a result.
     """
     of_trainer = {*trainer_settings} - {*getattr(data, "sets_on_trainer", ())}
-    settings = {
-        **_settings("model", module.hparams),
-        **_settings("data", data.hparams),
-        **{f"trainer.{key}": plain(getattr(trainer, key)) for key in sorted(of_trainer)},
+    config = {
+        "model": module.hparams,
+        "data": data.hparams,
+        "trainer": {key: getattr(trainer, key) for key in sorted(of_trainer)},
     }
     return {
         "data": data.identity(),
         "model": named_identity(module.models()),
-        "settings": settings,
+        "settings": compared_settings(config),
     }
+
+
+def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is compared of a config as YAML has it: as of runs, no setting that changes no result."""
+    compared = {}
+    for section, settings in config.items():
+        if section in NOT_COMPARED:
+            compared |= _settings(section, settings)
+        elif section == "trainer":
+            compared |= {
+                f"trainer.{key}": plain(x) for key, x in settings.items() if key in TRAINER_SETTINGS
+            }
+        else:
+            compared[section] = settings
+    return compared
 
 
 def _settings(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_bidir.common.cli import positional
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.models.sites import ADAPTER, is_layer
@@ -90,7 +91,7 @@ class RunOptions:
         trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
     """
 
-    probes: Path
+    probes: Path = positional()
     out: Path | None = None
     overwrite: bool = False
     trust: bool = False
@@ -241,12 +242,13 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
     options = analysis.complete(run, options)
     with exclusive_run_lock(options.folder, analysis.result):
         file = options.folder / analysis.result
+        partial = options.folder / f"{analysis.name}.partial"
         if file.is_file() and not options.overwrite:
             _check_made_from(file, _made_from(run, options))
         try:
             result = analysis.measure(run, options)
         except NothingToMeasure:
-            shutil.rmtree(options.folder / f"{analysis.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
             raise
         header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
         results = header | _made_from(run, options) | result.rows
@@ -254,7 +256,7 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
         if result.effects:
             files |= effects_files(run, analysis.name, result.effects, options.folder)
         write_files(files | {file: results})
-        shutil.rmtree(options.folder / f"{analysis.name}.partial", ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     for line in analysis.lines(results):
         print(line)
     print(file)

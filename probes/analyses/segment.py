@@ -7,6 +7,7 @@ OUT/legend.json          the same for all classes, with run, site and photos
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,15 +24,14 @@ from probes.runs.read import ProbeRun
 from probes.tasks.segmentation import colorize_classes
 
 COMMAND = "probes segment"  # marks the files of this command, which it may replace
-CALL = "`probes segment RUN PHOTO ... --out DIR`"
 OPACITY = 0.5
 ROW_PX = 20
 
 
 def run(options: SegmentOptions) -> None:
     """Run `probes segment`."""
-    folder, photos = run_and_photos(options.probes, options.photos)
-    run = ProbeRun(folder, trust=options.trust)
+    photos = options.photos
+    run = ProbeRun(options.probes, trust=options.trust)
     run.check_classes()
     out = options.out
     site = run.check_site(options.site)
@@ -47,22 +47,7 @@ def run(options: SegmentOptions) -> None:
     )
 
 
-def run_and_photos(run: str | None, words: list[str]) -> tuple[str, list[Path]]:
-    """Return the run and the photos of the command: without `--probes`, the first word is the run.
-
-    Raises:
-        UserError: There is no photo, or no run.
-    """
-    if run is None:
-        run, *words = words
-        if not Path(run).is_dir():
-            raise UserError(f"{run} is not a folder of a finished run; expected {CALL}")
-    if not words:
-        raise UserError(f"there is no photo after {run}; expected {CALL}")
-    return run, [Path(word) for word in words]
-
-
-def _check_paths(photos: list[Path], out: Path) -> None:
+def _check_paths(photos: Sequence[Path], out: Path) -> None:
     """Raise unless all photos exist and no output overwrites another one or a file of somebody else."""
     if missing := [photo for photo in photos if not photo.is_file()]:
         raise UserError(f"{missing[0]} is not a file; expected a photo")
@@ -94,7 +79,7 @@ def _is_own_file(path: Path) -> bool:
 
 def segment(
     run: ProbeRun,
-    photos: list[Path],
+    photos: Sequence[Path],
     site: str,
     out: Path,
 ) -> tuple[dict[Path, bytes | dict], list[float]]:

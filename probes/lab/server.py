@@ -185,6 +185,7 @@ def build_app(
                 404, f"no operation {name[:50]!r}; expected one of {', '.join(OPERATIONS)}"
             )
         parsed = parse_request(OPERATIONS[name], await read_body(request, MAX_JSON_BYTES))
+        session.check(parsed)
         job = worker.submit(lambda job: getattr(session, name)(parsed, job))
         if job is None:
             raise Refused(503, "too many requests wait for the model; try again")

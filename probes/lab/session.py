@@ -65,6 +65,23 @@ class Session:
             "no_images": self.no_split,
         }
 
+    def check(self, request: View) -> None:
+        """Raise a UserError if a request names a model, patch or site that there is not."""
+        if request.model >= len(self.models):
+            raise UserError(
+                f"there is no model {request.model}; the lab has 0..{len(self.models) - 1}"
+            )
+        model = self.models[request.model]
+        tokens = model.mllm.image_tokens
+        last = max(getattr(request, "patch", 0), *getattr(request.intervention, "patches", (0,)))
+        if last >= tokens:
+            raise UserError(f"there is no patch {last}; an image has 0..{tokens - 1}")
+        for part in (request, request.intervention):
+            site = getattr(part, "site", model.sites[0])
+            if site not in model.sites:
+                known = ", ".join(model.sites)
+                raise UserError(f"there is no site {site!r}; expected one of {known}")
+
     # ----------------------------------------------------------------------------------------------- operations
     def read(self, request: View, job: Job) -> dict[str, Any]:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""

@@ -106,7 +106,7 @@ def load(
         _check_absent(of_checkpoints, "a module is no checkpoint of transformers")
         encoder = _load_module(path, described, dtype, image_px, image_resize)
         check_matches(encoder.model.config, match)
-        check_control(encoder.family, untrained, match, match_images, update_scales)
+        check_control(encoder.family, untrained, match, match_images, update_scales, draw)
         own = encoder.own_image_attention
         check_encoder("a module", own, image_attention, prefix, "sdpa")
         encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -125,7 +125,7 @@ def load(
     family = family_of(config)
     if image_px is not None:
         family = family.with_side(image_px, config)
-    check_control(family, untrained, match, match_images, update_scales)
+    check_control(family, untrained, match, match_images, update_scales, draw)
     check_numbers(path, family, config)
     own = own_image_attention(config)
     spread = {} if device_map is None else {"device_map": device_map}

@@ -42,13 +42,16 @@ def check_control(
     match: str,
     images: Sequence,
     scales: Sequence[float] | None,
+    draw: int,
 ) -> None:
-    """Raise a UserError unless `parts` and `match`, with images or factors to match updates, describe a control."""
+    """Raise a UserError unless `parts`, `match`, with images or factors to match updates, and `draw` are a control."""
     if unknown := set(parts) - {*family.parts}:
         kind = "an MLLM" if family.has_llm else "a bare vision encoder"
         raise UserError(
             f"unknown part {min(unknown)!r} in untrained; expected {', '.join(family.parts)}, the parts of {kind}"
         )
+    if draw and not parts:
+        raise UserError(f"draw {draw} is one of random weights; add their part to untrained")
     if match not in MATCHES:
         raise UserError(f"unknown match {match!r}; expected {', '.join(MATCHES)}")
     if match != "none" and family.layers_part not in parts:

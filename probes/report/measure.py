@@ -78,7 +78,7 @@ def effects_of_study(study: StudyRuns) -> Effects:
             for mask, of_mask in own.items():
                 for name, estimate in of_mask.items():
                     claim = CLAIMS.get(name.partition("@")[0])
-                    if claim is None:
+                    if claim is None or not is_defined(estimate):
                         continue
                     if weights != "trained" or claim.applies is None or claim.applies(runs):
                         effects.setdefault((name, mask, weights, solved), []).append(estimate)
@@ -97,6 +97,11 @@ def effects_of_study(study: StudyRuns) -> Effects:
     return effects
 
 
+def is_defined(estimate: Estimate) -> bool:
+    """Return whether an effect and its interval are numbers; in the padding of landscape photos none is measured."""
+    return all(map(math.isfinite, (estimate.value, *estimate.ci95)))
+
+
 def between_masks(
     causal: Mapping[str, Estimate],
     bidirectional: Mapping[str, Estimate],
@@ -107,9 +112,7 @@ def between_masks(
     for name, claim in CLAIMS.items():
         effect = f"{claim.between_masks}@{site}"
         if effect in causal and effect in bidirectional:
-            gap = bidirectional[effect] - causal[effect]
-            if not math.isnan(gap.value):  # as in the padding of landscape photos
-                gaps[name] = gap
+            gaps[name] = bidirectional[effect] - causal[effect]
     return gaps
 
 
@@ -251,7 +254,7 @@ def why_undecided(case: Case, compared: Container[str], solved: bool) -> str:
 
 def why_no_number(case: Case, runs: list[ProbeRun], kind: str) -> str:
     """Return why runs have no number: they lack the analysis, or their knockouts have no contrast."""
-    name = ANALYSIS_OF[case.name]
+    name = ANALYSIS_OF.get(case.name, case.name)
     if not (case.claim.against_tokens and all(run.analysis("knockout.json") for run in runs)):
         reason = f"no {name} of {kind}"
         return again(reason, f"--add {name}") if name in ANALYSES else reason

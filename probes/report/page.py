@@ -27,7 +27,7 @@ from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
 from probes.analyses.charts import Figure
-from probes.config import ReportOptions
+from probes.config import ReportOptions, split_label
 from probes.data.verify import notes_of_run
 from probes.report import charts, hero, parts, pictures, words
 from probes.runs import formatting
@@ -79,7 +79,7 @@ def write_report(
         raise UserError(
             "a report needs a run of segmentation beside those of other tasks; there is none"
         )
-    unfinished = [step for text in texts for step in unfinished_steps(text.rpartition("=")[2])]
+    unfinished = [step for text in texts for step in unfinished_steps(split_label(text)[1])]
     out = Path(out)
     with exclusive_run_lock(out), mpl.rc_context(charts.STYLE):
         main = [study for study in studies if study.task.name == SEGMENTATION]

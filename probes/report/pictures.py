@@ -50,12 +50,6 @@ def right_share(classes: np.ndarray, truth: np.ndarray) -> str:
     return f"{(classes == truth)[labelled].mean() if labelled.any() else 0:.0%}"
 
 
-def classes_in(truth: np.ndarray, names: Sequence[str]) -> list[int]:
-    """Return at most ten classes of a photo, the most frequent one first."""
-    shares = np.bincount(truth.ravel(), minlength=256)[: len(names)] / truth.size
-    return [int(k) for k in np.argsort(-shares)[:10] if shares[k] > 0.004]
-
-
 def map_of(
     reading: SiteReading,
     lead: SiteReading,
@@ -89,3 +83,19 @@ def first_map(
         if predicted is not None:
             return reading.model.key, predicted
     return None
+
+
+def classes_drawn(
+    readings: Sequence[SiteReading],
+    lead: SiteReading,
+    photo: str,
+    sites: Sequence[str],
+) -> list[int]:
+    """Return the classes that a photo's truth has or that are read at one of these sites, the most frequent first."""
+    drawn = [lead.pictures[f"{photo}/truth"].ravel()]
+    for site in sites:
+        found = first_map(readings, lead=lead, photo=photo, site=site)
+        if found:
+            drawn.append(found[1].ravel())
+    classes, counts = np.unique(np.concatenate(drawn), return_counts=True)
+    return [int(k) for k in classes[np.argsort(-counts, kind="stable")] if k != IGNORED]

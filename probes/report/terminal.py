@@ -134,7 +134,9 @@ def _rows_of_claims(tested: DataFrame, front: Sequence[SiteReading], room: int) 
         circle = FINDINGS[row.finding][2]
         head = " ".join(filter(None, (circle, f"{row.finding:<{words}}", *whom, name)))
         beyond = f"{row.beyond_value_text} {row.beyond_value_ci}".strip()
-        rows.append((head, f"{row.value_text} {row.value_ci}".strip(), beyond or UNTESTED))
+        if row.beyond_random_verdict == UNTESTED:  # it can have a number
+            beyond = UNTESTED
+        rows.append((head, f"{row.value_text} {row.value_ci}".strip(), beyond))
     names, effects, beyonds = (max(map(len, column)) for column in zip(*rows, strict=True))
     names = min(names, WIDTH - 2 - effects - beyonds)
     if len(tested):

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
+from probes.config import split_label
 from probes.steps import read_record
 from probes.tasks import SEGMENTATION
 
@@ -194,9 +195,7 @@ def read_study(text: str, labels: Sequence[str] = ()) -> list[ProbeRun]:
     Raises:
         UserError: There is none, or probes are not those that a run wrote.
     """
-    name, separator, path = text.partition("=")
-    if not separator or Path(text).is_dir():
-        name, path = "", text
+    name, path = split_label(text)
     folder = Path(path)
     runs = [ProbeRun(path) for path in finished_runs(folder)]
     if not runs:

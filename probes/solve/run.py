@@ -277,6 +277,8 @@ def dry_run(config: RunConfig) -> float:
         probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
         images = len(data.splits["training"])
         sites = probes.sites[rank() :: rank_count()]
+        if not sites:  # of more processes than sites; the first one has some, and prints
+            return 0.0
         measured = sites[-1:]
         fold_of = assign_folds(min(images, MEASURED_IMAGES), config.solver.folds)
         device = solver_device(machine.device)

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
-from probes.config import StudyOptions
+from probes.config import StudyOptions, split_label
 
 RESERVED = ("report", "steps")  # folders of a study
 
@@ -91,9 +91,7 @@ def label_models(words: Sequence[str]) -> dict[str, str]:
     """
     models: dict[str, str] = {}
     for text in words:
-        label, equals, model = text.partition("=")
-        if not equals or Path(text).exists():
-            label, model = "", text
+        label, model = split_label(text)
         if len(words) == 2 and not label:
             from probes.models.families import own_image_attention
             from probes.models.read_config import read_config

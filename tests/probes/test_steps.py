@@ -97,6 +97,14 @@ def test_what_was_made_from_something_changed_is_made_again(change, expected, fo
     assert run(steps, folder) == expected
 
 
+def test_an_option_that_is_new_since_the_step_was_done_is_named(folder, capsys):
+    step = Step("a", {"draws": 1}, folder / "a/model", kind="x")
+    run([step], folder)
+    newer = replace(step, config={"draws": 1, "prefix": ""})
+    assert find_missing([newer], folder) == [newer]
+    assert "prefix was None" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("spelled", [Path, os.path.relpath])
 def test_work_that_was_moved_or_copied_is_done(spelled, tmp_path, monkeypatch):
     """A copy of a finished demo was trained again: records had absolute paths."""

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from probes.analyses.charts import Chart, Curve, Point
 from probes.report import words
 from probes.report.charts import Frame
-from probes.report.pictures import map_uri, right_share
+from probes.report.pictures import classes_drawn, map_uri, right_share
 
 POINTS = [
     Point(i, value, value - 0.02, value + 0.02, f"<{i}>")
@@ -57,3 +58,18 @@ def test_a_map_shows_what_is_wrong_in_full_colour():
     pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA"))
     assert pixels[..., 3].tolist() == [[56, 255], [0, 56]]
     assert pixels[0, 1, :3].tolist() == [10, 20, 30]
+
+
+def test_a_legend_has_every_class_that_a_picture_of_the_photo_shows():
+    """Of what is read at the sites shown, too: the most frequent mistake was missing."""
+    pictures = {
+        "data": "x",
+        "sites": np.array(["adapter", "layer_01"]),
+        "easy/index": np.array(0),
+        "easy/truth": np.array([[1, 255, 255]], np.uint8),
+        "easy/maps": np.array([[[7, 7, 1]], [[7, 0, 3]]], np.uint8),
+    }
+    names = {"adapter": "adapter", "layer_01": "layer_01"}
+    lead = SimpleNamespace(pictures=pictures, own=names, model=SimpleNamespace(key="A"))
+    assert classes_drawn([], lead, "easy", ["adapter"]) == [1, 7]
+    assert classes_drawn([], lead, "easy", ["adapter", "layer_01", "layer_02"]) == [7, 1, 0, 3]

@@ -1,8 +1,10 @@
 """Effects as vectors: their files are what the counts say, and an analysis outside the repository adds a claim."""
 
 import json
+import math
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import knockouts
@@ -24,6 +26,13 @@ EXAMPLE = Path(__file__).parents[2] / "extending/outside_analysis.py"
 def runs(write, draws) -> list[str]:
     """Trained probes, solved ones, and two random LLMs."""
     return [write("sgd", CURVE), write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
+
+
+def make_place(claim: str, monkeypatch) -> None:
+    """Have a claim of this name forgotten after the test that registers it."""
+    for registry in (claims.CLAIMS, claims.ANALYSIS_OF):
+        monkeypatch.setitem(registry, claim, None)
+        del registry[claim]
 
 
 def test_claims_read_effects_and_no_counts(runs, monkeypatch):
@@ -56,9 +65,7 @@ def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
     runs, tmp_path, monkeypatch
 ):
     """The example, copied out of the repository; layer 1 has 10 points more than the adapter, random ones none."""
-    for registry in (claims.CLAIMS, claims.ANALYSIS_OF):
-        monkeypatch.setitem(registry, "first_layer", None)  # removed after the test
-        del registry["first_layer"]
+    make_place("first_layer", monkeypatch)
     script = shutil.copy(EXAMPLE, tmp_path / "mine.py")
     monkeypatch.setattr("sys.argv", ["mine.py", str(tmp_path), "--out", str(tmp_path / "report")])
     runpy.run_path(script, run_name="__main__")
@@ -71,3 +78,26 @@ def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
     assert claim["value"] == pytest.approx((accuracy[2] - accuracy[1]).item())
     page = (tmp_path / "report/index.html").read_text()
     assert "The first layer improves on the adapter" in page
+
+
+@pytest.mark.parametrize(("undefined", "column"), [(0, ""), (1, "optimum"), (2, "beyond_random")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_effect_that_is_no_number_has_no_verdict(undefined, column, value, runs, monkeypatch):
+    """As of an analysis that found nothing to measure in one of the runs: the report ended in an error."""
+    make_place("mine", monkeypatch)
+    probes.register_analysis("mine", {"mine": probes.Claim(+1, "Mine: a number")})
+    for i, path in enumerate(runs):
+        run = probes.ProbeRun(path)
+        effect = run.effects["recovery"]
+        if i == undefined:
+            effect = replace(effect, value=value, resampled=value + effect.resampled)
+        probes.write_effects(run, "mine", {"mine": effect})
+    found = [claim for claim in evaluate_claims(*studies_of(runs)) if claim["claim"] == "mine"]
+    untested = [
+        name
+        for claim in found
+        for name, x in claim["verdicts"].items()
+        if x["verdict"] == "untested"
+    ]
+    assert bool(found) == bool(column), "no claim without the number that the paper has"
+    assert untested[:1] == ([column] if column else [])

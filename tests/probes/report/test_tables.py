@@ -2,14 +2,16 @@
 
 import io
 import json
+import re
 import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
-from report_parts import CURVE
+from report_parts import CURVE, FLAT
 
 from probes.cli import main
+from probes.report.page import write_report
 from probes.report.tables import shorten_labels
 from probes.report.terminal import print_summary
 
@@ -44,6 +46,34 @@ def test_the_summary_has_at_most_20_lines_of_80_columns(write, tmp_path, capsys)
     printed = capsys.readouterr().out.splitlines()
     assert printed[: len(lines) - 1] == lines[:-1]
     assert printed[-1].endswith("report/index.html")
+
+
+def test_the_summary_says_untested_where_the_page_does(write, draws, tmp_path):
+    """Beyond one kind of random LLMs alone there is a number, but no verdict."""
+    write("trained", FLAT, solved=True)
+    draws(FLAT, FLAT, matches=("update",))
+    main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    claims = {claim["claim"]: claim for claim in results["claims"]}
+    beyond = claims["recovery"]["verdicts"]["beyond_random"]
+    assert beyond["verdict"] == "untested" and beyond["value"] is not None
+    (line,) = (line for line in results["summary"] if re.search("does not hold +recovery", line))
+    assert line.endswith(" untested")
+
+
+@pytest.mark.parametrize("label", ["", "A="])
+def test_steps_without_a_result_are_named_whatever_the_folder_is_called(label, write, tmp_path):
+    study = tmp_path / "lr=1e-3"
+    (study / "steps").mkdir(parents=True)
+    write("trained", CURVE, solved=True)
+    (tmp_path / "causal_trained").rename(study / "trained")
+    for i, key in enumerate(("failed", "left_out")):
+        record = {"step": f"trained/{i}", key: "no memory"}
+        (study / f"steps/{i}.json").write_text(json.dumps(record))
+    results = write_report([f"{label}{study}"], tmp_path / "report")
+    assert [step["outcome"] for step in results["unfinished"]] == ["failed", "left out"]
+    page = (tmp_path / "report/index.html").read_text()
+    assert all(f"trained/{i}" in page for i in range(2))
 
 
 @pytest.mark.parametrize(

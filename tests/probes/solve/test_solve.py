@@ -191,6 +191,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         (["--strengths", "0"], "above 0"),
         (["--data.task", "depth", "--strengths", "2"], "at most 1, got 2"),
         (["--folds", "99"], "99 folds"),
+        (["--model.draw", "3"], "draw 3 is one of random weights; add their part to untrained"),
     ],
 )
 def test_rejects_bad_options(
@@ -227,12 +228,15 @@ def test_sites_solved_on_one_thread_and_on_two_have_the_same_optimum(run, solve)
     assert_same_solution(run, other)
 
 
-def test_dry_run_measures_and_writes_nothing(words, tmp_path, caplog):
+def test_dry_run_measures_and_writes_nothing(words, tmp_path, caplog, monkeypatch):
     command = words(tmp_path / "out", "--dry-run")
     main(command)
     assert "1 forwards at most" in caplog.text and "GB in memory" in caplog.text
     main([*command, "--memory-gb", "0"])
     assert "3 forwards at most" in caplog.text and "GB in a file" in caplog.text
+    monkeypatch.setattr("probes.solve.run.rank", lambda: 1)
+    monkeypatch.setattr("probes.solve.run.rank_count", lambda: 2)
+    main([*command, *ADAPTER])  # this process has no site
     assert not (tmp_path / "out").exists()
 
 

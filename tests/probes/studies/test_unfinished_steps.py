@@ -52,6 +52,9 @@ def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
     first = ran.of(made("squash"))
     assert ran.of(made("squash")) == []
     assert ran.of(made("pad")) == first == ["trained", "random0", "permuted0", "adapter0"]
+    same = "--data.num_workers 1 --data.cache_features --data.name other --memory-gb 1"
+    same = [*same.split(), "--trainer.devices", "1", "--model.image_resize", "pad"]
+    assert ran.of(settings(options=same, only=("solve",))) == [], "no number changes"
     other = made("center_crop")
     assert not must_replace(plan(other).steps[0], other.out), "replaced if asked to only"
 

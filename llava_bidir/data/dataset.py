@@ -31,6 +31,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.files import sha256
 from llava_bidir.common.images import read_image
 
 from .conversation import IMAGE, usable_turns
@@ -62,14 +63,9 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
     """
     datasets.disable_progress_bars()
     with error_context("data.annotations"):
-        file = os.stat(path)
-    # size and modification time are part of the cache key, so that an edited file is read again
-    source = {
-        "path": os.path.realpath(path),
-        "size": file.st_size,
-        "modified": file.st_mtime_ns,
-        "rules": RULES,
-    }
+        digest = sha256(Path(path))
+    # the cache's key has the content: an archive that is unpacked over a file keeps size and modification time
+    source = {"path": os.path.realpath(path), "digest": digest, "rules": RULES}
     try:
         return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -92,7 +88,7 @@ def read_records(path: str | Path) -> list[Any]:
         return records
 
 
-def _rows(path: str, **_: int) -> Iterator[dict[str, Any]]:
+def _rows(path: str, **_: str | int) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file; the other arguments are the key of the cache.
 
     Raises:

@@ -1,6 +1,7 @@
 """LLaVA's JSON: valid records, and the errors of broken files, records and images."""
 
 import json
+import os
 import re
 import shutil
 from contextlib import nullcontext
@@ -45,6 +46,14 @@ def test_edited_file_is_read_again(tmp_path):
     assert len(read_annotations(path)) == 1
     write(tmp_path / "data.json", [record(), record(id=8)])
     assert len(read_annotations(path)) == 2
+
+
+def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path):
+    """As of an archive; the records of before were trained."""
+    for answer in ("a cat", "a dog"):
+        path = write(tmp_path / "data.json", [record(conversations=turns("<image>\nwhat", answer))])
+        os.utime(path, (1, 1))
+        assert read_annotations(path)[0]["conversations"][1]["value"] == answer
 
 
 OUTSIDE = "record 0: 'image' must be the path of one image inside data.images, got"

@@ -100,7 +100,7 @@ class InstructionData(LightningDataModule):
             return
         trainer = self.trainer
         self.train = Instructions(self.annotations, self.images)
-        self.train.check_trainable()
+        self.train.check_trainable(self.collate)
         self.sampler = BatchSampler(
             self.train.lengths(),
             self.batch_size,

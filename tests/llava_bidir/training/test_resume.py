@@ -411,6 +411,9 @@ REFUSED = {  # options: message
     "--trainer.fast_dev_run true": "fast_dev_run must be False, got .*; for a trial, use",
     "--trainer.accumulate_grad_batches 3": "accumulate_grad_batches must be 1, got 3: it follows",
     "--ckpt_path last --overwrite true": "give one of them",
+    "--trainer.max_epochs 0": "trainer.max_epochs is 0, so nothing would be trained",
+    "--trainer.max_steps 0": "trainer.max_steps is 0, so nothing would be trained",
+    "--trainer.limit_train_batches 0": "trainer.limit_train_batches is 0, so nothing",
 }
 
 

@@ -14,6 +14,7 @@ from llava_bidir.common.lightning_cli import RunCLI, check_trainer
 from llava_bidir.common.runs import (
     RunFolder,
     find_checkpoint,
+    last_checkpoint,
     run_process,
 )
 from llava_bidir.data.datamodule import InstructionData
@@ -85,18 +86,19 @@ class TrainingCLI(RunCLI):
                 return
             self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             if self.trainer.is_global_zero:
-                last = find_checkpoint("last", folder.checkpoints)
+                last = last_checkpoint(folder.checkpoints)
                 export_checkpoint(last, record.parent)
         rank_zero_info(f"The trained model is {record.parent}")
 
     def before_validate(self) -> None:
         """Find the checkpoint of `--ckpt_path last`."""
         run = self.config_init[self.subcommand]
-        if run.ckpt_path:
-            folder = Path(run.out) / "checkpoints"
-            run.ckpt_path = find_checkpoint(run.ckpt_path, folder)
-            if run.ckpt_path is None:
-                raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}")
+        folder = Path(run.out) / "checkpoints"
+        run.ckpt_path = find_checkpoint(run.ckpt_path or "last", folder)
+        if run.ckpt_path is None:
+            raise UserError(
+                f"there is no checkpoint in {folder}; give --ckpt_path, or the --out of a run that has one"
+            )
 
     before_test = before_validate
 

@@ -24,7 +24,7 @@ from training_runs import points
 from llava_bidir.cli import main
 from llava_bidir.common.checkpoints import INTERRUPTED
 from llava_bidir.common.identity import run_identity
-from llava_bidir.training.cli import build_cli
+from llava_bidir.training.cli import TrainingCLI, build_cli
 from llava_bidir.training.module import LlavaTraining
 
 # Two epochs of three steps of two micro-batches
@@ -432,9 +432,17 @@ def test_options_that_contradict_each_other_or_the_record_are_refused(
     assert not (tmp_path / "run/hf").exists()
 
 
-def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
+@pytest.mark.parametrize("words", [[], ["--ckpt_path", "last"]])
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_the_last_checkpoint_of_the_run_is_validated_if_there_is_one(
+    command, words, finished, tmp_path, monkeypatch
+):
     """The weights before training were validated as if they were the last ones."""
-    _, (_, *options) = finished
+    run, (_, *options) = finished
+    scored = Mock()
+    monkeypatch.setattr(TrainingCLI, command, scored, raising=False)
+    main([command, *options, *words])
+    assert scored.call_args.kwargs["ckpt_path"] == run / "checkpoints/last.ckpt"
     with pytest.raises(SystemExit, match="there is no checkpoint in .*run/checkpoints"):
         main(["validate", *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"])
 

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tolerances import rounding
 
 from probes.cli import main
+from probes.fit.module import ProbeModule
 from probes.runs.files import read_tensors
 from probes.runs.read import ProbeRun
 

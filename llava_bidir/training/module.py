@@ -7,16 +7,19 @@ from typing import Annotated, Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from pydantic import Field, NonNegativeFloat
+from lightning.pytorch.utilities import rank_zero_info
+from pydantic import Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
+from transformers import LlavaConfig
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import (
     FIXED_DATE,
     PROMPT_DATE,
     FiniteLogits,
+    read_model_config,
     read_training,
 )
 from llava_bidir.common.identity import (
@@ -137,6 +140,12 @@ class LlavaTraining(LightningModule):
         if stage != "fit":
             return
         self.identity = decide_on_first(run_identity, self.trainer, self, data)
+        llm = self.hparams.llm
+        if isinstance(read_model_config("model.llm", llm), LlavaConfig):
+            rank_zero_info(
+                f"model.llm: {llm} is a llava, whose LLM is taken; its encoder and adapter are not, see "
+                "--model.encoder.path and --model.adapter"
+            )
         if self.hparams.adapter is not None:
             check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 

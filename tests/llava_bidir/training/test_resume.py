@@ -369,14 +369,16 @@ def test_a_finished_run_has_nothing_to_do_also_with_settings_that_change_no_resu
     assert "this run is finished; nothing to do" in caplog.text
 
 
-def test_a_run_is_trained_on_from_its_export(unfinished, tmp_path):
+def test_a_run_is_trained_on_from_its_export(unfinished, tmp_path, caplog):
     """Here with a rate of 0, after which its weights are those of the export."""
     run, command = unfinished
     export = tmp_path / "exported"
     main(["export", str(run), str(export)])
     options = f"--model.adapter {export} --model.llm {export} --model.learning_rate 0"
     options += f" --model.adapter_learning_rate 0 --trainer.max_steps 1 --out {tmp_path}/new"
-    main([*command, *options.split()])
+    with caplog.at_level("INFO"):
+        main([*command, *options.split()])
+    assert f"{export} is a llava, whose LLM is taken; its encoder and adapter" in caplog.text
     assert_same_weights(tmp_path / "new/hf", export)
 
 
@@ -444,7 +446,20 @@ def test_the_last_checkpoint_of_the_run_is_validated_if_there_is_one(
     main([command, *options, *words])
     assert scored.call_args.kwargs["ckpt_path"] == run / "checkpoints/last.ckpt"
     with pytest.raises(SystemExit, match="there is no checkpoint in .*run/checkpoints"):
-        main(["validate", *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"])
+        main([command, *options, *words, "--out", str(tmp_path / "run")])
+
+
+def test_an_llm_is_trained_with_a_new_adapter_only_if_that_is_said(finished, tmp_path):
+    """A forgotten `--model.adapter` trained from a random one, without a word."""
+    command = [*finished[1], "--out", str(tmp_path / "run")]
+    given = command.index("--model.adapter")
+    del command[given : given + 2]
+    with pytest.raises(SystemExit, match="model.adapter is not given, .* `--model.adapter null`"):
+        main(command)
+    assert not (tmp_path / "run").exists()
+    assert build_cli(command[1:], run=False).model.hparams.adapter is None, "as of verify-data"
+    with pytest.raises(SystemExit, match="/nowhere"):  # an adapter alone
+        main([*command, "--model.trainable", "[adapter]", "--model.llm", "/nowhere"])
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ from .loss import supervised_loss
 from .optim import build_optimizer, build_schedule
 from .throughput import TIMING_METRICS
 
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 RATE = "lr-AdamW/"  # learning rates in the logger, by parameter group
 SHOWN = 3  # validation samples of the first process in the event file
 # Settings, with those of the encoder, that say which model a checkpoint is of
@@ -89,8 +90,8 @@ class LlavaTraining(LightningModule):
         image_resize: Literal["pad", "center_crop"] = "pad",
         adapter: str | None = None,
         adapter_init_scale: float = 1.0,
-        learning_rate: NonNegativeFloat = 2e-5,
-        adapter_learning_rate: NonNegativeFloat | None = None,
+        learning_rate: Rate = 2e-5,
+        adapter_learning_rate: Rate | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03,

@@ -20,7 +20,7 @@ from llava_bidir.common.identity import checksums
 from llava_bidir.common.processes import worker_options
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
-from llava_bidir.data.dataset import Instructions, answers, has_first_answer, refers_to_image
+from llava_bidir.data.dataset import Instructions, answers, refers_to_image
 from llava_bidir.model.build import EXTRA_TOKENS
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
@@ -67,7 +67,7 @@ def find(
                 kinds["special_token"] = " ".join(sorted(trained_as))
             if sample["image"] is None and (record["image"] or refers_to_image(record)):
                 kinds["not_shown"] = record["image"] or IMAGE
-            if trained is not None and not has_first_answer(record):
+            if trained is not None and not any(texts[:1]):
                 raise UserError("there is no first answer to compare with")
             if index in (trained or ()):
                 kinds["in_training"] = record["image"] or "its text"

@@ -188,8 +188,3 @@ class Instructions(Dataset):
 def answers(record: dict[str, Any]) -> list[str]:
     """Return the answers of a record, without the white space around them."""
     return [turn["value"].strip() for turn in record["conversations"][1::2]]
-
-
-def has_first_answer(record: dict[str, Any]) -> bool:
-    """Return whether the first question of a record has an answer, with which validation compares."""
-    return any(answers(record)[:1])

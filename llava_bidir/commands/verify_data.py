@@ -49,8 +49,9 @@ def find(
         trained: Of validation, the records that are in training, too; None for training.
         indices: Records to look at.
     """
-    tokenizer = collate.processor.tokenizer
-    special = {*tokenizer.all_special_tokens} - {*EXTRA_TOKENS}  # ours are text
+    added = collate.processor.tokenizer.added_tokens_decoder.values()
+    # ours are text
+    special = {token.content for token in added if token.special} - {*EXTRA_TOKENS}
     found = []
     for index in indices:
         record = data.records[index]

@@ -4,6 +4,7 @@ No code from a checkpoint is executed: no modelling code and no pickles. There i
 transformers or this package has the class of every supported model. The checks apply to directories and to hub ids.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from datetime import date
@@ -106,7 +107,8 @@ def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
             )
         layers = getattr(config, "vision_feature_layer", None) or []
         for layer in [layers] if isinstance(layers, int) else layers:
-            depth = config.vision_config.num_hidden_layers
+            # timm's, as of FastVLM, do not say it
+            depth = getattr(config.vision_config, "num_hidden_layers", math.inf)
             if not -depth - 1 <= layer <= depth:
                 raise UserError(f"vision_feature_layer {layer}: the encoder has {depth} layers")
     return config

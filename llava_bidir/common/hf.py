@@ -4,6 +4,7 @@ No code from a checkpoint is executed: no modelling code and no pickles. There i
 transformers or this package has the class of every supported model. The checks apply to directories and to hub ids.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from datetime import date
@@ -89,7 +90,8 @@ def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
         **hub: `revision` of a hub id.
 
     Raises:
-        UserError: There is none, transformers does not know its kind, or it lacks the encoder's or the LLM's part.
+        UserError: There is none, transformers does not know its kind, it lacks the encoder's or the LLM's part, or the
+            encoder lacks the layer that is read.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -103,6 +105,12 @@ def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
                 f"config.json has no {absent}, for which transformers would take its defaults. Use the checkpoint's "
                 "conversion to transformers' format, for LLaVA those of llava-hf"
             )
+        layers = getattr(config, "vision_feature_layer", None) or []
+        for layer in [layers] if isinstance(layers, int) else layers:
+            # timm's, as of FastVLM, do not say it
+            depth = getattr(config.vision_config, "num_hidden_layers", math.inf)
+            if not -depth - 1 <= layer <= depth:
+                raise UserError(f"vision_feature_layer {layer}: the encoder has {depth} layers")
     return config
 
 

@@ -46,15 +46,17 @@ from .runs import (
 
 log = logging.getLogger(__name__)
 
-# Callbacks that change batches, rates or weights so that a run neither records nor resumes them
-REFUSED = (
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    Timer,  # of trainer.max_time: Lightning counts the epoch that it interrupts as complete
-    WeightAveraging,
-)
+AVERAGES = "a run is scored and exported with the weights of its last step, not with averages"
+BATCHES = "the run would not record its batches; set data.batch_size"
+# Callbacks that change batches, rates or weights so that a run neither records nor resumes them, and what to do
+REFUSED = {
+    BatchSizeFinder: BATCHES,
+    GradientAccumulationScheduler: BATCHES,
+    LearningRateFinder: "the run would not record its rate; set model.learning_rate",
+    StochasticWeightAveraging: AVERAGES,
+    Timer: "trainer.max_time would count the epoch that it ends as complete; set trainer.max_steps",
+    WeightAveraging: AVERAGES,
+}
 
 
 class ConfigParser(OneLineErrors, LightningArgumentParser):
@@ -123,10 +125,14 @@ class RunCLI(LightningCLI):
             kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.callbacks:
-            if isinstance(callback, REFUSED):
-                raise UserError(
-                    f"the callback {type(callback).__name__} is not supported (trainer.max_time is a Timer)"
-                )
+            for refused, why in REFUSED.items():
+                if isinstance(callback, refused):
+                    raise UserError(
+                        f"the callback {type(callback).__name__} is not supported: {why}"
+                    )
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(trainer, name) == 0:
+                raise UserError(f"trainer.{name} is 0, so nothing would be trained; set at least 1")
         if to_log:
             trainer.callbacks.insert(0, LogProgress())
         return trainer

@@ -22,7 +22,7 @@ from .batch_samplers import (
 )
 from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX
-from .dataset import Instructions, has_first_answer, read_annotations
+from .dataset import Instructions, answers, read_annotations
 
 
 class InstructionData(LightningDataModule):
@@ -88,7 +88,7 @@ class InstructionData(LightningDataModule):
         if self.val_annotations:
             self.val = Instructions(self.val_annotations, self.images)
             for number, record in enumerate(self.val.records):
-                if not has_first_answer(record):
+                if not any(answers(record)[:1]):
                     raise UserError(
                         f"{self.val_annotations}: record {number} has no first answer to compare with"
                     )
@@ -100,7 +100,7 @@ class InstructionData(LightningDataModule):
             return
         trainer = self.trainer
         self.train = Instructions(self.annotations, self.images)
-        self.train.check_trainable()
+        self.train.check_trainable(self.collate)
         self.sampler = BatchSampler(
             self.train.lengths(),
             self.batch_size,

@@ -7,16 +7,19 @@ from typing import Annotated, Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from pydantic import Field, NonNegativeFloat
+from lightning.pytorch.utilities import rank_zero_info
+from pydantic import Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
+from transformers import LlavaConfig
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import (
     FIXED_DATE,
     PROMPT_DATE,
     FiniteLogits,
+    read_model_config,
     read_training,
 )
 from llava_bidir.common.identity import (
@@ -44,6 +47,7 @@ from .loss import supervised_loss
 from .optim import build_optimizer, build_schedule
 from .throughput import TIMING_METRICS
 
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 RATE = "lr-AdamW/"  # learning rates in the logger, by parameter group
 SHOWN = 3  # validation samples of the first process in the event file
 # Settings, with those of the encoder, that say which model a checkpoint is of
@@ -86,8 +90,8 @@ class LlavaTraining(LightningModule):
         image_resize: Literal["pad", "center_crop"] = "pad",
         adapter: str | None = None,
         adapter_init_scale: float = 1.0,
-        learning_rate: NonNegativeFloat = 2e-5,
-        adapter_learning_rate: NonNegativeFloat | None = None,
+        learning_rate: Rate = 2e-5,
+        adapter_learning_rate: Rate | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03,
@@ -137,6 +141,12 @@ class LlavaTraining(LightningModule):
         if stage != "fit":
             return
         self.identity = decide_on_first(run_identity, self.trainer, self, data)
+        llm = self.hparams.llm
+        if isinstance(read_model_config("model.llm", llm), LlavaConfig):
+            rank_zero_info(
+                f"model.llm: {llm} is a llava, whose LLM is taken; its encoder and adapter are not, see "
+                "--model.encoder.path and --model.adapter"
+            )
         if self.hparams.adapter is not None:
             check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 

@@ -1,5 +1,6 @@
 """Write the files of a finished run; `runs/read.py` lists the files and reads them back."""
 
+import math
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -174,11 +175,12 @@ def site_entries(
     entries = []
     for i, site in enumerate(probes.sites):
         history = record.history.get(site, [])
-        best = max(history, key=lambda x: task.sign * x, default=None)
+        numbers = [score for score in history if not math.isnan(score)]
+        best = max(numbers, key=lambda x: task.sign * x, default=None)
         entry = {
             "site": site,
             "dim": probes.mllm.widths[site],
-            "best_epoch": record.epochs[history.index(best)] if history else None,
+            "best_epoch": record.epochs[history.index(best)] if numbers else None,
             "history": history,
         }
         for name, values in scores.items():

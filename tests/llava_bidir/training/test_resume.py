@@ -24,7 +24,7 @@ from training_runs import points
 from llava_bidir.cli import main
 from llava_bidir.common.checkpoints import INTERRUPTED
 from llava_bidir.common.identity import run_identity
-from llava_bidir.training.cli import build_cli
+from llava_bidir.training.cli import TrainingCLI, build_cli
 from llava_bidir.training.module import LlavaTraining
 
 # Two epochs of three steps of two micro-batches
@@ -369,14 +369,16 @@ def test_a_finished_run_has_nothing_to_do_also_with_settings_that_change_no_resu
     assert "this run is finished; nothing to do" in caplog.text
 
 
-def test_a_run_is_trained_on_from_its_export(unfinished, tmp_path):
+def test_a_run_is_trained_on_from_its_export(unfinished, tmp_path, caplog):
     """Here with a rate of 0, after which its weights are those of the export."""
     run, command = unfinished
     export = tmp_path / "exported"
     main(["export", str(run), str(export)])
     options = f"--model.adapter {export} --model.llm {export} --model.learning_rate 0"
     options += f" --model.adapter_learning_rate 0 --trainer.max_steps 1 --out {tmp_path}/new"
-    main([*command, *options.split()])
+    with caplog.at_level("INFO"):
+        main([*command, *options.split()])
+    assert f"{export} is a llava, whose LLM is taken; its encoder and adapter" in caplog.text
     assert_same_weights(tmp_path / "new/hf", export)
 
 
@@ -411,6 +413,9 @@ REFUSED = {  # options: message
     "--trainer.fast_dev_run true": "fast_dev_run must be False, got .*; for a trial, use",
     "--trainer.accumulate_grad_batches 3": "accumulate_grad_batches must be 1, got 3: it follows",
     "--ckpt_path last --overwrite true": "give one of them",
+    "--trainer.max_epochs 0": "trainer.max_epochs is 0, so nothing would be trained",
+    "--trainer.max_steps 0": "trainer.max_steps is 0, so nothing would be trained",
+    "--trainer.limit_train_batches 0": "trainer.limit_train_batches is 0, so nothing",
 }
 
 
@@ -429,11 +434,32 @@ def test_options_that_contradict_each_other_or_the_record_are_refused(
     assert not (tmp_path / "run/hf").exists()
 
 
-def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
+@pytest.mark.parametrize("words", [[], ["--ckpt_path", "last"]])
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_the_last_checkpoint_of_the_run_is_validated_if_there_is_one(
+    command, words, finished, tmp_path, monkeypatch
+):
     """The weights before training were validated as if they were the last ones."""
-    _, (_, *options) = finished
+    run, (_, *options) = finished
+    scored = Mock()
+    monkeypatch.setattr(TrainingCLI, command, scored, raising=False)
+    main([command, *options, *words])
+    assert scored.call_args.kwargs["ckpt_path"] == run / "checkpoints/last.ckpt"
     with pytest.raises(SystemExit, match="there is no checkpoint in .*run/checkpoints"):
-        main(["validate", *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"])
+        main([command, *options, *words, "--out", str(tmp_path / "run")])
+
+
+def test_an_llm_is_trained_with_a_new_adapter_only_if_that_is_said(finished, tmp_path):
+    """A forgotten `--model.adapter` trained from a random one, without a word."""
+    command = [*finished[1], "--out", str(tmp_path / "run")]
+    given = command.index("--model.adapter")
+    del command[given : given + 2]
+    with pytest.raises(SystemExit, match="model.adapter is not given, .* `--model.adapter null`"):
+        main(command)
+    assert not (tmp_path / "run").exists()
+    assert build_cli(command[1:], run=False).model.hparams.adapter is None, "as of verify-data"
+    with pytest.raises(SystemExit, match="/nowhere"):  # an adapter alone
+        main([*command, "--model.trainable", "[adapter]", "--model.llm", "/nowhere"])
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_two_processes_train_and_score_as_one(cache, one, together):
 def test_the_first_process_decides_for_both_what_is_resumed(together):
     """A finished run is found by its files, before a checkpoint is looked for."""
     said = together[1]
-    assert "resuming " not in said["finished"]
+    assert "the checkpoint is " not in said["finished"]
     assert said["finished"].count("this run is finished; nothing to do") == 1
     refusal = "metrics.json belongs to a run with model.learning_rate=0.01"
     assert said["another rate"].count(refusal) == 1  # by the first process, which compares for both

@@ -5,10 +5,11 @@ Lightning starts its processes with the same words. Processes that a command sta
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UsageError
+from .errors import UsageError, UserError
 
 OPTION = "--import"
 HINT = f"{OPTION} FILE.py registers your own"
@@ -34,11 +35,21 @@ def take_imports(argv: Sequence[str]) -> list[str]:
 
     Raises:
         UsageError: There is no such file, or a module has its name already.
+        UserError: The file is no Python, or ends the program.
     """
     files, words = take_option(argv, OPTION)
     for file in files:
         _import(file)
     return words
+
+
+@contextmanager
+def may_not_exit(file: str | Path) -> Iterator[None]:
+    """Raise a UserError if code of a file ends the program, as a script would: the command would not run."""
+    try:
+        yield
+    except SystemExit:
+        raise UserError(f"{file} ends the program; leave sys.exit out of it") from None
 
 
 def import_words() -> list[str]:
@@ -49,7 +60,9 @@ def import_words() -> list[str]:
 def _import(file: str) -> None:
     """Import a file; pickles and callbacks name its classes FILE.CLASS, so its folder comes last on the path."""
     path = Path(file).absolute()
-    if path.suffix != ".py" or not path.stem.isidentifier() or not path.is_file():
+    if not path.is_file():
+        raise UsageError(f"{OPTION} {file}: no such file")
+    if path.suffix != ".py" or not path.stem.isidentifier():
         raise UsageError(f"{OPTION} {file}: expected a file NAME.py, where NAME is an identifier")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
@@ -57,6 +70,10 @@ def _import(file: str) -> None:
     spec = importlib.util.find_spec(path.stem)
     if spec is None or spec.origin is None or not path.samefile(spec.origin):
         raise UsageError(f"{OPTION} {file}: there is a module {path.stem!r} already; rename it")
-    importlib.import_module(path.stem)
+    with may_not_exit(file):
+        try:
+            importlib.import_module(path.stem)
+        except SyntaxError as error:
+            raise UserError(f"{OPTION} {file}: {error}") from None  # with its line
     if file not in _files:
         _files.append(file)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from probes.step_progress import ProgressKind
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def build_machine(options: Mapping[str, Any]) -> Machine:
     if device is None:
         from lightning.fabric import Fabric  # seconds, which one process does not need
 
-        fabric = Fabric(**{name: options[name] for name in OF_FABRIC if name in options})
+        with error_context("trainer"):
+            fabric = Fabric(**{name: options[name] for name in OF_FABRIC if name in options})
         device = fabric.device
     progress = progress_kind(options.get("enable_progress_bar"))
     return Machine(device, PRECISIONS[precision], progress, fabric)

@@ -18,13 +18,13 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import field, fields
+from math import inf
 from pkgutil import resolve_name
 from textwrap import fill
 from typing import Any, NamedTuple
 
 import jsonargparse
-from jsonargparse.typing import NonNegativeInt as Seed
-from jsonargparse.typing import PositiveInt as Count  # noqa: F401
+from jsonargparse.typing import register_type, restricted_number_type
 
 from . import imports
 from .configs import (
@@ -39,7 +39,34 @@ from .errors import (
     one_line_errors,
 )
 
-Indices = tuple[Seed, ...]
+
+def number(
+    name: str,
+    kind: type,
+    *limits: tuple[str, float],
+) -> type:
+    """Return a type of options: numbers within limits, such as (">=", 1).
+
+    They stay plain int and float: checkpoints load without code, and so without classes of ours.
+    """
+    restricted = restricted_number_type(name, kind, [*limits])
+    register_type(
+        restricted,
+        serializer=kind,
+        deserializer=lambda value: kind(restricted(value)),
+        type_check=lambda *_: False,
+    )
+    return restricted
+
+
+Count = number("Count", int, (">=", 1), ("<", 2**31))
+Index = number("Index", int, (">=", 0), ("<", 2**31))
+Seed = number("Seed", int, (">=", 0), ("<", 2**32))  # numpy's
+Positive = number("Positive", float, (">", 0), ("<", inf))
+NonNegative = number("NonNegative", float, (">=", 0), ("<", inf))
+Share = number("ClosedUnitInterval", float, (">=", 0), ("<=", 1))  # as jsonargparse calls it
+ShareBelow1 = number("ShareBelow1", float, (">=", 0), ("<", 1))
+Indices = tuple[Index, ...]
 Values = dict[str, bool | int | float | str | list | dict | None]  # what something else checks
 
 

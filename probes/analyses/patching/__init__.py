@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.cli import Count, Seed
+from llava_bidir.common.cli import Count, Indices, Seed
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import Analysis, PlannedRun, Result, RunOptions
 from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_number, layer_site
@@ -45,7 +45,7 @@ class PatchingOptions(RunOptions):
     """
 
     site: str | None = None
-    layers: tuple[int, ...] | None = None
+    layers: Indices | None = None
     limit: Count | None = None
     draws: Count = 3
     batch_size: Count = 16

@@ -59,7 +59,7 @@ class RoutesOptions(RunOptions):
     questions: Path | None = None
     images: Path | None = None
     limit: Count | None = None
-    window: int = 2
+    window: Count = 2
     stride: Count = 1
     draws: Count = 3
     batch_size: Count = 32

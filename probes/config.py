@@ -19,9 +19,9 @@ from llava_bidir.common.cli import (
     positional,
 )
 
-Folds = number("Folds", int, (">=", 2), ("<", 2**31))
-Port = number("Port", int, (">=", 0), ("<", 2**16))
-Scale = number("Scale", float, (">=", 0.01), ("<=", 1000))
+Folds = number("Folds", int, ">= 2 < 2147483648")
+Port = number("Port", int, ">= 0 < 65536")
+Scale = number("Scale", float, ">= 0.01 <= 1000")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import field, fields
-from math import inf
 from pkgutil import resolve_name
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -40,16 +39,13 @@ from .errors import (
 )
 
 
-def number(
-    name: str,
-    kind: type,
-    *limits: tuple[str, float],
-) -> type:
-    """Return a type of options: numbers within limits, such as (">=", 1).
+def number(name: str, kind: type, limits: str) -> type:
+    """Return a type of options: numbers within limits, such as ">= 1 < inf".
 
     They stay plain int and float: checkpoints load without code, and so without classes of ours.
     """
-    restricted = restricted_number_type(name, kind, [*limits])
+    operators, values = limits.split()[::2], map(kind, limits.split()[1::2])
+    restricted = restricted_number_type(name, kind, [*zip(operators, values, strict=True)])
     register_type(
         restricted,
         serializer=kind,
@@ -59,13 +55,13 @@ def number(
     return restricted
 
 
-Count = number("Count", int, (">=", 1), ("<", 2**31))
-Index = number("Index", int, (">=", 0), ("<", 2**31))
-Seed = number("Seed", int, (">=", 0), ("<", 2**32))  # numpy's
-Positive = number("Positive", float, (">", 0), ("<", inf))
-NonNegative = number("NonNegative", float, (">=", 0), ("<", inf))
-Share = number("ClosedUnitInterval", float, (">=", 0), ("<=", 1))  # as jsonargparse calls it
-ShareBelow1 = number("ShareBelow1", float, (">=", 0), ("<", 1))
+Count = number("Count", int, ">= 1 < 2147483648")
+Index = number("Index", int, ">= 0 < 2147483648")
+Seed = number("Seed", int, ">= 0 < 4294967296")  # numpy's range
+Positive = number("Positive", float, "> 0 < inf")
+NonNegative = number("NonNegative", float, ">= 0 < inf")
+Share = number("ClosedUnitInterval", float, ">= 0 <= 1")  # as jsonargparse calls it
+ShareBelow1 = number("ShareBelow1", float, ">= 0 < 1")
 Indices = tuple[Index, ...]
 Values = dict[str, bool | int | float | str | list | dict | None]  # what something else checks
 

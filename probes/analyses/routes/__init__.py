@@ -81,7 +81,7 @@ def complete(run: "ProbeRun", options: RoutesOptions) -> RoutesOptions:
         UserError: There are no questions, or a window has more layers than the model.
     """
     layers = layer_number(run.last_layer)
-    if not 1 <= options.window <= layers:
+    if options.window > layers:
         raise UserError(f"window is {options.window}; expected 1 to {layers}, the model's layers")
     questions = options.questions
     if questions is None:

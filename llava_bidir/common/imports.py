@@ -44,10 +44,12 @@ def take_imports(argv: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def may_not_exit(file: str | Path) -> Iterator[None]:
-    """Raise a UserError if code of a file ends the program, as a script would: the command would not run."""
+def code_of(file: str | Path) -> Iterator[None]:
+    """Raise a UserError if code of a user's is no Python, or ends the program, so that the command would not run."""
     try:
         yield
+    except SyntaxError as error:
+        raise UserError(f"{file}: {error}") from None  # with its line
     except SystemExit:
         raise UserError(f"{file} ends the program; leave sys.exit out of it") from None
 
@@ -70,10 +72,7 @@ def _import(file: str) -> None:
     spec = importlib.util.find_spec(path.stem)
     if spec is None or spec.origin is None or not path.samefile(spec.origin):
         raise UsageError(f"{OPTION} {file}: there is a module {path.stem!r} already; rename it")
-    with may_not_exit(file):
-        try:
-            importlib.import_module(path.stem)
-        except SyntaxError as error:
-            raise UserError(f"{OPTION} {file}: {error}") from None  # with its line
+    with code_of(file):
+        importlib.import_module(path.stem)
     if file not in _files:
         _files.append(file)

@@ -74,6 +74,7 @@ class VQAOptions:
     model: str = positional()
     out: Path
     tasks: tuple[Benchmark, ...] = get_args(Benchmark)
+    data: Path | None = None
     batch_size: Count = 1
     devices: Count = 1
     python: Path = Path(".venv-vqa/bin/python")

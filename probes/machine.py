@@ -155,5 +155,5 @@ def progress_kind(show_bar: bool | None) -> ProgressKind:
 def seed_everything(seed: int) -> None:
     """Set the seeds of the generators of torch, numpy and Python, which a module of a user's may draw from."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)

@@ -80,7 +80,7 @@ def complete(run: "ProbeRun", options: PatchingOptions) -> PatchingOptions:
             f"no layer is before the read-out {site}; name a decoder layer or final_norm by --site"
         )
     layers = tuple(sorted({*(options.layers or range(before))}))
-    if wrong := [layer for layer in layers if not 0 <= layer < before]:
+    if wrong := [layer for layer in layers if layer >= before]:
         raise UserError(
             f"--layers {wrong[0]} is not before the read-out {site}; expected 0 to {before - 1}"
         )

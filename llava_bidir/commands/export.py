@@ -19,6 +19,8 @@ def run(options: ExportOptions) -> None:
     if checkpoint is None or not checkpoint.exists():
         raise UserError(f"{options.source} is no checkpoint, and no folder of a run that has one")
     model, processor, facts = read_checkpoint(checkpoint)
+    if options.dtype == "float32":
+        model.float()
     facts |= {"checkpoint": str(checkpoint)}
     export_hf(as_llava(model) if options.as_llava else model, processor, options.out, facts)
     print(options.out)

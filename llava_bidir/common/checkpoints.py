@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from .cli import Count
 from .errors import UserError, error_context
 from .files import atomic_write
 from .runs import LAST
@@ -79,7 +80,7 @@ class Checkpoints(Checkpoint):
         SystemExit: After another signal, with status INTERRUPTED, on all ranks after the same step.
     """
 
-    def __init__(self, every_n_steps: int = 500):
+    def __init__(self, every_n_steps: Count = 500):
         self.every_n_steps = every_n_steps
         self.on_slurm = SLURMEnvironment.detect()
         self.received: set[int] = set()

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 NAMED = re.compile(
     r"""(?:Group '([\w.]+)' does not accept option '|key "|arguments: --|ption ')([\w.]+)"""
 )
+# and of one that may be None, whose second reason nobody needs
+OPTIONAL = re.compile(r"Does not validate .*? Errors: - (.*) - Expected a <class 'NoneType'>")
 
 
 class UserError(ValueError):
@@ -75,6 +77,7 @@ class OneLineErrors:
         if not self.exit_on_error:  # jsonargparse's parser of a class; its caller adds the key
             raise argparse.ArgumentError(None, message) from ex
         line = " ".join(message.split()).removeprefix('Parser key "config": ')
+        line = OPTIONAL.sub(r"\1.", line)
         if found := NAMED.search(line):
             name = ".".join(filter(None, found.groups()))
             action = getattr(self, "_subcommands_action", None)  # of LightningCLI's parser

@@ -33,7 +33,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from .checkpoints import AtomicCheckpointIO, Checkpoints
-from .errors import OneLineErrors, UserError
+from .cli import Seed
+from .errors import OneLineErrors, UserError, error_context
 from .files import exclusive_run_lock
 from .runs import (
     RunFolder,
@@ -80,7 +81,6 @@ class RunCLI(LightningCLI):
             *args,
             **kwargs,
             parser_class=ConfigParser,
-            seed_everything_default=0,  # Deviates: transformers' Trainer, which LLaVA uses, has 42
             save_config_callback=StartOfRun,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,  # no --optimizer: the modules build theirs
@@ -89,6 +89,15 @@ class RunCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data have their own
                 **trainer_defaults,
             },
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed, whose range Lightning would not check here."""
+        parser.add_argument(
+            "--seed_everything",
+            type=Seed,
+            default=0,  # Deviates: transformers' Trainer, which LLaVA uses, has 42
+            help="seed of all random numbers",
         )
 
     def add_run_options(
@@ -123,7 +132,11 @@ class RunCLI(LightningCLI):
         to_log = not sys.stderr.isatty() and setting("trainer.enable_progress_bar") is None
         if to_log:
             kwargs["enable_progress_bar"] = False
-        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        with error_context("trainer"):
+            trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if getattr(trainer, name) == 0:
+                raise UserError(f"trainer.{name} must be above 0")
         for callback in trainer.callbacks:
             for refused, why in REFUSED.items():
                 if isinstance(callback, refused):
@@ -217,7 +230,8 @@ class LogProgress(Callback):
         """Log after every `trainer.log_every_n_steps` steps, and after the last one of an epoch."""
         loop = trainer.fit_loop.epoch_loop
         step = trainer.global_step
-        is_due = step % trainer.log_every_n_steps == 0 or loop._is_training_done
+        every = trainer.log_every_n_steps
+        is_due = (every > 0 and step % every == 0) or loop._is_training_done
         if trainer.is_global_zero and is_due and not loop._should_accumulate():
             loss = trainer.callback_metrics.get("train/loss", outputs["loss"])
             log.info(f"step {step} of {optimizer_steps(trainer)}, loss {loss:.4g}")

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from pydantic import PositiveInt
 from torch.utils.data import DataLoader, StackDataset, Subset
 from transformers import LlavaProcessor
 
+from llava_bidir.common.cli import Count, Index
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest, file_sizes
 from llava_bidir.common.processes import usable_cores, worker_options
@@ -53,11 +53,11 @@ class InstructionData(LightningDataModule):
         images: str,
         val_annotations: str | None = None,
         template: Literal["plain", "vicuna_v1", "chat"] = "vicuna_v1",
-        batch_size: PositiveInt = 128,
-        micro_batch_size: PositiveInt = 16,
+        batch_size: Count = 128,
+        micro_batch_size: Count = 16,
         group_by_length: bool = False,
-        max_length: PositiveInt = 2048,
-        num_workers: int = 4,
+        max_length: Count = 2048,
+        num_workers: Index = 4,
         seed: int = 0,
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,

@@ -2,18 +2,23 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from pydantic import Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers import LlavaConfig
 
+from llava_bidir.common.cli import (
+    Count,
+    NonNegative,
+    Share,
+    ShareBelow1,
+)
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import (
     FIXED_DATE,
@@ -47,7 +52,6 @@ from .loss import supervised_loss
 from .optim import build_optimizer, build_schedule
 from .throughput import TIMING_METRICS
 
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 RATE = "lr-AdamW/"  # learning rates in the logger, by parameter group
 SHOWN = 3  # validation samples of the first process in the event file
 # Settings, with those of the encoder, that say which model a checkpoint is of
@@ -89,19 +93,19 @@ class LlavaTraining(LightningModule):
         image_attention: str = "causal",
         image_resize: Literal["pad", "center_crop"] = "pad",
         adapter: str | None = None,
-        adapter_init_scale: float = 1.0,
-        learning_rate: Rate = 2e-5,
-        adapter_learning_rate: Rate | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03,
+        adapter_init_scale: NonNegative = 1.0,
+        learning_rate: NonNegative = 2e-5,
+        adapter_learning_rate: NonNegative | None = None,
+        betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999),
+        weight_decay: NonNegative = 0.0,
+        warmup_ratio: Share = 0.03,
         loss_average: Literal["llava", "tokens"] = "llava",
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         attn_implementation: str = "sdpa",
-        max_new_tokens: int = 32,
+        max_new_tokens: Count = 32,
         template: str = "vicuna_v1",
     ):
         super().__init__()
@@ -116,6 +120,8 @@ class LlavaTraining(LightningModule):
         self.hparams["encoder"] = asdict(self.encoder)
         self.lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.hparams["lora"] = self.lora and asdict(self.lora)
+        if not trainable:
+            raise UserError("model.trainable is empty; expected adapter, llm or both")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
         with error_context("model.image_attention"):  # an unknown one

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import DIGITS
+from llava_bidir.common.imports import code_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +77,7 @@ def open_source(path: str, image_px: int | None = None) -> "EncoderModule":
     file, name = _split(path)
     content = _read(file)
     _named.add((file.resolve(), _digest(content)))
-    with error_context(path):
+    with error_context(path), code_of(file):
         function = getattr(_run(file, content), name, None)
         if not callable(function):
             raise UserError(f"{file} has no function {name!r}")

@@ -11,7 +11,10 @@ from llava_bidir.cli import main
 KEYS = {  # of a config: the option that is wrong, and the end of the error
     "optimizer: {class_path: Adam}": ("optimizer", ""),
     "modelx: {learning_rate: 1}": ("modelx.learning_rate", "; did you mean 'model.learning_rate'?"),
-    "model: {learning_rate: .inf}": ("model.learning_rate", "Got value: inf"),
+    "model: {learning_rate: .inf}": (
+        "model.learning_rate",
+        "inf does not conform to restriction v>=0.0 and v<inf",
+    ),
     "data: {template: llama3}": ("data.template", "Got value: llama3"),
 }
 

@@ -161,6 +161,15 @@ def test_notes_name_classes_that_lack_pixels_or_images():
     assert notes_of_run([*"wxyz"], {}) == []
 
 
+def test_a_class_without_a_training_pixel_is_a_warning_in_any_number_of_images(tmp_path):
+    root = tiny_models.write_segmentation(tmp_path, training=15)
+    for file in masks(root, "training"):
+        mask = np.asarray(Image.open(file))
+        Image.fromarray(np.where(mask == 2, 1, mask).astype(np.uint8)).save(file)
+    with pytest.warns(UserWarning, match=f"No training pixel is labelled {tiny_models.CLASSES[2]}"):
+        verify(root)
+
+
 def test_images_in_both_splits_are_named_by_the_check_and_in_the_run(
     root,
     tmp_path,

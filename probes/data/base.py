@@ -74,7 +74,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         image_file, *target_files = self.files[index]
-        image, tag = read_image(image_file, lambda image: (as_stored(image), orientation(image)))
+        tag, image = read_image(image_file, lambda image: (orientation(image), as_stored(image)))
         target = self.read_target(*target_files)
         size = target.shape[1::-1]
         rotated = image.size[::-1] if tag in range(5, 9) else image.size

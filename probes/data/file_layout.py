@@ -1,12 +1,13 @@
 """Locate the folder of a dataset and pair its images with their targets."""
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.images import SUFFIXES
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+OF_WINDOWS = ("Thumbs.db", "desktop.ini")
 
 
 def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
@@ -40,8 +41,7 @@ def files_by_name(
         raise UserError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
-        # macOS writes ._NAME beside each file, on disks of other systems
-        is_kind = path.suffix.lower() in suffixes and not path.name.startswith("._")
+        is_kind = path.suffix.lower() in suffixes and not _is_of_system(path)
         if not is_kind or not path.stem.endswith(ending):
             continue
         # macOS stores accents apart
@@ -50,6 +50,28 @@ def files_by_name(
             raise UserError(f"{files[name]} and {path} have the same name; remove one")
         files[name] = path
     return dict(sorted(files.items()))
+
+
+def _is_of_system(path: Path) -> bool:
+    """Return whether a file or folder is hidden or one of Windows; macOS writes ._NAME beside each file."""
+    return path.name.startswith(".") or path.name in OF_WINDOWS
+
+
+def all_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Return :func:`files_by_name` of a folder of nothing else.
+
+    Raises:
+        UserError: As of :func:`files_by_name`, or names another file, or a folder, which would be left out.
+    """
+    files = files_by_name(folder, suffixes)
+    others = [path for path in folder.iterdir() if not _is_of_system(path)]
+    unread = sorted({*others} - {*files.values()})
+    if unread:
+        raise UserError(
+            f"{unread[0]} would not be read, one of {len(unread)}: expected {', '.join(suffixes)} files in {folder}, "
+            "and no folders; convert or move it"
+        )
+    return files
 
 
 def pair_files(
@@ -70,7 +92,7 @@ def pair_files(
                 f"{dataset}: {len(unpaired)} files have no {kind}, e.g. {files[unpaired[0]]}"
             )
     if not images:
-        raise UserError(f"{dataset}: no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{dataset}: no images ({', '.join(SUFFIXES)})")
     return {name: (image, targets[name]) for name, image in images.items()}
 
 
@@ -83,9 +105,8 @@ def pair_folders(
     """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT.
 
     Raises:
-        UserError: As of :func:`pair_files`.
+        UserError: As of :func:`all_files` and :func:`pair_files`.
     """
-    images = Path(root) / "images" / split
-    targets = files_by_name(Path(root) / folder / split, (".png",))
-    dataset = f"{root}, {split}"
-    return pair_files(files_by_name(images, IMAGE_SUFFIXES), targets, dataset, target_name)
+    images = all_files(Path(root) / "images" / split, SUFFIXES)
+    targets = all_files(Path(root) / folder / split, (".png",))
+    return pair_files(images, targets, f"{root}, {split}", target_name)

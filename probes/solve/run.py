@@ -132,7 +132,7 @@ def run_config(config: RunConfig) -> None:
             return
         data.verify(machine.progress == "bar")  # before the model is loaded
         training = data.splits["training"]
-        fold_of = assign_folds(len(training), config.solver.folds, training.groups)
+        fold_of = assign_folds(training.groups or range(len(training)), config.solver.folds)
         probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
         if rank() == 0:  # all settings were accepted
             content = yaml.safe_dump(asdict(config), sort_keys=False)
@@ -278,7 +278,7 @@ def dry_run(config: RunConfig) -> float:
         images = len(data.splits["training"])
         sites = probes.sites[rank() :: rank_count()]
         measured = sites[-1:]
-        fold_of = assign_folds(min(images, MEASURED_IMAGES), config.solver.folds)
+        fold_of = assign_folds(range(min(images, MEASURED_IMAGES)), config.solver.folds)
         device = solver_device(machine.device)
         started = time.perf_counter()
         states, targets = read(probes, data, machine, measured, fold_of)

@@ -170,10 +170,12 @@ class SegmentationDataset(ImageDataset):
         if not (palette and self.palette):
             return False
         colours = np.frombuffer(palette.getdata()[1], np.uint8).reshape(-1, 3).tolist()
-        expected = dict(enumerate(self.palette))
+        given = dict(zip(self._lookup, colours, strict=False))
         return any(
-            expected.get(label, colour) != colour and colour in self.palette and label in target
-            for label, colour in zip(self._lookup, colours, strict=False)
+            number in target
+            and given.get(number, colour) != colour
+            and given[number] in self.palette
+            for number, colour in enumerate(self.palette)
         )
 
 

@@ -1,7 +1,7 @@
 """Locate the folder of a dataset and pair its images with their targets."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
@@ -35,43 +35,31 @@ def files_by_name(
     """Return {name: file}, sorted; a name is the file name without `ending` and suffix, with accents composed (NFC).
 
     Raises:
-        UserError: If the folder does not exist, or two files have the same name.
+        UserError: If the folder does not exist, or two files have the same name. By the default pattern, also names a
+            file of another kind, or a folder, which would be left out.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
+    unread: list[Path] = []
     for path in sorted(folder.glob(pattern)):
-        is_kind = path.suffix.lower() in suffixes and not _is_of_system(path)
-        if not is_kind or not path.stem.endswith(ending):
+        # macOS writes ._NAME beside each file, on disks of other systems
+        if path.name.startswith(".") or path.name in OF_WINDOWS:
+            continue
+        if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
+            unread.append(path)
             continue
         # macOS stores accents apart
         name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))
         if name in files:
             raise UserError(f"{files[name]} and {path} have the same name; remove one")
         files[name] = path
-    return dict(sorted(files.items()))
-
-
-def _is_of_system(path: Path) -> bool:
-    """Return whether a file or folder is hidden or one of Windows; macOS writes ._NAME beside each file."""
-    return path.name.startswith(".") or path.name in OF_WINDOWS
-
-
-def all_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return :func:`files_by_name` of a folder of nothing else.
-
-    Raises:
-        UserError: As of :func:`files_by_name`, or names another file, or a folder, which would be left out.
-    """
-    files = files_by_name(folder, suffixes)
-    others = [path for path in folder.iterdir() if not _is_of_system(path)]
-    unread = sorted({*others} - {*files.values()})
-    if unread:
+    if unread and pattern == "*":
         raise UserError(
             f"{unread[0]} would not be read, one of {len(unread)}: expected {', '.join(suffixes)} files in {folder}, "
             "and no folders; convert or move it"
         )
-    return files
+    return dict(sorted(files.items()))
 
 
 def pair_files(
@@ -105,8 +93,8 @@ def pair_folders(
     """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT.
 
     Raises:
-        UserError: As of :func:`all_files` and :func:`pair_files`.
+        UserError: As of :func:`files_by_name` and :func:`pair_files`.
     """
-    images = all_files(Path(root) / "images" / split, SUFFIXES)
-    targets = all_files(Path(root) / folder / split, (".png",))
+    images = files_by_name(Path(root) / "images" / split, SUFFIXES)
+    targets = files_by_name(Path(root) / folder / split, (".png",))
     return pair_files(images, targets, f"{root}, {split}", target_name)

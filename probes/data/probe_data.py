@@ -106,8 +106,8 @@ class ProbeData:
         check_pairs([pair for pair in pairs.values() if isinstance(pair, str)], len(pairs))
         for split, dataset in self.splits.items():
             of_split = [pairs[f"{split}/{name}"] for name in dataset.names]
-            self.labels[split] = join_counts([pair.labels for pair in of_split])
-            contents = [pair.content for pair in of_split]
+            labels, contents, _ = zip(*of_split, strict=True)
+            self.labels[split] = join_counts(labels)
             if len({*contents}) < len(contents):
                 dataset.groups = join_groups(dataset.groups or dataset.names, contents)
         check_labels(self.classes, self.labels)

@@ -27,15 +27,6 @@ ABSENT = {  # notes on classes
     "out of mIoU at others, so that these are not of the same classes. Ignore its label.",
 }
 
-SAME = (
-    "The same pixels in several images, which share a fold, are drawn together by intervals, and raise scores if both "
-    "splits have them: {}."
-)
-RECOLOURED = (
-    "A class has the colour of another one, by the palette of the data set, in masks whose labels count all the same; "
-    "check these: {}."
-)
-
 
 class LabelCounts(NamedTuple):
     """Labels of images.
@@ -228,8 +219,13 @@ def data_notes(
         ignored = counts.ignored / (counts.ignored + sum(counts.pixels))
         much = [f"{ignored:.0%}"] * (ignored > MUCH_IGNORED)
         texts[f"{{}} of the {split} pixels are ignored or have no value."] = much
-    texts[SAME] = [" = ".join(names) for names in remarks.get("shared_images", ())]
-    texts[RECOLOURED] = remarks.get("recoloured_masks")
+    texts[
+        "The same pixels in several images; they share folds and resamplings, and across splits raise scores: {}."
+    ] = [" = ".join(names) for names in remarks.get("shared_images", ())]
+    recoloured = remarks.get("recoloured_masks")
+    texts[
+        "Masks whose labels have the colours of other classes; the labels count, check them: {}."
+    ] = recoloured
     return [text.format(_some(names)) for text, names in texts.items() if names]
 
 

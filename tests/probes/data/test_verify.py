@@ -155,7 +155,7 @@ def test_notes_name_classes_that_lack_pixels_or_images():
         "83% of the training pixels are ignored",
         "No validation pixel is labelled y, z:",
         "In fewer than 5 validation images: x (2).",
-        "raise scores if both splits have them: a = a, b = c.",
+        "across splits raise scores: a = a, b = c.",
     )
     assert len(notes) == len(parts)
     assert all(sum(part in note for note in notes) == 1 for part in parts)
@@ -252,4 +252,4 @@ def test_masks_whose_colours_stand_in_another_order_are_named_and_their_labels_c
     assert data.labels == before
     assert data.remarks["recoloured_masks"] == named
     notes = data_notes(data.classes, data.labels, data.remarks)
-    assert sum("check these: validation/003" in note for note in notes) == len(named)
+    assert sum("check them: validation/003" in note for note in notes) == len(named)

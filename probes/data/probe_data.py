@@ -26,7 +26,7 @@ from .registry import identity_of_splits, open_splits
 from .samplers import validation_batches
 from .verify import (
     LabelCounts,
-    Pair,
+    ReadPair,
     check_labels,
     check_pairs,
     data_notes,
@@ -86,7 +86,7 @@ class ProbeData:
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
-        pairs: dict[str, Pair | str] = {}  # by SPLIT/NAME
+        pairs: dict[str, ReadPair | str] = {}  # by SPLIT/NAME
         for split, dataset in self.splits.items():
             images = len(dataset)
             published = dataset.official_size or images

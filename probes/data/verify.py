@@ -44,7 +44,7 @@ class LabelCounts(NamedTuple):
     ignored: int
 
 
-class Pair(NamedTuple):
+class ReadPair(NamedTuple):
     """What is known of an image and its target.
 
     Args:
@@ -67,7 +67,7 @@ class _Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Pair | str:
+    def __getitem__(self, index: int) -> ReadPair | str:
         dataset = self.dataset
         try:
             pair = dataset[index]
@@ -76,7 +76,7 @@ class _Pairs(Dataset):
         image = pair["image"]
         target = pair["target"]
         has_classes = isinstance(dataset, SegmentationDataset)
-        return Pair(
+        return ReadPair(
             count_labels(target, len(dataset.classes)),
             f"{image.size} {sha256(image.tobytes()).hexdigest()}",
             has_classes and dataset.is_recoloured(index, target),
@@ -89,7 +89,7 @@ def read_pairs(
     indices: Sequence[int],
     workers: int,
     progress: bool = True,
-) -> dict[int, Pair | str]:
+) -> dict[int, ReadPair | str]:
     """Return what is known of each image and its target, or what is wrong with them, by index.
 
     Args:
@@ -169,7 +169,7 @@ def check_labels(classes: list[str], labels: Mapping[str, LabelCounts]) -> None:
             )
 
 
-def find_remarks(pairs: Mapping[str, Pair]) -> dict[str, list]:
+def find_remarks(pairs: Mapping[str, ReadPair]) -> dict[str, list]:
     """Return the names of images that are the same, in lists, and of those whose mask has colours of other classes.
 
     Args:

@@ -103,7 +103,7 @@ class DataOptions:
         root: Folder of images and masks (probes/README.md), or of the layout below.
         dataset: Layout: folder (images, PNG masks, classes.json), ade20k, voc2012, cityscapes, nyuv2, or a registered
             one.
-        task: Kind of targets, see probes/README.md: segmentation, depth, normals, boundaries, or a registered one.
+        task: Kind of targets, see probes/README.md: segmentation, depth, normals or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None for the name of the folder.
         batch_size: Images per batch over all devices; 64 in the paper.

@@ -8,14 +8,14 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import UserError, error_context
+from .errors import UserError, did_you_mean, error_context
 
 PARTIAL = ".partial"
 REPLACED = ".old"
@@ -156,6 +156,31 @@ def read_json(file: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise UserError(f"contains a {type(content).__name__}; expected an object {{...}}")
     return content
+
+
+def read_settings(
+    file: Path,
+    known: Sequence[str],
+    example: str,
+) -> dict[str, Any]:
+    """Return the object in a JSON file that users write.
+
+    Args:
+        file: The file.
+        known: All keys that it may have.
+        example: Content, for the message.
+
+    Raises:
+        UserError: There is no such file, it has another key, or as :func:`read_json`.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} needs to be there, as {example}")
+    settings = read_json(file)
+    for key in settings:
+        if key not in known:
+            meant = did_you_mean(key, known)
+            raise UserError(f"{file} has the key {key!r}; expected {', '.join(known)}{meant}")
+    return settings
 
 
 @contextmanager

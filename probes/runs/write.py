@@ -207,7 +207,6 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str
     model = record.settings["mllm"]
     # of both splits, if the files were checked in this process
     labels = {split: counts._asdict() for split, counts in data.labels.items()}
-    notes = {"labels": labels, "shared_images": [list(pair) for pair in data.shared_images]}
     return {
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
@@ -219,7 +218,7 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str
             "dataset": data.dataset,
             "options": data.options,
             "fingerprint": describe_digest(record.identity["data"]),
-            **(notes if labels else {}),
+            **({"labels": labels} | data.remarks if labels else {}),
         },
         "identity": record.identity,
         "mllm_training": read_training(Path(model)) or None,

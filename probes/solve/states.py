@@ -11,7 +11,7 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,16 @@ class Targets:
     prepared: PreparedMasks | NormalEquations
     scored: PreparedMasks | None
     fold_of: Tensor
+
+
+def target_bytes(probes: SiteProbes) -> int:
+    """Return the bytes of the prepared target of an image."""
+    grid = probes.mllm.grid
+    tokens = math.prod(grid)
+    if probes.task.loss is None:
+        return 8 * tokens * (5 + probes.channels)  # four diagonals and the weight; channels
+    nodes = math.prod(2 + NODES * (side - 1) for side in grid)
+    return 4 * (tokens * probes.channels + nodes)
 
 
 def site_groups(
@@ -105,24 +115,26 @@ def read(
     images = len(fold_of)
     batches = [part.tolist() for part in torch.arange(images).split(data.rank_batch_size)]
     states: dict[str, Tensor] = {}
-    parts: list[Any] = []
     device = solver_device(machine.device)
     label = f"states of {len(sites)} sites"
-    for batch in follow(data.loader(loaded, batches), len(batches), label, machine.progress):
-        batch = move_batch(batch, device)
-        with machine.forward_context():
-            found = probes.states(batch, sites)
-        index = batch["index"].cpu()
-        for site, x in found.items():
-            if site not in states:
-                states[site] = new_states((images, *x.shape[1:]), x.dtype, folder)
-            states[site][index] = x.cpu()
-        if targets is None and prepare:
-            parts.append(batch["masks"])
-        elif targets is None:
-            parts += [prepare_values(probes, target) for target in batch["target"]]
-    if targets is None and prepare:
-        masks = join_masks(parts)
+
+    def read_batches() -> Iterator[dict[str, Any]]:
+        for batch in follow(data.loader(loaded, batches), len(batches), label, machine.progress):
+            batch = move_batch(batch, device)
+            with machine.forward_context():
+                found = probes.states(batch, sites)
+            index = batch["index"].cpu()
+            for site, x in found.items():
+                if site not in states:
+                    states[site] = new_states((images, *x.shape[1:]), x.dtype, folder)
+                states[site][index] = x.cpu()
+            yield batch
+
+    if targets is not None:
+        for _ in read_batches():
+            pass
+    elif prepare:
+        masks = join_masks((batch["masks"] for batch in read_batches()), images)
         scored = scored_masks(
             masks,
             fold_of,
@@ -130,7 +142,10 @@ def read(
             prepare,
         )
         targets = Targets(masks, scored, fold_of)
-    elif targets is None:
+    else:
+        parts = [
+            prepare_values(probes, target) for batch in read_batches() for target in batch["target"]
+        ]
         targets = Targets(join_equations(parts), None, fold_of)
         check_values(targets.prepared, fold_of)
     return states, targets

@@ -148,8 +148,10 @@ def load_weights(
 
     Raises:
         UserError: Weights are damaged, missing, not finite, of other shapes, of more layers than the config has, not
-            merged with their updates, or quantised in a way that the config does not state.
+            merged with their updates, in two files, or quantised in a way that the config does not state.
     """
+    from transformers.utils.hub import cached_file
+
     check_merged(key, path, kwargs.get("revision"))
     with error_context(f"{key}: {path}"):
         model, info = reader.from_pretrained(
@@ -159,6 +161,9 @@ def load_weights(
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+    if "gguf_file" not in kwargs:
+        config_file = cached_file(path, "config.json", revision=kwargs.get("revision"))
+        check_shards(Path(config_file).parent)
 
     def is_inside(name: str) -> bool:
         """Return whether a tensor is one of a layer that the model has, or of a further one of its kind."""
@@ -239,12 +244,34 @@ def weight_files(directory: Path) -> list[Path]:
     return [file, *(directory / name for name in sorted(set(parts)))]
 
 
+def check_shards(directory: Path) -> None:
+    """Raise a UserError if a tensor is in another weight file than the index says; transformers keeps the last copy."""
+    from transformers.modeling_utils import load_state_dict
+
+    index, *shards = weight_files(directory)
+    if not shards:
+        return
+    named = read_json(index)["weight_map"].items()
+    owners = {name: directory / file for name, file in named}
+    for shard in shards:
+        with error_context(shard):
+            names = [*load_state_dict(shard, map_location="meta")]
+        for name in names:
+            owner = owners.setdefault(name, shard)
+            if owner != shard:
+                raise UserError(
+                    f"{shard} has {name}, which {index.name} names in {owner.name}: one of the two is stale. Remove "
+                    "it, e.g. download the checkpoint into an empty folder"
+                )
+
+
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     """Return the tensors of a directory's safetensors whose names contain `part`; the others are not read.
 
     Raises:
-        UserError: The directory has no weights, or a weight file is damaged or absent.
+        UserError: The directory has no weights, a weight file is damaged or absent, or a tensor is in two.
     """
+    check_shards(directory)
     matches = {}
     for file in weight_files(directory):
         if file.name.endswith(INDEX):

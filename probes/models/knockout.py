@@ -83,7 +83,7 @@ class Knockout:
 
     @property
     def is_eq_1(self) -> bool:
-        """Whether rows and columns are those of Eq. 1, which may block no token."""
+        """Whether rows and columns are those of Eq. 1, which may block no token of some images."""
         return self.names("rows") == (IMAGE,) and self.names("columns") == (BLOCKED,)
 
     def cut(
@@ -161,6 +161,10 @@ class Knockout:
                 got = f"{type(given)}, no tensor"
             raise UserError(
                 f"blocked must be bool[{batch}, {tokens}] (images, image tokens); got {got}"
+            )
+        if not given.any():
+            raise UserError(
+                "blocked has no token, so that the knockout changes nothing; leave it out"
             )
         return given
 
@@ -254,6 +258,13 @@ class Knockout:
                 f"the knockout changes nothing in row {unchanged[0]} of the batch: under this mask, no token of {rows} "
                 f"attends to one of {columns}; name columns that are in the prompt and that the rows may attend to"
             )
+
+
+def knockout_of(blocked: Tensor, layers: Sequence[int] | Tensor | None) -> Knockout | None:
+    """Return the knockout of tokens; None if there are none, whose knockout would be an error."""
+    if not blocked.any():
+        return None
+    return Knockout(blocked, layers)
 
 
 def _is_copy(given: Tensor | None, mask: Tensor) -> bool:

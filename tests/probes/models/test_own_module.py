@@ -99,7 +99,7 @@ class Skipping(Encoder):
         (
             None,
             {"parts": {"attn": "norm1", "mlp": "mlp"}},
-            "parts of blocks.0 do not add up",
+            "parts of blocks.0 do not add up .* LayerScale .*ls1",
         ),
         (
             Encoder(extra_last=True),
@@ -145,6 +145,29 @@ def test_a_function_that_does_more_to_a_square_is_refused(preprocess):
     """A crop would place masks beside their pixels."""
     with pytest.raises(UserError, match="does more to a square of 32 px"):
         load(preprocess=preprocess)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "message"),
+    [
+        (
+            lambda image: torch.zeros(3, SIDE_PX, SIDE_PX),
+            "does not depend on the image; expected a tensor f",
+        ),
+        (
+            lambda image: resized(image)[None],
+            r"returned a Tensor \[1, 3, 32, 32\]; expected a tensor f",
+        ),
+        (lambda image: resized(image).numpy(), r"returned a ndarray \[3, 32, 32\]; expected"),
+        (lambda image: image, r"returned a Image \[\]; expected"),
+    ],
+)
+@pytest.mark.parametrize("image_px", [None, SIDE_PX])
+def test_a_function_that_does_not_return_the_images_pixels_is_refused(
+    preprocess, message, image_px
+):
+    with pytest.raises(UserError, match=message):
+        load(preprocess=preprocess, image_px=image_px)
 
 
 # ------------------------------------------------------------------------------------------------ controls

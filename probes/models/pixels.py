@@ -54,24 +54,42 @@ def read_image_processors(
         if settings.get("do_normalize") is False:  # files need not have numbers that nothing reads
             for mean, std in family.normalisations:
                 settings |= {mean: [0.0] * 3, std: [1.0] * 3}
+        rescaling = {
+            "do_rescale": settings.get("do_rescale", True),
+            "rescale_factor": settings.get("rescale_factor", 1 / 255),
+        }
+        white = _white(**rescaling)
         for key in (key for keys in family.normalisations for key in keys):
             value = settings.get(key) or ()
-            if len(value) != 3 or not all(0 < x < 256 or (x == 0 and "mean" in key) for x in value):
-                raise UserError(f"{key} is {settings.get(key)}; expected three positive numbers")
+            is_mean = "mean" in key
+            if len(value) != 3 or not all(0 < x <= white or (x == 0 and is_mean) for x in value):
+                raise UserError(
+                    f"{key} is {settings.get(key)}; expected three positive numbers, not above that of white, {white:g}"
+                )
         rule = _resize_rule(settings, family)
     processors = [
         CLIPImageProcessorPil(
             do_resize=False,
             do_center_crop=False,
-            do_rescale=settings.get("do_rescale", True),
             do_normalize=settings.get("do_normalize", True),
-            rescale_factor=settings.get("rescale_factor", 1 / 255),
+            **rescaling,
             image_mean=settings[mean],
             image_std=settings[std],
         )
         for mean, std in family.normalisations
     ]
     return processors, rule
+
+
+def _white(do_rescale: bool, rescale_factor: float) -> float:
+    """Return the value of white before the normalisation."""
+    return 255 * rescale_factor if do_rescale else 255.0
+
+
+def mean_colour(processor: CLIPImageProcessorPil) -> tuple[int, ...]:
+    """Return the colour that the normalisation of a processor makes zero, 0..255 by channel."""
+    white = _white(processor.do_rescale, processor.rescale_factor)
+    return tuple(int(255 * (mean / white)) for mean in processor.image_mean)
 
 
 def _read_processor_settings(

@@ -15,8 +15,9 @@ from PIL import Image
 from tiny_families import MEAN, SIDE, STD
 
 import probes
+from llava_bidir.common.errors import UserError
 from probes.models.families import FAMILIES
-from probes.models.pixels import read_image_processors
+from probes.models.pixels import mean_colour, read_image_processors
 from probes.ops.geometry import ResizeRule
 
 pytestmark = pytest.mark.usefixtures("small_squares")
@@ -299,6 +300,25 @@ RULES = {
     ),
     "no class and no filter": ({"do_center_crop": False}, ResizeRule("squash")),
 }
+
+
+def test_padding_is_the_mean_of_pixels_of_any_range(tmp_path):
+    """As 0 to 255, which a file says by `do_rescale`; means above white would make it white."""
+    file = tmp_path / "preprocessor_config.json"
+    means = {"image_mean": MEAN, "image_std": STD}
+    of_255 = {key: [255 * x for x in values] for key, values in means.items()}
+    colours = []
+    for settings in (means, of_255 | {"do_rescale": False}):
+        file.write_text(json.dumps(settings))
+        processors, _ = read_image_processors(str(tmp_path), FAMILIES["clip"])
+        colours.append(mean_colour(processors[-1]))
+        padded = Image.new("RGB", (8, 8), colours[-1])
+        (pixels,) = processors[-1](padded, return_tensors="pt")["pixel_values"]
+        assert pixels.abs().max() <= 1 / 255 / min(STD)
+    assert colours[0] == colours[1]
+    file.write_text(json.dumps(of_255))
+    with pytest.raises(UserError, match="not above that of white, 1"):
+        read_image_processors(str(tmp_path), FAMILIES["clip"])
 
 
 @pytest.mark.parametrize("kind", RULES)

@@ -5,6 +5,7 @@ transformers or this package has the class of every supported model. The checks 
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from datetime import date
 from importlib import import_module
@@ -280,6 +281,11 @@ def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
             names = [name for name in tensors.keys() if part in name]
             matches |= {name: tensors.get_tensor(name) for name in names}
     return matches
+
+
+def max_positions(config: "PreTrainedConfig") -> int:
+    """Return the positions of an LLM, of image and text together; `sys.maxsize` if its config states no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
 
 
 def greedy_config(

@@ -17,6 +17,7 @@ from llava_bidir.common.hf import (
     FIXED_DATE,
     PROMPT_DATE,
     FiniteLogits,
+    max_positions,
     read_training,
 )
 from llava_bidir.common.identity import (
@@ -33,7 +34,7 @@ from llava_bidir.model.build import (
     build_model,
     build_processor,
     check_same_parents,
-    max_positions,
+    read_llm_config,
     set_trainable,
 )
 from llava_bidir.model.encoders import Encoder
@@ -118,7 +119,7 @@ class LlavaTraining(LightningModule):
             block_ids_of(image_attention)
         self.processor = build_processor(self.encoder, llm, image_resize, template)
         self.image_tokens = self.encoder.image_tokens(self.encoder.load_config())
-        self.max_positions = max_positions(llm)
+        self.max_positions = max_positions(read_llm_config(llm))
         self.model = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
         self.step: list[tuple[Tensor, int, list[str]]] = []  # losses, supervised tokens, records

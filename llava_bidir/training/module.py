@@ -320,6 +320,7 @@ class LlavaTraining(LightningModule):
             if not k.startswith(RATE) and k.removeprefix("train/") not in TIMING_METRICS
         }
         checkpoint["identity"] = self.identity
+        checkpoint["folder"] = str(Path.cwd())  # where relative paths of the settings begin
         checkpoint["progress"] = {
             "global_batch": self.trainer.datamodule.batch_size,
             "steps": self.trainer.global_step,

@@ -164,7 +164,7 @@ def load_weights(
         )
     if "gguf_file" not in kwargs:
         config_file = cached_file(path, "config.json", revision=kwargs.get("revision"))
-        check_shards(Path(config_file).parent)
+        tensor_files(Path(config_file).parent)  # raises
 
     def is_inside(name: str) -> bool:
         """Return whether a tensor is one of a layer that the model has, or of a further one of its kind."""
@@ -245,41 +245,42 @@ def weight_files(directory: Path) -> list[Path]:
     return [file, *(directory / name for name in sorted(set(parts)))]
 
 
-def check_shards(directory: Path) -> None:
-    """Raise a UserError if a tensor is in another weight file than the index says; transformers keeps the last copy."""
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Return the weight file of each tensor of a directory.
+
+    Raises:
+        UserError: The directory has no weights, a weight file is damaged or absent, or one has a tensor that is in
+            another one by the index; transformers would keep the last copy.
+    """
     from transformers.modeling_utils import load_state_dict
 
     index, *shards = weight_files(directory)
-    if not shards:
-        return
-    named = read_json(index)["weight_map"].items()
-    owners = {name: directory / file for name, file in named}
-    for shard in shards:
+    files = {}
+    if shards:
+        files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
+    for shard in shards or [index]:
         with error_context(shard):
             names = [*load_state_dict(shard, map_location="meta")]
         for name in names:
-            owner = owners.setdefault(name, shard)
-            if owner != shard:
+            if files.setdefault(name, shard) != shard:
                 raise UserError(
-                    f"{shard} has {name}, which {index.name} names in {owner.name}: one of the two is stale. Remove "
-                    "it, e.g. download the checkpoint into an empty folder"
+                    f"{shard} has {name}, which {index.name} names in {files[name].name}: one of the two is stale. "
+                    "Remove it, e.g. download the checkpoint into an empty folder"
                 )
+    return files
 
 
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     """Return the tensors of a directory's safetensors whose names contain `part`; the others are not read.
 
     Raises:
-        UserError: The directory has no weights, a weight file is damaged or absent, or a tensor is in two.
+        UserError: As :func:`tensor_files`.
     """
-    check_shards(directory)
     matches = {}
-    for file in weight_files(directory):
-        if file.name.endswith(INDEX):
-            continue
-        with error_context(file), safe_open(file, "pt") as tensors:
-            names = [name for name in tensors.keys() if part in name]
-            matches |= {name: tensors.get_tensor(name) for name in names}
+    for name, file in tensor_files(directory).items():
+        if part in name:
+            with error_context(file), safe_open(file, "pt") as tensors:
+                matches[name] = tensors.get_tensor(name)
     return matches
 
 

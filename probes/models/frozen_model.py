@@ -20,7 +20,6 @@ from .families import EncoderFamily, Family, own_image_attention
 from .families.sites import all_sites, chosen_sites, encoder_sites, part_width
 from .features import similarity
 from .knockout import Knockout
-from .pixels import mean_colour
 from .reading import Replacement, read_states
 from .sites import layer_around, layer_number, layer_site, part_of
 
@@ -83,7 +82,8 @@ class FrozenModel(nn.Module):
         self.sites = family.sites(model.config)
         self.widths = Widths(family.widths(model.config), self._find_width)
         # the last one's pixels are those of the square; DeepSeek-VL makes the smaller ones of them
-        colour = resize_rule.padding or mean_colour(image_processors[-1])
+        mean_colour = tuple(int(255 * x) for x in image_processors[-1].image_mean)
+        colour = resize_rule.padding or mean_colour
         side = family.side_px(model.config)
         covered = family.covered_px(model.config)
         self.geometry = Geometry(self.grid, side, covered, resize_rule, colour)

@@ -77,7 +77,7 @@ class MeasuredMask:
         kinds: Kind of each layer, as transformers names it, L of them.
         seen: bool[L, M, N]: a measured token attends to the token.
         claimed: bool[L, M, N]: a measured token may attend to the token.
-        measured: long[M], which of the N tokens are measured.
+        tokens: long[M], which of the N are measured.
         is_image: bool[N].
     """
 
@@ -85,7 +85,7 @@ class MeasuredMask:
     kinds: list[str]
     seen: Tensor
     claimed: Tensor
-    measured: Tensor
+    tokens: Tensor
     is_image: Tensor
 
     def directions(self) -> dict[str, list[Direction]]:
@@ -122,12 +122,12 @@ class MeasuredMask:
 
     def _pairs(self) -> dict[str, Tensor]:
         """Return the pairs of each direction, bool[M, N]; only those that there are."""
-        attending = self.measured[:, None]
-        tokens = torch.arange(len(self.is_image))
+        attending = self.tokens[:, None]
+        attended = torch.arange(len(self.is_image))
         pairs = {}
         for name, (from_image, to_image, is_earlier) in DIRECTIONS.items():
             fits = (self.is_image[attending] == from_image) & (self.is_image == to_image)
-            in_order = tokens < attending if is_earlier else tokens > attending
+            in_order = attended < attending if is_earlier else attended > attending
             pairs[name] = fits & in_order
         return {name: of_name for name, of_name in pairs.items() if of_name.any()}
 
@@ -224,7 +224,7 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
         kinds=kinds,
         seen=torch.stack(seen),
         claimed=_claimed(mllm, is_image, kinds)[:, measured],
-        measured=measured,
+        tokens=measured,
         is_image=is_image[0].cpu(),
     )
 

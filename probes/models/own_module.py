@@ -171,16 +171,12 @@ def normalisation(preprocess: Preprocess, side: int) -> tuple[list[float], list[
     white = _preprocessed(preprocess, _plain("white", side))
     seen = _preprocessed(preprocess, Image.fromarray(levels))
     expected = black + (white - black) * torch.from_numpy(levels).movedim(-1, 0) / 255
-    if not _is_close(seen, expected, TOLERANCE):
-        raise UserError(
-            f"preprocess does more to a square of {side} px than to shift and scale each channel, so that masks cannot "
-            "be placed. Give (mean, std) instead, with image_px and, for the way in which photos become squares, "
-            "image_resize"
-        )
     span = (white - black).mean((1, 2))
-    if not span.all():
+    if not _is_close(seen, expected, TOLERANCE) or not span.all():
         raise UserError(
-            f"a channel of what preprocess returns does not depend on the image; expected {PREPROCESSED}"
+            f"preprocess does more to a square of {side} px than to shift and scale each channel, or ignores it, so "
+            "that masks cannot be placed. Give (mean, std) instead, with image_px and, for the way in which photos "
+            "become squares, image_resize"
         )
     std = 1 / span
     mean = -black.mean((1, 2)) * std
@@ -193,7 +189,7 @@ def _preprocessed(preprocess: Preprocess, image: Image.Image) -> Tensor:
     if not isinstance(pixels, Tensor) or pixels.ndim != 3 or len(pixels) != 3:
         shape = list(getattr(pixels, "shape", []))
         raise UserError(
-            f"preprocess returned a {type(pixels).__name__} {shape}; expected {PREPROCESSED}"
+            f"preprocess returned a {type(pixels).__name__} {shape}; expected a tensor f[3, S, S]"
         )
     return pixels.float()
 

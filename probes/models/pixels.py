@@ -39,7 +39,7 @@ MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of
 def read_image_processors(
     path: str, family: Family | EncoderFamily, **hub: Any
 ) -> tuple[list[CLIPImageProcessorPil], ResizeRule]:
-    """Return an image processor per normalisation, without resizing, and how the checkpoint resizes.
+    """Return an image processor per normalisation, of pixels of 0 to 1, and how the checkpoint resizes.
 
     Settings that the file lacks are those of the class that it names.
 
@@ -54,11 +54,9 @@ def read_image_processors(
         if settings.get("do_normalize") is False:  # files need not have numbers that nothing reads
             for mean, std in family.normalisations:
                 settings |= {mean: [0.0] * 3, std: [1.0] * 3}
-        rescaling = {
-            "do_rescale": settings.get("do_rescale", True),
-            "rescale_factor": settings.get("rescale_factor", 1 / 255),
-        }
-        white = _white(**rescaling)
+        white = 255.0
+        if settings.get("do_rescale", True):
+            white *= settings.get("rescale_factor", 1 / 255)
         for key in (key for keys in family.normalisations for key in keys):
             value = settings.get(key) or ()
             is_mean = "mean" in key
@@ -71,25 +69,12 @@ def read_image_processors(
         CLIPImageProcessorPil(
             do_resize=False,
             do_center_crop=False,
-            do_normalize=settings.get("do_normalize", True),
-            **rescaling,
-            image_mean=settings[mean],
-            image_std=settings[std],
+            image_mean=[x / white for x in settings[mean]],
+            image_std=[x / white for x in settings[std]],
         )
         for mean, std in family.normalisations
     ]
     return processors, rule
-
-
-def _white(do_rescale: bool, rescale_factor: float) -> float:
-    """Return the value of white before the normalisation."""
-    return 255 * rescale_factor if do_rescale else 255.0
-
-
-def mean_colour(processor: CLIPImageProcessorPil) -> tuple[int, ...]:
-    """Return the colour that the normalisation of a processor makes zero, 0..255 by channel."""
-    white = _white(processor.do_rescale, processor.rescale_factor)
-    return tuple(int(255 * (mean / white)) for mean in processor.image_mean)
 
 
 def _read_processor_settings(

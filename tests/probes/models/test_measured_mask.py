@@ -23,7 +23,7 @@ def assert_is(measured, allowed) -> None:
     pairs = {name: [] for name in measured_mask.DIRECTIONS}
     is_image = measured.is_image.tolist()
     for layer in measured.seen.tolist():
-        for query, row in zip(measured.measured.tolist(), layer, strict=True):
+        for query, row in zip(measured.tokens.tolist(), layer, strict=True):
             for key, seen in enumerate(row):
                 if key != query:
                     assert seen == allowed(is_image, query, key), (query, key)
@@ -74,7 +74,7 @@ def test_a_registered_mask_is_measured_pair_by_pair(name, of_sixteen):
 def test_of_a_large_image_some_tokens_are_measured(of_sixteen, monkeypatch):
     monkeypatch.setattr(measured_mask, "MOST_IMAGE_TOKENS", 5)
     measured = of_sixteen("bidirectional").measured_mask()
-    assert measured.is_image[measured.measured].sum() == 5
+    assert measured.is_image[measured.tokens].sum() == 5
     assert_is(measured, partial(reference.allowed, "bidirectional"))
 
 

@@ -152,7 +152,7 @@ def test_a_function_that_does_more_to_a_square_is_refused(preprocess):
     [
         (
             lambda image: torch.zeros(3, SIDE_PX, SIDE_PX),
-            "does not depend on the image; expected a tensor f",
+            "shift and scale each channel, or ignores it",
         ),
         (
             lambda image: resized(image)[None],

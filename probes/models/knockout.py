@@ -81,11 +81,6 @@ class Knockout:
         """Whether rows or columns are about the blocked tokens."""
         return BLOCKED in (*self.names("rows"), *self.names("columns"))
 
-    @property
-    def is_eq_1(self) -> bool:
-        """Whether rows and columns are those of Eq. 1, which may block no token of some images."""
-        return self.names("rows") == (IMAGE,) and self.names("columns") == (BLOCKED,)
-
     def cut(
         self,
         mask: Tensor,
@@ -245,11 +240,16 @@ class Knockout:
         missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
         if missed:
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}")
-        if effect is None and not self.is_eq_1:
+        if effect is None:
             self.check_effect(changed, on_device[:, :depth].any(1))
 
     def check_effect(self, changed: Tensor, is_cut: Tensor) -> None:
-        """Raise a UserError if a row of the batch that is cut in some layer keeps all its pairs, both bool[B]."""
+        """Raise a UserError if a row of the batch that is cut in some layer keeps all its pairs, both bool[B].
+
+        Eq. 1 may block no token of some images.
+        """
+        if self.names("rows") == (IMAGE,) and self.names("columns") == (BLOCKED,):
+            return
         unchanged = (is_cut & ~changed).nonzero().flatten().tolist()
         if unchanged:
             rows = " and ".join(self.names("rows"))

@@ -187,9 +187,9 @@ def _preprocessed(preprocess: Preprocess, image: Image.Image) -> Tensor:
     """Return the pixels f32[3, S, S] of a function of an image; raise a UserError if it returns something else."""
     pixels = preprocess(image)
     if not isinstance(pixels, Tensor) or pixels.ndim != 3 or len(pixels) != 3:
-        shape = list(getattr(pixels, "shape", []))
         raise UserError(
-            f"preprocess returned a {type(pixels).__name__} {shape}; expected a tensor f[3, S, S]"
+            f"preprocess returned a {type(pixels).__name__}, shape {getattr(pixels, 'shape', '')}; expected a tensor "
+            "f[3, S, S] of a PIL image"
         )
     return pixels.float()
 

@@ -156,10 +156,13 @@ def test_a_function_that_does_more_to_a_square_is_refused(preprocess):
         ),
         (
             lambda image: resized(image)[None],
-            r"returned a Tensor \[1, 3, 32, 32\]; expected a tensor f",
+            r"returned a Tensor, shape .*\[1, 3, 32, 32\].*; expected a tensor f",
         ),
-        (lambda image: resized(image).numpy(), r"returned a ndarray \[3, 32, 32\]; expected"),
-        (lambda image: image, r"returned a Image \[\]; expected"),
+        (
+            lambda image: resized(image).numpy(),
+            r"returned a ndarray, shape \(3, 32, 32\); expected",
+        ),
+        (lambda image: image, "returned a Image, .*; expected"),
     ],
 )
 @pytest.mark.parametrize("image_px", [None, SIDE_PX])

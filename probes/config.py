@@ -265,7 +265,7 @@ class MaskOptions:
     """Options of `probes mask`.
 
     Args:
-        mllm: Checkpoint directory or hub id; loaded in float32.
+        mllm: Checkpoint directory or hub id; loaded in float32. Of an image of more than 256 tokens, 256 are measured.
         image_attention: Image attention that `probes` applies, instead of the model's own forward.
     """
 

@@ -14,6 +14,10 @@ def run(options: ExportOptions) -> None:
         UserError: There is no checkpoint of `llava-bidir fit`.
     """
     checkpoint = options.source
+    if (checkpoint / "config.json").is_file():
+        raise UserError(
+            f"{checkpoint} is an exported model; expected the folder of a run, or a checkpoint of it"
+        )
     if (checkpoint / "checkpoints").is_dir():
         checkpoint = last_checkpoint(checkpoint / "checkpoints")
     if checkpoint is None or not checkpoint.exists():

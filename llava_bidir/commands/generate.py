@@ -21,6 +21,7 @@ from llava_bidir.common.hf import (
     FiniteLogits,
     greedy_config,
     load_weights,
+    max_positions,
     read_model_config,
     read_pretrained,
 )
@@ -133,7 +134,7 @@ def answer(
         UserError: A prompt exceeds the LLM's positions, or logits are NaN or infinite.
     """
     inputs = build_prompts(processor, questions, images).to(model.device, model.dtype)
-    positions = model.config.get_text_config().max_position_embeddings
+    positions = max_positions(model.config)
     longest = inputs["input_ids"].shape[1]
     lengths = inputs["attention_mask"].sum(1).tolist()
     if longest >= positions:

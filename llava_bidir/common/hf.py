@@ -6,6 +6,7 @@ transformers or this package has the class of every supported model. The checks 
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from datetime import date
 from importlib import import_module
@@ -156,8 +157,10 @@ def load_weights(
 
     Raises:
         UserError: Weights are damaged, missing, not finite, of other shapes, of more layers than the config has, not
-            merged with their updates, or quantised in a way that the config does not state.
+            merged with their updates, in two files, or quantised in a way that the config does not state.
     """
+    from transformers.utils.hub import cached_file
+
     check_merged(key, path, kwargs.get("revision"))
     with error_context(f"{key}: {path}"):
         model, info = reader.from_pretrained(
@@ -167,6 +170,9 @@ def load_weights(
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+    if "gguf_file" not in kwargs:
+        config_file = cached_file(path, "config.json", revision=kwargs.get("revision"))
+        tensor_files(Path(config_file).parent)  # raises
 
     def is_inside(name: str) -> bool:
         """Return whether a tensor is one of a layer that the model has, or of a further one of its kind."""
@@ -247,20 +253,48 @@ def weight_files(directory: Path) -> list[Path]:
     return [file, *(directory / name for name in sorted(set(parts)))]
 
 
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Return the weight file of each tensor of a directory.
+
+    Raises:
+        UserError: The directory has no weights, a weight file is damaged or absent, or one has a tensor that is in
+            another one by the index; transformers would keep the last copy.
+    """
+    from transformers.modeling_utils import load_state_dict
+
+    index, *shards = weight_files(directory)
+    files = {}
+    if shards:
+        files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
+    for shard in shards or [index]:
+        with error_context(shard):
+            names = [*load_state_dict(shard, map_location="meta")]
+        for name in names:
+            if files.setdefault(name, shard) != shard:
+                raise UserError(
+                    f"{shard} has {name}, which {index.name} names in {files[name].name}: one of the two is stale. "
+                    "Remove it, e.g. download the checkpoint into an empty folder"
+                )
+    return files
+
+
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     """Return the tensors of a directory's safetensors whose names contain `part`; the others are not read.
 
     Raises:
-        UserError: The directory has no weights, or a weight file is damaged or absent.
+        UserError: As :func:`tensor_files`.
     """
     matches = {}
-    for file in weight_files(directory):
-        if file.name.endswith(INDEX):
-            continue
-        with error_context(file), safe_open(file, "pt") as tensors:
-            names = [name for name in tensors.keys() if part in name]
-            matches |= {name: tensors.get_tensor(name) for name in names}
+    for name, file in tensor_files(directory).items():
+        if part in name:
+            with error_context(file), safe_open(file, "pt") as tensors:
+                matches[name] = tensors.get_tensor(name)
     return matches
+
+
+def max_positions(config: "PreTrainedConfig") -> int:
+    """Return the positions of an LLM, of image and text together; `sys.maxsize` if its config states no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
 
 
 def greedy_config(

@@ -1,6 +1,7 @@
 """LightningDataModule for LLaVA conversations."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class InstructionData(LightningDataModule):
         seed: Decides the order of samples.
         processor: Tokenizer and image processor; linked from the model by the command line.
         image_tokens: T, image tokens per image; linked from the model by the command line.
-        max_positions: Positions of the LLM, None for no limit; linked from the model by the command line.
+        max_positions: Positions of the LLM; linked from the model by the command line.
     """
 
     sets_on_trainer = ("accumulate_grad_batches",)
@@ -61,7 +62,7 @@ class InstructionData(LightningDataModule):
         seed: int = 0,
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,
-        max_positions: int | None = None,
+        max_positions: int = sys.maxsize,
     ):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["processor", "max_positions"])
@@ -73,8 +74,7 @@ class InstructionData(LightningDataModule):
         self.group_by_length = group_by_length
         self.seed = seed
         self.num_workers = min(num_workers, usable_cores())
-        if max_positions is not None:
-            max_length = min(max_length, max_positions)
+        max_length = min(max_length, max_positions)
         self.collate = Collate(processor, image_tokens, template, max_length)
         self.trained_micro_batches = 0
 

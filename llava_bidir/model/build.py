@@ -131,12 +131,6 @@ def read_llm_config(path: str) -> PreTrainedConfig:
     return config.text_config if isinstance(config, LlavaConfig) else config
 
 
-def max_positions(llm: str) -> int | None:
-    """Return the positions of an LLM, of image and text together; None if its config states no limit."""
-    config = read_llm_config(llm).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
-
-
 def build_model(
     encoder: Encoder,
     llm: str,

@@ -24,6 +24,7 @@ from llava_bidir.common.hf import (
     FIXED_DATE,
     PROMPT_DATE,
     FiniteLogits,
+    max_positions,
     read_model_config,
     read_training,
 )
@@ -41,7 +42,7 @@ from llava_bidir.model.build import (
     build_model,
     build_processor,
     check_same_parents,
-    max_positions,
+    read_llm_config,
     set_trainable,
 )
 from llava_bidir.model.encoders import Encoder
@@ -128,7 +129,7 @@ class LlavaTraining(LightningModule):
             block_ids_of(image_attention)
         self.processor = build_processor(self.encoder, llm, image_resize, template)
         self.image_tokens = self.encoder.image_tokens(self.encoder.load_config())
-        self.max_positions = max_positions(llm)
+        self.max_positions = max_positions(read_llm_config(llm))
         self.model = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
         self.step: list[tuple[Tensor, int, list[str]]] = []  # losses, supervised tokens, records
@@ -335,6 +336,7 @@ class LlavaTraining(LightningModule):
             if not k.startswith(RATE) and k.removeprefix("train/") not in TIMING_METRICS
         }
         checkpoint["identity"] = self.identity
+        checkpoint["folder"] = str(Path.cwd())  # where relative paths of the settings begin
         checkpoint["progress"] = {
             "global_batch": self.trainer.datamodule.batch_size,
             "steps": self.trainer.global_step,

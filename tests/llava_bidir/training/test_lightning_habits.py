@@ -1,6 +1,8 @@
 """What a user of LightningCLI types: it works, or one sentence says what there is instead."""
 
 import csv
+import os
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -98,13 +100,21 @@ def test_what_a_run_cannot_record_or_resume_is_refused(words, parts, conversatio
         "--trainer.callbacks.save_last=true --trainer.callbacks.every_n_train_steps=1",
     ],
 )
-def test_the_final_step_has_a_checkpoint(options, parts, conversations, tmp_path):
-    """Lightning saves after validations, where there are any: `export RUN` wrote older weights than RUN/hf."""
+def test_the_final_step_has_a_checkpoint(options, parts, conversations, tmp_path, monkeypatch):
+    """Lightning saves after validations, where there are any: `export RUN` wrote older weights than RUN/hf.
+
+    The folder of the training may be another one than that of the export.
+    """
+    encoder, llm = parts
+    parts = replace(encoder, path=os.path.relpath(encoder.path)), os.path.relpath(llm)
     run = tiny_models.fit(
         parts,
         conversations,
         tmp_path / "run",
         *options.split(),
     )
-    main(["export", str(run), str(tmp_path / "exported")])
+    monkeypatch.chdir(tmp_path)
+    main(["export", str(run), "exported"])
+    with pytest.raises(SystemExit, match="hf is an exported model; expected the folder of a run"):
+        main(["export", "run/hf", "again"])
     assert_same_export(run / "hf", tmp_path / "exported")

@@ -53,7 +53,9 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
         sys.exit(2)
     except UserError as error:
         # torch prepends the traceback of a worker
-        message = re.sub(r"(?s)Caught \w+ in DataLoader worker.*\n[\w.]+: ", "", str(error))
+        message = re.sub(
+            r"(?s)Caught \w+ in DataLoader worker.*\n(Original )?[\w.]+: ", "", str(error)
+        )
         sys.exit(f"{program}: {message.strip()}")
 
 

@@ -1,6 +1,7 @@
 """Write the files of a finished run; `runs/read.py` lists the files and reads them back."""
 
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -237,7 +238,9 @@ def _absolute(path: str) -> str:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the clone that this code is in; None if it is installed, also inside another repository."""
+    """Return the commit of the clone that this code is in; None without git, or if it is installed, also in a clone."""
+    if not shutil.which("git"):
+        return None
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()

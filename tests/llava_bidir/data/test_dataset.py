@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import datasets
 import pytest
+import small_disks
 import tiny_models
 import torch
 from hypothesis import given
@@ -15,6 +16,7 @@ from json_values import json_values, text
 from PIL import Image
 from tiny_models import turns
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.dataset import Instructions, read_annotations
 from llava_bidir.model.build import build_model, build_processor
@@ -45,6 +47,15 @@ def test_edited_file_is_read_again(tmp_path):
     assert len(read_annotations(path)) == 1
     write(tmp_path / "data.json", [record(), record(id=8)])
     assert len(read_annotations(path)) == 2
+
+
+@pytest.mark.parametrize("options", ["size=16k", "size=16k,ro"])
+def test_a_cache_that_takes_nothing_is_named_with_hf_home(options, tmp_path, monkeypatch):
+    path = write(tmp_path / "data.json", [record()] * 1000)
+    with small_disks.mounted(tmp_path / "disk", options) as disk:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", disk / "cache")
+        with pytest.raises(UserError, match=f"cannot write {disk}/cache: .*; set HF_HOME to"):
+            read_annotations(path)
 
 
 OUTSIDE = "record 0: 'image' must be the path of one image inside data.images, got"

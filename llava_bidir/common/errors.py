@@ -77,6 +77,9 @@ class OneLineErrors:
         if not self.exit_on_error:  # jsonargparse's parser of a class; its caller adds the key
             raise argparse.ArgumentError(None, message) from ex
         line = " ".join(message.split()).removeprefix('Parser key "config": ')
+        line = line.replace(
+            "in set_parsing_settings to", "in a file of --import, whose classes are allowed, to"
+        )
         if found := NAMED.search(line):
             name = ".".join(filter(None, found.groups()))
             action = getattr(self, "_subcommands_action", None)  # of LightningCLI's parser

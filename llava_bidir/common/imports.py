@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import set_parsing_settings
+
 from .errors import UsageError
 
 OPTION = "--import"
@@ -58,5 +60,6 @@ def _import(file: str) -> None:
     if spec is None or spec.origin is None or not path.samefile(spec.origin):
         raise UsageError(f"{OPTION} {file}: there is a module {path.stem!r} already; rename it")
     importlib.import_module(path.stem)
+    set_parsing_settings(import_path_allowlist=[path.stem])  # configs may name its classes
     if file not in _files:
         _files.append(file)

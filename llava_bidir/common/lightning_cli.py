@@ -56,7 +56,7 @@ REFUSED = (
 )
 
 
-# What a config names is imported and called, under a key of type Any too, from these only; `--import FILE.py` adds a module of one's own
+# A config imports and calls, also under a key of type Any, nothing but these; `--import FILE.py` adds a module
 set_parsing_settings(
     import_path_denylist=["*"],
     import_path_allowlist=["lightning", "llava_bidir", "probes"],

@@ -55,7 +55,9 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
         sys.exit(2)
     except UserError as error:
         # torch prepends the traceback of a worker
-        message = re.sub(r"(?s)Caught \w+ in DataLoader worker.*\n[\w.]+: ", "", str(error))
+        message = re.sub(
+            r"(?s)Caught \w+ in DataLoader worker.*\n(Original )?[\w.]+: ", "", str(error)
+        )
         sys.exit(f"{program}: {message.strip()}")
 
 
@@ -78,6 +80,9 @@ class OneLineErrors:
             raise argparse.ArgumentError(None, message) from ex
         line = " ".join(message.split()).removeprefix('Parser key "config": ')
         line = OPTIONAL.sub(r"\1.", line)
+        line = line.replace(
+            "in set_parsing_settings to", "in a file of --import, whose classes are allowed, to"
+        )
         if found := NAMED.search(line):
             name = ".".join(filter(None, found.groups()))
             action = getattr(self, "_subcommands_action", None)  # of LightningCLI's parser

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from jsonargparse import set_parsing_settings
+
 from .errors import UsageError, UserError
 
 OPTION = "--import"
@@ -74,5 +76,6 @@ def _import(file: str) -> None:
         raise UsageError(f"{OPTION} {file}: there is a module {path.stem!r} already; rename it")
     with code_of(file):
         importlib.import_module(path.stem)
+    set_parsing_settings(import_path_allowlist=[path.stem])  # configs may name its classes
     if file not in _files:
         _files.append(file)

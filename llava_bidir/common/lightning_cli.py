@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import set_parsing_settings
 from lightning import (
     Callback,
     LightningModule,
@@ -58,6 +57,13 @@ REFUSED = {
     Timer: "trainer.max_time would count the epoch that it ends as complete; set trainer.max_steps",
     WeightAveraging: AVERAGES,
 }
+
+
+# A config imports and calls, also under a key of type Any, nothing but these; `--import FILE.py` adds a module
+set_parsing_settings(
+    import_path_denylist=["*"],
+    import_path_allowlist=["lightning", "llava_bidir", "probes"],
+)
 
 
 class ConfigParser(OneLineErrors, LightningArgumentParser):
@@ -172,11 +178,6 @@ class RunCLI(LightningCLI):
                     callback.replaced = plan.replaced
             yield plan
 
-    def instantiate_classes(self) -> None:
-        """Build model, data and trainer, of classes that a config may name."""
-        check_classes(self.config)
-        super().instantiate_classes()
-
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently replace the command line's settings by the checkpoint's.
 
@@ -235,27 +236,6 @@ class LogProgress(Callback):
         if trainer.is_global_zero and is_due and not loop._should_accumulate():
             loss = trainer.callback_metrics.get("train/loss", outputs["loss"])
             log.info(f"step {step} of {optimizer_steps(trainer)}, loss {loss:.4g}")
-
-
-def check_classes(config: Any) -> None:
-    """Raise if a config names as `class_path` anything but a class of Lightning's, or one that extends it.
-
-    Under a key of type Any, such as `data.options`, jsonargparse would call whatever it names, `os.system` too.
-
-    Raises:
-        UserError: Names it.
-    """
-    if isinstance(config, Namespace):
-        config = vars(config)
-    if isinstance(config, dict):
-        path = config.get("class_path")
-        bases = getattr(locate(str(path)), "__mro__", [])
-        if path and not any(base.__module__.startswith("lightning.") for base in bases):
-            raise UserError(f"config: class_path {path!r} is not a subclass of one of Lightning's")
-        config = [*config.values()]
-    if isinstance(config, list | tuple):
-        for value in config:
-            check_classes(value)
 
 
 def check_trainer(

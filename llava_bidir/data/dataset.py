@@ -31,7 +31,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.files import sha256
+from llava_bidir.common.files import names_full_disk, sha256
 from llava_bidir.common.images import read_image
 
 from .collate import Collate
@@ -67,8 +67,10 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         digest = sha256(Path(path))
     # the cache's key has the content: an archive that is unpacked over a file keeps size and modification time
     source = {"path": os.path.realpath(path), "digest": digest, "rules": RULES}
+    cache = datasets.config.HF_DATASETS_CACHE
     try:
-        return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
+        with names_full_disk(cache, "set HF_HOME to a folder that has space and can be written"):
+            return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
 

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -238,7 +239,9 @@ def _absolute(path: str) -> str:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the clone that this code is in; None if it is installed, also inside another repository."""
+    """Return the commit of the clone that this code is in; None without git, or if it is installed, also in a clone."""
+    if not shutil.which("git"):
+        return None
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()

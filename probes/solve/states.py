@@ -7,7 +7,6 @@ probes to the last bit.
 Legend: N training images, T tokens, d width.
 """
 
-import errno
 import math
 import os
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import names_full_disk
 from probes.data.batches import MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
 from probes.machine import Machine, solver_device
@@ -183,16 +182,10 @@ def new_states(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) ->
     size = numbers * dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        try:
+        need = f"a site takes {size / 1e9:.3g} GB, more than --memory-gb"
+        with names_full_disk(folder, f"{need}; choose another --out, or fewer images"):
             if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
                 os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"the states of a site take {size / 1e9:.3g} GB, more than --memory-gb, and more than the disk of "
-                f"{folder} has; choose another --out, or fewer images"
-            ) from error
         return torch.from_file(
             file.name,
             shared=True,

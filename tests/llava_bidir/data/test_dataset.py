@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import small_disks
 import tiny_models
 import torch
 from hypothesis import given
@@ -57,6 +58,15 @@ def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path):
         path = write(tmp_path / "data.json", [record(conversations=turns("<image>\nwhat", answer))])
         os.utime(path, (1, 1))
         assert read_annotations(path)[0]["conversations"][1]["value"] == answer
+
+
+@pytest.mark.parametrize("options", ["size=16k", "size=16k,ro"])
+def test_a_cache_that_takes_nothing_is_named_with_hf_home(options, tmp_path, monkeypatch):
+    path = write(tmp_path / "data.json", [record()] * 1000)
+    with small_disks.mounted(tmp_path / "disk", options) as disk:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", disk / "cache")
+        with pytest.raises(UserError, match=f"cannot write {disk}/cache: .*; set HF_HOME to"):
+            read_annotations(path)
 
 
 OUTSIDE = "record 0: 'image' must be the path of one image inside data.images, got"

@@ -168,6 +168,21 @@ def test_a_signal_is_heeded_after_its_step_and_the_rest_equals_an_undisturbed_ru
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("has_scontrol", [True, False])
+def test_a_task_of_a_job_array_is_requeued_alone_and_ends_with_a_checkpoint_without_scontrol(
+    has_scontrol, disturbed, requeued, tmp_path, monkeypatch, caplog
+):
+    """The id of the last task is that of the array; a container has no scontrol."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    if not has_scontrol:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, _ = disturbed(lambda: send(signal.SIGUSR1), micro_batch=2)
+    assert (status, saved_step(tmp_path / "run")) == (INTERRUPTED, 2)
+    assert requeued.read_text() == "requeue 77_7\n" * has_scontrol
+    assert ("77_7 is not requeued" in caplog.text) is not has_scontrol
+
+
 @pytest.mark.parametrize(("micro_batch", "ended"), [(5, (INTERRUPTED, 8, 4)), (11, (0, 12, 6))])
 def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next_step(
     micro_batch, ended, disturbed, requeued, tmp_path
@@ -189,7 +204,7 @@ def test_ctrl_c_twice_ends_the_run_at_once(disturbed, requeued, monkeypatch):
     assert "`--ckpt_path last` to go on" in told
 
 
-def test_a_run_outside_of_the_main_thread_ends_as_usual(disturbed, tmp_path):
+def test_a_run_outside_of_the_main_thread_ends_as_usual(disturbed, requeued, tmp_path):
     """Only the main thread may set what a signal does; the run raised a ValueError after its last step."""
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(disturbed).result()[0] == 0

@@ -308,7 +308,7 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="take 0.008 GB, more than --memory-gb, and more than"):
+    with pytest.raises(UserError, match="No space left.* takes 0.008 GB, more than --memory-gb"):
         new_states((1000, 1000, 2), torch.float32, tmp_path)
 
 

@@ -237,6 +237,34 @@ def test_every_promise_names_a_file_of_tests():
         assert "def test_" in (ROOT / "tests" / file).read_text(encoding="utf-8"), file
 
 
+# ------------------------------------------------------------------------------------------------------ faults
+KINDS = "silent, wrong number, crash, hang, half-written, unclear, lost work, security".split(", ")
+
+
+def running_tests(file: Path) -> set[str]:
+    """Return the tests of a file but those that are skipped whatever the machine is."""
+    functions = [
+        x for x in ast.walk(ast.parse(file.read_text("utf-8"))) if type(x) is ast.FunctionDef
+    ]
+    return {
+        function.name
+        for function in functions
+        if function.name.startswith("test_")
+        and not re.search(r"mark\.skip\b", " ".join(map(ast.unparse, function.decorator_list)))
+    }
+
+
+def test_every_fault_of_the_register_names_a_test_that_runs():
+    lines = [line for line in TEXTS["tests/faults.md"].splitlines() if line.startswith("|")]
+    rows = [line for line in lines if line[:3] != "|--" and "| what a user did |" not in line]
+    assert rows
+    for row in rows:
+        did, happened, kind, test = row.removeprefix("| ").removesuffix(" |").split(" | ")
+        path, _, name = test.partition("::")
+        assert did and happened and kind in KINDS, row
+        assert (ROOT / path).is_file() and name in running_tests(ROOT / path), row
+
+
 # ------------------------------------------------------------------------------------------------------ examples
 def files_of(diff: str) -> list[str]:
     return re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)

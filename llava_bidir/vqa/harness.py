@@ -6,6 +6,7 @@ writes them to TASK.json.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -52,8 +53,15 @@ def run(options: VQAOptions) -> None:
             request = json.dumps([str(options.out), pending, info])
             command = [options.python, "-m", *start, __name__, request]
             environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
             with error_context("lmms-eval, which `make vqa-venv` installs"):
-                subprocess.run(command, env=environment, check=True)
+                with subprocess.Popen(command, env=environment) as process:
+                    try:
+                        status = process.wait()
+                    finally:
+                        process.terminate()  # not killed: torchrun has to end its ranks
+                if status:
+                    raise subprocess.CalledProcessError(status, command)
     table1.run(VQATableOptions(results=(options.out,), out=options.out))
 
 

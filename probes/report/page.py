@@ -120,7 +120,7 @@ def write_report(
             tables,
             sections,
         )
-        results["summary"] = summarize(view, sentences, studies[0].first.metrics["images"])
+        results["summary"] = summarize(view, sentences, studies[0].first)
         results |= {"unfinished": unfinished} if unfinished else {}
         results |= {"files": names}
         earlier = _earlier_files(out)

@@ -97,6 +97,14 @@ def test_draws_are_paired_by_their_number(part, matches, write):
         studies_of([*order, again])
 
 
+def test_fewer_than_ten_groups_of_photos_are_said(write, tmp_path):
+    write("run", CURVE, options={"groups": torch.arange(40) % 3})
+    out = tmp_path / "report"
+    write_report([str(tmp_path)], out)
+    assert "<b>40 photos in 3 groups tell next to nothing" in (out / "index.html").read_text()
+    assert "fewer than ten photos, or groups" in "".join(read_json(out / "results.json")["summary"])
+
+
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):
     """Others in its folder stay."""
     runs = [write("trained", CURVE, mask=mask) for mask in MASKS]

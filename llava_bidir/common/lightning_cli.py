@@ -211,7 +211,7 @@ class LogProgress(Callback):
         """Log after every `trainer.log_every_n_steps` steps, and after the last one of an epoch."""
         loop = trainer.fit_loop.epoch_loop
         step = trainer.global_step
-        every = trainer.log_every_n_steps  # 0 is never
+        every = trainer.log_every_n_steps
         is_due = (every > 0 and step % every == 0) or loop._is_training_done
         if trainer.is_global_zero and is_due and not loop._should_accumulate():
             loss = trainer.callback_metrics.get("train/loss", outputs["loss"])

@@ -1,4 +1,4 @@
-"""The process of lmms-eval, without lmms-eval."""
+"""A signal that ends `llava-bidir vqa` ends the process of lmms-eval, too."""
 
 import signal
 

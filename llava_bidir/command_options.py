@@ -31,11 +31,13 @@ class ExportOptions:
         source: Folder of a run, whose newest complete checkpoint is exported, or one of its RUN/checkpoints/*.ckpt.
         out: Directory to write; replaces an earlier export.
         as_llava: Write a model of type llava for serving software; requires a causal model.
+        dtype: Dtype of the weights; auto: those of training, to which LoRA's updates are rounded.
     """
 
     source: Path = positional()
     out: Path = positional()
     as_llava: bool = False
+    dtype: Literal["auto", "float32"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class VQAOptions:
         model: Exported directory (RUN/hf), or a llava checkpoint of transformers.
         out: Folder for the results; finished tasks are not run again.
         tasks: Benchmarks to run.
+        data: Folder with copies of the data sets in ORG/NAME, for machines without a network.
         batch_size: Number of questions per batch on each device.
         devices: Number of processes, one per GPU.
         python: Python of the environment made by `make vqa-venv`.
@@ -71,6 +74,7 @@ class VQAOptions:
     model: str = positional()
     out: Path
     tasks: tuple[Benchmark, ...] = get_args(Benchmark)
+    data: Path | None = None
     batch_size: Count = 1
     devices: Count = 1
     python: Path = Path(".venv-vqa/bin/python")

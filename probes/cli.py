@@ -108,7 +108,7 @@ COMMANDS = {
 
 
 def commands() -> Groups:
-    """Return the commands, with those of analyses, also of those that have been registered."""
+    """Return the commands, with those of analyses."""
     analyses = {
         name: Command("probes.analyses:run", analysis.help, analysis.options)
         for name, analysis in MEASURED.items()

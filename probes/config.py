@@ -7,10 +7,21 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from jsonargparse.typing import restricted_number_type
+from llava_bidir.common.cli import (
+    Count,
+    Index,
+    NonNegative,
+    Positive,
+    Seed,
+    ShareBelow1,
+    Values,
+    number,
+    positional,
+)
 
-from llava_bidir.common.cli import Count, Seed, Values, positional
-from llava_bidir.common.errors import UserError
+Folds = number("Folds", int, ">= 2 < 2147483648")
+Port = number("Port", int, ">= 0 < 65536")
+Scale = number("Scale", float, ">= 0.01 <= 1000")
 
 # Options of `probes fit` that its configs have, without a meaning for solved probes
 OF_FIT = (
@@ -71,17 +82,17 @@ class ModelOptions:
     image_attention: str | None = None
     untrained: list[str] | None = None
     match: Literal["none", "update", "permuted"] = "none"
-    draw: int = 0
-    image_px: int | None = None
+    draw: Index = 0
+    image_px: Count | None = None
     image_resize: str = "squash"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     prefix: str | None = None
     sites: list[str] | Literal["all", "all_parts"] | None = None
     head: str = "linear"
     feature_norm: Literal["none", "batchnorm", "layernorm"] = "none"
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
+    learning_rate: NonNegative = 1e-3
+    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class DataOptions:
         root: Folder of images and masks (probes/README.md), or of the layout below.
         dataset: Layout: folder (images, PNG masks, classes.json), ade20k, voc2012, cityscapes, nyuv2, or a registered
             one.
-        task: Kind of targets, see probes/README.md: segmentation, depth, normals, boundaries, or a registered one.
+        task: Kind of targets, see probes/README.md: segmentation, depth, normals or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None for the name of the folder.
         batch_size: Images per batch over all devices; 64 in the paper.
@@ -105,9 +116,9 @@ class DataOptions:
     task: str = "segmentation"
     options: Values | None = None
     name: str | None = None
-    batch_size: int = 64
+    batch_size: Count = 64
     cache_features: bool = False
-    num_workers: int = 4
+    num_workers: Index = 4
 
 
 @dataclass(frozen=True)
@@ -122,18 +133,9 @@ class SolverOptions:
             that fit. A site that takes more is in a file of --out until it is solved; the result is the same.
     """
 
-    folds: int = 4
-    strengths: tuple[float, ...] | None = None
-    memory_gb: float | None = None
-
-    def __post_init__(self):
-        """Raise a UserError if an option is out of range."""
-        if self.folds < 2:
-            raise UserError(f"--folds must be at least 2, got {self.folds}")
-        if self.memory_gb is not None and not self.memory_gb >= 0:
-            raise UserError(f"--memory-gb must be at least 0, got {self.memory_gb:g}")
-        if invalid := [x for x in self.strengths or () if not 0 < x < float("inf")]:
-            raise UserError(f"--strengths must be above 0, got {invalid[0]:g}")
+    folds: Folds = 4
+    strengths: tuple[Positive, ...] | None = None
+    memory_gb: NonNegative | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class RunConfig:
     data: DataOptions
     solver: SolverOptions = field(default_factory=SolverOptions)
     trainer: Values = field(default_factory=dict)
-    seed_everything: int = 0
+    seed_everything: Seed = 0
     out: str = "runs/probes"
     save_predictions: bool = False
     overwrite: bool = False
@@ -189,7 +191,7 @@ class VerifyOptions(RunConfig):
     """
 
     model: ModelOptions = ModelOptions("")
-    workers: Seed | None = None
+    workers: Index | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +220,7 @@ class StudyOptions(RunConfig):
     model: ModelOptions = ModelOptions("")
     data: DataOptions = DataOptions("")
     ckpt_path: Literal["last"] | None = "last"
-    draws: Seed = 3
+    draws: Index = 3
     arms: tuple[str, ...] = ()
     fit: bool = False
     tasks: tuple[str, ...] = ()
@@ -255,7 +257,7 @@ class SitesOptions:
     """
 
     mllm: str = positional()
-    image_px: int | None = None
+    image_px: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +265,7 @@ class MaskOptions:
     """Options of `probes mask`.
 
     Args:
-        mllm: Checkpoint directory or hub id; loaded in float32.
+        mllm: Checkpoint directory or hub id; loaded in float32. Of an image of more than 256 tokens, 256 are measured.
         image_attention: Image attention that `probes` applies, instead of the model's own forward.
     """
 
@@ -293,7 +295,7 @@ class StatesOptions:
     sites: tuple[str, ...] | None = None
     image_attention: str | None = None
     prefix: str | None = None
-    image_px: int | None = None
+    image_px: Count | None = None
     overwrite: bool = False
 
 
@@ -331,12 +333,9 @@ class LabOptions:
 
     runs: tuple[str, ...] = positional(default=())
     mllm: str | None = None
-    port: int = 8899
+    port: Port = 8899
     host: str | None = None
     trust: bool = False
-
-
-Scale = restricted_number_type("Scale", float, [(">=", 0.01), ("<=", 1000)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,8 +375,8 @@ class PlantOptions:
     model: Path = positional()
     world: Path = positional()
     out: Path = positional()
-    steps: Seed = 250
-    answer_steps: Seed = 0
+    steps: Index = 250
+    answer_steps: Index = 0
     pairs: Literal[0, 1, 2, 3] = 3
     seed: Seed = 0
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from probes.config import OF_FIT
 from probes.step_progress import ProgressKind
 
@@ -112,7 +112,8 @@ def build_machine(options: Mapping[str, Any]) -> Machine:
     if device is None:
         from lightning.fabric import Fabric  # seconds, which one process does not need
 
-        fabric = Fabric(**{name: options[name] for name in OF_FABRIC if name in options})
+        with error_context("trainer"):
+            fabric = Fabric(**{name: options[name] for name in OF_FABRIC if name in options})
         device = fabric.device
     progress = progress_kind(options.get("enable_progress_bar"))
     return Machine(device, PRECISIONS[precision], progress, fabric)
@@ -148,5 +149,5 @@ def progress_kind(show_bar: bool | None) -> ProgressKind:
 def seed_everything(seed: int) -> None:
     """Set the seeds of the generators of torch, numpy and Python, which a module of a user's may draw from."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from llava_bidir.common.files import atomic_write
 from llava_bidir.common.processes import rank_zero_info
 from probes.data.batches import group_by_size
 from probes.data.probe_data import ProbeData
@@ -153,14 +154,16 @@ def save_predictions(
         names: Names of all images of the split.
         folder: RUN/predictions.
     """
+    kind = "png" if probes.task.name == SEGMENTATION else "npy"
     for images, target in group_by_size(batch["target"]):
         size = target.shape[1:3]
         view = probes.mllm.geometry.view(size)
         for site, logits_by_image in zip(probes.sites, logits[:, images], strict=True):
-            (folder / site).mkdir(parents=True, exist_ok=True)
             for i, of_image in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
                 prediction = probes.task.predict_pixels(of_image, size, view)
-                if probes.task.name == SEGMENTATION:
-                    Image.fromarray(prediction).save(folder / site / f"{names[i]}.png")
-                else:
-                    np.save(folder / site / f"{names[i]}.npy", prediction)
+                path = folder / site / f"{names[i]}.{kind}"
+                with atomic_write(path) as partial, partial.open("wb") as file:
+                    if kind == "png":
+                        Image.fromarray(prediction).save(file, kind)
+                    else:
+                        np.save(file, prediction)

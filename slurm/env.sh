@@ -50,6 +50,9 @@ TRAINING="$_common --nodes=$NODES $_node --time=$TRAINING_TIME"
 NODE="$_common --nodes=1 --ntasks-per-node=1 --cpus-per-task=$((CPUS_PER_TASK * TASKS_PER_NODE))"
 NODE+=" ${GRES:+--gres=$GRES:$TASKS_PER_NODE} --time=$NODE_TIME" # the command starts a process per GPU
 ONE_GPU="$_common --nodes=1 --ntasks-per-node=1 ${GRES:+--gres=$GRES:1} --time=$ONE_GPU_TIME"
+JOB=${SLURM_JOB_ID:-}
+# of a task of a job array: the id of the last task is that of the whole array
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not inherit it from the job

@@ -50,6 +50,8 @@ json.dump(ids, open("ids.json", "w"))
 TOLERANCES = {
     "integers": 0,  # ids of tokens, counts
     "verdicts": 0,
+    "words": 0,  # texts of tables and results.json
+    "pages": 0,  # what a page says, a line a key
     "losses of training": 0,
     "weights of models": 0,
     "states": 1e-6,
@@ -104,8 +106,19 @@ def read_file(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
         for key, value in flatten(read(path.open()), name):
             if isinstance(value, int | float):
                 yield "integers" if isinstance(value, int) else "scores", key, value
-            elif key.endswith(VERDICTS):
-                yield "verdicts", key, value
+            elif isinstance(value, str):
+                yield "verdicts" if key.endswith(VERDICTS) else "words", key, value
+    elif path.suffix == ".html":
+        for i, line in enumerate(words_of_page(path.read_text())):
+            yield "pages", f"{name}/{i}", line
+
+
+def words_of_page(html: str) -> list[str]:
+    """Return what a page says, and the paths of its drawings, without pictures and scripts."""
+    without_code = re.sub(r"(?s)<(script|style)\b.*?</\1>", " ", html)
+    without_pictures = re.sub(r"data:[\w/+;-]+,[^\"')]*", "", without_code)
+    lines = (" ".join(line.split()) for line in re.split(r"(?=<)", without_pictures))
+    return [line for line in lines if line and not APART.search(line)]
 
 
 def read_folder(out: Path) -> dict[str, tuple[str, object]]:

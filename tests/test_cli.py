@@ -1,8 +1,10 @@
 """Commands: their help, what bad usage answers, and the small ones from end to end."""
 
 import json
+import re
 import shutil
 import sys
+from argparse import SUPPRESS
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +17,12 @@ import llava_bidir.cli
 import probes.cli
 from llava_bidir.command_options import COMMANDS as OF_TRAINING
 from llava_bidir.common.cli import Parser
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.lightning_cli import RunCLI
+from llava_bidir.training.cli import build_cli as build_training
 from probes.config import DataOptions, ModelOptions
+from probes.fit.cli import build_cli as build_probes
+from probes.machine import build_machine
 
 HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
@@ -80,6 +87,91 @@ def test_options_of_a_run_are_those_that_lightning_parses(capsys):
     assert not [name for name in options if f"--{name} " not in text]
 
 
+def lightning_options(build, monkeypatch) -> list:
+    """Return the options of `fit` of a LightningCLI but those that are linked, which have no words."""
+    parsers = []
+
+    def stop(cli, parser, args):
+        parsers.append(parser)
+        sys.exit()
+
+    monkeypatch.setattr(RunCLI, "parse_arguments", stop)
+    with pytest.raises(SystemExit):
+        build([])
+    actions = parsers[0]._subcommands_action.choices["fit"]._actions
+    return [action for action in actions if action.default != SUPPRESS]
+
+
+WITHOUT_RANGE = {
+    "model.encoder.layer": "may count from the last; the checkpoint says how many there are",
+    "data.options": "the layout's own, see its class",
+    "trainer": "Lightning's, which checks them: test_run_that_cannot_train_is_one_line",
+}
+
+
+def test_every_option_that_is_a_number_has_a_range(monkeypatch):
+    """`batch_size 0`, `learning_rate nan` and nine others ended in tracebacks."""
+    actions = [action for _, _, options in OURS for action in Parser(options)._actions]
+    for build in (build_training, build_probes):
+        actions += lightning_options(build, monkeypatch)
+    numbers = set()
+    for action in actions:
+        kind = re.sub(r"Literal\[.*?\]", "", str(getattr(action, "_typehint", action.type)))
+        if re.search(r"\b(int|float)\b", kind):
+            numbers.add(re.sub(r"^trainer\..*", "trainer", action.dest))
+    assert numbers == {*WITHOUT_RANGE}
+
+
+OUT_OF_RANGE = {
+    "llava-bidir fit -c demo/stage2": """--data.batch_size 0; --data.num_workers -1; --checkpoints.every_n_steps 0;
+        --model.betas [0.9,1.0]; --model.max_new_tokens 0; --seed_everything -3; --seed_everything 100000000000;
+        --model.learning_rate inf; --model.learning_rate nan; --throughput.peak_tflops 0""",
+    "llava-bidir verify-data -c demo/stage2": "--data.batch_size 0; --data.num_workers -1",
+    "llava-bidir generate m p q": "--max_new_tokens 0",
+    "probes fit": "--data.batch_size -2; --data.num_workers -1; --model.learning_rate -1; --model.image_px 0",
+    "probes solve": """--data.batch_size 0; --data.num_workers -1; --seed_everything -3; --solver.folds 1;
+        --solver.strengths 0; --solver.strengths inf; --solver.memory_gb nan; --model.draw -1""",
+    "probes verify-data": "--data.num_workers -1; --workers -1",
+    "probes lab": "--port 65536",
+}
+
+
+@pytest.mark.parametrize(
+    ("start", "option"),
+    [(start, option) for start, more in OUT_OF_RANGE.items() for option in more.split(";")],
+)
+def test_number_out_of_range_is_one_line(start, option, capsys):
+    package, *words = [*start.split(), *option.split()]
+    with pytest.raises(SystemExit) as stop:
+        MAIN[package.replace("-", "_")](words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert option.split()[0].strip("-") in line
+    assert "does not conform to restriction" in line
+    assert "Union" not in line
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--model.trainable []",
+        "--trainer.accelerator tpu",
+        "--trainer.devices 0",
+        "--trainer.val_check_interval 0",
+        "--trainer.check_val_every_n_epoch 0",
+    ],
+)
+def test_run_that_cannot_train_is_one_line(option, parts, conversations, tmp_path):
+    with pytest.raises(SystemExit, match=r"^llava-bidir: (trainer|model.trainable).*"):
+        tiny_models.fit(parts, conversations, tmp_path, *option.split())
+
+
+@pytest.mark.parametrize("option", [{"accelerator": "tpu"}, {"devices": 0}, {"num_nodes": 0}])
+def test_machine_that_cannot_be_built_is_one_line(option):
+    with pytest.raises(UserError, match="^trainer: "):
+        build_machine({"accelerator": "cpu"} | option)
+
+
 def test_missing_records_are_named_before_a_model_is_looked_up(tmp_path):
     """README's command, typed without data, tried to reach the hub for 40 seconds."""
     words = "fit -c stage1 -c clip --model.encoder.path no/encoder"
@@ -107,6 +199,8 @@ def test_what_fit_exports_is_validated_and_answers_without_the_model_of_stage_1(
             "4",
             "--trainer.max_steps",
             "1",
+            "--trainer.log_every_n_steps",
+            "0",
         )
         / "hf"
     )

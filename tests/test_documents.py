@@ -255,11 +255,11 @@ def running_tests(file: Path) -> set[str]:
 
 
 def test_every_fault_of_the_register_names_a_test_that_runs():
-    lines = [line for line in TEXTS["tests/faults.md"].splitlines() if line.startswith("|")]
-    rows = [line for line in lines if line[:3] != "|--" and "| what a user did |" not in line]
+    lines = [line for line in TEXTS["tests/faults.md"].splitlines() if " | " in line]
+    rows = [line for line in lines if not line.startswith(("---", "what a user did"))]
     assert rows
     for row in rows:
-        did, happened, kind, test = row.removeprefix("| ").removesuffix(" |").split(" | ")
+        did, happened, kind, test = row.split(" | ")
         path, _, name = test.partition("::")
         assert did and happened and kind in KINDS, row
         assert (ROOT / path).is_file() and name in running_tests(ROOT / path), row

@@ -1,5 +1,7 @@
 """Broken configs: errors name the file or the key, and checkpoints are never loaded as pickles."""
 
+import sys
+
 import pytest
 import tiny_models
 import yaml
@@ -30,22 +32,32 @@ STRATEGY = {
 }
 
 
+FOREIGN = {"class_path": "foreign.Callback"}
+
+
 @pytest.mark.parametrize(
-    ("package", "config"),
+    ("package", "config", "named"),
     [
-        ("probes", {"data": {"options": {"background": SYSTEM}}}),
-        ("llava_bidir", {"trainer": {"strategy": STRATEGY}}),
+        ("probes", {"data": {"options": {"background": SYSTEM}}}, "background"),
+        ("probes", {"data": {"options": {"background": FOREIGN}}}, "background"),
+        ("probes", {"trainer": {"callbacks": [FOREIGN]}}, "'foreign.Callback' is not allowed"),
+        ("llava_bidir", {"trainer": {"strategy": STRATEGY}}, "os.system"),
+        ("llava_bidir", {"trainer": {"callbacks": "foreign.Callback"}}, "a file of --import"),
     ],
 )
-def test_config_makes_only_classes_of_declared_kinds(
+def test_a_config_neither_calls_nor_imports_what_it_names(
     package,
     config,
+    named,
     arguments,
     tmp_path,
     monkeypatch,
+    capsys,
 ):
-    """Options and strategy settings have type Any: there jsonargparse calls whatever a class_path names."""
+    """Options and strategy settings have type Any: there jsonargparse called whatever a class_path names."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "foreign.py").write_text("from lightning import Callback")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("os.system", lambda command: pytest.fail("executed"))
     main = {"probes": probes.cli.main, "llava_bidir": llava_bidir.cli.main}[package]
     words = [
@@ -56,8 +68,10 @@ def test_config_makes_only_classes_of_declared_kinds(
         "--out",
         str(tmp_path / "run"),
     ]
-    with pytest.raises(SystemExit, match="os.system"):
+    with pytest.raises(SystemExit) as stop:
         main(words)
+    assert named in f"{stop.value}{capsys.readouterr().err}"
+    assert "foreign" not in sys.modules
 
 
 def test_settings_in_a_checkpoint_make_no_classes(arguments, tmp_path, capsys):

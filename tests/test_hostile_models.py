@@ -212,6 +212,10 @@ DAMAGES = {  # damage: (function, error)
         rewritten(image_seq_length=10**8),
         "image_seq_length is 100000000, but .* has 4",
     ),
+    "a layer that the encoder lacks": (
+        rewritten(vision_feature_layer=-4),
+        "vision_feature_layer -4: the encoder has 2 layers",
+    ),
     "one tensor missing": (
         weights(lambda tensors: tensors.pop("model.language_model.layers.1.mlp.up_proj.weight")),
         r"lacks 1 tensors, e.g. .*layers.1.mlp.up_proj.weight",
@@ -241,6 +245,31 @@ def test_damaged_checkpoint_is_an_error_that_says_where(what, checkpoints, tmp_p
     with pytest.raises(ValueError, match=message) as error:
         probes.load(str(tmp_path / "hf"))
     assert str(tmp_path) in str(error.value)
+
+
+LAYER = rewritten(vision_feature_layer=3)
+NAN_ADAPTER, _ = DAMAGES["not finite"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "spoil", "message"),
+    [
+        ("sites", LAYER, "hf: vision_feature_layer 3: the encoder has 2 layers"),
+        ("states", LAYER, "hf: vision_feature_layer 3: the encoder has 2 layers"),
+        ("generate", LAYER, "hf: vision_feature_layer 3: the encoder has 2 layers"),
+        (
+            "generate",
+            rewritten(image_token_index=7),
+            "7 in config.json, but <image> has the id 332",
+        ),
+        ("adapter", NAN_ADAPTER, r"hf has values that are not finite in \['linear_1.bias'\]"),
+    ],
+)
+def test_a_damage_is_named_at_each_door(entry, spoil, message, place):
+    """Sites of no layer were listed; samples were blamed for NaN; "tokens: 0, features: 6144" was a traceback."""
+    spoil(place["hf"])
+    with pytest.raises(SystemExit, match=message):
+        MAIN[entry](place[entry])
 
 
 @pytest.fixture

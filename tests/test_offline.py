@@ -59,7 +59,7 @@ def test_commands_reach_for_no_network(
     commands = [
         ("probes", "sites", checkpoint),
         ("probes", "states", checkpoint, picture, "--out", str(tmp_path / "states.safetensors")),
-        ("llava_bidir", "verify-data", *training),
+        ("llava_bidir", "verify-data", *training, "--data.val_annotations", "null"),
         ("llava_bidir", "verify-data", *training, "--show", "0"),
         ("llava_bidir", "fit", *training, "--out", str(tmp_path / "run")),
         f"llava_bidir generate {tmp_path}/run/hf {picture} sky --max-new-tokens 2".split(),

@@ -100,7 +100,7 @@ def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProb
     """Return the problem, the chosen strength, and the probes f[R, K, d + 1] at `STEPS` from it."""
     prepare = MaskPreparer(GEOMETRY, classes, NODES)
     masks = prepare(targets)
-    fold_of = assign_folds(len(states), FOLDS, None)
+    fold_of = assign_folds(range(len(states)), FOLDS)
     scored = scored_masks(masks, fold_of, lambda i: targets[i], prepare)
     problem = SiteProblem(
         LOSS,

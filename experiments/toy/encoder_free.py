@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil
 import probes
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.random_weights import permute_weights
 from probes.worlds.canvas import CLASSES
-from probes.worlds.plant import shuffle_weights
 from probes.worlds.tiny_models import train
 
 FAMILY = "gemma4_unified"
@@ -107,7 +107,7 @@ def write_models(world: Path, out: Path, steps: int, seed: int) -> None:
     save(mllm, out / "random", out / "trained")
     torch.manual_seed(seed)
     with torch.no_grad():
-        shuffle_weights(mllm.layers)
+        permute_weights(mllm.layers)
     save(mllm, out / "random", out / "shuffled")
 
 

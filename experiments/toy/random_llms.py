@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from probes.worlds.plant import plant_random, shuffle_weights
+from probes.models.random_weights import permute_weights
+from probes.worlds.plant import plant_random
 
 SD = 0.08  # of normal weights with another property; four times that of an initialisation
 SCALES = (0.02, 0.04, 0.08, 0.16, 0.32)
@@ -114,7 +115,7 @@ def _heads(layer: nn.Module, name: str) -> Tensor:
 
 
 FAMILIES: dict[str, Callable[[nn.ModuleList], None]] = {
-    "shuffled": shuffle_weights,
+    "shuffled": permute_weights,
     **{f"normal_{sd}": partial(draw_normal, sd=sd) for sd in SCALES},
     "orthogonal": partial(draw_weights, nn.init.orthogonal_),
     "uniform": draw_uniform,

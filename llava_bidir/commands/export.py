@@ -14,11 +14,17 @@ def run(options: ExportOptions) -> None:
         UserError: There is no checkpoint of `llava-bidir fit`.
     """
     checkpoint = options.source
+    if (checkpoint / "config.json").is_file():
+        raise UserError(
+            f"{checkpoint} is an exported model; expected the folder of a run, or a checkpoint of it"
+        )
     if (checkpoint / "checkpoints").is_dir():
         checkpoint = last_checkpoint(checkpoint / "checkpoints")
     if checkpoint is None or not checkpoint.exists():
         raise UserError(f"{options.source} is no checkpoint, and no folder of a run that has one")
     model, processor, facts = read_checkpoint(checkpoint)
+    if options.dtype == "float32":
+        model.float()
     facts |= {"checkpoint": str(checkpoint)}
     export_hf(as_llava(model) if options.as_llava else model, processor, options.out, facts)
     print(options.out)

@@ -21,6 +21,7 @@ from llava_bidir.common.hf import (
     FiniteLogits,
     greedy_config,
     load_weights,
+    max_positions,
     read_model_config,
     read_pretrained,
 )
@@ -42,12 +43,19 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     another LLM keeps its own chat template.
 
     Raises:
-        UserError: There is no such checkpoint, it is no LLaVA, or its mask would be ignored.
+        UserError: There is no such checkpoint, it is no LLaVA, its mask would be ignored, or it looks for image tokens
+            of another id than its tokenizer's.
     """
     # first, since these errors say more than those of the weights
     read_image_attention(read_model_config("MODEL", model))
     loaded = load_weights("MODEL", AutoModelForImageTextToText, model, dtype=dtype).eval()
     processor = read_pretrained("MODEL", AutoProcessor, model)
+    ids = (loaded.config.image_token_id, processor.image_token_id)
+    if ids[0] != ids[1]:
+        raise UserError(
+            f"MODEL: {model}: image_token_index is {ids[0]} in config.json, but {processor.image_token} has the id "
+            f"{ids[1]} in the tokenizer; correct config.json"
+        )
     loaded.generation_config = greedy_config(loaded.generation_config, processor.tokenizer)
     processor.chat_template = as_evaluated(processor.chat_template)
     images = processor.image_processor
@@ -126,7 +134,7 @@ def answer(
         UserError: A prompt exceeds the LLM's positions, or logits are NaN or infinite.
     """
     inputs = build_prompts(processor, questions, images).to(model.device, model.dtype)
-    positions = model.config.get_text_config().max_position_embeddings
+    positions = max_positions(model.config)
     longest = inputs["input_ids"].shape[1]
     lengths = inputs["attention_mask"].sum(1).tolist()
     if longest >= positions:

@@ -16,10 +16,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import checksums
 from llava_bidir.common.processes import worker_options
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
-from llava_bidir.data.dataset import Instructions, has_first_answer, refers_to_image
+from llava_bidir.data.dataset import Instructions, answers, refers_to_image
+from llava_bidir.model.build import EXTRA_TOKENS
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
 
@@ -27,31 +29,66 @@ from llava_bidir.training.cli import build_data_cli
 def find(
     data: Instructions,
     collate: Collate,
-    is_validation: bool,
+    trained: set[int] | None,
     indices: list[int],
 ) -> list[dict[str, Any]]:
     """Return the findings of records, {"index", "id", "kind", "detail"} each.
 
-    The kinds are "broken" (`fit` stops), "truncated" (answers, by data.max_length), and "not_shown" (an image without
-    `<image>`, or `<image>` without an image, which are trained as text). First answers are compared in validation.
+    The kinds are
+
+    - broken: `fit` stops. In validation, the first answer is compared.
+    - truncated: answers, by data.max_length.
+    - empty: answers without text, or a record without an answer.
+    - special_token: an answer with the text of such a token, which becomes that token.
+    - not_shown: an image without `<image>`, or `<image>` without an image, which are trained as text.
+    - in_training: the image of a question, or its text without one, is trained on, too.
+
+    Args:
+        data: The records.
+        collate: Encodes them.
+        trained: Of validation, the records that are in training, too; None for training.
+        indices: Records to look at.
     """
+    added = collate.processor.tokenizer.added_tokens_decoder.values()
+    # ours are text
+    special = {token.content for token in added if token.special} - {*EXTRA_TOKENS}
     found = []
     for index in indices:
         record = data.records[index]
-        about = {"index": index, "id": record["id"]}
+        texts = answers(record)
+        kinds = {}
         try:
             sample = data[index]
             _, labels = collate.encode(sample)
-            if is_validation and not has_first_answer(record):
-                raise UserError("there is no first answer to compare with")
             if cut := sum(label != IGNORE_INDEX for label in labels[collate.max_length :]):
-                detail = f"{cut} of {len(labels)} tokens"
-                found.append(about | {"kind": "truncated", "detail": detail})
+                kinds["truncated"] = f"{cut} of {len(labels)} tokens"
+            if not all(texts or [""]):
+                kinds["empty"] = f"{texts.count('')} of {len(texts)} answers"
+            if trained_as := [token for token in special if token in "\n".join(texts)]:
+                kinds["special_token"] = " ".join(sorted(trained_as))
             if sample["image"] is None and (record["image"] or refers_to_image(record)):
-                found.append(about | {"kind": "not_shown", "detail": record["image"] or IMAGE})
+                kinds["not_shown"] = record["image"] or IMAGE
+            if trained is not None and not any(texts[:1]):
+                raise UserError("there is no first answer to compare with")
+            if index in (trained or ()):
+                kinds["in_training"] = record["image"] or "its text"
         except UserError as error:
-            found.append(about | {"kind": "broken", "detail": str(error.__cause__ or error)})
+            kinds = {"broken": str(error.__cause__ or error)}
+        about = {"index": index, "id": record["id"]}
+        found += [about | {"kind": kind, "detail": detail} for kind, detail in kinds.items()]
     return found
+
+
+def also_trained(training: Instructions, validation: Instructions) -> set[int]:
+    """Return the records of validation whose image, by content, or text without one, is in training, too."""
+    names = {*training.records.unique("image"), *validation.records.unique("image")} - {""}
+    digests = checksums(validation.images, names)
+
+    def content(record: dict[str, Any]) -> str:
+        return digests.get(record["image"]) or json.dumps(record["conversations"])
+
+    contents = set(map(content, training.records))
+    return {i for i, record in enumerate(validation.records) if content(record) in contents}
 
 
 def format_findings(file: dict[str, Any]) -> str:
@@ -129,17 +166,20 @@ def main(argv: list[str]) -> None:
     if args.show:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
+    splits = [(records, None)]
+    if data.val_annotations:
+        questions = Instructions(data.val_annotations, data.images)
+        splits.append((questions, also_trained(records, questions)))
     files = []
-    for path in filter(None, (data.annotations, data.val_annotations)):
-        records = Instructions(path, data.images)
+    for split, trained in splits:
         batches = DataLoader(
-            range(len(records)),
+            range(len(split)),
             batch_size=256,
-            collate_fn=partial(find, records, data.collate, bool(files)),
+            collate_fn=partial(find, split, data.collate, trained),
             **worker_options(data.num_workers),
         )
         findings = list(chain.from_iterable(tqdm(batches)))
-        files.append({"path": str(path), "records": len(records), "findings": findings})
+        files.append({"path": str(split.annotations), "records": len(split), "findings": findings})
     print(json.dumps({"files": files}) if args.json else "\n".join(map(format_findings, files)))
     if any(file["findings"] for file in files):
         raise SystemExit(1)

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from .cli import Count
 from .errors import UserError, error_context
 from .files import atomic_write
 from .runs import LAST
@@ -79,7 +80,7 @@ class Checkpoints(Checkpoint):
         SystemExit: After another signal, with status INTERRUPTED, on all ranks after the same step.
     """
 
-    def __init__(self, every_n_steps: int = 500):
+    def __init__(self, every_n_steps: Count = 500):
         self.every_n_steps = every_n_steps
         self.on_slurm = SLURMEnvironment.detect()
         self.received: set[int] = set()
@@ -91,13 +92,13 @@ class Checkpoints(Checkpoint):
         stage: str,
     ) -> None:
         """Ignore SIGUSR1 outside of training, when there is nothing to save: Lightning restores this handler."""
-        if self.on_slurm:
+        if self.on_slurm and _is_main_thread():
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def on_train_start(self, *args: Any) -> None:
         """Note signals from now on; Lightning restores all handlers after the training."""
         self.received.clear()
-        if threading.current_thread() is not threading.main_thread():
+        if not _is_main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
@@ -127,6 +128,7 @@ class Checkpoints(Checkpoint):
         validation would be skipped: :meth:`on_train_epoch_end` saves after it.
         """
         loop = trainer.fit_loop.epoch_loop
+        # private names as of Lightning 2.6, to which pyproject.toml keeps
         if loop._should_accumulate() or loop._is_training_done:
             return
         ends = trainer.strategy.reduce_boolean_decision(bool(self.received), all=False)
@@ -157,7 +159,7 @@ class Checkpoints(Checkpoint):
         )
         if agree(signal.SIGUSR1 in self.received, all=False):
             if trainer.is_global_zero:
-                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+                _requeue()
             trainer.strategy.barrier()  # srun kills all ranks when one exits
         raise SystemExit(INTERRUPTED)
 
@@ -173,3 +175,19 @@ class Checkpoints(Checkpoint):
             raise UserError(
                 "the checkpoint was saved within a step, whose gradients it lacks; resume another one"
             )
+
+
+def _is_main_thread() -> bool:
+    """Return whether this thread may set handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _requeue() -> None:
+    """Ask Slurm to run this job again, or this task of a job array, as Lightning does in `_slurm_sigusr_handler_fn`."""
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"  # the last task's own id is that of the whole array
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:  # e.g. in a container
+        log.warning("job %s is not requeued (%s): submit it again to resume it", job, error)

@@ -23,8 +23,7 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 import jsonargparse
-from jsonargparse.typing import NonNegativeInt as Seed
-from jsonargparse.typing import PositiveInt as Count  # noqa: F401
+from jsonargparse.typing import register_type, restricted_number_type
 
 from . import imports
 from .configs import (
@@ -39,7 +38,31 @@ from .errors import (
     one_line_errors,
 )
 
-Indices = tuple[Seed, ...]
+
+def number(name: str, kind: type, limits: str) -> type:
+    """Return a type of options: numbers within limits, such as ">= 1 < inf".
+
+    They stay plain int and float: checkpoints load without code, and so without classes of ours.
+    """
+    operators, values = limits.split()[::2], map(kind, limits.split()[1::2])
+    restricted = restricted_number_type(name, kind, [*zip(operators, values, strict=True)])
+    register_type(
+        restricted,
+        serializer=kind,
+        deserializer=lambda value: kind(restricted(value)),
+        type_check=lambda *_: False,
+    )
+    return restricted
+
+
+Count = number("Count", int, ">= 1 < 2147483648")
+Index = number("Index", int, ">= 0 < 2147483648")
+Seed = number("Seed", int, ">= 0 < 4294967296")  # numpy's range
+Positive = number("Positive", float, "> 0 < inf")
+NonNegative = number("NonNegative", float, ">= 0 < inf")
+Share = number("ClosedUnitInterval", float, ">= 0 <= 1")  # as jsonargparse calls it
+ShareBelow1 = number("ShareBelow1", float, ">= 0 < 1")
+Indices = tuple[Index, ...]
 Values = dict[str, bool | int | float | str | list | dict | None]  # what something else checks
 
 

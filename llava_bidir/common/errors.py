@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 NAMED = re.compile(
     r"""(?:Group '([\w.]+)' does not accept option '|key "|arguments: --|ption ')([\w.]+)"""
 )
+# and of one that may be None, whose second reason nobody needs
+OPTIONAL = re.compile(r"Does not validate .*? Errors: - (.*) - Expected a <class 'NoneType'>")
 
 
 class UserError(ValueError):
@@ -53,7 +55,9 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
         sys.exit(2)
     except UserError as error:
         # torch prepends the traceback of a worker
-        message = re.sub(r"(?s)Caught \w+ in DataLoader worker.*\n[\w.]+: ", "", str(error))
+        message = re.sub(
+            r"(?s)Caught \w+ in DataLoader worker.*\n(Original )?[\w.]+: ", "", str(error)
+        )
         sys.exit(f"{program}: {message.strip()}")
 
 
@@ -75,6 +79,10 @@ class OneLineErrors:
         if not self.exit_on_error:  # jsonargparse's parser of a class; its caller adds the key
             raise argparse.ArgumentError(None, message) from ex
         line = " ".join(message.split()).removeprefix('Parser key "config": ')
+        line = OPTIONAL.sub(r"\1.", line)
+        line = line.replace(
+            "in set_parsing_settings to", "in a file of --import, whose classes are allowed, to"
+        )
         if found := NAMED.search(line):
             name = ".".join(filter(None, found.groups()))
             action = getattr(self, "_subcommands_action", None)  # of LightningCLI's parser

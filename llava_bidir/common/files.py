@@ -4,21 +4,25 @@ Data is written under a name that ends in .partial, which is then renamed. A loc
 folder.
 """
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import UserError, error_context
+from .errors import UserError, did_you_mean, error_context
 
 PARTIAL = ".partial"
 REPLACED = ".old"
+# Reasons of the operating system for which a user's disk or folder takes nothing
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def partial_path(path: Path) -> Path:
@@ -27,16 +31,39 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
+def names_full_disk(
+    path: Path, advice: str = "free space, or choose another folder"
+) -> Iterator[None]:
+    """Name what the block writes if the disk is full, or the folder cannot be written.
+
+    Libraries hide the system's error: torch raises another one, safetensors quotes it.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        errors = (error, error.__context__)
+        said = f"{errors}"
+        reasons = [text for text in map(os.strerror, DISK_ERRORS) if text in said]
+        if not reasons or any(isinstance(x, UserError) for x in errors):
+            raise
+        raise UserError(f"cannot write {path}: {reasons[0]}; {advice}") from error
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` when the block ends, and deleted when the block fails."""
     partial = partial_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)  # frees the space on a full disk
-        raise
+    with names_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)  # frees the space on a full disk
+            raise
 
 
 @contextmanager
@@ -48,15 +75,19 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
         marker: Name of a file in the folder. An existing folder without this file is not replaced.
 
     Raises:
-        UserError: `path` is something else, or another process writes it.
+        UserError: `path` is something else, the folder that the process is in, or another process writes it.
     """
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(
+            f"{path} is the folder that you are in, which would be replaced by another; choose a folder inside it"
+        )
     partial = partial_path(path)
     is_empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not is_empty and not (path / marker).is_file():
         raise UserError(
             f"{path} exists and contains no {marker}, so it is not replaced; move it or choose another path"
         )
-    with exclusive_run_lock(path.parent, path.name):
+    with exclusive_run_lock(path.parent, path.name), names_full_disk(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -92,19 +123,20 @@ def write_files(contents: Mapping[Path, Any]) -> None:
 
     Args:
         contents: Content by path: tensors by name for .safetensors, or these and the metadata; a JSON value for .json,
-            else text or bytes. NaN becomes null, since JSON has no NaN and readers other than Python's fail at it. A
-            function is called with the SHA-256 of the other files by name, and returns the content.
+            else text or bytes. A function is called with the SHA-256 of the other files by name, and returns the
+            content.
     """
     *others, last = contents
     partials = {path: partial_path(path) for path in contents}
     try:
         for path in sorted(contents, key=lambda path: callable(contents[path])):
-            path.parent.mkdir(parents=True, exist_ok=True)
             content = contents[path]
             if callable(content):
                 hashes = {file.name: sha256(partials[file]) for file in contents if file != path}
                 content = content(hashes)
-            _write(partials[path], path.suffix, content)
+            with names_full_disk(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(partials[path], path.suffix, content)
         if others:
             last.unlink(missing_ok=True)
         for path, partial in partials.items():
@@ -127,16 +159,21 @@ def _write(
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         content = save(tensors, metadata)
     elif suffix == ".json":
-        content = json.dumps(_null_for_nan(content), indent=1) + "\n"
+        content = to_json(content)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _null_for_nan(value: Any) -> Any:
+def to_json(value: Any) -> str:
+    """Return a value as JSON, with null for NaN and infinities: JSON has none, and readers other than Python's fail."""
+    return json.dumps(_null_unless_finite(value), indent=1) + "\n"
+
+
+def _null_unless_finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _null_for_nan(entry) for key, entry in value.items()}
+        return {key: _null_unless_finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_null_for_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_null_unless_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256(path: Path) -> str:
@@ -156,6 +193,31 @@ def read_json(file: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise UserError(f"contains a {type(content).__name__}; expected an object {{...}}")
     return content
+
+
+def read_settings(
+    file: Path,
+    known: Sequence[str],
+    example: str,
+) -> dict[str, Any]:
+    """Return the object in a JSON file that users write.
+
+    Args:
+        file: The file.
+        known: All keys that it may have.
+        example: Content, for the message.
+
+    Raises:
+        UserError: There is no such file, it has another key, or as :func:`read_json`.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} needs to be there, as {example}")
+    settings = read_json(file)
+    for key in settings:
+        if key not in known:
+            meant = did_you_mean(key, known)
+            raise UserError(f"{file} has the key {key!r}; expected {', '.join(known)}{meant}")
+    return settings
 
 
 @contextmanager

@@ -4,7 +4,9 @@ No code from a checkpoint is executed: no modelling code and no pickles. There i
 transformers or this package has the class of every supported model. The checks apply to directories and to hub ids.
 """
 
+import math
 import re
+import sys
 from collections.abc import Mapping
 from datetime import date
 from importlib import import_module
@@ -89,7 +91,8 @@ def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
         **hub: `revision` of a hub id.
 
     Raises:
-        UserError: There is none, transformers does not know its kind, or it lacks the encoder's or the LLM's part.
+        UserError: There is none, transformers does not know its kind, it lacks the encoder's or the LLM's part, or the
+            encoder lacks the layer that is read.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -103,6 +106,12 @@ def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
                 f"config.json has no {absent}, for which transformers would take its defaults. Use the checkpoint's "
                 "conversion to transformers' format, for LLaVA those of llava-hf"
             )
+        layers = getattr(config, "vision_feature_layer", None) or []
+        for layer in [layers] if isinstance(layers, int) else layers:
+            # timm's, as of FastVLM, do not say it
+            depth = getattr(config.vision_config, "num_hidden_layers", math.inf)
+            if not -depth - 1 <= layer <= depth:
+                raise UserError(f"vision_feature_layer {layer}: the encoder has {depth} layers")
     return config
 
 
@@ -148,8 +157,10 @@ def load_weights(
 
     Raises:
         UserError: Weights are damaged, missing, not finite, of other shapes, of more layers than the config has, not
-            merged with their updates, or quantised in a way that the config does not state.
+            merged with their updates, in two files, or quantised in a way that the config does not state.
     """
+    from transformers.utils.hub import cached_file
+
     check_merged(key, path, kwargs.get("revision"))
     with error_context(f"{key}: {path}"):
         model, info = reader.from_pretrained(
@@ -159,6 +170,9 @@ def load_weights(
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+    if "gguf_file" not in kwargs:
+        config_file = cached_file(path, "config.json", revision=kwargs.get("revision"))
+        tensor_files(Path(config_file).parent)  # raises
 
     def is_inside(name: str) -> bool:
         """Return whether a tensor is one of a layer that the model has, or of a further one of its kind."""
@@ -239,20 +253,48 @@ def weight_files(directory: Path) -> list[Path]:
     return [file, *(directory / name for name in sorted(set(parts)))]
 
 
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Return the weight file of each tensor of a directory.
+
+    Raises:
+        UserError: The directory has no weights, a weight file is damaged or absent, or one has a tensor that is in
+            another one by the index; transformers would keep the last copy.
+    """
+    from transformers.modeling_utils import load_state_dict
+
+    index, *shards = weight_files(directory)
+    files = {}
+    if shards:
+        files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
+    for shard in shards or [index]:
+        with error_context(shard):
+            names = [*load_state_dict(shard, map_location="meta")]
+        for name in names:
+            if files.setdefault(name, shard) != shard:
+                raise UserError(
+                    f"{shard} has {name}, which {index.name} names in {files[name].name}: one of the two is stale. "
+                    "Remove it, e.g. download the checkpoint into an empty folder"
+                )
+    return files
+
+
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     """Return the tensors of a directory's safetensors whose names contain `part`; the others are not read.
 
     Raises:
-        UserError: The directory has no weights, or a weight file is damaged or absent.
+        UserError: As :func:`tensor_files`.
     """
     matches = {}
-    for file in weight_files(directory):
-        if file.name.endswith(INDEX):
-            continue
-        with error_context(file), safe_open(file, "pt") as tensors:
-            names = [name for name in tensors.keys() if part in name]
-            matches |= {name: tensors.get_tensor(name) for name in names}
+    for name, file in tensor_files(directory).items():
+        if part in name:
+            with error_context(file), safe_open(file, "pt") as tensors:
+                matches[name] = tensors.get_tensor(name)
     return matches
+
+
+def max_positions(config: "PreTrainedConfig") -> int:
+    """Return the positions of an LLM, of image and text together; `sys.maxsize` if its config states no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
 
 
 def greedy_config(

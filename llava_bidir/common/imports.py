@@ -5,10 +5,13 @@ Lightning starts its processes with the same words. Processes that a command sta
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UsageError
+from jsonargparse import set_parsing_settings
+
+from .errors import UsageError, UserError
 
 OPTION = "--import"
 HINT = f"{OPTION} FILE.py registers your own"
@@ -34,11 +37,23 @@ def take_imports(argv: Sequence[str]) -> list[str]:
 
     Raises:
         UsageError: There is no such file, or a module has its name already.
+        UserError: The file is no Python, or ends the program.
     """
     files, words = take_option(argv, OPTION)
     for file in files:
         _import(file)
     return words
+
+
+@contextmanager
+def code_of(file: str | Path) -> Iterator[None]:
+    """Raise a UserError if code of a user's is no Python, or ends the program, so that the command would not run."""
+    try:
+        yield
+    except SyntaxError as error:
+        raise UserError(f"{file}: {error}") from None  # with its line
+    except SystemExit:
+        raise UserError(f"{file} ends the program; leave sys.exit out of it") from None
 
 
 def import_words() -> list[str]:
@@ -49,7 +64,9 @@ def import_words() -> list[str]:
 def _import(file: str) -> None:
     """Import a file; pickles and callbacks name its classes FILE.CLASS, so its folder comes last on the path."""
     path = Path(file).absolute()
-    if path.suffix != ".py" or not path.stem.isidentifier() or not path.is_file():
+    if not path.is_file():
+        raise UsageError(f"{OPTION} {file}: no such file")
+    if path.suffix != ".py" or not path.stem.isidentifier():
         raise UsageError(f"{OPTION} {file}: expected a file NAME.py, where NAME is an identifier")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
@@ -57,6 +74,8 @@ def _import(file: str) -> None:
     spec = importlib.util.find_spec(path.stem)
     if spec is None or spec.origin is None or not path.samefile(spec.origin):
         raise UsageError(f"{OPTION} {file}: there is a module {path.stem!r} already; rename it")
-    importlib.import_module(path.stem)
+    with code_of(file):
+        importlib.import_module(path.stem)
+    set_parsing_settings(import_path_allowlist=[path.stem])  # configs may name its classes
     if file not in _files:
         _files.append(file)

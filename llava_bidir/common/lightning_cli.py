@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import set_parsing_settings
 from lightning import (
     Callback,
     LightningModule,
@@ -33,7 +32,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from .checkpoints import AtomicCheckpointIO, Checkpoints
-from .errors import OneLineErrors, UserError
+from .cli import Seed
+from .errors import OneLineErrors, UserError, error_context
 from .files import exclusive_run_lock
 from .runs import (
     RunFolder,
@@ -46,14 +46,23 @@ from .runs import (
 
 log = logging.getLogger(__name__)
 
-# Callbacks that change batches, rates or weights so that a run neither records nor resumes them
-REFUSED = (
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    Timer,  # of trainer.max_time: Lightning counts the epoch that it interrupts as complete
-    WeightAveraging,
+AVERAGES = "a run is scored and exported with the weights of its last step, not with averages"
+BATCHES = "the run would not record its batches; set data.batch_size"
+# Callbacks that change batches, rates or weights so that a run neither records nor resumes them, and what to do
+REFUSED = {
+    BatchSizeFinder: BATCHES,
+    GradientAccumulationScheduler: BATCHES,
+    LearningRateFinder: "the run would not record its rate; set model.learning_rate",
+    StochasticWeightAveraging: AVERAGES,
+    Timer: "trainer.max_time would count the epoch that it ends as complete; set trainer.max_steps",
+    WeightAveraging: AVERAGES,
+}
+
+
+# A config imports and calls, also under a key of type Any, nothing but these; `--import FILE.py` adds a module
+set_parsing_settings(
+    import_path_denylist=["*"],
+    import_path_allowlist=["lightning", "llava_bidir", "probes"],
 )
 
 
@@ -78,7 +87,6 @@ class RunCLI(LightningCLI):
             *args,
             **kwargs,
             parser_class=ConfigParser,
-            seed_everything_default=0,  # Deviates: transformers' Trainer, which LLaVA uses, has 42
             save_config_callback=StartOfRun,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,  # no --optimizer: the modules build theirs
@@ -87,6 +95,15 @@ class RunCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data have their own
                 **trainer_defaults,
             },
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed, whose range Lightning would not check here."""
+        parser.add_argument(
+            "--seed_everything",
+            type=Seed,
+            default=0,  # Deviates: transformers' Trainer, which LLaVA uses, has 42
+            help="seed of all random numbers",
         )
 
     def add_run_options(
@@ -121,12 +138,20 @@ class RunCLI(LightningCLI):
         to_log = not sys.stderr.isatty() and setting("trainer.enable_progress_bar") is None
         if to_log:
             kwargs["enable_progress_bar"] = False
-        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        with error_context("trainer"):
+            trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if getattr(trainer, name) == 0:
+                raise UserError(f"trainer.{name} must be above 0")
         for callback in trainer.callbacks:
-            if isinstance(callback, REFUSED):
-                raise UserError(
-                    f"the callback {type(callback).__name__} is not supported (trainer.max_time is a Timer)"
-                )
+            for refused, why in REFUSED.items():
+                if isinstance(callback, refused):
+                    raise UserError(
+                        f"the callback {type(callback).__name__} is not supported: {why}"
+                    )
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(trainer, name) == 0:
+                raise UserError(f"trainer.{name} is 0, so nothing would be trained; set at least 1")
         if to_log:
             trainer.callbacks.insert(0, LogProgress())
         return trainer
@@ -152,11 +177,6 @@ class RunCLI(LightningCLI):
                 if isinstance(callback, StartOfRun):
                     callback.replaced = plan.replaced
             yield plan
-
-    def instantiate_classes(self) -> None:
-        """Build model, data and trainer, of classes that a config may name."""
-        check_classes(self.config)
-        super().instantiate_classes()
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently replace the command line's settings by the checkpoint's.
@@ -216,27 +236,6 @@ class LogProgress(Callback):
         if trainer.is_global_zero and is_due and not loop._should_accumulate():
             loss = trainer.callback_metrics.get("train/loss", outputs["loss"])
             log.info(f"step {step} of {optimizer_steps(trainer)}, loss {loss:.4g}")
-
-
-def check_classes(config: Any) -> None:
-    """Raise if a config names as `class_path` anything but a class of Lightning's, or one that extends it.
-
-    Under a key of type Any, such as `data.options`, jsonargparse would call whatever it names, `os.system` too.
-
-    Raises:
-        UserError: Names it.
-    """
-    if isinstance(config, Namespace):
-        config = vars(config)
-    if isinstance(config, dict):
-        path = config.get("class_path")
-        bases = getattr(locate(str(path)), "__mro__", [])
-        if path and not any(base.__module__.startswith("lightning.") for base in bases):
-            raise UserError(f"config: class_path {path!r} is not a subclass of one of Lightning's")
-        config = [*config.values()]
-    if isinstance(config, list | tuple):
-        for value in config:
-            check_classes(value)
 
 
 def check_trainer(

@@ -5,10 +5,12 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 
 from .errors import UserError
 
@@ -108,10 +110,29 @@ def worker_options(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "multiprocessing_context": "fork" if workers else None,
-        "worker_init_fn": ignore_interrupt,
+        "worker_init_fn": prepare_worker,
     }
 
 
-def ignore_interrupt(worker: int) -> None:
+def prepare_worker(worker: int) -> None:
     """Leave Ctrl-C, which a terminal sends to all, to the main process, which may need more batches of its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    report_lost_results(worker)
+
+
+def report_lost_results(worker: int) -> None:
+    """Send an error in place of a result that this worker cannot send, for which the main process would wait for ever.
+
+    Python's thread that sends results prints why it drops one, mostly that /dev/shm is full, and goes on.
+    """
+
+    def send_error(queue: Queue, error: Exception, result: tuple[int, Any]) -> None:
+        number, _ = result
+        reason = UserError(
+            f"a worker of a data loader cannot send its results: {error}; where shared memory is full, enlarge "
+            "/dev/shm (docker run --shm-size), or use no workers (data.num_workers 0)"
+        )
+        where = f"in DataLoader worker process {worker}"
+        queue.put((number, ExceptionWrapper((UserError, reason, None), where)))
+
+    Queue._on_queue_feeder_error = send_error

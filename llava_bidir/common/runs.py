@@ -118,7 +118,7 @@ def find_checkpoint(ckpt_path: str, checkpoints: Path) -> Path | None:
             raise UserError(f"there is no checkpoint {ckpt_path}")
         return Path(ckpt_path)
     last = last_checkpoint(checkpoints)
-    log.info("resuming %s" if last else "no checkpoint in %s yet", last or checkpoints)
+    log.info("the checkpoint is %s" if last else "no checkpoint in %s yet", last or checkpoints)
     return last
 
 

@@ -1,15 +1,16 @@
 """LightningDataModule for LLaVA conversations."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from pydantic import PositiveInt
 from torch.utils.data import DataLoader, StackDataset, Subset
 from transformers import LlavaProcessor
 
+from llava_bidir.common.cli import Count, Index
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest, file_sizes
 from llava_bidir.common.processes import usable_cores, worker_options
@@ -22,7 +23,7 @@ from .batch_samplers import (
 )
 from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX
-from .dataset import Instructions, has_first_answer, read_annotations
+from .dataset import Instructions, answers, read_annotations
 
 
 class InstructionData(LightningDataModule):
@@ -42,7 +43,7 @@ class InstructionData(LightningDataModule):
         seed: Decides the order of samples.
         processor: Tokenizer and image processor; linked from the model by the command line.
         image_tokens: T, image tokens per image; linked from the model by the command line.
-        max_positions: Positions of the LLM, None for no limit; linked from the model by the command line.
+        max_positions: Positions of the LLM; linked from the model by the command line.
     """
 
     sets_on_trainer = ("accumulate_grad_batches",)
@@ -53,15 +54,15 @@ class InstructionData(LightningDataModule):
         images: str,
         val_annotations: str | None = None,
         template: Literal["plain", "vicuna_v1", "chat"] = "vicuna_v1",
-        batch_size: PositiveInt = 128,
-        micro_batch_size: PositiveInt = 16,
+        batch_size: Count = 128,
+        micro_batch_size: Count = 16,
         group_by_length: bool = False,
-        max_length: PositiveInt = 2048,
-        num_workers: int = 4,
+        max_length: Count = 2048,
+        num_workers: Index = 4,
         seed: int = 0,
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,
-        max_positions: int | None = None,
+        max_positions: int = sys.maxsize,
     ):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["processor", "max_positions"])
@@ -73,8 +74,7 @@ class InstructionData(LightningDataModule):
         self.group_by_length = group_by_length
         self.seed = seed
         self.num_workers = min(num_workers, usable_cores())
-        if max_positions is not None:
-            max_length = min(max_length, max_positions)
+        max_length = min(max_length, max_positions)
         self.collate = Collate(processor, image_tokens, template, max_length)
         self.trained_micro_batches = 0
 
@@ -88,7 +88,7 @@ class InstructionData(LightningDataModule):
         if self.val_annotations:
             self.val = Instructions(self.val_annotations, self.images)
             for number, record in enumerate(self.val.records):
-                if not has_first_answer(record):
+                if not any(answers(record)[:1]):
                     raise UserError(
                         f"{self.val_annotations}: record {number} has no first answer to compare with"
                     )
@@ -100,7 +100,7 @@ class InstructionData(LightningDataModule):
             return
         trainer = self.trainer
         self.train = Instructions(self.annotations, self.images)
-        self.train.check_trainable()
+        self.train.check_trainable(self.collate)
         self.sampler = BatchSampler(
             self.train.lengths(),
             self.batch_size,

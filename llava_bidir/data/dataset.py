@@ -9,14 +9,14 @@ The format of the 558K captions and of the 665K mix, a list or JSON Lines::
 
 As in LLaVA, these records are valid:
 
-- empty answers
+- empty answers, unless all are
 - a first turn from gpt, which is dropped
 - several `<image>` in a turn, which are merged
 - an image without `<image>`: only the text is used
 - `<image>` without an image: it is text
 - `<image>` in an answer: the image is shown there, too
 
-`llava-bidir verify-data` lists images without `<image>` and the reverse.
+`llava-bidir verify-data` lists empty answers, images without `<image>` and the reverse.
 """
 
 import json
@@ -31,9 +31,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.files import names_full_disk, sha256
 from llava_bidir.common.images import read_image
 
-from .conversation import IMAGE, usable_turns
+from .collate import Collate
+from .conversation import IGNORE_INDEX, IMAGE, usable_turns
 
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
@@ -62,16 +64,13 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
     """
     datasets.disable_progress_bars()
     with error_context("data.annotations"):
-        file = os.stat(path)
-    # size and modification time are part of the cache key, so that an edited file is read again
-    source = {
-        "path": os.path.realpath(path),
-        "size": file.st_size,
-        "modified": file.st_mtime_ns,
-        "rules": RULES,
-    }
+        digest = sha256(Path(path))
+    # the cache's key has the content: an archive that is unpacked over a file keeps size and modification time
+    source = {"path": os.path.realpath(path), "digest": digest, "rules": RULES}
+    cache = datasets.config.HF_DATASETS_CACHE
     try:
-        return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
+        with names_full_disk(cache, "set HF_HOME to a folder that has space and can be written"):
+            return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
 
@@ -92,7 +91,7 @@ def read_records(path: str | Path) -> list[Any]:
         return records
 
 
-def _rows(path: str, **_: int) -> Iterator[dict[str, Any]]:
+def _rows(path: str, **_: str | int) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file; the other arguments are the key of the cache.
 
     Raises:
@@ -162,8 +161,21 @@ class Instructions(Dataset):
             "conversations": record["conversations"],
         }
 
-    def check_trainable(self) -> None:
-        """Raise a UserError if texts refer to images, but no record shows one."""
+    def check_trainable(self, collate: Collate) -> None:
+        """Raise a UserError if no record trains an answer, or texts refer to images, but no record shows one."""
+
+        def trains(record: dict[str, Any]) -> bool:
+            """Return whether a token of an answer with text is within the sequence."""
+            if not any(answers(record)):
+                return False
+            _, labels = collate.encode(record | {"image": shows_image(record) or None})
+            return any(label != IGNORE_INDEX for label in labels[: collate.max_length])
+
+        if not any(map(trains, self.records)):
+            raise UserError(
+                f"{self.annotations}: no record has an answer to train on; expected turns from 'gpt' with text, before "
+                f"token {collate.max_length}, the limit by data.max_length or by the LLM's positions"
+            )
         if any(map(refers_to_image, self.records)) and not any(map(shows_image, self.records)):
             raise UserError(
                 f"{self.annotations}: no record shows an image, but texts have {IMAGE}; expected the key 'image' with "
@@ -175,6 +187,6 @@ class Instructions(Dataset):
         return self.records.data.column("length").to_numpy()
 
 
-def has_first_answer(record: dict[str, Any]) -> bool:
-    """Return whether the first question of a record has an answer, with which validation compares."""
-    return any(turn["value"] for turn in record["conversations"][1:2])
+def answers(record: dict[str, Any]) -> list[str]:
+    """Return the answers of a record, without the white space around them."""
+    return [turn["value"].strip() for turn in record["conversations"][1::2]]

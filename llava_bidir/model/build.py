@@ -19,6 +19,7 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import (
     check_merged,
     greedy_config,
+    is_finite,
     load_weights,
     read_model_config,
     read_pretrained,
@@ -128,12 +129,6 @@ def read_llm_config(path: str) -> PreTrainedConfig:
     """
     config = read_model_config("model.llm", path)
     return config.text_config if isinstance(config, LlavaConfig) else config
-
-
-def max_positions(llm: str) -> int | None:
-    """Return the positions of an LLM, of image and text together; None if its config states no limit."""
-    config = read_llm_config(llm).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def build_model(
@@ -301,7 +296,8 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     """Load the adapter's weights from a checkpoint directory.
 
     Raises:
-        UserError: The directory has no adapter, one for another encoder, LLM or mask, or updates that are not merged.
+        UserError: The directory has no adapter, one for another encoder, LLM or mask, one with values that are not
+            finite, or updates that are not merged.
     """
     config = read_pretrained("model.adapter", LlavaBidirConfig, directory)
     check_merged("model.adapter", directory)
@@ -315,6 +311,10 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
             )
     tensors = read_tensors(Path(directory), ADAPTER)
     weights = {name.partition(ADAPTER)[2]: tensor for name, tensor in tensors.items()}
+    if broken := [name for name in weights if not is_finite(weights[name])]:
+        raise UserError(
+            f"model.adapter: {directory} has values that are not finite in {broken}; train it again"
+        )
     with error_context(f"adapter checkpoint {directory} does not fit this encoder and LLM"):
         model.model.multi_modal_projector.load_state_dict(weights)
 

@@ -27,6 +27,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from llava_bidir.common.cli import Count
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import read_model_config, read_pretrained
 from llava_bidir.common.images import check_image_px
@@ -109,7 +110,7 @@ class Encoder:
     name: str
     path: str
     layer: int = -2
-    image_px: int | None = None
+    image_px: Count | None = None
 
     def __post_init__(self):
         if self.name not in ENCODERS:

@@ -11,7 +11,7 @@ import transformers
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.files import atomic_directory
+from llava_bidir.common.files import atomic_directory, to_json
 from llava_bidir.common.hf import TRAINING_JSON, is_finite
 
 from . import attention
@@ -82,7 +82,7 @@ def export_hf(
         else:
             _add_released_rope(partial / "config.json")
         processor.save_pretrained(partial)
-        (partial / TRAINING_JSON).write_text(json.dumps(training, indent=1) + "\n")
+        (partial / TRAINING_JSON).write_text(to_json(training))
         (partial / "README.md").write_text(write_card(model.config, training))
         written = type(model).from_pretrained(partial, dtype=model.dtype).state_dict()
         for name, tensor in model.state_dict().items():

@@ -3,11 +3,11 @@
 import copy
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import nn
+
+from llava_bidir.common.cli import Count, ShareBelow1
 
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
@@ -26,9 +26,9 @@ class Lora:
         dropout: Dropout probability of the input of the updates.
     """
 
-    r: PositiveInt = 128
-    alpha: int = 256
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    r: Count = 128
+    alpha: Count = 256
+    dropout: ShareBelow1 = 0.05
 
 
 def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:

@@ -14,6 +14,7 @@ from llava_bidir.common.lightning_cli import RunCLI, check_trainer
 from llava_bidir.common.runs import (
     RunFolder,
     find_checkpoint,
+    last_checkpoint,
     run_process,
 )
 from llava_bidir.data.datamodule import InstructionData
@@ -33,6 +34,9 @@ ON_ONE_CPU = (
 )
 
 
+UNSAID = ""  # model.adapter, until the command or a config says a folder or null
+
+
 class TrainingCLI(RunCLI):
     """Command line for model, data and trainer; several `-c` merge from left to right, then the flags."""
 
@@ -45,6 +49,7 @@ class TrainingCLI(RunCLI):
         parser.link_arguments("seed_everything", "data.seed")
         # which the export of a checkpoint needs
         parser.link_arguments("data.template", "model.template")
+        parser.set_defaults({"model.adapter": UNSAID})
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Refuse what would count as a finished run that is none, or is overruled by the data's sizes."""
@@ -85,23 +90,35 @@ class TrainingCLI(RunCLI):
                 return
             self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             if self.trainer.is_global_zero:
-                last = find_checkpoint("last", folder.checkpoints)
+                last = last_checkpoint(folder.checkpoints)
                 export_checkpoint(last, record.parent)
         rank_zero_info(f"The trained model is {record.parent}")
 
     def before_validate(self) -> None:
-        """Find the checkpoint of `--ckpt_path last`."""
+        """Find the checkpoint, that of `--ckpt_path` or the run's last: without one, Lightning scores new weights."""
         run = self.config_init[self.subcommand]
-        if run.ckpt_path:
-            folder = Path(run.out) / "checkpoints"
-            run.ckpt_path = find_checkpoint(run.ckpt_path, folder)
-            if run.ckpt_path is None:
-                raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}")
+        folder = Path(run.out) / "checkpoints"
+        run.ckpt_path = find_checkpoint(run.ckpt_path or "last", folder)
+        if run.ckpt_path is None:
+            raise UserError(
+                f"there is no checkpoint in {folder}; give --ckpt_path, or the --out of a run that has one"
+            )
 
     before_test = before_validate
 
     def before_instantiate_classes(self) -> None:
-        """Raise if there are no records: a model may be looked up on a hub that does not answer."""
+        """Raise if an LLM would train with a random adapter unasked, or there are no records.
+
+        Before anything is read: a model may be looked up on a hub that does not answer.
+        """
+        model = self.config.get(str(self.subcommand), self.config).model
+        if model.adapter == UNSAID:
+            model.adapter = None
+            if self.subcommand == "fit" and model.trainable != ["adapter"]:
+                raise UserError(
+                    "model.adapter is not given, so the LLM would train with a random one: give RUN/hf of stage 1, or "
+                    "`--model.adapter null` for a new adapter"
+                )
         for name in ("data.annotations", "data.val_annotations"):
             path = self._get(self.config, name)
             if path and not os.path.isfile(path):

@@ -2,21 +2,30 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from pydantic import Field, NonNegativeFloat
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
+from transformers import LlavaConfig
 
+from llava_bidir.common.cli import (
+    Count,
+    NonNegative,
+    Share,
+    ShareBelow1,
+)
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import (
     FIXED_DATE,
     PROMPT_DATE,
     FiniteLogits,
+    max_positions,
+    read_model_config,
     read_training,
 )
 from llava_bidir.common.identity import (
@@ -33,7 +42,7 @@ from llava_bidir.model.build import (
     build_model,
     build_processor,
     check_same_parents,
-    max_positions,
+    read_llm_config,
     set_trainable,
 )
 from llava_bidir.model.encoders import Encoder
@@ -85,19 +94,19 @@ class LlavaTraining(LightningModule):
         image_attention: str = "causal",
         image_resize: Literal["pad", "center_crop"] = "pad",
         adapter: str | None = None,
-        adapter_init_scale: float = 1.0,
-        learning_rate: NonNegativeFloat = 2e-5,
-        adapter_learning_rate: NonNegativeFloat | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03,
+        adapter_init_scale: NonNegative = 1.0,
+        learning_rate: NonNegative = 2e-5,
+        adapter_learning_rate: NonNegative | None = None,
+        betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999),
+        weight_decay: NonNegative = 0.0,
+        warmup_ratio: Share = 0.03,
         loss_average: Literal["llava", "tokens"] = "llava",
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         attn_implementation: str = "sdpa",
-        max_new_tokens: int = 32,
+        max_new_tokens: Count = 32,
         template: str = "vicuna_v1",
     ):
         super().__init__()
@@ -112,13 +121,15 @@ class LlavaTraining(LightningModule):
         self.hparams["encoder"] = asdict(self.encoder)
         self.lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.hparams["lora"] = self.lora and asdict(self.lora)
+        if not trainable:
+            raise UserError("model.trainable is empty; expected adapter, llm or both")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
         with error_context("model.image_attention"):  # an unknown one
             block_ids_of(image_attention)
         self.processor = build_processor(self.encoder, llm, image_resize, template)
         self.image_tokens = self.encoder.image_tokens(self.encoder.load_config())
-        self.max_positions = max_positions(llm)
+        self.max_positions = max_positions(read_llm_config(llm))
         self.model = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
         self.step: list[tuple[Tensor, int, list[str]]] = []  # losses, supervised tokens, records
@@ -137,6 +148,12 @@ class LlavaTraining(LightningModule):
         if stage != "fit":
             return
         self.identity = decide_on_first(run_identity, self.trainer, self, data)
+        llm = self.hparams.llm
+        if isinstance(read_model_config("model.llm", llm), LlavaConfig):
+            rank_zero_info(
+                f"model.llm: {llm} is a llava, whose LLM is taken; its encoder and adapter are not, see "
+                "--model.encoder.path and --model.adapter"
+            )
         if self.hparams.adapter is not None:
             check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 
@@ -319,6 +336,7 @@ class LlavaTraining(LightningModule):
             if not k.startswith(RATE) and k.removeprefix("train/") not in TIMING_METRICS
         }
         checkpoint["identity"] = self.identity
+        checkpoint["folder"] = str(Path.cwd())  # where relative paths of the settings begin
         checkpoint["progress"] = {
             "global_batch": self.trainer.datamodule.batch_size,
             "steps": self.trainer.global_step,

@@ -1,5 +1,6 @@
 """Reading of training checkpoints, files or ZeRO's folders, into a model in memory, and their export."""
 
+from contextlib import chdir
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def read_checkpoint(
 ) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
     """Return model, processor, and settings and metrics of a checkpoint of `llava-bidir fit`.
 
-    Frozen weights are read from their source.
+    Frozen weights are read from their source, whose path begins at the folder of the training if it is relative.
 
     Raises:
         UserError: The checkpoint is damaged, or not of `llava-bidir fit`; or its settings are not those of this
@@ -40,8 +41,12 @@ def read_checkpoint(
         adapter = settings["adapter"]
         # a trained adapter is in the checkpoint, so that the model of stage 1 may be gone
         needed = None if "adapter" in settings["trainable"] else adapter
-        module = LlavaTraining(**settings | {"adapter": needed})
-        with local_torch_dtype(next(iter(saved["state_dict"].values())).dtype):
+        folder = Path(saved.get("folder", "."))
+        if not folder.is_dir():  # of another machine
+            folder = Path()
+        dtype = next(iter(saved["state_dict"].values())).dtype
+        with chdir(folder), local_torch_dtype(dtype):
+            module = LlavaTraining(**settings | {"adapter": needed})
             module.configure_model()
         module.hparams["adapter"] = adapter
         module.on_load_checkpoint(saved)

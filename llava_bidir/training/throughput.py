@@ -12,7 +12,8 @@ from lightning import (
 )
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
-from pydantic import PositiveFloat
+
+from llava_bidir.common.cli import Positive
 
 from .flops import ModelFlops
 
@@ -34,7 +35,7 @@ class Throughput(Callback):
             the GPU; of one that it does not know, and of a CPU, no MFU is logged.
     """
 
-    def __init__(self, peak_tflops: PositiveFloat | None = None):
+    def __init__(self, peak_tflops: Positive | None = None):
         self.peak = peak_tflops and 1e12 * peak_tflops
         self.flops: ModelFlops | None = None
 

@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from llava_bidir.command_options import VQAOptions, VQATableOptions
 from llava_bidir.common.errors import UserError, error_context
@@ -27,8 +28,10 @@ def run(options: VQAOptions) -> None:
     """Run the tasks that are not finished, and write the table.
 
     Raises:
-        UserError: lmms-eval failed, or OUT has results of another checkpoint.
+        UserError: lmms-eval failed, OUT has results of another checkpoint, or there is no folder of data.
     """
+    if options.data and not options.data.is_dir():
+        raise UserError(f"--data: no folder {options.data}")
     from llava_bidir.commands.generate import read_image_attention
 
     config = read_model_config("MODEL", options.model)
@@ -50,23 +53,41 @@ def run(options: VQAOptions) -> None:
         if pending:
             ranks = f"torch.distributed.run --standalone --nproc-per-node {options.devices} -m"
             start = ranks.split() if options.devices > 1 else []
-            request = json.dumps([str(options.out), pending, info])
+            folders = [options.out.absolute(), options.data or Path()]
+            request = json.dumps([*map(str, folders), pending, info])
             command = [options.python, "-m", *start, __name__, request]
-            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-            with error_context("lmms-eval, which `make vqa-venv` installs"):
-                with subprocess.Popen(command, env=environment) as process:
-                    try:
-                        status = process.wait()
-                    finally:
-                        process.terminate()  # not killed: torchrun has to end its ranks
-                if status:
-                    raise subprocess.CalledProcessError(status, command)
+            ask_harness(command, offline=options.data is not None)
     table1.run(VQATableOptions(results=(options.out,), out=options.out))
 
 
-def main(out: Path, names: list[str], info: dict) -> None:
+def ask_harness(command: list[str | Path], offline: bool) -> None:
+    """Run a command with this package on its path, alone: what is installed beside it would hide lmms-eval's."""
+    package = Path(__file__).parents[1]
+    with TemporaryDirectory() as folder, error_context("lmms-eval, which `make vqa-venv` installs"):
+        Path(folder, package.name).symlink_to(package)
+        paths = [folder, os.environ.get("PYTHONPATH", folder)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        if offline:
+            environment["HF_HUB_OFFLINE"] = "1"
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        with subprocess.Popen(command, env=environment) as process:
+            try:
+                status = process.wait()
+            finally:
+                process.terminate()  # not killed: torchrun has to end its ranks
+        if status:
+            raise subprocess.CalledProcessError(status, command)
+
+
+def main(
+    out: str,
+    data: str,
+    names: list[str],
+    info: dict,
+) -> None:
     """Run tasks in lmms-eval's environment, and write the file of each.
+
+    Below the working directory, a data set's name is its folder.
 
     Raises:
         UserError: An item has no result or several.
@@ -76,6 +97,7 @@ def main(out: Path, names: list[str], info: dict) -> None:
     from .lmms_model import LlavaBidir
 
     model = LlavaBidir(info["model"], info["batch_size"])
+    os.chdir(data)
     info |= {"dtype": str(model.model.dtype), "lmms_eval": version("lmms_eval")}
     for name in names:
         benchmark = BENCHMARKS[name]
@@ -87,12 +109,12 @@ def main(out: Path, names: list[str], info: dict) -> None:
         if [sample["doc_id"] for sample in samples] != list(range(count)):
             raise UserError(f"{name}: {len(samples)} results are not one for each of {count} items")
         items = [to_item(benchmark, sample) for sample in samples]
-        write_files({out / f"{name}.json": info | {"items": items}})
+        write_files({Path(out, f"{name}.json"): info | {"items": items}})
     if dist.is_initialized():  # threads of its that outlive the interpreter would abort the process
         dist.destroy_process_group()
 
 
-def run_benchmark(benchmark: Benchmark, model, out: Path) -> dict | None:
+def run_benchmark(benchmark: Benchmark, model, out: str) -> dict | None:
     """Return the results of lmms-eval with all samples, None in all processes but the first."""
     import lmms_eval.tasks
     from lmms_eval.evaluator import simple_evaluate
@@ -112,7 +134,7 @@ def run_benchmark(benchmark: Benchmark, model, out: Path) -> dict | None:
         bootstrap_iters=0,
         # MMMU guesses for answers it cannot parse, reproducibly only in a fixed order
         process_docs_parallel=1,
-        cli_args=Namespace(output_path=str(out / "harness"), process_with_media=False),
+        cli_args=Namespace(output_path=f"{out}/harness", process_with_media=False),
     )
 
 
@@ -151,5 +173,4 @@ def rate_answer(benchmark: Benchmark, sample: dict) -> float:
 
 
 if __name__ == "__main__":
-    folder, *request = json.loads(sys.argv[1])
-    main(Path(folder), *request)
+    main(*json.loads(sys.argv[1]))

@@ -329,5 +329,5 @@ def table_row(
 def check_images(images: Sequence[int], count: int) -> None:
     """Raise a UserError if an image is not one of the split's `count`."""
     for image in images:
-        if not 0 <= image < count:
+        if image >= count:
             raise UserError(f"image {image} is out of range; the split has images 0..{count - 1}")

@@ -45,7 +45,7 @@ class ImageDataset(Dataset):
         files: {name: (image, target, ...)}, in the order of the dataset.
         classes: Names of the K classes; none if targets are real numbers.
         palette: One colour per class, or None.
-        groups: The cluster of each image (e.g. its city), or None.
+        groups: The cluster of each image (e.g. its city), or None. Copies of an image join theirs when all are read.
 
     Raises:
         UserError: On access, if an image or target is invalid.
@@ -74,7 +74,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         image_file, *target_files = self.files[index]
-        image, tag = read_image(image_file, lambda image: (as_stored(image), orientation(image)))
+        tag, image = read_image(image_file, lambda image: (orientation(image), as_stored(image)))
         target = self.read_target(*target_files)
         size = target.shape[1::-1]
         rotated = image.size[::-1] if tag in range(5, 9) else image.size
@@ -101,16 +101,12 @@ class ImageDataset(Dataset):
 
     def identity(self) -> dict[str, str]:
         """Return what the split is: number and digest of its images and of their targets, by name and content."""
-        return {
-            part: describe_digest([self.names, self.digests(part)], len(self))
-            for part in self.parts
-        }
-
-    def digests(self, part: str) -> list[str]:
-        """Return the checksum of each image's file of a part, such as "images"; "" of one that cannot be read."""
-        files = [group[self.parts.index(part)] for group in self.files]
-        folder = os.path.commonpath([file.parent for file in files])
-        return list(checksums(folder, [os.path.relpath(file, folder) for file in files]).values())
+        identity = {}
+        for part, files in zip(self.parts, zip(*self.files, strict=True), strict=False):
+            folder = os.path.commonpath([file.parent for file in files])
+            digests = checksums(folder, [os.path.relpath(file, folder) for file in files])
+            identity[part] = describe_digest([self.names, [*digests.values()]], len(self))
+        return identity
 
 
 class SegmentationDataset(ImageDataset):
@@ -167,6 +163,20 @@ class SegmentationDataset(ImageDataset):
                 f"the {len(self.classes)} classes, or a label that is ignored"
             )
         return target.astype(np.uint8)
+
+    def is_recoloured(self, index: int, target: ndarray) -> bool:
+        """Return whether a mask gives a class of its target the colour of another one in the palette."""
+        palette = read_image(self.files[index][1], lambda image: image.palette, ("PNG",))
+        if not (palette and self.palette):
+            return False
+        colours = np.frombuffer(palette.getdata()[1], np.uint8).reshape(-1, 3).tolist()
+        given = dict(zip(self._lookup, colours, strict=False))
+        return any(
+            number in target
+            and given.get(number, colour) != colour
+            and given[number] in self.palette
+            for number, colour in enumerate(self.palette)
+        )
 
 
 def lookup(classes: int, first: int = 0, ignored: Sequence[int] = (IGNORE_INDEX,)) -> ndarray:

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.images import SUFFIXES
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+OF_WINDOWS = ("Thumbs.db", "desktop.ini")
 
 
 def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
@@ -34,21 +35,30 @@ def files_by_name(
     """Return {name: file}, sorted; a name is the file name without `ending` and suffix, with accents composed (NFC).
 
     Raises:
-        UserError: If the folder does not exist, or two files have the same name.
+        UserError: If the folder does not exist, or two files have the same name. By the default pattern, also names a
+            file of another kind, or a folder, which would be left out.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
+    unread: list[Path] = []
     for path in sorted(folder.glob(pattern)):
         # macOS writes ._NAME beside each file, on disks of other systems
-        is_kind = path.suffix.lower() in suffixes and not path.name.startswith("._")
-        if not is_kind or not path.stem.endswith(ending):
+        if path.name.startswith(".") or path.name in OF_WINDOWS:
+            continue
+        if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
+            unread.append(path)
             continue
         # macOS stores accents apart
         name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))
         if name in files:
             raise UserError(f"{files[name]} and {path} have the same name; remove one")
         files[name] = path
+    if unread and pattern == "*":
+        raise UserError(
+            f"{unread[0]} would not be read, one of {len(unread)}: expected {', '.join(suffixes)} files in {folder}, "
+            "and no folders; convert or move it"
+        )
     return dict(sorted(files.items()))
 
 
@@ -70,7 +80,7 @@ def pair_files(
                 f"{dataset}: {len(unpaired)} files have no {kind}, e.g. {files[unpaired[0]]}"
             )
     if not images:
-        raise UserError(f"{dataset}: no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{dataset}: no images ({', '.join(SUFFIXES)})")
     return {name: (image, targets[name]) for name, image in images.items()}
 
 
@@ -83,9 +93,8 @@ def pair_folders(
     """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT.
 
     Raises:
-        UserError: As of :func:`pair_files`.
+        UserError: As of :func:`files_by_name` and :func:`pair_files`.
     """
-    images = Path(root) / "images" / split
+    images = files_by_name(Path(root) / "images" / split, SUFFIXES)
     targets = files_by_name(Path(root) / folder / split, (".png",))
-    dataset = f"{root}, {split}"
-    return pair_files(files_by_name(images, IMAGE_SUFFIXES), targets, dataset, target_name)
+    return pair_files(images, targets, f"{root}, {split}", target_name)

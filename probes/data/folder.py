@@ -1,6 +1,6 @@
 """A folder of images and targets, in the layout of ADE20K.
 
-    ROOT/images/{training,validation}/NAME.jpg (or .png)
+    ROOT/images/{training,validation}/NAME.jpg (or .png, .tif, .webp, .bmp)
     ROOT/annotations/{training,validation}/NAME.png       8-bit, one class index per pixel
     ROOT/classes.json                                     {"classes": ["wall", ...], "ignore_index": 255}
     ROOT/depth/{training,validation}/NAME.png             16-bit; metres = value x depth_scale, 0 = no value
@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import read_json
+from llava_bidir.common.files import read_settings
 
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
 from .file_layout import pair_folders
 from .targets import DepthDataset, InstanceBoundaries, NormalsDataset
+
+CLASSES_KEYS = ("classes", "ignore_index", "reduce_zero_label", "palette")
+TARGETS_KEYS = ("depth_scale", "max_depth")
 
 
 class FolderDataset(SegmentationDataset):
@@ -57,8 +60,7 @@ def _read_classes_json(path: Path) -> tuple[list[str], int, list[int], list | No
         if not condition:
             raise UserError(f"{path} needs {what}")
 
-    need(path.is_file(), 'to be there, as {"classes": ["wall", ...]}')
-    settings = read_json(path)
+    settings = read_settings(path, CLASSES_KEYS, '{"classes": ["wall", ...]}')
     names = settings.get("classes")
     ignored = settings.get("ignore_index", IGNORE_INDEX)
     ignored = ignored if isinstance(ignored, list) else [ignored]
@@ -106,8 +108,8 @@ class FolderDepth(DepthDataset):
         expected = (
             '{"depth_scale": 0.001, "max_depth": 10.0}, metres per unit and (optional) metres'
         )
-        settings = read_json(path)
-        is_valid = {"depth_scale"} <= settings.keys() <= {"depth_scale", "max_depth"}
+        settings = read_settings(path, TARGETS_KEYS, expected)
+        is_valid = "depth_scale" in settings
         for value in settings.values():
             is_valid &= type(value) in (int, float) and 1e-30 < value < 1e30
         if not is_valid:

@@ -1,6 +1,7 @@
 """Images and targets of a probe run, checked and in batches, shared among its processes; `probes verify-data`."""
 
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,13 +26,15 @@ from .registry import identity_of_splits, open_splits
 from .samplers import validation_batches
 from .verify import (
     LabelCounts,
+    ReadPair,
     check_labels,
     check_pairs,
     data_notes,
+    find_remarks,
     format_labels,
     join_counts,
+    join_groups,
     read_pairs,
-    shared_images,
 )
 
 
@@ -62,7 +65,7 @@ class ProbeData:
         self.num_workers = min(config.num_workers, usable_cores())
         self.seed = seed
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
-        self.shared_images: list[tuple[str, str]] = []
+        self.remarks: dict[str, list] = {}  # on images, likewise
 
     @property
     def hparams(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ class ProbeData:
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
-        bad: list[str] = []
+        pairs: dict[str, ReadPair | str] = {}  # by SPLIT/NAME
         for split, dataset in self.splits.items():
             images = len(dataset)
             published = dataset.official_size or images
@@ -91,20 +94,25 @@ class ProbeData:
                 warn(f"{self.root}: {images:,} {split} images, but {published:,} were published")
             share = range(rank(), images, rank_count())
             name = f"{self.name} {split}"
-            found = read_pairs(
+            of_rank = read_pairs(
                 dataset,
                 name,
                 share,
                 self.num_workers,
                 show_bar and rank() == 0,
             )
-            labels, defects = zip(*all_gather_objects(found), strict=True)
+            of_split = ChainMap(*all_gather_objects(of_rank))
+            pairs |= {f"{split}/{name}": of_split[i] for i, name in enumerate(dataset.names)}
+        check_pairs([pair for pair in pairs.values() if isinstance(pair, str)], len(pairs))
+        for split, dataset in self.splits.items():
+            of_split = [pairs[f"{split}/{name}"] for name in dataset.names]
+            labels, contents, _ = zip(*of_split, strict=True)
             self.labels[split] = join_counts(labels)
-            bad += sum(defects, [])
-        check_pairs(bad, sum(map(len, self.splits.values())))
+            if len({*contents}) < len(contents):
+                dataset.groups = join_groups(dataset.groups or dataset.names, contents)
         check_labels(self.classes, self.labels)
-        self.shared_images = shared_images(*self.splits.values())
-        for note in data_notes(self.classes, self.labels, self.shared_images):
+        self.remarks = find_remarks(pairs)
+        for note in data_notes(self.classes, self.labels, self.remarks):
             warn(f"{self.root}: {note}")
 
     @property

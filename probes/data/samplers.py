@@ -4,7 +4,7 @@ Legend: N images, R ranks. A global batch is the set of images of one optimizer 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 
@@ -99,8 +99,8 @@ def validation_batches(
     return [mine[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> torch.Tensor:
-    """Return the fold of each image, i64[N]; images of a group share a fold.
+def assign_folds(groups: Sequence[Hashable], folds: int) -> torch.Tensor:
+    """Return the fold of each image, i64[N], from its group; images of a group share a fold.
 
     Blocks of up to eight images, or groups, in the order of the dataset are dealt out in turns. Neighbours in that
     order are often frames of a video or photos of a place: in different folds, each would tell what the other one
@@ -110,15 +110,12 @@ def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> to
     Raises:
         UserError: If there are fewer images or groups than folds.
     """
-    units = list(range(images)) if groups is None else list(dict.fromkeys(groups))
+    units = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     if len(units) < folds:
-        kind = "images" if groups is None else "groups"
         raise UserError(
-            f"{len(units)} training {kind} for {folds} folds; expected one for each at least (--folds)"
+            f"{len(units)} training images, or groups of these, for {folds} folds; expected one for each at least "
+            "(--folds)"
         )
     block = max(1, min(8, len(units) // (5 * folds)))
     fold_of_unit = torch.arange(len(units)) // block % folds
-    if groups is None:
-        return fold_of_unit
-    numbers = {group: number for number, group in enumerate(units)}
-    return fold_of_unit[[numbers[group] for group in groups]]
+    return fold_of_unit[[units[group] for group in groups]]

@@ -1,6 +1,8 @@
 """Read every image and target before a model is loaded, to find bad files in seconds instead of after GPU hours."""
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.processes import worker_options
-from probes.data.base import ImageDataset
+from probes.data.base import ImageDataset, SegmentationDataset
 from probes.ops.geometry import IGNORE_INDEX
 
 BATCH_SIZE = 16
@@ -41,14 +43,23 @@ class LabelCounts(NamedTuple):
     images_of_class: Sequence[int]
     ignored: int
 
-    @property
-    def ignored_share(self) -> float:
-        """Share of the pixels that do not count; 0 without pixels."""
-        return self.ignored / max(1, self.ignored + sum(self.pixels))
+
+class ReadPair(NamedTuple):
+    """What is known of an image and its target.
+
+    Args:
+        labels: Of this image.
+        content: Digest of its pixels, whatever file has them.
+        is_recoloured: Its mask has colours of other classes.
+    """
+
+    labels: LabelCounts
+    content: str
+    is_recoloured: bool
 
 
 class _Pairs(Dataset):
-    """The labels of each pair, or what is wrong with which file of it; pairs are decoded as in training."""
+    """What is known of each pair, or wrong with which file of it; pairs are decoded as in training."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
@@ -56,11 +67,20 @@ class _Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> LabelCounts | str:
+    def __getitem__(self, index: int) -> ReadPair | str:
+        dataset = self.dataset
         try:
-            return count_labels(self.dataset[index]["target"], len(self.dataset.classes))
+            pair = dataset[index]
         except UserError as error:
             return str(error)
+        image = pair["image"]
+        target = pair["target"]
+        has_classes = isinstance(dataset, SegmentationDataset)
+        return ReadPair(
+            count_labels(target, len(dataset.classes)),
+            f"{image.size} {sha256(image.tobytes()).hexdigest()}",
+            has_classes and dataset.is_recoloured(index, target),
+        )
 
 
 def read_pairs(
@@ -69,8 +89,8 @@ def read_pairs(
     indices: Sequence[int],
     workers: int,
     progress: bool = True,
-) -> tuple[LabelCounts, list[str]]:
-    """Return the labels of images, and what is wrong with those that cannot be used.
+) -> dict[int, ReadPair | str]:
+    """Return what is known of each image and its target, or what is wrong with them, by index.
 
     Args:
         dataset: A split.
@@ -89,12 +109,8 @@ def read_pairs(
         # the loader draws a seed, which must not advance the generator of the run
         generator=torch.Generator(),
     )
-    zero = [0] * max(1, len(dataset.classes))
-    found: list[LabelCounts | str] = [LabelCounts(0, zero, zero, 0)]
-    for pairs in tqdm(loader, f"checking {name}", mininterval=1, disable=not progress):
-        found += pairs
-    bad = [pair for pair in found if isinstance(pair, str)]
-    return join_counts([pair for pair in found if not isinstance(pair, str)]), bad
+    batches = tqdm(loader, f"checking {name}", mininterval=1, disable=not progress)
+    return dict(zip(indices, chain.from_iterable(batches), strict=True))
 
 
 def count_labels(target: ndarray, classes: int) -> LabelCounts:
@@ -153,26 +169,45 @@ def check_labels(classes: list[str], labels: Mapping[str, LabelCounts]) -> None:
             )
 
 
-def shared_images(a: ImageDataset, b: ImageDataset) -> list[tuple[str, str]]:
-    """Return the names in both splits of the images that are the same byte for byte."""
-    names = {
-        digest: name for name, digest in zip(a.names, a.digests("images"), strict=True) if digest
+def find_remarks(pairs: Mapping[str, ReadPair]) -> dict[str, list]:
+    """Return the names of images that are the same, in lists, and of those whose mask has colours of other classes.
+
+    Args:
+        pairs: What is known of each image, by SPLIT/NAME.
+    """
+    names_of: dict[str, list[str]] = {}
+    for name, pair in pairs.items():
+        names_of.setdefault(pair.content, []).append(name)
+    return {
+        "shared_images": [names for names in names_of.values() if len(names) > 1],
+        "recoloured_masks": [name for name, pair in pairs.items() if pair.is_recoloured],
     }
-    found = zip(b.names, b.digests("images"), strict=True)
-    return [(names[digest], name) for name, digest in found if digest in names]
+
+
+def join_groups(groups: Sequence[str], contents: Sequence[str]) -> list[int]:
+    """Return groups of images as numbers, where those that have an image of the same content are one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    images = len(groups)
+    _, group = np.unique(groups, return_inverse=True)
+    _, content = np.unique(contents, return_inverse=True)
+    edges = coo_array((np.ones(images), (group, images + content)), (2 * images, 2 * images))
+    _, number = connected_components(edges, directed=False)
+    return number[group].tolist()
 
 
 def data_notes(
     classes: list[str],
     labels: Mapping[str, LabelCounts],
-    shared: Sequence[Sequence[str]],
+    remarks: Mapping[str, Any],
 ) -> list[str]:
     """Return what a reader of scores must know about the data, after the files were checked.
 
     Args:
         classes: Names of the classes.
         labels: Labels by split; none if they were not counted.
-        shared: Names in both splits of the images that are the same.
+        remarks: Of :func:`find_remarks`.
     """
     texts: dict[str, list[str]] = {}  # the names that a note is about, by note
     for split, counts in labels.items():
@@ -181,18 +216,23 @@ def data_notes(
         texts[f"In fewer than {FEW_IMAGES} {split} images: {{}}."] = [
             f"{name} ({images})" for name, images in by_class if 0 < images < FEW_IMAGES
         ]
-        much = [f"{counts.ignored_share:.0%}"] * (counts.ignored_share > MUCH_IGNORED)
+        ignored = counts.ignored / (counts.ignored + sum(counts.pixels))
+        much = [f"{ignored:.0%}"] * (ignored > MUCH_IGNORED)
         texts[f"{{}} of the {split} pixels are ignored or have no value."] = much
-    texts["Images in training and in validation, byte for byte, which raises scores: {}."] = [
-        " = ".join(dict.fromkeys(pair)) for pair in shared
-    ]
+    texts[
+        "The same pixels in several images; they share folds and resamplings, and across splits raise scores: {}."
+    ] = [" = ".join(names) for names in remarks.get("shared_images", ())]
+    recoloured = remarks.get("recoloured_masks")
+    texts[
+        "Masks whose labels have the colours of other classes; the labels count, check them: {}."
+    ] = recoloured
     return [text.format(_some(names)) for text, names in texts.items() if names]
 
 
 def notes_of_run(classes: list[str], data: dict[str, Any]) -> list[str]:
     """Return the notes about the data of a run, from `manifest.json["data"]`; none for a run that has not counted."""
     labels = {split: LabelCounts(**counts) for split, counts in data.get("labels", {}).items()}
-    return data_notes(classes, labels, data.get("shared_images", []))
+    return data_notes(classes, labels, data)
 
 
 def format_labels(classes: list[str], labels: dict[str, LabelCounts]) -> str:

@@ -6,6 +6,7 @@ keeps the weights of its own best epoch. Source: App. A.2.
 Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ class ProbeModule(LightningModule):
 
     def _keep_if_best(self, site: str, score: float) -> None:
         past = self.history.setdefault(site, [])
-        if all(self.task.sign * (score - earlier) > 0 for earlier in past):
+        # a validation that is NaN neither is the best nor beats one
+        is_beaten = any(self.task.sign * (score - earlier) <= 0 for earlier in past)
+        if not is_beaten and not math.isnan(score):
             weights = self.heads[site].state_dict()
             self.best[site] = {name: w.detach().cpu().clone() for name, w in weights.items()}
         past.append(score)

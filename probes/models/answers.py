@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf import check_outputs, end_tokens
+from llava_bidir.common.hf import check_outputs, end_tokens, max_positions
 
 from .attention_masks import (
     Masks,
@@ -123,14 +123,14 @@ def text_states(
         UserError: The attention backend is not supported, the text is too long, the intervention is invalid, or states
             are NaN or infinite.
     """
-    config = mllm.model.config.get_text_config()
     batch = len(pixels)
     tokens = mllm.ids.shape[1]
     mllm.check_pixels(pixels)
-    if tokens + int(text.positions.max()) >= config.max_position_embeddings:
+    positions = max_positions(mllm.model.config)
+    needed = tokens + int(text.positions.max()) + 1
+    if needed > positions:
         raise UserError(
-            f"image and text have {tokens + int(text.positions.max()) + 1} tokens, but the LLM has "
-            f"{config.max_position_embeddings} positions; shorten the text"
+            f"image and text have {needed} tokens, but the LLM has {positions} positions; shorten the text"
         )
     if mllm.model.config.image_token_id in text.ids:
         raise UserError(
@@ -343,7 +343,7 @@ def generate_answer(
     answer: list[int] = []
     ids = mllm.chat.question_ids(question)
     ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
-    room = config.max_position_embeddings - mllm.ids.shape[1] - len(ids)
+    room = max_positions(config) - mllm.ids.shape[1] - len(ids)
     text = TextTree.from_ids(ids)
     effect = None
     if knockout and ANSWER in knockout.names("rows"):

@@ -115,8 +115,7 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
         )
     cut = knockout.cut(allowed, encoder.is_image)
     chosen = knockout.select_layers(encoder.layers, images).to(encoder.device)
-    if not knockout.is_eq_1:
-        knockout.check_effect((cut != allowed).flatten(1).any(1), chosen.any(1))
+    knockout.check_effect((cut != allowed).flatten(1).any(1), chosen.any(1))
     with ExitStack() as stack:
         for layer, in_rows in zip(encoder.layers, chosen.T, strict=True):
             if not in_rows.any():

@@ -81,11 +81,6 @@ class Knockout:
         """Whether rows or columns are about the blocked tokens."""
         return BLOCKED in (*self.names("rows"), *self.names("columns"))
 
-    @property
-    def is_eq_1(self) -> bool:
-        """Whether rows and columns are those of Eq. 1, which may block no token."""
-        return self.names("rows") == (IMAGE,) and self.names("columns") == (BLOCKED,)
-
     def cut(
         self,
         mask: Tensor,
@@ -161,6 +156,10 @@ class Knockout:
                 got = f"{type(given)}, no tensor"
             raise UserError(
                 f"blocked must be bool[{batch}, {tokens}] (images, image tokens); got {got}"
+            )
+        if not given.any():
+            raise UserError(
+                "blocked has no token, so that the knockout changes nothing; leave it out"
             )
         return given
 
@@ -241,11 +240,16 @@ class Knockout:
         missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
         if missed:
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}")
-        if effect is None and not self.is_eq_1:
+        if effect is None:
             self.check_effect(changed, on_device[:, :depth].any(1))
 
     def check_effect(self, changed: Tensor, is_cut: Tensor) -> None:
-        """Raise a UserError if a row of the batch that is cut in some layer keeps all its pairs, both bool[B]."""
+        """Raise a UserError if a row of the batch that is cut in some layer keeps all its pairs, both bool[B].
+
+        Eq. 1 may block no token of some images.
+        """
+        if self.names("rows") == (IMAGE,) and self.names("columns") == (BLOCKED,):
+            return
         unchanged = (is_cut & ~changed).nonzero().flatten().tolist()
         if unchanged:
             rows = " and ".join(self.names("rows"))
@@ -254,6 +258,13 @@ class Knockout:
                 f"the knockout changes nothing in row {unchanged[0]} of the batch: under this mask, no token of {rows} "
                 f"attends to one of {columns}; name columns that are in the prompt and that the rows may attend to"
             )
+
+
+def knockout_of(blocked: Tensor, layers: Sequence[int] | Tensor | None) -> Knockout | None:
+    """Return the knockout of tokens; None if there are none, whose knockout would be an error."""
+    if not blocked.any():
+        return None
+    return Knockout(blocked, layers)
 
 
 def _is_copy(given: Tensor | None, mask: Tensor) -> bool:

@@ -1,14 +1,15 @@
 """Which tokens attend to which, measured in the layers of a loaded model, whatever its config says.
 
 The model's own forward runs once on an image of noise between text, with the masks that it makes itself. At each layer
-of the LLM the gradient of the outputs of a block of tokens with respect to all of its inputs is computed: it is exactly
-zero at a token that none of the block attends to. The gradient of each layer alone tells a layer that ignores the mask
-from one that receives what an earlier layer has mixed. If the model is loaded under another mask among image tokens
-than its own, the forward is that of `probes`, which replaces the mask.
+of the LLM the gradient of the output of a token with respect to all inputs of the layer is computed: it is exactly zero
+at a token that it does not attend to. The gradient of each layer alone tells a layer that ignores the mask from one
+that receives what an earlier layer has mixed. If the model is loaded under another mask among image tokens than its
+own, the forward is that of `probes`, which replaces the mask.
 
-Blocks are the text before the image, four parts of the image in raster order, and the text after it.
+Every token of the text and of an image of up to 256 tokens is measured; of a larger image, 256 tokens drawn at random,
+since each costs a backward pass of each layer.
 
-Shapes: N tokens, K blocks, d width, L layers.
+Shapes: N tokens, M tokens that are measured, d width, L layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,19 +32,19 @@ from .families.our_code import FULL, SLIDING, layer_kinds
 from .hooks import around
 from .sites import layer_site
 
-IMAGE_BLOCKS = 4
-# Those that attend, then those that are attended to; "text" alone is the text after the image, or before it where the
-# text is later.
-DIRECTIONS = (
-    "image to earlier image",
-    "image to later image",
-    "image to text before",
-    "image to text after",
-    "text to image",
-    "text to earlier text",
-    "text before to image",
-    "text to later text",
-)
+# Those that attend, then those that are attended to; "text" alone is the text after an image token, or before it where
+# the text is later.
+DIRECTIONS = {  # whether image tokens attend, whether to image tokens, and whether to what comes earlier
+    "image to earlier image": (True, True, True),
+    "image to later image": (True, True, False),
+    "image to text before": (True, False, True),
+    "image to text after": (True, False, False),
+    "text to image": (False, True, True),
+    "text to earlier text": (False, False, True),
+    "text before to image": (False, True, False),
+    "text to later text": (False, False, False),
+}
+MOST_IMAGE_TOKENS = 256  # that are measured
 TEXT_AFTER = 8  # tokens
 
 
@@ -53,7 +54,7 @@ class Direction:
 
     Args:
         name: "image to later image", ...: those that attend, then those that are attended to.
-        measured: Share of the pairs of a block and a token in which the token is attended to, 0..1.
+        measured: Share of the pairs of tokens in which the second is attended to, 0..1.
         claimed: The same by the mask that config and family name; None if the layers have no mask, so that only what
             they must not see is known.
         forbidden: Share of the pairs that the mask forbids and that were seen all the same.
@@ -74,16 +75,18 @@ class MeasuredMask:
     Args:
         image_attention: Name of the mask among image tokens that is claimed.
         kinds: Kind of each layer, as transformers names it, L of them.
-        seen: bool[L, K, N]: a token of the block attends to the token.
-        claimed: bool[L, K, N]: a token of the block may attend to the token.
-        blocks: Tokens of each block.
+        seen: bool[L, M, N]: a measured token attends to the token.
+        claimed: bool[L, M, N]: a measured token may attend to the token.
+        tokens: long[M], which of the N are measured.
+        is_image: bool[N].
     """
 
     image_attention: str
     kinds: list[str]
     seen: Tensor
     claimed: Tensor
-    blocks: list[Tensor]
+    tokens: Tensor
+    is_image: Tensor
 
     def directions(self) -> dict[str, list[Direction]]:
         """Return the directions by kind of layer."""
@@ -118,21 +121,14 @@ class MeasuredMask:
         return "\n".join(lines)
 
     def _pairs(self) -> dict[str, Tensor]:
-        """Return the pairs of blocks and tokens of each direction, bool[K, N]; only those that there are."""
-        before, *image, after = self.blocks
-        of_image = torch.cat(image)
-        last = len(image) + 1
-        pairs = {name: torch.zeros(self.seen.shape[1:], dtype=torch.bool) for name in DIRECTIONS}
-        for i, block in enumerate(image, 1):
-            pairs["image to earlier image"][i, of_image[of_image < block[0]]] = True
-            pairs["image to later image"][i, of_image[of_image > block[-1]]] = True
-            pairs["image to text before"][i, before] = True
-            pairs["image to text after"][i, after] = True
-        pairs["text to image"][last, of_image] = True
-        pairs["text to earlier text"][last, before] = True
-        if len(before):
-            pairs["text before to image"][0, of_image] = True
-            pairs["text to later text"][0, after] = True
+        """Return the pairs of each direction, bool[M, N]; only those that there are."""
+        attending = self.tokens[:, None]
+        attended = torch.arange(len(self.is_image))
+        pairs = {}
+        for name, (from_image, to_image, is_earlier) in DIRECTIONS.items():
+            fits = (self.is_image[attending] == from_image) & (self.is_image == to_image)
+            in_order = attended < attending if is_earlier else attended > attending
+            pairs[name] = fits & in_order
         return {name: of_name for name, of_name in pairs.items() if of_name.any()}
 
     def _direction(
@@ -183,17 +179,18 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     text = mllm.ids.new_full((1, TEXT_AFTER), _text_id(mllm.model.config))
     ids = torch.cat([mllm.ids, text], 1)
     is_image = ids == mllm.model.config.image_token_id
-    blocks = _blocks(is_image[0])
     rng = np.random.default_rng(seed)
     side = mllm.family.side_px(mllm.model.config)
     noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
     pixels = mllm.preprocess(noise).to(mllm.device, mllm.model.dtype)
     text_config = mllm.model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
+    measured = _measured_tokens(is_image[0].cpu(), generator)
+    along = torch.randn(text_config.hidden_size, generator=generator)
     seen: list[Tensor] = []
 
     def measure(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Run a layer with a gradient, and keep what the blocks see of its inputs."""
+        """Run a layer with a gradient, and keep which of its inputs the tokens see."""
         site = layer_site(len(seen) + 1)
         with torch.enable_grad():
             states = args[0] if args else kwargs.pop("hidden_states")
@@ -202,7 +199,10 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
             is_several = isinstance(output, tuple)
             after = output[0] if is_several else output
             check_outputs("states", {site: after})
-            seen.append(_seen_tokens(site, states, after, blocks, generator))
+            if not after.requires_grad:
+                raise UserError(f"the mask of {site} is not measured: the layer has no gradient")
+            outputs = after[0] @ along.to(after)
+            seen.append(_seen_tokens(states, outputs[measured]))
         return (after.detach(), *output[1:]) if is_several else after.detach()
 
     with ExitStack() as stack:
@@ -220,11 +220,12 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
         mllm.model(**inputs, use_cache=False)
     kinds = _kinds_of_layers(text_config, len(seen))
     return MeasuredMask(
-        mllm.image_attention,
-        kinds,
-        torch.stack(seen),
-        _claimed(mllm, is_image, kinds, blocks),
-        blocks,
+        image_attention=mllm.image_attention,
+        kinds=kinds,
+        seen=torch.stack(seen),
+        claimed=_claimed(mllm, is_image, kinds)[:, measured],
+        tokens=measured,
+        is_image=is_image[0].cpu(),
     )
 
 
@@ -236,29 +237,18 @@ def _text_id(config: PreTrainedConfig) -> int:
     return 0 if ids is None else ids
 
 
-def _blocks(is_image: Tensor) -> list[Tensor]:
-    """Return the tokens of the text before the image, of the parts of the image, and of the text after it."""
-    positions = is_image.nonzero().flatten().cpu()
-    tokens = torch.arange(len(is_image))
-    parts = [part for part in positions.chunk(IMAGE_BLOCKS) if len(part)]
-    return [tokens[: positions[0]], *parts, tokens[-TEXT_AFTER:]]
+def _measured_tokens(is_image: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the tokens that are measured, long[M]: those of the text, and of the image all or some."""
+    of_image = is_image.nonzero().flatten()
+    drawn = of_image[torch.randperm(len(of_image), generator=generator)[:MOST_IMAGE_TOKENS]]
+    return torch.cat([(~is_image).nonzero().flatten(), drawn]).sort().values
 
 
-def _seen_tokens(
-    site: str,
-    states: Tensor,
-    after: Tensor,
-    blocks: list[Tensor],
-    generator: torch.Generator,
-) -> Tensor:
-    """Return which inputs f[1, N, d] of a layer have a gradient from the outputs of each block, bool[K, N]."""
-    if not after.requires_grad:
-        raise UserError(f"the mask of {site} is not measured: the layer has no gradient")
+def _seen_tokens(states: Tensor, outputs: Tensor) -> Tensor:
+    """Return which inputs f[1, N, d] of a layer have a gradient from each output f[M], bool[M, N]."""
     seen = []
-    for block in blocks:
-        outputs = after[0, block]
-        along = torch.randn(outputs.shape, generator=generator).to(outputs)
-        gradient = torch.autograd.grad(outputs, states, along, retain_graph=True)[0]
+    for output in outputs:
+        gradient = torch.autograd.grad(output, states, retain_graph=True)[0]
         seen.append((gradient[0] != 0).any(-1))
     return torch.stack(seen).cpu()
 
@@ -270,13 +260,8 @@ def _kinds_of_layers(text_config: PreTrainedConfig, layers: int) -> list[str]:
     return layer_kinds(text_config) * layers
 
 
-def _claimed(
-    mllm: nn.Module,
-    is_image: Tensor,
-    kinds: list[str],
-    blocks: list[Tensor],
-) -> Tensor:
-    """Return which tokens a token of each block may attend to, bool[L, K, N], by the name of the mask."""
+def _claimed(mllm: nn.Module, is_image: Tensor, kinds: list[str]) -> Tensor:
+    """Return which tokens each token may attend to, bool[L, N, N], by the name of the mask."""
     text_config = mllm.model.config.get_text_config()
     distinct = list(dict.fromkeys(kinds))
     tokens = is_image.shape[1]
@@ -285,6 +270,5 @@ def _claimed(
         allowed = [is_allowed(mask)[0, 0].cpu() for mask in as_list(masks)]
     else:
         allowed = [torch.ones(tokens, tokens, dtype=torch.bool).tril()] * len(distinct)
-    by_block = [torch.stack([mask[block].any(0) for block in blocks]) for mask in allowed]
-    by_kind = dict(zip(distinct, by_block, strict=True))
+    by_kind = dict(zip(distinct, allowed, strict=True))
     return torch.stack([by_kind[kind] for kind in kinds])

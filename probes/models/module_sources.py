@@ -12,12 +12,14 @@ import hashlib
 import sys
 from dataclasses import replace
 from functools import lru_cache
+from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import DIGITS
+from llava_bidir.common.imports import code_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +78,7 @@ def open_source(path: str, image_px: int | None = None) -> "EncoderModule":
     file, name = _split(path)
     content = _read(file)
     _named.add((file.resolve(), _digest(content)))
-    with error_context(path):
+    with error_context(path), code_of(file):
         function = getattr(_run(file, content), name, None)
         if not callable(function):
             raise UserError(f"{file} has no function {name!r}")
@@ -116,7 +118,32 @@ def _describe(path: str, version: str) -> tuple["ModuleConfig", dict[str, str]]:
     from .own_module import describe_module
 
     model, _ = describe_module(open_source(path))
-    return model.config, {"module": version, "weights": weights_digest(model.module)}
+    identity = {"module": version, "weights": weights_digest(model.module)}
+    if not path.startswith(TIMM):
+        identity |= _imported_code(_split(path)[0])
+    return model.config, identity
+
+
+def _imported_code(file: Path) -> dict[str, str]:
+    """Return the digests of what a file that has run imports, also by way of others; of no installed packages."""
+    packages = [
+        module
+        for name, module in sys.modules.items()
+        if "." not in name and hasattr(module, "__path__")
+    ]
+    # an editable install can be on no path
+    folders = [*sys.path, *(str(Path(package.__path__[0]).parent) for package in packages)]
+    own = [folder for folder in folders if not any(Path(folder).glob("*.dist-info"))]
+    finder = ModuleFinder(own, excludes=[*sys.stdlib_module_names, "llava_bidir", "probes"])
+    script = finder.add_module("__main__")
+    # else a relative import is an error, also where Python would go on without it
+    script.__path__ = [str(file.parent)]
+    finder.scan_code(compile(_read(file), file, "exec"), script)  # runs nothing
+    return {
+        f"import {name}": _digest(_read(Path(module.__file__)))
+        for name, module in finder.modules.items()
+        if module.__file__
+    }
 
 
 def _version(path: str) -> str:

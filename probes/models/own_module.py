@@ -30,6 +30,9 @@ from .hooks import StopForward, at_input, at_output
 Preprocess = Callable[[Image.Image], Tensor] | tuple[Sequence[float], Sequence[float]]
 INIT_STD = 0.02  # of ViT, DINOv2 and timm
 TOLERANCE = 1e-3  # of sums and of normalised values, relative to what is added: float32, or less
+PREPROCESSED = (
+    "a tensor f[3, S, S], the pixels of the PIL image that it is given, shifted and scaled"
+)
 PHOTO_PX = 64  # side of the photo that tells the side of what a preprocessing makes
 
 
@@ -100,7 +103,7 @@ def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProce
     if image_px is None:
         if not callable(encoder.preprocess):
             raise UserError("the side of the input is not known; give image_px, in pixels")
-        image_px = encoder.preprocess(_plain("black", PHOTO_PX)).shape[-1]
+        image_px = _preprocessed(encoder.preprocess, _plain("black", PHOTO_PX)).shape[-1]
     mean, std = normalisation(encoder.preprocess, image_px)
     check_image_px(image_px, encoder.patch, "image_px")
     names = layer_names(encoder)
@@ -164,19 +167,31 @@ def normalisation(preprocess: Preprocess, side: int) -> tuple[list[float], list[
             )
         return mean, std
     levels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-    black = preprocess(_plain("black", side)).float()
-    white = preprocess(_plain("white", side)).float()
-    seen = preprocess(Image.fromarray(levels)).float()
+    black = _preprocessed(preprocess, _plain("black", side))
+    white = _preprocessed(preprocess, _plain("white", side))
+    seen = _preprocessed(preprocess, Image.fromarray(levels))
     expected = black + (white - black) * torch.from_numpy(levels).movedim(-1, 0) / 255
-    if not _is_close(seen, expected, TOLERANCE):
+    span = (white - black).mean((1, 2))
+    if not _is_close(seen, expected, TOLERANCE) or not span.all():
         raise UserError(
-            f"preprocess does more to a square of {side} px than to shift and scale each channel, so that masks cannot "
-            "be placed. Give (mean, std) instead, with image_px and, for the way in which photos become squares, "
-            "image_resize"
+            f"preprocess does more to a square of {side} px than to shift and scale each channel, or ignores it, so "
+            "that masks cannot be placed. Give (mean, std) instead, with image_px and, for the way in which photos "
+            "become squares, image_resize"
         )
-    std = 1 / (white - black).mean((1, 2))
+    std = 1 / span
     mean = -black.mean((1, 2)) * std
     return mean.tolist(), std.tolist()
+
+
+def _preprocessed(preprocess: Preprocess, image: Image.Image) -> Tensor:
+    """Return the pixels f32[3, S, S] of a function of an image; raise a UserError if it returns something else."""
+    pixels = preprocess(image)
+    if not isinstance(pixels, Tensor) or pixels.ndim != 3 or len(pixels) != 3:
+        raise UserError(
+            f"preprocess returned a {type(pixels).__name__}, shape {getattr(pixels, 'shape', '')}; expected a tensor "
+            "f[3, S, S] of a PIL image"
+        )
+    return pixels.float()
 
 
 def _plain(colour: str, side: int) -> Image.Image:
@@ -270,7 +285,10 @@ def _check_parts(
     most = TOLERANCE * change.norm() + rounding
     fits = all(part.shape == change.shape for part in added)
     if not fits or (sum(added) - change).norm() > most:
-        raise UserError(f"the outputs of parts of {name} do not add up to what it adds")
+        raise UserError(
+            f"the outputs of parts of {name} do not add up to what it adds. Name the modules whose outputs it adds, "
+            "with LayerScale (a module, not a parameter) parts={'attn': 'ls1', 'mlp': 'ls2'}"
+        )
 
 
 def check_tokens(model: ModuleModel, first: nn.Module) -> int:

@@ -39,7 +39,7 @@ MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of
 def read_image_processors(
     path: str, family: Family | EncoderFamily, **hub: Any
 ) -> tuple[list[CLIPImageProcessorPil], ResizeRule]:
-    """Return an image processor per normalisation, without resizing, and how the checkpoint resizes.
+    """Return an image processor per normalisation, of pixels of 0 to 1, and how the checkpoint resizes.
 
     Settings that the file lacks are those of the class that it names.
 
@@ -54,20 +54,23 @@ def read_image_processors(
         if settings.get("do_normalize") is False:  # files need not have numbers that nothing reads
             for mean, std in family.normalisations:
                 settings |= {mean: [0.0] * 3, std: [1.0] * 3}
+        white = 255.0
+        if settings.get("do_rescale", True):
+            white *= settings.get("rescale_factor", 1 / 255)
         for key in (key for keys in family.normalisations for key in keys):
             value = settings.get(key) or ()
-            if len(value) != 3 or not all(0 < x < 256 or (x == 0 and "mean" in key) for x in value):
-                raise UserError(f"{key} is {settings.get(key)}; expected three positive numbers")
+            is_mean = "mean" in key
+            if len(value) != 3 or not all(0 < x <= white or (x == 0 and is_mean) for x in value):
+                raise UserError(
+                    f"{key} is {settings.get(key)}; expected three positive numbers, not above that of white, {white:g}"
+                )
         rule = _resize_rule(settings, family)
     processors = [
         CLIPImageProcessorPil(
             do_resize=False,
             do_center_crop=False,
-            do_rescale=settings.get("do_rescale", True),
-            do_normalize=settings.get("do_normalize", True),
-            rescale_factor=settings.get("rescale_factor", 1 / 255),
-            image_mean=settings[mean],
-            image_std=settings[std],
+            image_mean=[x / white for x in settings[mean]],
+            image_std=[x / white for x in settings[std]],
         )
         for mean, std in family.normalisations
     ]

@@ -15,7 +15,7 @@ by Lagrange interpolation along each axis:
 Legend: B masks, K classes, h w token grid, H W pixels, My Mx nodes of all rows and columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -27,6 +27,8 @@ from torch.nn import functional as F
 from .bilinear import bilinear_weights
 from .geometry import AxisExtent, GridPlacement, label_tensor
 from .kernels import sum_dtype
+
+TENSORS = ("mass", "soft", "pixels")  # with a row for each mask
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,8 @@ class PreparedMasks:
         chosen = range(len(self))[images] if isinstance(images, slice) else images
         index = images if isinstance(images, slice) else list(images)
         rule_of = tuple(self.rule_of[i] for i in chosen)
-        return replace(
-            self,
-            mass=self.mass[index],
-            soft=self.soft[index],
-            pixels=self.pixels[index],
-            rule_of=rule_of,
-        )
+        rows = {name: getattr(self, name)[index] for name in TENSORS}
+        return replace(self, **rows, rule_of=rule_of)
 
     def to(self, device: torch.device | str) -> "PreparedMasks":
         """Return the masks on a device."""
@@ -85,17 +82,28 @@ class PreparedMasks:
         ]
 
 
-def join_masks(parts: Sequence[PreparedMasks]) -> PreparedMasks:
-    """Return the masks of several objects as one; they must have the same grid, classes and number of nodes."""
+def join_masks(parts: Iterable[PreparedMasks], images: int | None = None) -> PreparedMasks:
+    """Return the masks of several objects as one; they must have the same grid, classes and number of nodes.
+
+    Args:
+        parts: The objects. Of an iterator, one is in memory at a time, as the masks of a data set can be gigabytes.
+        images: Number of all masks; needed of an iterator.
+    """
+    if images is None:
+        parts = list(parts)
+        images = sum(map(len, parts))
+    tensors: dict[str, Tensor] = {}
     rules: list[tuple[Tensor, Tensor]] = []
     rule_of: list[int] = []
     for part in parts:
         index = [_find_rule(rules, rule) for rule in part.rules]
+        rows = slice(len(rule_of), len(rule_of) + len(part))
         rule_of += [index[own] for own in part.rule_of]
-    tensors = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("mass", "soft", "pixels")
-    }
+        for name in TENSORS:
+            x = getattr(part, name)
+            if name not in tensors:
+                tensors[name] = x.new_empty(images, *x.shape[1:])
+            tensors[name][rows] = x
     return PreparedMasks(
         **tensors,
         rules=tuple(rules),

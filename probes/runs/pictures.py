@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.files import atomic_write
+from llava_bidir.common.processes import rank_zero_warn
 from probes.data.base import palette_of
 from probes.site_probes import SiteProbes
 
@@ -50,7 +53,7 @@ def shown_photos(folder: Path, data: str) -> dict[str, int]:
     folder = folder.absolute()
     for file in sorted(folder.parent.parent.glob(f"*/{folder.name}/{FILE}")):
         found = read_pictures(file.parent)
-        if found["data"] == data and file.parent != folder:
+        if found.get("data") == data and file.parent != folder:
             return {name: int(found[f"{name}/index"]) for name in names_of(found)}
     return {}
 
@@ -103,13 +106,18 @@ def save_pictures(
             f"{name}/truth": np.asarray(truth, np.uint8)[::step, ::step],
             f"{name}/maps": maps[:, ::step, ::step],
         }
-    np.savez_compressed(folder / FILE, **found)
+    with atomic_write(folder / FILE) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **found)
 
 
 def read_pictures(folder: Path) -> dict[str, np.ndarray]:
-    """Return what a run's pictures.npz has, {} without the file."""
-    file = folder / FILE
-    if not file.is_file():
+    """Return what a run's pictures.npz has; {} without the file, and with a warning if it is damaged."""
+    path = folder / FILE
+    if not path.is_file():
         return {}
-    with np.load(file) as found:
-        return dict(found)
+    try:
+        with error_context(path), np.load(path) as found:
+            return dict(found)
+    except UserError as error:
+        rank_zero_warn(f"{error}; its photos are left out")
+        return {}

@@ -1,6 +1,8 @@
 """Write the files of a finished run; `runs/read.py` lists the files and reads them back."""
 
+import math
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -174,11 +176,12 @@ def site_entries(
     entries = []
     for i, site in enumerate(probes.sites):
         history = record.history.get(site, [])
-        best = max(history, key=lambda x: task.sign * x, default=None)
+        numbers = [score for score in history if not math.isnan(score)]
+        best = max(numbers, key=lambda x: task.sign * x, default=None)
         entry = {
             "site": site,
             "dim": probes.mllm.widths[site],
-            "best_epoch": record.epochs[history.index(best)] if history else None,
+            "best_epoch": record.epochs[history.index(best)] if numbers else None,
             "history": history,
         }
         for name, values in scores.items():
@@ -205,7 +208,6 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str
     model = record.settings["mllm"]
     # of both splits, if the files were checked in this process
     labels = {split: counts._asdict() for split, counts in data.labels.items()}
-    notes = {"labels": labels, "shared_images": [list(pair) for pair in data.shared_images]}
     return {
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
@@ -217,7 +219,7 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str
             "dataset": data.dataset,
             "options": data.options,
             "fingerprint": describe_digest(record.identity["data"]),
-            **(notes if labels else {}),
+            **({"labels": labels} | data.remarks if labels else {}),
         },
         "identity": record.identity,
         "mllm_training": read_training(Path(model)) or None,
@@ -237,7 +239,9 @@ def _absolute(path: str) -> str:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the clone that this code is in; None if it is installed, also inside another repository."""
+    """Return the commit of the clone that this code is in; None without git, or if it is installed, also in a clone."""
+    if not shutil.which("git"):
+        return None
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()

@@ -93,7 +93,7 @@ def solve_features(
     prepared = join_masks(parts).to(device)
     if not prepared.pixels.sum() > 0:
         raise UserError("no mask has a labelled pixel: all are 255")
-    fold_of = assign_folds(len(masks), folds)
+    fold_of = assign_folds(range(len(masks)), folds)
     scored = scored_masks(
         prepared,
         fold_of,

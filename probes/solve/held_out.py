@@ -66,6 +66,5 @@ def scored_masks(
         changed[image] = prepare(target.masked_fill(is_lone, IGNORE_INDEX)[None]).to(device)
     if not changed:
         return None
-    both = join_masks([masks, *changed.values()])
-    place = {image: len(masks) + i for i, image in enumerate(changed)}
-    return both[[place.get(image, image) for image in range(len(masks))]]
+    parts = (changed.get(image, masks[image : image + 1]) for image in range(len(masks)))
+    return join_masks(parts, len(masks))

@@ -55,10 +55,10 @@ from probes.tasks import SEGMENTATION, TASKS
 from probes.tasks.losses import CrossEntropy
 
 from .solution import Solution
-from .states import move_batch, read, site_groups
+from .states import move_batch, read, site_groups, target_bytes
 from .workers import SiteFiles, in_workers, solve_site, threads_of
 
-MEMORY_SHARE = 0.6  # of the free memory, for states
+MEMORY_SHARE = 0.6  # of the free memory, for states and targets
 SCORED_BYTES = 2**30  # of logits at a time; a batch of 64 at 7B has 19 GB
 MEASURED_IMAGES = 64  # by `--dry-run`
 
@@ -132,7 +132,7 @@ def run_config(config: RunConfig) -> None:
             return
         data.verify(machine.progress == "bar")  # before the model is loaded
         training = data.splits["training"]
-        fold_of = assign_folds(len(training), config.solver.folds, training.groups)
+        fold_of = assign_folds(training.groups or range(len(training)), config.solver.folds)
         probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
         if rank() == 0:  # all settings were accepted
             content = yaml.safe_dump(asdict(config), sort_keys=False)
@@ -150,7 +150,7 @@ def solve_sites(run: SolveRun, probes: SiteProbes, fold_of: Tensor) -> dict[str,
     files = SiteFiles(run.folder.checkpoints, run.identity)
     mine = probes.sites[rank() :: rank_count()]
     solved = files.load(mine) if run.config.ckpt_path == "last" else {}
-    memory = memory_for_states(run)
+    memory = memory_for_states(run, len(fold_of) * target_bytes(probes))
     device = solver_device(machine.device)
     missing = [site for site in mine if site not in solved]
     targets = None
@@ -174,12 +174,12 @@ def solve_sites(run: SolveRun, probes: SiteProbes, fold_of: Tensor) -> dict[str,
     return {site: broadcast(solved.get(site), i % count) for i, site in enumerate(probes.sites)}
 
 
-def memory_for_states(run: SolveRun) -> float:
-    """Return the bytes of states that a process keeps at a time."""
+def memory_for_states(run: SolveRun, targets: int) -> float:
+    """Return the bytes of states that a process keeps at a time, beside those of all targets."""
     given = run.config.solver.memory_gb
     if given is not None:
         return 1e9 * given
-    return MEMORY_SHARE * available_memory() / run.machine.processes_here
+    return MEMORY_SHARE * available_memory() / run.machine.processes_here - targets
 
 
 def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> None:
@@ -280,7 +280,7 @@ def dry_run(config: RunConfig) -> float:
         if not sites:  # of more processes than sites; the first one has some, and prints
             return 0.0
         measured = sites[-1:]
-        fold_of = assign_folds(min(images, MEASURED_IMAGES), config.solver.folds)
+        fold_of = assign_folds(range(min(images, MEASURED_IMAGES)), config.solver.folds)
         device = solver_device(machine.device)
         started = time.perf_counter()
         states, targets = read(probes, data, machine, measured, fold_of)
@@ -289,7 +289,8 @@ def dry_run(config: RunConfig) -> float:
         list(in_workers(work, measured, device))
         forward = (after_read - started) * images / len(fold_of)
         solve = (time.perf_counter() - after_read) * images / len(fold_of)
-        memory = memory_for_states(run)
+        of_targets = images * target_bytes(probes)
+        memory = memory_for_states(run, of_targets)
         groups = site_groups(probes, sites, images, memory)
         most = max(size for _, size in groups)
         threads = threads_of(device)
@@ -299,6 +300,6 @@ def dry_run(config: RunConfig) -> float:
             f"about {format_duration(total)}: a forward over {images:,} training images takes "
             f"{format_duration(forward)}, a site {format_duration(solve)}, {threads} at a time; {len(groups)} forwards "
             f"at most, each for the sites whose states fit: {most / 1e9:.3g} GB in "
-            f"{'memory' if most <= memory else 'a file in --out'}"
+            f"{'memory' if most <= memory else 'a file in --out'}, beside {of_targets / 1e9:.3g} GB of targets"
         )
         return total

@@ -7,11 +7,10 @@ probes to the last bit.
 Legend: N training images, T tokens, d width.
 """
 
-import errno
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import names_full_disk
 from probes.data.batches import MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
 from probes.machine import Machine, solver_device
@@ -46,6 +45,16 @@ class Targets:
     prepared: PreparedMasks | NormalEquations
     scored: PreparedMasks | None
     fold_of: Tensor
+
+
+def target_bytes(probes: SiteProbes) -> int:
+    """Return the bytes of the prepared target of an image."""
+    grid = probes.mllm.grid
+    tokens = math.prod(grid)
+    if probes.task.loss is None:
+        return 8 * tokens * (5 + probes.channels)  # four diagonals and the weight; channels
+    nodes = math.prod(2 + NODES * (side - 1) for side in grid)
+    return 4 * (tokens * probes.channels + nodes)
 
 
 def site_groups(
@@ -105,24 +114,26 @@ def read(
     images = len(fold_of)
     batches = [part.tolist() for part in torch.arange(images).split(data.rank_batch_size)]
     states: dict[str, Tensor] = {}
-    parts: list[Any] = []
     device = solver_device(machine.device)
     label = f"states of {len(sites)} sites"
-    for batch in follow(data.loader(loaded, batches), len(batches), label, machine.progress):
-        batch = move_batch(batch, device)
-        with machine.forward_context():
-            found = probes.states(batch, sites)
-        index = batch["index"].cpu()
-        for site, x in found.items():
-            if site not in states:
-                states[site] = new_states((images, *x.shape[1:]), x.dtype, folder)
-            states[site][index] = x.cpu()
-        if targets is None and prepare:
-            parts.append(batch["masks"])
-        elif targets is None:
-            parts += [prepare_values(probes, target) for target in batch["target"]]
-    if targets is None and prepare:
-        masks = join_masks(parts)
+
+    def read_batches() -> Iterator[dict[str, Any]]:
+        for batch in follow(data.loader(loaded, batches), len(batches), label, machine.progress):
+            batch = move_batch(batch, device)
+            with machine.forward_context():
+                found = probes.states(batch, sites)
+            index = batch["index"].cpu()
+            for site, x in found.items():
+                if site not in states:
+                    states[site] = new_states((images, *x.shape[1:]), x.dtype, folder)
+                states[site][index] = x.cpu()
+            yield batch
+
+    if targets is not None:
+        for _ in read_batches():
+            pass
+    elif prepare:
+        masks = join_masks((batch["masks"] for batch in read_batches()), images)
         scored = scored_masks(
             masks,
             fold_of,
@@ -130,7 +141,10 @@ def read(
             prepare,
         )
         targets = Targets(masks, scored, fold_of)
-    elif targets is None:
+    else:
+        parts = [
+            prepare_values(probes, target) for batch in read_batches() for target in batch["target"]
+        ]
         targets = Targets(join_equations(parts), None, fold_of)
         check_values(targets.prepared, fold_of)
     return states, targets
@@ -168,16 +182,10 @@ def new_states(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) ->
     size = numbers * dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        try:
+        need = f"a site takes {size / 1e9:.3g} GB, more than --memory-gb"
+        with names_full_disk(folder, f"{need}; choose another --out, or fewer images"):
             if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
                 os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"the states of a site take {size / 1e9:.3g} GB, more than --memory-gb, and more than the disk of "
-                f"{folder} has; choose another --out, or fewer images"
-            ) from error
         return torch.from_file(
             file.name,
             shared=True,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from llava_bidir.common.errors import error_context
 from llava_bidir.common.files import write_files
 from llava_bidir.common.identity import Identity, check_same_identity
+from llava_bidir.common.processes import report_lost_results
 from llava_bidir.common.runs import RESUME_ADVICE
 from probes.site_probes import SiteProbes
 
@@ -113,6 +114,7 @@ def in_workers(
         collate_fn=work,
         num_workers=count,
         multiprocessing_context="fork" if count else None,
+        worker_init_fn=report_lost_results,
     )
     return zip(sites, results, strict=True)
 

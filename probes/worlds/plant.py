@@ -30,6 +30,7 @@ from llava_bidir.model.export import export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 from probes.config import PlantOptions
 from probes.models.hooks import at_input
+from probes.models.random_weights import permute_weights
 
 from .binding import GRID
 from .canvas import CLASSES
@@ -110,19 +111,12 @@ def plant_recovery(
     return losses
 
 
-def shuffle_weights(layers: nn.ModuleList) -> None:
-    """Put the entries of each matrix into random order."""
-    for weight in layers.parameters():
-        if weight.ndim > 1:
-            weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
-
-
 def plant_random(
     model: Path,
     out: Path,
     *,
     weights: str = "shuffled",
-    edit: Callable[[nn.ModuleList], None] = shuffle_weights,
+    edit: Callable[[nn.ModuleList], None] = permute_weights,
     seed: int = 0,
 ) -> None:
     """Replace the weights of the LLM's layers, by `edit` in place, so that nothing is learned; `weights` names them."""

@@ -51,8 +51,9 @@ def arguments(
 ) -> list[str]:
     """Return a command that solves probes in closed form, or trains them for two epochs."""
     demo = f"{command} -c configs/demo/probes.yaml --data.batch_size 2 --data.task {task}".split()
-    demo += ["--folds", "2", "--strengths", *map(str, STRENGTHS)] if command == "solve" else []
-    demo += "--trainer.max_epochs 2 --save_predictions true".split()
+    of_solve = ["--folds", "2", "--strengths", *map(str, STRENGTHS)]
+    demo += of_solve if command == "solve" else ["--trainer.max_epochs", "2"]
+    demo.append("--save_predictions=true")
     return [*demo, *probe_runs.places(checkpoint, root, out), *more]
 
 

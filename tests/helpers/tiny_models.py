@@ -230,7 +230,7 @@ def training_arguments(parts, conversations) -> list[str]:
     records = conversations / "data.json"
     model = f"--model.encoder.path {encoder.path} --model.llm {llm}"
     data = f"--data.images {conversations} --data.annotations {records} --data.val_annotations {records}"
-    sizes = "--data.batch_size 4 --data.micro_batch_size 4"
+    sizes = "--data.batch_size 4 --data.micro_batch_size 4 --model.adapter null"
     return f"-c configs/demo/stage2.yaml {model} {data} {sizes}".split()
 
 

@@ -1,7 +1,7 @@
 """The measurement in one file gives the numbers of `probes solve`."""
 
 import pytest
-from probe_runs import arguments
+from probe_runs import places
 
 from probes import minimal
 from probes.cli import main
@@ -18,14 +18,8 @@ def test_scores_are_those_of_solve_at_the_same_strength(
     capsys,
 ):
     strength = "3e-2"
-    argv = arguments(
-        checkpoints["causal"],
-        segmentation,
-        tmp_path / "run",
-        "--strengths",
-        strength,
-    )
-    main(["solve", *argv[1:]])
+    solve = ["solve", "-c", "configs/demo/probes.yaml", "--strengths", strength]
+    main([*solve, *places(checkpoints["causal"], segmentation, tmp_path / "run")])
     capsys.readouterr()
     sites = ProbeRun(tmp_path / "run").metrics["sites"]
     solved = {row["site"]: row["miou"] for row in sites}

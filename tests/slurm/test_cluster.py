@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 JOBS = 2 * 3 + 1  # of one encoder
 PROBES = "-c configs/demo/probes.yaml --data.batch_size 2 --data.name toy"
-ZERO = "zero3.yaml --trainer.strategy.class_path=zero_on_cpu.ZeROOnCPU"
+ZERO = "zero3.yaml --trainer.strategy.class_path=zero_on_cpu.ZeROOnCPU "
+ZERO += f"--import {ROOT}/tests/helpers/zero_on_cpu.py"
 ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
 
@@ -113,7 +114,8 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     """Stage 2 is requeued in mid-epoch, stopped in mid-epoch and submitted again: every loss once, equal weights."""
     log = tmp_path / "log"
     complete(submit("stage1", settings, log), log)
-    skew = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.2 --trainer.callbacks.losses={tmp_path}"
+    skew = f"--import {ROOT}/tests/slurm/skew.py --trainer.callbacks+=skew.Skew "
+    skew += f"--trainer.callbacks.seconds=0.2 --trainer.callbacks.losses={tmp_path}"
     complete(submit("stage2", settings, log, f"{skew}/whole"), log)
 
     out = Path(settings["RUNS"]) / "clip-causal/interrupted"

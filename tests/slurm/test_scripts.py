@@ -34,6 +34,13 @@ def test_script_is_valid_bash(path):
         run_command(["shellcheck", "-x", path], cwd=ROOT)
 
 
+@pytest.mark.parametrize("array", [{}, {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "7"}])
+def test_a_script_requeues_its_own_job(array):
+    command = ["bash", "-c", "source slurm/env.sh; echo $JOB"]
+    told = run_command(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "77"} | array).stdout
+    assert told.strip() == ("70_7" if array else "77")
+
+
 def test_study_job_runs_a_study_that_can_be_planned(tmp_path, monkeypatch, checkpoints):
     """Its words are options of `probes study`, which plan what the paper has."""
     (tmp_path / "srun").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')

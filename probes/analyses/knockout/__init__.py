@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.cli import Count, Seed
+from llava_bidir.common.cli import Count, Indices, Seed
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import read_json
 from probes.analyses.base import (
@@ -53,7 +53,7 @@ class KnockoutOptions(RunOptions):
 
     classes: tuple[str, ...]
     like: Path | None = None
-    layers: tuple[int, ...] | None = None
+    layers: Indices | None = None
     block_by: str = ADAPTER
     min_patches: Count = 1
     limit: Count | None = None

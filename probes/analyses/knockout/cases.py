@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from probes.models.frozen_mllm import FrozenMLLM
-from probes.models.knockout import Knockout
+from probes.models.knockout import knockout_of
 from probes.models.sites import ADAPTER
 from probes.runs.read import ProbeRun
 
@@ -265,7 +265,7 @@ def _run_rows(
         states = reader.mllm.states(
             pixels[images],
             reader.layers,
-            Knockout(torch.stack([row.blocked for row in chunk]), options.layers),
+            knockout_of(torch.stack([row.blocked for row in chunk]), options.layers),
             rows=[images.index(image) for image in in_batch],
         )
         predicted = reader.predict(states)

@@ -82,8 +82,7 @@ def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor |
     """
     import torch
 
-    from probes.analyses.knockout.cases import PatchReader, find_cases
-    from probes.models.knockout import Knockout
+    from probes.models.knockout import knockout_of
     from probes.runs.files import read_tensors
 
     results = run.analysis("knockout.json")
@@ -96,30 +95,26 @@ def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor |
     if f"{name}/patches" not in found:
         return {}, None
     usable = torch.minimum(found[f"{name}/patches"], found[f"{name}/anchors"])
-    image = found[f"{name}/image"][usable.argmax()].item()
+    case = usable.argmax()
+    image = found[f"{name}/image"][case].item()
     sample = run.dataset()[image]
     classes = run.metrics["classes"]
-    reader = PatchReader(run)
-    pixels = reader.mllm.preprocess([sample["image"]])
-    (case,) = find_cases(
-        reader.predict(reader.mllm.states(pixels, run.layers)),
-        reader.mllm.geometry.patches(sample["target"]).view(1, -1),
-        [image],
-        classes.index(name),
-        run.layers.index(options["block_by"]),
-        options["min_patches"],
-    )
+    correct = found[f"{name}/correct_class"][case].item()
+    site = options["block_by"]
+    mllm, probes = run.loaded
+    states = mllm.states(mllm.preprocess(sample["image"]), [site])
+    predicted = probes[site](states[site].float()).argmax(-1).cpu()
     knockouts = [None]
-    for condition in ("incorrect", "correct"):
-        knockouts.append(Knockout(case.blocked[condition][None], options["layers"]))
+    for blocked_class in (classes.index(name), correct):
+        knockouts.append(knockout_of(predicted == blocked_class, options["layers"]))
     maps = [run.predict_sites(sample["image"], run.layers, knockout) for knockout in knockouts]
     entry = {
         "class": name,
-        "correct_class": classes[case.correct_class],
+        "correct_class": classes[correct],
         "image": image,
         "name": sample["name"],
         "layers": options["layers"],
-        "block_by": options["block_by"],
+        "block_by": site,
     }
     return entry, torch.stack([torch.from_numpy(of_condition) for of_condition in maps])
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.cli import Count, Seed
+from llava_bidir.common.cli import Count, Indices, Seed
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import Analysis, PlannedRun, Result, RunOptions
 from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_number, layer_site
@@ -45,7 +45,7 @@ class PatchingOptions(RunOptions):
     """
 
     site: str | None = None
-    layers: tuple[int, ...] | None = None
+    layers: Indices | None = None
     limit: Count | None = None
     draws: Count = 3
     batch_size: Count = 16
@@ -80,7 +80,7 @@ def complete(run: "ProbeRun", options: PatchingOptions) -> PatchingOptions:
             f"no layer is before the read-out {site}; name a decoder layer or final_norm by --site"
         )
     layers = tuple(sorted({*(options.layers or range(before))}))
-    if wrong := [layer for layer in layers if not 0 <= layer < before]:
+    if wrong := [layer for layer in layers if layer >= before]:
         raise UserError(
             f"--layers {wrong[0]} is not before the read-out {site}; expected 0 to {before - 1}"
         )

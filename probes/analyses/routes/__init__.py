@@ -59,7 +59,7 @@ class RoutesOptions(RunOptions):
     questions: Path | None = None
     images: Path | None = None
     limit: Count | None = None
-    window: int = 2
+    window: Count = 2
     stride: Count = 1
     draws: Count = 3
     batch_size: Count = 32
@@ -81,7 +81,7 @@ def complete(run: "ProbeRun", options: RoutesOptions) -> RoutesOptions:
         UserError: There are no questions, or a window has more layers than the model.
     """
     layers = layer_number(run.last_layer)
-    if not 1 <= options.window <= layers:
+    if options.window > layers:
         raise UserError(f"window is {options.window}; expected 1 to {layers}, the model's layers")
     questions = options.questions
     if questions is None:

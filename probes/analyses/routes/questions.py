@@ -126,7 +126,7 @@ def read_question_image(folder: Path, name: str) -> Image.Image:
     path = folder / name
     if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
         raise UserError(f"{name} leads out of {folder}; expected paths of images in it (--images)")
-    image, tag = read_image(path, lambda image: (as_stored(image), orientation(image)))
+    tag, image = read_image(path, lambda image: (orientation(image), as_stored(image)))
     if tag != 1:
         raise UserError(
             f"{path} has EXIF orientation {tag}, so that its boxes may have been drawn on the stored or on the rotated "

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, BloomConfig, LlamaConfig, MptConfig
 
 import probes
 from llava_bidir.cli import main
@@ -20,6 +21,7 @@ from llava_bidir.commands.generate import (
     read_image_attention,
 )
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf import max_positions
 from llava_bidir.data.conversation import encode
 
 pytestmark = pytest.mark.numerics
@@ -81,6 +83,22 @@ def test_prompt_without_room_for_an_answer_is_an_error(asked):
             [[]],
             5,
         )
+
+
+def test_an_llm_that_states_no_limit_of_positions_has_none(asked, checkpoints, monkeypatch):
+    """Bloom and MPT have other positions, and no key for their number."""
+    assert max_positions(BloomConfig()) == max_positions(MptConfig()) == sys.maxsize
+    mllm = probes.load(checkpoints["bidirectional"])
+    scores = []
+    answers = []
+    configs = [model.config.get_text_config() for model in (asked[0], mllm.model)]
+    for owners in ([], [*configs, LlamaConfig]):
+        for owner in owners:
+            monkeypatch.delattr(owner, "max_position_embeddings")
+        scores.append(mllm.answer_log_probs(mllm.preprocess(pictures(0)), "sky", ["wall"]))
+        answers.append(answer(*asked, ["sky"], [pictures(0)], 5))
+        answers.append([mllm.answer(pictures(0)[0], "sky", max_new_tokens=5)])
+    assert torch.equal(*scores) and answers[:2] == answers[2:]
 
 
 def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):

@@ -16,7 +16,6 @@ RECORDS = {
     "fine": FINE,
     "text": {"conversations": turns("name", "wall")},
     "our words are text": {"conversations": turns("name", "the <pad>")},
-    "no answer": {"image": "a.png", "conversations": turns("<image>\nname", "")},
     "a long question is cut": {"conversations": turns("name", "sky", "name " * 120)},
     "broken: an answer is seen": {"image": "a.png", "conversations": TWICE},
     "broken: image is missing": FINE | {"image": "none.png"},
@@ -28,7 +27,13 @@ RECORDS = {
     "not_shown: no key": {"conversations": turns("<Image>\nname", "wall")},
     "not_shown: no <image>": {"image": "none.png", "conversations": turns("name", "wall")},
 }
-FOUND = {id_: id_.partition(" ")[0].strip(":") for id_ in [*RECORDS][5:]}
+RECORDS |= {
+    "empty": {"image": "a.png", "conversations": turns("<image>\nname", "")},
+    "empty: one of two is white space": {"conversations": turns("name", "sky", "and", " \n")},
+    "empty: a question alone": {"conversations": turns("name")},
+    "special_token": {"conversations": turns("name", "sky </s> wall")},
+}
+FOUND = {id_: id_.partition(" ")[0].strip(":") for id_ in [*RECORDS][4:]}
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +67,45 @@ def test_command_lists_everything_and_fails(folder, parts, capsys):
     assert status == 1
     assert file["records"] == len(RECORDS)
     found = [(finding["index"], finding["id"], finding["kind"]) for finding in file["findings"]]
-    assert found == [(index, *finding) for index, finding in enumerate(FOUND.items(), 5)]
+    assert found == [(index, *finding) for index, finding in enumerate(FOUND.items(), 4)]
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_clean_file_is_status_0(count, parts, tmp_path, capsys):
-    """A file that is also validation is checked as both."""
+    """In validation, the first answer must have text."""
     records = [{"id": "fine", "conversations": turns("name", "wall")}]
-    records += [{"id": f"{i}", "conversations": turns("name", "", "and")} for i in range(count)]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    status, text = run(parts, tmp_path, capsys, f"--data.val_annotations {tmp_path}/data.json")
+    records = [{"id": "fine", "conversations": turns("and", "wall")}]
+    records += [{"id": f"{i}", "conversations": turns("name", " ", "and")} for i in range(count)]
+    (tmp_path / "val.json").write_text(json.dumps(records))
+    status, text = run(parts, tmp_path, capsys, f"--data.val_annotations {tmp_path}/val.json")
     assert status == bool(count)
-    assert f"{count + 1:,} records, 0 findings" in text
+    assert "1 records, 0 findings" in text
     assert f"{count + 1:,} records, {count} findings" in text
     assert text.count("  broken: record ") == count
+
+
+def test_what_is_trained_and_asked_is_found_by_content(parts, tmp_path, capsys):
+    """Answers were counted as right that the model had been trained on."""
+    names = {"a.png": "red", "b.png": "red", "c.png": "blue", "d.png": "green", "e.png": "red"}
+    for name, colour in names.items():
+        Image.new("RGB", (9, 7), colour).save(tmp_path / name)
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "e.png")
+
+    def write(file: str, question: str, *images: str) -> None:
+        records = [{"image": image, "conversations": turns("<image>", "sky")} for image in images]
+        records += [{"conversations": turns(text, "sky")} for text in ("both", question)]
+        (tmp_path / file).write_text(json.dumps(records))
+
+    write("data.json", "trained", "a.png", "c.png")
+    write("val.json", "asked", "b.png", "c.png", "d.png", "e.png")
+    more = f"--json --data.val_annotations {tmp_path}/val.json"
+    status, text = run(parts, tmp_path, capsys, more)
+    trained, asked = json.loads(text)["files"]
+    found = [(x["index"], x["kind"], x["detail"]) for x in asked["findings"]]
+    kind = "in_training"
+    assert found == [(0, kind, "b.png"), (1, kind, "c.png"), (4, kind, "its text")]
+    assert (status, trained["findings"]) == (1, [])
 
 
 def test_what_is_fed_is_shown(parts, conversations, capsys):

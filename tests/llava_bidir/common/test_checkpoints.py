@@ -72,7 +72,7 @@ def test_a_full_disk_in_a_save_leaves_the_checkpoint_before(parts, conversations
     others = sum(file.stat().st_size for file in whole.iterdir() if file.is_file())
     kilobytes = (size * 3 // 2 + others) // 1024
     with small_disks.mounted(tmp_path / "disk", f"size={kilobytes}k") as disk:
-        with pytest.raises((OSError, RuntimeError)):
+        with pytest.raises(SystemExit, match="cannot write .*last.ckpt: No space left on device"):
             tiny_models.fit(parts, conversations, disk / "run", *more)
         last = torch.load(disk / "run/checkpoints/last.ckpt", weights_only=True)
         assert last["global_step"] == 1

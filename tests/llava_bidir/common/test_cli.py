@@ -1,5 +1,6 @@
 """Options of a dataclass: words, YAML and values make the same one, by the same checks."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -7,8 +8,9 @@ from typing import Literal
 import pytest
 import yaml
 
+from llava_bidir.common import imports
 from llava_bidir.common.cli import Count, Indices, Parser, Values, positional
-from llava_bidir.common.errors import UsageError
+from llava_bidir.common.errors import UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,12 @@ def test_later_configs_replace_earlier_ones_key_by_key(tmp_path):
         "max_steps": 3,
     }
     assert read.solver == Solver(5, 1.0)
+    assert type(read.solver.folds) is int, "as checkpoints hold it, which load without code"
 
 
 BAD = {  # YAML: parts of the error
     "image: 1": ["image", "tuple", "1"],
-    "image: [-1]": ["image", "v>=0"],
+    "image: [-1]": ["image", "Index", "v>=0"],
     "solver: {fold: 1}": ["'solver'", "'fold'", "did you mean 'solver.folds'?"],
     "solver: 3": ["solver", "3"],
     "pair: [a]": ["pair", "2 elements"],
@@ -139,3 +142,21 @@ def test_a_bad_value_is_an_error_that_names_the_option(text, tmp_path):
     with pytest.raises(UsageError) as error:
         Parser(Options).read(["m", "p", "--pair", "a", "b", "-c", str(file)])
     assert all(part in str(error.value) for part in BAD[text]), error.value
+
+
+FILES = {  # name and content of a file to import: the error
+    ("none.py", None): "none.py: no such file",
+    ("a-b.py", ""): "expected a file NAME.py",
+    ("leaves.py", "import sys\nsys.exit(0)"): "leaves.py ends the program",
+    ("typo.py", "x = 1\ny = ("): r"typo.py: .*\(typo.py, line 2\)",
+}
+
+
+@pytest.mark.parametrize(("name", "content"), FILES)
+def test_file_to_import_that_cannot_be_imported_is_named(name, content, tmp_path, monkeypatch):
+    """`sys.exit(0)` in it ended the command with status 0; a typo was a traceback."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=FILES[name, content]):
+        imports.take_imports(["--import", str(tmp_path / name)])

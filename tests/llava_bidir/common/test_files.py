@@ -1,7 +1,10 @@
 """Files and folders are complete or absent after a kill, and two processes never write the same result."""
 
+import ast
 import errno
+import json
 import os
+import re
 import signal
 import time
 from itertools import count
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import small_disks
 import tiny_models
 import torch
 from processes import die
@@ -83,6 +87,74 @@ def test_a_foreign_folder_is_not_replaced(existing, tmp_path):
     assert (tmp_path / "empty/file").is_file()
 
 
+# ------------------------------------------------------------------------------------------------ no other writes
+ROOT = Path(__file__).parents[3]
+WRITERS = {
+    "save",
+    "save_file",
+    "save_pretrained",
+    "savefig",
+    "savez",
+    "savez_compressed",
+    "to_csv",
+    "to_parquet",
+    "write_bytes",
+    "write_text",
+}
+UNNAMED = {"drawn", "stream", "content"}  # io.BytesIO
+WHOLE = {  # functions that write otherwise: why that is whole
+    "llava_bidir/common/files.py:_write": "its path is temporary",
+    "llava_bidir/model/export.py:_add_mask": "in the folder of export_hf",
+    "llava_bidir/model/export.py:_add_released_rope": "in the folder of export_hf",
+    "llava_bidir/model/modeling_llava_bidir.py:save_pretrained": "transformers' own, for users",
+    "llava_bidir/training/deepspeed_strategy.py:save_checkpoint": "in a folder that is then renamed",
+    "probes/minimal.py:main": "one picture, which nothing reads",
+    "probes/solve/run.py:solve_sites": "SiteFiles.save, which calls write_files",
+    "probes/steps.py:_describe_failure": "a log",
+    "probes/studies/run.py:_output_to": "a log",
+    "probes/worlds/assets.py:_write_patches": "in the folder of run",
+    "probes/worlds/assets.py:save_pictures": "in the folder of run",
+    "probes/worlds/assets.py:write_classes": "in the folder of run",
+    "probes/worlds/steps.py:run_in_child_process": "a log",
+    "probes/worlds/tiny_models.py:train_encoder": "in the folder of assets.run",
+    "probes/worlds/tiny_models.py:train_llm": "in the folder of assets.run",
+    "probes/worlds/tiny_models.py:train_tokenizer": "in the folder of assets.run",
+}
+
+
+def writes(call: ast.AST) -> bool:
+    """Return whether a call writes a file."""
+    if not isinstance(call, ast.Call):
+        return False
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    words = [ast.unparse(word) for word in call.args]
+    if name == "open":
+        words += [ast.unparse(x.value) for x in call.keywords]
+        return any(re.fullmatch("'[rbt]*[wax].*'", word) for word in words)
+    return name in WRITERS and bool(words) and words[0] not in UNNAMED
+
+
+def writers_in_place(tree: ast.AST, function: str = "") -> set[str]:
+    """Return the functions that write outside of `with atomic_write(...)` and `with atomic_directory(...)`."""
+    if isinstance(tree, ast.With) and "atomic_" in "".join(map(ast.unparse, tree.items)):
+        return set()
+    if isinstance(tree, ast.FunctionDef):
+        function = tree.name
+    found = {function} if writes(tree) else set()
+    return found.union(*(writers_in_place(child, function) for child in ast.iter_child_nodes(tree)))
+
+
+def test_every_file_is_written_whole_or_not_at_all():
+    """A run's pictures.npz, which its neighbours read, was written in place; a full disk ended them all."""
+    found = {
+        f"{file.relative_to(ROOT)}:{function}"
+        for package in ("llava_bidir", "probes")
+        for file in (ROOT / package).rglob("*.py")
+        for function in writers_in_place(ast.parse(file.read_text()))
+    }
+    assert found == {*WHOLE}, "use atomic_write, write_files or atomic_directory"
+
+
 # ------------------------------------------------------------------------------------------------ write_files
 NAMES = ("a.txt", "b.csv", "c.txt")
 
@@ -126,10 +198,63 @@ def test_write_files_on_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files, "_write", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(
+        UserError, match="cannot write .*b.csv: No space left on device; free space"
+    ):
         write_files(three_files(tmp_path, 2))
     assert contents(tmp_path) == [1, 1, 1]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_json_has_null_for_what_json_cannot_say(tmp_path):
+    values = {"a": [float("nan"), (float("inf"), 1.5)], "b": -float("inf")}
+    write_files({tmp_path / "x.json": values})
+    refuse = {"parse_constant": lambda text: pytest.fail(text)}
+    read = json.loads((tmp_path / "x.json").read_text(), **refuse)
+    assert read == {"a": [None, [None, 1.5]], "b": None}
+
+
+def save_text(file: Path) -> None:
+    file.write_bytes(bytes(10**6))
+
+
+def save_tensors(file: Path) -> None:
+    save_file({"x": torch.zeros(10**6)}, file)
+
+
+def save_checkpoint(file: Path) -> None:
+    with file.open("wb") as stream:
+        torch.save(torch.zeros(10**6), stream)
+
+
+@pytest.mark.parametrize("save", [save_text, save_tensors, save_checkpoint])
+def test_a_full_disk_is_one_sentence_with_the_path(save, tmp_path):
+    """torch raises another error, safetensors quotes it."""
+    with (
+        small_disks.mounted(tmp_path / "disk", "size=100k") as disk,
+        pytest.raises(
+            UserError, match="cannot write .*disk/x: No space left on device; free space"
+        ),
+        atomic_write(disk / "x") as partial,
+    ):
+        save(partial)
+
+
+def test_a_read_only_folder_is_named(tmp_path):
+    with small_disks.mounted(tmp_path / "disk", "size=100k,ro") as disk:
+        with pytest.raises(UserError, match="cannot write .*disk/a/b: Read-only file system"):
+            write_files({disk / "a/b": "text"})
+
+
+@pytest.mark.parametrize("path", [".", "..", "{here}"])
+def test_the_folder_that_one_is_in_is_not_replaced(path, tmp_path, monkeypatch):
+    """It was `'.' has an empty name`; and a shell would stay in the folder that was replaced."""
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    with pytest.raises(UserError, match="is the folder that you are in.* choose a folder inside"):
+        write_directory(Path(path.format(here=Path.cwd())), "new")
+    write_directory(Path("new"), "new")
+    assert (tmp_path / "inside/new/file").is_file()
 
 
 # ------------------------------------------------------------------------------------------------ locks

@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import probes
+from llava_bidir.commands import generate
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import read_tensors
 from llava_bidir.common.identity import model_identity
-from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.build import build_model, build_processor, load_llm
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 LAYER = "multi_modal_projector.linear_1.weight"
@@ -64,6 +67,27 @@ def test_the_adapter_is_the_one_that_transformers_reads(layout, folder, parts):
     built = build_model(*parts, build_processor(*parts), adapter=str(folder))
     assert torch.equal(built.state_dict()[f"model.{LAYER}"], expected)
     assert torch.equal(read_tensors(folder, LAYER)[f"model.{LAYER}"], expected)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder, parts: probes.load(folder),
+        lambda folder, parts: generate.load(str(folder)),
+        lambda folder, parts: load_llm(str(folder), 8),
+        lambda folder, parts: build_model(*parts, build_processor(*parts), adapter=str(folder)),
+    ],
+)
+def test_a_stale_copy_of_a_tensor_in_another_shard_is_refused(read, folder, parts):
+    """transformers would read it, as the last one."""
+    tensors = load_file(folder / "model.safetensors")
+    write_shards(folder, tensors)
+    (folder / "model.safetensors").unlink()
+    second = folder / "model-00002-of-00002.safetensors"
+    name = f"model.{LAYER}".replace("weight", "bias")
+    save_file(load_file(second) | {name: tensors[name] + 1}, second, {"format": "pt"})
+    with pytest.raises(UserError, match=f"00002-of-00002.* has {name}, .* names in .*00001-of"):
+        read(folder, parts)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[:4])

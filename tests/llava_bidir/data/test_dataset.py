@@ -1,12 +1,15 @@
 """LLaVA's JSON: valid records, and the errors of broken files, records and images."""
 
 import json
+import os
 import re
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import datasets
 import pytest
+import small_disks
 import tiny_models
 import torch
 from hypothesis import given
@@ -14,7 +17,9 @@ from hypothesis import strategies as st
 from json_values import json_values, text
 from PIL import Image
 from tiny_models import turns
+from training_runs import make_data
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.dataset import Instructions, read_annotations
 from llava_bidir.model.build import build_model, build_processor
@@ -45,6 +50,23 @@ def test_edited_file_is_read_again(tmp_path):
     assert len(read_annotations(path)) == 1
     write(tmp_path / "data.json", [record(), record(id=8)])
     assert len(read_annotations(path)) == 2
+
+
+def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path):
+    """As of an archive; the records of before were trained."""
+    for answer in ("a cat", "a dog"):
+        path = write(tmp_path / "data.json", [record(conversations=turns("<image>\nwhat", answer))])
+        os.utime(path, (1, 1))
+        assert read_annotations(path)[0]["conversations"][1]["value"] == answer
+
+
+@pytest.mark.parametrize("options", ["size=16k", "size=16k,ro"])
+def test_a_cache_that_takes_nothing_is_named_with_hf_home(options, tmp_path, monkeypatch):
+    path = write(tmp_path / "data.json", [record()] * 1000)
+    with small_disks.mounted(tmp_path / "disk", options) as disk:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", disk / "cache")
+        with pytest.raises(UserError, match=f"cannot write {disk}/cache: .*; set HF_HOME to"):
+            read_annotations(path)
 
 
 OUTSIDE = "record 0: 'image' must be the path of one image inside data.images, got"
@@ -230,13 +252,36 @@ UNSHOWN = [
 
 
 @pytest.mark.parametrize("changes", UNSHOWN)
-def test_placeholders_without_any_image_are_refused_before_training(changes, tmp_path):
+def test_placeholders_without_any_image_are_refused_before_training(changes, collate, tmp_path):
     """All of eight records were trained as text with the literal `<image>`."""
     unshown = record(**changes)
     text = record(image=None, conversations=turns("what", "a cat"))
     data = Instructions(write(tmp_path / "data.json", [text, unshown]), tmp_path)
     with pytest.raises(ValueError, match="no record shows an image, but texts have <image>"):
-        data.check_trainable()
+        data.check_trainable(collate)
     shown = record(conversations=turns(ASKED, "cat"))
-    Instructions(write(tmp_path / "data.json", [shown, unshown]), tmp_path).check_trainable()
-    Instructions(write(tmp_path / "data.json", [text]), tmp_path).check_trainable()
+    Instructions(write(tmp_path / "data.json", [shown, unshown]), tmp_path).check_trainable(collate)
+    Instructions(write(tmp_path / "data.json", [text]), tmp_path).check_trainable(collate)
+
+
+UNTRAINED = [  # template, conversation
+    ("plain", turns(ASKED, " ")),  # its line break is trained
+    ("vicuna_v1", turns(ASKED, "")),
+    ("vicuna_v1", turns(ASKED, " \n")),  # its end token is trained
+    ("vicuna_v1", turns(ASKED)),
+    ("vicuna_v1", turns(ASKED + " name" * 99, "cat")),  # the answer is cut off
+]
+
+
+@pytest.mark.parametrize(("template", "conversation"), UNTRAINED)
+def test_data_without_an_answer_to_train_on_are_refused(template, conversation, parts, tmp_path):
+    """The loss was 0.0, and "The trained model is ..." the end."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    unanswered = record(conversations=conversation)
+    settings = {"template": template, "max_length": 90}
+    for more in ([], [record()]):
+        write(tmp_path / "data.json", [unanswered, unanswered, *more])
+        data = make_data(tmp_path, parts, **settings)
+        data.trainer = SimpleNamespace(global_rank=0, world_size=1, log_every_n_steps=1)
+        with nullcontext() if more else pytest.raises(UserError, match="has an answer to train on"):
+            data.setup("fit")

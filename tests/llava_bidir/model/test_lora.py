@@ -4,7 +4,11 @@ import pytest
 import tiny_models
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 
+from llava_bidir.command_options import ExportOptions
+from llava_bidir.commands import export
+from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora, add_lora, has_lora, merge_lora
 
 pytestmark = pytest.mark.numerics
@@ -66,3 +70,23 @@ def test_merged_weights_equal_the_sum_in_float32_rounded_once(updated, dtype):
         update = 2 * (b.float() @ a.float())  # alpha / r
         expected = (layer.get_base_layer().weight.float() + update).to(dtype)
         assert torch.equal(merged.get_submodule(name).weight, expected)
+
+
+def test_export_in_float32_keeps_what_16_bits_would_round(updated, parts, tmp_path, monkeypatch):
+    updated.to(torch.bfloat16)
+    read = (updated, build_processor(*parts), {})
+    monkeypatch.setattr(export, "read_checkpoint", lambda path: read)
+    options = ExportOptions(source=tmp_path, out=tmp_path / "hf", dtype="float32")
+    export.run(options)
+    written = load_file(tmp_path / "hf/model.safetensors")
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    layer = updated.get_submodule(name)
+    update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = layer.get_base_layer().weight + 2 * update  # alpha / r
+    assert expected.dtype == torch.float32
+    (found,) = (
+        tensor
+        for key, tensor in written.items()
+        if key.endswith("layers.0.self_attn.q_proj.weight") and "language" in key
+    )
+    torch.testing.assert_close(found, expected)

@@ -1,6 +1,8 @@
 """What a user of LightningCLI types: it works, or one sentence says what there is instead."""
 
 import csv
+import os
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -11,6 +13,10 @@ from llava_bidir.cli import main
 KEYS = {  # of a config: the option that is wrong, and the end of the error
     "optimizer: {class_path: Adam}": ("optimizer", ""),
     "modelx: {learning_rate: 1}": ("modelx.learning_rate", "; did you mean 'model.learning_rate'?"),
+    "model: {learning_rate: .inf}": (
+        "model.learning_rate",
+        "inf does not conform to restriction v>=0.0 and v<inf",
+    ),
     "data: {template: llama3}": ("data.template", "Got value: llama3"),
 }
 
@@ -63,12 +69,14 @@ def test_a_run_without_a_logger_and_lines_of_progress_trains(parts, conversation
     assert not [*run.glob("events*")]
 
 
-REFUSED = {  # words: the callback that they add
-    "--trainer.callbacks+=EMAWeightAveraging": "EMAWeightAveraging",
-    "--trainer.callbacks+=GradientAccumulationScheduler|--trainer.callbacks.scheduling={0: 2}": (
-        "GradientAccumulationScheduler"
-    ),
-    "--trainer.max_time=00:00:00:01": "Timer",
+ACCUMULATION = (
+    "--trainer.callbacks+=GradientAccumulationScheduler|--trainer.callbacks.scheduling={0: 2}"
+)
+REFUSED = {  # words: the callback that they add, and what there is instead
+    "--trainer.callbacks+=EMAWeightAveraging": "EMAWeightAveraging .* not with averages",
+    ACCUMULATION: "GradientAccumulationScheduler .*; set data.batch_size",
+    "--trainer.max_time=00:00:00:01": "Timer .*; set trainer.max_steps",
+    "--trainer.callbacks+=LearningRateFinder": "LearningRateFinder .*; set model.learning_rate",
 }
 
 
@@ -78,7 +86,8 @@ def test_what_a_run_cannot_record_or_resume_is_refused(words, parts, conversatio
 
     Lightning counts the epoch in which a timer stops as complete: the run was exported, and could not be resumed.
     """
-    with pytest.raises(SystemExit, match=f"{REFUSED[words]} is not supported"):
+    name, _, instead = REFUSED[words].partition(" ")
+    with pytest.raises(SystemExit, match=f"{name} is not supported: {instead}"):
         tiny_models.fit(parts, conversations, tmp_path / "run", *words.split("|"))
     assert not (tmp_path / "run").exists()
 
@@ -91,13 +100,21 @@ def test_what_a_run_cannot_record_or_resume_is_refused(words, parts, conversatio
         "--trainer.callbacks.save_last=true --trainer.callbacks.every_n_train_steps=1",
     ],
 )
-def test_the_final_step_has_a_checkpoint(options, parts, conversations, tmp_path):
-    """Lightning saves after validations, where there are any: `export RUN` wrote older weights than RUN/hf."""
+def test_the_final_step_has_a_checkpoint(options, parts, conversations, tmp_path, monkeypatch):
+    """Lightning saves after validations, where there are any: `export RUN` wrote older weights than RUN/hf.
+
+    The folder of the training may be another one than that of the export.
+    """
+    encoder, llm = parts
+    parts = replace(encoder, path=os.path.relpath(encoder.path)), os.path.relpath(llm)
     run = tiny_models.fit(
         parts,
         conversations,
         tmp_path / "run",
         *options.split(),
     )
-    main(["export", str(run), str(tmp_path / "exported")])
+    monkeypatch.chdir(tmp_path)
+    main(["export", str(run), "exported"])
+    with pytest.raises(SystemExit, match="hf is an exported model; expected the folder of a run"):
+        main(["export", "run/hf", "again"])
     assert_same_export(run / "hf", tmp_path / "exported")

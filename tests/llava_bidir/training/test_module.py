@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -254,7 +255,7 @@ def test_records_are_truncated_to_the_positions_of_the_llm(parts, conversations)
     """LLaVA truncates to its tokenizer's model_max_length."""
     assert module(parts).max_positions == 512
     file = str(conversations / "data.json")
-    for positions, expected in ((19, 19), (None, 21)):
+    for positions, expected in ((19, 19), (sys.maxsize, 21)):
         batches = questions(
             conversations,
             parts,

@@ -24,7 +24,7 @@ from training_runs import points
 from llava_bidir.cli import main
 from llava_bidir.common.checkpoints import INTERRUPTED
 from llava_bidir.common.identity import run_identity
-from llava_bidir.training.cli import build_cli
+from llava_bidir.training.cli import TrainingCLI, build_cli
 from llava_bidir.training.module import LlavaTraining
 
 # Two epochs of three steps of two micro-batches
@@ -168,6 +168,21 @@ def test_a_signal_is_heeded_after_its_step_and_the_rest_equals_an_undisturbed_ru
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("has_scontrol", [True, False])
+def test_a_task_of_a_job_array_is_requeued_alone_and_ends_with_a_checkpoint_without_scontrol(
+    has_scontrol, disturbed, requeued, tmp_path, monkeypatch, caplog
+):
+    """The id of the last task is that of the array; a container has no scontrol."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    if not has_scontrol:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, _ = disturbed(lambda: send(signal.SIGUSR1), micro_batch=2)
+    assert (status, saved_step(tmp_path / "run")) == (INTERRUPTED, 2)
+    assert requeued.read_text() == "requeue 77_7\n" * has_scontrol
+    assert ("77_7 is not requeued" in caplog.text) is not has_scontrol
+
+
 @pytest.mark.parametrize(("micro_batch", "ended"), [(5, (INTERRUPTED, 8, 4)), (11, (0, 12, 6))])
 def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next_step(
     micro_batch, ended, disturbed, requeued, tmp_path
@@ -189,7 +204,7 @@ def test_ctrl_c_twice_ends_the_run_at_once(disturbed, requeued, monkeypatch):
     assert "`--ckpt_path last` to go on" in told
 
 
-def test_a_run_outside_of_the_main_thread_ends_as_usual(disturbed, tmp_path):
+def test_a_run_outside_of_the_main_thread_ends_as_usual(disturbed, requeued, tmp_path):
     """Only the main thread may set what a signal does; the run raised a ValueError after its last step."""
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(disturbed).result()[0] == 0
@@ -369,14 +384,16 @@ def test_a_finished_run_has_nothing_to_do_also_with_settings_that_change_no_resu
     assert "this run is finished; nothing to do" in caplog.text
 
 
-def test_a_run_is_trained_on_from_its_export(unfinished, tmp_path):
+def test_a_run_is_trained_on_from_its_export(unfinished, tmp_path, caplog):
     """Here with a rate of 0, after which its weights are those of the export."""
     run, command = unfinished
     export = tmp_path / "exported"
     main(["export", str(run), str(export)])
     options = f"--model.adapter {export} --model.llm {export} --model.learning_rate 0"
     options += f" --model.adapter_learning_rate 0 --trainer.max_steps 1 --out {tmp_path}/new"
-    main([*command, *options.split()])
+    with caplog.at_level("INFO"):
+        main([*command, *options.split()])
+    assert f"{export} is a llava, whose LLM is taken; its encoder and adapter" in caplog.text
     assert_same_weights(tmp_path / "new/hf", export)
 
 
@@ -411,6 +428,9 @@ REFUSED = {  # options: message
     "--trainer.fast_dev_run true": "fast_dev_run must be False, got .*; for a trial, use",
     "--trainer.accumulate_grad_batches 3": "accumulate_grad_batches must be 1, got 3: it follows",
     "--ckpt_path last --overwrite true": "give one of them",
+    "--trainer.max_epochs 0": "trainer.max_epochs is 0, so nothing would be trained",
+    "--trainer.max_steps 0": "trainer.max_steps is 0, so nothing would be trained",
+    "--trainer.limit_train_batches 0": "trainer.limit_train_batches is 0, so nothing",
 }
 
 
@@ -429,11 +449,32 @@ def test_options_that_contradict_each_other_or_the_record_are_refused(
     assert not (tmp_path / "run/hf").exists()
 
 
-def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
+@pytest.mark.parametrize("words", [[], ["--ckpt_path", "last"]])
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_the_last_checkpoint_of_the_run_is_validated_if_there_is_one(
+    command, words, finished, tmp_path, monkeypatch
+):
     """The weights before training were validated as if they were the last ones."""
-    _, (_, *options) = finished
+    run, (_, *options) = finished
+    scored = Mock()
+    monkeypatch.setattr(TrainingCLI, command, scored, raising=False)
+    main([command, *options, *words])
+    assert scored.call_args.kwargs["ckpt_path"] == run / "checkpoints/last.ckpt"
     with pytest.raises(SystemExit, match="there is no checkpoint in .*run/checkpoints"):
-        main(["validate", *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"])
+        main([command, *options, *words, "--out", str(tmp_path / "run")])
+
+
+def test_an_llm_is_trained_with_a_new_adapter_only_if_that_is_said(finished, tmp_path):
+    """A forgotten `--model.adapter` trained from a random one, without a word."""
+    command = [*finished[1], "--out", str(tmp_path / "run")]
+    given = command.index("--model.adapter")
+    del command[given : given + 2]
+    with pytest.raises(SystemExit, match="model.adapter is not given, .* `--model.adapter null`"):
+        main(command)
+    assert not (tmp_path / "run").exists()
+    assert build_cli(command[1:], run=False).model.hparams.adapter is None, "as of verify-data"
+    with pytest.raises(SystemExit, match="/nowhere"):  # an adapter alone
+        main([*command, "--model.trainable", "[adapter]", "--model.llm", "/nowhere"])
 
 
 @pytest.mark.parametrize(

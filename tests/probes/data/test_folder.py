@@ -72,6 +72,15 @@ def test_an_ignored_class_has_no_logit(root):
     assert ((target == 255) == ((plain == 255) | (plain == 1))).all()
 
 
+@pytest.mark.parametrize("key", ["ignore_label", "ignore-index", "reduce_zero_labels", "Palette"])
+def test_an_unknown_key_of_classes_json_is_named_with_the_one_that_is_meant(root, key):
+    """Else `void` would be a class, of which a probe is right or wrong."""
+    write_classes(root, [*"abc"], **{key: 0})
+    meant = {"i": "ignore_index", "r": "reduce_zero_label", "P": "palette"}[key[0]]
+    with pytest.raises(UserError, match=f"classes.json has the key '{key}'.* mean '{meant}'"):
+        FolderDataset(root, "validation")
+
+
 any_json = json_values(st.integers() | st.floats(), st.text(max_size=4))
 any_facts = any_json | st.fixed_dictionaries(
     {"classes": st.lists(st.text(max_size=3), max_size=4) | any_json},
@@ -116,6 +125,18 @@ def turn_photo(root, orientation, size=(24, 20)):
     photo.save(root / "images/validation/000.jpg", exif=exif)
 
 
+def put(name, kind="images"):
+    """Return what writes a file of this name into a split, beside files that systems leave there."""
+
+    def write(root):
+        for file in (".DS_Store", "._000.png", "Thumbs.db", name):
+            path = root / kind / "validation" / file
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"?")
+
+    return write
+
+
 def copy_as_jpeg(root):
     shutil.copy(root / IMAGE, root / "images/validation/000.jpg")
 
@@ -129,6 +150,12 @@ MISSING = {  # what breaks a folder: the error before any work
     "have no image, .*annotations/validation/000.png": lambda root: (root / IMAGE).unlink(),
     "000.jpg and .*000.png have the same name": copy_as_jpeg,
     "validation: no images": lambda root: [p.unlink() for p in root.glob("*/validation/*")],
+    # what would be left out without a word
+    "validation/city would not be read, one of 1: expected .*.tif": put("city/photo.png"),
+    "images/validation/photo.heic would not be read": put("photo.heic"),
+    "annotations/validation/photo.tif would not be read.* expected .png": put(
+        "photo.tif", "annotations"
+    ),
     "at most 254 classes": lambda root: write_classes(root, MANY, reduce_zero_label=True),
 }
 
@@ -155,6 +182,26 @@ BROKEN = {
     # nothing in the sizes tells what the mask was drawn on
     "000.jpg has EXIF orientation 3": lambda root: turn_photo(root, 3),
 }
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tif", ".tiff", ".webp"])
+def test_images_of_other_formats_are_read_beside_what_systems_write(root, suffix):
+    put(".hidden")(root)
+    image = Image.open(root / IMAGE)
+    (root / IMAGE).unlink()
+    image.save((root / IMAGE).with_suffix(suffix), lossless=True)
+    assert (np.asarray(FolderDataset(root, "validation")[0]["image"]) == np.asarray(image)).all()
+
+
+def test_a_turned_tiff_is_no_upright_one(root):
+    """Pillow turns it while it decodes it, so that a mask of the stored pixels would be upside down."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image = Image.open(root / IMAGE)
+    (root / IMAGE).unlink()
+    image.save((root / IMAGE).with_suffix(".tif"), exif=exif)
+    with pytest.raises(UserError, match="000.tif has EXIF orientation 3"):
+        FolderDataset(root, "validation")[0]
 
 
 @pytest.mark.parametrize("message", BROKEN)

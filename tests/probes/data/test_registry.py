@@ -3,8 +3,10 @@
 import pytest
 
 from llava_bidir.common.errors import UserError
+from probes.config import DataOptions
 from probes.data.folder import FolderDataset
 from probes.data.registry import LAYOUTS, open_dataset, register_dataset
+from probes.tasks import TASKS
 
 
 def test_registered_dataset_is_opened_and_checked_as_the_others(monkeypatch):
@@ -41,3 +43,9 @@ def test_registered_dataset_is_opened_and_checked_as_the_others(monkeypatch):
         open_dataset("others", "", "training")
     with pytest.raises(UserError, match="the dataset name 'tiles' is taken by Tiles"):
         register_dataset("tiles", Tiles)
+
+
+def test_the_option_of_the_task_promises_the_tasks_that_exist():
+    *others, last = TASKS
+    (line,) = (x.strip() for x in DataOptions.__doc__.splitlines() if x.strip().startswith("task:"))
+    assert line.endswith(f": {', '.join(others)} or {last}.")

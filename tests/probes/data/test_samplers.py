@@ -80,15 +80,15 @@ def test_more_devices_than_validation_images_is_an_error():
 
 
 def test_folds_keep_neighbours_and_groups_together_and_differ_little_in_size():
-    fold_of = assign_folds(100, 4)
+    fold_of = assign_folds(range(100), 4)
     assert fold_of.bincount().tolist() == [25] * 4
     assert (fold_of.diff() != 0).sum() == 19, "20 blocks of 5 neighbours"
-    assert assign_folds(1000, 4)[:16].tolist() == [0] * 8 + [1] * 8, (
+    assert assign_folds(range(1000), 4)[:16].tolist() == [0] * 8 + [1] * 8, (
         "long blocks would leave out kinds of scenes"
     )
     groups = [f"video{i // 10}" for i in range(100)]
-    by_group = [set(assign_folds(100, 4, groups)[i : i + 10].tolist()) for i in range(0, 100, 10)]
+    by_group = [set(assign_folds(groups, 4)[i : i + 10].tolist()) for i in range(0, 100, 10)]
     assert all(len(folds) == 1 for folds in by_group)
     assert set.union(*by_group) == {0, 1, 2, 3}
-    with pytest.raises(UserError, match="3 training groups for 4 folds"):
-        assign_folds(6, 4, ["a", "a", "b", "b", "c", "c"])
+    with pytest.raises(UserError, match="3 training images, or groups of these, for 4 folds"):
+        assign_folds("aabbcc", 4)

@@ -241,7 +241,15 @@ def test_depth_in_another_unit_is_an_error(root):
 
 
 def test_settings_of_depth_are_positive_numbers(root):
-    for settings in ('{"depth_scale": 0}', '{"depth_scale": 1, "scale": 1}', "{}"):
+    (root / "targets.json").unlink()
+    with pytest.raises(
+        UserError, match=r'targets.json needs to be there, as {"depth_scale": 0.001'
+    ):
+        opened(root, "depth")
+    (root / "targets.json").write_text('{"depth_scale": 1, "maxdepth": 1}')
+    with pytest.raises(UserError, match="targets.json has the key 'maxdepth'.* mean 'max_depth'"):
+        opened(root, "depth")
+    for settings in ('{"depth_scale": 0}', "{}"):
         (root / "targets.json").write_text(settings)
         with pytest.raises(UserError, match='targets.json .*; expected .*"depth_scale": 0.001'):
             opened(root, "depth")

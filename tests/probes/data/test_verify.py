@@ -1,5 +1,6 @@
 """All files are read and their labels counted before a model is loaded; images in both splits are named."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from probes.data.verify import (
     count_labels,
     data_notes,
     join_counts,
+    join_groups,
     notes_of_run,
     read_pairs,
 )
 from probes.runs.read import ProbeRun
+from probes.solve import states
 
 MESS = {  # file of annotations/training: what it becomes
     "000.png": np.full((24, 20), 9, np.uint8),
@@ -92,21 +95,19 @@ def test_workers_and_shares_find_what_one_process_finds(tmp_path):
     dataset = open_splits(DataOptions(str(root)))["training"]
 
     def read(indices, workers=0):
-        labels, bad = read_pairs(
+        pairs = read_pairs(
             dataset,
             "",
             indices,
             workers,
             progress=False,
         )
-        return labels, sorted(bad)
+        return {index: str(pair) for index, pair in pairs.items()}
 
     alone = read(range(80))
-    assert len(alone[1]) == 3
+    assert sum("has label 100" in pair for pair in alone.values()) == 3
     assert read(range(80), workers=2) == alone
-    even, odd = (read(range(first, 80, 2)) for first in (0, 1))
-    assert join_counts([even[0], odd[0]]) == alone[0]
-    assert sorted(even[1] + odd[1]) == alone[1]
+    assert read(range(0, 80, 2)) | read(range(1, 80, 2)) == alone
 
 
 def test_incomplete_official_split_is_a_warning(tmp_path):
@@ -122,7 +123,7 @@ def test_counts_equal_numpy_over_all_masks(segmentation):
         assert counts.pixels == [int((found == k).sum()) for k in range(3)]
         assert counts.images_of_class == [int((found == k).any((1, 2)).sum()) for k in range(3)]
         assert counts.ignored == (found == 255).sum() > 0
-    assert data_notes(data.classes, data.labels, []) == []
+    assert data_notes(data.classes, data.labels, data.remarks) == []
     depth = np.array([[1.0, np.nan]], np.float32)
     assert join_counts([count_labels(depth, 0)] * 2) == LabelCounts(
         2,
@@ -154,27 +155,101 @@ def test_notes_name_classes_that_lack_pixels_or_images():
         "83% of the training pixels are ignored",
         "No validation pixel is labelled y, z:",
         "In fewer than 5 validation images: x (2).",
-        "in training and in validation, byte for byte, which raises scores: a, b = c.",
+        "across splits raise scores: a = a, b = c.",
     )
     assert len(notes) == len(parts)
     assert all(sum(part in note for note in notes) == 1 for part in parts)
     assert notes_of_run([*"wxyz"], {}) == []
 
 
-def test_images_in_both_splits_are_named_by_the_check_and_in_the_run(
+def test_a_class_without_a_training_pixel_is_a_warning_in_any_number_of_images(tmp_path):
+    root = tiny_models.write_segmentation(tmp_path, training=15)
+    for file in masks(root, "training"):
+        mask = np.asarray(Image.open(file))
+        Image.fromarray(np.where(mask == 2, 1, mask).astype(np.uint8)).save(file)
+    with pytest.warns(UserWarning, match=f"No training pixel is labelled {tiny_models.CLASSES[2]}"):
+        verify(root)
+
+
+def add_copy(root: Path, source: str, copy: str, suffix: str = ".png") -> None:
+    """Add the image and the mask SPLIT/NAME once more under another name; .bmp has the same pixels in other bytes."""
+    image = Image.open(root / "images" / f"{source}.png")
+    image.save((root / "images" / copy).with_suffix(suffix))
+    shutil.copy(root / "annotations" / f"{source}.png", root / "annotations" / f"{copy}.png")
+
+
+def test_copies_are_named_by_the_check_and_in_the_run_share_a_fold_and_are_drawn_together(
     root,
     tmp_path,
     checkpoints,
     capsys,
+    monkeypatch,
 ):
-    for kind in ("images", "annotations"):
-        shutil.copy(root / kind / "training/002.png", root / kind / "validation/copy.png")
+    """Folds that see their own pixels chose strengths six decades too low."""
+    add_copy(root, "training/002", "validation/copy")
+    add_copy(root, "training/001", "training/other", ".bmp")
+    add_copy(root, "validation/001", "validation/twin", ".bmp")
+    sets = ["training/001 = training/other", "training/002 = validation/copy"]
+    sets += ["validation/001 = validation/twin"]
+    said = ", ".join(sets)
     main(["verify-data", "-c", "folder", "--data.root", str(root)])
-    assert "002 = copy" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
+    folds = []
+    read_states = states.read
+
+    def record(*args):
+        folds.append(args[4].tolist())
+        return read_states(*args)
+
+    monkeypatch.setattr("probes.solve.run.read", record)
     words = f"--data.root {root} --folds 2 --strengths 0.1 --model.sites [encoder]".split()
     words += ["--model.mllm", str(checkpoints["causal"]), "--out", str(tmp_path / "run")]
-    with pytest.warns(UserWarning, match="002 = copy"):
+    with pytest.warns(UserWarning, match=said):
         main(["solve", "-c", "configs/demo/probes.yaml", *words])
+    assert folds == [[0, 1, 0, 1, 0, 1, 1]]
     run = ProbeRun(tmp_path / "run")
-    assert run.manifest["data"]["shared_images"] == [["002", "copy"]]
-    assert "002 = copy" in str(notes_of_run(run.metrics["classes"], run.manifest["data"]))
+    assert run.manifest["data"]["shared_images"] == [x.split(" = ") for x in sets]
+    assert said in str(notes_of_run(run.metrics["classes"], run.manifest["data"]))
+    assert (
+        len(run.groups) == 7
+        and run.groups[1] == run.groups[6]
+        and len(set(run.groups.tolist())) == 6
+    )
+    assert (run.weights[:, 1] == run.weights[:, 6]).all()
+
+
+def test_groups_that_have_the_same_image_are_one_and_others_as_they_were():
+    contents = ["p", "q", "q", "r", "r", "s", "t"]
+    #           one group over two images that two pairs of groups share; d alone
+    found = join_groups(["a", "a", "b", "b", "c", "d", "d"], contents)
+    assert found == [0, 0, 0, 0, 0, 1, 1]
+    alone = join_groups(["b", "a", "b"], ["p", "q", "r"])
+    assert alone == [1, 0, 1]
+
+
+def test_a_data_set_without_copies_has_no_groups(root):
+    """Numbers of runs before copies were looked for stay as they are."""
+    data = verify(root)
+    assert [split.groups for split in data.splits.values()] == [None, None]
+    assert not any(data.remarks.values())
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_masks_whose_colours_stand_in_another_order_are_named_and_their_labels_count(root, order):
+    palette = [[0, 0, 0], [200, 0, 0], [0, 200, 0]]
+    classes = {"classes": tiny_models.CLASSES, "palette": palette}
+    (root / "classes.json").write_text(json.dumps(classes))
+    file = masks(root, "validation")[3]
+    labels = np.asarray(Image.open(file))
+    mask = Image.fromarray(np.where(labels == 2, 1, labels).astype(np.uint8))
+    mask.save(file)
+    before = verify(root).labels
+    # labels that a palette lacks are black, which is no matter where a mask does not have them
+    mask.putpalette(sum((palette[k] for k in order), []) + [0, 0, 0] * 254)
+    mask.save(file)
+    data = verify(root)
+    named = ["validation/003"] * (order[0] == 1)
+    assert data.labels == before
+    assert data.remarks["recoloured_masks"] == named
+    notes = data_notes(data.classes, data.labels, data.remarks)
+    assert sum("check them: validation/003" in note for note in notes) == len(named)

@@ -1,6 +1,5 @@
 """Runs on several processes, and killed and resumed runs, give the probes and scores of an undisturbed run."""
 
-import os
 import shutil
 import signal
 import sys
@@ -70,12 +69,9 @@ def killed(checkpoints, uneven, tmp_path):
         )
         (tmp_path / "killer.py").write_text(KILLER.replace("RANK", str(rank)))
         (tmp_path / "killing.yaml").write_text(KILLING)
-        path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-        done = run_command(
-            [sys.executable, "-m", "probes", *command, "-c", tmp_path / "killing.yaml"],
-            must_pass=False,
-            env=os.environ | {"PYTHONPATH": path},
-        )
+        more = ["-c", tmp_path / "killing.yaml", "--import", tmp_path / "killer.py"]
+        killing = [sys.executable, "-m", "probes", *command, *more]
+        done = run_command(killing, must_pass=False)
         assert not (run / "metrics.json").exists(), done.stderr[-3000:]
         return command, run, done.returncode
 
@@ -182,7 +178,7 @@ def test_two_processes_train_and_score_as_one(cache, one, together):
 def test_the_first_process_decides_for_both_what_is_resumed(together):
     """A finished run is found by its files, before a checkpoint is looked for."""
     said = together[1]
-    assert "resuming " not in said["finished"]
+    assert "the checkpoint is " not in said["finished"]
     assert said["finished"].count("this run is finished; nothing to do") == 1
     refusal = "metrics.json belongs to a run with model.learning_rate=0.01"
     assert said["another rate"].count(refusal) == 1  # by the first process, which compares for both

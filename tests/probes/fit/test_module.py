@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tolerances import rounding
 
 from probes.cli import main
+from probes.fit.module import ProbeModule
 from probes.runs.files import read_tensors
 from probes.runs.read import ProbeRun
 
@@ -174,11 +175,35 @@ def test_the_schedule_ends_with_the_batches_that_are_trained(fit, tmp_path):
     assert last < 0.6 * first
 
 
+def test_a_validation_that_is_not_a_number_is_never_the_best(fit, tmp_path, monkeypatch):
+    """As the first one, it was kept for ever."""
+    scores = iter([float("nan"), 0.5, float("nan"), 0.25])
+    keep = ProbeModule._keep_if_best
+    kept = []
+
+    def keep_if_best(module, site, score):
+        before = module.best.get(site)
+        keep(module, site, next(scores))
+        kept.append(module.best.get(site) is not before)
+
+    monkeypatch.setattr(ProbeModule, "_keep_if_best", keep_if_best)
+    more = "--trainer.max_epochs 4 --model.sites [adapter]".split()
+    run = fit(tmp_path, *more)
+    assert kept == [False, True, False, False]
+    assert run.metrics["sites"][0]["best_epoch"] == 2
+
+
+WHY = ": probes train on batches of"
+
+
 @pytest.mark.parametrize(
     ("option", "found"),
     [
-        (["--trainer.accumulate_grad_batches", "4"], "accumulate_grad_batches must be 1, got 4"),
-        (["--trainer.limit_val_batches", "0.5"], "limit_val_batches must be 1.0, got 0.5"),
+        ("--trainer.accumulate_grad_batches 4", f"accumulate_grad_batches must be 1, got 4{WHY}"),
+        ("--trainer.limit_val_batches 0.5", f"limit_val_batches must be 1.0, got 0.5{WHY}"),
+        ("--trainer.max_epochs 0", "max_epochs is 0, so nothing would be trained"),
+        ("--trainer.max_steps 0", "max_steps is 0, so nothing would be trained"),
+        ("--trainer.limit_train_batches 0", "limit_train_batches is 0, so nothing would be"),
     ],
 )
 def test_options_that_leave_out_images_or_change_the_schedule_are_refused(
@@ -187,8 +212,9 @@ def test_options_that_leave_out_images_or_change_the_schedule_are_refused(
     fit,
     tmp_path,
 ):
-    with pytest.raises(SystemExit, match=f"trainer.{found}: probes train on batches of"):
-        fit(tmp_path / "out", *option)
+    """Scores of probes without a step were written as those of a run."""
+    with pytest.raises(SystemExit, match=f"trainer.{found}"):
+        fit(tmp_path / "out", *option.split())
     assert not (tmp_path / "out").exists()
 
 

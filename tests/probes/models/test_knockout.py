@@ -167,6 +167,17 @@ def test_a_knockout_that_changes_no_allowed_pair_is_an_error(mllms):
             )
 
 
+@pytest.mark.parametrize("rows", ["image", "last"])
+def test_a_knockout_of_no_token_is_an_error(mllms, rows):
+    """Of a batch in which some image has one, the others may have none."""
+    mllm = mllms("causal")
+    pixels = tiny_models.pixels(2)
+    nothing = Knockout(torch.zeros(2, *mllm.grid, dtype=torch.bool), rows=rows)
+    with pytest.raises(UserError, match="blocked has no token"):
+        mllm.answer_log_probs(pixels, QUESTION, ANSWERS, nothing)
+    mllm.states(pixels, knockout=Knockout(torch.cat([BLOCKED, BLOCKED & False])))
+
+
 def test_what_does_not_fit_is_an_error(mllms):
     mllm = mllms("causal")
     pixels = tiny_models.pixels(1)

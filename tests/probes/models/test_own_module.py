@@ -1,5 +1,6 @@
 """Any module as an encoder: its states, what is said of it, its controls, and files that build one."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 import probes
 from llava_bidir.common.errors import UserError
+from probes.models import module_sources
 from probes.models.module_sources import (
     absolute_source,
     check_trusted,
@@ -97,7 +99,7 @@ class Skipping(Encoder):
         (
             None,
             {"parts": {"attn": "norm1", "mlp": "mlp"}},
-            "parts of blocks.0 do not add up",
+            "parts of blocks.0 do not add up .* LayerScale .*ls1",
         ),
         (
             Encoder(extra_last=True),
@@ -145,6 +147,32 @@ def test_a_function_that_does_more_to_a_square_is_refused(preprocess):
     """A crop would place masks beside their pixels."""
     with pytest.raises(UserError, match="does more to a square of 32 px"):
         load(preprocess=preprocess)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "message"),
+    [
+        (
+            lambda image: torch.zeros(3, SIDE_PX, SIDE_PX),
+            "shift and scale each channel, or ignores it",
+        ),
+        (
+            lambda image: resized(image)[None],
+            r"returned a Tensor, shape .*\[1, 3, 32, 32\].*; expected a tensor f",
+        ),
+        (
+            lambda image: resized(image).numpy(),
+            r"returned a ndarray, shape \(3, 32, 32\); expected",
+        ),
+        (lambda image: image, "returned a Image, .*; expected"),
+    ],
+)
+@pytest.mark.parametrize("image_px", [None, SIDE_PX])
+def test_a_function_that_does_not_return_the_images_pixels_is_refused(
+    preprocess, message, image_px
+):
+    with pytest.raises(UserError, match=message):
+        load(preprocess=preprocess, image_px=image_px)
 
 
 # ------------------------------------------------------------------------------------------------ controls
@@ -214,6 +242,30 @@ def test_the_identity_is_that_of_file_and_weights(tmp_path):
     module.norm.bias.data[0] += 1
     assert weights_digest(module) != before
     assert source_identity("facebook/dinov2-small") == "facebook/dinov2-small"
+
+
+def test_what_the_file_imports_is_part_of_the_identity(tmp_path, monkeypatch):
+    """Of its folder, also by way of other files; a process imports each once."""
+    package = tmp_path / "gains"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "read.py").write_text("from .constants import GAIN\n")
+    path = write(tmp_path)
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "try:\n    from . import gains\nexcept ImportError:\n    from gains.read import GAIN\n"
+        + file.read_text()
+    )
+    identities = []
+    for gain in (1, 10):
+        (package / "constants.py").write_text(f"GAIN = {gain}\n")
+        for name in ("gains", "gains.read", "gains.constants"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        module_sources._describe.cache_clear()
+        identities.append(source_identity(path))
+    assert identities[0].keys() >= {"import gains", "import gains.read", "import own_modules"}
+    changed = {key for key, value in identities[0].items() if identities[1][key] != value}
+    assert changed == {"import gains.constants"}
 
 
 def test_a_file_that_a_run_names_is_run_only_if_it_is_trusted(tmp_path, monkeypatch):

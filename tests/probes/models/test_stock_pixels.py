@@ -1,6 +1,7 @@
 """Pixels of every family equal those of its stock image processor, with its filter, crop and padding."""
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -15,6 +16,7 @@ from PIL import Image
 from tiny_families import MEAN, SIDE, STD
 
 import probes
+from llava_bidir.common.errors import UserError
 from probes.models.families import FAMILIES
 from probes.models.pixels import read_image_processors
 from probes.ops.geometry import ResizeRule
@@ -299,6 +301,25 @@ RULES = {
     ),
     "no class and no filter": ({"do_center_crop": False}, ResizeRule("squash")),
 }
+
+
+def test_padding_is_the_mean_of_pixels_of_any_range(checkpoint, tmp_path):
+    """As 0 to 255, which a file says by `do_rescale`; means above white would make it white."""
+    folder = shutil.copytree(checkpoint("llava"), tmp_path / "hf")
+    file = folder / "preprocessor_config.json"
+    means = {"image_mean": MEAN, "image_std": STD}
+    of_255 = {key: [255 * x for x in values] for key, values in means.items()}
+    wide = Image.new("RGB", (40, 8), "black")
+    pixels = []
+    for settings in (means, of_255 | {"do_rescale": False}):
+        file.write_text(json.dumps(settings))
+        model = probes.load(folder, image_resize="pad", device="cpu")
+        pixels.append(model.preprocess(wide))
+        assert pixels[-1][0, :, 0, 0].abs().max() <= 1 / 255 / min(STD)
+    torch.testing.assert_close(*pixels)
+    file.write_text(json.dumps(of_255))
+    with pytest.raises(UserError, match="not above that of white, 1"):
+        probes.load(folder)
 
 
 @pytest.mark.parametrize("kind", RULES)

@@ -42,6 +42,19 @@ def test_the_second_model_shows_the_photos_of_the_first(runs):
     assert shown_photos(Path("run"), "") == {}, "beside no other model"
 
 
+def test_damaged_photos_are_left_out_and_named(runs, tmp_path):
+    """A run beside it whose disk was full ended every other run of the study."""
+    for mask, model in zip(("a", "b"), runs, strict=True):
+        (tmp_path / mask / "trained").mkdir(parents=True)
+        content = (model.path / "pictures.npz").read_bytes()
+        kept = len(content) // 2 if mask == "a" else len(content)
+        (tmp_path / mask / "trained/pictures.npz").write_bytes(content[:kept])
+    whole = read_pictures(tmp_path / "b/trained")
+    with pytest.warns(UserWarning, match="a/trained/pictures.npz: .*; its photos are left out"):
+        shown = shown_photos(tmp_path / "c/trained", str(whole["data"]))
+    assert shown == {name: int(whole[f"{name}/index"]) for name in names_of(whole)}
+
+
 @pytest.mark.parametrize("images", [1, 2, 40])
 def test_photos_are_chosen_by_quantile_each_once(images):
     right = torch.randperm(images)

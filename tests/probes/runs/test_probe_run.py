@@ -124,3 +124,5 @@ def test_the_recorded_commit_is_that_of_this_code(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
         monkeypatch.setattr(write, "__file__", str(tmp_path / folder / "write.py"))
         assert bool(write._git_commit()) == expected
+    monkeypatch.setenv("PATH", str(tmp_path / "site-packages"))
+    assert write._git_commit() is None, "no git is installed, as in a slim container"

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +20,16 @@ from probes.cli import main
 from probes.data.batches import MaskPreparer
 from probes.ops import lbfgs
 from probes.ops.cross_entropy import loss_and_gradient
+from probes.ops.geometry import GridPlacement
+from probes.ops.normal_equations import normal_equations
 from probes.runs.read import ProbeRun
 from probes.score.image_metrics import TaskMetric
 from probes.site_probes import SiteProbes
 from probes.solve import states
-from probes.solve.objective import SiteProblem
+from probes.solve.objective import NODES, SiteProblem
 from probes.solve.path import FoldSearch
-from probes.solve.states import new_states
+from probes.solve.run import MEMORY_SHARE
+from probes.solve.states import new_states, target_bytes
 from probes.solve.workers import SiteFiles, in_workers
 from probes.tasks.segmentation import Segmentation
 
@@ -102,6 +107,20 @@ def test_each_strength_is_scored_as_a_run_of_that_strength_alone(run, solve):
         assert of_row.value == pytest.approx(ours.effects["adapter_drop"].value, abs=0.01)
 
 
+@pytest.fixture
+def forwards(monkeypatch) -> dict[tuple[str, ...], None]:
+    """Groups of sites that are read from training images, in their order."""
+    found = {}
+    states = SiteProbes.states
+
+    def counted(self, batch, sites=None):
+        found.update({tuple(sites): None} if sites else {})
+        return states(self, batch, sites)
+
+    monkeypatch.setattr(SiteProbes, "states", counted)
+    return found
+
+
 ONE_SITE_GB = 6 * 4 * 32 * 4 / 1e9  # six images of four tokens of 32 float32 channels
 
 
@@ -118,19 +137,42 @@ def test_memory_changes_no_byte(
     groups,
     run,
     solve,
-    monkeypatch,
+    forwards,
 ):
-    forwards = []
-    states = SiteProbes.states
-
-    def counted(self, batch, sites=None):
-        forwards.extend([tuple(sites)] if sites else [])  # of training images
-        return states(self, batch, sites)
-
-    monkeypatch.setattr(SiteProbes, "states", counted)
     other = solve("--memory-gb", str(gb))
-    assert list(dict.fromkeys(forwards)) == groups
+    assert list(forwards) == groups
     assert_same_results(other.path, run.path)
+
+
+def test_masks_count_in_the_memory_and_are_in_it_once(run, solve, forwards, monkeypatch):
+    """Of ADE20K they are 8 GB, which a list of batches and their join had twice."""
+    masks = (
+        6 * 4 * (3 * 4 + (2 + NODES) ** 2)
+    )  # three classes at four tokens, and nodes of one cell
+    free = (masks + 2.4e9 * ONE_SITE_GB) / MEMORY_SHARE
+    monkeypatch.setattr("probes.solve.run.available_memory", lambda: free)
+    batches = []
+
+    def record(batch, device):
+        assert sum(masks() is not None for masks in batches) <= 1, "the one before"
+        if "masks" in batch:
+            batches.append(weakref.ref(batch["masks"].soft))
+        return batch
+
+    monkeypatch.setattr(states, "move_batch", record)
+    other = solve()
+    assert len(batches) == 3
+    assert list(forwards) == [("encoder", "adapter"), ("layer_02",)]
+    assert_same_results(other.path, run.path)
+
+
+def test_bytes_of_values_are_known_before_they_are_read():
+    grid = (6, 5)
+    equations = normal_equations(torch.rand(1, 9, 9, 3), grid, GridPlacement.full((9, 9)))
+    tensors = [*equations.couplings.values(), equations.weight, equations.projected]
+    task = SimpleNamespace(loss=None)
+    probes = SimpleNamespace(mllm=SimpleNamespace(grid=grid), task=task, channels=3)
+    assert target_bytes(probes) == pytest.approx(sum(x.nbytes for x in tensors), rel=0.1)
 
 
 def in_this_process(work, sites, device):
@@ -187,8 +229,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     ("option", "message"),
     [
         (["--model.head", "conv"], "only linear probes"),
-        (["--folds", "1"], "--folds must be at least 2"),
-        (["--strengths", "0"], "above 0"),
         (["--data.task", "depth", "--strengths", "2"], "at most 1, got 2"),
         (["--folds", "99"], "99 folds"),
         (["--model.draw", "3"], "draw 3 is one of random weights; add their part to untrained"),
@@ -242,7 +282,7 @@ def test_a_site_left_alone_is_solved_on_one_thread_too():
 def test_dry_run_measures_and_writes_nothing(words, tmp_path, caplog, monkeypatch):
     command = words(tmp_path / "out", "--dry-run")
     main(command)
-    assert "1 forwards at most" in caplog.text and "GB in memory" in caplog.text
+    assert "1 forwards at most" in caplog.text and "GB in memory, beside" in caplog.text
     main([*command, "--memory-gb", "0"])
     assert "3 forwards at most" in caplog.text and "GB in a file" in caplog.text
     monkeypatch.setattr("probes.solve.run.rank", lambda: 1)
@@ -279,7 +319,7 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="take 0.008 GB, more than --memory-gb, and more than"):
+    with pytest.raises(UserError, match="No space left.* takes 0.008 GB, more than --memory-gb"):
         new_states((1000, 1000, 2), torch.float32, tmp_path)
 
 

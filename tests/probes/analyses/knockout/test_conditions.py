@@ -72,3 +72,15 @@ def test_blocked_tokens_can_be_those_of_another_layer_and_small_cases_are_left_o
     assert later.blocked["incorrect"].tolist() == [1, 0, 0, 0]
     assert later.patches == 2
     assert not find_cases(*of_batch, min_patches=3)
+
+
+def test_a_patch_without_a_label_is_never_a_wrong_one():
+    """Of five patches, all are predicted as class 1 at both layers; the first and third are labelled otherwise."""
+    predicted = torch.ones(2, 1, 5, dtype=torch.long)
+    truth = torch.tensor([[0, -1, 2, 1, -1]])
+    (case,) = find_cases(predicted, truth, index=[0], wrong_class=1)
+    assert case.patches == 2
+    assert case.mistaken.tolist() == [True, False, True, False, False]
+    outcomes = case.outcomes(predicted[:, 0])
+    assert outcomes["rate"].tolist() == [1, 1]
+    assert outcomes["still_wrong"].tolist() == [1, 1]

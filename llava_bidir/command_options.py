@@ -11,15 +11,7 @@ from llava_bidir.common.cli import Command, Count, positional
 
 # vqa/scores.py needs numpy
 Benchmark = Literal[
-    "gqa",
-    "mmbench",
-    "mme",
-    "mmmu",
-    "pope",
-    "scienceqa",
-    "textvqa",
-    "textvqa_ocr",
-    "vizwiz",
+    "gqa", "mmbench", "mme", "mmmu", "pope", "scienceqa", "textvqa", "textvqa_ocr", "vizwiz"
 ]
 
 
@@ -113,9 +105,7 @@ COMMANDS = {
             ExportOptions,
         ),
         "generate": Command(
-            "llava_bidir.commands.generate:run",
-            "answer questions about photos",
-            GenerateOptions,
+            "llava_bidir.commands.generate:run", "answer questions about photos", GenerateOptions
         ),
     },
     "Compare models on benchmarks": {

@@ -82,9 +82,7 @@ COMMANDS = {
             LabOptions,
         ),
         "segment": Command(
-            "probes.analyses.segment:run",
-            "write the class maps of any photos",
-            SegmentOptions,
+            "probes.analyses.segment:run", "write the class maps of any photos", SegmentOptions
         ),
     },
     "Make data and models whose truth is known": {

@@ -24,12 +24,7 @@ HIDDEN = 1024  # width of the mlp, see HEADS
 class GridConv(nn.Module):
     """A 3 x 3 convolution over tokens f[B, T, d] on a grid (h, w), with zero padding."""
 
-    def __init__(
-        self,
-        width: int,
-        classes: int,
-        grid: tuple[int, int],
-    ):
+    def __init__(self, width: int, classes: int, grid: tuple[int, int]):
         super().__init__()
         self.grid = tuple(grid)
         self.conv = nn.Conv2d(width, classes, 3, padding=1)

@@ -64,13 +64,7 @@ def solve(states: Tensor, masks: PreparedMasks, strength: float) -> tuple[Tensor
     return probe[:, :-1].float(), bias.float()
 
 
-def score(
-    mllm,
-    states: Tensor,
-    targets: list[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-) -> float:
+def score(mllm, states: Tensor, targets: list[Tensor], weight: Tensor, bias: Tensor) -> float:
     """Return the mIoU over the classes that occur in masks or predictions; pixels of all images are added first."""
     sums = []
     for state, target in zip(states, targets, strict=True):
@@ -94,23 +88,12 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
     miou = {}
     for site in mllm.sites:
         weight, bias = solve(states[site], masks, strength)
-        miou[site] = score(
-            mllm,
-            validation_states[site],
-            validation_targets,
-            weight,
-            bias,
-        )
+        miou[site] = score(mllm, validation_states[site], validation_targets, weight, bias)
         print(f"{site:12} {100 * miou[site]:5.1f}", flush=True)
     return miou
 
 
-def main(
-    model: str,
-    data: str,
-    strength: float = 1e-2,
-    out: str = "curve.png",
-) -> None:
+def main(model: str, data: str, strength: float = 1e-2, out: str = "curve.png") -> None:
     """Print the mIoU by site, and draw it.
 
     Args:

@@ -27,24 +27,9 @@ from probes.models.random_weights import MATCH_IMAGES
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 # options with which the model is loaded as they are
-LOADED = (
-    "dtype",
-    "image_px",
-    "image_resize",
-    "prefix",
-    "match",
-    "draw",
-    "seed",
-)
+LOADED = ("dtype", "image_px", "image_resize", "prefix", "match", "draw", "seed")
 # options of the frozen model and its sites; the others of `ModelOptions` say how probes are trained
-MODEL_SETTINGS = (
-    "mllm",
-    "num_classes",
-    "image_attention",
-    "untrained",
-    "sites",
-    *LOADED,
-)
+MODEL_SETTINGS = ("mllm", "num_classes", "image_attention", "untrained", "sites", *LOADED)
 
 
 @dataclass
@@ -83,11 +68,7 @@ class SiteProbes:
 
 
 def load_probes(
-    settings: Mapping[str, Any],
-    data: ProbeData,
-    device: torch.device,
-    head: str,
-    feature_norm: str,
+    settings: Mapping[str, Any], data: ProbeData, device: torch.device, head: str, feature_norm: str
 ) -> SiteProbes:
     """Load the MLLM, and build a probe for each site on the CPU.
 
@@ -126,22 +107,12 @@ def load_probes(
             # the initialisation of a probe does not depend on the other probes of the run
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings["seed"] * 1_000_003 + numbered.index(site))
-                heads[site] = Probe(
-                    mllm.widths[site],
-                    channels,
-                    mllm.grid,
-                    feature_norm,
-                    head,
-                )
+                heads[site] = Probe(mllm.widths[site], channels, mllm.grid, feature_norm, head)
     return SiteProbes(mllm, task, heads, channels)
 
 
 def save_predictions(
-    probes: SiteProbes,
-    logits: Tensor,
-    batch: dict[str, Any],
-    names: list[str],
-    folder: Path,
+    probes: SiteProbes, logits: Tensor, batch: dict[str, Any], names: list[str], folder: Path
 ) -> None:
     """Write the predicted class of every pixel of a batch to FOLDER/SITE/NAME.png.
 

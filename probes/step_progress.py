@@ -43,21 +43,10 @@ def tell(part: str, done: float, total: float) -> str:
     return _watchers[-1](part, done, total) if _watchers else ""
 
 
-def follow(
-    items: Iterable[Any],
-    count: int,
-    label: str,
-    kind: ProgressKind,
-) -> Iterator[Any]:
+def follow(items: Iterable[Any], count: int, label: str, kind: ProgressKind) -> Iterator[Any]:
     """Yield so many items; show how many are done, and tell who watches the step."""
     started = last = time.monotonic()
-    bar = tqdm(
-        items,
-        label,
-        count,
-        disable=kind != "bar",
-        mininterval=BAR_S,
-    )
+    bar = tqdm(items, label, count, disable=kind != "bar", mininterval=BAR_S)
     for done, item in enumerate(bar, 1):
         yield item
         bar.set_postfix_str(tell(label, done, count), refresh=False)
@@ -111,12 +100,7 @@ class StepWatcher:
         self.part = ""
         self.part_begun = 0.0  # how far it was when it was first heard of
 
-    def __call__(
-        self,
-        part: str,
-        done: float,
-        total: float,
-    ) -> str:
+    def __call__(self, part: str, done: float, total: float) -> str:
         """Return the time left of all steps when `done` of `total` units of a part are done; write a line at times."""
         now = time.monotonic()
         if part != self.part:

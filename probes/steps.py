@@ -118,11 +118,7 @@ def first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:
     """Return {"step", "outcome", "reason"} of each step that has no result, in the order of their names."""
     return [
-        {
-            "step": record["step"],
-            "outcome": outcome,
-            "reason": record[key],
-        }
+        {"step": record["step"], "outcome": outcome, "reason": record[key]}
         for record in read_records(Path(folder))
         for key, outcome in OUTCOMES.items()
         if record.get(key)
@@ -194,11 +190,7 @@ def as_json(value: Any, folder: Path) -> Any:
 
 
 def _write_record(
-    step: Step,
-    folder: Path,
-    before: Mapping[str, Any],
-    seconds: float,
-    more: Mapping[str, Any],
+    step: Step, folder: Path, before: Mapping[str, Any], seconds: float, more: Mapping[str, Any]
 ) -> None:
     """Write what a step has read and made, or under "left_out" or "failed" why it has made nothing.
 
@@ -214,12 +206,7 @@ def _write_record(
     write_files({record_file(step.name, folder): record | more})
 
 
-def must_replace(
-    step: Step,
-    folder: Path,
-    *,
-    overwrite: bool = False,
-) -> bool:
+def must_replace(step: Step, folder: Path, *, overwrite: bool = False) -> bool:
     """Return whether a step is told to overwrite the result that is there: it has made it from other inputs.
 
     Args:
@@ -290,12 +277,7 @@ def run_steps(
         if followed.get("failed"):  # the next call tries both
             continue
         later = [other.kind for other in missing[i + 1 :]]
-        watcher = StepWatcher(
-            step.name,
-            step.kind,
-            later,
-            _mean_seconds(folder),
-        )
+        watcher = StepWatcher(step.name, step.kind, later, _mean_seconds(folder))
         said = f"[{i + 1}/{len(missing)}] {step.name}", watcher.describe_left()
         print(", ".join(filter(None, said)), flush=True)
         started = time.perf_counter()
@@ -324,12 +306,7 @@ def run_steps(
     return failed
 
 
-def _leave_out(
-    step: Step,
-    folder: Path,
-    reason: str,
-    overwrite: bool,
-) -> None:
+def _leave_out(step: Step, folder: Path, reason: str, overwrite: bool) -> None:
     """Record that a step was left out; a result from other inputs than are there now would be none of this work."""
     if overwrite or _is_outdated(step, folder):
         step.result.unlink(missing_ok=True)

@@ -38,12 +38,7 @@ patient = {
     "deadline": None,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow],
 }  # machines may be busy
-hypothesis.settings.register_profile(
-    "ci",
-    max_examples=50,
-    derandomize=True,
-    **patient,
-)
+hypothesis.settings.register_profile("ci", max_examples=50, derandomize=True, **patient)
 hypothesis.settings.register_profile("long", max_examples=5000, **patient)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

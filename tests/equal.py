@@ -136,10 +136,7 @@ def difference(one, other) -> float:
     if one.shape != other.shape or one.dtype != other.dtype:
         return math.inf
     differs = ~torch.isclose(one, other, rtol=0, atol=0, equal_nan=True)
-    return max(
-        (one[differs].double() - other[differs].double()).abs().tolist(),
-        default=0.0,
-    )
+    return max((one[differs].double() - other[differs].double()).abs().tolist(), default=0.0)
 
 
 def main() -> int:
@@ -160,10 +157,7 @@ def main() -> int:
         largest, key = max(found, default=(math.inf, "nothing to compare"))
         failed |= largest > most
         print(f"{kind:18} {len(found):9,}, at most {largest:.3g} apart (allowed: {most:g}) {key}")
-    for title, keys in (
-        ("came", this.keys() - other.keys()),
-        ("went", other.keys() - this.keys()),
-    ):
+    for title, keys in (("came", this.keys() - other.keys()), ("went", other.keys() - this.keys())):
         print(f"keys that {title}: {len(keys):,}")
         names = Counter("/".join(re.sub(UNNAMED, "", key).split("/")[:3]) for key in keys)
         for name, count in names.most_common(SHOWN):

@@ -47,13 +47,7 @@ def photo(segmentation) -> str:
 )
 def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
     with pretend_gpu():
-        tiny_models.fit(
-            parts,
-            conversations,
-            tmp_path / "run",
-            *more.split(),
-            *GPU,
-        )
+        tiny_models.fit(parts, conversations, tmp_path / "run", *more.split(), *GPU)
         llava_bidir.cli.main(f"generate {tmp_path}/run/hf {photo} sky --max-new-tokens 2".split())
 
 
@@ -61,13 +55,7 @@ def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
 def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
     more = [] if control == "none" else ["--model.untrained", "[llm]", "--model.match", control]
     with pretend_gpu():
-        fit(
-            checkpoints["causal"],
-            segmentation,
-            tmp_path / "run",
-            *more,
-            *GPU,
-        )
+        fit(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU)
         main(f"segment --probes {tmp_path}/run {photo} --out {tmp_path}/maps".split())
 
 
@@ -78,13 +66,7 @@ def test_a_mac_solves_on_its_cpu_what_its_gpu_reads(task, checkpoints, segmentat
     more = ["--model.untrained", "[llm]", "--model.match", "update"] if task == "depth" else []
     for out in ("cpu", "auto"):
         words = task_runs.arguments(
-            "solve",
-            task,
-            checkpoints["causal"],
-            root,
-            tmp_path / out,
-            *SOLVE,
-            *more,
+            "solve", task, checkpoints["causal"], root, tmp_path / out, *SOLVE, *more
         )
         with pretend_mps():
             main([*words, "--trainer.accelerator", out])
@@ -95,32 +77,15 @@ def test_a_mac_solves_on_its_cpu_what_its_gpu_reads(task, checkpoints, segmentat
 
 def test_probes_are_trained_on_a_mac(checkpoints, segmentation, tmp_path):
     with pretend_mps():
-        fit(
-            checkpoints["causal"],
-            segmentation,
-            tmp_path / "run",
-            "--trainer.accelerator",
-            "auto",
-        )
+        fit(checkpoints["causal"], segmentation, tmp_path / "run", "--trainer.accelerator", "auto")
     assert (tmp_path / "run" / "metrics.json").is_file()
 
 
 @pytest.fixture(scope="module")
 def run(checkpoints, tmp_path_factory) -> ProbeRun:
-    root = tiny_models.write_segmentation(
-        tmp_path_factory.mktemp("data"),
-        4,
-        9,
-        seed=5,
-    )
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), 4, 9, seed=5)
     out = tmp_path_factory.mktemp("runs") / "run"
-    return fit(
-        checkpoints["causal"],
-        root,
-        out,
-        "--data.batch_size",
-        "2",
-    )
+    return fit(checkpoints["causal"], root, out, "--data.batch_size", "2")
 
 
 @pytest.mark.nightly
@@ -157,12 +122,7 @@ def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch
         monkeypatch.setattr(module, side, tiny_families.SIDE)
     path = str(tiny_families.write(name, tmp_path))
     masks = ("bidirectional",) * tiny_families.STOCK[name].masks
-    pixels = np.random.default_rng(0).integers(
-        0,
-        256,
-        (40, 40, 3),
-        dtype=np.uint8,
-    )
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels), Image.fromarray(255 - pixels)]
     for mask in (None, *masks):
         on_cpu = probes.load(path, image_attention=mask, device="cpu")
@@ -172,9 +132,6 @@ def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch
             mllm = probes.load(path, image_attention=mask)
             states = mllm(mllm.preprocess(images))
             if masks:
-                mllm(
-                    mllm.preprocess(images),
-                    knockout=probes.Knockout(blocked, layers=[1, 2]),
-                )
+                mllm(mllm.preprocess(images), knockout=probes.Knockout(blocked, layers=[1, 2]))
         assert states.keys() == expected.keys()
         assert all(torch.equal(x, expected[site]) for site, x in states.items())

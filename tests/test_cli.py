@@ -184,13 +184,7 @@ def test_what_fit_exports_is_validated_and_answers_without_the_model_of_stage_1(
     parts, conversations, tmp_path, capsys
 ):
     def fit(name: str, *more: str) -> Path:
-        return tiny_models.fit(
-            parts,
-            conversations,
-            tmp_path / name,
-            *BIDIRECTIONAL,
-            *more,
-        )
+        return tiny_models.fit(parts, conversations, tmp_path / name, *BIDIRECTIONAL, *more)
 
     adapter = (
         fit(
@@ -230,9 +224,4 @@ def test_image_that_goes_missing_ends_training_with_its_record_named(parts, tmp_
     more = "--data.val_annotations null --data.num_workers 1".split()
     message = r"^llava-bidir: record 3 \(id .r3.\): .*pictures/3.png cannot be read as an image: .*No such file.*"
     with pytest.raises(SystemExit, match=message):
-        tiny_models.fit(
-            parts,
-            folder,
-            tmp_path / "run",
-            *more,
-        )
+        tiny_models.fit(parts, folder, tmp_path / "run", *more)

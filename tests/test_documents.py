@@ -24,10 +24,7 @@ from llava_bidir.common.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(
-    ["git", "ls-files", "-co", "--exclude-standard"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
+    ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
 )
 FILES = sorted({name for name in LISTED.stdout.splitlines() if (ROOT / name).is_file()})
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if name.endswith(".md")}
@@ -41,10 +38,7 @@ OPTIONS = {  # of the commands; None of those of LightningCLI
 }
 MAKEFILES = (ROOT / "Makefile").read_text() + (ROOT / "tests/nightly.mk").read_text()
 TARGETS = re.findall(r"^([\w-]+):", MAKEFILES, re.M)
-CLASSES = {
-    "mllm": "FrozenMLLM",
-    "run": "ProbeRun",
-}  # of the variables in Python blocks
+CLASSES = {"mllm": "FrozenMLLM", "run": "ProbeRun"}  # of the variables in Python blocks
 pytestmark = pytest.mark.skipif(bool(LISTED.returncode), reason="not a git checkout")
 
 
@@ -164,12 +158,7 @@ class Parsed(BaseException):
 @pytest.mark.parametrize(
     ("name", "command"), [row for row in OF_PROGRAMS if is_of_lightning(row[1])]
 )
-def test_command_of_lightning_parses(
-    name,
-    command,
-    monkeypatch,
-    capsys,
-):
+def test_command_of_lightning_parses(name, command, monkeypatch, capsys):
     from llava_bidir.common.lightning_cli import RunCLI
 
     def stop(*parsed, **options):
@@ -192,16 +181,12 @@ def test_command_of_lightning_parses(
 
 # ------------------------------------------------------------------------------------------------------ blocks
 @pytest.mark.parametrize(
-    ("name", "block"),
-    [(n, b) for n, t in TEXTS.items() for b in blocks(t, "python")],
+    ("name", "block"), [(n, b) for n, t in TEXTS.items() for b in blocks(t, "python")]
 )
 def test_python_block_compiles_and_uses_what_exists(name, block):
     for node in ast.walk(ast.parse(block)):
         match node:
-            case ast.ImportFrom(module=module) if module.split(".")[0] in (
-                "probes",
-                "llava_bidir",
-            ):
+            case ast.ImportFrom(module=module) if module.split(".")[0] in ("probes", "llava_bidir"):
                 assert all(hasattr(import_module(module), alias.name) for alias in node.names), (
                     ast.unparse(node)
                 )
@@ -293,14 +278,7 @@ def test_examples_work_as_written(tmp_path):
         chosen += arguments[-1:] if "-k" in arguments else [Path(file).stem for file in own]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment |= {"PYTHONPATH": str(tmp_path)}
-    words = [
-        *dict.fromkeys(files),
-        "-k",
-        " or ".join(chosen),
-        "-v",
-        "-p",
-        "no:cacheprovider",
-    ]
+    words = [*dict.fromkeys(files), "-k", " or ".join(chosen), "-v", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *words]
     passed = run_command(command, cwd=tmp_path, env=environment).stdout
     assert {*files} == {*re.findall(r"^(\S+\.py)::.* PASSED", passed, re.M)}

@@ -11,12 +11,7 @@ import probes.cli
 
 
 @pytest.fixture
-def arguments(
-    parts,
-    conversations,
-    checkpoints,
-    segmentation,
-) -> dict[str, list[str]]:
+def arguments(parts, conversations, checkpoints, segmentation) -> dict[str, list[str]]:
     """Valid arguments of `fit` by package."""
     model = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)]
     return {
@@ -46,13 +41,7 @@ FOREIGN = {"class_path": "foreign.Callback"}
     ],
 )
 def test_a_config_neither_calls_nor_imports_what_it_names(
-    package,
-    config,
-    named,
-    arguments,
-    tmp_path,
-    monkeypatch,
-    capsys,
+    package, config, named, arguments, tmp_path, monkeypatch, capsys
 ):
     """Options and strategy settings have type Any: there jsonargparse called whatever a class_path names."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))

@@ -23,26 +23,13 @@ from probes.lab.photos import Photos
 from probes.ops.geometry import Geometry
 
 SIZE = (12, 8)  # width and height, where there is a picture
-GEOMETRY = Geometry(
-    grid=(2, 2),
-    image_px=8,
-    covered_px=8,
-)
+GEOMETRY = Geometry(grid=(2, 2), image_px=8, covered_px=8)
 
 
 def png(width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"") -> bytes:
     """A PNG with this header; `data` may be too short for it."""
     parts = {
-        b"IHDR": struct.pack(
-            ">IIBBBBB",
-            width,
-            height,
-            depth,
-            colour,
-            0,
-            0,
-            0,
-        ),
+        b"IHDR": struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0),
         b"IDAT": zlib.compress(data, 9),
         b"IEND": b"",
     }
@@ -63,14 +50,7 @@ def full(value, dtype) -> Image.Image:
     return Image.fromarray(np.full(SIZE[::-1], value, dtype))
 
 
-NOISE = Image.fromarray(
-    np.random.default_rng(0).integers(
-        0,
-        255,
-        (8, 12, 3),
-        np.uint8,
-    )
-)
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8))
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
 UNKNOWN = "it is not (BMP|PNG)"
@@ -92,18 +72,8 @@ VALID: dict[str, bytes] = {
     "rgba.png": encoded(NOISE.convert("RGBA"), "PNG"),
     "palette.png": encoded(NOISE.quantize(8), "PNG", transparency=bytes([0, 128, 255])),
     "grey.png": encoded(NOISE.convert("L"), "PNG"),
-    "rgb16.png": png(
-        *SIZE,
-        16,
-        2,
-        (b"\0" + bytes(range(72))) * 8,
-    ),
-    "animated.gif": encoded(
-        NOISE,
-        "GIF",
-        save_all=True,
-        append_images=[full(9, np.uint8)],
-    ),
+    "rgb16.png": png(*SIZE, 16, 2, (b"\0" + bytes(range(72))) * 8),
+    "animated.gif": encoded(NOISE, "GIF", save_all=True, append_images=[full(9, np.uint8)]),
     "gif_called.jpg": encoded(NOISE, "GIF"),
     "turned.jpg": encoded(NOISE, "JPEG", exif=TURNED),
     "broken_exif.jpg": encoded(NOISE, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
@@ -173,12 +143,7 @@ MASKS = arrays.arrays(
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return tiny_models.write_segmentation(
-        folder,
-        training=1,
-        validation=1,
-        size=SIZE[::-1],
-    )
+    return tiny_models.write_segmentation(folder, training=1, validation=1, size=SIZE[::-1])
 
 
 @given(
@@ -187,13 +152,7 @@ def root(tmp_path_factory):
     changes=st.lists(CHANGE, max_size=4),
     end=st.none() | st.integers(0, 2**16),
 )
-def test_any_bytes_are_a_sample_or_an_error_that_names_the_file(
-    root,
-    kind,
-    content,
-    changes,
-    end,
-):
+def test_any_bytes_are_a_sample_or_an_error_that_names_the_file(root, kind, content, changes, end):
     for position, new, insert in changes:
         position %= max(len(content), 1)
         rest = content[position:] if insert else content[position + len(new) :]

@@ -52,13 +52,7 @@ def test_the_payload_works(kind, tmp_path):
 
 
 @pytest.fixture
-def place(
-    tmp_path,
-    parts,
-    checkpoints,
-    conversations,
-    segmentation,
-):
+def place(tmp_path, parts, checkpoints, conversations, segmentation):
     """Copies of everything that commands read."""
     shutil.copytree(Path(parts[0].path).parent, tmp_path / "parts")
     shutil.copytree(checkpoints["causal"], tmp_path / "hf")
@@ -143,12 +137,7 @@ Path({{marker!r}}).write_text("x")
         ("encoder", "made_up"),
     ],
 )
-def test_code_in_a_directory_is_never_executed(
-    entry,
-    model_type,
-    place,
-    monkeypatch,
-):
+def test_code_in_a_directory_is_never_executed(entry, model_type, place, monkeypatch):
     """auto_map of config, model, tokenizer and processors, with a known and an unknown type; custom_generate/; and a
     user who would confirm a prompt."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
@@ -200,10 +189,7 @@ def weights(change):
 
 
 DAMAGES = {  # damage: (function, error)
-    "unknown kind": (
-        rewritten(model_type="nope"),
-        "custom code",
-    ),
+    "unknown kind": (rewritten(model_type="nope"), "custom code"),
     "layers too few": (
         rewritten("text_config", num_hidden_layers=2),
         r"more layers than its config, .* in 9 tensors, e.g. .*layers.2",

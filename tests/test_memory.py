@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def run(*command: str) -> str:
     environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}:{ROOT / 'tests/bench'}",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}:{ROOT / 'tests/bench'}"
     }
     return run_command([sys.executable, *command], cwd=ROOT, env=environment).stdout
 
@@ -28,15 +28,7 @@ def run(*command: str) -> str:
 @pytest.mark.nightly
 def test_an_epoch_holds_no_record():
     """4,000 records of 1.4 KB: batches that are kept would be some 120 MB."""
-    phases = json.loads(
-        run(
-            "tests/bench/records.py",
-            "--records",
-            "4000",
-            "--workers",
-            "0",
-        )
-    )
+    phases = json.loads(run("tests/bench/records.py", "--records", "4000", "--workers", "0"))
     assert phases["epoch"]["samples"] == 4096
     held = phases["epoch"]["held_mb"]
     assert held[-1] - held[0] < 40
@@ -75,10 +67,7 @@ def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
     commands = []
     for size in ((64, 128), (512, 1024)):
         root = tiny_models.write_segmentation(
-            tmp_path / str(size[0]),
-            training=2,
-            validation=2,
-            size=size,
+            tmp_path / str(size[0]), training=2, validation=2, size=size
         )
         classes = {"classes": [f"class {k}" for k in range(150)], "ignore_index": 255}
         (root / "classes.json").write_text(json.dumps(classes))

@@ -46,13 +46,7 @@ def test_watch_sees_what_is_reached_for(code, noted, tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_reach_for_no_network(
-    checkpoints,
-    parts,
-    conversations,
-    segmentation,
-    tmp_path,
-):
+def test_commands_reach_for_no_network(checkpoints, parts, conversations, segmentation, tmp_path):
     checkpoint = str(checkpoints["bidirectional"])
     picture = str(segmentation / "images/validation/000.png")
     training = tiny_models.training_arguments(parts, conversations)
@@ -64,10 +58,5 @@ def test_commands_reach_for_no_network(
         ("llava_bidir", "fit", *training, "--out", str(tmp_path / "run")),
         f"llava_bidir generate {tmp_path}/run/hf {picture} sky --max-new-tokens 2".split(),
     ]
-    run_python(
-        tmp_path / "log",
-        ALL,
-        json.dumps(commands),
-        checkpoint,
-    )
+    run_python(tmp_path / "log", ALL, json.dumps(commands), checkpoint)
     assert network_guard.reached_for(tmp_path / "log") == []

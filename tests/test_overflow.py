@@ -66,10 +66,7 @@ CUT = Knockout(BLOCKED, [3])
 STATES = {
     "all sites": {},
     "a later layer": {"sites": ["layer_02"]},
-    "rows of a knockout": {
-        "knockout": Knockout(BLOCKED[[0, 0]], [3]),
-        "rows": [0, 0],
-    },
+    "rows of a knockout": {"knockout": Knockout(BLOCKED[[0, 0]], [3]), "rows": [0, 0]},
     "hooks": {"hooks": {"layer_01": torch.neg}},
 }
 QUESTION = "name the sky"
@@ -94,12 +91,7 @@ def test_states_of_text_that_overflow_are_refused(mllm, photo):
         lambda: mllm.answer(photo, QUESTION),
         lambda: mllm.answer(photo, QUESTION, CUT),
         lambda: mllm.answer_log_probs(pixels, QUESTION, ["sky", "wall"]),
-        lambda: mllm.answer_attention(
-            pixels,
-            QUESTION,
-            "wall",
-            ["layer_03"],
-        ),
+        lambda: mllm.answer_attention(pixels, QUESTION, "wall", ["layer_03"]),
     ):
         with pytest.raises(UserError, match=FINAL_NORM):
             ask()
@@ -145,12 +137,7 @@ def test_random_layers_that_overflow_while_they_are_matched_are_refused(
     scales = [1.0, 1.0, 1.0]
     with scale_layers(mllm, scales):
         with pytest.raises(UserError, match=r"states at layer_02 are NaN or infinite"):
-            match_updates(
-                mllm,
-                pixels,
-                [0.1, 1e6, 0.1],
-                scales,
-            )
+            match_updates(mllm, pixels, [0.1, 1e6, 0.1], scales)
 
 
 def test_generated_answers_are_refused(planted, photo):
@@ -160,13 +147,7 @@ def test_generated_answers_are_refused(planted, photo):
     model, processor = load(planted)
     images = [[Image.open(photo)]]
     with pytest.raises(UserError, match=LOGITS):
-        answer(
-            model,
-            processor,
-            [QUESTION],
-            images,
-            5,
-        )
+        answer(model, processor, [QUESTION], images, 5)
 
 
 def test_answers_of_validation_are_refused(planted, parts, photo):
@@ -176,12 +157,7 @@ def test_answers_of_validation_are_refused(planted, parts, photo):
     prompts = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.zeros(
-            1,
-            3,
-            8,
-            8,
-        ),
+        "pixel_values": torch.zeros(1, 3, 8, 8),
     }
     with pytest.raises(UserError, match=LOGITS):
         module.answer(prompts)
@@ -195,11 +171,4 @@ def test_one_value_that_is_not_finite_is_found_and_the_first_site_named(dtype, v
     broken = finite.clone()
     broken[1, 2] = value
     with pytest.raises(UserError, match="states at b are NaN"):
-        check_outputs(
-            "states",
-            {
-                "a": finite,
-                "b": broken,
-                "c": broken,
-            },
-        )
+        check_outputs("states", {"a": finite, "b": broken, "c": broken})

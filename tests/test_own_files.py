@@ -110,12 +110,7 @@ def trained(own, parts, conversations, tmp_path_factory) -> Path:
     ],
 )
 def test_commands_read_a_model_of_an_own_mask(
-    command,
-    trained,
-    call,
-    segmentation,
-    tmp_path,
-    capsys,
+    command, trained, call, segmentation, tmp_path, capsys
 ):
     words = command.format(
         run=trained,
@@ -139,12 +134,7 @@ def test_commands_read_a_model_of_an_own_mask(
 def test_segment_reads_probes_of_an_own_head_and_layout(call, checkpoints, segmentation, tmp_path):
     run = tmp_path / "run"
     own = "--model.sites=[layer_02] --model.head cosine --data.dataset own".split()
-    words = probe_runs.arguments(
-        checkpoints["causal"],
-        segmentation,
-        run,
-        *own,
-    )
+    words = probe_runs.arguments(checkpoints["causal"], segmentation, run, *own)
     with pytest.raises(SystemExit, match="'(cosine|own)'.* expected one of .*--import FILE.py"):
         call("probes", *words, with_file=False)
     call("probes", *words)

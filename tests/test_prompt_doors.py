@@ -94,20 +94,10 @@ def test_prompts_have_the_same_ids_at_all_doors(kind, chat_template, parts, tmp_
     model, processor = load(path)
     image_id = processor.image_token_id
     turns = tiny_models.turns(f"<image>\n{QUESTION}", "wall")
-    expected, _ = encode(
-        turns[:1],
-        processor.tokenizer,
-        template,
-        tiny_models.TOKENS,
-        image_id,
-    )
+    expected, _ = encode(turns[:1], processor.tokenizer, template, tiny_models.TOKENS, image_id)
 
     photo = Image.new("RGB", (8, 8))
-    sample = {
-        "id": "0",
-        "conversations": turns,
-        "image": photo,
-    }
+    sample = {"id": "0", "conversations": turns, "image": photo}
     collate = Collate(processor, tiny_models.TOKENS, template)
     assert collate([sample])["input_ids"][0, : len(expected)].tolist() == expected
     assert collate.prompts([sample])["input_ids"][0].tolist() == expected
@@ -116,33 +106,20 @@ def test_prompts_have_the_same_ids_at_all_doors(kind, chat_template, parts, tmp_
     monkeypatch.setattr(
         model, "generate", lambda input_ids, **_: asked.append(input_ids) or input_ids
     )
-    answer(
-        model,
-        processor,
-        [QUESTION],
-        [[photo]],
-        3,
-    )  # also by VQA
+    answer(model, processor, [QUESTION], [[photo]], 3)  # also by VQA
     assert asked[0][0].tolist() == expected
 
     stock = AutoProcessor.from_pretrained(path)
     content = [{"type": "image", "image": photo}, {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
     one_step = stock.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )
     assert one_step["input_ids"][0] == expected
     text = stock.apply_chat_template(messages, add_generation_prompt=True)
     # whoever tokenises text that a chat template begins with BOS says so, as transformers does in one step
     begun = text.startswith("<s>")
-    two_steps = stock(
-        text=text,
-        images=[photo],
-        add_special_tokens=not begun,
-    )
+    two_steps = stock(text=text, images=[photo], add_special_tokens=not begun)
     assert two_steps["input_ids"][0] == expected
 
     start = start_ids(processor.tokenizer)
@@ -150,13 +127,7 @@ def test_prompts_have_the_same_ids_at_all_doors(kind, chat_template, parts, tmp_
         alone = processor.tokenizer.encode(text, add_special_tokens=False)
         assert start_ids(processor.tokenizer, text) + alone == processor.tokenizer.encode(text)
     turns = tiny_models.turns("<image>", "wall")
-    plain, _ = encode(
-        turns,
-        processor.tokenizer,
-        "plain",
-        tiny_models.TOKENS,
-        image_id,
-    )
+    plain, _ = encode(turns, processor.tokenizer, "plain", tiny_models.TOKENS, image_id)
     assert plain[: len(start) + 1] == [*start, image_id]
 
     image = expected.index(image_id)
@@ -175,21 +146,11 @@ def test_training_records_the_date_of_its_prompts(parts, tmp_path):
     write_tokenizer(dated, "has no BOS", DATED)
     write_tokenizer(shutil.copytree(llm, tmp_path / "other"), "has no BOS", CHATML)
     recorded = [
-        LlavaTraining(
-            encoder,
-            str(tmp_path / name),
-            ["adapter"],
-            template="chat",
-        ).settings()
+        LlavaTraining(encoder, str(tmp_path / name), ["adapter"], template="chat").settings()
         for name in ("llm", "other")
     ]
     assert recorded[0]["prompt_date"] == "2025-01-01"
     tokenizer = load_tokenizer("llm", str(dated))
-    ids, _ = encode(
-        tiny_models.turns("sky", "wall"),
-        tokenizer,
-        "chat",
-        None,
-    )
+    ids, _ = encode(tiny_models.turns("sky", "wall"), tokenizer, "chat", None)
     assert tokenizer.decode(ids).startswith("\n01 Jan 2025\n")
     assert "prompt_date" not in recorded[1]

@@ -34,11 +34,7 @@ def sources(package: str) -> list[Path]:
 
 def test_modeling_code_in_checkpoints_imports_nothing_else_of_ours():
     allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
-    files = (
-        "modeling_llava_bidir.py",
-        "configuration_llava_bidir.py",
-        "attention.py",
-    )
+    files = ("modeling_llava_bidir.py", "configuration_llava_bidir.py", "attention.py")
     ours = {f"llava_bidir.model.{name.removesuffix('.py')}" for name in files}
     for name in files:
         found = imports(ROOT / "llava_bidir/model" / name) - ours

@@ -62,12 +62,7 @@ def test_a_demo_and_a_study_of_own_pictures_work_without_the_clone(built, tmp_pa
     assert "adapter_drop" in (tmp_path / "runs/demo/report/results.json").read_text()
     tiny_models.write_segmentation(tmp_path / "pictures")
     options = ["--out", "runs/mine", "--draws", "1", "-c", "demo/probes"]
-    said = probes(
-        "study",
-        "runs/demo/causal/stage2/hf",
-        "pictures",
-        *options,
-    )
+    said = probes("study", "runs/demo/causal/stage2/hf", "pictures", *options)
     assert "runs/mine/report/index.html" in said
     page = (tmp_path / "runs/mine/report/index.html").read_text()
     assert "<svg" in page and "data:image/" in page  # curves, and pictures by site

@@ -75,12 +75,7 @@ class Effects(NamedTuple):
     best: str
 
 
-def read_split(
-    folder: Path,
-    split: str,
-    side: int,
-    limit: int | None,
-) -> tuple[Split, int]:
+def read_split(folder: Path, split: str, side: int, limit: int | None) -> tuple[Split, int]:
     """Return images and masks as squares, at most `limit` at equal distances, and the number of classes."""
     data = open_dataset("folder", str(folder), split, None, SEGMENTATION)
     chosen = np.linspace(0, len(data) - 1, min(len(data), limit or len(data))).round()
@@ -258,11 +253,7 @@ def judge_subject(readout: Readout, number: int) -> dict[str, tuple[Estimate, di
     return {claim: judged(claim) for claim in readout.claims}
 
 
-def judge(
-    own: Estimate,
-    random: list[Estimate],
-    permuted: list[Estimate],
-) -> dict[str, bool]:
+def judge(own: Estimate, random: list[Estimate], permuted: list[Estimate]) -> dict[str, bool]:
     """Return whether each rule calls an effect learned, from those of the draws."""
     beyond = {
         "update": compare_to_draws(own, random),
@@ -283,9 +274,7 @@ def judge(
 
 
 def count_family(
-    readout: Readout,
-    edit: Callable[[nn.ModuleList], None],
-    subjects: int,
+    readout: Readout, edit: Callable[[nn.ModuleList], None], subjects: int
 ) -> tuple[list[dict[str, tuple[Estimate, dict[str, bool]]]], list[float]]:
     """Return the judged subjects of a family, and the update and entropy of the first one."""
     mllm = readout.mllm
@@ -319,13 +308,7 @@ def main() -> None:
     validation, _ = read_split(args.data, "validation", side, args.validation)
     if mllm.has_llm:
         remember_images(mllm)
-    readout = Readout(
-        mllm,
-        training,
-        validation,
-        classes,
-        starvation=args.starvation,
-    )
+    readout = Readout(mllm, training, validation, classes, starvation=args.starvation)
     usual = [x for x in FAMILIES if x not in OF_LANGUAGE] if mllm.has_llm else OF_ENCODERS
     print("family  claim  subjects  effect (range)  update  entropy  " + "  ".join(RULES))
     for name in args.families or usual:

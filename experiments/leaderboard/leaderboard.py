@@ -65,12 +65,7 @@ def row_options(dinov2: str, mllms: list[str]) -> dict[str, list[str]]:
     return rows
 
 
-def make(
-    kind: str,
-    data: Path,
-    options: list[str],
-    run: Path,
-) -> None:
+def make(kind: str, data: Path, options: list[str], run: Path) -> None:
     """Make a run by `probes solve` or `probes fit`, unless it is there."""
     if (run / "metrics.json").is_file():
         return
@@ -185,12 +180,7 @@ def print_protocols(folder: Path) -> None:
             off = (scores - exact)[rows == i]
             cells.append(f"{states.names[best][1]} {number(scores[best].item())}")
             mean, least, most = (
-                number(x.item(), has_sign=True)
-                for x in (
-                    off.mean(),
-                    off.min(),
-                    off.max(),
-                )
+                number(x.item(), has_sign=True) for x in (off.mean(), off.min(), off.max())
             )
             cells.append(f"{mean} ({least} to {most})" * (name != "exact"))
         swapped = swapped_pairs(exact, scores, apart)
@@ -202,12 +192,7 @@ def print_protocols(folder: Path) -> None:
         print_swaps(name, states, apart, scores)
 
 
-def print_swaps(
-    name: str,
-    states: States,
-    apart: torch.Tensor,
-    scores: torch.Tensor,
-) -> None:
+def print_swaps(name: str, states: States, apart: torch.Tensor, scores: torch.Tensor) -> None:
     """Print the three pairs of states that a protocol orders otherwise by most, of those that are told apart."""
     exact = states.exact[0]
     swapped = swapped_pairs(exact, scores, apart)
@@ -240,9 +225,7 @@ def main() -> None:
             if not (folder / row / "patch_protocols.json").is_file():
                 script = str(HERE / "patch_protocols.py")
                 subprocess.run(
-                    [sys.executable, script, str(folder / row)],
-                    check=True,
-                    env=os.environ,
+                    [sys.executable, script, str(folder / row)], check=True, env=os.environ
                 )
     for folder in folders:
         print_best(folder, list(rows))

@@ -81,12 +81,7 @@ def score(logits: Tensor, masks: list[Tensor], grid: tuple[int, int]) -> float:
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     for photo, mask in zip(logits, masks, strict=True):
         maps = photo.T.reshape(1, classes, *grid)
-        maps = F.interpolate(
-            maps,
-            mask.shape,
-            mode="bilinear",
-            align_corners=False,
-        )
+        maps = F.interpolate(maps, mask.shape, mode="bilinear", align_corners=False)
         predicted = maps[0].argmax(0)
         labelled = mask != IGNORED
         pairs = classes * mask[labelled].long() + predicted[labelled]

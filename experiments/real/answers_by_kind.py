@@ -19,11 +19,7 @@ from tqdm import tqdm
 from llava_bidir.commands.generate import answer, load
 from llava_bidir.common.images import read_image
 
-KINDS = {
-    "Is there": "there",
-    "Which is left": "left",
-    "Which is in": "place",
-}
+KINDS = {"Is there": "there", "Which is left": "left", "Which is in": "place"}
 MAX_TOKENS = 4
 
 

@@ -70,13 +70,7 @@ def describe_mllm(
         )
         texts = [asked, *also_asked]
         image = read_image(images / record["image"])
-        said = answer(
-            model,
-            processor,
-            texts,
-            [[image]] * len(texts),
-            40,
-        )
+        said = answer(model, processor, texts, [[image]] * len(texts), 40)
         turns = list(zip(texts, said, (right, *[None] * len(also_asked)), strict=True))
         conversations.append({"image": record["image"], "turns": turns})
     return entry | {"conversations": conversations}
@@ -98,10 +92,7 @@ def first_layer_update(model: torch.nn.Module, processor, images: list[Image.Ima
     pixels = processor.image_processor(images, return_tensors="pt").pixel_values
     ids = torch.full((len(images), model.config.image_seq_length), model.config.image_token_id)
     before, after, *_ = model(
-        input_ids=ids,
-        pixel_values=pixels,
-        output_hidden_states=True,
-        use_cache=False,
+        input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False
     ).hidden_states
     return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
 

@@ -46,11 +46,7 @@ def draw(photo: Image.Image, maps: dict[str, np.ndarray], classes: list[str]) ->
         axis.axis("off")
     entries = [Patch(color=colours[index], label=classes[index]) for index in frequent]
     figure.legend(
-        handles=entries,
-        loc="outside lower center",
-        ncols=len(entries),
-        fontsize=7,
-        frameon=False,
+        handles=entries, loc="outside lower center", ncols=len(entries), fontsize=7, frameon=False
     )
     return figure
 

@@ -76,11 +76,7 @@ def write_photos(
     write_files(by_file)
 
 
-def check_paths(
-    folders: list[Path],
-    captions: Path | None,
-    caption_images: Path | None,
-) -> None:
+def check_paths(folders: list[Path], captions: Path | None, caption_images: Path | None) -> None:
     """Raise a UserError that names a folder or the file of captions if it is not there."""
     for folder in [*folders, *filter(None, [caption_images])]:
         if not folder.is_dir():

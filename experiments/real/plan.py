@@ -20,12 +20,7 @@ TEXT_TOKENS = 100  # of a conversation about photos: questions and captions, hal
 MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
 
 
-def make_plan(
-    out: Path,
-    minutes: float,
-    steps: int | None,
-    image_px: int | None,
-) -> dict:
+def make_plan(out: Path, minutes: float, steps: int | None, image_px: int | None) -> dict:
     """Return precision and steps of both stages, from a measured step unless OUT has a plan already.
 
     Args:
@@ -44,11 +39,7 @@ def make_plan(
         precision, seconds = measure_step(out / "llm", tokens)
         affordable = minutes * 60 / ((1 + stage1 * STAGE1_SHARE) * seconds)
         steps = steps or max(1, round(affordable))
-        plan = {
-            "precision": precision,
-            "steps": steps,
-            "step_s": seconds,
-        }
+        plan = {"precision": precision, "steps": steps, "step_s": seconds}
         write_files({file: plan | {"stage1_steps": round(stage1 * steps)}})
     plan = read_json(file)
     print(

@@ -26,9 +26,7 @@ ANSWER_TOKENS = 2  # of each question, with the end
 
 
 def measure(
-    f: Callable[[], object],
-    repeats: int,
-    clock: Callable[[], float] = time.process_time,
+    f: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time
 ) -> float:
     """Return the median seconds of a call by `clock`, CPU seconds by default, after one that is not counted."""
     f()
@@ -40,13 +38,7 @@ def measure(
     return statistics.median(seconds)
 
 
-def build_batch(
-    model,
-    image_tokens: int,
-    side_px: int,
-    text: int,
-    supervised: int,
-) -> dict:
+def build_batch(model, image_tokens: int, side_px: int, text: int, supervised: int) -> dict:
     """Return a batch of random samples: an image, then text whose last tokens are supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 10_000, (SAMPLES, image_tokens + text), generator=generator)
@@ -81,12 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("encoder", help="DINOv2, from experiments.real.import_dinov2")
     parser.add_argument("llm", help="language model, from experiments.real.import_gguf")
-    parser.add_argument(
-        "--sides",
-        type=int,
-        nargs="+",
-        default=[112, 168, 224],
-    )
+    parser.add_argument("--sides", type=int, nargs="+", default=[112, 168, 224])
     parser.add_argument("--mask", default="causal")
     parser.add_argument("--bfloat16", action="store_true", help="as --trainer.precision bf16-mixed")
     parser.add_argument("--attention", default="sdpa", help="sdpa or eager")
@@ -107,13 +94,7 @@ def main() -> None:
         )
         tokens = model.config.image_seq_length
         captions = build_batch(model, tokens, side, CAPTION_TOKENS, CAPTION_TOKENS)
-        dialogues = build_batch(
-            model,
-            tokens,
-            side,
-            DIALOGUE_TOKENS,
-            6 * ANSWER_TOKENS,
-        )
+        dialogues = build_batch(model, tokens, side, DIALOGUE_TOKENS, 6 * ANSWER_TOKENS)
 
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
             encoded = MICRO_BATCHES * measure(partial(encode, model, captions), args.repeats)

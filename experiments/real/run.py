@@ -114,13 +114,7 @@ def run(options: argparse.Namespace) -> None:
         share = MODELS_SHARE if options.train_only else TRAINING_SHARE
         plan = make_plan(out, minutes * share, options.steps, data.image_px)
         for name in names:
-            train(
-                out,
-                MODELS[name],
-                plan,
-                options.seed,
-                data,
-            )
+            train(out, MODELS[name], plan, options.seed, data)
             show_language(out, name, data)
             if not options.train_only:
                 study(out, name, data, options.seed, options.draws)
@@ -140,11 +134,7 @@ def check_arguments(options: argparse.Namespace) -> None:
 
 def settings(options: argparse.Namespace) -> dict:
     """Return what a result depends on."""
-    kept = {
-        "seed": options.seed,
-        "minutes": options.minutes,
-        "steps": options.steps,
-    }
+    kept = {"seed": options.seed, "minutes": options.minutes, "steps": options.steps}
     if options.photos:
         kept |= {
             "photos": ", ".join(str(folder.resolve()) for folder in options.photos),
@@ -235,13 +225,7 @@ def on_gpu() -> dict[str, str | int]:
     }
 
 
-def train(
-    out: Path,
-    model: Model,
-    plan: dict,
-    seed: int,
-    data: Data,
-) -> None:
+def train(out: Path, model: Model, plan: dict, seed: int, data: Data) -> None:
     """Train both stages under both masks, two at a time, and write their loss curves."""
     from experiments.real.loss_curves import write_loss_curves
 
@@ -250,15 +234,7 @@ def train(
         write_untaught(out / "llm", out / model.llm, seed)
 
     def run(mask):
-        stages = stage_options(
-            out,
-            folder / mask,
-            mask,
-            model,
-            plan,
-            seed,
-            data,
-        )
+        stages = stage_options(out, folder / mask, mask, model, plan, seed, data)
         steps = training_steps(out, folder / mask, stages)
         run_in_child_process(out, f"{model.folder}_{mask}", steps)
 
@@ -270,13 +246,7 @@ def train(
 
 
 def stage_options(
-    out: Path,
-    folder: Path,
-    mask: str,
-    model: Model,
-    plan: dict,
-    seed: int,
-    data: Data,
+    out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: int, data: Data
 ) -> dict[str, dict]:
     """Return the options of `llava-bidir fit` for both stages."""
     steps = plan["steps"]
@@ -359,13 +329,7 @@ def show_language(out: Path, name: str, data: Data) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- study
-def study(
-    out: Path,
-    name: str,
-    data: Data,
-    seed: int,
-    draws: int,
-) -> None:
+def study(out: Path, name: str, data: Data, seed: int, draws: int) -> None:
     """Study a model under both masks, on each data set."""
     import torch
 

@@ -83,10 +83,7 @@ def write_world(out: Path, scale: float, seed: int) -> None:
 
 
 def build_conversations(
-    train: list[SceneWords],
-    val: list[SceneWords],
-    scale: float,
-    rng: np.random.Generator,
+    train: list[SceneWords], val: list[SceneWords], scale: float, rng: np.random.Generator
 ) -> dict[str, list[dict]]:
     """Return the captions of stage 1, the dialogues of stage 2 and the questions, each about two pictures."""
     captions = [
@@ -153,12 +150,7 @@ def _differ(first: SceneWords, second: SceneWords, rng: np.random.Generator) -> 
     return [int(i) for i in rng.permutation(GRID**2) if first.names[i] != second.names[i]]
 
 
-def _ask_choice(
-    place: int,
-    first: SceneWords,
-    second: SceneWords,
-    rng: np.random.Generator,
-) -> str:
+def _ask_choice(place: int, first: SceneWords, second: SceneWords, rng: np.random.Generator) -> str:
     one, two = rng.permutation([_noun(first.names[place]), _noun(second.names[place])])
     return f"In {_place(place)}, is there {one} or {two}?"
 

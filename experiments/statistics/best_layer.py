@@ -18,21 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.statistics.model_pairs import (
-    FLAT,
-    PEAKED,
-    POPULATION,
-    RESAMPLINGS,
-    population,
-)
+from experiments.statistics.model_pairs import FLAT, PEAKED, POPULATION, RESAMPLINGS, population
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.verdicts import MARGIN
-from probes.score.effects import (
-    cross_validated_layers,
-    image_folds,
-    main_score,
-    run_effects,
-)
+from probes.score.effects import cross_validated_layers, image_folds, main_score, run_effects
 from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION, TASKS
 

@@ -35,10 +35,7 @@ RESAMPLINGS = 400
 
 
 def simulate(
-    rng: np.random.Generator,
-    images: int,
-    effects: list[float],
-    shift: float = 0.0,
+    rng: np.random.Generator, images: int, effects: list[float], shift: float = 0.0
 ) -> PairedCases:
     """Return the cases of a study, with the true contrast of each model; half of the images have cases of a pair."""
     rows = []
@@ -58,13 +55,7 @@ def simulate(
     values, patches, image, pair, forward = (
         torch.tensor(np.concatenate(x)) for x in zip(*rows, strict=True)
     )
-    return PairedCases(
-        values,
-        patches.double(),
-        image,
-        pair,
-        forward,
-    )
+    return PairedCases(values, patches.double(), image, pair, forward)
 
 
 def pooled(cases: PairedCases, weights: torch.Tensor) -> Estimate:
@@ -111,12 +102,7 @@ def study(rng: np.random.Generator, images: int) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--studies",
-        type=int,
-        default=1000,
-        help="simulated studies for each row",
-    )
+    parser.add_argument("--studies", type=int, default=1000, help="simulated studies for each row")
     args = parser.parse_args()
     print("images  covers   shift  pooled  beyond    half")
     for images in (12, 25, 60, 200, 600):

@@ -23,12 +23,7 @@ Z = 1.959964
 
 
 def simulate(
-    studies: int,
-    draws: int,
-    cells: int,
-    image_sd: float,
-    correlation: float,
-    ratio: float,
+    studies: int, draws: int, cells: int, image_sd: float, correlation: float, ratio: float
 ) -> list[float]:
     """Return coverage and detectable effect, judged alone and pooled."""
     rng = np.random.default_rng(0)
@@ -56,12 +51,7 @@ def simulate(
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--studies",
-        type=int,
-        default=4000,
-        help="simulated studies for each row",
-    )
+    parser.add_argument("--studies", type=int, default=4000, help="simulated studies for each row")
     args = parser.parse_args()
     print(
         "image sd  draws  cells  correlation  spread   alone: coverage  effect   pooled: coverage  effect"

@@ -83,10 +83,7 @@ def resample(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def ends(
-    score: float,
-    drawn: np.ndarray,
-    smooth: np.ndarray,
-    left_out: np.ndarray,
+    score: float, drawn: np.ndarray, smooth: np.ndarray, left_out: np.ndarray
 ) -> dict[str, tuple[float, float]]:
     """Return the interval of each rule.
 
@@ -124,12 +121,7 @@ def bca_interval(score: float, drawn: np.ndarray, left_out: np.ndarray) -> tuple
     return low, high
 
 
-def cover(
-    population: np.ndarray,
-    images: int,
-    studies: int,
-    seed: int,
-) -> dict[str, np.ndarray]:
+def cover(population: np.ndarray, images: int, studies: int, seed: int) -> dict[str, np.ndarray]:
     """Return per rule: coverage (site, difference, site over all classes), shares without the own score, lengths."""
     rng = np.random.default_rng(seed)
     true = class_ious(population.sum(2))
@@ -168,12 +160,7 @@ def main() -> None:
     )
     parser.add_argument("--sites", nargs=2, default=["encoder", "adapter"])
     parser.add_argument("--studies", type=int, default=300)
-    parser.add_argument(
-        "--images",
-        type=int,
-        nargs="+",
-        default=[24, 60, 200],
-    )
+    parser.add_argument("--images", type=int, nargs="+", default=[24, 60, 200])
     args = parser.parse_args()
     if args.run:
         populations = {args.run: read_population(args.run, args.sites)}

@@ -48,22 +48,13 @@ SETTINGS = {
 }
 
 
-def solve(
-    setting: Setting,
-    command: list[str],
-    out: Path,
-) -> list[dict]:
+def solve(setting: Setting, command: list[str], out: Path) -> list[dict]:
     """Return the entries of the sites, from a run that is made unless it is there."""
     options = list(setting.options)
     if not (out / "metrics.json").is_file():
         environment = os.environ | ONE_THREAD | setting.environment
         words = [sys.executable, "-m", "probes", "solve", *command, *options, "--out", str(out)]
-        subprocess.run(
-            words,
-            env=environment,
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
+        subprocess.run(words, env=environment, check=True, stderr=subprocess.DEVNULL)
     metrics = json.loads((out / "metrics.json").read_text())
     entries = metrics["path"]["optimum"]["sites"]
     scores = {site["site"]: site["miou"] for site in metrics["sites"]}
@@ -82,11 +73,7 @@ def main() -> None:
     command += ["--model.sites", f"[{', '.join(args.sites)}]", "--model.image_resize", "squash"]
     by_setting = {}
     for i, (name, setting) in enumerate(SETTINGS.items()):
-        by_setting[name] = solve(
-            setting,
-            command,
-            args.out / f"setting{i}",
-        )
+        by_setting[name] = solve(setting, command, args.out / f"setting{i}")
         cells = [f"{entry['chosen']:.1e} {entry['chosen_miou']:.4f}" for entry in by_setting[name]]
         print(f"{name:28}", *cells, sep=" | ", flush=True)
     for i, site in enumerate(args.sites):

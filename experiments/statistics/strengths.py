@@ -33,12 +33,7 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 LOSS = TASKS[SEGMENTATION].loss
 FOLDS = 4
-STEPS = {
-    "stronger": 0.5,
-    "chosen": 0.0,
-    "weaker": -0.5,
-    "a decade weaker": -1.0,
-}  # decades
+STEPS = {"stronger": 0.5, "chosen": 0.0, "weaker": -0.5, "a decade weaker": -1.0}  # decades
 
 
 @torch.inference_mode()
@@ -61,10 +56,7 @@ def read_states(
 
 
 def score(
-    problem: SiteProblem,
-    points: Tensor,
-    states: Tensor,
-    targets: list[Tensor],
+    problem: SiteProblem, points: Tensor, states: Tensor, targets: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return mIoU f[R] and cross-entropy per pixel f[R] of probes f[R, K, d + 1]."""
     weights = problem.space.to_states(points)[..., :-1].float()
@@ -102,13 +94,7 @@ def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProb
     masks = prepare(targets)
     fold_of = assign_folds(range(len(states)), FOLDS)
     scored = scored_masks(masks, fold_of, lambda i: targets[i], prepare)
-    problem = SiteProblem(
-        LOSS,
-        states,
-        masks,
-        fold_of,
-        scored,
-    )
+    problem = SiteProblem(LOSS, states, masks, fold_of, scored)
     path, _ = FoldSearch(problem).choose()
     chosen = path.strengths[path.chosen]
     given = [
@@ -124,19 +110,9 @@ def main() -> None:
     )
     parser.add_argument("encoder")
     parser.add_argument("data", nargs="+")
-    parser.add_argument(
-        "--images",
-        type=int,
-        nargs="+",
-        default=[24, 48, 100, 200],
-    )
+    parser.add_argument("--images", type=int, nargs="+", default=[24, 48, 100, 200])
     parser.add_argument("--subsets", type=int, default=2)
-    parser.add_argument(
-        "--validation",
-        type=int,
-        default=1000,
-        help="most validation photos",
-    )
+    parser.add_argument("--validation", type=int, default=1000, help="most validation photos")
     args = parser.parse_args()
     encoder = AutoModel.from_pretrained(args.encoder).eval()
     print(

@@ -120,13 +120,7 @@ def calibrate(
         if not missing:
             continue
         print(f"seed {seed}", flush=True)
-        _make_models(
-            folder,
-            seed,
-            scale,
-            scenes,
-            [DESIGNS[name] for name in missing],
-        )
+        _make_models(folder, seed, scale, scenes, [DESIGNS[name] for name in missing])
         claims += [claim for name in missing for claim in _study(folder, name, seed)]
         write_files({file: {"claims": claims}})
     with exclusive_run_lock(out, "calibration.csv", wait_s=60):  # jobs of other seeds write it, too
@@ -197,16 +191,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         name = {"paper": "as the paper measures it", "optimum": "at the optimum"}.get(
             column, column.replace("_", " ")
         )
-        axes.errorbar(
-            x,
-            y,
-            xerr=errors,
-            fmt="o",
-            markersize=4,
-            capsize=2,
-            linewidth=1,
-            label=name,
-        )
+        axes.errorbar(x, y, xerr=errors, fmt="o", markersize=4, capsize=2, linewidth=1, label=name)
     axes.axhspan(
         sum(not label[0] for label in labels) - 0.5, len(labels) - 0.5, color="0.93", zorder=0
     )
@@ -218,22 +203,12 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         xlabel="share of seeds in which the verdict is yes (grey: the truth is no)",
     )
     axes.invert_yaxis()
-    axes.legend(
-        fontsize=8,
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-    )
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic_write(file) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 
-def _make_models(
-    folder: Path,
-    seed: int,
-    scale: float,
-    scenes: int,
-    designs: list[Design],
-) -> None:
+def _make_models(folder: Path, seed: int, scale: float, scenes: int, designs: list[Design]) -> None:
     """Draw the world of a seed, train adapters on captions, and plant what is missing of the designs' models."""
     assets = folder / "assets"
     drawn = assets / "questions.json"
@@ -267,23 +242,13 @@ def _make_models(
                 words = ["probes", "plant", model.what, f"{source}/hf", str(assets)]
                 words += [f"{target}/hf", *model.options, "--seed", str(seed)]
             steps.append(
-                make_step(
-                    folder,
-                    words,
-                    target / WEIGHTS,
-                    reads=[source / WEIGHTS, drawn],
-                )
+                make_step(folder, words, target / WEIGHTS, reads=[source / WEIGHTS, drawn])
             )
     run_in_child_process(folder, "models", steps)
 
 
 def study_settings(
-    folder: Path,
-    out: Path,
-    seed: int,
-    design: Design,
-    *,
-    fit: bool = True,
+    folder: Path, out: Path, seed: int, design: Design, *, fit: bool = True
 ) -> StudyConfig:
     """Return the settings of a study of a seed's models; with `fit`, of probes as the paper trains them, too."""
     models = {mask: str(folder / "models" / mask / design.model / "hf") for mask in design.masks}
@@ -318,12 +283,7 @@ def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
     def said(column):
         return {"untested": None}.get(column["verdict"], column["verdict"] == HOLDS)
 
-    row = {
-        "study": study,
-        "claim": claim["claim"] + mask,
-        "truth": claim["truth"],
-        "seed": seed,
-    }
+    row = {"study": study, "claim": claim["claim"] + mask, "truth": claim["truth"], "seed": seed}
     row |= {name: said(verdicts[name]) for name in COLUMNS[:-1]}
     supported = None if claim["conclusion"] == "untested" else claim["supported"]
     return row | {"supported": supported, "beyond_random_value": verdicts["beyond_random"]["value"]}

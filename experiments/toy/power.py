@@ -49,19 +49,8 @@ def main() -> None:
         metavar="DIR",
         help="of `make calibrate`",
     )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        required=True,
-        metavar="N",
-    )
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=5,
-        metavar="D",
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="N")
+    parser.add_argument("--draws", type=int, default=5, metavar="D")
     args = parser.parse_args()
     rows = defaultdict(list)
     for seed in args.seeds:

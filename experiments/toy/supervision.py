@@ -158,12 +158,7 @@ def words(*parts: object) -> list[str]:
     return [str(part) for part in parts]
 
 
-def study(
-    folder: Path,
-    mask: str,
-    arm: str,
-    seed: int,
-) -> dict:
+def study(folder: Path, mask: str, arm: str, seed: int) -> dict:
     """Return recovery and answers of a model, studied beside two random and two permuted LLMs."""
     assets = folder / "assets"
     out = folder / mask / arm / "study"
@@ -185,18 +180,8 @@ def main() -> None:
     """Run the seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/supervision"))
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=600,
-        help="optimizer steps of each model",
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each model")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -86,9 +86,7 @@ def read_image_attention(config) -> str:
 
 
 def build_prompts(
-    processor: LlavaProcessor,
-    questions: list[str],
-    images: list[list[Image.Image]],
+    processor: LlavaProcessor, questions: list[str], images: list[list[Image.Image]]
 ) -> BatchFeature:
     """Return the inputs of a batch of questions by the processor's chat template, padded on the left.
 

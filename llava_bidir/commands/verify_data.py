@@ -27,10 +27,7 @@ from llava_bidir.training.cli import build_data_cli
 
 
 def find(
-    data: Instructions,
-    collate: Collate,
-    trained: set[int] | None,
-    indices: list[int],
+    data: Instructions, collate: Collate, trained: set[int] | None, indices: list[int]
 ) -> list[dict[str, Any]]:
     """Return the findings of records, {"index", "id", "kind", "detail"} each.
 

@@ -14,10 +14,7 @@ RESAMPLINGS = 2000
 
 
 def bootstrap_weights(
-    units: int,
-    resamplings: int = RESAMPLINGS,
-    seed: int = 0,
-    groups: Tensor | None = None,
+    units: int, resamplings: int = RESAMPLINGS, seed: int = 0, groups: Tensor | None = None
 ) -> Tensor:
     """Return f[R, N], the number of times each unit is drawn. Sharing the weights makes a comparison paired.
 
@@ -38,10 +35,7 @@ def bootstrap_weights(
 
 
 def random_swaps(
-    units: int,
-    permutations: int = RESAMPLINGS,
-    seed: int = 0,
-    groups: Tensor | None = None,
+    units: int, permutations: int = RESAMPLINGS, seed: int = 0, groups: Tensor | None = None
 ) -> Tensor:
     """Return f[1 + R, N], 1 where the two conditions of a pair exchange a unit. Row 0, the observed one, is zero.
 
@@ -67,11 +61,7 @@ def _group_indices(units: int, groups: Tensor | None) -> tuple[Tensor, int]:
 
 
 def interval(
-    estimate: float,
-    resampled: Tensor,
-    *,
-    lowest: float = -math.inf,
-    highest: float = math.inf,
+    estimate: float, resampled: Tensor, *, lowest: float = -math.inf, highest: float = math.inf
 ) -> list[float]:
     """Return the 95% interval of an estimate, from its values f[R] under resampling.
 

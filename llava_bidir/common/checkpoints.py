@@ -40,11 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(
-        self,
-        path: str,
-        *args: Any,
-        mmap: bool = False,
-        **kwargs: Any,
+        self, path: str, *args: Any, mmap: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Return the checkpoint at `path`.
 
@@ -85,12 +81,7 @@ class Checkpoints(Checkpoint):
         self.on_slurm = SLURMEnvironment.detect()
         self.received: set[int] = set()
 
-    def setup(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        stage: str,
-    ) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ignore SIGUSR1 outside of training, when there is nothing to save: Lightning restores this handler."""
         if self.on_slurm and _is_main_thread():
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -105,11 +96,7 @@ class Checkpoints(Checkpoint):
         if self.on_slurm:
             signal.signal(signal.SIGUSR1, self._note)
 
-    def _note(
-        self,
-        number: int,
-        frame: FrameType | None,
-    ) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.received.add(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -117,11 +104,7 @@ class Checkpoints(Checkpoint):
                 "Ctrl-C: the run ends with a checkpoint after this step; Ctrl-C again ends it at once"
             )
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        *args: Any,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Save if it is due, or if a rank has received a signal, and then end the run.
 
         Not within a step, since a checkpoint has no accumulated gradients; nor after the last batch of an epoch, whose
@@ -139,11 +122,7 @@ class Checkpoints(Checkpoint):
         if ends:
             self._end(trainer)
 
-    def on_train_epoch_end(
-        self,
-        trainer: Trainer,
-        *args: Any,
-    ) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
         """Save after the epoch and its validation, and after the final step."""
         self._save(trainer)
 
@@ -164,10 +143,7 @@ class Checkpoints(Checkpoint):
         raise SystemExit(INTERRUPTED)
 
     def on_load_checkpoint(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        checkpoint: dict[str, Any],
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Raise if the checkpoint, also of a ModelCheckpoint, lacks gradients that were accumulated."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

@@ -11,12 +11,7 @@ jsonargparse checks the types, of words, of YAML (`-c`) and of values in Python.
 
 import json
 import sys
-from collections.abc import (
-    Callable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from pkgutil import resolve_name
 from textwrap import fill
@@ -26,17 +21,8 @@ import jsonargparse
 from jsonargparse.typing import register_type, restricted_number_type
 
 from . import imports
-from .configs import (
-    configs_first,
-    merge_configs,
-    take_configs,
-)
-from .errors import (
-    OneLineErrors,
-    UsageError,
-    did_you_mean,
-    one_line_errors,
-)
+from .configs import configs_first, merge_configs, take_configs
+from .errors import OneLineErrors, UsageError, did_you_mean, one_line_errors
 
 
 def number(name: str, kind: type, limits: str) -> type:
@@ -85,12 +71,7 @@ def positional(**default: Any) -> Any:
 class Parser(OneLineErrors, jsonargparse.ArgumentParser):
     """Parser of a dataclass of options; the help of a field is its entry under "Args:" there."""
 
-    def __init__(
-        self,
-        options: type,
-        program: str = "",
-        text: str = "",
-    ):
+    def __init__(self, options: type, program: str = "", text: str = ""):
         """Add an option for each field; `program` and `text` are for the help."""
         self.options = options
         self.words = [entry.name for entry in fields(options) if "positional" in entry.metadata]
@@ -103,11 +84,7 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         for action in self._actions:  # of a dataclass that is the default of a field
             action.required = action.required and action.default is None
 
-    def read(
-        self,
-        words: Sequence[str],
-        values: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def read(self, words: Sequence[str], values: Mapping[str, Any] | None = None) -> Any:
         """Return the options. Values, nested as in YAML, replace those of configs, and words replace both.
 
         Raises:
@@ -162,12 +139,7 @@ def _as_text(kind: str, words: list[str]) -> str:
     return json.dumps(words) if is_list else words[0]
 
 
-def run(
-    program: str,
-    about: str,
-    groups: Callable[[], Groups],
-    argv: Sequence[str] | None,
-) -> None:
+def run(program: str, about: str, groups: Callable[[], Groups], argv: Sequence[str] | None) -> None:
     """Run one command; `groups` are asked for after `--import FILE.py` has registered what it brings.
 
     Raises:
@@ -193,11 +165,7 @@ def run(
         resolve_name(commands[name].run)(given)
 
 
-def _format_help(
-    program: str,
-    about: str,
-    groups: Groups,
-) -> str:
+def _format_help(program: str, about: str, groups: Groups) -> str:
     lines = [f"usage: {program} COMMAND [options]", "", about]
     for title, commands in groups.items():
         lines += ["", f"{title}:"]

@@ -41,11 +41,7 @@ def find_config(name: str) -> Path:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuse a key that a mapping has twice; YAML would silently keep the last one."""
 
-    def construct_mapping(
-        self,
-        node: yaml.MappingNode,
-        deep: bool = False,
-    ) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:

@@ -70,11 +70,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class OneLineErrors:
     """Parser whose errors are one line, with the option that was probably meant."""
 
-    def error(
-        self,
-        message: str,
-        ex: Exception | None = None,
-    ) -> NoReturn:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UsageError`."""
         if not self.exit_on_error:  # jsonargparse's parser of a class; its caller adds the key
             raise argparse.ArgumentError(None, message) from ex

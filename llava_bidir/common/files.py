@@ -147,11 +147,7 @@ def write_files(contents: Mapping[Path, Any]) -> None:
         raise
 
 
-def _write(
-    path: Path,
-    suffix: str,
-    content: Any,
-) -> None:
+def _write(path: Path, suffix: str, content: Any) -> None:
     if suffix == ".safetensors":
         from safetensors.torch import save  # imports torch, which `demo` and others do not need
 
@@ -195,11 +191,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_settings(
-    file: Path,
-    known: Sequence[str],
-    example: str,
-) -> dict[str, Any]:
+def read_settings(file: Path, known: Sequence[str], example: str) -> dict[str, Any]:
     """Return the object in a JSON file that users write.
 
     Args:

@@ -42,12 +42,7 @@ _PARTS = "".join(
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}\n"
 
 
-def read_pretrained(
-    key: str,
-    reader: type,
-    path: str,
-    **kwargs,
-):
+def read_pretrained(key: str, reader: type, path: str, **kwargs):
     """Return `reader.from_pretrained(path)`, a tokenizer, a processor, or a config of a class.
 
     Args:
@@ -115,11 +110,7 @@ def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
     return config
 
 
-def _is_default(
-    part: str,
-    config: "PreTrainedConfig",
-    given: dict[str, Any],
-) -> bool:
+def _is_default(part: str, config: "PreTrainedConfig", given: dict[str, Any]) -> bool:
     """Return whether transformers made a part of a config of its defaults, since config.json has nothing for it."""
     made = getattr(config, part, None)
     if part not in config.sub_configs or made is None or isinstance(given.get(part), dict):
@@ -138,12 +129,7 @@ def _check_vocabulary(tokenizer) -> None:
             raise UserError(f"there is no vocabulary; expected one of {files}")
 
 
-def load_weights(
-    key: str,
-    reader: type,
-    path: str,
-    **kwargs,
-) -> "PreTrainedModel":
+def load_weights(key: str, reader: type, path: str, **kwargs) -> "PreTrainedModel":
     """Return the model `reader.from_pretrained(path)` with all weights taken from the checkpoint and finite.
 
     transformers initialises missing weights at random and only logs it, so a model without its LLM would run. It leaves
@@ -207,11 +193,7 @@ def _numbered(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def check_merged(
-    key: str,
-    path: str,
-    revision: str | None = None,
-) -> None:
+def check_merged(key: str, path: str, revision: str | None = None) -> None:
     """Raise if a checkpoint has updates of peft beside its weights.
 
     transformers adds their layers to the model, or ignores the updates if peft is not installed.
@@ -326,11 +308,7 @@ class FiniteLogits:
     Of such logits the first token would be the largest, which ends an answer or fills it.
     """
 
-    def __call__(
-        self,
-        input_ids: Tensor,
-        scores: Tensor,
-    ) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the logits f32[B, V] of the next tokens; raise a UserError unless the largest ones are finite."""
         # tokens that a checkpoint's settings suppress have -inf
         check_outputs("logits", {"the output head": scores.amax(-1)})

@@ -8,12 +8,7 @@ compared with another run, or analysed.
 import hashlib
 import json
 import os
-from collections.abc import (
-    Callable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -21,12 +16,7 @@ from typing import Any
 
 from .errors import UserError
 from .files import sha256
-from .hf import (
-    INDEX,
-    TRAINING_JSON,
-    read_model_config,
-    weight_files,
-)
+from .hf import INDEX, TRAINING_JSON, read_model_config, weight_files
 
 Identity = dict[str, dict[str, Any]]
 
@@ -75,10 +65,7 @@ THREADS = 16
 
 
 def run_identity(
-    trainer,
-    module,
-    data,
-    trainer_settings: Sequence[str] = TRAINER_SETTINGS,
+    trainer, module, data, trainer_settings: Sequence[str] = TRAINER_SETTINGS
 ) -> Identity:
     """Return the identity of a run: `data.identity()`, `module.models()` and the settings.
 
@@ -151,10 +138,7 @@ def plain(value: Any) -> Any:
 
 
 def check_same_identity(
-    saved: Identity | None,
-    current: Identity,
-    source: str,
-    advice: str,
+    saved: Identity | None, current: Identity, source: str, advice: str
 ) -> None:
     """Raise if two identities differ.
 
@@ -214,10 +198,7 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _read_files(
-    function: Callable[[Path], Any],
-    root: str | Path,
-    names: list[str],
-    absent: Any,
+    function: Callable[[Path], Any], root: str | Path, names: list[str], absent: Any
 ) -> list[Any]:
     """Return a function's value for each file; threads hide the latency of shared file systems."""
 

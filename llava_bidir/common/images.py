@@ -105,11 +105,7 @@ def read_photos(photos: PhotoLike | Sequence[PhotoLike]) -> list[Image.Image]:
 MAX_GRID_SIDE = 128  # patches per side; the largest encoders have 64
 
 
-def check_image_px(
-    image_px: int,
-    patch_px: int,
-    option: str,
-) -> None:
+def check_image_px(image_px: int, patch_px: int, option: str) -> None:
     """Raise a UserError that names `option` unless a side in pixels is a usable multiple of the patch."""
     if image_px % patch_px or not 1 <= image_px // patch_px <= MAX_GRID_SIDE:
         raise UserError(

@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
-from lightning import (
-    Callback,
-    LightningModule,
-    Trainer,
-)
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
@@ -22,11 +18,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.cli import (
-    LightningArgumentParser,
-    LightningCLI,
-    SaveConfigCallback,
-)
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -61,8 +53,7 @@ REFUSED = {
 
 # A config imports and calls, also under a key of type Any, nothing but these; `--import FILE.py` adds a module
 set_parsing_settings(
-    import_path_denylist=["*"],
-    import_path_allowlist=["lightning", "llava_bidir", "probes"],
+    import_path_denylist=["*"], import_path_allowlist=["lightning", "llava_bidir", "probes"]
 )
 
 
@@ -77,12 +68,7 @@ class RunCLI(LightningCLI):
         UserError: A config has a callback of `REFUSED`.
     """
 
-    def __init__(
-        self,
-        *args,
-        trainer_defaults: dict[str, Any],
-        **kwargs,
-    ):
+    def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
         super().__init__(
             *args,
             **kwargs,
@@ -106,21 +92,13 @@ class RunCLI(LightningCLI):
             help="seed of all random numbers",
         )
 
-    def add_run_options(
-        self,
-        parser: LightningArgumentParser,
-        out: str,
-        content: str,
-    ) -> None:
+    def add_run_options(self, parser: LightningArgumentParser, out: str, content: str) -> None:
         """Add --out, with its default and what the folder contains, --overwrite and --checkpoints."""
         parser.add_argument(
             "--out", default=out, help=f"folder of the run: config, events, checkpoints, {content}"
         )
         parser.add_argument(
-            "--overwrite",
-            type=bool,
-            default=False,
-            help="replace the run that OUT holds",
+            "--overwrite", type=bool, default=False, help="replace the run that OUT holds"
         )
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
@@ -157,11 +135,7 @@ class RunCLI(LightningCLI):
         return trainer
 
     @contextmanager
-    def started(
-        self,
-        folder: RunFolder,
-        ckpt_path: str | None,
-    ) -> Iterator[RunPlan]:
+    def started(self, folder: RunFolder, ckpt_path: str | None) -> Iterator[RunPlan]:
         """Yield what this `fit` does with its folder, which is locked, and say after Ctrl-C how to go on.
 
         All ranks find the same files, and decide for themselves.
@@ -199,11 +173,7 @@ class StartOfRun(SaveConfigCallback):
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: Lightning would write config.yaml before the model is built."""
 
-    def on_train_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write config.yaml, delete `replaced`, and hide from TensorBoard the steps that a resumed run repeats."""
         if not trainer.is_global_zero:
             return
@@ -222,11 +192,7 @@ class LogProgress(Callback):
     """Log the loss as lines, where a bar would write one line with thousands of carriage returns into a log."""
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: dict[str, Any],
-        *args: Any,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], *args: Any
     ) -> None:
         """Log after every `trainer.log_every_n_steps` steps, and after the last one of an epoch."""
         loop = trainer.fit_loop.epoch_loop
@@ -238,11 +204,7 @@ class LogProgress(Callback):
             log.info(f"step {step} of {optimizer_steps(trainer)}, loss {loss:.4g}")
 
 
-def check_trainer(
-    trainer: Trainer,
-    required: dict[str, Any],
-    why: str,
-) -> None:
+def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:
     """Raise a UserError if an option of the trainer has another value than the required one; 1 is not 1.0."""
     for name, value in required.items():
         found = getattr(trainer, name)

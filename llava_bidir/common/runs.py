@@ -2,10 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import (
-    Iterator,
-    Sequence,
-)
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +65,7 @@ class RunPlan:
     replaced: Sequence[Path] = ()
 
 
-def plan_run(
-    folder: RunFolder,
-    ckpt_path: str | None,
-    overwrite: bool,
-) -> RunPlan:
+def plan_run(folder: RunFolder, ckpt_path: str | None, overwrite: bool) -> RunPlan:
     """Return whether to start, resume or replace the run in a folder, by files alone, which all processes see.
 
     Args:
@@ -131,11 +124,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return next((checkpoints / name for name in names if (checkpoints / name).exists()), None)
 
 
-def begin_run(
-    folder: Path,
-    config: str,
-    replaced: Sequence[Path],
-) -> None:
+def begin_run(folder: Path, config: str, replaced: Sequence[Path]) -> None:
     """Write config.yaml and delete what the run replaces, once all settings were accepted; on one process."""
     write_files({folder / "config.yaml": config})
     for path in replaced:

@@ -10,12 +10,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 from tokenizers.models import BPE
-from transformers import (
-    AutoTokenizer,
-    LlamaTokenizer,
-    PreTrainedTokenizerBase,
-    TokenizersBackend,
-)
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
 from .errors import error_context
@@ -24,11 +19,7 @@ from .hf import read_pretrained
 MARKER = "▁"  # replaces spaces and begins a text
 
 
-def load_tokenizer(
-    key: str,
-    path: str,
-    **hub: Any,
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a directory or hub id.
 
     Args:
@@ -90,11 +81,7 @@ def _convert(model: Any, tokenizer: PreTrainedTokenizerBase) -> TokenizersBacken
     merges = generate_merges({piece: ids[piece] for piece in scores}, scores)
     backend = tokenizer.backend_tokenizer
     backend.model = BPE(
-        ids,
-        merges,
-        unk_token=tokenizer.unk_token,
-        fuse_unk=True,
-        byte_fallback=True,
+        ids, merges, unk_token=tokenizer.unk_token, fuse_unk=True, byte_fallback=True
     )
     # Metaspace replaces spaces, then adds its character to a text that does not begin with it. `space` below finds no
     # spaces and therefore adds one to each text, except after a special token (LLaVA's legacy: false).

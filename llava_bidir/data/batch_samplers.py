@@ -18,10 +18,7 @@ from llava_bidir.common.errors import UserError
 
 
 def random_batches(
-    lengths: ndarray,
-    batch_size: int,
-    micro_batch_size: int,
-    generator: Generator,
+    lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator
 ) -> ndarray:
     """Return all indices in random order, int[batches, batch_size]; the first fill up the last batch (stage 1)."""
     order = _shuffle(np.arange(len(lengths)), generator)
@@ -29,10 +26,7 @@ def random_batches(
 
 
 def grouped_batches(
-    lengths: ndarray,
-    batch_size: int,
-    micro_batch_size: int,
-    generator: Generator,
+    lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator
 ) -> ndarray:
     """Return global batches of one modality each, in micro-batches of similar length (LLaVA's stage 2).
 
@@ -173,11 +167,7 @@ class StepLoader(DataLoader):
     """
 
     def __init__(
-        self,
-        *args,
-        step_batches: int,
-        mean_over_ranks: Callable[[Tensor], Tensor],
-        **kwargs,
+        self, *args, step_batches: int, mean_over_ranks: Callable[[Tensor], Tensor], **kwargs
     ):
         super().__init__(*args, **kwargs)
         self.step_batches = step_batches

@@ -178,9 +178,7 @@ def _chat(turns: list[Turn], tokenizer) -> list[Piece]:
         """Return the text of the first messages, and in front of an answer its prompt."""
         with error_context("chat template of the LLM"):  # runs in jinja's sandbox
             text = tokenizer.apply_chat_template(
-                messages[:count],
-                tokenize=False,
-                add_generation_prompt=count % 2 == 1,
+                messages[:count], tokenize=False, add_generation_prompt=count % 2 == 1
             )
         if not text.startswith(known):
             raise UserError(

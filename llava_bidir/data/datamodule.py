@@ -15,12 +15,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest, file_sizes
 from llava_bidir.common.processes import usable_cores, worker_options
 
-from .batch_samplers import (
-    BatchSampler,
-    StepLoader,
-    grouped_batches,
-    random_batches,
-)
+from .batch_samplers import BatchSampler, StepLoader, grouped_batches, random_batches
 from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX
 from .dataset import Instructions, answers, read_annotations

@@ -85,10 +85,7 @@ IMAGES_IN_CHAT = (
 
 
 def build_processor(
-    encoder: Encoder,
-    llm: str,
-    image_resize: str = "pad",
-    template: str = "vicuna_v1",
+    encoder: Encoder, llm: str, image_resize: str = "pad", template: str = "vicuna_v1"
 ) -> LlavaProcessor:
     """Return tokenizer, image processor and chat template of a model, without loading weights.
 
@@ -164,10 +161,7 @@ def build_model(
     with error_context(f"model.llm: {llm}"):
         check_layers(image_attention, read_llm_config(llm).get_text_config())
     language_model = load_llm(
-        llm,
-        len(tokenizer),
-        dtype=dtypes["llm"],
-        attn_implementation=attn_implementation,
+        llm, len(tokenizer), dtype=dtypes["llm"], attn_implementation=attn_implementation
     )
     head = language_model.get_output_embeddings()
     config = LlavaBidirConfig(
@@ -184,10 +178,7 @@ def build_model(
     )
     with no_zero3_partitioning():
         vision_tower = load_weights(
-            "model.encoder.path",
-            encoder.entry.model_class,
-            encoder.path,
-            dtype=dtypes["encoder"],
+            "model.encoder.path", encoder.entry.model_class, encoder.path, dtype=dtypes["encoder"]
         )
         if encoder.image_px is not None and encoder.entry.image_px is None:
             resize_stored_positions(vision_tower, encoder.image_px)

@@ -75,11 +75,7 @@ class EncoderEntry:
 
 
 ENCODERS: dict[str, EncoderEntry] = {
-    "clip": EncoderEntry(
-        CLIPVisionModel,
-        mean=OPENAI_CLIP_MEAN,
-        std=OPENAI_CLIP_STD,
-    ),
+    "clip": EncoderEntry(CLIPVisionModel, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD),
     # 336 px gives CLIP's 24 x 24 grid; the position embeddings of the 37 x 37 grid are interpolated by the model.
     "dinov2": EncoderEntry(Dinov2Model, 336),
     "dinov2_registers": EncoderEntry(Dinov2WithRegistersModel, 336),
@@ -87,10 +83,7 @@ ENCODERS: dict[str, EncoderEntry] = {
     "dinov3": EncoderEntry(DINOv3ViTModel, 336),
     # 384 px are 27 patches of 14 px; no patch covers the last 6 px at the right and the bottom.
     "siglip": EncoderEntry(
-        SiglipVisionModel,
-        mean=IMAGENET_STANDARD_MEAN,
-        std=IMAGENET_STANDARD_STD,
-        has_cls=False,
+        SiglipVisionModel, mean=IMAGENET_STANDARD_MEAN, std=IMAGENET_STANDARD_STD, has_cls=False
     ),
 }
 

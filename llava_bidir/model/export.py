@@ -17,11 +17,7 @@ from llava_bidir.common.hf import TRAINING_JSON, is_finite
 from . import attention
 from .configuration_llava_bidir import LlavaBidirConfig
 from .lora import merge_lora
-from .modeling_llava_bidir import (
-    LlavaBidirForConditionalGeneration,
-    logit_steps,
-    released_names,
-)
+from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, logit_steps, released_names
 
 CARD = """\
 ---
@@ -48,10 +44,7 @@ Written by llava-bidir with transformers {version}.
 
 
 def export_hf(
-    model: PreTrainedModel,
-    processor: LlavaProcessor,
-    out: Path,
-    training: dict | None = None,
+    model: PreTrainedModel, processor: LlavaProcessor, out: Path, training: dict | None = None
 ) -> None:
     """Write the model to `out` atomically, after comparing the written weights with those in memory.
 

@@ -36,10 +36,7 @@ def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # the environment of lmms-eval has none
 
     config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear",
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear"
     )
     llm = model.model.language_model  # does not include the head
     # peft converts updates to the dtype of their weights, so weights in another dtype are absent meanwhile

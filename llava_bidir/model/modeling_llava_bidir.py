@@ -154,18 +154,11 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        attention_mask=None,
-        inputs_embeds=None,
-        **kwargs,
+        self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs
     ):
         """Leave the mask of a prompt with images to forward(); generate() would use a causal one with static caches."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         if inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs"):
             inputs["attention_mask"] = attention_mask

@@ -3,11 +3,7 @@
 from typing import Any
 
 import numpy as np
-from lightning import (
-    Callback,
-    LightningModule,
-    Trainer,
-)
+from lightning import Callback, LightningModule, Trainer
 from torch.utils.tensorboard import SummaryWriter
 
 from llava_bidir.data.conversation import IMAGE

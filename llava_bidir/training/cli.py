@@ -11,12 +11,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import TRAINING_JSON
 from llava_bidir.common.identity import run_identity
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
-from llava_bidir.common.runs import (
-    RunFolder,
-    find_checkpoint,
-    last_checkpoint,
-    run_process,
-)
+from llava_bidir.common.runs import RunFolder, find_checkpoint, last_checkpoint, run_process
 from llava_bidir.data.datamodule import InstructionData
 
 from .callbacks import ShowAnswers
@@ -54,11 +49,7 @@ class TrainingCLI(RunCLI):
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Refuse what would count as a finished run that is none, or is overruled by the data's sizes."""
         trainer = super().instantiate_trainer(**kwargs)
-        required = {
-            "fast_dev_run": False,
-            "overfit_batches": 0.0,
-            "limit_train_batches": 1.0,
-        }
+        required = {"fast_dev_run": False, "overfit_batches": 0.0, "limit_train_batches": 1.0}
         why = "a run would count as finished that is none; for a trial, use trainer.max_steps and another --out"
         check_trainer(trainer, required, why)
         why = "it follows from data.batch_size and data.micro_batch_size"
@@ -75,12 +66,7 @@ class TrainingCLI(RunCLI):
         """
         out = Path(self.trainer.default_root_dir)
         record = out / "hf" / TRAINING_JSON
-        folder = RunFolder(
-            path=out,
-            result=record,
-            results=("hf", "steps"),
-            made_from=record,
-        )
+        folder = RunFolder(path=out, result=record, results=("hf", "steps"), made_from=record)
         with self.started(folder, ckpt_path) as plan:
             if plan.finished:
                 if self.trainer.is_global_zero:
@@ -125,11 +111,7 @@ class TrainingCLI(RunCLI):
                 raise UserError(f"{name}: no file {path}")
 
 
-def build_cli(
-    argv: list[str],
-    run: bool = True,
-    prog: str = "llava-bidir",
-) -> TrainingCLI:
+def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     return TrainingCLI(
         LlavaTraining,

@@ -27,11 +27,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import (
-    commit_directory,
-    partial_path,
-    read_json,
-)
+from llava_bidir.common.files import commit_directory, partial_path, read_json
 
 TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory
 LAYOUT = "whole.json"  # beside it: how the checkpoint is sharded
@@ -96,13 +92,7 @@ class ZeRO(DeepSpeedStrategy):
         for buffer in self.lightning_module.buffers():  # DeepSpeed moves parameters only
             buffer.data = buffer.data.to(self.root_device)
 
-    def backward(
-        self,
-        closure_loss: torch.Tensor,
-        optimizer,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def backward(self, closure_loss: torch.Tensor, optimizer, *args: Any, **kwargs: Any) -> None:
         """Run backward without DeepSpeed's division by the accumulated batches, since Lightning has done it."""
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 

@@ -33,12 +33,7 @@ class ModelFlops(NamedTuple):
     pair: float
     supervised: float
 
-    def of_batch(
-        self,
-        images: int,
-        lengths: Sequence[int],
-        supervised: int,
-    ) -> float:
+    def of_batch(self, images: int, lengths: Sequence[int], supervised: int) -> float:
         """Return the operations of a micro-batch.
 
         Args:

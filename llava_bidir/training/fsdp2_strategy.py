@@ -109,11 +109,7 @@ class FSDP2(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": shards})
 
 
-def shard(
-    module: LightningModule,
-    mesh: DeviceMesh,
-    precision: str,
-) -> None:
+def shard(module: LightningModule, mesh: DeviceMesh, precision: str) -> None:
     """Shard a module whose `model` is a LLaVA over a mesh, in place; `generate` then ends when each rank has.
 
     Args:

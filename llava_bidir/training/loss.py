@@ -35,15 +35,10 @@ def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
     if config.image_attention != "causal" and len(positions):
         is_image = batch["input_ids"] == config.image_token_id
         mask = build_masks(
-            config.image_attention,
-            config.get_text_config(),
-            is_image,
-            dtype=model.dtype,
+            config.image_attention, config.get_text_config(), is_image, dtype=model.dtype
         )
     output = model.model.language_model(
-        inputs_embeds=rows.view_as(embedded),
-        attention_mask=mask,
-        use_cache=False,
+        inputs_embeds=rows.view_as(embedded), attention_mask=mask, use_cache=False
     )
     states = output.last_hidden_state.flatten(0, 1)
     logits = model.lm_head(states[batch["predicts"]]).float()

@@ -13,12 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers import LlavaConfig
 
-from llava_bidir.common.cli import (
-    Count,
-    NonNegative,
-    Share,
-    ShareBelow1,
-)
+from llava_bidir.common.cli import Count, NonNegative, Share, ShareBelow1
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import (
     FIXED_DATE,
@@ -28,11 +23,7 @@ from llava_bidir.common.hf import (
     read_model_config,
     read_training,
 )
-from llava_bidir.common.identity import (
-    check_same_identity,
-    named_identity,
-    run_identity,
-)
+from llava_bidir.common.identity import check_same_identity, named_identity, run_identity
 from llava_bidir.common.processes import decide_on_first
 from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
 from llava_bidir.data.conversation import PLAIN

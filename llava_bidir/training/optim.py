@@ -39,18 +39,10 @@ def build_optimizer(
             "weight_decay": decay,
         }
         groups.setdefault(group["name"], group)["params"].append(parameter)
-    return torch.optim.AdamW(
-        groups.values(),
-        betas=betas,
-        fused=fused,
-    )
+    return torch.optim.AdamW(groups.values(), betas=betas, fused=fused)
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    warmup_ratio: float,
-):
+def build_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float):
     """Return a linear warm-up, then a cosine to zero, over `steps` steps. Source: LLaVA scripts/v1_5/*.sh."""
     # which imports peft, and `verify-data` trains nothing
     from transformers import get_cosine_schedule_with_warmup

@@ -5,11 +5,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from lightning import (
-    Callback,
-    LightningModule,
-    Trainer,
-)
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 
@@ -52,11 +48,7 @@ class Throughput(Callback):
         self.since = time.perf_counter()
 
     def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: dict[str, Any],
-        *args: Any,
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], *args: Any
     ) -> None:
         """Count the operations of the model before its first batch, if there is a peak to compare them with."""
         if self.peak is not None and self.flops is None:

@@ -79,12 +79,7 @@ def ask_harness(command: list[str | Path], offline: bool) -> None:
             raise subprocess.CalledProcessError(status, command)
 
 
-def main(
-    out: str,
-    data: str,
-    names: list[str],
-    info: dict,
-) -> None:
+def main(out: str, data: str, names: list[str], info: dict) -> None:
     """Run tasks in lmms-eval's environment, and write the file of each.
 
     Below the working directory, a data set's name is its folder.

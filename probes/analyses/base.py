@@ -263,10 +263,7 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
 
 
 def effects_files(
-    run: "ProbeRun",
-    analysis: str,
-    effects: Mapping[str, "Estimate"],
-    folder: Path,
+    run: "ProbeRun", analysis: str, effects: Mapping[str, "Estimate"], folder: Path
 ) -> dict[Path, Any]:
     """Return the content of the file of effects of an analysis, by its path."""
     from probes.score.effects import effect_file
@@ -317,13 +314,7 @@ def table_row(
 ) -> Row:
     """Return a row of a study's table."""
     low, high = interval or (None, None)
-    return {
-        "site": site,
-        "metric": metric,
-        "value": value,
-        "low": low,
-        "high": high,
-    } | more
+    return {"site": site, "metric": metric, "value": value, "low": low, "high": high} | more
 
 
 def check_images(images: Sequence[int], count: int) -> None:

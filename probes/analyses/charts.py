@@ -126,12 +126,7 @@ class Figure(NamedTuple):
     pictures: Sequence[PictureRow] = ()
 
 
-def curves_by_layer(
-    rows: Rows,
-    looks: Mapping[str, Curve],
-    name: str,
-    value: str,
-) -> list[Curve]:
+def curves_by_layer(rows: Rows, looks: Mapping[str, Curve], name: str, value: str) -> list[Curve]:
     """Return a curve over the layers for each look: the rows of its `name`, their `value` with "low" and "high"."""
     curves = []
     for wanted, look in looks.items():

@@ -78,10 +78,7 @@ def _is_own_file(path: Path) -> bool:
 
 
 def segment(
-    run: ProbeRun,
-    photos: Sequence[Path],
-    site: str,
-    out: Path,
+    run: ProbeRun, photos: Sequence[Path], site: str, out: Path
 ) -> tuple[dict[Path, bytes | dict], list[float]]:
     """Return the contents of all files by path, and the share of pixels of each class."""
     classes = run.metrics["classes"]
@@ -101,12 +98,7 @@ def segment(
         files |= {index_file: _encode_png(indices), overlay_file: _encode_png(overlay)}
     shares = (pixels / pixels.sum()).tolist()
     legend = [
-        {
-            "index": k,
-            "class": name,
-            "colour": palette[k].tolist(),
-            "share": shares[k],
-        }
+        {"index": k, "class": name, "colour": palette[k].tolist(), "share": shares[k]}
         for k, name in enumerate(classes)
     ]
     files[out / "legend.png"] = _encode_png(

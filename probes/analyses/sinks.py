@@ -107,11 +107,7 @@ def meets_sink(layers: Iterable[int], measured: Sinks) -> bool:
     return not {*layers}.isdisjoint(layers_with_sinks(measured))
 
 
-def describe_sinks(
-    mask: str,
-    measured: Sinks,
-    layers: Iterable[int] | None = None,
-) -> str:
+def describe_sinks(mask: str, measured: Sinks, layers: Iterable[int] | None = None) -> str:
     """Return a sentence about a knockout in layers (None: all) whose columns can include a sink; "" if none can."""
     cut = layers_with_sinks(measured)
     if layers is not None:

@@ -26,12 +26,7 @@ def available_memory(
     return int(min(available))
 
 
-def _available_in(
-    group: Path,
-    limit: str,
-    use: str,
-    cached: str,
-) -> float:
+def _available_in(group: Path, limit: str, use: str, cached: str) -> float:
     """Return what is left of the limit of a group, in bytes; infinity if it has none."""
     if not (group / limit).exists() or (group / limit).read_text().strip() == "max":
         return math.inf

@@ -198,11 +198,7 @@ def open_png(file: Path) -> Image.Image:
     return read_image(file, lambda image: image.copy(), ("PNG",))
 
 
-def read_png(
-    file: Path,
-    modes: tuple[str, ...],
-    expected: str,
-) -> ndarray:
+def read_png(file: Path, modes: tuple[str, ...], expected: str) -> ndarray:
     """Return the values of a PNG, or raise a UserError that names it.
 
     Args:

@@ -59,12 +59,7 @@ class PreprocessedDataset(Dataset):
         prepare: Prepares the mask for the loss, as "masks"; None to leave it.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        preprocess: Callable,
-        prepare: MaskPreparer | None = None,
-    ):
+    def __init__(self, dataset: Dataset, preprocess: Callable, prepare: MaskPreparer | None = None):
         self.dataset = dataset
         self.preprocess = preprocess
         self.prepare = prepare
@@ -97,11 +92,7 @@ def collate(samples: list[dict] | dict) -> dict:
     if isinstance(samples, dict):
         return samples
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
-    join = {
-        "index": torch.tensor,
-        "pixels": torch.stack,
-        "masks": join_masks,
-    }
+    join = {"index": torch.tensor, "pixels": torch.stack, "masks": join_masks}
     return {name: join.get(name, list)(column) for name, column in columns.items()}
 
 

@@ -60,22 +60,11 @@ class Cityscapes(SegmentationDataset):
         images = _files_of(root, split, "leftImg8bit")
         masks = _files_of(root, split, "gtFine", "_gtFine_labelIds")
         files = pair_files(images, masks, f"{root}, {split}")
-        super().__init__(
-            files,
-            CLASSES,
-            LOOKUP,
-            PALETTE,
-            _cities(files),
-        )
+        super().__init__(files, CLASSES, LOOKUP, PALETTE, _cities(files))
         self.official_size = SIZES[split]
 
 
-def _files_of(
-    root: Path,
-    split: str,
-    folder: str,
-    ending: str = "",
-) -> dict[str, Path]:
+def _files_of(root: Path, split: str, folder: str, ending: str = "") -> dict[str, Path]:
     """Return the files of ROOT/FOLDER/SPLIT/CITY by name, without their ending, _FOLDER by default."""
     suffixes = (".png", ".json")
     return files_by_name(root / folder / SPLITS[split], suffixes, ending or f"_{folder}", "*/*")

@@ -27,10 +27,7 @@ def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
 
 
 def files_by_name(
-    folder: Path,
-    suffixes: Iterable[str],
-    ending: str = "",
-    pattern: str = "*",
+    folder: Path, suffixes: Iterable[str], ending: str = "", pattern: str = "*"
 ) -> dict[str, Path]:
     """Return {name: file}, sorted; a name is the file name without `ending` and suffix, with accents composed (NFC).
 
@@ -63,10 +60,7 @@ def files_by_name(
 
 
 def pair_files(
-    images: dict[str, Path],
-    targets: dict[str, Path],
-    dataset: str,
-    target_name: str = "mask",
+    images: dict[str, Path], targets: dict[str, Path], dataset: str, target_name: str = "mask"
 ) -> dict[str, tuple[Path, Path]]:
     """Return {name: (image, target)}.
 
@@ -85,10 +79,7 @@ def pair_files(
 
 
 def pair_folders(
-    root: str | Path,
-    split: str,
-    folder: str,
-    target_name: str = "mask",
+    root: str | Path, split: str, folder: str, target_name: str = "mask"
 ) -> dict[str, tuple[Path, Path]]:
     """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT.
 

@@ -94,13 +94,7 @@ class ProbeData:
                 warn(f"{self.root}: {images:,} {split} images, but {published:,} were published")
             share = range(rank(), images, rank_count())
             name = f"{self.name} {split}"
-            of_rank = read_pairs(
-                dataset,
-                name,
-                share,
-                self.num_workers,
-                show_bar and rank() == 0,
-            )
+            of_rank = read_pairs(dataset, name, share, self.num_workers, show_bar and rank() == 0)
             of_split = ChainMap(*all_gather_objects(of_rank))
             pairs |= {f"{split}/{name}": of_split[i] for i, name in enumerate(dataset.names)}
         check_pairs([pair for pair in pairs.values() if isinstance(pair, str)], len(pairs))

@@ -28,11 +28,7 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
 }
 LAYOUTS: dict[str, dict[str, type[ImageDataset]]] = {  # by kind of targets
     "segmentation": DATASETS,
-    "depth": {
-        "folder": FolderDepth,
-        "nyuv2": NYUv2Depth,
-        "cityscapes": CityscapesDepth,
-    },
+    "depth": {"folder": FolderDepth, "nyuv2": NYUv2Depth, "cityscapes": CityscapesDepth},
     "normals": {"folder": FolderNormals},
     "boundaries": {"folder": FolderBoundaries},  # other layouts: the boundaries of the class map
 }

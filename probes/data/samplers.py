@@ -31,12 +31,7 @@ class TrainingBatches:
     """
 
     def __init__(
-        self,
-        images: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
+        self, images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0
     ):
         self.images = images
         self.batch_size = batch_size
@@ -70,10 +65,7 @@ class TrainingBatches:
 
 
 def validation_batches(
-    images: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
+    images: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
     """Return the batches of one rank; all ranks together have each image once.
 

@@ -84,11 +84,7 @@ class _Pairs(Dataset):
 
 
 def read_pairs(
-    dataset: ImageDataset,
-    name: str,
-    indices: Sequence[int],
-    workers: int,
-    progress: bool = True,
+    dataset: ImageDataset, name: str, indices: Sequence[int], workers: int, progress: bool = True
 ) -> dict[int, ReadPair | str]:
     """Return what is known of each image and its target, or what is wrong with them, by index.
 
@@ -198,9 +194,7 @@ def join_groups(groups: Sequence[str], contents: Sequence[str]) -> list[int]:
 
 
 def data_notes(
-    classes: list[str],
-    labels: Mapping[str, LabelCounts],
-    remarks: Mapping[str, Any],
+    classes: list[str], labels: Mapping[str, LabelCounts], remarks: Mapping[str, Any]
 ) -> list[str]:
     """Return what a reader of scores must know about the data, after the files were checked.
 

@@ -19,11 +19,7 @@ from .file_layout import find_root
 
 LIST = "ImageSets/Segmentation/{}.txt"
 LISTS = ("train", "val")
-SIZES = {
-    "train": 1464,
-    "trainaug": 10582,
-    "val": 1449,
-}
+SIZES = {"train": 1464, "trainaug": 10582, "val": 1449}
 CLASSES = """
     background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person
     pottedplant sheep sofa train tvmonitor

@@ -78,11 +78,7 @@ class ProbeCLI(RunCLI):
                 rank_zero_info(format_scores(out, self.model.task))
 
 
-def build_cli(
-    args: list[str] | dict[str, Any],
-    run: bool = True,
-    prog: str = "probes",
-) -> ProbeCLI:
+def build_cli(args: list[str] | dict[str, Any], run: bool = True, prog: str = "probes") -> ProbeCLI:
     """Parse words or a config and execute its subcommand; with `run=False` only build model, data and trainer."""
     return ProbeCLI(
         ProbeModule,
@@ -90,10 +86,7 @@ def build_cli(
         args=args,
         run=run,
         parser_kwargs={"prog": prog, "allow_abbrev": False},
-        trainer_defaults={
-            "num_sanity_val_steps": 0,
-            "callbacks": [LearningRateMonitor("step")],
-        },
+        trainer_defaults={"num_sanity_val_steps": 0, "callbacks": [LearningRateMonitor("step")]},
     )
 
 

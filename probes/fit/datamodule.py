@@ -24,12 +24,7 @@ class ProbeDataModule(ProbeData, LightningDataModule):
 
     trained_batches = 0  # of the epoch, before a resume
 
-    def __init__(
-        self,
-        root: str,
-        seed: int = 0,
-        **options,
-    ):
+    def __init__(self, root: str, seed: int = 0, **options):
         config = DataOptions(root=root, **options)
         super().__init__(config, seed)
 
@@ -57,13 +52,7 @@ class ProbeDataModule(ProbeData, LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return the loader of one training epoch; after a resume, of the batches not trained yet."""
         source = self._source("training")
-        batches = TrainingBatches(
-            len(source),
-            self.batch_size,
-            rank(),
-            rank_count(),
-            self.seed,
-        )
+        batches = TrainingBatches(len(source), self.batch_size, rank(), rank_count(), self.seed)
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
         return self.loader(source, batches)
@@ -74,12 +63,7 @@ class ProbeDataModule(ProbeData, LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def read_for(
-        self,
-        mllm: FrozenMLLM,
-        sites: list[str],
-        prepare: MaskPreparer | None,
-    ) -> None:
+    def read_for(self, mllm: FrozenMLLM, sites: list[str], prepare: MaskPreparer | None) -> None:
         """Set what images are read for, by the loaders that follow.
 
         Args:

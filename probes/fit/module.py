@@ -47,12 +47,7 @@ class ProbeModule(LightningModule):
 
     saves_predictions = False  # to predictions/SITE of the run's folder
 
-    def __init__(
-        self,
-        num_classes: int = 150,
-        seed: int = 0,
-        **options,
-    ):
+    def __init__(self, num_classes: int = 150, seed: int = 0, **options):
         config = ModelOptions(**options)
         factory_of(config.head)
         super().__init__()

@@ -58,10 +58,7 @@ def run(options: LabOptions) -> None:
 
 
 def build_server(
-    session: "Session",
-    worker: "Worker",
-    token: str,
-    hosts: set[str],
+    session: "Session", worker: "Worker", token: str, hosts: set[str]
 ) -> "uvicorn.Server":
     """Return the server of a session, for requests with the token to these hosts."""
     import uvicorn

@@ -136,15 +136,7 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
     for name, run in zip(names, runs, strict=True):
         label = f"{name}, {run.path}" if names.count(name) > 1 else name
         mllm, heads = run.loaded
-        models.append(
-            LabModel(
-                label,
-                str(run.path),
-                mllm,
-                run,
-                heads,
-            )
-        )
+        models.append(LabModel(label, str(run.path), mllm, run, heads))
     return models
 
 

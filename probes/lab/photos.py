@@ -34,11 +34,7 @@ class Photo:
 
     @classmethod
     def from_image(
-        cls,
-        image: Image.Image,
-        name: str,
-        geometries: Sequence[Geometry],
-        **more: Any,
+        cls, image: Image.Image, name: str, geometries: Sequence[Geometry], **more: Any
     ) -> "Photo":
         """Return an RGB image as a photo. Placing a square again does not change it."""
         preview = image.copy()

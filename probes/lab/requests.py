@@ -24,11 +24,7 @@ MAX_ANSWER_TOKENS = 64  # a paragraph; longer answers would block the queue
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Block(_Request):
@@ -101,10 +97,6 @@ def parse_request(kind: type[View], body: bytes) -> View:
     except (ValidationError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise UserError(f"the request is not valid JSON: {error}") from None
-        first = error.errors(
-            include_url=False,
-            include_input=False,
-            include_context=False,
-        )[0]
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the request"
         raise UserError(f"{where}: {first['msg']}") from None

@@ -31,15 +31,7 @@ from llava_bidir.common.errors import UserError
 from probes.report.render import render
 
 from .photos import encode
-from .requests import (
-    Attention,
-    PatchView,
-    PhotoQuestion,
-    ShownViews,
-    SiteView,
-    View,
-    parse_request,
-)
+from .requests import Attention, PatchView, PhotoQuestion, ShownViews, SiteView, View, parse_request
 from .session import Session
 from .worker import Job, Worker
 
@@ -70,22 +62,12 @@ class Refused(Exception):
 class Guard:
     """Middleware that refuses requests of other sites, of foreign hosts and without the token."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        token: str,
-        hosts: set[str],
-    ):
+    def __init__(self, app: ASGIApp, token: str, hosts: set[str]):
         self.app = app
         self.token = token
         self.hosts = hosts
 
-    async def __call__(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
@@ -136,12 +118,7 @@ def cookie_name(scope: Scope) -> str:
     return f"lab-{scope['server'][1]}"
 
 
-def build_app(
-    session: Session,
-    worker: Worker,
-    token: str,
-    hosts: set[str],
-) -> ASGIApp:
+def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> ASGIApp:
     """Return the application."""
 
     async def show_page(request: Request) -> Response:

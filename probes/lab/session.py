@@ -196,11 +196,7 @@ class Session:
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
-        view = View(
-            photo=request.photo,
-            model=request.model,
-            intervention=request.intervention,
-        )
+        view = View(photo=request.photo, model=request.model, intervention=request.intervention)
         if view not in self._states:
             model = self.models[request.model]
             pixels = self._pixels(request)

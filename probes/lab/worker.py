@@ -66,11 +66,7 @@ class Worker:
         self._queue: queue.Queue[Job] = queue.Queue(MAX_WAITING)
         self._current: Job | None = None
         # A daemon, so that Ctrl-C does not wait for a forward.
-        threading.Thread(
-            target=self._run,
-            name="lab-model",
-            daemon=True,
-        ).start()
+        threading.Thread(target=self._run, name="lab-model", daemon=True).start()
 
     def submit(self, work: Callable[[Job], dict[str, Any]]) -> Job | None:
         """Queue a job; return None if too many wait."""

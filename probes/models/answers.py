@@ -29,13 +29,7 @@ from transformers import DynamicCache
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs, end_tokens, max_positions
 
-from .attention_masks import (
-    Masks,
-    build_decoder_masks,
-    decode_under,
-    last_rows,
-    supports_masks,
-)
+from .attention_masks import Masks, build_decoder_masks, decode_under, last_rows, supports_masks
 from .attention_weights import capture_attention, weights_of_image
 from .families.our_code import SLIDING, layer_kinds
 from .hooks import with_arguments
@@ -57,11 +51,7 @@ class TextTree(NamedTuple):
     sets: dict[str, Tensor]  # bool[Q] by name of a set of a knockout
 
     @classmethod
-    def from_ids(
-        cls,
-        question: list[int],
-        answers: Sequence[list[int]] = (),
-    ) -> "TextTree":
+    def from_ids(cls, question: list[int], answers: Sequence[list[int]] = ()) -> "TextTree":
         """Build the tree of all answers to a question. Last tokens of answers are predicted, but not run."""
         ids = []
         positions = []
@@ -90,13 +80,7 @@ class TextTree(NamedTuple):
         for i, path in enumerate(ancestors):
             visible[i, path] = True
         of_sets = {name: torch.tensor([own == name for own in sets]) for name in TEXT_SETS}
-        return cls(
-            torch.tensor(ids),
-            torch.tensor(positions),
-            visible,
-            targets,
-            of_sets,
-        )
+        return cls(torch.tensor(ids), torch.tensor(positions), visible, targets, of_sets)
 
 
 def text_states(
@@ -160,10 +144,7 @@ def text_states(
         stack.enter_context(replaced_states(mllm, hooks or {}))
         stack.enter_context(with_arguments(mllm.decoder, of_tree))
         output = mllm.model.model(
-            input_ids=ids,
-            use_cache=cache is not None,
-            **mllm.cached(cache),
-            **inputs,
+            input_ids=ids, use_cache=cache is not None, **mllm.cached(cache), **inputs
         )
     states = output.last_hidden_state[:, tokens:]
     check_outputs("states", {FINAL_NORM: states})
@@ -171,10 +152,7 @@ def text_states(
 
 
 def _text_masks(
-    mllm: nn.Module,
-    batch: int,
-    text: TextTree,
-    knockout: Knockout | None,
+    mllm: nn.Module, batch: int, text: TextTree, knockout: Knockout | None
 ) -> Masks | None:
     """Return the masks of prefix, image and text, [B, 1, N + Q, N + Q]; None if the model has its own only.
 
@@ -201,33 +179,17 @@ def _is_image(mllm: nn.Module, text: TextTree) -> Tensor:
 
 
 def _cut_text(
-    mllm: nn.Module,
-    text: TextTree,
-    knockout: Knockout,
-    masks: Masks,
-    effect: Tensor | None,
+    mllm: nn.Module, text: TextTree, knockout: Knockout, masks: Masks, effect: Tensor | None
 ) -> AbstractContextManager[None]:
     """Cut the attention of prefix, image and text while the context is open; see :meth:`Knockout.apply`."""
     before = torch.zeros(mllm.ids.shape[1], dtype=torch.bool)
     sets = {}
     for name, tokens in text.sets.items():
         sets[name] = torch.cat([before, tokens]).to(mllm.device)
-    return knockout.apply(
-        mllm.layers,
-        masks,
-        _is_image(mllm, text),
-        len(mllm.layers),
-        sets,
-        effect,
-    )
+    return knockout.apply(mllm.layers, masks, _is_image(mllm, text), len(mllm.layers), sets, effect)
 
 
-def _append_text(
-    masks: Masks,
-    tokens: int,
-    text: TextTree,
-    window: int | None,
-) -> Masks:
+def _append_text(masks: Masks, tokens: int, text: TextTree, window: int | None) -> Masks:
     """Return masks with rows and columns for the text, [B, 1, N + Q, N + Q].
 
     Args:
@@ -279,12 +241,7 @@ def score_answers(
     return torch.cat(scores, 1)
 
 
-def _score_text(
-    mllm: nn.Module,
-    states: Tensor,
-    text: TextTree,
-    answers: int,
-) -> Tensor:
+def _score_text(mllm: nn.Module, states: Tensor, text: TextTree, answers: int) -> Tensor:
     """Return the log-probabilities f[B, answers] of a text's answers from its normed states f[B, Q, d]."""
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
     used, row = predictors.unique(return_inverse=True)
@@ -376,11 +333,7 @@ def generate_answer(
 
 
 def _cut_step(
-    mllm: nn.Module,
-    question: list[int],
-    answer: list[int],
-    knockout: Knockout,
-    effect: Tensor,
+    mllm: nn.Module, question: list[int], answer: list[int], knockout: Knockout, effect: Tensor
 ) -> ExitStack:
     """Cut the attention of the last token of an answer, of which there is one row, until the stack is closed."""
     # the last token of an answer in a tree does not run, so one more is appended

@@ -53,10 +53,7 @@ def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
 
 
 def build_decoder_masks(
-    name: str,
-    text_config: PreTrainedConfig,
-    is_image: Tensor,
-    dtype: torch.dtype,
+    name: str, text_config: PreTrainedConfig, is_image: Tensor, dtype: torch.dtype
 ) -> Masks:
     """Return the mask among prefix and image, bool[B, 1, N, N] (True = may attend), per kind of layer if several.
 
@@ -78,13 +75,7 @@ def build_decoder_masks(
         )
     by_kind = MIXED_MASKS.get(name, {})
     masks = {
-        kind: build_mask(
-            by_kind.get(kind, name),
-            text_config,
-            is_image,
-            kind=kind,
-            dtype=dtype,
-        )
+        kind: build_mask(by_kind.get(kind, name), text_config, is_image, kind=kind, dtype=dtype)
         for kind in kinds
     }
     return masks if len(kinds) > 1 else masks[kinds[0]]

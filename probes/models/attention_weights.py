@@ -46,16 +46,7 @@ def capture_attention(
     recorded = []
     stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        *args,
-        scaling=None,
-        **kwargs,
-    ):
+    def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
         if module in layer_of:
             recorded.append(module)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -27,11 +27,7 @@ BACKENDS = ("sdpa", "eager")  # that apply the mask of a knockout
 
 
 def check_encoder(
-    path: str,
-    own: str,
-    image_attention: str | None,
-    prefix: str | None,
-    backend: str,
+    path: str, own: str, image_attention: str | None, prefix: str | None, backend: str
 ) -> None:
     """Raise a UserError for settings that only an MLLM has, or an attention backend that ignores masks."""
     if image_attention not in (None, own):
@@ -83,10 +79,7 @@ class FrozenEncoder(FrozenModel):
         self.model(**self.family.inputs(self.model.config, pixels))
 
     def masked(
-        self,
-        knockout: Knockout | None,
-        rows: int,
-        last: str,
+        self, knockout: Knockout | None, rows: int, last: str
     ) -> AbstractContextManager[None]:
         """Cut the attention among patches by a knockout; CLS and registers attend as before."""
         return cut_attention(self, knockout, rows) if knockout else nullcontext()

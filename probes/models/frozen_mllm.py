@@ -23,13 +23,7 @@ from llava_bidir.common.images import PhotoLike
 from probes.ops.geometry import SQUASH, ResizeRule
 
 from .answers import attend_from_answer, generate_answer, score_answers
-from .attention_masks import (
-    Masks,
-    build_decoder_masks,
-    check_masks,
-    decode_under,
-    supports_masks,
-)
+from .attention_masks import Masks, build_decoder_masks, check_masks, decode_under, supports_masks
 from .families import Family
 from .families.our_code import LogitHead
 from .families.sites import EncoderLayers, encoder_layers
@@ -149,12 +143,7 @@ class FrozenMLLM(FrozenModel):
         self.model.model(input_ids=self.ids.expand(images, -1), use_cache=False, **inputs)
 
     @contextmanager
-    def masked(
-        self,
-        knockout: Knockout | None,
-        rows: int,
-        last: str,
-    ) -> Iterator[None]:
+    def masked(self, knockout: Knockout | None, rows: int, last: str) -> Iterator[None]:
         """Run the layers under the model's masks, cut by a knockout of some rows, up to the last site."""
         masks = self.attention_masks(rows, knockout)
         depth = 0  # layers that run

@@ -180,10 +180,7 @@ class FrozenModel(nn.Module):
         raise NotImplementedError
 
     def masked(
-        self,
-        knockout: Knockout | None,
-        rows: int,
-        last: str,
+        self, knockout: Knockout | None, rows: int, last: str
     ) -> AbstractContextManager[None]:
         """Run the layers under the model's masks, cut by a knockout of some rows, up to the last site."""
         raise NotImplementedError

@@ -82,10 +82,7 @@ class Knockout:
         return BLOCKED in (*self.names("rows"), *self.names("columns"))
 
     def cut(
-        self,
-        mask: Tensor,
-        is_image: Tensor,
-        text: Mapping[str, Tensor] | None = None,
+        self, mask: Tensor, is_image: Tensor, text: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Return the mask without the pairs of rows and columns.
 
@@ -119,11 +116,7 @@ class Knockout:
         return cut
 
     def _tokens(
-        self,
-        axis: str,
-        batch: int,
-        is_image: Tensor,
-        text: Mapping[str, Tensor] | None,
+        self, axis: str, batch: int, is_image: Tensor, text: Mapping[str, Tensor] | None
     ) -> Tensor:
         """Return the tokens of rows or columns, bool[B, N]."""
         found = torch.zeros(batch, len(is_image), dtype=torch.bool, device=is_image.device)
@@ -163,13 +156,7 @@ class Knockout:
             )
         return given
 
-    def _no_keys(
-        self,
-        image: int,
-        token: int,
-        columns: Tensor,
-        is_image: Tensor,
-    ) -> str:
+    def _no_keys(self, image: int, token: int, columns: Tensor, is_image: Tensor) -> str:
         """Return what to say of a token that would attend to nothing."""
         number = int(is_image[:token].sum())
         place = f"image token {number}" if is_image[token] else f"token {token}"

@@ -131,12 +131,7 @@ class MeasuredMask:
             pairs[name] = fits & in_order
         return {name: of_name for name, of_name in pairs.items() if of_name.any()}
 
-    def _direction(
-        self,
-        name: str,
-        pairs: Tensor,
-        kind: str,
-    ) -> Direction:
+    def _direction(self, name: str, pairs: Tensor, kind: str) -> Direction:
         """Compare what was measured with what is claimed, for the layers of one kind."""
         layers = [i for i, other in enumerate(self.kinds) if other == kind]
         seen = self.seen[layers][:, pairs]  # bool[layers, pairs]
@@ -151,11 +146,7 @@ class MeasuredMask:
         differing = differs.any(1).nonzero().flatten().tolist()
         names = [layer_site(layers[i] + 1) for i in differing]
         return Direction(
-            name,
-            seen.float().mean().item(),
-            share,
-            wrong.float().mean().item(),
-            names,
+            name, seen.float().mean().item(), share, wrong.float().mean().item(), names
         )
 
 

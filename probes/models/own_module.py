@@ -126,10 +126,7 @@ def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProce
             states.append(module_at(model.module, encoder.norm)(states[-1]))
     config.site_widths = [of_site.shape[-1] for of_site in states]
     processor = CLIPImageProcessorPil(
-        do_resize=False,
-        do_center_crop=False,
-        image_mean=mean,
-        image_std=std,
+        do_resize=False, do_center_crop=False, image_mean=mean, image_std=std
     )
     return model, processor
 
@@ -212,10 +209,7 @@ def _noise(model: ModuleModel, images: int) -> Tensor:
 
 
 def check_layers(
-    model: ModuleModel,
-    layers: Sequence[nn.Module],
-    names: Sequence[str],
-    parts: Mapping[str, str],
+    model: ModuleModel, layers: Sequence[nn.Module], names: Sequence[str], parts: Mapping[str, str]
 ) -> list[Tensor]:
     """Return the states f[2, N, d] at the input of the first layer and after each, in a forward of two images.
 
@@ -272,12 +266,7 @@ def check_layers(
     return states
 
 
-def _check_parts(
-    name: str,
-    before: Tensor,
-    after: Tensor,
-    added: Sequence[Tensor],
-) -> None:
+def _check_parts(name: str, before: Tensor, after: Tensor, added: Sequence[Tensor]) -> None:
     """Raise a UserError if what modules return does not add up to what a layer adds to its states."""
     change = after - before
     # where layer scale is small, it is all there is
@@ -302,13 +291,7 @@ def check_tokens(model: ModuleModel, first: nn.Module) -> int:
     patch = model.config.patch_size
     side = model.config.image_size // patch
     last = side - 1
-    cells = [
-        (0, 0),
-        (0, last),
-        (last, 0),
-        (last, last),
-        (side // 3, side // 2),
-    ]
+    cells = [(0, 0), (0, last), (last, 0), (last, last), (side // 3, side // 2)]
     pixels = _noise(model, 1).repeat(len(cells) + 1, 1, 1, 1)
     for image, (row, column) in enumerate(cells, 1):
         rows = slice(row * patch, (row + 1) * patch)

@@ -145,12 +145,7 @@ def _is_of_shorter_side(size: Any, to_square: bool) -> bool:
     return not isinstance(size, list) and not to_square
 
 
-def _ratio(
-    resized_name: str,
-    resized: Any,
-    kept_name: str,
-    kept: Any,
-) -> Fraction:
+def _ratio(resized_name: str, resized: Any, kept_name: str, kept: Any) -> Fraction:
     """Return the side to which images are resized in units of the side that is kept, from two settings."""
     before = _side(resized_name, resized)
     after = _side(kept_name, kept)

@@ -20,12 +20,7 @@ PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states -
 IMAGE_TOKENS = re.compile(r"<[^<>]+>|\[IMG\w*\]")
 
 
-def read_prefix_ids(
-    path: str,
-    family: Family,
-    prefix: str | None = None,
-    **hub: Any,
-) -> list[int]:
+def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub: Any) -> list[int]:
     """Return the token ids before the first image token, of `prefix` or of the chat template up to the image.
 
     Raises:

@@ -153,13 +153,7 @@ def replace_weights(
     try:
         for module in moved:
             module.cpu()
-        reinitialize(
-            mllm.model,
-            mllm.family,
-            parts,
-            seed + DRAW_SEEDS * draw,
-            match,
-        )
+        reinitialize(mllm.model, mllm.family, parts, seed + DRAW_SEEDS * draw, match)
     finally:
         for module in moved:
             module.to(device)
@@ -197,10 +191,7 @@ def _relative_update(before: Tensor, after: Tensor) -> float:
 
 
 def match_updates(
-    mllm: nn.Module,
-    pixels: Tensor,
-    updates: Sequence[float],
-    scales: list[float],
+    mllm: nn.Module, pixels: Tensor, updates: Sequence[float], scales: list[float]
 ) -> None:
     """Edit the factors that :func:`scale_layers` applies until the layers have these relative updates on `pixels`.
 
@@ -216,13 +207,7 @@ def match_updates(
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return hidden.index_select(1, mllm.image_positions.to(hidden.device))
 
-    def match(
-        layer: int,
-        module: nn.Module,
-        forward: Callable,
-        *args,
-        **kwargs,
-    ) -> Tensor | tuple:
+    def match(layer: int, module: nn.Module, forward: Callable, *args, **kwargs) -> Tensor | tuple:
         nonlocal before
         if layer == 0:
             before = states_of(args or kwargs["hidden_states"])

@@ -112,12 +112,7 @@ def _place_of(model: nn.Module, site: str, images: int) -> tuple[Place, Read]:
 
     if part_of(site):
         layer = model.layers[layer_number(site) - 1]
-        read = partial(
-            _of_part,
-            site,
-            part_multiplier(layer, part_of(site)),
-            model.widths[site],
-        )
+        read = partial(_of_part, site, part_multiplier(layer, part_of(site)), model.widths[site])
         return partial(at_output, part_module(layer, site)), lambda states: of_image(read(states))
     if is_encoder_layer(site):
         encoder = model.encoder_layers
@@ -146,12 +141,7 @@ def _before_or_after(layers: nn.ModuleList, number: int) -> Place:
     return partial(at_input, layers[0])
 
 
-def _of_part(
-    site: str,
-    multiplier: float | Tensor | None,
-    width: int,
-    states: Tensor,
-) -> Tensor:
+def _of_part(site: str, multiplier: float | Tensor | None, width: int, states: Tensor) -> Tensor:
     """Return what a module gives as the part f[B, N, width] of a layer."""
     if part_of(site) == VALUE:  # heads as an axis of their own, or after queries and keys
         return states.flatten(2)[..., -width:]

@@ -104,15 +104,7 @@ def make_plan(
         last = first + len(list(group))
         for start in range(first, last, most):
             stop = min(start + most, last)
-            bands.append(
-                Band(
-                    start,
-                    stop,
-                    lo,
-                    hi,
-                    fractions[start:stop],
-                )
-            )
+            bands.append(Band(start, stop, lo, hi, fractions[start:stop]))
         first = last
     highest = max(band.stop - band.start for band in bands)
     # Tile widths are multiples of 32: a maximum over classes vectorises along pixels in such steps only.
@@ -128,11 +120,7 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def upsample(
-    maps: Tensor,
-    size: tuple[int, int],
-    view: GridPlacement | None = None,
-) -> Tensor:
+def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
     """Return maps f[..., h, w] on the grid as pixels f[..., H, W], all at once; differentiable.
 
     Equals `F.interpolate(maps, size, mode="bilinear")`. `view` is the position of the grid on the pixels; None: the
@@ -148,9 +136,7 @@ def upsample(
 
 @torch.no_grad()
 def upsampled_argmax(
-    logits: Tensor,
-    size: tuple[int, int],
-    view: GridPlacement | None = None,
+    logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None
 ) -> Tensor:
     """Return the predicted class per pixel, uint8[..., H, W], or int16 if K > 255, of finite logits f[..., K, h, w].
 
@@ -168,27 +154,13 @@ def upsampled_argmax(
 
         rows, cols = cells((h, w), size, view, logits.device)
         return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
-    plan = make_plan(
-        max(1, len(grids)),
-        classes,
-        (h, w),
-        size,
-        dtype,
-        logits.device,
-        view,
-    )
+    plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view)
     out = logits.new_empty(
         (len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16
     )
     # max() with indices does not vectorise. Instead, the maxima are marked and multiplied with class numbers in
     # descending order. The highest product belongs to the first maximum, as in argmax.
-    numbers = torch.arange(
-        classes - 1,
-        -1,
-        -1,
-        dtype=dtype,
-        device=logits.device,
-    )[:, None]
+    numbers = torch.arange(classes - 1, -1, -1, dtype=dtype, device=logits.device)[:, None]
     with torch.autocast(logits.device.type, enabled=False):
         for first in range(0, len(grids), plan.images):
             images = slice(first, first + plan.images)

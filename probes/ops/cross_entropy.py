@@ -99,11 +99,7 @@ def upsampled_cross_entropy(
 ImageLoss = Callable[[Tensor, PreparedMasks, bool], tuple[Tensor, Tensor | None]]
 
 
-def differentiable_sum(
-    image_loss: ImageLoss,
-    logits: Tensor,
-    masks: PreparedMasks,
-) -> Tensor:
+def differentiable_sum(image_loss: ImageLoss, logits: Tensor, masks: PreparedMasks) -> Tensor:
     """Return the loss of each probe summed over images, f[P], as a function that autograd can differentiate.
 
     Args:
@@ -120,11 +116,7 @@ class _DifferentiableSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        logits: Tensor,
-        image_loss: ImageLoss,
-        masks: PreparedMasks,
-        needs_grad: bool,
+        ctx, logits: Tensor, image_loss: ImageLoss, masks: PreparedMasks, needs_grad: bool
     ) -> Tensor:
         totals, grads = image_loss(logits, masks, needs_grad)
         ctx.save_for_backward(grads)
@@ -145,9 +137,7 @@ class _DifferentiableSum(torch.autograd.Function):
 
 @torch.no_grad()
 def loss_and_gradient(
-    logits: Tensor,
-    masks: PreparedMasks,
-    needs_grad: bool = True,
+    logits: Tensor, masks: PreparedMasks, needs_grad: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Return the summed loss of each probe and image, f64[P, B], and its gradient f[P, B, K, h, w] if `needs_grad`.
 
@@ -176,11 +166,7 @@ def loss_and_gradient(
                     chunk = slice(p, p + p_step), part
                     z = logits[chunk].to(dtype)
                     totals[chunk], grad = _integrate(
-                        z,
-                        *weights,
-                        rows.to(dtype),
-                        cols.to(dtype),
-                        needs_grad,
+                        z, *weights, rows.to(dtype), cols.to(dtype), needs_grad
                     )
                     if needs_grad:
                         grads[chunk] = grad
@@ -188,12 +174,7 @@ def loss_and_gradient(
 
 
 def _integrate(
-    logits: Tensor,
-    mass: Tensor,
-    soft: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    needs_grad: bool,
+    logits: Tensor, mass: Tensor, soft: Tensor, rows: Tensor, cols: Tensor, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return :func:`loss_and_gradient` of logits f[P, B, K, h, w] in one chunk, in two matrix products each way."""
     by_row = logits.movedim(3, 0).contiguous()  # [h, P, B, K, w]

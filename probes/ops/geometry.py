@@ -225,10 +225,7 @@ class Geometry:
         return int((resized - self.image_px) / 2)
 
     def _on_canvas(
-        self,
-        image: Image.Image,
-        size: tuple[int, int],
-        corner: tuple[int, int],
+        self, image: Image.Image, size: tuple[int, int], corner: tuple[int, int]
     ) -> Image.Image:
         """Return a canvas of the padding's colour with the image's left top at `corner`."""
         if image.size == size:
@@ -253,12 +250,7 @@ class Geometry:
         return image
 
 
-def majority_labels(
-    labels: Tensor,
-    classes: int,
-    token: Tensor,
-    tokens: int,
-) -> Tensor:
+def majority_labels(labels: Tensor, classes: int, token: Tensor, tokens: int) -> Tensor:
     """Return the class of most labelled pixels of each token, i64[B, T], the first of several; -1 if there are none.
 
     Args:

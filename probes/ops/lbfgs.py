@@ -116,9 +116,7 @@ def minimise(
 
 
 def quasi_newton(
-    gradient: Tensor,
-    pairs: Sequence[Pair],
-    solve: Callable[[Tensor], Tensor],
+    gradient: Tensor, pairs: Sequence[Pair], solve: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return about H^-1 gradient, f64[P, K, n]: the two-loop recursion of L-BFGS around `solve`.
 
@@ -146,11 +144,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vecdot(x.flatten(-2), y.flatten(-2))
 
 
-def _solve_some(
-    solve: Callable[[Tensor], Tensor],
-    problems: list[int],
-    right: Tensor,
-) -> Tensor:
+def _solve_some(solve: Callable[[Tensor], Tensor], problems: list[int], right: Tensor) -> Tensor:
     """Return the product of some problems of f[P, K, n], and 0 for the others."""
     product = torch.zeros_like(right)
     product[problems] = solve(right[problems]).to(right)

@@ -86,17 +86,12 @@ def normal_equations(target: Tensor, grid: tuple[int, int], view: GridPlacement)
     projected = rows.T @ y.permute(0, 3, 1, 2) @ cols  # [B, K, h, w]
     weight = rows.T @ valid @ cols
     return NormalEquations(
-        couplings,
-        weight.flatten(1),
-        projected.flatten(2).mT,
-        y.square().sum((1, 2)),
+        couplings, weight.flatten(1), projected.flatten(2).mT, y.square().sum((1, 2))
     )
 
 
 def apply_gram(
-    couplings: dict[tuple[int, int], Tensor],
-    states: Tensor,
-    grid: tuple[int, int],
+    couplings: dict[tuple[int, int], Tensor], states: Tensor, grid: tuple[int, int]
 ) -> Tensor:
     """Return G X, f[B, h * w, d], of states X f[B, h * w, d]."""
     h, w = grid

@@ -38,11 +38,7 @@ class Counts(NamedTuple):
 
 
 @torch.no_grad()
-def count(
-    logits: Tensor,
-    target: Tensor,
-    view: GridPlacement | None = None,
-) -> Counts:
+def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None) -> Counts:
     """Upsample logits, take the argmax per pixel and count, without storing the predicted maps.
 
     Args:
@@ -88,20 +84,14 @@ def count(
 
 @lru_cache(maxsize=64)
 def _token_of_pixel(
-    view: GridPlacement,
-    grid: tuple[int, int],
-    size: tuple[int, int],
-    device: torch.device,
+    view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device
 ) -> Tensor:
     """Return the token of each pixel, i64[H, W]; T outside the grid; cached, since a copy to a GPU synchronises."""
     return view.token_of_pixel(grid, size).to(device)
 
 
 def _count_predictions(
-    logits: Tensor,
-    target: Tensor,
-    token: Tensor,
-    view: GridPlacement,
+    logits: Tensor, target: Tensor, token: Tensor, view: GridPlacement
 ) -> list[Tensor]:
     """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T]."""
     sites, images, classes, h, w = logits.shape

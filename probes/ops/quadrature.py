@@ -104,11 +104,7 @@ def join_masks(parts: Iterable[PreparedMasks], images: int | None = None) -> Pre
             if name not in tensors:
                 tensors[name] = x.new_empty(images, *x.shape[1:])
             tensors[name][rows] = x
-    return PreparedMasks(
-        **tensors,
-        rules=tuple(rules),
-        rule_of=tuple(rule_of),
-    )
+    return PreparedMasks(**tensors, rules=tuple(rules), rule_of=tuple(rule_of))
 
 
 def _find_rule(rules: list[tuple[Tensor, Tensor]], rule: tuple[Tensor, Tensor]) -> int:
@@ -194,10 +190,7 @@ def _classes_in(target: Tensor, classes: int, ignore_index: int) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def axis_rule(
-    tokens: int,
-    pixels: int,
-    extent: AxisExtent,
-    nodes: int | None,
+    tokens: int, pixels: int, extent: AxisExtent, nodes: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the nodes of an axis: interpolation from the tokens, f64[M, tokens], and to pixels, f64[pixels, M].
 

@@ -22,16 +22,8 @@ STYLE = {
     "grid.color": "#ebeef1",
     "pdf.fonttype": 42,  # TrueType; journals reject Type 3
 }
-LINES = {
-    "dashed": "--",
-    "dotted": ":",
-    "dots": "",
-}
-MARKS = {
-    "circle": "o",
-    "causal": "^",
-    "bidirectional": "s",
-}
+LINES = {"dashed": "--", "dotted": ":", "dots": ""}
+MARKS = {"circle": "o", "causal": "^", "bidirectional": "s"}
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -133,10 +125,7 @@ def pdf_of(figure: Figure) -> Drawing:
     columns = min(4, len(figure.panels))
     rows = -(-len(figure.panels) // columns)
     size = (7.2, 4.0) if columns == 1 else (2.7 * columns, 2.4 * rows)
-    drawing = Drawing(
-        figsize=size,
-        layout="constrained",
-    )
+    drawing = Drawing(figsize=size, layout="constrained")
     axes = drawing.subplots(rows, columns, squeeze=False).flat
     for ax in axes[len(figure.panels) :]:
         ax.set_visible(False)
@@ -150,13 +139,7 @@ def pdf_of(figure: Figure) -> Drawing:
             if len(points) == 1:
                 points = [points[0]._replace(x=points[0].x + shift) for shift in (-0.2, 0.2)]
             low, high = ([chart.scale * getattr(p, end) for p in points] for end in ENDS)
-            ax.fill_between(
-                [p.x for p in points],
-                low,
-                high,
-                color=RANDOM,
-                lw=0,
-            )
+            ax.fill_between([p.x for p in points], low, high, color=RANDOM, lw=0)
         for curve in chart.curves:
             _plot(ax, curve, chart.scale)
         if chart.signed:
@@ -164,28 +147,17 @@ def pdf_of(figure: Figure) -> Drawing:
         shown = {x: name for x, name in chart.ticks.items() if name}
         thin = 1 + len(shown) // 14
         ax.set_xticks([*shown][::thin], [*shown.values()][::thin])
-        ax.set(
-            ylabel=chart.unit,
-            ylim=chart.span,
-        )
+        ax.set(ylabel=chart.unit, ylim=chart.span)
     handles, labels = axes[0].get_legend_handles_labels()
     if labels:
-        drawing.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=4,
-        )
+        drawing.legend(handles, labels, loc="outside lower center", ncols=4)
     return drawing
 
 
 def _plot(ax, curve: Curve, scale: float) -> None:
     """Draw a curve by matplotlib."""
     points = known(curve)
-    colour = {
-        "ink": "black",
-        "grey": GREY,
-    }.get(curve.colour, curve.colour)
+    colour = {"ink": "black", "grey": GREY}.get(curve.colour, curve.colour)
     colour = COLOURS[colour % len(COLOURS)] if isinstance(colour, int) else colour
     x = [p.x for p in points]
     ax.plot(
@@ -200,37 +172,20 @@ def _plot(ax, curve: Curve, scale: float) -> None:
     if points and points[0].low is not None:
         low, high = ([scale * getattr(p, end) for p in points] for end in ENDS)
         if curve.band:
-            ax.fill_between(
-                x,
-                low,
-                high,
-                color=colour,
-                alpha=0.15,
-            )
+            ax.fill_between(x, low, high, color=colour, alpha=0.15)
         elif curve.style == "dots":
-            ax.vlines(
-                x,
-                low,
-                high,
-                color=colour,
-            )
+            ax.vlines(x, low, high, color=colour)
 
 
 def _pictures(figure: Figure) -> Drawing:
     """Return rows of pictures by matplotlib."""
     rows, columns = len(figure.pictures), len(figure.columns)
     size = (1.25 * columns + 0.6, 1.35 * rows + 0.4)
-    drawing = Drawing(
-        figsize=size,
-        layout="constrained",
-    )
+    drawing = Drawing(figsize=size, layout="constrained")
     axes = drawing.subplots(rows, columns, squeeze=False)
     pictures = [picture for row in figure.pictures for picture in row.pictures]
     for ax, picture in zip(axes.flat, pictures, strict=True):
-        ax.set(
-            xticks=[],
-            yticks=[],
-        )
+        ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         if picture is not None:
             ax.imshow(picture, interpolation="nearest")

@@ -73,12 +73,7 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     effects = effects_of_study(study)
     claims = []
     for (name, claim), (mask, run) in product(CLAIMS.items(), study.main_runs.items()):
-        case = Case(
-            study,
-            name,
-            mask,
-            effects,
-        )
+        case = Case(study, name, mask, effects)
         number = case.number(name, study.is_solved)
         if not number:
             continue
@@ -128,12 +123,7 @@ def _paper_column(case: Case) -> Entry:
         pair = study.main_runs[case.mask], study.solved[case.mask]
         if ANALYSIS_OF.get(case.name) != KNOCKOUT or not knockout_difference(*pair):
             below = (optimum - number).json()
-    return judge(
-        sign,
-        **number.json(),
-        probes="trained",
-        below_optimum=below,
-    )
+    return judge(sign, **number.json(), probes="trained", below_optimum=below)
 
 
 def _optimum_column(case: Case) -> Entry:
@@ -155,20 +145,11 @@ def _optimum_column(case: Case) -> Entry:
     drawn = torch.stack([effect.vector for effect in rows.values()], 1)
     bounds = torch.stack(simultaneous_band(drawn[0], drawn[1:]), 1).tolist()
     columns = [
-        judge(
-            sign,
-            effect.value,
-            ci95,
-            margin,
-            row=row,
-        )
+        judge(sign, effect.value, ci95, margin, row=row)
         for (row, effect), ci95 in zip(rows.items(), bounds, strict=True)
         if effect.about["converged"]
     ]
-    counts = {
-        "strengths": len(rows),
-        "converged": len(columns),
-    }
+    counts = {"strengths": len(rows), "converged": len(columns)}
     return worst_of(sign, columns, margin) | counts
 
 
@@ -191,27 +172,14 @@ def _beyond_random_column(case: Case) -> Entry:
         for (mask, control), estimate in compared.items():
             if mask == case.mask:
                 others = [x for x in compared.values() if x is not estimate and is_pooled]
-                columns[control] = judge_draws(
-                    sign,
-                    estimate,
-                    others,
-                    margin,
-                )
+                columns[control] = judge_draws(sign, estimate, others, margin)
         if not columns:
             continue
         probes = "solved" if solved else "trained"
         worst = worst_of(sign, [x | {"control": name} for name, x in columns.items()], margin)
         if reason := why_undecided(case, columns, solved):
-            return untested(
-                reason,
-                worst["value"],
-                worst["ci95"],
-                probes=probes,
-            )
-        return worst | {
-            "controls": columns,
-            "probes": probes,
-        }
+            return untested(reason, worst["value"], worst["ci95"], probes=probes)
+        return worst | {"controls": columns, "probes": probes}
     reasons = [why_no_draws(case, control) for control in case.controls]
     return untested("; ".join(dict.fromkeys(reasons)))
 
@@ -293,12 +261,7 @@ def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -
     for name in COLUMNS:
         columns = {seed: entry["verdicts"][name] for seed, entry in by_seed.items()}
         least = 0.0 if name == "paper" else margin
-        verdicts[name] = join_column(
-            claim.sign,
-            columns,
-            shared_images,
-            least,
-        )
+        verdicts[name] = join_column(claim.sign, columns, shared_images, least)
     # the numbers of the main runs
     measured = {key: verdicts["paper"][key] for key in ("value", "ci95")}
     is_known = measured["value"] is not None
@@ -311,19 +274,13 @@ def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -
         "holds": is_known and judge(claim.sign, **measured)["verdict"] == HOLDS,
         "verdicts": verdicts,
         **conclude(verdicts, claim.unlearned),
-        "n": {
-            "seeds": min(counts, default=0),
-            "of": len(by_seed),
-        },
+        "n": {"seeds": min(counts, default=0), "of": len(by_seed)},
         **({"truth": truths.pop()} if len(truths) == 1 and None not in truths else {}),
     }
 
 
 def join_column(
-    sign: int,
-    by_seed: dict[int, Entry],
-    shared_images: bool,
-    margin: float = MARGIN,
+    sign: int, by_seed: dict[int, Entry], shared_images: bool, margin: float = MARGIN
 ) -> Entry:
     """Return the column of all seeds that have a verdict from the same kind of probes, at least two.
 
@@ -351,34 +308,18 @@ def join_column(
     of_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in entries]
     value, ci95 = mean_over_seeds(of_images, shared_images)
     if reason:
-        return untested(
-            reason,
-            value,
-            ci95,
-            **more,
-        )
+        return untested(reason, value, ci95, **more)
     below = [x["below_optimum"] for x in entries if x.get("below_optimum")]
     if len(below) > 1:
         mean = mean_over_seeds([(x["value"], x["ci95"]) for x in below], shared_images)
         more["below_optimum"] = dict(zip(("value", "ci95"), mean, strict=True))
-    return judge(
-        sign,
-        value,
-        ci95,
-        margin,
-        len(entries) - 1,
-        **more,
-    )
+    return judge(sign, value, ci95, margin, len(entries) - 1, **more)
 
 
 def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:
     """Return the seeds whose probes are of the most frequent kind."""
     kinds = [entry.get("probes") for entry in by_seed.values()]
-    most = max(
-        kinds,
-        key=kinds.count,
-        default=None,
-    )
+    most = max(kinds, key=kinds.count, default=None)
     return {seed: entry for seed, entry in by_seed.items() if entry.get("probes") == most}
 
 

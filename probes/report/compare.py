@@ -41,11 +41,7 @@ def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Itera
     """
     references: dict[tuple, StudyRuns] = {}
     for study in studies:
-        about = {
-            "task": study.task.name,
-            "data": study.dataset,
-            "seed": study.seed,
-        }
+        about = {"task": study.task.name, "data": study.dataset, "seed": study.seed}
         first = references.setdefault(tuple(about.values()), study)
         if first.name != study.name:
             ours, theirs = runs_to_compare(first, study)
@@ -59,10 +55,7 @@ def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Itera
                 try:
                     check_same_probes(ours[mask], theirs[mask])
                 except UserError as error:
-                    yield of_mask | {
-                        "of": LEFT_OUT,
-                        "name": str(error),
-                    }
+                    yield of_mask | {"of": LEFT_OUT, "name": str(error)}
                     continue
                 rows = compare_runs(ours[mask], theirs[mask])
                 yield from (of_mask | row for row in rows)
@@ -83,55 +76,23 @@ def compare_runs(
     task = first.task
     ours = first.site_scores
     theirs = second.site_scores
-    swaps = random_swaps(
-        first.metrics["images"],
-        permutations,
-        groups=first.groups,
-    ).double()
+    swaps = random_swaps(first.metrics["images"], permutations, groups=first.groups).double()
     pairs = pair_sites(first, second)
     tested = [pair for pair in pairs if has_depth(pair[0])]
-    p_of = _test_sites(
-        first,
-        second,
-        tested,
-        swaps,
-    )
+    p_of = _test_sites(first, second, tested, swaps)
     for pair in pairs:
-        row = _row(
-            "site",
-            pair[0],
-            task,
-            ours[pair[0]],
-            theirs[pair[1]],
-            *pair,
-        )
+        row = _row("site", pair[0], task, ours[pair[0]], theirs[pair[1]], *pair)
         yield row | {"p": p_of.get(pair)}
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
-            yield _row(
-                "effect",
-                name,
-                task,
-                first.effects[name],
-                second.effects[name],
-            )
+            yield _row("effect", name, task, first.effects[name], second.effects[name])
     best = (first.peak_layer, second.peak_layer)
     if all(best):
         layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
-        about = {
-            "of": BEST_LAYER,
-            "name": BEST_LAYER,
-            "site": best[0],
-            "second_site": best[1],
-        }
+        about = {"of": BEST_LAYER, "name": BEST_LAYER, "site": best[0], "second_site": best[1]}
         yield about | difference_of_best(task.sign, *layers)
         if task.name == SEGMENTATION:
-            yield from compare_classes(
-                first,
-                second,
-                best,
-                swaps,
-            )
+            yield from compare_classes(first, second, best, swaps)
 
 
 def has_depth(site: str) -> bool:
@@ -159,10 +120,7 @@ def pair_sites(first: ProbeRun, second: ProbeRun) -> list[tuple[str, str]]:
 
 
 def _test_sites(
-    first: ProbeRun,
-    second: ProbeRun,
-    pairs: Sequence[tuple[str, str]],
-    swaps: Tensor,
+    first: ProbeRun, second: ProbeRun, pairs: Sequence[tuple[str, str]], swaps: Tensor
 ) -> dict[tuple[str, str], float]:
     """Return the corrected p-value of each pair of sites, from runs that exchange some images, f[1 + P, N]."""
     if not pairs:
@@ -211,10 +169,7 @@ def difference_of_best(
 
 
 def compare_classes(
-    first: ProbeRun,
-    second: ProbeRun,
-    sites: tuple[str, str],
-    swaps: Tensor,
+    first: ProbeRun, second: ProbeRun, sites: tuple[str, str], swaps: Tensor
 ) -> Iterator[Entry]:
     """Yield a row for each class that is labelled or predicted, at one site of each run.
 
@@ -223,12 +178,7 @@ def compare_classes(
     `FEWEST_PHOTOS` photos, or groups of these, has no p-value.
     """
     a, b = (
-        run.sums_at([site])[0].double()
-        for run, site in zip(
-            (first, second),
-            sites,
-            strict=True,
-        )
+        run.sums_at([site])[0].double() for run, site in zip((first, second), sites, strict=True)
     )
     moved = swaps @ (b - a)
     iou = first.task.iou
@@ -240,11 +190,7 @@ def compare_classes(
     weights = torch.cat([torch.ones(1, len(a)), first.weights]).double()
     drawn = [iou(weights @ sums).nan_to_num() for sums in (a, b)]
     photos = photos_of_classes(first)
-    for k, p in zip(
-        known,
-        corrected,
-        strict=True,
-    ):
+    for k, p in zip(known, corrected, strict=True):
         row = _row(
             "class",
             first.metrics["classes"][k],
@@ -252,10 +198,7 @@ def compare_classes(
             *(Estimate.from_vector(x[:, k]) for x in drawn),
             *sites,
         )
-        yield row | {
-            "photos": photos[k],
-            "p": p if photos[k] >= FEWEST_PHOTOS else None,
-        }
+        yield row | {"photos": photos[k], "p": p if photos[k] >= FEWEST_PHOTOS else None}
 
 
 def photos_of_classes(run: ProbeRun) -> list[int]:
@@ -277,10 +220,7 @@ def _row(
 ) -> Entry:
     """Return the row of a difference of two numbers, without its p-value."""
     difference = second - first
-    low, high = difference.json(
-        lowest=-task.highest,
-        highest=task.highest,
-    )["ci95"]
+    low, high = difference.json(lowest=-task.highest, highest=task.highest)["ci95"]
     return {
         "of": of,
         "name": name,

@@ -19,21 +19,14 @@ WIDE = ((856, 412), (40, 62, 26, 76))  # size, and margins
 WRITTEN = ("encoder", "adapter")  # sites with their whole name at the axis
 NARROW = ((358, 270), (34, 46, 26, 46))
 TILES = 6
-GREY_NAMES = {
-    "LLM layers": "random LLMs",
-    "adapter": "random adapters",
-}
+GREY_NAMES = {"LLM layers": "random LLMs", "adapter": "random adapters"}
 MOST_BANDS = 4  # models whose random models are drawn
 LEAST_GAP = 0.1  # of the height, from which the bracket is drawn
 MOST_COLOURS = 6  # models that are told apart by colour
 
 
 # ------------------------------------------------------------------------------------------------ sentences
-def headline(
-    lead: SiteReading,
-    claims: Mapping[str, Any],
-    differences: pd.DataFrame,
-) -> list[str]:
+def headline(lead: SiteReading, claims: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
     """Return the answer, and the sentences after it.
 
     Args:
@@ -138,13 +131,7 @@ def choose_tiles(view: ReportView, most: int = TILES) -> list[str]:
         return view.axis.sites
     sites = [row.site for row in view.lead.rows]
     layers = [site for site in sites if site.startswith("layer")]
-    wanted = [
-        "adapter",
-        "encoder",
-        view.lead.best.site,
-        (layers or sites)[-1],
-        sites[0],
-    ]
+    wanted = ["adapter", "encoder", view.lead.best.site, (layers or sites)[-1], sites[0]]
     chosen = list(dict.fromkeys(site for site in wanted if site in sites))[:most]
     while len(chosen) < min(most, len(sites)):
         taken = [sites.index(site) for site in chosen]
@@ -197,36 +184,17 @@ def large_figure(view: ReportView) -> list[tuple[Frame, list[Mark]]]:
                 i: site if site in WRITTEN else site_tick(site) for i, site in enumerate(sites)
             }
         above = [
-            *end_labels(
-                frame,
-                view,
-                shown,
-                models > 1,
-            ),
+            *end_labels(frame, view, shown, models > 1),
             *best_site(frame, view, is_wide),
-            *grey_names(
-                frame,
-                view,
-                shown,
-                is_wide,
-            ),
-            Mark(
-                "ylab",
-                2,
-                13,
-                chart.unit,
-                "start",
-            ),
+            *grey_names(frame, view, shown, is_wide),
+            Mark("ylab", 2, 13, chart.unit, "start"),
         ]
         drawn.append((frame, above))
     return drawn
 
 
 def end_labels(
-    frame: Frame,
-    view: ReportView,
-    readings: Sequence[SiteReading],
-    many: bool,
+    frame: Frame, view: ReportView, readings: Sequence[SiteReading], many: bool
 ) -> Iterator[Mark]:
     """Yield the score at the last site of each curve; labels of one place are moved apart, those within below it."""
     by_place: dict[float, list[SiteReading]] = {}
@@ -243,13 +211,7 @@ def end_labels(
             text = " ".join([*words, reading.rows[-1].value_text])
             look = f"end {colour_class(reading.model.number)}"
             below = y + (4 if is_last else 17)
-            yield Mark(
-                look,
-                frame.x(place) + 11,
-                below,
-                text,
-                "start",
-            )
+            yield Mark(look, frame.x(place) + 11, below, text, "start")
 
 
 def dodge(heights: Sequence[float], gap: float) -> list[float]:
@@ -277,32 +239,17 @@ def best_site(frame: Frame, view: ReportView, is_wide: bool) -> Iterator[Mark]:
         anchor, shift = ("end", 10) if x > frame.width / 2 else ("start", -10)
     name = f"best: {site_name(best.site)}" if is_wide else "best"
     top = max(22.0, frame.y(best.high) - 9)
-    yield Mark(
-        "best",
-        x + shift,
-        top,
-        f"{name}, {best.value_text}%",
-        anchor,
-    )
+    yield Mark("best", x + shift, top, f"{name}, {best.value_text}%", anchor)
     reached = lead.draws.get(best.site, [best.value])
     start, end = y + 12, frame.y(max(reached)) - 2
     if best.minus_random > 0 and end - start > LEAST_GAP * (frame.base - frame.top):
         yield Mark("gap", path=f"M{x} {start:.1f}V{end:.1f}M{x - 4:.1f} {end:.1f}h8")
         said = best.minus_random_text + " beyond random" * is_wide
-        yield Mark(
-            "gaptext",
-            x - 8,
-            (start + end) / 2,
-            said,
-            "end",
-        )
+        yield Mark("gaptext", x - 8, (start + end) / 2, said, "end")
 
 
 def grey_names(
-    frame: Frame,
-    view: ReportView,
-    readings: Sequence[SiteReading],
-    is_wide: bool,
+    frame: Frame, view: ReportView, readings: Sequence[SiteReading], is_wide: bool
 ) -> Iterator[Mark]:
     """Yield the names of the ranges of random models, below them and clear of the lead's band and of other curves."""
     lead = view.lead
@@ -313,13 +260,7 @@ def grey_names(
         name = GREY_NAMES.get(zone, "random layers")
         x, y = frame.x(point.x), frame.y(point.low) + 17
         if zone == "adapter" and frame.step > 110:
-            yield Mark(
-                "randtext",
-                x + 18,
-                frame.y(point.value) + 4,
-                name,
-                "start",
-            )
+            yield Mark("randtext", x + 18, frame.y(point.value) + 4, name, "start")
         elif zone != "adapter" or is_wide:
             row = lead.row(site)
             if row and frame.y(row.high) - 14 < y < frame.y(row.low) + 12:
@@ -328,9 +269,4 @@ def grey_names(
             while any(abs(height + 5 - y) < 12 for height in others):
                 y += 4
             if y < frame.base - 4:
-                yield Mark(
-                    "randtext",
-                    x,
-                    y,
-                    name,
-                )
+                yield Mark("randtext", x, y, name)

@@ -47,18 +47,8 @@ def effects_of_study(study: StudyRuns) -> Effects:
     of_run = {run.path: read_effects(run) for run in study.members}
     effects: Effects = {}
     for solved in {True, study.is_solved}:
-        trained = by_mask(
-            study.where(
-                arm="trained",
-                solved=solved,
-            )
-        )
-        untrained = by_mask(
-            study.where(
-                arm=UNTRAINED,
-                solved=solved,
-            )
-        )
+        trained = by_mask(study.where(arm="trained", solved=solved))
+        untrained = by_mask(study.where(arm=UNTRAINED, solved=solved))
         # where masks are compared: the best layer of the trained model, for its controls too
         site = next((run.peak_layer for run in trained.values()), None)
         models = [("trained", trained)]
@@ -69,11 +59,7 @@ def effects_of_study(study: StudyRuns) -> Effects:
             own = {mask: of_run[run.path] for mask, run in runs.items()}
             if all(mask in runs and site in runs[mask].sites for mask in MASKS):
                 check_pair(*(runs[mask] for mask in MASKS))
-                gaps = between_masks(
-                    own["causal"],
-                    own["bidirectional"],
-                    site,
-                )
+                gaps = between_masks(own["causal"], own["bidirectional"], site)
                 own["causal"] = own["causal"] | gaps
             for mask, of_mask in own.items():
                 for name, estimate in of_mask.items():
@@ -103,9 +89,7 @@ def is_defined(estimate: Estimate) -> bool:
 
 
 def between_masks(
-    causal: Mapping[str, Estimate],
-    bidirectional: Mapping[str, Estimate],
-    site: str,
+    causal: Mapping[str, Estimate], bidirectional: Mapping[str, Estimate], site: str
 ) -> dict[str, Estimate]:
     """Return the claims that are differences of the effects of two masks at a site."""
     gaps = {}
@@ -152,12 +136,7 @@ class Case:
         """The effect that it is at the optimum and beyond random; a knockout without a contrast has none."""
         return f"{self.name}@random" if self.claim.against_tokens else self.name
 
-    def number(
-        self,
-        effect: str,
-        solved: bool,
-        weights: str = "trained",
-    ) -> Estimate | None:
+    def number(self, effect: str, solved: bool, weights: str = "trained") -> Estimate | None:
         """Return an effect of a model from probes of one kind, None without."""
         return next(iter(self.effects.get((effect, self.mask, weights, solved), ())), None)
 
@@ -180,11 +159,7 @@ class Case:
 
     def other_knockouts(self, control: str, solved: bool) -> str:
         """Return why knockouts of a control are not comparable with the trained one's, "" if they are."""
-        trained = self.study.where(
-            arm="trained",
-            mask=self.mask,
-            solved=solved,
-        )
+        trained = self.study.where(arm="trained", mask=self.mask, solved=solved)
         if ANALYSIS_OF.get(self.name) != KNOCKOUT or not trained:
             return ""
         draws = [x[self.mask] for x in self.study.draws(control, solved=solved) if self.mask in x]
@@ -207,11 +182,7 @@ def why_no_optimum(case: Case, rows: Mapping[str, Estimate]) -> str:
         return again("no solved run of the untrained model", "untrained0 among its --arms")
     runs = [case.study.solved[mask] for mask in case.masks]
     if case.name == GAIN:
-        runs += case.study.where(
-            arm=UNTRAINED,
-            mask=case.mask,
-            solved=True,
-        )[:1]
+        runs += case.study.where(arm=UNTRAINED, mask=case.mask, solved=True)[:1]
     if not case.number(case.judged, solved=True):
         return why_no_number(case, runs, "the solved probes")
     if "chosen" in rows and rows["chosen"].about["converged"]:

@@ -55,17 +55,10 @@ FILTERS |= {f.__name__: f for f in (names_of, notes_of_run, overridden_masks)}
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 Sections = dict[str, Section]  # of analyses by name
 # of figures as files, and what they say of themselves
-FORMATS = {
-    "pdf": {"CreationDate": None},
-    "png": {},
-}
+FORMATS = {"pdf": {"CreationDate": None}, "png": {}}
 
 
-def write_report(
-    texts: Iterable[str],
-    out: str | Path,
-    labels: Sequence[str] = (),
-) -> Entry:
+def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = ()) -> Entry:
     """Write the report of studies to the folder `out` and return the content of results.json.
 
     Args:
@@ -104,33 +97,13 @@ def write_report(
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
         names = sorted(path.relative_to(out).as_posix() for path in files)
-        page = render_page(
-            view,
-            sentences,
-            studies,
-            sections,
-            site_figures,
-            unfinished,
-            names,
-        )
-        results = report_results(
-            studies,
-            claims,
-            joint,
-            tables,
-            sections,
-        )
+        page = render_page(view, sentences, studies, sections, site_figures, unfinished, names)
+        results = report_results(studies, claims, joint, tables, sections)
         results["summary"] = summarize(view, sentences, studies[0].first)
         results |= {"unfinished": unfinished} if unfinished else {}
         results |= {"files": names}
         earlier = _earlier_files(out)
-        write_files(
-            files
-            | {
-                out / "index.html": page,
-                out / "results.json": results,
-            }
-        )
+        write_files(files | {out / "index.html": page, out / "results.json": results})
         for path in earlier - files.keys():
             path.unlink(missing_ok=True)
             with suppress(OSError):  # the folder of a study may have other files
@@ -170,11 +143,7 @@ def _figure_files(figures: Iterable[Figure], out: Path) -> Files:
     for figure in figures:
         for kind, metadata in FORMATS.items():
             drawn = io.BytesIO()
-            charts.pdf_of(figure).savefig(
-                drawn,
-                format=kind,
-                metadata=metadata,
-            )
+            charts.pdf_of(figure).savefig(drawn, format=kind, metadata=metadata)
             files[out / f"{figure.name}.{kind}"] = drawn.getvalue()
         files |= _csv_files({figure.name: figure.rows}, out)
     return files
@@ -246,24 +215,11 @@ def figures_of_sites(view: ReportView) -> list[Figure]:
     for task, of_task in parts.grouped(view.readings, "task").items():
         masks = list(dict.fromkeys(reading.mask for reading in of_task))
         panels = [
-            by_site(
-                own,
-                SiteAxis(own),
-                masks,
-                banded=own[:1],
-                title=data,
-            )
+            by_site(own, SiteAxis(own), masks, banded=own[:1], title=data)
             for data, own in parts.grouped(of_task, "data").items()
         ]
         name = "layers" if task == SEGMENTATION else f"layers_{task}"
-        figures.append(
-            Figure(
-                name,
-                "Scores by site",
-                "",
-                panels,
-            )
-        )
+        figures.append(Figure(name, "Scores by site", "", panels))
     return figures + parts.inside_layers(view.tables)
 
 
@@ -290,22 +246,11 @@ def report_results(
     labels = tables.models.set_index("name")["label"].to_dict()
     main = []
     others = []
-    for study, *of_study in zip(
-        studies,
-        claims,
-        sections,
-        strict=True,
-    ):
+    for study, *of_study in zip(studies, claims, sections, strict=True):
         found = main if study.task.name == SEGMENTATION else others
         found.append(study_results(study, labels[study.name], *of_study))
-    several = {
-        "seed": main[0]["seed"],
-        "studies": main,
-    }
-    results = {
-        "margin": MARGIN,
-        "models": tables.models.to_dict("records"),
-    }
+    several = {"seed": main[0]["seed"], "studies": main}
+    results = {"margin": MARGIN, "models": tables.models.to_dict("records")}
     results |= main[0] if len(main) == 1 else several
     if joint:
         results["joint"] = [entry | {"model": labels[entry["model"]]} for entry in joint]
@@ -314,12 +259,7 @@ def report_results(
     return results | {"comparisons": comparisons(tables)}
 
 
-def study_results(
-    study: StudyRuns,
-    label: str,
-    claims: list[Entry],
-    sections: Sections,
-) -> Entry:
+def study_results(study: StudyRuns, label: str, claims: list[Entry], sections: Sections) -> Entry:
     """Return the entries of one model on one data set."""
     first = study.first
     masks = {
@@ -347,10 +287,7 @@ def study_results(
         "has_llm": first.has_llm,
         "seed": first.metrics["seed"],
         "masks": masks,
-        "controls": {
-            "untrained": untrained,
-            "random": random,
-        },
+        "controls": {"untrained": untrained, "random": random},
         "claims": claims,
         "data_notes": notes_of_run(first.metrics.get("classes", []), first.manifest["data"]),
         **added,

@@ -28,12 +28,7 @@ FINDINGS = {
     "does not hold": ("no", "none", "○"),
     "untested": ("open", "dash", "◌"),
 }
-ABOUT_CLAIM = [
-    "claim",
-    "model",
-    "mask",
-    "data",
-]
+ABOUT_CLAIM = ["claim", "model", "mask", "data"]
 INSIDE = {
     "value": "values",
     "attn": "added by attention",
@@ -50,12 +45,7 @@ COLUMNS = {
 class Scale:
     """An axis in per cent of a box, from values in the unit of a task; signed ones have a line at 0."""
 
-    def __init__(
-        self,
-        values: Iterable[float],
-        factor: float = 100,
-        signed: bool = True,
-    ):
+    def __init__(self, values: Iterable[float], factor: float = 100, signed: bool = True):
         self.factor = factor
         self.signed = signed
         least = LEAST_STEP if factor == 100 else 0
@@ -139,15 +129,7 @@ def panels(
     for own in groups:
         others = [reading for reading in readings if reading not in own] * together
         axis = SiteAxis(readings if together else own)
-        charts.append(
-            by_site(
-                own,
-                axis,
-                masks,
-                others,
-                own if banded else (),
-            )
-        )
+        charts.append(by_site(own, axis, masks, others, own if banded else ()))
     span = chart_span(charts)
     return [
         {
@@ -179,52 +161,20 @@ def inside_layers(tables: Tables) -> list[Figure]:
     table = tables.sites[tables.sites["main"] & (tables.sites["metric"] == "miou")]
     table = table[table["site"].map(lambda site: is_layer(layer_around(site)))]
     parts = table["site"].map(lambda site: part_of(site) or "")
-    table = table.assign(
-        part=parts,
-        layer=table["site"].map(layer_number),
-    )
+    table = table.assign(part=parts, layer=table["site"].map(layer_number))
     charts = []
     for about, own in table.groupby(ABOUT, sort=False):
         if own["part"].any():
             rows = own.sort_values("layer")
             looks = {
-                part: Curve(
-                    [],
-                    name,
-                    colour,
-                    mark="circle",
-                    band=True,
-                )
+                part: Curve([], name, colour, mark="circle", band=True)
                 for colour, (part, name) in enumerate(INSIDE.items())
             }
-            curves = curves_by_layer(
-                rows.to_dict("records"),
-                looks,
-                "part",
-                "value",
-            )
+            curves = curves_by_layer(rows.to_dict("records"), looks, "part", "value")
             ticks = {layer: str(layer) for layer in rows["layer"]}
-            charts.append(
-                Chart(
-                    curves,
-                    ticks,
-                    ", ".join(about[2:4]),
-                    "mIoU, %",
-                )
-            )
+            charts.append(Chart(curves, ticks, ", ".join(about[2:4]), "mIoU, %"))
     text = "Values that a layer's attention reads, and what attention and MLP add, beside the output of the layer."
-    return (
-        [
-            Figure(
-                "parts",
-                "Inside the layers",
-                text,
-                charts,
-            )
-        ]
-        if charts
-        else []
-    )
+    return [Figure("parts", "Inside the layers", text, charts)] if charts else []
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -234,12 +184,7 @@ def class_rows(classes: DataFrame, lead: SiteReading, differences: DataFrame) ->
     Classes are sorted by how much they gain, or by the difference of the models.
     """
     own = rows_about(classes, lead)
-    iou = own.pivot_table(
-        index="class",
-        columns="site",
-        values="iou",
-        sort=False,
-    )
+    iou = own.pivot_table(index="class", columns="site", values="iou", sort=False)
     best = lead.best.site
     layers = [row.site for row in lead.rows if lead.is_layer(row.site)]
     last = [] if best.endswith("norm") else layers[-1:]  # a norm repeats the last layer
@@ -247,12 +192,7 @@ def class_rows(classes: DataFrame, lead: SiteReading, differences: DataFrame) ->
     compared = next((site for site in ends if site != best), best)
     if iou.empty or best == compared:
         return None
-    table = DataFrame(
-        {
-            "from": iou[lead.own[compared]],
-            "to": iou[lead.own[best]],
-        }
-    ).dropna()
+    table = DataFrame({"from": iou[lead.own[compared]], "to": iou[lead.own[best]]}).dropna()
     table["photos"] = own.groupby("class")["photos"].first()
     of_class = differences[differences["of"] == "class"]
     pair = {row.name: row for row in of_class.itertuples(index=False)}  # of the last model
@@ -272,10 +212,6 @@ def class_rows(classes: DataFrame, lead: SiteReading, differences: DataFrame) ->
 
 
 # ------------------------------------------------------------------------------------------------ sites
-def scale_of(
-    rows: Iterable[Any],
-    more: Sequence[float] = (),
-    signed: bool = True,
-) -> Scale:
+def scale_of(rows: Iterable[Any], more: Sequence[float] = (), signed: bool = True) -> Scale:
     """Return the axis of the intervals of rows and of more values."""
     return Scale([*more, *(x for row in rows for x in (row.low, row.high))], signed=signed)

@@ -18,12 +18,7 @@ PIXEL_ART = 128  # px, up to which a photo is shown without smoothing
 def uri(image: Image.Image, kind: str = "png", **options: Any) -> str:
     """Return an image as a data URI."""
     content = io.BytesIO()
-    image.save(
-        content,
-        kind,
-        optimize=True,
-        **options,
-    )
+    image.save(content, kind, optimize=True, **options)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -50,12 +45,7 @@ def right_share(classes: np.ndarray, truth: np.ndarray) -> str:
     return f"{(classes == truth)[labelled].mean() if labelled.any() else 0:.0%}"
 
 
-def map_of(
-    reading: SiteReading,
-    lead: SiteReading,
-    photo: str,
-    site: str,
-) -> np.ndarray | None:
+def map_of(reading: SiteReading, lead: SiteReading, photo: str, site: str) -> np.ndarray | None:
     """Return what a reading's probe sees in a photo of the lead at a site, None if that was not kept."""
     found, own = reading.pictures, lead.pictures
     index = f"{photo}/index"
@@ -67,29 +57,18 @@ def map_of(
 
 
 def first_map(
-    readings: Sequence[SiteReading],
-    lead: SiteReading,
-    photo: str,
-    site: str,
+    readings: Sequence[SiteReading], lead: SiteReading, photo: str, site: str
 ) -> tuple[str, np.ndarray] | None:
     """Return what the lead's probe sees, else another's, with the key of its model; None if none was kept."""
     for reading in (lead, *readings):
-        predicted = map_of(
-            reading,
-            lead,
-            photo,
-            site,
-        )
+        predicted = map_of(reading, lead, photo, site)
         if predicted is not None:
             return reading.model.key, predicted
     return None
 
 
 def classes_drawn(
-    readings: Sequence[SiteReading],
-    lead: SiteReading,
-    photo: str,
-    sites: Sequence[str],
+    readings: Sequence[SiteReading], lead: SiteReading, photo: str, sites: Sequence[str]
 ) -> list[int]:
     """Return the classes that a photo's truth has or that are read at one of these sites, the most frequent first."""
     drawn = [lead.pictures[f"{photo}/truth"].ravel()]

@@ -17,19 +17,10 @@ from .words import number, shown, site_name, site_number, site_tick, zone_of
 
 PARTS = ("encoder_", "encoder_norm", "encoder", "adapter", "layer_", "final_norm")
 IN_ENCODER = {"final_norm": "encoder_norm"}  # of a bare encoder beside an MLLM
-ABOUT = [
-    "task",
-    "data",
-    "model",
-    "mask",
-    "seed",
-]
+ABOUT = ["task", "data", "model", "mask", "seed"]
 
 
-@dataclass(
-    frozen=True,
-    eq=False,
-)
+@dataclass(frozen=True, eq=False)
 class SiteReading:
     """A trained model under a mask on a data set.
 
@@ -73,10 +64,7 @@ class SiteReading:
         return next((row for row in self.rows if row.site == site), None)
 
 
-@dataclass(
-    frozen=True,
-    eq=False,
-)
+@dataclass(frozen=True, eq=False)
 class ReportView:
     """What page and terminal show of the tables of a report.
 
@@ -133,10 +121,7 @@ class ReportView:
 def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -> ReportView:
     """Return what is shown of tables and of the pictures of runs, by task, data, key of the model, mask and seed."""
     depths = [site_number(site or "") or 0 for site in tables.models["last_layer"]]
-    numbered = tables.models.assign(
-        number=range(len(depths)),
-        depth=depths,
-    )
+    numbered = tables.models.assign(number=range(len(depths)), depth=depths)
     models = {row.key: row for row in numbered.itertuples()}
     has_llm = numbered["has_llm"].any()
     table = shown(tables.sites)
@@ -163,11 +148,7 @@ def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -
                 pictures.get(about, {}),
             )
         )
-    return ReportView(
-        tables,
-        models,
-        readings,
-    )
+    return ReportView(tables, models, readings)
 
 
 def rows_about(table: pd.DataFrame, reading: SiteReading) -> pd.DataFrame:
@@ -244,25 +225,8 @@ def by_site(
     """
     task = TASKS[readings[0].task]
     is_segmentation = task.name == SEGMENTATION
-    curves = [
-        curve_of(
-            r,
-            axis,
-            masks,
-            style="thin",
-            mark="",
-        )
-        for r in others
-    ]
-    curves += [
-        curve_of(
-            r,
-            axis,
-            masks,
-            band=r in banded,
-        )
-        for r in readings
-    ]
+    curves = [curve_of(r, axis, masks, style="thin", mark="") for r in others]
+    curves += [curve_of(r, axis, masks, band=r in banded) for r in readings]
     return Chart(
         curves,
         {i: site_tick(site) for i, site in enumerate(axis.sites)},
@@ -273,12 +237,7 @@ def by_site(
     )
 
 
-def curve_of(
-    reading: SiteReading,
-    axis: SiteAxis,
-    masks: Sequence[str],
-    **look: Any,
-) -> Curve:
+def curve_of(reading: SiteReading, axis: SiteAxis, masks: Sequence[str], **look: Any) -> Curve:
     """Return the curve of a reading."""
     points = [
         Point(
@@ -295,12 +254,7 @@ def curve_of(
         "style": "dashed" if several and reading.mask == "causal" else "line",
         "mark": reading.mask if several and reading.model.has_llm else "circle",
     }
-    return Curve(
-        points,
-        reading.model.label,
-        reading.model.number,
-        **own | look,
-    )
+    return Curve(points, reading.model.label, reading.model.number, **own | look)
 
 
 def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]]:
@@ -326,9 +280,4 @@ def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]
 
 def _range(x: float, values: Sequence[float]) -> Point:
     """Return the mean of values, from the lowest to the highest."""
-    return Point(
-        x,
-        float(np.mean(values)),
-        min(values),
-        max(values),
-    )
+    return Point(x, float(np.mean(values)), min(values), max(values))

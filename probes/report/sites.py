@@ -53,10 +53,7 @@ def site_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
         for entry in run.metrics["sites"]:
             for metric in run.task.scores:
                 row = about | table_row(
-                    entry["site"],
-                    metric,
-                    entry[metric],
-                    entry[f"{metric}_ci95"],
+                    entry["site"], metric, entry[metric], entry[f"{metric}_ci95"]
                 )
                 if is_main and metric == run.task.score:
                     row |= compared.get((run.mask, entry["site"]), {})
@@ -89,10 +86,7 @@ def compare_sites(study: StudyRuns) -> dict[tuple[str, str], Entry]:
 
 
 def _beyond_draws(
-    mask: str,
-    compared: Mapping[tuple[str, str], Estimate],
-    *,
-    is_pooled: bool,
+    mask: str, compared: Mapping[tuple[str, str], Estimate], *, is_pooled: bool
 ) -> Entry:
     """Return the difference of a site from random models, from those by mask and control.
 
@@ -117,10 +111,7 @@ def _beyond_draws(
             return row
         intervals.append(ci95)
     lows, highs = zip(*intervals, strict=True)
-    return row | {
-        "minus_low": min(lows),
-        "minus_high": max(highs),
-    }
+    return row | {"minus_low": min(lows), "minus_high": max(highs)}
 
 
 def random_runs(study: StudyRuns, control: str, mask: str) -> list[ProbeRun]:
@@ -146,10 +137,7 @@ def draw_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
     for mask in shown_runs(study):
         for control, part in PART_OF.items():
             for run in random_runs(study, control, mask):
-                about = run_columns(study, run, key) | {
-                    "mask": mask,
-                    "weights": control,
-                }
+                about = run_columns(study, run, key) | {"mask": mask, "weights": control}
                 for entry in run.metrics["sites"]:
                     if random_part(entry["site"]) == part:
                         yield about | table_row(entry["site"], score, entry[score])
@@ -161,19 +149,9 @@ def class_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
         about = run_columns(study, run, key)
         photos = photos_of_classes(run)
         for entry in run.metrics["sites"]:
-            named = zip(
-                run.metrics["classes"],
-                entry["iou_per_class"],
-                photos,
-                strict=True,
-            )
+            named = zip(run.metrics["classes"], entry["iou_per_class"], photos, strict=True)
             for name, iou, count in named:
-                yield about | {
-                    "site": entry["site"],
-                    "class": name,
-                    "iou": iou,
-                    "photos": count,
-                }
+                yield about | {"site": entry["site"], "class": name, "iou": iou, "photos": count}
 
 
 def certificates_of(run: ProbeRun) -> Iterator[Entry]:

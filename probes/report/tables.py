@@ -84,9 +84,7 @@ NAMES = {  # of the columns of each table
 
 
 def make_tables(
-    studies: Sequence[StudyRuns],
-    claims: Sequence[list[Entry]],
-    joint: Sequence[Entry] = (),
+    studies: Sequence[StudyRuns], claims: Sequence[list[Entry]], joint: Sequence[Entry] = ()
 ) -> Tables:
     """Return the tables of a report.
 
@@ -114,11 +112,7 @@ def make_tables(
             about_run = run_columns(study, run, key)
             rows["certificates"] += [about_run | row for row in certificates_of(run)]
     for entry in joint:
-        about = {
-            "model": keys[entry["model"]],
-            "task": entry["task"],
-            "data": entry["dataset"],
-        }
+        about = {"model": keys[entry["model"]], "task": entry["task"], "data": entry["dataset"]}
         rows["claims"] += [row for claim in entry["claims"] for row in _claim_rows(about, claim)]
     rows["differences"] += difference_rows(studies, keys)
     made = {name: DataFrame(rows[name], columns=NAMES[name]) for name in NAMES}
@@ -143,10 +137,7 @@ def _claim_rows(about: Entry, claim: Entry) -> Iterator[Entry]:
         columns[UNTRAINED] = claim["control"]
     for name, column in columns.items():
         draws = column.get("by_draw")
-        row = about | {
-            "column": name,
-            "random": draws and sum(draws) / len(draws),
-        }
+        row = about | {"column": name, "random": draws and sum(draws) / len(draws)}
         for key in ("value", "verdict", "reason", "detectable", "control"):
             row[key] = column.get(key)
         row |= bounds(column["ci95"])
@@ -162,14 +153,7 @@ def by_claim(claims: DataFrame) -> DataFrame:
     models: beyond_value, beyond_low, beyond_high, beyond_verdict, random and control.
     """
     parts = {name: claims[claims["column"] == name].reset_index(drop=True) for name in COLUMNS}
-    table = parts["optimum"].drop(
-        columns=[
-            "column",
-            "random",
-            "control",
-            "verdict",
-        ]
-    )
+    table = parts["optimum"].drop(columns=["column", "random", "control", "verdict"])
     numbers = ["value", "low", "high"]
     table[numbers] = table[numbers].where(table["low"].notna(), parts["paper"][numbers])
     for name in COLUMNS:
@@ -191,13 +175,7 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     named = zip(first, paths, strict=True)
     labels = shorten_labels([path if name == Path(path).name else name for name, path in named])
     rows = []
-    for key, label, path, study in zip(
-        cycle(KEYS),
-        labels,
-        paths,
-        first.values(),
-        strict=False,
-    ):
+    for key, label, path, study in zip(cycle(KEYS), labels, paths, first.values(), strict=False):
         # what a checkpoint records of itself, else its name
         about = study.first.training.get("about") or (path if study.name in path else study.name)
         rows.append(
@@ -232,12 +210,7 @@ def _last_part(name: str) -> str:
     if not re.search("[/:]", name):
         return name
     parts = [x for x in re.split("[/:]", name) if x not in UNTOLD]
-    return re.sub(
-        r"([-_.](hf|instruct|chat))+$",
-        "",
-        (parts or [name])[-1],
-        flags=re.I,
-    )
+    return re.sub(r"([-_.](hf|instruct|chat))+$", "", (parts or [name])[-1], flags=re.I)
 
 
 def _shorten(label: str) -> str:

@@ -23,16 +23,8 @@ WIDTH = 80
 MOST_LINES = 20
 MOST_SITES = (9, 7)  # of one model, of several
 PLOT = 25  # columns
-ARROWS = {
-    "▲": "▴",
-    "▼": "▾",
-}
-COLOURS = {
-    "●": 32,
-    "◕": 32,
-    "◐": 33,
-    "◉": 33,
-}  # green and yellow
+ARROWS = {"▲": "▴", "▼": "▾"}
+COLOURS = {"●": 32, "◕": 32, "◐": 33, "◉": 33}  # green and yellow
 
 
 def summarize(view: ReportView, sentences: Sequence[str], run: ProbeRun) -> list[str]:
@@ -103,10 +95,7 @@ def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
 def _rows_of_models(view: ReportView, front: Sequence[SiteReading]) -> Iterator[str]:
     """Yield a row for each model and mask: scores with ▴ and ▾ beside random models, and the difference from A."""
     sites = choose_tiles(view, MOST_SITES[1])
-    names = {
-        "encoder": "enc",
-        "adapter": "adapt",
-    }
+    names = {"encoder": "enc", "adapter": "adapt"}
     titles = "".join(f"{names.get(site) or site_tick(site):>6}" for site in sites)
     yield f"{'mIoU, % ▴▾ vs. random':<21}{titles}   {'minus A':>8}"
     differences = model_differences(view.pairs)

@@ -57,19 +57,10 @@ POWER = 0.8  # at which an effect counts as detectable
 
 
 def untested(
-    reason: str,
-    value: float | None = None,
-    ci95: Sequence[float] | None = None,
-    **more: Any,
+    reason: str, value: float | None = None, ci95: Sequence[float] | None = None, **more: Any
 ) -> Entry:
     """Return a column without a verdict: the reason, and its number if it has one."""
-    return {
-        "value": value,
-        "ci95": ci95,
-        "verdict": UNTESTED,
-        "reason": reason,
-        **more,
-    }
+    return {"value": value, "ci95": ci95, "verdict": UNTESTED, "reason": reason, **more}
 
 
 def judge(
@@ -120,23 +111,14 @@ def conclude(verdicts: dict[str, Entry], unlearned: str) -> Entry:
     missing = [entry["reason"] for entry in needed if entry["verdict"] == UNTESTED]
     p = None if missing else max(entry["p"] for entry in needed)
     if optimum == UNTESTED or (optimum == HOLDS and beyond == UNTESTED):
-        return {
-            "supported": None,
-            "conclusion": UNTESTED,
-            "reason": missing[0],
-            "p": p,
-        }
+        return {"supported": None, "conclusion": UNTESTED, "reason": missing[0], "p": p}
     if optimum != HOLDS:
         conclusion = ARTEFACT if paper["verdict"] == HOLDS else FAILS
     elif beyond == HOLDS:
         conclusion = SUPPORTED
     else:
         conclusion = FAILS if paper["verdict"] in (FAILS, REVERSED) else unlearned
-    return {
-        "supported": conclusion == SUPPORTED,
-        "conclusion": conclusion,
-        "p": p,
-    }
+    return {"supported": conclusion == SUPPORTED, "conclusion": conclusion, "p": p}
 
 
 def correct_for_claims(claims: list[Entry]) -> None:
@@ -168,10 +150,7 @@ def worst_of(sign: int, columns: Sequence[Entry], margin: float = MARGIN) -> Ent
         worst = max(columns, key=lowest)
     result = worst | {"p": max(entry["p"] for entry in columns)}
     if len(verdicts) > 1:
-        result |= {
-            "verdict": FAILS,
-            "detectable": detectable(result["ci95"], margin),
-        }
+        result |= {"verdict": FAILS, "detectable": detectable(result["ci95"], margin)}
     return result
 
 
@@ -180,10 +159,7 @@ def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
 
     It is about the numbers that are compared, "trained" and "by_draw".
     """
-    about = {
-        "trained": trained.value,
-        "by_draw": [draw.value for draw in draws],
-    }
+    about = {"trained": trained.value, "by_draw": [draw.value for draw in draws]}
     return replace(trained - Estimate.mean(draws), about=about)
 
 
@@ -212,10 +188,7 @@ def interval_over_draws(
 
 
 def judge_draws(
-    sign: int,
-    compared: Estimate,
-    others: Sequence[Estimate] = (),
-    margin: float = MARGIN,
+    sign: int, compared: Estimate, others: Sequence[Estimate] = (), margin: float = MARGIN
 ) -> Entry:
     """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
     own = compared.ci95

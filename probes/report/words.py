@@ -15,16 +15,8 @@ if TYPE_CHECKING:
 
 PICTURES = ("picture", "scene", "drawn")  # words in names of data sets without photos
 MINUS = "\u2212"
-SIGNS = {
-    "causal": "◣",
-    "bidirectional": "■",
-}  # the matrix of a mask, as a character
-TICKS = {
-    "encoder": "enc",
-    "adapter": "ad",
-    "final_norm": "norm",
-    "encoder_norm": "norm",
-}
+SIGNS = {"causal": "◣", "bidirectional": "■"}  # the matrix of a mask, as a character
+TICKS = {"encoder": "enc", "adapter": "ad", "final_norm": "norm", "encoder_norm": "norm"}
 PATCHES = ("layer_00", "encoder_00")
 
 
@@ -59,24 +51,11 @@ def shown(table: "DataFrame") -> "DataFrame":
     if "minus_random" in table:
         gain = table["minus_random"]
         is_clear = (gain.abs() >= LEAST) & (table["minus_low"] * table["minus_high"] > 0)
-        texts["arrow"] = (
-            gain.gt(0)
-            .map(
-                {
-                    True: "▲",
-                    False: "▼",
-                }
-            )
-            .where(is_clear, "")
-        )
+        texts["arrow"] = gain.gt(0).map({True: "▲", False: "▼"}).where(is_clear, "")
     return table.assign(**texts)
 
 
-def number(
-    value: float | None,
-    task: str = SEGMENTATION,
-    has_sign: bool = False,
-) -> str:
+def number(value: float | None, task: str = SEGMENTATION, has_sign: bool = False) -> str:
     """Return a fraction in per cent or points, 13.0, or a number in the unit of another task; "" without one."""
     if value is None or value != value:
         return ""

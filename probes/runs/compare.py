@@ -29,9 +29,7 @@ def _check_same(
 
 
 def check_same_images(
-    first: ProbeRun,
-    second: ProbeRun,
-    advice: str = "score both on the same data",
+    first: ProbeRun, second: ProbeRun, advice: str = "score both on the same data"
 ) -> None:
     """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
 
@@ -114,12 +112,7 @@ def check_seeds_differ(runs: Sequence[ProbeRun]) -> None:
             _check_differ(first, second, second.sites, advice)
 
 
-def _check_differ(
-    first: ProbeRun,
-    second: ProbeRun,
-    sites: Iterable[str],
-    advice: str,
-) -> None:
+def _check_differ(first: ProbeRun, second: ProbeRun, sites: Iterable[str], advice: str) -> None:
     """Raise a UserError if the probes of two runs are the same at these sites, where their weights should differ."""
     shared = [site for site in sites if site in first.content and site in second.content]
     if shared and all(first.content[site] == second.content[site] for site in shared):

@@ -48,10 +48,7 @@ RESULTS = (
 def run_folder(out: Path) -> RunFolder:
     """Return the folder of a run of probes."""
     return RunFolder(
-        path=out,
-        result=out / "metrics.json",
-        results=RESULTS,
-        made_from=out / "manifest.json",
+        path=out, result=out / "metrics.json", results=RESULTS, made_from=out / "manifest.json"
     )
 
 

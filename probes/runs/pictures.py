@@ -26,11 +26,7 @@ from probes.data.base import palette_of
 from probes.site_probes import SiteProbes
 
 FILE = "pictures.npz"
-QUANTILES = {
-    "typical": 0.5,
-    "easy": 0.9,
-    "hard": 0.1,
-}
+QUANTILES = {"typical": 0.5, "easy": 0.9, "hard": 0.1}
 PHOTO_PX = 360
 MAP_PX = 256
 
@@ -65,11 +61,7 @@ def names_of(pictures: dict[str, np.ndarray]) -> list[str]:
 
 @torch.no_grad()
 def save_pictures(
-    probes: SiteProbes,
-    counted: dict[str, Tensor],
-    dataset,
-    folder: Path,
-    data: str,
+    probes: SiteProbes, counted: dict[str, Tensor], dataset, folder: Path, data: str
 ) -> None:
     """Write pictures.npz of probes of segmentation into the folder of their run: one forward for each photo.
 

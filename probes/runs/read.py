@@ -268,11 +268,7 @@ class ProbeRun:
         """
         data = self.manifest["data"]
         dataset = open_dataset(
-            data["dataset"],
-            data["root"],
-            split,
-            data["options"],
-            self.task.targets,
+            data["dataset"], data["root"], split, data["options"], self.task.targets
         )
         self._check_unchanged("data", identity_of_splits({split: dataset}))
         return dataset
@@ -382,10 +378,7 @@ class ProbeRun:
 
     @torch.no_grad()
     def predict_sites(
-        self,
-        image: PhotoLike,
-        sites: list[str],
-        knockout: "Knockout | None" = None,
+        self, image: PhotoLike, sites: list[str], knockout: "Knockout | None" = None
     ) -> np.ndarray:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
         mllm, probes = self.loaded

@@ -63,13 +63,7 @@ class StudyRuns:
         UserError: Two runs are the same arm, or none is of the trained model.
     """
 
-    def __init__(
-        self,
-        name: str,
-        dataset: str,
-        seed: int | None,
-        members: list[ProbeRun],
-    ):
+    def __init__(self, name: str, dataset: str, seed: int | None, members: list[ProbeRun]):
         self.name = name
         self.dataset = dataset
         self.seed = seed
@@ -96,12 +90,7 @@ class StudyRuns:
         for run in self.where(arm="trained", solved=not self.is_solved):
             if self.is_solved or run.mask not in self.main_runs:
                 text = "%s is left out of curves and claims: the probes of %s under another mask were only %s"
-                log.warning(
-                    text,
-                    run.path,
-                    self.title,
-                    self.first.probe_kind,
-                )
+                log.warning(text, run.path, self.title, self.first.probe_kind)
         if self.is_solved:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
         self.solved = by_mask(self.where(arm="trained", solved=True))
@@ -109,11 +98,7 @@ class StudyRuns:
         self.untrained = by_mask(sorted(untrained, key=lambda run: run.is_solved))
 
     def where(
-        self,
-        *,
-        arm: str | Iterable[str],
-        mask: str | None = None,
-        solved: bool | None = None,
+        self, *, arm: str | Iterable[str], mask: str | None = None, solved: bool | None = None
     ) -> list[ProbeRun]:
         """Return the runs of one or several arms, in the order of the arms, then of masks and draws.
 
@@ -295,9 +280,7 @@ def model_name(run: ProbeRun) -> str:
 
 
 def labels_of_models(
-    folder: Path,
-    runs: Collection[ProbeRun],
-    given: Sequence[str],
+    folder: Path, runs: Collection[ProbeRun], given: Sequence[str]
 ) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 

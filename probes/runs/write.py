@@ -157,10 +157,7 @@ def make_metrics(
 
 
 def site_entries(
-    probes: SiteProbes,
-    record: RunRecord,
-    sums: Tensor,
-    weights: Tensor,
+    probes: SiteProbes, record: RunRecord, sums: Tensor, weights: Tensor
 ) -> list[dict[str, Any]]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 

@@ -64,12 +64,7 @@ def image_folds(images: int, groups: Tensor | None) -> Tensor:
     return (unit if unit.any() else torch.arange(images)) % FOLDS
 
 
-def cross_validated_layers(
-    task: Task,
-    sums: Tensor,
-    fold: Tensor,
-    weights: Tensor,
-) -> Tensor:
+def cross_validated_layers(task: Task, sums: Tensor, fold: Tensor, weights: Tensor) -> Tensor:
     """Return for each resampling and fold the index i64[R, F] of the layer that is best on the images of other folds.
 
     Where all images are in one fold, it is the layer that is best on them.
@@ -104,12 +99,7 @@ def read_scores(
     sums = sums.double()
     # the dataset, then its resamplings
     weights = torch.cat([torch.ones_like(weights[:1]), weights]).double()
-    places = {
-        ENCODER: ENCODER,
-        ADAPTER: ADAPTER,
-        PATCHES: PATCHES,
-        LAST_LAYER: last,
-    }
+    places = {ENCODER: ENCODER, ADAPTER: ADAPTER, PATCHES: PATCHES, LAST_LAYER: last}
     readings = {}
     for name, site in places.items():
         if site in sites:
@@ -162,14 +152,7 @@ def run_effects(
     effects = {}
     for at, row in ({"": None} | {f"@{name}": row for name, row in rows.items()}).items():
         of_row = sums if row is None else path[row, torch.arange(len(sites))]
-        readings = read_scores(
-            sites,
-            last,
-            task,
-            of_row,
-            weights,
-            groups,
-        )
+        readings = read_scores(sites, last, task, of_row, weights, groups)
         for name, (first, second) in EFFECTS.items():
             if first in readings and second in readings:
                 effect = readings[first].score - readings[second].score
@@ -184,10 +167,7 @@ def run_effects(
 
 
 def patch_accuracies(
-    sites: list[str],
-    counts: Counts,
-    columns: int,
-    weights: Tensor,
+    sites: list[str], counts: Counts, columns: int, weights: Tensor
 ) -> dict[str, Estimate]:
     """Return the accuracy under patch 0, over the first row of patches, and over the rest of it, at each decoder layer.
 
@@ -200,11 +180,7 @@ def patch_accuracies(
         weights: f[R, N], of the bootstrap.
     """
     weights = weights.double()
-    patches = {
-        "patch_0": slice(1),
-        "first_row": slice(columns),
-        "rest_of_row": slice(1, columns),
-    }
+    patches = {"patch_0": slice(1), "first_row": slice(columns), "rest_of_row": slice(1, columns)}
     estimates = {}
     for site, of_site in zip(sites, counts.patch_right, strict=True):
         for name, part in patches.items() if is_layer(site) else ():

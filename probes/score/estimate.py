@@ -102,11 +102,7 @@ def standard_error(ci95: Sequence[float], df: float = math.inf) -> tuple[float, 
     return half / student_quantile(0.975, df), df
 
 
-def p_value(
-    sign: int,
-    value: float,
-    parts: Sequence[tuple[float, float]],
-) -> float:
+def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> float:
     """Return 1 minus the level of the widest interval that excludes zero; 1 for a value on the other side.
 
     Args:

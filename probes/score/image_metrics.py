@@ -27,11 +27,7 @@ class TaskMetric:
     """
 
     def __init__(
-        self,
-        task: Task,
-        images: int,
-        geometry: Geometry,
-        of_run: Sequence[int] | None = None,
+        self, task: Task, images: int, geometry: Geometry, of_run: Sequence[int] | None = None
     ):
         self.task = task
         self.images = images

@@ -14,11 +14,7 @@ CLOSED_FORM = "closed_form"
 CONVERGED = 1e-4  # decrease in nats that a further step is expected to have
 GRADIENT = 1e-3  # the gradient's norm relative to that at w = 0
 # steps along the path, which runs from strong to weak
-ROWS = {
-    "stronger": -1,
-    "chosen": 0,
-    "weaker": 1,
-}
+ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,7 @@ SAMPLE_RESIDUAL = 0.1  # of the step on the sample; with 0.03 it takes as many s
 
 
 def first_guess(
-    problem: SiteProblem,
-    strengths: Tensor,
-    left_out: Sequence[int | None],
-    start: Tensor,
+    problem: SiteProblem, strengths: Tensor, left_out: Sequence[int | None], start: Tensor
 ) -> FirstGuess:
     """Return the inverse of the Hessian on a sample of nodes of all images, for `minimise`.
 
@@ -68,12 +65,7 @@ def first_guess(
         points: Tensor, gradient: Tensor, problems: list[int]
     ) -> Callable[[Tensor], Tensor]:
         hessian = SampleHessian(
-            problem,
-            sample,
-            points,
-            gradient,
-            strengths[problems],
-            [left_out[i] for i in problems],
+            problem, sample, points, gradient, strengths[problems], [left_out[i] for i in problems]
         )
         return hessian.solve
 
@@ -182,12 +174,7 @@ class Nodes(NamedTuple):
     shares: Tensor
     weight: float
 
-    def interpolate(
-        self,
-        states: Tensor,
-        images: Tensor,
-        chosen: Tensor,
-    ) -> Tensor:
+    def interpolate(self, states: Tensor, images: Tensor, chosen: Tensor) -> Tensor:
         """Return the states f[m, d] at some of the nodes, on their device.
 
         Args:
@@ -206,11 +193,7 @@ class Nodes(NamedTuple):
 
 
 @full_precision()
-def sample_nodes(
-    problem: SiteProblem,
-    count: int,
-    point: Tensor,
-) -> SampledNodes:
+def sample_nodes(problem: SiteProblem, count: int, point: Tensor) -> SampledNodes:
     """Return about `count` nodes of all images with the states there, rather those of which a probe is unsure.
 
     Args:
@@ -247,12 +230,7 @@ def sample_nodes(
     return SampledNodes(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def draw_nodes(
-    masks: PreparedMasks,
-    images: Tensor,
-    number: int,
-    seed: int,
-) -> Nodes:
+def draw_nodes(masks: PreparedMasks, images: Tensor, number: int, seed: int) -> Nodes:
     """Return random nodes of some images, in the order of the images.
 
     The nodes, one after the other, are cut into `number` parts of as many pixels; one node of each is drawn.
@@ -278,12 +256,7 @@ def draw_nodes(
     col_shares, at_col = by_col[rule, col].topk(min(2, w))
     tokens = at_row[:, :, None] * w + at_col[:, None]
     shares = row_shares[:, :, None] * col_shares[:, None]
-    return Nodes(
-        image,
-        tokens.flatten(1),
-        shares.flatten(1),
-        weight,
-    )
+    return Nodes(image, tokens.flatten(1), shares.flatten(1), weight)
 
 
 def keep_uncertain(uncertainty: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -101,11 +101,7 @@ def solve_features(
         prepare=lambda target: prepare_masks(target, classes, grid, NODES),
     )
     problem = SiteProblem(
-        TASKS[SEGMENTATION].loss,
-        features.flatten(1, 2),
-        prepared,
-        fold_of,
-        scored,
+        TASKS[SEGMENTATION].loss, features.flatten(1, 2), prepared, fold_of, scored
     )
     solved = solve_classes(problem, None if strength is None else [strength])
     weight = solved.weights[solved.row]

@@ -66,12 +66,7 @@ def solve_values(
         others = _join(moments[:fold] + moments[fold + 1 :])
         mean, _, weights, bias = _solve(others, pivot, strengths)
         square = equations.square[images].sum(0)
-        loss += _squared_error(
-            moments[fold],
-            square,
-            weights,
-            bias - weights @ mean,
-        )
+        loss += _squared_error(moments[fold], square, weights, bias - weights @ mean)
     loss /= torch.stack([of_fold.count for of_fold in moments]).sum()
     mean, scale, weights, bias = _solve(_join(moments), pivot, strengths)
     return Solution(
@@ -104,9 +99,7 @@ def _join(parts: Sequence[Moments]) -> Moments:
 
 
 def _solve(
-    moments: Moments,
-    pivot: Tensor,
-    strengths: Sequence[float],
+    moments: Moments, pivot: Tensor, strengths: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the probes of some images.
 
@@ -130,12 +123,7 @@ def _solve(
     return mean, scale, weights, target.expand(len(strengths), -1).contiguous()
 
 
-def _squared_error(
-    moments: Moments,
-    square: Tensor,
-    weights: Tensor,
-    bias: Tensor,
-) -> Tensor:
+def _squared_error(moments: Moments, square: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
     """Return the summed squared error f64[R] of probes in a fold.
 
     Args:

@@ -108,11 +108,7 @@ class SiteProblem:
 
     @full_precision()
     def sums(
-        self,
-        fold: int,
-        probes: Tensor,
-        masks: PreparedMasks,
-        needs_grad: bool = True,
+        self, fold: int, probes: Tensor, masks: PreparedMasks, needs_grad: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss f64[P] of probes on the images of a fold, and its gradient f64[P, K, d + 1].
 

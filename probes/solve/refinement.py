@@ -23,9 +23,7 @@ ROUNDS = 4  # of a refinement, each to a quarter of the tolerance of the one bef
 
 
 def refine(
-    problem: SiteProblem,
-    strengths: Tensor,
-    points: Tensor,
+    problem: SiteProblem, strengths: Tensor, points: Tensor
 ) -> tuple[Tensor, list[Certificate]]:
     """Return the probes f64[R, K, d + 1] of all images at the optimum, and how far each may be from it.
 
@@ -42,19 +40,8 @@ def refine(
     tolerance = min(TOLERANCE, (GRADIENT * null.min().item()) ** 2 / 8)
     found = None
     for _ in range(ROUNDS):
-        guess = first_guess(
-            problem,
-            strengths,
-            everything,
-            points,
-        )
-        found = minimise(
-            objective,
-            points,
-            guess,
-            tolerance,
-            found,
-        )
+        guess = first_guess(problem, strengths, everything, points)
+        found = minimise(objective, points, guess, tolerance, found)
         points = found.points
         relative = problem.space.whitened_norm(found.gradient, strengths) / null
         both = zip(relative.tolist(), found.decrease.tolist(), strict=True)

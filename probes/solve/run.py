@@ -30,12 +30,7 @@ from llava_bidir.common.processes import (
     rank_count,
     rank_zero_info,
 )
-from llava_bidir.common.runs import (
-    begin_run,
-    interrupt_says_how_to_resume,
-    plan_run,
-    run_process,
-)
+from llava_bidir.common.runs import begin_run, interrupt_says_how_to_resume, plan_run, run_process
 from probes.config import RunConfig, SolveOptions
 from probes.data.available_memory import available_memory
 from probes.data.batches import PreprocessedDataset
@@ -245,13 +240,7 @@ def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> Non
     if task.name == SEGMENTATION and not run.hparams["untrained"]:
         data_hash = describe_digest(run.identity["data"])
         with machine.forward_context():
-            save_pictures(
-                probes,
-                counted,
-                validation,
-                run.folder.path,
-                data_hash,
-            )
+            save_pictures(probes, counted, validation, run.folder.path, data_hash)
     save_run(probes, record, data, counted, run.folder.path)
 
 

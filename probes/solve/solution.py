@@ -76,12 +76,7 @@ class Solution:
         logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + bias
         return logits.unflatten(-1, grid)
 
-    def entry(
-        self,
-        site: str,
-        scores: dict[str, list[float]],
-        task: Task,
-    ) -> dict[str, Any]:
+    def entry(self, site: str, scores: dict[str, list[float]], task: Task) -> dict[str, Any]:
         """Return the site's entry of metrics.json["path"]; each list has a value, or null, for each strength.
 
         Args:

@@ -85,11 +85,7 @@ def full_precision() -> Iterator[None]:
 
 
 def float_chunks(
-    states: Tensor,
-    images: Tensor,
-    mean: Tensor,
-    rows: int,
-    dtype: torch.dtype = torch.float32,
+    states: Tensor, images: Tensor, mean: Tensor, rows: int, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield some images after others, with x - mean of their tokens, f[n, d], on the device of the mean.
 
@@ -144,13 +140,7 @@ class SiteSpace:
         within = second / total - (means * (count / total)[:, None]).T @ means
         mean = pivot.double() + overall
         scale, spectrum, basis = standardise(within, second.diagonal() / total + mean.square())
-        return cls(
-            mean,
-            scale,
-            basis.float().contiguous(),
-            spectrum,
-            count,
-        )
+        return cls(mean, scale, basis.float().contiguous(), spectrum, count)
 
     @property
     def input_spectrum(self) -> Tensor:

@@ -58,10 +58,7 @@ def target_bytes(probes: SiteProbes) -> int:
 
 
 def site_groups(
-    probes: SiteProbes,
-    sites: Sequence[str],
-    images: int,
-    memory: float,
+    probes: SiteProbes, sites: Sequence[str], images: int, memory: float
 ) -> list[tuple[list[str], int]]:
     """Return sites in groups whose states fit into memory together, with their bytes; each group has one at least.
 
@@ -135,10 +132,7 @@ def read(
     elif prepare:
         masks = join_masks((batch["masks"] for batch in read_batches()), images)
         scored = scored_masks(
-            masks,
-            fold_of,
-            lambda image: torch.from_numpy(training[image]["target"]),
-            prepare,
+            masks, fold_of, lambda image: torch.from_numpy(training[image]["target"]), prepare
         )
         targets = Targets(masks, scored, fold_of)
     else:
@@ -186,9 +180,4 @@ def new_states(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) ->
         with names_full_disk(folder, f"{need}; choose another --out, or fewer images"):
             if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
                 os.posix_fallocate(file.fileno(), 0, size)
-        return torch.from_file(
-            file.name,
-            shared=True,
-            size=numbers,
-            dtype=dtype,
-        ).view(*shape)
+        return torch.from_file(file.name, shared=True, size=numbers, dtype=dtype).view(*shape)

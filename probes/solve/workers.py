@@ -79,19 +79,9 @@ def solve_site(
     if device.type == "cuda" and states.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         states = states.to(device)
     if probes.task.loss is None:
-        return solve_values(
-            states,
-            targets.prepared,
-            probes.mllm.grid,
-            targets.fold_of,
-            strengths,
-        )
+        return solve_values(states, targets.prepared, probes.mllm.grid, targets.fold_of, strengths)
     problem = SiteProblem(
-        probes.task.loss,
-        states,
-        targets.prepared,
-        targets.fold_of,
-        targets.scored,
+        probes.task.loss, states, targets.prepared, targets.fold_of, targets.scored
     )
     return solve_classes(problem, strengths)
 

@@ -23,12 +23,7 @@ class StudyConfig(StudyOptions):
     models: dict[str, str]
 
     @classmethod
-    def of(
-        cls,
-        options: StudyOptions,
-        models: Mapping[str, str],
-        data: str,
-    ) -> "StudyConfig":
+    def of(cls, options: StudyOptions, models: Mapping[str, str], data: str) -> "StudyConfig":
         """Return a study of models by label on a folder of images and masks, or on a layout of a folder in the options.
 
         Raises:

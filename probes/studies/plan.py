@@ -22,12 +22,7 @@ from probes.data.base import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
-from probes.steps import (
-    Step,
-    digest,
-    read_records,
-    unfinished_steps,
-)
+from probes.steps import Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .arms import FITTED, Arm, join, kind_of, plan_arms
@@ -116,9 +111,7 @@ def plan(study: StudyConfig) -> Planned:
         ReportStep(
             "report",
             ReportOptions(
-                studies=(str(study.out),),
-                out=report,
-                labels=tuple(filter(None, study.models)),
+                studies=(str(study.out),), out=report, labels=tuple(filter(None, study.models))
             ),
             report / "results.json",
             kind="report",
@@ -174,12 +167,7 @@ def _content(model: str, splits: Mapping[str, ImageDataset]) -> dict[str, str]:
 
 
 # --------------------------------------------------------------------------------------------------------- steps
-def _step_of_arm(
-    study: StudyConfig,
-    arm: Arm,
-    task: str,
-    content: Content,
-) -> Step:
+def _step_of_arm(study: StudyConfig, arm: Arm, task: str, content: Content) -> Step:
     """Return the step that makes the probe run of an arm."""
     is_fit = arm.name == FITTED
     name = arm.run.name
@@ -188,11 +176,7 @@ def _step_of_arm(
     unchanged = f"none of the sites that are probed is changed by {name} (model.sites)"
     return RunStep(
         name,
-        replace(
-            arm.config,
-            data=replace(arm.config.data, task=task),
-            out=str(study.out / name),
-        ),
+        replace(arm.config, data=replace(arm.config.data, task=task), out=str(study.out / name)),
         study.out / name / "metrics.json",
         kind="fit" if is_fit else "solve",
         call="probes.fit.cli:run_fit" if is_fit else "probes.solve.run:run_config",
@@ -203,10 +187,7 @@ def _step_of_arm(
 
 
 def _analysis_steps(
-    study: StudyConfig,
-    arms: Sequence[Arm],
-    analyses: Mapping[str, Values],
-    photos: int,
+    study: StudyConfig, arms: Sequence[Arm], analyses: Mapping[str, Values], photos: int
 ) -> list[Step]:
     """Return the steps that analyse the runs of a model."""
     has_llm = arms[0].run.has_llm
@@ -224,12 +205,7 @@ def _analysis_steps(
     return steps
 
 
-def _analysis_step(
-    study: StudyConfig,
-    arm: Arm,
-    name: str,
-    values: Values,
-) -> Step:
+def _analysis_step(study: StudyConfig, arm: Arm, name: str, values: Values) -> Step:
     """Return the step that analyses a run; random controls do what was done in the trained arm."""
     analysis = MEASURED[name]
     folder = study.out / arm.run.name

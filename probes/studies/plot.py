@@ -15,10 +15,7 @@ from probes.report.charts import COLOURS
 
 
 def plot_table(
-    table: pd.DataFrame,
-    ylabel: str,
-    order: tuple[str, ...],
-    encoders: set[str],
+    table: pd.DataFrame, ylabel: str, order: tuple[str, ...], encoders: set[str]
 ) -> Figure:
     """Draw the trained models of a table with their intervals, and the random ones in grey.
 
@@ -55,13 +52,7 @@ def plot_table(
                 "label": ", ".join(words),
                 "ls": "-" if run["probes"] == "solved" else "--",
             }
-            axes.fill_between(
-                places,
-                rows["low"],
-                rows["high"],
-                color=look["color"],
-                alpha=0.12,
-            )
+            axes.fill_between(places, rows["low"], rows["high"], color=look["color"], alpha=0.12)
         axes.plot(places, rows["value"], marker="o", ms=3, **look)
     axes.set(ylabel=ylabel, title="grey: random weights")
     axes.set_xticks(range(len(sites)), sites, rotation=60)

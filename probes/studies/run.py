@@ -51,11 +51,7 @@ def run(options: StudyOptions) -> None:
 
 
 def study(
-    model: str | Path | dict[str, str | Path],
-    data: str | Path,
-    *,
-    out: str | Path,
-    **settings: Any,
+    model: str | Path | dict[str, str | Path], data: str | Path, *, out: str | Path, **settings: Any
 ) -> Study:
     """Solve the probes of a model and of its random controls, analyse them, and write a report; `probes study`.
 

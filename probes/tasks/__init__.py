@@ -8,11 +8,5 @@ from .segmentation import Segmentation
 
 SEGMENTATION = Segmentation.name  # the paper's task, and the default
 TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Segmentation(),
-        Depth(),
-        Normals(),
-        Boundaries(),
-    )
+    task.name: task for task in (Segmentation(), Depth(), Normals(), Boundaries())
 }

@@ -91,10 +91,7 @@ class Task:
         """
 
     def training_losses(
-        self,
-        outputs: Tensor,
-        targets: PreparedMasks | Sequence[Tensor],
-        geometry: Geometry,
+        self, outputs: Tensor, targets: PreparedMasks | Sequence[Tensor], geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
         """Return the sums f[P] whose mean `probes fit` minimises, and the number of pixels or images that are summed.
 
@@ -136,12 +133,7 @@ class Task:
         return sums
 
     @torch.no_grad()
-    def count(
-        self,
-        outputs: Tensor,
-        target: Tensor,
-        geometry: Geometry,
-    ) -> dict[str, Tensor]:
+    def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
         """Return what is kept of each image, by the names of `counted`: [P, B, ...], or [B, n] if equal for all probes.
 
         Args:
@@ -168,10 +160,7 @@ class Task:
 
     @torch.no_grad()
     def predict_pixels(
-        self,
-        outputs: Tensor,
-        size: tuple[int, int],
-        view: GridPlacement,
+        self, outputs: Tensor, size: tuple[int, int], view: GridPlacement
     ) -> np.ndarray:
         """Return the prediction for each pixel of images of `size` [H, W] from a probe's outputs f[..., K, h, w].
 

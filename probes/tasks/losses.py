@@ -48,10 +48,7 @@ class CrossEntropy:
         return f"{type(self).__name__}({settings})"
 
     def of_images(
-        self,
-        logits: Tensor,
-        masks: PreparedMasks,
-        needs_grad: bool = True,
+        self, logits: Tensor, masks: PreparedMasks, needs_grad: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Return the loss of upsampled logits, summed over the pixels of each image, f64[P, B], and its gradient.
 

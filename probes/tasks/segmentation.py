@@ -49,10 +49,7 @@ class Segmentation(Task):
     summed = ("intersection", "predicted", "labelled")
 
     def training_losses(
-        self,
-        outputs: Tensor,
-        targets: PreparedMasks,
-        geometry: Geometry,
+        self, outputs: Tensor, targets: PreparedMasks, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
         """Return the loss summed over labelled pixels f[P], and their number.
 
@@ -63,12 +60,7 @@ class Segmentation(Task):
             return outputs.sum((1, 2, 3, 4)), pixels  # 0 with gradient 0
         return differentiable_sum(self.loss.of_images, outputs, targets), pixels
 
-    def count(
-        self,
-        outputs: Tensor,
-        target: Tensor,
-        geometry: Geometry,
-    ) -> dict[str, Tensor]:
+    def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
         """Return the fields of :class:`probes.ops.pixel_counts.Counts`, i32."""
         counts = count(outputs, target, geometry.view(target.shape[-2:]))._asdict()
         return {name: x.to(torch.int32) for name, x in counts.items()}
@@ -92,10 +84,7 @@ class Segmentation(Task):
 
     @torch.no_grad()
     def predict_pixels(
-        self,
-        outputs: Tensor,
-        size: tuple[int, int],
-        view: GridPlacement,
+        self, outputs: Tensor, size: tuple[int, int], view: GridPlacement
     ) -> np.ndarray:
         """Return the class of each pixel, uint8[..., H, W]."""
         return upsampled_argmax(outputs, size, view).to(torch.uint8).cpu().numpy()

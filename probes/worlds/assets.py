@@ -38,11 +38,7 @@ Split = tuple[str, str]  # folder below OUT, and split of the layout
 TRAINING = ("llava", "training")  # of conversations
 VALIDATION = ("segmentation", "validation")
 # Pictures by folder and split. The index of a split is part of its seed, so that new ones go to the end.
-PICTURES = {
-    TRAINING: 3000,
-    ("segmentation", "training"): 1000,
-    VALIDATION: 600,
-}
+PICTURES = {TRAINING: 3000, ("segmentation", "training"): 1000, VALIDATION: 600}
 # of conversations, at most as many as elsewhere: binding is not learned from a few hundred
 SMALL_WORLDS_PICTURES = 16000
 CAPTIONS = 1920
@@ -93,11 +89,7 @@ def run(options: AssetsOptions) -> None:
 
 
 def _draw_splits(
-    pool: ProcessPoolExecutor,
-    out: Path,
-    sizes: dict[Split, int],
-    seed: int,
-    scenes: int,
+    pool: ProcessPoolExecutor, out: Path, sizes: dict[Split, int], seed: int, scenes: int
 ) -> dict[Split, list[Mosaic]]:
     """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
     jobs = {
@@ -114,12 +106,7 @@ def _draw_splits(
 
 
 def _draw_chunk(
-    out: Path,
-    split: Split,
-    start: int,
-    count: int,
-    seed: int,
-    scenes: int,
+    out: Path, split: Split, start: int, count: int, seed: int, scenes: int
 ) -> list[Mosaic]:
     rng = np.random.default_rng([seed, [*PICTURES].index(split), start])
     if split == TRAINING:  # half of the pictures have one scene
@@ -130,12 +117,7 @@ def _draw_chunk(
     return drawn
 
 
-def save_pictures(
-    out: Path,
-    split: Split,
-    drawn: Sequence[Scene | Mosaic],
-    start: int = 0,
-) -> None:
+def save_pictures(out: Path, split: Split, drawn: Sequence[Scene | Mosaic], start: int = 0) -> None:
     """Write pictures and their masks, numbered from `start`."""
     for i, scene in enumerate(drawn, start):
         for kind, pixels in (("images", scene.image), ("annotations", scene.mask)):
@@ -171,12 +153,7 @@ def write_classes(out: Path) -> None:
         (out / folder / "classes.json").write_text(json.dumps(classes) + "\n")
 
 
-def _train_llm(
-    texts: list[SceneText],
-    out: Path,
-    steps: int,
-    seed: int,
-) -> None:
+def _train_llm(texts: list[SceneText], out: Path, steps: int, seed: int) -> None:
     documents = _generate_documents(texts, np.random.default_rng([seed, 10]))
     first = [format_turns(next(documents)) for _ in range(500)]
     tokenizer = tiny_models.train_tokenizer(first, out)
@@ -193,10 +170,7 @@ def _generate_documents(texts: list[SceneText], rng: np.random.Generator) -> Ite
 
 
 def _build_conversations(
-    train: list[SceneText],
-    val: list[SceneText],
-    scale: float,
-    rng: np.random.Generator,
+    train: list[SceneText], val: list[SceneText], scale: float, rng: np.random.Generator
 ) -> dict[str, list[dict]]:
     """Return the captions of stage 1, the dialogues of stage 2 and the validation questions."""
     captions = [
@@ -205,13 +179,7 @@ def _build_conversations(
     ]
     dialogues = []
     for i in sample_evenly(rng, len(train), DIALOGUES * scale):
-        turns = build_dialogue(
-            train[i],
-            rng,
-            rows=4,
-            points=8,
-            caption=True,
-        )
+        turns = build_dialogue(train[i], rng, rows=4, points=8, caption=True)
         if rng.random() < TEXT_ONLY:
             turns = prepend_picture(turns, " ".join(train[i].names))
             dialogues.append({"id": f"text_{i}", "conversations": turns})
@@ -221,11 +189,7 @@ def _build_conversations(
     for i in sample_evenly(rng, len(val), QUESTIONS * scale):
         turns = build_dialogue(val[i], rng, points=1, look_alikes=True)
         questions.append(make_record(VALIDATION, i, turns) | {"regions": find_regions(turns)})
-    return {
-        "captions": captions,
-        "dialogues": dialogues,
-        "questions": questions,
-    }
+    return {"captions": captions, "dialogues": dialogues, "questions": questions}
 
 
 def make_record(split: Split, index: int, turns: list[dict]) -> dict:

@@ -136,32 +136,15 @@ def hue_colours() -> np.ndarray:
 def split_patches(pixels: np.ndarray) -> np.ndarray:
     """Return [64, 12, 12, ...] of pixels [96, 96, ...], in raster order."""
     rest = pixels.shape[2:]
-    split = pixels.reshape(
-        GRID,
-        PATCH_PX,
-        GRID,
-        PATCH_PX,
-        *rest,
-    ).swapaxes(1, 2)
-    return split.reshape(
-        GRID**2,
-        PATCH_PX,
-        PATCH_PX,
-        *rest,
-    )
+    split = pixels.reshape(GRID, PATCH_PX, GRID, PATCH_PX, *rest).swapaxes(1, 2)
+    return split.reshape(GRID**2, PATCH_PX, PATCH_PX, *rest)
 
 
 def _join(patches: np.ndarray) -> np.ndarray:
     """Return [96, 96, ...] of patches [64, 12, 12, ...]."""
     rest = patches.shape[3:]
     return (
-        patches.reshape(
-            GRID,
-            GRID,
-            PATCH_PX,
-            PATCH_PX,
-            *rest,
-        )
+        patches.reshape(GRID, GRID, PATCH_PX, PATCH_PX, *rest)
         .swapaxes(1, 2)
         .reshape(SIZE_PX, SIZE_PX, *rest)
     )

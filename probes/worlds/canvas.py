@@ -51,21 +51,11 @@ class Quad:
     bottom_left: Point
 
     @classmethod
-    def upright(
-        cls,
-        foot: Point,
-        width: float,
-        height: float,
-    ) -> Quad:
+    def upright(cls, foot: Point, width: float, height: float) -> Quad:
         """Return an upright rectangle on `foot`, the middle of its lower edge. A negative width mirrors its content."""
         x, y = foot
         half = width / 2
-        return cls(
-            (x - half, y - height),
-            (x + half, y - height),
-            (x + half, y),
-            (x - half, y),
-        )
+        return cls((x - half, y - height), (x + half, y - height), (x + half, y), (x - half, y))
 
     def point_at(self, u: float, v: float) -> Point:
         """Return the pixel coordinates of (u, v)."""
@@ -77,13 +67,7 @@ class Quad:
         y = (1 - v) * (ay + u * (by - ay)) + v * (dy + u * (cy - dy))
         return x, y
 
-    def part(
-        self,
-        left: float = 0,
-        right: float = 1,
-        top: float = 0,
-        bottom: float = 1,
-    ) -> Quad:
+    def part(self, left: float = 0, right: float = 1, top: float = 0, bottom: float = 1) -> Quad:
         """Return the part of the rectangle between two values of u and two of v."""
         return Quad(
             self.point_at(left, top),
@@ -103,12 +87,7 @@ class Quad:
         return self.bottom_left[1] - self.top_left[1]
 
 
-FULL_FRAME = Quad(
-    (0, 0),
-    (SIZE_PX, 0),
-    (SIZE_PX, SIZE_PX),
-    (0, SIZE_PX),
-)
+FULL_FRAME = Quad((0, 0), (SIZE_PX, 0), (SIZE_PX, SIZE_PX), (0, SIZE_PX))
 CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
 
 
@@ -127,52 +106,22 @@ class Canvas:
         self._mask = Image.new("L", (side, side))
 
     def polygon(
-        self,
-        quad: Quad,
-        colour: Colour,
-        name: str = "",
-        points: Sequence[Point] = CORNERS,
+        self, quad: Quad, colour: Colour, name: str = "", points: Sequence[Point] = CORNERS
     ) -> None:
         """Fill a polygon."""
-        self._draw(
-            "polygon",
-            colour,
-            name,
-            self._place(quad, points),
-        )
+        self._draw("polygon", colour, name, self._place(quad, points))
 
-    def oval(
-        self,
-        quad: Quad,
-        colour: Colour,
-        name: str = "",
-    ) -> None:
+    def oval(self, quad: Quad, colour: Colour, name: str = "") -> None:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
         xs, ys = zip(*self._place(quad, CORNERS[::2]), strict=True)
         # Pillow requires sorted corners.
-        self._draw(
-            "ellipse",
-            colour,
-            name,
-            [*zip(sorted(xs), sorted(ys), strict=True)],
-        )
+        self._draw("ellipse", colour, name, [*zip(sorted(xs), sorted(ys), strict=True)])
 
     def line(
-        self,
-        quad: Quad,
-        colour: Colour,
-        points: Sequence[Point],
-        width: int = 2,
-        name: str = "",
+        self, quad: Quad, colour: Colour, points: Sequence[Point], width: int = 2, name: str = ""
     ) -> None:
         """Draw a line through the points. The width is in thirds of a pixel."""
-        self._draw(
-            "line",
-            colour,
-            name,
-            self._place(quad, points),
-            width=width,
-        )
+        self._draw("line", colour, name, self._place(quad, points), width=width)
 
     def image(self) -> np.ndarray:
         """Return the picture as `float32[H, W, 3]` in 0..1."""
@@ -185,12 +134,7 @@ class Canvas:
         return np.asarray(self._mask)[centres, centres].copy()
 
     def _draw(
-        self,
-        tool: str,
-        colour: Colour,
-        name: str,
-        points: list[Point],
-        **options: int,
+        self, tool: str, colour: Colour, name: str, points: list[Point], **options: int
     ) -> None:
         getattr(ImageDraw.Draw(self._picture), tool)(points, fill=colour, **options)
         if name:
@@ -229,12 +173,7 @@ class Camera:
         """Return the ground from the far end to below the picture."""
         left = self.far_end.bottom_left
         right = self.far_end.bottom_right
-        return Quad(
-            left,
-            right,
-            self.scale_depth(right, 7),
-            self.scale_depth(left, 7),
-        )
+        return Quad(left, right, self.scale_depth(right, 7), self.scale_depth(left, 7))
 
     def walls(self) -> tuple[Quad, Quad, Quad]:
         """Return the visible parts of the left wall, the far end and the right wall."""
@@ -256,12 +195,7 @@ class Camera:
         )
         return left, far, right
 
-    def ground_point(
-        self,
-        across: float,
-        height_px: float,
-        margin_px: float,
-    ) -> Point:
+    def ground_point(self, across: float, height_px: float, margin_px: float) -> Point:
         """Return a point on the ground.
 
         Args:

@@ -67,11 +67,7 @@ def run(options: DemoOptions) -> None:
     with exclusive_run_lock(out, "demo"):
         end_on_signals()
         check_settings(out, {"seed": seed, "scale": options.scale})
-        world = {
-            "--seed": seed,
-            "--scale": options.scale,
-            "--scenes": SCENES,
-        }
+        world = {"--seed": seed, "--scale": options.scale, "--scenes": SCENES}
         words = ["probes", "demo-assets", f"{out}/assets", *to_words(world)]
         run_in_child_process(out, "assets", [make_step(out, words, out / "assets/questions.json")])
 
@@ -106,12 +102,7 @@ def _train(out: Path, mask: str, seed: int) -> list[Step]:
     return training_steps(out, out / mask, {"stage1": stage1, "stage2": stage2})
 
 
-def _plant(
-    out: Path,
-    mask: str,
-    seed: int,
-    scale: float,
-) -> list[Step]:
+def _plant(out: Path, mask: str, seed: int, scale: float) -> list[Step]:
     """Return the steps that plant a recovery, and under the bidirectional mask the other three models."""
     options = {name: max(2, min(600, round(n * scale))) for name, n in PLANT_STEPS.items()}
     planted = out / mask / "planted"
@@ -134,23 +125,14 @@ def _plant(
 def _study(out: Path, seed: int, in_full: bool) -> None:
     """Study the models; the last study, of both masks, writes the report of all."""
 
-    def study(
-        models: str | dict[str, str],
-        folder: Path,
-        sites: list[str],
-        **more: Any,
-    ) -> None:
+    def study(models: str | dict[str, str], folder: Path, sites: list[str], **more: Any) -> None:
         probes.study(
             models,
             out / "assets/segmentation",
             out=folder,
             overwrite=True,  # the results of models that were made again
             configs=["demo/probes"],
-            options={
-                "seed_everything": seed,
-                "data": DATA,
-                "model": {"sites": sites},
-            },
+            options={"seed_everything": seed, "data": DATA, "model": {"sites": sites}},
             **more,
         )
         gc.freeze()  # what this has imported: a collection after each step takes 0.3 s with it

@@ -31,11 +31,7 @@ class GroundObject(NamedTuple):
 
 
 def draw_object(
-    canvas: Canvas,
-    place: Quad,
-    name: str,
-    brightness: float = 1.0,
-    **colours: Colour,
+    canvas: Canvas, place: Quad, name: str, brightness: float = 1.0, **colours: Colour
 ) -> None:
     """Draw the parts of an object of the table in order.
 
@@ -65,10 +61,7 @@ def choose(rng: np.random.Generator, table: str) -> Colour:
 
 
 def draw_on_ground(
-    canvas: Canvas,
-    camera: Camera,
-    standing: list[GroundObject],
-    rng: np.random.Generator,
+    canvas: Canvas, camera: Camera, standing: list[GroundObject], rng: np.random.Generator
 ) -> None:
     """Draw objects and up to two people from far to near, each with its shadow.
 
@@ -107,40 +100,20 @@ def draw_person(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     hair = choose(rng, "hairs")
     body = place.part(top=rng.uniform(-0.12, 0.05))
     for half in (body, body.part(left=1, right=0)):
-        draw_object(
-            canvas,
-            half,
-            "half a person",
-            shirt=shirt,
-            trousers=trousers,
-            skin=skin,
-        )
+        draw_object(canvas, half, "half a person", shirt=shirt, trousers=trousers, skin=skin)
     draw_object(canvas, body, "head of a person", hair=hair, skin=skin)
 
 
-def draw_bed(
-    camera: Camera,
-    canvas: Canvas,
-    place: Quad,
-    rng: np.random.Generator,
-) -> None:
+def draw_bed(camera: Camera, canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     """Draw a bed seen from its foot: headboard, mattress, two pillows and a blanket."""
     depth = rng.uniform(0.62, 0.72)
     front = place.part(top=0.62)
     head = Quad(*(camera.scale_depth(front.point_at(u, v), depth) for u, v in CORNERS))
-    top = Quad(
-        head.top_left,
-        head.top_right,
-        front.top_right,
-        front.top_left,
-    )
+    top = Quad(head.top_left, head.top_right, front.top_right, front.top_left)
     draw_object(canvas, head, "headboard")
     for u in (0, 1):
         side = Quad(
-            head.point_at(u, 0),
-            front.point_at(u, 0),
-            front.point_at(u, 1),
-            head.point_at(u, 1),
+            head.point_at(u, 0), front.point_at(u, 0), front.point_at(u, 1), head.point_at(u, 1)
         )
         draw_object(canvas, side, "side of a bed")
     draw_object(canvas, top, "mattress")
@@ -160,11 +133,7 @@ def draw_tree(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     place = place.part(top=rng.uniform(-0.75, -0.45))
     green = rng.uniform(0.9, 1.15)
     draw_object(canvas, place, "trunk")
-    crown = place.part(
-        left=0.1,
-        right=0.9,
-        bottom=0.48,
-    )
+    crown = place.part(left=0.1, right=0.9, bottom=0.48)
     for u, v, r, brightness in TABLES["crown"]:
         u += rng.uniform(-0.05, 0.05)
         v += rng.uniform(-0.05, 0.05)
@@ -201,12 +170,7 @@ def draw_lamp_shade(canvas: Canvas, rim: Point, size: float) -> None:
     draw_object(canvas, Quad.upright(rim, size, 0.56 * size), "shade of a lamp")
 
 
-def draw_house(
-    canvas: Canvas,
-    front: Quad,
-    tint: float,
-    rng: np.random.Generator,
-) -> None:
+def draw_house(canvas: Canvas, front: Quad, tint: float, rng: np.random.Generator) -> None:
     """Draw a house of two storeys with windows and at random a gable and a door."""
     tint *= rng.uniform(0.96, 1.04)
     if rng.random() < 0.5:
@@ -219,15 +183,7 @@ def draw_house(
         if rng.random() < 0.45:
             draw_window(canvas, bay.part(0.2, 0.8, 0.14, 0.42), rng)
         if column == door_column:
-            draw_door(
-                canvas,
-                bay.part(
-                    left=0.26,
-                    right=0.74,
-                    top=0.54,
-                ),
-                rng,
-            )
+            draw_door(canvas, bay.part(left=0.26, right=0.74, top=0.54), rng)
         elif rng.random() < 0.45:
             draw_window(canvas, bay.part(0.2, 0.8, 0.54, 0.82), rng)
 

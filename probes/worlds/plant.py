@@ -46,13 +46,7 @@ CLAIMS = ("recovery", "starvation", "starvation_first_row")
 
 
 def plant_recovery(
-    model: Path,
-    world: Path,
-    out: Path,
-    *,
-    steps: int,
-    answer_steps: int = 0,
-    seed: int = 0,
+    model: Path, world: Path, out: Path, *, steps: int, answer_steps: int = 0, seed: int = 0
 ) -> list[float]:
     """Train adapter and LLM on the class of each patch, which a linear head reads off the image tokens.
 
@@ -124,11 +118,7 @@ def plant_random(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         edit(net.model.language_model.layers)
-    record = {
-        "planted": "random",
-        "seed": seed,
-        "weights": weights,
-    }
+    record = {"planted": "random", "seed": seed, "weights": weights}
     _save(net, processor, model, out, record, dict.fromkeys(CLAIMS, "absent"))
 
 
@@ -152,13 +142,7 @@ def name_model(planted: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {"name": ", ".join(names) or "trained", "about": ", ".join(words) or "as trained"}
 
 
-def plant_drop(
-    model: Path,
-    world: Path,
-    out: Path,
-    *,
-    pairs: int,
-) -> None:
+def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
     """Take the directions that tell `pairs` pairs of classes apart out of the adapter's first layer.
 
     The means of both classes of a pair are then the same in the adapter, so that no linear probe of its input can tell

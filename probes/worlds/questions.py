@@ -102,11 +102,7 @@ def build_records(options: QuestionsOptions, prefix: str = "") -> dict[str, list
         for photo, of_photo in zip(validation, asked, strict=True)
         for turns, region in of_photo
     ]
-    records = {
-        "captions": captions,
-        "dialogues": dialogues,
-        "questions": questions,
-    }
+    records = {"captions": captions, "dialogues": dialogues, "questions": questions}
     for name, rows in records.items():
         if not rows:
             raise UserError(
@@ -130,11 +126,7 @@ def _read_facts(options: QuestionsOptions, split: str, prefix: str) -> dict[str,
 
 
 def _record(photo: str, turns: list[Turn]) -> dict[str, Any]:
-    return {
-        "id": photo,
-        "image": photo,
-        "conversations": prepend_picture(turns),
-    }
+    return {"id": photo, "image": photo, "conversations": prepend_picture(turns)}
 
 
 def _caption(facts: Facts, rng: np.random.Generator) -> str | None:
@@ -206,12 +198,7 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> l
     """
     asked: list[list[Asked]] = [[] for _ in photos]
     for number, kind in enumerate(KINDS):
-        drawn = _draw_pairs(
-            photos,
-            kind,
-            pairs // (len(KINDS) - number),
-            rng,
-        )
+        drawn = _draw_pairs(photos, kind, pairs // (len(KINDS) - number), rng)
         pairs -= len(drawn)
         for pair in drawn:
             for photo, question in pair.items():
@@ -220,10 +207,7 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> l
 
 
 def _draw_pairs(
-    photos: list[Facts],
-    kind: str,
-    most: int,
-    rng: np.random.Generator,
+    photos: list[Facts], kind: str, most: int, rng: np.random.Generator
 ) -> list[dict[int, Asked]]:
     """Return up to `most` pairs of questions of a kind by photo; photos with the fewest questions come first."""
     # photos that can still be asked, by what the question is about and by their answer

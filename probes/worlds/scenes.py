@@ -97,38 +97,19 @@ def draw_scene(rng: np.random.Generator, indoor: bool | None = None) -> Scene:
 def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a room: ceiling, three walls, a board floor, and its objects."""
     names = sample_objects(
-        rng,
-        ("lamp", "picture", "bed"),
-        lamp=0.65,
-        picture=0.75,
-        bed=0.6,
-        window=0.7,
-        door=0.5,
+        rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5
     )
     canvas.polygon(FULL_FRAME, COLOURS["top"], "ceiling")
     draw_object(canvas, camera.ground(), "floor")
     for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
-        draw_object(
-            canvas,
-            front,
-            "wall",
-            tint,
-        )
+        draw_object(canvas, front, "wall", tint)
     sections = sample_wall_sections(camera, rng)
     if "window" in names:
         draw_window(canvas, sections.pop().part(top=0.16, bottom=0.58), rng)
     if "picture" in names:
         draw_picture(canvas, sections.pop().part(top=0.15, bottom=0.59), rng)
     if "door" in names:
-        draw_door(
-            canvas,
-            sections.pop().part(
-                left=0.05,
-                right=0.95,
-                top=0.28,
-            ),
-            rng,
-        )
+        draw_door(canvas, sections.pop().part(left=0.05, right=0.95, top=0.28), rng)
     standing = []
     if "bed" in names:
         standing.append(GroundObject(partial(draw_bed, camera), 0.55))
@@ -137,23 +118,12 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
             draw_hanging_lamp(canvas, camera, rng)
         else:
             standing.append(GroundObject(draw_standing_lamp, 0.3, at_wall=True))
-    draw_on_ground(
-        canvas,
-        camera,
-        standing,
-        rng,
-    )
+    draw_on_ground(canvas, camera, standing, rng)
 
 
 def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a street: sky, houses on three sides, a road with kerbs and lane marks, and its objects."""
-    names = sample_objects(
-        rng,
-        ("tree", "moon", "car"),
-        tree=0.6,
-        moon=0.3,
-        car=0.6,
-    )
+    names = sample_objects(rng, ("tree", "moon", "car"), tree=0.6, moon=0.3, car=0.6)
     canvas.polygon(FULL_FRAME, COLOURS["top"], "sky")
     if "moon" in names:
         draw_moon(canvas, camera, rng)
@@ -164,23 +134,13 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
         for i in range(count):
             top = rng.uniform(-0.18, 0.16)
             front = side.part(i / count, (i + 1) / count, top)
-            draw_house(
-                canvas,
-                front,
-                tint,
-                rng,
-            )
+            draw_house(canvas, front, tint, rng)
     standing = []
     if "car" in names:
         standing.append(GroundObject(draw_car, 0.58))
     if "tree" in names:
         standing.append(GroundObject(draw_tree, 0.3, at_wall=True))
-    draw_on_ground(
-        canvas,
-        camera,
-        standing,
-        rng,
-    )
+    draw_on_ground(canvas, camera, standing, rng)
 
 
 def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:

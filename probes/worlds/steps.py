@@ -41,12 +41,7 @@ def check_settings(out: Path, settings: dict) -> None:
     write_files({file: settings})
 
 
-def make_step(
-    out: Path,
-    words: list[str],
-    result: Path,
-    reads: Sequence[Path] = (),
-) -> Step:
+def make_step(out: Path, words: list[str], result: Path, reads: Sequence[Path] = ()) -> Step:
     """Return the step of a command that makes a folder below OUT.
 
     Args:
@@ -115,12 +110,7 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (
         log.open("w") as said,
-        process_group(
-            command,
-            stdout=said,
-            stderr=said,
-            env=environment,
-        ) as process,
+        process_group(command, stdout=said, stderr=said, env=environment) as process,
     ):
         status = process.wait()
     if status:

@@ -35,12 +35,7 @@ from .dialogues import GRID
 
 
 def train_encoder(
-    images: np.ndarray,
-    masks: np.ndarray,
-    out: Path,
-    *,
-    steps: int,
-    seed: int,
+    images: np.ndarray, masks: np.ndarray, out: Path, *, steps: int, seed: int
 ) -> None:
     """Train a two-layer CLIP tower to denoise patches and predict each noun's share of the picture. Write it to `out`.
 
@@ -81,14 +76,7 @@ def train_encoder(
 
     parameters = [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()]
     train(
-        parameters,
-        loss,
-        steps,
-        "encoder",
-        rate=2e-3,
-        betas=(0.9, 0.999),
-        floor=0.0,
-        clip=math.inf,
+        parameters, loss, steps, "encoder", rate=2e-3, betas=(0.9, 0.999), floor=0.0, clip=math.inf
     )
     encoder.save_pretrained(out)
 
@@ -117,19 +105,11 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
     words = pre_tokenizers.Metaspace(prepend_scheme="never")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=specials,
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = LlamaTokenizer(
-        vocab=model["vocab"],
-        merges=merges,
-        add_bos_token=True,
-    )
+    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
     # One token for the system prompt: its 30 constant tokens would be a large part of a toy sequence.
     tokenizer.add_tokens([SYSTEM], special_tokens=True)
     tokenizer.save_pretrained(out)
@@ -137,12 +117,7 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
 
 
 def train_llm(
-    documents: Iterator[list[dict]],
-    tokenizer: LlamaTokenizer,
-    out: Path,
-    *,
-    steps: int,
-    seed: int,
+    documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: Path, *, steps: int, seed: int
 ) -> None:
     """Train a small Llama on all tokens of conversations about pictures in words. Write it to `out`.
 
@@ -170,19 +145,9 @@ def train_llm(
         ids = pad(rows, 0)
         mask = pad([[1] * len(row) for row in rows], 0)
         labels = ids.masked_fill(mask == 0, -100)
-        return llm(
-            input_ids=ids,
-            attention_mask=mask,
-            labels=labels,
-        ).loss
+        return llm(input_ids=ids, attention_mask=mask, labels=labels).loss
 
-    train(
-        list(llm.parameters()),
-        loss,
-        steps,
-        "LLM",
-        floor=0.1,
-    )
+    train(list(llm.parameters()), loss, steps, "LLM", floor=0.1)
     llm.save_pretrained(out)
 
 
@@ -198,13 +163,7 @@ def train(
     clip: float = 1.0,
 ) -> None:
     """Minimise a loss by AdamW, with 3% warm-up and a cosine schedule down to `floor` of the peak rate."""
-    optimizer = torch.optim.AdamW(
-        parameters,
-        rate,
-        betas=betas,
-        weight_decay=0.0,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=0.0, fused=True)
     warmup = max(1, int(0.03 * steps))
 
     def factor(step):

@@ -26,20 +26,12 @@ from sweep import Sweep
 
 
 def paired(
-    ours: Callable[[], object],
-    other: Callable[[], object],
-    rounds: int,
-    repeat: int = 1,
+    ours: Callable[[], object], other: Callable[[], object], rounds: int, repeat: int = 1
 ) -> dict:
     """Times both in turn after one warm-up each, ours as the mean of `repeat` calls if it takes only milliseconds."""
     times = ([], [])
     for i in range(rounds + 1):
-        for function, seconds, calls in zip(
-            (ours, other),
-            times,
-            (repeat, 1),
-            strict=True,
-        ):
+        for function, seconds, calls in zip((ours, other), times, (repeat, 1), strict=True):
             start = time.process_time()
             for _ in range(calls):
                 function()
@@ -85,18 +77,8 @@ BENCHES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=7,
-        help="paired runs of each",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=BENCHES,
-        default=list(BENCHES),
-    )
+    parser.add_argument("--rounds", type=int, default=7, help="paired runs of each")
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -53,13 +53,7 @@ def hours(training: dict, validation: dict, images: int) -> float:
 
 
 def bench_sweep(args: argparse.Namespace) -> dict:
-    sweep = Sweep(
-        args.shape,
-        args.images,
-        args.mask_px,
-        torch.bfloat16,
-        args.device,
-    )
+    sweep = Sweep(args.shape, args.images, args.mask_px, torch.bfloat16, args.device)
     steps = {
         "frozen forward": sweep.forward,
         "training step": sweep.step,
@@ -90,13 +84,7 @@ def bench_loss(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     size = (args.images, args.mask_px, args.mask_px)
     with torch.device(args.device):
-        logits = torch.randn(
-            args.images,
-            CLASSES,
-            24,
-            24,
-            requires_grad=True,
-        )
+        logits = torch.randn(args.images, CLASSES, 24, 24, requires_grad=True)
         target = torch.randint(CLASSES, size, dtype=torch.uint8)
 
     def ours(z: torch.Tensor, nodes: int = 3) -> torch.Tensor:
@@ -104,15 +92,7 @@ def bench_loss(args: argparse.Namespace) -> dict:
         return with_gradient(partial(upsampled_cross_entropy, target=masks, nodes=None), z)[1]
 
     naive = partial(with_gradient, partial(torch_loss, target=target), logits)
-    prepared = {
-        nodes: prepare_masks(
-            target,
-            CLASSES,
-            (24, 24),
-            nodes,
-        )
-        for nodes in (3, 8)
-    }
+    prepared = {nodes: prepare_masks(target, CLASSES, (24, 24), nodes) for nodes in (3, 8)}
     ways = {f"{nodes} nodes": partial(ours, logits, nodes) for nodes in prepared} | {"naive": naive}
     found = {}
     for name, function in ways.items():
@@ -127,24 +107,9 @@ def bench_loss(args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=16,
-        help="a step",
-    )
-    parser.add_argument(
-        "--mask-px",
-        type=int,
-        default=512,
-        help="height and width of masks",
-    )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=5,
-        help="of each",
-    )
+    parser.add_argument("--images", type=int, default=16, help="a step")
+    parser.add_argument("--mask-px", type=int, default=512, help="height and width of masks")
+    parser.add_argument("--rounds", type=int, default=5, help="of each")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()

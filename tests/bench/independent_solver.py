@@ -34,25 +34,13 @@ BATCH = 8
 IGNORED = 255
 NORM_EPS = 1e-5  # of BatchNorm
 # Steps end where a step's relative decrease is about what float32 losses resolve.
-OPTIONS = {
-    "maxiter": 500,
-    "maxfun": 1000,
-    "ftol": 1e-7,
-    "gtol": 1e-6,
-    "maxcor": 20,
-}
+OPTIONS = {"maxiter": 500, "maxfun": 1000, "ftol": 1e-7, "gtol": 1e-6, "maxcor": 20}
 Photos = tuple[Tensor, list[Tensor]]  # states f32[N, T, d] and N masks uint8[H, W]
 Probe = tuple[Tensor, Tensor]  # weights f64[K, d] of states and biases f64[K]
 
 
 @torch.inference_mode()
-def read_split(
-    model,
-    folder: Path,
-    split: str,
-    layer: int,
-    px: int,
-) -> Photos:
+def read_split(model, folder: Path, split: str, layer: int, px: int) -> Photos:
     """Return the states of the patches, and the masks; pixels are normalised as a DINOv2 expects."""
     files = sorted((folder / "images" / split).iterdir())
     photos = [
@@ -71,18 +59,8 @@ def read_split(
 def upsampled(logits: Tensor, mask: Tensor) -> Tensor:
     """Return logits f[T, K] of a square grid as pixels f[1, K, H, W] of a mask."""
     side = round(len(logits) ** 0.5)
-    maps = logits.T.reshape(
-        1,
-        -1,
-        side,
-        side,
-    )
-    return F.interpolate(
-        maps,
-        mask.shape,
-        mode="bilinear",
-        align_corners=False,
-    )
+    maps = logits.T.reshape(1, -1, side, side)
+    return F.interpolate(maps, mask.shape, mode="bilinear", align_corners=False)
 
 
 def soft_labels(photos: Photos, classes: int) -> Tensor:
@@ -121,12 +99,7 @@ class Objective:
         strength: r.
     """
 
-    def __init__(
-        self,
-        photos: Photos,
-        classes: int,
-        strength: float,
-    ):
+    def __init__(self, photos: Photos, classes: int, strength: float):
         states = photos[0].flatten(0, 1).double()
         covariance = within_class_covariance(states, soft_labels(photos, classes))
         self.deviation = covariance.diagonal().sqrt()
@@ -147,12 +120,7 @@ class Objective:
         loss = 0.0
         for states, mask in zip(self.states, self.masks, strict=True):
             logits = upsampled(states @ probe[:, :-1].T + probe[:, -1], mask)
-            photo = F.cross_entropy(
-                logits,
-                mask[None],
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
+            photo = F.cross_entropy(logits, mask[None], ignore_index=IGNORED, reduction="sum")
             photo.backward()
             loss += photo.item()
         gradient = probe.grad.double() / self.pixels
@@ -218,24 +186,12 @@ def main() -> None:
     (path,) = (entry for entry in metrics["path"]["optimum"]["sites"] if entry["site"] == site)
     model = AutoModel.from_pretrained(metrics["mllm"]).eval()
     training, validation = (
-        read_split(
-            model,
-            Path(data),
-            split,
-            args.layer,
-            args.px,
-        )
+        read_split(model, Path(data), split, args.layer, args.px)
         for split in ("training", "validation")
     )
     objective = Objective(training, len(metrics["classes"]), path["chosen"])
     start = np.zeros(objective.shape).ravel()
-    found = minimize(
-        objective,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        options=OPTIONS,
-    )
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=OPTIONS)
     solved = objective.point_of(*read_probe(args.run, site))
     print(f"{site} of {metrics['dataset']}, {args.px} px, strength {path['chosen']:.3g}")
     print(f"scipy ended after {found.nfev} evaluations: {found.message}")

@@ -28,13 +28,7 @@ def loss_inputs(case: str, noise: float = SMOOTH) -> tuple[Tensor, Tensor]:
     """Logits that follow the regions of the masks, with noise; stripes of ignored pixels cut cells of the grid."""
     classes, images, (height, width) = CASES[case]
     generator = torch.Generator().manual_seed(0)
-    fields = torch.randn(
-        images,
-        classes,
-        6,
-        8,
-        generator=generator,
-    )
+    fields = torch.randn(images, classes, 6, 8, generator=generator)
     target = F.interpolate(fields, size=(height, width), mode="bilinear").argmax(1)
     target[:, : height // 12] = target[:, :, width // 3 : width // 3 + width // 20] = 255
     logits = 2 * F.interpolate(fields, size=GRID, mode="bilinear")
@@ -43,12 +37,7 @@ def loss_inputs(case: str, noise: float = SMOOTH) -> tuple[Tensor, Tensor]:
 
 
 def torch_loss(logits: Tensor, target: Tensor) -> Tensor:
-    up = F.interpolate(
-        logits,
-        target.shape[-2:],
-        mode="bilinear",
-        align_corners=False,
-    )
+    up = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
     return F.cross_entropy(up, target.long(), ignore_index=255)
 
 
@@ -74,19 +63,9 @@ def bench_loss(paired: Callable, memory: Callable[[str], float], rounds: int) ->
         name = f"cross-entropy, torch's over ours, {case}"
         theirs = one_step(logits, target, ours=False)
         for nodes in NODES:
-            masks = prepare_masks(
-                target,
-                classes,
-                GRID,
-                nodes,
-            )
+            masks = prepare_masks(target, classes, GRID, nodes)
             ours = partial(with_gradient, partial(upsampled_cross_entropy, target=masks), logits)
-            timed = paired(
-                ours,
-                theirs,
-                rounds,
-                repeat=20,
-            )
+            timed = paired(ours, theirs, rounds, repeat=20)
             timed["errors"] = [errors(case, nodes, noise) for noise in (SMOOTH, ROUGH)]
             (smooth, gradient), (rough, rough_gradient) = timed["errors"]
             print(
@@ -107,12 +86,7 @@ def errors(case: str, nodes: int, noise: float) -> tuple[float, float]:
     exact, gradient = with_gradient(
         lambda z: torch_loss(z, target), logits.detach().double().requires_grad_()
     )
-    masks = prepare_masks(
-        target,
-        logits.shape[1],
-        GRID,
-        nodes,
-    )
+    masks = prepare_masks(target, logits.shape[1], GRID, nodes)
     value, ours = with_gradient(lambda z: upsampled_cross_entropy(z, masks), logits)
     return (value - exact).abs().item(), ((ours - gradient).norm() / gradient.norm()).item()
 

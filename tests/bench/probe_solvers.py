@@ -40,55 +40,19 @@ def synthetic_states() -> tuple[Tensor, Tensor]:
     deviation = axis**-0.5
     means = new(CLASSES, WIDTH) * deviation * axis**-DISTANCE
     shape = (IMAGES, 1, OBJECTS, OBJECTS)
-    objects = torch.randint(
-        0,
-        CLASSES,
-        shape,
-        generator=generator,
-    ).float()
-    noise = torch.zeros(
-        IMAGES,
-        WIDTH,
-        SIDE,
-        SIDE,
-    )
+    objects = torch.randint(0, CLASSES, shape, generator=generator).float()
+    noise = torch.zeros(IMAGES, WIDTH, SIDE, SIDE)
     shares = (OF_IMAGE, OF_OBJECT, 1 - OF_IMAGE - OF_OBJECT)
     for share, parts in zip(shares, (1, OBJECTS, SIDE), strict=True):
-        noise += share**0.5 * grid_of(
-            new(
-                IMAGES,
-                WIDTH,
-                parts,
-                parts,
-            )
-        )
-    states = (
-        means[grid_of(objects)[:, 0].long()]
-        + noise.permute(
-            0,
-            2,
-            3,
-            1,
-        )
-        * deviation
-    )
+        noise += share**0.5 * grid_of(new(IMAGES, WIDTH, parts, parts))
+    states = means[grid_of(objects)[:, 0].long()] + noise.permute(0, 2, 3, 1) * deviation
     # channels are mixtures of axes: the solver's units would undo a decay over channels
     return states @ torch.linalg.qr(new(WIDTH, WIDTH)).Q, F.interpolate(objects, SIZE)[:, 0].byte()
 
 
-def pixel_loss(
-    weight: Tensor,
-    bias: Tensor,
-    states: Tensor,
-    masks: Tensor,
-) -> Tensor:
+def pixel_loss(weight: Tensor, bias: Tensor, states: Tensor, masks: Tensor) -> Tensor:
     """Return the mean loss of the pixels in nats, upsampled by F.interpolate."""
-    logits = (states @ weight.T + bias).permute(
-        0,
-        3,
-        1,
-        2,
-    )
+    logits = (states @ weight.T + bias).permute(0, 3, 1, 2)
     return F.cross_entropy(F.interpolate(logits, SIZE, mode="bilinear"), masks.long())
 
 
@@ -106,12 +70,7 @@ def train(states: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(EPOCHS):
         for part in torch.randperm(IMAGES).split(BATCH):
             optimizer.zero_grad()
-            pixel_loss(
-                head.weight,
-                head.bias,
-                states[part],
-                masks[part],
-            ).backward()
+            pixel_loss(head.weight, head.bias, states[part], masks[part]).backward()
             optimizer.step()
     return head.weight.detach(), head.bias.detach()
 

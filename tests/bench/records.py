@@ -44,12 +44,7 @@ def write_world(root: Path, records: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     py = random.Random(seed)
     for i in range(PICTURES):
-        pixels = rng.integers(
-            0,
-            255,
-            (*PICTURE_PX[::-1], 3),
-            np.uint8,
-        )
+        pixels = rng.integers(0, 255, (*PICTURE_PX[::-1], 3), np.uint8)
         Image.fromarray(pixels).save(root / f"{i}.png")
     with open(root / "data.json", "w") as file:
         for i in range(records):
@@ -88,12 +83,7 @@ def epoch(root: Path, workers: int) -> dict:
     samples = 0
     loader = StepLoader(
         instructions,
-        batch_sampler=BatchSampler(
-            instructions.lengths(),
-            BATCH,
-            MICRO_BATCH,
-            grouped_batches,
-        ),
+        batch_sampler=BatchSampler(instructions.lengths(), BATCH, MICRO_BATCH, grouped_batches),
         collate_fn=Collate(processor, IMAGE_TOKENS, "vicuna_v1"),
         num_workers=workers,
         step_batches=BATCH // MICRO_BATCH,
@@ -115,12 +105,7 @@ def open_all(root: Path) -> Instructions:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=665_298)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=2,
-        help="processes of the loader",
-    )
+    parser.add_argument("--workers", type=int, default=2, help="processes of the loader")
     parser.add_argument("--phase", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.phase:

@@ -68,11 +68,7 @@ def by_stock() -> Callable[[torch.Tensor], object]:
     model = make_model().model
 
     def states(pixels: torch.Tensor) -> object:
-        inputs = {
-            "input_ids": IDS,
-            "pixel_values": pixels,
-            "use_cache": False,
-        }
+        inputs = {"input_ids": IDS, "pixel_values": pixels, "use_cache": False}
         return model(**inputs, output_hidden_states=True).hidden_states
 
     return states
@@ -86,13 +82,7 @@ def print_seconds(way: str) -> None:
     """Print the CPU-seconds of the states of a batch, after one to warm up."""
     torch.set_num_threads(1)
     states = WAYS[way]()
-    pixels = torch.randn(
-        BATCH,
-        3,
-        SIDE,
-        SIDE,
-        generator=torch.Generator().manual_seed(0),
-    )
+    pixels = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     states(pixels)
     before = time.process_time()
     states(pixels)

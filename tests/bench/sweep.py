@@ -47,11 +47,7 @@ def frozen_model(shape: str, dtype: torch.dtype, device: str) -> FrozenMLLM:
     vision = dict(zip(CLIP, encoder, strict=True))
     text = dict(zip(LLAMA, llm, strict=True))
     config = LlavaBidirConfig(
-        vision_config=CLIPVisionConfig(
-            **vision,
-            intermediate_size=4 * width,
-            patch_size=PATCH_PX,
-        ),
+        vision_config=CLIPVisionConfig(**vision, intermediate_size=4 * width, patch_size=PATCH_PX),
         text_config=LlamaConfig(**text, vocab_size=VOCABULARY),
         image_token_index=VOCABULARY - 1,
         image_seq_length=(side // PATCH_PX) ** 2,
@@ -90,18 +86,9 @@ class Sweep:
     ):
         self.mllm = frozen_model(shape, dtype, device)
         side = self.mllm.geometry.image_px
-        self.pixels = torch.randn(
-            images,
-            3,
-            side,
-            side,
-            device=device,
-        )
+        self.pixels = torch.randn(images, 3, side, side, device=device)
         regions = torch.randint(
-            0,
-            CLASSES,
-            (images, mask_px // 32, mask_px // 32),
-            dtype=torch.uint8,
+            0, CLASSES, (images, mask_px // 32, mask_px // 32), dtype=torch.uint8
         )
         regions[torch.rand(regions.shape) < 0.1] = IGNORE_INDEX
         self.target = regions.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
@@ -164,12 +151,7 @@ class Sweep:
                 folds=[torch.arange(len(x))],
                 space=SimpleNamespace(mean=probes.new_zeros(x.shape[-1])),
             )
-            SiteProblem.sums(
-                problem,
-                0,
-                probes,
-                self.masks,
-            )
+            SiteProblem.sums(problem, 0, probes, self.masks)
 
     @torch.no_grad()
     def score(self) -> None:

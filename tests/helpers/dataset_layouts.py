@@ -13,12 +13,7 @@ def save(file: Path, array: np.ndarray) -> None:
 
 
 def photo(seed: int, size=(6, 9)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(
-        0,
-        256,
-        (*size, 3),
-        np.uint8,
-    )
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
 
 
 def labels(seed: int, values, size=(6, 9)) -> np.ndarray:
@@ -94,11 +89,7 @@ def write_cityscapes_depth(root: Path) -> Path:
 
 def write_nyuv2(root: Path, size=(6, 9)) -> Path:
     """Two scenes of training, one of test, as written by BTS's script; depth up to 12 m."""
-    scenes = {
-        "train/bedroom": (5, 6),
-        "train/cafe": (2,),
-        "test/kitchen": (0, 1),
-    }
+    scenes = {"train/bedroom": (5, 6), "train/cafe": (2,), "test/kitchen": (0, 1)}
     for scene, numbers in scenes.items():
         for number in numbers:
             save(root / f"{scene}/rgb_{number:05d}.jpg", photo(number, size))

@@ -91,11 +91,7 @@ def prepare(
 ):
     torch.manual_seed(0)
     parts = (Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm])
-    settings |= {
-        "learning_rate": 1e-2,
-        "adapter_learning_rate": 5e-3,
-        "max_new_tokens": 3,
-    }
+    settings |= {"learning_rate": 1e-2, "adapter_learning_rate": 5e-3, "max_new_tokens": 3}
     module = LlavaTraining(*parts, list(trainable), **settings)
     data = make_data(
         SPEC["conversations"],
@@ -121,20 +117,10 @@ def prepare(
 
 
 def fit(
-    strategy: str,
-    precision: str,
-    resume: str | None = None,
-    save=None,
-    callbacks=(),
-    **kwargs,
+    strategy: str, precision: str, resume: str | None = None, save=None, callbacks=(), **kwargs
 ) -> dict:
     recorder = Recorder(save or {})
-    trainer, module, data = prepare(
-        strategy,
-        precision,
-        callbacks=[recorder, *callbacks],
-        **kwargs,
-    )
+    trainer, module, data = prepare(strategy, precision, callbacks=[recorder, *callbacks], **kwargs)
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
     run = Path(trainer.default_root_dir)
     if trainer.checkpoint_callbacks and trainer.is_global_zero:
@@ -161,22 +147,12 @@ def fit(
         "weights": weights,
         "graphs": counters["stats"]["unique_graphs"],
     }
-    return results | {
-        "metrics": metrics,
-        "shares": shares,
-        "shards": shards,
-    }
+    return results | {"metrics": metrics, "shares": shares, "shards": shards}
 
 
 def uninterrupted(strategy, precision):
     save = {MIDDLE: f"{strategy}-middle-{precision}.ckpt", END: f"{strategy}-end-{precision}.ckpt"}
-    return fit(
-        strategy,
-        precision,
-        llm="dropout_llm",
-        save=save,
-        callbacks=[Checkpoints()],
-    )
+    return fit(strategy, precision, llm="dropout_llm", save=save, callbacks=[Checkpoints()])
 
 
 def resume(strategy, precision):
@@ -193,12 +169,7 @@ def validate(strategy, precision):
 
 def without_dropout(strategy, precision):
     """Comparable to one process, since dropout differs between ranks."""
-    return fit(
-        strategy,
-        precision,
-        epochs=1,
-        save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"},
-    )
+    return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
 
 
 SETTINGS = {  # other functions: what they train with
@@ -212,28 +183,16 @@ SETTINGS = {  # other functions: what they train with
     },
     "stage1": {"trainable": ["adapter"]},
     "compiled": {"epochs": 1, "compile": True},
-    "tied": {
-        "llm": "tied_llm",
-        "folder": "tied-",
-        "callbacks": [Checkpoints()],
-    },
+    "tied": {"llm": "tied_llm", "folder": "tied-", "callbacks": [Checkpoints()]},
     "lora": {
-        "lora": {
-            "r": 4,
-            "alpha": 8,
-            "dropout": 0.0,
-        },
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
         "frozen_dtype": "bfloat16",
         "folder": "lora-",
         "callbacks": [Checkpoints()],
     },
     # for the norm of the gradient
     "many_micro_batches": {"epochs": 1, "batch_size": 256},
-    "sum_in_fp32": {
-        "epochs": 1,
-        "batch_size": 256,
-        "grad_accum_dtype": "fp32",
-    },
+    "sum_in_fp32": {"epochs": 1, "batch_size": 256, "grad_accum_dtype": "fp32"},
 }
 
 
@@ -245,13 +204,7 @@ def validate_as_on_gpus(strategy, precision):
 
 def short_answers(strategy, precision):
     """Validate before the first step, too; answers of rank 1 are shorter than those of rank 0."""
-    return fit(
-        strategy,
-        precision,
-        epochs=1,
-        validate_first=True,
-        callbacks=[EndAtOnce()],
-    )
+    return fit(strategy, precision, epochs=1, validate_first=True, callbacks=[EndAtOnce()])
 
 
 class EndAtOnce(Callback):
@@ -265,22 +218,13 @@ class EndAtOnce(Callback):
 
 def resume_elsewhere(strategy, precision):
     """Resume `without_dropout` from SPEC["resume"], a checkpoint of another strategy."""
-    return fit(
-        strategy,
-        precision,
-        epochs=1,
-        resume=SPEC["resume"][strategy],
-    )
+    return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])
 
 
 def faulty(strategy, precision, fault: Callback):
     """Train with a checkpoint at MIDDLE and one at END, before which rank 1 is killed."""
     return fit(
-        strategy,
-        precision,
-        llm="dropout_llm",
-        save=FAULTY,
-        callbacks=[fault, Checkpoints()],
+        strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=[fault, Checkpoints()]
     )
 
 
@@ -315,12 +259,7 @@ class DieInSave(Die):
             if "optim_states" in str(file):
                 Path(file).write_bytes(b"the beginning of a file")
                 die()
-            original(
-                state,
-                file,
-                *args,
-                **kwargs,
-            )
+            original(state, file, *args, **kwargs)
 
         torch.save = save
 

@@ -21,13 +21,7 @@ class DeviceReads(TorchDispatchMode):
         super().__init__()
         self.reads = []
 
-    def __torch_dispatch__(
-        self,
-        function,
-        types,
-        args=(),
-        kwargs=None,
-    ):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.split("::")[1]
         masked = name.startswith("index") and any(
             i is not None and i.dtype == torch.bool

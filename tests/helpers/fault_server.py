@@ -28,10 +28,7 @@ def on_change(folder: Path, do: Callable[[int], None]) -> Callable[[], int]:
         if not opens and event not in CHANGES:
             return
         # To an open folder, as in shutil.rmtree
-        relative = not opens and arguments[-1] not in (
-            -1,
-            None,
-        )
+        relative = not opens and arguments[-1] not in (-1, None)
         if relative or str(arguments[0]).startswith(str(folder)):
             count += 1
             do(count)
@@ -40,12 +37,7 @@ def on_change(folder: Path, do: Callable[[int], None]) -> Callable[[], int]:
     return lambda: count
 
 
-def run(
-    argv: list[str],
-    log: Path,
-    folder: Path | None = None,
-    at: int = 0,
-) -> None:
+def run(argv: list[str], log: Path, folder: Path | None = None, at: int = 0) -> None:
     """Run `probes ARGV`. With a folder, print the number of its changes, and kill the process before change `at`."""
     from probes.cli import main
 

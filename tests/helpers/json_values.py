@@ -6,11 +6,7 @@ NUMBERS = st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infini
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 
 
-def json_values(
-    numbers=NUMBERS,
-    text=text,
-    leaves: int = 6,
-):
+def json_values(numbers=NUMBERS, text=text, leaves: int = 6):
     """Lists and objects of up to three elements each, with up to `leaves` values in all."""
 
     def inside(inner):

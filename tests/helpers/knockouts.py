@@ -32,9 +32,7 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def simulate(
-    rng: np.random.Generator,
-    effects: dict[str, np.ndarray],
-    cases: int = N,
+    rng: np.random.Generator, effects: dict[str, np.ndarray], cases: int = N
 ) -> dict[str, torch.Tensor]:
     """Return a knockout of `cases` cases per class, in which `effects[class]` shifts incorrect and correct.
 

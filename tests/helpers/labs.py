@@ -20,9 +20,7 @@ from probes.lab.session import Session
 
 TOKEN = "secret"
 JOB = SimpleNamespace(  # without a client
-    watched=lambda mllm: nullcontext(),
-    report=lambda event: None,
-    check=lambda: None,
+    watched=lambda mllm: nullcontext(), report=lambda event: None, check=lambda: None
 )
 
 
@@ -75,11 +73,7 @@ def serve(session: Session):
 
     with listen("127.0.0.1", 0) as listener:
         server = build_server(session, Worker(), TOKEN, {"localhost"})
-        thread = threading.Thread(
-            target=server.run,
-            kwargs={"sockets": [listener]},
-            daemon=True,
-        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         yield listener.getsockname()[1]
         server.should_exit = True
@@ -87,11 +81,7 @@ def serve(session: Session):
 
 
 def send(
-    port: int,
-    method: str,
-    path: str,
-    body: bytes | str | None = None,
-    **headers,
+    port: int, method: str, path: str, body: bytes | str | None = None, **headers
 ) -> tuple[int, bytes]:
     """Send a request with the token's cookie; return status and body. Headers replace the usual ones."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

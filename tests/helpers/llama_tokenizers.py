@@ -21,12 +21,7 @@ LLAMAS = {  # trainer_spec and normalizer_spec of Llama's tokenizer.model
 }
 
 
-def write_tokenizer(
-    folder: Path,
-    pieces: int = 4000,
-    rows: int = 32000,
-    **settings,
-) -> Path:
+def write_tokenizer(folder: Path, pieces: int = 4000, rows: int = 32000, **settings) -> Path:
     """Train a tokenizer on Python's reference manual and write it as the hub has Vicuna's; return its folder.
 
     Args:

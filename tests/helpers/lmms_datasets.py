@@ -14,28 +14,13 @@ def write(root: Path) -> Path:
     """Write all nine under `root`, with six records each."""
     folder = root / ORGANISATION
     images = [{"id": f"n{i}", "image": picture(i)} for i in range(3)]
-    write_one(
-        folder / "GQA",
-        "testdev_balanced_images",
-        "testdev",
-        images,
-    )
+    write_one(folder / "GQA", "testdev_balanced_images", "testdev", images)
     for name, (config, split, record) in DATASETS.items():
-        write_one(
-            folder / name,
-            config,
-            split,
-            [record(i) for i in range(6)],
-        )
+        write_one(folder / name, config, split, [record(i) for i in range(6)])
     return root
 
 
-def write_one(
-    folder: Path,
-    config: str,
-    split: str,
-    records: list[dict],
-) -> None:
+def write_one(folder: Path, config: str, split: str, records: list[dict]) -> None:
     """Write a parquet file, and the README.md that names its configuration and split."""
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(records).to_parquet(folder / f"{config}.parquet")
@@ -49,14 +34,7 @@ def write_one(
 
 def picture(seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
-    return Image.fromarray(
-        rng.integers(
-            0,
-            255,
-            (10 + seed % 3, 14, 3),
-            np.uint8,
-        )
-    )
+    return Image.fromarray(rng.integers(0, 255, (10 + seed % 3, 14, 3), np.uint8))
 
 
 def mmbench(i: int) -> dict:

@@ -21,11 +21,7 @@ def watched(log: Path) -> dict[str, str]:
     told = {name for name in os.environ if name.endswith("_OFFLINE")}
     path = os.pathsep.join([str(WATCH), *filter(None, [os.environ.get("PYTHONPATH")])])
     kept = {name: value for name, value in os.environ.items() if name not in told}
-    return {
-        **kept,
-        "PYTHONPATH": path,
-        "NETWORK_LOG": str(log),
-    }
+    return {**kept, "PYTHONPATH": path, "NETWORK_LOG": str(log)}
 
 
 def reached_for(log: Path) -> list[str]:

@@ -30,11 +30,7 @@ Point = Tensor  # f64[K, d + 1], weights and biases of states
 
 
 def assert_same_optimum(
-    value: Callable[[Point], Tensor],
-    a: Point,
-    b: Point,
-    left: tuple[float, float],
-    states: Tensor,
+    value: Callable[[Point], Tensor], a: Point, b: Point, left: tuple[float, float], states: Tensor
 ) -> None:
     """Raise unless two points are the optimum of one convex objective as far as their certificates say.
 
@@ -67,9 +63,7 @@ def assert_same_optimum(
 
 
 def assert_same_solution(
-    one: ProbeRun,
-    other: ProbeRun,
-    held_out: float = 2 * HELD_OUT_GAIN * TOLERANCE,
+    one: ProbeRun, other: ProbeRun, held_out: float = 2 * HELD_OUT_GAIN * TOLERANCE
 ) -> None:
     """Raise unless two runs of `probes solve` on the same images have found the same, as far as their certificates say.
 
@@ -98,12 +92,7 @@ def assert_same_solution(
             total = 0
             for logits_of_image, target in zip(grids, targets, strict=True):
                 up = F.interpolate(logits_of_image[None], target.shape, mode="bilinear")
-                total += F.cross_entropy(
-                    up,
-                    target[None],
-                    ignore_index=255,
-                    reduction="sum",
-                )
+                total += F.cross_entropy(up, target[None], ignore_index=255, reduction="sum")
             penalty = (point[:, :-1].square() * variance).sum()
             return total / labelled + strength / 2 * penalty
 
@@ -120,12 +109,7 @@ def assert_same_solution(
             assert losses[0][strength] == expected, (site, strength)
         points, left = zip(*(_solved(run, site) for run in (one, other)), strict=True)
         value = objective(site, ours["chosen"])
-        assert_same_optimum(
-            value,
-            *points,
-            left,
-            states[site].flatten(0, 1)[::7],
-        )
+        assert_same_optimum(value, *points, left, states[site].flatten(0, 1)[::7])
 
 
 def _entry(run: ProbeRun, site: str) -> dict:

@@ -22,9 +22,7 @@ class Block(nn.Module):
         self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
         self.norm2 = nn.LayerNorm(WIDTH)
         self.mlp = nn.Sequential(
-            nn.Linear(WIDTH, 2 * WIDTH),
-            nn.GELU(),
-            nn.Linear(2 * WIDTH, WIDTH),
+            nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
         )
 
     def forward(self, states: Tensor) -> Tensor:
@@ -62,13 +60,7 @@ class Encoder(nn.Module):
 
 def torch_layer() -> nn.Module:
     """Return a layer of torch, whose MLP is no module of its own."""
-    return nn.TransformerEncoderLayer(
-        WIDTH,
-        2,
-        2 * WIDTH,
-        batch_first=True,
-        norm_first=True,
-    )
+    return nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True, norm_first=True)
 
 
 def describe(encoder: nn.Module, **parts: str) -> probes.EncoderModule:

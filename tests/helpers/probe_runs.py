@@ -42,12 +42,7 @@ SETTINGS = {
 }
 
 
-def arguments(
-    checkpoint,
-    root,
-    out,
-    *more: str,
-) -> list[str]:
+def arguments(checkpoint, root, out, *more: str) -> list[str]:
     """Return a command that trains the demo's probes for one epoch, unless `more` says otherwise."""
     demo = "fit -c configs/demo/probes.yaml --trainer.max_epochs 1"
     return [*demo.split(), *places(checkpoint, root, out), *more]
@@ -58,20 +53,8 @@ def places(checkpoint, root, out) -> list[str]:
     return ["--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out)]
 
 
-def fit(
-    checkpoint,
-    root,
-    out,
-    *more: str,
-) -> ProbeRun:
-    main(
-        arguments(
-            checkpoint,
-            root,
-            out,
-            *more,
-        )
-    )
+def fit(checkpoint, root, out, *more: str) -> ProbeRun:
+    main(arguments(checkpoint, root, out, *more))
     return ProbeRun(out)
 
 
@@ -92,20 +75,10 @@ def write_questions(run: ProbeRun, folder: Path) -> Path:
     return folder / "questions.json"
 
 
-def random_counts(
-    quality: list[float],
-    images: int,
-    classes: int,
-    seed: int,
-) -> Counts:
+def random_counts(quality: list[float], images: int, classes: int, seed: int) -> Counts:
     """Return the counts of sites with the pixel accuracies `quality`, of images that all runs share."""
     same = torch.Generator().manual_seed(1000)
-    labelled = torch.randint(
-        20,
-        400,
-        (images, classes),
-        generator=same,
-    )
+    labelled = torch.randint(20, 400, (images, classes), generator=same)
     ease = 0.1 * torch.randn(images, 1, generator=same)
     towards = torch.rand(classes, classes, generator=same).square()
     towards.fill_diagonal_(0)
@@ -126,13 +99,7 @@ def random_counts(
     tokens = GRID[0] * GRID[1]
     patch = (intersection.sum(-1, keepdim=True) // tokens).expand(-1, -1, tokens).contiguous()
     valid = (labelled.sum(-1, keepdim=True) // tokens).expand(-1, tokens).contiguous()
-    return Counts(
-        intersection,
-        predicted,
-        labelled,
-        patch,
-        valid,
-    )
+    return Counts(intersection, predicted, labelled, patch, valid)
 
 
 def sums_of(counts: Counts) -> torch.Tensor:
@@ -192,12 +159,7 @@ def write_run(
     classes = json.loads((root / "classes.json").read_text())["classes"]
     sites = sites or site_names(len(quality) - 3)
     weights = bootstrap_weights(images, 300, groups=groups)
-    counts = random_counts(
-        quality,
-        images,
-        len(classes),
-        seed + 10 * (mask != "causal"),
-    )
+    counts = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
     probe = {
         "head": "linear",
         "feature_norm": "none",
@@ -231,11 +193,7 @@ def write_run(
         "seed": 0,
         "probe": probe,
         "classes": classes,
-        "baseline": {
-            "class": classes[0],
-            "miou": 0.1,
-            "pacc": 0.3,
-        },
+        "baseline": {"class": classes[0], "miou": 0.1, "pacc": 0.3},
         "grid": list(GRID),
         "sites": main,
         "summary": summary({entry["site"]: entry["miou"] for entry in main}),
@@ -252,17 +210,9 @@ def write_run(
             "options": {},
             "fingerprint": f"{dataset} {images}",
         },
-        "identity": {
-            "data": data_identity(root),
-            "model": {},
-            "settings": {},
-        },
+        "identity": {"data": data_identity(root), "model": {}, "settings": {}},
         "mllm_training": encoder and training,
-        "hardware": {
-            "machine": "none",
-            "cpu_threads": 1,
-            "gpu": None,
-        },
+        "hardware": {"machine": "none", "cpu_threads": 1, "gpu": None},
     }
     path.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "counts.safetensors")
@@ -347,12 +297,7 @@ def write_solved(
         seed: As of :func:`write_run`.
         **options: Those of :func:`write_run`.
     """
-    write_run(
-        path,
-        quality,
-        seed=seed,
-        **options,
-    )
+    write_run(path, quality, seed=seed, **options)
     metrics = json.loads((path / "metrics.json").read_text())
     shape = metrics["images"], len(metrics["classes"])
     curves = enumerate([stronger or quality, quality, quality])
@@ -369,11 +314,7 @@ def write_solved(
         site = entry["site"]
         strengths = STRENGTHS[site == "encoder"]
         certificates = [
-            {
-                "gradient": 0.0,
-                "decrease": 0.0,
-                "converged": (row, site) not in unconverged,
-            }
+            {"gradient": 0.0, "decrease": 0.0, "converged": (row, site) not in unconverged}
             for row in ROWS
         ]
         sites.append(

@@ -21,11 +21,7 @@ HANGING_S = 1200
 
 def run_command(command: list, must_pass: bool = True, **options) -> subprocess.CompletedProcess:
     """Run a command to its end and return what it said; exit codes other than 0 are failures unless they are wanted."""
-    settings = {
-        "capture_output": True,
-        "text": True,
-        "timeout": HANGING_S,
-    }
+    settings = {"capture_output": True, "text": True, "timeout": HANGING_S}
     done = subprocess.run([str(word) for word in command], **settings | options)
     assert done.returncode == 0 or not must_pass, f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done

@@ -12,12 +12,7 @@ from torch import Tensor
 IGNORED = 255
 
 
-def allowed(
-    name: str,
-    is_image: list[bool],
-    q: int,
-    k: int,
-) -> bool:
+def allowed(name: str, is_image: list[bool], q: int, k: int) -> bool:
     """Return True if query q may attend to key k in a sequence without padding."""
     causal = q >= k
     if name == "causal":
@@ -33,32 +28,17 @@ def allowed(
 def mask_by_loop(name: str, is_image: Tensor, padding: Tensor) -> Tensor:
     """Return the mask bool[B, N, N] by a loop over all pairs; rows and columns of padding are False."""
     batch, length = is_image.shape
-    mask = torch.zeros(
-        batch,
-        length,
-        length,
-        dtype=torch.bool,
-    )
+    mask = torch.zeros(batch, length, length, dtype=torch.bool)
     for b in range(batch):
         real = [i for i in range(length) if padding[b, i]]
         flags = [bool(is_image[b, i]) for i in real]
         for qi, q in enumerate(real):
             for ki, k in enumerate(real):
-                mask[b, q, k] = allowed(
-                    name,
-                    flags,
-                    qi,
-                    ki,
-                )
+                mask[b, q, k] = allowed(name, flags, qi, ki)
     return mask
 
 
-def llama_states(
-    decoder,
-    inputs: Tensor,
-    masks: list[Tensor],
-    positions: Tensor,
-) -> list[Tensor]:
+def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor) -> list[Tensor]:
     """Return the states of a Llama after each layer, with attention as a loop over heads and one mask per layer.
 
     Args:
@@ -105,11 +85,7 @@ def llama_states(
     return states
 
 
-def masks_by_layer(
-    mllm,
-    length: int,
-    gone: Callable[[int, int, int], bool],
-) -> list[Tensor]:
+def masks_by_layer(mllm, length: int, gone: Callable[[int, int, int], bool]) -> list[Tensor]:
     """Return the mask of each layer on prefix, image and text, bool[1, N, N], by a loop over pairs.
 
     Args:
@@ -122,40 +98,20 @@ def masks_by_layer(
     is_image = [first <= i < first + tokens for i in range(length)]
     masks = []
     for layer in range(1, len(mllm.decoder.layers) + 1):
-        mask = torch.zeros(
-            1,
-            length,
-            length,
-            dtype=torch.bool,
-        )
+        mask = torch.zeros(1, length, length, dtype=torch.bool)
         for q, k in itertools.product(range(length), repeat=2):
-            mask[0, q, k] = allowed(
-                mllm.image_attention,
-                is_image,
-                q,
-                k,
-            ) and not gone(layer, q, k)
+            mask[0, q, k] = allowed(mllm.image_attention, is_image, q, k) and not gone(layer, q, k)
         masks.append(mask)
     return masks
 
 
-def uncached_states(
-    mllm,
-    pixels,
-    text: list[int],
-    masks: list[Tensor],
-) -> list[Tensor]:
+def uncached_states(mllm, pixels, text: list[int], masks: list[Tensor]) -> list[Tensor]:
     """Return the states of prefix, image and text after each layer, f[B, N, d], under one mask per layer."""
     embed = mllm.decoder.embed_tokens
     image = mllm.states(pixels, ["adapter"])["adapter"]
     parts = [embed(mllm.prefix_ids), image, embed(torch.tensor([text], dtype=torch.long))]
     inputs = torch.cat([part.expand(len(pixels), -1, -1) for part in parts], 1)
-    return llama_states(
-        mllm.decoder,
-        inputs,
-        masks,
-        torch.arange(inputs.shape[1]),
-    )
+    return llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
 
 
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:
@@ -177,45 +133,22 @@ def scores(predictions: list, targets: list, classes: int) -> tuple[float, float
     return sum(known) / len(known), right / total, iou
 
 
-def miou_of_counts(
-    right,
-    predicted,
-    labelled,
-    weights=None,
-):
+def miou_of_counts(right, predicted, labelled, weights=None):
     """Return the mIoU of one site from counts [N, K] by numpy, or one for each row of weights [R, N]."""
     right, predicted, labelled = (np.asarray(x, dtype=float) for x in (right, predicted, labelled))
     weights = np.ones(len(labelled)) if weights is None else np.asarray(weights, dtype=float)
     intersection = weights @ right
     union = weights @ predicted + weights @ labelled - intersection
     iou = np.full(union.shape, np.nan)
-    np.divide(
-        intersection,
-        union,
-        out=iou,
-        where=union > 0,
-    )
+    np.divide(intersection, union, out=iou, where=union > 0)
     return np.nanmean(iou, -1)
 
 
-def make_case(
-    shape,
-    size,
-    *,
-    ignored=0.2,
-    scale=3.0,
-    seed=0,
-    dtype=torch.float64,
-):
+def make_case(shape, size, *, ignored=0.2, scale=3.0, seed=0, dtype=torch.float64):
     """Return random logits f[P, B, K, h, w] and labels i64[B, H, W], some of them ignored but never all."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    target = torch.randint(
-        0,
-        shape[2],
-        (shape[1], *size),
-        generator=generator,
-    )
+    target = torch.randint(0, shape[2], (shape[1], *size), generator=generator)
     target[torch.rand(target.shape, generator=generator) < ignored] = IGNORED
     target[:, size[0] // 2, size[1] // 2] = 0
     return logits.to(dtype), target

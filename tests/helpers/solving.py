@@ -6,11 +6,7 @@ STRENGTHS = ("1e-1", "1e-2")
 
 
 def arguments(
-    checkpoint,
-    root,
-    out,
-    *more: str,
-    strengths: tuple[str, ...] = STRENGTHS,
+    checkpoint, root, out, *more: str, strengths: tuple[str, ...] = STRENGTHS
 ) -> list[str]:
     """Return a command that solves two strengths at three sites, with batches of two."""
     demo = "solve -c configs/demo/probes.yaml --data.batch_size 2 --folds 2".split()

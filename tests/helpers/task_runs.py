@@ -41,14 +41,7 @@ def write_targets(segmentation: Path, root: Path) -> Path:
     return root
 
 
-def arguments(
-    command,
-    task,
-    checkpoint,
-    root,
-    out,
-    *more: str,
-) -> list[str]:
+def arguments(command, task, checkpoint, root, out, *more: str) -> list[str]:
     """Return a command that solves probes in closed form, or trains them for two epochs."""
     demo = f"{command} -c configs/demo/probes.yaml --data.batch_size 2 --data.task {task}".split()
     of_solve = ["--folds", "2", "--strengths", *map(str, STRENGTHS)]
@@ -57,13 +50,7 @@ def arguments(
     return [*demo, *probe_runs.places(checkpoint, root, out), *more]
 
 
-def write_depth_run(
-    path: Path,
-    rmse: list[float],
-    root: Path,
-    seed: int = 0,
-    **more,
-) -> None:
+def write_depth_run(path: Path, rmse: list[float], root: Path, seed: int = 0, **more) -> None:
     """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`."""
     probe_runs.write_run(path, [0.5] * len(rmse), root=root, **more)
     metrics = json.loads((path / "metrics.json").read_text())
@@ -76,20 +63,11 @@ def write_depth_run(
     scores = {name: x.tolist() for name, x in task.dataset_scores(sums.double().sum(1)).items()}
     for key in ("classes", "baseline"):
         del metrics[key]
-    choice = {
-        "strengths": DEPTH_STRENGTHS,
-        "chosen": 1e-3,
-        "lowest": 1e-3,
-    }
+    choice = {"strengths": DEPTH_STRENGTHS, "chosen": 1e-3, "lowest": 1e-3}
     choice |= {name: [1.0] * len(DEPTH_STRENGTHS) for name in ("cv_loss", *scores)}
     entries = []
     for i, site in enumerate(sites):
-        entry = {
-            "site": site,
-            "dim": 8,
-            "best_epoch": None,
-            "history": [],
-        }
+        entry = {"site": site, "dim": 8, "best_epoch": None, "history": []}
         entry |= {name: values[i] for name, values in scores.items()}
         entry |= {f"{name}_ci95": [x[i] - 0.01, x[i] + 0.01] for name, x in scores.items()}
         entries.append(entry)

@@ -113,11 +113,7 @@ class StockEncoder:
         """Write a checkpoint with its image processor, and return its path."""
         settings = VISION | self.settings
         if self.two_towers:
-            settings = {
-                "vision_config": settings,
-                "text_config": TEXT,
-                "projection_dim": 16,
-            }
+            settings = {"vision_config": settings, "text_config": TEXT, "projection_dim": 16}
         config = AutoConfig.for_model(self.model_type, **settings)
         torch.manual_seed(0)
         model = transformers.AutoModel.from_config(config) if self.two_towers else self.cls(config)
@@ -145,20 +141,8 @@ _ALL = [
     StockEncoder("dinov2", "Dinov2Model", 1),
     StockEncoder("dinov2_with_registers", "Dinov2WithRegistersModel", 3),
     StockEncoder("dinov3_vit", "DINOv3ViTModel", 3),
-    StockEncoder(
-        "clip_vision_model",
-        "CLIPVisionModel",
-        1,
-        interpolated,
-        normed=False,
-    ),
-    StockEncoder(
-        "metaclip_2_vision_model",
-        "MetaClip2VisionModel",
-        1,
-        interpolated,
-        normed=False,
-    ),
+    StockEncoder("clip_vision_model", "CLIPVisionModel", 1, interpolated, normed=False),
+    StockEncoder("metaclip_2_vision_model", "MetaClip2VisionModel", 1, interpolated, normed=False),
     StockEncoder("siglip_vision_model", "SiglipVisionModel", 0, interpolated),
     StockEncoder("siglip2_vision_model", "Siglip2VisionModel", 0, patchified),
     StockEncoder("vit", "ViTModel", 1, interpolated),
@@ -167,22 +151,10 @@ _ALL = [
     StockEncoder("vit_msn", "ViTMSNModel", 1, interpolated),
     StockEncoder("vit_mae", "ViTMAEModel", 1, in_order),
     StockEncoder("beit", "BeitModel", 1, interpolated),
-    StockEncoder(
-        "data2vec-vision",
-        "Data2VecVisionModel",
-        1,
-        interpolated,
-        has_own_attention=True,
-    ),
+    StockEncoder("data2vec-vision", "Data2VecVisionModel", 1, interpolated, has_own_attention=True),
     StockEncoder("pixio", "PixioModel", 3),
     StockEncoder("aimv2_vision_model", "Aimv2VisionModel", one_side=True),
-    StockEncoder(
-        "mlcd_vision_model",
-        "MLCDVisionModel",
-        1,
-        normed=False,
-        one_side=True,
-    ),
+    StockEncoder("mlcd_vision_model", "MLCDVisionModel", 1, normed=False, one_side=True),
     StockEncoder("tipsv2_vision_model", "Tipsv2VisionModel", 3),
     StockEncoder("radio", "RadioModel", 5, has_norm=False),
     StockEncoder("sapiens2", "Sapiens2Model", 3, settings={"image_size": [32, 24]}),

@@ -70,11 +70,7 @@ SMALL_PATCHES = VISION | {"patch_size": 2, "image_size": 4 * SIDE}
 WINDOWS = SMALL_PATCHES | {"window_size": 16, "fullatt_block_indexes": [1]}
 SIGLIP = VISION | {"model_type": "siglip_vision_model"}
 CLIP = VISION | {"model_type": "clip_vision_model"}
-MROPE = {
-    "rope_type": "default",
-    "rope_theta": 10000.0,
-    "mrope_section": [1, 1, 2],
-}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
 def _normalised(images: list[Image.Image]) -> dict:
@@ -84,12 +80,7 @@ def _normalised(images: list[Image.Image]) -> dict:
 
 
 def _processor(kind, **kwargs):
-    return kind(
-        do_resize=False,
-        image_mean=MEAN,
-        image_std=STD,
-        **kwargs,
-    )
+    return kind(do_resize=False, image_mean=MEAN, image_std=STD, **kwargs)
 
 
 def _stock(name: str, **kwargs) -> Callable:
@@ -111,12 +102,9 @@ def _tiles(images: list[Image.Image]) -> dict:
 
 def _gemma4(images: list[Image.Image]) -> dict:
     """Padded with patches at (-1, -1), as the stock processor does."""
-    inputs = _stock(
-        "Gemma4ImageProcessorPil",
-        patch_size=2,
-        max_soft_tokens=70,
-        do_normalize=True,
-    )(images)
+    inputs = _stock("Gemma4ImageProcessorPil", patch_size=2, max_soft_tokens=70, do_normalize=True)(
+        images
+    )
     return {key: inputs[key] for key in ("pixel_values", "image_position_ids")}
 
 
@@ -210,19 +198,10 @@ class Stock:
 
 
 def _llm(kind: str, **kwargs) -> dict:
-    return {
-        "model_type": kind,
-        **LLM,
-        **kwargs,
-    }
+    return {"model_type": kind, **LLM, **kwargs}
 
 
-def _config(
-    kind: str,
-    vision: dict,
-    text: dict,
-    **kwargs,
-) -> dict:
+def _config(kind: str, vision: dict, text: dict, **kwargs) -> dict:
     return {
         "model_type": kind,
         "vision_config": vision,
@@ -234,58 +213,22 @@ def _config(
 
 
 def _patched(
-    kind: str,
-    encoder: str,
-    vision: dict,
-    text: dict,
-    placeholder: str = "<|image_pad|>",
-    **kwargs,
+    kind: str, encoder: str, vision: dict, text: dict, placeholder: str = "<|image_pad|>", **kwargs
 ) -> Stock:
     """Encoders that take patches."""
     name = "Glm4vImageProcessorPil" if kind.startswith("glm") else "Qwen2VLImageProcessorPil"
-    text = {
-        "model_type": f"{kind}_text",
-        **LLM,
-        "rope_parameters": MROPE,
-        **text,
-    }
+    text = {"model_type": f"{kind}_text", **LLM, "rope_parameters": MROPE, **text}
     config = _config(kind, {"model_type": kind, **vision}, text)
-    inputs = _stock(
-        name,
-        patch_size=2,
-        merge_size=2,
-        temporal_patch_size=2,
-    )
-    settings = {
-        "types": ("mm_token_type_ids", 1, 0),
-        "placeholder": placeholder,
-        "inputs": inputs,
-    }
-    return Stock(
-        config,
-        encoder,
-        (SIDE, SIDE),
-        4 * SIDE,
-        **settings | kwargs,
-    )
+    inputs = _stock(name, patch_size=2, merge_size=2, temporal_patch_size=2)
+    settings = {"types": ("mm_token_type_ids", 1, 0), "placeholder": placeholder, "inputs": inputs}
+    return Stock(config, encoder, (SIDE, SIDE), 4 * SIDE, **settings | kwargs)
 
 
 def _glm(kind: str, text: dict, **vision) -> Stock:
-    return _patched(
-        kind,
-        "model.visual.downsample",
-        SMALL_PATCHES | vision,
-        text,
-        "<|image|>",
-    )
+    return _patched(kind, "model.visual.downsample", SMALL_PATCHES | vision, text, "<|image|>")
 
 
-def _pixtral(
-    kind: str,
-    text: dict,
-    encoder: str,
-    placeholder: str,
-) -> Stock:
+def _pixtral(kind: str, text: dict, encoder: str, placeholder: str) -> Stock:
     vision = SMALL_PATCHES | {"model_type": "pixtral"}
     return Stock(
         _config(kind, vision, text, spatial_merge_size=2),
@@ -333,13 +276,7 @@ def _tiled(kind: str, vision: dict, text: dict) -> Stock:
 
 def _cohere(kind: str, placeholder: str) -> Stock:
     text = _llm("cohere2", **GEMMA)
-    config = _config(
-        kind,
-        SIGLIP,
-        text,
-        downsample_factor=2,
-        alignment_intermediate_size=32,
-    )
+    config = _config(kind, SIGLIP, text, downsample_factor=2, alignment_intermediate_size=32)
     return Stock(config, f"{PROJECTOR}.linear_1", (3, 3), placeholder=placeholder)
 
 
@@ -532,23 +469,12 @@ _ALL = [
         types=("mm_token_type_ids", 1, 0),
     ),
     Stock(
-        _config(
-            "paligemma",
-            SIGLIP,
-            _llm("gemma"),
-            projection_dim=32,
-            hidden_size=32,
-        ),
+        _config("paligemma", SIGLIP, _llm("gemma"), projection_dim=32, hidden_size=32),
         PROJECTOR,
         native="prefix",
         types=("token_type_ids", 0, 1),
     ),
-    _patched(
-        "qwen2_vl",
-        f"{MERGER}.mlp",
-        SMALL_PATCHES | {"embed_dim": 16, "hidden_size": 32},
-        {},
-    ),
+    _patched("qwen2_vl", f"{MERGER}.mlp", SMALL_PATCHES | {"embed_dim": 16, "hidden_size": 32}, {}),
     _patched("qwen2_5_vl", f"{MERGER}.mlp", WINDOWS, {}),
     _patched(
         "qwen3_vl",
@@ -562,13 +488,7 @@ _ALL = [
         SMALL_PATCHES | {"deepstack_visual_indexes": [0]},
         EXPERTS,
     ),
-    _patched(
-        "qwen3_5",
-        f"{MERGER}.linear_fc1",
-        SMALL_PATCHES,
-        LINEAR,
-        masks=False,
-    ),
+    _patched("qwen3_5", f"{MERGER}.linear_fc1", SMALL_PATCHES, LINEAR, masks=False),
     _patched(
         "qwen3_5_moe",
         f"{MERGER}.linear_fc1",
@@ -595,11 +515,7 @@ _ALL = [
         _config(
             "kimi_k25",
             SMALL_PATCHES
-            | {
-                "model_type": "kimi_k25_vision",
-                "pos_emb_height": 16,
-                "pos_emb_width": 16,
-            },
+            | {"model_type": "kimi_k25_vision", "pos_emb_height": 16, "pos_emb_width": 16},
             _llm("deepseek_v3", **LATENT, **EXPERTS),
             projection_hidden_size=16,
         ),
@@ -613,18 +529,12 @@ _ALL = [
         "exaone4_5",
         f"{MERGER}.mlp",
         WINDOWS | {"model_type": "exaone4_5_vision", "num_key_value_heads": 1},
-        {
-            "model_type": "exaone4",
-            "rope_parameters": None,
-            **GEMMA,
-        },
+        {"model_type": "exaone4", "rope_parameters": None, **GEMMA},
         types=None,
     ),
     Stock(
         _config(
-            "video_llama_3",
-            SMALL_PATCHES | {"model_type": "video_llama_3_vision"},
-            _llm("qwen2"),
+            "video_llama_3", SMALL_PATCHES | {"model_type": "video_llama_3_vision"}, _llm("qwen2")
         ),
         "model.projector",
         (SIDE, SIDE),
@@ -642,10 +552,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("hello", "isolated")
     built = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
     built.add_special_tokens({"additional_special_tokens": SPECIAL})
     return built
@@ -668,12 +575,7 @@ def build(name: str, attention: str = "sdpa", **text):
     return model
 
 
-def write(
-    name: str,
-    folder: Path,
-    attention: str = "sdpa",
-    **text,
-) -> Path:
+def write(name: str, folder: Path, attention: str = "sdpa", **text) -> Path:
     """A checkpoint of :func:`build` as the hub has it."""
     build(name, attention, **text).save_pretrained(folder)
     words = tokenizer()
@@ -690,9 +592,7 @@ def write(
 
 
 def asked_ids(
-    name: str,
-    question: Sequence[int] = (),
-    answer: Sequence[int] = (),
+    name: str, question: Sequence[int] = (), answer: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """Return the ids of a question about an image, long[N], and its tokens of the full view, bool[N].
 
@@ -720,10 +620,7 @@ def layer_depth(name: str) -> int:
 
 
 def stock_inputs(
-    name: str,
-    images: Sequence[Image.Image],
-    ids: Tensor,
-    answer: int | None = None,
+    name: str, images: Sequence[Image.Image], ids: Tensor, answer: int | None = None
 ) -> dict:
     """Return the arguments of the stock forward about each image.
 
@@ -734,10 +631,7 @@ def stock_inputs(
         answer: Number of its last tokens that are an answer; None for all after the image.
     """
     stock = STOCK[name]
-    arguments = {
-        "input_ids": ids.expand(len(images), -1),
-        **stock.inputs(list(images)),
-    }
+    arguments = {"input_ids": ids.expand(len(images), -1), **stock.inputs(list(images))}
     if stock.types:
         key, of_image, of_text = stock.types
         types = torch.where(ids == IMAGE_ID, of_image, of_text)

@@ -22,9 +22,7 @@ SIZES = {
 SLIDING_LLMS = {
     "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
     "gemma3": Gemma3TextConfig(
-        **SIZES,
-        sliding_window=WINDOW,
-        layer_types=[SLIDING, FULL, SLIDING],
+        **SIZES, sliding_window=WINDOW, layer_types=[SLIDING, FULL, SLIDING]
     ),
 }
 UNMASKED_LLMS = {

@@ -63,10 +63,7 @@ def config(cls=LlavaBidirConfig, **kwargs):
 
 
 def model(
-    image_attention: str = "causal",
-    attn_implementation: str = "sdpa",
-    seed: int = 0,
-    **kwargs,
+    image_attention: str = "causal", attn_implementation: str = "sdpa", seed: int = 0, **kwargs
 ):
     """Return a random model whose attention is far from uniform, so that masks change its states."""
     torch.manual_seed(seed)
@@ -101,24 +98,12 @@ def ids(*rows: str, pad: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     lines = torch.zeros(len(rows), width, dtype=torch.long)
     masks = torch.zeros_like(lines)
-    for line, mask, row in zip(
-        lines,
-        masks,
-        rows,
-        strict=True,
-    ):
+    for line, mask, row in zip(lines, masks, rows, strict=True):
         places = slice(len(row)) if pad == "right" else slice(width - len(row), None)
         mask[places] = 1
         line[places] = torch.tensor(
             [
-                IMAGE_ID
-                if c == "i"
-                else torch.randint(
-                    3,
-                    90,
-                    (),
-                    generator=generator,
-                ).item()
+                IMAGE_ID if c == "i" else torch.randint(3, 90, (), generator=generator).item()
                 for c in row
             ]
         )
@@ -126,13 +111,7 @@ def ids(*rows: str, pad: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pixels(images: int) -> torch.Tensor:
-    return torch.randn(
-        images,
-        3,
-        8,
-        8,
-        generator=torch.Generator().manual_seed(2),
-    )
+    return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
 def write_parts(folder: Path) -> tuple[Encoder, str]:
@@ -154,28 +133,14 @@ def write_checkpoint(folder: Path, image_attention: str = "causal", out: str = "
     encoder, llm = write_parts(folder)
     processor = build_processor(encoder, llm)
     torch.manual_seed(3)
-    built = build_model(
-        encoder,
-        llm,
-        processor,
-        image_attention=image_attention,
-    )
+    built = build_model(encoder, llm, processor, image_attention=image_attention)
     sharpen(built, 8.0)
-    export_hf(
-        built,
-        processor,
-        folder / out,
-        {"val/answer_accuracy": 0.5},
-    )
+    export_hf(built, processor, folder / out, {"val/answer_accuracy": 0.5})
     return folder / out
 
 
 def write_segmentation(
-    root: Path,
-    training: int = 6,
-    validation: int = 5,
-    size=(24, 20),
-    seed: int = 0,
+    root: Path, training: int = 6, validation: int = 5, size=(24, 20), seed: int = 0
 ) -> Path:
     """Write a folder dataset of random rectangles, one colour per class, with some ignored pixels."""
     rng = np.random.default_rng(seed)
@@ -211,14 +176,9 @@ def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path
         record = {"id": f"r{i}", "conversations": turns(question, " ".join(["wall"] * (1 + i % 4)))}
         if picture:
             record["image"] = f"pictures/{i}.png"
-            Image.fromarray(
-                rng.integers(
-                    0,
-                    255,
-                    (10, 14, 3),
-                    np.uint8,
-                )
-            ).save(root / record["image"])
+            Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(
+                root / record["image"]
+            )
         records.append(record)
     (root / "data.json").write_text(json.dumps(records))
     return root

@@ -27,11 +27,7 @@ HEAD = "lm_head.weight"
 
 def make_data(folder, parts, **settings) -> InstructionData:
     """Return the conversations in a folder, two of them a micro-batch and four a step."""
-    defaults = {
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "num_workers": 0,
-    }
+    defaults = {"batch_size": 4, "micro_batch_size": 2, "num_workers": 0}
     return InstructionData(
         f"{folder}/data.json",
         str(folder),
@@ -76,23 +72,13 @@ def write_spec(root: Path) -> dict[str, str]:
     data = tiny_models.write_conversations(root / "data")
     questions = json.loads((data / "data.json").read_text())[3:]
     (data / "questions.json").write_text(json.dumps(questions))
-    paths = {
-        "root": root,
-        "encoder": encoder.path,
-        "llm": llm,
-        "conversations": data,
-    }
+    paths = {"root": root, "encoder": encoder.path, "llm": llm, "conversations": data}
     paths |= {name: root / name for name in LLMS}
     return {key: str(path) for key, path in paths.items()}
 
 
 def start(
-    spec: dict,
-    name: str,
-    runs: list[str],
-    processes: int = 2,
-    must_pass: bool = True,
-    **more,
+    spec: dict, name: str, runs: list[str], processes: int = 2, must_pass: bool = True, **more
 ):
     """Execute runs of the worker; return the folder, and exit codes and output of the processes, which must pass."""
     out = Path(spec["root"]) / name

@@ -18,11 +18,7 @@ def tracked_files() -> list[str]:
     """Return the names of the files that git tracks; raise CalledProcessError outside of a checkout."""
     command = ["git", "ls-files"]
     return subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        command, cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
 
 
@@ -48,12 +44,7 @@ def build(source: Path, dist: Path) -> Path:
 
 def _run_backend(kind: str, folder: Path, dist: Path) -> None:
     command = [sys.executable, "-c", BUILD.format(kind), dist]
-    subprocess.run(
-        command,
-        cwd=folder,
-        check=True,
-        capture_output=True,
-    )
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
 def install(wheel: Path, environment: Path) -> None:
@@ -70,12 +61,7 @@ def install(wheel: Path, environment: Path) -> None:
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [environment / "bin/python", "-c", show]
     said = subprocess.run(
-        command,
-        cwd=environment,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=True,
+        command, cwd=environment, env=variables, capture_output=True, text=True, check=True
     ).stdout
     if not all(Path(path).is_relative_to(packages) for path in said.split()):
         raise RuntimeError(f"the environment does not use the wheel: {said}")

@@ -56,14 +56,7 @@ def answers(export: str, **options) -> dict[str, list]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    said = {
-        way: model.generate(
-            **inputs,
-            **fixed,
-            **more,
-        ).tolist()
-        for way, more in WAYS.items()
-    }
+    said = {way: model.generate(**inputs, **fixed, **more).tolist() for way, more in WAYS.items()}
     said["saved again"] = again.generate(**inputs, **fixed).tolist()
     pipe = pipeline("image-text-to-text", model=export, **options)
     texts = pipe(

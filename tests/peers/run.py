@@ -80,11 +80,7 @@ def outcomes(mask: str) -> dict[str, str]:
         command = [sys.executable, "-m", "pytest", *options.split(), f"--junitxml={report}"]
         command.append(f"tests/models/llava/{TESTS.name}")
         status = subprocess.run(
-            command,
-            cwd=FOLDER,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            command, cwd=FOLDER, env=environment, stdout=log, stderr=subprocess.STDOUT
         ).returncode
     if status not in (0, 1):  # 1: some tests failed
         sys.exit(f"the tests could not run; see {FOLDER / mask}.log")

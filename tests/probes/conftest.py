@@ -46,15 +46,6 @@ def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, ProbeRun]:
         task, _, mask = name.partition(" ")
         out = tmp_path_factory.mktemp(name.replace(" ", "_"))
         more = ["--strengths", "1e-2"] * bool(mask)  # another probe, so that there is a gap
-        main(
-            helper.arguments(
-                "solve",
-                task,
-                checkpoints[mask or "causal"],
-                task_root,
-                out,
-                *more,
-            )
-        )
+        main(helper.arguments("solve", task, checkpoints[mask or "causal"], task_root, out, *more))
         runs[name] = ProbeRun(out)
     return runs

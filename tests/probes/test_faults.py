@@ -54,12 +54,7 @@ class Study:
         command = command.replace("MASK", mask).replace("DATA", str(self.data))
         return command.replace("MODEL", str(self.checkpoints[mask])).split()
 
-    def run(
-        self,
-        step: str,
-        *fault,
-        mask: str = "causal",
-    ) -> int:
+    def run(self, step: str, *fault, mask: str = "causal") -> int:
         return fault_server.process(self.command(step, mask), self.log, *fault)
 
     def must_run(self, step: str, **options) -> None:
@@ -149,12 +144,7 @@ def test_run_started_again_and_killed_does_not_count_as_finished(study):
     last = study.out / "causal/checkpoints/last.ckpt"
     written = last.stat().st_mtime_ns
     for at in range(4, 200, 4):  # until it has saved a new checkpoint
-        status = fault_server.process(
-            command,
-            study.log,
-            study.out,
-            at,
-        )
+        status = fault_server.process(command, study.log, study.out, at)
         assert status == -signal.SIGKILL
         newest = max((path.stat().st_mtime_ns for path in last.parent.glob("*.ckpt")), default=0)
         if newest > written:

@@ -12,10 +12,7 @@ DRAWS_PICTURES = True
 
 @pytest.mark.numerics
 def test_scores_are_those_of_solve_at_the_same_strength(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
+    checkpoints, segmentation, tmp_path, capsys
 ):
     strength = "3e-2"
     solve = ["solve", "-c", "configs/demo/probes.yaml", "--strengths", strength]

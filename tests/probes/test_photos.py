@@ -23,12 +23,7 @@ def mllm(checkpoints):
 def turned(tmp_path_factory) -> Path:
     """A photo that is wider as stored, and higher as viewers show it."""
     file = tmp_path_factory.mktemp("photos") / "turned.png"
-    noise = np.random.default_rng(0).integers(
-        0,
-        256,
-        (20, 30, 3),
-        np.uint8,
-    )
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(noise).save(file, exif=exif)
@@ -73,18 +68,7 @@ def test_boxes_on_a_photo_with_an_orientation_are_ambiguous(turned):
     [
         (lambda m: m.answer("photo.jpg", "wall"), "photo.jpg cannot be read as an image"),
         (lambda m: m.preprocess(np.zeros((8, 8, 3), np.uint8)), "ndarray"),
-        (
-            lambda m: m.states(
-                torch.zeros(
-                    1,
-                    3,
-                    8,
-                    8,
-                ),
-                "adapter",
-            ),
-            "sites must be a list of names",
-        ),
+        (lambda m: m.states(torch.zeros(1, 3, 8, 8), "adapter"), "sites must be a list of names"),
     ],
 )
 def test_arguments_of_other_types_are_errors(call, message, mllm):

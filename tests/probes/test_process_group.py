@@ -57,13 +57,7 @@ def test_steps_of_several_threads_end_with_the_command(number, tmp_path):
     if number != signal.SIGKILL:
         reset = f"import signal; signal.signal({int(number)}, signal.default_int_handler)\n"
     words = [sys.executable, "-c", reset + DEMO.format(step=STEP)]
-    demo = subprocess.Popen(
-        words,
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    demo = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         assert wait_until(lambda: len([*tmp_path.glob("started_*")]) == 2)
         demo.send_signal(number)

@@ -27,13 +27,7 @@ def paths(tmp_path) -> dict[str, str]:
     root = tiny_models.write_segmentation(tmp_path / "data")
     study = tmp_path / "study"
     for mask in ("causal", "bidirectional"):
-        probe_runs.write_run(
-            study / mask,
-            [0.5] * 5,
-            root=root,
-            images=5,
-            mask=mask,
-        )
+        probe_runs.write_run(study / mask, [0.5] * 5, root=root, images=5, mask=mask)
     return {
         "RUN": str(study / "causal"),
         "STUDY": str(study),

@@ -18,12 +18,7 @@ def clock(monkeypatch):
 
 
 def watcher(**seconds: float) -> StepWatcher:
-    return StepWatcher(
-        "before/trained",
-        "solve",
-        ("solve", "report"),
-        seconds,
-    )
+    return StepWatcher("before/trained", "solve", ("solve", "report"), seconds)
 
 
 def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):

@@ -11,14 +11,7 @@ import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
 from llava_bidir.common.runs import interrupt_says_how_to_resume
-from probes.steps import (
-    Step,
-    command_now,
-    find_missing,
-    must_replace,
-    read_record,
-    run_steps,
-)
+from probes.steps import Step, command_now, find_missing, must_replace, read_record, run_steps
 from probes.worlds.steps import run_given
 
 
@@ -115,15 +108,7 @@ def test_work_that_was_moved_or_copied_is_done(spelled, tmp_path, monkeypatch):
         words = ("--out", f"{out}/b", "--data", f"{out}/data", "--same", "name", "--of", "/model")
         configs = {"b": words, "c": Options(out / "b", [f"{out}/a"])}
         result = out / "b/result"
-        return [
-            Step(
-                name,
-                config,
-                result,
-                kind="x",
-            )
-            for name, config in configs.items()
-        ]
+        return [Step(name, config, result, kind="x") for name, config in configs.items()]
 
     out = tmp_path / "first/demo"
     out.mkdir(parents=True)
@@ -198,24 +183,14 @@ def test_an_error_ends_the_work_unless_the_step_is_optional(folder):
     missing = find_missing(steps, folder)
     assert [step.name for step in missing] == ["b", "c"]
     log = folder / "log"
-    (failed,) = run_steps(
-        missing,
-        folder,
-        failing(RuntimeError("a bug"), "c"),
-        log=log,
-    )
+    (failed,) = run_steps(missing, folder, failing(RuntimeError("a bug"), "c"), log=log)
     assert failed == f"c: RuntimeError: a bug (traceback in {log})"
     assert "Traceback" in log.read_text()
     assert find_missing(steps, folder) == steps[2:], "it is tried again"
 
 
 def test_a_step_is_left_out_with_the_one_that_it_follows(folder):
-    trained = Step(
-        "trained",
-        ("knockout",),
-        folder / "result",
-        kind="knockout",
-    )
+    trained = Step("trained", ("knockout",), folder / "result", kind="knockout")
     steps = [trained, replace(trained, name="random0", follows="trained")]
     run_steps(steps, folder, failing(NothingToMeasure("no image has a wrong patch"), "trained"))
     assert not trained.result.exists()

@@ -71,12 +71,7 @@ def english(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     records = {"dialogues": [], "captions": []}
     for i in range(12):
-        pixels = rng.integers(
-            0,
-            255,
-            (10, 14, 3),
-            np.uint8,
-        )
+        pixels = rng.integers(0, 255, (10, 14, 3), np.uint8)
         Image.fromarray(pixels).save(root / f"{i}.png")
         picture = {"image": f"{i}.png"}
         caption = f"A street with {i + 2} trees,\nthe sky and a car."

@@ -25,16 +25,8 @@ def out(two_layers, tmp_path, monkeypatch) -> Path:
     (out / "llm").symlink_to(two_layers)
     torch.manual_seed(0)
     px = real_plan.PATCH_PX
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-    }
-    config = Dinov2Config(
-        **sizes,
-        patch_size=px,
-        image_size=5 * px,
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = Dinov2Config(**sizes, patch_size=px, image_size=5 * px)
     Dinov2Model(config).save_pretrained(out / "encoder")
     seconds = 60 * real.TRAINING_SHARE / ((1 + real_plan.STAGE1_SHARE) * STEPS)
     monkeypatch.setattr(real_plan, "measure_step", lambda llm, tokens: ("32-true", seconds))

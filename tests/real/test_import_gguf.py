@@ -40,9 +40,7 @@ def byte_level_bpe() -> Tokenizer:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=SPECIAL,
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL
     )
     text = "the cat sat on the mat, then the cat went\n away \n\n  with it"
     raw.train_from_iterator([text] * 4, trainer)
@@ -154,13 +152,7 @@ def read(tmp_path):
 
 
 @pytest.mark.parametrize(("quantised", "tied"), [(True, True), (False, False)])
-def test_tensors_and_logits_are_those_of_the_file(
-    quantised,
-    tied,
-    write,
-    read,
-    tmp_path,
-):
+def test_tensors_and_logits_are_those_of_the_file(quantised, tied, write, read, tmp_path):
     model, _ = write(quantised, tied)
     imported = load_weights("llm", AutoModelForCausalLM, str(read()))
     written = gguf_tensors(imported)
@@ -174,12 +166,7 @@ def test_tensors_and_logits_are_those_of_the_file(
     assert imported.dtype == torch.float32
     assert not hasattr(imported.config, "quantization_config")
     if not quantised:
-        ids = torch.randint(
-            4,
-            200,
-            (2, 9),
-            generator=torch.Generator().manual_seed(0),
-        )
+        ids = torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             torch.testing.assert_close(imported(ids).logits, model(ids).logits)
 
@@ -234,13 +221,7 @@ def test_tensors_that_transformers_leaves_out_are_warned_of(write, read):
         ({"pre": None}, "tokenizer.ggml.pre None, so that texts"),
     ],
 )
-def test_what_would_be_lost_is_an_error_that_names_it(
-    options,
-    message,
-    write,
-    read,
-    tmp_path,
-):
+def test_what_would_be_lost_is_an_error_that_names_it(options, message, write, read, tmp_path):
     write(**options)
     with pytest.raises(UserError, match=f"tiny.gguf has {message}"):
         read()

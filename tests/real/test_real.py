@@ -35,10 +35,7 @@ IMAGE_TOKENS = tiny_models.TOKENS
 def greedy(model, tokenizer, text: str) -> str:
     ids = tokenizer(text, return_tensors="pt").input_ids
     said = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=8,
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8
     )
     return tokenizer.decode(said[0], skip_special_tokens=True)
 
@@ -49,10 +46,7 @@ def load(path: Path):
 
 # ---------------------------------------------------------------------------------------------------- language
 def test_greedy_text_is_that_of_transformers_before_and_after_the_export(
-    gguf_file,
-    tokenizer,
-    language_model,
-    stages,
+    gguf_file, tokenizer, language_model, stages
 ):
     """The file by transformers' own reader, its import, and an MLLM whose adapter was trained on it."""
     text = "The capital of France is"
@@ -90,8 +84,7 @@ def template(request, llm, encoder):
 
 @settings(max_examples=200)
 @given(
-    turns=st.lists(st.tuples(TEXT, TEXT.filter(bool)), min_size=1, max_size=3),
-    shown=st.booleans(),
+    turns=st.lists(st.tuples(TEXT, TEXT.filter(bool)), min_size=1, max_size=3), shown=st.booleans()
 )
 @example(turns=[("What is it?", "\n\n\na cat"), (" a", " cat\n")], shown=True)
 @example(turns=[("1 \n", "  10")], shown=True)
@@ -106,13 +99,7 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(
     answers = [answer for _, answer in turns]
     pairs = [text for pair in zip(questions, answers, strict=True) for text in pair]
     tokens = IMAGE_TOKENS if shown else None
-    ids, labels = encode(
-        tiny_models.turns(*pairs),
-        tokenizer,
-        name,
-        tokens,
-        image_id,
-    )
+    ids, labels = encode(tiny_models.turns(*pairs), tokenizer, name, tokens, image_id)
     if name == "chat":
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": next(roles), "content": text} for text in pairs]
@@ -146,11 +133,7 @@ def test_the_mask_reaches_each_of_the_30_layers(stages):
     content = [{"type": "image"}, {"type": "text", "text": "What is in it?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}])
     image = Image.new("RGB", (8, 8), (90, 90, 90))
-    inputs = processor(
-        text=text,
-        images=[image],
-        return_tensors="pt",
-    )
+    inputs = processor(text=text, images=[image], return_tensors="pt")
     options = {"output_hidden_states": True, "use_cache": False}
     is_image = inputs["input_ids"][0] == model.config.image_token_id
     places = torch.arange(len(is_image))

@@ -61,13 +61,7 @@ def test_hidden_states_are_those_of_the_files_own_graph(onnx_file, encoder):
     for name in names:
         info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
         model.graph.output.append(info)
-    pixels = torch.randn(
-        1,
-        3,
-        224,
-        224,
-        generator=torch.Generator().manual_seed(0),
-    )
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     expected = ReferenceEvaluator(model).run(None, {"input_image": pixels.numpy()})
     states = encoder.states(pixels)
     assert len(expected) == len(states) == LAYERS + 2

@@ -26,10 +26,7 @@ def cluster():
     if not shutil.which("slurmctld") and not shutil.which("apt-get"):
         pytest.skip("Slurm is not installed, and neither is apt-get to install it")
     started = subprocess.run(
-        [LOCAL_CLUSTER, "up"],
-        capture_output=True,
-        text=True,
-        timeout=HANGING_S,
+        [LOCAL_CLUSTER, "up"], capture_output=True, text=True, timeout=HANGING_S
     )
     if started.returncode and not shutil.which("slurmctld"):
         pytest.skip(f"Slurm could not be installed: {started.stderr.strip()[-300:]}")

@@ -30,11 +30,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
     encoder, llm = tiny_models.write_parts(folder)
     tiny_models.write_conversations(folder, count=96, text_only=16)
     segmentation = str(tiny_models.write_segmentation(folder / "photos/segmentation"))
-    entry = {
-        "name": "clip",
-        "path": encoder.path,
-        "layer": encoder.layer,
-    }
+    entry = {"name": "clip", "path": encoder.path, "layer": encoder.layer}
     (folder / "clip.yaml").write_text(json.dumps({"model": {"encoder": entry}}))
     data = str(folder / "data.json")
     sizes = "--data.batch_size 8 --data.micro_batch_size 2 --trainer.log_every_n_steps 1"

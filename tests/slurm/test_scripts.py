@@ -121,17 +121,8 @@ def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study, 
 
 
 def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
-    cluster = {
-        "NODES": "2",
-        "TASKS_PER_NODE": "4",
-        "GRES": "gpu:h100",
-    }
-    _, calls = study(
-        ENCODERS="clip",
-        PARTITION="fast",
-        ACCOUNT="me",
-        **cluster,
-    )
+    cluster = {"NODES": "2", "TASKS_PER_NODE": "4", "GRES": "gpu:h100"}
+    _, calls = study(ENCODERS="clip", PARTITION="fast", ACCOUNT="me", **cluster)
     # stages, study and benchmarks of both masks; the report
     assert [*map(dependency, calls)] == ["", ":1", ":2", ":2", "", ":5", ":6", ":6", ":3:7"]
     resources = {
@@ -148,11 +139,7 @@ def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
 
 def test_finished_parts_are_skipped_and_nothing_waits_for_them(study, tmp_path):
     (tmp_path / "runs/clip-causal/stage1/hf").mkdir(parents=True)
-    _, calls = study(
-        ENCODERS="clip",
-        MASKS="causal",
-        VQA_PYTHON="",
-    )
+    _, calls = study(ENCODERS="clip", MASKS="causal", VQA_PYTHON="")
     assert [script(call)[:2] for call in calls] == [
         ["slurm/stage.sbatch", "2"],
         ["slurm/study.sbatch", "clip"],
@@ -164,11 +151,7 @@ def test_finished_parts_are_skipped_and_nothing_waits_for_them(study, tmp_path):
 def test_a_mistake_submits_nothing_and_all_that_is_missing_is_named_at_once(study):
     done, calls = study("--dry-run=yes", check=False)
     assert done.returncode == 2 and "usage: " in done.stderr
-    done, calls = study(
-        check=False,
-        PYTHON="/nowhere/python",
-        CAPTIONS="/nowhere/a.json",
-    )
+    done, calls = study(check=False, PYTHON="/nowhere/python", CAPTIONS="/nowhere/a.json")
     assert done.stderr.splitlines() == [
         "slurm/env.sh: PYTHON=/nowhere/python does not exist",
         "slurm/env.sh: CAPTIONS=/nowhere/a.json does not exist",

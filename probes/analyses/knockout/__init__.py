@@ -20,15 +20,7 @@ from typing import TYPE_CHECKING, Any
 from llava_bidir.common.cli import Count, Indices, Seed
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import read_json
-from probes.analyses.base import (
-    Analysis,
-    Claim,
-    Result,
-    Row,
-    RunOptions,
-    lacks_layers,
-    table_row,
-)
+from probes.analyses.base import Analysis, Claim, Result, Row, RunOptions, lacks_layers, table_row
 from probes.models.sites import ADAPTER, layer_number, layer_site
 
 if TYPE_CHECKING:  # this module answers `probes --help`
@@ -140,36 +132,16 @@ def measure(run: "ProbeRun", options: KnockoutOptions) -> Result:
 
     def compute(indices: Sequence[int]):
         samples = {i: dataset[i] for i in indices}
-        return knock_out_batch(
-            reader,
-            options,
-            run.metrics["classes"],
-            samples,
-        )
+        return knock_out_batch(reader, options, run.metrics["classes"], samples)
 
-    tensors = ANALYSIS.in_batches(
-        run,
-        options,
-        images,
-        options.batch_size,
-        compute,
-    )
+    tensors = ANALYSIS.in_batches(run, options, images, options.batch_size, compute)
     if not tensors:
         raise NothingToMeasure(
             f"{run.path}: no image has {options.min_patches} or more patches wrongly predicted as "
             f"{' or '.join(options.classes)}; choose other --classes (such as auto:5) or fewer --min-patches"
         )
     effects = knockout_effects(run, tensors)
-    return Result(
-        knockout_rows(
-            run,
-            options,
-            tensors,
-            effects,
-        ),
-        tensors,
-        effects,
-    )
+    return Result(knockout_rows(run, options, tensors, effects), tensors, effects)
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
@@ -194,13 +166,7 @@ def table_rows(results: dict[str, Any]) -> Iterator[Row]:
             for layer, (value, ci95) in enumerate(zip(values, intervals, strict=True)):
                 site = layer_site(layer) if layer else ADAPTER
                 of = {"class": entry["class"], "condition": condition}
-                yield table_row(
-                    site,
-                    "wrong_patches_left",
-                    value,
-                    ci95,
-                    **of,
-                )
+                yield table_row(site, "wrong_patches_left", value, ci95, **of)
 
 
 ANALYSIS = Analysis(

@@ -164,11 +164,7 @@ def blocked_by_condition(
     return tokens
 
 
-def draw_tokens(
-    count: int,
-    high_norm: np.ndarray,
-    rng: np.random.Generator,
-) -> Tensor:
+def draw_tokens(count: int, high_norm: np.ndarray, rng: np.random.Generator) -> Tensor:
     """Draw `count` tokens, bool[T]; those of high norm only if the others do not suffice."""
     order = rng.permutation(len(high_norm))
     order = order[np.argsort(high_norm[order], kind="stable")]
@@ -228,13 +224,7 @@ def knock_out_batch(
         high_norm = high_norm_tokens(adapter[case.row])
         for condition, draws in blocked_by_condition(case, high_norm, options).items():
             rows += [ForwardRow(i, condition, draw) for draw in draws]
-    measured = _run_rows(
-        reader,
-        pixels,
-        cases,
-        rows,
-        options,
-    )
+    measured = _run_rows(reader, pixels, cases, rows, options)
     tensors: dict[str, list[Tensor]] = {}
     for case, outcomes in zip(cases, measured, strict=True):
         values = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}

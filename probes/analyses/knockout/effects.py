@@ -54,11 +54,7 @@ def select_cases(tensors: Tensors, classes: Sequence[str] | None = None) -> Tens
     return cases | {"class": torch.cat(numbers)}
 
 
-def mean_over_cases(
-    values: Tensor,
-    images: Tensor,
-    weights: Tensor,
-) -> tuple[Tensor, Tensor]:
+def mean_over_cases(values: Tensor, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of values f[C, ...], and those under weights f[R, N] of the cases' images long[C], f[R, ...]."""
     weights = weights.double()[:, images]
     values = values.double()
@@ -67,10 +63,7 @@ def mean_over_cases(
 
 
 def knockout_rows(
-    run: ProbeRun,
-    options: KnockoutOptions,
-    tensors: Tensors,
-    effects: Mapping[str, Estimate],
+    run: ProbeRun, options: KnockoutOptions, tensors: Tensors, effects: Mapping[str, Estimate]
 ) -> dict[str, Any]:
     """Return the rows of knockout.json."""
     return {
@@ -81,11 +74,7 @@ def knockout_rows(
     }
 
 
-def _rates(
-    run: ProbeRun,
-    tensors: Tensors,
-    classes: Sequence[str],
-) -> dict[str, Any]:
+def _rates(run: ProbeRun, tensors: Tensors, classes: Sequence[str]) -> dict[str, Any]:
     """Return n_c(l) / n_c(0) over the cases of some classes, with intervals over images, by condition."""
     cases = select_cases(tensors, classes)
     entry: dict[str, Any] = {
@@ -234,11 +223,7 @@ def balance(cases: PairedCases, weights: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(sums), torch.stack(tokens)
 
 
-def _weighted(
-    cases: PairedCases,
-    weights: Tensor,
-    chosen: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _weighted(cases: PairedCases, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of effects f[R, E] and the weight f[R] of some cases."""
     of_chosen = weights[:, chosen]
     return of_chosen @ cases.values[chosen], of_chosen.sum(1)

@@ -30,31 +30,11 @@ def section(study: StudyRuns) -> Section:
 
 
 LOOKS = {  # of the conditions; the first ones are below
-    "random_incorrect": Curve(
-        (),
-        "as many other tokens",
-        "grey",
-        "dotted",
-    ),
-    "random_correct": Curve(
-        (),
-        "as many other tokens",
-        "grey",
-        "dotted",
-    ),
+    "random_incorrect": Curve((), "as many other tokens", "grey", "dotted"),
+    "random_correct": Curve((), "as many other tokens", "grey", "dotted"),
     "none": Curve((), "nothing blocked", "ink"),
-    "incorrect": Curve(
-        (),
-        "tokens of the wrong class",
-        1,
-        band=True,
-    ),
-    "correct": Curve(
-        (),
-        "tokens of the right class",
-        0,
-        band=True,
-    ),
+    "incorrect": Curve((), "tokens of the wrong class", 1, band=True),
+    "correct": Curve((), "tokens of the right class", 0, band=True),
 }
 
 

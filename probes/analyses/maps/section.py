@@ -115,10 +115,5 @@ def knockout_rows(run: ProbeRun, name: str, palette: np.ndarray) -> list[Picture
     layers = shown_layers(run, name)
     return [
         PictureRow(title, [picture, *(colorize_classes(x[layer], palette) for layer in layers)])
-        for title, picture, x in zip(
-            titles,
-            first,
-            predicted,
-            strict=True,
-        )
+        for title, picture, x in zip(titles, first, predicted, strict=True)
     ]

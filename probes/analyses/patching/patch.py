@@ -70,16 +70,7 @@ class Experiment:
         results = {"total": mean_over(self._log_odds(new, truth) - own, labelled)}
         by_layer = []
         for place in sites:
-            of_set, *of_draws = (
-                self._patched(
-                    pixels,
-                    place,
-                    new[place],
-                    replaced,
-                    truth,
-                )
-                - own
-            )
+            of_set, *of_draws = self._patched(pixels, place, new[place], replaced, truth) - own
             neither = [labelled & ~tokens & ~drawn for drawn in replaced[1:]]
             draws = [*zip(of_draws, neither, strict=True)]
             by_layer.append(
@@ -97,12 +88,7 @@ class Experiment:
         }
 
     def _patched(
-        self,
-        pixels: Tensor,
-        place: str,
-        new: Tensor,
-        replaced: Tensor,
-        truth: Tensor,
+        self, pixels: Tensor, place: str, new: Tensor, replaced: Tensor, truth: Tensor
     ) -> Tensor:
         """Return the log-odds f[1 + D, B, T] if states at a site are `new` f[B, T, d] at tokens bool[1 + D, B, T]."""
         sets, images = replaced.shape[:2]
@@ -115,11 +101,7 @@ class Experiment:
         )
         return self._log_odds(states, truth.repeat(sets, 1)).unflatten(0, (sets, images))
 
-    def _log_odds(
-        self,
-        states: dict[str, Tensor],
-        truth: Tensor,
-    ) -> Tensor:
+    def _log_odds(self, states: dict[str, Tensor], truth: Tensor) -> Tensor:
         """Return log p / (1 - p) of the true class at the read-out, f[B, T] on the CPU; 0 where there is none."""
         logits = self.probe(states[self.options.site].float()).cpu()
         true = truth.clamp(min=0)[..., None]
@@ -138,9 +120,7 @@ def mean_of(draws: list[Tensor]) -> Tensor:
 
 
 def patching_effects(
-    tensors: dict[str, Tensor],
-    options: PatchingOptions,
-    groups: Tensor | None = None,
+    tensors: dict[str, Tensor], options: PatchingOptions, groups: Tensor | None = None
 ) -> dict[str, Any]:
     """Return the means of patching.safetensors, with intervals; a group without patches in any image is left out.
 

@@ -10,19 +10,8 @@ from probes.runs.study import StudyRuns
 from . import GROUPS
 
 LOOKS = {  # of the groups of patches that are drawn
-    "random": Curve(
-        (),
-        "random tokens",
-        "grey",
-        "dotted",
-    ),
-    "others": Curve(
-        (),
-        "tokens of the object",
-        0,
-        mark="circle",
-        band=True,
-    ),
+    "random": Curve((), "random tokens", "grey", "dotted"),
+    "others": Curve((), "tokens of the object", 0, mark="circle", band=True),
 }
 
 
@@ -32,15 +21,7 @@ def patching_chart(results: dict[str, Any], rows: Rows) -> Chart:
     layers = sorted({row["layer"] for row in rows})
     ends = [Point(layer, results["total"]["value"]) for layer in (layers[0], layers[-1])]
     return Chart(
-        [
-            Curve(
-                ends,
-                "all tokens",
-                "ink",
-                "dashed",
-            ),
-            *curves,
-        ],
+        [Curve(ends, "all tokens", "ink", "dashed"), *curves],
         {layer: str(layer) for layer in layers},
         "by layer whose states are replaced",
         "change of log-odds at other patches, nats",
@@ -52,12 +33,7 @@ def patching_chart(results: dict[str, Any], rows: Rows) -> Chart:
 def effect_rows(results: dict[str, Any]) -> Rows:
     """Return the effects of patching.json in nats, one row per group of patches and layer."""
     return [
-        {
-            "patches": group,
-            "layer": place["layer"],
-            "value": place["value"],
-        }
-        | bounds(place["ci95"])
+        {"patches": group, "layer": place["layer"], "value": place["value"]} | bounds(place["ci95"])
         for group in GROUPS
         for place in results.get(group, ())
     ]

@@ -106,18 +106,8 @@ def measure(run: "ProbeRun", options: RoutesOptions) -> Result:
     file = read_questions(options.questions, classes)
     asked = range(len(first_questions(options.questions, file, options.limit)))
     asker = Asker(run, options, file)
-    tensors = ANALYSIS.in_batches(
-        run,
-        options,
-        asked,
-        QUESTIONS_PER_FILE,
-        asker.ask,
-    )
-    rows = {
-        "classes": classes,
-        "questions_file": options.questions.name,
-        "layers": asker.layers,
-    }
+    tensors = ANALYSIS.in_batches(run, options, asked, QUESTIONS_PER_FILE, asker.ask)
+    rows = {"classes": classes, "questions_file": options.questions.name, "layers": asker.layers}
     rows |= answer_statistics(tensors, run.sites, options.seed)
     rows["effects"] = route_effects(tensors, asker.places, options.seed)
     return Result(rows, tensors, claimed_routes(tensors, options.seed))
@@ -147,21 +137,11 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
 def table_rows(results: dict[str, Any]) -> Iterator[Row]:
     """Yield the accuracy of the answers, and the effect of each route, cut in all layers, in nats."""
     accuracy = results["accuracy"]
-    yield table_row(
-        None,
-        "answer_accuracy",
-        accuracy["value"],
-        accuracy["ci95"],
-    )
+    yield table_row(None, "answer_accuracy", accuracy["value"], accuracy["ci95"])
     for effect in results["effects"]:
         of_all = effect["all"]
         metric = f"route_{effect['source']}_to_{effect['target']}".replace(" - ", "_minus_")
-        yield table_row(
-            None,
-            metric,
-            of_all["value"],
-            of_all["ci95"],
-        )
+        yield table_row(None, metric, of_all["value"], of_all["ci95"])
 
 
 ANALYSIS = Analysis(
@@ -184,6 +164,6 @@ ANALYSIS = Analysis(
             "The answer is read from the object: drop of the right answer's probability if no text attends to its "
             "patches, minus as many other patches",
             reads_probes=False,
-        ),
+        )
     },
 )

@@ -40,11 +40,7 @@ Tensors = dict[str, Tensor]  # content of routes.safetensors
 
 
 # ------------------------------------------------------------------------------------------ cuts
-def windows(
-    width: int,
-    layers: int,
-    stride: int = 1,
-) -> list[list[int]]:
+def windows(width: int, layers: int, stride: int = 1) -> list[list[int]]:
     """Return the first and the last layer of each window, "all layers" first."""
     last_start = layers - width + 1
     sliding = [[first, first + width - 1] for first in range(1, last_start + 1, stride)]
@@ -57,11 +53,7 @@ def layers_cut(places: Sequence[Sequence[int]], layers: int) -> Tensor:
     return torch.stack([(numbers >= first) & (numbers <= last) for first, last in places])
 
 
-def random_patches(
-    place: Tensor,
-    draws: int,
-    seed: list[int],
-) -> Tensor:
+def random_patches(place: Tensor, draws: int, seed: list[int]) -> Tensor:
     """Return as many random patches outside of an object's bool[T] as it has, bool[draws, T].
 
     Where these are too few, some of the object's own, which makes a difference smaller.
@@ -88,12 +80,7 @@ class Asker:
         file: The questions.
     """
 
-    def __init__(
-        self,
-        run: ProbeRun,
-        options: RoutesOptions,
-        file: QuestionFile,
-    ):
+    def __init__(self, run: ProbeRun, options: RoutesOptions, file: QuestionFile):
         self.mllm = run.mllm()
         self.probes = {site: probe.to(self.mllm.device) for site, probe in run.probes().items()}
         self.classes = run.metrics["classes"]
@@ -136,67 +123,31 @@ class Asker:
         layers = cut.repeat(len(patches), 1)
         blocked = patches.repeat_interleave(len(cut), 0)
         for target, rows in TARGETS.items():
-            scores = self._cut(
-                pixels,
-                question.text,
-                rows,
-                layers,
-                blocked,
-            )
+            scores = self._cut(pixels, question.text, rows, layers, blocked)
             by_source = scores.unflatten(0, (-1, len(cut))).split([*map(len, sources.values())])
             for source, of_source in zip(sources, by_source, strict=True):
-                results |= outcomes(
-                    f"{source} to {target}",
-                    of_source,
-                    none,
-                    question.right,
-                )
+                results |= outcomes(f"{source} to {target}", of_source, none, question.right)
         return results
 
-    def _scores(
-        self,
-        pixels: Tensor,
-        text: str,
-        knockout: Knockout | None = None,
-    ) -> Tensor:
+    def _scores(self, pixels: Tensor, text: str, knockout: Knockout | None = None) -> Tensor:
         """Return the log-probability of each class as the answer, f[R, K], normalised over classes."""
-        scores = self.mllm.answer_log_probs(
-            pixels,
-            text,
-            self.classes,
-            knockout,
-        )
+        scores = self.mllm.answer_log_probs(pixels, text, self.classes, knockout)
         return scores.log_softmax(-1)
 
     def _cut(
-        self,
-        pixels: Tensor,
-        text: str,
-        rows: tuple[str, ...],
-        layers: Tensor,
-        blocked: Tensor,
+        self, pixels: Tensor, text: str, rows: tuple[str, ...], layers: Tensor, blocked: Tensor
     ) -> Tensor:
         """Return the same under R knockouts, f[R, K], in layers bool[R, L] and of patches bool[R, T]."""
         scores = []
         size = self.options.batch_size
         for of_layers, of_blocked in zip(layers.split(size), blocked.split(size), strict=True):
             knockout = Knockout(of_blocked, of_layers, rows)
-            of_rows = pixels.expand(
-                len(of_layers),
-                -1,
-                -1,
-                -1,
-            )
+            of_rows = pixels.expand(len(of_layers), -1, -1, -1)
             scores.append(self._scores(of_rows, text, knockout))
         return torch.cat(scores)
 
 
-def outcomes(
-    route: str,
-    scores: Tensor,
-    none: Tensor,
-    right: int,
-) -> Tensors:
+def outcomes(route: str, scores: Tensor, none: Tensor, right: int) -> Tensors:
     """Return the outcomes of a route, f[1 + W] each, means over draws of scores f[draws, 1 + W, K]."""
     answers = scores.argmax(-1)
     of_right = scores[..., right]
@@ -210,22 +161,14 @@ def outcomes(
 
 
 # ------------------------------------------------------------------------------------------ effects
-def mean_over_questions(
-    tensors: Tensors,
-    values: Tensor,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
+def mean_over_questions(tensors: Tensors, values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Return the mean of values f[Q, ...], and those under resampling of the images."""
     images = tensors["image"]
     weights = bootstrap_weights(int(images.max()) + 1, seed=seed)
     return mean_over_cases(values, images, weights)
 
 
-def answer_statistics(
-    tensors: Tensors,
-    sites: Sequence[str],
-    seed: int,
-) -> dict[str, Any]:
+def answer_statistics(tensors: Tensors, sites: Sequence[str], seed: int) -> dict[str, Any]:
     """Return how many answers are right, beside the probes at the same places.
 
     Args:
@@ -284,45 +227,22 @@ def route_effects(
     for target, source in product(TARGETS, SOURCES):
         effect: dict[str, Any] = {"source": source, "target": target}
         for outcome, (of_all, by_window) in OUTCOMES.items():
-            values = change(
-                tensors,
-                outcome,
-                source,
-                target,
-            )
+            values = change(tensors, outcome, source, target)
             mean, resampled = mean_over_questions(tensors, values, seed)
             effect[of_all] = Estimate(mean[0].item(), resampled[:, 0]).json()
             layers = [{"layers": list(place)} for place in places[1:]]
             effect[by_window] = band_entries(layers, mean[1:], resampled[:, 1:])
-        correct = change(
-            tensors,
-            "correct",
-            source,
-            target,
-        )[:, 0]
+        correct = change(tensors, "correct", source, target)[:, 0]
         mean, resampled = mean_over_questions(tensors, correct, seed)
         effect["right"] = Estimate(mean.item(), resampled).json()
         effects.append(effect)
     return effects
 
 
-def change(
-    tensors: Tensors,
-    outcome: str,
-    source: str,
-    target: str,
-) -> Tensor:
+def change(tensors: Tensors, outcome: str, source: str, target: str) -> Tensor:
     """Return an outcome when a route is cut, f[Q, 1 + W]: "right" in nats more, "changed", or "correct"."""
     if source == CONTRAST:
-        own, other = (
-            change(
-                tensors,
-                outcome,
-                name,
-                target,
-            )
-            for name in CONTRAST.split(" - ")
-        )
+        own, other = (change(tensors, outcome, name, target) for name in CONTRAST.split(" - "))
         return own - other
     values = tensors[f"{outcome}:{source} to {target}"].double()
     if outcome != "right":

@@ -33,12 +33,7 @@ def section(study: StudyRuns) -> Section:
         if text := describe_sinks(mask, of_mask["sinks"]):
             sentences.append(f"{text} Grey in the figure.")
     tables = {"answer_accuracy": accuracy_rows(routes)}
-    return Section(
-        figures,
-        sentences,
-        tables,
-        by_mask=by_mask,
-    )
+    return Section(figures, sentences, tables, by_mask=by_mask)
 
 
 def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
@@ -56,10 +51,7 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
         for other in random_runs:
             _check_same_questions(run, other)
         random = [{"draw": other.draw} | _select(other) for other in random_runs]
-        by_mask[mask] = _select(run) | {
-            "peak_site": run.peak_layer,
-            "random": random,
-        }
+        by_mask[mask] = _select(run) | {"peak_site": run.peak_layer, "random": random}
     return by_mask
 
 
@@ -103,10 +95,7 @@ def accuracy_rows(routes: dict[str, dict[str, Any]]) -> Rows:
     rows = []
     for mask, of_mask in routes.items():
         for model, entry in models_of(of_mask).items():
-            common = {
-                "image_attention": mask,
-                "model": model,
-            }
+            common = {"image_attention": mask, "model": model}
             rows.append(common | {"read_by": "answer"} | _numbers(entry["accuracy"], "accuracy"))
             rows += [
                 common
@@ -148,22 +137,8 @@ def target_chart(of_mask: dict[str, Any], target: str, sinks: list[int]) -> Char
     for effect in of_target(of_mask, target):
         end = effect["windows"][-1]["layers"][1] + 1
         low, high = effect["all"]["ci95"]
-        point = Point(
-            end,
-            effect["all"]["value"],
-            low,
-            high,
-            "all layers",
-        )
-        curves.append(
-            Curve(
-                [point],
-                "",
-                DRAWN[effect["source"]],
-                "dots",
-                "circle",
-            )
-        )
+        point = Point(end, effect["all"]["value"], low, high, "all layers")
+        curves.append(Curve([point], "", DRAWN[effect["source"]], "dots", "circle"))
     windows = of_target(of_mask, target)[0]["windows"]
     ticks = {sum(x["layers"]) / 2: "{}–{}".format(*x["layers"]) for x in windows}
     return Chart(
@@ -192,15 +167,7 @@ def route_curves(entry: dict[str, Any], target: str) -> list[Curve]:
             for window in effect["windows"]
         ]
         source = effect["source"]
-        curves.append(
-            Curve(
-                points,
-                f"from {source}",
-                DRAWN[source],
-                mark="circle",
-                band=True,
-            )
-        )
+        curves.append(Curve(points, f"from {source}", DRAWN[source], mark="circle", band=True))
     return curves
 
 
@@ -209,11 +176,7 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
     rows = []
     for model, entry in models_of(of_mask).items():
         for effect in entry["effects"]:
-            common = {
-                "model": model,
-                "source": effect["source"],
-                "target": effect["target"],
-            }
+            common = {"model": model, "source": effect["source"], "target": effect["target"]}
             pairs = [("all", [1, entry["layers"]], effect["all"], effect["changed"])]
             pairs += [
                 ("{}-{}".format(*window["layers"]), window["layers"], window, changed)

@@ -51,18 +51,11 @@ def table3(starvation: dict[str, Any]) -> Rows:
         return None if math.isnan(x) else x  # a patch without a labelled pixel
 
     rows = [
-        {
-            "model": "this run",
-            "patch": i,
-        }
-        | {key: number(starvation[key][i]) for key in keys}
+        {"model": "this run", "patch": i} | {key: number(starvation[key][i]) for key in keys}
         for i in range(3)
     ]
     return rows + [
-        {
-            "model": "paper, clip, ADE20K",
-            "patch": i,
-        }
+        {"model": "paper, clip, ADE20K", "patch": i}
         | dict(zip(keys, paper[f"patch_{i}"], strict=False))
         for i in range(3)
     ]
@@ -79,15 +72,7 @@ def gap_chart(result: dict[str, Any], title: str) -> Chart:
     points = [Point(i + 1, gap, *ci95) for i, (gap, ci95) in enumerate(gaps)]
     ticks = {i + 1: str(i + 1) for i in range(columns)}
     return Chart(
-        [
-            Curve(
-                points,
-                "",
-                0,
-                "dots",
-                "circle",
-            )
-        ],
+        [Curve(points, "", 0, "dots", "circle")],
         ticks,
         title,
         "points, by patch from the left",
@@ -111,15 +96,7 @@ def accuracy_grids(result: dict[str, Any]) -> list[Grid]:
         )
         title = DIFFERENCE if signed else name
         text = unit.format(*numbers).replace("-", "−")
-        grids.append(
-            Grid(
-                values,
-                title,
-                text,
-                signed,
-                None if signed else span,
-            )
-        )
+        grids.append(Grid(values, title, text, signed, None if signed else span))
     return grids
 
 
@@ -143,11 +120,7 @@ def starvation_figures(result: dict[str, Any]) -> Iterator[Figure]:
         "the full split. Early patches often show only a few classes.",
         [gap_chart(result, "as measured"), gap_chart(fixed, "same class frequencies")],
         [
-            {
-                "patch": i,
-                "gap": gap,
-                "standardised": standardised,
-            }
+            {"patch": i, "gap": gap, "standardised": standardised}
             for i, (gap, standardised) in enumerate(gaps)
         ],
     )
@@ -191,12 +164,7 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | No
         accuracy[mask] = weights @ with_first_row(x, columns) / pixels
     share = causal.counts.labelled.sum(0).double()
     standardised = standardised_accuracy(
-        right,
-        valid,
-        causal.patch_classes,
-        share / share.sum(),
-        weights,
-        columns,
+        right, valid, causal.patch_classes, share / share.sum(), weights, columns
     )
     return {
         "site": site,
@@ -206,11 +174,7 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | No
     }
 
 
-def with_first_row(
-    counts: Tensor,
-    columns: int,
-    patches: int | None = None,
-) -> Tensor:
+def with_first_row(counts: Tensor, columns: int, patches: int | None = None) -> Tensor:
     """Return the first counts by patch f[N, T], and the sum over those of the first row as the last one, f64."""
     first_row = counts[:, :columns].sum(1, keepdim=True)
     return torch.cat([counts[:, :patches], first_row], 1).double()

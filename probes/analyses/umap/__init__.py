@@ -104,11 +104,7 @@ def measure(run: "ProbeRun", options: UmapOptions) -> Result:
     return Result({"grid": list(mllm.grid), "images": images})
 
 
-def embed(
-    states: "Tensor",
-    labels: "Tensor",
-    seed: int,
-) -> dict[str, Any]:
+def embed(states: "Tensor", labels: "Tensor", seed: int) -> dict[str, Any]:
     """Return the UMAP of states f[T, d], and purity and silhouette of labels long[T] (-1 unknown) by cosine."""
     import torch
     from sklearn.metrics import silhouette_score
@@ -117,10 +113,7 @@ def embed(
     x = states.numpy()
     threads = torch.get_num_threads()
     xy = UMAP(
-        n_neighbors=min(15, len(x) - 1),
-        metric="cosine",
-        random_state=seed,
-        n_jobs=1,
+        n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1
     ).fit_transform(x)
     # numba sets all cores, and sums of other threads have other last bits
     torch.set_num_threads(threads)

@@ -27,15 +27,7 @@ def section(study: StudyRuns) -> Section:
                 "UMAP of the patches of one image, coloured by class (Fig. 5). UMAP exaggerates the gaps between "
                 "clusters, so rely on the numbers above the panels: the share of a patch's ten nearest neighbours in "
                 "the original space that have its class.",
-                [
-                    umap_chart(
-                        entry,
-                        image["labels"],
-                        classes,
-                        palette,
-                    )
-                    for entry in image["sites"]
-                ],
+                [umap_chart(entry, image["labels"], classes, palette) for entry in image["sites"]],
                 umap_rows(image),
             )
             figures.append(shown)
@@ -43,10 +35,7 @@ def section(study: StudyRuns) -> Section:
 
 
 def umap_chart(
-    entry: dict[str, Any],
-    labels: list[int],
-    classes: list[str],
-    palette: np.ndarray,
+    entry: dict[str, Any], labels: list[int], classes: list[str], palette: np.ndarray
 ) -> Chart:
     """Return the patches of one image in two dimensions at a site; all but the commonest classes are grey (Fig. 5)."""
     known = np.array([label for label in labels if label >= 0], int)
@@ -61,15 +50,7 @@ def umap_chart(
             for (x, y), label in zip(entry["xy"], labels, strict=True)
             if label == k or (k is None and label not in common)
         ]
-        curves.append(
-            Curve(
-                own,
-                name,
-                colour,
-                "dots",
-                "circle",
-            )
-        )
+        curves.append(Curve(own, name, colour, "dots", "circle"))
     purity = entry["knn_purity"]
     share = "unknown" if purity is None else f"{purity:.0%}"
     return Chart(
@@ -84,13 +65,7 @@ def umap_chart(
 def umap_rows(image: dict[str, Any]) -> Rows:
     """Return the rows of the CSV file: a row per site and patch."""
     return [
-        {
-            "site": entry["site"],
-            "patch": i,
-            "label": int(image["labels"][i]),
-            "x": x,
-            "y": y,
-        }
+        {"site": entry["site"], "patch": i, "label": int(image["labels"][i]), "x": x, "y": y}
         for entry in image["sites"]
         for i, (x, y) in enumerate(entry["xy"])
     ]

@@ -43,11 +43,7 @@ _COMMON = {
 _TOWER = {"vision_tower": "vision_model"}
 
 DEEPSEEK = {
-    "deepseek_vl": Family(
-        "DeepseekVLForConditionalGeneration",
-        **_TOWER,
-        **_COMMON,
-    ),
+    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", **_TOWER, **_COMMON),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
         image_px=_high_res_px,

@@ -53,10 +53,7 @@ def _raster_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) 
     patches = split_patches(pixels, patch_size(model.config))
     rows, columns = patches.shape[1:3]
     grid = torch.tensor([[1, rows, columns]], device=model.device)
-    return {
-        "pixel_values": patches.flatten(0, 2),
-        "image_grid_thw": grid.expand(len(pixels), -1),
-    }
+    return {"pixel_values": patches.flatten(0, 2), "image_grid_thw": grid.expand(len(pixels), -1)}
 
 
 def _typed_raster_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:

@@ -187,43 +187,18 @@ def count_extra_tokens(entry: Any, config: PreTrainedConfig) -> int:
 
 
 _REGISTERS = ("num_register_tokens",)
-_DINOV2 = {
-    "layers": "encoder.layer",
-    "norm": "layernorm",
-    "image_px": published_side,
-}
+_DINOV2 = {"layers": "encoder.layer", "norm": "layernorm", "image_px": published_side}
 _TOWER = {"layers": "encoder.layers", "norm": "post_layernorm"}
 _BLOCKS = {"layers": "encoder.layer", "norm": "layernorm"}
-_VIT = {
-    "layers": "layers",
-    "norm": "layernorm",
-    "inputs": interpolating_inputs,
-}
+_VIT = {"layers": "layers", "norm": "layernorm", "inputs": interpolating_inputs}
 
-_CLIP = EncoderFamily(
-    "CLIPVisionModel",
-    extra_tokens=1,
-    inputs=interpolating_inputs,
-    **_TOWER,
-)
-_SIGLIP = EncoderFamily(
-    "SiglipVisionModel",
-    extra_tokens=0,
-    inputs=interpolating_inputs,
-    **_TOWER,
-)
+_CLIP = EncoderFamily("CLIPVisionModel", extra_tokens=1, inputs=interpolating_inputs, **_TOWER)
+_SIGLIP = EncoderFamily("SiglipVisionModel", extra_tokens=0, inputs=interpolating_inputs, **_TOWER)
 _SIGLIP2 = EncoderFamily(
-    "Siglip2VisionModel",
-    extra_tokens=0,
-    image_px=stored_grid_side,
-    inputs=patch_inputs,
-    **_TOWER,
+    "Siglip2VisionModel", extra_tokens=0, image_px=stored_grid_side, inputs=patch_inputs, **_TOWER
 )
 _METACLIP_2 = EncoderFamily(
-    "MetaClip2VisionModel",
-    extra_tokens=1,
-    inputs=interpolating_inputs,
-    **_TOWER,
+    "MetaClip2VisionModel", extra_tokens=1, inputs=interpolating_inputs, **_TOWER
 )
 _TIPSV2 = EncoderFamily("Tipsv2VisionModel", extra_tokens=1, extra_keys=_REGISTERS, **_BLOCKS)
 ENCODERS: dict[str, EncoderFamily] = {
@@ -232,11 +207,7 @@ ENCODERS: dict[str, EncoderFamily] = {
         "Dinov2WithRegistersModel", extra_tokens=1, extra_keys=_REGISTERS, **_DINOV2
     ),
     "dinov3_vit": EncoderFamily(
-        "DINOv3ViTModel",
-        layers="model.layer",
-        norm="norm",
-        extra_tokens=1,
-        extra_keys=_REGISTERS,
+        "DINOv3ViTModel", layers="model.layer", norm="norm", extra_tokens=1, extra_keys=_REGISTERS
     ),
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
@@ -256,10 +227,7 @@ ENCODERS: dict[str, EncoderFamily] = {
     ),
     "beit": EncoderFamily("BeitModel", extra_tokens=1, **_VIT),
     "data2vec-vision": EncoderFamily(
-        "Data2VecVisionModel",
-        extra_tokens=1,
-        inputs=interpolating_inputs,
-        **_BLOCKS,
+        "Data2VecVisionModel", extra_tokens=1, inputs=interpolating_inputs, **_BLOCKS
     ),
     "pixio": EncoderFamily(
         "PixioModel", extra_keys=("n_cls_tokens",), **_VIT | {"inputs": plain_inputs}
@@ -268,18 +236,9 @@ ENCODERS: dict[str, EncoderFamily] = {
     "metaclip_2_vision_model": _METACLIP_2,
     # of the model with two towers, transformers would draw the vision tower at random
     "aimv2_vision_model": EncoderFamily(
-        "Aimv2VisionModel",
-        layers="encoder.layers",
-        norm="rms_norm",
-        extra_tokens=0,
-        any_side=False,
+        "Aimv2VisionModel", layers="encoder.layers", norm="rms_norm", extra_tokens=0, any_side=False
     ),
-    "mlcd_vision_model": EncoderFamily(
-        "MLCDVisionModel",
-        extra_tokens=1,
-        any_side=False,
-        **_TOWER,
-    ),
+    "mlcd_vision_model": EncoderFamily("MLCDVisionModel", extra_tokens=1, any_side=False, **_TOWER),
     "tipsv2": _TIPSV2,
     "tipsv2_vision_model": _TIPSV2,
     "radio": EncoderFamily(

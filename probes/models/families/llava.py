@@ -42,19 +42,11 @@ def _full_view(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> di
 
 
 def _llava(model_class, **kwargs) -> Family:
-    settings = {
-        "image_px": _image_px,
-        "encoder_width": _encoder_width,
-        "image_resize": None,
-    }
+    settings = {"image_px": _image_px, "encoder_width": _encoder_width, "image_resize": None}
     return Family(model_class, **settings | kwargs)
 
 
-_TILED = {
-    "image_px": image_size,
-    "inputs": _full_view,
-    "image_resize": "squash",
-}
+_TILED = {"image_px": image_size, "inputs": _full_view, "image_resize": "squash"}
 LLAVA = {
     "llava_bidir": _llava(OUR_CLASS),
     "llava": _llava("LlavaForConditionalGeneration"),

@@ -84,9 +84,4 @@ class ModuleFamily(EncoderFamily):
         return module_at(model.module, model.config.norm_name)
 
 
-MODULES = ModuleFamily(
-    "PreTrainedModel",
-    layers="",
-    norm="norm_name",
-    extra_keys=("extra_tokens",),
-)
+MODULES = ModuleFamily("PreTrainedModel", layers="", norm="norm_name", extra_keys=("extra_tokens",))

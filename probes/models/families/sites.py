@@ -240,11 +240,7 @@ def part_sites(family: Family | EncoderFamily, config: PreTrainedConfig) -> list
     return [site for site in sites if not why_no_part(family, config, site)]
 
 
-def why_no_part(
-    family: Family | EncoderFamily,
-    config: PreTrainedConfig,
-    site: str,
-) -> str:
+def why_no_part(family: Family | EncoderFamily, config: PreTrainedConfig, site: str) -> str:
     """Return why a part of a layer cannot be read, "" if it can or the site is another one."""
     if config.model_type == MODULE_TYPE and part_of(site):
         why = why_no_parts(config)
@@ -351,9 +347,7 @@ def all_sites(family: Family | EncoderFamily, config: PreTrainedConfig) -> list[
 
 
 def chosen_sites(
-    family: Family | EncoderFamily,
-    config: PreTrainedConfig,
-    sites: str | Sequence[str] | None,
+    family: Family | EncoderFamily, config: PreTrainedConfig, sites: str | Sequence[str] | None
 ) -> list[str]:
     """Return the names of the chosen sites, in the order of the choice.
 

@@ -54,8 +54,7 @@ def use_triton(logits: Tensor) -> bool:
 def _installed() -> bool:
     if find_spec("triton") is None:
         warnings.warn(
-            "triton is not installed; using chunked torch code, several times slower",
-            stacklevel=3,
+            "triton is not installed; using chunked torch code, several times slower", stacklevel=3
         )
         return False
     return True

@@ -33,11 +33,7 @@ def argmax_map(logits: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 
 def count_cells(
-    logits: Tensor,
-    target: Tensor,
-    rows: Axis,
-    columns: Axis,
-    ignore_index: int,
+    logits: Tensor, target: Tensor, rows: Axis, columns: Axis, ignore_index: int
 ) -> PredictionCounts:
     """Count predictions against labels, per token and per class.
 
@@ -83,29 +79,12 @@ def argmax_cell(
     i = cell // w
     j = cell % w
     z00, z01, z10, z11 = load_corners(
-        logits + b * stride_b,
-        i,
-        j,
-        h,
-        w,
-        stride_h,
-        stride_w,
-        stride_k,
-        classes,
-        K,
+        logits + b * stride_b, i, j, h, w, stride_h, stride_w, stride_k, classes, K
     )
     first = tl.load(column_start + j)
     last = tl.load(column_start + j + 1)
     for y in range(tl.load(row_start + i), tl.load(row_start + i + 1)):
-        left, change = pixel_row(
-            z00,
-            z01,
-            z10,
-            z11,
-            tl.load(row_fraction + y),
-            classes,
-            K,
-        )
+        left, change = pixel_row(z00, z01, z10, z11, tl.load(row_fraction + y), classes, K)
         for start in range(first, last, X):
             x = start + tl.arange(0, X)
             along = tl.load(column_fraction + x, mask=x < last, other=0.0)
@@ -149,15 +128,7 @@ def count_cell(
     first = tl.load(column_start + j)
     last = tl.load(column_start + j + 1)
     for y in range(tl.load(row_start + i), tl.load(row_start + i + 1)):
-        left, change = pixel_row(
-            z00,
-            z01,
-            z10,
-            z11,
-            tl.load(row_fraction + y),
-            classes,
-            K,
-        )
+        left, change = pixel_row(z00, z01, z10, z11, tl.load(row_fraction + y), classes, K)
         for start in range(first, last, X):
             x = start + tl.arange(0, X)
             inside = x < last

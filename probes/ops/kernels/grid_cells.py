@@ -48,13 +48,7 @@ def cells(
 
 
 @lru_cache(maxsize=256)
-def _axis(
-    n_nodes: int,
-    pixels: int,
-    extent: AxisExtent,
-    device: torch.device,
-    half: bool,
-) -> Axis:
+def _axis(n_nodes: int, pixels: int, extent: AxisExtent, device: torch.device, half: bool) -> Axis:
     cell, fraction = axis_nodes(n_nodes, pixels, extent)
     count = n_nodes
     if half:
@@ -73,18 +67,7 @@ def block_of(classes: int) -> int:
 
 
 @triton.jit
-def load_corners(
-    logits,
-    i,
-    j,
-    h,
-    w,
-    stride_h,
-    stride_w,
-    stride_k,
-    classes,
-    K: tl.constexpr,
-):
+def load_corners(logits, i, j, h, w, stride_h, stride_w, stride_k, classes, K: tl.constexpr):
     """Return the logits f32[K] of the four nodes around cell (i, j); the last row and column neighbour themselves."""
     k = tl.arange(0, K)
     below = tl.minimum(i + 1, h - 1)
@@ -99,15 +82,7 @@ def load_corners(
 
 
 @triton.jit
-def pixel_row(
-    z00,
-    z01,
-    z10,
-    z11,
-    down,
-    classes,
-    K: tl.constexpr,
-):
+def pixel_row(z00, z01, z10, z11, down, classes, K: tl.constexpr):
     """Return the logits f32[K] at the left end of pixel row `down`, and their change to the right end of the cell."""
     left = z00 + down * (z10 - z00)
     change = z01 + down * (z11 - z01) - left

@@ -35,15 +35,7 @@ def asked(checkpoints):
 
 
 def pictures(*seeds: int) -> list[Image.Image]:
-    drawn = (
-        np.random.default_rng(s).integers(
-            0,
-            255,
-            (9 + s, 14, 3),
-            np.uint8,
-        )
-        for s in seeds
-    )
+    drawn = (np.random.default_rng(s).integers(0, 255, (9 + s, 14, 3), np.uint8) for s in seeds)
     return [Image.fromarray(pixels) for pixels in drawn]
 
 
@@ -54,35 +46,14 @@ def test_batches_of_unlike_questions_are_answered_as_each_alone(asked, monkeypat
     questions = ["name the sky", "wall", "name the road and " * 6]
     images = [[], pictures(0), pictures(1, 2)]
     pairs = zip(questions, images, strict=True)
-    alone = [
-        answer(
-            *asked,
-            [question],
-            [shown],
-            500,
-        )[0]
-        for question, shown in pairs
-    ]
-    assert (
-        answer(
-            *asked,
-            questions,
-            images,
-            500,
-        )
-        == alone
-    )
+    alone = [answer(*asked, [question], [shown], 500)[0] for question, shown in pairs]
+    assert answer(*asked, questions, images, 500) == alone
     assert len(set(alone)) == 3
 
 
 def test_prompt_without_room_for_an_answer_is_an_error(asked):
     with pytest.raises(ValueError, match="a prompt has .* tokens, but the LLM has 512 positions"):
-        answer(
-            *asked,
-            ["sky " * 600],
-            [[]],
-            5,
-        )
+        answer(*asked, ["sky " * 600], [[]], 5)
 
 
 def test_an_llm_that_states_no_limit_of_positions_has_none(asked, checkpoints, monkeypatch):
@@ -154,29 +125,12 @@ def test_a_llava_of_another_llm_is_asked_in_its_own_words(asked, monkeypatch):
 def test_several_images_come_before_the_question(asked):
     _, processor = asked
     turns = [{"from": "human", "value": "<image>\nwall"}]
-    expected, _ = encode(
-        turns,
-        processor.tokenizer,
-        "vicuna_v1",
-        2 * 4,
-        processor.image_token_id,
-    )
-    assert (
-        ids_of(
-            processor,
-            "wall",
-            1,
-            2,
-        )
-        == expected
-    )
+    expected, _ = encode(turns, processor.tokenizer, "vicuna_v1", 2 * 4, processor.image_token_id)
+    assert ids_of(processor, "wall", 1, 2) == expected
 
 
 def test_several_photos_are_each_asked_and_no_photo_is_a_question(
-    asked,
-    tmp_path,
-    capsys,
-    monkeypatch,
+    asked, tmp_path, capsys, monkeypatch
 ):
     """A second photo was asked as a question about the first one."""
     monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
@@ -202,11 +156,7 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
             run(*words)
 
 
-PENALTIES = {
-    "repetition_penalty": 1.8,
-    "no_repeat_ngram_size": 2,
-    "min_new_tokens": 3,
-}
+PENALTIES = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "min_new_tokens": 3}
 
 
 def test_greedy_answers_obey_no_penalty_of_a_checkpoint(asked, checkpoints, tmp_path):

@@ -109,12 +109,7 @@ def test_what_is_trained_and_asked_is_found_by_content(parts, tmp_path, capsys):
 
 
 def test_what_is_fed_is_shown(parts, conversations, capsys):
-    _, text = run(
-        parts,
-        conversations,
-        capsys,
-        "--json --show 0 11",
-    )
+    _, text = run(parts, conversations, capsys, "--json --show 0 11")
     picture, text = map(json.loads, text.splitlines())
     assert (picture["id"], picture["template"]) == ("r0", "vicuna_v1")
     ((start, end),) = picture["image_spans"]
@@ -123,17 +118,7 @@ def test_what_is_fed_is_shown(parts, conversations, capsys):
     assert len(picture["labels"]) == len(picture["input_ids"])
     assert [shown["text"].count("<image>") for shown in (picture, text)] == [1, 0]
     assert text["image_spans"] == []
-    _, text = run(
-        parts,
-        conversations,
-        capsys,
-        "--show 0",
-    )
+    _, text = run(parts, conversations, capsys, "--show 0")
     assert "trained [wall</s>]" in text and "<4 image tokens>" in text
-    status, _ = run(
-        parts,
-        conversations,
-        capsys,
-        "--show 12",
-    )
+    status, _ = run(parts, conversations, capsys, "--show 12")
     assert "--show 12: " in status and " has records 0..11" in status

@@ -20,12 +20,7 @@ def test_weights_sum_to_the_number_of_units_and_follow_the_seed():
 
 
 def test_units_of_a_group_have_the_weight_of_the_group():
-    weights = bootstrap_weights(
-        6,
-        200,
-        seed=2,
-        groups=GROUPS,
-    )
+    weights = bootstrap_weights(6, 200, seed=2, groups=GROUPS)
     torch.testing.assert_close(weights, bootstrap_weights(3, 200, seed=2)[:, [1, 0, 0, 2, 1, 0]])
     assert weights.sum(1).unique().numel() > 1, "groups have different sizes"
 
@@ -44,12 +39,7 @@ def test_interval_of_a_mean_is_that_of_scipys_resamplings():
     ours = interval(
         values.mean(), bootstrap_weights(100, 8000).double() @ torch.from_numpy(values) / 100
     )
-    drawn = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=8000,
-        rng=1,
-    ).bootstrap_distribution
+    drawn = stats.bootstrap((values,), np.mean, n_resamples=8000, rng=1).bootstrap_distribution
     half = np.quantile(np.abs(drawn - drawn.mean()), 0.95)
     assert ours == pytest.approx([values.mean() - half, values.mean() + half], abs=0.01)
 
@@ -58,12 +48,7 @@ def test_interval_contains_its_estimate_however_biased_resampling_is():
     """As 23 classes on 24 photos: the basic bootstrap gave 0.532 the interval [0.539, 0.719]."""
     drawn = 0.435 + 0.045 * torch.randn(2000, generator=torch.Generator().manual_seed(0))
     drawn[:10] = torch.nan  # no class was labelled
-    low, high = interval(
-        0.532,
-        drawn,
-        lowest=0.0,
-        highest=1.0,
-    )
+    low, high = interval(0.532, drawn, lowest=0.0, highest=1.0)
     assert low < 0.532 < high
     assert high - low == pytest.approx(2 * 1.96 * 0.045, rel=0.05)
     assert interval(0.99, drawn, highest=1.0)[1] == 1.0

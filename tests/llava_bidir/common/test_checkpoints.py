@@ -25,9 +25,7 @@ def save_folder(path: Path, content: str) -> Path:
 
 @pytest.mark.parametrize("renamed", [0, 1])
 def test_sigkill_during_the_renames_of_a_folder_leaves_the_one_before(
-    renamed,
-    tmp_path,
-    monkeypatch,
+    renamed, tmp_path, monkeypatch
 ):
     path = save_folder(tmp_path / "last.ckpt", "old")
     rename = Path.rename

@@ -115,11 +115,7 @@ def test_later_configs_replace_earlier_ones_key_by_key(tmp_path):
     files[1].write_text("trainer: {devices: 2}\nsolver: {memory_gb: 1}\npair: [a, b]")
     configs = [word for file in files for word in ("-c", str(file))]
     read = Parser(Options).read(["m", "p", *configs, "--trainer.max_steps", "3"])
-    assert read.trainer == {
-        "devices": 2,
-        "precision": "16-mixed",
-        "max_steps": 3,
-    }
+    assert read.trainer == {"devices": 2, "precision": "16-mixed", "max_steps": 3}
     assert read.solver == Solver(5, 1.0)
     assert type(read.solver.folds) is int, "as checkpoints hold it, which load without code"
 

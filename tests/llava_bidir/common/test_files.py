@@ -20,12 +20,7 @@ from safetensors.torch import save_file
 
 from llava_bidir.common import files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import (
-    atomic_directory,
-    atomic_write,
-    exclusive_run_lock,
-    write_files,
-)
+from llava_bidir.common.files import atomic_directory, atomic_write, exclusive_run_lock, write_files
 
 
 def write_file(path: Path, text: str) -> None:
@@ -46,11 +41,7 @@ def write_directory(path: Path, text: str) -> None:
     ],
 )
 def test_a_kill_before_the_rename_leaves_the_old_version(
-    write,
-    result,
-    moment,
-    tmp_path,
-    monkeypatch,
+    write, result, moment, tmp_path, monkeypatch
 ):
     write(tmp_path / "path", "old")
 

@@ -32,11 +32,7 @@ INST = (
     "\n  {%- for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ m['content'] + ' <|im_end|>' }}{% endif %}{% endfor %}"
 )
-TEMPLATES = {
-    "ChatML": CHATML,
-    "ChatML on lines, trimmed": LINES,
-    "INST": INST,
-}
+TEMPLATES = {"ChatML": CHATML, "ChatML on lines, trimmed": LINES, "INST": INST}
 
 
 def byte_level(template: str | None, **settings) -> PreTrainedTokenizerFast:
@@ -46,18 +42,13 @@ def byte_level(template: str | None, **settings) -> PreTrainedTokenizerFast:
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unused>", "<pad>", "<image>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=special,
+        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
     )
     raw.train_from_iterator(
         ["a cat, \n\n\n  the wall\n\n is   it? user\n assistant\n system\n"] * 9, trainer
     )
     built = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token="<|im_end|>",
-        pad_token="<pad>",
-        **settings,
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<pad>", **settings
     )
     built.add_special_tokens({"additional_special_tokens": special})
     built.chat_template = template
@@ -94,11 +85,7 @@ def test_pieces_are_the_complete_text_and_answers_with_their_end_are_supervised(
     is_prompt = not answered or messages[-1]["content"] == ""
     messages = messages[:-1] if answered and is_prompt else messages
     ids, labels = encode(
-        tiny_models.turns(*records),
-        tokenizer,
-        "chat",
-        TOKENS if has_image else None,
-        IMAGE_ID,
+        tiny_models.turns(*records), tokenizer, "chat", TOKENS if has_image else None, IMAGE_ID
     )
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
     assert tokenizer.decode(ids).replace("<image>" * TOKENS, "<image>") == text
@@ -189,13 +176,7 @@ def test_a_system_message_is_refused(processor):
 def test_words_of_our_tokens_in_texts_are_text():
     tokenizer = TOKENIZERS["ChatML"]
     turns = tiny_models.turns("a <image> <pad>", "<pad>")
-    ids, _ = encode(
-        turns,
-        tokenizer,
-        "chat",
-        None,
-        IMAGE_ID,
-    )
+    ids, _ = encode(turns, tokenizer, "chat", None, IMAGE_ID)
     assert not {IMAGE_ID, tokenizer.pad_token_id} & {*ids}
     assert tokenizer.decode(ids).endswith(
         "user\na <image> <pad><|im_end|>\n<|im_start|>assistant\n<pad><|im_end|>\n"
@@ -226,13 +207,7 @@ THINKING = CHATML.replace(
 def test_templates_whose_answers_cannot_be_found_are_errors(template, message):
     turns = tiny_models.turns("What is it?", "the wall")
     with pytest.raises(UserError, match=message):
-        encode(
-            turns,
-            byte_level(template),
-            "chat",
-            None,
-            IMAGE_ID,
-        )
+        encode(turns, byte_level(template), "chat", None, IMAGE_ID)
 
 
 def test_an_llm_without_a_chat_template_is_an_error(parts):

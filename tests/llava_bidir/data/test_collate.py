@@ -12,26 +12,12 @@ from llava_bidir.model.build import build_processor
 
 @pytest.fixture(scope="module")
 def collate(parts):
-    return Collate(
-        build_processor(*parts),
-        image_tokens=4,
-        template="vicuna_v1",
-        max_length=60,
-    )
+    return Collate(build_processor(*parts), image_tokens=4, template="vicuna_v1", max_length=60)
 
 
-def sample(
-    question: str,
-    answer: str,
-    image: bool,
-    name: str = "s",
-) -> dict:
+def sample(question: str, answer: str, image: bool, name: str = "s") -> dict:
     picture = Image.new("RGB", (9, 5), "red") if image else None
-    return {
-        "id": name,
-        "image": picture,
-        "conversations": turns(question, answer),
-    }
+    return {"id": name, "image": picture, "conversations": turns(question, answer)}
 
 
 def test_batch_is_padded_and_says_where_it_predicts(collate):
@@ -72,12 +58,7 @@ def test_what_is_over_the_longest_is_cut(missing, collate):
 
 
 def test_a_sample_that_would_be_cut_within_its_image_is_an_error(collate):
-    text_first = sample(
-        "wall " * 70,
-        "sky",
-        True,
-        name="late",
-    )
+    text_first = sample("wall " * 70, "sky", True, name="late")
     text_first["conversations"] += sample("<image>\nname", "wall", True)["conversations"]
     with pytest.raises(ValueError, match="record 'late': its image ends after token 60"):
         collate([text_first])

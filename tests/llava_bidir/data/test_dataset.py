@@ -31,11 +31,7 @@ def write(path, records) -> str:
 
 
 def record(**kwargs) -> dict:
-    return {
-        "id": 7,
-        "image": "a.png",
-        "conversations": turns("<image>\nwhat", "a cat"),
-    } | kwargs
+    return {"id": 7, "image": "a.png", "conversations": turns("<image>\nwhat", "a cat")} | kwargs
 
 
 def test_lengths_count_words_and_mark_text_only(conversations):
@@ -102,33 +98,9 @@ def test_json_lines_are_read_as_the_list(tmp_path):
 @pytest.mark.parametrize(
     ("conversations", "shown"),
     [
-        (
-            turns(
-                "<image> hello",
-                "what",
-                "a cat",
-                first="gpt",
-            ),
-            False,
-        ),
-        (
-            turns(
-                "hello",
-                "<image> what",
-                "a cat",
-                first="gpt",
-            ),
-            True,
-        ),
-        (
-            turns(
-                "<image> and <image>",
-                "two",
-                "<image> again",
-                "three",
-            ),
-            True,
-        ),
+        (turns("<image> hello", "what", "a cat", first="gpt"), False),
+        (turns("hello", "<image> what", "a cat", first="gpt"), True),
+        (turns("<image> and <image>", "two", "<image> again", "three"), True),
     ],
 )
 def test_what_llava_trains_on_loads(conversations, shown, tmp_path):
@@ -150,10 +122,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
 def test_a_mask_is_refused_where_a_prediction_may_depend_on_its_own_target(
-    mask,
-    conversation,
-    parts,
-    tmp_path,
+    mask, conversation, parts, tmp_path
 ):
     """The reference exchanges the first token of the first answer and compares the logits that predict it."""
     Image.effect_noise((9, 7), 90).convert("RGB").save(tmp_path / "a.png")
@@ -242,11 +211,7 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
 
 ASKED = "<image>\nwhat"
 UNSHOWN = [
-    {
-        "image": None,
-        "images": ["a.png"],
-        "conversations": turns(ASKED, "cat"),
-    },
+    {"image": None, "images": ["a.png"], "conversations": turns(ASKED, "cat")},
     {"conversations": turns("<Image> what", "cat")},
 ]
 

@@ -35,13 +35,7 @@ def tokenizer(llama_tokenizer):
 
 def ours(texts, tokenizer, image_tokens: int | None = T, template: str = "vicuna_v1"):
     """Return ids and labels of a conversation by our code."""
-    return encode(
-        turns(*texts),
-        tokenizer,
-        template,
-        image_tokens,
-        IMAGE_ID,
-    )
+    return encode(turns(*texts), tokenizer, template, image_tokens, IMAGE_ID)
 
 
 def llava_ids(text: str, tokenizer, has_image: bool) -> list[int]:
@@ -199,21 +193,11 @@ SIZES = [(640, 480), (333, 500), (336, 336), (337, 336), (31, 7), (1, 9)]
 
 def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     width, height = size
-    noise = np.random.default_rng(width * height).integers(
-        0,
-        256,
-        (height, width, 4),
-        np.uint8,
-    )
+    noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 4), np.uint8)
     return Image.fromarray(noise, "RGBA").convert(mode)
 
 
-def llava_pixels(
-    image: Image.Image,
-    entry,
-    side: int,
-    aspect: str,
-) -> np.ndarray:
+def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarray:
     width, height = image.size
     if aspect == "pad" and width != height:
         square = Image.new(
@@ -241,16 +225,6 @@ def test_pixels_equal_llavas(name, aspect, size):
     ours = encoder.image_processor(config, aspect)(picture(size), return_tensors="np")[
         "pixel_values"
     ][0]
-    expected = llava_pixels(
-        picture(size),
-        encoder.entry,
-        config.image_size,
-        aspect,
-    )
+    expected = llava_pixels(picture(size), encoder.entry, config.image_size, aspect)
     assert ours.shape == (3, config.image_size, config.image_size)
-    np.testing.assert_allclose(
-        ours,
-        expected,
-        rtol=0,
-        atol=2e-6,
-    )
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)

@@ -14,20 +14,10 @@ from llava_bidir.model.modeling_llava_bidir import build_mask
 MASKS = tuple(IMAGE_ATTENTION)  # tests/helpers/reference.py defines each of them
 
 
-def built(
-    name: str,
-    is_image,
-    padding,
-    implementation: str = "sdpa",
-):
+def built(name: str, is_image, padding, implementation: str = "sdpa"):
     config = tiny_models.llama_config()
     config._attn_implementation = implementation
-    return build_mask(
-        name,
-        config,
-        is_image,
-        padding,
-    )
+    return build_mask(name, config, is_image, padding)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -58,12 +48,7 @@ def test_mask_equals_a_loop_over_pairs(name, rows, pad):
 def test_backend_that_drops_masks_is_refused(name):
     for backend in ("flash_attention_2", "flash_attention_3", "made_up"):
         with pytest.raises(ValueError, match="ignores masks.*sdpa"):
-            built(
-                name,
-                torch.ones(1, 3, dtype=torch.bool),
-                None,
-                backend,
-            )
+            built(name, torch.ones(1, 3, dtype=torch.bool), None, backend)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import load_weights
@@ -82,19 +80,9 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, tmp
     side = entry.image_px or 56
     registers = 2 * (name in ("dinov2_registers", "dinov3"))
     settings = {"num_register_tokens": registers} if registers else {}
-    encoder = write_encoder(
-        name,
-        tmp_path,
-        side,
-        **settings,
-    )
+    encoder = write_encoder(name, tmp_path, side, **settings)
     model = build_model(encoder, parts[1], build_processor(encoder, parts[1])).eval()
-    pixels = torch.randn(
-        1,
-        3,
-        side,
-        side,
-    )
+    pixels = torch.randn(1, 3, side, side)
     features = model.get_image_features(pixels).pooler_output[0]
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
     patches = states[:, entry.has_cls + registers :]
@@ -113,22 +101,12 @@ def test_states_at_another_side_are_those_of_the_stock_models_interpolation(name
     encoder = replace(write_encoder(name, tmp_path, 56), image_px=70)
     model = build_model(encoder, parts[1], build_processor(encoder, parts[1])).eval()
     assert model.config.image_seq_length == 5**2
-    pixels = torch.randn(
-        2,
-        3,
-        70,
-        70,
-    )
+    pixels = torch.randn(2, 3, 70, 70)
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
     stock = load_weights("encoder", encoder.entry.model_class, encoder.path).eval()
     interpolate = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
     expected = stock(pixels, output_hidden_states=True, **interpolate).hidden_states[-2]
-    torch.testing.assert_close(
-        states,
-        expected,
-        rtol=0,
-        atol=1e-6,
-    )
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", [225, 7])

@@ -64,38 +64,18 @@ def test_answers_with_every_cache_are_those_of_full_forwards(llm, backend, name)
     beams = BEAMS if llm == "llama" else {}
     for cache in CACHES:
         out = model.generate(
-            input_ids=ids,
-            attention_mask=padding,
-            pixel_values=pixels,
-            **GREEDY,
-            **cache,
-            **beams,
+            input_ids=ids, attention_mask=padding, pixel_values=pixels, **GREEDY, **cache, **beams
         )
         for i, sequence in enumerate(out.sequences):
             row = i * len(ROWS) // len(out.sequences)
             real = torch.cat([padding[row].bool(), torch.ones(NEW, dtype=torch.bool)])
-            logits = stock_logits(
-                stock,
-                name,
-                sequence[real][None],
-                pixels.split(IMAGES)[row],
-            )
+            logits = stock_logits(stock, name, sequence[real][None], pixels.split(IMAGES)[row])
             if beams:
                 score = logits.log_softmax(-1).gather(1, sequence[-NEW:, None]).mean()
-                torch.testing.assert_close(
-                    out.sequences_scores[i],
-                    score,
-                    rtol=1e-4,
-                    atol=1e-4,
-                )
+                torch.testing.assert_close(out.sequences_scores[i], score, rtol=1e-4, atol=1e-4)
             else:
                 found = torch.stack(out.logits, 1)[i]
-                torch.testing.assert_close(
-                    found,
-                    logits,
-                    rtol=1e-3,
-                    atol=1e-3,
-                )
+                torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
 
 
 def test_flex_attention_with_sliding_windows_is_refused():
@@ -112,9 +92,4 @@ def test_layers_without_a_mask_are_refused_when_the_model_is_built(kind, name, p
     UNMASKED_LLMS[kind].save_pretrained(llm)
     message = f"image_attention='{name}': .* has {kind} layers, which take no mask"
     with pytest.raises(UserError, match=message):
-        build_model(
-            parts[0],
-            llm,
-            build_processor(parts[0], llm),
-            image_attention=name,
-        )
+        build_model(parts[0], llm, build_processor(parts[0], llm), image_attention=name)

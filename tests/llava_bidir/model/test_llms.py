@@ -30,12 +30,7 @@ HEADS = {**SIZES, "num_key_value_heads": 4}
 LLMS = {  # model type: its settings
     "llama": SIZES,
     "granite": SIZES | {"logits_scaling": 8.0},
-    "granitemoe": SIZES
-    | {
-        "logits_scaling": 8.0,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
+    "granitemoe": SIZES | {"logits_scaling": 8.0, "num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere": SIZES | {"logit_scale": 0.25},
     "cohere2": SIZES | {"logit_scale": 0.25, "sliding_window": 8},
     "gemma": SIZES,
@@ -43,12 +38,7 @@ LLMS = {  # model type: its settings
     "gemma3_text": SIZES | {"final_logit_softcapping": 1.0, "sliding_window": 8},
     "nanochat": HEADS | {"final_logit_softcapping": 1.0},
     "gpt_neox": HEADS,
-    "gpt2": {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 512,
-    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "opt": {
         "hidden_size": 32,
         "word_embed_proj_dim": 32,
@@ -74,14 +64,7 @@ REFUSED = {  # model type: (its settings, why)
         "(recurrent_gemma computes them in a way|no attribute 'past_key_values')",
     ),
     "bert": (SIZES | {"is_decoder": True}, "bert computes them in a way"),
-    "bart": (
-        {
-            "d_model": 32,
-            "decoder_layers": 1,
-            "decoder_attention_heads": 4,
-        },
-        "not auto",
-    ),
+    "bart": ({"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4}, "not auto"),
 }
 EAGER = {"gemma2", "recurrent_gemma"}  # transformers runs them with no other attention
 NEW = 6
@@ -114,24 +97,14 @@ def llm_of(parts, tmp_path_factory):
 
     def write(kind: str) -> str:
         folder = tmp_path_factory.mktemp(kind)
-        return write_llm(
-            folder / "llm",
-            parts[1],
-            kind,
-            LLMS[kind],
-        )
+        return write_llm(folder / "llm", parts[1], kind, LLMS[kind])
 
     return write
 
 
 def build(parts, llm: str, kind: str):
     processor = build_processor(parts[0], llm)
-    return build_model(
-        parts[0],
-        llm,
-        processor,
-        attn_implementation=backend(kind),
-    ).eval()
+    return build_model(parts[0], llm, processor, attn_implementation=backend(kind)).eval()
 
 
 @pytest.mark.parametrize("kind", LLMS)
@@ -140,25 +113,13 @@ def test_logits_answers_and_loss_are_the_llms_own_and_those_of_the_export(
 ):
     llm = llm_of(kind)
     module = LlavaTraining(
-        parts[0],
-        llm,
-        trainable=["adapter", "llm"],
-        attn_implementation=backend(kind),
+        parts[0], llm, trainable=["adapter", "llm"], attn_implementation=backend(kind)
     )
     module.configure_model()
     own = AutoModelForCausalLM.from_pretrained(llm, attn_implementation=backend(kind)).eval()
     resize_vocabulary(own, len(module.processor.tokenizer))
-    ids = torch.randint(
-        3,
-        60,
-        (2, 12),
-        generator=torch.Generator().manual_seed(1),
-    )
-    settings = {
-        "max_new_tokens": NEW,
-        "do_sample": False,
-        "eos_token_id": None,
-    }
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     said = own.generate(ids, **settings)
     export_hf(module.model, module.processor, tmp_path / "hf")
     exported = LlavaBidirForConditionalGeneration.from_pretrained(
@@ -166,21 +127,12 @@ def test_logits_answers_and_loss_are_the_llms_own_and_those_of_the_export(
     )
     for model in (module.model.eval(), exported.eval()):
         logits = model(input_ids=ids).logits
-        torch.testing.assert_close(
-            logits,
-            own(input_ids=ids).logits,
-            rtol=0,
-            atol=1e-5,
-        )
+        torch.testing.assert_close(logits, own(input_ids=ids).logits, rtol=0, atol=1e-5)
         assert torch.equal(model.generate(input_ids=ids, **settings), said)
 
     answers = ("wall road", "sky", "road of the wall")
     samples = [
-        {
-            "id": "x",
-            "image": None,
-            "conversations": tiny_models.turns("name the sky", answer),
-        }
+        {"id": "x", "image": None, "conversations": tiny_models.turns("name the sky", answer)}
         for answer in answers
     ]
     batch = Collate(module.processor, tiny_models.TOKENS, "vicuna_v1")(samples)
@@ -189,23 +141,13 @@ def test_logits_answers_and_loss_are_the_llms_own_and_those_of_the_export(
         batch["labels"][:, 1:].flatten(),
         ignore_index=-100,
     )
-    torch.testing.assert_close(
-        module.loss(batch),
-        expected,
-        rtol=1e-5,
-        atol=0,
-    )
+    torch.testing.assert_close(module.loss(batch), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_other_llms_are_refused_when_the_model_is_built(kind, parts, tmp_path):
     settings, message = REFUSED[kind]
-    llm = write_llm(
-        tmp_path / "llm",
-        parts[1],
-        kind,
-        settings,
-    )
+    llm = write_llm(tmp_path / "llm", parts[1], kind, settings)
     with pytest.raises(UserError, match=f"model.llm.*{message}"):
         build(parts, llm, kind)
 

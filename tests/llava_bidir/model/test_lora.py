@@ -19,14 +19,7 @@ def updated():
     """Return a tiny model with updates as large as its weights."""
     model = tiny_models.model("bidirectional")
     torch.manual_seed(5)
-    add_lora(
-        model,
-        Lora(
-            r=3,
-            alpha=6,
-            dropout=0.1,
-        ),
-    )
+    add_lora(model, Lora(r=3, alpha=6, dropout=0.1))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -37,11 +30,7 @@ def updated():
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     ids, mask = tiny_models.ids("ttiiiitt", "tiiiitt")
-    return model(
-        input_ids=ids,
-        attention_mask=mask,
-        pixel_values=tiny_models.pixels(2),
-    ).logits
+    return model(input_ids=ids, attention_mask=mask, pixel_values=tiny_models.pixels(2)).logits
 
 
 def test_merging_does_not_change_the_model(updated):

@@ -23,19 +23,11 @@ BATCH = ("tiiiittiiiitt", "ttiiiittt", "tttttttt", "tiiiit")
 
 def batch(pad: str = "right"):
     ids, mask = tiny_models.ids(*BATCH, pad=pad)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": tiny_models.pixels(4),
-    }
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiny_models.pixels(4)}
 
 
 def states(model, **inputs):
-    return model(
-        **inputs,
-        output_hidden_states=True,
-        use_cache=False,
-    ).hidden_states
+    return model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -91,25 +83,14 @@ def test_a_mask_of_the_callers_equals_the_models_own(backend, name, llm):
     expected = model(**inputs).logits
     for given in masks:
         logits = model(**inputs, attention_mask=given).logits
-        torch.testing.assert_close(
-            logits,
-            expected,
-            rtol=1e-4,
-            atol=1e-4,
-        )
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_mask_of_integers_is_refused(backend):
     model = tiny_models.model("bidirectional", backend)
     ids, _ = tiny_models.ids("tttt")
-    mask = torch.ones(
-        1,
-        1,
-        4,
-        4,
-        dtype=torch.long,
-    ).tril()
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.long).tril()
     with pytest.raises(ValueError, match="attention_mask is torch.int64 .* expected booleans"):
         model(input_ids=ids, attention_mask=mask)
 
@@ -122,11 +103,7 @@ def test_images_after_cached_tokens_are_rejected(name):
     cache = model(input_ids=ids, use_cache=True).cache
     later, _ = tiny_models.ids("iiii")
     with pytest.raises(ValueError, match="got images after cached tokens"):
-        model(
-            input_ids=later,
-            pixel_values=tiny_models.pixels(1),
-            **{name: cache},
-        )
+        model(input_ids=later, pixel_values=tiny_models.pixels(1), **{name: cache})
 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional"])
@@ -177,12 +154,7 @@ def test_an_image_token_in_an_answer_is_text(name):
         use_cache=False,
     ).last_hidden_state
     expected = model.lm_head(states[:, -6:-1])
-    torch.testing.assert_close(
-        torch.stack(out.logits, 1),
-        expected,
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    torch.testing.assert_close(torch.stack(out.logits, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -192,15 +164,7 @@ def test_embeddings_that_may_contain_images_are_causal_with_a_warning(name, monk
     warnings = []
     monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
     embedded = model.get_input_embeddings()(torch.arange(6)[None])
-    model(
-        inputs_embeds=embedded,
-        attention_mask=torch.ones(
-            1,
-            1,
-            1,
-            6,
-        ).bool(),
-    )
+    model(inputs_embeds=embedded, attention_mask=torch.ones(1, 1, 1, 6).bool())
     assert not warnings
     model(inputs_embeds=embedded)
     assert ["pass a 4D attention_mask" in text for text in warnings] == [True] * (name != "causal")

@@ -105,11 +105,7 @@ def test_configs_of_stock_exports_have_the_rotary_keys_of_released_llavas(parts,
     """transformers before 5 ignores `rope_parameters`: it would compute angles of its defaults, without a word."""
     processor = build_processor(*parts)
     model = build_model(*parts, processor)
-    yarn = {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-    }
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     for scaling in (None, {"rope_type": "linear", "factor": 4.0}, yarn):
         parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": 5e5}
         model.config.text_config.rope_parameters = parameters

@@ -22,12 +22,7 @@ def stage_1(parts, tmp_path_factory):
     (folder / "held_out.json").write_text(json.dumps(records[8:]))
     more = f"-c configs/demo/stage1.yaml --data.val_annotations {folder}/held_out.json"
     more += " --data.micro_batch_size 2 --model.max_new_tokens 3"
-    return folder, tiny_models.fit(
-        parts,
-        folder,
-        folder / "run",
-        *more.split(),
-    )
+    return folder, tiny_models.fit(parts, folder, folder / "run", *more.split())
 
 
 def test_the_loss_of_captions_is_the_mean_over_their_tokens(stage_1):

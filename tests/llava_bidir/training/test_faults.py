@@ -45,12 +45,7 @@ def test_killed_runs_end_as_an_undisturbed_one(faults, parts, conversations, tmp
         more = "--data.micro_batch_size 2 --trainer.log_every_n_steps 1 --ckpt_path last"
         more += " --trainer.max_epochs 10 --trainer.check_val_every_n_epoch 4"
         more += " --checkpoints.every_n_steps 1"
-        tiny_models.fit(
-            parts,
-            conversations,
-            tmp_path / name,
-            *more.split(),
-        )
+        tiny_models.fit(parts, conversations, tmp_path / name, *more.split())
 
     start = time.monotonic()
     assert wait(fork(partial(train, "undisturbed"), log)) == 0, log.read_text()
@@ -93,13 +88,7 @@ def test_a_run_killed_in_validation_or_export_ends_as_an_undisturbed_one(
     more += "--trainer.gradient_clip_val null --trainer.log_every_n_steps 1".split()
 
     def train(name: str) -> int:
-        run = partial(
-            tiny_models.fit,
-            parts,
-            conversations,
-            tmp_path / name,
-            *more,
-        )
+        run = partial(tiny_models.fit, parts, conversations, tmp_path / name, *more)
         return wait(fork(run, log))
 
     assert train("undisturbed") == 0, log.read_text()

@@ -24,11 +24,7 @@ def test_counted_operations_are_those_that_torch_counts(trainable, rank, parts):
         add_lora(model, Lora(r=rank))
     set_trainable(model, trainable)
     turns = tiny_models.turns("<image>\nname", "wall")
-    sample = {
-        "id": "a",
-        "image": Image.new("RGB", (8, 8)),
-        "conversations": turns,
-    }
+    sample = {"id": "a", "image": Image.new("RGB", (8, 8)), "conversations": turns}
     batch = Collate(processor, tiny_models.TOKENS, "vicuna_v1")([sample, sample])
     flops = count_flops(model, batch["pixel_values"][:1])
     with FlopCounterMode(display=False) as counter:

@@ -15,12 +15,7 @@ from llava_bidir.training.module import LlavaTraining
 @pytest.fixture
 def mesh():
     """One process of a group of its own."""
-    dist.init_process_group(
-        "gloo",
-        store=dist.HashStore(),
-        rank=0,
-        world_size=1,
-    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
@@ -35,10 +30,7 @@ class Weighted(LlavaTraining):
 
 @pytest.mark.parametrize(
     ("precision", "gathered", "trainable"),
-    [
-        ("32-true", torch.float32, ["adapter"]),
-        ("bf16-mixed", torch.bfloat16, ["adapter", "llm"]),
-    ],
+    [("32-true", torch.float32, ["adapter"]), ("bf16-mixed", torch.bfloat16, ["adapter", "llm"])],
 )
 def test_each_layer_is_a_unit_that_is_gathered_in_the_precision_of_the_run(
     precision, gathered, trainable, parts, mesh

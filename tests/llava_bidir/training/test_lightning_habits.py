@@ -28,13 +28,7 @@ def test_an_error_in_a_config_names_the_option_and_what_was_meant(
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(SystemExit, match="^2$"):
-        tiny_models.fit(
-            parts,
-            conversations,
-            tmp_path / "run",
-            "-c",
-            str(file),
-        )
+        tiny_models.fit(parts, conversations, tmp_path / "run", "-c", str(file))
     (error,) = capsys.readouterr().err.strip().splitlines()
     option, end = KEYS[text]
     assert error.startswith("llava-bidir fit: ")
@@ -45,13 +39,7 @@ def test_an_error_in_a_config_names_the_option_and_what_was_meant(
 
 def test_csv_logger_has_each_step(parts, conversations, tmp_path):
     more = "--trainer.logger CSVLogger --trainer.log_every_n_steps 1 --trainer.logger.save_dir"
-    tiny_models.fit(
-        parts,
-        conversations,
-        tmp_path / "run",
-        *more.split(),
-        str(tmp_path / "logs"),
-    )
+    tiny_models.fit(parts, conversations, tmp_path / "run", *more.split(), str(tmp_path / "logs"))
     (file,) = tmp_path.rglob("metrics.csv")
     rows = [*csv.DictReader(file.read_text().splitlines())]
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2"]
@@ -59,12 +47,7 @@ def test_csv_logger_has_each_step(parts, conversations, tmp_path):
 
 def test_a_run_without_a_logger_and_lines_of_progress_trains(parts, conversations, tmp_path):
     more = "--trainer.logger false --trainer.log_every_n_steps 0"
-    run = tiny_models.fit(
-        parts,
-        conversations,
-        tmp_path / "run",
-        *more.split(),
-    )
+    run = tiny_models.fit(parts, conversations, tmp_path / "run", *more.split())
     assert (run / "hf/training.json").is_file()
     assert not [*run.glob("events*")]
 
@@ -107,12 +90,7 @@ def test_the_final_step_has_a_checkpoint(options, parts, conversations, tmp_path
     """
     encoder, llm = parts
     parts = replace(encoder, path=os.path.relpath(encoder.path)), os.path.relpath(llm)
-    run = tiny_models.fit(
-        parts,
-        conversations,
-        tmp_path / "run",
-        *options.split(),
-    )
+    run = tiny_models.fit(parts, conversations, tmp_path / "run", *options.split())
     monkeypatch.chdir(tmp_path)
     main(["export", str(run), "exported"])
     with pytest.raises(SystemExit, match="hf is an exported model; expected the folder of a run"):

@@ -41,18 +41,8 @@ def test_gradients_of_a_step_are_those_of_the_average(
 ):
     """`tokens` averages over the whole global batch, `llava` over the means of the micro-batches."""
     torch.manual_seed(0)
-    step = Recorded(
-        *parts,
-        ["adapter", "llm"],
-        loss_average=loss_average,
-        learning_rate=0.0,
-    )
-    data = make_data(
-        conversations,
-        parts,
-        batch_size=GLOBAL_BATCH,
-        micro_batch_size=micro,
-    )
+    step = Recorded(*parts, ["adapter", "llm"], loss_average=loss_average, learning_rate=0.0)
+    data = make_data(conversations, parts, batch_size=GLOBAL_BATCH, micro_batch_size=micro)
     make_trainer(tmp_path, max_steps=1).fit(step, datamodule=data)
     drawn = [int(name.removeprefix("r")) for batch in step.batches for name in batch["ids"]]
     alone = [data.collate([data.train[i]]) for i in drawn]  # as test_supervised_loss.py compares it

@@ -20,21 +20,11 @@ from llava_bidir.training.module import LlavaTraining
 
 pytestmark = pytest.mark.numerics
 
-LORA = {
-    "lora": Lora(
-        r=2,
-        alpha=4,
-        dropout=0.0,
-    )
-}
+LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
 
 
 def module(parts, **kwargs) -> LlavaTraining:
-    settings = {
-        "trainable": ["adapter", "llm"],
-        "learning_rate": 1e-2,
-        "max_new_tokens": 3,
-    }
+    settings = {"trainable": ["adapter", "llm"], "learning_rate": 1e-2, "max_new_tokens": 3}
     return LlavaTraining(*parts, **(settings | kwargs))
 
 
@@ -235,12 +225,7 @@ def test_validation_asks_the_first_question_and_rejects_records_without_an_answe
 def test_what_workers_are_given_can_be_pickled(parts, conversations):
     """As where processes are not forked by default, on macOS and in Python 3.14."""
     file = str(conversations / "data.json")
-    data = make_data(
-        conversations,
-        parts,
-        num_workers=1,
-        val_annotations=file,
-    )
+    data = make_data(conversations, parts, num_workers=1, val_annotations=file)
     data.trainer = SimpleNamespace(global_rank=0, world_size=1)
     data.setup("validate")
     loader = data.val_dataloader()
@@ -256,12 +241,7 @@ def test_records_are_truncated_to_the_positions_of_the_llm(parts, conversations)
     assert module(parts).max_positions == 512
     file = str(conversations / "data.json")
     for positions, expected in ((19, 19), (sys.maxsize, 21)):
-        batches = questions(
-            conversations,
-            parts,
-            val_annotations=file,
-            max_positions=positions,
-        )
+        batches = questions(conversations, parts, val_annotations=file, max_positions=positions)
         assert max(batch["input_ids"].shape[1] for batch in batches) == expected
 
 
@@ -272,16 +252,7 @@ def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(
     """Under ZeRO-3 a rank with one more batch would deadlock; a sample counted twice would shift the metrics."""
     file = conversations / "data.json"
     settings = {"val_annotations": str(file), "micro_batch_size": 5}
-    batches = [
-        questions(
-            conversations,
-            parts,
-            ranks,
-            rank,
-            **settings,
-        )
-        for rank in range(ranks)
-    ]
+    batches = [questions(conversations, parts, ranks, rank, **settings) for rank in range(ranks)]
     assert len({tuple(len(batch["ids"]) for batch in own) for own in batches}) == 1
     counted = [batch for own in batches for batch in own]
     answers = [answer for batch in counted for answer in batch["answers"]]

@@ -19,13 +19,7 @@ def test_matrices_decay_and_biases_and_norms_do_not(is_partitioned):
     for parameter in model.parameters() if is_partitioned else ():
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
-    adamw = build_optimizer(
-        model,
-        RATES,
-        (0.9, 0.999),
-        0.5,
-        fused=False,
-    )
+    adamw = build_optimizer(model, RATES, (0.9, 0.999), 0.5, fused=False)
     found = {}
     for group in adamw.param_groups:
         part = group["name"].removesuffix("_biases_and_norms")

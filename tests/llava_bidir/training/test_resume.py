@@ -42,12 +42,7 @@ def copied_parts(folder: Path, parts, conversations) -> list[str]:
     shutil.copytree(encoder.path, folder / "encoder")
     shutil.copytree(llm, folder / "llm")
     more = f"--model.encoder.path {folder}/encoder --model.llm {folder}/llm"
-    return [
-        *tiny_models.training_arguments(parts, data),
-        *more.split(),
-        *OPTIONS,
-        *UNASKED,
-    ]
+    return [*tiny_models.training_arguments(parts, data), *more.split(), *OPTIONS, *UNASKED]
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +86,7 @@ def requeued(tmp_path, monkeypatch):
     script.chmod(0o755)
     calls.touch()
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
-    ranks = {
-        "NTASKS": "1",
-        "NTASKS_PER_NODE": "1",
-        "PROCID": "0",
-        "LOCALID": "0",
-    }
+    ranks = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0"}
     for name, value in (ranks | {"JOB_ID": "77"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     yield calls
@@ -351,11 +341,7 @@ IMAGES = r"data.images='10, sha256 \w{16}', .*'10, sha256 \w{16}'"
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("settings.trainer.max_epochs", LENGTHS),
-        ("data.images", IMAGES),
-    ],
+    ("key", "message"), [("settings.trainer.max_epochs", LENGTHS), ("data.images", IMAGES)]
 )
 def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(
     key, message, finished, unfinished, parts, conversations, tmp_path
@@ -440,12 +426,7 @@ def test_options_that_contradict_each_other_or_the_record_are_refused(
 ):
     """A trial would count as finished; micro-batches follow from the data's sizes."""
     with pytest.raises(SystemExit, match=REFUSED[options]):
-        tiny_models.fit(
-            parts,
-            conversations,
-            tmp_path / "run",
-            *options.split(),
-        )
+        tiny_models.fit(parts, conversations, tmp_path / "run", *options.split())
     assert not (tmp_path / "run/hf").exists()
 
 

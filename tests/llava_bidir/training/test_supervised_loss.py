@@ -26,11 +26,7 @@ def samples(shown: bool = True) -> list[dict]:
         image = Image.new("RGB", (8, 8), (40 * i, 255 - 30 * i, 90)) if shown and i != 2 else None
         question = "name the sky" if image is None else "<image>\nname the sky"
         made.append(
-            {
-                "id": f"s{i}",
-                "image": image,
-                "conversations": tiny_models.turns(question, answer),
-            }
+            {"id": f"s{i}", "image": image, "conversations": tiny_models.turns(question, answer)}
         )
     # Shown twice
     made[1]["conversations"] += tiny_models.turns("<image>\nagain" if shown else "again", "road")
@@ -39,12 +35,7 @@ def samples(shown: bool = True) -> list[dict]:
 
 def build(parts, name: str, **settings) -> tuple[LlavaTraining, Collate]:
     torch.manual_seed(0)
-    module = LlavaTraining(
-        *parts,
-        trainable=["adapter", "llm"],
-        image_attention=name,
-        **settings,
-    )
+    module = LlavaTraining(*parts, trainable=["adapter", "llm"], image_attention=name, **settings)
     module.configure_model()
     with torch.no_grad():
         for parameter in module.model.model.language_model.parameters():
@@ -70,10 +61,7 @@ def assert_same_training(module, expected, batch) -> None:
 
 @torch.no_grad()
 def llava_logits(
-    model,
-    image_attention: str,
-    ids: torch.Tensor,
-    pixels: torch.Tensor,
+    model, image_attention: str, ids: torch.Tensor, pixels: torch.Tensor
 ) -> torch.Tensor:
     """Return the logits f[N, V] of a sample without padding, ids i64[N], by attention that is written out.
 
@@ -86,12 +74,7 @@ def llava_logits(
     decoder = model.model.language_model
     mask = reference.mask_by_loop(image_attention, is_image[None], torch.ones_like(ids)[None])
     masks = [mask] * len(decoder.layers)
-    states = reference.llama_states(
-        decoder,
-        embedded[None],
-        masks,
-        torch.arange(len(ids)),
-    )
+    states = reference.llama_states(decoder, embedded[None], masks, torch.arange(len(ids)))
     return model.lm_head(decoder.norm(states[-1]))[0]
 
 
@@ -104,18 +87,8 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
     for item in samples():
         ids, labels = (torch.tensor(row) for row in collate.encode(item))
         pixels = collate.pixels([item], [ids.tolist()])
-        logits = llava_logits(
-            module.model,
-            name,
-            ids,
-            pixels,
-        )[:-1]
-        loss = F.cross_entropy(
-            logits,
-            labels[1:],
-            ignore_index=-100,
-            reduction="sum",
-        )
+        logits = llava_logits(module.model, name, ids, pixels)[:-1]
+        loss = F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
         total += loss.item()
         count += int((labels[1:] != -100).sum())
     assert module.loss(collate(samples())).item() == pytest.approx(total / count, rel=1e-5)
@@ -142,12 +115,7 @@ def test_compiled_layers_leave_loss_and_gradients(backend, parts, monkeypatch):
     )
     torch.compiler.reset()
     plain, collate = build(parts, "bidirectional")
-    compiled, _ = build(
-        parts,
-        "bidirectional",
-        compile=True,
-        gradient_checkpointing=True,
-    )
+    compiled, _ = build(parts, "bidirectional", compile=True, gradient_checkpointing=True)
     assert_same_training(compiled.train(), plain.train(), collate(samples()))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0, "nothing was compiled"

@@ -29,14 +29,7 @@ def _say(task: str, doc: dict, right: bool) -> str:
         return doc["answers"][0] if right else "nothing"
     if task == "scienceqa_img":
         return "ABC"[doc["answer"]] if right else "ABC"[doc["answer"] - 1]
-    wrong = {
-        "yes": "No",
-        "no": "Yes",
-        "a": "B",
-        "b": "C",
-        "c": "A",
-        "sky": "wall",
-    }
+    wrong = {"yes": "No", "no": "Yes", "a": "B", "b": "C", "c": "A", "sky": "wall"}
     return doc["answer"] if right else wrong.get(doc["answer"].lower(), "nothing")
 
 

@@ -95,13 +95,7 @@ def test_answers_are_those_of_generate(runs, checkpoints):
             record = lmms_datasets.DATASETS[folder][2](item["item"])
             images = [record[key] for key in sorted(record) if isinstance(record[key], Image.Image)]
             images = images or [lmms_datasets.picture(item["item"] // 2)]  # GQA's are apart
-            expected = answer(
-                model,
-                processor,
-                [item["question"]],
-                [images],
-                longest,
-            )
+            expected = answer(model, processor, [item["question"]], [images], longest)
             assert [item["answer"]] == expected, name
     with_ocr, without = (
         items(runs / "bidirectional", name)[0]["question"] for name in ("textvqa_ocr", "textvqa")
@@ -119,12 +113,7 @@ def test_finished_tasks_are_not_run_again(runs, checkpoints, data, tmp_path, cap
         vqa(checkpoints["bidirectional"], out, data, elsewhere)
     (out / "pope.json").unlink()
     with pytest.raises(SystemExit, match="`make vqa-venv` installs: .*/nowhere"):
-        vqa(
-            checkpoints["causal"],
-            out,
-            data,
-            elsewhere,
-        )
+        vqa(checkpoints["causal"], out, data, elsewhere)
     vqa(checkpoints["causal"], out, data)
     assert items(out, "pope") == items(runs / "causal", "pope")
 
@@ -158,12 +147,7 @@ def test_a_cut_image_ends_the_run_by_name(checkpoints, data, tmp_path, capfd, mo
     features = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path)).features
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(file))
     with pytest.raises(SystemExit, match="^llava-bidir: lmms-eval, .*non-zero exit status"):
-        vqa(
-            checkpoints["causal"],
-            tmp_path / "out",
-            pictures,
-            "--tasks pope",
-        )
+        vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks pope")
     assert "items 4, 5: OSError: image file is truncated" in capfd.readouterr().err
     assert not (tmp_path / "out/pope.json").exists()
 
@@ -172,11 +156,6 @@ def test_a_cut_image_ends_the_run_by_name(checkpoints, data, tmp_path, capfd, mo
 def test_two_processes_answer_every_item_once_with_the_same_results(
     runs, checkpoints, data, tmp_path
 ):
-    vqa(
-        checkpoints["bidirectional"],
-        tmp_path,
-        data,
-        "--devices 2 --batch-size 1 --tasks gqa mme",
-    )
+    vqa(checkpoints["bidirectional"], tmp_path, data, "--devices 2 --batch-size 1 --tasks gqa mme")
     for name in ("gqa", "mme"):
         assert items(tmp_path, name) == items(runs / "bidirectional", name)

@@ -14,11 +14,7 @@ def test_images_are_resampled_within_their_category_of_mme():
     rng = np.random.default_rng(2)
     pairs = {"existence": rng.random((5, 2)) < 0.6, "count": rng.random((30, 2)) < 0.6}
     answers = [
-        {
-            "unit": unit,
-            "group": group,
-            "right": float(right),
-        }
+        {"unit": unit, "group": group, "right": float(right)}
         for group, units in pairs.items()
         for unit, rights in enumerate(units)
         for right in rights

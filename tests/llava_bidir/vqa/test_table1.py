@@ -11,11 +11,7 @@ from llava_bidir.common.files import write_files
 
 CAUSAL, BIDIRECTIONAL = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.65]]
 
-WORDS = {
-    "mmbench": "AB",
-    "mme": ("Yes", "No"),
-    "pope": ("yes", "no"),
-}  # others: words
+WORDS = {"mmbench": "AB", "mme": ("Yes", "No"), "pope": ("yes", "no")}  # others: words
 
 
 def write(out: Path, name: str, right: np.ndarray, mask: str = "causal", bits: int = 32) -> None:
@@ -57,12 +53,7 @@ def table(tmp_path_factory) -> dict[tuple[str, str], dict]:
     root = tmp_path_factory.mktemp("table")
     for name in ("gqa", "mmbench", "mme", "pope", "textvqa_ocr"):
         write(root / "a", name, CAUSAL)
-        write(
-            root / "b",
-            name,
-            BIDIRECTIONAL,
-            "bidirectional",
-        )
+        write(root / "b", name, BIDIRECTIONAL, "bidirectional")
     return make_table(root, "a", "b")
 
 
@@ -108,13 +99,7 @@ def test_paired_differences_on_the_same_questions(table):
 @pytest.mark.parametrize(("right", "bits"), [(BIDIRECTIONAL[:-2], 32), (CAUSAL, 16)])
 def test_models_that_differ_in_more_than_the_mask_are_not_compared(right, bits, tmp_path):
     write(tmp_path / "a", "gqa", CAUSAL)
-    write(
-        tmp_path / "b",
-        "gqa",
-        right,
-        "bidirectional",
-        bits,
-    )
+    write(tmp_path / "b", "gqa", right, "bidirectional", bits)
     with pytest.raises(SystemExit, match="GQA: .*/a and .*/b differ in more than the mask"):
         make_table(tmp_path, "a", "b")
 

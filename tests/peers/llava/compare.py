@@ -73,10 +73,7 @@ def weight_differences(a: Training, b: Training, before: dict[str, np.ndarray]) 
 
 
 def compare(
-    a: Training,
-    b: Training,
-    before: dict[str, np.ndarray],
-    rounded: Training | None = None,
+    a: Training, b: Training, before: dict[str, np.ndarray], rounded: Training | None = None
 ) -> dict:
     """Return the differences of b from a, over the steps of b.
 

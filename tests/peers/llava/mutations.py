@@ -85,11 +85,7 @@ MUTATIONS = [
         "True",
     ),
     Mutation(
-        "padding one level of 256 brighter",
-        "stage 2, float64",
-        "model/encoders.py",
-        PAD,
-        BRIGHTER,
+        "padding one level of 256 brighter", "stage 2, float64", "model/encoders.py", PAD, BRIGHTER
     ),
     Mutation(
         "epsilon of AdamW 1e-6",

@@ -8,10 +8,7 @@ from mutations import MUTATIONS, STEPS
 
 
 def write_report(
-    folder: Path,
-    runs: Path,
-    cases: dict[str, dict],
-    mutations: dict[str, dict],
+    folder: Path, runs: Path, cases: dict[str, dict], mutations: dict[str, dict]
 ) -> None:
     """Write the page.
 

@@ -87,11 +87,7 @@ def test_routes_through_a_sink_are_marked_in_table_and_page(runs, tmp_path, monk
 
 
 @pytest.mark.parametrize("norm", [9.9, 159.0])
-def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(
-    runs,
-    norm,
-    tmp_path,
-):
+def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(runs, norm, tmp_path):
     names = ("causal", "bidirectional")
     paths = [shutil.copytree(runs[mask].path, tmp_path / mask) for mask in names]
     pair = {mask: ProbeRun(path) for mask, path in zip(names, paths, strict=True)}

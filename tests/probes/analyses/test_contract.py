@@ -84,10 +84,7 @@ def test_a_result_of_other_options_or_runs_is_not_replaced_unless_it_is_asked_fo
     result = Path(shutil.copy(study.result("sinks"), tmp_path))
     before = result.read_bytes()
     out = ["--out", str(tmp_path)]
-    for more, of, message in (
-        (["--limit", "3"], 0, "with limit 2;"),
-        ([], 1, "from other runs;"),
-    ):
+    for more, of, message in ((["--limit", "3"], 0, "with limit 2;"), ([], 1, "from other runs;")):
         with pytest.raises(SystemExit, match=f"{result} is finished and was made {message}"):
             study.run("sinks", *out, *more, of=of)
     assert result.read_bytes() == before
@@ -140,13 +137,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "options", "message"), BAD)
-def test_a_bad_option_is_an_error_and_leaves_nothing(
-    name,
-    options,
-    message,
-    study,
-    tmp_path,
-):
+def test_a_bad_option_is_an_error_and_leaves_nothing(name, options, message, study, tmp_path):
     with pytest.raises(SystemExit, match=f"^probes: .*{message}"):
         study.run(name, *options.split(), "--out", str(tmp_path))
     assert not [file for file in tmp_path.iterdir() if not file.name.startswith(".")]

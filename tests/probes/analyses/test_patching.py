@@ -9,12 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from probes.analyses.patching import PatchingOptions
-from probes.analyses.patching.patch import (
-    nan_mean,
-    object_tokens,
-    other_images,
-    patching_effects,
-)
+from probes.analyses.patching.patch import nan_mean, object_tokens, other_images, patching_effects
 from probes.cli import main
 
 READ_OUT = "layer_02"
@@ -30,13 +25,7 @@ def patched(request, runs, tmp_path_factory):
 
 
 @torch.no_grad()
-def forward_by_hand(
-    mllm,
-    pixels,
-    layer: int = 0,
-    tokens=None,
-    new=None,
-) -> list[torch.Tensor]:
+def forward_by_hand(mllm, pixels, layer: int = 0, tokens=None, new=None) -> list[torch.Tensor]:
     """Return the image's states at the adapter and after each layer, f[T, d], by an attention written out.
 
     Those of `tokens` bool[T] at a layer are replaced by `new` f[T, d].
@@ -81,13 +70,7 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
         own = odds(forward_by_hand(mllm, pixels), truth)
         close(tensors["total"][i], (odds(donor, truth) - own)[labelled].mean())
         for layer in (0, 1):
-            states = forward_by_hand(
-                mllm,
-                pixels,
-                layer,
-                tokens,
-                donor[layer],
-            )
+            states = forward_by_hand(mllm, pixels, layer, tokens, donor[layer])
             change = odds(states, truth) - own
             for group, patches in (("patched", tokens), ("others", ~tokens)):
                 expected = change[labelled & patches].mean()  # NaN of no patch, too

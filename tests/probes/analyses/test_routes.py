@@ -193,11 +193,7 @@ def test_a_planted_route_is_found_and_none_in_a_model_that_was_not_trained(
         held_out = questions.with_name("held_out.json")
         held_out.write_text(json.dumps(json.loads(questions.read_text())[-60:]))
         plan = RoutesOptions(
-            probes=run.path,
-            out=tmp_path / str(steps),
-            questions=held_out,
-            window=1,
-            draws=2,
+            probes=run.path, out=tmp_path / str(steps), questions=held_out, window=1, draws=2
         )
         with monkeypatch.context() as patch:
             patch.setattr(ProbeRun, "mllm", lambda self, mllm=mllm: mllm)

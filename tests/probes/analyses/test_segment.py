@@ -31,11 +31,7 @@ def photos(tmp_path) -> list[Path]:
     noise = np.random.default_rng(0).integers(0, 256, (111, 159, 4), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
-    pictures = {
-        "odd.jpg": noise[..., :3],
-        "grey.png": noise[:33, :, 0],
-        "rgba.png": noise[:, :27],
-    }
+    pictures = {"odd.jpg": noise[..., :3], "grey.png": noise[:33, :, 0], "rgba.png": noise[:, :27]}
     for name, array in pictures.items():
         Image.fromarray(array).save(tmp_path / name, exif=exif)
     return [tmp_path / name for name in pictures]
@@ -63,11 +59,7 @@ def segment(run, photos, out, *more: str) -> None:
 
 @pytest.mark.parametrize(("resize", "site"), [("squash", None), ("pad", "adapter")])
 def test_maps_equal_an_own_forward_and_overlay_and_legend_match_them(
-    resize,
-    site,
-    runs,
-    photos,
-    tmp_path,
+    resize, site, runs, photos, tmp_path
 ):
     run = runs[resize]
     out = tmp_path / "out"

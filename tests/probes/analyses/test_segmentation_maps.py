@@ -14,10 +14,7 @@ from probes.cli import main
 from probes.models.knockout import knockout_of
 from probes.runs.read import ProbeRun
 
-PLANS = {
-    "paper": {},
-    "layer and site of the predictions": {"layers": (2,), "block_by": "layer_02"},
-}
+PLANS = {"paper": {}, "layer and site of the predictions": {"layers": (2,), "block_by": "layer_02"}}
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -12,13 +12,7 @@ K = 3
 COLUMNS = 4
 
 
-def standardised_by_loop(
-    right,
-    valid,
-    labels,
-    share,
-    patches: range,
-) -> float:
+def standardised_by_loop(right, valid, labels, share, patches: range) -> float:
     accuracy = 0.0
     mix = 0.0
     for k in range(K):

@@ -15,11 +15,9 @@ def test_purity_equals_scikit_learns_and_needs_eleven_labelled_tokens():
     labels = torch.randint(3, (60,), generator=generator)
     directions = 4.0 * torch.randn(3, 9, generator=generator)
     states = 3.0 * torch.randn(60, 9, generator=generator) + directions[labels]
-    search = NearestNeighbors(
-        n_neighbors=10,
-        metric="cosine",
-        algorithm="brute",
-    ).fit(states.numpy())
+    search = NearestNeighbors(n_neighbors=10, metric="cosine", algorithm="brute").fit(
+        states.numpy()
+    )
     nearest = search.kneighbors(return_distance=False)  # of the fitted points, each without itself
     expected = np.mean(labels.numpy()[nearest] == labels.numpy()[:, None])
     assert knn_purity(states, labels) == pytest.approx(expected)

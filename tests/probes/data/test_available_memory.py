@@ -10,13 +10,7 @@ from probes.data.available_memory import available_memory
 GB = 10**9
 
 
-def write_group(
-    folder: Path,
-    version: int,
-    limit: int | str,
-    use: int,
-    cached: int = 0,
-) -> None:
+def write_group(folder: Path, version: int, limit: int | str, use: int, cached: int = 0) -> None:
     """Write the files of a control group, as the kernel does."""
     names = {1: ("limit_in_bytes", "usage_in_bytes"), 2: ("max", "current")}[version]
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,11 +28,7 @@ def write_group(
     ],
 )
 def test_limits_of_all_groups_count_and_cached_files_do_not(
-    own,
-    root,
-    version,
-    monkeypatch,
-    tmp_path,
+    own, root, version, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * GB))
     (tmp_path / "own").write_text(own)
@@ -49,24 +39,8 @@ def test_limits_of_all_groups_count_and_cached_files_do_not(
     assert available() == 100 * GB, "the files of the groups are not visible"
     unlimited = "max" if version == 2 else 2**63 - 4096
     group = tmp_path / "mount" / root / "slurm"
-    write_group(
-        group,
-        version,
-        unlimited,
-        90 * GB,
-    )
-    write_group(
-        group / "job_1",
-        version,
-        64 * GB,
-        60 * GB,
-        cached=40 * GB,
-    )
+    write_group(group, version, unlimited, 90 * GB)
+    write_group(group / "job_1", version, 64 * GB, 60 * GB, cached=40 * GB)
     assert available() == 44 * GB
-    write_group(
-        group,
-        version,
-        91 * GB,
-        90 * GB,
-    )
+    write_group(group, version, 91 * GB, 90 * GB)
     assert available() == 1 * GB, "the limit of the parent"

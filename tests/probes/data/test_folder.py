@@ -57,12 +57,7 @@ def test_an_ignored_class_has_no_logit(root):
     """Else a pixel predicted as it would be a class of IoU 0, which no metric that ignores it counts."""
     palette = [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
     plain = np.stack([item["target"] for item in FolderDataset(root, "training")])
-    write_classes(
-        root,
-        [*"xyz"],
-        ignore_index=[1, 255],
-        palette=palette,
-    )
+    write_classes(root, [*"xyz"], ignore_index=[1, 255], palette=palette)
     dataset = FolderDataset(root, "training")
     assert dataset.classes == ["x", "z"]
     assert dataset.palette == palette[::2]

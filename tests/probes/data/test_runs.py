@@ -45,23 +45,13 @@ def prepared(checkpoints, segmentation):
 
 def test_cached_states_are_the_models_in_its_dtype(prepared):
     mllm, images = prepared
-    cached = CachedFeatures(
-        mllm,
-        images,
-        ["adapter", "layer_02"],
-        batch_size=2,
-    )
+    cached = CachedFeatures(mllm, images, ["adapter", "layer_02"], batch_size=2)
     batch = cached.__getitems__([3, 0])
     pixels = torch.stack([images[i]["pixels"] for i in (3, 0)])
     assert batch["index"].tolist() == [3, 0]
     for site, states in mllm.states(pixels, ["adapter", "layer_02"]).items():
         # bf16 in other batches
-        torch.testing.assert_close(
-            batch["states"][site],
-            states,
-            rtol=0.02,
-            atol=0.02,
-        )
+        torch.testing.assert_close(batch["states"][site], states, rtol=0.02, atol=0.02)
     assert (batch["target"][0] == images[3]["target"]).all()
     nothing = cached.__getitems__([PAD_INDEX])
     assert (nothing["target"][0] == 255).all()
@@ -73,10 +63,4 @@ def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
     size = 5 * (4 * 32 * 2 + images[0]["target"].nbytes)  # images, tokens, width, bytes
     copies = 10**15 // size
     with pytest.raises(ValueError, match=rf"needs {copies * size / 1e9:.2f} GB .*choose fewer"):
-        CachedFeatures(
-            mllm,
-            images,
-            ["adapter"],
-            batch_size=2,
-            copies=copies,
-        )
+        CachedFeatures(mllm, images, ["adapter"], batch_size=2, copies=copies)

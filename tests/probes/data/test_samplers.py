@@ -5,12 +5,7 @@ from itertools import product
 import pytest
 
 from llava_bidir.common.errors import UserError
-from probes.data.samplers import (
-    PAD_INDEX,
-    TrainingBatches,
-    assign_folds,
-    validation_batches,
-)
+from probes.data.samplers import PAD_INDEX, TrainingBatches, assign_folds, validation_batches
 
 CASES = pytest.mark.parametrize(
     ("images", "batch", "ranks"), list(product((8, 9, 17), (1, 3, 4, 16), (1, 2, 3)))
@@ -20,16 +15,7 @@ CASES = pytest.mark.parametrize(
 @CASES
 def test_global_batches_do_not_depend_on_the_number_of_ranks(images, batch, ranks):
     one = TrainingBatches(images, batch, seed=5)
-    many = [
-        TrainingBatches(
-            images,
-            batch,
-            rank,
-            ranks,
-            seed=5,
-        )
-        for rank in range(ranks)
-    ]
+    many = [TrainingBatches(images, batch, rank, ranks, seed=5) for rank in range(ranks)]
     for epoch in range(2):
         for sampler in (one, *many):
             sampler.set_epoch(epoch)
@@ -55,15 +41,7 @@ def test_skip_leaves_out_what_was_trained_once():
 
 @CASES
 def test_validation_sees_each_image_once_in_as_many_batches_on_each_rank(images, batch, ranks):
-    batches = [
-        validation_batches(
-            images,
-            batch,
-            rank,
-            ranks,
-        )
-        for rank in range(ranks)
-    ]
+    batches = [validation_batches(images, batch, rank, ranks) for rank in range(ranks)]
     assert sorted(i for rank in batches for b in rank for i in b) == list(range(images))
     assert len({len(rank) for rank in batches}) == 1
     assert all(1 <= len(b) <= batch + (ranks > 1) for rank in batches for b in rank)
@@ -71,12 +49,7 @@ def test_validation_sees_each_image_once_in_as_many_batches_on_each_rank(images,
 
 def test_more_devices_than_validation_images_is_an_error():
     with pytest.raises(ValueError, match="2 validation images for 3 devices"):
-        validation_batches(
-            2,
-            4,
-            0,
-            3,
-        )
+        validation_batches(2, 4, 0, 3)
 
 
 def test_folds_keep_neighbours_and_groups_together_and_differ_little_in_size():

@@ -95,13 +95,7 @@ def test_workers_and_shares_find_what_one_process_finds(tmp_path):
     dataset = open_splits(DataOptions(str(root)))["training"]
 
     def read(indices, workers=0):
-        pairs = read_pairs(
-            dataset,
-            "",
-            indices,
-            workers,
-            progress=False,
-        )
+        pairs = read_pairs(dataset, "", indices, workers, progress=False)
         return {index: str(pair) for index, pair in pairs.items()}
 
     alone = read(range(80))
@@ -125,28 +119,13 @@ def test_counts_equal_numpy_over_all_masks(segmentation):
         assert counts.ignored == (found == 255).sum() > 0
     assert data_notes(data.classes, data.labels, data.remarks) == []
     depth = np.array([[1.0, np.nan]], np.float32)
-    assert join_counts([count_labels(depth, 0)] * 2) == LabelCounts(
-        2,
-        [2],
-        [2],
-        2,
-    )
+    assert join_counts([count_labels(depth, 0)] * 2) == LabelCounts(2, [2], [2], 2)
 
 
 def test_notes_name_classes_that_lack_pixels_or_images():
     labels = {
-        "training": LabelCounts(
-            9,
-            [9, 0, 9, 0],
-            [9, 0, 9, 0],
-            90,
-        )._asdict(),
-        "validation": LabelCounts(
-            9,
-            [9, 9, 0, 0],
-            [9, 2, 0, 0],
-            0,
-        )._asdict(),
+        "training": LabelCounts(9, [9, 0, 9, 0], [9, 0, 9, 0], 90)._asdict(),
+        "validation": LabelCounts(9, [9, 9, 0, 0], [9, 2, 0, 0], 0)._asdict(),
     }
     shared = [["a", "a"], ["b", "c"]]
     notes = notes_of_run([*"wxyz"], {"labels": labels, "shared_images": shared})
@@ -179,11 +158,7 @@ def add_copy(root: Path, source: str, copy: str, suffix: str = ".png") -> None:
 
 
 def test_copies_are_named_by_the_check_and_in_the_run_share_a_fold_and_are_drawn_together(
-    root,
-    tmp_path,
-    checkpoints,
-    capsys,
-    monkeypatch,
+    root, tmp_path, checkpoints, capsys, monkeypatch
 ):
     """Folds that see their own pixels chose strengths six decades too low."""
     add_copy(root, "training/002", "validation/copy")

@@ -60,13 +60,7 @@ def killed(checkpoints, uneven, tmp_path):
 
     def kill(rank: int, *more: str) -> tuple[list[str], Path, int]:
         run = tmp_path / "run"
-        command = probe_runs.arguments(
-            checkpoints["causal"],
-            uneven,
-            run,
-            *THREE,
-            *more,
-        )
+        command = probe_runs.arguments(checkpoints["causal"], uneven, run, *THREE, *more)
         (tmp_path / "killer.py").write_text(KILLER.replace("RANK", str(rank)))
         (tmp_path / "killing.yaml").write_text(KILLING)
         more = ["-c", tmp_path / "killing.yaml", "--import", tmp_path / "killer.py"]
@@ -81,14 +75,7 @@ def killed(checkpoints, uneven, tmp_path):
 @pytest.fixture(scope="module")
 def one(checkpoints, uneven, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one")
-    main(
-        probe_runs.arguments(
-            checkpoints["causal"],
-            uneven,
-            out,
-            *THREE,
-        )
-    )
+    main(probe_runs.arguments(checkpoints["causal"], uneven, out, *THREE))
     return out
 
 
@@ -102,15 +89,7 @@ def bad(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(
-    one,
-    bad,
-    checkpoints,
-    uneven,
-    segmentation,
-    task_root,
-    tmp_path_factory,
-):
+def together(one, bad, checkpoints, uneven, segmentation, task_root, tmp_path_factory):
     """(Folder with a run per command on two processes, what both processes said of each)."""
     folder = tmp_path_factory.mktemp("together")
     model = checkpoints["causal"]
@@ -119,12 +98,7 @@ def together(
     cached = [*THREE, "--data.cache_features"]
     same = [*THREE, "--data.num_workers", "2", "--ckpt_path", f"{one}/checkpoints/last.ckpt"]
     commands = {
-        name: probe_runs.arguments(
-            model,
-            root,
-            folder / out,
-            *more,
-        )
+        name: probe_runs.arguments(model, root, folder / out, *more)
         for name, root, out, more in (
             ("finished", uneven, "copy", last),
             ("another rate", uneven, "copy", [*last, "--model.learning_rate", "0.5"]),
@@ -136,21 +110,9 @@ def together(
     }
     for name, memory in (("solve", "8"), ("solve from files", "0")):
         out = folder / name
-        commands[name] = solving.arguments(
-            model,
-            segmentation,
-            out,
-            "--memory-gb",
-            memory,
-        )
+        commands[name] = solving.arguments(model, segmentation, out, "--memory-gb", memory)
     out = folder / "normals"
-    commands["normals"] = task_commands.arguments(
-        "solve",
-        "normals",
-        model,
-        task_root,
-        out,
-    )
+    commands["normals"] = task_commands.arguments("solve", "normals", model, task_root, out)
     commands = {name: ["probes", *argv, *two_ranks.TWO] for name, argv in commands.items()}
     return folder, two_ranks.run(commands, folder)
 
@@ -160,12 +122,7 @@ def together(
 def test_two_processes_train_and_score_as_one(cache, one, together):
     """Masks differ in labelled area, and in the last batch one rank has no image."""
     run = together[0] / f"cache {cache}"
-    assert_same_probes(
-        run,
-        one,
-        rtol=1e-3,
-        atol=1e-4,
-    )
+    assert_same_probes(run, one, rtol=1e-3, atol=1e-4)
     ours, expected = (ProbeRun(path).metrics for path in (run, one))
     assert ours["images"] == 5
     assert ours["probe"] == expected["probe"]
@@ -198,12 +155,7 @@ def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(together):
 
 
 @pytest.mark.distributed
-def test_two_processes_solve_the_probes_of_one(
-    together,
-    checkpoints,
-    segmentation,
-    tmp_path,
-):
+def test_two_processes_solve_the_probes_of_one(together, checkpoints, segmentation, tmp_path):
     main(solving.arguments(checkpoints["causal"], segmentation, tmp_path))
     run = ProbeRun(together[0] / "solve")
     assert_same_solution(ProbeRun(tmp_path), run)
@@ -218,10 +170,7 @@ def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
     for ours, theirs in zip(ProbeRun(run).strengths.sites, alone.strengths.sites, strict=True):
         assert ours["mean"] == pytest.approx(theirs["mean"], rel=1e-2)
     torch.testing.assert_close(
-        ProbeRun(run).sums_at(alone.sites),
-        alone.sums_at(alone.sites),
-        rtol=1e-2,
-        atol=1e-1,
+        ProbeRun(run).sums_at(alone.sites), alone.sums_at(alone.sites), rtol=1e-2, atol=1e-1
     )
 
 
@@ -240,12 +189,7 @@ def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(killed, one):
     checkpoint = run / "checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 4, "within an epoch"
     main([*command, "--ckpt_path", str(checkpoint)])
-    assert_same_probes(
-        run,
-        one,
-        rtol=0,
-        atol=0,
-    )
+    assert_same_probes(run, one, rtol=0, atol=0)
     assert ProbeRun(run).metrics["sites"] == ProbeRun(one).metrics["sites"]
 
 
@@ -253,9 +197,4 @@ def assert_same_probes(run: Path, other: Path, **tolerance) -> None:
     ours, theirs = (load_file(out / "probes.safetensors") for out in (run, other))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
-        torch.testing.assert_close(
-            ours[name],
-            tensor,
-            **tolerance,
-            msg=name,
-        )
+        torch.testing.assert_close(ours[name], tensor, **tolerance, msg=name)

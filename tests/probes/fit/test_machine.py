@@ -32,12 +32,7 @@ def cpu(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-DDP = {
-    "devices": "1",
-    "num_nodes": 1,
-    "strategy": "ddp",
-    "precision": 32,
-}
+DDP = {"devices": "1", "num_nodes": 1, "strategy": "ddp", "precision": 32}
 
 
 @pytest.mark.parametrize("options", [DDP, {"max_epochs": -1, "precision": "bf16-mixed"}])
@@ -85,11 +80,7 @@ def test_all_gpus_of_a_machine_are_used(cpu, monkeypatch):
 
 
 def test_both_machines_solve_the_same_probes_to_the_last_bit(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    monkeypatch,
-    caplog,
+    checkpoints, segmentation, tmp_path, monkeypatch, caplog
 ):
     """And each knows the run of the other as its own."""
     own, other = (

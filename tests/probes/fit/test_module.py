@@ -31,12 +31,7 @@ def fit(checkpoints, segmentation):
 
     def run(out, *more: str, root=segmentation) -> ProbeRun:
         words = ["--trainer.max_epochs", "2", "--data.batch_size", "3", *more]
-        return probe_runs.fit(
-            checkpoints["causal"],
-            root,
-            out,
-            *words,
-        )
+        return probe_runs.fit(checkpoints["causal"], root, out, *words)
 
     return run
 
@@ -46,14 +41,7 @@ def run(fit, tmp_path_factory) -> ProbeRun:
     """At a high rate, so that the last epoch is not the best at some site."""
     sites = f"[{', '.join(SITES)}]"
     out = tmp_path_factory.mktemp("run")
-    return fit(
-        out,
-        "--save_predictions",
-        "true",
-        "--model.sites",
-        sites,
-        *FAST,
-    )
+    return fit(out, "--save_predictions", "true", "--model.sites", sites, *FAST)
 
 
 def test_sites_keep_their_best_epoch_and_the_summary_is_of_their_scores(run):
@@ -105,23 +93,13 @@ def test_saved_probes_give_the_saved_predictions(run):
 
 def test_probes_trained_together_equal_probes_trained_alone(run, fit, tmp_path):
     """Also their initialisation, whose seed is the number of the site among all of the model."""
-    alone = fit(
-        tmp_path,
-        "--model.sites",
-        "[attn_02, layer_02]",
-        *FAST,
-    ).probes()
+    alone = fit(tmp_path, "--model.sites", "[attn_02, layer_02]", *FAST).probes()
     assert len(alone) == 2
     for site, probe in alone.items():
         together = run.probes()[site].state_dict()
         for name, a in probe.state_dict().items():
             b = together[name]
-            torch.testing.assert_close(
-                a,
-                b,
-                **rounding(b, STEPS),
-                msg=f"{site}.{name}",
-            )
+            torch.testing.assert_close(a, b, **rounding(b, STEPS), msg=f"{site}.{name}")
 
 
 def test_masks_of_different_sizes_are_scored_at_their_position_in_padded_squares(fit, tmp_path):
@@ -207,10 +185,7 @@ WHY = ": probes train on batches of"
     ],
 )
 def test_options_that_leave_out_images_or_change_the_schedule_are_refused(
-    option,
-    found,
-    fit,
-    tmp_path,
+    option, found, fit, tmp_path
 ):
     """Scores of probes without a step were written as those of a run."""
     with pytest.raises(SystemExit, match=f"trainer.{found}"):
@@ -224,21 +199,11 @@ def test_resumed_run_equals_an_uninterrupted_one(fit, tmp_path):
         "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: -1}}]}"
     )
     more = ["--trainer.max_epochs", "3", "--model.head", "mlp"]
-    whole = fit(
-        tmp_path / "a",
-        "-c",
-        str(save),
-        *more,
-    )
+    whole = fit(tmp_path / "a", "-c", str(save), *more)
     (first,) = (tmp_path / "a/checkpoints").glob("epoch=0-*.ckpt")
     state = torch.load(first, weights_only=True)["state_dict"]
     assert all(name.startswith("heads.") for name in state), "probes only"
-    resumed = fit(
-        tmp_path / "b",
-        *more,
-        "--ckpt_path",
-        str(first),
-    )
+    resumed = fit(tmp_path / "b", *more, "--ckpt_path", str(first))
     assert whole.metrics == resumed.metrics
     assert len(whole.metrics["sites"][0]["history"]) == 3
     tensors = [read_tensors(run.path / "probes.safetensors") for run in (whole, resumed)]

@@ -19,14 +19,7 @@ SITES = [*ENCODER, "encoder", "adapter", *PARTS, "layer_02"]
 def solved(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("solved") / "run"
     more = ["--model.sites", f"[{', '.join(SITES)}]", "--save_predictions", "true"]
-    main(
-        solving.arguments(
-            checkpoints["causal"],
-            segmentation,
-            out,
-            *more,
-        )
-    )
+    main(solving.arguments(checkpoints["causal"], segmentation, out, *more))
     return ProbeRun(out)
 
 

@@ -18,26 +18,13 @@ TASKS = ("depth", "normals")
 
 
 @pytest.fixture(scope="module")
-def runs(
-    checkpoints,
-    task_root,
-    task_runs,
-    tmp_path_factory,
-) -> dict[str, ProbeRun]:
+def runs(checkpoints, task_root, task_runs, tmp_path_factory) -> dict[str, ProbeRun]:
     """Solved runs by task, and two trained ones; a command leaves the precision of products to the next one."""
     found = {f"solve {task}": task_runs[task] for task in (*TASKS, "boundaries")}
     for task in ("depth", "boundaries"):
         out = tmp_path_factory.mktemp(f"fitted_{task}")
         places = checkpoints["causal"], task_root, out
-        main(
-            arguments(
-                "fit",
-                task,
-                *places,
-                "--model.learning_rate",
-                "0.1",
-            )
-        )
+        main(arguments("fit", task, *places, "--model.learning_rate", "0.1"))
         found[f"fit {task}"] = ProbeRun(out)
     assert torch.get_float32_matmul_precision() == "highest"
     return found
@@ -97,12 +84,7 @@ def test_saved_probes_are_least_squares_on_upsampled_states(task, runs, task_roo
         alpha = len(x) * path["chosen"] / max(1 - path["chosen"], 1e-9)
         expected = Ridge(alpha).fit(scaled, y[valid]).predict(scaled).reshape(len(x), -1)
         ours = probes[site].double()(x[None])[0].detach()
-        np.testing.assert_allclose(
-            ours,
-            expected,
-            rtol=1e-3,
-            atol=1e-3,
-        )
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_boundary_scores_equal_numpy_on_the_saved_probabilities(runs):

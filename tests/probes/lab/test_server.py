@@ -28,11 +28,7 @@ def still_serves(port):
 
 
 def begin(
-    port: int,
-    method: str,
-    path: str,
-    body: bytes = b"",
-    length: int = 0,
+    port: int, method: str, path: str, body: bytes = b"", length: int = 0
 ) -> http.client.HTTPConnection:
     """Send a request whose body is said to have `length` bytes, without waiting for the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -131,12 +127,7 @@ def test_invalid_requests_are_refused(port, still_serves, case):
 
 
 @pytest.mark.parametrize("name", ["photo", "run/read"])
-def test_a_client_whose_body_is_too_long_gets_the_answer(
-    port,
-    still_serves,
-    monkeypatch,
-    name,
-):
+def test_a_client_whose_body_is_too_long_gets_the_answer(port, still_serves, monkeypatch, name):
     held = begin(port, "POST", f"/{name}", length=10**15)
     assert held.getresponse().status == 413, "before it arrives"
     for limit in ("MAX_PHOTO_BYTES", "MAX_JSON_BYTES"):
@@ -164,10 +155,7 @@ def test_a_flood_of_views_leaves_the_lab_answering(port, still_serves):
 
 
 def test_words_are_sent_while_the_answer_grows_and_a_client_that_leaves_ends_it(
-    port,
-    still_serves,
-    session,
-    request,
+    port, still_serves, session, request
 ):
     shown = threading.Event()
     forwards = []

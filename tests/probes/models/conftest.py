@@ -19,13 +19,7 @@ def mllm(request, checkpoints):
 @pytest.fixture(scope="session")
 def pictures():
     generator = torch.Generator().manual_seed(0)
-    arrays = torch.randint(
-        0,
-        255,
-        (5, 20, 30, 3),
-        generator=generator,
-        dtype=torch.uint8,
-    ).numpy()
+    arrays = torch.randint(0, 255, (5, 20, 30, 3), generator=generator, dtype=torch.uint8).numpy()
     return [Image.fromarray(array) for array in arrays]
 
 

@@ -14,15 +14,7 @@ import pytest
 import tiny_families
 import torch
 from PIL import Image
-from tiny_families import (
-    IMAGE_ID,
-    SEVERAL_WAYS_IN,
-    STOCK,
-    WORDS,
-    asked_ids,
-    pictures,
-    stock_inputs,
-)
+from tiny_families import IMAGE_ID, SEVERAL_WAYS_IN, STOCK, WORDS, asked_ids, pictures, stock_inputs
 from tolerances import assert_near
 from torch import Tensor, nn
 
@@ -95,12 +87,7 @@ class StockModel:
             masks.append(torch.where(allowed, 0.0, -torch.inf)[:, None])
         return masks
 
-    def logits(
-        self,
-        ids: Tensor,
-        answer: int,
-        change: dict | None = None,
-    ) -> Tensor:
+    def logits(self, ids: Tensor, answer: int, change: dict | None = None) -> Tensor:
         """Return the logits of the forward for ids long[N] with an answer at their end.
 
         `change` has the arguments of the package: a knockout, and hooks at adapter and layers; {} writes out the mask
@@ -129,21 +116,11 @@ class StockModel:
                 use = partial(with_states, image, function)
                 handle = self.layers[number].register_forward_pre_hook(use, with_kwargs=True)
                 stack.callback(handle.remove)
-            inputs = stock_inputs(
-                self.name,
-                self.images,
-                ids,
-                answer,
-            )
+            inputs = stock_inputs(self.name, self.images, ids, answer)
             return self.model(use_cache=False, **inputs).logits
 
     @torch.no_grad()
-    def score(
-        self,
-        question: list[int],
-        answer: list[int],
-        change: dict | None = None,
-    ) -> Tensor:
+    def score(self, question: list[int], answer: list[int], change: dict | None = None) -> Tensor:
         """Return the log-probability of an answer about each image, f[B]."""
         ids, _ = asked_ids(self.name, question, answer)
         logits = self.logits(ids, len(answer), change)[:, -len(answer) - 1 : -1]
@@ -153,23 +130,13 @@ class StockModel:
     def generate(self, question: list[int], tokens: int) -> list[str]:
         """Return the answer of the model's own generation about each image, without the end token."""
         ids, _ = asked_ids(self.name, question)
-        inputs = stock_inputs(
-            self.name,
-            self.images,
-            ids,
-            0,
-        )
+        inputs = stock_inputs(self.name, self.images, ids, 0)
         found = self.model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
         rows = [[*row, EOS] for row in found[:, len(ids) :].tolist()]
         return [spoken(row[: row.index(EOS)]) for row in rows]
 
     @torch.no_grad()
-    def generate_uncached(
-        self,
-        question: list[int],
-        tokens: int,
-        change: dict,
-    ) -> str:
+    def generate_uncached(self, question: list[int], tokens: int, change: dict) -> str:
         """Return the greedy answer about one image by complete forwards."""
         answer = []
         while len(answer) < tokens:
@@ -285,12 +252,7 @@ def test_attention_of_an_answer_equals_eager_attention(name, mllm):
     ids, is_image = asked_ids(name, [HELLO], answer)
     eager = copy.deepcopy(read.model)
     eager.set_attn_implementation("eager")
-    inputs = stock_inputs(
-        name,
-        images,
-        ids,
-        len(answer),
-    )
+    inputs = stock_inputs(name, images, ids, len(answer))
     output = eager(use_cache=False, output_attentions=True, **inputs)
     asking = slice(len(ids) - len(answer) - 1, -1)
     expected = torch.cat(output.attentions)[:, :, asking][..., is_image]
@@ -304,12 +266,7 @@ def test_tokens_are_reported_while_the_answer_grows_and_a_stop_leaves_no_hooks(m
     change = interventions("llava", 1)[0]
     plain = read.answer(*asked, max_new_tokens=4)
     shown = []
-    whole = read.answer(
-        *asked,
-        **change,
-        max_new_tokens=4,
-        on_token=shown.append,
-    )
+    whole = read.answer(*asked, **change, max_new_tokens=4, on_token=shown.append)
     assert whole == shown[-1]
     assert shown == [read.answer(*asked, **change, max_new_tokens=n + 1) for n in range(len(shown))]
     assert len(shown) > 1
@@ -318,10 +275,5 @@ def test_tokens_are_reported_while_the_answer_grows_and_a_stop_leaves_no_hooks(m
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        read.answer(
-            *asked,
-            **change,
-            max_new_tokens=4,
-            on_token=stop,
-        )
+        read.answer(*asked, **change, max_new_tokens=4, on_token=stop)
     assert read.answer(*asked, max_new_tokens=4) == plain

@@ -57,13 +57,7 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
             logits = query.double() @ keys.mT * kwargs["scaling"]
             logits = logits.masked_fill(~args[1], -torch.inf)
             expected.append(logits.softmax(-1)[0, :, -4:, -4:].float())
-        return stock(
-            module,
-            query,
-            key,
-            *args,
-            **kwargs,
-        )
+        return stock(module, query, key, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)

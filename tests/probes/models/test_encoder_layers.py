@@ -70,16 +70,7 @@ def test_encoder_layers_are_the_hidden_states_of_the_stock_vision_tower(name, lo
         merged = math.isqrt(hidden.shape[1] // (rows * columns))  # patches per side of a token
         order = torch.arange(rows * columns * merged**2)
         if not name.startswith(("qwen", "glm")):  # which order patches by their token
-            order = (
-                order.view(
-                    rows,
-                    merged,
-                    columns,
-                    merged,
-                )
-                .transpose(1, 2)
-                .flatten()
-            )
+            order = order.view(rows, merged, columns, merged).transpose(1, 2).flatten()
         patches = hidden[:, hidden.shape[1] - len(order) :]  # without CLS
         expected = patches[:, order].unflatten(1, (rows * columns, -1)).flatten(2)
         assert_near(states[site], expected, 1)

@@ -51,10 +51,7 @@ VALUES = {
 
 
 def stock_states(
-    name: str,
-    model,
-    images,
-    values: dict[int, str],
+    name: str, model, images, values: dict[int, str]
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """The states and the logits of the stock class's full forward, with text after the image, and parts of layers."""
     stock = STOCK[name]
@@ -111,39 +108,16 @@ def test_states_equal_hooks_on_the_stock_forward(name, load_family, tmp_path):
     check_parts(states, parts, layer_depth(name), asked_ids(name)[1], fused)
     # the same kernels on the same shapes, bit by bit, but for tiles, which make another batch of the stock encoder's,
     # patches that pad the image, and pixels resized before or after normalisation
-    same = name not in (
-        "llava_next",
-        "llava_onevision",
-        "gemma4",
-        "deepseek_vl_hybrid",
-    )
+    same = name not in ("llava_next", "llava_onevision", "gemma4", "deepseek_vl_hybrid")
     depth = 0 if same else 3  # layers of encoder and adapter
     assert_near(states["adapter"], stock["adapter"], depth)
     encoder = stock["encoder"][:: 3 if STOCK[name].extra else 1]  # views: whole, tile, tile
     encoder = encoder.reshape(len(images), read.image_tokens, -1)
     if "window_size" in STOCK[name].config["vision_config"]:  # tokens run by windows of 4 x 4
-        order = (
-            torch.arange(SIDE**2)
-            .view(
-                SIDE // 4,
-                4,
-                SIDE // 4,
-                4,
-            )
-            .transpose(1, 2)
-        )
+        order = torch.arange(SIDE**2).view(SIDE // 4, 4, SIDE // 4, 4).transpose(1, 2)
         encoder = encoder[:, order.flatten().argsort()]
     if name == "paddleocr_vl":  # patches run in raster order; a token has 2 x 2
-        order = (
-            torch.arange(4 * SIDE**2)
-            .view(
-                SIDE,
-                2,
-                SIDE,
-                2,
-            )
-            .transpose(1, 2)
-        )
+        order = torch.arange(4 * SIDE**2).view(SIDE, 2, SIDE, 2).transpose(1, 2)
         patches = encoder.reshape(len(images), 4 * read.image_tokens, -1)
         encoder = patches[:, order.reshape(SIDE**2, 4)].flatten(2)
     assert_near(states["encoder"], encoder, depth)
@@ -161,12 +135,7 @@ def test_logit_lens_caps_logits_as_the_stock_forward_does(load_family, monkeypat
     images = pictures("gemma4")
     config = read.model.config.get_text_config()
     plain = read.logit_lens(read.states(read.preprocess(images), ["final_norm"]))["final_norm"]
-    monkeypatch.setattr(
-        config,
-        "final_logit_softcapping",
-        0.05,
-        raising=False,
-    )
+    monkeypatch.setattr(config, "final_logit_softcapping", 0.05, raising=False)
     stock, _ = stock_states("gemma4", read.model, images, {})
     states = read.states(read.preprocess(images), ["final_norm"])
     near = rounding(plain, 3 + 3 + 1)  # capping does not increase errors
@@ -263,12 +232,7 @@ def test_states_of_another_image_at_a_complete_site_leave_nothing_of_the_image(n
         with pytest.raises(ValueError, match=said):
             frozen.states(image, hooks=hooks)
         with pytest.raises(ValueError, match=said):
-            frozen.answer_log_probs(
-                image,
-                "hello",
-                ["sky"],
-                hooks=hooks,
-            )
+            frozen.answer_log_probs(image, "hello", ["sky"], hooks=hooks)
 
 
 @pytest.mark.slow
@@ -277,12 +241,7 @@ def test_matched_controls_have_the_trained_updates(name, checkpoint, load_family
     trained = load_family(name)
     images = pictures(name)
     pixels = trained.preprocess(images)
-    control = probes.load(
-        checkpoint(name),
-        untrained=["llm"],
-        match="update",
-        match_images=images,
-    )
+    control = probes.load(checkpoint(name), untrained=["llm"], match="update", match_images=images)
     assert layer_updates(control, pixels) == pytest.approx(layer_updates(trained, pixels), rel=0.01)
     assert torch.equal(control.states(pixels)["adapter"], trained.states(pixels)["adapter"])
 
@@ -303,8 +262,7 @@ def test_a_random_adapter_is_random_for_all_features_of_the_same_encoder(checkpo
 
 def test_an_initialisation_that_makes_all_states_equal_is_an_error(checkpoint):
     with pytest.raises(
-        ValueError,
-        match="the initialisation of this model sets mm_input_projection_weight to zero",
+        ValueError, match="the initialisation of this model sets mm_input_projection_weight to zero"
     ):
         probes.load(checkpoint("gemma3"), untrained=["adapter"])
 
@@ -317,12 +275,7 @@ def test_layers_without_masks_run_as_they_are_only(name, checkpoint, load_family
     text = Knockout(rows="last", columns="image")
     changes = (
         lambda: read.states(pixels, knockout=nothing),
-        lambda: read.answer_log_probs(
-            pixels,
-            "hello",
-            ["hello"],
-            text,
-        ),
+        lambda: read.answer_log_probs(pixels, "hello", ["hello"], text),
         lambda: probes.load(checkpoint(name), image_attention="bidirectional"),
     )
     for change in changes:
@@ -348,30 +301,15 @@ def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
             (folder / file).write_text((folder / file).read_text().replace(old, new))
         return str(folder)
 
-    no_mean = broken(
-        "llava",
-        "image_mean",
-        "image_meen",
-        "preprocessor_config.json",
-    )
+    no_mean = broken("llava", "image_mean", "image_meen", "preprocessor_config.json")
     with pytest.raises(ValueError, match="image_mean is None; expected three positive numbers"):
         probes.load(no_mean)
-    no_image = broken(
-        "llava",
-        "<image>",
-        "<picture>",
-        "chat_template.jinja",
-    )
+    no_image = broken("llava", "<image>", "<picture>", "chat_template.jinja")
     with pytest.raises(ValueError, match="has no <image> for an image"):
         probes.load(no_image)
     assert probes.load(no_image, prefix="hello").prefix_ids.tolist() == [[WORDS["hello"]]]
     files = "tokenizer.json", "tokenizer_config.json"
-    no_token = broken(
-        "mistral3",
-        "[IMG_BREAK]",
-        "[IMG_BROKEN]",
-        *files,
-    )
+    no_token = broken("mistral3", "[IMG_BREAK]", "[IMG_BROKEN]", *files)
     with pytest.raises(ValueError, match=r"has no token \[IMG_BREAK\]"):
         probes.load(no_token)
 

@@ -57,12 +57,7 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
     normalised = (square - tiny_encoders.MEAN) / tiny_encoders.STD
     assert np.abs(pixels[0].permute(1, 2, 0).numpy() - normalised).max() < 1e-5
     states = encoder.states(pixels, "all_parts")
-    model = load_weights(
-        "encoder",
-        stock.cls,
-        folders[name],
-        dtype=torch.float32,
-    ).eval()
+    model = load_weights("encoder", stock.cls, folders[name], dtype=torch.float32).eval()
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     attention = "attention" if hasattr(layers[0], "attention") else "self_attn"
     path = "attention.attention.value" if name == "data2vec-vision" else f"{attention}.v_proj"
@@ -80,12 +75,7 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
         last = output.last_hidden_state[:, stock.extra_tokens :]
         last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
         assert_close(states["final_norm"], last)
-    check_parts(
-        states,
-        found,
-        1,
-        torch.arange(hidden.shape[1]) >= stock.extra_tokens,
-    )
+    check_parts(states, found, 1, torch.arange(hidden.shape[1]) >= stock.extra_tokens)
 
 
 # of 16 px, which all of these are published with; of two sides, the shorter one is read
@@ -125,11 +115,7 @@ def test_random_layers_change_the_states_as_much_as_the_trained_ones(name, folde
     photos = [photo(seed) for seed in range(2)]
     pixels = encoder.preprocess(photos)
     trained = encoder.states(pixels, ["layer_00", "layer_01"])
-    control = {
-        "untrained": ["encoder"],
-        "match": "update",
-        "match_images": photos,
-    }
+    control = {"untrained": ["encoder"], "match": "update", "match_images": photos}
     random = probes.load(folders[name], device="cpu", **control)
     states = random.states(pixels)
     expected = pytest.approx(layer_updates(encoder, pixels), rel=2e-3)
@@ -141,8 +127,7 @@ def test_random_layers_change_the_states_as_much_as_the_trained_ones(name, folde
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [*product(VISION, ["sdpa"]), ("dinov2", "eager"), ("clip", "eager")],
+    ("name", "backend"), [*product(VISION, ["sdpa"]), ("dinov2", "eager"), ("clip", "eager")]
 )
 @torch.no_grad()
 def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
@@ -155,12 +140,7 @@ def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
     cut = probes.Knockout(blocked, layers=[2])
 
     def states(knockout=None, **more):
-        return encoder.states(
-            pixels,
-            ["layer_02"],
-            knockout,
-            **more,
-        )["layer_02"]
+        return encoder.states(pixels, ["layer_02"], knockout, **more)["layer_02"]
 
     if tiny_encoders.STOCK[name].has_own_attention:
         with pytest.raises(UserError, match="no attention that a knockout can cut"):
@@ -182,12 +162,7 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
     pixels = encoder.preprocess([photo()])
     weights = encoder.attention(pixels, ["layer_01", "layer_03"], average_heads=False)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    eager = load_weights(
-        "encoder",
-        stock.cls,
-        folders[name],
-        **options,
-    ).eval()
+    eager = load_weights("encoder", stock.cls, folders[name], **options).eval()
     expected = eager(**stock.inputs(pixels), output_attentions=True).attentions
     patches = slice(stock.extra_tokens, None)
     found = torch.cat([*weights.values()])

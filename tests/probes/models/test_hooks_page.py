@@ -27,9 +27,7 @@ def stock_states(mllm, pixels, change) -> torch.Tensor:
 
     with mllm.layers[1].register_forward_hook(hook), torch.no_grad():
         hidden = mllm.model(
-            input_ids=ids,
-            pixel_values=pixels,
-            output_hidden_states=True,
+            input_ids=ids, pixel_values=pixels, output_hidden_states=True
         ).hidden_states
     return hidden[-1][:, first : first + tiny_models.TOKENS]
 

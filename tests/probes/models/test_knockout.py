@@ -52,20 +52,10 @@ def mllms(checkpoints):
 
 def knockout_of(cut) -> Knockout:
     rows, columns, layers = cut
-    return Knockout(
-        BLOCKED if "blocked" in str(cut) else None,
-        layers,
-        rows,
-        columns,
-    )
+    return Knockout(BLOCKED if "blocked" in str(cut) else None, layers, rows, columns)
 
 
-def states_by_hand(
-    mllm,
-    pixels,
-    answer: list[int],
-    cut,
-) -> list[torch.Tensor]:
+def states_by_hand(mllm, pixels, answer: list[int], cut) -> list[torch.Tensor]:
     """The states of all tokens after each layer, without a cache; of prefix and image only if there is no answer."""
     names = [{"prefix"}] * mllm.prefix_ids.shape[1]
     names += [{"image", "blocked"} if blocked else {"image"} for blocked in BLOCKED[0].tolist()]
@@ -81,12 +71,7 @@ def states_by_hand(
         return is_cut and bool(names[q] & rows and names[k] & columns)
 
     masks = reference.masks_by_layer(mllm, len(names), gone)
-    return reference.uncached_states(
-        mllm,
-        pixels,
-        text,
-        masks,
-    )
+    return reference.uncached_states(mllm, pixels, text, masks)
 
 
 CASES = [
@@ -125,12 +110,7 @@ def test_log_probs_and_states_equal_the_mask_written_out(mllms, mask, cut):
 def test_each_row_of_a_batch_has_its_own_layers_and_columns(mllms):
     """In states and in scores; tokens may be on the grid."""
     mllm = mllms("causal")
-    batch = tiny_models.pixels(1).expand(
-        3,
-        -1,
-        -1,
-        -1,
-    )
+    batch = tiny_models.pixels(1).expand(3, -1, -1, -1)
     blocked = torch.cat([BLOCKED, ~BLOCKED, ~BLOCKED]).unflatten(1, mllm.grid)
     layers = torch.tensor([[True, True, True], [False, True, False], [False, False, False]])
 
@@ -138,12 +118,7 @@ def test_each_row_of_a_batch_has_its_own_layers_and_columns(mllms):
         return mllm.states(pixels, knockout=knockout)["layer_03"]
 
     def scores(pixels, knockout):
-        return mllm.answer_log_probs(
-            pixels,
-            QUESTION,
-            ANSWERS,
-            knockout,
-        )
+        return mllm.answer_log_probs(pixels, QUESTION, ANSWERS, knockout)
 
     for read, rows in ((states, "image"), (scores, "last")):
         alone = [Knockout(BLOCKED, None, rows), Knockout(~BLOCKED, [2], rows), None]
@@ -159,12 +134,7 @@ def test_a_knockout_that_changes_no_allowed_pair_is_an_error(mllms):
     of_second_row = Knockout(torch.cat([BLOCKED, BLOCKED & False]), None, "last")
     for row, knockout in (*((0, cut) for cut in cuts), (1, of_second_row)):
         with pytest.raises(UserError, match=f"changes nothing in row {row}"):
-            mllm.answer_log_probs(
-                pixels,
-                QUESTION,
-                ANSWERS,
-                knockout,
-            )
+            mllm.answer_log_probs(pixels, QUESTION, ANSWERS, knockout)
 
 
 @pytest.mark.parametrize("rows", ["image", "last"])
@@ -189,17 +159,7 @@ def test_what_does_not_fit_is_an_error(mllms):
         mllm.states(pixels, knockout=Knockout(BLOCKED[[0, 0]]))
     with pytest.raises(ValueError, match="blocking 1 tokens leaves image token 0 of image 0"):
         first = torch.arange(3)[None] == 0
-        Knockout(first).cut(
-            torch.ones(
-                1,
-                1,
-                3,
-                3,
-            )
-            .bool()
-            .tril(),
-            torch.ones(3).bool(),
-        )
+        Knockout(first).cut(torch.ones(1, 1, 3, 3).bool().tril(), torch.ones(3).bool())
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -209,9 +169,7 @@ def test_a_knockout_that_reaches_no_layer_is_an_error(mllms, mask, monkeypatch):
     layer = type(mllm.decoder.layers[0])
     forward = layer.forward
     monkeypatch.setattr(
-        layer,
-        "forward",
-        lambda self, h, attention_mask=None, **kw: forward(self, h, **kw),
+        layer, "forward", lambda self, h, attention_mask=None, **kw: forward(self, h, **kw)
     )
     with pytest.raises(RuntimeError, match="runs with another mask"):
         mllm.states(tiny_models.pixels(1), knockout=Knockout(BLOCKED))

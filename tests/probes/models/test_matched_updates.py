@@ -94,12 +94,7 @@ def test_updates_are_matched_in_bfloat16_as_far_as_its_rounding_allows(
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     trained = probes.load(path, dtype="bfloat16")
     updates = layer_updates(trained, trained.preprocess(pictures))
-    control = probes.load(
-        path,
-        **UPDATE,
-        match_images=pictures,
-        dtype="bfloat16",
-    )
+    control = probes.load(path, **UPDATE, match_images=pictures, dtype="bfloat16")
     found = layer_updates(control, control.preprocess(pictures))
     assert found == pytest.approx(updates, rel=1.1 * COARSE_TOLERANCE)
 
@@ -108,12 +103,7 @@ def test_updates_are_matched_in_bfloat16_as_far_as_its_rounding_allows(
 def test_draws_differ(match, path, pictures):
     drawn = []
     for draw in (0, 2):
-        control = probes.load(
-            path,
-            **LLM,
-            match=match,
-            draw=draw,
-        )
+        control = probes.load(path, **LLM, match=match, draw=draw)
         drawn.append(control.states(control.preprocess(pictures))["layer_03"])
     assert not torch.allclose(*drawn, rtol=0.01)
 
@@ -137,17 +127,8 @@ def test_permuted_weights_keep_the_values_of_each_matrix(path):
 
 def test_analyses_of_a_run_read_the_same_random_model(checkpoints, segmentation, tmp_path):
     control = "-c configs/probes/matched.yaml --model.draw 2 --model.sites [layer_02]".split()
-    run = probe_runs.fit(
-        checkpoints["causal"],
-        segmentation,
-        tmp_path / "run",
-        *control,
-    )
-    assert [run.metrics[key] for key in ("match", "draw", "untrained")] == [
-        "update",
-        2,
-        ["llm"],
-    ]
+    run = probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *control)
+    assert [run.metrics[key] for key in ("match", "draw", "untrained")] == ["update", 2, ["llm"]]
     assert run.mllm().update_scales == run.manifest["config"]["update_scales"]
     # the saved counts are those of the probes on the states of this model
     right = 0

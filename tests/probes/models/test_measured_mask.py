@@ -94,13 +94,7 @@ def with_mask(mllm, layer: int, change):
         mask = arguments["attention_mask"]
         if mask is None:  # sdpa's is_causal
             tokens = mllm.ids.shape[1] + measured_mask.TEXT_AFTER
-            mask = torch.ones(
-                1,
-                1,
-                tokens,
-                tokens,
-                dtype=torch.bool,
-            ).tril()
+            mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
         return {"attention_mask": change(mask)}
 
     with_arguments(mllm.layers[layer - 1], replaced)

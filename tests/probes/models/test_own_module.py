@@ -50,13 +50,7 @@ def test_states_are_those_of_the_modules_own_forward_without_extra_tokens():
     states = encoder.states(pixels)
     hidden = module.eval().embed(pixels)
     assert encoder.grid == (4, 4) and encoder.widths == dict.fromkeys(encoder.sites, WIDTH)
-    assert [*states] == [
-        "layer_00",
-        "layer_01",
-        "layer_02",
-        "layer_03",
-        "final_norm",
-    ]
+    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
     torch.testing.assert_close(states["layer_00"], hidden[:, EXTRA:])
     for i, block in enumerate(module.blocks, 1):
         hidden = block(hidden)
@@ -86,26 +80,14 @@ class Skipping(Encoder):
     [
         (None, {"patch": 16}, "changes token .* expected token"),
         (None, {"patch": 4}, "reads 18 tokens, and the input has 8 x 8 patches"),
-        (
-            None,
-            {"layers": ["blocks.0", "blocks.2"]},
-            "does not read what blocks.0 wrote",
-        ),
-        (
-            None,
-            {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])},
-            "divide both by 255",
-        ),
+        (None, {"layers": ["blocks.0", "blocks.2"]}, "does not read what blocks.0 wrote"),
+        (None, {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])}, "divide both by 255"),
         (
             None,
             {"parts": {"attn": "norm1", "mlp": "mlp"}},
             "parts of blocks.0 do not add up .* LayerScale .*ls1",
         ),
-        (
-            Encoder(extra_last=True),
-            {},
-            "2 other tokens, then patches of 8 px in raster order",
-        ),
+        (Encoder(extra_last=True), {}, "2 other tokens, then patches of 8 px in raster order"),
         (
             Encoder(ChannelsLast),
             {"parts": None},
@@ -192,11 +174,7 @@ def test_without_attention_and_mlp_layers_are_permuted_only():
     module = own_modules.build_closed().module
     encoder = load(module, untrained=["encoder"], match="permuted", parts=None)
     assert not torch.equal(encoder.layers[0].linear1.weight, module.blocks[0].linear1.weight)
-    control = {
-        "untrained": ["encoder"],
-        "match": "update",
-        "match_images": [photo()],
-    }
+    control = {"untrained": ["encoder"], "match": "update", "match_images": [photo()]}
     with pytest.raises(UserError, match="which modules .* are attention and MLP is not said"):
         load(module, parts=None, **control)
 
@@ -208,8 +186,7 @@ def test_parts_add_up_to_the_layers_and_what_is_not_known_is_refused():
     for layer in (1, 2, 3):
         added = states[f"attn_{layer:02d}"] + states[f"mlp_{layer:02d}"]
         torch.testing.assert_close(
-            states[f"layer_{layer - 1:02d}"] + added,
-            states[f"layer_{layer:02d}"],
+            states[f"layer_{layer - 1:02d}"] + added, states[f"layer_{layer:02d}"]
         )
     with pytest.raises(UserError, match="attention and MLP is not said .* leave out attn_02"):
         load(parts=None).states(pixels, ["attn_02"])

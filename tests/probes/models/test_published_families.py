@@ -23,12 +23,7 @@ def config_of(entry: dict) -> PreTrainedConfig:
     if "period" in llm:
         text["layer_types"] = llm["period"] * (text["num_hidden_layers"] // len(llm["period"]))
         further = {"audio_config": None}
-    return AutoConfig.for_model(
-        entry["family"],
-        vision_config=vision,
-        text_config=text,
-        **further,
-    )
+    return AutoConfig.for_model(entry["family"], vision_config=vision, text_config=text, **further)
 
 
 def test_every_family_has_a_published_model():

@@ -77,11 +77,7 @@ def _patches(name: str, side: int = TOKENS_PX, **kwargs) -> StockProcessor:
 
 
 _TILES = {"image_grid_pinpoints": [[24, 48], [48, 24]]}
-_GOT = {
-    "size": BOTH_SIDES,
-    "min_patches": 1,
-    "max_patches": 4,
-}
+_GOT = {"size": BOTH_SIDES, "min_patches": 1, "max_patches": 4}
 # as published: the shorter side resized to 256 px, of which 224 are kept
 _CROPPED = {"size": {"shortest_edge": 27}, "crop_size": BOTH_SIDES}
 
@@ -105,19 +101,14 @@ PROCESSORS = [
     (
         "siglip",
         StockProcessor(
-            "SiglipImageProcessorPil",
-            {"size": BOTH_SIDES, "resample": Image.Resampling.LANCZOS},
+            "SiglipImageProcessorPil", {"size": BOTH_SIDES, "resample": Image.Resampling.LANCZOS}
         ),
     ),
     (
         "gemma4",
         StockProcessor(
             "Gemma4ImageProcessorPil",
-            {
-                "patch_size": 2,
-                "max_soft_tokens": 70,
-                "do_normalize": True,
-            },
+            {"patch_size": 2, "max_soft_tokens": 70, "do_normalize": True},
             is_own=True,
         ),
     ),
@@ -150,9 +141,7 @@ PROCESSORS = [
     (
         "siglip2",
         StockProcessor(
-            "Siglip2ImageProcessorPil",
-            {"patch_size": 4, "max_num_patches": 36},
-            is_own=True,
+            "Siglip2ImageProcessorPil", {"patch_size": 4, "max_num_patches": 36}, is_own=True
         ),
     ),
     ("vit ijepa vit_msn vit_mae", StockProcessor("ViTImageProcessorPil")),
@@ -160,8 +149,7 @@ PROCESSORS = [
     (
         "deit",
         StockProcessor(
-            "DeiTImageProcessorPil",
-            {"size": {"height": 27, "width": 27}, "crop_size": BOTH_SIDES},
+            "DeiTImageProcessorPil", {"size": {"height": 27, "width": 27}, "crop_size": BOTH_SIDES}
         ),
     ),
 ]
@@ -264,10 +252,7 @@ def test_another_side_keeps_filter_and_field_of_view_and_squash_the_filter(check
     filter_ = {"resample": BILINEAR}
     settings = _CROPPED | filter_
     StockProcessor("BitImageProcessorPil", settings).build().save_pretrained(checkpoint("dinov2"))
-    larger = {
-        "size": {"shortest_edge": 36},
-        "crop_size": {"height": 32, "width": 32},
-    }
+    larger = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
     both_sides = {"size": BOTH_SIDES} | filter_
     for option, value, stock in (
         ("image_px", 32, StockProcessor("BitImageProcessorPil", larger | filter_)),
@@ -280,19 +265,11 @@ def test_another_side_keeps_filter_and_field_of_view_and_squash_the_filter(check
 
 RULES = {
     "numbers, as files of 2021 have them": (
-        {
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "size": 256,
-            "crop_size": 224,
-        },
+        {"feature_extractor_type": "CLIPFeatureExtractor", "size": 256, "crop_size": 224},
         ResizeRule("center_crop", before_crop=Fraction(8, 7)),
     ),
     "both sides": (
-        {
-            "size": {"height": 256, "width": 256},
-            "crop_size": 224,
-            "do_center_crop": True,
-        },
+        {"size": {"height": 256, "width": 256}, "crop_size": 224, "do_center_crop": True},
         ResizeRule("squash", before_crop=Fraction(8, 7)),
     ),
     "a class's filter": (

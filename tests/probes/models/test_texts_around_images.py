@@ -27,11 +27,7 @@ PROCESSORS = {
     "gemma3": (
         "Gemma3ImageProcessorPil",
         {"image_seq_length": 9},
-        {
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "image_token": "<image>",
-        },
+        {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image>"},
     ),
     "paligemma": ("SiglipImageProcessorPil", {}, {"image_token": "<image>"}),
 }
@@ -49,9 +45,7 @@ def stock_processor(name: str) -> type:
 def test_ids_of_a_question_equal_those_of_the_stock_processor(name, load_family, monkeypatch):
     """All but the image tokens, whose id is another one in the tiny models."""
     monkeypatch.setattr(  # it asks for classes that need torchvision
-        ProcessorMixin,
-        "check_argument_for_proper_class",
-        lambda self, name, argument: None,
+        ProcessorMixin, "check_argument_for_proper_class", lambda self, name, argument: None
     )
     mllm = load_family(name)
     asked = [*mllm.ids[0].tolist(), *mllm.chat.question_ids("hello")]
@@ -89,14 +83,8 @@ TOKENS = {
     ),
     "gemma4": GEMMA4,
     "gemma4_unified": GEMMA4,
-    "mistral3": {
-        "image_end_token": "[IMG_END]",
-        "image_break_token": "[IMG_BREAK]",
-    },
-    "lfm2_vl": {
-        "image_start_token": "<|image_start|>",
-        "image_end_token": "<|image_end|>",
-    },
+    "mistral3": {"image_end_token": "[IMG_END]", "image_break_token": "[IMG_BREAK]"},
+    "lfm2_vl": {"image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"},
 }
 OTHERS = {
     "start_image_token": "<img>",
@@ -149,15 +137,7 @@ def test_texts_around_the_image_are_those_of_the_stock_processor(name, monkeypat
     processor = stock_processor(name)
     processor_self = Settings(**OTHERS | TOKENS.get(name, {}))
     if name == "lfm2_vl":
-        text = processor._build_image_tokens(
-            processor_self,
-            1,
-            1,
-            2,
-            2,
-            True,
-            True,
-        )
+        text = processor._build_image_tokens(processor_self, 1, 1, 2, 2, True, True)
     else:
         text = processor.replace_image_token(processor_self, one_image(), 0)
     family = FAMILIES[name]

@@ -9,11 +9,7 @@ import probes
 from probes.models.random_weights import layer_updates
 
 timm = pytest.importorskip("timm", reason="timm is not installed; it is the extra 'timm'")
-SMALL = {
-    "embed_dim": 48,
-    "depth": 3,
-    "num_heads": 3,
-}
+SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 # side of the input and tokens before the patches, with and without registers, layer scale and rotary positions
 MODELS = {
     "vit_small_patch14_dinov2": (56, 1),
@@ -51,10 +47,7 @@ def test_states_and_pixels_are_those_of_timm(name, tmp_path):
     pixels = timm.data.create_transform(**settings)(photo)[None]
     torch.testing.assert_close(encoder.preprocess(photo), pixels)
     hidden = model.forward_intermediates(
-        pixels,
-        return_prefix_tokens=True,
-        output_fmt="NLC",
-        intermediates_only=True,
+        pixels, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
     )
     _, extra = MODELS[name]
     assert encoder.model.config.extra_tokens == extra and len(hidden) == 3
@@ -63,10 +56,6 @@ def test_states_and_pixels_are_those_of_timm(name, tmp_path):
         patches = of_layer[0] if isinstance(of_layer, tuple) else of_layer
         torch.testing.assert_close(states[f"layer_{i:02d}"], patches, rtol=1e-5, atol=1e-5)
     updates = layer_updates(encoder, pixels)
-    control = {
-        "untrained": ["encoder"],
-        "match": "update",
-        "match_images": [photo],
-    }
+    control = {"untrained": ["encoder"], "match": "update", "match_images": [photo]}
     random = probes.load(path, device="cpu", **control)
     assert layer_updates(random, pixels) == pytest.approx(updates, rel=2e-3)

@@ -27,32 +27,16 @@ def spilled(kernel, **constants) -> int:
         name: "constexpr" if name in constants else TYPES.get(name, "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs=constants,
-    )
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         assembler = Path(nvidia).parent / "bin" / "ptxas"
         command = [assembler, "-v", "-arch=sm_90a", ptx, "-o", Path(folder) / "kernel.cubin"]
-        said = subprocess.run(
-            command,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stderr
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
     return int(re.search(r"(\d+) bytes spill stores", said).group(1))
 
 
-print(
-    json.dumps(
-        {
-            "count_cell": spilled(count_cell),
-            "argmax_cell": spilled(argmax_cell),
-        }
-    )
-)
+print(json.dumps({"count_cell": spilled(count_cell), "argmax_cell": spilled(argmax_cell)}))

@@ -28,26 +28,12 @@ def test_weights_equal_interpolate_at_any_ratio(n_in, n_out):
     identity = torch.eye(n_in, dtype=torch.float64)[:, None, :, None]  # one basis vector an image
     expected = interpolate(identity, (n_out, 1))[:, 0, :, 0].T
     weights = bilinear_weights(n_in, n_out, dtype=torch.float64)
-    torch.testing.assert_close(
-        weights,
-        expected,
-        rtol=0,
-        atol=1e-13,
-    )
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-13)
     ones = torch.ones(n_out, dtype=torch.float64)
-    torch.testing.assert_close(
-        weights.sum(1),
-        ones,
-        rtol=0,
-        atol=1e-15,
-    )
+    torch.testing.assert_close(weights.sum(1), ones, rtol=0, atol=1e-15)
 
 
-@settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     leading=st.sampled_from([(), (1,), (3,), (2, 3)]),
     classes=st.sampled_from([1, 2, 5, 17]),
@@ -56,14 +42,7 @@ def test_weights_equal_interpolate_at_any_ratio(n_in, n_out):
     numel=st.sampled_from([1, 700, 2**19]),
     seed=st.integers(0, 1000),
 )
-def test_argmax_equals_torch_but_for_ties(
-    leading,
-    classes,
-    grid,
-    size,
-    numel,
-    seed,
-):
+def test_argmax_equals_torch_but_for_ties(leading, classes, grid, size, numel, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = 5 * torch.randn((*leading, classes, *grid), generator=generator)
     make_plan.cache_clear()

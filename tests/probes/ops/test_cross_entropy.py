@@ -33,11 +33,7 @@ def torch_losses(logits, target, ignore_index=IGNORED):
 SHAPE = st.tuples(*(st.integers(1, most) for most in (3, 3, 6, 7, 7)))
 
 
-@settings(
-    deadline=None,
-    max_examples=100,
-    derandomize=True,
-)
+@settings(deadline=None, max_examples=100, derandomize=True)
 @given(
     shape=SHAPE,
     size=st.tuples(st.integers(1, 20), st.one_of(st.integers(1, 20), st.integers(60, 100))),
@@ -46,20 +42,8 @@ SHAPE = st.tuples(*(st.integers(1, most) for most in (3, 3, 6, 7, 7)))
     double=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_with_all_pixels_as_nodes_it_is_exact(
-    shape,
-    size,
-    scale,
-    numel,
-    double,
-    seed,
-):
-    logits, target = make_case(
-        shape,
-        size,
-        scale=scale,
-        seed=seed,
-    )
+def test_with_all_pixels_as_nodes_it_is_exact(shape, size, scale, numel, double, seed):
+    logits, target = make_case(shape, size, scale=scale, seed=seed)
     # from upstream, probes get different gradients
     weights = torch.randn(shape[0], generator=torch.Generator().manual_seed(1)).double()
     expected, expected_gradient = value_and_gradient(
@@ -73,19 +57,11 @@ def test_with_all_pixels_as_nodes_it_is_exact(
         )
     assert losses.dtype == gradient.dtype == dtype
     torch.testing.assert_close(
-        losses.double(),
-        expected,
-        rtol=tolerance,
-        atol=tolerance * scale / 10,
+        losses.double(), expected, rtol=tolerance, atol=tolerance * scale / 10
     )
     size_of_gradient = expected_gradient.abs().max().item() + 0.01 * weights.abs().max().item()
     atol = tolerance * size_of_gradient * scale / 3  # logits of 300 are themselves rounded to 1e-5
-    torch.testing.assert_close(
-        gradient.double(),
-        expected_gradient,
-        rtol=0,
-        atol=atol,
-    )
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=atol)
 
 
 def test_pixels_that_a_crop_leaves_outside_count_as_one_position():
@@ -93,31 +69,15 @@ def test_pixels_that_a_crop_leaves_outside_count_as_one_position():
     view = GridPlacement(AxisExtent(0.0, 20.0), AxisExtent(90.0, 20.0))
     logits, target = make_case((1, 2, 5, 8, 8), (20, 200), scale=30.0)
     exact, few = (
-        upsampled_cross_entropy(
-            logits,
-            target,
-            nodes=nodes,
-            view=view,
-        )
-        for nodes in (None, 3)
+        upsampled_cross_entropy(logits, target, nodes=nodes, view=view) for nodes in (None, 3)
     )
-    torch.testing.assert_close(
-        few,
-        exact,
-        rtol=1e-12,
-        atol=0,
-    )
+    torch.testing.assert_close(few, exact, rtol=1e-12, atol=0)
 
 
 def test_the_default_is_within_1e_5_nats_on_noise():
     logits, target = make_case((1, 2, 20, 24, 24), (240, 320))
     found = upsampled_cross_entropy(logits.float(), target).double()
-    torch.testing.assert_close(
-        found,
-        torch_losses(logits, target),
-        rtol=0,
-        atol=1e-5,
-    )
+    torch.testing.assert_close(found, torch_losses(logits, target), rtol=0, atol=1e-5)
 
 
 def test_joined_masks_of_different_sizes_equal_each_alone():
@@ -126,15 +86,7 @@ def test_joined_masks_of_different_sizes_equal_each_alone():
         make_case((1, 1, 4, 5, 5), size, seed=i)[1]
         for i, size in enumerate([(60, 80), (7, 90), (60, 80)])
     ]
-    alone = [
-        prepare_masks(
-            target,
-            4,
-            (5, 5),
-            dtype=torch.float64,
-        )
-        for target in targets
-    ]
+    alone = [prepare_masks(target, 4, (5, 5), dtype=torch.float64) for target in targets]
     masks = join_masks(alone)
     assert len(masks) == 3 and len(masks.rules) == 2, "few rows have a rule of their own"
     expected = torch.stack(
@@ -167,11 +119,7 @@ def test_an_ignored_batch_gives_zero_and_no_gradient():
 
 @pytest.mark.parametrize(
     ("ignore_index", "label", "dtype"),
-    [
-        (3, 3, torch.int64),
-        (-100, 156, torch.uint8),
-        (256, 0, torch.uint8),
-    ],
+    [(3, 3, torch.int64), (-100, 156, torch.uint8), (256, 0, torch.uint8)],
 )
 def test_ignore_index_may_be_a_class_negative_or_of_another_type(ignore_index, label, dtype):
     """In uint8, -100 would be 156, and 256 be 0."""
@@ -190,12 +138,7 @@ def test_small_float32_losses_keep_their_digits():
     target[:] = bilinear.upsampled_argmax(logits[0], (64, 64))
     expected = torch_losses(logits, target)
     found = upsampled_cross_entropy(logits.float() + 100, target, nodes=None)
-    torch.testing.assert_close(
-        found.double(),
-        expected,
-        rtol=1e-4,
-        atol=0,
-    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
 def test_half_precision_is_computed_in_float32_also_under_autocast():
@@ -210,12 +153,7 @@ def test_half_precision_is_computed_in_float32_also_under_autocast():
     assert losses.dtype == torch.float32
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(
-        found,
-        gradient.bfloat16(),
-        rtol=0.02,
-        atol=1e-6,
-    )
+    torch.testing.assert_close(found, gradient.bfloat16(), rtol=0.02, atol=1e-6)
 
 
 def test_training_after_validation_in_inference_mode():
@@ -233,13 +171,7 @@ def test_full_resolution_logits_never_exist():
     class Largest(TorchDispatchMode):
         numel = 0
 
-        def __torch_dispatch__(
-            self,
-            function,
-            types,
-            args=(),
-            kwargs=None,
-        ):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
                 self.numel = max(self.numel, out.untyped_storage().nbytes() // out.element_size())

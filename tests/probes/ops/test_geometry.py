@@ -63,24 +63,14 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("covered_px", [56, 54])
 def test_loss_and_prediction_under_a_view_equal_grid_sample(size, rule, covered_px):
-    geometry = Geometry(
-        (4, 4),
-        56,
-        covered_px,
-        rule,
-    )
+    geometry = Geometry((4, 4), 56, covered_px, rule)
     logits, target = make_case((1, 2, 5, 4, 4), size)
     logits = logits[0].requires_grad_()
     target[:, :3] = IGNORED
     up = sampled(logits, geometry, size)
     expected = F.cross_entropy(up, target, ignore_index=IGNORED)
     (expected_gradient,) = torch.autograd.grad(expected, logits)
-    loss = upsampled_cross_entropy(
-        logits,
-        target,
-        view=geometry.view(size),
-        nodes=None,
-    )
+    loss = upsampled_cross_entropy(logits, target, view=geometry.view(size), nodes=None)
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, expected_gradient)
@@ -89,12 +79,7 @@ def test_loss_and_prediction_under_a_view_equal_grid_sample(size, rule, covered_
 
 def test_tokens_own_the_pixels_that_they_see():
     """A 2 x 4 image, padded to 4 x 4, under a 4 x 4 grid: its rows are the grid's rows 1 and 2."""
-    view = Geometry(
-        (4, 4),
-        56,
-        56,
-        ResizeRule("pad"),
-    ).view((2, 4))
+    view = Geometry((4, 4), 56, 56, ResizeRule("pad")).view((2, 4))
     target = torch.tensor([[[0, 1, 2, 255], [1, 1, 2, 0]]], dtype=torch.uint8)
     padding = [-1] * 4
     rows = [[0, 1, 2, -1], [1, 1, 2, 0]]
@@ -106,12 +91,7 @@ def test_tokens_own_the_pixels_that_they_see():
 def test_pixels_that_no_token_sees_count_for_the_image_alone():
     """3/4 of a 4 x 4 image are seen by a 3 x 3 grid: a pixel each, and none at the right and the bottom."""
     view = Geometry((3, 3), 4, 3).view((4, 4))
-    target = torch.zeros(
-        1,
-        4,
-        4,
-        dtype=torch.uint8,
-    )
+    target = torch.zeros(1, 4, 4, dtype=torch.uint8)
     counts = count(torch.zeros((1, 1, 1, 3, 3)), target, view)
     assert counts.patch_valid.tolist() == [[1] * 9]
     assert counts.labelled.tolist() == [[16]]
@@ -121,12 +101,7 @@ def test_pixels_that_no_token_sees_count_for_the_image_alone():
 @pytest.mark.parametrize("size", [(180, 300), (300, 180), (240, 240)])
 def test_patches_of_a_mask_are_those_of_its_picture(rule, size):
     """The brightness of each token in the square of a picture of the mask, white on black."""
-    geometry = Geometry(
-        (6, 6),
-        60,
-        60,
-        rule,
-    )
+    geometry = Geometry((6, 6), 60, 60, rule)
     mask = np.zeros(size, dtype=bool)
     mask[20:150, 35:160] = True
     picture = geometry.place(Image.fromarray(np.uint8(255 * mask)))
@@ -140,12 +115,7 @@ def test_patches_of_a_mask_are_those_of_its_picture(rule, size):
     [("squash", torch.uint8), ("pad", torch.int64), ("center_crop", torch.uint8)],
 )
 def test_patches_of_classes_are_those_of_most_labelled_pixels(resize, dtype):
-    geometry = Geometry(
-        (6, 5),
-        60,
-        60,
-        ResizeRule(resize),
-    )
+    geometry = Geometry((6, 5), 60, 60, ResizeRule(resize))
     mask = make_case((1, 1, 4, 1, 1), (97, 61))[1][0].to(dtype)
     mask[:, 40:] = 7
     mask[70:] = 255

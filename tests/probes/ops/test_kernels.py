@@ -91,11 +91,7 @@ def assert_same_counts(logits, target, view=None):
 
 
 @pytest.mark.nightly
-@settings(
-    deadline=None,
-    max_examples=15,
-    derandomize=True,
-)
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (2, 2, 6, 4, 4))),
     size=st.tuples(st.integers(1, 12), st.integers(1, 20)),
@@ -140,11 +136,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
     command = [sys.executable, Path(__file__).parent / "compile_kernels.py"]
     compiling = {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command,
-        env=os.environ | compiling,
-        capture_output=True,
-        text=True,
-        timeout=HANGING_S,
+        command, env=os.environ | compiling, capture_output=True, text=True, timeout=HANGING_S
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == {"count_cell": 0, "argmax_cell": 0}

@@ -18,12 +18,7 @@ def test_minimise_stops_where_rounding_allows_no_step():
     def flat(points, problems):
         return torch.ones(len(points)).double(), torch.ones_like(points)
 
-    found, _, _, decrease = minimise(
-        flat,
-        start,
-        identity,
-        1e-12,
-    )
+    found, _, _, decrease = minimise(flat, start, identity, 1e-12)
     assert torch.equal(found, start)
     assert (decrease > 1).all()
 
@@ -58,18 +53,8 @@ def test_the_inverse_hessian_as_first_guess_leads_to_the_minimum_in_one_step():
 
     start = objective.minimum
     start[0] = 1  # the other one has nothing to do
-    found = minimise(
-        objective,
-        start,
-        inverse,
-        1e-10,
-    )
-    torch.testing.assert_close(
-        found.points,
-        objective.minimum,
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    found = minimise(objective, start, inverse, 1e-10)
+    torch.testing.assert_close(found.points, objective.minimum, rtol=1e-5, atol=1e-5)
     assert objective.evaluated == 2
     assert [problems for *_, problems in seen] == [[0, 1], [0]]
     assert [points.tolist() for points, *_ in seen] == [start.tolist(), found.points[:1].tolist()]
@@ -82,38 +67,15 @@ def test_quasi_newton_satisfies_its_last_pair():
     changes = steps * torch.rand(steps.shape, generator=generator) + 0.1 * steps
     pairs = [Pair.of(*pair) for pair in zip(steps, changes, strict=True)]
     found = quasi_newton(changes[-1], pairs, lambda x: x / 3)
-    torch.testing.assert_close(
-        found,
-        steps[-1],
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    torch.testing.assert_close(found, steps[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_pairs_whose_product_has_no_inverse_are_left_out():
     """The gradient has not grown along a step, or the product is a denormal number in float32."""
     small = 0.5 * torch.finfo(torch.float32).tiny ** 0.5
-    step = (
-        torch.ones(
-            3,
-            1,
-            3,
-            dtype=torch.float64,
-        )
-        * torch.tensor([1, 1, small])[:, None, None]
-    )
+    step = torch.ones(3, 1, 3, dtype=torch.float64) * torch.tensor([1, 1, small])[:, None, None]
     pair = Pair.of(step, torch.stack([-step[0], step[1], step[2]]))
     assert pair.inverse.tolist() == pytest.approx([0, 1 / 3, 0])
-    gradient = torch.randn(
-        3,
-        1,
-        3,
-        dtype=torch.float64,
-    )
+    gradient = torch.randn(3, 1, 3, dtype=torch.float64)
     found = quasi_newton(gradient, [pair], lambda x: x / 3)
-    torch.testing.assert_close(
-        found[[0, 2]],
-        gradient[[0, 2]] / 3,
-        rtol=1e-6,
-        atol=1e-6,
-    )
+    torch.testing.assert_close(found[[0, 2]], gradient[[0, 2]] / 3, rtol=1e-6, atol=1e-6)

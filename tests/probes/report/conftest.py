@@ -24,23 +24,11 @@ def written() -> dict[str, Path]:
 
 
 @pytest.fixture
-def write(
-    root,
-    written,
-    tmp_path,
-    tmp_path_factory,
-):
+def write(root, written, tmp_path, tmp_path_factory):
     """Return a function that writes a run, of which the test can change the files."""
 
     def write(
-        name,
-        quality,
-        number=0,
-        *,
-        mask="causal",
-        solved=False,
-        options=None,
-        **metrics,
+        name, quality, number=0, *, mask="causal", solved=False, options=None, **metrics
     ) -> str:
         options = (options or {}) | {"mask": mask, "seed": number, "metrics": metrics}
         kind = repr((quality, solved, options))
@@ -58,12 +46,7 @@ def draws(write):
     """Write random and permuted LLMs, solved, one of both for each curve; with step 0 they have equal counts."""
 
     def draws(
-        *curves,
-        mask="causal",
-        first=20,
-        step=1,
-        matches=("update", "permuted"),
-        **more,
+        *curves, mask="causal", first=20, step=1, matches=("update", "permuted"), **more
     ) -> list[str]:
         return [
             write(

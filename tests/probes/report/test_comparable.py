@@ -30,13 +30,7 @@ def test_controls_at_other_layers_are_refused(write, draws):
         ("data", {"options": {}}, {"options": {"background": "class"}}),
     ],
 )
-def test_other_prefixes_and_data_options_are_refused(
-    section,
-    ours,
-    theirs,
-    write,
-    draws,
-):
+def test_other_prefixes_and_data_options_are_refused(section, ours, theirs, write, draws):
     runs = [write("trained", CURVE, solved=True), *draws(FLAT, matches=["update"])]
 
     def edit(run: str, values: dict) -> None:

@@ -44,16 +44,7 @@ def test_trained_probes_are_judged_however_far_from_the_optimum(write):
         (None, CURVE, FLAT, None, "untested", "draws of permuted layers: 0"),
     ],
 )
-def test_conclusions(
-    trained,
-    solved,
-    random,
-    permuted,
-    conclusion,
-    about,
-    write,
-    draws,
-):
+def test_conclusions(trained, solved, random, permuted, conclusion, about, write, draws):
     """A model that has learned nothing can be like one kind of random weights alone, if its own have another scale."""
     runs = [write("sgd", trained)] if trained else []
     runs += [write("solved", solved, 1, solved=True)] if solved else []
@@ -162,11 +153,7 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(write, d
     assert recovery["n"] == {"seeds": 2, "of": 3}, "two columns have a number of two seeds"
     columns = recovery["verdicts"]
     left_out = {name: list(column.get("left_out", {})) for name, column in columns.items()}
-    assert left_out == {
-        "paper": [2],
-        "optimum": [],
-        "beyond_random": [2],
-    }
+    assert left_out == {"paper": [2], "optimum": [], "beyond_random": [2]}
     by_seed = columns["beyond_random"]["by_seed"]
     assert columns["beyond_random"]["value"] == pytest.approx((by_seed[0] + by_seed[1]) / 2)
     assert by_seed[2] is None

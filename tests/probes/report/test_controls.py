@@ -82,11 +82,7 @@ def test_draws_are_paired_by_their_number(part, matches, write):
     numbers = {"causal": (0, 2, 1), "bidirectional": (1, 2)}
     for match, mask in product(matches, MASKS):
         for i in numbers[mask]:
-            weights = {
-                "untrained": [part],
-                "match": match,
-                "draw": i,
-            }
+            weights = {"untrained": [part], "match": match, "draw": i}
             random.append(write(f"{match}{i}", FLAT, 3 + i, mask=mask, **weights))
     for order in (trained + random, trained + random[::-1]):
         (study,) = studies_of(order)

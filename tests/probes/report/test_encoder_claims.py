@@ -20,19 +20,10 @@ FLAT = [0.2, 0.2, 0.2, 0.2, 0.2]
     ],
 )
 def test_gains_are_over_the_patch_embeddings_and_the_last_layer(
-    trained,
-    random,
-    gain,
-    over_last,
-    write,
-    draws,
+    trained, random, gain, over_last, write, draws
 ):
     """The norm after the last layer is no layer; nobody learns a last layer that reads worse."""
-    kind = {
-        "options": {"sites": SITES},
-        "mask": "bidirectional",
-        "model_kind": "encoder",
-    }
+    kind = {"options": {"sites": SITES}, "mask": "bidirectional", "model_kind": "encoder"}
     runs = [write("trained", trained, 1, solved=True, **kind)]
     runs += draws(random, random, untrained=["encoder"], **kind)
     miou = {entry["site"]: entry["miou"] for entry in ProbeRun(runs[0]).metrics["sites"]}

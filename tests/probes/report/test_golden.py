@@ -45,11 +45,7 @@ def claims(root: Path) -> None:
         probe_runs.write_run(paths[0], CURVE, seed=1, **options)
         probe_runs.write_solved(paths[1], CURVE, seed=2, **options)
         for match, draw in product(("update", "permuted"), (0, 1)):
-            weights = {
-                "untrained": ["llm"],
-                "match": match,
-                "draw": draw,
-            }
+            weights = {"untrained": ["llm"], "match": match, "draw": draw}
             paths.append(Path(f"{mask}_{match}{draw}"))
             more = {"seed": len(paths), "metrics": weights}
             probe_runs.write_solved(paths[-1], FLAT, **more, **options)
@@ -64,20 +60,10 @@ def models(root: Path) -> None:
     """Two models, of which the second one's probes are solved, on two data sets; one mask is not its own."""
     tiny_models.write_segmentation(root, 1, 1)
     for dataset, mask in (("ade20k", "causal"), ("ade20k", "bidirectional"), ("voc2012", "causal")):
-        options = {
-            "root": root,
-            "mask": mask,
-            "dataset": dataset,
-        }
+        options = {"root": root, "mask": mask, "dataset": dataset}
         own = {"own_image_attention": "causal"}
         trained = Path(f"{dataset}_clip_{mask}")
-        probe_runs.write_run(
-            trained,
-            CURVE,
-            encoder="clip",
-            metrics=own,
-            **options,
-        )
+        probe_runs.write_run(trained, CURVE, encoder="clip", metrics=own, **options)
         if dataset == "ade20k":
             solved = Path(f"{dataset}_siglip_{mask}")
             probe_runs.write_solved(solved, CURVE, encoder="siglip", **options)
@@ -88,20 +74,9 @@ def seeds(root: Path) -> None:
     tiny_models.write_segmentation(root, 1, 1)
     for seed, untrained in product((0, 1, 2), (False, True)):
         name = f"{'untrained' if untrained else 'trained'}{seed}"
-        options = {
-            "root": root,
-            "untrained": untrained,
-            "seed": seed,
-            "metrics": {"seed": seed},
-        }
+        options = {"root": root, "untrained": untrained, "seed": seed, "metrics": {"seed": seed}}
         quality = FLAT if untrained else CURVE
-        probe_runs.write_run(
-            Path(name),
-            quality,
-            dataset="toy",
-            images=40 + seed,
-            **options,
-        )
+        probe_runs.write_run(Path(name), quality, dataset="toy", images=40 + seed, **options)
         if seed < 2:
             rmse = [0.5, 1.0, 1.1, 0.95, 0.96] if untrained else [0.5, 0.8, 0.7, 0.55, 0.56]
             task_runs.write_depth_run(Path(f"depth_{name}"), rmse, **options)
@@ -168,12 +143,7 @@ def assert_same_text(found: str, expected: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("study", [claims, models, seeds])
-def test_a_report_says_what_its_golden_files_say(
-    study,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
+def test_a_report_says_what_its_golden_files_say(study, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     study(Path("data"))

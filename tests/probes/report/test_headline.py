@@ -9,59 +9,25 @@ from probes.report.compare import BEST_LAYER
 from probes.report.hero import headline, plain_text
 from probes.report.readings import SiteReading
 
-MLLM = {
-    "encoder": 0.5,
-    "adapter": 0.31,
-    "layer_01": 0.4,
-    "layer_02": 0.444,
-}
-ENCODER = {
-    "layer_00": 0.14,
-    "layer_01": 0.4,
-    "layer_02": 0.62,
-    "layer_03": 0.6,
-}
+MLLM = {"encoder": 0.5, "adapter": 0.31, "layer_01": 0.4, "layer_02": 0.444}
+ENCODER = {"layer_00": 0.14, "layer_01": 0.4, "layer_02": 0.62, "layer_03": 0.6}
 NONE = pd.DataFrame(columns=["of", "low", "high", "difference", "site", "first", "second"])
 HOLDS, FAILS = "holds", "does not hold"
 
 
 def reading(scores: dict[str, float], has_llm: bool) -> SiteReading:
     """A model A of these scores."""
-    model = SimpleNamespace(
-        key="A",
-        has_llm=has_llm,
-        depth=len(scores) - (2 if has_llm else 1),
-    )
+    model = SimpleNamespace(key="A", has_llm=has_llm, depth=len(scores) - (2 if has_llm else 1))
     rows = [
         SimpleNamespace(site=site, value=value, value_text=f"{100 * value:.1f}")
         for site, value in scores.items()
     ]
     own = {site: site for site in scores}
-    return SiteReading(
-        model,
-        "causal",
-        "toy",
-        "segmentation",
-        0,
-        rows,
-        {},
-        own,
-        {},
-    )
+    return SiteReading(model, "causal", "toy", "segmentation", 0, rows, {}, own, {})
 
 
-def claim(
-    finding: str,
-    value: float,
-    optimum: str,
-    random: float = 0.008,
-) -> SimpleNamespace:
-    return SimpleNamespace(
-        finding=finding,
-        value=value,
-        optimum_verdict=optimum,
-        random=random,
-    )
+def claim(finding: str, value: float, optimum: str, random: float = 0.008) -> SimpleNamespace:
+    return SimpleNamespace(finding=finding, value=value, optimum_verdict=optimum, random=random)
 
 
 def said(scores: dict[str, float], claims: dict, differences: pd.DataFrame = NONE) -> str:

@@ -15,13 +15,7 @@ NONE = (0.0, 0.0)  # what hiding the wrong and the correct class does to the sha
 KNOCKOUTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
 
 
-def with_knockout(
-    run: str,
-    effects,
-    number: int,
-    still_wrong=None,
-    classes=CLASSES,
-) -> str:
+def with_knockout(run: str, effects, number: int, still_wrong=None, classes=CLASSES) -> str:
     """Write a knockout of a run; still_wrong can differ from other outcomes."""
 
     def of(pair):
@@ -52,13 +46,7 @@ def random(draws) -> list[str]:
         (NONE, "artefact of the instrument"),  # new mistakes elsewhere
     ],
 )
-def test_conclusions(
-    still_wrong,
-    conclusion,
-    write,
-    solved,
-    random,
-):
+def test_conclusions(still_wrong, conclusion, write, solved, random):
     trained = with_knockout(write("sgd", CURVE, 1), ANCHORS, 1)
     claims = claims_of([trained, with_knockout(solved, ANCHORS, 2, still_wrong), *random])
     assert {claims[name]["conclusion"] for name in KNOCKOUTS} == {conclusion}
@@ -91,11 +79,7 @@ def test_random_probes_that_have_not_converged_are_no_control(solved, draws):
 def test_what_was_planted_is_known_from_the_checkpoint_before_the_data(solved, tmp_path):
     """What neither knows has no truth."""
     assert not any("truth" in claim for claim in claims_of([solved]).values())
-    of_data = {
-        "adapter_drop": "absent",
-        "recovery": "absent",
-        "depth": "planted",
-    }
+    of_data = {"adapter_drop": "absent", "recovery": "absent", "depth": "planted"}
     root = tmp_path / "data"
     root.mkdir()
     (root / "truth.json").write_text(json.dumps(of_data))

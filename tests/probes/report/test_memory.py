@@ -24,13 +24,7 @@ class LargestResult(TorchDispatchMode):
 
     numbers = 0
 
-    def __torch_dispatch__(
-        self,
-        func,
-        types,
-        args=(),
-        kwargs=None,
-    ):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
@@ -49,13 +43,7 @@ def test_a_report_never_holds_the_counts_of_all_sites_and_is_the_same_to_the_las
     quality = np.linspace(0.5, 0.7, SITES).tolist()
     for mask in ("causal", "bidirectional"):
         probe_runs.write_run(study / mask, quality, root=study, mask=mask)
-    probe_runs.write_run(
-        study / "untrained",
-        quality,
-        root=study,
-        untrained=True,
-        seed=1,
-    )
+    probe_runs.write_run(study / "untrained", quality, root=study, untrained=True, seed=1)
     main(["report", str(study), "--out", str(tmp_path / "at_once")])
     monkeypatch.setattr(read, "NUMBERS_AT_ONCE", 1)
     with LargestResult() as largest:

@@ -97,12 +97,7 @@ def test_page_is_self_contained(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_the_page_fits_its_screen(
-    chromium,
-    page,
-    width,
-    scheme,
-):
+def test_the_page_fits_its_screen(chromium, page, width, scheme):
     tab = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab.goto((page / "index.html").as_uri())
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

@@ -63,11 +63,7 @@ def test_differences_and_intervals_equal_numpy(study):
     ],
 )
 def test_planted_gains_and_losses_are_marked_and_nothing_of_equal_models(
-    study,
-    model,
-    random,
-    count,
-    signs,
+    study, model, random, count, signs
 ):
     rows = rows_of(study(model, random, count))
     assert "".join(row.arrow for row in rows.values()) == signs

@@ -10,11 +10,7 @@ from report_parts import CURVE, FLAT, claims_of, studies_of
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.report.claims import evaluate_claims
 from probes.report.measure import effects_of_study
-from probes.score.effects import (
-    cross_validated_layers,
-    image_folds,
-    read_scores,
-)
+from probes.score.effects import cross_validated_layers, image_folds, read_scores
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS, Strengths
 
@@ -85,14 +81,7 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     assert len(set(expected[0])) > 1  # the folds disagree, so that the plain maximum would differ
     assert len({tuple(row) for row in expected}) > 5  # and so do resamplings
 
-    readings = read_scores(
-        SITES,
-        None,
-        task,
-        sums,
-        weights,
-        groups,
-    )
+    readings = read_scores(SITES, None, task, sums, weights, groups)
     vector = readings["best_layer"].score.vector
     by_hand = [miou_at(counts, *x) for x in zip(expected, weights.numpy(), strict=True)]
     assert vector[1:].tolist() == pytest.approx(by_hand)
@@ -176,10 +165,7 @@ def test_rows_follow_the_choice_of_each_site():
     ],
 )
 def test_rows_count_if_the_sites_that_they_read_have_converged(
-    unconverged,
-    is_control,
-    missing,
-    write,
+    unconverged, is_control, missing, write
 ):
     """The encoder is read at that strength, the best layer is layer 3; the untrained model must converge, too."""
     options = {"unconverged": unconverged}

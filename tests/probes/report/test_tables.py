@@ -84,12 +84,7 @@ def test_steps_without_a_result_are_named_whatever_the_folder_is_called(label, w
         ("ascii", "", "? supported ?\n? none ?1.0\n"),
     ],
 )
-def test_signs_are_those_that_the_terminal_can_show(
-    encoding,
-    no_colour,
-    printed,
-    monkeypatch,
-):
+def test_signs_are_those_that_the_terminal_can_show(encoding, no_colour, printed, monkeypatch):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     stream.isatty = lambda: True

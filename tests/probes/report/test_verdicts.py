@@ -7,13 +7,7 @@ import scipy.stats
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.verdicts import (
-    MARGIN,
-    compare_to_draws,
-    judge,
-    judge_draws,
-    worst_of,
-)
+from probes.report.verdicts import MARGIN, compare_to_draws, judge, judge_draws, worst_of
 from probes.score.estimate import Estimate, p_value
 
 STUDIES = 500
@@ -45,18 +39,8 @@ def test_p_values_are_those_of_t_and_invert_the_interval():
     assert p_value(1, 1e9, parts[:1]) <= 1e-12
 
 
-def beyond(
-    verdict,
-    low,
-    high,
-    p,
-):
-    return {
-        "value": (low + high) / 2,
-        "ci95": [low, high],
-        "verdict": verdict,
-        "p": p,
-    }
+def beyond(verdict, low, high, p):
+    return {"value": (low + high) / 2, "ci95": [low, high], "verdict": verdict, "p": p}
 
 
 HOLDS_LEAST = beyond("holds", 0.02, 0.06, 0.01)
@@ -86,12 +70,7 @@ def test_the_column_that_decides_is_the_one_where_the_claim_fares_worst(first, s
     assert nearest["value"] == AGAINST["value"]
 
 
-def simulated(
-    truth,
-    spread,
-    draws,
-    generator,
-):
+def simulated(truth, spread, draws, generator):
     """A trained model's estimate and those of random draws: means over 50 images whose difficulty they share."""
     shared = torch.randn(50, generator=generator)
     seed = int(torch.randint(1 << 30, (1,), generator=generator))

@@ -19,19 +19,12 @@ LLM = {
     "final_norm": 0.42,
 }
 ENCODER = {f"encoder_{i:02d}": 0.2 + 0.1 * i for i in range(4)}
-PARTS = {
-    "value_01": 0.9,
-    "attn_01": 0.3,
-    "mlp_02": 0.35,
-    "value_03": 0.8,
-}  # values read best
+PARTS = {"value_01": 0.9, "attn_01": 0.3, "mlp_02": 0.35, "value_03": 0.8}  # values read best
 
 
 @pytest.mark.parametrize("sites", [ENCODER | LLM, LLM | PARTS], ids=["encoder", "parts"])
 def test_other_sites_change_no_best_layer_test_or_effect_and_parts_have_their_own_figure(
-    sites,
-    write,
-    tmp_path,
+    sites, write, tmp_path
 ):
     """Also under both masks, where layers before the LLM have nothing to compare."""
 

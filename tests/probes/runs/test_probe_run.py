@@ -23,10 +23,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"{{ 7*7 
 def whole(tmp_path_factory) -> Path:
     root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"))
     return probe_runs.write_run(
-        tmp_path_factory.mktemp("runs") / "run",
-        QUALITY,
-        root=root,
-        encoder="clip",
+        tmp_path_factory.mktemp("runs") / "run", QUALITY, root=root, encoder="clip"
     )
 
 

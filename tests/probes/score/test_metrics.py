@@ -27,20 +27,11 @@ TASK = TASKS["segmentation"]
 
 
 def random_batch(
-    seed: int,
-    images: int = 3,
-    size=(11, 13),
-    absent: int | None = 3,
+    seed: int, images: int = 3, size=(11, 13), absent: int | None = 3
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits of two sites, f[2, B, K, h, w], and masks uint8[B, H, W] without a class."""
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(
-        2,
-        images,
-        CLASSES,
-        *GRID,
-        generator=generator,
-    )
+    logits = 3 * torch.randn(2, images, CLASSES, *GRID, generator=generator)
     target = torch.randint(CLASSES, (images, *size), generator=generator)
     target[torch.rand(target.shape, generator=generator) < 0.2] = 255
     target[target == absent] = 255
@@ -97,12 +88,7 @@ def test_patch_counts_by_chunk_equal_a_loop(size, at_once):
             cell = np.ix_(
                 *(
                     [y for y in range(m) if int((y + 0.5) * n / m) == at]
-                    for n, m, at in zip(
-                        GRID,
-                        size,
-                        divmod(t, GRID[1]),
-                        strict=True,
-                    )
+                    for n, m, at in zip(GRID, size, divmod(t, GRID[1]), strict=True)
                 )
             )
             truth = target[n].numpy()[cell]
@@ -118,10 +104,5 @@ def test_patch_labels_are_majorities():
     target[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])  # three quarters of class 1
     target[0, 2:, 2:4] = torch.tensor([[4, 255], [4, 4]])
     target[0, 2:, 4:] = torch.tensor([[0, 3], [3, 0]])
-    logits = torch.zeros(
-        1,
-        1,
-        CLASSES,
-        *GRID,
-    )
+    logits = torch.zeros(1, 1, CLASSES, *GRID)
     assert count(logits, target).patch_class.tolist() == [[1, -1, -1, -1, 4, 0]]

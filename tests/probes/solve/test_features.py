@@ -19,14 +19,7 @@ def solved(checkpoints, segmentation, tmp_path_factory):
     """A run of one site, and the states and masks of its training images."""
     out = tmp_path_factory.mktemp("features")
     more = ("--model.sites", f"[{SITE}]")
-    main(
-        arguments(
-            checkpoints["causal"],
-            segmentation,
-            out / "run",
-            *more,
-        )
-    )
+    main(arguments(checkpoints["causal"], segmentation, out / "run", *more))
     run = probes.ProbeRun(out / "run")
     mllm = run.mllm()
     samples = [*run.dataset("training")]
@@ -39,13 +32,7 @@ def test_equals_the_run_of_a_model(solved):
     run, features, masks = solved
     (path,) = run.strengths.sites
     chosen = path["chosen"]
-    probe = probes.solve_features(
-        features,
-        masks,
-        len(run.metrics["classes"]),
-        chosen,
-        folds=2,
-    )
+    probe = probes.solve_features(features, masks, len(run.metrics["classes"]), chosen, folds=2)
     assert probe.converged
     expected = path["cv_cross_entropy"][path["strengths"].index(chosen)]
     assert probe.loss == pytest.approx(expected, abs=1e-4)
@@ -79,21 +66,10 @@ def test_misfits_are_errors(solved, change, message):
 @pytest.mark.parametrize(("lone", "dtypes"), [(False, ("bool", "uint16")), (True, ("int64",))])
 def test_masks_of_any_integer_type_are_as_uint8(lone, dtypes):
     """Of an object in all images, or in one, whose fold it does not test."""
-    features = torch.randn(
-        4,
-        3,
-        3,
-        5,
-        generator=torch.Generator().manual_seed(0),
-    )
+    features = torch.randn(4, 3, 3, 5, generator=torch.Generator().manual_seed(0))
     masks = [(x[..., 0] > 0.5).numpy() & (not lone or i == 0) for i, x in enumerate(features)]
     expected, *others = (
-        probes.solve_features(
-            features,
-            [mask.astype(dtype) for mask in masks],
-            3,
-            folds=2,
-        )
+        probes.solve_features(features, [mask.astype(dtype) for mask in masks], 3, folds=2)
         for dtype in ("uint8", *dtypes)
     )
     assert expected.converged

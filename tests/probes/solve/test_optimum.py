@@ -36,12 +36,7 @@ LONE = CLASSES  # a class that only the first fold has
 def data() -> tuple[torch.Tensor, torch.Tensor]:
     """States f32[B, T, d] with a channel of tiny scale, and masks uint8[B, H, W] that they predict in part."""
     generator = torch.Generator().manual_seed(0)
-    target = torch.randint(
-        0,
-        CLASSES,
-        (IMAGES, *GRID),
-        generator=generator,
-    )
+    target = torch.randint(0, CLASSES, (IMAGES, *GRID), generator=generator)
     pixels = F.interpolate(target[:, None].float(), SIZE, mode="nearest")[:, 0].to(torch.uint8)
     pixels[:, 0, :3] = 255
     pixels[3, 20:] = 255
@@ -65,35 +60,15 @@ def problem(data, loss: CrossEntropy = CROSS_ENTROPY) -> SiteProblem:
     classes = int(target[target != 255].max()) + 1
 
     def prepare(mask: torch.Tensor) -> PreparedMasks:
-        return prepare_masks(
-            mask,
-            classes,
-            GRID,
-            NODES,
-        )
+        return prepare_masks(mask, classes, GRID, NODES)
 
     masks = prepare(target)
-    scored = scored_masks(
-        masks,
-        FOLD_OF,
-        lambda image: target[image],
-        prepare,
-    )
-    return SiteProblem(
-        loss,
-        states,
-        masks,
-        FOLD_OF,
-        scored,
-    )
+    scored = scored_masks(masks, FOLD_OF, lambda image: target[image], prepare)
+    return SiteProblem(loss, states, masks, FOLD_OF, scored)
 
 
 def objective(
-    data,
-    at: SiteProblem,
-    strength: float,
-    images=slice(None),
-    label_smoothing: float = 0.0,
+    data, at: SiteProblem, strength: float, images=slice(None), label_smoothing: float = 0.0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the objective at a point, with F.interpolate and F.cross_entropy, in float64."""
     states, target = (x[images] for x in data)
@@ -104,12 +79,7 @@ def objective(
         weights = (point[:, :-1] @ space.basis.double().T) * space.scale
         logits = (states.double() - space.mean) @ weights.T + point[:, -1]
         up = F.interpolate(logits.transpose(1, 2).unflatten(2, GRID), SIZE, mode="bilinear")
-        loss = F.cross_entropy(
-            up,
-            target.long(),
-            ignore_index=255,
-            label_smoothing=label_smoothing,
-        )
+        loss = F.cross_entropy(up, target.long(), ignore_index=255, label_smoothing=label_smoothing)
         return loss + strength / 2 * (weights**2 * variance).sum()
 
     return value
@@ -129,11 +99,7 @@ def scipy_optimum(value: Callable, start: torch.Tensor) -> torch.Tensor:
         np.zeros(start.numel()),
         jac=True,
         method="L-BFGS-B",
-        options={
-            "maxiter": 5000,
-            "gtol": 1e-9,
-            "ftol": 0,
-        },
+        options={"maxiter": 5000, "gtol": 1e-9, "ftol": 0},
     )
     return torch.from_numpy(found.x).view_as(start)
 
@@ -147,12 +113,7 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
     assert all(certificate.converged for certificate in certificates)
     assert path.solved == [0, 1, 2]
     for strength, point in zip(path.strengths, points, strict=True):
-        value = objective(
-            data,
-            at,
-            strength,
-            label_smoothing=smoothing,
-        )
+        value = objective(data, at, strength, label_smoothing=smoothing)
         expected = value(scipy_optimum(value, at.start)).item()
         assert value(point).item() == pytest.approx(expected, abs=1e-5)
 
@@ -163,15 +124,7 @@ def held_out_loss(data, at: SiteProblem, points) -> float:
     for fold, point in enumerate(points):
         left_out = (FOLD_OF == fold).nonzero()[:, 0]
         labelled = (data[1][left_out] != 255).sum().item()
-        total += (
-            labelled
-            * objective(
-                data,
-                at,
-                0.0,
-                left_out,
-            )(point).item()
-        )
+        total += labelled * objective(data, at, 0.0, left_out)(point).item()
         pixels += labelled
     return total / pixels
 
@@ -182,15 +135,7 @@ def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
     path, _ = FoldSearch(at).choose()
     others = [(FOLD_OF != fold).nonzero()[:, 0] for fold in range(FOLDS)]
     for strength, loss in zip(path.strengths, path.loss, strict=True):
-        values = [
-            objective(
-                data,
-                at,
-                strength,
-                images,
-            )
-            for images in others
-        ]
+        values = [objective(data, at, strength, images) for images in others]
         points = [scipy_optimum(value, at.start) for value in values]
         expected = held_out_loss(data, at, points)
         assert loss == pytest.approx(expected, abs=HELD_OUT_GAIN * TOLERANCE), strength
@@ -207,13 +152,7 @@ def test_a_class_that_one_fold_alone_has_is_trained_on_and_not_tested(lone):
     assert at.pixels.sum() == (target != 255).sum()
     probe = at.space.to_states(points[:1])
     trained, tested = (
-        at.sums(
-            0,
-            probe,
-            masks,
-            needs_grad=False,
-        )[0]
-        for masks in (at.masks, at.scored_masks)
+        at.sums(0, probe, masks, needs_grad=False)[0] for masks in (at.masks, at.scored_masks)
     )
     assert trained > tested
 
@@ -230,12 +169,7 @@ def test_probes_of_all_images_start_from_folds_that_know_the_class(lone):
 def test_classes_of_one_fold_each_are_an_error(data):
     masks = [np.full(SIZE, image % 2, np.uint8) for image in range(12)]
     with pytest.raises(UserError, match="each class is labelled in only one of 2 folds"):
-        probes.solve_features(
-            data[0][:12].unflatten(1, GRID),
-            masks,
-            2,
-            folds=2,
-        )
+        probes.solve_features(data[0][:12].unflatten(1, GRID), masks, 2, folds=2)
 
 
 def test_the_search_ends_where_the_loss_has_risen_with_neighbours_on_both_sides(data):

@@ -79,25 +79,14 @@ def test_effects_are_written_as_the_counts_say(run):
     assert "patch_0@layer_02" in computed
     for name, estimate in computed.items():
         written = run.effects[name]
-        torch.testing.assert_close(
-            written.vector,
-            estimate.vector,
-            rtol=0,
-            atol=0,
-            equal_nan=True,
-        )
+        torch.testing.assert_close(written.vector, estimate.vector, rtol=0, atol=0, equal_nan=True)
         assert written.about | estimate.about == written.about
 
 
 def test_each_strength_is_scored_as_a_run_of_that_strength_alone(run, solve):
     """The chosen probe is counted apart from the others, which must not be mixed up."""
     for row, strength in enumerate(STRENGTHS):
-        ours = solve(
-            "--model.sites",
-            "[encoder, adapter]",
-            out=strength,
-            strengths=(strength,),
-        )
+        ours = solve("--model.sites", "[encoder, adapter]", out=strength, strengths=(strength,))
         for alone in ours.strengths.sites:
             entry = run.strengths.sites[run.sites.index(alone["site"])]
             assert entry["pacc"][row] == pytest.approx(alone["pacc"][0], abs=0.004)
@@ -132,13 +121,7 @@ ONE_SITE_GB = 6 * 4 * 32 * 4 / 1e9  # six images of four tokens of 32 float32 ch
     ],
     ids=["mapped files", "groups"],
 )
-def test_memory_changes_no_byte(
-    gb,
-    groups,
-    run,
-    solve,
-    forwards,
-):
+def test_memory_changes_no_byte(gb, groups, run, solve, forwards):
     other = solve("--memory-gb", str(gb))
     assert list(forwards) == groups
     assert_same_results(other.path, run.path)
@@ -194,13 +177,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("when", KILLS)
-def test_a_killed_run_resumes_to_the_same_bytes(
-    when,
-    run,
-    words,
-    tmp_path,
-    monkeypatch,
-):
+def test_a_killed_run_resumes_to_the_same_bytes(when, run, words, tmp_path, monkeypatch):
     owner, method, calls = KILLS[when]
     original = getattr(owner, method)
     count = []
@@ -234,12 +211,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         (["--model.draw", "3"], "draw 3 is one of random weights; add their part to untrained"),
     ],
 )
-def test_rejects_bad_options(
-    option,
-    message,
-    solve,
-    task_root,
-):
+def test_rejects_bad_options(option, message, solve, task_root):
     with pytest.raises((SystemExit, UserError), match=message):
         solve("--data.root", str(task_root), *option)
 
@@ -301,12 +273,7 @@ def test_a_run_of_another_loss_is_another_run(run, words, monkeypatch):
 
 def test_mapped_states_keep_their_bits_and_leave_no_file(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
-    x = torch.randn(
-        3,
-        4,
-        5,
-        generator=torch.Generator().manual_seed(0),
-    ).to(torch.bfloat16)
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     x[1, 0, 0] = torch.inf
     kept = new_states(x.shape, x.dtype, tmp_path / "made")
     kept[torch.tensor([2, 0, 1])] = x[[2, 0, 1]]
@@ -331,12 +298,7 @@ def bias_without_gradient(inner, *args, **kwargs):
     return loss, gradient
 
 
-def folds_that_see_what_they_leave_out(
-    inner,
-    self,
-    strengths,
-    left_out,
-):
+def folds_that_see_what_they_leave_out(inner, self, strengths, left_out):
     return inner(self, strengths, [None] * len(left_out))
 
 
@@ -357,10 +319,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_comparison_of_optima_rejects_what_a_faulty_solver_finds(
-    fault,
-    run,
-    solve,
-    monkeypatch,
+    fault, run, solve, monkeypatch
 ):
     owner, name = FAULTS[fault]
     inner = getattr(owner, name)

@@ -13,12 +13,7 @@ from reference import miou_of_counts
 from studies import study_of
 
 from llava_bidir.common.errors import UserError
-from probes.lab.requests import (
-    Attention,
-    Block,
-    Replace,
-    View,
-)
+from probes.lab.requests import Attention, Block, Replace, View
 from probes.runs.read import ProbeRun
 from probes.studies.plan import plan
 from probes.studies.run import run_study
@@ -86,11 +81,7 @@ def test_claims_compare_layers_and_random_encoders(study):
     ],
 )
 def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(
-    arms,
-    side,
-    message,
-    parts,
-    tmp_path,
+    arms, side, message, parts, tmp_path
 ):
     with pytest.raises(UserError, match=message):
         plan(study_of(*parts, tmp_path, ("--model.image_px", side), arms=(arms,)))

@@ -17,12 +17,7 @@ STUDIES = 1000
     ("images", "draws", "masks"),
     [
         (600, [2, 2], 2),  # the fewest draws, and the images' noise is small beside theirs
-        pytest.param(
-            60,
-            [5, 2],
-            1,
-            marks=pytest.mark.nightly,
-        ),
+        pytest.param(60, [5, 2], 1, marks=pytest.mark.nightly),
     ],
 )
 def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):

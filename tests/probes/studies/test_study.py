@@ -39,12 +39,7 @@ class Photos(list):
     classes = ("sky",)
 
 
-def arguments(
-    models: list[str],
-    data: Path,
-    out: Path,
-    *more: str,
-) -> list[str]:
+def arguments(models: list[str], data: Path, out: Path, *more: str) -> list[str]:
     own = ["--draws", "2", "--add", "knockout.draws=1", *OPTIONS]
     return ["study", *models, str(data), "--out", str(out), *own, *more]
 
@@ -83,12 +78,7 @@ def test_a_study_has_arms_analyses_report_and_table(finished):
 
 
 @pytest.mark.slow
-def test_a_second_call_changes_no_byte(
-    finished,
-    checkpoints,
-    segmentation,
-    capsys,
-):
+def test_a_second_call_changes_no_byte(finished, checkpoints, segmentation, capsys):
     before = run_bytes(finished)
     main(arguments(both(checkpoints), segmentation, finished))
     assert "nothing to do" in capsys.readouterr().out
@@ -96,12 +86,7 @@ def test_a_second_call_changes_no_byte(
 
 
 @pytest.mark.slow
-def test_the_trained_arm_is_a_run_of_solve(
-    finished,
-    checkpoints,
-    segmentation,
-    tmp_path,
-):
+def test_the_trained_arm_is_a_run_of_solve(finished, checkpoints, segmentation, tmp_path):
     """Arms of one process must not leave anything to the next: random layers, hooks, seeds."""
     solve = ["solve", *OPTIONS, "--data.root", str(segmentation), "--model.mllm"]
     draw = ["--model.untrained", "[llm]", "--model.match", "update", "--model.draw", "1"]
@@ -148,13 +133,7 @@ def write(tmp_path):
         ("encoder", ["before", "after"], ["before, trained probes", "after, trained probes"]),
     ],
 )
-def test_models_of_one_name_are_told_apart_by_their_labels(
-    kind,
-    given,
-    expected,
-    write,
-    tmp_path,
-):
+def test_models_of_one_name_are_told_apart_by_their_labels(kind, given, expected, write, tmp_path):
     """Exports of this project all end in hf. The order is that which the study was given."""
     for label in ("after", "before"):
         write(label, [0.6, 0.5, 0.6, 0.5], metrics={"model_kind": kind})
@@ -242,12 +221,7 @@ def test_a_study_whose_data_or_folder_were_moved_solves_nothing_again(
     assert ran == []
 
 
-def test_a_dry_run_writes_nothing(
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
-):
+def test_a_dry_run_writes_nothing(checkpoints, segmentation, tmp_path, capsys):
     models = [str(checkpoints["causal"])]
     main(arguments(models, segmentation, tmp_path / "study", "--dry-run"))
     said = capsys.readouterr().out
@@ -277,19 +251,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("words", BAD)
-def test_bad_input_is_one_error_before_any_work(
-    words,
-    checkpoints,
-    segmentation,
-    tmp_path,
-    capsys,
-):
+def test_bad_input_is_one_error_before_any_work(words, checkpoints, segmentation, tmp_path, capsys):
     shutil.copytree(segmentation, tmp_path / "empty", ignore=lambda path, _: ["validation"])
-    places = {
-        "MODEL": checkpoints["causal"],
-        "DATA": segmentation,
-        "EMPTY": tmp_path / "empty",
-    }
+    places = {"MODEL": checkpoints["causal"], "DATA": segmentation, "EMPTY": tmp_path / "empty"}
     expected = BAD[words]
     for name, path in places.items():
         words = words.replace(name, str(path))
@@ -307,11 +271,7 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
     model = shutil.copytree(checkpoints["causal"], tmp_path / "model")
 
     def study(*arms: str, overwrite: bool = False) -> list[str]:
-        asked = {
-            "arms": arms,
-            "only": ("solve",),
-            "overwrite": overwrite,
-        }
+        asked = {"arms": arms, "only": ("solve",), "overwrite": overwrite}
         return ran.of(study_of({"": model}, segmentation, tmp_path / "study", **asked))
 
     study("trained", "random0")
@@ -342,8 +302,7 @@ def test_of_few_photos_those_that_there_are_become_maps(settings):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [("max_steps", (-1, 4, 316)), ("max_epochs", (4, None, None))],
+    ("given", "expected"), [("max_steps", (-1, 4, 316)), ("max_epochs", (4, None, None))]
 )
 def test_options_replace_those_of_the_papers_training(given, expected, settings):
     study = settings(fit=True, options=(f"--trainer.{given}", "4"))
@@ -412,11 +371,7 @@ def test_each_draw_of_a_control_has_its_own_number(settings):
     """Two draws of one number would be one model, counted twice."""
     steps = plan(settings(draws=3, only=("solve",))).steps
     drawn = {step.name: step.config.model.draw for step in steps if step.config.model.untrained}
-    counts = {
-        "random": 3,
-        "permuted": 2,
-        "adapter": 3,
-    }
+    counts = {"random": 3, "permuted": 2, "adapter": 3}
     assert drawn == {f"{arm}{i}": i for arm, count in counts.items() for i in range(count)}
 
 

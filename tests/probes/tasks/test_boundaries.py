@@ -25,10 +25,7 @@ def draw() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def counts_of(
-    probability: np.ndarray,
-    target: np.ndarray,
-    threshold: float,
-    radius: float,
+    probability: np.ndarray, target: np.ndarray, threshold: float, radius: float
 ) -> tuple[int, int, int]:
     """Return pixels predicted, right ones, and boundary pixels found, by looping over pixels."""
     predicted = [tuple(p) for p in np.argwhere((probability >= threshold) & (target != IGNORED))]
@@ -66,13 +63,7 @@ def test_loss_weighs_both_classes_alike():
     maps = torch.randn((3, 1, 2, 30, 41), generator=torch.Generator().manual_seed(0))
     counts = torch.tensor([(target == k).sum() for k in (0, 1)])
     expected = [
-        F.cross_entropy(
-            z,
-            target[None].long(),
-            1 / counts,
-            ignore_index=IGNORED,
-        )
-        for z in maps
+        F.cross_entropy(z, target[None].long(), 1 / counts, ignore_index=IGNORED) for z in maps
     ]
     torch.testing.assert_close(task.image_losses(maps, target[None])[:, 0], torch.stack(expected))
     empty = task.image_losses(maps, torch.full_like(target, IGNORED)[None])

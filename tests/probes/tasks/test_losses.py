@@ -22,12 +22,7 @@ def test_curvature_is_the_second_derivative_of_pytorchs_loss(loss, share):
     curvature = loss.curvature(logits)
 
     def total(x: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(
-            x,
-            labels,
-            reduction="sum",
-            label_smoothing=share,
-        )
+        return F.cross_entropy(x, labels, reduction="sum", label_smoothing=share)
 
     generator = torch.Generator().manual_seed(2)
     direction = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
@@ -45,11 +40,6 @@ def test_the_constant_has_no_gradient(loss, share):
     labels = torch.arange(CLASSES).repeat_interleave(counts.long())
     constant = loss.constant(counts).requires_grad_()
     logits = constant.expand(len(labels), -1)
-    F.cross_entropy(
-        logits,
-        labels,
-        reduction="sum",
-        label_smoothing=share,
-    ).backward()
+    F.cross_entropy(logits, labels, reduction="sum", label_smoothing=share).backward()
     torch.testing.assert_close(constant.grad, torch.zeros(CLASSES, dtype=torch.float64))
     assert loss.constant(torch.tensor([2.0, 0, 0, 1])).isfinite().all()

@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 
-from probes.worlds.binding import (
-    GRID,
-    IGNORED,
-    PATCH_PX,
-    Mosaic,
-    draw_mosaic,
-    mix_mosaics,
-)
+from probes.worlds.binding import GRID, IGNORED, PATCH_PX, Mosaic, draw_mosaic, mix_mosaics
 from probes.worlds.canvas import CLASSES, PAIR_OF
 from probes.worlds.dialogues import LOOK_ALIKE, patch_shares
 

@@ -4,26 +4,14 @@ import numpy as np
 
 from probes.worlds.binding import draw_mosaic
 from probes.worlds.canvas import CLASSES, SIZE_PX
-from probes.worlds.dialogues import (
-    GRID,
-    SceneText,
-    build_dialogue,
-    find_regions,
-    prepend_picture,
-)
+from probes.worlds.dialogues import GRID, SceneText, build_dialogue, find_regions, prepend_picture
 
 
 def test_regions_are_the_patches_of_the_questions_and_their_classes():
     rng = np.random.default_rng(0)
     scene = draw_mosaic(rng, 2)
     turns = prepend_picture(
-        build_dialogue(
-            SceneText.from_mosaic(scene),
-            rng,
-            rows=2,
-            points=GRID**2,
-            caption=True,
-        )
+        build_dialogue(SceneText.from_mosaic(scene), rng, rows=2, points=GRID**2, caption=True)
     )
     regions = find_regions(turns)
     assert len(regions) == len(turns) / 2 == 2 + GRID**2 + 1

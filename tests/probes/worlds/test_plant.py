@@ -35,14 +35,7 @@ def world(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assets, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
         patch.setattr(binding, "POOL", 12)
-        assets.run(
-            AssetsOptions(
-                out=out,
-                seed=1,
-                scale=0.01,
-                scenes=2,
-            )
-        )
+        assets.run(AssetsOptions(out=out, seed=1, scale=0.01, scenes=2))
     return out
 
 
@@ -59,29 +52,14 @@ def model(world):
     llm = str(world / "llm")
     processor = build_processor(encoder, llm)
     torch.manual_seed(0)
-    net = build_model(
-        encoder,
-        llm,
-        processor,
-        image_attention="bidirectional",
-    )
-    export_hf(
-        net,
-        processor,
-        world.parent / "hf",
-        {"llm": llm},
-    )
+    net = build_model(encoder, llm, processor, image_attention="bidirectional")
+    export_hf(net, processor, world.parent / "hf", {"llm": llm})
     return world.parent / "hf"
 
 
 @pytest.fixture(scope="module")
 def planted(world, model):
-    losses = plant_recovery(
-        model,
-        world,
-        world.parent / "planted",
-        steps=12,
-    )
+    losses = plant_recovery(model, world, world.parent / "planted", steps=12)
     return world.parent / "planted", losses
 
 
@@ -106,13 +84,7 @@ def test_loss_on_image_tokens_falls_and_the_checkpoint_is_an_ordinary_one(plante
 def test_questions_are_learned_along(world, model):
     """Else the answers would be those of an untrained LLM: the loss counts both."""
     out = world.parent / "asked"
-    losses = plant_recovery(
-        model,
-        world,
-        out,
-        steps=0,
-        answer_steps=2,
-    )
+    losses = plant_recovery(model, world, out, steps=0, answer_steps=2)
     assert len(losses) == 2
     assert not torch.equal(load(out).lm_head.weight, load(model).lm_head.weight)
 
@@ -134,12 +106,7 @@ def test_a_random_llm_has_the_same_entries_in_other_places(planted, world):
 @pytest.mark.parametrize("pairs", [0, 2])
 def test_a_drop_makes_the_directions_of_its_pairs_equal_and_no_others(pairs, world, model):
     out = world.parent / f"drop{pairs}"
-    plant_drop(
-        model,
-        world,
-        out,
-        pairs=pairs,
-    )
+    plant_drop(model, world, out, pairs=pairs)
     before = load(model)
     pixels, labels = read_pictures(world / "segmentation", "training")
     directions = class_directions(encoder_states(before, pixels), labels, MERGED)
@@ -156,9 +123,4 @@ def test_a_drop_makes_the_directions_of_its_pairs_equal_and_no_others(pairs, wor
 
 def test_bad_input_is_named(world, model, tmp_path):
     with pytest.raises(UserError, match="holds no pictures"):
-        plant_recovery(
-            model,
-            tmp_path,
-            tmp_path / "out",
-            steps=1,
-        )
+        plant_recovery(model, tmp_path, tmp_path / "out", steps=1)

@@ -7,22 +7,14 @@ import numpy as np
 import torch
 
 from probes.analyses.knockout import KnockoutOptions
-from probes.analyses.knockout.cases import (
-    blocked_by_condition,
-    find_cases,
-    high_norm_tokens,
-)
+from probes.analyses.knockout.cases import blocked_by_condition, find_cases, high_norm_tokens
 
 T = 24
 HIGH_NORM = np.arange(T) == 11
 
 
 def blocked_of(
-    high_norm=HIGH_NORM,
-    draws=4,
-    seed=0,
-    incorrect=(7, 8, 13, 20),
-    correct=(0, 1, 2, 3, 9),
+    high_norm=HIGH_NORM, draws=4, seed=0, incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9)
 ) -> dict:
     """Return the tokens that are blocked in a case that has these sets."""
     tokens = {"incorrect": incorrect, "correct": correct}

@@ -48,10 +48,7 @@ def reader(run) -> PatchReader:
 
 @cache
 def predicted(
-    reader,
-    image: int,
-    blocked: tuple[bool, ...] = (),
-    layers: tuple[int, ...] = (1, 2, 3),
+    reader, image: int, blocked: tuple[bool, ...] = (), layers: tuple[int, ...] = (1, 2, 3)
 ) -> np.ndarray:
     """[L + 1, T] predicted class of each patch of one image, by an attention written out."""
     mllm = reader.mllm

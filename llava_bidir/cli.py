@@ -14,4 +14,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Invalid usage or input, with a message that says what was expected.
     """
-    run("llava-bidir", ABOUT, lambda: COMMANDS, argv)
+    run("llava-bidir", about=ABOUT, groups=lambda: COMMANDS, argv=argv)

@@ -120,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Bad usage or bad input, with a message that says what was expected.
     """
-    run("probes", ABOUT, commands, argv)
+    run("probes", about=ABOUT, groups=commands, argv=argv)

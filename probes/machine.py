@@ -116,7 +116,7 @@ def build_machine(options: Mapping[str, Any]) -> Machine:
             fabric = Fabric(**{name: options[name] for name in OF_FABRIC if name in options})
         device = fabric.device
     progress = progress_kind(options.get("enable_progress_bar"))
-    return Machine(device, PRECISIONS[precision], progress, fabric)
+    return Machine(device=device, precision=PRECISIONS[precision], progress=progress, fabric=fabric)
 
 
 def device_of_one_process(options: Mapping[str, Any]) -> torch.device | None:

@@ -56,7 +56,7 @@ def solve(states: Tensor, masks: PreparedMasks, strength: float) -> tuple[Tensor
         strength: Penalty r: r/2 |w|^2 in units of each channel.
     """
     one_fold = torch.zeros(len(states), dtype=torch.long)  # no image is left out
-    problem = SiteProblem(TASK.loss, states, masks, one_fold)
+    problem = SiteProblem(loss=TASK.loss, states=states, masks=masks, fold_of=one_fold)
     strengths = torch.tensor([strength], dtype=torch.float64)
     points, _ = refine(problem, strengths, problem.start[None])
     probe = problem.space.to_states(points[0])  # of x - mean
@@ -88,7 +88,13 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
     miou = {}
     for site in mllm.sites:
         weight, bias = solve(states[site], masks, strength)
-        miou[site] = score(mllm, validation_states[site], validation_targets, weight, bias)
+        miou[site] = score(
+            mllm,
+            states=validation_states[site],
+            targets=validation_targets,
+            weight=weight,
+            bias=bias,
+        )
         print(f"{site:12} {100 * miou[site]:5.1f}", flush=True)
     return miou
 

@@ -107,8 +107,14 @@ def load_probes(
             # the initialisation of a probe does not depend on the other probes of the run
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings["seed"] * 1_000_003 + numbered.index(site))
-                heads[site] = Probe(mllm.widths[site], channels, mllm.grid, feature_norm, head)
-    return SiteProbes(mllm, task, heads, channels)
+                heads[site] = Probe(
+                    width=mllm.widths[site],
+                    classes=channels,
+                    grid=mllm.grid,
+                    feature_norm=feature_norm,
+                    head=head,
+                )
+    return SiteProbes(mllm=mllm, task=task, heads=heads, channels=channels)
 
 
 def save_predictions(

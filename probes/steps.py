@@ -272,12 +272,14 @@ def run_steps(
         if not reason and followed.get("left_out"):
             reason = f"so was {step.follows}, with which it is compared"
         if reason:
-            _leave_out(step, folder, reason, overwrite)
+            _leave_out(step, folder=folder, reason=reason, overwrite=overwrite)
             continue
         if followed.get("failed"):  # the next call tries both
             continue
         later = [other.kind for other in missing[i + 1 :]]
-        watcher = StepWatcher(step.name, step.kind, later, _mean_seconds(folder))
+        watcher = StepWatcher(
+            name=step.name, kind=step.kind, later=later, seconds=_mean_seconds(folder)
+        )
         said = f"[{i + 1}/{len(missing)}] {step.name}", watcher.describe_left()
         print(", ".join(filter(None, said)), flush=True)
         started = time.perf_counter()
@@ -291,7 +293,7 @@ def run_steps(
             raise KeyboardInterrupt from None  # without the advice to resume a run of its own
         except NothingToMeasure as error:
             print(f"left out: {error}", flush=True)
-            _leave_out(step, folder, str(error), overwrite)
+            _leave_out(step, folder=folder, reason=str(error), overwrite=overwrite)
             continue
         except Exception as error:
             if not step.optional:
@@ -302,7 +304,9 @@ def run_steps(
             more["kept"] = made if step.result.is_file() else {}
             failed.append(f"{step.name}: {more['failed']}")
             print(f"failed: {failed[-1]}", flush=True)
-        _write_record(step, folder, before, time.perf_counter() - started, more)
+        _write_record(
+            step, folder=folder, before=before, seconds=time.perf_counter() - started, more=more
+        )
     return failed
 
 
@@ -311,7 +315,7 @@ def _leave_out(step: Step, folder: Path, reason: str, overwrite: bool) -> None:
     if overwrite or _is_outdated(step, folder):
         step.result.unlink(missing_ok=True)
     more = {"left_out": reason, "lacks": step.why_left_out}
-    _write_record(step, folder, _state(step, folder), 0.0, more)
+    _write_record(step, folder=folder, before=_state(step, folder), seconds=0.0, more=more)
 
 
 def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:

@@ -91,7 +91,7 @@ def test_states_of_text_that_overflow_are_refused(mllm, photo):
         lambda: mllm.answer(photo, QUESTION),
         lambda: mllm.answer(photo, QUESTION, CUT),
         lambda: mllm.answer_log_probs(pixels, QUESTION, ["sky", "wall"]),
-        lambda: mllm.answer_attention(pixels, QUESTION, "wall", ["layer_03"]),
+        lambda: mllm.answer_attention(pixels, question=QUESTION, answer="wall", sites=["layer_03"]),
     ):
         with pytest.raises(UserError, match=FINAL_NORM):
             ask()
@@ -137,7 +137,7 @@ def test_random_layers_that_overflow_while_they_are_matched_are_refused(
     scales = [1.0, 1.0, 1.0]
     with scale_layers(mllm, scales):
         with pytest.raises(UserError, match=r"states at layer_02 are NaN or infinite"):
-            match_updates(mllm, pixels, [0.1, 1e6, 0.1], scales)
+            match_updates(mllm, pixels=pixels, updates=[0.1, 1e6, 0.1], scales=scales)
 
 
 def test_generated_answers_are_refused(planted, photo):
@@ -147,7 +147,7 @@ def test_generated_answers_are_refused(planted, photo):
     model, processor = load(planted)
     images = [[Image.open(photo)]]
     with pytest.raises(UserError, match=LOGITS):
-        answer(model, processor, [QUESTION], images, 5)
+        answer(model, processor=processor, questions=[QUESTION], images=images, max_new_tokens=5)
 
 
 def test_answers_of_validation_are_refused(planted, parts, photo):

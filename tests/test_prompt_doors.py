@@ -94,7 +94,13 @@ def test_prompts_have_the_same_ids_at_all_doors(kind, chat_template, parts, tmp_
     model, processor = load(path)
     image_id = processor.image_token_id
     turns = tiny_models.turns(f"<image>\n{QUESTION}", "wall")
-    expected, _ = encode(turns[:1], processor.tokenizer, template, tiny_models.TOKENS, image_id)
+    expected, _ = encode(
+        turns[:1],
+        tokenizer=processor.tokenizer,
+        template=template,
+        image_tokens=tiny_models.TOKENS,
+        image_token_id=image_id,
+    )
 
     photo = Image.new("RGB", (8, 8))
     sample = {"id": "0", "conversations": turns, "image": photo}
@@ -106,7 +112,9 @@ def test_prompts_have_the_same_ids_at_all_doors(kind, chat_template, parts, tmp_
     monkeypatch.setattr(
         model, "generate", lambda input_ids, **_: asked.append(input_ids) or input_ids
     )
-    answer(model, processor, [QUESTION], [[photo]], 3)  # also by VQA
+    answer(
+        model, processor=processor, questions=[QUESTION], images=[[photo]], max_new_tokens=3
+    )  # also by VQA
     assert asked[0][0].tolist() == expected
 
     stock = AutoProcessor.from_pretrained(path)
@@ -127,7 +135,13 @@ def test_prompts_have_the_same_ids_at_all_doors(kind, chat_template, parts, tmp_
         alone = processor.tokenizer.encode(text, add_special_tokens=False)
         assert start_ids(processor.tokenizer, text) + alone == processor.tokenizer.encode(text)
     turns = tiny_models.turns("<image>", "wall")
-    plain, _ = encode(turns, processor.tokenizer, "plain", tiny_models.TOKENS, image_id)
+    plain, _ = encode(
+        turns,
+        tokenizer=processor.tokenizer,
+        template="plain",
+        image_tokens=tiny_models.TOKENS,
+        image_token_id=image_id,
+    )
     assert plain[: len(start) + 1] == [*start, image_id]
 
     image = expected.index(image_id)
@@ -151,6 +165,8 @@ def test_training_records_the_date_of_its_prompts(parts, tmp_path):
     ]
     assert recorded[0]["prompt_date"] == "2025-01-01"
     tokenizer = load_tokenizer("llm", str(dated))
-    ids, _ = encode(tiny_models.turns("sky", "wall"), tokenizer, "chat", None)
+    ids, _ = encode(
+        tiny_models.turns("sky", "wall"), tokenizer=tokenizer, template="chat", image_tokens=None
+    )
     assert tokenizer.decode(ids).startswith("\n01 Jan 2025\n")
     assert "prompt_date" not in recorded[1]

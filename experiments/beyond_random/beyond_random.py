@@ -77,7 +77,7 @@ class Effects(NamedTuple):
 
 def read_split(folder: Path, split: str, side: int, limit: int | None) -> tuple[Split, int]:
     """Return images and masks as squares, at most `limit` at equal distances, and the number of classes."""
-    data = open_dataset("folder", str(folder), split, None, SEGMENTATION)
+    data = open_dataset("folder", root=str(folder), split=split, options=None, task=SEGMENTATION)
     chosen = np.linspace(0, len(data) - 1, min(len(data), limit or len(data))).round()
     rows = [data[int(i)] for i in chosen]
     images = [row["image"].resize((side, side)) for row in rows]
@@ -214,7 +214,9 @@ def matched(mllm: nn.Module, draw: int, images: list[Image.Image]) -> Iterator[N
     """Give a model random layers with the updates of the present ones while the context is open."""
     part = mllm.family.layers_part
     with edited(mllm, lambda layers: None, 0):
-        with replace_weights(mllm, [part], "update", draw, 0, images, None):
+        with replace_weights(
+            mllm, parts=[part], match="update", draw=draw, seed=0, images=images, scales=None
+        ):
             yield
     mllm.update_scales = None
 
@@ -304,8 +306,8 @@ def main() -> None:
     args = parser.parse_args()
     mllm = probes.load(args.model, device="cpu", image_px=args.side)
     side = mllm.geometry.image_px
-    training, classes = read_split(args.data, "training", side, args.training)
-    validation, _ = read_split(args.data, "validation", side, args.validation)
+    training, classes = read_split(args.data, split="training", side=side, limit=args.training)
+    validation, _ = read_split(args.data, split="validation", side=side, limit=args.validation)
     if mllm.has_llm:
         remember_images(mllm)
     readout = Readout(mllm, training, validation, classes, starvation=args.starvation)

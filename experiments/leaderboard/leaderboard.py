@@ -189,7 +189,7 @@ def print_protocols(folder: Path) -> None:
         cells.append(f"{int(swapped.sum())} of {int(apart.sum())}")
         print_row(cells)
     for name, scores in states.scores.items():
-        print_swaps(name, states, apart, scores)
+        print_swaps(name, states=states, apart=apart, scores=scores)
 
 
 def print_swaps(name: str, states: States, apart: torch.Tensor, scores: torch.Tensor) -> None:
@@ -217,11 +217,11 @@ def main() -> None:
     folders = [args.out / data.name for data in args.data]
     for data, folder in zip(args.data, folders, strict=True):
         for row, options in rows.items():
-            make("solve", data, options, folder / row)
+            make("solve", data=data, options=options, run=folder / row)
         for row in PROTOCOL_ROWS:
             for kind, batch in BATCHES.items():
                 words = ["--data.batch_size", str(batch), *ADAMW.split()]
-                make("fit", data, [*rows[row], *words], folder / f"{row}.{kind}")
+                make("fit", data=data, options=[*rows[row], *words], run=folder / f"{row}.{kind}")
             if not (folder / row / "patch_protocols.json").is_file():
                 script = str(HERE / "patch_protocols.py")
                 subprocess.run(

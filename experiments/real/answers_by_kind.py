@@ -58,7 +58,9 @@ def ask(args: argparse.Namespace, asked: list[tuple[dict, Image.Image]]) -> list
         batch = asked[start : start + args.batch_size]
         texts = [question_of(record) for record, _ in batch]
         photos = [[photo] for _, photo in batch]
-        answers += answer(model, processor, texts, photos, MAX_TOKENS)
+        answers += answer(
+            model, processor=processor, questions=texts, images=photos, max_new_tokens=MAX_TOKENS
+        )
     return [words.strip() for words in answers]
 
 

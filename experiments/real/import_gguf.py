@@ -55,7 +55,7 @@ def import_gguf(file: Path, out: Path) -> None:
     _set_split(tokenizer, reader, file)
     # "float32" holds the values of every type of GGUF as they are
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    read = load_weights(str(file), AutoModelForCausalLM, **source, **options)
+    read = load_weights(str(file), reader=AutoModelForCausalLM, **source, **options)
     _check_metadata(read.config, reader, file)
     model = _without_quantization(read)
     _check_all_used(file, model, count)

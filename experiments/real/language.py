@@ -70,7 +70,13 @@ def describe_mllm(
         )
         texts = [asked, *also_asked]
         image = read_image(images / record["image"])
-        said = answer(model, processor, texts, [[image]] * len(texts), 40)
+        said = answer(
+            model,
+            processor=processor,
+            questions=texts,
+            images=[[image]] * len(texts),
+            max_new_tokens=40,
+        )
         turns = list(zip(texts, said, (right, *[None] * len(also_asked)), strict=True))
         conversations.append({"image": record["image"], "turns": turns})
     return entry | {"conversations": conversations}

@@ -84,7 +84,7 @@ def main() -> None:
     print("side  tokens  encoder  stage 1  stage 2  optimizer  (CPU seconds of 8 samples)")
     for side in args.sides:
         encoder = Encoder("dinov2", args.encoder, image_px=side)
-        processor = build_processor(encoder, args.llm, "pad", "chat")
+        processor = build_processor(encoder, llm=args.llm, image_resize="pad", template="chat")
         model = build_model(
             encoder,
             args.llm,
@@ -93,8 +93,16 @@ def main() -> None:
             attn_implementation=args.attention,
         )
         tokens = model.config.image_seq_length
-        captions = build_batch(model, tokens, side, CAPTION_TOKENS, CAPTION_TOKENS)
-        dialogues = build_batch(model, tokens, side, DIALOGUE_TOKENS, 6 * ANSWER_TOKENS)
+        captions = build_batch(
+            model, image_tokens=tokens, side_px=side, text=CAPTION_TOKENS, supervised=CAPTION_TOKENS
+        )
+        dialogues = build_batch(
+            model,
+            image_tokens=tokens,
+            side_px=side,
+            text=DIALOGUE_TOKENS,
+            supervised=6 * ANSWER_TOKENS,
+        )
 
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
             encoded = MICRO_BATCHES * measure(partial(encode, model, captions), args.repeats)

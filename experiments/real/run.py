@@ -112,12 +112,12 @@ def run(options: argparse.Namespace) -> None:
         )
         minutes = 60 * options.hours if options.hours else options.minutes
         share = MODELS_SHARE if options.train_only else TRAINING_SHARE
-        plan = make_plan(out, minutes * share, options.steps, data.image_px)
+        plan = make_plan(out, minutes=minutes * share, steps=options.steps, image_px=data.image_px)
         for name in names:
-            train(out, MODELS[name], plan, options.seed, data)
+            train(out, model=MODELS[name], plan=plan, seed=options.seed, data=data)
             show_language(out, name, data)
             if not options.train_only:
-                study(out, name, data, options.seed, options.draws)
+                study(out, name=name, data=data, seed=options.seed, draws=options.draws)
 
 
 def check_arguments(options: argparse.Namespace) -> None:
@@ -234,7 +234,9 @@ def train(out: Path, model: Model, plan: dict, seed: int, data: Data) -> None:
         write_untaught(out / "llm", out / model.llm, seed)
 
     def run(mask):
-        stages = stage_options(out, folder / mask, mask, model, plan, seed, data)
+        stages = stage_options(
+            out, folder=folder / mask, mask=mask, model=model, plan=plan, seed=seed, data=data
+        )
         steps = training_steps(out, folder / mask, stages)
         run_in_child_process(out, f"{model.folder}_{mask}", steps)
 
@@ -320,7 +322,9 @@ def show_language(out: Path, name: str, data: Data) -> None:
         weights = digest(path / "model.safetensors")
         if known.get(label, {}).get("weights") != weights:
             asked = (CAPTION,) if data.is_photos else (KIND, CAPTION)
-            said = describe_mllm(path, words, questions, data.images, asked)
+            said = describe_mllm(
+                path, words=words, questions=questions, images=data.images, also_asked=asked
+            )
             found[label] = said | {"weights": weights}
     if found:
         write_files({file: known | found})

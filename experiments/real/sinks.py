@@ -38,7 +38,9 @@ def print_windows(mllm: FrozenMLLM, photos: list[Path], windows: list[tuple[int,
     rows = ("image", "question", "last", "answer")
     for first, last in [(1, len(mllm.layers)), *windows]:
         knockout = probes.Knockout(layers=list(range(first, last + 1)), rows=rows, columns="prefix")
-        changed = mllm.answer_log_probs(pixels, QUESTION, ANSWERS, knockout)
+        changed = mllm.answer_log_probs(
+            pixels, question=QUESTION, answers=ANSWERS, knockout=knockout
+        )
         change = (changed - plain).mean()
         where = f"{layer_site(first)} to {layer_site(last)}"
         print(f"cut off from the prefix in {where}: {change:+.2f} nats", flush=True)

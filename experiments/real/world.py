@@ -78,7 +78,9 @@ def write_world(out: Path, scale: float, seed: int) -> None:
             texts.append([SceneWords.of(scene) for scene in drawn])
         write_classes(partial)
         rng = np.random.default_rng([seed, 11])
-        for name, records in build_conversations(texts[0], texts[-1], scale, rng).items():
+        for name, records in build_conversations(
+            texts[0], val=texts[-1], scale=scale, rng=rng
+        ).items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
 
 
@@ -116,7 +118,7 @@ def build_dialogue(text: SceneWords, other: SceneWords, rng: np.random.Generator
     Another scene gives the wrong class of each choice.
     """
     asked = [
-        make_turns(_ask_choice(i, text, other, rng), text.names[i])
+        make_turns(_ask_choice(i, first=text, second=other, rng=rng), text.names[i])
         for i in _differ(text, other, rng)[:CHOICES]
     ]
     asked += [make_turns(_ask_point(i), text.names[i]) for i in rng.permutation(GRID**2)[:POINTS]]
@@ -137,7 +139,7 @@ def ask_both(
     place = next(iter(_differ(first, second, rng)), None)
     if place is None:
         return []
-    question = _ask_choice(place, first, second, rng)
+    question = _ask_choice(place, first=first, second=second, rng=rng)
     asked = []
     for name in (first.names[place], second.names[place]):
         turns = make_turns(question, name) + make_turns(_ask_point(place), name)

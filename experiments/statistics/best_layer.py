@@ -36,14 +36,16 @@ QUALITIES = {
 
 def judged(sums: Tensor, weights: Tensor) -> Estimate:
     """Return recovery as claims read it, from sums f64[S, N, M] and weights f64[R, N]."""
-    return run_effects(SITES, None, TASK, sums, weights, None)["recovery"]
+    return run_effects(SITES, last=None, task=TASK, sums=sums, weights=weights, groups=None)[
+        "recovery"
+    ]
 
 
 def kept(sums: Tensor, weights: Tensor) -> Estimate:
     """Return recovery at the layers that the data set has chosen by cross-validation."""
     everything = torch.ones_like(weights[:1])
     fold = image_folds(sums.shape[1], None)
-    (layers,) = cross_validated_layers(TASK, sums[1:], fold, everything)
+    (layers,) = cross_validated_layers(TASK, sums=sums[1:], fold=fold, weights=everything)
     read = sums[1:][layers[fold], torch.arange(sums.shape[1])]
     weights = torch.cat([everything, weights])
     vector = main_score(TASK, weights @ read) - main_score(TASK, weights @ sums[0])

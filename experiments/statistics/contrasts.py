@@ -55,7 +55,9 @@ def simulate(
     values, patches, image, pair, forward = (
         torch.tensor(np.concatenate(x)) for x in zip(*rows, strict=True)
     )
-    return PairedCases(values, patches.double(), image, pair, forward)
+    return PairedCases(
+        values=values, patches=patches.double(), image=image, pair=pair, forward=forward
+    )
 
 
 def pooled(cases: PairedCases, weights: torch.Tensor) -> Estimate:
@@ -76,7 +78,7 @@ def study(rng: np.random.Generator, images: int) -> dict[str, float]:
     cases = simulate(rng, images, [EFFECT])
     (estimate,) = contrast_estimates(cases, weights)
     found = estimate.ci95
-    shifted = simulate(rng, images, [0.0], SHIFT)
+    shifted = simulate(rng, images=images, effects=[0.0], shift=SHIFT)
 
     def excludes(estimate):
         return 1 - inside(0, estimate.ci95)

@@ -61,7 +61,12 @@ def main() -> None:
         (0.28, 0.8), (2, 3, 5), (2, 4), cases
     ):
         alone, effect, pooled, effect_pooled = simulate(
-            args.studies, draws, cells, image_sd, correlation, ratio
+            args.studies,
+            draws=draws,
+            cells=cells,
+            image_sd=image_sd,
+            correlation=correlation,
+            ratio=ratio,
         )
         case = f"{image_sd:8.2f}  {draws:5d}  {cells:5d}  {correlation:11.1f}  x{ratio:5.1f}   "
         print(f"{case}{alone:15.1%}  {effect:6.2f}   {pooled:16.1%}  {effect_pooled:6.2f}")

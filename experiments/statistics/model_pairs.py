@@ -112,7 +112,9 @@ def rare_classes(quality: list[float], seed: int) -> torch.Tensor:
 def population(scene: str, quality: list[float], seed: int) -> torch.Tensor:
     """Return the sums f[S, N, M] of all images of a scene for one model."""
     if scene.startswith("all classes"):
-        return sums_of(random_counts(quality, POPULATION, CLASSES["all classes"], seed))
+        return sums_of(
+            random_counts(quality, images=POPULATION, classes=CLASSES["all classes"], seed=seed)
+        )
     return rare_classes(quality, seed)
 
 
@@ -121,7 +123,9 @@ def cross_validated(sample: Sample) -> Estimate:
     images = sample.sums.shape[1]
     fold = image_folds(images, None)
     everything = torch.ones(1, images).double()
-    (layers,) = cross_validated_layers(CLASSES_TASK, sample.sums.double(), fold, everything)
+    (layers,) = cross_validated_layers(
+        CLASSES_TASK, sums=sample.sums.double(), fold=fold, weights=everything
+    )
     return sample.chosen_score(layers[fold])
 
 

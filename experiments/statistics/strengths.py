@@ -93,8 +93,8 @@ def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProb
     prepare = MaskPreparer(GEOMETRY, classes, NODES)
     masks = prepare(targets)
     fold_of = assign_folds(range(len(states)), FOLDS)
-    scored = scored_masks(masks, fold_of, lambda i: targets[i], prepare)
-    problem = SiteProblem(LOSS, states, masks, fold_of, scored)
+    scored = scored_masks(masks, fold_of=fold_of, target_of=lambda i: targets[i], prepare=prepare)
+    problem = SiteProblem(loss=LOSS, states=states, masks=masks, fold_of=fold_of, scored=scored)
     path, _ = FoldSearch(problem).choose()
     chosen = path.strengths[path.chosen]
     given = [

@@ -120,7 +120,13 @@ def calibrate(
         if not missing:
             continue
         print(f"seed {seed}", flush=True)
-        _make_models(folder, seed, scale, scenes, [DESIGNS[name] for name in missing])
+        _make_models(
+            folder,
+            seed=seed,
+            scale=scale,
+            scenes=scenes,
+            designs=[DESIGNS[name] for name in missing],
+        )
         claims += [claim for name in missing for claim in _study(folder, name, seed)]
         write_files({file: {"claims": claims}})
     with exclusive_run_lock(out, "calibration.csv", wait_s=60):  # jobs of other seeds write it, too
@@ -303,7 +309,13 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with one_line_errors("calibrate"):
         end_on_signals()
-        calibrate(options.out, options.seeds, options.scale, options.scenes, options.studies)
+        calibrate(
+            options.out,
+            seeds=options.seeds,
+            scale=options.scale,
+            scenes=options.scenes,
+            studies=options.studies,
+        )
 
 
 if __name__ == "__main__":

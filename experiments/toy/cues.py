@@ -58,7 +58,9 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
         if rows.any():
             images = pixels[pictures[rows]].repeat_interleave(len(CONDITIONS), 0)
             knockout = Knockout(hidden[rows].flatten(0, 1))
-            scores = mllm.answer_log_probs(images, ask_patch(i), CLASSES, knockout)
+            scores = mllm.answer_log_probs(
+                images, question=ask_patch(i), answers=CLASSES, knockout=knockout
+            )
             said[rows, :, i] = scores.argmax(-1).view(-1, len(CONDITIONS))
     shares = {}
     for name, found in {f"probe at {site}": read, "answers": said}.items():

@@ -95,7 +95,7 @@ def train_layers(mllm: FrozenMLLM, pixels: Tensor, labels: Tensor, steps: int) -
         states = mllm.final_norm(read.pop()[:, mllm.image_positions])
         return F.cross_entropy(head(states).mT, labels[chosen], ignore_index=-1)
 
-    train([*head.parameters(), *layers.parameters()], loss, steps, "LLM")
+    train([*head.parameters(), *layers.parameters()], loss=loss, steps=steps, name="LLM")
 
 
 def write_models(world: Path, out: Path, steps: int, seed: int) -> None:
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if not (options.out / "shuffled").exists():
-        write_models(options.world, options.out, options.steps, options.seed)
+        write_models(options.world, out=options.out, steps=options.steps, seed=options.seed)
     for name in ("trained", "shuffled"):
         study = probes.study(
             options.out / name,

@@ -150,7 +150,9 @@ def train(folder: Path, seed: int, count: int) -> None:
                 command = words(
                     "probes", "plant", "recovery", *models, "--steps", count, "--seed", seed
                 )
-            steps.append(make_step(folder, command, out / WEIGHTS, [stage1 / WEIGHTS]))
+            steps.append(
+                make_step(folder, words=command, result=out / WEIGHTS, reads=[stage1 / WEIGHTS])
+            )
         run_in_child_process(folder, mask, steps)
 
 
@@ -193,7 +195,7 @@ def main() -> None:
         train(folder, seed, args.steps)
         for arm in ("stage1", *ARMS):  # where they start from
             for mask in MASKS:
-                found = study(folder, mask, arm, seed)
+                found = study(folder, mask=mask, arm=arm, seed=seed)
                 numbers = [points(found[name]) for name in ("optimum", "beyond_random")]
                 answers = f"{100 * found['answers']:.1f}% ({100 * majority_share(folder / 'assets'):.1f}% by majority)"
                 print(

@@ -26,5 +26,10 @@ def run(options: ExportOptions) -> None:
     if options.dtype == "float32":
         model.float()
     facts |= {"checkpoint": str(checkpoint)}
-    export_hf(as_llava(model) if options.as_llava else model, processor, options.out, facts)
+    export_hf(
+        as_llava(model) if options.as_llava else model,
+        processor=processor,
+        out=options.out,
+        training=facts,
+    )
     print(options.out)

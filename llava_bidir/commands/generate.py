@@ -172,7 +172,14 @@ def run(options: GenerateOptions) -> None:
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     for photo, image in zip(photos, images, strict=True):
         shown = [[image]] * len(prompts)
-        answers = answer(model, processor, prompts, shown, options.max_new_tokens, streamer)
+        answers = answer(
+            model,
+            processor=processor,
+            questions=prompts,
+            images=shown,
+            max_new_tokens=options.max_new_tokens,
+            streamer=streamer,
+        )
         if len(photos) > 1:
             print(photo)
         if streamer is None:

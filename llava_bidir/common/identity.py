@@ -187,13 +187,13 @@ def describe_digest(content: Any, count: int | None = None) -> str:
 
 def file_sizes(root: str, names: list[str]) -> list[int]:
     """Return the size of each file, -1 if it does not exist."""
-    return _read_files(lambda path: path.stat().st_size, root, names, -1)
+    return _read_files(lambda path: path.stat().st_size, root=root, names=names, absent=-1)
 
 
 def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
     """Return the checksum of each file by content, "" if it cannot be read; `names` are relative to `root`."""
     names = list(names)
-    digests = _read_files(lambda path: sha256(path)[:DIGITS], root, names, "")
+    digests = _read_files(lambda path: sha256(path)[:DIGITS], root=root, names=names, absent="")
     return dict(zip(names, digests, strict=True))
 
 

@@ -47,7 +47,7 @@ class RunFolder:
     def check_finished(self, identity: Identity) -> None:
         """Raise a UserError if the finished run was made from something else; see `check_same_identity`."""
         saved = read_json(self.made_from).get("identity")
-        check_same_identity(saved, identity, str(self.result), RESUME_ADVICE)
+        check_same_identity(saved, current=identity, source=str(self.result), advice=RESUME_ADVICE)
 
 
 @dataclass(frozen=True)

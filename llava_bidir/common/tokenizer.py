@@ -30,7 +30,7 @@ def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
     Raises:
         UserError: There is no tokenizer, or it is damaged.
     """
-    tokenizer = read_pretrained(key, AutoTokenizer, path, **hub)
+    tokenizer = read_pretrained(key, reader=AutoTokenizer, path=path, **hub)
     file = Path(getattr(tokenizer, "vocab_file", None) or "")
     # LlamaTokenizer takes vocabulary and merges from a tokenizer.json. Other classes take all of it.
     is_converted = (

@@ -55,10 +55,10 @@ class Collate:
         with error_context(f"record {sample['id']!r}"):
             ids, labels = encode(
                 sample["conversations"],
-                self.processor.tokenizer,
-                self.template,
-                None if sample["image"] is None else self.image_tokens,
-                image_id,
+                tokenizer=self.processor.tokenizer,
+                template=self.template,
+                image_tokens=None if sample["image"] is None else self.image_tokens,
+                image_token_id=image_id,
             )
             end_of_images = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
             if end_of_images > self.max_length:

@@ -70,7 +70,9 @@ class InstructionData(LightningDataModule):
         self.seed = seed
         self.num_workers = min(num_workers, usable_cores())
         max_length = min(max_length, max_positions)
-        self.collate = Collate(processor, image_tokens, template, max_length)
+        self.collate = Collate(
+            processor=processor, image_tokens=image_tokens, template=template, max_length=max_length
+        )
         self.trained_micro_batches = 0
 
     def prepare_data(self) -> None:
@@ -97,13 +99,13 @@ class InstructionData(LightningDataModule):
         self.train = Instructions(self.annotations, self.images)
         self.train.check_trainable(self.collate)
         self.sampler = BatchSampler(
-            self.train.lengths(),
-            self.batch_size,
-            self.micro_batch_size,
-            grouped_batches if self.group_by_length else random_batches,
-            trainer.global_rank,
-            trainer.world_size,
-            self.seed,
+            lengths=self.train.lengths(),
+            global_batch_size=self.batch_size,
+            batch_size=self.micro_batch_size,
+            draw=grouped_batches if self.group_by_length else random_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            seed=self.seed,
         )
         step_samples = self.micro_batch_size * trainer.world_size
         trainer.accumulate_grad_batches = self.batch_size // step_samples

@@ -215,7 +215,7 @@ def load_llm(path: str, tokens: int, **options) -> PreTrainedModel:
     """
     if isinstance(read_model_config("model.llm", path), LlavaConfig):
         options |= {"config": read_llm_config(path), "key_mapping": OF_LLAVA}
-    language_model = load_weights("model.llm", AutoModelForCausalLM, path, **options)
+    language_model = load_weights("model.llm", reader=AutoModelForCausalLM, path=path, **options)
     with error_context(f"model.llm: {path}"):
         resize_vocabulary(language_model, tokens)
     return language_model

@@ -118,7 +118,9 @@ class LlavaTraining(LightningModule):
             raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
         with error_context("model.image_attention"):  # an unknown one
             block_ids_of(image_attention)
-        self.processor = build_processor(self.encoder, llm, image_resize, template)
+        self.processor = build_processor(
+            self.encoder, llm=llm, image_resize=image_resize, template=template
+        )
         self.image_tokens = self.encoder.image_tokens(self.encoder.load_config())
         self.max_positions = max_positions(read_llm_config(llm))
         self.model = None
@@ -304,7 +306,13 @@ class LlavaTraining(LightningModule):
             rates["adapter"] = args.adapter_learning_rate
         # Lightning does not clip gradients for a fused optimizer in mixed precision
         fused = not (self.trainer.gradient_clip_val and "mixed" in self.trainer.precision)
-        optimizer = build_optimizer(self.model, rates, tuple(args.betas), args.weight_decay, fused)
+        optimizer = build_optimizer(
+            self.model,
+            learning_rates=rates,
+            betas=tuple(args.betas),
+            weight_decay=args.weight_decay,
+            fused=fused,
+        )
         schedule = build_schedule(optimizer, optimizer_steps(self.trainer), args.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -361,7 +369,9 @@ class LlavaTraining(LightningModule):
         if not self.trainer.training:
             self._check_same_model(saved["model"], checkpoint["hyper_parameters"])
             return
-        check_same_identity(saved, self.identity, "the checkpoint", RESUME_ADVICE)
+        check_same_identity(
+            saved, current=self.identity, source="the checkpoint", advice=RESUME_ADVICE
+        )
         devices = checkpoint["progress"]["devices"]
         if devices != self.trainer.world_size:
             raise UserError(

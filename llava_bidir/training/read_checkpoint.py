@@ -18,7 +18,7 @@ from .module import LlavaTraining
 def export_checkpoint(checkpoint: Path, out: Path) -> None:
     """Export the model of a checkpoint to a folder; see :func:`read_checkpoint`."""
     model, processor, training = read_checkpoint(checkpoint)
-    export_hf(model, processor, out, training)
+    export_hf(model, processor=processor, out=out, training=training)
 
 
 def read_checkpoint(

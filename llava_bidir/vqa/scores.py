@@ -126,6 +126,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "scienceqa": Benchmark("scienceqa_img", {"SQA-I": EXACT}),
     "textvqa": Benchmark("textvqa_val", {"TextVQA": EXACT}, "image_id"),
     # the prompt of LLaVA-1.5, with the OCR tokens of the dataset
-    "textvqa_ocr": Benchmark("textvqa_val", {"TextVQA OCR": EXACT}, "image_id", WITH_OCR),
+    "textvqa_ocr": Benchmark(
+        task="textvqa_val", columns={"TextVQA OCR": EXACT}, unit="image_id", overrides=WITH_OCR
+    ),
     "vizwiz": Benchmark("vizwiz_vqa_val", {"VizWiz": EXACT}, "question_id"),
 }

@@ -254,7 +254,9 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
         results = header | _made_from(run, options) | result.rows
         files = {file.with_suffix(".safetensors"): result.tensors} if result.tensors else {}
         if result.effects:
-            files |= effects_files(run, analysis.name, result.effects, options.folder)
+            files |= effects_files(
+                run, analysis=analysis.name, effects=result.effects, folder=options.folder
+            )
         write_files(files | {file: results})
         shutil.rmtree(partial, ignore_errors=True)
     for line in analysis.lines(results):

@@ -131,6 +131,8 @@ def curves_by_layer(rows: Rows, looks: Mapping[str, Curve], name: str, value: st
     curves = []
     for wanted, look in looks.items():
         own = [row for row in rows if row[name] == wanted]
-        points = [Point(row["layer"], row[value], row["low"], row["high"]) for row in own]
+        points = [
+            Point(x=row["layer"], value=row[value], low=row["low"], high=row["high"]) for row in own
+        ]
         curves.append(look._replace(points=points))
     return curves

@@ -80,7 +80,7 @@ def write_effects(run: "ProbeRun", analysis: str, effects: Mapping[str, "Estimat
                 f"effect {name!r} of {run.path} has {len(estimate.resampled)} resamplings; expected "
                 f"{len(run.weights)}, one for each row of run.weights"
             )
-    files = effects_files(run, analysis, effects, run.path)
+    files = effects_files(run, analysis=analysis, effects=effects, folder=run.path)
     write_files(files)
     return next(iter(files))
 

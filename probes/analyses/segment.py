@@ -37,7 +37,7 @@ def run(options: SegmentOptions) -> None:
     site = run.check_site(options.site)
     _check_paths(photos, out)
     with exclusive_run_lock(out, "legend.json"):
-        files, shares = segment(run, photos, site, out)
+        files, shares = segment(run, photos=photos, site=site, out=out)
         write_files(files)
     named = zip(shares, run.metrics["classes"], strict=True)
     largest = sorted(named, key=lambda pair: -pair[0])[:3]

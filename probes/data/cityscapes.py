@@ -58,7 +58,7 @@ class Cityscapes(SegmentationDataset):
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "cityscapes", ("leftImg8bit", "gtFine"))
         images = _files_of(root, split, "leftImg8bit")
-        masks = _files_of(root, split, "gtFine", "_gtFine_labelIds")
+        masks = _files_of(root, split=split, folder="gtFine", ending="_gtFine_labelIds")
         files = pair_files(images, masks, f"{root}, {split}")
         super().__init__(files, CLASSES, LOOKUP, PALETTE, _cities(files))
         self.official_size = SIZES[split]
@@ -67,7 +67,12 @@ class Cityscapes(SegmentationDataset):
 def _files_of(root: Path, split: str, folder: str, ending: str = "") -> dict[str, Path]:
     """Return the files of ROOT/FOLDER/SPLIT/CITY by name, without their ending, _FOLDER by default."""
     suffixes = (".png", ".json")
-    return files_by_name(root / folder / SPLITS[split], suffixes, ending or f"_{folder}", "*/*")
+    return files_by_name(
+        root / folder / SPLITS[split],
+        suffixes=suffixes,
+        ending=ending or f"_{folder}",
+        pattern="*/*",
+    )
 
 
 def _cities(files: dict[str, tuple[Path, ...]]) -> list[str]:
@@ -92,8 +97,10 @@ class CityscapesDepth(DepthDataset):
         folders = ("leftImg8bit", "disparity", "camera")
         root = find_root(root, "cityscapes", folders)
         images, disparity, cameras = (_files_of(root, split, folder) for folder in folders)
-        pairs = pair_files(images, disparity, f"{root}, {split}", self.target_name)
-        pair_files(images, cameras, f"{root}, {split}", "camera")
+        pairs = pair_files(
+            images, targets=disparity, dataset=f"{root}, {split}", target_name=self.target_name
+        )
+        pair_files(images, targets=cameras, dataset=f"{root}, {split}", target_name="camera")
         files = {name: (*pair, cameras[name]) for name, pair in pairs.items()}
         super().__init__(files, None, MAX_DEPTH, _cities(files))
         self.official_size = SIZES[split]

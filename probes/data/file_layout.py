@@ -88,4 +88,4 @@ def pair_folders(
     """
     images = files_by_name(Path(root) / "images" / split, SUFFIXES)
     targets = files_by_name(Path(root) / folder / split, (".png",))
-    return pair_files(images, targets, f"{root}, {split}", target_name)
+    return pair_files(images, targets=targets, dataset=f"{root}, {split}", target_name=target_name)

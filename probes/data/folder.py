@@ -114,7 +114,7 @@ class FolderDepth(DepthDataset):
             is_valid &= type(value) in (int, float) and 1e-30 < value < 1e30
         if not is_valid:
             raise UserError(f"{path} is {settings}; expected positive numbers as in {expected}")
-        files = pair_folders(root, split, "depth", self.target_name)
+        files = pair_folders(root, split=split, folder="depth", target_name=self.target_name)
         super().__init__(files, settings["depth_scale"], settings.get("max_depth"))
 
 
@@ -130,7 +130,9 @@ class FolderNormals(NormalsDataset):
     """
 
     def __init__(self, root: str | Path, split: str):
-        super().__init__(pair_folders(root, split, "normals", self.target_name))
+        super().__init__(
+            pair_folders(root, split=split, folder="normals", target_name=self.target_name)
+        )
 
 
 class FolderBoundaries(InstanceBoundaries):
@@ -145,4 +147,6 @@ class FolderBoundaries(InstanceBoundaries):
     """
 
     def __init__(self, root: str | Path, split: str):
-        super().__init__(pair_folders(root, split, "instances", self.target_name))
+        super().__init__(
+            pair_folders(root, split=split, folder="instances", target_name=self.target_name)
+        )

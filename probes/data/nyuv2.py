@@ -52,7 +52,9 @@ class NYUv2Depth(DepthDataset):
             for pattern, suffixes in (("*/rgb_*", (".jpg", ".png")), ("*/sync_*", (".png",)))
         )
         super().__init__(
-            pair_files(images, depth, f"{root}, {split}", "depth map"), SCALE, MAX_DEPTH
+            pair_files(images, targets=depth, dataset=f"{root}, {split}", target_name="depth map"),
+            SCALE,
+            MAX_DEPTH,
         )
         self.official_size = SIZES[split]
         self.is_cropped = split == "validation"

@@ -94,7 +94,13 @@ class ProbeData:
                 warn(f"{self.root}: {images:,} {split} images, but {published:,} were published")
             share = range(rank(), images, rank_count())
             name = f"{self.name} {split}"
-            of_rank = read_pairs(dataset, name, share, self.num_workers, show_bar and rank() == 0)
+            of_rank = read_pairs(
+                dataset,
+                name=name,
+                indices=share,
+                workers=self.num_workers,
+                progress=show_bar and rank() == 0,
+            )
             of_split = ChainMap(*all_gather_objects(of_rank))
             pairs |= {f"{split}/{name}": of_split[i] for i, name in enumerate(dataset.names)}
         check_pairs([pair for pair in pairs.values() if isinstance(pair, str)], len(pairs))
@@ -116,7 +122,9 @@ class ProbeData:
 
     def validation_loader(self, images: PreprocessedDataset | CachedFeatures) -> DataLoader:
         """Return the loader of the validation images that are this process's."""
-        batches = validation_batches(len(images), self.rank_batch_size, rank(), rank_count())
+        batches = validation_batches(
+            len(images), batch_size=self.rank_batch_size, rank=rank(), world_size=rank_count()
+        )
         return self.loader(images, batches)
 
     def loader(self, images: PreprocessedDataset | CachedFeatures, batches) -> DataLoader:

@@ -63,7 +63,9 @@ def open_splits(data: DataOptions) -> dict[str, ImageDataset]:
         raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}")
     targets = TASKS[data.task].targets
     return {
-        split: open_dataset(data.dataset, data.root, split, data.options, targets)
+        split: open_dataset(
+            data.dataset, root=data.root, split=split, options=data.options, task=targets
+        )
         for split in ("training", "validation")
     }
 
@@ -91,7 +93,7 @@ def open_dataset(
     options = options or {}
     has_instances = dataset != "folder" or (Path(root) / "instances").is_dir()
     if task == "boundaries" and not (dataset in layouts and has_instances):
-        return ClassBoundaries(open_dataset(dataset, root, split, options))
+        return ClassBoundaries(open_dataset(dataset, root=root, split=split, options=options))
     if dataset not in layouts:
         raise UserError(
             f"there is no data.dataset {dataset!r} of {task}; expected one of {', '.join(layouts)}; {HINT}"

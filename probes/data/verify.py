@@ -118,9 +118,16 @@ def count_labels(target: ndarray, classes: int) -> LabelCounts:
     """
     if classes:
         found = np.bincount(target.ravel(), minlength=IGNORE_INDEX + 1)
-        return LabelCounts(1, found[:classes], found[:classes] > 0, found[IGNORE_INDEX])
+        return LabelCounts(
+            images=1,
+            pixels=found[:classes],
+            images_of_class=found[:classes] > 0,
+            ignored=found[IGNORE_INDEX],
+        )
     valid = np.isfinite(target).reshape(*target.shape[:2], -1).all(-1)
-    return LabelCounts(1, [valid.sum()], [valid.any()], (~valid).sum())
+    return LabelCounts(
+        images=1, pixels=[valid.sum()], images_of_class=[valid.any()], ignored=(~valid).sum()
+    )
 
 
 def join_counts(parts: Sequence[LabelCounts]) -> LabelCounts:

@@ -52,7 +52,13 @@ class ProbeDataModule(ProbeData, LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return the loader of one training epoch; after a resume, of the batches not trained yet."""
         source = self._source("training")
-        batches = TrainingBatches(len(source), self.batch_size, rank(), rank_count(), self.seed)
+        batches = TrainingBatches(
+            images=len(source),
+            batch_size=self.batch_size,
+            rank=rank(),
+            world_size=rank_count(),
+            seed=self.seed,
+        )
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
         return self.loader(source, batches)

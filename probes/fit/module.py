@@ -78,7 +78,9 @@ class ProbeModule(LightningModule):
         data = self.trainer.datamodule
         device = self.trainer.strategy.root_device
         args = self.hparams
-        probes = load_probes(args, data, device, args.head, args.feature_norm)
+        probes = load_probes(
+            args, data=data, device=device, head=args.head, feature_norm=args.feature_norm
+        )
         self.probes = probes
         self.task = probes.task
         # as parts of this module, so that Lightning moves, trains and saves them
@@ -119,7 +121,7 @@ class ProbeModule(LightningModule):
         if self.saves_predictions:
             names = self.trainer.datamodule.splits["validation"].names
             folder = Path(self.trainer.default_root_dir) / "predictions"
-            save_predictions(self.probes, logits, batch, names, folder)
+            save_predictions(self.probes, logits=logits, batch=batch, names=names, folder=folder)
 
     def on_validation_epoch_end(self) -> None:
         """Score every probe, and keep the weights of those with a new best score."""
@@ -153,14 +155,14 @@ class ProbeModule(LightningModule):
         data = self.trainer.datamodule
         if self.trainer.is_global_zero:
             record = RunRecord(
-                self.hparams,
-                self.identity,
-                self.probe_settings(),
-                self.history,
-                [data.epochs_of(step) for step in self.validated_at],
+                settings=self.hparams,
+                identity=self.identity,
+                probe=self.probe_settings(),
+                history=self.history,
+                epochs=[data.epochs_of(step) for step in self.validated_at],
             )
             out = self.trainer.default_root_dir
-            save_run(self.probes, record, data, counted, out)
+            save_run(self.probes, record=record, data=data, counted=counted, out=out)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with polynomial decay."""
@@ -205,7 +207,10 @@ class ProbeModule(LightningModule):
         """
         if self._trainer is not None and self.trainer.training:
             check_same_identity(
-                checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
+                checkpoint.get("identity"),
+                current=self.identity,
+                source="the checkpoint",
+                advice=RESUME_ADVICE,
             )
         for name in VALIDATIONS:
             setattr(self, name, checkpoint[name])

@@ -46,7 +46,10 @@ def run(options: LabOptions) -> None:
             host = socket.gethostname()
         token = secrets.token_urlsafe(24)
         server = build_server(
-            session, Worker(), token, {"localhost", host.lower(), (options.host or host).lower()}
+            session,
+            worker=Worker(),
+            token=token,
+            hosts={"localhost", host.lower(), (options.host or host).lower()},
         )
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={token}", flush=True)
         # not raised where a script starts the lab in the background
@@ -66,7 +69,7 @@ def build_server(
     from .server import build_app
 
     config = uvicorn.Config(
-        build_app(session, worker, token, hosts),
+        build_app(session, worker=worker, token=token, hosts=hosts),
         http="h11",
         ws="none",
         lifespan="off",

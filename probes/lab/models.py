@@ -136,7 +136,7 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
     for name, run in zip(names, runs, strict=True):
         label = f"{name}, {run.path}" if names.count(name) > 1 else name
         mllm, heads = run.loaded
-        models.append(LabModel(label, str(run.path), mllm, run, heads))
+        models.append(LabModel(label=label, source=str(run.path), mllm=mllm, run=run, probes=heads))
     return models
 
 
@@ -144,7 +144,7 @@ def load_checkpoint(path: str) -> list[LabModel]:
     """Load a checkpoint without probes."""
     mllm = probes.load(path)
     label = mllm.image_attention if mllm.has_llm else ENCODER
-    return [LabModel(label, path, mllm, None, {})]
+    return [LabModel(label=label, source=path, mllm=mllm, run=None, probes={})]
 
 
 def open_split(model: LabModel) -> tuple[Any, list[list[int]], str]:

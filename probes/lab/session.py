@@ -166,7 +166,9 @@ class Session:
 
         def log_probability(knockout: Knockout | None) -> float:
             pixels = mllm.preprocess([square])
-            return mllm.answer_log_probs(pixels, request.question, [text], knockout).item()
+            return mllm.answer_log_probs(
+                pixels, question=request.question, answers=[text], knockout=knockout
+            ).item()
 
         with job.watched(mllm):
             text = answer(None)

@@ -120,7 +120,7 @@ def text_states(
         raise UserError(
             "a question or an answer contains the image's placeholder; remove it from the text"
         )
-    masks = _text_masks(mllm, batch, text, knockout)
+    masks = _text_masks(mllm, batch=batch, text=text, knockout=knockout)
     ids = torch.cat([mllm.ids[0], text.ids.to(mllm.device)]).expand(batch, -1)
     is_image = _is_image(mllm, text)
     pixels = pixels.to(mllm.device, mllm.model.dtype)
@@ -140,7 +140,9 @@ def text_states(
 
     with ExitStack() as stack:
         if knockout:
-            stack.enter_context(_cut_text(mllm, text, knockout, masks, effect))
+            stack.enter_context(
+                _cut_text(mllm, text=text, knockout=knockout, masks=masks, effect=effect)
+            )
         stack.enter_context(replaced_states(mllm, hooks or {}))
         stack.enter_context(with_arguments(mllm.decoder, of_tree))
         output = mllm.model.model(
@@ -168,9 +170,11 @@ def _text_masks(
     if mllm.family.question_in_prefix and mllm.image_attention == "prefix":
         question = int((~text.sets[ANSWER]).sum())
         block = torch.ones(batch, tokens + question, dtype=torch.bool, device=mllm.device)
-        masks = build_decoder_masks(mllm.image_attention, config, block, mllm.model.dtype)
+        masks = build_decoder_masks(
+            mllm.image_attention, text_config=config, is_image=block, dtype=mllm.model.dtype
+        )
     window = config.sliding_window if SLIDING in layer_kinds(config) else None
-    return _append_text(masks, tokens, text, window)
+    return _append_text(masks, tokens=tokens, text=text, window=window)
 
 
 def _is_image(mllm: nn.Module, text: TextTree) -> Tensor:
@@ -186,7 +190,14 @@ def _cut_text(
     sets = {}
     for name, tokens in text.sets.items():
         sets[name] = torch.cat([before, tokens]).to(mllm.device)
-    return knockout.apply(mllm.layers, masks, _is_image(mllm, text), len(mllm.layers), sets, effect)
+    return knockout.apply(
+        mllm.layers,
+        masks=masks,
+        is_image=_is_image(mllm, text),
+        depth=len(mllm.layers),
+        text=sets,
+        effect=effect,
+    )
 
 
 def _append_text(masks: Masks, tokens: int, text: TextTree, window: int | None) -> Masks:
@@ -200,7 +211,9 @@ def _append_text(masks: Masks, tokens: int, text: TextTree, window: int | None) 
     """
     if isinstance(masks, dict):
         return {
-            kind: _append_text(mask, tokens, text, window if kind == SLIDING else None)
+            kind: _append_text(
+                mask, tokens=tokens, text=text, window=window if kind == SLIDING else None
+            )
             for kind, mask in masks.items()
         }
     first = masks.shape[-1]
@@ -236,8 +249,8 @@ def score_answers(
     scores = []
     for share in [answers] if has_masks else [[answer] for answer in answers]:
         text = TextTree.from_ids(mllm.chat.question_ids(question), mllm.chat.answer_ids(share))
-        states, _ = text_states(mllm, pixels, text, knockout, hooks)
-        scores.append(_score_text(mllm, states, text, len(share)))
+        states, _ = text_states(mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks)
+        scores.append(_score_text(mllm, states=states, text=text, answers=len(share)))
     return torch.cat(scores, 1)
 
 
@@ -279,7 +292,7 @@ def attend_from_answer(
         ]
 
     with capture_attention(mllm.layers, record):
-        text_states(mllm, pixels, text, knockout, hooks)
+        text_states(mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks)
     return {site: torch.stack(weights[site]) for site in sites}
 
 
@@ -305,7 +318,9 @@ def generate_answer(
     effect = None
     if knockout and ANSWER in knockout.names("rows"):
         effect = torch.zeros(1, dtype=torch.bool, device=mllm.device)
-    states, first_position = text_states(mllm, pixels, text, knockout, hooks, cache, effect)
+    states, first_position = text_states(
+        mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks, cache=cache, effect=effect
+    )
     word_head = mllm.word_head(FINAL_NORM)
     for _ in range(min(max_new_tokens, room)):
         token = int(word_head(states[:, -1]).argmax())
@@ -316,7 +331,7 @@ def generate_answer(
             on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
         cut = nullcontext()
         if effect is not None:  # rows of the knockout are tokens of the answer
-            cut = _cut_step(mllm, ids, answer, knockout, effect)
+            cut = _cut_step(mllm, question=ids, answer=answer, knockout=knockout, effect=effect)
         with cut:
             # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
             output = mllm.model.model(
@@ -338,8 +353,10 @@ def _cut_step(
     """Cut the attention of the last token of an answer, of which there is one row, until the stack is closed."""
     # the last token of an answer in a tree does not run, so one more is appended
     text = TextTree.from_ids(question, [[*answer, 0]])
-    masks = last_rows(_text_masks(mllm, 1, text, knockout), 1)
+    masks = last_rows(_text_masks(mllm, batch=1, text=text, knockout=knockout), 1)
     with ExitStack() as stack:
-        stack.enter_context(_cut_text(mllm, text, knockout, masks, effect))
+        stack.enter_context(
+            _cut_text(mllm, text=text, knockout=knockout, masks=masks, effect=effect)
+        )
         stack.enter_context(decode_under(mllm.decoder, masks))
         return stack.pop_all()

@@ -151,7 +151,9 @@ class FrozenMLLM(FrozenModel):
             depth = min(self.sites.index(layer_around(last)) - 1, len(self.layers))
         with ExitStack() as stack:
             if knockout and depth:
-                stack.enter_context(knockout.apply(self.layers, masks, self.is_image, depth))
+                stack.enter_context(
+                    knockout.apply(self.layers, masks=masks, is_image=self.is_image, depth=depth)
+                )
             if masks is not None:
                 stack.enter_context(decode_under(self.decoder, masks))
             yield
@@ -241,7 +243,15 @@ class FrozenMLLM(FrozenModel):
         """
         images = self.preprocess(image)
         answers = [
-            generate_answer(self, pixels, question, knockout, max_new_tokens, on_token, hooks)
+            generate_answer(
+                self,
+                pixels=pixels,
+                question=question,
+                knockout=knockout,
+                max_new_tokens=max_new_tokens,
+                on_token=on_token,
+                hooks=hooks,
+            )
             for pixels in images.split(1)
         ]
         return answers[0] if isinstance(image, str | Path | Image.Image) else answers
@@ -278,7 +288,14 @@ class FrozenMLLM(FrozenModel):
         """
         sites = self._check_layers(sites)
         return attend_from_answer(
-            self, pixels, question, answer, sites, knockout, hooks, average_heads
+            self,
+            pixels=pixels,
+            question=question,
+            answer=answer,
+            sites=sites,
+            knockout=knockout,
+            hooks=hooks,
+            average_heads=average_heads,
         )
 
     def answer_log_probs(
@@ -306,7 +323,9 @@ class FrozenMLLM(FrozenModel):
         Raises:
             UserError: As :meth:`answer`, or a text is empty.
         """
-        return score_answers(self, pixels, question, answers, knockout, hooks)
+        return score_answers(
+            self, pixels=pixels, question=question, answers=answers, knockout=knockout, hooks=hooks
+        )
 
     def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
         """Return the masks among prefix and image tokens, bool[B, 1, N, N] (True = may attend), before any knockout.
@@ -322,7 +341,10 @@ class FrozenMLLM(FrozenModel):
         ):
             return None
         return build_decoder_masks(
-            self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype
+            self.image_attention,
+            text_config=text_config,
+            is_image=self.is_image.expand(batch, -1),
+            dtype=self.model.dtype,
         )
 
     def measured_mask(self) -> MeasuredMask:

@@ -86,7 +86,9 @@ class FrozenModel(nn.Module):
         colour = resize_rule.padding or mean_colour
         side = family.side_px(model.config)
         covered = family.covered_px(model.config)
-        self.geometry = Geometry(self.grid, side, covered, resize_rule, colour)
+        self.geometry = Geometry(
+            grid=self.grid, image_px=side, covered_px=covered, rule=resize_rule, padding=colour
+        )
         self.eval()
 
     def state_bytes(self, sites: Iterable[str]) -> int:
@@ -171,7 +173,13 @@ class FrozenModel(nn.Module):
                 infinite.
         """
         wanted = self.check_sites(sites)
-        return read_states(self, pixels, wanted, knockout, rows, hooks or {}) if wanted else {}
+        return (
+            read_states(
+                self, pixels=pixels, sites=wanted, knockout=knockout, rows=rows, hooks=hooks or {}
+            )
+            if wanted
+            else {}
+        )
 
     forward = states
 
@@ -222,7 +230,15 @@ class FrozenModel(nn.Module):
         sites = self._check_layers(sites)
         every_token = torch.ones(self.image_tokens, dtype=torch.bool)
         queries = [(image, every_token) for image in range(len(pixels))]
-        weights = read_attention(self, pixels, sites, queries, knockout, hooks, average_heads)
+        weights = read_attention(
+            self,
+            pixels=pixels,
+            sites=sites,
+            queries=queries,
+            knockout=knockout,
+            hooks=hooks,
+            average_heads=average_heads,
+        )
         return {site: torch.stack([of_image[site] for of_image in weights]) for site in sites}
 
     def check_pixels(self, pixels: Tensor) -> None:

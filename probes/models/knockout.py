@@ -103,15 +103,21 @@ class Knockout:
                 over nothing attends to all tokens, also later ones, or is NaN).
         """
         queries = mask.shape[-2]
-        rows = self._tokens("rows", len(mask), is_image, text).to(mask.device)[:, -queries:]
-        columns = self._tokens("columns", len(mask), is_image, text).to(mask.device)
+        rows = self._tokens("rows", batch=len(mask), is_image=is_image, text=text).to(mask.device)[
+            :, -queries:
+        ]
+        columns = self._tokens("columns", batch=len(mask), is_image=is_image, text=text).to(
+            mask.device
+        )
         forbidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         cut = mask.masked_fill((rows[:, :, None] & columns[:, None])[:, None], forbidden)
         left = is_allowed(cut[:, 0]).any(-1) | ~rows
         if not left.all():
             image, token = (~left).nonzero()[0].tolist()
             raise UserError(
-                self._no_keys(image, token + len(is_image) - queries, columns, is_image)
+                self._no_keys(
+                    image, token=token + len(is_image) - queries, columns=columns, is_image=is_image
+                )
             )
         return cut
 

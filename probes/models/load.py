@@ -104,14 +104,33 @@ def load(
     }
     if isinstance(path, nn.Module | EncoderModule) or is_source(path):
         _check_absent(of_checkpoints, "a module is no checkpoint of transformers")
-        encoder = _load_module(path, described, dtype, image_px, image_resize)
+        encoder = _load_module(
+            path, described=described, dtype=dtype, image_px=image_px, image_resize=image_resize
+        )
         check_matches(encoder.model.config, match)
-        check_control(encoder.family, untrained, match, match_images, update_scales, draw)
+        check_control(
+            encoder.family,
+            parts=untrained,
+            match=match,
+            images=match_images,
+            scales=update_scales,
+            draw=draw,
+        )
         own = encoder.own_image_attention
-        check_encoder("a module", own, image_attention, prefix, "sdpa")
+        check_encoder(
+            "a module", own=own, image_attention=image_attention, prefix=prefix, backend="sdpa"
+        )
         encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if untrained:
-            replace_weights(encoder, untrained, match, draw, seed, match_images, update_scales)
+            replace_weights(
+                encoder,
+                parts=untrained,
+                match=match,
+                draw=draw,
+                seed=seed,
+                images=match_images,
+                scales=update_scales,
+            )
         return encoder
     check_names_function(path)
     _check_absent(described, f"they are of modules, and {path} is a checkpoint")
@@ -125,7 +144,9 @@ def load(
     family = family_of(config)
     if image_px is not None:
         family = family.with_side(image_px, config)
-    check_control(family, untrained, match, match_images, update_scales, draw)
+    check_control(
+        family, parts=untrained, match=match, images=match_images, scales=update_scales, draw=draw
+    )
     check_numbers(path, family, config)
     own = own_image_attention(config)
     spread = {} if device_map is None else {"device_map": device_map}
@@ -136,7 +157,9 @@ def load(
         check_masks(attention, config.get_text_config(), backend)
     else:
         backend = attn_implementation or "sdpa"
-        check_encoder(path, own, image_attention, prefix, backend)
+        check_encoder(
+            path, own=own, image_attention=image_attention, prefix=prefix, backend=backend
+        )
     model = load_weights(
         "MLLM",
         family.model_cls,
@@ -150,20 +173,42 @@ def load(
     rule = rule.replaced_by(getattr(config, "image_resize", None)).replaced_by(image_resize)
     commit = getattr(hub["revision"], "resolved", None)
     if family.has_llm:
-        ids = read_prefix_ids(path, family, prefix, **hub)
+        ids = read_prefix_ids(path, family=family, prefix=prefix, **hub)
         if not ids and attention == "causal":
             warnings.warn(IMAGE_FIRST, stacklevel=2)
         separator_id = read_separator_id(path, family, **hub)
         chat = partial(read_dialogue, path, family, **hub)
         mllm = FrozenMLLM(
-            model, family, processors, ids, attention, rule, separator_id, commit, chat
+            model=model,
+            family=family,
+            image_processors=processors,
+            prefix_ids=ids,
+            image_attention=attention,
+            resize_rule=rule,
+            separator_id=separator_id,
+            revision=commit,
+            read_chat=chat,
         )
     else:
-        mllm = FrozenEncoder(model, family, processors, rule, commit)
+        mllm = FrozenEncoder(
+            model=model,
+            family=family,
+            image_processors=processors,
+            resize_rule=rule,
+            revision=commit,
+        )
     if device_map is None:
         mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if untrained:
-        replace_weights(mllm, untrained, match, draw, seed, match_images, update_scales)
+        replace_weights(
+            mllm,
+            parts=untrained,
+            match=match,
+            draw=draw,
+            seed=seed,
+            images=match_images,
+            scales=update_scales,
+        )
     return mllm
 
 
@@ -189,7 +234,9 @@ def _load_module(
     if dtype not in (None, "auto"):
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     rule = encoder.resize_rule.replaced_by(image_resize)
-    return FrozenEncoder(model, family_of(model.config), [processor], rule)
+    return FrozenEncoder(
+        model=model, family=family_of(model.config), image_processors=[processor], resize_rule=rule
+    )
 
 
 def _check_absent(arguments: Mapping[str, Any], why: str) -> None:

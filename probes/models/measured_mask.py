@@ -146,7 +146,11 @@ class MeasuredMask:
         differing = differs.any(1).nonzero().flatten().tolist()
         names = [layer_site(layers[i] + 1) for i in differing]
         return Direction(
-            name, seen.float().mean().item(), share, wrong.float().mean().item(), names
+            name=name,
+            measured=seen.float().mean().item(),
+            claimed=share,
+            forbidden=wrong.float().mean().item(),
+            layers=names,
         )
 
 
@@ -201,7 +205,10 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
             stack.enter_context(around(layer, measure))
         if mllm.image_attention != mllm.own_image_attention:
             masks = build_decoder_masks(
-                mllm.image_attention, text_config, is_image, mllm.model.dtype
+                mllm.image_attention,
+                text_config=text_config,
+                is_image=is_image,
+                dtype=mllm.model.dtype,
             )
             stack.enter_context(decode_under(mllm.decoder, masks))
         inputs = mllm.family.inputs(mllm.model, pixels, is_image)
@@ -257,7 +264,9 @@ def _claimed(mllm: nn.Module, is_image: Tensor, kinds: list[str]) -> Tensor:
     distinct = list(dict.fromkeys(kinds))
     tokens = is_image.shape[1]
     if supports_masks(text_config):
-        masks = build_decoder_masks(mllm.image_attention, text_config, is_image, mllm.model.dtype)
+        masks = build_decoder_masks(
+            mllm.image_attention, text_config=text_config, is_image=is_image, dtype=mllm.model.dtype
+        )
         allowed = [is_allowed(mask)[0, 0].cpu() for mask in as_list(masks)]
     else:
         allowed = [torch.ones(tokens, tokens, dtype=torch.bool).tril()] * len(distinct)

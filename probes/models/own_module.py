@@ -120,7 +120,7 @@ def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProce
         if encoder.parts:
             layer.own_parts = {part: (path,) for part, path in encoder.parts.items()}
     with torch.no_grad():
-        states = check_layers(model, layers, names, encoder.parts)
+        states = check_layers(model, layers=layers, names=names, parts=encoder.parts)
         config.extra_tokens = check_tokens(model, layers[0])
         if encoder.norm:
             states.append(module_at(model.module, encoder.norm)(states[-1]))
@@ -258,7 +258,7 @@ def check_layers(
             )
         if parts:
             added = [kept[name, part][0] for part in parts if (name, part) in kept]
-            _check_parts(name, before, after, added)
+            _check_parts(name, before=before, after=after, added=added)
         states.append(after)
     for (path, what), read in kept.items():
         if what == "unnamed" and read[0].shape == states[0].shape:

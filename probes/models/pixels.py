@@ -124,7 +124,9 @@ def _resize_rule(settings: dict[str, Any], family: Family | EncoderFamily) -> Re
         return ResizeRule(
             family.image_resize or "squash",
             resample,
-            before_thumbnail=_ratio("size", size, "max_image_size", thumbnail),
+            before_thumbnail=_ratio(
+                "size", resized=size, kept_name="max_image_size", kept=thumbnail
+            ),
             splits=bool(settings.get("do_image_splitting")),
         )
     way = "pad" if settings.get("do_pad") else "squash"
@@ -135,7 +137,7 @@ def _resize_rule(settings: dict[str, Any], family: Family | EncoderFamily) -> Re
     crop = settings.get("crop_size")
     if size is None or crop is None:
         return ResizeRule(way, resample)
-    return ResizeRule(way, resample, _ratio("size", size, "crop_size", crop))
+    return ResizeRule(way, resample, _ratio("size", resized=size, kept_name="crop_size", kept=crop))
 
 
 def _is_of_shorter_side(size: Any, to_square: bool) -> bool:

@@ -110,7 +110,13 @@ def read_chat(path: str, family: Family, **hub: Any) -> Chat:
     """
     tokenizer = load_tokenizer("tokenizer", path, **hub)
     if family.own_template:
-        return Chat(path, tokenizer, family.own_template, family.placeholder, "")
+        return Chat(
+            path=path,
+            tokenizer=tokenizer,
+            template=family.own_template,
+            placeholder=family.placeholder,
+            image_end_text="",
+        )
     with error_context(f"chat template of {path}"):
         settings, _ = ProcessorMixin.get_processor_dict(path, **hub)
         template = settings.get("chat_template") or tokenizer.chat_template
@@ -120,7 +126,13 @@ def read_chat(path: str, family: Family, **hub: Any) -> Chat:
         raise UserError(
             f"{path} has no chat template, which defines the text before the image; {PREFIX_ADVICE}"
         )
-    return Chat(path, tokenizer, template, family.placeholder, family.image_end_text)
+    return Chat(
+        path=path,
+        tokenizer=tokenizer,
+        template=template,
+        placeholder=family.placeholder,
+        image_end_text=family.image_end_text,
+    )
 
 
 def read_dialogue(path: str, family: Family, **hub: Any) -> Chat:

@@ -153,7 +153,9 @@ def replace_weights(
     try:
         for module in moved:
             module.cpu()
-        reinitialize(mllm.model, mllm.family, parts, seed + DRAW_SEEDS * draw, match)
+        reinitialize(
+            mllm.model, family=mllm.family, parts=parts, seed=seed + DRAW_SEEDS * draw, match=match
+        )
     finally:
         for module in moved:
             module.to(device)
@@ -162,7 +164,7 @@ def replace_weights(
     mllm.update_scales = [1.0] * len(mllm.layers) if scales is None else list(scales)
     with scale_layers(mllm, mllm.update_scales) as hooks:
         if pixels is not None:
-            match_updates(mllm, pixels, updates, mllm.update_scales)
+            match_updates(mllm, pixels=pixels, updates=updates, scales=mllm.update_scales)
         return hooks.pop_all()
 
 

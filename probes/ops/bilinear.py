@@ -104,7 +104,9 @@ def make_plan(
         last = first + len(list(group))
         for start in range(first, last, most):
             stop = min(start + most, last)
-            bands.append(Band(start, stop, lo, hi, fractions[start:stop]))
+            bands.append(
+                Band(start=start, stop=stop, lo=lo, hi=hi, fractions=fractions[start:stop])
+            )
         first = last
     highest = max(band.stop - band.start for band in bands)
     # Tile widths are multiples of 32: a maximum over classes vectorises along pixels in such steps only.
@@ -112,7 +114,9 @@ def make_plan(
     tiles = tuple(slice(x, min(x + tile, n_cols)) for x in range(0, n_cols, tile))
     # The h upsampled rows count as well: if the grid is finer than the mask, they are larger than a band.
     per_image = max(highest, h // 8) * classes * tile
-    return ResamplingPlan(cols, tuple(bands), tiles, max(1, min(images, numel // per_image)))
+    return ResamplingPlan(
+        cols=cols, bands=tuple(bands), tiles=tiles, images=max(1, min(images, numel // per_image))
+    )
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -128,8 +132,8 @@ def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = N
     """
     view = view or GridPlacement.full(size)
     like = {"dtype": compute_dtype(maps), "device": maps.device}
-    rows = bilinear_weights(maps.shape[-2], size[0], view.rows, **like)
-    cols = bilinear_weights(maps.shape[-1], size[1], view.cols, **like)
+    rows = bilinear_weights(maps.shape[-2], n_out=size[0], extent=view.rows, **like)
+    cols = bilinear_weights(maps.shape[-1], n_out=size[1], extent=view.cols, **like)
     with torch.autocast(maps.device.type, enabled=False):
         return rows @ maps.to(rows.dtype) @ cols.T
 
@@ -152,9 +156,17 @@ def upsampled_argmax(
         from probes.ops.kernels.argmax_counts import argmax_map
         from probes.ops.kernels.grid_cells import cells
 
-        rows, cols = cells((h, w), size, view, logits.device)
+        rows, cols = cells((h, w), size=size, view=view, device=logits.device)
         return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
-    plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view)
+    plan = make_plan(
+        max(1, len(grids)),
+        classes=classes,
+        grid=(h, w),
+        size=size,
+        dtype=dtype,
+        device=logits.device,
+        view=view,
+    )
     out = logits.new_empty(
         (len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16
     )

@@ -205,7 +205,9 @@ class Geometry:
         is_labelled = (labels >= 0) & (labels != IGNORE_INDEX)
         classes, number = labels[is_labelled].unique(return_inverse=True)
         numbers = torch.full(size, len(classes)).masked_scatter(is_labelled, number)
-        majority = majority_labels(numbers[None], len(classes), token, tokens)[0]
+        majority = majority_labels(numbers[None], classes=len(classes), token=token, tokens=tokens)[
+            0
+        ]
         return torch.cat([classes, classes.new_tensor([-1])])[majority].view(self.grid)
 
     def _resized(self, length: int, size: Sequence[int]) -> int:

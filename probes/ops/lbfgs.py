@@ -112,7 +112,7 @@ def minimise(
         active = [i for i in active if i not in trying]
         if not active:
             break
-    return Minimum(points, value, gradient, decrease)
+    return Minimum(points=points, value=value, gradient=gradient, decrease=decrease)
 
 
 def quasi_newton(

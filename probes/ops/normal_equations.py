@@ -70,8 +70,8 @@ def normal_equations(target: Tensor, grid: tuple[int, int], view: GridPlacement)
     """
     size = target.shape[1:3]
     like = {"dtype": torch.float64, "device": target.device}
-    rows = bilinear_weights(grid[0], size[0], view.rows, **like)
-    cols = bilinear_weights(grid[1], size[1], view.cols, **like)
+    rows = bilinear_weights(grid[0], n_out=size[0], extent=view.rows, **like)
+    cols = bilinear_weights(grid[1], n_out=size[1], extent=view.cols, **like)
     target = target.double()
     labelled = target.isfinite().all(-1)
     y = torch.where(labelled[..., None], target, 0)
@@ -86,7 +86,10 @@ def normal_equations(target: Tensor, grid: tuple[int, int], view: GridPlacement)
     projected = rows.T @ y.permute(0, 3, 1, 2) @ cols  # [B, K, h, w]
     weight = rows.T @ valid @ cols
     return NormalEquations(
-        couplings, weight.flatten(1), projected.flatten(2).mT, y.square().sum((1, 2))
+        couplings=couplings,
+        weight=weight.flatten(1),
+        projected=projected.flatten(2).mT,
+        square=y.square().sum((1, 2)),
     )
 
 

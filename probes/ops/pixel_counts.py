@@ -50,15 +50,15 @@ def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None) -> 
     sites, images, classes, h, w = logits.shape
     size = target.shape[1:]
     view = view or GridPlacement.full(size)
-    token = _token_of_pixel(view, (h, w), size, target.device)
+    token = _token_of_pixel(view, grid=(h, w), size=size, device=target.device)
     new = partial(target.new_zeros, dtype=torch.long)
     counts = Counts(  # before the large tensors, which memory is then free for
-        new(sites, images, classes),
-        new(sites, images, classes),
-        new(images, classes),
-        new(sites, images, h * w),
-        new(images, h * w),
-        new(images, h * w),
+        intersection=new(sites, images, classes),
+        predicted=new(sites, images, classes),
+        labelled=new(images, classes),
+        patch_right=new(sites, images, h * w),
+        patch_valid=new(images, h * w),
+        patch_class=new(images, h * w),
     )
     step = max(1, limit_on(target.device, PIXELS_AT_ONCE) // size.numel())
     for first in range(0, images, step):
@@ -67,15 +67,15 @@ def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None) -> 
         valid = labels != IGNORE_INDEX
         numbers = labels.long().where(valid, classes)
         intersection, predicted, patch_right = _count_predictions(
-            logits[:, part], labels, token, view
+            logits[:, part], target=labels, token=token, view=view
         )
         found = Counts(
-            intersection,
-            predicted,
-            _histogram(numbers, valid, classes),
-            patch_right,
-            _histogram(token.expand_as(labels), valid, h * w),
-            majority_labels(numbers, classes, token, h * w),
+            intersection=intersection,
+            predicted=predicted,
+            labelled=_histogram(numbers, valid, classes),
+            patch_right=patch_right,
+            patch_valid=_histogram(token.expand_as(labels), valid, h * w),
+            patch_class=majority_labels(numbers, classes=classes, token=token, tokens=h * w),
         )
         for of_all, of_part in zip(counts, found, strict=True):
             of_all[..., part, :] = of_part

@@ -154,8 +154,12 @@ def prepare_masks(
     view = view or GridPlacement.full(size)
     axes = []
     for n, pixels, extent in zip(grid, size, view, strict=True):
-        from_tokens, to_pixels = (x.to(**like) for x in axis_rule(n, pixels, extent, nodes))
-        axes.append((from_tokens, to_pixels, bilinear_weights(n, pixels, extent, **like)))
+        from_tokens, to_pixels = (
+            x.to(**like) for x in axis_rule(n, pixels=pixels, extent=extent, nodes=nodes)
+        )
+        axes.append(
+            (from_tokens, to_pixels, bilinear_weights(n, n_out=pixels, extent=extent, **like))
+        )
     (rows, by_row, up_rows), (cols, by_col, up_cols) = axes
     with torch.autocast(target.device.type, enabled=False):
         mass = by_row.T @ labelled.to(dtype) @ by_col
@@ -163,11 +167,11 @@ def prepare_masks(
         for k in _classes_in(target, num_classes, ignore_index):
             soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
     return PreparedMasks(
-        mass,
-        soft,
-        labelled.sum((1, 2)).to(sum_dtype(target.device)),
-        ((rows, cols),),
-        (0,) * len(target),
+        mass=mass,
+        soft=soft,
+        pixels=labelled.sum((1, 2)).to(sum_dtype(target.device)),
+        rules=((rows, cols),),
+        rule_of=(0,) * len(target),
     )
 
 

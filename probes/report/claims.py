@@ -73,7 +73,7 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     effects = effects_of_study(study)
     claims = []
     for (name, claim), (mask, run) in product(CLAIMS.items(), study.main_runs.items()):
-        case = Case(study, name, mask, effects)
+        case = Case(study=study, name=name, mask=mask, effects=effects)
         number = case.number(name, study.is_solved)
         if not number:
             continue
@@ -172,7 +172,9 @@ def _beyond_random_column(case: Case) -> Entry:
         for (mask, control), estimate in compared.items():
             if mask == case.mask:
                 others = [x for x in compared.values() if x is not estimate and is_pooled]
-                columns[control] = judge_draws(sign, estimate, others, margin)
+                columns[control] = judge_draws(
+                    sign, compared=estimate, others=others, margin=margin
+                )
         if not columns:
             continue
         probes = "solved" if solved else "trained"
@@ -261,7 +263,9 @@ def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -
     for name in COLUMNS:
         columns = {seed: entry["verdicts"][name] for seed, entry in by_seed.items()}
         least = 0.0 if name == "paper" else margin
-        verdicts[name] = join_column(claim.sign, columns, shared_images, least)
+        verdicts[name] = join_column(
+            claim.sign, by_seed=columns, shared_images=shared_images, margin=least
+        )
     # the numbers of the main runs
     measured = {key: verdicts["paper"][key] for key in ("value", "ci95")}
     is_known = measured["value"] is not None
@@ -308,12 +312,12 @@ def join_column(
     of_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in entries]
     value, ci95 = mean_over_seeds(of_images, shared_images)
     if reason:
-        return untested(reason, value, ci95, **more)
+        return untested(reason, value=value, ci95=ci95, **more)
     below = [x["below_optimum"] for x in entries if x.get("below_optimum")]
     if len(below) > 1:
         mean = mean_over_seeds([(x["value"], x["ci95"]) for x in below], shared_images)
         more["below_optimum"] = dict(zip(("value", "ci95"), mean, strict=True))
-    return judge(sign, value, ci95, margin, len(entries) - 1, **more)
+    return judge(sign, value=value, ci95=ci95, margin=margin, df=len(entries) - 1, **more)
 
 
 def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:

@@ -79,20 +79,26 @@ def compare_runs(
     swaps = random_swaps(first.metrics["images"], permutations, groups=first.groups).double()
     pairs = pair_sites(first, second)
     tested = [pair for pair in pairs if has_depth(pair[0])]
-    p_of = _test_sites(first, second, tested, swaps)
+    p_of = _test_sites(first, second=second, pairs=tested, swaps=swaps)
     for pair in pairs:
         row = _row("site", pair[0], task, ours[pair[0]], theirs[pair[1]], *pair)
         yield row | {"p": p_of.get(pair)}
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
-            yield _row("effect", name, task, first.effects[name], second.effects[name])
+            yield _row(
+                "effect",
+                name=name,
+                task=task,
+                first=first.effects[name],
+                second=second.effects[name],
+            )
     best = (first.peak_layer, second.peak_layer)
     if all(best):
         layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
         about = {"of": BEST_LAYER, "name": BEST_LAYER, "site": best[0], "second_site": best[1]}
         yield about | difference_of_best(task.sign, *layers)
         if task.name == SEGMENTATION:
-            yield from compare_classes(first, second, best, swaps)
+            yield from compare_classes(first, second=second, sites=best, swaps=swaps)
 
 
 def has_depth(site: str) -> bool:

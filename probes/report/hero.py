@@ -184,10 +184,10 @@ def large_figure(view: ReportView) -> list[tuple[Frame, list[Mark]]]:
                 i: site if site in WRITTEN else site_tick(site) for i, site in enumerate(sites)
             }
         above = [
-            *end_labels(frame, view, shown, models > 1),
+            *end_labels(frame, view=view, readings=shown, many=models > 1),
             *best_site(frame, view, is_wide),
-            *grey_names(frame, view, shown, is_wide),
-            Mark("ylab", 2, 13, chart.unit, "start"),
+            *grey_names(frame, view=view, readings=shown, is_wide=is_wide),
+            Mark(look="ylab", x=2, y=13, text=chart.unit, anchor="start"),
         ]
         drawn.append((frame, above))
     return drawn
@@ -211,7 +211,7 @@ def end_labels(
             text = " ".join([*words, reading.rows[-1].value_text])
             look = f"end {colour_class(reading.model.number)}"
             below = y + (4 if is_last else 17)
-            yield Mark(look, frame.x(place) + 11, below, text, "start")
+            yield Mark(look=look, x=frame.x(place) + 11, y=below, text=text, anchor="start")
 
 
 def dodge(heights: Sequence[float], gap: float) -> list[float]:
@@ -239,13 +239,13 @@ def best_site(frame: Frame, view: ReportView, is_wide: bool) -> Iterator[Mark]:
         anchor, shift = ("end", 10) if x > frame.width / 2 else ("start", -10)
     name = f"best: {site_name(best.site)}" if is_wide else "best"
     top = max(22.0, frame.y(best.high) - 9)
-    yield Mark("best", x + shift, top, f"{name}, {best.value_text}%", anchor)
+    yield Mark(look="best", x=x + shift, y=top, text=f"{name}, {best.value_text}%", anchor=anchor)
     reached = lead.draws.get(best.site, [best.value])
     start, end = y + 12, frame.y(max(reached)) - 2
     if best.minus_random > 0 and end - start > LEAST_GAP * (frame.base - frame.top):
         yield Mark("gap", path=f"M{x} {start:.1f}V{end:.1f}M{x - 4:.1f} {end:.1f}h8")
         said = best.minus_random_text + " beyond random" * is_wide
-        yield Mark("gaptext", x - 8, (start + end) / 2, said, "end")
+        yield Mark(look="gaptext", x=x - 8, y=(start + end) / 2, text=said, anchor="end")
 
 
 def grey_names(
@@ -260,7 +260,9 @@ def grey_names(
         name = GREY_NAMES.get(zone, "random layers")
         x, y = frame.x(point.x), frame.y(point.low) + 17
         if zone == "adapter" and frame.step > 110:
-            yield Mark("randtext", x + 18, frame.y(point.value) + 4, name, "start")
+            yield Mark(
+                look="randtext", x=x + 18, y=frame.y(point.value) + 4, text=name, anchor="start"
+            )
         elif zone != "adapter" or is_wide:
             row = lead.row(site)
             if row and frame.y(row.high) - 14 < y < frame.y(row.low) + 12:
@@ -269,4 +271,4 @@ def grey_names(
             while any(abs(height + 5 - y) < 12 for height in others):
                 y += 4
             if y < frame.base - 4:
-                yield Mark("randtext", x, y, name)
+                yield Mark(look="randtext", x=x, y=y, text=name)

@@ -97,8 +97,18 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
         names = sorted(path.relative_to(out).as_posix() for path in files)
-        page = render_page(view, sentences, studies, sections, site_figures, unfinished, names)
-        results = report_results(studies, claims, joint, tables, sections)
+        page = render_page(
+            view,
+            sentences=sentences,
+            studies=studies,
+            sections=sections,
+            site_figures=site_figures,
+            unfinished=unfinished,
+            files=names,
+        )
+        results = report_results(
+            studies, claims=claims, joint=joint, tables=tables, sections=sections
+        )
         results["summary"] = summarize(view, sentences, studies[0].first)
         results |= {"unfinished": unfinished} if unfinished else {}
         results |= {"files": names}
@@ -219,7 +229,7 @@ def figures_of_sites(view: ReportView) -> list[Figure]:
             for data, own in parts.grouped(of_task, "data").items()
         ]
         name = "layers" if task == SEGMENTATION else f"layers_{task}"
-        figures.append(Figure(name, "Scores by site", "", panels))
+        figures.append(Figure(name=name, title="Scores by site", caption="", panels=panels))
     return figures + parts.inside_layers(view.tables)
 
 

@@ -129,7 +129,9 @@ def panels(
     for own in groups:
         others = [reading for reading in readings if reading not in own] * together
         axis = SiteAxis(readings if together else own)
-        charts.append(by_site(own, axis, masks, others, own if banded else ()))
+        charts.append(
+            by_site(own, axis=axis, masks=masks, others=others, banded=own if banded else ())
+        )
     span = chart_span(charts)
     return [
         {
@@ -170,11 +172,19 @@ def inside_layers(tables: Tables) -> list[Figure]:
                 part: Curve([], name, colour, mark="circle", band=True)
                 for colour, (part, name) in enumerate(INSIDE.items())
             }
-            curves = curves_by_layer(rows.to_dict("records"), looks, "part", "value")
+            curves = curves_by_layer(
+                rows.to_dict("records"), looks=looks, name="part", value="value"
+            )
             ticks = {layer: str(layer) for layer in rows["layer"]}
-            charts.append(Chart(curves, ticks, ", ".join(about[2:4]), "mIoU, %"))
+            charts.append(
+                Chart(curves=curves, ticks=ticks, title=", ".join(about[2:4]), unit="mIoU, %")
+            )
     text = "Values that a layer's attention reads, and what attention and MLP add, beside the output of the layer."
-    return [Figure("parts", "Inside the layers", text, charts)] if charts else []
+    return (
+        [Figure(name="parts", title="Inside the layers", caption=text, panels=charts)]
+        if charts
+        else []
+    )
 
 
 # ------------------------------------------------------------------------------------------------ classes

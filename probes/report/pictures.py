@@ -61,7 +61,7 @@ def first_map(
 ) -> tuple[str, np.ndarray] | None:
     """Return what the lead's probe sees, else another's, with the key of its model; None if none was kept."""
     for reading in (lead, *readings):
-        predicted = map_of(reading, lead, photo, site)
+        predicted = map_of(reading, lead=lead, photo=photo, site=site)
         if predicted is not None:
             return reading.model.key, predicted
     return None

@@ -137,15 +137,19 @@ def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -
         named = rows.assign(site=list(own)).itertuples()
         readings.append(
             SiteReading(
-                models[key],
-                mask,
-                data,
-                task,
-                seed,
-                list(named),
-                {name: drawn[*about[:4], x] for name, x in own.items() if (*about[:4], x) in drawn},
-                own,
-                pictures.get(about, {}),
+                model=models[key],
+                mask=mask,
+                data=data,
+                task=task,
+                seed=seed,
+                rows=list(named),
+                draws={
+                    name: drawn[*about[:4], x]
+                    for name, x in own.items()
+                    if (*about[:4], x) in drawn
+                },
+                own=own,
+                pictures=pictures.get(about, {}),
             )
         )
     return ReportView(tables, models, readings)
@@ -241,11 +245,11 @@ def curve_of(reading: SiteReading, axis: SiteAxis, masks: Sequence[str], **look:
     """Return the curve of a reading."""
     points = [
         Point(
-            axis.place(reading, row.site),
-            row.value,
-            row.low,
-            row.high,
-            f"{reading.model.label}, {site_name(reading.own.get(row.site, row.site))}: {row.value_ci}",
+            x=axis.place(reading, row.site),
+            value=row.value,
+            low=row.low,
+            high=row.high,
+            title=f"{reading.model.label}, {site_name(reading.own.get(row.site, row.site))}: {row.value_ci}",
         )
         for row in reading.rows
     ]
@@ -254,7 +258,7 @@ def curve_of(reading: SiteReading, axis: SiteAxis, masks: Sequence[str], **look:
         "style": "dashed" if several and reading.mask == "causal" else "line",
         "mark": reading.mask if several and reading.model.has_llm else "circle",
     }
-    return Curve(points, reading.model.label, reading.model.number, **own | look)
+    return Curve(points=points, name=reading.model.label, colour=reading.model.number, **own | look)
 
 
 def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]]:
@@ -280,4 +284,4 @@ def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]
 
 def _range(x: float, values: Sequence[float]) -> Point:
     """Return the mean of values, from the lowest to the highest."""
-    return Point(x, float(np.mean(values)), min(values), max(values))
+    return Point(x=x, value=float(np.mean(values)), low=min(values), high=max(values))

@@ -53,7 +53,10 @@ def site_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
         for entry in run.metrics["sites"]:
             for metric in run.task.scores:
                 row = about | table_row(
-                    entry["site"], metric, entry[metric], entry[f"{metric}_ci95"]
+                    entry["site"],
+                    metric=metric,
+                    value=entry[metric],
+                    interval=entry[f"{metric}_ci95"],
                 )
                 if is_main and metric == run.task.score:
                     row |= compared.get((run.mask, entry["site"]), {})

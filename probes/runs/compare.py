@@ -38,7 +38,7 @@ def check_same_images(
         found = {key: run.metrics[key] for key in keys}
         return {"images or classes": run.manifest["data"]["fingerprint"], **found}
 
-    _check_same(first, second, read, advice)
+    _check_same(first, second=second, read=read, advice=advice)
 
 
 def _settings(run: ProbeRun) -> dict[str, Any]:
@@ -75,17 +75,17 @@ def check_study(main: ProbeRun, runs: Sequence[ProbeRun]) -> None:
         _check_same(main, run, _settings)
         _check_same(
             of_mask.setdefault(run.mask, run),
-            run,
-            lambda run: run.manifest["identity"]["model"],
-            "make the older one again",
+            second=run,
+            read=lambda run: run.manifest["identity"]["model"],
+            advice="make the older one again",
         )
         # random adapters are compared at the adapter
         if run.arm != "adapter" and _decoder_layers(main) and _decoder_layers(run):
             _check_same(
                 main,
-                run,
-                lambda run: {"layers": _decoder_layers(run)},
-                "the best of more layers is better; make both with the same --model.sites",
+                second=run,
+                read=lambda run: {"layers": _decoder_layers(run)},
+                advice="the best of more layers is better; make both with the same --model.sites",
             )
     for first, second in combinations(runs, 2):
         if first.is_solved == second.is_solved and first.mask == second.mask:
@@ -98,10 +98,10 @@ def _check_weights_differ(first: ProbeRun, second: ProbeRun) -> None:
     sites = [ADAPTER] if "adapter" in arms else _decoder_layers(second)
     if "trained" in arms:
         advice = "random weights have changed nothing; make the control again"
-        _check_differ(first, second, sites, advice)
+        _check_differ(first, second=second, sites=sites, advice=advice)
     elif len(arms) == 1:
         advice = "these are not two draws; make one of them again with another --model.draw"
-        _check_differ(first, second, sites, advice)
+        _check_differ(first, second=second, sites=sites, advice=advice)
 
 
 def check_seeds_differ(runs: Sequence[ProbeRun]) -> None:
@@ -109,7 +109,7 @@ def check_seeds_differ(runs: Sequence[ProbeRun]) -> None:
     advice = "these are not two trainings; pass one, or train the other with a seed of its own"
     for first, second in combinations(runs, 2):
         if first.is_solved == second.is_solved and second.layers:
-            _check_differ(first, second, second.sites, advice)
+            _check_differ(first, second=second, sites=second.sites, advice=advice)
 
 
 def _check_differ(first: ProbeRun, second: ProbeRun, sites: Iterable[str], advice: str) -> None:

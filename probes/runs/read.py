@@ -268,7 +268,11 @@ class ProbeRun:
         """
         data = self.manifest["data"]
         dataset = open_dataset(
-            data["dataset"], data["root"], split, data["options"], self.task.targets
+            data["dataset"],
+            root=data["root"],
+            split=split,
+            options=data["options"],
+            task=self.task.targets,
         )
         self._check_unchanged("data", identity_of_splits({split: dataset}))
         return dataset
@@ -278,7 +282,9 @@ class ProbeRun:
         identity = self.manifest["identity"][section]
         saved = {key: value for key, value in identity.items() if key in now}
         advice = "restore what was probed, or make the run again"
-        check_same_identity({section: saved}, {section: now}, str(self.path), advice)
+        check_same_identity(
+            {section: saved}, current={section: now}, source=str(self.path), advice=advice
+        )
 
     def mllm(self) -> "FrozenMLLM":
         """Load the probed model with the settings of the run.
@@ -344,11 +350,11 @@ class ProbeRun:
         for entry in self.metrics["sites"]:
             site = entry["site"]
             probe = Probe(
-                entry["dim"],
-                channels,
-                tuple(self.metrics["grid"]),
-                settings["feature_norm"],
-                settings["head"],
+                width=entry["dim"],
+                classes=channels,
+                grid=tuple(self.metrics["grid"]),
+                feature_norm=settings["feature_norm"],
+                head=settings["head"],
             )
             probe.load_state_dict(tensors[site])
             probes[site] = probe.eval().requires_grad_(False)

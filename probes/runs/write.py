@@ -98,7 +98,9 @@ def save_run(
             out / EFFECTS_FILE: effect_file(effects),
             out / "probes.safetensors": probes.heads.state_dict(),
             out / "manifest.json": lambda hashes: about | {"files": hashes},
-            out / "metrics.json": make_metrics(probes, record, data, counted, weights),
+            out / "metrics.json": make_metrics(
+                probes, record=record, data=data, counted=counted, weights=weights
+            ),
         }
     )
 
@@ -126,7 +128,7 @@ def make_metrics(
     mllm = probes.mllm
     task = probes.task
     sums = task.sums(counted)
-    sites = site_entries(probes, record, sums, weights)
+    sites = site_entries(probes, record=record, sums=sums, weights=weights)
     if task.name == SEGMENTATION:
         own = {"classes": data.classes, "baseline": baseline(counted["labelled"], data.classes)}
         for site, iou in zip(sites, task.iou(sums.sum(1)).tolist(), strict=True):

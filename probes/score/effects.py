@@ -108,7 +108,7 @@ def read_scores(
     layers = [i for i, site in enumerate(sites) if is_layer(site)]
     if layers:
         fold = image_folds(sums.shape[1], groups)
-        chosen = cross_validated_layers(task, sums[layers], fold, weights)
+        chosen = cross_validated_layers(task, sums=sums[layers], fold=fold, weights=weights)
         of_image = chosen[:, fold]  # [R, N]
         read = sum((weights * (of_image == i)) @ sums[layer] for i, layer in enumerate(layers))
         estimate = Estimate.from_vector(main_score(task, read))
@@ -152,7 +152,9 @@ def run_effects(
     effects = {}
     for at, row in ({"": None} | {f"@{name}": row for name, row in rows.items()}).items():
         of_row = sums if row is None else path[row, torch.arange(len(sites))]
-        readings = read_scores(sites, last, task, of_row, weights, groups)
+        readings = read_scores(
+            sites, last=last, task=task, sums=of_row, weights=weights, groups=groups
+        )
         for name, (first, second) in EFFECTS.items():
             if first in readings and second in readings:
                 effect = readings[first].score - readings[second].score
@@ -162,7 +164,7 @@ def run_effects(
                     effect = replace(effect, about=about)
                 effects[name + at] = effect
     if counts is not None:
-        effects |= patch_accuracies(sites, counts, columns, weights)
+        effects |= patch_accuracies(sites, counts=counts, columns=columns, weights=weights)
     return effects
 
 

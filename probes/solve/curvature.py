@@ -65,7 +65,12 @@ def first_guess(
         points: Tensor, gradient: Tensor, problems: list[int]
     ) -> Callable[[Tensor], Tensor]:
         hessian = SampleHessian(
-            problem, sample, points, gradient, strengths[problems], [left_out[i] for i in problems]
+            problem=problem,
+            sample=sample,
+            points=points,
+            gradient=gradient,
+            strengths=strengths[problems],
+            left_out=[left_out[i] for i in problems],
         )
         return hessian.solve
 
@@ -214,7 +219,7 @@ def sample_nodes(problem: SiteProblem, count: int, point: Tensor) -> SampledNode
         nodes = draw_nodes(problem.masks, images, CANDIDATES * number, seed=fold)
         unsure = []
         first = 0
-        for part, x in float_chunks(states, images, space.mean, len(probe)):
+        for part, x in float_chunks(states, images=images, mean=space.mean, rows=len(probe)):
             last = first + len(part)
             here = ((nodes.image >= first) & (nodes.image < last)).nonzero().flatten()
             logits = torch.addmm(probe[:, -1], x, probe[:, :-1].T).view(len(part), -1, len(probe))
@@ -256,7 +261,7 @@ def draw_nodes(masks: PreparedMasks, images: Tensor, number: int, seed: int) -> 
     col_shares, at_col = by_col[rule, col].topk(min(2, w))
     tokens = at_row[:, :, None] * w + at_col[:, None]
     shares = row_shares[:, :, None] * col_shares[:, None]
-    return Nodes(image, tokens.flatten(1), shares.flatten(1), weight)
+    return Nodes(image=image, tokens=tokens.flatten(1), shares=shares.flatten(1), weight=weight)
 
 
 def keep_uncertain(uncertainty: Tensor, number: int) -> tuple[Tensor, Tensor]:

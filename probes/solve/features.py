@@ -89,7 +89,9 @@ def solve_features(
     parts = []
     for number, mask in enumerate(masks):
         with error_context(f"mask {number}"):
-            parts.append(prepare_masks(label_tensor(mask)[None], classes, grid, NODES))
+            parts.append(
+                prepare_masks(label_tensor(mask)[None], num_classes=classes, grid=grid, nodes=NODES)
+            )
     prepared = join_masks(parts).to(device)
     if not prepared.pixels.sum() > 0:
         raise UserError("no mask has a labelled pixel: all are 255")
@@ -98,19 +100,23 @@ def solve_features(
         prepared,
         fold_of,
         target_of=lambda image: label_tensor(masks[image]),
-        prepare=lambda target: prepare_masks(target, classes, grid, NODES),
+        prepare=lambda target: prepare_masks(target, num_classes=classes, grid=grid, nodes=NODES),
     )
     problem = SiteProblem(
-        TASKS[SEGMENTATION].loss, features.flatten(1, 2), prepared, fold_of, scored
+        loss=TASKS[SEGMENTATION].loss,
+        states=features.flatten(1, 2),
+        masks=prepared,
+        fold_of=fold_of,
+        scored=scored,
     )
     solved = solve_classes(problem, None if strength is None else [strength])
     weight = solved.weights[solved.row]
     bias = solved.bias[solved.row].double() - weight.double() @ solved.mean.double()
     chosen = int(solved.chosen)
     return FeatureProbe(
-        weight.to(features.device),
-        bias.float().to(features.device),
-        solved.strengths[chosen].item(),
-        solved.loss[chosen].item(),
-        Certificate(*solved.certificates[solved.row].tolist()).converged,
+        weight=weight.to(features.device),
+        bias=bias.float().to(features.device),
+        strength=solved.strengths[chosen].item(),
+        loss=solved.loss[chosen].item(),
+        converged=Certificate(*solved.certificates[solved.row].tolist()).converged,
     )

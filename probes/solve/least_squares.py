@@ -52,7 +52,7 @@ def solve_values(
 
     def parts(images: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # Products in float64: those of float32 would change the weights by percents at the weakest strengths.
-        for part, x in float_chunks(states, images, pivot, 0, torch.float64):
+        for part, x in float_chunks(states, images=images, mean=pivot, rows=0, dtype=torch.float64):
             of_part = equations[part]
             rest = of_part.weight - of_part.projected.sum(-1)
             labels = torch.cat([of_part.projected, rest[..., None]], -1)
@@ -66,7 +66,9 @@ def solve_values(
         others = _join(moments[:fold] + moments[fold + 1 :])
         mean, _, weights, bias = _solve(others, pivot, strengths)
         square = equations.square[images].sum(0)
-        loss += _squared_error(moments[fold], square, weights, bias - weights @ mean)
+        loss += _squared_error(
+            moments[fold], square=square, weights=weights, bias=bias - weights @ mean
+        )
     loss /= torch.stack([of_fold.count for of_fold in moments]).sum()
     mean, scale, weights, bias = _solve(_join(moments), pivot, strengths)
     return Solution(

@@ -124,7 +124,9 @@ class SiteProblem:
         grid = tuple(masks.soft.shape[2:])
         total = probes.new_zeros(count)
         gradient = torch.zeros_like(probes) if needs_grad else None
-        for part, x in float_chunks(self.states, self.folds[fold], self.space.mean, len(rows)):
+        for part, x in float_chunks(
+            self.states, images=self.folds[fold], mean=self.space.mean, rows=len(rows)
+        ):
             # tokens are innermost, as the loss needs them
             by_class = (weights @ x.T).add_(bias).view(count, classes, -1, *grid)
             losses, by_logits = self.loss.of_images(

@@ -105,7 +105,9 @@ class FoldSearch:
             solved = [chosen - 1, chosen, chosen + 1]
         losses = [self.visited[strength].loss for strength in order]
         points = [self._mean_of_folds(self.visited[order[i]].found.points) for i in solved]
-        return StrengthPath(order, losses, chosen, solved), torch.stack(points)
+        return StrengthPath(
+            strengths=order, loss=losses, chosen=chosen, solved=solved
+        ), torch.stack(points)
 
     @property
     def lowest(self) -> float:
@@ -127,7 +129,7 @@ class FoldSearch:
         if not near:
             start = self.problem.start.expand(len(self.problem.folds), -1, -1)
             rough = self._minimise(strength, start, ROUGH)
-            found = self._minimise(strength, rough.points, TOLERANCE, rough)
+            found = self._minimise(strength, start=rough.points, tolerance=TOLERANCE, known=rough)
             self._keep(strength, found)
             return
         points = [self.visited[other].found.points for other in near[:2]]
@@ -147,7 +149,9 @@ class FoldSearch:
             undecided = too_close(self.visited)
             for folds in undecided:
                 tolerance = max(folds.decrease / 10, LEAST_TOLERANCE)
-                further = self._minimise(folds.strength, folds.found.points, tolerance, folds.found)
+                further = self._minimise(
+                    folds.strength, start=folds.found.points, tolerance=tolerance, known=folds.found
+                )
                 self._keep(folds.strength, further)
             # if none is better, rounding of float32 logits allows no better
             if all(self.visited[x.strength].decrease >= x.decrease for x in undecided):
@@ -160,10 +164,12 @@ class FoldSearch:
         strengths = start.new_full((len(left_out),), strength)
         return minimise(
             self.problem.objective(strengths, left_out),
-            start,
-            first_guess(self.problem, strengths, left_out, start),
-            tolerance,
-            known,
+            points=start,
+            first_guess=first_guess(
+                self.problem, strengths=strengths, left_out=left_out, start=start
+            ),
+            tolerance=tolerance,
+            known=known,
         )
 
     def _keep(self, strength: float, found: Minimum) -> None:

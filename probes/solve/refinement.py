@@ -40,8 +40,10 @@ def refine(
     tolerance = min(TOLERANCE, (GRADIENT * null.min().item()) ** 2 / 8)
     found = None
     for _ in range(ROUNDS):
-        guess = first_guess(problem, strengths, everything, points)
-        found = minimise(objective, points, guess, tolerance, found)
+        guess = first_guess(problem, strengths=strengths, left_out=everything, start=points)
+        found = minimise(
+            objective, points=points, first_guess=guess, tolerance=tolerance, known=found
+        )
         points = found.points
         relative = problem.space.whitened_norm(found.gradient, strengths) / null
         both = zip(relative.tolist(), found.decrease.tolist(), strict=True)

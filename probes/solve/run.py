@@ -128,7 +128,9 @@ def run_config(config: RunConfig) -> None:
         data.verify(machine.progress == "bar")  # before the model is loaded
         training = data.splits["training"]
         fold_of = assign_folds(training.groups or range(len(training)), config.solver.folds)
-        probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
+        probes = load_probes(
+            run.hparams, data=data, device=machine.device, head="linear", feature_norm="batchnorm"
+        )
         if rank() == 0:  # all settings were accepted
             content = yaml.safe_dump(asdict(config), sort_keys=False)
             begin_run(folder.path, content, planned.replaced)
@@ -149,19 +151,21 @@ def solve_sites(run: SolveRun, probes: SiteProbes, fold_of: Tensor) -> dict[str,
     device = solver_device(machine.device)
     missing = [site for site in mine if site not in solved]
     targets = None
-    for sites, size in site_groups(probes, missing, len(fold_of), memory):
+    for sites, size in site_groups(probes, sites=missing, images=len(fold_of), memory=memory):
         states, targets = read(
             probes,
-            run.data,
-            machine,
-            sites,
-            fold_of,
-            None if size <= memory else run.folder.checkpoints,
-            targets,
+            data=run.data,
+            machine=machine,
+            sites=sites,
+            fold_of=fold_of,
+            folder=None if size <= memory else run.folder.checkpoints,
+            targets=targets,
         )
         work = partial(solve_site, probes, states, targets, run.hparams["strengths"], device)
         results = in_workers(work, sites, device)
-        for site, found in follow(results, len(sites), "solving sites", machine.progress):
+        for site, found in follow(
+            results, count=len(sites), label="solving sites", kind=machine.progress
+        ):
             solved[site] = found
             files.save(site, found)
             del states[site]
@@ -189,13 +193,15 @@ def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> Non
     count = len(solved)
     of_run = [found.row * count + i for i, found in enumerate(solved.values())]
     validation = data.splits["validation"]
-    metric = TaskMetric(task, len(validation), probes.mllm.geometry, of_run)
+    metric = TaskMetric(
+        task=task, images=len(validation), geometry=probes.mllm.geometry, of_run=of_run
+    )
     numbers = (
         sum(len(x.solved) for x in solved.values()) * probes.channels * math.prod(probes.mllm.grid)
     )
     size = max(1, SCORED_BYTES // (4 * numbers))  # images whose logits are made at a time
     loader = data.validation_loader(PreprocessedDataset(validation, probes.mllm.preprocess))
-    for batch in follow(loader, len(loader), "scores", machine.progress):
+    for batch in follow(loader, count=len(loader), label="scores", kind=machine.progress):
         batch = move_batch(batch, device)
         with machine.forward_context():
             states = {site: x.to(device) for site, x in probes.states(batch).items()}
@@ -208,10 +214,10 @@ def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> Non
                 if run.config.save_predictions:
                     save_predictions(
                         probes,
-                        logits[of_run],
-                        some,
-                        validation.names,
-                        run.folder.path / "predictions",
+                        logits=logits[of_run],
+                        batch=some,
+                        names=validation.names,
+                        folder=run.folder.path / "predictions",
                     )
     counted = metric.compute()
     if rank() > 0:
@@ -240,8 +246,10 @@ def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> Non
     if task.name == SEGMENTATION and not run.hparams["untrained"]:
         data_hash = describe_digest(run.identity["data"])
         with machine.forward_context():
-            save_pictures(probes, counted, validation, run.folder.path, data_hash)
-    save_run(probes, record, data, counted, run.folder.path)
+            save_pictures(
+                probes, counted=counted, dataset=validation, folder=run.folder.path, data=data_hash
+            )
+    save_run(probes, record=record, data=data, counted=counted, out=run.folder.path)
 
 
 def logits_of_strengths(
@@ -263,7 +271,9 @@ def dry_run(config: RunConfig) -> float:
     machine = run.machine
     with run_process(), machine.processes():
         data.verify(machine.progress == "bar")
-        probes = load_probes(run.hparams, data, machine.device, "linear", "batchnorm")
+        probes = load_probes(
+            run.hparams, data=data, device=machine.device, head="linear", feature_norm="batchnorm"
+        )
         images = len(data.splits["training"])
         sites = probes.sites[rank() :: rank_count()]
         if not sites:  # of more processes than sites; the first one has some, and prints
@@ -272,7 +282,7 @@ def dry_run(config: RunConfig) -> float:
         fold_of = assign_folds(range(min(images, MEASURED_IMAGES)), config.solver.folds)
         device = solver_device(machine.device)
         started = time.perf_counter()
-        states, targets = read(probes, data, machine, measured, fold_of)
+        states, targets = read(probes, data=data, machine=machine, sites=measured, fold_of=fold_of)
         after_read = time.perf_counter()
         work = partial(solve_site, probes, states, targets, run.hparams["strengths"], device)
         list(in_workers(work, measured, device))
@@ -280,7 +290,7 @@ def dry_run(config: RunConfig) -> float:
         solve = (time.perf_counter() - after_read) * images / len(fold_of)
         of_targets = images * target_bytes(probes)
         memory = memory_for_states(run, of_targets)
-        groups = site_groups(probes, sites, images, memory)
+        groups = site_groups(probes, sites=sites, images=images, memory=memory)
         most = max(size for _, size in groups)
         threads = threads_of(device)
         total = len(groups) * forward + len(sites) * solve / threads

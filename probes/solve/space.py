@@ -129,7 +129,9 @@ class SiteSpace:
         pivot = states[0].to(soft.device).float().mean(0)
 
         def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for part, x in float_chunks(states, torch.arange(len(states)), pivot, 0):
+            for part, x in float_chunks(
+                states, images=torch.arange(len(states)), mean=pivot, rows=0
+            ):
                 labels = soft[part].flatten(2).mT.flatten(0, 1).double()
                 yield x, labels, x * labels.sum(1, keepdim=True).float()
 

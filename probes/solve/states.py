@@ -115,7 +115,9 @@ def read(
     label = f"states of {len(sites)} sites"
 
     def read_batches() -> Iterator[dict[str, Any]]:
-        for batch in follow(data.loader(loaded, batches), len(batches), label, machine.progress):
+        for batch in follow(
+            data.loader(loaded, batches), count=len(batches), label=label, kind=machine.progress
+        ):
             batch = move_batch(batch, device)
             with machine.forward_context():
                 found = probes.states(batch, sites)
@@ -132,7 +134,10 @@ def read(
     elif prepare:
         masks = join_masks((batch["masks"] for batch in read_batches()), images)
         scored = scored_masks(
-            masks, fold_of, lambda image: torch.from_numpy(training[image]["target"]), prepare
+            masks,
+            fold_of=fold_of,
+            target_of=lambda image: torch.from_numpy(training[image]["target"]),
+            prepare=prepare,
         )
         targets = Targets(masks, scored, fold_of)
     else:

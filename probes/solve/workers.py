@@ -62,7 +62,9 @@ class SiteFiles:
                     # in memory of torch: products of tensors in a mapped file can differ in their last bits
                     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
                 found[site] = Solution(**tensors)
-            check_same_identity(saved, self.identity, str(path), RESUME_ADVICE)
+            check_same_identity(
+                saved, current=self.identity, source=str(path), advice=RESUME_ADVICE
+            )
         return found
 
 
@@ -79,9 +81,19 @@ def solve_site(
     if device.type == "cuda" and states.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         states = states.to(device)
     if probes.task.loss is None:
-        return solve_values(states, targets.prepared, probes.mllm.grid, targets.fold_of, strengths)
+        return solve_values(
+            states,
+            equations=targets.prepared,
+            grid=probes.mllm.grid,
+            fold_of=targets.fold_of,
+            strengths=strengths,
+        )
     problem = SiteProblem(
-        probes.task.loss, states, targets.prepared, targets.fold_of, targets.scored
+        loss=probes.task.loss,
+        states=states,
+        masks=targets.prepared,
+        fold_of=targets.fold_of,
+        scored=targets.scored,
     )
     return solve_classes(problem, strengths)
 

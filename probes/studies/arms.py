@@ -149,11 +149,17 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
                     sites=compared,
                 )
                 options = replace(options, model=random)
-            run = PlannedRun(join(label, name), mask, compared, sites, family.has_llm)
+            run = PlannedRun(
+                name=join(label, name),
+                mask=mask,
+                sites=compared,
+                model_sites=sites,
+                has_llm=family.has_llm,
+            )
             if name == FITTED and "max_epochs" not in options.trainer:
                 options = replace(options, trainer=RECIPE | options.trainer)
             why = unmatched if weights.match == "update" else ""
             if why and study.arms:
                 raise UserError(f"arm {name} of {path}: {why} (--arms)")
-            arms.append(Arm(label, name, run, options, why))
+            arms.append(Arm(label=label, name=name, run=run, config=options, why_left_out=why))
     return arms

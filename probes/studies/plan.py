@@ -103,8 +103,11 @@ def plan(study: StudyConfig) -> Planned:
         of_model = [arm for arm in arms if arm.label == label]
         for task in splits:
             solved = [arm for arm in of_model if task == SEGMENTATION or arm.name != FITTED]
-            steps += [_step_of_arm(study, arm, task, contents[label, task]) for arm in solved]
-        steps += _analysis_steps(study, of_model, analyses, len(validation))
+            steps += [
+                _step_of_arm(study, arm=arm, task=task, content=contents[label, task])
+                for arm in solved
+            ]
+        steps += _analysis_steps(study, arms=of_model, analyses=analyses, photos=len(validation))
     report = study.out / "report"
     truth = Path(data.root) / TRUTH_FILE
     steps.append(
@@ -125,7 +128,7 @@ def plan(study: StudyConfig) -> Planned:
             f"the study has no such step: --only {' '.join(study.only)}. fit needs --fit, "
             "routes a file of questions, other analyses --add NAME"
         )
-    return Planned(arms, chosen, validation, contents)
+    return Planned(arms=arms, steps=chosen, validation=validation, contents=contents)
 
 
 def _check(study: StudyConfig) -> None:
@@ -201,7 +204,7 @@ def _analysis_steps(
         ]
         if not has_llm and not MEASURED[name].of_encoders:
             analysed = analysed[:1] if name in _asked(study) else []  # left out, which is said once
-        steps += [_analysis_step(study, arm, name, values) for arm in analysed]
+        steps += [_analysis_step(study, arm=arm, name=name, values=values) for arm in analysed]
     return steps
 
 
@@ -317,9 +320,9 @@ def check_folder(study: StudyConfig, planned: Planned) -> None:
         if content and not study.overwrite:
             check_same_identity(
                 {"settings": record["inputs"]},
-                {"settings": content()},
-                f"{study.out / name}, of {model},",
-                "choose another --out, or --overwrite true",
+                current={"settings": content()},
+                source=f"{study.out / name}, of {model},",
+                advice="choose another --out, or --overwrite true",
             )
     labels = held.keys() | study.models.keys()
     if "" in labels and len(labels) > 1:

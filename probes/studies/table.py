@@ -70,7 +70,7 @@ class Study:
         names |= labels_of_models(self.path, runs.values(), given)
         table = table.assign(model=[names[self.path / run] for run in table["run"]])
         encoders = {names[path] for path, run in runs.items() if not run.has_llm}
-        return plot_table(table, metric, given, encoders)
+        return plot_table(table, ylabel=metric, order=given, encoders=encoders)
 
     def _repr_html_(self) -> str:
         return self.claims().to_html(index=False, float_format="{:.3f}".format)
@@ -136,11 +136,13 @@ def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[dict[str, Any
         for key, interval in site.items():
             if key.endswith("_ci95"):
                 metric = key.removesuffix("_ci95")
-                yield common | table_row(site["site"], metric, site[metric], interval)
+                yield common | table_row(
+                    site["site"], metric=metric, value=site[metric], interval=interval
+                )
         for cls, iou in zip(
             metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False
         ):
-            yield common | table_row(site["site"], "iou", iou, **{"class": cls})
+            yield common | table_row(site["site"], metric="iou", value=iou, **{"class": cls})
     for site in run.strengths.sites if run.is_solved else ():
         for key, values in site.items():
             if key in ("cv_cross_entropy", "cv_loss", "miou", "pacc"):

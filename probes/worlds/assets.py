@@ -62,9 +62,11 @@ def run(options: AssetsOptions) -> None:
     sizes[TRAINING] = max(16, min(PICTURES[TRAINING], round(SMALL_WORLDS_PICTURES * scale)))
     # spawn, since torch's threads do not survive a fork
     spawn = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,))
+    workers = ProcessPoolExecutor(
+        max_workers=2, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    )
     with atomic_directory(options.out, marker="questions.json") as partial, workers as pool:
-        drawn = _draw_splits(pool, partial, sizes, seed, options.scenes)
+        drawn = _draw_splits(pool, out=partial, sizes=sizes, seed=seed, scenes=options.scenes)
         train, val = (
             [SceneText.from_mosaic(mosaic) for mosaic in drawn[split]]
             for split in (TRAINING, VALIDATION)
@@ -81,7 +83,7 @@ def run(options: AssetsOptions) -> None:
         write_classes(partial)
         _write_patches(partial / "segmentation/patches.json", drawn)
         rng = np.random.default_rng([seed, 11])
-        for name, records in _build_conversations(train, val, scale, rng).items():
+        for name, records in _build_conversations(train, val=val, scale=scale, rng=rng).items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
         encoder.result()
         llm.result()
@@ -113,7 +115,7 @@ def _draw_chunk(
         drawn = mix_mosaics(rng, [1 if i % 2 else scenes for i in range(count)])
     else:
         drawn = [draw_mosaic(rng, scenes) for _ in range(count)]
-    save_pictures(out, split, drawn, start)
+    save_pictures(out, split=split, drawn=drawn, start=start)
     return drawn
 
 

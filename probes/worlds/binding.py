@@ -122,7 +122,7 @@ def _compose(rng: np.random.Generator, drawn: list[Scene], cues: list[np.ndarray
     image[:, border] = hue_colours()[hues[scene]][:, None]
     mask[:, border] = IGNORED
     indoor = np.array([s.indoor for s in drawn])
-    return Mosaic(_join(image), _join(mask), scene, indoor, take(cues))
+    return Mosaic(image=_join(image), mask=_join(mask), scene=scene, indoor=indoor, cue=take(cues))
 
 
 def hue_colours() -> np.ndarray:

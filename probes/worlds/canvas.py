@@ -70,10 +70,10 @@ class Quad:
     def part(self, left: float = 0, right: float = 1, top: float = 0, bottom: float = 1) -> Quad:
         """Return the part of the rectangle between two values of u and two of v."""
         return Quad(
-            self.point_at(left, top),
-            self.point_at(right, top),
-            self.point_at(right, bottom),
-            self.point_at(left, bottom),
+            top_left=self.point_at(left, top),
+            top_right=self.point_at(right, top),
+            bottom_right=self.point_at(right, bottom),
+            bottom_left=self.point_at(left, bottom),
         )
 
     @property
@@ -87,7 +87,12 @@ class Quad:
         return self.bottom_left[1] - self.top_left[1]
 
 
-FULL_FRAME = Quad((0, 0), (SIZE_PX, 0), (SIZE_PX, SIZE_PX), (0, SIZE_PX))
+FULL_FRAME = Quad(
+    top_left=(0, 0),
+    top_right=(SIZE_PX, 0),
+    bottom_right=(SIZE_PX, SIZE_PX),
+    bottom_left=(0, SIZE_PX),
+)
 CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
 
 
@@ -109,13 +114,15 @@ class Canvas:
         self, quad: Quad, colour: Colour, name: str = "", points: Sequence[Point] = CORNERS
     ) -> None:
         """Fill a polygon."""
-        self._draw("polygon", colour, name, self._place(quad, points))
+        self._draw("polygon", colour=colour, name=name, points=self._place(quad, points))
 
     def oval(self, quad: Quad, colour: Colour, name: str = "") -> None:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
         xs, ys = zip(*self._place(quad, CORNERS[::2]), strict=True)
         # Pillow requires sorted corners.
-        self._draw("ellipse", colour, name, [*zip(sorted(xs), sorted(ys), strict=True)])
+        self._draw(
+            "ellipse", colour=colour, name=name, points=[*zip(sorted(xs), sorted(ys), strict=True)]
+        )
 
     def line(
         self, quad: Quad, colour: Colour, points: Sequence[Point], width: int = 2, name: str = ""
@@ -173,7 +180,12 @@ class Camera:
         """Return the ground from the far end to below the picture."""
         left = self.far_end.bottom_left
         right = self.far_end.bottom_right
-        return Quad(left, right, self.scale_depth(right, 7), self.scale_depth(left, 7))
+        return Quad(
+            top_left=left,
+            top_right=right,
+            bottom_right=self.scale_depth(right, 7),
+            bottom_left=self.scale_depth(left, 7),
+        )
 
     def walls(self) -> tuple[Quad, Quad, Quad]:
         """Return the visible parts of the left wall, the far end and the right wall."""
@@ -182,16 +194,16 @@ class Camera:
         to_left = x / (x - far.top_left[0])
         to_right = (SIZE_PX - x) / (far.top_right[0] - x)
         left = Quad(
-            self.scale_depth(far.top_left, to_left),
-            far.top_left,
-            far.bottom_left,
-            self.scale_depth(far.bottom_left, to_left),
+            top_left=self.scale_depth(far.top_left, to_left),
+            top_right=far.top_left,
+            bottom_right=far.bottom_left,
+            bottom_left=self.scale_depth(far.bottom_left, to_left),
         )
         right = Quad(
-            far.top_right,
-            self.scale_depth(far.top_right, to_right),
-            self.scale_depth(far.bottom_right, to_right),
-            far.bottom_right,
+            top_left=far.top_right,
+            top_right=self.scale_depth(far.top_right, to_right),
+            bottom_right=self.scale_depth(far.bottom_right, to_right),
+            bottom_left=far.bottom_right,
         )
         return left, far, right
 

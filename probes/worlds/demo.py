@@ -72,7 +72,7 @@ def run(options: DemoOptions) -> None:
         run_in_child_process(out, "assets", [make_step(out, words, out / "assets/questions.json")])
 
         def train(mask: str) -> None:
-            steps = _train(out, mask, seed) + _plant(out, mask, seed, options.scale)
+            steps = _train(out, mask, seed) + _plant(out, mask=mask, seed=seed, scale=options.scale)
             run_in_child_process(out, mask, steps)
 
         with ThreadPoolExecutor(2) as pool:
@@ -118,7 +118,7 @@ def _plant(out: Path, mask: str, seed: int, scale: float) -> list[Step]:
         words = ["probes", "plant", what, f"{source}/hf", f"{out}/assets", f"{target}/hf"]
         words += to_words(options)
         reads = [source / WEIGHTS, out / "assets/questions.json"]
-        steps.append(make_step(out, words, target / WEIGHTS, reads))
+        steps.append(make_step(out, words=words, result=target / WEIGHTS, reads=reads))
     return steps
 
 

@@ -52,7 +52,7 @@ def draw_object(
         elif "line" in part:
             canvas.line(quad, colour, part["line"], part.get("width", 2), label)
         else:
-            canvas.polygon(quad, colour, label, part["polygon"] or CORNERS)
+            canvas.polygon(quad, colour=colour, name=label, points=part["polygon"] or CORNERS)
 
 
 def choose(rng: np.random.Generator, table: str) -> Colour:
@@ -109,11 +109,19 @@ def draw_bed(camera: Camera, canvas: Canvas, place: Quad, rng: np.random.Generat
     depth = rng.uniform(0.62, 0.72)
     front = place.part(top=0.62)
     head = Quad(*(camera.scale_depth(front.point_at(u, v), depth) for u, v in CORNERS))
-    top = Quad(head.top_left, head.top_right, front.top_right, front.top_left)
+    top = Quad(
+        top_left=head.top_left,
+        top_right=head.top_right,
+        bottom_right=front.top_right,
+        bottom_left=front.top_left,
+    )
     draw_object(canvas, head, "headboard")
     for u in (0, 1):
         side = Quad(
-            head.point_at(u, 0), front.point_at(u, 0), front.point_at(u, 1), head.point_at(u, 1)
+            top_left=head.point_at(u, 0),
+            top_right=front.point_at(u, 0),
+            bottom_right=front.point_at(u, 1),
+            bottom_left=head.point_at(u, 1),
         )
         draw_object(canvas, side, "side of a bed")
     draw_object(canvas, top, "mattress")
@@ -137,7 +145,7 @@ def draw_tree(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     for u, v, r, brightness in TABLES["crown"]:
         u += rng.uniform(-0.05, 0.05)
         v += rng.uniform(-0.05, 0.05)
-        disc = crown.part(u - r, u + r, v - r, v + r)
+        disc = crown.part(u - r, right=u + r, top=v - r, bottom=v + r)
         canvas.oval(disc, shade(COLOURS["leaf"], brightness * green), "tree")
 
 
@@ -174,18 +182,18 @@ def draw_house(canvas: Canvas, front: Quad, tint: float, rng: np.random.Generato
     """Draw a house of two storeys with windows and at random a gable and a door."""
     tint *= rng.uniform(0.96, 1.04)
     if rng.random() < 0.5:
-        draw_object(canvas, front, "gable", tint)
-    draw_object(canvas, front, "wall of a house", tint)
+        draw_object(canvas, place=front, name="gable", brightness=tint)
+    draw_object(canvas, place=front, name="wall of a house", brightness=tint)
     columns = max(1, round(front.width / 17))
     door_column = rng.integers(columns) if rng.random() < 0.45 else None
     for column in range(columns):
         bay = front.part(left=column / columns, right=(column + 1) / columns)
         if rng.random() < 0.45:
-            draw_window(canvas, bay.part(0.2, 0.8, 0.14, 0.42), rng)
+            draw_window(canvas, bay.part(0.2, right=0.8, top=0.14, bottom=0.42), rng)
         if column == door_column:
             draw_door(canvas, bay.part(left=0.26, right=0.74, top=0.54), rng)
         elif rng.random() < 0.45:
-            draw_window(canvas, bay.part(0.2, 0.8, 0.54, 0.82), rng)
+            draw_window(canvas, bay.part(0.2, right=0.8, top=0.54, bottom=0.82), rng)
 
 
 def draw_window(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
@@ -203,7 +211,7 @@ def draw_door(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
 def draw_picture(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
     """Draw a framed landscape: hills under a low sun."""
     draw_object(canvas, frame, "picture")
-    scenery = frame.part(0.2, 0.8, 0.2, 0.8)
+    scenery = frame.part(0.2, right=0.8, top=0.2, bottom=0.8)
     sun_u = rng.uniform(0.2, 0.6)
-    canvas.oval(scenery.part(sun_u, sun_u + 0.24, 0.12, 0.46), COLOURS["sun"])
+    canvas.oval(scenery.part(sun_u, right=sun_u + 0.24, top=0.12, bottom=0.46), COLOURS["sun"])
     draw_object(canvas, scenery, "hills of a picture", hills=choose(rng, "hills"))

@@ -89,10 +89,10 @@ def plant_recovery(
         # the others have no gradient
         layers = decoder.layers
         decoder.layers = decoder.layers[:depth]
-        train(weights, lambda: loss(32, questions=0), steps, "image tokens' LLM")
+        train(weights, loss=lambda: loss(32, questions=0), steps=steps, name="image tokens' LLM")
         decoder.layers = layers
     if answer_steps:
-        train(weights, lambda: loss(20, questions=8), answer_steps, "answering LLM")
+        train(weights, loss=lambda: loss(20, questions=8), steps=answer_steps, name="answering LLM")
     record = {
         "planted": "recovery",
         "layer": depth,
@@ -101,7 +101,7 @@ def plant_recovery(
         "seed": seed,
     }
     truth = dict.fromkeys(CLAIMS, "planted" if losses else "absent")
-    _save(net.eval(), processor, model, out, record, truth)
+    _save(net.eval(), processor=processor, source=model, out=out, record=record, truth=truth)
     return losses
 
 
@@ -119,7 +119,14 @@ def plant_random(
         torch.manual_seed(seed)
         edit(net.model.language_model.layers)
     record = {"planted": "random", "seed": seed, "weights": weights}
-    _save(net, processor, model, out, record, dict.fromkeys(CLAIMS, "absent"))
+    _save(
+        net,
+        processor=processor,
+        source=model,
+        out=out,
+        record=record,
+        truth=dict.fromkeys(CLAIMS, "absent"),
+    )
 
 
 def name_model(planted: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -158,7 +165,7 @@ def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
             first -= first @ basis @ basis.T
     truth = {"adapter_drop": "planted" if pairs else "absent"}
     record = {"planted": "drop", "merged": MERGED[:pairs]}
-    _save(net, processor, model, out, record, truth)
+    _save(net, processor=processor, source=model, out=out, record=record, truth=truth)
 
 
 def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -207,7 +214,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor | float]:
     """Return the states of the image tokens after layer `depth`, normed, f[B, T, width], and the loss on answers."""
     image_id = net.config.image_token_id
-    rows = [_encode_picture(processor, image_id, picture, questions, rng) for picture in labels]
+    rows = [
+        _encode_picture(processor, image_id=image_id, labels=picture, questions=questions, rng=rng)
+        for picture in labels
+    ]
     ids = pad([row[0] for row in rows], 0)
     mask = pad([[1] * len(row[0]) for row in rows], 0)
     targets = pad([row[1] for row in rows], IGNORE_INDEX) if questions else None
@@ -233,7 +243,13 @@ def _encode_picture(
     text = SceneText([CLASSES[max(k, 0)] for k in labels.tolist()], "")
     turns = build_dialogue(text, rng, points=max(1, questions))
     turns = prepend_picture(turns)
-    ids, targets = encode(turns, processor.tokenizer, "vicuna_v1", GRID**2, image_id)
+    ids, targets = encode(
+        turns,
+        tokenizer=processor.tokenizer,
+        template="vicuna_v1",
+        image_tokens=GRID**2,
+        image_token_id=image_id,
+    )
     end = len(ids) if questions else len(ids) - ids[::-1].index(image_id)
     return ids[:end], targets[:end]
 
@@ -265,7 +281,7 @@ def _save(
     training["planted"] = [*training.get("planted", []), record]
     training["truth"] = {"segmentation": before | truth}
     training |= name_model(training["planted"])
-    export_hf(net, processor, out, training)
+    export_hf(net, processor=processor, out=out, training=training)
 
 
 def run(options: PlantOptions) -> None:

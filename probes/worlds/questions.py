@@ -198,7 +198,7 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> l
     """
     asked: list[list[Asked]] = [[] for _ in photos]
     for number, kind in enumerate(KINDS):
-        drawn = _draw_pairs(photos, kind, pairs // (len(KINDS) - number), rng)
+        drawn = _draw_pairs(photos, kind=kind, most=pairs // (len(KINDS) - number), rng=rng)
         pairs -= len(drawn)
         for pair in drawn:
             for photo, question in pair.items():

@@ -102,7 +102,7 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     canvas.polygon(FULL_FRAME, COLOURS["top"], "ceiling")
     draw_object(canvas, camera.ground(), "floor")
     for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
-        draw_object(canvas, front, "wall", tint)
+        draw_object(canvas, place=front, name="wall", brightness=tint)
     sections = sample_wall_sections(camera, rng)
     if "window" in names:
         draw_window(canvas, sections.pop().part(top=0.16, bottom=0.58), rng)
@@ -118,7 +118,7 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
             draw_hanging_lamp(canvas, camera, rng)
         else:
             standing.append(GroundObject(draw_standing_lamp, 0.3, at_wall=True))
-    draw_on_ground(canvas, camera, standing, rng)
+    draw_on_ground(canvas, camera=camera, standing=standing, rng=rng)
 
 
 def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
@@ -134,13 +134,13 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
         for i in range(count):
             top = rng.uniform(-0.18, 0.16)
             front = side.part(i / count, (i + 1) / count, top)
-            draw_house(canvas, front, tint, rng)
+            draw_house(canvas, front=front, tint=tint, rng=rng)
     standing = []
     if "car" in names:
         standing.append(GroundObject(draw_car, 0.58))
     if "tree" in names:
         standing.append(GroundObject(draw_tree, 0.3, at_wall=True))
-    draw_on_ground(canvas, camera, standing, rng)
+    draw_on_ground(canvas, camera=camera, standing=standing, rng=rng)
 
 
 def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:

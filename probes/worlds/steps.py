@@ -75,7 +75,7 @@ def training_steps(out: Path, folder: Path, stages: dict[str, dict]) -> list[Ste
         words += ["--out", f"{folder}/{stage}", "--ckpt_path", "last"]
         reads = [Path(options[name]) for name in RECORDS if name in options]
         reads += [Path(options[name]) / "model.safetensors" for name in MODELS if name in options]
-        steps.append(make_step(out, words, folder / stage / WEIGHTS, reads))
+        steps.append(make_step(out, words=words, result=folder / stage / WEIGHTS, reads=reads))
     return steps
 
 

@@ -186,7 +186,7 @@ def main() -> None:
     (path,) = (entry for entry in metrics["path"]["optimum"]["sites"] if entry["site"] == site)
     model = AutoModel.from_pretrained(metrics["mllm"]).eval()
     training, validation = (
-        read_split(model, Path(data), split, args.layer, args.px)
+        read_split(model, folder=Path(data), split=split, layer=args.layer, px=args.px)
         for split in ("training", "validation")
     )
     objective = Objective(training, len(metrics["classes"]), path["chosen"])

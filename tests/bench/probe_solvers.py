@@ -70,7 +70,9 @@ def train(states: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(EPOCHS):
         for part in torch.randperm(IMAGES).split(BATCH):
             optimizer.zero_grad()
-            pixel_loss(head.weight, head.bias, states[part], masks[part]).backward()
+            pixel_loss(
+                head.weight, bias=head.bias, states=states[part], masks=masks[part]
+            ).backward()
             optimizer.step()
     return head.weight.detach(), head.bias.detach()
 

@@ -56,11 +56,11 @@ def frozen_model(shape: str, dtype: torch.dtype, device: str) -> FrozenMLLM:
     with torch.device(device):
         model = LlavaBidirForConditionalGeneration._from_config(config, dtype=dtype).eval()
     mllm = FrozenMLLM(
-        model,
-        FAMILIES["llava_bidir"],
-        [CLIPImageProcessorPil()],
-        list(range(1, PREFIX + 1)),
-        "bidirectional",
+        model=model,
+        family=FAMILIES["llava_bidir"],
+        image_processors=[CLIPImageProcessorPil()],
+        prefix_ids=list(range(1, PREFIX + 1)),
+        image_attention="bidirectional",
     )
     return mllm.to(device)
 
@@ -151,7 +151,7 @@ class Sweep:
                 folds=[torch.arange(len(x))],
                 space=SimpleNamespace(mean=probes.new_zeros(x.shape[-1])),
             )
-            SiteProblem.sums(problem, 0, probes, self.masks)
+            SiteProblem.sums(problem, fold=0, probes=probes, masks=self.masks)
 
     @torch.no_grad()
     def score(self) -> None:

@@ -26,7 +26,7 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> None:
     effects = knockout_effects(run, tensors)
     options = KnockoutOptions(probes=run.path, classes=tuple(classes))
     results = {"runs": [run.fingerprint], "options": options.settings}
-    results |= knockout_rows(run, options, tensors, effects)
+    results |= knockout_rows(run, options=options, tensors=tensors, effects=effects)
     (run.path / "knockout.json").write_text(json.dumps(results))
     write_effects(run, "knockout", effects)
 

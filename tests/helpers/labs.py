@@ -72,7 +72,7 @@ def serve(session: Session):
     from probes.lab.worker import Worker
 
     with listen("127.0.0.1", 0) as listener:
-        server = build_server(session, Worker(), TOKEN, {"localhost"})
+        server = build_server(session, worker=Worker(), token=TOKEN, hosts={"localhost"})
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         yield listener.getsockname()[1]
@@ -96,7 +96,7 @@ def send(
 
 def run(port: int, operation: str, request: dict) -> dict:
     """Run an operation and return its last event."""
-    status, body = send(port, "POST", f"/run/{operation}", json.dumps(request))
+    status, body = send(port, method="POST", path=f"/run/{operation}", body=json.dumps(request))
     assert status == 200, body
     return json.loads(body.splitlines()[-1])
 

@@ -14,9 +14,9 @@ def write(root: Path) -> Path:
     """Write all nine under `root`, with six records each."""
     folder = root / ORGANISATION
     images = [{"id": f"n{i}", "image": picture(i)} for i in range(3)]
-    write_one(folder / "GQA", "testdev_balanced_images", "testdev", images)
+    write_one(folder / "GQA", config="testdev_balanced_images", split="testdev", records=images)
     for name, (config, split, record) in DATASETS.items():
-        write_one(folder / name, config, split, [record(i) for i in range(6)])
+        write_one(folder / name, config=config, split=split, records=[record(i) for i in range(6)])
     return root
 
 

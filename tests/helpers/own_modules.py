@@ -38,7 +38,9 @@ class Encoder(nn.Module):
     def __init__(self, new_block=Block, extra_last: bool = False):
         super().__init__()
         self.extra_last = extra_last
-        self.stem = nn.Conv2d(3, WIDTH, PATCH_PX, PATCH_PX)
+        self.stem = nn.Conv2d(
+            in_channels=3, out_channels=WIDTH, kernel_size=PATCH_PX, stride=PATCH_PX
+        )
         self.extra = nn.Parameter(torch.randn(1, EXTRA, WIDTH))
         self.positions = nn.Parameter(torch.randn(1, (SIDE_PX // PATCH_PX) ** 2, WIDTH))
         self.blocks = nn.ModuleList(new_block() for _ in range(3))

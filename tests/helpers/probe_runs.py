@@ -99,7 +99,13 @@ def random_counts(quality: list[float], images: int, classes: int, seed: int) ->
     tokens = GRID[0] * GRID[1]
     patch = (intersection.sum(-1, keepdim=True) // tokens).expand(-1, -1, tokens).contiguous()
     valid = (labelled.sum(-1, keepdim=True) // tokens).expand(-1, tokens).contiguous()
-    return Counts(intersection, predicted, labelled, patch, valid)
+    return Counts(
+        intersection=intersection,
+        predicted=predicted,
+        labelled=labelled,
+        patch_right=patch,
+        patch_valid=valid,
+    )
 
 
 def sums_of(counts: Counts) -> torch.Tensor:
@@ -159,7 +165,9 @@ def write_run(
     classes = json.loads((root / "classes.json").read_text())["classes"]
     sites = sites or site_names(len(quality) - 3)
     weights = bootstrap_weights(images, 300, groups=groups)
-    counts = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
+    counts = random_counts(
+        quality, images=images, classes=len(classes), seed=seed + 10 * (mask != "causal")
+    )
     probe = {
         "head": "linear",
         "feature_norm": "none",

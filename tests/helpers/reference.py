@@ -34,7 +34,7 @@ def mask_by_loop(name: str, is_image: Tensor, padding: Tensor) -> Tensor:
         flags = [bool(is_image[b, i]) for i in real]
         for qi, q in enumerate(real):
             for ki, k in enumerate(real):
-                mask[b, q, k] = allowed(name, flags, qi, ki)
+                mask[b, q, k] = allowed(name, is_image=flags, q=qi, k=ki)
     return mask
 
 
@@ -100,7 +100,9 @@ def masks_by_layer(mllm, length: int, gone: Callable[[int, int, int], bool]) -> 
     for layer in range(1, len(mllm.decoder.layers) + 1):
         mask = torch.zeros(1, length, length, dtype=torch.bool)
         for q, k in itertools.product(range(length), repeat=2):
-            mask[0, q, k] = allowed(mllm.image_attention, is_image, q, k) and not gone(layer, q, k)
+            mask[0, q, k] = allowed(mllm.image_attention, is_image=is_image, q=q, k=k) and not gone(
+                layer, q, k
+            )
         masks.append(mask)
     return masks
 
@@ -111,7 +113,9 @@ def uncached_states(mllm, pixels, text: list[int], masks: list[Tensor]) -> list[
     image = mllm.states(pixels, ["adapter"])["adapter"]
     parts = [embed(mllm.prefix_ids), image, embed(torch.tensor([text], dtype=torch.long))]
     inputs = torch.cat([part.expand(len(pixels), -1, -1) for part in parts], 1)
-    return llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
+    return llama_states(
+        mllm.decoder, inputs=inputs, masks=masks, positions=torch.arange(inputs.shape[1])
+    )
 
 
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:

@@ -38,4 +38,6 @@ def miou(run, weights=None) -> np.ndarray:
     """Return mIoU by site in numpy, f[S], or f[S, R] under the multiplicities of images f[R, N]."""
     right, predicted, labelled = run.counts[:3]
     pairs = zip(right, predicted, strict=True)
-    return np.array([miou_of_counts(i, p, labelled, weights) for i, p in pairs])
+    return np.array(
+        [miou_of_counts(i, predicted=p, labelled=labelled, weights=weights) for i, p in pairs]
+    )

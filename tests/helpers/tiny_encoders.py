@@ -143,14 +143,28 @@ _ALL = [
     StockEncoder("dinov3_vit", "DINOv3ViTModel", 3),
     StockEncoder("clip_vision_model", "CLIPVisionModel", 1, interpolated, normed=False),
     StockEncoder("metaclip_2_vision_model", "MetaClip2VisionModel", 1, interpolated, normed=False),
-    StockEncoder("siglip_vision_model", "SiglipVisionModel", 0, interpolated),
-    StockEncoder("siglip2_vision_model", "Siglip2VisionModel", 0, patchified),
-    StockEncoder("vit", "ViTModel", 1, interpolated),
-    StockEncoder("ijepa", "IJepaModel", 0, interpolated),
-    StockEncoder("deit", "DeiTModel", 2, interpolated),
-    StockEncoder("vit_msn", "ViTMSNModel", 1, interpolated),
-    StockEncoder("vit_mae", "ViTMAEModel", 1, in_order),
-    StockEncoder("beit", "BeitModel", 1, interpolated),
+    StockEncoder(
+        model_type="siglip_vision_model",
+        vision_class="SiglipVisionModel",
+        extra_tokens=0,
+        inputs=interpolated,
+    ),
+    StockEncoder(
+        model_type="siglip2_vision_model",
+        vision_class="Siglip2VisionModel",
+        extra_tokens=0,
+        inputs=patchified,
+    ),
+    StockEncoder(model_type="vit", vision_class="ViTModel", extra_tokens=1, inputs=interpolated),
+    StockEncoder(
+        model_type="ijepa", vision_class="IJepaModel", extra_tokens=0, inputs=interpolated
+    ),
+    StockEncoder(model_type="deit", vision_class="DeiTModel", extra_tokens=2, inputs=interpolated),
+    StockEncoder(
+        model_type="vit_msn", vision_class="ViTMSNModel", extra_tokens=1, inputs=interpolated
+    ),
+    StockEncoder(model_type="vit_mae", vision_class="ViTMAEModel", extra_tokens=1, inputs=in_order),
+    StockEncoder(model_type="beit", vision_class="BeitModel", extra_tokens=1, inputs=interpolated),
     StockEncoder("data2vec-vision", "Data2VecVisionModel", 1, interpolated, has_own_attention=True),
     StockEncoder("pixio", "PixioModel", 3),
     StockEncoder("aimv2_vision_model", "Aimv2VisionModel", one_side=True),

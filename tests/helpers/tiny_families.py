@@ -221,11 +221,19 @@ def _patched(
     config = _config(kind, {"model_type": kind, **vision}, text)
     inputs = _stock(name, patch_size=2, merge_size=2, temporal_patch_size=2)
     settings = {"types": ("mm_token_type_ids", 1, 0), "placeholder": placeholder, "inputs": inputs}
-    return Stock(config, encoder, (SIDE, SIDE), 4 * SIDE, **settings | kwargs)
+    return Stock(
+        config=config, encoder=encoder, grid=(SIDE, SIDE), image_px=4 * SIDE, **settings | kwargs
+    )
 
 
 def _glm(kind: str, text: dict, **vision) -> Stock:
-    return _patched(kind, "model.visual.downsample", SMALL_PATCHES | vision, text, "<|image|>")
+    return _patched(
+        kind,
+        encoder="model.visual.downsample",
+        vision=SMALL_PATCHES | vision,
+        text=text,
+        placeholder="<|image|>",
+    )
 
 
 def _pixtral(kind: str, text: dict, encoder: str, placeholder: str) -> Stock:
@@ -430,8 +438,8 @@ _ALL = [
     Stock(
         _config(
             "gemma4",
-            SMALL_PATCHES | {"num_key_value_heads": 2},
-            GEMMA4
+            vision=SMALL_PATCHES | {"num_key_value_heads": 2},
+            text=GEMMA4
             | {
                 "num_kv_shared_layers": 0,
                 "hidden_size_per_layer_input": 8,
@@ -450,14 +458,14 @@ _ALL = [
     Stock(
         _config(
             "gemma4_unified",
-            {
+            vision={
                 "model_type": "gemma4_unified_vision",
                 "patch_size": 2,
                 "mm_embed_dim": 24,
                 "output_proj_dims": 24,
             },
             # more than there are tokens, as in the published models
-            GEMMA4 | {"sliding_window": 128},
+            text=GEMMA4 | {"sliding_window": 128},
             **GEMMA4_TOKENS,
         ),
         "model.embed_vision.multimodal_embedder",
@@ -474,19 +482,24 @@ _ALL = [
         native="prefix",
         types=("token_type_ids", 0, 1),
     ),
-    _patched("qwen2_vl", f"{MERGER}.mlp", SMALL_PATCHES | {"embed_dim": 16, "hidden_size": 32}, {}),
-    _patched("qwen2_5_vl", f"{MERGER}.mlp", WINDOWS, {}),
+    _patched(
+        "qwen2_vl",
+        encoder=f"{MERGER}.mlp",
+        vision=SMALL_PATCHES | {"embed_dim": 16, "hidden_size": 32},
+        text={},
+    ),
+    _patched("qwen2_5_vl", encoder=f"{MERGER}.mlp", vision=WINDOWS, text={}),
     _patched(
         "qwen3_vl",
-        f"{MERGER}.linear_fc1",
-        SMALL_PATCHES | {"deepstack_visual_indexes": [0], "depth": 3},
-        {},
+        encoder=f"{MERGER}.linear_fc1",
+        vision=SMALL_PATCHES | {"deepstack_visual_indexes": [0], "depth": 3},
+        text={},
     ),
     _patched(
         "qwen3_vl_moe",
-        f"{MERGER}.linear_fc1",
-        SMALL_PATCHES | {"deepstack_visual_indexes": [0]},
-        EXPERTS,
+        encoder=f"{MERGER}.linear_fc1",
+        vision=SMALL_PATCHES | {"deepstack_visual_indexes": [0]},
+        text=EXPERTS,
     ),
     _patched("qwen3_5", f"{MERGER}.linear_fc1", SMALL_PATCHES, LINEAR, masks=False),
     _patched(
@@ -542,8 +555,18 @@ _ALL = [
         inputs=_unmerged,
         placeholder="<|image_pad|>",
     ),
-    _pixtral("mistral3", _llm("mistral", sliding_window=None), PROJECTOR, "[IMG]"),
-    _pixtral("lighton_ocr", _llm("qwen3"), "model.vision_projection", "<|image_pad|>"),
+    _pixtral(
+        "mistral3",
+        text=_llm("mistral", sliding_window=None),
+        encoder=PROJECTOR,
+        placeholder="[IMG]",
+    ),
+    _pixtral(
+        "lighton_ocr",
+        text=_llm("qwen3"),
+        encoder="model.vision_projection",
+        placeholder="<|image_pad|>",
+    ),
 ]
 STOCK = {stock.config["model_type"]: stock for stock in _ALL}
 

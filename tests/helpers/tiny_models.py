@@ -135,7 +135,7 @@ def write_checkpoint(folder: Path, image_attention: str = "causal", out: str = "
     torch.manual_seed(3)
     built = build_model(encoder, llm, processor, image_attention=image_attention)
     sharpen(built, 8.0)
-    export_hf(built, processor, folder / out, {"val/answer_accuracy": 0.5})
+    export_hf(built, processor=processor, out=folder / out, training={"val/answer_accuracy": 0.5})
     return folder / out
 
 

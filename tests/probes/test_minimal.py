@@ -23,7 +23,7 @@ def test_scores_are_those_of_solve_at_the_same_strength(
 
     model = str(checkpoints["causal"])
     picture = tmp_path / "curve.png"
-    minimal.main(model, str(segmentation), float(strength), str(picture))
+    minimal.main(model, data=str(segmentation), strength=float(strength), out=str(picture))
     lines = capsys.readouterr().out.splitlines()
     found = {site: float(percent) / 100 for site, percent in (line.split() for line in lines[:-1])}
 

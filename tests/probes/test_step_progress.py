@@ -18,7 +18,9 @@ def clock(monkeypatch):
 
 
 def watcher(**seconds: float) -> StepWatcher:
-    return StepWatcher("before/trained", "solve", ("solve", "report"), seconds)
+    return StepWatcher(
+        name="before/trained", kind="solve", later=("solve", "report"), seconds=seconds
+    )
 
 
 def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):

@@ -99,7 +99,13 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(
     answers = [answer for _, answer in turns]
     pairs = [text for pair in zip(questions, answers, strict=True) for text in pair]
     tokens = IMAGE_TOKENS if shown else None
-    ids, labels = encode(tiny_models.turns(*pairs), tokenizer, name, tokens, image_id)
+    ids, labels = encode(
+        tiny_models.turns(*pairs),
+        tokenizer=tokenizer,
+        template=name,
+        image_tokens=tokens,
+        image_token_id=image_id,
+    )
     if name == "chat":
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": next(roles), "content": text} for text in pairs]

@@ -23,7 +23,7 @@ def scenes() -> list[SceneWords]:
 
 @pytest.fixture(scope="module")
 def records(scenes) -> dict[str, list[dict]]:
-    return build_conversations(scenes, scenes, 0.05, np.random.default_rng(1))
+    return build_conversations(scenes, val=scenes, scale=0.05, rng=np.random.default_rng(1))
 
 
 def pairs(record: dict) -> list[tuple[str, str]]:

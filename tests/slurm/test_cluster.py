@@ -112,7 +112,7 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     complete(submit("stage1", settings, log), log)
     skew = f"--import {ROOT}/tests/slurm/skew.py --trainer.callbacks+=skew.Skew "
     skew += f"--trainer.callbacks.seconds=0.2 --trainer.callbacks.losses={tmp_path}"
-    complete(submit("stage2", settings, log, f"{skew}/whole"), log)
+    complete(submit("stage2", settings=settings, log=log, more=f"{skew}/whole"), log)
 
     out = Path(settings["RUNS"]) / "clip-causal/interrupted"
     interrupted = ("stage2", settings, tmp_path / "cut.log", f"{skew}/cut --out {out}")

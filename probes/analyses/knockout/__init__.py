@@ -132,16 +132,22 @@ def measure(run: "ProbeRun", options: KnockoutOptions) -> Result:
 
     def compute(indices: Sequence[int]):
         samples = {i: dataset[i] for i in indices}
-        return knock_out_batch(reader, options, run.metrics["classes"], samples)
+        return knock_out_batch(
+            reader, options=options, classes=run.metrics["classes"], samples=samples
+        )
 
-    tensors = ANALYSIS.in_batches(run, options, images, options.batch_size, compute)
+    tensors = ANALYSIS.in_batches(
+        run, options=options, items=images, size=options.batch_size, compute=compute
+    )
     if not tensors:
         raise NothingToMeasure(
             f"{run.path}: no image has {options.min_patches} or more patches wrongly predicted as "
             f"{' or '.join(options.classes)}; choose other --classes (such as auto:5) or fewer --min-patches"
         )
     effects = knockout_effects(run, tensors)
-    return Result(knockout_rows(run, options, tensors, effects), tensors, effects)
+    return Result(
+        knockout_rows(run, options=options, tensors=tensors, effects=effects), tensors, effects
+    )
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
@@ -166,7 +172,7 @@ def table_rows(results: dict[str, Any]) -> Iterator[Row]:
             for layer, (value, ci95) in enumerate(zip(values, intervals, strict=True)):
                 site = layer_site(layer) if layer else ADAPTER
                 of = {"class": entry["class"], "condition": condition}
-                yield table_row(site, "wrong_patches_left", value, ci95, **of)
+                yield table_row(site, metric="wrong_patches_left", value=value, interval=ci95, **of)
 
 
 ANALYSIS = Analysis(

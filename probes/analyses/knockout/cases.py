@@ -211,11 +211,11 @@ def knock_out_batch(
     for name in options.classes:
         cases += find_cases(
             predicted,
-            torch.stack(truth),
-            [*samples],
-            classes.index(name),
-            reader.layers.index(options.block_by),
-            options.min_patches,
+            truth=torch.stack(truth),
+            index=[*samples],
+            wrong_class=classes.index(name),
+            block_layer=reader.layers.index(options.block_by),
+            min_patches=options.min_patches,
         )
     adapter = states[ADAPTER]
     del states  # of every layer; the forwards under a knockout need the memory
@@ -224,7 +224,7 @@ def knock_out_batch(
         high_norm = high_norm_tokens(adapter[case.row])
         for condition, draws in blocked_by_condition(case, high_norm, options).items():
             rows += [ForwardRow(i, condition, draw) for draw in draws]
-    measured = _run_rows(reader, pixels, cases, rows, options)
+    measured = _run_rows(reader, pixels=pixels, cases=cases, rows=rows, options=options)
     tensors: dict[str, list[Tensor]] = {}
     for case, outcomes in zip(cases, measured, strict=True):
         values = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}

@@ -30,8 +30,10 @@ def section(study: StudyRuns) -> Section:
 
 
 LOOKS = {  # of the conditions; the first ones are below
-    "random_incorrect": Curve((), "as many other tokens", "grey", "dotted"),
-    "random_correct": Curve((), "as many other tokens", "grey", "dotted"),
+    "random_incorrect": Curve(
+        points=(), name="as many other tokens", colour="grey", style="dotted"
+    ),
+    "random_correct": Curve(points=(), name="as many other tokens", colour="grey", style="dotted"),
     "none": Curve((), "nothing blocked", "ink"),
     "incorrect": Curve((), "tokens of the wrong class", 1, band=True),
     "correct": Curve((), "tokens of the right class", 0, band=True),
@@ -40,10 +42,13 @@ LOOKS = {  # of the conditions; the first ones are below
 
 def rate_chart(rows: Rows) -> Chart:
     """Return the panel of a class: wrong patches left by layer and condition."""
-    curves = curves_by_layer(rows, LOOKS, "condition", "remaining")
+    curves = curves_by_layer(rows, looks=LOOKS, name="condition", value="remaining")
     ticks = {row["layer"]: str(row["layer"] or "ad") for row in rows}
     return Chart(
-        curves, ticks, f"{rows[0]['class']}, {rows[0]['cases']} cases", "wrong patches left, %"
+        curves=curves,
+        ticks=ticks,
+        title=f"{rows[0]['class']}, {rows[0]['cases']} cases",
+        unit="wrong patches left, %",
     )
 
 
@@ -70,10 +75,10 @@ def rates_figure(mask: str, run: ProbeRun) -> Figure:
     entries = [results["all"], *results["classes"]]
     by_class = [rows for entry in entries if (rows := _rate_rows(run, entry))]
     return Figure(
-        f"knockout_{mask}",
-        f"Wrong patches left, {mask}",
-        "Patches that the adapter's probe calls a class by mistake, and the share still wrong at each layer (Fig. 11)"
+        name=f"knockout_{mask}",
+        title=f"Wrong patches left, {mask}",
+        caption="Patches that the adapter's probe calls a class by mistake, and the share still wrong at each layer (Fig. 11)"
         " while the LLM's image tokens cannot attend to some of them. Bands: 95% intervals over images.",
-        [rate_chart(rows) for rows in by_class],
-        [row for rows in by_class for row in rows],
+        panels=[rate_chart(rows) for rows in by_class],
+        rows=[row for rows in by_class for row in rows],
     )

@@ -102,7 +102,9 @@ def measure(run: "ProbeRun", options: PatchingOptions) -> Result:
             {i: dataset[i] for i in indices}, [dataset[others[i]]["image"] for i in indices]
         )
 
-    tensors = ANALYSIS.in_batches(run, options, images, options.batch_size, compute)
+    tensors = ANALYSIS.in_batches(
+        run, options=options, items=images, size=options.batch_size, compute=compute
+    )
     rows = {"site": options.site, "layers": options.layers}
     return Result(rows | patching_effects(tensors, options, run.groups), tensors)
 

@@ -70,7 +70,10 @@ class Experiment:
         results = {"total": mean_over(self._log_odds(new, truth) - own, labelled)}
         by_layer = []
         for place in sites:
-            of_set, *of_draws = self._patched(pixels, place, new[place], replaced, truth) - own
+            of_set, *of_draws = (
+                self._patched(pixels, place=place, new=new[place], replaced=replaced, truth=truth)
+                - own
+            )
             neither = [labelled & ~tokens & ~drawn for drawn in replaced[1:]]
             draws = [*zip(of_draws, neither, strict=True)]
             by_layer.append(

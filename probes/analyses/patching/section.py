@@ -10,18 +10,18 @@ from probes.runs.study import StudyRuns
 from . import GROUPS
 
 LOOKS = {  # of the groups of patches that are drawn
-    "random": Curve((), "random tokens", "grey", "dotted"),
+    "random": Curve(points=(), name="random tokens", colour="grey", style="dotted"),
     "others": Curve((), "tokens of the object", 0, mark="circle", band=True),
 }
 
 
 def patching_chart(results: dict[str, Any], rows: Rows) -> Chart:
     """Return the panel of patching.json; the CSV file has all groups of patches."""
-    curves = curves_by_layer(rows, LOOKS, "patches", "value")
+    curves = curves_by_layer(rows, looks=LOOKS, name="patches", value="value")
     layers = sorted({row["layer"] for row in rows})
     ends = [Point(layer, results["total"]["value"]) for layer in (layers[0], layers[-1])]
     return Chart(
-        [Curve(ends, "all tokens", "ink", "dashed"), *curves],
+        [Curve(points=ends, name="all tokens", colour="ink", style="dashed"), *curves],
         {layer: str(layer) for layer in layers},
         "by layer whose states are replaced",
         "change of log-odds at other patches, nats",
@@ -48,15 +48,15 @@ def section(study: StudyRuns) -> Section:
         if patched:
             rows = effect_rows(patched)
             shown = Figure(
-                f"patching_{mask}",
-                f"Replaced states, {mask}",
-                "Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
+                name=f"patching_{mask}",
+                title=f"Replaced states, {mask}",
+                caption="Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
                 f"{patched['site'].replace('_', ' ')}, when the states of an object's tokens are replaced by another "
                 "image's at one layer. Look for the layers from which on they change nothing elsewhere: by then they "
                 "have passed on what others take. Exploratory: the paper makes no claim about it. Bands: 95% intervals "
                 "over images, for all layers together.",
-                [patching_chart(patched, rows)],
-                rows,
+                panels=[patching_chart(patched, rows)],
+                rows=rows,
             )
             figures.append(shown)
     return Section(figures, by_mask={"patching": results})

@@ -106,7 +106,9 @@ def measure(run: "ProbeRun", options: RoutesOptions) -> Result:
     file = read_questions(options.questions, classes)
     asked = range(len(first_questions(options.questions, file, options.limit)))
     asker = Asker(run, options, file)
-    tensors = ANALYSIS.in_batches(run, options, asked, QUESTIONS_PER_FILE, asker.ask)
+    tensors = ANALYSIS.in_batches(
+        run, options=options, items=asked, size=QUESTIONS_PER_FILE, compute=asker.ask
+    )
     rows = {"classes": classes, "questions_file": options.questions.name, "layers": asker.layers}
     rows |= answer_statistics(tensors, run.sites, options.seed)
     rows["effects"] = route_effects(tensors, asker.places, options.seed)
@@ -137,11 +139,13 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
 def table_rows(results: dict[str, Any]) -> Iterator[Row]:
     """Yield the accuracy of the answers, and the effect of each route, cut in all layers, in nats."""
     accuracy = results["accuracy"]
-    yield table_row(None, "answer_accuracy", accuracy["value"], accuracy["ci95"])
+    yield table_row(
+        None, metric="answer_accuracy", value=accuracy["value"], interval=accuracy["ci95"]
+    )
     for effect in results["effects"]:
         of_all = effect["all"]
         metric = f"route_{effect['source']}_to_{effect['target']}".replace(" - ", "_minus_")
-        yield table_row(None, metric, of_all["value"], of_all["ci95"])
+        yield table_row(None, metric=metric, value=of_all["value"], interval=of_all["ci95"])
 
 
 ANALYSIS = Analysis(

@@ -123,15 +123,21 @@ class Asker:
         layers = cut.repeat(len(patches), 1)
         blocked = patches.repeat_interleave(len(cut), 0)
         for target, rows in TARGETS.items():
-            scores = self._cut(pixels, question.text, rows, layers, blocked)
+            scores = self._cut(
+                pixels, text=question.text, rows=rows, layers=layers, blocked=blocked
+            )
             by_source = scores.unflatten(0, (-1, len(cut))).split([*map(len, sources.values())])
             for source, of_source in zip(sources, by_source, strict=True):
-                results |= outcomes(f"{source} to {target}", of_source, none, question.right)
+                results |= outcomes(
+                    f"{source} to {target}", scores=of_source, none=none, right=question.right
+                )
         return results
 
     def _scores(self, pixels: Tensor, text: str, knockout: Knockout | None = None) -> Tensor:
         """Return the log-probability of each class as the answer, f[R, K], normalised over classes."""
-        scores = self.mllm.answer_log_probs(pixels, text, self.classes, knockout)
+        scores = self.mllm.answer_log_probs(
+            pixels, question=text, answers=self.classes, knockout=knockout
+        )
         return scores.log_softmax(-1)
 
     def _cut(
@@ -227,12 +233,12 @@ def route_effects(
     for target, source in product(TARGETS, SOURCES):
         effect: dict[str, Any] = {"source": source, "target": target}
         for outcome, (of_all, by_window) in OUTCOMES.items():
-            values = change(tensors, outcome, source, target)
+            values = change(tensors, outcome=outcome, source=source, target=target)
             mean, resampled = mean_over_questions(tensors, values, seed)
             effect[of_all] = Estimate(mean[0].item(), resampled[:, 0]).json()
             layers = [{"layers": list(place)} for place in places[1:]]
             effect[by_window] = band_entries(layers, mean[1:], resampled[:, 1:])
-        correct = change(tensors, "correct", source, target)[:, 0]
+        correct = change(tensors, outcome="correct", source=source, target=target)[:, 0]
         mean, resampled = mean_over_questions(tensors, correct, seed)
         effect["right"] = Estimate(mean.item(), resampled).json()
         effects.append(effect)
@@ -242,7 +248,10 @@ def route_effects(
 def change(tensors: Tensors, outcome: str, source: str, target: str) -> Tensor:
     """Return an outcome when a route is cut, f[Q, 1 + W]: "right" in nats more, "changed", or "correct"."""
     if source == CONTRAST:
-        own, other = (change(tensors, outcome, name, target) for name in CONTRAST.split(" - "))
+        own, other = (
+            change(tensors, outcome=outcome, source=name, target=target)
+            for name in CONTRAST.split(" - ")
+        )
         return own - other
     values = tensors[f"{outcome}:{source} to {target}"].double()
     if outcome != "right":

@@ -93,7 +93,12 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
             text = turn["value"].replace("<image>", "").strip()
             image = images.setdefault(record["image"], len(images))
             questions.append(
-                Question(image, text, classes.index(region["class"]), tuple(region["box"]))
+                Question(
+                    image=image,
+                    text=text,
+                    right=classes.index(region["class"]),
+                    box=tuple(region["box"]),
+                )
             )
     if not questions:
         raise UserError(

@@ -116,16 +116,16 @@ def routes_figure(mask: str, of_mask: dict[str, Any]) -> Figure:
     """Return a panel per target; the CSV file has all routes, windows and models."""
     sinks = layers_with_sinks(of_mask["sinks"])
     return Figure(
-        f"routes_{mask}",
-        f"Routes of answers, {mask}",
-        "Change of the right answer's log-probability when no token of the target attends to the source, in windows of "
+        name=f"routes_{mask}",
+        title=f"Routes of answers, {mask}",
+        caption="Change of the right answer's log-probability when no token of the target attends to the source, in windows of "
         "layers (points, at the middle of the window) and in all layers (right, with its interval). object: patches "
         "that the question is about; random: as many others. Thin: random LLMs. Bands: 95% intervals over images, for "
         "all windows of a route together."
         + " Grey ground: layers in which image tokens attend to an attention sink."
         * bool(sinks),
-        [target_chart(of_mask, target, sinks) for target in TARGETS],
-        route_rows(of_mask),
+        panels=[target_chart(of_mask, target, sinks) for target in TARGETS],
+        rows=route_rows(of_mask),
     )
 
 
@@ -137,8 +137,12 @@ def target_chart(of_mask: dict[str, Any], target: str, sinks: list[int]) -> Char
     for effect in of_target(of_mask, target):
         end = effect["windows"][-1]["layers"][1] + 1
         low, high = effect["all"]["ci95"]
-        point = Point(end, effect["all"]["value"], low, high, "all layers")
-        curves.append(Curve([point], "", DRAWN[effect["source"]], "dots", "circle"))
+        point = Point(x=end, value=effect["all"]["value"], low=low, high=high, title="all layers")
+        curves.append(
+            Curve(
+                points=[point], name="", colour=DRAWN[effect["source"]], style="dots", mark="circle"
+            )
+        )
     windows = of_target(of_mask, target)[0]["windows"]
     ticks = {sum(x["layers"]) / 2: "{}–{}".format(*x["layers"]) for x in windows}
     return Chart(

@@ -72,7 +72,7 @@ def gap_chart(result: dict[str, Any], title: str) -> Chart:
     points = [Point(i + 1, gap, *ci95) for i, (gap, ci95) in enumerate(gaps)]
     ticks = {i + 1: str(i + 1) for i in range(columns)}
     return Chart(
-        [Curve(points, "", 0, "dots", "circle")],
+        [Curve(points=points, name="", colour=0, style="dots", mark="circle")],
         ticks,
         title,
         "points, by patch from the left",
@@ -96,7 +96,11 @@ def accuracy_grids(result: dict[str, Any]) -> list[Grid]:
         )
         title = DIFFERENCE if signed else name
         text = unit.format(*numbers).replace("-", "−")
-        grids.append(Grid(values, title, text, signed, None if signed else span))
+        grids.append(
+            Grid(
+                values=values, title=title, unit=text, signed=signed, span=None if signed else span
+            )
+        )
     return grids
 
 
@@ -104,22 +108,22 @@ def starvation_figures(result: dict[str, Any]) -> Iterator[Figure]:
     """Yield the figures of context starvation, of results.json["starvation"]."""
     at = f"at {result['site'].replace('_', ' ')}"
     yield Figure(
-        "starvation",
-        f"Accuracy by patch {at}",
-        "Under causal attention the first image tokens see few others (Fig. 7). Look for a gap at the first ones. The "
+        name="starvation",
+        title=f"Accuracy by patch {at}",
+        caption="Under causal attention the first image tokens see few others (Fig. 7). Look for a gap at the first ones. The "
         "darker, the higher; of differences, blue is higher under bidirectional attention. Lines: 95% intervals.",
-        [*accuracy_grids(result), gap_chart(result, "first row")],
-        gap_rows(result),
+        panels=[*accuracy_grids(result), gap_chart(result, "first row")],
+        rows=gap_rows(result),
     )
     fixed = result["by_class"] | {"grid": result["grid"]}
     gaps = zip(result["gap"], fixed["gap"], strict=False)
     yield Figure(
-        "starvation_by_class",
-        "Accuracy gap with equal class frequencies",
-        f"The gap of the first row {at} as measured, and reweighted so that every patch has the class frequencies of "
+        name="starvation_by_class",
+        title="Accuracy gap with equal class frequencies",
+        caption=f"The gap of the first row {at} as measured, and reweighted so that every patch has the class frequencies of "
         "the full split. Early patches often show only a few classes.",
-        [gap_chart(result, "as measured"), gap_chart(fixed, "same class frequencies")],
-        [
+        panels=[gap_chart(result, "as measured"), gap_chart(fixed, "same class frequencies")],
+        rows=[
             {"patch": i, "gap": gap, "standardised": standardised}
             for i, (gap, standardised) in enumerate(gaps)
         ],
@@ -164,7 +168,12 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | No
         accuracy[mask] = weights @ with_first_row(x, columns) / pixels
     share = causal.counts.labelled.sum(0).double()
     standardised = standardised_accuracy(
-        right, valid, causal.patch_classes, share / share.sum(), weights, columns
+        right,
+        valid=valid,
+        labels=causal.patch_classes,
+        share=share / share.sum(),
+        weights=weights,
+        columns=columns,
     )
     return {
         "site": site,

@@ -22,13 +22,16 @@ def section(study: StudyRuns) -> Section:
         for image in result["images"] if result else ():
             classes = run.metrics["classes"]
             shown = Figure(
-                f"umap_{mask}_{image['image']}",
-                f"Patches of image {image['name']}, {mask}",
-                "UMAP of the patches of one image, coloured by class (Fig. 5). UMAP exaggerates the gaps between "
+                name=f"umap_{mask}_{image['image']}",
+                title=f"Patches of image {image['name']}, {mask}",
+                caption="UMAP of the patches of one image, coloured by class (Fig. 5). UMAP exaggerates the gaps between "
                 "clusters, so rely on the numbers above the panels: the share of a patch's ten nearest neighbours in "
                 "the original space that have its class.",
-                [umap_chart(entry, image["labels"], classes, palette) for entry in image["sites"]],
-                umap_rows(image),
+                panels=[
+                    umap_chart(entry, labels=image["labels"], classes=classes, palette=palette)
+                    for entry in image["sites"]
+                ],
+                rows=umap_rows(image),
             )
             figures.append(shown)
     return Section(figures)
@@ -50,7 +53,7 @@ def umap_chart(
             for (x, y), label in zip(entry["xy"], labels, strict=True)
             if label == k or (k is None and label not in common)
         ]
-        curves.append(Curve(own, name, colour, "dots", "circle"))
+        curves.append(Curve(points=own, name=name, colour=colour, style="dots", mark="circle"))
     purity = entry["knn_purity"]
     share = "unknown" if purity is None else f"{purity:.0%}"
     return Chart(

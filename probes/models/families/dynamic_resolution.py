@@ -86,7 +86,10 @@ def _to_raster_order(model: "PreTrainedModel", args: tuple) -> Tensor:
     images = len(states) // TOKENS_PER_SIDE**2
     grid = _grid_thw(model, images)
     order, _ = get_vision_window_index(
-        grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        grid,
+        spatial_merge_size=vision.spatial_merge_size,
+        window_size=vision.window_size,
+        patch_size=vision.patch_size,
     )
     return states[order.argsort()]
 

@@ -125,7 +125,13 @@ def test_a_llava_of_another_llm_is_asked_in_its_own_words(asked, monkeypatch):
 def test_several_images_come_before_the_question(asked):
     _, processor = asked
     turns = [{"from": "human", "value": "<image>\nwall"}]
-    expected, _ = encode(turns, processor.tokenizer, "vicuna_v1", 2 * 4, processor.image_token_id)
+    expected, _ = encode(
+        turns,
+        tokenizer=processor.tokenizer,
+        template="vicuna_v1",
+        image_tokens=2 * 4,
+        image_token_id=processor.image_token_id,
+    )
     assert ids_of(processor, "wall", 1, 2) == expected
 
 

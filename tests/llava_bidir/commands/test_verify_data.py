@@ -62,7 +62,9 @@ def run(parts, folder, capsys, more: str) -> tuple[int, str]:
 def test_command_lists_everything_and_fails(folder, parts, capsys):
     """On a machine without the GPUs of the config."""
     more = "--trainer.devices 8 --trainer.accelerator gpu --trainer.precision bf16-mixed"
-    status, text = run(parts, folder, capsys, f"--json --data.num_workers 2 {more}")
+    status, text = run(
+        parts, folder=folder, capsys=capsys, more=f"--json --data.num_workers 2 {more}"
+    )
     (file,) = json.loads(text)["files"]
     assert status == 1
     assert file["records"] == len(RECORDS)
@@ -78,7 +80,9 @@ def test_a_clean_file_is_status_0(count, parts, tmp_path, capsys):
     records = [{"id": "fine", "conversations": turns("and", "wall")}]
     records += [{"id": f"{i}", "conversations": turns("name", " ", "and")} for i in range(count)]
     (tmp_path / "val.json").write_text(json.dumps(records))
-    status, text = run(parts, tmp_path, capsys, f"--data.val_annotations {tmp_path}/val.json")
+    status, text = run(
+        parts, folder=tmp_path, capsys=capsys, more=f"--data.val_annotations {tmp_path}/val.json"
+    )
     assert status == bool(count)
     assert "1 records, 0 findings" in text
     assert f"{count + 1:,} records, {count} findings" in text
@@ -100,7 +104,7 @@ def test_what_is_trained_and_asked_is_found_by_content(parts, tmp_path, capsys):
     write("data.json", "trained", "a.png", "c.png")
     write("val.json", "asked", "b.png", "c.png", "d.png", "e.png")
     more = f"--json --data.val_annotations {tmp_path}/val.json"
-    status, text = run(parts, tmp_path, capsys, more)
+    status, text = run(parts, folder=tmp_path, capsys=capsys, more=more)
     trained, asked = json.loads(text)["files"]
     found = [(x["index"], x["kind"], x["detail"]) for x in asked["findings"]]
     kind = "in_training"
@@ -109,7 +113,7 @@ def test_what_is_trained_and_asked_is_found_by_content(parts, tmp_path, capsys):
 
 
 def test_what_is_fed_is_shown(parts, conversations, capsys):
-    _, text = run(parts, conversations, capsys, "--json --show 0 11")
+    _, text = run(parts, folder=conversations, capsys=capsys, more="--json --show 0 11")
     picture, text = map(json.loads, text.splitlines())
     assert (picture["id"], picture["template"]) == ("r0", "vicuna_v1")
     ((start, end),) = picture["image_spans"]
@@ -118,7 +122,7 @@ def test_what_is_fed_is_shown(parts, conversations, capsys):
     assert len(picture["labels"]) == len(picture["input_ids"])
     assert [shown["text"].count("<image>") for shown in (picture, text)] == [1, 0]
     assert text["image_spans"] == []
-    _, text = run(parts, conversations, capsys, "--show 0")
+    _, text = run(parts, folder=conversations, capsys=capsys, more="--show 0")
     assert "trained [wall</s>]" in text and "<4 image tokens>" in text
-    status, _ = run(parts, conversations, capsys, "--show 12")
+    status, _ = run(parts, folder=conversations, capsys=capsys, more="--show 12")
     assert "--show 12: " in status and " has records 0..11" in status

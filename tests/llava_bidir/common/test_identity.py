@@ -34,11 +34,11 @@ def test_a_model_is_its_weights_config_and_processor(checkpoints):
 def test_identities_are_the_same_if_their_json_is(now):
     """One batch is not the share 1.0."""
     before = {"settings": {"a": 1}}
-    identity.check_same_identity(before, before, "RUN", "stop")
+    identity.check_same_identity(before, current=before, source="RUN", advice="stop")
     with pytest.raises(UserError, match="RUN belongs to a run with [ab]=.*; stop$"):
-        identity.check_same_identity(before, {"settings": now}, "RUN", "stop")
+        identity.check_same_identity(before, current={"settings": now}, source="RUN", advice="stop")
 
 
 def test_a_result_without_identity_is_not_taken_for_the_same():
     with pytest.raises(UserError, match="RUN does not record its data and model"):
-        identity.check_same_identity(None, {"data": {}}, "RUN", "stop")
+        identity.check_same_identity(None, current={"data": {}}, source="RUN", advice="stop")

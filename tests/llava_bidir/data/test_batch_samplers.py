@@ -25,7 +25,19 @@ DRAWS = (random_batches, grouped_batches)
 def test_every_sample_is_drawn_and_ranks_get_as_many(draw, lengths, micro, world, accumulate):
     lengths = np.array(lengths)
     size = micro * world * accumulate
-    ranks = [[*BatchSampler(lengths, size, micro, draw, rank, world)] for rank in range(world)]
+    ranks = [
+        [
+            *BatchSampler(
+                lengths=lengths,
+                global_batch_size=size,
+                batch_size=micro,
+                draw=draw,
+                rank=rank,
+                world_size=world,
+            )
+        ]
+        for rank in range(world)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     assert len(ranks[0]) % accumulate == 0
     assert all(len(batch) == micro for batches in ranks for batch in batches)
@@ -66,9 +78,14 @@ def test_grouped_batches_are_llavas_with_the_longest_in_front(lengths, micro, de
     """Same draws, same batches: of the full ones two change places, and the last are cut and topped up."""
     batch = micro * devices
     ours = grouped_batches(
-        np.array(lengths), batch, micro, torch.Generator().manual_seed(seed)
+        np.array(lengths),
+        batch_size=batch,
+        micro_batch_size=micro,
+        generator=torch.Generator().manual_seed(seed),
     ).tolist()
-    theirs = llava_megabatches(lengths, batch, devices, torch.Generator().manual_seed(seed))
+    theirs = llava_megabatches(
+        lengths, batch=batch, devices=devices, generator=torch.Generator().manual_seed(seed)
+    )
     full = sum((n < 0) for n in lengths) // batch + sum((n > 0) for n in lengths) // batch
     moved = [i for i in range(full) if ours[i] != theirs[i]]
     assert moved in ([], [0, moved[-1] if moved else 0])
@@ -82,7 +99,7 @@ def test_grouped_batches_are_llavas_with_the_longest_in_front(lengths, micro, de
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_skipping_goes_on_where_an_interrupted_pass_stopped(draw):
-    sampler = BatchSampler(LENGTHS, 8, 4, draw)
+    sampler = BatchSampler(lengths=LENGTHS, global_batch_size=8, batch_size=4, draw=draw)
     everything = [*sampler]
     sampler.start = 5
     assert [*sampler] == everything[5:] and [*sampler] == everything, "only once"

@@ -85,7 +85,11 @@ def test_pieces_are_the_complete_text_and_answers_with_their_end_are_supervised(
     is_prompt = not answered or messages[-1]["content"] == ""
     messages = messages[:-1] if answered and is_prompt else messages
     ids, labels = encode(
-        tiny_models.turns(*records), tokenizer, "chat", TOKENS if has_image else None, IMAGE_ID
+        tiny_models.turns(*records),
+        tokenizer=tokenizer,
+        template="chat",
+        image_tokens=TOKENS if has_image else None,
+        image_token_id=IMAGE_ID,
     )
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
     assert tokenizer.decode(ids).replace("<image>" * TOKENS, "<image>") == text
@@ -151,10 +155,10 @@ def test_prompts_of_exports_have_the_ids_of_training_in_one_step_and_in_two(turn
     images = [IMAGE for _, _, has_image in turns if has_image] or None
     expected, _ = encode(
         tiny_models.turns(*records[:-1]),
-        processor.tokenizer,
-        template,
-        TOKENS if images else None,
-        processor.image_token_id,
+        tokenizer=processor.tokenizer,
+        template=template,
+        image_tokens=TOKENS if images else None,
+        image_token_id=processor.image_token_id,
     )
     options = {"add_generation_prompt": True}
     in_one = processor.apply_chat_template(
@@ -176,7 +180,9 @@ def test_a_system_message_is_refused(processor):
 def test_words_of_our_tokens_in_texts_are_text():
     tokenizer = TOKENIZERS["ChatML"]
     turns = tiny_models.turns("a <image> <pad>", "<pad>")
-    ids, _ = encode(turns, tokenizer, "chat", None, IMAGE_ID)
+    ids, _ = encode(
+        turns, tokenizer=tokenizer, template="chat", image_tokens=None, image_token_id=IMAGE_ID
+    )
     assert not {IMAGE_ID, tokenizer.pad_token_id} & {*ids}
     assert tokenizer.decode(ids).endswith(
         "user\na <image> <pad><|im_end|>\n<|im_start|>assistant\n<pad><|im_end|>\n"
@@ -207,7 +213,13 @@ THINKING = CHATML.replace(
 def test_templates_whose_answers_cannot_be_found_are_errors(template, message):
     turns = tiny_models.turns("What is it?", "the wall")
     with pytest.raises(UserError, match=message):
-        encode(turns, byte_level(template), "chat", None, IMAGE_ID)
+        encode(
+            turns,
+            tokenizer=byte_level(template),
+            template="chat",
+            image_tokens=None,
+            image_token_id=IMAGE_ID,
+        )
 
 
 def test_an_llm_without_a_chat_template_is_an_error(parts):

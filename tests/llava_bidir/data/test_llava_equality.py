@@ -35,7 +35,13 @@ def tokenizer(llama_tokenizer):
 
 def ours(texts, tokenizer, image_tokens: int | None = T, template: str = "vicuna_v1"):
     """Return ids and labels of a conversation by our code."""
-    return encode(turns(*texts), tokenizer, template, image_tokens, IMAGE_ID)
+    return encode(
+        turns(*texts),
+        tokenizer=tokenizer,
+        template=template,
+        image_tokens=image_tokens,
+        image_token_id=IMAGE_ID,
+    )
 
 
 def llava_ids(text: str, tokenizer, has_image: bool) -> list[int]:
@@ -225,6 +231,8 @@ def test_pixels_equal_llavas(name, aspect, size):
     ours = encoder.image_processor(config, aspect)(picture(size), return_tensors="np")[
         "pixel_values"
     ][0]
-    expected = llava_pixels(picture(size), encoder.entry, config.image_size, aspect)
+    expected = llava_pixels(
+        picture(size), entry=encoder.entry, side=config.image_size, aspect=aspect
+    )
     assert ours.shape == (3, config.image_size, config.image_size)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)

@@ -17,7 +17,7 @@ MASKS = tuple(IMAGE_ATTENTION)  # tests/helpers/reference.py defines each of the
 def built(name: str, is_image, padding, implementation: str = "sdpa"):
     config = tiny_models.llama_config()
     config._attn_implementation = implementation
-    return build_mask(name, config, is_image, padding)
+    return build_mask(name, text_config=config, is_image=is_image, padding=padding)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -48,7 +48,12 @@ def test_mask_equals_a_loop_over_pairs(name, rows, pad):
 def test_backend_that_drops_masks_is_refused(name):
     for backend in ("flash_attention_2", "flash_attention_3", "made_up"):
         with pytest.raises(ValueError, match="ignores masks.*sdpa"):
-            built(name, torch.ones(1, 3, dtype=torch.bool), None, backend)
+            built(
+                name,
+                is_image=torch.ones(1, 3, dtype=torch.bool),
+                padding=None,
+                implementation=backend,
+            )
 
 
 @pytest.mark.parametrize(

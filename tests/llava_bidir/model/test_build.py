@@ -80,7 +80,7 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, tmp
     side = entry.image_px or 56
     registers = 2 * (name in ("dinov2_registers", "dinov3"))
     settings = {"num_register_tokens": registers} if registers else {}
-    encoder = write_encoder(name, tmp_path, side, **settings)
+    encoder = write_encoder(name, folder=tmp_path, side=side, **settings)
     model = build_model(encoder, parts[1], build_processor(encoder, parts[1])).eval()
     pixels = torch.randn(1, 3, side, side)
     features = model.get_image_features(pixels).pooler_output[0]

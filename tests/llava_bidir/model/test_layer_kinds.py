@@ -69,7 +69,9 @@ def test_answers_with_every_cache_are_those_of_full_forwards(llm, backend, name)
         for i, sequence in enumerate(out.sequences):
             row = i * len(ROWS) // len(out.sequences)
             real = torch.cat([padding[row].bool(), torch.ones(NEW, dtype=torch.bool)])
-            logits = stock_logits(stock, name, sequence[real][None], pixels.split(IMAGES)[row])
+            logits = stock_logits(
+                stock, name=name, ids=sequence[real][None], pixels=pixels.split(IMAGES)[row]
+            )
             if beams:
                 score = logits.log_softmax(-1).gather(1, sequence[-NEW:, None]).mean()
                 torch.testing.assert_close(out.sequences_scores[i], score, rtol=1e-4, atol=1e-4)

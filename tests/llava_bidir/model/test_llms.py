@@ -97,7 +97,7 @@ def llm_of(parts, tmp_path_factory):
 
     def write(kind: str) -> str:
         folder = tmp_path_factory.mktemp(kind)
-        return write_llm(folder / "llm", parts[1], kind, LLMS[kind])
+        return write_llm(folder / "llm", tokenizer=parts[1], kind=kind, settings=LLMS[kind])
 
     return write
 
@@ -147,7 +147,7 @@ def test_logits_answers_and_loss_are_the_llms_own_and_those_of_the_export(
 @pytest.mark.parametrize("kind", REFUSED)
 def test_other_llms_are_refused_when_the_model_is_built(kind, parts, tmp_path):
     settings, message = REFUSED[kind]
-    llm = write_llm(tmp_path / "llm", parts[1], kind, settings)
+    llm = write_llm(tmp_path / "llm", tokenizer=parts[1], kind=kind, settings=settings)
     with pytest.raises(UserError, match=f"model.llm.*{message}"):
         build(parts, llm, kind)
 

@@ -60,7 +60,10 @@ def test_states_equal_an_attention_written_out_under_the_looped_mask(
         positions = torch.arange(int(real.sum()))
         mask = masks[row][real][:, real]
         expected = reference.llama_states(
-            decoder, ours[0][row : row + 1, real], [mask[None]] * 3, positions
+            decoder,
+            inputs=ours[0][row : row + 1, real],
+            masks=[mask[None]] * 3,
+            positions=positions,
         )
         for layer in (0, 1):  # the last entry of hidden_states is normed
             near = rounding(expected[layer], layer + 1)

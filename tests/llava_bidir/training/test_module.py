@@ -252,7 +252,10 @@ def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(
     """Under ZeRO-3 a rank with one more batch would deadlock; a sample counted twice would shift the metrics."""
     file = conversations / "data.json"
     settings = {"val_annotations": str(file), "micro_batch_size": 5}
-    batches = [questions(conversations, parts, ranks, rank, **settings) for rank in range(ranks)]
+    batches = [
+        questions(conversations, parts=parts, ranks=ranks, rank=rank, **settings)
+        for rank in range(ranks)
+    ]
     assert len({tuple(len(batch["ids"]) for batch in own) for own in batches}) == 1
     counted = [batch for own in batches for batch in own]
     answers = [answer for batch in counted for answer in batch["answers"]]

@@ -74,7 +74,9 @@ def llava_logits(
     decoder = model.model.language_model
     mask = reference.mask_by_loop(image_attention, is_image[None], torch.ones_like(ids)[None])
     masks = [mask] * len(decoder.layers)
-    states = reference.llama_states(decoder, embedded[None], masks, torch.arange(len(ids)))
+    states = reference.llama_states(
+        decoder, inputs=embedded[None], masks=masks, positions=torch.arange(len(ids))
+    )
     return model.lm_head(decoder.norm(states[-1]))[0]
 
 
@@ -87,7 +89,7 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
     for item in samples():
         ids, labels = (torch.tensor(row) for row in collate.encode(item))
         pixels = collate.pixels([item], [ids.tolist()])
-        logits = llava_logits(module.model, name, ids, pixels)[:-1]
+        logits = llava_logits(module.model, image_attention=name, ids=ids, pixels=pixels)[:-1]
         loss = F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
         total += loss.item()
         count += int((labels[1:] != -100).sum())

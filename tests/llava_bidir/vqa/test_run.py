@@ -51,7 +51,7 @@ def items(out: Path, name: str) -> list[dict]:
 def test_one_task(checkpoints, data, tmp_path, monkeypatch):
     """In CI: the options reach lmms-eval's environment, whose packages could not be imported for a week."""
     monkeypatch.chdir(tmp_path)
-    vqa(checkpoints["causal"], "out", data, "--tasks pope")
+    vqa(checkpoints["causal"], out="out", data=data, more="--tasks pope")
     assert len(items(Path("out"), "pope")) == 6
 
 
@@ -95,7 +95,13 @@ def test_answers_are_those_of_generate(runs, checkpoints):
             record = lmms_datasets.DATASETS[folder][2](item["item"])
             images = [record[key] for key in sorted(record) if isinstance(record[key], Image.Image)]
             images = images or [lmms_datasets.picture(item["item"] // 2)]  # GQA's are apart
-            expected = answer(model, processor, [item["question"]], [images], longest)
+            expected = answer(
+                model,
+                processor=processor,
+                questions=[item["question"]],
+                images=[images],
+                max_new_tokens=longest,
+            )
             assert [item["answer"]] == expected, name
     with_ocr, without = (
         items(runs / "bidirectional", name)[0]["question"] for name in ("textvqa_ocr", "textvqa")
@@ -107,13 +113,13 @@ def test_answers_are_those_of_generate(runs, checkpoints):
 def test_finished_tasks_are_not_run_again(runs, checkpoints, data, tmp_path, capsys):
     out = shutil.copytree(runs / "causal", tmp_path / "out")
     elsewhere = "--python /nowhere"
-    vqa(checkpoints["causal"], out, data, elsewhere)
+    vqa(checkpoints["causal"], out=out, data=data, more=elsewhere)
     assert "clip causal GQA" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match=r"out/gqa.json is of another checkpoint"):
-        vqa(checkpoints["bidirectional"], out, data, elsewhere)
+        vqa(checkpoints["bidirectional"], out=out, data=data, more=elsewhere)
     (out / "pope.json").unlink()
     with pytest.raises(SystemExit, match="`make vqa-venv` installs: .*/nowhere"):
-        vqa(checkpoints["causal"], out, data, elsewhere)
+        vqa(checkpoints["causal"], out=out, data=data, more=elsewhere)
     vqa(checkpoints["causal"], out, data)
     assert items(out, "pope") == items(runs / "causal", "pope")
 
@@ -125,7 +131,7 @@ def test_scores_are_the_harnesss_where_some_answers_are_right(
     python = tmp_path / "python"  # of the harness, which runs stub.py first
     python.write_text(f'#!/bin/sh\nexec {PYTHON} {Path(__file__).with_name("stub.py")} "$@"\n')
     python.chmod(0o755)
-    vqa(checkpoints["causal"], tmp_path / "out", data, f"--python {python}")
+    vqa(checkpoints["causal"], out=tmp_path / "out", data=data, more=f"--python {python}")
     rows = json.loads((tmp_path / "out/table1.json").read_text())["rows"]
     scores = {row["column"]: row["value"] for row in rows}
     expected = dict.fromkeys(("GQA", "MMMU", "POPE", "SQA-I", "VizWiz"), 1 / 2)
@@ -147,7 +153,7 @@ def test_a_cut_image_ends_the_run_by_name(checkpoints, data, tmp_path, capfd, mo
     features = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path)).features
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(file))
     with pytest.raises(SystemExit, match="^llava-bidir: lmms-eval, .*non-zero exit status"):
-        vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks pope")
+        vqa(checkpoints["causal"], out=tmp_path / "out", data=pictures, more="--tasks pope")
     assert "items 4, 5: OSError: image file is truncated" in capfd.readouterr().err
     assert not (tmp_path / "out/pope.json").exists()
 
@@ -156,6 +162,11 @@ def test_a_cut_image_ends_the_run_by_name(checkpoints, data, tmp_path, capfd, mo
 def test_two_processes_answer_every_item_once_with_the_same_results(
     runs, checkpoints, data, tmp_path
 ):
-    vqa(checkpoints["bidirectional"], tmp_path, data, "--devices 2 --batch-size 1 --tasks gqa mme")
+    vqa(
+        checkpoints["bidirectional"],
+        out=tmp_path,
+        data=data,
+        more="--devices 2 --batch-size 1 --tasks gqa mme",
+    )
     for name in ("gqa", "mme"):
         assert items(tmp_path, name) == items(runs / "bidirectional", name)

@@ -53,7 +53,7 @@ def table(tmp_path_factory) -> dict[tuple[str, str], dict]:
     root = tmp_path_factory.mktemp("table")
     for name in ("gqa", "mmbench", "mme", "pope", "textvqa_ocr"):
         write(root / "a", name, CAUSAL)
-        write(root / "b", name, BIDIRECTIONAL, "bidirectional")
+        write(root / "b", name=name, right=BIDIRECTIONAL, mask="bidirectional")
     return make_table(root, "a", "b")
 
 
@@ -99,7 +99,7 @@ def test_paired_differences_on_the_same_questions(table):
 @pytest.mark.parametrize(("right", "bits"), [(BIDIRECTIONAL[:-2], 32), (CAUSAL, 16)])
 def test_models_that_differ_in_more_than_the_mask_are_not_compared(right, bits, tmp_path):
     write(tmp_path / "a", "gqa", CAUSAL)
-    write(tmp_path / "b", "gqa", right, "bidirectional", bits)
+    write(tmp_path / "b", name="gqa", right=right, mask="bidirectional", bits=bits)
     with pytest.raises(SystemExit, match="GQA: .*/a and .*/b differ in more than the mask"):
         make_table(tmp_path, "a", "b")
 

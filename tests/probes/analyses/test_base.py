@@ -26,7 +26,9 @@ def test_only_missing_or_damaged_batches_are_computed_again(runs, tmp_path):
         computed.clear()
         options = SinksOptions(probes=run.path, out=tmp_path, limit=limit)
         analysis = Analysis("letters", "Which letters?")
-        return analysis.in_batches(run, options, "abcdefg", 2, compute)["x"][::100].tolist()
+        return analysis.in_batches(run, options=options, items="abcdefg", size=2, compute=compute)[
+            "x"
+        ][::100].tolist()
 
     assert batches(8) == [1, 2, 3, 4]
     (folder / "000001.safetensors").unlink()

@@ -38,7 +38,9 @@ def forward_by_hand(mllm, pixels, layer: int = 0, tokens=None, new=None) -> list
         if tokens is not None and number == layer:
             states[-1][0, first:][tokens] = new[tokens]
         one = SimpleNamespace(layers=[mllm.decoder.layers[number]], config=mllm.decoder.config)
-        states += reference.llama_states(one, states[-1], [mask], torch.arange(mask.shape[-1]))
+        states += reference.llama_states(
+            one, inputs=states[-1], masks=[mask], positions=torch.arange(mask.shape[-1])
+        )
     return [x[0, first:] for x in states]
 
 
@@ -70,7 +72,9 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
         own = odds(forward_by_hand(mllm, pixels), truth)
         close(tensors["total"][i], (odds(donor, truth) - own)[labelled].mean())
         for layer in (0, 1):
-            states = forward_by_hand(mllm, pixels, layer, tokens, donor[layer])
+            states = forward_by_hand(
+                mllm, pixels=pixels, layer=layer, tokens=tokens, new=donor[layer]
+            )
             change = odds(states, truth) - own
             for group, patches in (("patched", tokens), ("others", ~tokens)):
                 expected = change[labelled & patches].mean()  # NaN of no patch, too

@@ -71,7 +71,7 @@ def test_missing_files_and_images_elsewhere_are_errors(runs, tmp_path):
 )
 def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
     height, width = size = (60, 90)
-    geometry = Geometry((4, 4), 32, 32, ResizeRule(resize))
+    geometry = Geometry(grid=(4, 4), image_px=32, covered_px=32, rule=ResizeRule(resize))
     view = geometry.view(size)
     y, x = np.mgrid[:4, :4] + 0.5  # in tokens
     y = (view.rows.start_px + y * view.rows.length_px / 4) / height

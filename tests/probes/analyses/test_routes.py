@@ -68,7 +68,9 @@ def test_routes_equal_a_loop_over_knockouts(measured):
             for source, patches in blocked.items():
                 for i, layers in enumerate((None, [1, 2], [2, 3])):
                     knockout = Knockout(patches[None], layers, rows)
-                    scores = mllm.answer_log_probs(pixels, question.text, CLASSES, knockout)
+                    scores = mllm.answer_log_probs(
+                        pixels, question=question.text, answers=CLASSES, knockout=knockout
+                    )
                     scores = scores[0].log_softmax(-1)
                     found = tensors[f"right:{source} to {target}"][number, i]
                     torch.testing.assert_close(found, scores[question.right], rtol=0, atol=1e-4)
@@ -132,7 +134,7 @@ def test_accuracies_and_effects_are_means_over_questions(measured):
 
 def test_the_probability_of_draws_is_their_mean_and_not_that_of_logarithms():
     scores = torch.tensor([[[0.9, 0.1]], [[0.001, 0.999]]]).log()
-    found = outcomes("random to text", scores, scores[0, 0], 0)
+    found = outcomes("random to text", scores=scores, none=scores[0, 0], right=0)
     assert found["probability:random to text"].tolist() == pytest.approx([0.4505])
 
 

@@ -37,7 +37,13 @@ def test_maps_are_those_of_the_runs_knockout(name, runs, tmp_path):
     predicted = reader.predict(mllm.states(mllm.preprocess([sample["image"]]), run.layers))
     truth = mllm.geometry.patches(sample["target"]).view(1, -1)
     number = run.metrics["classes"].index(wrong)
-    (case,) = find_cases(predicted, truth, [0], number, run.layers.index(plan.block_by))
+    (case,) = find_cases(
+        predicted,
+        truth=truth,
+        index=[0],
+        wrong_class=number,
+        block_layer=run.layers.index(plan.block_by),
+    )
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{wrong}"]
     for i, condition in enumerate(("incorrect", "correct"), 1):
         knockout = knockout_of(case.blocked[condition][None], plan.layers)

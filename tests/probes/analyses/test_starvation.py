@@ -34,11 +34,15 @@ def test_standardised_gap_equals_a_loop():
     }
     share = torch.tensor([0.6, 0.3, 0.1], dtype=torch.double)
     weights = torch.cat([torch.ones(1, N), bootstrap_weights(N, 50)]).double()
-    found = gaps(standardised_accuracy(right, valid, labels, share, weights, COLUMNS))
+    found = gaps(
+        standardised_accuracy(
+            right, valid=valid, labels=labels, share=share, weights=weights, columns=COLUMNS
+        )
+    )
     places = {**{t: range(t, t + 1) for t in range(T)}, "first_row": range(COLUMNS)}
     for place, patches in places.items():
         expected = {
-            mask: standardised_by_loop(x, valid, labels, share, patches)
+            mask: standardised_by_loop(x, valid=valid, labels=labels, share=share, patches=patches)
             for mask, x in right.items()
         }
         expected["gap"] = expected["bidirectional"] - expected["causal"]

@@ -39,8 +39,8 @@ def test_limits_of_all_groups_count_and_cached_files_do_not(
     assert available() == 100 * GB, "the files of the groups are not visible"
     unlimited = "max" if version == 2 else 2**63 - 4096
     group = tmp_path / "mount" / root / "slurm"
-    write_group(group, version, unlimited, 90 * GB)
+    write_group(group, version=version, limit=unlimited, use=90 * GB)
     write_group(group / "job_1", version, 64 * GB, 60 * GB, cached=40 * GB)
     assert available() == 44 * GB
-    write_group(group, version, 91 * GB, 90 * GB)
+    write_group(group, version=version, limit=91 * GB, use=90 * GB)
     assert available() == 1 * GB, "the limit of the parent"

@@ -59,7 +59,7 @@ def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
 
 
 def test_voc2012_with_background_has_21_classes(voc):
-    data = open_dataset("voc2012", voc, "validation", {"background": "class"})
+    data = open_dataset("voc2012", root=voc, split="validation", options={"background": "class"})
     assert len(data.classes) == 21
     assert data.classes[0] == "background"
     assert (data[0]["target"] == raw(voc / "SegmentationClass/2007_000033.png")).all()
@@ -73,7 +73,7 @@ def test_voc2012_lists_come_in_several_forms(voc):
     line = "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\n"
     (lists / "aug.txt").write_text(line)
     assert open_dataset("voc2012", voc, "training").names == augmented
-    plain = open_dataset("voc2012", voc, "training", {"train_list": "train"})
+    plain = open_dataset("voc2012", root=voc, split="training", options={"train_list": "train"})
     assert plain.names == ["2007_000032", "2007_000039"]
 
 
@@ -119,7 +119,7 @@ OPTIONS = {  # of layouts: what the error names
 def test_options_are_those_of_the_layout(given):
     layout, name, value = given
     with pytest.raises(UserError, match=f"(?s){OPTIONS[given]}"):
-        open_dataset(layout, "anywhere", "training", {name: value})
+        open_dataset(layout, root="anywhere", split="training", options={name: value})
 
 
 def test_hidden_files_of_macos_are_skipped_and_accents_are_matched(tmp_path):

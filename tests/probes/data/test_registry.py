@@ -23,9 +23,9 @@ def test_registered_dataset_is_opened_and_checked_as_the_others(monkeypatch):
     register_dataset("tiles", Tiles)
     register_dataset("other", OtherNormals)
     assert LAYOUTS["normals"]["other"] is OtherNormals and "other" not in LAYOUTS["segmentation"]
-    assert isinstance(open_dataset("tiles", "", "training", {"tiles": 3}), Tiles)
+    assert isinstance(open_dataset("tiles", root="", split="training", options={"tiles": 3}), Tiles)
     with pytest.raises(UserError, match="(?s)data.dataset 'tiles': .*int"):
-        open_dataset("tiles", "", "training", {"tiles": "x"})
+        open_dataset("tiles", root="", split="training", options={"tiles": "x"})
     with pytest.raises(UserError, match="no data.dataset 'others' of segmentation; expected one"):
         open_dataset("others", "", "training")
     with pytest.raises(UserError, match="the dataset name 'tiles' is taken by Tiles"):

@@ -41,7 +41,10 @@ def test_skip_leaves_out_what_was_trained_once():
 
 @CASES
 def test_validation_sees_each_image_once_in_as_many_batches_on_each_rank(images, batch, ranks):
-    batches = [validation_batches(images, batch, rank, ranks) for rank in range(ranks)]
+    batches = [
+        validation_batches(images, batch_size=batch, rank=rank, world_size=ranks)
+        for rank in range(ranks)
+    ]
     assert sorted(i for rank in batches for b in rank for i in b) == list(range(images))
     assert len({len(rank) for rank in batches}) == 1
     assert all(1 <= len(b) <= batch + (ranks > 1) for rank in batches for b in rank)
@@ -49,7 +52,7 @@ def test_validation_sees_each_image_once_in_as_many_batches_on_each_rank(images,
 
 def test_more_devices_than_validation_images_is_an_error():
     with pytest.raises(ValueError, match="2 validation images for 3 devices"):
-        validation_batches(2, 4, 0, 3)
+        validation_batches(2, batch_size=4, rank=0, world_size=3)
 
 
 def test_folds_keep_neighbours_and_groups_together_and_differ_little_in_size():

@@ -104,7 +104,8 @@ def test_boundaries_are_of_instances_or_else_of_classes(root):
 def test_any_segmentation_layout_has_boundaries(tmp_path):
     dataset_layouts.write_cityscapes(tmp_path)
     data, masks = (
-        opened(tmp_path, task, "training", "cityscapes") for task in ("boundaries", "segmentation")
+        opened(tmp_path, task=task, split="training", dataset="cityscapes")
+        for task in ("boundaries", "segmentation")
     )
     assert data.groups == masks.groups
     assert data.official_size == 2975
@@ -115,7 +116,7 @@ def test_any_segmentation_layout_has_boundaries(tmp_path):
 
 def test_cityscapes_depth_is_baseline_times_focal_length_over_disparity(tmp_path):
     city = dataset_layouts.write_cityscapes_depth(dataset_layouts.write_cityscapes(tmp_path))
-    data = opened(city, "depth", "training", "cityscapes")
+    data = opened(city, task="depth", split="training", dataset="cityscapes")
     assert data.groups == ["aachen", "aachen", "ulm"]
     assert data.official_size == 2975
     for sample in data:
@@ -132,7 +133,8 @@ def test_cityscapes_depth_is_baseline_times_focal_length_over_disparity(tmp_path
 def test_nyuv2_is_the_official_split_with_depth_up_to_10_m_scored_in_eigens_crop(tmp_path):
     root = dataset_layouts.write_nyuv2(tmp_path / "official_splits", size=(480, 640))
     training, data = (
-        opened(tmp_path, "depth", split, "nyuv2") for split in ("training", "validation")
+        opened(tmp_path, task="depth", split=split, dataset="nyuv2")
+        for split in ("training", "validation")
     )
     assert (training.official_size, data.official_size) == (795, 654)
     assert training.names == ["00002", "00005", "00006"]

@@ -119,13 +119,19 @@ def test_counts_equal_numpy_over_all_masks(segmentation):
         assert counts.ignored == (found == 255).sum() > 0
     assert data_notes(data.classes, data.labels, data.remarks) == []
     depth = np.array([[1.0, np.nan]], np.float32)
-    assert join_counts([count_labels(depth, 0)] * 2) == LabelCounts(2, [2], [2], 2)
+    assert join_counts([count_labels(depth, 0)] * 2) == LabelCounts(
+        images=2, pixels=[2], images_of_class=[2], ignored=2
+    )
 
 
 def test_notes_name_classes_that_lack_pixels_or_images():
     labels = {
-        "training": LabelCounts(9, [9, 0, 9, 0], [9, 0, 9, 0], 90)._asdict(),
-        "validation": LabelCounts(9, [9, 9, 0, 0], [9, 2, 0, 0], 0)._asdict(),
+        "training": LabelCounts(
+            images=9, pixels=[9, 0, 9, 0], images_of_class=[9, 0, 9, 0], ignored=90
+        )._asdict(),
+        "validation": LabelCounts(
+            images=9, pixels=[9, 9, 0, 0], images_of_class=[9, 2, 0, 0], ignored=0
+        )._asdict(),
     }
     shared = [["a", "a"], ["b", "c"]]
     notes = notes_of_run([*"wxyz"], {"labels": labels, "shared_images": shared})
@@ -162,8 +168,8 @@ def test_copies_are_named_by_the_check_and_in_the_run_share_a_fold_and_are_drawn
 ):
     """Folds that see their own pixels chose strengths six decades too low."""
     add_copy(root, "training/002", "validation/copy")
-    add_copy(root, "training/001", "training/other", ".bmp")
-    add_copy(root, "validation/001", "validation/twin", ".bmp")
+    add_copy(root, source="training/001", copy="training/other", suffix=".bmp")
+    add_copy(root, source="validation/001", copy="validation/twin", suffix=".bmp")
     sets = ["training/001 = training/other", "training/002 = validation/copy"]
     sets += ["validation/001 = validation/twin"]
     said = ", ".join(sets)

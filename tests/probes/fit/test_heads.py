@@ -14,7 +14,7 @@ GRID = (2, 3)
 
 def new(head: str = "linear", norm: str = "none") -> Probe:
     """Return a probe of five channels and three classes."""
-    return Probe(5, 3, GRID, norm, head)
+    return Probe(width=5, classes=3, grid=GRID, feature_norm=norm, head=head)
 
 
 @pytest.mark.parametrize("norm", FEATURE_NORMS)

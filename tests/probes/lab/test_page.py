@@ -116,7 +116,7 @@ def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session):
     settle(tab)
     assert tab.evaluate("window.hacked") is None
     assert tab.evaluate("photos.get(view.photo).name") == HOSTILE
-    check_numbers(session, tab, views_of(address(tab)["photo"]), image)
+    check_numbers(session, tab=tab, views=views_of(address(tab)["photo"]), image=image)
     tab.get_by_role("slider", name="Site").fill("3")
     tab.mouse.click(*point(tab, 2, panel=1))
     tab.locator("#colours").select_option("pixels")

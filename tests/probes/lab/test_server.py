@@ -74,7 +74,9 @@ FOREIGN = {
 def test_foreign_requests_are_refused(port, still_serves, case):
     headers = {k: v and v.replace("{port}", str(port)) for k, v in FOREIGN[case].items()}
     for method, path in (("POST", "/run/read"), ("POST", "/photo?key=split:0"), ("GET", "/")):
-        status, answer = send(port, method, path, TEXT if method == "POST" else None, **headers)
+        status, answer = send(
+            port, method=method, path=path, body=TEXT if method == "POST" else None, **headers
+        )
         assert status in (400, 403)
         assert b"classes" not in answer
 
@@ -87,14 +89,16 @@ def test_cookies_of_other_servers_of_the_host_do_not_lock_the_page(port, cookie)
 @pytest.mark.parametrize("path", ["/picture?photo=split:0", "/"])
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin", "none", None])
 def test_pages_at_other_ports_can_embed_nothing(port, path, site):
-    status, _ = send(port, "GET", path, **{"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})
+    status, _ = send(
+        port, method="GET", path=path, **{"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"}
+    )
     assert status == (403 if site in ("cross-site", "same-site") else 200)
 
 
 def test_a_link_on_another_page_opens_the_lab(port):
     link = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate"}
     assert send(port, "GET", f"/?token={TOKEN}", Cookie=None, **link)[0] == 303
-    assert send(port, "GET", "/", **link)[0] == 200
+    assert send(port, method="GET", path="/", **link)[0] == 200
     assert send(port, "GET", "/", Cookie=None, **link)[0] == 403
 
 
@@ -121,7 +125,7 @@ REQUESTS = {
 @pytest.mark.parametrize("case", REQUESTS)
 def test_invalid_requests_are_refused(port, still_serves, case):
     path, body, expected = REQUESTS[case]
-    status, answer = send(port, "GET" if body is None else "POST", path, body)
+    status, answer = send(port, method="GET" if body is None else "POST", path=path, body=body)
     assert status == expected
     assert not path.startswith("/run/") or json.loads(answer)["error"]
 
@@ -133,7 +137,7 @@ def test_a_client_whose_body_is_too_long_gets_the_answer(port, still_serves, mon
     for limit in ("MAX_PHOTO_BYTES", "MAX_JSON_BYTES"):
         monkeypatch.setattr(f"probes.lab.server.{limit}", 4 << 20)
     for _ in range(5):  # 16 MB do not fit into the socket's buffers
-        status, body = send(port, "POST", f"/{name}", bytes(16 << 20))
+        status, body = send(port, method="POST", path=f"/{name}", body=bytes(16 << 20))
         assert status == 413
         assert "more than 4 MiB" in json.loads(body)["error"]
 
@@ -143,12 +147,12 @@ def test_a_flood_of_views_leaves_the_lab_answering(port, still_serves):
     for i in range(120):
         block = {"kind": "block", "patches": [i % 4]}
         view = {"photo": f"split:{i % 5}", "model": 0, "intervention": block}
-        begin(port, "POST", "/run/read", json.dumps(view).encode()).close()
+        begin(port, method="POST", path="/run/read", body=json.dumps(view).encode()).close()
     deadline = time.monotonic() + 30
     status = 503
     # until the server has seen that the clients left
     while status == 503 and time.monotonic() < deadline:
-        status, body = send(port, "POST", "/run/read", TEXT)
+        status, body = send(port, method="POST", path="/run/read", body=TEXT)
     assert status == 200
     assert b'"result"' in body
     assert time.monotonic() < deadline, "views that nobody waits for are not read"
@@ -167,7 +171,7 @@ def test_words_are_sent_while_the_answer_grows_and_a_client_that_leaves_ends_it(
     first_layer = session.models[0].mllm.decoder.layers[0]
     request.addfinalizer(first_layer.mlp.register_forward_hook(wait).remove)
     question = json.dumps(VIEW | {"question": "Sky?"}).encode()
-    connection = begin(port, "POST", "/run/ask", question)
+    connection = begin(port, method="POST", path="/run/ask", body=question)
     response = connection.getresponse()
     first = next(event for event in map(json.loads, response) if "text" in event)
     assert first["text"]

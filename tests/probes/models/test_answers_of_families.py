@@ -116,7 +116,7 @@ class StockModel:
                 use = partial(with_states, image, function)
                 handle = self.layers[number].register_forward_pre_hook(use, with_kwargs=True)
                 stack.callback(handle.remove)
-            inputs = stock_inputs(self.name, self.images, ids, answer)
+            inputs = stock_inputs(self.name, images=self.images, ids=ids, answer=answer)
             return self.model(use_cache=False, **inputs).logits
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class StockModel:
     def generate(self, question: list[int], tokens: int) -> list[str]:
         """Return the answer of the model's own generation about each image, without the end token."""
         ids, _ = asked_ids(self.name, question)
-        inputs = stock_inputs(self.name, self.images, ids, 0)
+        inputs = stock_inputs(self.name, images=self.images, ids=ids, answer=0)
         found = self.model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
         rows = [[*row, EOS] for row in found[:, len(ids) :].tolist()]
         return [spoken(row[: row.index(EOS)]) for row in rows]
@@ -205,7 +205,7 @@ def check(name: str, read) -> None:
     plain = read.answer_log_probs(pixels, "hello", ANSWERS)
     # None: the model's own mask, to which the written one is equal
     for change in (None, {}, *interventions(name, len(images))):
-        scores = read.answer_log_probs(pixels, "hello", ANSWERS, **change or {})
+        scores = read.answer_log_probs(pixels, question="hello", answers=ANSWERS, **change or {})
         expected = torch.stack([stock.score([HELLO], answer, change) for answer in answers], 1)
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
         assert not change or (scores - plain).abs().amax(1).min() > 1e-4, f"{change} does nothing"
@@ -219,7 +219,7 @@ def test_answers_and_scores_equal_the_stock_model_with_masks_and_states_written_
 def test_answers_of_a_soft_capped_llm_that_runs_eagerly(tmp_path):
     """PaliGemma 2: transformers has no sdpa for Gemma 2, so that masks are added to its scores."""
     text = {"model_type": "gemma2", "attn_logit_softcapping": 2.0}
-    path = tiny_families.write("paligemma", tmp_path, "eager", **text)
+    path = tiny_families.write("paligemma", folder=tmp_path, attention="eager", **text)
     read = probes.load(path)
     read.chat.tokenizer.decode = lambda ids, **_: spoken(ids)
     check("paligemma", read)
@@ -252,7 +252,7 @@ def test_attention_of_an_answer_equals_eager_attention(name, mllm):
     ids, is_image = asked_ids(name, [HELLO], answer)
     eager = copy.deepcopy(read.model)
     eager.set_attn_implementation("eager")
-    inputs = stock_inputs(name, images, ids, len(answer))
+    inputs = stock_inputs(name, images=images, ids=ids, answer=len(answer))
     output = eager(use_cache=False, output_attentions=True, **inputs)
     asking = slice(len(ids) - len(answer) - 1, -1)
     expected = torch.cat(output.attentions)[:, :, asking][..., is_image]

@@ -100,12 +100,14 @@ def test_states_equal_hooks_on_the_stock_forward(name, load_family, tmp_path):
         read = load_family(name)
     images = pictures(name)
     states = read.states(read.preprocess(images), "all_parts")
-    stock, parts = stock_states(name, read.model, images, values)
+    stock, parts = stock_states(name, model=read.model, images=images, values=values)
     layers = ["layer_01", "layer_02", "layer_03"]
     assert read.sites == ["encoder", "adapter", *layers, "final_norm"]
     for site, state in states.items():
         assert state.shape == (2, read.image_tokens, read.widths[site])
-    check_parts(states, parts, layer_depth(name), asked_ids(name)[1], fused)
+    check_parts(
+        states, found=parts, depth=layer_depth(name), is_image=asked_ids(name)[1], fused=fused
+    )
     # the same kernels on the same shapes, bit by bit, but for tiles, which make another batch of the stock encoder's,
     # patches that pad the image, and pixels resized before or after normalisation
     same = name not in ("llava_next", "llava_onevision", "gemma4", "deepseek_vl_hybrid")
@@ -136,7 +138,7 @@ def test_logit_lens_caps_logits_as_the_stock_forward_does(load_family, monkeypat
     config = read.model.config.get_text_config()
     plain = read.logit_lens(read.states(read.preprocess(images), ["final_norm"]))["final_norm"]
     monkeypatch.setattr(config, "final_logit_softcapping", 0.05, raising=False)
-    stock, _ = stock_states("gemma4", read.model, images, {})
+    stock, _ = stock_states("gemma4", model=read.model, images=images, values={})
     states = read.states(read.preprocess(images), ["final_norm"])
     near = rounding(plain, 3 + 3 + 1)  # capping does not increase errors
     torch.testing.assert_close(read.logit_lens(states)["final_norm"], stock["logits"], **near)
@@ -275,7 +277,7 @@ def test_layers_without_masks_run_as_they_are_only(name, checkpoint, load_family
     text = Knockout(rows="last", columns="image")
     changes = (
         lambda: read.states(pixels, knockout=nothing),
-        lambda: read.answer_log_probs(pixels, "hello", ["hello"], text),
+        lambda: read.answer_log_probs(pixels, question="hello", answers=["hello"], knockout=text),
         lambda: probes.load(checkpoint(name), image_attention="bidirectional"),
     )
     for change in changes:

@@ -75,7 +75,9 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
         last = output.last_hidden_state[:, stock.extra_tokens :]
         last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
         assert_close(states["final_norm"], last)
-    check_parts(states, found, 1, torch.arange(hidden.shape[1]) >= stock.extra_tokens)
+    check_parts(
+        states, found=found, depth=1, is_image=torch.arange(hidden.shape[1]) >= stock.extra_tokens
+    )
 
 
 # of 16 px, which all of these are published with; of two sides, the shorter one is read
@@ -162,7 +164,7 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
     pixels = encoder.preprocess([photo()])
     weights = encoder.attention(pixels, ["layer_01", "layer_03"], average_heads=False)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    eager = load_weights("encoder", stock.cls, folders[name], **options).eval()
+    eager = load_weights("encoder", reader=stock.cls, path=folders[name], **options).eval()
     expected = eager(**stock.inputs(pixels), output_attentions=True).attentions
     patches = slice(stock.extra_tokens, None)
     found = torch.cat([*weights.values()])

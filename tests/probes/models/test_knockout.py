@@ -52,7 +52,12 @@ def mllms(checkpoints):
 
 def knockout_of(cut) -> Knockout:
     rows, columns, layers = cut
-    return Knockout(BLOCKED if "blocked" in str(cut) else None, layers, rows, columns)
+    return Knockout(
+        blocked=BLOCKED if "blocked" in str(cut) else None,
+        layers=layers,
+        rows=rows,
+        columns=columns,
+    )
 
 
 def states_by_hand(mllm, pixels, answer: list[int], cut) -> list[torch.Tensor]:
@@ -71,7 +76,7 @@ def states_by_hand(mllm, pixels, answer: list[int], cut) -> list[torch.Tensor]:
         return is_cut and bool(names[q] & rows and names[k] & columns)
 
     masks = reference.masks_by_layer(mllm, len(names), gone)
-    return reference.uncached_states(mllm, pixels, text, masks)
+    return reference.uncached_states(mllm, pixels=pixels, text=text, masks=masks)
 
 
 CASES = [
@@ -89,7 +94,7 @@ def test_log_probs_and_states_equal_the_mask_written_out(mllms, mask, cut):
     mllm = mllms(mask)
     expected = []
     for answer in mllm.chat.answer_ids(ANSWERS):
-        state = states_by_hand(mllm, pixels, answer, cut)[-1]
+        state = states_by_hand(mllm, pixels=pixels, answer=answer, cut=cut)[-1]
         logits = mllm.model.lm_head(mllm.decoder.norm(state[0, -len(answer) :]))
         expected.append(logits.log_softmax(-1)[range(len(answer)), answer].sum())
     expected = torch.stack(expected)[None]
@@ -99,11 +104,13 @@ def test_log_probs_and_states_equal_the_mask_written_out(mllms, mask, cut):
     has_text = {"question", "last", "answer"} & {*knockout_of(cut).names("rows")}
     for backend in ("sdpa", "eager"):
         read = mllms(mask, backend)
-        scores = read.answer_log_probs(pixels, QUESTION, ANSWERS, knockout_of(cut))
+        scores = read.answer_log_probs(
+            pixels, question=QUESTION, answers=ANSWERS, knockout=knockout_of(cut)
+        )
         torch.testing.assert_close(scores, expected, **tolerance)
         if not has_text:
             states = read.states(pixels, knockout=knockout_of(cut))
-            for i, state in enumerate(states_by_hand(mllm, pixels, [], cut), 1):
+            for i, state in enumerate(states_by_hand(mllm, pixels=pixels, answer=[], cut=cut), 1):
                 assert_near(states[f"layer_{i:02d}"], state[:, mllm.image_positions], i)
 
 
@@ -118,7 +125,7 @@ def test_each_row_of_a_batch_has_its_own_layers_and_columns(mllms):
         return mllm.states(pixels, knockout=knockout)["layer_03"]
 
     def scores(pixels, knockout):
-        return mllm.answer_log_probs(pixels, QUESTION, ANSWERS, knockout)
+        return mllm.answer_log_probs(pixels, question=QUESTION, answers=ANSWERS, knockout=knockout)
 
     for read, rows in ((states, "image"), (scores, "last")):
         alone = [Knockout(BLOCKED, None, rows), Knockout(~BLOCKED, [2], rows), None]
@@ -134,7 +141,7 @@ def test_a_knockout_that_changes_no_allowed_pair_is_an_error(mllms):
     of_second_row = Knockout(torch.cat([BLOCKED, BLOCKED & False]), None, "last")
     for row, knockout in (*((0, cut) for cut in cuts), (1, of_second_row)):
         with pytest.raises(UserError, match=f"changes nothing in row {row}"):
-            mllm.answer_log_probs(pixels, QUESTION, ANSWERS, knockout)
+            mllm.answer_log_probs(pixels, question=QUESTION, answers=ANSWERS, knockout=knockout)
 
 
 @pytest.mark.parametrize("rows", ["image", "last"])
@@ -144,7 +151,7 @@ def test_a_knockout_of_no_token_is_an_error(mllms, rows):
     pixels = tiny_models.pixels(2)
     nothing = Knockout(torch.zeros(2, *mllm.grid, dtype=torch.bool), rows=rows)
     with pytest.raises(UserError, match="blocked has no token"):
-        mllm.answer_log_probs(pixels, QUESTION, ANSWERS, nothing)
+        mllm.answer_log_probs(pixels, question=QUESTION, answers=ANSWERS, knockout=nothing)
     mllm.states(pixels, knockout=Knockout(torch.cat([BLOCKED, BLOCKED & False])))
 
 

@@ -63,7 +63,7 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("covered_px", [56, 54])
 def test_loss_and_prediction_under_a_view_equal_grid_sample(size, rule, covered_px):
-    geometry = Geometry((4, 4), 56, covered_px, rule)
+    geometry = Geometry(grid=(4, 4), image_px=56, covered_px=covered_px, rule=rule)
     logits, target = make_case((1, 2, 5, 4, 4), size)
     logits = logits[0].requires_grad_()
     target[:, :3] = IGNORED
@@ -79,7 +79,7 @@ def test_loss_and_prediction_under_a_view_equal_grid_sample(size, rule, covered_
 
 def test_tokens_own_the_pixels_that_they_see():
     """A 2 x 4 image, padded to 4 x 4, under a 4 x 4 grid: its rows are the grid's rows 1 and 2."""
-    view = Geometry((4, 4), 56, 56, ResizeRule("pad")).view((2, 4))
+    view = Geometry(grid=(4, 4), image_px=56, covered_px=56, rule=ResizeRule("pad")).view((2, 4))
     target = torch.tensor([[[0, 1, 2, 255], [1, 1, 2, 0]]], dtype=torch.uint8)
     padding = [-1] * 4
     rows = [[0, 1, 2, -1], [1, 1, 2, 0]]
@@ -101,7 +101,7 @@ def test_pixels_that_no_token_sees_count_for_the_image_alone():
 @pytest.mark.parametrize("size", [(180, 300), (300, 180), (240, 240)])
 def test_patches_of_a_mask_are_those_of_its_picture(rule, size):
     """The brightness of each token in the square of a picture of the mask, white on black."""
-    geometry = Geometry((6, 6), 60, 60, rule)
+    geometry = Geometry(grid=(6, 6), image_px=60, covered_px=60, rule=rule)
     mask = np.zeros(size, dtype=bool)
     mask[20:150, 35:160] = True
     picture = geometry.place(Image.fromarray(np.uint8(255 * mask)))
@@ -115,7 +115,7 @@ def test_patches_of_a_mask_are_those_of_its_picture(rule, size):
     [("squash", torch.uint8), ("pad", torch.int64), ("center_crop", torch.uint8)],
 )
 def test_patches_of_classes_are_those_of_most_labelled_pixels(resize, dtype):
-    geometry = Geometry((6, 5), 60, 60, ResizeRule(resize))
+    geometry = Geometry(grid=(6, 5), image_px=60, covered_px=60, rule=ResizeRule(resize))
     mask = make_case((1, 1, 4, 1, 1), (97, 61))[1][0].to(dtype)
     mask[:, 40:] = 7
     mask[70:] = 255

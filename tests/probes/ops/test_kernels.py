@@ -65,7 +65,9 @@ SLOW = [
 )
 def test_any_number_of_classes_on_grids_that_do_not_lie_flush_with_the_mask(case):
     classes, image_px, covered_px, resize, size = case
-    geometry = Geometry((2, 3), image_px, covered_px, ResizeRule(resize))
+    geometry = Geometry(
+        grid=(2, 3), image_px=image_px, covered_px=covered_px, rule=ResizeRule(resize)
+    )
     logits, target = make_case((1, 2, classes, 2, 3), size)
     assert_same_counts(logits, target, geometry.view(size))
 

@@ -18,7 +18,7 @@ def test_minimise_stops_where_rounding_allows_no_step():
     def flat(points, problems):
         return torch.ones(len(points)).double(), torch.ones_like(points)
 
-    found, _, _, decrease = minimise(flat, start, identity, 1e-12)
+    found, _, _, decrease = minimise(flat, points=start, first_guess=identity, tolerance=1e-12)
     assert torch.equal(found, start)
     assert (decrease > 1).all()
 
@@ -53,7 +53,7 @@ def test_the_inverse_hessian_as_first_guess_leads_to_the_minimum_in_one_step():
 
     start = objective.minimum
     start[0] = 1  # the other one has nothing to do
-    found = minimise(objective, start, inverse, 1e-10)
+    found = minimise(objective, points=start, first_guess=inverse, tolerance=1e-10)
     torch.testing.assert_close(found.points, objective.minimum, rtol=1e-5, atol=1e-5)
     assert objective.evaluated == 2
     assert [problems for *_, problems in seen] == [[0, 1], [0]]

@@ -15,7 +15,7 @@ from probes.report.charts import Frame
 from probes.report.pictures import classes_drawn, map_uri, right_share
 
 POINTS = [
-    Point(i, value, value - 0.02, value + 0.02, f"<{i}>")
+    Point(x=i, value=value, low=value - 0.02, high=value + 0.02, title=f"<{i}>")
     for i, value in enumerate((0.3, 0.4, 0.35))
 ]
 TICKS = {0: "adapter", 1: "1", 2: "2"}
@@ -71,5 +71,7 @@ def test_a_legend_has_every_class_that_a_picture_of_the_photo_shows():
     }
     names = {"adapter": "adapter", "layer_01": "layer_01"}
     lead = SimpleNamespace(pictures=pictures, own=names, model=SimpleNamespace(key="A"))
-    assert classes_drawn([], lead, "easy", ["adapter"]) == [1, 7]
-    assert classes_drawn([], lead, "easy", ["adapter", "layer_01", "layer_02"]) == [7, 1, 0, 3]
+    assert classes_drawn([], lead=lead, photo="easy", sites=["adapter"]) == [1, 7]
+    assert classes_drawn(
+        [], lead=lead, photo="easy", sites=["adapter", "layer_01", "layer_02"]
+    ) == [7, 1, 0, 3]

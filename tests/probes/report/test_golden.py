@@ -48,7 +48,7 @@ def claims(root: Path) -> None:
             weights = {"untrained": ["llm"], "match": match, "draw": draw}
             paths.append(Path(f"{mask}_{match}{draw}"))
             more = {"seed": len(paths), "metrics": weights}
-            probe_runs.write_solved(paths[-1], FLAT, **more, **options)
+            probe_runs.write_solved(paths[-1], quality=FLAT, **more, **options)
         for seed, path in enumerate(paths if mask == "causal" else []):
             effect = ANCHORS if seed < 2 else NONE
             effects = dict.fromkeys(knockouts.CLASSES, effect)

@@ -23,7 +23,17 @@ def reading(scores: dict[str, float], has_llm: bool) -> SiteReading:
         for site, value in scores.items()
     ]
     own = {site: site for site in scores}
-    return SiteReading(model, "causal", "toy", "segmentation", 0, rows, {}, own, {})
+    return SiteReading(
+        model=model,
+        mask="causal",
+        data="toy",
+        task="segmentation",
+        seed=0,
+        rows=rows,
+        draws={},
+        own=own,
+        pictures={},
+    )
 
 
 def claim(finding: str, value: float, optimum: str, random: float = 0.008) -> SimpleNamespace:
@@ -63,7 +73,7 @@ def said(scores: dict[str, float], claims: dict, differences: pd.DataFrame = NON
             ENCODER,
             {
                 "over_last": claim(FAILS, 0.002, FAILS),
-                "layer_gain": claim("supported", 0.467, HOLDS, 0.073),
+                "layer_gain": claim("supported", value=0.467, optimum=HOLDS, random=0.073),
             },
             "tiny segments best at layer 2 of 3: 62.0% mIoU. Its layers add 46.7 points to its patches, random layers "
             "7.3. The last layer is not shown to read less.",

@@ -48,7 +48,13 @@ def random(draws) -> list[str]:
 )
 def test_conclusions(still_wrong, conclusion, write, solved, random):
     trained = with_knockout(write("sgd", CURVE, 1), ANCHORS, 1)
-    claims = claims_of([trained, with_knockout(solved, ANCHORS, 2, still_wrong), *random])
+    claims = claims_of(
+        [
+            trained,
+            with_knockout(solved, effects=ANCHORS, number=2, still_wrong=still_wrong),
+            *random,
+        ]
+    )
     assert {claims[name]["conclusion"] for name in KNOCKOUTS} == {conclusion}
 
 

@@ -75,7 +75,7 @@ def run_of(right: torch.Tensor, labelled: torch.Tensor) -> SimpleNamespace:
 
 def classes_of(first: SimpleNamespace, second: SimpleNamespace) -> list[dict]:
     swaps = random_swaps(len(first.weights[0])).double()
-    return [*compare_classes(first, second, ("layer_01", "layer_01"), swaps)]
+    return [*compare_classes(first, second=second, sites=("layer_01", "layer_01"), swaps=swaps)]
 
 
 def test_a_class_that_is_nowhere_moves_no_name():

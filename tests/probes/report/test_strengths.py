@@ -25,7 +25,9 @@ def miou_at(counts, site, weights=None) -> float:
     """mIoU with all images read at one site, or each one at its own."""
     right, predicted, labelled = (np.asarray(x) for x in counts[:3])
     place = site, np.arange(len(labelled))
-    return miou_of_counts(right[place], predicted[place], labelled, weights)
+    return miou_of_counts(
+        right[place], predicted=predicted[place], labelled=labelled, weights=weights
+    )
 
 
 def numpy_layers(counts, fold, weights=None) -> list[int]:
@@ -39,7 +41,10 @@ def numpy_layers(counts, fold, weights=None) -> list[int]:
             others = np.arange(len(labelled))
         score = [
             miou_of_counts(
-                right[i][others], predicted[i][others], labelled[others], weights[others]
+                right[i][others],
+                predicted=predicted[i][others],
+                labelled=labelled[others],
+                weights=weights[others],
             )
             for i in (2, 3, 4)
         ]
@@ -66,7 +71,7 @@ def test_one_group_is_folded_as_without_groups():
 @pytest.mark.parametrize("groups", [None, torch.arange(23) % 4])
 def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     """Layers are so similar that folds disagree about the best."""
-    counts = probe_runs.random_counts([0.6, 0.5, 0.6, 0.6, 0.6], 23, 4, 1)
+    counts = probe_runs.random_counts([0.6, 0.5, 0.6, 0.6, 0.6], images=23, classes=4, seed=1)
     fold = np.arange(23) % 10 if groups is None else np.asarray(groups)
     weights = bootstrap_weights(23, 30, groups=groups)
     weights[0] = 1.0
@@ -74,14 +79,14 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     task = probe_runs.CLASSES_TASK
     sums = probe_runs.sums_of(counts)
     chosen = cross_validated_layers(
-        task, sums[2:].double(), torch.as_tensor(fold), weights.double()
+        task, sums=sums[2:].double(), fold=torch.as_tensor(fold), weights=weights.double()
     )
     expected = [numpy_layers(counts, fold, row) for row in weights.numpy()]
     assert (chosen[:, fold] + 2).tolist() == expected
     assert len(set(expected[0])) > 1  # the folds disagree, so that the plain maximum would differ
     assert len({tuple(row) for row in expected}) > 5  # and so do resamplings
 
-    readings = read_scores(SITES, None, task, sums, weights, groups)
+    readings = read_scores(SITES, last=None, task=task, sums=sums, weights=weights, groups=groups)
     vector = readings["best_layer"].score.vector
     by_hand = [miou_at(counts, *x) for x in zip(expected, weights.numpy(), strict=True)]
     assert vector[1:].tolist() == pytest.approx(by_hand)

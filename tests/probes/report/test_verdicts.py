@@ -23,7 +23,7 @@ def test_judge():
         (1, 0.0099, 0.001, "does not hold"),
         (1, 0.01, 0.001, "holds"),
     ):
-        column = judge(sign, value, [value - half, value + half], MARGIN)
+        column = judge(sign, value=value, ci95=[value - half, value + half], margin=MARGIN)
         assert column["verdict"] == verdict
         assert ("detectable" in column) == (verdict == "does not hold")
 
@@ -43,11 +43,11 @@ def beyond(verdict, low, high, p):
     return {"value": (low + high) / 2, "ci95": [low, high], "verdict": verdict, "p": p}
 
 
-HOLDS_LEAST = beyond("holds", 0.02, 0.06, 0.01)
-HOLDS_MORE = beyond("holds", 0.03, 0.05, 0.001)
-BELOW = beyond("does not hold", 0.025, 0.03, 0.02)  # as of another margin
-AGAINST = beyond("reversed", -0.06, -0.02, 1.0)
-FURTHER = beyond("reversed", -0.2, -0.1, 1.0)
+HOLDS_LEAST = beyond("holds", low=0.02, high=0.06, p=0.01)
+HOLDS_MORE = beyond("holds", low=0.03, high=0.05, p=0.001)
+BELOW = beyond("does not hold", low=0.025, high=0.03, p=0.02)  # as of another margin
+AGAINST = beyond("reversed", low=-0.06, high=-0.02, p=1.0)
+FURTHER = beyond("reversed", low=-0.2, high=-0.1, p=1.0)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,8 @@ def test_interval_over_images_and_draws_covers_the_truth(spread, draws, masks):
     covered = 0
     for _ in range(STUDIES):
         first, *others = [
-            compare_to_draws(*simulated(truth, spread, draws, generator)) for _ in range(masks)
+            compare_to_draws(*simulated(truth, spread=spread, draws=draws, generator=generator))
+            for _ in range(masks)
         ]
         low, high = judge_draws(1, first, others)["ci95"]
         covered += low <= truth <= high

@@ -26,14 +26,16 @@ def masks_of(grid: tuple[int, int], sizes: list[tuple[int, int]]) -> PreparedMas
     for i, size in enumerate(sizes):
         target = torch.randint(0, CLASSES, (1, *size), generator=generator).to(torch.uint8)
         target[:, : i * size[0] // 5, : size[1] // 2] = 255
-        parts.append(prepare_masks(target, CLASSES, grid, NODES))
+        parts.append(prepare_masks(target, num_classes=CLASSES, grid=grid, nodes=NODES))
     return join_masks(parts)
 
 
 def plain_space(width: int) -> SiteSpace:
     """Return coordinates in which states are as they are."""
     zeros = torch.zeros(width, dtype=torch.float64)
-    return SiteSpace(zeros, zeros + 1, torch.eye(width), zeros + 1, zeros)
+    return SiteSpace(
+        mean=zeros, scale=zeros + 1, basis=torch.eye(width), spectrum=zeros + 1, pixels=zeros
+    )
 
 
 def sample_of(
@@ -59,9 +61,9 @@ def test_a_fold_of_few_pixels_has_a_node(count):
     many = masks_of(grid, [(240, 240)])
     target = torch.full((1, 240, 240), 255, dtype=torch.uint8)
     target[0, 0, :6] = 1
-    few = prepare_masks(target, CLASSES, grid, NODES)
+    few = prepare_masks(target, num_classes=CLASSES, grid=grid, nodes=NODES)
     unsure = torch.zeros(CLASSES, WIDTH + 1)
-    sample = sample_of(torch.randn(3, 9, WIDTH), [few, many, few], count, unsure)
+    sample = sample_of(torch.randn(3, 9, WIDTH), masks=[few, many, few], count=count, point=unsure)
     assert sample.folds.bincount(minlength=3).tolist() == [1, count, 1]
     expected = few.mass.clamp(min=0).sum().to(sample.weights.dtype)
     torch.testing.assert_close(sample.weights[sample.folds != 1], expected.expand(2))
@@ -75,7 +77,7 @@ def test_means_over_nodes_are_means_over_pixels(certainty):
     masks = masks_of(grid, sizes)
     states = torch.randn(2, 16, 1, generator=torch.Generator().manual_seed(1))
     point = certainty * torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
-    sample = sample_of(states, [masks], 20_000, point)
+    sample = sample_of(states, masks=[masks], count=20_000, point=point)
     total = labelled = 0.0
     for i, (x, size) in enumerate(zip(states, sizes, strict=True)):
         up = F.interpolate(x.T.unflatten(1, grid)[None], size, mode="bilinear")[0, 0]
@@ -112,12 +114,12 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(
     space = plain_space(WIDTH)
     strengths = torch.tensor([1e-2, 1e-3]).double()
     hessian = SampleHessian(
-        SimpleNamespace(loss=CROSS_ENTROPY, space=space),
-        sample,
-        points,
-        bias_gradient * direction,
-        strengths,
-        [1, None],
+        problem=SimpleNamespace(loss=CROSS_ENTROPY, space=space),
+        sample=sample,
+        points=points,
+        gradient=bias_gradient * direction,
+        strengths=strengths,
+        left_out=[1, None],
     )
     expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
     product = hessian.times(direction.float()) - hessian.pull * direction

@@ -37,7 +37,9 @@ def draw(grid, size) -> tuple[torch.Tensor, torch.Tensor]:
 def solve(states, target, grid, view) -> Solution:
     """Return the probes; image i is in fold i % 2."""
     fold_of = torch.arange(IMAGES) % 2
-    return solve_values(states, normal_equations(target, grid, view), grid, fold_of)
+    return solve_values(
+        states, equations=normal_equations(target, grid, view), grid=grid, fold_of=fold_of
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,9 +50,9 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
     grid, size, resize, monkeypatch
 ):
     monkeypatch.setattr("probes.solve.space.BLOCK", 5)  # of seven channels: products in two parts
-    view = Geometry(grid, 48, 42, ResizeRule(resize)).view(size)
+    view = Geometry(grid=grid, image_px=48, covered_px=42, rule=ResizeRule(resize)).view(size)
     states, target = draw(grid, size)
-    solved = solve(states, target, grid, view)
+    solved = solve(states, target=target, grid=grid, view=view)
     axes = (
         bilinear_weights(n, m, extent, dtype=torch.float64)
         for n, m, extent in zip(grid, size, view, strict=True)
@@ -89,7 +91,7 @@ def test_float32_states_lose_nothing_that_matters(states_are):
     """A channel of an LLM has a mean of thousands of deviations, and variances span six decades in every direction."""
     grid = (6, 6)
     size = (20, 30)
-    view = Geometry(grid, 48, 42, ResizeRule("squash")).view(size)
+    view = Geometry(grid=grid, image_px=48, covered_px=42, rule=ResizeRule("squash")).view(size)
     states, target = draw(grid, size)
     if states_are == "far from zero":
         states[..., 0] += 3000
@@ -98,7 +100,7 @@ def test_float32_states_lose_nothing_that_matters(states_are):
         mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator).double())[0]
         states = states @ (mix * torch.logspace(0, -3, WIDTH).double()) @ mix.T
     single = states.float()
-    exact = solve(single.double(), target, grid, view)
-    ours = solve(single, target, grid, view)
+    exact = solve(single.double(), target=target, grid=grid, view=view)
+    ours = solve(single, target=target, grid=grid, view=view)
     torch.testing.assert_close(ours.loss, exact.loss, rtol=1e-5, atol=0)
     assert (ours.weights[-1] - exact.weights[-1]).norm() / exact.weights[-1].norm() < 1e-5

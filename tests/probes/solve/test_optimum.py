@@ -60,11 +60,13 @@ def problem(data, loss: CrossEntropy = CROSS_ENTROPY) -> SiteProblem:
     classes = int(target[target != 255].max()) + 1
 
     def prepare(mask: torch.Tensor) -> PreparedMasks:
-        return prepare_masks(mask, classes, GRID, NODES)
+        return prepare_masks(mask, num_classes=classes, grid=GRID, nodes=NODES)
 
     masks = prepare(target)
-    scored = scored_masks(masks, FOLD_OF, lambda image: target[image], prepare)
-    return SiteProblem(loss, states, masks, FOLD_OF, scored)
+    scored = scored_masks(
+        masks, fold_of=FOLD_OF, target_of=lambda image: target[image], prepare=prepare
+    )
+    return SiteProblem(loss=loss, states=states, masks=masks, fold_of=FOLD_OF, scored=scored)
 
 
 def objective(
@@ -124,7 +126,7 @@ def held_out_loss(data, at: SiteProblem, points) -> float:
     for fold, point in enumerate(points):
         left_out = (FOLD_OF == fold).nonzero()[:, 0]
         labelled = (data[1][left_out] != 255).sum().item()
-        total += labelled * objective(data, at, 0.0, left_out)(point).item()
+        total += labelled * objective(data, at=at, strength=0.0, images=left_out)(point).item()
         pixels += labelled
     return total / pixels
 
@@ -135,7 +137,7 @@ def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
     path, _ = FoldSearch(at).choose()
     others = [(FOLD_OF != fold).nonzero()[:, 0] for fold in range(FOLDS)]
     for strength, loss in zip(path.strengths, path.loss, strict=True):
-        values = [objective(data, at, strength, images) for images in others]
+        values = [objective(data, at=at, strength=strength, images=images) for images in others]
         points = [scipy_optimum(value, at.start) for value in values]
         expected = held_out_loss(data, at, points)
         assert loss == pytest.approx(expected, abs=HELD_OUT_GAIN * TOLERANCE), strength

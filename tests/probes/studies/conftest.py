@@ -16,7 +16,7 @@ def settings(checkpoints, segmentation, tmp_path):
 
     def make(models: dict[str, str] | None = None, **more) -> StudyConfig:
         paths = {label: checkpoints[mask] for label, mask in (models or {"": "causal"}).items()}
-        return study_of(paths, segmentation, tmp_path / "study", **{"draws": 1, **more})
+        return study_of(paths, data=segmentation, out=tmp_path / "study", **{"draws": 1, **more})
 
     return make
 

@@ -33,7 +33,9 @@ def data(tmp_path_factory) -> Path:
 def run(data: Path, out: Path, **settings) -> str:
     """Run a study of layers whose attention and MLP are not known, and return what it printed."""
     with redirect_stdout(StringIO()) as printed:
-        run_study(study_of({"": f"{FILE}:build_closed"}, data, out, OPTIONS, **settings))
+        run_study(
+            study_of({"": f"{FILE}:build_closed"}, data=data, out=out, options=OPTIONS, **settings)
+        )
     return printed.getvalue()
 
 

@@ -272,7 +272,7 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
 
     def study(*arms: str, overwrite: bool = False) -> list[str]:
         asked = {"arms": arms, "only": ("solve",), "overwrite": overwrite}
-        return ran.of(study_of({"": model}, segmentation, tmp_path / "study", **asked))
+        return ran.of(study_of({"": model}, data=segmentation, out=tmp_path / "study", **asked))
 
     study("trained", "random0")
     tensors = load_file(model / "model.safetensors")

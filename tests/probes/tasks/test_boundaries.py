@@ -50,9 +50,9 @@ def test_sums_equal_loops_over_pixels(monkeypatch):
     for probe, step in product(range(2), range(0, THRESHOLDS, 4)):  # the loops are slow
         counts = counts_of(
             probability[probe].numpy(),
-            target.numpy(),
-            np.float32((step + 1) / (THRESHOLDS + 1)),
-            0.065 * math.hypot(30, 41),
+            target=target.numpy(),
+            threshold=np.float32((step + 1) / (THRESHOLDS + 1)),
+            radius=0.065 * math.hypot(30, 41),
         )
         above = sums[probe, :-1].view(3, -1)[:, step:].sum(1)
         assert above.tolist() == list(counts)

@@ -53,7 +53,7 @@ def model(world):
     processor = build_processor(encoder, llm)
     torch.manual_seed(0)
     net = build_model(encoder, llm, processor, image_attention="bidirectional")
-    export_hf(net, processor, world.parent / "hf", {"llm": llm})
+    export_hf(net, processor=processor, out=world.parent / "hf", training={"llm": llm})
     return world.parent / "hf"
 
 

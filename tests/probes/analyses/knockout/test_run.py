@@ -59,7 +59,7 @@ def predicted(
 
     masks = reference.masks_by_layer(mllm, mllm.ids.shape[1], gone)
     pixels = mllm.preprocess([reader.run.dataset()[image]["image"]])
-    states = reference.uncached_states(mllm, pixels, [], masks)
+    states = reference.uncached_states(mllm, pixels=pixels, text=[], masks=masks)
     after = [mllm.states(pixels, ["adapter"])["adapter"], *(x[:, first:] for x in states)]
     probes = [reader.probes[site] for site in reader.layers]
     classes = [probe(x)[0].argmax(-1) for probe, x in zip(probes, after, strict=True)]
@@ -90,7 +90,7 @@ def c1_by_loop(reader, c: int, **options) -> dict[int, dict[str, dict[str, list[
         outcomes[image] = {}
         for condition, hidden in (("none", None), ("incorrect", c), ("correct", correct)):
             blocked = () if hidden is None else tuple(labels[0] == hidden)
-            after = predicted(reader, image, blocked, **options)
+            after = predicted(reader, image=image, blocked=blocked, **options)
             n = [sum(after[i][t] == c and true[t] != c for t in range(4)) for i in range(L + 1)]
             still = [sum(after[i][t] == c for t in wrong) / len(wrong) for i in range(L + 1)]
             outcomes[image][condition] = {"rate": [x / len(wrong) for x in n], "still_wrong": still}

@@ -6,6 +6,7 @@ writes them to TASK.json.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -68,7 +69,14 @@ def ask_harness(command: list[str | Path], offline: bool) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         if offline:
             environment["HF_HUB_OFFLINE"] = "1"
-        subprocess.run(command, env=environment, check=True)
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        with subprocess.Popen(command, env=environment) as process:
+            try:
+                status = process.wait()
+            finally:
+                process.terminate()  # not killed: torchrun has to end its ranks
+        if status:
+            raise subprocess.CalledProcessError(status, command)
 
 
 def main(out: str, data: str, names: list[str], info: dict) -> None:

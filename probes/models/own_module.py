@@ -215,14 +215,20 @@ def check_layers(
 
     Raises:
         UserError: The forward fails, a layer does not run once, its states are not f[2, N, d], it does not read what
-            the layer before it wrote, or its parts do not add up to what it adds.
+            the layer before it wrote, its parts do not add up to what it adds, or another one runs, unnamed.
     """
+    kinds = {type(layer) for layer in layers}
+    inside = {part for layer in layers for part in layer.modules()}
     kept: dict[tuple[str, str], list[Tensor]] = {}
 
     def keep(key: tuple[str, str], states: Tensor) -> None:
         kept.setdefault(key, []).append(states.clone())
 
     with ExitStack() as stack:
+        for path, other in model.module.named_modules():
+            is_around = not {*layers}.isdisjoint(other.modules())
+            if type(other) in kinds and other not in inside and not is_around:
+                stack.enter_context(at_input(other, partial(keep, (path, "unnamed"))))
         for name, layer in zip(names, layers, strict=True):
             stack.enter_context(at_input(layer, partial(keep, (name, "before"))))
             stack.enter_context(at_output(layer, partial(keep, (name, "after"))))
@@ -254,6 +260,9 @@ def check_layers(
             added = [kept[name, part][0] for part in parts if (name, part) in kept]
             _check_parts(name, before=before, after=after, added=added)
         states.append(after)
+    for (path, what), read in kept.items():
+        if what == "unnamed" and read[0].shape == states[0].shape:
+            raise UserError(f"{path}, of the layers' class, runs too. Name all layers")
     return states
 
 

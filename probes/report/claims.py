@@ -87,7 +87,7 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
         }
         images = {"images": run.metrics["images"]}
         if run.groups is not None:
-            images["groups"] = len(run.groups.unique())
+            images["groups"] = run.units
         # what is known of a world is about its classes
         truth = read_truth(run).get(name) if study.task.name == SEGMENTATION else None
         entry = {

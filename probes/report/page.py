@@ -109,7 +109,7 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
         results = report_results(
             studies, claims=claims, joint=joint, tables=tables, sections=sections
         )
-        results["summary"] = summarize(view, sentences, studies[0].first.metrics["images"])
+        results["summary"] = summarize(view, sentences, studies[0].first)
         results |= {"unfinished": unfinished} if unfinished else {}
         results |= {"files": names}
         earlier = _earlier_files(out)

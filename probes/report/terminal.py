@@ -9,6 +9,7 @@ from typing import Any
 
 from pandas import DataFrame
 
+from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION
 
 from .charts import LEAST_STEP, span_of
@@ -26,13 +27,13 @@ ARROWS = {"▲": "▴", "▼": "▾"}
 COLOURS = {"●": 32, "◕": 32, "◐": 33, "◉": 33}  # green and yellow
 
 
-def summarize(view: ReportView, sentences: Sequence[str], images: int) -> list[str]:
+def summarize(view: ReportView, sentences: Sequence[str], run: ProbeRun) -> list[str]:
     """Return the lines of the summary.
 
     Args:
         view: Of the report's tables.
         sentences: The first ones of the page.
-        images: Number of photos.
+        run: Whose photos are read.
     """
     lead = view.lead
     front = [reading for reading in view.front if reading.seed == lead.seed]
@@ -47,6 +48,9 @@ def summarize(view: ReportView, sentences: Sequence[str], images: int) -> list[s
         last.append(textwrap.shorten(text, WIDTH, placeholder=" …"))
     if known := [is_right(row) for row in tested.itertuples() if isinstance(row.truth, str)]:
         last.append(f"The truth is known here: {sum(known)} of {len(known)} verdicts are right.")
+    if run.units < 10:
+        last.append("Intervals are too short: there are fewer than ten photos, or groups.")
+    images = run.metrics["images"]
     last.append(f"{lead.data}, {images} {noun_of(lead.data)}{'s' * (images != 1)}.")
     labels = {key: model.label for key, model in view.models.items()}
     lines = [*textwrap.wrap(plain_text(sentences, labels), WIDTH), ""]

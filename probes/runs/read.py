@@ -226,6 +226,11 @@ class ProbeRun:
         groups = self._counted(["group"]).get("group")
         return None if groups is None or (groups == groups[0]).all() else groups
 
+    @property
+    def units(self) -> int:
+        """Number of validation images, or of their groups."""
+        return self.metrics["images"] if self.groups is None else len(self.groups.unique())
+
     def sums_at(self, sites: Sequence[str]) -> Tensor:
         """Return the sums per image at some sites, from which scores are computed, [S, N, M]; only these are read."""
         return self.task.sums(self._counted(self.task.summed, sites))

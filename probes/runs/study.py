@@ -205,7 +205,8 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
     Those of segmentation come first.
 
     Raises:
-        UserError: A run is of two models, two runs are the same case, or runs do not fit together.
+        UserError: A run is of two models, two runs are the same case, runs do not fit together, or two studies have
+            one folder.
     """
     for path, count in Counter(run.path.resolve() for run in runs).items():
         if count > 1:
@@ -227,6 +228,11 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
         if _has_trained_run(of_study)
     ]
     studies.sort(key=lambda study: study.task.name != SEGMENTATION)
+    for (_, slug), count in Counter((study.task.name, study.slug) for study in studies).items():
+        if count > 1:
+            raise UserError(
+                f"{count} studies have the folder {slug} in the report; name the models otherwise, NAME=STUDY"
+            )
     # by task, dataset and seed: the run whose images all others must share
     reference: dict[tuple, ProbeRun] = {}
     for study in studies:

@@ -45,8 +45,9 @@ def test_csv_logger_has_each_step(parts, conversations, tmp_path):
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2"]
 
 
-def test_a_run_without_a_logger_trains(parts, conversations, tmp_path):
-    run = tiny_models.fit(parts, conversations, tmp_path / "run", "--trainer.logger", "false")
+def test_a_run_without_a_logger_and_lines_of_progress_trains(parts, conversations, tmp_path):
+    more = "--trainer.logger false --trainer.log_every_n_steps 0"
+    run = tiny_models.fit(parts, conversations, tmp_path / "run", *more.split())
     assert (run / "hf/training.json").is_file()
     assert not [*run.glob("events*")]
 

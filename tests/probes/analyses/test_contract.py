@@ -128,6 +128,7 @@ BAD = [
         "--classes sky wall --min-patches 5",
         "no image has 5 or more patches wrongly .* sky or wall;",
     ),
+    ("knockout", "--classes sky wall sky", "class 'sky' is named twice"),
     ("knockout", "--layers 0", "layer 0 is out of range; .* has layers 1..3"),
     ("patching", "--layers 2", "--layers 2 is not before the read-out layer_02; expected 0"),
     ("routes", "--window 4", "window is 4; expected 1 to 3, the model's layers"),

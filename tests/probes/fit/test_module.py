@@ -144,6 +144,15 @@ def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentati
     assert min(rates) < 2e-4
 
 
+def test_the_schedule_ends_with_the_batches_that_are_trained(fit, tmp_path):
+    """One of two in each of two epochs."""
+    probe = fit(tmp_path, "--trainer.limit_train_batches", "1").metrics["probe"]
+    assert (probe["steps"], probe["epochs"], probe["validated_at"]) == (2, 2, [1, 2])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    first, last = (event.value for event in events.Scalars("lr-AdamW"))
+    assert last < 0.6 * first
+
+
 def test_a_validation_that_is_not_a_number_is_never_the_best(fit, tmp_path, monkeypatch):
     """As the first one, it was kept for ever."""
     scores = iter([float("nan"), 0.5, float("nan"), 0.25])

@@ -94,6 +94,8 @@ class Skipping(Encoder):
             r"are \[2, 3, 6, 16\]; expected \[2, tokens, width\]",
         ),
         (Skipping(), {}, "does not read what blocks.0 wrote"),
+        (None, {"layers": ["blocks.1", "blocks.2"]}, "blocks.0, of the .* class, runs too. Name"),
+        (None, {"layers": ["blocks.0", "blocks.1"]}, "blocks.2, of the .* class, runs too. Name"),
     ],
 )
 def test_a_description_that_does_not_fit_is_an_error(module, changes, message):

@@ -54,6 +54,15 @@ def test_a_class_in_too_few_photos_is_not_tested(write):
     assert all(row["photos"] > 30 and row["p"] is not None for row in others)
 
 
+def test_models_of_one_folder_in_the_report_are_refused(write):
+    """Figures and tables of one would replace the other's."""
+    runs = [f"{name}={write(name, CURVE)}" for name in ("clip vicuna", "clip_vicuna")]
+    with pytest.raises(
+        ValueError, match="have the folder clip_vicuna_toy_world .*; name the models"
+    ):
+        studies_of(runs)
+
+
 def test_each_model_is_compared_with_the_first_of_its_data(write):
     runs = []
     for name, quality in (("a", CURVE), ("b", WORSE), ("c", CURVE)):

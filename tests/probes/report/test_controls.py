@@ -11,6 +11,7 @@ import torch
 from probe_runs import write_effects
 from report_parts import CURVE, FLAT, claims_of, studies_of
 from safetensors.torch import load_file, save_file
+from task_runs import write_depth_run
 
 from llava_bidir.common.files import read_json
 from probes.report.claims import evaluate_claims
@@ -18,6 +19,7 @@ from probes.report.page import write_report
 from probes.runs.study import CONTROLS
 
 MASKS = ("causal", "bidirectional")
+RMSE = [0.5, 0.6, 0.6, 0.5, 0.5, 0.5]
 
 
 def change_patch_0(run: str, valid: int, shares=(0,) * 6) -> None:
@@ -91,6 +93,26 @@ def test_draws_are_paired_by_their_number(part, matches, write):
     again = write("again", FLAT, 9, **weights)
     with pytest.raises(ValueError, match="are both the .* run of draw 2 under .*; pass only one"):
         studies_of([*order, again])
+
+
+def test_runs_of_another_task_neither_split_a_study_nor_stand_for_its_trained_model(
+    write, root, tmp_path, caplog
+):
+    runs = [write("trained", CURVE), tmp_path / "other_seed", tmp_path / "control"]
+    write_depth_run(runs[1], RMSE, root, metrics={"seed": 1})
+    control = {"untrained": ["llm"], "dataset": "other"}
+    write_depth_run(runs[2], RMSE, root, metrics=control)
+    found = {(study.task.name, study.dataset): study.seed for study in studies_of(runs)}
+    assert found == {("segmentation", "toy world"): None, ("depth", "toy world"): None}
+    assert "control is left out: no run of the trained model" in caplog.text
+
+
+def test_fewer_than_ten_groups_of_photos_are_said(write, tmp_path):
+    write("run", CURVE, options={"groups": torch.arange(40) % 3})
+    out = tmp_path / "report"
+    write_report([str(tmp_path)], out)
+    assert "<b>40 photos in 3 groups tell next to nothing" in (out / "index.html").read_text()
+    assert "fewer than ten photos, or groups" in "".join(read_json(out / "results.json")["summary"])
 
 
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):

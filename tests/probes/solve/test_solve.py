@@ -30,7 +30,7 @@ from probes.solve.objective import NODES, SiteProblem
 from probes.solve.path import FoldSearch
 from probes.solve.run import MEMORY_SHARE
 from probes.solve.states import new_states, target_bytes
-from probes.solve.workers import SiteFiles
+from probes.solve.workers import SiteFiles, in_workers
 from probes.tasks.segmentation import Segmentation
 
 pytestmark = pytest.mark.numerics
@@ -238,6 +238,17 @@ def test_sites_solved_on_one_thread_and_on_two_have_the_same_optimum(run, solve)
     finally:
         torch.set_num_threads(threads)
     assert_same_solution(run, other)
+
+
+def test_a_site_left_alone_is_solved_on_one_thread_too():
+    """With more it would round otherwise than in the run that was killed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = dict(in_workers(lambda _: torch.get_num_threads(), ["a"], torch.device("cpu")))
+    finally:
+        torch.set_num_threads(threads)
+    assert found == {"a": 1}
 
 
 def test_dry_run_measures_and_writes_nothing(words, tmp_path, caplog, monkeypatch):

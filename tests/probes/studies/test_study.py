@@ -35,6 +35,10 @@ RANDOM = [f"{arm}{i}" for arm in ("random", "permuted", "adapter") for i in (0, 
 BYTES = ("metrics.json", "counts.safetensors", "effects.safetensors", "probes.safetensors")
 
 
+class Photos(list):
+    classes = ("sky",)
+
+
 def arguments(models: list[str], data: Path, out: Path, *more: str) -> list[str]:
     own = ["--draws", "2", "--add", "knockout.draws=1", *OPTIONS]
     return ["study", *models, str(data), "--out", str(out), *own, *more]
@@ -290,6 +294,21 @@ def test_a_class_with_a_comma_is_one_class(text, classes, settings):
     study = settings(add=(f"knockout.classes={text}",))
     photos = SimpleNamespace(classes=["wall, brick", "wall", "sky"])
     assert choose_analyses(study, photos)["knockout"]["classes"] == classes
+
+
+def test_of_few_photos_those_that_there_are_become_maps(settings):
+    photos = Photos(["a", "b"])
+    assert choose_analyses(settings(add=("maps",)), photos)["maps"]["image"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("max_steps", (-1, 4, 316)), ("max_epochs", (4, None, None))]
+)
+def test_options_replace_those_of_the_papers_training(given, expected, settings):
+    study = settings(fit=True, options=(f"--trainer.{given}", "4"))
+    trainer = plan_arms(study)[-1].config.trainer
+    keys = ("max_epochs", "max_steps", "val_check_interval")
+    assert tuple(map(trainer.get, keys)) == expected
 
 
 def test_every_step_comes_after_what_it_needs(settings):

@@ -120,8 +120,8 @@ def routes_figure(mask: str, of_mask: dict[str, Any]) -> Figure:
         title=f"Routes of answers, {mask}",
         caption="Change of the right answer's log-probability when no token of the target attends to the source, in "
         "windows of layers (points, at the middle of the window) and in all layers (right, with its interval). object: "
-        "patches that the question is about; random: as many others. Thin: random LLMs. Bands: 95% intervals over images, for "
-        "all windows of a route together."
+        "patches that the question is about; random: as many others. Thin: random LLMs. Bands: 95% intervals over "
+        "images, for all windows of a route together."
         + " Grey ground: layers in which image tokens attend to an attention sink."
         * bool(sinks),
         panels=[target_chart(of_mask, target, sinks) for target in TARGETS],

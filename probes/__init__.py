@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llava_bidir import __version__ as __version__
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODULES`
-    from .analyses.base import Claim as Claim
+    from .analyses.analysis import Claim as Claim
     from .analyses.claims import register_analysis as register_analysis
     from .analyses.claims import write_effects as write_effects
     from .data.registry import register_dataset as register_dataset
@@ -46,7 +46,7 @@ _MODULES = {
     "Probe": ".heads",
     "register_head": ".heads",
     "ProbeRun": ".runs.read",
-    "Claim": ".analyses.base",
+    "Claim": ".analyses.analysis",
     "Estimate": ".score.estimate",
     "register_analysis": ".analyses.claims",
     "write_effects": ".analyses.claims",

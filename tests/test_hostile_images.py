@@ -17,8 +17,8 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import read_image, read_photo
 from llava_bidir.data.collate import Collate
 from llava_bidir.model.build import build_processor
-from probes.data.base import open_png
 from probes.data.folder import FolderDataset
+from probes.data.image_dataset import open_png
 from probes.lab.photos import Photos
 from probes.ops.geometry import Geometry
 

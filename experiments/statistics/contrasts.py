@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.analyses.knockout.effects import PairedCases, contrast_estimates
+from probes.analyses.knockout.knockout_effects import PairedCases, contrast_estimates
 from probes.report.verdicts import compare_to_draws, interval_over_draws
 from probes.score.estimate import Estimate
 

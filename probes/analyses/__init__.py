@@ -1,11 +1,11 @@
-"""Analyses of finished runs (base.py), in the order of the report: each is a module with ANALYSIS, named here.
+"""Analyses of finished runs (analysis.py), in the order of the report: each is a module with ANALYSIS, named here.
 
 Commands, the steps of a study, the sections of the report and the table in README.md are generated from this list.
 """
 
 from importlib import import_module
 
-from .base import Analysis, RunOptions, run_analysis
+from .analysis import Analysis, RunOptions, run_analysis
 
 NAMES = ("sinks", "starvation", "knockout", "routes", "patching", "maps", "umap")
 ANALYSES: dict[str, Analysis] = {

@@ -12,7 +12,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import write_files
 
 from . import ANALYSES
-from .base import EFFECTS, Claim, effects_files
+from .analysis import EFFECTS_SUFFIX, Claim, effects_files
 
 if TYPE_CHECKING:  # this module answers `import probes`
     from probes.runs.read import ProbeRun
@@ -94,8 +94,8 @@ def read_effects(run: "ProbeRun") -> dict[str, "Estimate"]:
     from probes.score.effects import read_effect_file
 
     effects = dict(run.effects)
-    for path in sorted(run.path.glob(f"*{EFFECTS}")):
-        name = path.name.removesuffix(EFFECTS)
+    for path in sorted(run.path.glob(f"*{EFFECTS_SUFFIX}")):
+        name = path.name.removesuffix(EFFECTS_SUFFIX)
         if name in ANALYSES and not (run.path / ANALYSES[name].result).is_file():
             continue  # a later call with other options had nothing to measure
         found, made_from = read_effect_file(path)

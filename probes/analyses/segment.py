@@ -19,7 +19,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.images import read_photo
 from probes.config import SegmentOptions
-from probes.data.base import open_png, palette_of
+from probes.data.image_dataset import open_png, palette_of
 from probes.runs.read import ProbeRun
 from probes.tasks.segmentation import colorize_classes
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llava_bidir.common.cli import Count
 from probes.models.sites import layer_number, layer_site
 
-from .base import Analysis, Result, RunOptions
+from .analysis import Analysis, Result, RunOptions
 
 if TYPE_CHECKING:  # this module answers `probes --help`
     from PIL import Image

@@ -9,8 +9,8 @@ Source: Zhou et al., IJCV 2019. Class names: the first name of each row of objec
 
 from pathlib import Path
 
-from .base import SegmentationDataset, lookup
 from .file_layout import find_root, pair_folders
+from .image_dataset import SegmentationDataset, lookup
 
 SIZES = {"training": 20210, "validation": 2000}
 CLASSES = [

@@ -17,7 +17,7 @@ from probes.ops.geometry import Geometry
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 
 from .available_memory import available_memory
-from .base import IGNORE_INDEX
+from .image_dataset import IGNORE_INDEX
 from .samplers import PAD_INDEX
 
 if TYPE_CHECKING:  # a report needs no model

@@ -17,8 +17,8 @@ from numpy import ndarray
 
 from llava_bidir.common.files import read_json
 
-from .base import SegmentationDataset, lookup
 from .file_layout import files_by_name, find_root, pair_files
+from .image_dataset import SegmentationDataset, lookup
 from .targets import DepthDataset, read_16_bit
 
 SPLITS = {"training": "train", "validation": "val"}

@@ -20,8 +20,8 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_settings
 
-from .base import IGNORE_INDEX, SegmentationDataset, lookup
 from .file_layout import pair_folders
+from .image_dataset import IGNORE_INDEX, SegmentationDataset, lookup
 from .targets import DepthDataset, InstanceBoundaries, NormalsDataset
 
 CLASSES_KEYS = ("classes", "ignore_index", "reduce_zero_label", "palette")

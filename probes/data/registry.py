@@ -13,9 +13,9 @@ from probes.config import DataOptions
 from probes.tasks import SEGMENTATION, TASKS
 
 from .ade20k import ADE20K
-from .base import ImageDataset, SegmentationDataset
 from .cityscapes import Cityscapes, CityscapesDepth
 from .folder import FolderBoundaries, FolderDataset, FolderDepth, FolderNormals
+from .image_dataset import ImageDataset, SegmentationDataset
 from .nyuv2 import NYUv2Depth
 from .targets import ClassBoundaries
 from .voc2012 import VOC2012

@@ -7,7 +7,7 @@ from numpy import ndarray
 
 from llava_bidir.common.errors import UserError
 
-from .base import IGNORE_INDEX, ImageDataset, SegmentationDataset, read_png
+from .image_dataset import IGNORE_INDEX, ImageDataset, SegmentationDataset, read_png
 
 # A channel of a normal is n = 2 v / 255 - 1: truncation changes it by less than 2 / 255, and the length by less than
 # sqrt(3) times that.

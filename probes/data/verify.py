@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.processes import worker_options
-from probes.data.base import ImageDataset, SegmentationDataset
+from probes.data.image_dataset import ImageDataset, SegmentationDataset
 from probes.ops.geometry import IGNORE_INDEX
 
 BATCH_SIZE = 16

@@ -14,8 +14,8 @@ from typing import Literal
 
 from llava_bidir.common.errors import UserError
 
-from .base import IGNORE_INDEX, SegmentationDataset, lookup
 from .file_layout import find_root
+from .image_dataset import IGNORE_INDEX, SegmentationDataset, lookup
 
 LIST = "ImageSets/Segmentation/{}.txt"
 LISTS = ("train", "val")

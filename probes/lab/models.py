@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.tokenizer import load_tokenizer
-from probes.data.base import palette_of
+from probes.data.image_dataset import palette_of
 from probes.heads import Probe
 from probes.models.frozen_model import FrozenModel
 from probes.models.sites import ENCODER, is_in_llm_space

@@ -15,7 +15,7 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import read_photo
-from probes.data.base import EmbeddedFile
+from probes.data.image_dataset import EmbeddedFile
 from probes.ops.geometry import Geometry, GridPlacement
 
 KEPT = 64  # photos; each has a preview of up to 2.4 MB and a square per model of about 0.5 MB

@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from probes.analyses import ANALYSES
-from probes.analyses.base import Claim
+from probes.analyses.analysis import Claim
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference

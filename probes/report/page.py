@@ -25,7 +25,7 @@ from markupsafe import Markup
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
-from probes.analyses.base import Section, function_of
+from probes.analyses.analysis import Section, section_of
 from probes.analyses.charts import Figure
 from probes.config import ReportOptions, split_label
 from probes.data.verify import notes_of_run
@@ -126,7 +126,7 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
     sections = {}
     for name, analysis in ANALYSES.items():
         if analysis.title and study.task.name == SEGMENTATION:
-            section = function_of(name, "section")(study)
+            section = section_of(name)(study)
             figures = [x._replace(name=folder + x.name) for x in section.figures]
             sections[name] = section._replace(figures=figures)
     return sections

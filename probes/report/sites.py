@@ -7,7 +7,7 @@ nothing to compare with.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from probes.analyses.base import table_row
+from probes.analyses.analysis import table_row
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer, layer_around
 from probes.runs.formatting import PAPER, Entry
 from probes.runs.read import ProbeRun

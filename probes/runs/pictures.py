@@ -22,7 +22,7 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.files import atomic_write
 from llava_bidir.common.processes import rank_zero_warn
-from probes.data.base import palette_of
+from probes.data.image_dataset import palette_of
 from probes.site_probes import SiteProbes
 
 FILE = "pictures.npz"

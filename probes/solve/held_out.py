@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.data.base import IGNORE_INDEX
+from probes.data.image_dataset import IGNORE_INDEX
 from probes.ops.quadrature import PreparedMasks, join_masks
 
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.base import PlannedRun
+from probes.analyses.analysis import PlannedRun
 from probes.config import RunConfig
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.modules import why_unmatched

@@ -16,9 +16,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import check_same_identity, describe_digest, named_identity
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
-from probes.analyses.base import EFFECTS
+from probes.analyses.analysis import EFFECTS_SUFFIX
 from probes.config import ReportOptions
-from probes.data.base import ImageDataset
+from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
@@ -72,7 +72,7 @@ class ReportStep(Step):
         names = ["metrics.json", *(analysis.result for analysis in MEASURED.values())]
         runs = finished_runs(out)
         files = [run / name for run in runs for name in names]
-        files += [file for run in runs for file in sorted(run.glob(f"*{EFFECTS}"))]
+        files += [file for run in runs for file in sorted(run.glob(f"*{EFFECTS_SUFFIX}"))]
         hashes = {str(file.relative_to(out)): digest(file) for file in files if file.is_file()}
         hashes[TRUTH_FILE] = digest(self.reads[TRUTH_FILE])
         if unfinished := unfinished_steps(out):

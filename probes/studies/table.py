@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
 from probes.analyses import MEASURED
-from probes.analyses.base import table_row
+from probes.analyses.analysis import table_row
 from probes.config import ReportOptions
 from probes.runs.read import ProbeRun, finished_runs
 from probes.runs.study import given_labels, labels_of_models, model_name

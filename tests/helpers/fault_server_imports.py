@@ -7,7 +7,7 @@ import torch.utils.tensorboard
 import umap
 
 import probes.analyses.knockout.cases
-import probes.analyses.knockout.effects
+import probes.analyses.knockout.knockout_effects
 import probes.fit.cli
 import probes.report.page
 

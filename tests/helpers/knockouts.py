@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from probes.analyses.claims import write_effects
 from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import CONDITIONS, outcome_key
-from probes.analyses.knockout.effects import knockout_effects, knockout_rows
+from probes.analyses.knockout.knockout_effects import knockout_effects, knockout_rows
 from probes.runs.read import ProbeRun
 
 # pairs that are mistaken for each other

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 from llava_bidir.common.cli import Count, Indices, Seed
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import read_json
-from probes.analyses.base import Analysis, Claim, Result, Row, RunOptions, lacks_layers, table_row
+from probes.analyses.analysis import (
+    Analysis,
+    Claim,
+    Result,
+    Row,
+    RunOptions,
+    lacks_layers,
+    table_row,
+)
 from probes.models.sites import ADAPTER, layer_number, layer_site
 
 if TYPE_CHECKING:  # this module answers `probes --help`
@@ -124,7 +132,7 @@ def measure(run: "ProbeRun", options: KnockoutOptions) -> Result:
         NothingToMeasure: No image has patches wrongly predicted as any of the classes.
     """
     from .cases import PatchReader, knock_out_batch
-    from .effects import knockout_effects, knockout_rows
+    from .knockout_effects import knockout_effects, knockout_rows
 
     reader = PatchReader(run)
     dataset = run.dataset()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.cli import Indices
 from llava_bidir.common.errors import UserError
-from probes.analyses.base import Analysis, Result, RunOptions, check_images
+from probes.analyses.analysis import Analysis, Result, RunOptions, check_images
 
 if TYPE_CHECKING:  # this module answers `probes --help`
     from torch import Tensor

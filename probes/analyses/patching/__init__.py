@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.cli import Count, Indices, Seed
 from llava_bidir.common.errors import UserError
-from probes.analyses.base import Analysis, PlannedRun, Result, RunOptions
+from probes.analyses.analysis import Analysis, PlannedRun, Result, RunOptions
 from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_number, layer_site
 
 if TYPE_CHECKING:  # this module answers `probes --help`

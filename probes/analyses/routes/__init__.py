@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.cli import Count, Seed
 from llava_bidir.common.errors import UserError
-from probes.analyses.base import Analysis, Claim, Result, Row, RunOptions, table_row
+from probes.analyses.analysis import Analysis, Claim, Result, Row, RunOptions, table_row
 from probes.models.sites import layer_number
 
 if TYPE_CHECKING:  # this module answers `probes --help`

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from llava_bidir.common.errors import UserError
-from probes.analyses.knockout.effects import mean_over_cases
+from probes.analyses.knockout.knockout_effects import mean_over_cases
 from probes.models.knockout import Knockout
 from probes.runs.read import ProbeRun
 from probes.score.estimate import Estimate

@@ -1,14 +1,14 @@
 """Context starvation: are early patches worse off under causal attention (Sec. 5.1, Fig. 7, Table 3)?
 
 Image tokens come in raster order. Under a causal mask, patch 0 attends to no other patch and the last one to all. The
-report compares the two runs of a study by pixel accuracy under each patch at one site (section.py). The first token may
-also be an attention sink (sinks.py).
+report compares the two runs of a study by pixel accuracy under each patch at one site (starvation_section.py). The
+first token may also be an attention sink (sinks.py).
 """
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from probes.analyses.base import Analysis, Claim
+from probes.analyses.analysis import Analysis, Claim
 from probes.analyses.sinks import sinks_of, starts_with_sink
 
 if TYPE_CHECKING:  # this module answers `probes --help`

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.cli import Indices, Seed
 from llava_bidir.common.errors import UserError
-from probes.analyses.base import Analysis, PlannedRun, Result, RunOptions, check_images
+from probes.analyses.analysis import Analysis, PlannedRun, Result, RunOptions, check_images
 from probes.models.sites import ADAPTER, PATCHES, is_layer
 
 if TYPE_CHECKING:  # this module answers `probes --help`

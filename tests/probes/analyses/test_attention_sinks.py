@@ -7,7 +7,7 @@ import probe_runs
 import pytest
 from report_parts import studies_of
 
-from probes.analyses.routes.section import section as route_section
+from probes.analyses.routes.routes_section import section as route_section
 from probes.analyses.sinks import (
     SINK_NORM,
     describe_sinks,

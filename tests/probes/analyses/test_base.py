@@ -9,7 +9,7 @@ import torch
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import NothingToMeasure
 from probes.analyses import MEASURED
-from probes.analyses.base import Analysis, run_analysis
+from probes.analyses.analysis import Analysis, run_analysis
 from probes.analyses.sinks import SinksOptions
 
 

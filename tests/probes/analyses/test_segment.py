@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from probes.cli import main
-from probes.data.base import palette_of
+from probes.data.image_dataset import palette_of
 from probes.runs.read import ProbeRun
 
 

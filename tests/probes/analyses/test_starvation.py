@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.analyses.starvation.section import gaps, standardised_accuracy
+from probes.analyses.starvation.starvation_section import gaps, standardised_accuracy
 
 N = 80
 T = 16

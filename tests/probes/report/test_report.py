@@ -11,7 +11,7 @@ from probe_runs import read_masks
 from report_parts import studies_of
 from task_runs import write_depth_run
 
-from probes.analyses.starvation.section import starvation
+from probes.analyses.starvation.starvation_section import starvation
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.runs.read import ProbeRun

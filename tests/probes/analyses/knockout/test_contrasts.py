@@ -11,8 +11,8 @@ from knockouts import CLASSES, N, simulate, write_knockout
 from experiments.statistics.contrasts import simulate as simulate_cases
 from experiments.statistics.contrasts import study
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.analyses.knockout.effects import (
-    EFFECTS,
+from probes.analyses.knockout.knockout_effects import (
+    KNOCKOUT_EFFECTS,
     contrast_estimates,
     knockout_effects,
     later_half,
@@ -67,7 +67,7 @@ def test_contrasts_equal_a_loop_and_balance_both_mistakes_of_a_pair(run):
     write_knockout(run, tensors)
     found = patch_contrasts(run, tensors)
     expected = mantel_haenszel(tensors, CLASSES[:4], np.ones(N))
-    assert list(found) == list(EFFECTS)
+    assert list(found) == list(KNOCKOUT_EFFECTS)
     assert [x.value for x in found.values()] == pytest.approx(expected.tolist(), abs=1e-6)
     patches = sum(int(tensors[f"{name}/patches"].sum()) for name in CLASSES[:4])
     assert found["knockout_correct"].about["n"]["patches"] == patches
@@ -80,9 +80,9 @@ def test_contrasts_equal_a_loop_and_balance_both_mistakes_of_a_pair(run):
 
 def test_without_both_mistakes_or_enough_images_there_is_no_contrast(run):
     one_sided = simulate(np.random.default_rng(0), {"sky": (0.1, 0.2), "road": (0.1, 0.2)})
-    assert set(knockout_effects(run, one_sided)) == set(EFFECTS)
+    assert set(knockout_effects(run, one_sided)) == set(KNOCKOUT_EFFECTS)
     few = simulate(np.random.default_rng(0), dict.fromkeys(CLASSES[:2], (0, 0)), cases=2)
-    assert set(knockout_effects(run, few)) == set(EFFECTS), "at most four images"
+    assert set(knockout_effects(run, few)) == set(KNOCKOUT_EFFECTS), "at most four images"
 
 
 def test_effects_as_in_the_paper_are_means_over_cases_against_nothing_blocked(run):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.analyses.base import Section
+from probes.analyses.analysis import Section
 from probes.analyses.charts import Chart, Curve, Figure, Grid, Point
 from probes.analyses.starvation import sink_warning
 from probes.runs.compare import check_pair

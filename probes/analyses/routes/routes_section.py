@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.base import Section
+from probes.analyses.analysis import Section
 from probes.analyses.charts import Chart, Curve, Figure, Point
 from probes.analyses.sinks import describe_sinks, layers_with_sinks, meets_sink, sinks_of
 from probes.runs.formatting import Rows, bounds

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from probes.analyses.base import Section
+from probes.analyses.analysis import Section
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.analyses.sinks import describe_sinks, sinks_of
 from probes.runs.formatting import Rows, bounds

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from probes.analyses.base import Section
+from probes.analyses.analysis import Section
 from probes.analyses.charts import Chart, Curve, Figure, Point
-from probes.data.base import palette_of
+from probes.data.image_dataset import palette_of
 from probes.runs.formatting import Rows
 from probes.runs.study import StudyRuns
 

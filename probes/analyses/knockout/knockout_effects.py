@@ -31,7 +31,7 @@ from .cases import CONDITIONS, outcome_key
 
 OUTCOME = "still_wrong"  # of a contrast, see cases.py
 MIN_IMAGES = 6  # fewer, or fewer groups of images, have no interval that says anything
-EFFECTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
+KNOCKOUT_EFFECTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
 
 Tensors = dict[str, Tensor]  # content of knockout.safetensors
 
@@ -102,7 +102,7 @@ def later_half(rates: Tensor) -> Tensor:
 class PairedCases(NamedTuple):
     """Cases of pairs of classes that are mistaken for each other in both directions."""
 
-    values: Tensor  # effects in the order of `EFFECTS`, per mistaken patch, f[C, E]
+    values: Tensor  # effects in the order of `KNOCKOUT_EFFECTS`, per mistaken patch, f[C, E]
     patches: Tensor  # n_c(0), f[C]
     image: Tensor  # long[C]
     pair: Tensor  # index of the pair, long[C]
@@ -124,7 +124,9 @@ def knockout_effects(run: ProbeRun, tensors: Tensors) -> dict[str, Estimate]:
     specific = correct - incorrect - random
     values = torch.stack([incorrect, correct, specific], 1)
     mean, resampled = mean_over_cases(values, cases["image"], run.weights)
-    effects = {name: Estimate(mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
+    effects = {
+        name: Estimate(mean[i].item(), resampled[:, i]) for i, name in enumerate(KNOCKOUT_EFFECTS)
+    }
     for name, contrast in patch_contrasts(run, tensors).items():
         effects[f"{name}@random"] = contrast
     return effects
@@ -148,7 +150,7 @@ def patch_contrasts(run: ProbeRun, tensors: Tensors) -> dict[str, Estimate]:
     contrasts = contrast_estimates(cases, run.weights, run.groups)
     return {
         name: replace(contrast, about={"n": counts})
-        for name, contrast in zip(EFFECTS, contrasts, strict=True)
+        for name, contrast in zip(KNOCKOUT_EFFECTS, contrasts, strict=True)
     }
 
 

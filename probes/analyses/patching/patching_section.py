@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from probes.analyses.base import Section
+from probes.analyses.analysis import Section
 from probes.analyses.charts import Chart, Curve, Figure, Point, curves_by_layer
 from probes.runs.formatting import Rows, bounds
 from probes.runs.study import StudyRuns

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from probes.analyses.base import Section
+from probes.analyses.analysis import Section
 from probes.analyses.charts import Figure, PictureRow
-from probes.data.base import palette_of
+from probes.data.image_dataset import palette_of
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.files import read_tensors
 from probes.runs.formatting import file_name

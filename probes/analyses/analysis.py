@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from probes.runs.read import ProbeRun
+    from probes.runs.study import StudyRuns
     from probes.score.estimate import Estimate
 
     from .charts import Figure
 
 Row = dict[str, Any]
-EFFECTS = "_effects.safetensors"  # of a file of effects, after the name of the analysis
+EFFECTS_SUFFIX = "_effects.safetensors"  # of a file of effects, after the name of the analysis
 
 
 class Claim(NamedTuple):
@@ -270,7 +271,7 @@ def effects_files(
     """Return the content of the file of effects of an analysis, by its path."""
     from probes.score.effects import effect_file
 
-    return {folder / f"{analysis}{EFFECTS}": effect_file(effects, run.fingerprint)}
+    return {folder / f"{analysis}{EFFECTS_SUFFIX}": effect_file(effects, run.fingerprint)}
 
 
 def _made_from(run: "ProbeRun", options: RunOptions) -> dict[str, Any]:
@@ -302,9 +303,9 @@ class Section(NamedTuple):
     by_mask: Mapping[str, Mapping[str, Any]] = {}
 
 
-def function_of(name: str, module: str) -> Callable:
-    """Return the function `module` of the module of that name in an analysis, "section"."""
-    return getattr(import_module(f"{__package__}.{name}.{module}"), module)
+def section_of(name: str) -> Callable[["StudyRuns"], Section]:
+    """Return the function that makes the section of an analysis: `section` of NAME/NAME_section.py."""
+    return import_module(f"{__package__}.{name}.{name}_section").section
 
 
 def table_row(

@@ -50,9 +50,7 @@ class ProbeData:
     """
 
     def __init__(self, config: DataOptions, seed: int = 0):
-        super().__init__()  # of LightningDataModule, in a run that trains
-        self.settings = asdict(config) | {"seed": seed}
-
+        self.hparams: dict[str, Any] = asdict(config) | {"seed": seed}  # see `run_identity`
         self.splits = open_splits(config)
         self.root = config.root
         self.dataset = config.dataset
@@ -66,11 +64,6 @@ class ProbeData:
         self.seed = seed
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
         self.remarks: dict[str, list] = {}  # on images, likewise
-
-    @property
-    def hparams(self) -> dict[str, Any]:
-        """Options of the data, as a LightningDataModule names them."""
-        return self.settings
 
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""

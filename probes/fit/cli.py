@@ -69,7 +69,8 @@ class ProbeCLI(RunCLI):
         with self.started(folder, ckpt_path) as plan:
             if plan.finished:
                 if self.trainer.is_global_zero:
-                    folder.check_finished(run_identity(self.trainer, self.model, self.datamodule))
+                    data = self.datamodule.data
+                    folder.check_finished(run_identity(self.trainer, self.model, data))
                 say_finished(out, self.model.saves_predictions)
                 return
             self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)

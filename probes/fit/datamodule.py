@@ -13,7 +13,7 @@ from probes.data.samplers import TrainingBatches
 from probes.models.frozen_mllm import FrozenMLLM
 
 
-class ProbeDataModule(ProbeData, LightningDataModule):
+class ProbeDataModule(LightningDataModule):
     """Images and targets of a run that trains.
 
     Args:
@@ -25,15 +25,22 @@ class ProbeDataModule(ProbeData, LightningDataModule):
     trained_batches = 0  # of the epoch, before a resume
 
     def __init__(self, root: str, seed: int = 0, **options):
-        config = DataOptions(root=root, **options)
-        super().__init__(config, seed)
+        super().__init__()
+        self.data = ProbeData(DataOptions(root=root, **options), seed)
+        self.save_hyperparameters(self.data.hparams, logger=False)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, which the command line gives to the model."""
+        return self.data.num_classes
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`, at least one."""
-        batches = math.ceil(len(self.splits["training"]) / self.batch_size)
+        batches = math.ceil(len(self.data.splits["training"]) / self.data.batch_size)
         limit = self.trainer.limit_train_batches  # a number, or a share
-        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+        limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return max(1, limited)
 
     def epochs_of(self, steps: int) -> int | float:
         """Return the number of epochs that have so many optimizer steps, an integer if they are complete."""
@@ -47,25 +54,25 @@ class ProbeDataModule(ProbeData, LightningDataModule):
             self.trainer.log_every_n_steps = min(
                 self.trainer.log_every_n_steps, self.steps_per_epoch
             )
-            self.verify(self.trainer.progress_bar_callback is not None)
+            self.data.verify(self.trainer.progress_bar_callback is not None)
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of one training epoch; after a resume, of the batches not trained yet."""
         source = self._source("training")
         batches = TrainingBatches(
             images=len(source),
-            batch_size=self.batch_size,
+            batch_size=self.data.batch_size,
             rank=rank(),
             world_size=rank_count(),
-            seed=self.seed,
+            seed=self.data.seed,
         )
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
-        return self.loader(source, batches)
+        return self.data.loader(source, batches)
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation images."""
-        return self.validation_loader(self._source("validation"))
+        return self.data.validation_loader(self._source("validation"))
 
     test_dataloader = val_dataloader
 
@@ -82,10 +89,10 @@ class ProbeDataModule(ProbeData, LightningDataModule):
     def _source(self, split: str) -> PreprocessedDataset | CachedFeatures:
         """Return the images of a split as the model takes them, or their states if these are kept."""
         mllm, sites, prepare = self._reader
-        source = PreprocessedDataset(
-            self.splits[split], mllm.preprocess, prepare if split == "training" else None
-        )
-        if not self.settings["cache_features"]:
+        if split != "training":
+            prepare = None
+        source = PreprocessedDataset(self.data.splits[split], mllm.preprocess, prepare)
+        if not self.data.hparams["cache_features"]:
             return source
         if split not in self._cached:
             # the precision of states that are not cached
@@ -94,10 +101,10 @@ class ProbeDataModule(ProbeData, LightningDataModule):
                     mllm,
                     source,
                     sites,
-                    batch_size=self.rank_batch_size,
-                    workers=self.num_workers,
+                    batch_size=self.data.rank_batch_size,
+                    workers=self.data.num_workers,
                     copies=self.trainer.num_devices,
-                    name=f"{self.name} {split}",
+                    name=f"{self.data.name} {split}",
                 )
         return self._cached[split]
 

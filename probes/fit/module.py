@@ -68,14 +68,14 @@ class ProbeModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Compute the identity of a run that is not started by the command line."""
         if self.identity is None:
-            data = self.trainer.datamodule
+            data = self.trainer.datamodule.data
             self.identity = decide_on_first(run_identity, self.trainer, self, data)
 
     def configure_model(self) -> None:
         """Load the MLLM and build the probes."""
         if self.probes is not None:
             return
-        data = self.trainer.datamodule
+        data = self.trainer.datamodule.data
         device = self.trainer.strategy.root_device
         args = self.hparams
         probes = load_probes(
@@ -91,7 +91,7 @@ class ProbeModule(LightningModule):
         prepare = None
         if self.task.trained_on == "masks":
             prepare = MaskPreparer(self.mllm.geometry, probes.channels, NODES)
-        data.read_for(self.mllm, probes.sites, prepare)
+        self.trainer.datamodule.read_for(self.mllm, probes.sites, prepare)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
@@ -119,7 +119,7 @@ class ProbeModule(LightningModule):
         """Count the images of the batch, and write the predictions of each probe of its best epoch, if asked to."""
         logits = self.validation_step(batch, batch_idx)
         if self.saves_predictions:
-            names = self.trainer.datamodule.splits["validation"].names
+            names = self.trainer.datamodule.data.splits["validation"].names
             folder = Path(self.trainer.default_root_dir) / "predictions"
             save_predictions(self.probes, logits=logits, batch=batch, names=names, folder=folder)
 
@@ -152,17 +152,17 @@ class ProbeModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Write the files of the run."""
         counted = self.metric.compute()
-        data = self.trainer.datamodule
+        datamodule = self.trainer.datamodule
         if self.trainer.is_global_zero:
             record = RunRecord(
                 settings=self.hparams,
                 identity=self.identity,
                 probe=self.probe_settings(),
                 history=self.history,
-                epochs=[data.epochs_of(step) for step in self.validated_at],
+                epochs=[datamodule.epochs_of(step) for step in self.validated_at],
             )
             out = self.trainer.default_root_dir
-            save_run(self.probes, record=record, data=data, counted=counted, out=out)
+            save_run(self.probes, record=record, data=datamodule.data, counted=counted, out=out)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with polynomial decay."""
@@ -181,12 +181,12 @@ class ProbeModule(LightningModule):
 
     def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were trained, for metrics.json."""
-        data = self.trainer.datamodule
+        datamodule = self.trainer.datamodule
         steps = optimizer_steps(self.trainer)
         kept = ("head", "feature_norm", "learning_rate", "seed")
         return {key: self.hparams[key] for key in kept} | {
-            "batch_size": data.batch_size,
-            "epochs": data.epochs_of(steps),
+            "batch_size": datamodule.data.batch_size,
+            "epochs": datamodule.epochs_of(steps),
             "steps": steps,
             "validated_at": self.validated_at,
         }

@@ -157,20 +157,22 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | No
     site = causal.peak_layer
     if site is None or site not in bidirectional.sites:
         return None
-    runs = (causal, bidirectional)
-    right = {run.mask: run.counts.patch_right[run.sites.index(site)] for run in runs}
-    valid = causal.counts.patch_valid
+    counts = causal.counts  # each run's file is read once
+    right = {
+        "causal": counts.patch_right[causal.sites.index(site)],
+        "bidirectional": bidirectional.counts.patch_right[bidirectional.sites.index(site)],
+    }
     once = torch.ones_like(causal.weights[:1])
     weights = torch.cat([once, causal.weights]).double()
     columns = causal.metrics["grid"][1]
-    pixels = weights @ with_first_row(valid, columns)
+    pixels = weights @ with_first_row(counts.patch_valid, columns)
     accuracy = {}
-    for mask, x in right.items():
-        accuracy[mask] = weights @ with_first_row(x, columns) / pixels
-    share = causal.counts.labelled.sum(0).double()
+    for mask, right_pixels in right.items():
+        accuracy[mask] = weights @ with_first_row(right_pixels, columns) / pixels
+    share = counts.labelled.sum(0).double()
     standardised = standardised_accuracy(
         right,
-        valid=valid,
+        valid=counts.patch_valid,
         labels=causal.patch_classes,
         share=share / share.sum(),
         weights=weights,

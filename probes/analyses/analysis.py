@@ -77,8 +77,10 @@ def lacks_layers(run: PlannedRun) -> str:
     missing = [site for site in needed if site not in run.sites]
     if not missing:
         return ""
-    rest = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
-    return f"no probes at {', '.join(missing[:2])}{rest}; it reads the adapter and every decoder layer (model.sites)"
+    sites = ", ".join(missing[:2])
+    if len(missing) > 2:
+        sites += f" and {len(missing) - 2} more"
+    return f"no probes at {sites}; it reads the adapter and every decoder layer (model.sites)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +255,9 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
             raise
         header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
         results = header | _made_from(run, options) | result.rows
-        files = {file.with_suffix(".safetensors"): result.tensors} if result.tensors else {}
+        files: dict[Path, Any] = {}
+        if result.tensors:
+            files[file.with_suffix(".safetensors")] = result.tensors
         if result.effects:
             files |= effects_files(
                 run, analysis=analysis.name, effects=result.effects, folder=options.folder
@@ -285,11 +289,10 @@ def _check_made_from(file: Path, made_from: dict[str, Any]) -> None:
     if results.get("runs") != made_from["runs"]:
         raise UserError(f"{file} is finished and was made from other runs; {advice}")
     for name, value in made_from["options"].items():
-        found = results["options"].get(name)
-        if found != value:
-            raise UserError(
-                f"{file} is finished and was made with {name} {json.dumps(found)}; {advice}"
-            )
+        finished_with = results["options"].get(name)
+        if finished_with != value:
+            text = json.dumps(finished_with)
+            raise UserError(f"{file} is finished and was made with {name} {text}; {advice}")
 
 
 class Section(NamedTuple):

@@ -90,8 +90,9 @@ class Grid:
     def cells(self) -> list[tuple[float, float]]:
         """Values in raster order, each with the strength of its colour, 0..1."""
         low, high = self.span or (float(np.nanmin(self.values)), float(np.nanmax(self.values)))
-        most = max(abs(low), abs(high)) if self.signed else high - low
-        start = 0.0 if self.signed else low
+        start, most = low, high - low
+        if self.signed:
+            start, most = 0.0, max(abs(low), abs(high))
         values = np.nan_to_num(self.values, nan=start).ravel()
         strengths = np.clip(np.abs(values - start) / (most or 1), 0, 1).round(2)
         return list(zip(values.tolist(), strengths.tolist(), strict=True))
@@ -130,9 +131,10 @@ def curves_by_layer(rows: Rows, looks: Mapping[str, Curve], name: str, value: st
     """Return a curve over the layers for each look: the rows of its `name`, their `value` with "low" and "high"."""
     curves = []
     for wanted, look in looks.items():
-        own = [row for row in rows if row[name] == wanted]
-        points = [
-            Point(x=row["layer"], value=row[value], low=row["low"], high=row["high"]) for row in own
-        ]
+        points = []
+        for row in rows:
+            if row[name] == wanted:
+                point = Point(row["layer"], value=row[value], low=row["low"], high=row["high"])
+                points.append(point)
         curves.append(look._replace(points=points))
     return curves

@@ -98,10 +98,10 @@ def read_effects(run: "ProbeRun") -> dict[str, "Estimate"]:
         name = path.name.removesuffix(EFFECTS_SUFFIX)
         if name in ANALYSES and not (run.path / ANALYSES[name].result).is_file():
             continue  # a later call with other options had nothing to measure
-        found, made_from = read_effect_file(path)
+        of_analysis, made_from = read_effect_file(path)
         if made_from != run.fingerprint:
             raise UserError(
                 f"{path} was made from other probes than {run.path} has now; run {name} again or delete it"
             )
-        effects |= found
+        effects |= of_analysis
     return effects

@@ -62,16 +62,16 @@ def measure_sinks(mllm: "FrozenMLLM", images: Sequence["Image.Image"]) -> Sinks:
         states = mllm.states(mllm.preprocess(image), sites)
         for site in sites:
             norms[site].append(relative_norms(states[site][0]))
-    layers = [
-        {
+    layers = []
+    for site in sites:
+        first_norms = [of_image[0].item() for of_image in norms[site]]
+        counts = [(of_image >= SINK_NORM).sum().item() for of_image in norms[site]]
+        layer = {
             "site": site,
-            "first_norm": statistics.median(of_image[0].item() for of_image in norms[site]),
-            "sinks": statistics.fmean(
-                (of_image >= SINK_NORM).sum().item() for of_image in norms[site]
-            ),
+            "first_norm": statistics.median(first_norms),
+            "sinks": statistics.fmean(counts),
         }
-        for site in sites
-    ]
+        layers.append(layer)
     return {"images": len(images), "layers": layers}
 
 
@@ -94,12 +94,13 @@ def starts_with_sink(layer: Mapping[str, Any]) -> bool:
 def layers_with_sinks(measured: Sinks) -> list[int]:
     """Return the layers whose image tokens attend to a sink among them: in most images the first one, or one each."""
     last = len(measured["layers"])
-    found = [
-        layer_number(layer["site"]) + 1
-        for layer in measured["layers"]
-        if starts_with_sink(layer) or layer["sinks"] >= 1
-    ]
-    return [number for number in found if number <= last]
+    attending = []
+    for layer in measured["layers"]:
+        next_layer = layer_number(layer["site"]) + 1
+        has_sink = starts_with_sink(layer) or layer["sinks"] >= 1
+        if has_sink and next_layer <= last:
+            attending.append(next_layer)
+    return attending
 
 
 def meets_sink(layers: Iterable[int], measured: Sinks) -> bool:
@@ -117,7 +118,9 @@ def describe_sinks(mask: str, measured: Sinks, layers: Iterable[int] | None = No
     entries = [layer for layer in measured["layers"] if layer_number(layer["site"]) + 1 in cut]
     norm = max(layer["first_norm"] for layer in entries)
     count = max(layer["sinks"] for layer in entries)
-    where = f"layer {cut[0]}" if len(cut) == 1 else f"{len(cut)} layers from {cut[0]} to {cut[-1]}"
+    where = f"layer {cut[0]}"
+    if len(cut) > 1:
+        where = f"{len(cut)} layers from {cut[0]} to {cut[-1]}"
     return (
         f"{mask.capitalize()}: in {where}, image tokens attend to attention sinks among them (up to {count:.3g} per "
         f"image with {SINK_NORM:g} times the median norm; the first one has up to {norm:.3g} times, in "

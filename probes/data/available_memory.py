@@ -14,15 +14,19 @@ FILES = {
 
 
 def available_memory(
-    own: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+    cgroups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> int:
     """Return the available memory in bytes; cached files count as available."""
     available = [psutil.virtual_memory().available]
-    for line in own.read_text().splitlines() if own.exists() else []:
+    lines = []
+    if cgroups.exists():
+        lines = cgroups.read_text().splitlines()
+    for line in lines:
         _, controller, path = line.split(":", 2)
-        group = mount / controller / path.removeprefix("/")
-        for folder in (group, *group.parents) if controller in FILES else ():
-            available.append(_available_in(folder, *FILES[controller]))
+        if controller in FILES:
+            group = mount / controller / path.removeprefix("/")
+            for folder in (group, *group.parents):
+                available.append(_available_in(folder, *FILES[controller]))
     return int(min(available))
 
 

@@ -70,17 +70,18 @@ class PreprocessedDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         sample = self.dataset[index]
         pixels = self.preprocess([sample["image"]])[0]
-        found = {"pixels": pixels} | _numbered(torch.from_numpy(sample["target"]), index)
+        tensors = {"pixels": pixels} | _numbered(torch.from_numpy(sample["target"]), index)
         if self.prepare:
-            found["masks"] = self.prepare(found["target"][None])
-        return found
+            tensors["masks"] = self.prepare(tensors["target"][None])
+        return tensors
 
 
 def _numbered(target: Tensor, index: int) -> dict:
     """Return index and target of an image; one that only fills a batch has nothing in its target."""
-    ignored = torch.nan if target.is_floating_point() else IGNORE_INDEX
-    is_padding = index == PAD_INDEX
-    return {"index": index, "target": torch.full_like(target, ignored) if is_padding else target}
+    if index == PAD_INDEX:
+        ignored = torch.nan if target.is_floating_point() else IGNORE_INDEX
+        target = torch.full_like(target, ignored)
+    return {"index": index, "target": target}
 
 
 def collate(samples: list[dict] | dict) -> dict:

@@ -109,9 +109,9 @@ def open_dataset(
 
 def identity_of_splits(splits: Mapping[str, ImageDataset]) -> dict[str, str]:
     """Return what splits are, see `common/identity.py`: their classes, images and targets by content."""
-    found = {}
+    identity = {}
     for split, dataset in splits.items():
-        found["classes"] = describe_digest(dataset.classes, len(dataset.classes))
+        identity["classes"] = describe_digest(dataset.classes, len(dataset.classes))
         for part, value in dataset.identity().items():
-            found[f"{split}_{part}"] = value
-    return found
+            identity[f"{split}_{part}"] = value
+    return identity

@@ -117,12 +117,12 @@ def count_labels(target: ndarray, classes: int) -> LabelCounts:
         classes: K; 0 for targets of real numbers, whose pixels with a value are counted as one class.
     """
     if classes:
-        found = np.bincount(target.ravel(), minlength=IGNORE_INDEX + 1)
+        pixels = np.bincount(target.ravel(), minlength=IGNORE_INDEX + 1)
         return LabelCounts(
             images=1,
-            pixels=found[:classes],
-            images_of_class=found[:classes] > 0,
-            ignored=found[IGNORE_INDEX],
+            pixels=pixels[:classes],
+            images_of_class=pixels[:classes] > 0,
+            ignored=pixels[IGNORE_INDEX],
         )
     valid = np.isfinite(target).reshape(*target.shape[:2], -1).all(-1)
     return LabelCounts(
@@ -250,4 +250,7 @@ def format_labels(classes: list[str], labels: dict[str, LabelCounts]) -> str:
 def _some(names: list[str]) -> str:
     """Return names with commas, of many the first ones and how many more there are."""
     rest = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    text = ", ".join(names[:MOST_NAMES])
+    if rest > 0:
+        text += f" and {rest} more"
+    return text

@@ -72,14 +72,14 @@ def _image_names(root: Path, image_list: str) -> list[str]:
     """Return the images of a list, sorted; converters of SBD write trainaug either as such or as aug and train."""
     parts = [image_list]
     if image_list == "trainaug":
-        known = [name for name in ("trainaug", "aug") if (root / LIST.format(name)).is_file()]
-        if not known or not (root / "SegmentationClassAug").is_dir():
+        lists = [name for name in ("trainaug", "aug") if (root / LIST.format(name)).is_file()]
+        if not lists or not (root / "SegmentationClassAug").is_dir():
             raise UserError(
                 f"{root} lacks SegmentationClassAug or ImageSets/Segmentation/trainaug.txt (or aug.txt): the augmented "
                 "training set needs the masks of SBD as PNG and a list, as written by converters such as voc_aug; or "
                 "train on the official 1,464 images: data.options.train_list: train"
             )
-        parts = known[:1] if "trainaug" in known else ["aug", "train"]
+        parts = ["trainaug"] if "trainaug" in lists else ["aug", "train"]
     return sorted({name for part in parts for name in _read_list(root, part)})
 
 

@@ -90,10 +90,10 @@ def complete(run: "ProbeRun", options: KnockoutOptions) -> KnockoutOptions:
         "class": (classes, run.metrics["classes"]),
         "block_by site": ([options.block_by], run.layers),
     }
-    for kind, (names, known) in choices.items():
+    for kind, (names, choosable) in choices.items():
         for name in names:
-            if name not in known:
-                raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
+            if name not in choosable:
+                raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(choosable)}")
     if repeated := [name for i, name in enumerate(classes) if name in classes[:i]]:
         raise UserError(f"class {repeated[0]!r} is named twice; its cases would count twice")
     for layer in options.layers or ():
@@ -112,9 +112,9 @@ def _named_classes(run: "ProbeRun", classes: tuple[str, ...]) -> tuple[str, ...]
         raise UserError(
             f"--classes {' '.join(classes)}: expected class names, or auto:N alone, such as auto:5"
         )
-    found = confused_classes(run, int(count))
-    print(f"most often wrongly predicted: {', '.join(found)}")
-    return tuple(found)
+    confused = confused_classes(run, int(count))
+    print(f"most often wrongly predicted: {', '.join(confused)}")
+    return tuple(confused)
 
 
 def confused_classes(run: "ProbeRun", count: int) -> list[str]:

@@ -83,7 +83,9 @@ def _rates(run: ProbeRun, tensors: Tensors, classes: Sequence[str]) -> dict[str,
         "remaining": {},
         "ci95": {},
     }
-    for condition in CONDITIONS if cases else ():
+    if not cases:
+        return entry
+    for condition in CONDITIONS:
         mean, resampled = mean_over_cases(cases[condition], cases["image"], run.weights)
         estimates = [
             Estimate(value, resampled[:, layer]) for layer, value in enumerate(mean.tolist())

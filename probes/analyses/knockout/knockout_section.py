@@ -18,15 +18,17 @@ ABOUT_CLAIMS = (
 
 def section(study: StudyRuns) -> Section:
     """Return the section of a study: of its main runs."""
-    found = {mask: run.analysis("knockout.json") for mask, run in study.main_runs.items()}
+    results_by_mask = {mask: run.analysis("knockout.json") for mask, run in study.main_runs.items()}
     figures = []
     sentences = []
     for mask, run in study.main_runs.items():
-        if results := found[mask]:
+        if results := results_by_mask[mask]:
             figures.append(rates_figure(mask, run))
             sentences.append(describe_sinks(mask, sinks_of(run), results["options"]["layers"]))
-    about = [ABOUT_CLAIMS] if figures else []
-    return Section(figures, [*about, *filter(None, sentences)], by_mask={"knockout": found})
+    if figures:
+        sentences.insert(0, ABOUT_CLAIMS)
+    by_mask = {"knockout": results_by_mask}
+    return Section(figures, [*filter(None, sentences)], by_mask=by_mask)
 
 
 LOOKS = {  # of the conditions; the first ones are below
@@ -54,19 +56,19 @@ def rate_chart(rows: Rows) -> Chart:
 
 def _rate_rows(run: ProbeRun, entry: dict[str, Any]) -> Rows:
     """Return n_c(l) / n_c(0) of an entry of knockout.json, by condition and layer."""
-    return [
-        {
-            "image_attention": run.mask,
-            "class": entry["class"],
-            "condition": condition,
-            "layer": layer,
-            "cases": entry["images"],
-            "remaining": remaining,
-        }
-        | bounds(entry["ci95"][condition][layer])
-        for condition, rates in entry["remaining"].items()
-        for layer, remaining in enumerate(rates)
-    ]
+    rows = []
+    for condition, rates in entry["remaining"].items():
+        for layer, remaining in enumerate(rates):
+            row = {
+                "image_attention": run.mask,
+                "class": entry["class"],
+                "condition": condition,
+                "layer": layer,
+                "cases": entry["images"],
+                "remaining": remaining,
+            }
+            rows.append(row | bounds(entry["ci95"][condition][layer]))
+    return rows
 
 
 def rates_figure(mask: str, run: ProbeRun) -> Figure:

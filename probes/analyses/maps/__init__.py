@@ -17,6 +17,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import Analysis, Result, RunOptions, check_images
 
 if TYPE_CHECKING:  # this module answers `probes --help`
+    from PIL.Image import Image
     from torch import Tensor
 
     from probes.runs.read import ProbeRun
@@ -82,7 +83,6 @@ def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor |
     """
     import torch
 
-    from probes.models.knockout import knockout_of
     from probes.runs.files import read_tensors
 
     results = run.analysis("knockout.json")
@@ -91,32 +91,43 @@ def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor |
             f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first"
         )
     options = results["options"]
-    found = read_tensors(run.path / "knockout.safetensors")
-    if f"{name}/patches" not in found:
+    cases = read_tensors(run.path / "knockout.safetensors")
+    if f"{name}/patches" not in cases:
         return {}, None
-    usable = torch.minimum(found[f"{name}/patches"], found[f"{name}/anchors"])
+    usable = torch.minimum(cases[f"{name}/patches"], cases[f"{name}/anchors"])
     case = usable.argmax()
-    image = found[f"{name}/image"][case].item()
+    image = cases[f"{name}/image"][case].item()
+    correct = cases[f"{name}/correct_class"][case].item()
     sample = run.dataset()[image]
-    classes = run.metrics["classes"]
-    correct = found[f"{name}/correct_class"][case].item()
-    site = options["block_by"]
-    mllm, probes = run.loaded
-    states = mllm.states(mllm.preprocess(sample["image"]), [site])
-    predicted = probes[site](states[site].float()).argmax(-1).cpu()
-    knockouts = [None]
-    for blocked_class in (classes.index(name), correct):
-        knockouts.append(knockout_of(predicted == blocked_class, options["layers"]))
-    maps = [run.predict_sites(sample["image"], run.layers, knockout) for knockout in knockouts]
+    maps = _maps_of_conditions(run, sample["image"], name=name, correct=correct, options=options)
     entry = {
         "class": name,
-        "correct_class": classes[correct],
+        "correct_class": run.metrics["classes"][correct],
         "image": image,
         "name": sample["name"],
         "layers": options["layers"],
-        "block_by": site,
+        "block_by": options["block_by"],
     }
-    return entry, torch.stack([torch.from_numpy(of_condition) for of_condition in maps])
+    return entry, maps
+
+
+def _maps_of_conditions(
+    run: "ProbeRun", image: "Image", name: str, correct: int, options: dict[str, Any]
+) -> "Tensor":
+    """Return the maps of an image with nothing, the wrong class `name`, and the correct class blocked, in order."""
+    import torch
+
+    from probes.models.knockout import knockout_of
+
+    site = options["block_by"]
+    mllm, probes = run.loaded
+    states = mllm.states(mllm.preprocess(image), [site])
+    predicted = probes[site](states[site].float()).argmax(-1).cpu()
+    knockouts = [None]
+    for blocked_class in (run.metrics["classes"].index(name), correct):
+        knockouts.append(knockout_of(predicted == blocked_class, options["layers"]))
+    maps = [run.predict_sites(image, run.layers, knockout) for knockout in knockouts]
+    return torch.stack([torch.from_numpy(of_condition) for of_condition in maps])
 
 
 ANALYSIS = Analysis(

@@ -31,8 +31,12 @@ def other_images(images: int, seed: int) -> list[int]:
 
 def object_tokens(truth: Tensor) -> Tensor:
     """Return the tokens of the class with the most patches in each image, bool[B, T], of classes long[B, T]."""
-    most = [labels[labels >= 0].mode().values if (labels >= 0).any() else -2 for labels in truth]
-    return truth == torch.tensor(most)[:, None]
+    most = torch.full((len(truth), 1), -2)  # the class of no token
+    for i, labels in enumerate(truth):
+        labelled = labels[labels >= 0]
+        if len(labelled):
+            most[i] = labelled.mode().values
+    return truth == most
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,20 @@ class Experiment:
         labelled = truth >= 0
         pixels = self.mllm.preprocess([sample["image"] for sample in samples.values()])
         new = self.mllm.states(self.mllm.preprocess([*others]), [*sites, site])
-        own = self._log_odds(self.mllm.states(pixels, [site]), truth)
+        unpatched = self._log_odds(self.mllm.states(pixels, [site]), truth)
         tokens = object_tokens(truth)
         random = [
             random_patches(of_image, self.options.draws, [self.options.seed, i])
             for i, of_image in zip(samples, tokens, strict=True)
         ]
         replaced = torch.stack([tokens, *torch.stack(random, 1)])  # bool[1 + D, B, T]
-        results = {"total": mean_over(self._log_odds(new, truth) - own, labelled)}
+        results = {"total": mean_over(self._log_odds(new, truth) - unpatched, labelled)}
         by_layer = []
         for place in sites:
-            of_set, *of_draws = (
-                self._patched(pixels, place=place, new=new[place], replaced=replaced, truth=truth)
-                - own
+            patched = self._patched(
+                pixels, place=place, new=new[place], replaced=replaced, truth=truth
             )
+            of_set, *of_draws = patched - unpatched
             neither = [labelled & ~tokens & ~drawn for drawn in replaced[1:]]
             draws = [*zip(of_draws, neither, strict=True)]
             by_layer.append(
@@ -133,7 +137,8 @@ def patching_effects(
         groups: long[n], the group of each validation image, with which it is resampled; n >= N.
     """
     total = tensors["total"].double()
-    groups = None if groups is None else groups[: len(total)]
+    if groups is not None:
+        groups = groups[: len(total)]
     weights = bootstrap_weights(len(total), seed=options.seed, groups=groups)
     mean, resampled = nan_mean(total[:, None], weights)
     results: dict[str, Any] = {

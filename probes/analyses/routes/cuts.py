@@ -157,13 +157,13 @@ def outcomes(route: str, scores: Tensor, none: Tensor, right: int) -> Tensors:
     """Return the outcomes of a route, f[1 + W] each, means over draws of scores f[draws, 1 + W, K]."""
     answers = scores.argmax(-1)
     of_right = scores[..., right]
-    found = {
+    by_outcome = {
         "right": of_right,
         "probability": of_right.exp(),
         "changed": (answers != none.argmax()).float(),
         "correct": (answers == right).float(),
     }
-    return {f"{outcome}:{route}": values.mean(0) for outcome, values in found.items()}
+    return {f"{outcome}:{route}": values.mean(0) for outcome, values in by_outcome.items()}
 
 
 # ------------------------------------------------------------------------------------------ effects
@@ -248,11 +248,11 @@ def route_effects(
 def change(tensors: Tensors, outcome: str, source: str, target: str) -> Tensor:
     """Return an outcome when a route is cut, f[Q, 1 + W]: "right" in nats more, "changed", or "correct"."""
     if source == CONTRAST:
-        own, other = (
+        of_object, of_random = (
             change(tensors, outcome=outcome, source=name, target=target)
             for name in CONTRAST.split(" - ")
         )
-        return own - other
+        return of_object - of_random
     values = tensors[f"{outcome}:{source} to {target}"].double()
     if outcome != "right":
         return values
@@ -273,8 +273,8 @@ def band_entries(
 
 def claimed_routes(tensors: Tensors, seed: int) -> dict[str, Estimate]:
     """Return the number of the claim: how much less probable the answer is without its object than without others."""
-    own, other = (
+    without_object, without_random = (
         tensors[f"probability:{name} to text"][:, 0].double() for name in CONTRAST.split(" - ")
     )
-    mean, resampled = mean_over_questions(tensors, other - own, seed)
+    mean, resampled = mean_over_questions(tensors, without_random - without_object, seed)
     return {"route_object": Estimate(mean.item(), resampled, {"n": _counts(tensors)})}

@@ -72,39 +72,38 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
         if not regions or not record.get("image"):
             continue
         if len(regions) != len(asked):
-            found = f"{len(regions)} regions for {len(asked)} questions"
             raise UserError(
-                f"{path}, record {number}: {found}; expected one for each, null for none"
+                f"{path}, record {number}: {len(regions)} regions for {len(asked)} questions; expected one for each, "
+                "null for none"
             )
         for turn, region in zip(asked, regions, strict=True):
-            if region is None:
-                continue
-            if region["class"] not in classes:
-                known = ", ".join(classes)
-                raise UserError(
-                    f"{path}, record {number}: class {region['class']!r} is none of the probes': {known}"
-                )
-            left, top, right, bottom = region["box"]
-            if left > right or top > bottom:
-                found = f"the box {region['box']} ends before it starts"
-                raise UserError(
-                    f"{path}, record {number}: {found}; expected left, top, right, bottom"
-                )
-            text = turn["value"].replace("<image>", "").strip()
-            image = images.setdefault(record["image"], len(images))
-            questions.append(
-                Question(
-                    image=image,
-                    text=text,
+            if region is not None:
+                _check_region(region, classes, where=f"{path}, record {number}")
+                question = Question(
+                    image=images.setdefault(record["image"], len(images)),
+                    text=turn["value"].replace("<image>", "").strip(),
                     right=classes.index(region["class"]),
                     box=tuple(region["box"]),
                 )
-            )
+                questions.append(question)
     if not questions:
         raise UserError(
             f"{path} has no question with an entry in 'regions'; expected a box and a class for each"
         )
     return QuestionFile(questions, list(images))
+
+
+def _check_region(region: Region, classes: list[str], where: str) -> None:
+    """Raise a UserError if the class of a region is not among `classes`, or its box ends before it starts."""
+    if region["class"] not in classes:
+        raise UserError(
+            f"{where}: class {region['class']!r} is none of the probes': {', '.join(classes)}"
+        )
+    left, top, right, bottom = region["box"]
+    if left > right or top > bottom:
+        raise UserError(
+            f"{where}: the box {region['box']} ends before it starts; expected left, top, right, bottom"
+        )
 
 
 def first_questions(path: Path, file: QuestionFile, limit: int | None) -> list[Question]:
@@ -115,7 +114,9 @@ def first_questions(path: Path, file: QuestionFile, limit: int | None) -> list[Q
     """
     questions = file.questions[:limit]
     if len({question.image for question in questions}) < 2:
-        which = "all questions" if limit is None else f"the first {limit} questions (--limit)"
+        which = "all questions"
+        if limit is not None:
+            which = f"the first {limit} questions (--limit)"
         raise NothingToMeasure(
             f"{path}: {which} are about one image; expected two or more, since intervals go by image"
         )

@@ -158,8 +158,11 @@ def target_chart(of_mask: dict[str, Any], target: str, sinks: list[int]) -> Char
 
 def of_target(entry: dict[str, Any], target: str) -> list[dict[str, Any]]:
     """Return the effects of the sources that are drawn, in their order."""
-    found = {effect["source"]: effect for effect in entry["effects"] if effect["target"] == target}
-    return [found[source] for source in DRAWN if source in found]
+    by_source = {}
+    for effect in entry["effects"]:
+        if effect["target"] == target:
+            by_source[effect["source"]] = effect
+    return [by_source[source] for source in DRAWN if source in by_source]
 
 
 def route_curves(entry: dict[str, Any], target: str) -> list[Curve]:
@@ -223,12 +226,13 @@ def _percent(entry: dict[str, Any]) -> str:
 def summarize(mask: str, of_mask: dict[str, Any]) -> str:
     """Return one sentence per mask: what text reads from the object's patches."""
     effects = {(effect["source"], effect["target"]): effect for effect in of_mask["effects"]}
-    own = _nats(effects["object", "text"])
-    random = _nats(effects["random", "text"])
-    more = _nats(effects["object - random", "text"])
+    without_object = _nats(effects["object", "text"])
+    without_random = _nats(effects["random", "text"])
+    difference = _nats(effects["object - random", "text"])
     return (
         f"{mask.capitalize()}: if no text attends to the patches that a question is about, the right answer's "
-        f"log-probability changes by {own}; without as many random patches by {random} (difference {more})."
+        f"log-probability changes by {without_object}; without as many random patches by {without_random} "
+        f"(difference {difference})."
     )
 
 

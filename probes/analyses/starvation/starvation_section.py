@@ -30,13 +30,15 @@ from probes.score.estimate import Estimate
 def section(study: StudyRuns) -> Section:
     """Return the section of a study; empty without both runs or the causal run's best layer."""
     pair = study.pair()
-    result = starvation(*pair) if pair else None
+    result = None
+    if pair:
+        result = starvation(*pair)
     if result is None:
         return Section(results={"starvation": None})
     warning = sink_warning({run.mask: run for run in pair}, result["site"])
     return Section(
         [*starvation_figures(result)],
-        [warning] if warning else [],
+        [*filter(None, [warning])],
         tables={"table3": table3(result)},
         results={"starvation": result},
     )
@@ -87,20 +89,15 @@ def accuracy_grids(result: dict[str, Any]) -> list[Grid]:
     span = (float(np.nanmin(both)), float(np.nanmax(both)))
     grids = []
     for name, values in shown.items():
-        signed = name == "gap"
-        numbers = [100 * values[0, 0], 100 * np.nanmean(values[0])]
-        unit = (
-            "first patch {:+.1f}, first row {:+.1f}"
-            if signed
-            else "first patch {:.1f}%, first row {:.1f}%"
-        )
-        title = DIFFERENCE if signed else name
-        text = unit.format(*numbers).replace("-", "−")
-        grids.append(
-            Grid(
-                values=values, title=title, unit=text, signed=signed, span=None if signed else span
-            )
-        )
+        first_patch = 100 * values[0, 0]
+        first_row = 100 * np.nanmean(values[0])
+        if name == "gap":
+            unit = f"first patch {first_patch:+.1f}, first row {first_row:+.1f}"
+            grid = Grid(values=values, title=DIFFERENCE, unit=unit.replace("-", "−"), signed=True)
+        else:
+            unit = f"first patch {first_patch:.1f}%, first row {first_row:.1f}%"
+            grid = Grid(values=values, title=name, unit=unit.replace("-", "−"), span=span)
+        grids.append(grid)
     return grids
 
 

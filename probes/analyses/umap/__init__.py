@@ -117,13 +117,13 @@ def embed(states: "Tensor", labels: "Tensor", seed: int) -> dict[str, Any]:
     ).fit_transform(x)
     # numba sets all cores, and sums of other threads have other last bits
     torch.set_num_threads(threads)
-    known = labels >= 0
+    labelled = labels >= 0
     silhouette = None
-    if 1 < len(labels[known].unique()) < known.sum():
-        silhouette = float(silhouette_score(x[known], labels[known], metric="cosine"))
+    if 1 < len(labels[labelled].unique()) < labelled.sum():
+        silhouette = float(silhouette_score(x[labelled], labels[labelled], metric="cosine"))
     return {
         "xy": xy.round(4).tolist(),
-        "knn_purity": knn_purity(states[known], labels[known]),
+        "knn_purity": knn_purity(states[labelled], labels[labelled]),
         "silhouette": silhouette,
     }
 
@@ -149,10 +149,12 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
     """Yield both numbers of each image and site."""
     for image in results["images"]:
         for site in image["sites"]:
-            numbers = [
-                f"{name} {'–' if site[name] is None else format(site[name], '.2f')}"
-                for name in ("knn_purity", "silhouette")
-            ]
+            numbers = []
+            for name in ("knn_purity", "silhouette"):
+                text = "–"
+                if site[name] is not None:
+                    text = format(site[name], ".2f")
+                numbers.append(f"{name} {text}")
             yield f"{image['name']}, {site['site']}: {', '.join(numbers)}"
 
 

@@ -18,9 +18,11 @@ def section(study: StudyRuns) -> Section:
     figures: list[Figure] = []
     for mask, run in study.main_runs.items():
         result = run.analysis("umap.json")
-        palette = palette_of(study.first.dataset()) if result else None
-        for image in result["images"] if result else ():
-            classes = run.metrics["classes"]
+        if not result:
+            continue
+        palette = palette_of(study.first.dataset())
+        classes = run.metrics["classes"]
+        for image in result["images"]:
             shown = Figure(
                 name=f"umap_{mask}_{image['image']}",
                 title=f"Patches of image {image['name']}, {mask}",
@@ -43,21 +45,22 @@ def umap_chart(
     entry: dict[str, Any], labels: list[int], classes: list[str], palette: np.ndarray
 ) -> Chart:
     """Return the patches of one image in two dimensions at a site; all but the commonest classes are grey (Fig. 5)."""
-    known = np.array([label for label in labels if label >= 0], int)
-    frequency = np.bincount(known, minlength=len(classes))
+    labelled = np.array([label for label in labels if label >= 0], int)
+    frequency = np.bincount(labelled, minlength=len(classes))
     common = [int(k) for k in np.argsort(-frequency)[:NAMED_CLASSES] if frequency[k]]
     looks = {None: ("other", "grey")}
     looks |= {k: (classes[k], "#{:02x}{:02x}{:02x}".format(*palette[k])) for k in common}
     curves = []
     for k, (name, colour) in looks.items():
-        own = [
-            Point(x, y)
-            for (x, y), label in zip(entry["xy"], labels, strict=True)
-            if label == k or (k is None and label not in common)
-        ]
-        curves.append(Curve(points=own, name=name, colour=colour, style="dots", mark="circle"))
+        points = []
+        for (x, y), label in zip(entry["xy"], labels, strict=True):
+            if label == k or (k is None and label not in common):
+                points.append(Point(x, y))
+        curves.append(Curve(points=points, name=name, colour=colour, style="dots", mark="circle"))
     purity = entry["knn_purity"]
-    share = "unknown" if purity is None else f"{purity:.0%}"
+    share = "unknown"
+    if purity is not None:
+        share = f"{purity:.0%}"
     return Chart(
         curves,
         {},

@@ -178,9 +178,9 @@ def test_copies_are_named_by_the_check_and_in_the_run_share_a_fold_and_are_drawn
     folds = []
     read_states = states.read
 
-    def record(*args):
-        folds.append(args[4].tolist())
-        return read_states(*args)
+    def record(probes, **arguments):
+        folds.append(arguments["fold_of"].tolist())
+        return read_states(probes, **arguments)
 
     monkeypatch.setattr("probes.solve.run.read", record)
     words = f"--data.root {root} --folds 2 --strengths 0.1 --model.sites [encoder]".split()

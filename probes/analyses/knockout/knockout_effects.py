@@ -42,24 +42,30 @@ def select_cases(tensors: Tensors, classes: Sequence[str] | None = None) -> Tens
 
     Classes are in alphabetical order, and numbered so; {} without cases.
     """
-    # in the order of a file, "A/B/..." stands between keys of "A"
-    parts = [name.rpartition("/") for name in tensors]
-    names = sorted({name for name, _, _ in parts})
-    chosen = [name for name in names if classes is None or name in classes]
-    if not chosen:
-        return {}
-    keys = [key for name, _, key in parts if name == chosen[0]]
-    cases = {key: torch.cat([tensors[f"{name}/{key}"] for name in chosen]) for key in keys}
-    numbers = [torch.full_like(tensors[f"{x}/image"], names.index(x)) for x in chosen]
-    return cases | {"class": torch.cat(numbers)}
+    # a name is CLASS/KEY, and a class can have a "/"
+    by_class: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        class_name, _, key = name.rpartition("/")
+        by_class.setdefault(class_name, {})[key] = tensor
+    values: dict[str, list[Tensor]] = {}
+    for number, name in enumerate(sorted(by_class)):
+        if classes is None or name in classes:
+            of_class = by_class[name]
+            of_class["class"] = torch.full_like(of_class["image"], number)
+            for key, tensor in of_class.items():
+                values.setdefault(key, []).append(tensor)
+    return {key: torch.cat(of_classes) for key, of_classes in values.items()}
 
 
 def mean_over_cases(values: Tensor, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of values f[C, ...], and those under weights f[R, N] of the cases' images long[C], f[R, ...]."""
     weights = weights.double()[:, images]
     values = values.double()
-    total = weights.sum(1).view(-1, *[1] * (values.ndim - 1))
-    return values.mean(0), torch.tensordot(weights, values, 1) / total
+    total = weights.sum(1)
+    for _ in values.shape[1:]:
+        total = total[..., None]
+    resampled = torch.tensordot(weights, values, 1) / total
+    return values.mean(0), resampled
 
 
 def knockout_rows(
@@ -77,8 +83,11 @@ def knockout_rows(
 def _rates(run: ProbeRun, tensors: Tensors, classes: Sequence[str]) -> dict[str, Any]:
     """Return n_c(l) / n_c(0) over the cases of some classes, with intervals over images, by condition."""
     cases = select_cases(tensors, classes)
+    name = "all"
+    if len(classes) == 1:
+        (name,) = classes
     entry: dict[str, Any] = {
-        "class": classes[0] if len(classes) == 1 else "all",
+        "class": name,
         "images": len(cases.get("image", ())),
         "remaining": {},
         "ci95": {},
@@ -87,17 +96,18 @@ def _rates(run: ProbeRun, tensors: Tensors, classes: Sequence[str]) -> dict[str,
         return entry
     for condition in CONDITIONS:
         mean, resampled = mean_over_cases(cases[condition], cases["image"], run.weights)
-        estimates = [
-            Estimate(value, resampled[:, layer]) for layer, value in enumerate(mean.tolist())
+        entry["remaining"][condition] = mean.tolist()
+        entry["ci95"][condition] = [
+            Estimate(value, of_layer).ci95
+            for value, of_layer in zip(mean.tolist(), resampled.T, strict=True)
         ]
-        entry["remaining"][condition] = [estimate.value for estimate in estimates]
-        entry["ci95"][condition] = [estimate.ci95 for estimate in estimates]
     return entry
 
 
 def later_half(rates: Tensor) -> Tensor:
     """Return the mean over the later half of the layers, f[C], of rates f[C, L + 1]."""
-    return rates[:, (rates.shape[1] - 1) // 2 + 1 :].mean(1)
+    last = rates.shape[1] - 1
+    return rates[:, last // 2 + 1 :].mean(1)
 
 
 # ------------------------------------------------------------------------------------------ effects
@@ -126,9 +136,9 @@ def knockout_effects(run: ProbeRun, tensors: Tensors) -> dict[str, Estimate]:
     specific = correct - incorrect - random
     values = torch.stack([incorrect, correct, specific], 1)
     mean, resampled = mean_over_cases(values, cases["image"], run.weights)
-    effects = {
-        name: Estimate(mean[i].item(), resampled[:, i]) for i, name in enumerate(KNOCKOUT_EFFECTS)
-    }
+    effects = {}
+    for i, name in enumerate(KNOCKOUT_EFFECTS):
+        effects[name] = Estimate(mean[i].item(), resampled[:, i])
     for name, contrast in patch_contrasts(run, tensors).items():
         effects[f"{name}@random"] = contrast
     return effects
@@ -159,18 +169,21 @@ def patch_contrasts(run: ProbeRun, tensors: Tensors) -> dict[str, Estimate]:
 def paired_cases(tensors: Tensors, classes: list[str]) -> PairedCases:
     """Return the cases in knockout.safetensors of pairs with both kinds of mistakes."""
     cases = select_cases(tensors)
-    left = {
-        condition: later_half(cases[outcome_key(OUTCOME, condition)]).double()
-        for condition in CONDITIONS
-    }
+    left = {}
+    for condition in CONDITIONS:
+        still_wrong = cases[outcome_key(OUTCOME, condition)]
+        left[condition] = later_half(still_wrong).double()
     incorrect = left["incorrect"] - left["random_incorrect"]
     correct = left["correct"] - left["random_correct"]
     specific = correct - incorrect
     values = torch.stack([incorrect, correct, specific], 1)
     names = sorted({name.rpartition("/")[0] for name in tensors})
-    wrong = torch.tensor([classes.index(name) for name in names])[cases["class"]]
+    index = torch.tensor([classes.index(name) for name in names])
+    wrong = index[cases["class"]]
     true = cases["correct_class"]
-    pair = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true)
+    first = torch.minimum(wrong, true)
+    second = torch.maximum(wrong, true)
+    pair = first * len(classes) + second
     forward = wrong > true
     has_forward = torch.isin(pair, pair[forward])
     has_backward = torch.isin(pair, pair[~forward])
@@ -206,8 +219,8 @@ def contrast_estimates(
     contrasts = []
     for vector in vectors.T:
         mean = Estimate.from_vector(vector)
-        spread = mean.resampled - mean.value
-        contrasts.append(Estimate(mean.value, mean.value + wider * spread))
+        spread = wider * (mean.resampled - mean.value)
+        contrasts.append(Estimate(mean.value, mean.value + spread))
     return contrasts
 
 

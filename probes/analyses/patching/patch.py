@@ -59,40 +59,40 @@ class Experiment:
         """
         site = self.options.site
         sites = self.options.places
-        truth = [self.mllm.geometry.patches(x["target"]).flatten() for x in samples.values()]
-        truth = torch.stack(truth)
+        labels = []
+        for sample in samples.values():
+            patches = self.mllm.geometry.patches(sample["target"])
+            labels.append(patches.flatten())
+        truth = torch.stack(labels)
         labelled = truth >= 0
         pixels = self.mllm.preprocess([sample["image"] for sample in samples.values()])
         new = self.mllm.states(self.mllm.preprocess([*others]), [*sites, site])
         unpatched = self._log_odds(self.mllm.states(pixels, [site]), truth)
         tokens = object_tokens(truth)
-        random = [
-            random_patches(of_image, self.options.draws, [self.options.seed, i])
-            for i, of_image in zip(samples, tokens, strict=True)
-        ]
+        random = []
+        for i, of_image in zip(samples, tokens, strict=True):
+            drawn = random_patches(of_image, self.options.draws, [self.options.seed, i])
+            random.append(drawn)
         replaced = torch.stack([tokens, *torch.stack(random, 1)])  # bool[1 + D, B, T]
-        results = {"total": mean_over(self._log_odds(new, truth) - unpatched, labelled)}
-        by_layer = []
+        total = self._log_odds(new, truth) - unpatched
+        results = {"total": mean_over(total, labelled)}
+        by_layer: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
         for place in sites:
             patched = self._patched(
                 pixels, place=place, new=new[place], replaced=replaced, truth=truth
             )
-            of_set, *of_draws = patched - unpatched
-            neither = [labelled & ~tokens & ~drawn for drawn in replaced[1:]]
-            draws = [*zip(of_draws, neither, strict=True)]
-            by_layer.append(
-                {
-                    "patched": mean_over(of_set, labelled & tokens),
-                    "others": mean_over(of_set, labelled & ~tokens),
-                    "random": mean_of([mean_over(drawn, rest) for drawn, rest in draws]),
-                    "difference": mean_of(
-                        [mean_over(of_set - drawn, rest) for drawn, rest in draws]
-                    ),
-                }
-            )
-        return results | {
-            group: torch.stack([entry[group] for entry in by_layer], 1) for group in GROUPS
-        }
+            of_object, *of_draws = patched - unpatched
+            random_changes = []
+            differences = []
+            for of_random, drawn in zip(of_draws, replaced[1:], strict=True):
+                neither = labelled & ~tokens & ~drawn
+                random_changes.append(mean_over(of_random, neither))
+                differences.append(mean_over(of_object - of_random, neither))
+            by_layer["patched"].append(mean_over(of_object, labelled & tokens))
+            by_layer["others"].append(mean_over(of_object, labelled & ~tokens))
+            by_layer["random"].append(torch.stack(random_changes).mean(0))
+            by_layer["difference"].append(torch.stack(differences).mean(0))
+        return results | {group: torch.stack(values, 1) for group, values in by_layer.items()}
 
     def _patched(
         self, pixels: Tensor, place: str, new: Tensor, replaced: Tensor, truth: Tensor
@@ -112,18 +112,14 @@ class Experiment:
         """Return log p / (1 - p) of the true class at the read-out, f[B, T] on the CPU; 0 where there is none."""
         logits = self.probe(states[self.options.site].float()).cpu()
         true = truth.clamp(min=0)[..., None]
-        others = logits.scatter(-1, true, -torch.inf).logsumexp(-1)
-        return torch.where(truth >= 0, logits.gather(-1, true)[..., 0] - others, 0)
+        of_true = logits.gather(-1, true)[..., 0]
+        of_others = logits.scatter(-1, true, -torch.inf).logsumexp(-1)
+        return torch.where(truth >= 0, of_true - of_others, 0)
 
 
 def mean_over(values: Tensor, patches: Tensor) -> Tensor:
     """Return the mean of f[B, T] over the patches bool[B, T] of each image, f[B]; NaN without patches."""
     return torch.where(patches, values, 0).sum(1) / patches.sum(1)
-
-
-def mean_of(draws: list[Tensor]) -> Tensor:
-    """Return the mean over draws."""
-    return torch.stack(draws).mean(0)
 
 
 def patching_effects(
@@ -159,5 +155,7 @@ def nan_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of f[N, L] over images without NaN, f[L], and those under weights f[R, N], f[R, L]."""
     valid = ~values.isnan()
     filled = torch.where(valid, values, 0)
+    mean = filled.sum(0) / valid.sum(0)
     weights = weights.double()
-    return filled.sum(0) / valid.sum(0), (weights @ filled) / (weights @ valid.double())
+    resampled = (weights @ filled) / (weights @ valid.double())
+    return mean, resampled

@@ -49,8 +49,10 @@ def windows(width: int, layers: int, stride: int = 1) -> list[list[int]]:
 
 def layers_cut(places: Sequence[Sequence[int]], layers: int) -> Tensor:
     """Return the layers from the first to the last of each place, bool[1 + W, L]."""
-    numbers = torch.arange(1, layers + 1)
-    return torch.stack([(numbers >= first) & (numbers <= last) for first, last in places])
+    cut = torch.zeros(len(places), layers, dtype=torch.bool)
+    for in_place, (first, last) in zip(cut, places, strict=True):
+        in_place[first - 1 : last] = True
+    return cut
 
 
 def random_patches(place: Tensor, draws: int, seed: list[int]) -> Tensor:
@@ -64,10 +66,11 @@ def random_patches(place: Tensor, draws: int, seed: list[int]) -> Tensor:
     rng = np.random.default_rng(seed)
     random = torch.zeros(draws, len(place), dtype=torch.bool)
     for drawn in random:
-        drawn[torch.from_numpy(rng.choice(outside, count, replace=False))] = True
+        chosen = rng.choice(outside, count, replace=False)
+        drawn[chosen] = True
         if count < len(inside):
             rest = rng.choice(inside, len(inside) - count, replace=False)
-            drawn[torch.from_numpy(rest)] = True
+            drawn[rest] = True
     return random
 
 
@@ -118,20 +121,37 @@ class Asker:
             "object": place[None],
             "random": random_patches(place, self.options.draws, [self.options.seed, number]),
         }
-        cut = layers_cut(self.places, self.layers)
-        patches = torch.cat([*sources.values()])
-        layers = cut.repeat(len(patches), 1)
-        blocked = patches.repeat_interleave(len(cut), 0)
-        for target, rows in TARGETS.items():
-            scores = self._cut(
-                pixels, text=question.text, rows=rows, layers=layers, blocked=blocked
-            )
-            by_source = scores.unflatten(0, (-1, len(cut))).split([*map(len, sources.values())])
-            for source, of_source in zip(sources, by_source, strict=True):
-                results |= outcomes(
-                    f"{source} to {target}", scores=of_source, none=none, right=question.right
-                )
+        for target in TARGETS:
+            scores_by_source = self._cut_routes(pixels, question.text, target, sources)
+            for source, scores in scores_by_source.items():
+                route = f"{source} to {target}"
+                results |= outcomes(route, scores=scores, none=none, right=question.right)
         return results
+
+    def _cut_routes(
+        self, pixels: Tensor, text: str, target: str, sources: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the log-probability of each class, f[draws, 1 + W, K], with a target cut off from each source.
+
+        Args:
+            pixels: f[1, 3, H, W].
+            text: The question.
+            target: One of `TARGETS`.
+            sources: bool[draws, T] by name.
+        """
+        layers = layers_cut(self.places, self.layers)
+        patches = torch.cat([*sources.values()])
+        cuts = len(layers)
+        scores = self._scores_under(
+            pixels,
+            text=text,
+            rows=TARGETS[target],
+            layers=layers.repeat(len(patches), 1),
+            blocked=patches.repeat_interleave(cuts, 0),
+        )
+        draws = [len(drawn) for drawn in sources.values()]
+        by_source = scores.unflatten(0, (-1, cuts)).split(draws)
+        return dict(zip(sources, by_source, strict=True))
 
     def _scores(self, pixels: Tensor, text: str, knockout: Knockout | None = None) -> Tensor:
         """Return the log-probability of each class as the answer, f[R, K], normalised over classes."""
@@ -140,16 +160,16 @@ class Asker:
         )
         return scores.log_softmax(-1)
 
-    def _cut(
+    def _scores_under(
         self, pixels: Tensor, text: str, rows: tuple[str, ...], layers: Tensor, blocked: Tensor
     ) -> Tensor:
         """Return the same under R knockouts, f[R, K], in layers bool[R, L] and of patches bool[R, T]."""
         scores = []
-        size = self.options.batch_size
-        for of_layers, of_blocked in zip(layers.split(size), blocked.split(size), strict=True):
-            knockout = Knockout(of_blocked, of_layers, rows)
-            of_rows = pixels.expand(len(of_layers), -1, -1, -1)
-            scores.append(self._scores(of_rows, text, knockout))
+        for start in range(0, len(layers), self.options.batch_size):
+            batch = slice(start, start + self.options.batch_size)
+            knockout = Knockout(blocked[batch], layers[batch], rows)
+            repeated = pixels.expand(len(knockout.blocked), -1, -1, -1)
+            scores.append(self._scores(repeated, text, knockout))
         return torch.cat(scores)
 
 
@@ -230,14 +250,14 @@ def route_effects(
         difference of the two.
     """
     effects = []
+    windows_cut = [{"layers": list(place)} for place in places[1:]]
     for target, source in product(TARGETS, SOURCES):
         effect: dict[str, Any] = {"source": source, "target": target}
         for outcome, (of_all, by_window) in OUTCOMES.items():
             values = change(tensors, outcome=outcome, source=source, target=target)
             mean, resampled = mean_over_questions(tensors, values, seed)
             effect[of_all] = Estimate(mean[0].item(), resampled[:, 0]).json()
-            layers = [{"layers": list(place)} for place in places[1:]]
-            effect[by_window] = band_entries(layers, mean[1:], resampled[:, 1:])
+            effect[by_window] = band_entries(windows_cut, mean[1:], resampled[:, 1:])
         correct = change(tensors, outcome="correct", source=source, target=target)[:, 0]
         mean, resampled = mean_over_questions(tensors, correct, seed)
         effect["right"] = Estimate(mean.item(), resampled).json()
@@ -248,10 +268,8 @@ def route_effects(
 def change(tensors: Tensors, outcome: str, source: str, target: str) -> Tensor:
     """Return an outcome when a route is cut, f[Q, 1 + W]: "right" in nats more, "changed", or "correct"."""
     if source == CONTRAST:
-        of_object, of_random = (
-            change(tensors, outcome=outcome, source=name, target=target)
-            for name in CONTRAST.split(" - ")
-        )
+        of_object = change(tensors, outcome=outcome, source="object", target=target)
+        of_random = change(tensors, outcome=outcome, source="random", target=target)
         return of_object - of_random
     values = tensors[f"{outcome}:{source} to {target}"].double()
     if outcome != "right":
@@ -265,16 +283,17 @@ def band_entries(
 ) -> list[dict[str, Any]]:
     """Return each place with its value f[P], and an interval from f[R, P] that holds for all places together."""
     low, high = simultaneous_band(values, resampled)
-    return [
-        place | {"value": values[i].item(), "ci95": [low[i].item(), high[i].item()]}
-        for i, place in enumerate(places)
-    ]
+    ends = torch.stack([low, high], 1)
+    entries = []
+    for place, value, ci95 in zip(places, values.tolist(), ends.tolist(), strict=True):
+        entries.append(place | {"value": value, "ci95": ci95})
+    return entries
 
 
 def claimed_routes(tensors: Tensors, seed: int) -> dict[str, Estimate]:
     """Return the number of the claim: how much less probable the answer is without its object than without others."""
-    without_object, without_random = (
-        tensors[f"probability:{name} to text"][:, 0].double() for name in CONTRAST.split(" - ")
-    )
-    mean, resampled = mean_over_questions(tensors, without_random - without_object, seed)
+    without_object = tensors["probability:object to text"][:, 0].double()
+    without_random = tensors["probability:random to text"][:, 0].double()
+    drop = without_random - without_object
+    mean, resampled = mean_over_questions(tensors, drop, seed)
     return {"route_object": Estimate(mean.item(), resampled, {"n": _counts(tensors)})}

@@ -33,18 +33,12 @@ class MaskPreparer(NamedTuple):
 
     def __call__(self, target: Sequence[Tensor] | Tensor) -> PreparedMasks:
         """Return B masks uint8[H, W], prepared."""
-        return join_masks(
-            [
-                prepare_masks(
-                    mask[None],
-                    self.classes,
-                    self.geometry.grid,
-                    self.nodes,
-                    view=self.geometry.view(mask.shape),
-                )
-                for mask in target
-            ]
-        )
+        prepared = []
+        for mask in target:
+            view = self.geometry.view(mask.shape)
+            grid = self.geometry.grid
+            prepared.append(prepare_masks(mask[None], self.classes, grid, self.nodes, view=view))
+        return join_masks(prepared)
 
 
 class PreprocessedDataset(Dataset):

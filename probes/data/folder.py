@@ -63,10 +63,11 @@ def _read_classes_json(path: Path) -> tuple[list[str], int, list[int], list | No
     settings = read_settings(path, CLASSES_KEYS, '{"classes": ["wall", ...]}')
     names = settings.get("classes")
     ignored = settings.get("ignore_index", IGNORE_INDEX)
-    ignored = ignored if isinstance(ignored, list) else [ignored]
+    if not isinstance(ignored, list):
+        ignored = [ignored]
     first = settings.get("reduce_zero_label", False)
     palette = settings.get("palette")
-    are_names = isinstance(names, list) and all(isinstance(x, str) and x for x in names)
+    are_names = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     are_different = are_names and len({*names}) == len(names) > 1
     need(are_different, 'two or more different names in a list under "classes"')
     need(isinstance(first, bool), 'true or false under "reduce_zero_label"')

@@ -77,7 +77,9 @@ class ImageDataset(Dataset):
         tag, image = read_image(image_file, lambda image: (orientation(image), as_stored(image)))
         target = self.read_target(*target_files)
         size = target.shape[1::-1]
-        rotated = image.size[::-1] if tag in range(5, 9) else image.size
+        rotated = image.size
+        if tag in range(5, 9):
+            rotated = image.size[::-1]
         if tag in range(2, 9) and size == rotated:
             raise UserError(
                 f"{image_file} has EXIF orientation {tag}, and its {self.target_name} {target_files[0]} has the size "
@@ -89,11 +91,9 @@ class ImageDataset(Dataset):
                 f"the {self.target_name} {target_files[0]} is {size[0]} x {size[1]} px, its image {image_file} "
                 f"{image.width} x {image.height} px; expected the same size"
             )
-        return {
-            "name": self.names[index],
-            "image": image,
-            "target": target.astype(np.uint8) if target.dtype == bool else target,
-        }
+        if target.dtype == bool:
+            target = target.astype(np.uint8)
+        return {"name": self.names[index], "image": image, "target": target}
 
     def read_target(self, *files: Path) -> ndarray:
         """Return the target of an image from its files, or raise a UserError that names the file."""

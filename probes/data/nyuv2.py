@@ -43,14 +43,8 @@ class NYUv2Depth(DepthDataset):
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "official_splits", ("train", "test"))
         folder = root / SPLITS[split]
-        # rgb_00002.jpg and sync_depth_00002.png
-        images, depth = (
-            {
-                name.rpartition("_")[2]: file
-                for name, file in files_by_name(folder, suffixes, pattern=pattern).items()
-            }
-            for pattern, suffixes in (("*/rgb_*", (".jpg", ".png")), ("*/sync_*", (".png",)))
-        )
+        images = _by_number(files_by_name(folder, (".jpg", ".png"), pattern="*/rgb_*"))
+        depth = _by_number(files_by_name(folder, (".png",), pattern="*/sync_*"))
         super().__init__(
             pair_files(images, targets=depth, dataset=f"{root}, {split}", target_name="depth map"),
             SCALE,
@@ -71,3 +65,8 @@ class NYUv2Depth(DepthDataset):
         scored = np.full_like(depth, np.nan)
         scored[CROP] = depth[CROP]
         return scored
+
+
+def _by_number(files: dict[str, Path]) -> dict[str, Path]:
+    """Return files by the end of their names: 00002 of rgb_00002.jpg and of sync_depth_00002.png."""
+    return {name.rpartition("_")[2]: file for name, file in files.items()}

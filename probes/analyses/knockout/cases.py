@@ -156,9 +156,8 @@ def blocked_by_condition(
     tokens: dict[str, list[Tensor]] = {name: [case.blocked[name]] for name in SETS}
     for name in SETS:
         condition = f"random_{name}"
-        rng = np.random.default_rng(
-            [options.seed, case.image, case.wrong_class, zlib.crc32(condition.encode())]
-        )
+        seed = [options.seed, case.image, case.wrong_class, zlib.crc32(condition.encode())]
+        rng = np.random.default_rng(seed)
         count = int(case.blocked[name].sum())
         tokens[condition] = [draw_tokens(count, high_norm, rng) for _ in range(options.draws)]
     return tokens
@@ -206,7 +205,10 @@ def knock_out_batch(
     pixels = mllm.preprocess([sample["image"] for sample in samples.values()])
     states = mllm.states(pixels, reader.layers)
     predicted = reader.predict(states)
-    truth = [mllm.geometry.patches(x["target"]).flatten() for x in samples.values()]
+    truth = []
+    for sample in samples.values():
+        patches = mllm.geometry.patches(sample["target"])
+        truth.append(patches.flatten())
     cases: list[ConfusionCase] = []
     for name in options.classes:
         cases += find_cases(
@@ -252,10 +254,11 @@ def _run_rows(
         chunk = [*distinct.values()][start : start + options.batch_size]
         in_batch = [cases[row.case].row for row in chunk]
         images = sorted(set(in_batch))
+        blocked = torch.stack([row.blocked for row in chunk])
         states = reader.mllm.states(
             pixels[images],
             reader.layers,
-            knockout_of(torch.stack([row.blocked for row in chunk]), options.layers),
+            knockout_of(blocked, options.layers),
             rows=[images.index(image) for image in in_batch],
         )
         predicted = reader.predict(states)

@@ -21,12 +21,16 @@ def section(study: StudyRuns) -> Section:
         return Section()
     palette = palette_of(study.first.dataset())
     for mask, run in study.main_runs.items():
-        if not (result := run.analysis("maps.json")):
+        result = run.analysis("maps.json")
+        if not result:
             continue
         sites = shown_sites(run)
+        title = "Predictions by layer"
+        if run.has_llm:
+            title += f", {mask}"
         shown = Figure(
             f"maps_{mask}",
-            f"Predictions by layer, {mask}" if run.has_llm else "Predictions by layer",
+            title,
             "Look for the layer from which on objects are found, and for confusions that appear and disappear over the "
             "layers (Figs. 4 and 13).",
             columns=["image", "target", *(site.replace("_", " ") for site in sites)],
@@ -80,9 +84,8 @@ def shown_sites(run: ProbeRun) -> list[str]:
     if not layers and not run.has_llm:  # the final norm alone
         return run.sites
     if not run.has_llm:
-        count = min(SHOWN_LAYERS, len(layers))
-        evenly = np.linspace(0, len(layers) - 1, count).round().astype(int)
-        shown = {*evenly.tolist(), layers.index(peak)}
+        evenly = _evenly(len(layers), min(SHOWN_LAYERS, len(layers)))
+        shown = {*evenly, layers.index(peak)}
         return [layers[i] for i in sorted(shown)]
     shown = [ENCODER, ADAPTER]
     if layers:
@@ -93,8 +96,15 @@ def shown_sites(run: ProbeRun) -> list[str]:
 
 def shown_layers(run: ProbeRun, name: str) -> list[int]:
     """Return the layers of a map under knockout that are shown."""
-    layers = len(read_tensors(run.path / "maps.safetensors")[f"knockout/{name}"][0])
-    return sorted({*np.linspace(0, layers - 1, SHOWN_LAYERS + 1).round().astype(int).tolist()})
+    maps = read_tensors(run.path / "maps.safetensors")
+    of_condition = maps[f"knockout/{name}"][0]
+    return sorted({*_evenly(len(of_condition), SHOWN_LAYERS + 1)})
+
+
+def _evenly(layers: int, count: int) -> list[int]:
+    """Return so many indices of layers at even distances, the first and the last one among them."""
+    indices = np.linspace(0, layers - 1, count)
+    return indices.round().astype(int).tolist()
 
 
 def knockout_columns(run: ProbeRun, name: str) -> list[str]:
@@ -113,7 +123,8 @@ def knockout_rows(run: ProbeRun, name: str, palette: np.ndarray) -> list[Picture
     first = [np.asarray(sample["image"]), colorize_classes(sample["target"], palette), None]
     titles = ["no blocking", f"{name} blocked", f"{case['correct_class']} blocked"]
     layers = shown_layers(run, name)
-    return [
-        PictureRow(title, [picture, *(colorize_classes(x[layer], palette) for layer in layers)])
-        for title, picture, x in zip(titles, first, predicted, strict=True)
-    ]
+    rows = []
+    for title, picture, of_condition in zip(titles, first, predicted, strict=True):
+        coloured = [colorize_classes(of_condition[layer], palette) for layer in layers]
+        rows.append(PictureRow(title, [picture, *coloured]))
+    return rows

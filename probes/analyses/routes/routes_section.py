@@ -15,20 +15,18 @@ from probes.score.estimate import estimate_text
 from .cuts import TARGETS
 
 KEYS = ("questions", "images", "layers", "accuracy", "sites", "effects")  # of routes.json
-DRAWN = {
-    "random": "grey",
-    "image": 1,
-    "object": 0,
-}  # sources with their colours; the last one is on top
+# sources with their colours; the last one is on top
+DRAWN = {"random": "grey", "image": 1, "object": 0}
 
 
 def section(study: StudyRuns) -> Section:
     """Return the section of a study: a figure for each mask."""
     routes = study_routes(study)
-    figures = [routes_figure(mask, of_mask) for mask, of_mask in routes.items()]
     by_mask = {"routes": {mask: routes.get(mask) for mask in study.main_runs}}
+    figures = []
     sentences = []
     for mask, of_mask in routes.items():
+        figures.append(routes_figure(mask, of_mask))
         sentences += [describe_answers(mask, of_mask), summarize(mask, of_mask)]
         if text := describe_sinks(mask, of_mask["sinks"]):
             sentences.append(f"{text} Grey in the figure.")
@@ -70,9 +68,10 @@ def _analysed(study: StudyRuns) -> Iterator[tuple[str, ProbeRun, list[ProbeRun]]
 
 
 def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
-    one, other = (x.analysis("routes.json")["options"] for x in (run, draw))
+    options = run.analysis("routes.json")["options"]
+    options_of_draw = draw.analysis("routes.json")["options"]
     alike = ("questions_sha256", "limit", "window", "stride", "seed")
-    if any(one[key] != other[key] for key in alike):
+    if any(options[key] != options_of_draw[key] for key in alike):
         raise UserError(
             f"{run.path} and {draw.path} were asked different questions; run `probes routes` alike"
         )
@@ -115,15 +114,18 @@ def _numbers(entry: dict[str, Any], name: str) -> dict[str, Any]:
 def routes_figure(mask: str, of_mask: dict[str, Any]) -> Figure:
     """Return a panel per target; the CSV file has all routes, windows and models."""
     sinks = layers_with_sinks(of_mask["sinks"])
-    return Figure(
-        name=f"routes_{mask}",
-        title=f"Routes of answers, {mask}",
-        caption="Change of the right answer's log-probability when no token of the target attends to the source, in "
+    caption = (
+        "Change of the right answer's log-probability when no token of the target attends to the source, in "
         "windows of layers (points, at the middle of the window) and in all layers (right, with its interval). object: "
         "patches that the question is about; random: as many others. Thin: random LLMs. Bands: 95% intervals over "
         "images, for all windows of a route together."
-        + " Grey ground: layers in which image tokens attend to an attention sink."
-        * bool(sinks),
+    )
+    if sinks:
+        caption += " Grey ground: layers in which image tokens attend to an attention sink."
+    return Figure(
+        name=f"routes_{mask}",
+        title=f"Routes of answers, {mask}",
+        caption=caption,
         panels=[target_chart(of_mask, target, sinks) for target in TARGETS],
         rows=route_rows(of_mask),
     )
@@ -134,20 +136,23 @@ def target_chart(of_mask: dict[str, Any], target: str, sinks: list[int]) -> Char
     random = [curve for entry in of_mask["random"] for curve in route_curves(entry, target)]
     curves = [Curve(curve.points, style="thin") for curve in random]
     curves += route_curves(of_mask, target)
-    for effect in of_target(of_mask, target):
-        end = effect["windows"][-1]["layers"][1] + 1
-        low, high = effect["all"]["ci95"]
-        point = Point(x=end, value=effect["all"]["value"], low=low, high=high, title="all layers")
-        curves.append(
-            Curve(
-                points=[point], name="", colour=DRAWN[effect["source"]], style="dots", mark="circle"
-            )
-        )
-    windows = of_target(of_mask, target)[0]["windows"]
-    ticks = {sum(x["layers"]) / 2: "{}–{}".format(*x["layers"]) for x in windows}
+    effects = of_target(of_mask, target)
+    windows = effects[0]["windows"]
+    ticks = {}
+    for window in windows:
+        first, last = window["layers"]
+        ticks[(first + last) / 2] = f"{first}–{last}"
+    end = windows[-1]["layers"][1] + 1
+    ticks[end] = "all"
+    for effect in effects:
+        of_all = effect["all"]
+        low, high = of_all["ci95"]
+        point = Point(x=end, value=of_all["value"], low=low, high=high, title="all layers")
+        colour = DRAWN[effect["source"]]
+        curves.append(Curve([point], colour=colour, style="dots", mark="circle"))
     return Chart(
         curves,
-        ticks | {windows[-1]["layers"][1] + 1: "all"},
+        ticks,
         f"to {target}",
         "right answer, nats, by layers that are cut",
         scale=1,
@@ -184,22 +189,18 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
     for model, entry in models_of(of_mask).items():
         for effect in entry["effects"]:
             common = {"model": model, "source": effect["source"], "target": effect["target"]}
-            pairs = [("all", [1, entry["layers"]], effect["all"], effect["changed"])]
-            pairs += [
-                ("{}-{}".format(*window["layers"]), window["layers"], window, changed)
-                for window, changed in zip(
-                    effect["windows"], effect["changed_windows"], strict=True
-                )
-            ]
-            for layers, ends, right, changed in pairs:
+            cuts = [("all", 1, entry["layers"], effect["all"], effect["changed"])]
+            for window, changed in zip(effect["windows"], effect["changed_windows"], strict=True):
+                first, last = window["layers"]
+                cuts.append((f"{first}-{last}", first, last, window, changed))
+            for layers, first, last, right, changed in cuts:
                 numbers = {"nats": right["value"]} | bounds(right["ci95"], "nats_")
                 numbers |= {"changed": changed["value"]} | bounds(changed["ci95"], "changed_")
                 if layers == "all":
                     numbers["right"] = effect["right"]["value"]
                 if entry["sinks"]["layers"]:
-                    numbers["can_cut_sink"] = meets_sink(
-                        range(ends[0], ends[1] + 1), entry["sinks"]
-                    )
+                    cut = range(first, last + 1)
+                    numbers["can_cut_sink"] = meets_sink(cut, entry["sinks"])
                 rows.append(common | {"layers": layers} | numbers)
     return rows
 

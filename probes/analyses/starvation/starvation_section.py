@@ -26,6 +26,9 @@ from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns
 from probes.score.estimate import Estimate
 
+KINDS = ("causal", "bidirectional", "gap")
+DIFFERENCE = "bidirectional − causal"
+
 
 def section(study: StudyRuns) -> Section:
     """Return the section of a study; empty without both runs or the causal run's best layer."""
@@ -46,25 +49,18 @@ def section(study: StudyRuns) -> Section:
 
 def table3(starvation: dict[str, Any]) -> Rows:
     """Return Table 3 (accuracy at the first three patches): rows of the runs, then of the paper."""
-    keys = ("causal", "bidirectional", "gap")
-    paper = PAPER["table3_patch_accuracy"]
-
-    def number(x):
-        return None if math.isnan(x) else x  # a patch without a labelled pixel
-
-    rows = [
-        {"model": "this run", "patch": i} | {key: number(starvation[key][i]) for key in keys}
-        for i in range(3)
-    ]
-    return rows + [
-        {"model": "paper, clip, ADE20K", "patch": i}
-        | dict(zip(keys, paper[f"patch_{i}"], strict=False))
-        for i in range(3)
-    ]
-
-
-KINDS = ("causal", "bidirectional", "gap")
-DIFFERENCE = "bidirectional − causal"
+    of_run = []
+    of_paper = []
+    for patch in range(3):
+        row: dict[str, Any] = {"model": "this run", "patch": patch}
+        for kind in KINDS:
+            value = starvation[kind][patch]
+            row[kind] = None if math.isnan(value) else value  # no pixel of the patch is labelled
+        of_run.append(row)
+        published = PAPER["table3_patch_accuracy"][f"patch_{patch}"]
+        row = {"model": "paper, clip, ADE20K", "patch": patch}
+        of_paper.append(row | dict(zip(KINDS, published, strict=False)))
+    return of_run + of_paper
 
 
 def gap_chart(result: dict[str, Any], title: str) -> Chart:
@@ -213,8 +209,8 @@ def standardised_accuracy(
         of_class = labels == k
         pixels = weights @ with_first_row(valid * of_class, columns, FIRST_PATCHES)
         mix += share[k] * (pixels > 0)
-        for mask, x in right.items():
-            correct = weights @ with_first_row(x * of_class, columns, FIRST_PATCHES)
+        for mask, right_pixels in right.items():
+            correct = weights @ with_first_row(right_pixels * of_class, columns, FIRST_PATCHES)
             accuracy = torch.where(pixels > 0, correct / pixels, 0.0)
             total[mask] = total[mask] + share[k] * accuracy
     return {mask: values / mix for mask, values in total.items()}

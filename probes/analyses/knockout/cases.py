@@ -221,11 +221,7 @@ def knock_out_batch(
         )
     adapter = states[ADAPTER]
     del states  # of every layer; the forwards under a knockout need the memory
-    rows: list[ForwardRow] = []
-    for i, case in enumerate(cases):
-        high_norm = high_norm_tokens(adapter[case.row])
-        for condition, draws in blocked_by_condition(case, high_norm, options).items():
-            rows += [ForwardRow(i, condition, draw) for draw in draws]
+    rows = _forward_rows(cases, adapter, options)
     measured = _run_rows(reader, pixels=pixels, cases=cases, rows=rows, options=options)
     tensors: dict[str, list[Tensor]] = {}
     for case, outcomes in zip(cases, measured, strict=True):
@@ -238,6 +234,18 @@ def knock_out_batch(
         for key, value in values.items():
             tensors.setdefault(f"{classes[case.wrong_class]}/{key}", []).append(value)
     return {key: torch.stack(values) for key, values in tensors.items()}
+
+
+def _forward_rows(
+    cases: list[ConfusionCase], adapter: Tensor, options: KnockoutOptions
+) -> list[ForwardRow]:
+    """Return a row for each draw of each condition of each case, from the adapter's states f[B, T, d]."""
+    rows = []
+    for i, case in enumerate(cases):
+        high_norm = high_norm_tokens(adapter[case.row])
+        for condition, draws in blocked_by_condition(case, high_norm, options).items():
+            rows += [ForwardRow(i, condition, draw) for draw in draws]
+    return rows
 
 
 def _run_rows(

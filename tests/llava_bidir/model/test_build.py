@@ -76,6 +76,10 @@ def write_encoder(name: str, folder, side: int, **settings) -> Encoder:
     return Encoder(name, str(folder / "encoder"))
 
 
+# first channel; the published preprocessor_config.json of each family
+PIXELS = {"clip": (0.48145466, 0.26862954), "siglip": (0.5, 0.5)}
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, tmp_path):
     entry = ENCODERS[name]
@@ -88,7 +92,10 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, tmp
         side,
         **settings,
     )
-    model = build_model(encoder, parts[1], build_processor(encoder, parts[1])).eval()
+    processor = build_processor(encoder, parts[1])
+    images = processor.image_processor
+    assert (images.image_mean[0], images.image_std[0]) == PIXELS.get(name, (0.485, 0.229))
+    model = build_model(encoder, parts[1], processor).eval()
     pixels = torch.randn(
         1,
         3,

@@ -70,6 +70,9 @@ def test_command_lists_everything_and_fails(folder, parts, capsys):
     assert file["records"] == len(RECORDS)
     found = [(finding["index"], finding["id"], finding["kind"]) for finding in file["findings"]]
     assert found == [(index, *finding) for index, finding in enumerate(FOUND.items(), 4)]
+    (detail,) = [x["detail"] for x in file["findings"] if x["id"] == "truncated"]
+    cut, _, total, _ = detail.split()
+    assert int(cut) == int(total) - 100, "the answer goes on to the end"
 
 
 @pytest.mark.parametrize("count", [0, 2])

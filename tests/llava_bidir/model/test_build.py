@@ -74,6 +74,10 @@ def write_encoder(name: str, folder, side: int, **settings) -> Encoder:
     return Encoder(name, str(folder / "encoder"))
 
 
+# first channel; the published preprocessor_config.json of each family
+PIXELS = {"clip": (0.48145466, 0.26862954), "siglip": (0.5, 0.5)}
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, tmp_path):
     entry = ENCODERS[name]
@@ -81,7 +85,10 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, tmp
     registers = 2 * (name in ("dinov2_registers", "dinov3"))
     settings = {"num_register_tokens": registers} if registers else {}
     encoder = write_encoder(name, folder=tmp_path, side=side, **settings)
-    model = build_model(encoder, parts[1], build_processor(encoder, parts[1])).eval()
+    processor = build_processor(encoder, parts[1])
+    images = processor.image_processor
+    assert (images.image_mean[0], images.image_std[0]) == PIXELS.get(name, (0.485, 0.229))
+    model = build_model(encoder, parts[1], processor).eval()
     pixels = torch.randn(1, 3, side, side)
     features = model.get_image_features(pixels).pooler_output[0]
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]

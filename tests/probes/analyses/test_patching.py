@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from probes.analyses.patching import PatchingOptions
-from probes.analyses.patching.patch import nan_mean, object_tokens, other_images, patching_effects
+from probes.analyses.patching.patch import (
+    Experiment,
+    nan_mean,
+    object_tokens,
+    other_images,
+    patching_effects,
+)
+from probes.analyses.routes.cuts import random_patches
 from probes.cli import main
 
 READ_OUT = "layer_02"
@@ -79,6 +86,36 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
             for group, patches in (("patched", tokens), ("others", ~tokens)):
                 expected = change[labelled & patches].mean()  # NaN of no patch, too
                 close(tensors[group][i, layer], expected)
+
+
+class Mixing:
+    """A model whose layer adds the mean over tokens; photos and targets are states and labels of tokens already."""
+
+    geometry = SimpleNamespace(patches=lambda target: target)
+    preprocess = staticmethod(torch.stack)
+
+    def states(self, pixels, sites, rows=slice(None), hooks=None):
+        change = (hooks or {}).get("adapter", lambda states: states)
+        states = change(pixels[rows])
+        return {"adapter": states, "layer_01": states + states.mean(1, keepdim=True)}
+
+
+def test_random_tokens_are_read_where_nothing_was_replaced():
+    """Against means over the tokens that are labelled, of no object, and not drawn."""
+    truth = torch.tensor([0, 0, 0, 1, 1, 1, -1, -1, -1])
+    own, other = torch.randn((2, 9, 2), generator=torch.Generator().manual_seed(0))
+    options = PatchingOptions(probes="", site="layer_01", layers=(0,), seed=4)
+    patch = Experiment(Mixing(), lambda states: states, options).patch
+    found = patch({7: {"image": own, "target": truth}}, [other])
+    expected = []
+    for drawn in random_patches(truth == 0, options.draws, [4, 7]):
+        rest = (truth == 1) & ~drawn
+        # the mean that a replaced token adds to the log-odds of class 1
+        random, patched = ((other - own)[x].sum(0).diff() / 9 for x in (drawn, truth == 0))
+        expected.append(torch.cat([random, patched - random]))
+        assert rest.any()
+    found = torch.cat([found[group][0] for group in ("random", "difference")])
+    torch.testing.assert_close(found, torch.stack(expected).mean(0))
 
 
 def test_each_image_is_given_another_ones_states():

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.analyses.starvation.starvation_section import gaps, standardised_accuracy
+from probes.analyses.starvation.starvation_section import (
+    accuracy_grids,
+    gaps,
+    standardised_accuracy,
+)
 
 N = 80
 T = 16
@@ -48,6 +52,16 @@ def test_standardised_gap_equals_a_loop():
         expected["gap"] = expected["bidirectional"] - expected["causal"]
         of_place = found.get(place) or {key: found[key][place] for key in expected}
         assert {key: of_place[key] for key in expected} == pytest.approx(expected)
+
+
+def test_grids_name_the_first_patch_and_the_mean_of_the_first_row():
+    result = {"grid": [2, 2], "causal": [0.2, 0.4, 0.9, 0.9]}
+    result |= {"bidirectional": [0.5, 0.6, 0.9, 0.9], "gap": [-0.3, 0.2, 0.0, 0.0]}
+    assert [grid.unit for grid in accuracy_grids(result)] == [
+        "first patch 20.0%, first row 30.0%",
+        "first patch 50.0%, first row 55.0%",
+        "first patch −30.0, first row −5.0",
+    ]
 
 
 def test_the_class_of_a_patch_is_that_of_most_of_its_pixels(runs):

@@ -1,5 +1,6 @@
 """The official layouts: classes and ignored pixels against independent tables, and errors of wrong layouts."""
 
+import hashlib
 import unicodedata
 
 import dataset_layouts
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
+from probes.data import ade20k, voc2012
 from probes.data.file_layout import files_by_name, pair_files
 from probes.data.registry import open_dataset
 
@@ -38,6 +40,13 @@ def test_ade20k_has_150_classes_from_label_1_on(tmp_path):
         assert data[i]["name"] == name
         assert {0, 1, 2, 150} <= set(labels.flat)
         assert (data[i]["target"] == expected(labels, {k: k - 1 for k in range(1, 151)})).all()
+
+
+def test_classes_have_the_names_of_the_published_lists():
+    """A digest of the first names in objectInfo150.txt; VOC's follow the background in alphabetical order."""
+    digest = hashlib.sha256("\n".join(ade20k.CLASSES).encode()).hexdigest()
+    assert digest.startswith("ffd47f2fcbad6c48")
+    assert voc2012.CLASSES[1:] == sorted(voc2012.CLASSES[1:])
 
 
 @pytest.mark.parametrize("above", ["", "..", "../.."])

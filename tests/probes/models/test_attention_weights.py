@@ -67,8 +67,10 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
 
 
 def test_knocked_out_tokens_receive_no_attention(checkpoints):
+    """Other tokens of each image."""
     mllm = probes.load(checkpoints["bidirectional"])
-    knockout = Knockout(torch.tensor([[False, True, False, False]]), layers=[2])
-    weights = mllm.attention(tiny_models.pixels(1), knockout=knockout)
-    receives = [of_layer[:, :, 1].any().item() for of_layer in weights.values()]
-    assert receives == [True, False, True]
+    blocked = torch.tensor([[False, True, False, False], [True, False, False, True]])
+    weights = mllm.attention(tiny_models.pixels(2), knockout=Knockout(blocked, layers=[2]))
+    receives = [of_layer.any(1) for of_layer in weights.values()]
+    assert receives[0].all() and receives[2].all()
+    assert torch.equal(receives[1], ~blocked)

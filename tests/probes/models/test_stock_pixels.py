@@ -24,7 +24,7 @@ from probes.ops.geometry import ResizeRule
 pytestmark = pytest.mark.usefixtures("small_squares")
 
 SQUARE = (90, 90)
-SIZES = (SQUARE, (120, 90), (61, 97))  # width, height
+SIZES = (SQUARE, (120, 90), (61, 99))  # width, height
 BILINEAR = Image.Resampling.BILINEAR
 BOTH_SIDES = {"height": 24, "width": 24}
 SHORTER_SIDE = {"size": {"shortest_edge": 24}, "crop_size": BOTH_SIDES}

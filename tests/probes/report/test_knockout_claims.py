@@ -99,13 +99,19 @@ def test_what_was_planted_is_known_from_the_checkpoint_before_the_data(solved, t
     assert found == {"adapter_drop": "absent", "recovery": "planted"}
 
 
-def test_a_knockout_of_other_layers_is_not_compared_with(solved, random):
+OTHER = {"layers": [1], "block_by": "layer_01", "min_patches": 9, "limit": 9, "classes": ["sky"]}
+
+
+@pytest.mark.parametrize("option", OTHER)
+def test_a_knockout_with_other_options_is_not_compared_with(option, solved, random):
     runs = [with_knockout(solved, ANCHORS, 2), *random]
     file = Path(random[1]) / "knockout.json"
     results = json.loads(file.read_text())
-    results["options"]["layers"] = [1]
+    results["options"][option] = OTHER[option]
     file.write_text(json.dumps(results))
     claims = claims_of(runs)
     for name in KNOCKOUTS:
         assert claims[name]["conclusion"] == "untested"
-        assert "have knockouts with other layers: run `probes knockout`" in claims[name]["reason"]
+        assert (
+            f"have knockouts with other {option}: run `probes knockout`" in claims[name]["reason"]
+        )

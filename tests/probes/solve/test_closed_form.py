@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from probes.solve.solution import Solution
 from probes.solve.space import SiteSpace
+from probes.tasks import TASKS
 
 pytestmark = pytest.mark.numerics
 
@@ -26,3 +28,17 @@ def test_constant_channels_and_absent_classes_have_finite_coordinates():
     space = SiteSpace.of(states, soft)
     assert (space.scale > 0).tolist() == [True, True, False, True, True]
     assert space.coordinates(states).isfinite().all()
+
+
+def test_the_strength_of_the_lowest_loss_is_told_from_the_chosen_one():
+    """At an end of the grid, the chosen one is beside it, and the report says so."""
+    others = ("mean", "scale", "weights", "bias", "certificates")
+    solution = Solution(
+        strengths=torch.tensor([100.0, 10.0, 1.0]),
+        loss=torch.tensor([1.0, 2.0, 3.0]),
+        chosen=torch.tensor(1),
+        solved=torch.arange(3),
+        **dict.fromkeys(others, torch.zeros(0)),
+    )
+    entry = solution.entry("adapter", {}, TASKS["segmentation"])
+    assert (entry["chosen"], entry["lowest"]) == (10, 100)

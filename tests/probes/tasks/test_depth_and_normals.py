@@ -37,6 +37,12 @@ def test_depth_of_a_bad_probe_is_finite():
     assert Depth().predict(torch.full((1, 2, 2), 500.0)).max() == HIGHEST_M
 
 
+def test_near_pixels_are_bright_and_axes_are_colours():
+    values = Depth().colorize(np.array([[0.5, 2.0, 8.0]])).sum(-1, dtype=int)[0]
+    assert values[0] > values[1] > values[2]
+    assert Normals().colorize(np.array([0.0, -1.0, 1.0])).tolist() == [128, 0, 255]
+
+
 def test_normals_loss_is_one_minus_the_cosine():
     generator = torch.Generator().manual_seed(0)
     target = F.normalize(torch.randn((1, 5, 6, 3), generator=generator), dim=-1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from probes.worlds import scenes
-from probes.worlds.canvas import CLASSES, SIZE_PX
+from probes.worlds.canvas import CLASSES, SIZE_PX, Canvas, Quad
 from probes.worlds.scenes import draw_scene
 
 LABEL = {name: index for index, name in enumerate(CLASSES)}
@@ -24,6 +24,13 @@ def draw_many(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def scenes_drawn():
     return draw_many(400)
+
+
+def test_a_pixel_has_the_class_at_its_centre():
+    canvas = Canvas()
+    canvas.polygon(Quad((3.8, 5.2), (10.2, 5.2), (10.2, 8.8), (3.8, 8.8)), (9, 9, 9), "wall")
+    rows, columns = np.nonzero(canvas.mask())
+    assert {*rows} == {5, 6, 7, 8} and {*columns} == {4, 5, 6, 7, 8, 9}
 
 
 def test_every_scene_shows_a_cue(scenes_drawn):

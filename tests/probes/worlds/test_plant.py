@@ -33,7 +33,7 @@ def world(tmp_path_factory) -> Path:
     """Return a folder of pictures of two scenes, written in this process: a new one takes longer to start."""
     out = tmp_path_factory.mktemp("world") / "assets"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assets, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+        patch.setattr(assets, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
         patch.setattr(binding, "POOL", 12)
         assets.run(AssetsOptions(out=out, seed=1, scale=0.01, scenes=2))
     return out

@@ -147,7 +147,7 @@ def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentati
 
 def test_the_schedule_ends_with_the_batches_that_are_trained(fit, tmp_path):
     """One of two in each of two epochs."""
-    probe = fit(tmp_path, "--trainer.limit_train_batches", "1").metrics["probe"]
+    probe = fit(tmp_path, "--trainer.limit_train_batches", "0.5").metrics["probe"]
     assert (probe["steps"], probe["epochs"], probe["validated_at"]) == (2, 2, [1, 2])
     events = EventAccumulator(str(tmp_path)).Reload()
     first, last = (event.value for event in events.Scalars("lr-AdamW"))

@@ -154,5 +154,5 @@ def test_run_started_again_and_killed_does_not_count_as_finished(study):
     assert not (last.parents[1] / "metrics.json").exists()
     study.log.write_text("")
     study.must_run("fit")
-    assert "resuming" in study.log.read_text()
+    assert "Restored all states from the checkpoint" in study.log.read_text()
     assert study.files() == expected

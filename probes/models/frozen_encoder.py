@@ -27,13 +27,13 @@ BACKENDS = ("sdpa", "eager")  # that apply the mask of a knockout
 
 
 def check_encoder(
-    path: str, own: str, image_attention: str | None, prefix: str | None, backend: str
+    path: str, trained_with: str, image_attention: str | None, prefix: str | None, backend: str
 ) -> None:
     """Raise a UserError for settings that only an MLLM has, or an attention backend that ignores masks."""
-    if image_attention not in (None, own):
+    if image_attention not in (None, trained_with):
         raise UserError(
             f"image_attention {image_attention!r}: {path} is a vision encoder without an LLM, whose patches attend to "
-            f"all patches ({own}); leave it out"
+            f"all patches ({trained_with}); leave it out"
         )
     if prefix is not None:
         raise UserError(
@@ -59,10 +59,9 @@ class FrozenEncoder(FrozenModel):
         family: EncoderFamily,
         image_processors: Sequence,
         resize_rule: ResizeRule,
-        revision: str | None = None,
     ):
         attention = family.image_attention
-        super().__init__(model, family, image_processors, attention, resize_rule, revision)
+        super().__init__(model, family, image_processors, attention, resize_rule)
         self.layer_sites = [site for site in self.sites if is_layer(site)]
         extra = count_extra_tokens(family, vision_config(model.config))
         tokens = extra + self.image_tokens

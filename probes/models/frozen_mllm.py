@@ -54,10 +54,9 @@ class FrozenMLLM(FrozenModel):
         image_attention: str,
         resize_rule: ResizeRule = SQUASH,
         separator_id: int | None = None,
-        revision: str | None = None,
         read_chat: Callable[[], Chat] | None = None,
     ):
-        super().__init__(model, family, image_processors, image_attention, resize_rule, revision)
+        super().__init__(model, family, image_processors, image_attention, resize_rule)
         self._read_chat = read_chat
         self.layer_sites = self.sites[1:-1]
         with suppress(UserError):  # whoever asks for these sites is told why there are none

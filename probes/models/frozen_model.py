@@ -66,14 +66,13 @@ class FrozenModel(nn.Module):
         image_processors: Sequence,
         image_attention: str,
         resize_rule: ResizeRule,
-        revision: str | None,
     ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family = family
         self.has_llm = family.has_llm
         self.image_processors = image_processors
-        self.revision = revision
+        self.revision: str | None = None
         self.update_scales: list[float] | None = None
         self.image_attention = image_attention
         self.own_image_attention = own_image_attention(model.config)

@@ -1,7 +1,7 @@
 """Image normalisation of a checkpoint, and how it makes photos squares.
 
 Stock image processors are not run: each splits and crops images in its own way. Of their settings, the normalisation
-and how they resize are read: filter, sides, crop. `hub` is {"revision": ...} for an id of the hub.
+and how they resize are read: filter, sides, crop.
 """
 
 import json
@@ -19,6 +19,7 @@ from llava_bidir.common.errors import UserError, error_context
 from probes.ops.geometry import ResizeRule
 
 from .families import EncoderFamily, Family
+from .read_config import Checkpoint
 
 PIXEL_SETTINGS = (
     "resample",
@@ -36,9 +37,7 @@ PIXEL_SETTINGS = (
 MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of the side after
 
 
-def read_image_processors(
-    path: str, family: Family | EncoderFamily, **hub: Any
-) -> tuple[list[CLIPImageProcessorPil], ResizeRule]:
+def read_image_processors(checkpoint: Checkpoint) -> tuple[list[CLIPImageProcessorPil], ResizeRule]:
     """Return an image processor per normalisation, of pixels of 0 to 1, and how the checkpoint resizes.
 
     Settings that the file lacks are those of the class that it names.
@@ -46,8 +45,9 @@ def read_image_processors(
     Raises:
         UserError: The normalisation is not defined, or a setting of resizing cannot be.
     """
-    with error_context(f"preprocessor_config.json of {path}"):
-        stored = _read_processor_settings(path, family, **hub)
+    family = checkpoint.family
+    with error_context(f"preprocessor_config.json of {checkpoint.path}"):
+        stored = _read_processor_settings(checkpoint)
         # as in transformers, null is as good as missing
         stored = {key: value for key, value in stored.items() if value is not None}
         settings = _class_defaults(stored) | stored
@@ -65,6 +65,8 @@ def read_image_processors(
                     f"{key} is {settings.get(key)}; expected three positive numbers, not above that of white, {white:g}"
                 )
         rule = _resize_rule(settings, family)
+    # that of the training goes before the file
+    rule = rule.replaced_by(getattr(checkpoint.config, "image_resize", None))
     processors = [
         CLIPImageProcessorPil(
             do_resize=False,
@@ -77,21 +79,20 @@ def read_image_processors(
     return processors, rule
 
 
-def _read_processor_settings(
-    path: str, family: Family | EncoderFamily, **hub: Any
-) -> dict[str, Any]:
+def _read_processor_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the settings of a checkpoint's image processor.
 
     Raises:
         UserError: A folder has none; names the settings that are needed.
     """
+    path = checkpoint.path
     try:
-        return ImageProcessingMixin.get_image_processor_dict(path, **hub)[0]
+        return ImageProcessingMixin.get_image_processor_dict(path, revision=checkpoint.revision)[0]
     except OSError as error:
         damaged = isinstance(error.__context__, json.JSONDecodeError)
         if damaged or not Path(path).is_dir():
             raise
-    keys = [key for keys in family.normalisations for key in keys]
+    keys = [key for keys in checkpoint.family.normalisations for key in keys]
     example = {key: [0.5, 0.5, 0.5] for key in keys} | {"resample": 3}
     raise UserError(
         f"the file is missing, which says how photos become pixels; copy it from the published model, or write it with "

@@ -49,7 +49,9 @@ def capture_attention(
     def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
         if module in layer_of:
             recorded.append(module)
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            scale = scaling
+            if scale is None:
+                scale = query.shape[-1] ** -0.5
 
             def compute(image: int, queries: Tensor) -> Tensor:
                 group = query.shape[1] // key.shape[1]  # query heads per key head
@@ -57,10 +59,13 @@ def capture_attention(
                 keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
                 logits = query[image][:, rows].float() @ keys * scale
                 if attention_mask is not None:
-                    is_shared = len(attention_mask) == 1  # BEiT's bias of relative positions
-                    mask = attention_mask[0 if is_shared else image][:, rows]
-                    is_bias = mask.is_floating_point()
-                    logits = logits + mask if is_bias else logits.masked_fill(~mask, -inf)
+                    # BEiT's bias of relative positions is one for all images
+                    masks = attention_mask.expand(len(query), -1, -1, -1)
+                    mask = masks[image][:, rows]
+                    if mask.is_floating_point():
+                        logits = logits + mask
+                    else:
+                        logits = logits.masked_fill(~mask, -inf)
                 return logits.softmax(-1)
 
             record(layer_of[module], compute)
@@ -86,8 +91,9 @@ def weights_of_image(heads: Tensor, positions: Tensor, average_heads: bool) -> T
         positions: i64[T], of the image tokens among all.
         average_heads: Whether weights are averaged over heads.
     """
-    weights = heads.mean(0) if average_heads else heads
-    return weights.cpu()[..., positions]
+    if average_heads:
+        heads = heads.mean(0)
+    return heads.cpu()[..., positions]
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ from probes.ops.geometry import SQUASH, ResizeRule
 from .answers import attend_from_answer, generate_answer, score_answers
 from .attention_masks import Masks, build_decoder_masks, check_masks, decode_under, supports_masks
 from .families import Family
+from .families.encoder_layers import EncoderLayers, encoder_layers
 from .families.our_code import LogitHead
-from .families.sites import EncoderLayers, encoder_layers
 from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .measured_mask import MeasuredMask, measure_mask
@@ -41,8 +41,8 @@ class FrozenMLLM(FrozenModel):
     Its sites are "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
     before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
-    with "all", also the encoder's own layers, "encoder_00" ... (families/sites.py). By name, or with
-    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/sites.py).
+    with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py). By name, or with
+    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py).
     """
 
     def __init__(
@@ -202,7 +202,9 @@ class FrozenMLLM(FrozenModel):
             )
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
-        logits = head(states if site == FINAL_NORM else self.final_norm(states))
+        if site != FINAL_NORM:
+            states = self.final_norm(states)
+        logits = head(states)
         check_outputs("logits", {site: logits})
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         if cap is None or isinstance(head, LogitHead):  # which caps its logits itself
@@ -253,7 +255,9 @@ class FrozenMLLM(FrozenModel):
             )
             for pixels in images.split(1)
         ]
-        return answers[0] if isinstance(image, str | Path | Image.Image) else answers
+        if isinstance(image, str | Path | Image.Image):
+            return answers[0]
+        return answers
 
     def answer_attention(
         self,
@@ -356,13 +360,15 @@ class FrozenMLLM(FrozenModel):
 
     def cached(self, cache: DynamicCache | None) -> dict[str, DynamicCache | None]:
         """Return the argument of a forward that passes a cache, which transformers renamed in 5.24."""
-        name = (
-            "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
-        )
-        return {name: cache}
+        if "cache" in signature(self.decoder.forward).parameters:
+            return {"cache": cache}
+        return {"past_key_values": cache}
 
 
 def _image_ids(grid: tuple[int, int], image_id: int, separator_id: int | None) -> list[int]:
     """Return the token ids of the image up to its last image token."""
-    separator = [] if separator_id is None else [separator_id]
-    return ([image_id] * grid[1] + separator) * (grid[0] - 1) + [image_id] * grid[1]
+    rows, columns = grid
+    row = [image_id] * columns
+    if separator_id is None:
+        return row * rows
+    return [*row, separator_id] * (rows - 1) + row

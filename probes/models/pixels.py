@@ -18,7 +18,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from llava_bidir.common.errors import UserError, error_context
 from probes.ops.geometry import ResizeRule
 
-from .families import EncoderFamily, Family
+from .families.encoders import AnyFamily
 from .read_config import Checkpoint
 
 PIXEL_SETTINGS = (
@@ -113,7 +113,7 @@ def _class_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in defaults.items() if value is not None}
 
 
-def _resize_rule(settings: dict[str, Any], family: Family | EncoderFamily) -> ResizeRule:
+def _resize_rule(settings: dict[str, Any], family: AnyFamily) -> ResizeRule:
     """Return how images become squares by a family and the settings of an image processor."""
     resample = settings.get("resample", Image.Resampling.BICUBIC)
     if resample not in list(Image.Resampling):
@@ -130,7 +130,9 @@ def _resize_rule(settings: dict[str, Any], family: Family | EncoderFamily) -> Re
             ),
             splits=bool(settings.get("do_image_splitting")),
         )
-    way = "pad" if settings.get("do_pad") else "squash"
+    way = "squash"
+    if settings.get("do_pad"):
+        way = "pad"
     if family.image_resize or not settings.get("do_center_crop"):
         return ResizeRule(family.image_resize or way, resample)
     if way == "squash" and _is_of_shorter_side(size, settings.get("default_to_square", False)):
@@ -162,9 +164,11 @@ def _ratio(resized_name: str, resized: Any, kept_name: str, kept: Any) -> Fracti
 
 def _side(name: str, size: Any) -> int:
     """Return the side in a setting of an image processor: a number, or the largest of several."""
-    sides = (
-        size.values() if isinstance(size, Mapping) else size if isinstance(size, list) else [size]
-    )
+    sides = size
+    if isinstance(size, Mapping):
+        sides = size.values()
+    elif not isinstance(size, list):
+        sides = [size]
     sides = [side for side in sides if side is not None]
     if not sides or not all(type(side) is int and side > 0 for side in sides):
         raise UserError(f"{name} is {size!r}; expected numbers of pixels, at least 1")

@@ -86,8 +86,14 @@ class Chat(NamedTuple):
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Return the token ids of answers, after a space unless the prompt ends with white space."""
-        space = "" if self.after_image("?")[-1:].isspace() else " "
+        space = " "
+        if self.after_image("?")[-1:].isspace():
+            space = ""
         return [self._continue(space + answer) for answer in answers]
+
+    def decode(self, answer: list[int]) -> str:
+        """Return the text of an answer's token ids."""
+        return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     def _continue(self, text: str) -> list[int]:
         """Return the ids of text after a special token, where tokenizers add no word-start marker."""

@@ -28,9 +28,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs, read_training
 
 from .attention_weights import softmax_attention
-from .families import EncoderFamily, Family
+from .families.encoders import AnyFamily
+from .families.layer_parts import find_part
 from .families.modules import why_unmatched
-from .families.sites import find_part
 from .hooks import around, at_output
 from .sites import layer_site
 
@@ -64,7 +64,7 @@ class Control:
     draw: int = 0
     seed: int = 0
 
-    def check(self, family: Family | EncoderFamily, config: PreTrainedConfig) -> None:
+    def check(self, family: AnyFamily, config: PreTrainedConfig) -> None:
         """Raise a UserError unless these are random weights that a model of this family and config can have."""
         why = why_unmatched(config)
         if why and self.match == "update":

@@ -8,7 +8,7 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import read_model_config
 from llava_bidir.common.images import MAX_GRID_SIDE
 
-from .families import EncoderFamily, Family
+from .families.encoders import AnyFamily
 from .module_sources import check_names_function, is_source, module_config
 
 
@@ -24,7 +24,7 @@ class Checkpoint:
     """
 
     path: str
-    family: Family | EncoderFamily
+    family: AnyFamily
     config: PreTrainedConfig | None = None
     revision: str | None = None
 
@@ -41,7 +41,7 @@ def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     return read_model_config("MLLM", path, revision=revision)
 
 
-def check_numbers(path: str, family: Family | EncoderFamily, config: PreTrainedConfig) -> None:
+def check_numbers(path: str, family: AnyFamily, config: PreTrainedConfig) -> None:
     """Raise a UserError if a config describes no usable grid, encoder or LLM."""
     with error_context(f"config.json of {path}"):
         vision = getattr(config, "vision_config", None)

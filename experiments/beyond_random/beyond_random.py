@@ -209,7 +209,7 @@ def matched(mllm: nn.Module, draw: int, images: list[Image.Image]) -> Iterator[N
     """Give a model random layers with the updates of the present ones while the context is open."""
     part = mllm.family.layers_part
     with edited(mllm, lambda layers: None, 0):
-        control = Control(parts=[part], match="update", draw=draw, images=images)
+        control = Control(untrained=[part], match="update", draw=draw, match_images=images)
         with control.replace_weights(mllm):
             yield
     mllm.update_scales = None

@@ -18,13 +18,13 @@ attention and convolutions have no mask: there each answer has a forward of its 
 Shapes: B images, T image tokens, N tokens of prefix and image, A answers, Q tokens of text, d width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs, end_tokens, max_positions
@@ -41,10 +41,8 @@ from .attention_weights import capture_attention, weights_of_image
 from .families.our_code import SLIDING, layer_kinds
 from .hooks import with_arguments
 from .knockout import ANSWER, TEXT_SETS, Knockout
-from .reading import Replacement, replaced_states
+from .reading import Hooks, replaced_states
 from .sites import FINAL_NORM, layer_site
-
-Hooks = Mapping[str, Replacement]
 
 
 # ---------------------------------------------------------------------------------------- text after the image
@@ -122,24 +120,18 @@ def text_states(
     _check_text(mllm, text)
     masks = _text_masks(mllm, batch=batch, text=text, knockout=knockout)
     ids = torch.cat([mllm.ids[0], text.ids.to(mllm.device)]).expand(batch, -1)
-    is_image = _is_image(mllm, text)
-    pixels = pixels.to(mllm.device, mllm.model.dtype)
-    inputs = mllm.family.inputs(mllm.model, pixels, is_image.expand(batch, -1))
+    is_image = _is_image(mllm, text).expand(batch, -1)
+    inputs = mllm.family.inputs(mllm.model, pixels.to(mllm.device, mllm.model.dtype), is_image)
     first_positions: list[Tensor] = []
 
     def of_tree(arguments: dict) -> dict:
-        positions = arguments.get("position_ids")
-        if positions is None:  # the decoder would count its tokens
-            states = arguments["inputs_embeds"]
-            positions = torch.arange(states.shape[1], device=states.device)[None]
+        positions = _positions(arguments)
         first = positions[..., tokens : tokens + 1]
         first_positions.append(first)
         of_text = first + text.positions.to(first.device)
-        changed: dict[str, Any] = {
-            "position_ids": torch.cat([positions[..., :tokens], of_text], -1)
-        }
+        changed = {"position_ids": torch.cat([positions[..., :tokens], of_text], -1)}
         if masks is not None:
-            changed["attention_mask"] = masks
+            changed |= {"attention_mask": masks}
         return changed
 
     with ExitStack() as stack:
@@ -183,7 +175,7 @@ def _text_masks(
     masks = mllm.attention_masks(batch, knockout)
     if masks is None:
         return None
-    config = mllm.model.config.get_text_config()
+    config = mllm.text_config
     tokens = mllm.ids.shape[1]
     # image tokens of PaliGemma attend to the question under its own mask
     if mllm.family.question_in_prefix and mllm.image_attention == "prefix":
@@ -202,6 +194,15 @@ def _text_masks(
     if isinstance(masks, dict):
         return {kind: with_text(kind, mask) for kind, mask in masks.items()}
     return with_text(layer_kinds(config)[0], masks)
+
+
+def _positions(arguments: dict) -> Tensor:
+    """Return the position ids of a decoder's arguments; without any, it counts its tokens."""
+    positions = arguments.get("position_ids")
+    if positions is None:
+        states = arguments["inputs_embeds"]
+        positions = torch.arange(states.shape[1], device=states.device)[None]
+    return positions
 
 
 def _is_image(mllm: nn.Module, text: TokenTree) -> Tensor:
@@ -326,26 +327,17 @@ def generate_answer(
     hooks: Hooks | None = None,
 ) -> str:
     """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
-    config = mllm.model.config.get_text_config()
-    cache = DynamicCache(config=config)
-    if supports_masks(config):
-        # with the config, a cache drops keys outside of sliding windows, but masks have all tokens
-        cache = DynamicCache()
+    cache = _empty_cache(mllm.text_config)
     answer: list[int] = []
     ids = mllm.chat.question_ids(question)
     ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
-    room = max_positions(config) - mllm.ids.shape[1] - len(ids)
+    room = max_positions(mllm.text_config) - mllm.ids.shape[1] - len(ids)
     effect = None
     if knockout and ANSWER in knockout.names("rows"):
         effect = torch.zeros(1, dtype=torch.bool, device=mllm.device)
+    text = TokenTree.from_ids(ids)
     states, first_position = text_states(
-        mllm,
-        pixels=pixels,
-        text=TokenTree.from_ids(ids),
-        knockout=knockout,
-        hooks=hooks,
-        cache=cache,
-        effect=effect,
+        mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks, cache=cache, effect=effect
     )
     word_head = mllm.word_head(FINAL_NORM)
     for _ in range(min(max_new_tokens, room)):
@@ -359,18 +351,31 @@ def generate_answer(
         if effect is not None:  # rows of the knockout are tokens of the answer
             cut = _cut_step(mllm, question=ids, answer=answer, knockout=knockout, effect=effect)
         with cut:
-            # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
-            output = mllm.model.model(
-                input_ids=torch.tensor([[token]], device=mllm.device),
-                position_ids=first_position + len(ids) + len(answer) - 1,
-                use_cache=True,
-                **mllm.cached(cache),
-            )
-        states = output.last_hidden_state
+            position = first_position + len(ids) + len(answer) - 1
+            states = _token_states(mllm, token=token, position=position, cache=cache)
         if effect is not None and len(answer) == 1:  # later steps see no more of the prompt
             is_cut = knockout.select_layers(mllm.layers).any(1)
             knockout.check_effect(effect, is_cut.to(effect.device))
     return mllm.chat.decode(answer)
+
+
+def _empty_cache(text_config: PreTrainedConfig) -> DynamicCache:
+    """Return a cache of all tokens, as masks have them; with a config it drops keys outside of sliding windows."""
+    if supports_masks(text_config):
+        return DynamicCache()
+    return DynamicCache(config=text_config)
+
+
+def _token_states(mllm: nn.Module, token: int, position: Tensor, cache: DynamicCache) -> Tensor:
+    """Return the normed states f[1, 1, d] of a token of an answer, after those in the cache."""
+    # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
+    output = mllm.model.model(
+        input_ids=torch.tensor([[token]], device=mllm.device),
+        position_ids=position,
+        use_cache=True,
+        **mllm.cached(cache),
+    )
+    return output.last_hidden_state
 
 
 def _cut_step(

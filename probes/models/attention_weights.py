@@ -5,6 +5,7 @@ Shapes: B images, T image tokens, A heads, q query tokens, N tokens, the last n 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, inf, nn
@@ -49,25 +50,9 @@ def capture_attention(
     def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
         if module in layer_of:
             recorded.append(module)
-            scale = scaling
-            if scale is None:
-                scale = query.shape[-1] ** -0.5
-
-            def compute(image: int, queries: Tensor) -> Tensor:
-                group = query.shape[1] // key.shape[1]  # query heads per key head
-                rows = queries.to(query.device)
-                keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
-                logits = query[image][:, rows].float() @ keys * scale
-                if attention_mask is not None:
-                    # BEiT's bias of relative positions is one for all images
-                    masks = attention_mask.expand(len(query), -1, -1, -1)
-                    mask = masks[image][:, rows]
-                    if mask.is_floating_point():
-                        logits = logits + mask
-                    else:
-                        logits = logits.masked_fill(~mask, -inf)
-                return logits.softmax(-1)
-
+            compute = partial(
+                _weights_of_queries, query=query, key=key, mask=attention_mask, scaling=scaling
+            )
             record(layer_of[module], compute)
         return stock(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
 
@@ -81,6 +66,31 @@ def capture_attention(
             "no attention weights were captured; expected attn_implementation='sdpa' and a model that uses "
             "transformers' attention interface"
         )
+
+
+def _weights_of_queries(
+    image: int,
+    queries: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """Return the weights f[A, q, N] of query tokens of an image, from what attention receives."""
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    group = query.shape[1] // key.shape[1]  # query heads per key head
+    rows = queries.to(query.device)
+    keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
+    logits = query[image][:, rows].float() @ keys * scaling
+    if mask is not None:
+        # BEiT's bias of relative positions is one for all images
+        mask = mask.expand(len(query), -1, -1, -1)[image][:, rows]
+        if mask.is_floating_point():
+            logits = logits + mask
+        else:
+            logits = logits.masked_fill(~mask, -inf)
+    return logits.softmax(-1)
 
 
 def weights_of_image(heads: Tensor, positions: Tensor, average_heads: bool) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
@@ -31,7 +31,7 @@ from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .measured_mask import MeasuredMask, measure_mask
 from .prompts import Chat
-from .reading import Replacement
+from .reading import Hooks
 from .sites import FINAL_NORM, is_before_adapter, is_in_llm_space, layer_around
 
 
@@ -95,8 +95,7 @@ class FrozenMLLM(FrozenModel):
         Raises:
             UserError: The mask is unknown, or the model does not support it.
         """
-        text_config = self.model.config.get_text_config()
-        check_masks(image_attention, text_config, text_config._attn_implementation)
+        check_masks(image_attention, self.text_config, self.text_config._attn_implementation)
         other = copy(self)
         other._buffers = copy(self._buffers)  # its own prefix
         other.image_attention = image_attention
@@ -107,6 +106,11 @@ class FrozenMLLM(FrozenModel):
     def encoder_layers(self) -> EncoderLayers:
         """How to read the encoder's own layers; a UserError says why they cannot be read."""
         return encoder_layers(self.family, self.model.config)
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """Config of the LLM."""
+        return self.model.config.get_text_config()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -132,8 +136,7 @@ class FrozenMLLM(FrozenModel):
     @property
     def rows_share_encoder(self) -> bool:
         """True if layers receive the states of image tokens and a mask only."""
-        has_masks = supports_masks(self.model.config.get_text_config())
-        return has_masks and self.family.rows_share_encoder
+        return supports_masks(self.text_config) and self.family.rows_share_encoder
 
     def run(self, pixels: Tensor) -> None:
         """Run prefix and image."""
@@ -206,7 +209,7 @@ class FrozenMLLM(FrozenModel):
             states = self.final_norm(states)
         logits = head(states)
         check_outputs("logits", {site: logits})
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
         if cap is None or isinstance(head, LogitHead):  # which caps its logits itself
             return logits
         return cap * torch.tanh(logits / cap)
@@ -223,7 +226,7 @@ class FrozenMLLM(FrozenModel):
         knockout: Knockout | None = None,
         max_new_tokens: int = 256,
         on_token: Callable[[str], None] | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
     ) -> str | list[str]:
         """Return the greedy answer to a question about an image, also under a knockout; see answers.py.
 
@@ -266,7 +269,7 @@ class FrozenMLLM(FrozenModel):
         answer: str,
         sites: Sequence[str] | None = None,
         knockout: Knockout | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
         average_heads: bool = True,
     ) -> dict[str, Tensor]:
         """Return the attention weights of an answer's tokens to the image tokens in each layer, from one forward.
@@ -307,7 +310,7 @@ class FrozenMLLM(FrozenModel):
         question: str,
         answers: Sequence[str],
         knockout: Knockout | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
     ) -> Tensor:
         """Return the log-probability of each answer to a question, f[B, A], on the CPU.
 
@@ -336,16 +339,15 @@ class FrozenMLLM(FrozenModel):
         A dict by kind of layer if there are several kinds. None if the model supports its own attention only; then a
         knockout raises a UserError.
         """
-        text_config = self.model.config.get_text_config()
         if (
             self.image_attention == self.own_image_attention
             and knockout is None
-            and not supports_masks(text_config)
+            and not supports_masks(self.text_config)
         ):
             return None
         return build_decoder_masks(
             self.image_attention,
-            text_config=text_config,
+            text_config=self.text_config,
             is_image=self.is_image.expand(batch, -1),
             dtype=self.model.dtype,
         )

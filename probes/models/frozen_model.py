@@ -22,7 +22,7 @@ from .families.encoders import AnyFamily
 from .families.layer_parts import part_width
 from .features import similarity
 from .knockout import Knockout
-from .reading import Replacement, describe_shape, read_states
+from .reading import Hooks, describe_shape, read_states
 from .sites import layer_around, layer_number, layer_site, part_of
 
 
@@ -142,7 +142,7 @@ class FrozenModel(nn.Module):
         sites: Sequence[str] | None = None,
         knockout: Knockout | None = None,
         rows: Sequence[int] | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
     ) -> dict[str, Tensor]:
         """Return the hidden states of the image tokens at each site. Calling the model does the same.
 
@@ -196,7 +196,7 @@ class FrozenModel(nn.Module):
         pixels: Tensor,
         sites: Sequence[str] | None = None,
         knockout: Knockout | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
         average_heads: bool = True,
     ) -> dict[str, Tensor]:
         """Return the attention weights among image tokens in each layer.

@@ -195,16 +195,16 @@ class Knockout:
             UserError: A layer is out of range, or the knockout changes no allowed pair.
             RuntimeError: A chosen layer ran with another mask, so that the knockout would have no effect.
         """
-        images = len(as_list(masks)[0])
+        masks = as_list(masks)
         replaced = []
-        chosen = _select_layers(self.layers, images, len(layers))
+        chosen = _select_layers(self.layers, len(masks[0]), len(layers))
         in_all_rows = chosen.all(0).tolist()
-        on_device = chosen.to(as_list(masks)[0].device)
-        cuts = [(mask, self.cut(mask, is_image, text)) for mask in as_list(masks)]
+        on_device = chosen.to(masks[0].device)
+        cuts = [(mask, self.cut(mask, is_image, text)) for mask in masks]
         changes = [(cut != mask).flatten(1).any(1) for mask, cut in cuts]  # bool[B] each
-        changed = effect
-        if effect is None:
-            changed = torch.zeros(images, dtype=torch.bool, device=on_device.device)
+        changed = torch.zeros_like(changes[0])
+        if effect is not None:
+            changed = effect
 
         def replace(layer: int, arguments: dict) -> dict:
             given = arguments.get("attention_mask")
@@ -213,9 +213,7 @@ class Knockout:
                 if given is mask or _is_copy(given, mask):
                     replaced.append(layer)
                     changed.logical_or_(change & on_device[:, layer - 1])
-                    new = cut
-                    if not in_all_rows[layer - 1]:
-                        new = torch.where(rows, cut, mask)
+                    new = cut if in_all_rows[layer - 1] else torch.where(rows, cut, mask)
                     return {"attention_mask": new.to(given.device)}
             raise RuntimeError(f"layer {layer} runs with another mask than the one to cut: {given}")
 
@@ -225,8 +223,7 @@ class Knockout:
                 attention = layers[layer - 1].self_attn
                 stack.enter_context(with_arguments(attention, partial(replace, layer)))
             yield
-        missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
-        if missed:
+        if missed := {layer for layer in cut_layers if layer <= depth} - set(replaced):
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}")
         if effect is None:
             self.check_effect(changed, on_device[:, :depth].any(1))

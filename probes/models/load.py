@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
@@ -52,7 +51,9 @@ def load(
             mask that the checkpoint was trained with.
         dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
         device: None: the GPU if there is one, else the CPU.
-        **options: Further fields of :class:`LoadOptions`.
+        **options: Fields of :class:`LoadOptions`: image_px, image_resize, revision, device_map, attn_implementation,
+            prefix; of random weights untrained, match, draw, match_images, update_scales, seed; of a module
+            preprocess, patch, layers, norm, parts.
 
     Raises:
         UserError: The checkpoint is not of a registered family or is damaged, an argument is invalid, or a module does
@@ -70,13 +71,13 @@ def load(
     if chosen.device_map is None:
         model.to(device or "cpu")
     if chosen.untrained:
-        chosen.control.replace_weights(model)
+        chosen.replace_weights(model)
     return model
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """How :func:`load` reads a checkpoint or a module.
+class LoadOptions(Control):
+    """Options of :func:`load`: those of a :class:`.random_weights.Control`, and how a checkpoint or a module is read.
 
     Args:
         image_attention, dtype: As of :func:`load`.
@@ -89,13 +90,6 @@ class LoadOptions:
         attn_implementation: transformers' attention backend; None: "sdpa", or "eager" if the LLM does not support it.
             :meth:`FrozenMLLM.attention` needs "sdpa". Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
-        untrained: Parts to replace by random weights, as controls without training: "adapter", "llm"; of a bare encoder
-            "encoder".
-        match: How a random LLM or encoder resembles the trained one: "none", "update" or "permuted".
-        draw: Number of the draw of random weights, for several controls with one seed.
-        match_images: Images on which "update" matches the layers' updates: training images.
-        update_scales: The factors of an earlier match (`FrozenMLLM.update_scales`), instead of `match_images`.
-        seed: Seed of the random weights.
         preprocess, patch, layers, norm, parts: Of a module, as in :class:`EncoderModule`.
     """
 
@@ -107,29 +101,11 @@ class LoadOptions:
     device_map: str | dict | None = None
     attn_implementation: str | None = None
     prefix: str | None = None
-    untrained: Sequence[str] = ()
-    match: str = "none"
-    draw: int = 0
-    match_images: Sequence[Image.Image] = ()
-    update_scales: Sequence[float] | None = None
-    seed: int = 0
     preprocess: Preprocess | None = None
     patch: int | None = None
     layers: Sequence[str] | str | None = None
     norm: str | None = None
     parts: Mapping[str, str] | None = None
-
-    @property
-    def control(self) -> Control:
-        """The random weights."""
-        return Control(
-            parts=self.untrained,
-            match=self.match,
-            images=self.match_images,
-            scales=self.update_scales,
-            draw=self.draw,
-            seed=self.seed,
-        )
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
         """Return those of some options that are not None."""
@@ -156,7 +132,7 @@ def load_module(module: nn.Module | EncoderModule | str, options: LoadOptions) -
     family = family_of(model.config)
     rule = encoder.resize_rule.replaced_by(options.image_resize)
     frozen = FrozenEncoder(model, family, image_processors=[processor], resize_rule=rule)
-    options.control.check(family, model.config)
+    options.check_control(family, model.config)
     check_encoder(
         "a module",
         trained_with=family.image_attention,
@@ -200,7 +176,7 @@ def load_checkpoint(path: str, options: LoadOptions) -> FrozenMLLM | FrozenEncod
     family = family_of(config)
     if options.image_px is not None:
         family = family.with_side(options.image_px, config)
-    options.control.check(family, config)
+    options.check_control(family, config)
     check_numbers(path, family, config)
     checkpoint = Checkpoint(path, family=family, config=config, revision=revision)
     if family.has_llm:

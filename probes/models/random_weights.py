@@ -46,25 +46,26 @@ STEPS = 30  # an update is nearly proportional to its factor: two or three suffi
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """Random weights in place of trained ones.
+    """Random weights in place of trained ones, as options of :func:`probes.load`.
 
     Args:
-        parts: Parts that are replaced, "adapter" and "llm", or of a bare encoder "encoder"; () for none.
-        match: How a random LLM or encoder resembles the trained one, one of `MATCHES`.
-        images: Images on which "update" matches the layers' updates.
-        scales: Factors of an earlier match, in place of `images`.
-        draw: Number of the draw, for several controls with one seed.
+        untrained: Parts to replace by random weights, as controls without training: "adapter", "llm"; of a bare encoder
+            "encoder".
+        match: How a random LLM or encoder resembles the trained one: "none", "update" or "permuted".
+        draw: Number of the draw of random weights, for several controls with one seed.
+        match_images: Images on which "update" matches the layers' updates: training images.
+        update_scales: The factors of an earlier match (`FrozenMLLM.update_scales`), instead of `match_images`.
         seed: Seed of the random weights.
     """
 
-    parts: Sequence[str] = ()
+    untrained: Sequence[str] = ()
     match: str = "none"
-    images: Sequence[Image.Image] = ()
-    scales: Sequence[float] | None = None
     draw: int = 0
+    match_images: Sequence[Image.Image] = ()
+    update_scales: Sequence[float] | None = None
     seed: int = 0
 
-    def check(self, family: AnyFamily, config: PreTrainedConfig) -> None:
+    def check_control(self, family: AnyFamily, config: PreTrainedConfig) -> None:
         """Raise a UserError unless these are random weights that a model of this family and config can have."""
         why = why_unmatched(config)
         if why and self.match == "update":
@@ -74,21 +75,21 @@ class Control:
         if family.has_llm:
             kind = "an MLLM"
             layers = "LLM"
-        if unknown := set(self.parts) - {*family.parts}:
+        if unknown := set(self.untrained) - {*family.parts}:
             raise UserError(
                 f"unknown part {min(unknown)!r} in untrained; expected {', '.join(family.parts)}, the parts of {kind}"
             )
-        if self.draw and not self.parts:
+        if self.draw and not self.untrained:
             raise UserError(
                 f"draw {self.draw} is one of random weights; add their part to untrained"
             )
         if self.match not in MATCHES:
             raise UserError(f"unknown match {self.match!r}; expected {', '.join(MATCHES)}")
-        if self.match != "none" and family.layers_part not in self.parts:
+        if self.match != "none" and family.layers_part not in self.untrained:
             raise UserError(
                 f"match {self.match!r} describes a random {layers}; add {family.layers_part} to untrained"
             )
-        if self.match == "update" and not len(self.images) and self.scales is None:
+        if self.match == "update" and not len(self.match_images) and self.update_scales is None:
             raise UserError(
                 "match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images"
             )
@@ -100,15 +101,15 @@ class Control:
             A stack that, closed, removes the hooks that scale the layers, if their updates are matched.
         """
         pixels = None
-        if self.match == "update" and self.scales is None:
-            pixels = mllm.preprocess(self.images)
+        if self.match == "update" and self.update_scales is None:
+            pixels = mllm.preprocess(self.match_images)
             updates = layer_updates(mllm, pixels)
         self._draw_weights(mllm)
         if self.match != "update":
             return ExitStack()
         mllm.update_scales = [1.0] * len(mllm.layers)
-        if self.scales is not None:
-            mllm.update_scales = list(self.scales)
+        if self.update_scales is not None:
+            mllm.update_scales = list(self.update_scales)
         with scale_layers(mllm, mllm.update_scales) as hooks:
             if pixels is not None:
                 match_updates(mllm, pixels=pixels, updates=updates, scales=mllm.update_scales)
@@ -122,7 +123,7 @@ class Control:
         """
         device = mllm.device
         modules_of_part = mllm.family.random_modules(mllm.model, self.match)
-        replaced = [(part, module) for part in self.parts for module in modules_of_part[part]]
+        replaced = [(part, module) for part in self.untrained for module in modules_of_part[part]]
         is_spread = {parameter.device for parameter in mllm.parameters()} != {device}
         try:
             for _, module in replaced:
@@ -210,15 +211,10 @@ def match_updates(
     """
     before: Tensor | None = None  # input of the layer that runs, at image tokens
 
-    def states_of(hidden: Tensor | tuple) -> Tensor:
-        if isinstance(hidden, tuple):
-            hidden = hidden[0]
-        return hidden.index_select(1, mllm.image_positions.to(hidden.device))
-
     def match(layer: int, module: nn.Module, forward: Callable, *args, **kwargs) -> Tensor | tuple:
         nonlocal before
         if layer == 0:
-            before = states_of(args or kwargs["hidden_states"])
+            before = _image_states(mllm, args or kwargs["hidden_states"])
         attended: list[Any] = []
 
         def attend(forward: Callable, *args, **kwargs) -> Any:
@@ -230,7 +226,7 @@ def match_updates(
         with around(_attention(module), attend):
             for _ in range(STEPS):
                 output = forward(*args, **kwargs)
-                after = states_of(output)
+                after = _image_states(mllm, output)
                 check_outputs("states", {layer_site(layer + 1): after})
                 now = _relative_update(before.to(after.device), after)
                 tolerance = FINE_TOLERANCE
@@ -254,6 +250,13 @@ def match_updates(
         for layer, module in enumerate(mllm.layers):
             stack.enter_context(around(module, partial(match, layer, module)))
         mllm.states(pixels, [layer_site(len(updates))])
+
+
+def _image_states(mllm: nn.Module, hidden: Tensor | tuple) -> Tensor:
+    """Return the states of the image tokens of what a layer receives or returns."""
+    if isinstance(hidden, tuple):
+        hidden = hidden[0]
+    return hidden.index_select(1, mllm.image_positions.to(hidden.device))
 
 
 def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:

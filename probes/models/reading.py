@@ -28,6 +28,7 @@ from .sites import (
 )
 
 Replacement = Callable[[Tensor], Tensor]  # f[B, T, d] -> f[B, T, d]
+Hooks = Mapping[str, Replacement]  # by site
 Place = Callable[[Callable], AbstractContextManager[None]]  # opens a hook that calls a function
 Read = Callable[[Any], Tensor]  # what is found at a place -> f[B, T, d]
 
@@ -38,7 +39,7 @@ def read_states(
     sites: list[str],
     knockout: Knockout | None,
     rows: Sequence[int] | None,
-    hooks: Mapping[str, Replacement],
+    hooks: Hooks,
 ) -> dict[str, Tensor]:
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenModel.states`."""
     model.check_pixels(pixels)
@@ -47,7 +48,6 @@ def read_states(
     count = len(rows or pixels)
     if rows is not None and not one_encoder:
         pixels = pixels[rows]
-    images = len(pixels)
     in_order = sorted(sites, key=model.all_sites.index)
     states: dict[str, Tensor] = {}
 
@@ -62,7 +62,7 @@ def read_states(
             stack.enter_context(_as_rows(model.layers, rows))
         stack.enter_context(replaced_states(model, hooks))
         for site in in_order:
-            place, read = _place_of(model, site, images)
+            place, read = _place_of(model, site, len(pixels))
             stack.enter_context(place(partial(record, site, read)))
         with suppress(StopForward):
             model.run(pixels.to(model.device, model.model.dtype))
@@ -79,7 +79,7 @@ def read_states(
 
 
 @contextmanager
-def replaced_states(model: nn.Module, hooks: Mapping[str, Replacement]) -> Iterator[None]:
+def replaced_states(model: nn.Module, hooks: Hooks) -> Iterator[None]:
     """Replace the states of the image tokens at sites by what `hooks` return while the context is open.
 
     Raises:

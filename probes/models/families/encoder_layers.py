@@ -7,7 +7,7 @@ concatenated, as they are at the site "encoder": all sites of a model have one g
 Shapes: B images, T image tokens on a grid h x w, m x m patches a token, d width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Tower:
     count: str = "num_hidden_layers"
 
 
-_BY_TOKEN = {"by_token": True, "count": "depth"}
+_BY_TOKEN = Tower("blocks", by_token=True, count="depth")
 TOWERS: dict[str, Tower] = {
     kind: Tower(family.layers, family.extra_tokens, family.extra_keys)
     for kind, family in ENCODERS.items()
@@ -58,18 +58,18 @@ TOWERS |= {
     "video_llama_3_vision": Tower("encoder.layers"),
     "pixtral": Tower("transformer.layers"),
     "ovis2_vision": Tower("transformer.encoder.layers"),
-    "qwen2_vl_vision": Tower("blocks", width="embed_dim", **_BY_TOKEN),
+    "qwen2_vl_vision": replace(_BY_TOKEN, width="embed_dim"),
     "idefics3_vision": Tower("encoder.layers"),
     "smolvlm_vision": Tower("encoder.layers"),
     "janus_vision_model": Tower("encoder.layers"),
-    "qwen3_vl_vision": Tower("blocks", **_BY_TOKEN),
-    "qwen3_vl_moe_vision": Tower("blocks", **_BY_TOKEN),
-    "qwen3_5_vision": Tower("blocks", **_BY_TOKEN),
-    "qwen3_5_moe_vision": Tower("blocks", **_BY_TOKEN),
-    "glm4v": Tower("blocks", **_BY_TOKEN),
-    "glm4v_vision": Tower("blocks", **_BY_TOKEN),
-    "glm4v_moe_vision": Tower("blocks", **_BY_TOKEN),
-    "glm_ocr_vision": Tower("blocks", **_BY_TOKEN),
+    "qwen3_vl_vision": _BY_TOKEN,
+    "qwen3_vl_moe_vision": _BY_TOKEN,
+    "qwen3_5_vision": _BY_TOKEN,
+    "qwen3_5_moe_vision": _BY_TOKEN,
+    "glm4v": _BY_TOKEN,
+    "glm4v_vision": _BY_TOKEN,
+    "glm4v_moe_vision": _BY_TOKEN,
+    "glm_ocr_vision": _BY_TOKEN,
 }
 # whose order of patches is that of windows of attention
 WINDOWS = ("qwen2_5_vl_vision", "exaone4_5_vision")

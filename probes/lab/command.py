@@ -51,7 +51,9 @@ def run(options: LabOptions) -> None:
             token=token,
             hosts={"localhost", host.lower(), (options.host or host).lower()},
         )
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={token}", flush=True)
+        if ":" in host:  # an address of IPv6
+            host = f"[{host}]"
+        print(f"http://{host}:{port}/?token={token}", flush=True)
         # not raised where a script starts the lab in the background
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])

@@ -147,7 +147,7 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
     return models
 
 
-def load_checkpoint(path: str) -> list[LabModel]:
+def open_checkpoint(path: str) -> list[LabModel]:
     """Load a checkpoint without probes."""
     mllm = probes.load(path)
     label = mllm.image_attention if mllm.has_llm else ENCODER

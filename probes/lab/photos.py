@@ -116,7 +116,7 @@ class Photos:
                 self._photos.popitem(last=False)
 
 
-def encode(image: Image.Image, format: str) -> bytes:
+def encode_image(image: Image.Image, format: str) -> bytes:
     """Return the file of an image."""
     stream = io.BytesIO()
     image.save(stream, format)

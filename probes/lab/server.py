@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llava_bidir.common.errors import UserError
 from probes.report.render import render
 
-from .photos import encode
+from .photos import encode_image
 from .requests import Attention, PatchView, PhotoQuestion, ShownViews, SiteView, View, parse_request
 from .session import Session
 from .worker import Job, Worker
@@ -108,7 +108,7 @@ class Pages:
         """Return a photo's preview."""
         key = check_key(request.query_params.get("photo", ""))
         photo = await run_in_threadpool(self.session.photos.get, key)
-        content = await run_in_threadpool(encode, photo.preview, "JPEG")
+        content = await run_in_threadpool(encode_image, photo.preview, "JPEG")
         # A later lab at this port has other pictures under the same key. Browsers send no Sec-Fetch-Site to a host
         # without TLS other than localhost, but do not show such a picture on other origins' pages.
         headers = {"Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}

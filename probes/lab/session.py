@@ -21,7 +21,7 @@ from probes.models.reading import Replacement
 from probes.models.sites import layer_site
 
 from .models import LabModel, open_split
-from .photos import Photos, encode
+from .photos import Photos, encode_image
 from .requests import (
     MAX_ANSWER_TOKENS,
     Attention,
@@ -121,7 +121,7 @@ class Session:
         task = model.run.task
         prediction = task.predict_pixels(maps, size, view)
         coloured = task.colorize(prediction, np.array(self.palette, np.uint8))
-        png = encode(Image.fromarray(coloured), "PNG")
+        png = encode_image(Image.fromarray(coloured), "PNG")
         return {"png": base64.b64encode(png).decode()}
 
     def similarity(self, request: PatchView, job: Job) -> dict[str, Any]:

@@ -45,7 +45,6 @@ from .reading import Hooks, replaced_states
 from .sites import FINAL_NORM, layer_site
 
 
-# ---------------------------------------------------------------------------------------- text after the image
 class TokenTree(NamedTuple):
     """Tokens after the image that branch, and the tokens to score."""
 
@@ -90,6 +89,150 @@ class TokenTree(NamedTuple):
         return cls(torch.tensor(ids), torch.tensor(positions), visible, targets, sets)
 
 
+# ------------------------------------------------------------------------------------------------- answers
+@torch.no_grad()
+def score_answers(
+    mllm: nn.Module,
+    pixels: Tensor,
+    question: str,
+    answers: Sequence[str],
+    knockout: Knockout | None,
+    hooks: Hooks | None,
+) -> Tensor:
+    """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
+    if not answers or not all(text.strip() for text in [question, *answers]):
+        raise UserError("got no question or answer, or an empty one; expected a text and a list")
+    shares = [answers]
+    if mllm.attention_masks(1, knockout) is None:
+        shares = [[answer] for answer in answers]
+    scores = []
+    for share in shares:
+        text = TokenTree.from_ids(mllm.chat.question_ids(question), mllm.chat.answer_ids(share))
+        states, _ = text_states(mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks)
+        scores.append(_score_text(mllm, states=states, text=text, answers=len(share)))
+    return torch.cat(scores, 1)
+
+
+def _score_text(mllm: nn.Module, states: Tensor, text: TokenTree, answers: int) -> Tensor:
+    """Return the log-probabilities f[B, answers] of a text's answers from its normed states f[B, Q, d]."""
+    predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
+    used, row = predictors.unique(return_inverse=True)
+    logits = mllm.word_head(FINAL_NORM)(states[:, used.to(mllm.device)])
+    log_probs = logits.float().log_softmax(-1).cpu()[:, row, ids]
+    return torch.zeros(len(states), answers).index_add_(1, numbers, log_probs)
+
+
+@torch.no_grad()
+def attend_from_answer(
+    mllm: nn.Module,
+    pixels: Tensor,
+    question: str,
+    answer: str,
+    sites: Sequence[str],
+    knockout: Knockout | None,
+    hooks: Hooks | None,
+    average_heads: bool,
+) -> dict[str, Tensor]:
+    """Return attention weights of an answer's tokens by layer; see :meth:`FrozenMLLM.answer_attention`."""
+    if not (question.strip() and answer.strip()):
+        raise UserError("the question or the answer is empty; expected texts")
+    text = TokenTree.from_ids(mllm.chat.question_ids(question), mllm.chat.answer_ids([answer]))
+    weights: dict[str, list[Tensor]] = {}
+    queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
+    image = mllm.is_image.cpu().nonzero().flatten()
+
+    def record(layer: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+        site = layer_site(layer)
+        if site not in sites:
+            return
+        weights[site] = [
+            weights_of_image(compute(row, queries), image, average_heads)
+            for row in range(len(pixels))
+        ]
+
+    with capture_attention(mllm.layers, record):
+        text_states(mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks)
+    return {site: torch.stack(weights[site]) for site in sites}
+
+
+@torch.no_grad()
+def generate_answer(
+    mllm: nn.Module,
+    pixels: Tensor,
+    question: str,
+    knockout: Knockout | None,
+    max_new_tokens: int,
+    on_token: Callable[[str], None] | None = None,
+    hooks: Hooks | None = None,
+) -> str:
+    """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
+    cache = _empty_cache(mllm.text_config)
+    answer: list[int] = []
+    ids = mllm.chat.question_ids(question)
+    ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
+    room = max_positions(mllm.text_config) - mllm.ids.shape[1] - len(ids)
+    effect = None
+    if knockout and ANSWER in knockout.names("rows"):
+        effect = torch.zeros(1, dtype=torch.bool, device=mllm.device)
+    text = TokenTree.from_ids(ids)
+    states, first_position = text_states(
+        mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks, cache=cache, effect=effect
+    )
+    word_head = mllm.word_head(FINAL_NORM)
+    for _ in range(min(max_new_tokens, room)):
+        token = int(word_head(states[:, -1]).argmax())
+        if token in ends:
+            break
+        answer.append(token)
+        if on_token:
+            on_token(mllm.chat.decode(answer))
+        cut = nullcontext()
+        if effect is not None:  # rows of the knockout are tokens of the answer
+            cut = _cut_step(mllm, question=ids, answer=answer, knockout=knockout, effect=effect)
+        with cut:
+            position = first_position + len(ids) + len(answer) - 1
+            states = _token_states(mllm, token=token, position=position, cache=cache)
+        if effect is not None and len(answer) == 1:  # later steps see no more of the prompt
+            is_cut = knockout.select_layers(mllm.layers).any(1)
+            knockout.check_effect(effect, is_cut.to(effect.device))
+    return mllm.chat.decode(answer)
+
+
+def _empty_cache(text_config: PreTrainedConfig) -> DynamicCache:
+    """Return a cache of all tokens, as masks have them; with a config it drops keys outside of sliding windows."""
+    if supports_masks(text_config):
+        return DynamicCache()
+    return DynamicCache(config=text_config)
+
+
+def _token_states(mllm: nn.Module, token: int, position: Tensor, cache: DynamicCache) -> Tensor:
+    """Return the normed states f[1, 1, d] of a token of an answer, after those in the cache."""
+    # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
+    output = mllm.model.model(
+        input_ids=torch.tensor([[token]], device=mllm.device),
+        position_ids=position,
+        use_cache=True,
+        **mllm.cached(cache),
+    )
+    return output.last_hidden_state
+
+
+def _cut_step(
+    mllm: nn.Module, question: list[int], answer: list[int], knockout: Knockout, effect: Tensor
+) -> ExitStack:
+    """Cut the attention of the last token of an answer, of which there is one row, until the stack is closed."""
+    # the last token of an answer in a tree does not run, so one more is appended
+    text = TokenTree.from_ids(question, [[*answer, 0]])
+    masks = last_row(_text_masks(mllm, batch=1, text=text, knockout=knockout))
+    with ExitStack() as stack:
+        stack.enter_context(
+            _cut_text(mllm, text=text, knockout=knockout, masks=masks, effect=effect)
+        )
+        stack.enter_context(decode_under(mllm.decoder, masks))
+        return stack.pop_all()
+
+
+# ---------------------------------------------------------------------------------------- text after the image
 def text_states(
     mllm: nn.Module,
     pixels: Tensor,
@@ -248,146 +391,3 @@ def _append_text(mask: Tensor, tokens: int, text: TokenTree, window: int | None)
     extended[:, :, tokens:].masked_fill_(seen.to(mask.device), allowed)
     extended[:, :, :first, :first] = mask
     return extended
-
-
-# ------------------------------------------------------------------------------------------------- answers
-@torch.no_grad()
-def score_answers(
-    mllm: nn.Module,
-    pixels: Tensor,
-    question: str,
-    answers: Sequence[str],
-    knockout: Knockout | None,
-    hooks: Hooks | None,
-) -> Tensor:
-    """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
-    if not answers or not all(text.strip() for text in [question, *answers]):
-        raise UserError("got no question or answer, or an empty one; expected a text and a list")
-    shares = [answers]
-    if mllm.attention_masks(1, knockout) is None:
-        shares = [[answer] for answer in answers]
-    scores = []
-    for share in shares:
-        text = TokenTree.from_ids(mllm.chat.question_ids(question), mllm.chat.answer_ids(share))
-        states, _ = text_states(mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks)
-        scores.append(_score_text(mllm, states=states, text=text, answers=len(share)))
-    return torch.cat(scores, 1)
-
-
-def _score_text(mllm: nn.Module, states: Tensor, text: TokenTree, answers: int) -> Tensor:
-    """Return the log-probabilities f[B, answers] of a text's answers from its normed states f[B, Q, d]."""
-    predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
-    used, row = predictors.unique(return_inverse=True)
-    logits = mllm.word_head(FINAL_NORM)(states[:, used.to(mllm.device)])
-    log_probs = logits.float().log_softmax(-1).cpu()[:, row, ids]
-    return torch.zeros(len(states), answers).index_add_(1, numbers, log_probs)
-
-
-@torch.no_grad()
-def attend_from_answer(
-    mllm: nn.Module,
-    pixels: Tensor,
-    question: str,
-    answer: str,
-    sites: Sequence[str],
-    knockout: Knockout | None,
-    hooks: Hooks | None,
-    average_heads: bool,
-) -> dict[str, Tensor]:
-    """Return attention weights of an answer's tokens by layer; see :meth:`FrozenMLLM.answer_attention`."""
-    if not (question.strip() and answer.strip()):
-        raise UserError("the question or the answer is empty; expected texts")
-    text = TokenTree.from_ids(mllm.chat.question_ids(question), mllm.chat.answer_ids([answer]))
-    weights: dict[str, list[Tensor]] = {}
-    queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
-    image = mllm.is_image.cpu().nonzero().flatten()
-
-    def record(layer: int, compute: Callable[[int, Tensor], Tensor]) -> None:
-        site = layer_site(layer)
-        if site not in sites:
-            return
-        weights[site] = [
-            weights_of_image(compute(row, queries), image, average_heads)
-            for row in range(len(pixels))
-        ]
-
-    with capture_attention(mllm.layers, record):
-        text_states(mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks)
-    return {site: torch.stack(weights[site]) for site in sites}
-
-
-@torch.no_grad()
-def generate_answer(
-    mllm: nn.Module,
-    pixels: Tensor,
-    question: str,
-    knockout: Knockout | None,
-    max_new_tokens: int,
-    on_token: Callable[[str], None] | None = None,
-    hooks: Hooks | None = None,
-) -> str:
-    """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
-    cache = _empty_cache(mllm.text_config)
-    answer: list[int] = []
-    ids = mllm.chat.question_ids(question)
-    ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
-    room = max_positions(mllm.text_config) - mllm.ids.shape[1] - len(ids)
-    effect = None
-    if knockout and ANSWER in knockout.names("rows"):
-        effect = torch.zeros(1, dtype=torch.bool, device=mllm.device)
-    text = TokenTree.from_ids(ids)
-    states, first_position = text_states(
-        mllm, pixels=pixels, text=text, knockout=knockout, hooks=hooks, cache=cache, effect=effect
-    )
-    word_head = mllm.word_head(FINAL_NORM)
-    for _ in range(min(max_new_tokens, room)):
-        token = int(word_head(states[:, -1]).argmax())
-        if token in ends:
-            break
-        answer.append(token)
-        if on_token:
-            on_token(mllm.chat.decode(answer))
-        cut = nullcontext()
-        if effect is not None:  # rows of the knockout are tokens of the answer
-            cut = _cut_step(mllm, question=ids, answer=answer, knockout=knockout, effect=effect)
-        with cut:
-            position = first_position + len(ids) + len(answer) - 1
-            states = _token_states(mllm, token=token, position=position, cache=cache)
-        if effect is not None and len(answer) == 1:  # later steps see no more of the prompt
-            is_cut = knockout.select_layers(mllm.layers).any(1)
-            knockout.check_effect(effect, is_cut.to(effect.device))
-    return mllm.chat.decode(answer)
-
-
-def _empty_cache(text_config: PreTrainedConfig) -> DynamicCache:
-    """Return a cache of all tokens, as masks have them; with a config it drops keys outside of sliding windows."""
-    if supports_masks(text_config):
-        return DynamicCache()
-    return DynamicCache(config=text_config)
-
-
-def _token_states(mllm: nn.Module, token: int, position: Tensor, cache: DynamicCache) -> Tensor:
-    """Return the normed states f[1, 1, d] of a token of an answer, after those in the cache."""
-    # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
-    output = mllm.model.model(
-        input_ids=torch.tensor([[token]], device=mllm.device),
-        position_ids=position,
-        use_cache=True,
-        **mllm.cached(cache),
-    )
-    return output.last_hidden_state
-
-
-def _cut_step(
-    mllm: nn.Module, question: list[int], answer: list[int], knockout: Knockout, effect: Tensor
-) -> ExitStack:
-    """Cut the attention of the last token of an answer, of which there is one row, until the stack is closed."""
-    # the last token of an answer in a tree does not run, so one more is appended
-    text = TokenTree.from_ids(question, [[*answer, 0]])
-    masks = last_row(_text_masks(mllm, batch=1, text=text, knockout=knockout))
-    with ExitStack() as stack:
-        stack.enter_context(
-            _cut_text(mllm, text=text, knockout=knockout, masks=masks, effect=effect)
-        )
-        stack.enter_context(decode_under(mllm.decoder, masks))
-        return stack.pop_all()

@@ -34,7 +34,7 @@ BLOCKED = "blocked"
 PREFIX = "prefix"
 ANSWER = "answer"
 TEXT_SETS = ("question", "last", ANSWER)  # after the image
-SETS = (PREFIX, IMAGE, BLOCKED, *TEXT_SETS)
+TOKEN_SETS = (PREFIX, IMAGE, BLOCKED, *TEXT_SETS)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ class Knockout:
     def __post_init__(self):
         for axis in ("rows", "columns"):
             names = self.names(axis)
-            if not names or not set(names) <= set(SETS):
+            if not names or not set(names) <= set(TOKEN_SETS):
                 raise UserError(
-                    f"{axis} of a knockout are {getattr(self, axis)!r}; expected one or several of {', '.join(SETS)}"
+                    f"{axis} of a knockout are {getattr(self, axis)!r}; expected one or several of "
+                    f"{', '.join(TOKEN_SETS)}"
                 )
         if self.blocked is not None and not self.uses_blocked:
             raise UserError(

@@ -35,14 +35,6 @@ def is_source(path: str) -> bool:
     return str(path).startswith(TIMM) or _split(path) is not None
 
 
-def _split(path: str) -> tuple[Path, str] | None:
-    """Return the file and the function of "FILE.py:FUNCTION"; None of another text."""
-    file, _, function = str(path).rpartition(":")
-    if file.endswith(".py") and function.isidentifier():
-        return Path(file), function
-    return None
-
-
 def check_names_function(path: str) -> None:
     """Raise a UserError if a model is a Python file without the function that returns it."""
     file = Path(str(path).partition(":")[0])
@@ -167,6 +159,14 @@ def weights_digest(module: "nn.Module") -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
     return digest.hexdigest()[:DIGITS]
+
+
+def _split(path: str) -> tuple[Path, str] | None:
+    """Return the file and the function of "FILE.py:FUNCTION"; None of another text."""
+    file, _, function = str(path).rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return Path(file), function
+    return None
 
 
 def _read(file: Path) -> bytes:

@@ -30,11 +30,13 @@ from .hooks import StopForward, at_input, at_output
 
 Preprocess = Callable[[Image.Image], Tensor] | tuple[Sequence[float], Sequence[float]]
 INIT_STD = 0.02  # of ViT, DINOv2 and timm
-TOLERANCE = 1e-3  # of sums and of normalised values, relative to what is added: float32, or less
+CHECK_TOLERANCE = (
+    1e-3  # of sums and of normalised values, relative to what is added: float32, or less
+)
 PREPROCESSED = (
     "a tensor f[3, S, S], the pixels of the PIL image that it is given, shifted and scaled"
 )
-PHOTO_PX = 64  # side of the photo that tells the side of what a preprocessing makes
+TRIAL_PX = 64  # side of the photo that tells the side of what a preprocessing makes
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProce
     if image_px is None:
         if not callable(encoder.preprocess):
             raise UserError("the side of the input is not known; give image_px, in pixels")
-        image_px = _preprocessed(encoder.preprocess, _plain("black", PHOTO_PX)).shape[-1]
+        image_px = _preprocessed(encoder.preprocess, _plain("black", TRIAL_PX)).shape[-1]
     mean, std = normalisation(encoder.preprocess, image_px)
     check_image_px(image_px, encoder.patch, "image_px")
     names = layer_names(encoder)
@@ -121,7 +123,7 @@ def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProce
         if encoder.parts:
             layer.own_parts = {part: (path,) for part, path in encoder.parts.items()}
     with torch.no_grad():
-        states = check_layers(model, layers=layers, names=names, parts=encoder.parts)
+        states = check_layer_states(model, layers=layers, names=names, parts=encoder.parts)
         config.extra_tokens = check_tokens(model, layers[0])
         if encoder.norm:
             states.append(module_at(model.module, encoder.norm)(states[-1]))
@@ -170,7 +172,7 @@ def normalisation(preprocess: Preprocess, side: int) -> tuple[list[float], list[
     seen = _preprocessed(preprocess, Image.fromarray(levels))
     expected = black + (white - black) * torch.from_numpy(levels).movedim(-1, 0) / 255
     span = (white - black).mean((1, 2))
-    if not _is_close(seen, expected, TOLERANCE) or not span.all():
+    if not _is_close(seen, expected, CHECK_TOLERANCE) or not span.all():
         raise UserError(
             f"preprocess does more to a square of {side} px than to shift and scale each channel, or ignores it, so "
             "that masks cannot be placed. Give (mean, std) instead, with image_px and, for the way in which photos "
@@ -209,7 +211,7 @@ def _noise(model: ModuleModel, images: int) -> Tensor:
     return drawn.to(model.device, model.dtype)
 
 
-def check_layers(
+def check_layer_states(
     model: ModuleModel, layers: Sequence[nn.Module], names: Sequence[str], parts: Mapping[str, str]
 ) -> list[Tensor]:
     """Return the states f[2, N, d] at the input of the first layer and after each, in a forward of two images.
@@ -282,7 +284,7 @@ def _check_parts(name: str, before: Tensor, after: Tensor, added: Sequence[Tenso
     change = after - before
     # where layer scale is small, it is all there is
     rounding = torch.finfo(after.dtype).eps * after.norm()
-    most = TOLERANCE * change.norm() + rounding
+    most = CHECK_TOLERANCE * change.norm() + rounding
     fits = all(part.shape == change.shape for part in added)
     if not fits or (sum(added) - change).norm() > most:
         raise UserError(

@@ -41,7 +41,7 @@ MATCH_IMAGES = 32
 FINE_TOLERANCE = 1e-3  # relative; far below the difference between images
 # Of states with 16 bits, whose rounding makes an update jump by a percent where it is small beside them
 COARSE_TOLERANCE = 0.02
-STEPS = 30  # an update is nearly proportional to its factor: two or three suffice
+MATCH_STEPS = 30  # an update is nearly proportional to its factor: two or three suffice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def match_updates(
 
         wanted = updates[layer]
         with around(_attention(module), attend):
-            for _ in range(STEPS):
+            for _ in range(MATCH_STEPS):
                 output = forward(*args, **kwargs)
                 after = _image_states(mllm, output)
                 check_outputs("states", {layer_site(layer + 1): after})

@@ -29,7 +29,7 @@ from .sites import (
 
 Replacement = Callable[[Tensor], Tensor]  # f[B, T, d] -> f[B, T, d]
 Hooks = Mapping[str, Replacement]  # by site
-Place = Callable[[Callable], AbstractContextManager[None]]  # opens a hook that calls a function
+HookPlace = Callable[[Callable], AbstractContextManager[None]]  # opens a hook that calls a function
 Read = Callable[[Any], Tensor]  # what is found at a place -> f[B, T, d]
 
 
@@ -105,7 +105,7 @@ def replaced_states(model: nn.Module, hooks: Hooks) -> Iterator[None]:
         yield
 
 
-def _place_of(model: nn.Module, site: str, images: int) -> tuple[Place, Read]:
+def _place_of(model: nn.Module, site: str, images: int) -> tuple[HookPlace, Read]:
     """Return where a site is, and what makes its states of what is found there."""
 
     def of_image(states: Tensor) -> Tensor:
@@ -130,14 +130,14 @@ def _place_of(model: nn.Module, site: str, images: int) -> tuple[Place, Read]:
     return partial(at_output, model.layers[-1]), lambda states: model.final_norm(of_image(states))
 
 
-def _place_of_layer(model: nn.Module, site: str) -> Place:
+def _place_of_layer(model: nn.Module, site: str) -> HookPlace:
     """Return where the output of a layer is, or the input of the first one."""
     if site == ADAPTER:
         return _before_or_after(model.layers, 0)
     return _before_or_after(model.layers, layer_number(site))
 
 
-def _before_or_after(layers: nn.ModuleList, number: int) -> Place:
+def _before_or_after(layers: nn.ModuleList, number: int) -> HookPlace:
     """Return the place after layer 1..L, or before the first one for 0."""
     if number:
         return partial(at_output, layers[number - 1])

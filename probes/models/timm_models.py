@@ -12,7 +12,7 @@ from probes.ops.geometry import ResizeRule
 
 from .own_module import EncoderModule
 
-LAYERS = "blocks"
+BLOCKS = "blocks"
 # what a block adds, after any layer scale
 BLOCK_PARTS = {"attn": "drop_path1", "mlp": "drop_path2"}
 NORMS = ("norm", "fc_norm")  # the second where patches are averaged before it
@@ -39,9 +39,9 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
             settings = {"img_size": image_px}
         model = timm.create_model(name, pretrained=True, **settings)
         config = timm.data.resolve_model_data_config(model)
-        if not hasattr(model, LAYERS) or not hasattr(model, "patch_embed"):
+        if not hasattr(model, BLOCKS) or not hasattr(model, "patch_embed"):
             raise UserError(
-                f"a {type(model).__name__} has no {LAYERS} of one grid; expected a vision transformer"
+                f"a {type(model).__name__} has no {BLOCKS} of one grid; expected a vision transformer"
             )
         rows, columns = model.patch_embed.grid_size
         if rows != columns:
@@ -58,7 +58,7 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
         model,
         preprocess=(config["mean"], config["std"]),
         patch=model.patch_embed.patch_size[0],
-        layers=LAYERS,
+        layers=BLOCKS,
         norm=next(iter(used), None),
         parts=parts,
         image_px=side_px,

@@ -15,10 +15,10 @@ from .encoders import ENCODERS, AnyFamily
 from .encoders import EncoderFamily as EncoderFamily
 from .gemma import GEMMA
 from .llava import LLAVA
-from .modules import MODULE_TYPE, MODULES
-from .patch_merging import MERGED
+from .modules import MODULE_FAMILY, MODULE_TYPE
+from .patch_merging import PATCH_MERGING
 
-FAMILIES: dict[str, AnyFamily] = LLAVA | DEEPSEEK | GEMMA | MERGED | DYNAMIC | ENCODERS
+FAMILIES: dict[str, AnyFamily] = LLAVA | DEEPSEEK | GEMMA | PATCH_MERGING | DYNAMIC | ENCODERS
 
 _QUERIES = "learned queries summarise the image, so that its tokens have no position in it"
 _CROSS = "the LLM reads the image by cross-attention; its sequence has no image tokens"
@@ -58,7 +58,7 @@ def family_of(config: PreTrainedConfig) -> AnyFamily:
     """Return the family of a checkpoint's config; raise a UserError if it is not registered or cannot be probed."""
     kind = config.model_type
     if kind == MODULE_TYPE:  # which no checkpoint is of
-        return MODULES
+        return MODULE_FAMILY
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind == "timm_wrapper":

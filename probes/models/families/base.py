@@ -36,7 +36,7 @@ def patch_size(config: PreTrainedConfig) -> int:
     return square_side(config.vision_config.patch_size)
 
 
-def split_patches(pixels: Tensor, side: int) -> Tensor:
+def cut_patches(pixels: Tensor, side: int) -> Tensor:
     """Return the patches of images f[B, C, H, W] in raster order, f[B, h, w, C, side, side]; H and W are multiples."""
     split = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # B, C, h, side, w, side
     return split.permute(0, 2, 4, 1, 3, 5)

@@ -12,26 +12,6 @@ from .encoders import AnyFamily
 from .layer_parts import part_sites, parts_text, why_no_part
 
 
-def encoder_sites(family: AnyFamily, config: PreTrainedConfig) -> list[str]:
-    """Return the sites of the encoder's own layers in an MLLM; of a bare encoder, which has none, [].
-
-    Raises:
-        UserError: They cannot be read.
-    """
-    if not family.has_llm:
-        return []
-    return encoder_layers(family, config).sites
-
-
-def all_sites(family: AnyFamily, config: PreTrainedConfig) -> list[str]:
-    """Return all sites in forward order; without encoder layers and values that cannot be read."""
-    try:
-        in_encoder = encoder_sites(family, config)
-    except UserError:
-        in_encoder = []
-    return with_parts([*in_encoder, *family.sites(config)], part_sites(family, config))
-
-
 def chosen_sites(
     family: AnyFamily, config: PreTrainedConfig, sites: str | Sequence[str] | None
 ) -> list[str]:
@@ -68,3 +48,23 @@ def chosen_sites(
             expected += f", and {parts_text({part_of(part) for part in parts})}"
         raise UserError(f"unknown site {site!r}; this model has {expected}")
     return list(sites)
+
+
+def all_sites(family: AnyFamily, config: PreTrainedConfig) -> list[str]:
+    """Return all sites in forward order; without encoder layers and values that cannot be read."""
+    try:
+        in_encoder = encoder_sites(family, config)
+    except UserError:
+        in_encoder = []
+    return with_parts([*in_encoder, *family.sites(config)], part_sites(family, config))
+
+
+def encoder_sites(family: AnyFamily, config: PreTrainedConfig) -> list[str]:
+    """Return the sites of the encoder's own layers in an MLLM; of a bare encoder, which has none, [].
+
+    Raises:
+        UserError: They cannot be read.
+    """
+    if not family.has_llm:
+        return []
+    return encoder_layers(family, config).sites

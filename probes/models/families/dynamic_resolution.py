@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .base import Family, patch_size, split_patches, square_side
+from .base import Family, cut_patches, patch_size, square_side
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ def _patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict
 
 def _raster_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B x P, channels, p, p] in raster order. Source: image processors of both families."""
-    patches = split_patches(pixels, patch_size(model.config))
+    patches = cut_patches(pixels, patch_size(model.config))
     rows, columns = patches.shape[1:3]
     grid = torch.tensor([[1, rows, columns]], device=model.device)
     return {"pixel_values": patches.flatten(0, 2), "image_grid_thw": grid.expand(len(pixels), -1)}

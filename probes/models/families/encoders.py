@@ -19,7 +19,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import check_image_px
 from probes.models.sites import FINAL_NORM, layer_site
 
-from .base import Family, find_model_class, module_at, split_patches, square_side
+from .base import Family, cut_patches, find_model_class, module_at, square_side
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel
@@ -74,7 +74,7 @@ def patch_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
     patch = square_side(config.patch_size)
     rows, columns = (side // patch for side in pixels.shape[-2:])
     pixels = pixels[:, :, : rows * patch, : columns * patch]
-    patches = split_patches(pixels, patch).movedim(3, -1).flatten(3).flatten(1, 2)
+    patches = cut_patches(pixels, patch).movedim(3, -1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(

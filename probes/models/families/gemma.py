@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .base import Family, image_size, patch_size, split_patches
+from .base import Family, cut_patches, image_size, patch_size
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ def _merged_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) 
 
 def _split(patch: int, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
-    split = split_patches(pixels, patch).movedim(3, -1)  # B, h, w, p, p, C
+    split = cut_patches(pixels, patch).movedim(3, -1)  # B, h, w, p, p, C
     rows, columns = split.shape[1:3]
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     positions = torch.stack([x, y], -1).flatten(0, 1)

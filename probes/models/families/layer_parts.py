@@ -103,26 +103,6 @@ def parts_text(kinds: Collection[str]) -> str:
     return f"{names} inside layer_NN"
 
 
-def find_part(layer: nn.Module, part: str) -> nn.Module | None:
-    """Return the module of a layer whose output is a part of it, "value", "attn" or "mlp"; None if there is none."""
-    paths = getattr(layer, "own_parts", PART_MODULES)[part]  # of a user's module
-    if part == "attn" and hasattr(layer, "post_feedforward_layernorm"):
-        # Gemma, EXAONE and OLMo 2; in all other families a norm of this name comes before the MLP
-        paths = ("post_attention_layernorm", *paths)
-    return _first_module(layer, paths)
-
-
-def _first_module(parent: nn.Module, paths: Iterable[str]) -> nn.Module | None:
-    """Return the module at the first of some paths that a module has; None if it has none of them."""
-    for path in paths:
-        module = parent
-        for name in path.split("."):
-            module = getattr(module, name, None)
-        if module is not None:
-            return module
-    return None
-
-
 def part_module(layer: nn.Module, site: str) -> nn.Module:
     """Return the module of a layer whose output is the part that a site names.
 
@@ -161,3 +141,23 @@ def part_multiplier(layer: nn.Module, part: str) -> float | Tensor | None:
     if multiplier is None:
         return getattr(layer, "residual_multiplier", None)  # Granite
     return multiplier
+
+
+def find_part(layer: nn.Module, part: str) -> nn.Module | None:
+    """Return the module of a layer whose output is a part of it, "value", "attn" or "mlp"; None if there is none."""
+    paths = getattr(layer, "own_parts", PART_MODULES)[part]  # of a user's module
+    if part == "attn" and hasattr(layer, "post_feedforward_layernorm"):
+        # Gemma, EXAONE and OLMo 2; in all other families a norm of this name comes before the MLP
+        paths = ("post_attention_layernorm", *paths)
+    return _first_module(layer, paths)
+
+
+def _first_module(parent: nn.Module, paths: Iterable[str]) -> nn.Module | None:
+    """Return the module at the first of some paths that a module has; None if it has none of them."""
+    for path in paths:
+        module = parent
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if module is not None:
+            return module
+    return None

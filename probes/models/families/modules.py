@@ -87,4 +87,6 @@ class ModuleFamily(EncoderFamily):
         return module_at(model.module, model.config.norm_name)
 
 
-MODULES = ModuleFamily("PreTrainedModel", layers="", norm="norm_name", extra_keys=("extra_tokens",))
+MODULE_FAMILY = ModuleFamily(
+    "PreTrainedModel", layers="", norm="norm_name", extra_keys=("extra_tokens",)
+)

@@ -109,7 +109,7 @@ def test_draws_differ(match, path, pictures):
 
 
 def test_updates_that_cannot_be_matched_are_an_error(path, pictures, monkeypatch):
-    monkeypatch.setattr("probes.models.random_weights.STEPS", 1)
+    monkeypatch.setattr("probes.models.random_weights.MATCH_STEPS", 1)
     with pytest.raises(ValueError, match="cannot be matched"):
         probes.load(path, **UPDATE, match_images=pictures)
 

@@ -66,10 +66,8 @@ def load(
         model = load_module(path, chosen)
     else:
         model = load_checkpoint(path, chosen)
-    if device is None and torch.cuda.is_available():
-        device = "cuda"
     if chosen.device_map is None:
-        model.to(device or "cpu")
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.untrained:
         chosen.replace_weights(model)
     return model

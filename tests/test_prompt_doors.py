@@ -19,7 +19,7 @@ from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import encode
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.training.module import LlavaTraining
-from probes.lab.models import load_checkpoint
+from probes.lab.models import open_checkpoint
 
 pytestmark = pytest.mark.numerics
 
@@ -146,7 +146,7 @@ def test_prompts_have_the_same_ids_at_all_doors(kind, chat_template, parts, tmp_
 
     image = expected.index(image_id)
     after = image + tiny_models.TOKENS
-    for mllm in (probes.load(path), load_checkpoint(path)[0].mllm):  # the lab's
+    for mllm in (probes.load(path), open_checkpoint(path)[0].mllm):  # the lab's
         assert mllm.prefix_ids[0].tolist() == expected[:image]
         assert mllm.ids[0].tolist() == expected[:after]
         assert mllm.chat.question_ids(QUESTION) == expected[after:]

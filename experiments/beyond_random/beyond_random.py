@@ -43,12 +43,7 @@ import probes
 from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.data.registry import open_dataset
-from probes.models.random_weights import (
-    MATCH_IMAGES,
-    layer_updates,
-    permute_weights,
-    replace_weights,
-)
+from probes.models.random_weights import MATCH_IMAGES, Control, layer_updates, permute_weights
 from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
@@ -214,9 +209,8 @@ def matched(mllm: nn.Module, draw: int, images: list[Image.Image]) -> Iterator[N
     """Give a model random layers with the updates of the present ones while the context is open."""
     part = mllm.family.layers_part
     with edited(mllm, lambda layers: None, 0):
-        with replace_weights(
-            mllm, parts=[part], match="update", draw=draw, seed=0, images=images, scales=None
-        ):
+        control = Control(untrained=[part], match="update", draw=draw, match_images=images)
+        with control.replace_weights(mllm):
             yield
     mllm.update_scales = None
 

@@ -7,8 +7,9 @@ from llava_bidir.common.files import exclusive_run_lock, write_files
 from llava_bidir.common.images import read_photos
 from probes.config import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
+from probes.models.families.encoder_layers import encoder_layers
+from probes.models.families.layer_parts import part_sites, parts_text, why_no_part
 from probes.models.families.modules import MODULE_TYPE
-from probes.models.families.sites import encoder_layers, part_sites, parts_text, why_no_part
 from probes.models.read_config import check_numbers, read_config
 from probes.models.sites import last_layer, layer_number, part_names, part_of
 

@@ -26,7 +26,7 @@ def run(options: LabOptions) -> None:
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
             raise UserError(f"{package} is not installed; run: pip install 'llava-bidir[lab]'")
-    from .models import load_checkpoint, load_runs
+    from .models import load_runs, open_checkpoint
     from .session import Session
     from .worker import Worker
 
@@ -37,7 +37,7 @@ def run(options: LabOptions) -> None:
 
             def load():
                 if options.mllm:
-                    return load_checkpoint(options.mllm)
+                    return open_checkpoint(options.mllm)
                 return load_runs(options.runs, options.trust)
 
             session = Session(pool.submit(load).result())
@@ -51,7 +51,9 @@ def run(options: LabOptions) -> None:
             token=token,
             hosts={"localhost", host.lower(), (options.host or host).lower()},
         )
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={token}", flush=True)
+        if ":" in host:  # an address of IPv6
+            host = f"[{host}]"
+        print(f"http://{host}:{port}/?token={token}", flush=True)
         # not raised where a script starts the lab in the background
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])

@@ -52,8 +52,9 @@ class LabModel:
     @property
     def first_site(self) -> int:
         """Index of the site that the page opens at: the run's best layer; 0 without a run or layers."""
-        best = None if self.run is None else self.run.peak_layer
-        return 0 if best is None else self.sites.index(best)
+        if self.run is None or self.run.peak_layer is None:
+            return 0
+        return self.sites.index(self.run.peak_layer)
 
     @property
     def change_sites(self) -> list[str]:
@@ -68,7 +69,9 @@ class LabModel:
     @property
     def checkpoint(self) -> str:
         """Folder or hub id of the checkpoint."""
-        return self.source if self.run is None else self.run.manifest["config"]["mllm"]
+        if self.run is None:
+            return self.source
+        return self.run.manifest["config"]["mllm"]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -120,27 +123,31 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
         run.check_classes()
         first = runs[0]
         check_same_images(first, run, "open them in two labs")
-        for key, same in (
-            ("sites", first.sites == run.sites),
-            ("grid", first.metrics["grid"] == run.metrics["grid"]),
-        ):
-            if not same:
-                raise UserError(
-                    f"{first.path} and {run.path} have different {key}; open them in two labs"
-                )
+        differs = {
+            "sites": first.sites != run.sites,
+            "grid": first.metrics["grid"] != run.metrics["grid"],
+        }
+        for key in filter(differs.get, differs):
+            raise UserError(
+                f"{first.path} and {run.path} have different {key}; open them in two labs"
+            )
     names = []
     for run in runs:
-        kind = run.mask if run.has_llm else ENCODER
-        names.append(kind + ", untrained" * bool(run.metrics["untrained"]))
+        name = run.mask if run.has_llm else ENCODER
+        if run.metrics["untrained"]:
+            name += ", untrained"
+        names.append(name)
     models = []
     for name, run in zip(names, runs, strict=True):
-        label = f"{name}, {run.path}" if names.count(name) > 1 else name
+        label = name
+        if names.count(name) > 1:
+            label = f"{name}, {run.path}"
         mllm, heads = run.loaded
         models.append(LabModel(label=label, source=str(run.path), mllm=mllm, run=run, probes=heads))
     return models
 
 
-def load_checkpoint(path: str) -> list[LabModel]:
+def open_checkpoint(path: str) -> list[LabModel]:
     """Load a checkpoint without probes."""
     mllm = probes.load(path)
     label = mllm.image_attention if mllm.has_llm else ENCODER

@@ -39,13 +39,8 @@ class Photo:
         """Return an RGB image as a photo. Placing a square again does not change it."""
         preview = image.copy()
         preview.thumbnail((PREVIEW_PX, PREVIEW_PX), Image.Resampling.LANCZOS)
-        return cls(
-            name,
-            image.size,
-            preview,
-            tuple(geometry.place(image) for geometry in geometries),
-            **more,
-        )
+        squares = tuple(geometry.place(image) for geometry in geometries)
+        return cls(name, size=image.size, preview=preview, squares=squares, **more)
 
     def describe(self, geometry: Geometry) -> dict[str, Any]:
         """Return name, proportions, labels and the place of the grid, for the page."""
@@ -94,17 +89,18 @@ class Photos:
             if key in self._photos:
                 self._photos.move_to_end(key)
                 return self._photos[key]
-        kind, _, index = key.partition(":")
+        kind, _, number = key.partition(":")
         if kind == "upload":
             raise UserError(
                 "the server has dropped this photo; drop the same file again to restore the view"
             )
-        count = 0 if self.dataset is None else len(self.dataset)
-        if int(index) >= count:
+        index = int(number)
+        count = len(self.dataset or ())
+        if index >= count:
             raise UserError(
                 f"photo {index} of the validation split does not exist; it has {count} images"
             )
-        sample = self.dataset[int(index)]
+        sample = self.dataset[index]
         truth = self.geometries[0].patches(sample["target"]).flatten()
         photo = Photo.from_image(
             sample["image"], sample["name"], self.geometries, truth=tuple(truth.tolist())
@@ -120,7 +116,7 @@ class Photos:
                 self._photos.popitem(last=False)
 
 
-def encode(image: Image.Image, format: str) -> bytes:
+def encode_image(image: Image.Image, format: str) -> bytes:
     """Return the file of an image."""
     stream = io.BytesIO()
     image.save(stream, format)

@@ -18,6 +18,7 @@ import json
 import secrets
 import traceback
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -30,7 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llava_bidir.common.errors import UserError
 from probes.report.render import render
 
-from .photos import encode
+from .photos import encode_image
 from .requests import Attention, PatchView, PhotoQuestion, ShownViews, SiteView, View, parse_request
 from .session import Session
 from .worker import Job, Worker
@@ -51,138 +52,14 @@ OPERATIONS: dict[str, type[View]] = {
 }
 
 
-class Refused(Exception):
-    """A request that is not answered, with its HTTP status."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
-class Guard:
-    """Middleware that refuses requests of other sites, of foreign hosts and without the token."""
-
-    def __init__(self, app: ASGIApp, token: str, hosts: set[str]):
-        self.app = app
-        self.token = token
-        self.hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request = Request(scope)
-        refusal = self._refusal(request)
-        if refusal:
-            return await JSONResponse({"error": refusal}, 403)(scope, receive, send)
-        if request.url.path == "/" and "token" in request.query_params:
-            response = RedirectResponse("/", 303, {"Referrer-Policy": "no-referrer"})
-            response.set_cookie(cookie_name(scope), self.token, httponly=True, samesite="strict")
-            return await response(scope, receive, send)
-        await self.app(scope, receive, send)
-
-    def _refusal(self, request: Request) -> str:
-        host = request.headers.get("host", "")
-        if not self._is_own_host(host):
-            return f"the Host {host[:100]!r} is not this server's; open the address that `probes lab` printed"
-        origin = request.headers.get("origin")
-        if origin is not None and origin != f"http://{host}":
-            return "requests of other sites are refused"
-        # Another site's link may open the page, which it cannot read; that the token goes with it is checked below.
-        opens_page = request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"
-        if (
-            request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-            and not opens_page
-        ):
-            return "requests of other sites are refused"
-        given = request.query_params.get("token") if request.url.path == "/" else None
-        if given is None:
-            # Not http.cookies, which reads none after a cookie that is not valid; other servers of this host set some.
-            given = request.cookies.get(cookie_name(request.scope), "")
-        if not hmac.compare_digest(given.encode(), self.token.encode()):
-            return "open the address that `probes lab` printed, with its token"
-        return ""
-
-    def _is_own_host(self, host: str) -> bool:
-        """Return True for an address in numbers, which DNS cannot rebind, localhost, or the name given by --host."""
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
-            return name.lower() in self.hosts
-        return True
-
-
-def cookie_name(scope: Scope) -> str:
-    """Return the name of this server's cookie; browsers share cookies between the ports of a host."""
-    return f"lab-{scope['server'][1]}"
-
-
 def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> ASGIApp:
     """Return the application."""
-
-    async def show_page(request: Request) -> Response:
-        nonce = secrets.token_urlsafe(16)
-        policy = f"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'nonce-{nonce}'; "
-        policy += f"script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        text = await run_in_threadpool(
-            render, "lab/lab.html.j2", data=session.describe(), nonce=nonce
-        )
-        headers = {
-            "Content-Security-Policy": policy,
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-        }
-        return Response(text, media_type="text/html", headers=headers)
-
-    async def add_photo(request: Request) -> Response:
-        key = request.query_params.get("key")
-        if key is None:
-            content = await read_body(request, MAX_PHOTO_BYTES)
-            key = await run_in_threadpool(
-                session.photos.add, content, request.query_params.get("name", "")[:200]
-            )
-        photo = await run_in_threadpool(session.photos.get, check_key(key))
-        return JSONResponse({"key": key, **photo.describe(session.models[0].mllm.geometry)})
-
-    async def show_picture(request: Request) -> Response:
-        photo = await run_in_threadpool(
-            session.photos.get, check_key(request.query_params.get("photo", ""))
-        )
-        content = await run_in_threadpool(encode, photo.preview, "JPEG")
-        # A later lab at this port has other pictures under the same key. Browsers send no Sec-Fetch-Site to a host
-        # without TLS other than localhost, but do not show such a picture on other origins' pages.
-        headers = {"Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
-        return Response(content, media_type="image/jpeg", headers=headers)
-
-    async def run_operation(request: Request) -> Response:
-        name = request.path_params["operation"]
-        if name not in OPERATIONS:
-            raise Refused(
-                404, f"no operation {name[:50]!r}; expected one of {', '.join(OPERATIONS)}"
-            )
-        parsed = parse_request(OPERATIONS[name], await read_body(request, MAX_JSON_BYTES))
-        session.check(parsed)
-        job = worker.submit(lambda job: getattr(session, name)(parsed, job))
-        if job is None:
-            raise Refused(503, "too many requests wait for the model; try again")
-        return StreamingResponse(stream_events(job), media_type="application/x-ndjson")
-
-    def refuse(request: Request, error: Exception) -> Response:
-        status = error.status if isinstance(error, Refused) else 400
-        return JSONResponse({"error": str(error)}, status, {"Connection": "close"})
-
-    def fail(request: Request, error: Exception) -> Response:
-        traceback.print_exception(error)
-        return JSONResponse(
-            {"error": f"{type(error).__name__}; the terminal of `probes lab` has details"}, 500
-        )
-
+    pages = Pages(session, worker)
     routes = [
-        Route("/", show_page),
-        Route("/picture", show_picture),
-        Route("/photo", add_photo, methods=["POST"]),
-        Route("/run/{operation}", run_operation, methods=["POST"]),
+        Route("/", pages.show_page),
+        Route("/picture", pages.show_picture),
+        Route("/photo", pages.add_photo, methods=["POST"]),
+        Route("/run/{operation}", pages.run_operation, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {
         UserError: refuse,
@@ -191,6 +68,66 @@ def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> 
         Exception: fail,
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), token, hosts)
+
+
+# ---------------------------------------------------------------------------------------------- requests
+@dataclass
+class Pages:
+    """What the server answers from a session, whose operations the worker runs."""
+
+    session: Session
+    worker: Worker
+
+    async def show_page(self, request: Request) -> Response:
+        """Return the page."""
+        nonce = secrets.token_urlsafe(16)
+        policy = f"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'nonce-{nonce}'; "
+        policy += f"script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        text = await run_in_threadpool(
+            render, "lab/lab.html.j2", data=self.session.describe(), nonce=nonce
+        )
+        headers = {
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+        }
+        return Response(text, media_type="text/html", headers=headers)
+
+    async def add_photo(self, request: Request) -> Response:
+        """Keep a photo, or find one, and describe it."""
+        key = request.query_params.get("key")
+        if key is None:
+            content = await read_body(request, MAX_PHOTO_BYTES)
+            name = request.query_params.get("name", "")[:200]
+            key = await run_in_threadpool(self.session.photos.add, content, name)
+        photo = await run_in_threadpool(self.session.photos.get, check_key(key))
+        geometry = self.session.models[0].mllm.geometry
+        return JSONResponse({"key": key, **photo.describe(geometry)})
+
+    async def show_picture(self, request: Request) -> Response:
+        """Return a photo's preview."""
+        key = check_key(request.query_params.get("photo", ""))
+        photo = await run_in_threadpool(self.session.photos.get, key)
+        content = await run_in_threadpool(encode_image, photo.preview, "JPEG")
+        # A later lab at this port has other pictures under the same key. Browsers send no Sec-Fetch-Site to a host
+        # without TLS other than localhost, but do not show such a picture on other origins' pages.
+        headers = {"Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
+        return Response(content, media_type="image/jpeg", headers=headers)
+
+    async def run_operation(self, request: Request) -> Response:
+        """Return the events of an operation as they come."""
+        name = request.path_params["operation"]
+        if name not in OPERATIONS:
+            raise Refused(
+                404, f"no operation {name[:50]!r}; expected one of {', '.join(OPERATIONS)}"
+            )
+        parsed = parse_request(OPERATIONS[name], await read_body(request, MAX_JSON_BYTES))
+        self.session.check(parsed)
+        operation = getattr(self.session, name)
+        job = self.worker.submit(lambda job: operation(parsed, job))
+        if job is None:
+            raise Refused(503, "too many requests wait for the model; try again")
+        return StreamingResponse(stream_events(job), media_type="application/x-ndjson")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -231,3 +168,88 @@ async def stream_events(job: Job) -> AsyncIterator[str]:
                 return
     finally:
         job.cancelled.set()
+
+
+# ------------------------------------------------------------------------------------------------ errors
+class Refused(Exception):
+    """A request that is not answered, with its HTTP status."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def refuse(request: Request, error: Exception) -> Response:
+    """Return why a request is refused."""
+    status = getattr(error, "status", 400)
+    return JSONResponse({"error": str(error)}, status, {"Connection": "close"})
+
+
+def fail(request: Request, error: Exception) -> Response:
+    """Print a bug in the terminal, and return that there is one."""
+    traceback.print_exception(error)
+    return JSONResponse(
+        {"error": f"{type(error).__name__}; the terminal of `probes lab` has details"}, 500
+    )
+
+
+# ----------------------------------------------------------------------------------- who may use the server
+@dataclass
+class Guard:
+    """Middleware that refuses requests of other sites, of foreign hosts and without the token."""
+
+    app: ASGIApp
+    token: str
+    hosts: set[str]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request = Request(scope)
+        refusal = self._refusal(request)
+        if refusal:
+            return await JSONResponse({"error": refusal}, 403)(scope, receive, send)
+        if request.url.path == "/" and "token" in request.query_params:
+            response = RedirectResponse("/", 303, {"Referrer-Policy": "no-referrer"})
+            response.set_cookie(cookie_name(scope), self.token, httponly=True, samesite="strict")
+            return await response(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _refusal(self, request: Request) -> str:
+        host = request.headers.get("host", "")
+        if not self._is_this_host(host):
+            return f"the Host {host[:100]!r} is not this server's; open the address that `probes lab` printed"
+        origin = request.headers.get("origin")
+        if origin is not None and origin != f"http://{host}":
+            return "requests of other sites are refused"
+        # Another site's link may open the page, which it cannot read; that the token goes with it is checked below.
+        opens_page = request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"
+        if (
+            request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+            and not opens_page
+        ):
+            return "requests of other sites are refused"
+        given = request.query_params.get("token") if request.url.path == "/" else None
+        if given is None:
+            # Not http.cookies, which reads none after a cookie that is not valid; other servers of this host set some.
+            given = request.cookies.get(cookie_name(request.scope), "")
+        if not hmac.compare_digest(given.encode(), self.token.encode()):
+            return "open the address that `probes lab` printed, with its token"
+        return ""
+
+    def _is_this_host(self, host: str) -> bool:
+        """Return True for an address in numbers, which DNS cannot rebind, localhost, or the name given by --host."""
+        name, _, port = host.rpartition(":")
+        if not port.isdigit():
+            name = host
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name.lower() in self.hosts
+        return True
+
+
+def cookie_name(scope: Scope) -> str:
+    """Return the name of this server's cookie; browsers share cookies between the ports of a host."""
+    return f"lab-{scope['server'][1]}"

@@ -21,7 +21,7 @@ from probes.models.reading import Replacement
 from probes.models.sites import layer_site
 
 from .models import LabModel, open_split
-from .photos import Photos, encode
+from .photos import Photos, encode_image
 from .requests import (
     MAX_ANSWER_TOKENS,
     Attention,
@@ -79,8 +79,8 @@ class Session:
         for part in (request, request.intervention):
             site = getattr(part, "site", model.sites[0])
             if site not in model.sites:
-                known = ", ".join(model.sites)
-                raise UserError(f"there is no site {site!r}; expected one of {known}")
+                expected = ", ".join(model.sites)
+                raise UserError(f"there is no site {site!r}; expected one of {expected}")
 
     # ----------------------------------------------------------------------------------------------- operations
     def read(self, request: View, job: Job) -> dict[str, Any]:
@@ -92,24 +92,22 @@ class Session:
         shown = min(TOP_CLASSES, len(model.classes))
         logits = {site: probe(states[site].float()) for site, probe in model.probes.items()}
         classes, probabilities = most_probable(logits, shown)
-        return {
-            "classes": _pack(classes, np.uint8),
-            "probabilities": _pack(probabilities, np.float32),
-        }
+        return {"classes": _pack(classes, np.uint8), "probabilities": _pack(probabilities)}
 
     def words_of_patch(self, request: PatchView, job: Job) -> dict[str, Any]:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
         model = self.models[request.model]
         states = self._read_states(request, job)
-        of_patch = {site: states[site][:, [request.patch]] for site in model.word_sites}
-        (words,) = self._words(model, of_patch)
+        words = []
+        for site in model.word_sites:
+            words += words_of_states(model, site, states[site][:, [request.patch]])
         return {"words": words}
 
     def words_of_site(self, request: SiteView, job: Job) -> dict[str, Any]:
         """Return the most probable words of each patch at a site."""
-        of_site = {request.site: self._read_states(request, job)[request.site]}
-        words = self._words(self.models[request.model], of_site)
-        return {"words": [patch[0] for patch in words]}
+        states = self._read_states(request, job)
+        model = self.models[request.model]
+        return {"words": words_of_states(model, request.site, states[request.site])}
 
     def pixel_map(self, request: SiteView, job: Job) -> dict[str, Any]:
         """Return the classes predicted for each pixel, from upsampled logits, as a coloured PNG of the size shown."""
@@ -123,15 +121,15 @@ class Session:
         task = model.run.task
         prediction = task.predict_pixels(maps, size, view)
         coloured = task.colorize(prediction, np.array(self.palette, np.uint8))
-        png = encode(Image.fromarray(coloured), "PNG")
+        png = encode_image(Image.fromarray(coloured), "PNG")
         return {"png": base64.b64encode(png).decode()}
 
     def similarity(self, request: PatchView, job: Job) -> dict[str, Any]:
         """Return the cosine of each patch with one at all sites, f32[S, T]."""
         mllm = self.models[request.model].mllm
         states = self._read_states(request, job)
-        found = mllm.similarity(states, divmod(request.patch, mllm.grid[1]))
-        return {"similarity": _pack(torch.stack([*found.values()]), np.float32)}
+        cosines = mllm.similarity(states, divmod(request.patch, mllm.grid[1]))
+        return {"similarity": _pack(torch.stack([*cosines.values()]))}
 
     def pca(self, request: ShownViews, job: Job) -> dict[str, Any]:
         """Return PCA colours u8[S, T, 3] of each view shown of a model, fitted over all of them together."""
@@ -141,11 +139,11 @@ class Session:
             views.append(request)
         if request.beside:
             views.append(plain.model_copy(update={"photo": request.beside}))
-        of_views = [self._read_states(view, job) for view in views]
+        states_of_views = [self._read_states(view, job) for view in views]
         to_grid = self.models[request.model].mllm.to_grid
-        states = {
-            site: to_grid(torch.cat([states[site] for states in of_views])) for site in of_views[0]
-        }
+        states = {}
+        for site in states_of_views[0]:
+            states[site] = to_grid(torch.cat([of_view[site] for of_view in states_of_views]))
         colours = torch.stack([*pca_colours(states).values()], 1)
         return {"colours": [_pack((255 * x).round(), np.uint8) for x in colours]}
 
@@ -175,8 +173,8 @@ class Session:
             result: dict[str, Any] = {"answer": text}
             if knockout is not None:
                 result["blocked"] = answer(knockout)
-            if knockout is not None and text:
-                result["log_probability"] = [log_probability(None), log_probability(knockout)]
+                if text:
+                    result["log_probability"] = [log_probability(None), log_probability(knockout)]
         return result
 
     def attention(self, request: Attention, job: Job) -> dict[str, Any]:
@@ -184,15 +182,14 @@ class Session:
         mllm = self.models[request.model].mllm
         site = layer_site(request.layer)
         with job.watched(mllm):
-            weights = mllm.attention(self._pixels(request), [site], self._knockout(request))
-        of_image = weights[site][0]
-        return {
-            "to": _pack(of_image[request.patch], np.float32),
-            "from": _pack(of_image[:, request.patch], np.float32),
-        }
+            pixels = self._pixels(request)
+            attention = mllm.attention(pixels, [site], self._knockout(request))
+        weights = attention[site][0]
+        return {"to": _pack(weights[request.patch]), "from": _pack(weights[:, request.patch])}
 
     # ----------------------------------------------------------------------------------------------- parts
     def _pixels(self, request: View, photo: str | None = None) -> Tensor:
+        """Return the photo of a request, or another one, f[1, 3, H, W] for its model."""
         square = self.photos.get(photo or request.photo).squares[request.model]
         return self.models[request.model].mllm.preprocess([square])
 
@@ -234,26 +231,13 @@ class Session:
         mllm = model.mllm
         if change.by == "other_mask":
             mllm = mllm.with_attention(model.other_mask)
-        other = None if change.by in ("mean", "other_mask") else change.by
-        new = mllm.states(self._pixels(request, other), [change.site])[change.site]
+        other_photo = None if change.by in ("mean", "other_mask") else change.by
+        pixels = self._pixels(request, other_photo)
+        new = mllm.states(pixels, [change.site])[change.site]
         if change.by == "mean":
             new = new.mean(1, keepdim=True)
         patches = _as_mask(model, change.patches).to(new.device)[:, None]
         return {change.site: lambda states: torch.where(patches, new, states)}
-
-    def _words(
-        self, model: LabModel, states: dict[str, Tensor]
-    ) -> list[list[list[tuple[str, float]]]]:
-        """Return words and probabilities by patch, site and rank, for states f[1, T, d] of sites."""
-        logits = {site: model.mllm.word_head(site)(x) for site, x in states.items()}
-        found = (x.permute(2, 1, 0).tolist() for x in most_probable(logits, TOP_WORDS))
-        return [
-            [
-                [(token_text(model.tokenizer, i), p) for i, p in zip(*of_site, strict=True)]
-                for of_site in zip(*of_patch, strict=True)
-            ]
-            for of_patch in zip(*found, strict=True)
-        ]
 
 
 def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
@@ -264,10 +248,21 @@ def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
 
 
 def most_probable(logits: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Return the most probable classes or words, and probabilities, [count, S, T], of logits f[1, T, K] by site."""
+    """Return the most probable classes and their probabilities, [count, S, T], of logits f[1, T, K] by site."""
     best = [of_site[0].float().softmax(-1).topk(count) for of_site in logits.values()]
-    ids = torch.stack([x.indices.mT.cpu() for x in best], 1)
-    return ids, torch.stack([x.values.mT.cpu() for x in best], 1)
+    ids = torch.stack([top.indices.mT.cpu() for top in best], 1)
+    return ids, torch.stack([top.values.mT.cpu() for top in best], 1)
+
+
+def words_of_states(model: LabModel, site: str, states: Tensor) -> list[list[tuple[str, float]]]:
+    """Return the most probable words of each patch and their probabilities, from states f[1, T, d] of a site."""
+    logits = model.mllm.word_head(site)(states)
+    best = logits[0].float().softmax(-1).topk(TOP_WORDS)
+    words = []
+    for tokens, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        texts = [token_text(model.tokenizer, token) for token in tokens]
+        words.append(list(zip(texts, probabilities, strict=True)))
+    return words
 
 
 def token_text(tokenizer, token: int) -> str:
@@ -280,7 +275,7 @@ def token_text(tokenizer, token: int) -> str:
     return tokenizer.convert_ids_to_tokens(token)
 
 
-def _pack(values: Tensor, kind: type) -> str:
+def _pack(values: Tensor, kind: type = np.float32) -> str:
     """Return numbers as base64 of their little-endian bytes, which the page reads without rounding."""
     array = values.cpu().numpy().astype(np.dtype(kind).newbyteorder("<"))
     return base64.b64encode(array.tobytes()).decode()

@@ -84,17 +84,17 @@ class Worker:
 
     def _run(self) -> None:
         while True:
-            self._current = self._queue.get()
+            job = self._current = self._queue.get()
             try:
-                self._current.check()
-                self._current.report({"result": self._current.work(self._current)})
+                job.check()
+                job.report({"result": job.work(job)})
             except Cancelled:
-                self._current.report({"error": "cancelled"})
+                job.report({"error": "cancelled"})
             except UserError as error:
-                self._current.report({"error": str(error)})
+                job.report({"error": str(error)})
             except Exception as error:  # a bug or a lack of memory ends one request, not the server
                 traceback.print_exc(file=sys.stderr)
-                self._current.report(
+                job.report(
                     {"error": f"{type(error).__name__}; the terminal of `probes lab` has details"}
                 )
             self._current = None

@@ -29,12 +29,23 @@ def supports_masks(text_config: PreTrainedConfig) -> bool:
 def mask_backend(text_config: PreTrainedConfig) -> str:
     """Return the attention backend for a decoder: "sdpa", or "eager" if it does not support that (Gemma 2)."""
     model_class = MODEL_MAPPING.get(type(text_config), None)
-    return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
+    if model_class is None or model_class._supports_sdpa:
+        return "sdpa"
+    return "eager"
 
 
 def is_allowed(mask: Tensor) -> Tensor:
     """Return a mask as booleans, True = may attend; eager attention adds its mask to the scores, and it is 0 there."""
-    return mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype == torch.bool:
+        return mask
+    return mask == 0
+
+
+def mask_values(dtype: torch.dtype) -> tuple[float, float]:
+    """Return the values of a mask of a dtype where a token may attend, and where it may not."""
+    if dtype == torch.bool:
+        return True, False
+    return 0.0, torch.finfo(dtype).min
 
 
 def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
@@ -42,7 +53,8 @@ def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
     config = copy.copy(text_config)
     config._attn_implementation = backend
     try:
-        block_ids_of("causal" if name in MIXED_MASKS else name)
+        if name not in MIXED_MASKS:
+            block_ids_of(name)
         mask = build_mask("causal", config, torch.ones(1, 1, dtype=torch.bool))
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -78,7 +90,9 @@ def build_decoder_masks(
         kind: build_mask(by_kind.get(kind, name), text_config, is_image, kind=kind, dtype=dtype)
         for kind in kinds
     }
-    return masks if len(kinds) > 1 else masks[kinds[0]]
+    if len(kinds) == 1:
+        return masks[kinds[0]]
+    return masks
 
 
 def decode_under(decoder: nn.Module, masks: Masks) -> AbstractContextManager[None]:
@@ -88,11 +102,13 @@ def decode_under(decoder: nn.Module, masks: Masks) -> AbstractContextManager[Non
 
 def as_list(masks: Masks) -> list[Tensor]:
     """Return the masks of all kinds of layers."""
-    return list(masks.values()) if isinstance(masks, dict) else [masks]
-
-
-def last_rows(masks: Masks | None, rows: int) -> Masks | None:
-    """Return the masks of the last `rows` queries."""
     if isinstance(masks, dict):
-        return {kind: mask[:, :, -rows:] for kind, mask in masks.items()}
-    return None if masks is None else masks[:, :, -rows:]
+        return list(masks.values())
+    return [masks]
+
+
+def last_row(masks: Masks) -> Masks:
+    """Return the masks of the last query."""
+    if isinstance(masks, dict):
+        return {kind: mask[:, :, -1:] for kind, mask in masks.items()}
+    return masks[:, :, -1:]

@@ -5,6 +5,7 @@ Shapes: B images, T image tokens, A heads, q query tokens, N tokens, the last n 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, inf, nn
@@ -49,20 +50,9 @@ def capture_attention(
     def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
         if module in layer_of:
             recorded.append(module)
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-
-            def compute(image: int, queries: Tensor) -> Tensor:
-                group = query.shape[1] // key.shape[1]  # query heads per key head
-                rows = queries.to(query.device)
-                keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
-                logits = query[image][:, rows].float() @ keys * scale
-                if attention_mask is not None:
-                    is_shared = len(attention_mask) == 1  # BEiT's bias of relative positions
-                    mask = attention_mask[0 if is_shared else image][:, rows]
-                    is_bias = mask.is_floating_point()
-                    logits = logits + mask if is_bias else logits.masked_fill(~mask, -inf)
-                return logits.softmax(-1)
-
+            compute = partial(
+                _weights_of_queries, query=query, key=key, mask=attention_mask, scaling=scaling
+            )
             record(layer_of[module], compute)
         return stock(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
 
@@ -78,6 +68,31 @@ def capture_attention(
         )
 
 
+def _weights_of_queries(
+    image: int,
+    queries: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """Return the weights f[A, q, N] of query tokens of an image, from what attention receives."""
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    group = query.shape[1] // key.shape[1]  # query heads per key head
+    rows = queries.to(query.device)
+    keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
+    logits = query[image][:, rows].float() @ keys * scaling
+    if mask is not None:
+        # BEiT's bias of relative positions is one for all images
+        mask = mask.expand(len(query), -1, -1, -1)[image][:, rows]
+        if mask.is_floating_point():
+            logits = logits + mask
+        else:
+            logits = logits.masked_fill(~mask, -inf)
+    return logits.softmax(-1)
+
+
 def weights_of_image(heads: Tensor, positions: Tensor, average_heads: bool) -> Tensor:
     """Return the weights that image tokens receive, f[q, T], or f[A, q, T] by head, on the CPU.
 
@@ -86,8 +101,9 @@ def weights_of_image(heads: Tensor, positions: Tensor, average_heads: bool) -> T
         positions: i64[T], of the image tokens among all.
         average_heads: Whether weights are averaged over heads.
     """
-    weights = heads.mean(0) if average_heads else heads
-    return weights.cpu()[..., positions]
+    if average_heads:
+        heads = heads.mean(0)
+    return heads.cpu()[..., positions]
 
 
 @torch.no_grad()

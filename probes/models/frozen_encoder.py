@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import ResizeRule
 
+from .attention_masks import is_allowed
 from .attention_weights import softmax_attention
 from .families import EncoderFamily
 from .families.encoders import count_extra_tokens, vision_config
@@ -27,13 +28,13 @@ BACKENDS = ("sdpa", "eager")  # that apply the mask of a knockout
 
 
 def check_encoder(
-    path: str, own: str, image_attention: str | None, prefix: str | None, backend: str
+    path: str, trained_with: str, image_attention: str | None, prefix: str | None, backend: str
 ) -> None:
     """Raise a UserError for settings that only an MLLM has, or an attention backend that ignores masks."""
-    if image_attention not in (None, own):
+    if image_attention not in (None, trained_with):
         raise UserError(
             f"image_attention {image_attention!r}: {path} is a vision encoder without an LLM, whose patches attend to "
-            f"all patches ({own}); leave it out"
+            f"all patches ({trained_with}); leave it out"
         )
     if prefix is not None:
         raise UserError(
@@ -50,7 +51,7 @@ class FrozenEncoder(FrozenModel):
 
     Its sites are "layer_00" (input of the first layer), "layer_01" ... (outputs of the layers) and "final_norm" (the
     last layer after the model's norm). By name, or with "all_parts", also the parts of layers, "value_01", "attn_01",
-    "mlp_01" ... (families/sites.py). CLS and register tokens are left out of the states.
+    "mlp_01" ... (families/layer_parts.py). CLS and register tokens are left out of the states.
     """
 
     def __init__(
@@ -59,10 +60,9 @@ class FrozenEncoder(FrozenModel):
         family: EncoderFamily,
         image_processors: Sequence,
         resize_rule: ResizeRule,
-        revision: str | None = None,
     ):
         attention = family.image_attention
-        super().__init__(model, family, image_processors, attention, resize_rule, revision)
+        super().__init__(model, family, image_processors, attention, resize_rule)
         self.layer_sites = [site for site in self.sites if is_layer(site)]
         extra = count_extra_tokens(family, vision_config(model.config))
         tokens = extra + self.image_tokens
@@ -82,7 +82,9 @@ class FrozenEncoder(FrozenModel):
         self, knockout: Knockout | None, rows: int, last: str
     ) -> AbstractContextManager[None]:
         """Cut the attention among patches by a knockout; CLS and registers attend as before."""
-        return cut_attention(self, knockout, rows) if knockout else nullcontext()
+        if knockout is None:
+            return nullcontext()
+        return cut_attention(self, knockout, rows)
 
 
 @contextmanager
@@ -121,8 +123,7 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
             def cut_mask(arguments: dict, mask: Tensor = mask) -> dict:
                 bias = arguments.get("attention_mask")
                 if bias is not None:  # of relative positions, which BEiT adds to the scores
-                    is_open = mask if mask.dtype == torch.bool else mask == 0
-                    mask = torch.where(is_open, bias, -torch.inf)
+                    mask = torch.where(is_allowed(mask), bias, -torch.inf)
                 return {"attention_mask": mask}
 
             stack.enter_context(with_arguments(attention, cut_mask))

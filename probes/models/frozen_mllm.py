@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
@@ -25,13 +25,13 @@ from probes.ops.geometry import SQUASH, ResizeRule
 from .answers import attend_from_answer, generate_answer, score_answers
 from .attention_masks import Masks, build_decoder_masks, check_masks, decode_under, supports_masks
 from .families import Family
+from .families.encoder_layers import EncoderLayers, encoder_layers
 from .families.our_code import LogitHead
-from .families.sites import EncoderLayers, encoder_layers
 from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .measured_mask import MeasuredMask, measure_mask
 from .prompts import Chat
-from .reading import Replacement
+from .reading import Hooks
 from .sites import FINAL_NORM, is_before_adapter, is_in_llm_space, layer_around
 
 
@@ -41,8 +41,8 @@ class FrozenMLLM(FrozenModel):
     Its sites are "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
     before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
-    with "all", also the encoder's own layers, "encoder_00" ... (families/sites.py). By name, or with
-    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/sites.py).
+    with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py). By name, or with
+    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py).
     """
 
     def __init__(
@@ -54,10 +54,9 @@ class FrozenMLLM(FrozenModel):
         image_attention: str,
         resize_rule: ResizeRule = SQUASH,
         separator_id: int | None = None,
-        revision: str | None = None,
         read_chat: Callable[[], Chat] | None = None,
     ):
-        super().__init__(model, family, image_processors, image_attention, resize_rule, revision)
+        super().__init__(model, family, image_processors, image_attention, resize_rule)
         self._read_chat = read_chat
         self.layer_sites = self.sites[1:-1]
         with suppress(UserError):  # whoever asks for these sites is told why there are none
@@ -96,8 +95,7 @@ class FrozenMLLM(FrozenModel):
         Raises:
             UserError: The mask is unknown, or the model does not support it.
         """
-        text_config = self.model.config.get_text_config()
-        check_masks(image_attention, text_config, text_config._attn_implementation)
+        check_masks(image_attention, self.text_config, self.text_config._attn_implementation)
         other = copy(self)
         other._buffers = copy(self._buffers)  # its own prefix
         other.image_attention = image_attention
@@ -108,6 +106,11 @@ class FrozenMLLM(FrozenModel):
     def encoder_layers(self) -> EncoderLayers:
         """How to read the encoder's own layers; a UserError says why they cannot be read."""
         return encoder_layers(self.family, self.model.config)
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """Config of the LLM."""
+        return self.model.config.get_text_config()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -133,8 +136,7 @@ class FrozenMLLM(FrozenModel):
     @property
     def rows_share_encoder(self) -> bool:
         """True if layers receive the states of image tokens and a mask only."""
-        has_masks = supports_masks(self.model.config.get_text_config())
-        return has_masks and self.family.rows_share_encoder
+        return supports_masks(self.text_config) and self.family.rows_share_encoder
 
     def run(self, pixels: Tensor) -> None:
         """Run prefix and image."""
@@ -203,9 +205,11 @@ class FrozenMLLM(FrozenModel):
             )
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
-        logits = head(states if site == FINAL_NORM else self.final_norm(states))
+        if site != FINAL_NORM:
+            states = self.final_norm(states)
+        logits = head(states)
         check_outputs("logits", {site: logits})
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
         if cap is None or isinstance(head, LogitHead):  # which caps its logits itself
             return logits
         return cap * torch.tanh(logits / cap)
@@ -222,7 +226,7 @@ class FrozenMLLM(FrozenModel):
         knockout: Knockout | None = None,
         max_new_tokens: int = 256,
         on_token: Callable[[str], None] | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
     ) -> str | list[str]:
         """Return the greedy answer to a question about an image, also under a knockout; see answers.py.
 
@@ -254,7 +258,9 @@ class FrozenMLLM(FrozenModel):
             )
             for pixels in images.split(1)
         ]
-        return answers[0] if isinstance(image, str | Path | Image.Image) else answers
+        if isinstance(image, str | Path | Image.Image):
+            return answers[0]
+        return answers
 
     def answer_attention(
         self,
@@ -263,7 +269,7 @@ class FrozenMLLM(FrozenModel):
         answer: str,
         sites: Sequence[str] | None = None,
         knockout: Knockout | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
         average_heads: bool = True,
     ) -> dict[str, Tensor]:
         """Return the attention weights of an answer's tokens to the image tokens in each layer, from one forward.
@@ -304,7 +310,7 @@ class FrozenMLLM(FrozenModel):
         question: str,
         answers: Sequence[str],
         knockout: Knockout | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
     ) -> Tensor:
         """Return the log-probability of each answer to a question, f[B, A], on the CPU.
 
@@ -333,16 +339,15 @@ class FrozenMLLM(FrozenModel):
         A dict by kind of layer if there are several kinds. None if the model supports its own attention only; then a
         knockout raises a UserError.
         """
-        text_config = self.model.config.get_text_config()
         if (
             self.image_attention == self.own_image_attention
             and knockout is None
-            and not supports_masks(text_config)
+            and not supports_masks(self.text_config)
         ):
             return None
         return build_decoder_masks(
             self.image_attention,
-            text_config=text_config,
+            text_config=self.text_config,
             is_image=self.is_image.expand(batch, -1),
             dtype=self.model.dtype,
         )
@@ -357,13 +362,15 @@ class FrozenMLLM(FrozenModel):
 
     def cached(self, cache: DynamicCache | None) -> dict[str, DynamicCache | None]:
         """Return the argument of a forward that passes a cache, which transformers renamed in 5.24."""
-        name = (
-            "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
-        )
-        return {name: cache}
+        if "cache" in signature(self.decoder.forward).parameters:
+            return {"cache": cache}
+        return {"past_key_values": cache}
 
 
 def _image_ids(grid: tuple[int, int], image_id: int, separator_id: int | None) -> list[int]:
     """Return the token ids of the image up to its last image token."""
-    separator = [] if separator_id is None else [separator_id]
-    return ([image_id] * grid[1] + separator) * (grid[0] - 1) + [image_id] * grid[1]
+    rows, columns = grid
+    row = [image_id] * columns
+    if separator_id is None:
+        return row * rows
+    return [*row, separator_id] * (rows - 1) + row

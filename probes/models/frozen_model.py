@@ -16,23 +16,14 @@ from llava_bidir.common.images import PhotoLike, read_photos
 from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_weights import read_attention
-from .families import EncoderFamily, Family, own_image_attention
-from .families.sites import all_sites, chosen_sites, encoder_sites, part_width
+from .families import own_image_attention
+from .families.chosen_sites import all_sites, chosen_sites, encoder_sites
+from .families.encoders import AnyFamily
+from .families.layer_parts import part_width
 from .features import similarity
 from .knockout import Knockout
-from .reading import Replacement, read_states
+from .reading import Hooks, describe_shape, read_states
 from .sites import layer_around, layer_number, layer_site, part_of
-
-
-class Widths(dict[str, int]):
-    """Widths by site; those of parts are found when they are asked for."""
-
-    def __init__(self, widths: Mapping[str, int], find: Callable[[str], int]):
-        super().__init__(widths)
-        self._find = find
-
-    def __missing__(self, site: str) -> int:
-        return self._find(site)
 
 
 class FrozenModel(nn.Module):
@@ -62,25 +53,24 @@ class FrozenModel(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        family: Family | EncoderFamily,
+        family: AnyFamily,
         image_processors: Sequence,
         image_attention: str,
         resize_rule: ResizeRule,
-        revision: str | None,
     ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family = family
         self.has_llm = family.has_llm
         self.image_processors = image_processors
-        self.revision = revision
+        self.revision: str | None = None
         self.update_scales: list[float] | None = None
         self.image_attention = image_attention
         self.own_image_attention = own_image_attention(model.config)
         self.grid = family.grid(model.config)
         self.image_tokens = self.grid[0] * self.grid[1]
         self.sites = family.sites(model.config)
-        self.widths = Widths(family.widths(model.config), self._find_width)
+        self.widths = LazyWidths(family.widths(model.config), self._part_width)
         # the last one's pixels are those of the square; DeepSeek-VL makes the smaller ones of them
         mean_colour = tuple(int(255 * x) for x in image_processors[-1].image_mean)
         colour = resize_rule.padding or mean_colour
@@ -106,8 +96,8 @@ class FrozenModel(nn.Module):
             f"  images become squares by: {self.geometry.rule.describe(side)}",
         ]
         if self.has_llm:
-            own = self.own_image_attention
-            lines.append(f"  image attention: {self.image_attention} (trained with {own})")
+            trained_with = self.own_image_attention
+            lines.append(f"  image attention: {self.image_attention} (trained with {trained_with})")
         return "\n".join(lines)
 
     @property
@@ -152,7 +142,7 @@ class FrozenModel(nn.Module):
         sites: Sequence[str] | None = None,
         knockout: Knockout | None = None,
         rows: Sequence[int] | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
     ) -> dict[str, Tensor]:
         """Return the hidden states of the image tokens at each site. Calling the model does the same.
 
@@ -173,12 +163,10 @@ class FrozenModel(nn.Module):
                 infinite.
         """
         wanted = self.check_sites(sites)
-        return (
-            read_states(
-                self, pixels=pixels, sites=wanted, knockout=knockout, rows=rows, hooks=hooks or {}
-            )
-            if wanted
-            else {}
+        if not wanted:
+            return {}
+        return read_states(
+            self, pixels=pixels, sites=wanted, knockout=knockout, rows=rows, hooks=hooks or {}
         )
 
     forward = states
@@ -208,7 +196,7 @@ class FrozenModel(nn.Module):
         pixels: Tensor,
         sites: Sequence[str] | None = None,
         knockout: Knockout | None = None,
-        hooks: Mapping[str, Replacement] | None = None,
+        hooks: Hooks | None = None,
         average_heads: bool = True,
     ) -> dict[str, Tensor]:
         """Return the attention weights among image tokens in each layer.
@@ -245,9 +233,8 @@ class FrozenModel(nn.Module):
         """Raise a UserError unless pixels are f[B, 3, H, W] as :meth:`preprocess` returns them."""
         expected = (3 * len(self.image_processors), self.geometry.image_px, self.geometry.image_px)
         if not isinstance(pixels, Tensor) or pixels.shape[1:] != expected or len(pixels) == 0:
-            shape = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
             raise UserError(
-                f"pixels must be a tensor f[images, {', '.join(map(str, expected))}], got {shape}"
+                f"pixels must be a tensor f[images, {', '.join(map(str, expected))}], got {describe_shape(pixels)}"
             )
 
     @property
@@ -264,11 +251,11 @@ class FrozenModel(nn.Module):
         """Return `sites` as a list: `self.sites` for None, also `encoder_sites` for "all", `all_sites` for "all_parts".
 
         Raises:
-            UserError: A site is unknown or cannot be read; see families/sites.py.
+            UserError: A site is unknown or cannot be read; see families/chosen_sites.py.
         """
         return chosen_sites(self.family, self.model.config, sites)
 
-    def _find_width(self, site: str) -> int:
+    def _part_width(self, site: str) -> int:
         """Return the width of a part of a layer."""
         if part_of(site) is None or site not in self.all_sites:
             raise KeyError(site)
@@ -277,12 +264,24 @@ class FrozenModel(nn.Module):
 
     def _check_layers(self, sites: Sequence[str] | None) -> list[str]:
         """Return sites that attend as a list, or all of them for None; raise a UserError if one does not."""
-        own = [layer_site(i) for i in range(1, len(self.layers) + 1)]
+        layers = [layer_site(i) for i in range(1, len(self.layers) + 1)]
         if sites is None:
-            return own
-        if not sites or set(sites) - {*own}:
+            return layers
+        if not sites or set(sites) - {*layers}:
             got = ", ".join(map(repr, sites)) or "none"
             raise UserError(
-                f"attention is that of layers; expected sites from {own[0]} to {own[-1]}, or None for all, got {got}"
+                f"attention is that of layers; expected sites from {layers[0]} to {layers[-1]}, or None for all, got "
+                f"{got}"
             )
         return list(sites)
+
+
+class LazyWidths(dict[str, int]):
+    """Widths by site; those of parts are computed when they are asked for."""
+
+    def __init__(self, widths: Mapping[str, int], compute: Callable[[str], int]):
+        super().__init__(widths)
+        self._compute = compute
+
+    def __missing__(self, site: str) -> int:
+        return self._compute(site)

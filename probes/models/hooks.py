@@ -24,11 +24,12 @@ def at_input(module: nn.Module, change: Change) -> RemovableHandle:
     """Call change(states) before a module runs, on its first argument."""
 
     def hook(_, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        new = change(args[0] if args else kwargs["hidden_states"])
+        states, *others = args or [kwargs["hidden_states"]]
+        new = change(states)
         if new is None:
             return None
         if args:
-            return (new, *args[1:]), kwargs
+            return (new, *others), kwargs
         return args, kwargs | {"hidden_states": new}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -38,11 +39,12 @@ def at_output(module: nn.Module, change: Change) -> RemovableHandle:
     """Call change(states) after a module has run, on the first of what it returns."""
 
     def hook(_, args: tuple, output: Any) -> Any:
-        is_several = isinstance(output, tuple | list)
-        new = change(output[0] if is_several else output)
+        if not isinstance(output, tuple | list):
+            return change(output)
+        new = change(output[0])
         if new is None:
             return None
-        return (new, *output[1:]) if is_several else new
+        return (new, *output[1:])
 
     return module.register_forward_hook(hook)
 
@@ -56,8 +58,10 @@ def with_arguments(module: nn.Module, change: Callable[[dict], dict]) -> Removab
     """Replace arguments of a module, but its first one, by those of change(arguments by name)."""
 
     def hook(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        names = list(signature(module.forward).parameters) if len(args) > 1 else []
-        given = dict(zip(names[1:], args[1:], strict=False)) | kwargs
+        given = kwargs
+        if len(args) > 1:
+            names = list(signature(module.forward).parameters)
+            given = dict(zip(names[1:], args[1:], strict=False)) | kwargs
         return args[:1], given | change(given)
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
 
-from .attention_masks import Masks, as_list, is_allowed
+from .attention_masks import Masks, as_list, is_allowed, mask_values
 from .hooks import with_arguments
 
 IMAGE = "image"
@@ -34,7 +34,7 @@ BLOCKED = "blocked"
 PREFIX = "prefix"
 ANSWER = "answer"
 TEXT_SETS = ("question", "last", ANSWER)  # after the image
-SETS = (PREFIX, IMAGE, BLOCKED, *TEXT_SETS)
+TOKEN_SETS = (PREFIX, IMAGE, BLOCKED, *TEXT_SETS)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ class Knockout:
     def __post_init__(self):
         for axis in ("rows", "columns"):
             names = self.names(axis)
-            if not names or not set(names) <= set(SETS):
+            if not names or not set(names) <= set(TOKEN_SETS):
                 raise UserError(
-                    f"{axis} of a knockout are {getattr(self, axis)!r}; expected one or several of {', '.join(SETS)}"
+                    f"{axis} of a knockout are {getattr(self, axis)!r}; expected one or several of "
+                    f"{', '.join(TOKEN_SETS)}"
                 )
         if self.blocked is not None and not self.uses_blocked:
             raise UserError(
@@ -74,7 +75,9 @@ class Knockout:
     def names(self, axis: str) -> tuple[str, ...]:
         """Return the names of the sets of "rows" or "columns"."""
         given = getattr(self, axis)
-        return (given,) if isinstance(given, str) else tuple(given)
+        if isinstance(given, str):
+            return (given,)
+        return tuple(given)
 
     @property
     def uses_blocked(self) -> bool:
@@ -102,22 +105,21 @@ class Knockout:
             UserError: `blocked` does not fit the mask, a set does not exist, or a row would have no keys (a softmax
                 over nothing attends to all tokens, also later ones, or is NaN).
         """
-        queries = mask.shape[-2]
-        rows = self._tokens("rows", batch=len(mask), is_image=is_image, text=text).to(mask.device)[
-            :, -queries:
-        ]
-        columns = self._tokens("columns", batch=len(mask), is_image=is_image, text=text).to(
-            mask.device
-        )
-        forbidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        tokens = partial(self._tokens, batch=len(mask), is_image=is_image, text=text)
+        before = len(is_image) - mask.shape[-2]  # tokens before the queries
+        rows = tokens("rows").to(mask.device)[:, before:]
+        columns = tokens("columns").to(mask.device)
+        _, forbidden = mask_values(mask.dtype)
         cut = mask.masked_fill((rows[:, :, None] & columns[:, None])[:, None], forbidden)
-        left = is_allowed(cut[:, 0]).any(-1) | ~rows
-        if not left.all():
-            image, token = (~left).nonzero()[0].tolist()
+        is_blind = rows & ~is_allowed(cut[:, 0]).any(-1)
+        if is_blind.any():
+            image, token = is_blind.nonzero()[0].tolist()
+            place = f"token {before + token}"
+            if is_image[before + token]:
+                place = f"image token {int(is_image[: before + token].sum())}"
             raise UserError(
-                self._no_keys(
-                    image, token=token + len(is_image) - queries, columns=columns, is_image=is_image
-                )
+                f"blocking {int(columns[image].sum())} tokens leaves {place} of image {image} in the "
+                "batch without any token to attend to; use a prefix before the image or block fewer tokens"
             )
         return cut
 
@@ -125,23 +127,23 @@ class Knockout:
         self, axis: str, batch: int, is_image: Tensor, text: Mapping[str, Tensor] | None
     ) -> Tensor:
         """Return the tokens of rows or columns, bool[B, N]."""
-        found = torch.zeros(batch, len(is_image), dtype=torch.bool, device=is_image.device)
+        tokens = torch.zeros(batch, len(is_image), dtype=torch.bool, device=is_image.device)
         for name in self.names(axis):
             if name == IMAGE:
-                found |= is_image
+                tokens |= is_image
             elif name == PREFIX:
-                found |= is_image.cumsum(0) == 0
+                tokens |= is_image.cumsum(0) == 0
             elif name == BLOCKED:
                 blocked = self._check_blocked(batch, int(is_image.sum()))
-                found[:, is_image] |= blocked.to(found.device)
+                tokens[:, is_image] |= blocked.to(tokens.device)
             elif text is None:
                 raise UserError(
                     f"{axis} of the knockout are the {name}, but no text after the image runs here; ask the model "
                     "(answer, answer_log_probs, answer_attention)"
                 )
             else:
-                found |= text[name].to(found.device)
-        return found
+                tokens |= text[name].to(tokens.device)
+        return tokens
 
     def _check_blocked(self, batch: int, tokens: int) -> Tensor:
         given = self.blocked
@@ -162,15 +164,6 @@ class Knockout:
             )
         return given
 
-    def _no_keys(self, image: int, token: int, columns: Tensor, is_image: Tensor) -> str:
-        """Return what to say of a token that would attend to nothing."""
-        number = int(is_image[:token].sum())
-        place = f"image token {number}" if is_image[token] else f"token {token}"
-        return (
-            f"blocking {int(columns[image].sum())} tokens leaves {place} of image {image} in the "
-            "batch without any token to attend to; use a prefix before the image or block fewer tokens"
-        )
-
     def select_layers(self, layers: nn.ModuleList, batch: int = 1) -> Tensor:
         """Return the layers that each row of the batch cuts, bool[B, L].
 
@@ -179,8 +172,9 @@ class Knockout:
         Raises:
             UserError: A layer is out of range.
         """
-        rows = batch if self.blocked is None else len(self.blocked)
-        return _select_layers(self.layers, rows, len(layers))
+        if self.blocked is not None:
+            batch = len(self.blocked)
+        return _select_layers(self.layers, batch, len(layers))
 
     @contextmanager
     def apply(
@@ -202,16 +196,16 @@ class Knockout:
             UserError: A layer is out of range, or the knockout changes no allowed pair.
             RuntimeError: A chosen layer ran with another mask, so that the knockout would have no effect.
         """
-        images = len(as_list(masks)[0])
+        masks = as_list(masks)
         replaced = []
-        chosen = _select_layers(self.layers, images, len(layers))
+        chosen = _select_layers(self.layers, len(masks[0]), len(layers))
         in_all_rows = chosen.all(0).tolist()
-        on_device = chosen.to(as_list(masks)[0].device)
-        cuts = [(mask, self.cut(mask, is_image, text)) for mask in as_list(masks)]
+        on_device = chosen.to(masks[0].device)
+        cuts = [(mask, self.cut(mask, is_image, text)) for mask in masks]
         changes = [(cut != mask).flatten(1).any(1) for mask, cut in cuts]  # bool[B] each
-        changed = effect
-        if effect is None:
-            changed = torch.zeros(images, dtype=torch.bool, device=on_device.device)
+        changed = torch.zeros_like(changes[0])
+        if effect is not None:
+            changed = effect
 
         def replace(layer: int, arguments: dict) -> dict:
             given = arguments.get("attention_mask")
@@ -230,8 +224,7 @@ class Knockout:
                 attention = layers[layer - 1].self_attn
                 stack.enter_context(with_arguments(attention, partial(replace, layer)))
             yield
-        missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
-        if missed:
+        if missed := {layer for layer in cut_layers if layer <= depth} - set(replaced):
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}")
         if effect is None:
             self.check_effect(changed, on_device[:, :depth].any(1))
@@ -277,11 +270,13 @@ def _select_layers(chosen: Sequence[int] | Tensor | None, rows: int, count: int)
                 f"layers must be bool[{rows}, {count}] (images, layers), got {chosen.dtype} {list(chosen.shape)}"
             )
         return chosen
-    chosen = range(1, count + 1) if chosen is None else chosen
+    layers = range(1, count + 1)
+    if chosen is None:
+        chosen = layers
     for number in chosen:
         is_number = isinstance(number, Integral) and not isinstance(number, bool)
         if not is_number or not 1 <= number <= count:
             raise UserError(
                 f"knockout layer {number!r} is out of range; this model has layers 1..{count}"
             )
-    return torch.tensor([number in chosen for number in range(1, count + 1)]).expand(rows, count)
+    return torch.tensor([number in chosen for number in layers]).expand(rows, count)

@@ -27,7 +27,14 @@ from transformers import PreTrainedConfig
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
 
-from .attention_masks import as_list, build_decoder_masks, decode_under, is_allowed, supports_masks
+from .attention_masks import (
+    Masks,
+    as_list,
+    build_decoder_masks,
+    decode_under,
+    is_allowed,
+    supports_masks,
+)
 from .families.our_code import FULL, SLIDING, layer_kinds
 from .hooks import around
 from .sites import layer_site
@@ -129,7 +136,7 @@ class MeasuredMask:
             fits = (self.is_image[attending] == from_image) & (self.is_image == to_image)
             in_order = attended < attending if is_earlier else attended > attending
             pairs[name] = fits & in_order
-        return {name: of_name for name, of_name in pairs.items() if of_name.any()}
+        return {name: is_pair for name, is_pair in pairs.items() if is_pair.any()}
 
     def _direction(self, name: str, pairs: Tensor, kind: str) -> Direction:
         """Compare what was measured with what is claimed, for the layers of one kind."""
@@ -171,68 +178,67 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     Raises:
         UserError: A layer has no gradient, or states are NaN or infinite.
     """
-    text = mllm.ids.new_full((1, TEXT_AFTER), _text_id(mllm.model.config))
+    text = mllm.ids.new_full((1, TEXT_AFTER), _text_id(mllm.text_config))
     ids = torch.cat([mllm.ids, text], 1)
     is_image = ids == mllm.model.config.image_token_id
-    rng = np.random.default_rng(seed)
-    side = mllm.family.side_px(mllm.model.config)
-    noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-    pixels = mllm.preprocess(noise).to(mllm.device, mllm.model.dtype)
-    text_config = mllm.model.config.get_text_config()
+    masks = _masks(mllm, is_image)
     generator = torch.Generator().manual_seed(seed)
     measured = _measured_tokens(is_image[0].cpu(), generator)
-    along = torch.randn(text_config.hidden_size, generator=generator)
+    along = torch.randn(mllm.text_config.hidden_size, generator=generator)
     seen: list[Tensor] = []
 
     def measure(forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run a layer with a gradient, and keep which of its inputs the tokens see."""
         site = layer_site(len(seen) + 1)
+        states, *others = args or [kwargs.pop("hidden_states")]
         with torch.enable_grad():
-            states = args[0] if args else kwargs.pop("hidden_states")
             states = states.detach().requires_grad_()
-            output = forward(states, *args[1:], **kwargs)
-            is_several = isinstance(output, tuple)
-            after = output[0] if is_several else output
+            outputs = forward(states, *others, **kwargs)
+            after = outputs[0] if isinstance(outputs, tuple) else outputs
             check_outputs("states", {site: after})
             if not after.requires_grad:
                 raise UserError(f"the mask of {site} is not measured: the layer has no gradient")
-            outputs = after[0] @ along.to(after)
-            seen.append(_seen_tokens(states, outputs[measured]))
-        return (after.detach(), *output[1:]) if is_several else after.detach()
+            projected = after[0] @ along.to(after)
+            seen.append(_seen_tokens(states, projected[measured]))
+        if isinstance(outputs, tuple):
+            return (after.detach(), *outputs[1:])
+        return after.detach()
 
     with ExitStack() as stack:
         for layer in mllm.layers:
             stack.enter_context(around(layer, measure))
         if mllm.image_attention != mllm.own_image_attention:
-            masks = build_decoder_masks(
-                mllm.image_attention,
-                text_config=text_config,
-                is_image=is_image,
-                dtype=mllm.model.dtype,
-            )
             stack.enter_context(decode_under(mllm.decoder, masks))
-        inputs = mllm.family.inputs(mllm.model, pixels, is_image)
-        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "logits_to_keep" in signature(mllm.model.forward).parameters:
-            inputs["logits_to_keep"] = 1
-        mllm.model(**inputs, use_cache=False)
-    kinds = _kinds_of_layers(text_config, len(seen))
+        _run_noise(mllm, ids, is_image, seed)
+    kinds = _kinds_of_layers(mllm.text_config, len(seen))
     return MeasuredMask(
         image_attention=mllm.image_attention,
         kinds=kinds,
         seen=torch.stack(seen),
-        claimed=_claimed(mllm, is_image, kinds)[:, measured],
+        claimed=_claimed(masks, kinds, tokens=ids.shape[1])[:, measured],
         tokens=measured,
         is_image=is_image[0].cpu(),
     )
 
 
-def _text_id(config: PreTrainedConfig) -> int:
+def _masks(mllm: nn.Module, is_image: Tensor) -> Masks | None:
+    """Return the masks that config and family name, [1, 1, N, N]; None if the layers have none."""
+    if not supports_masks(mllm.text_config):
+        return None
+    return build_decoder_masks(
+        mllm.image_attention,
+        text_config=mllm.text_config,
+        is_image=is_image,
+        dtype=mllm.model.dtype,
+    )
+
+
+def _text_id(text_config: PreTrainedConfig) -> int:
     """Return the id of a token that is no placeholder: the end of a text."""
-    ids = getattr(config.get_text_config(), "eos_token_id", None)
+    ids = getattr(text_config, "eos_token_id", None)
     if isinstance(ids, Sequence):
         ids = next(iter(ids), None)
-    return 0 if ids is None else ids
+    return ids or 0
 
 
 def _measured_tokens(is_image: Tensor, generator: torch.Generator) -> Tensor:
@@ -240,6 +246,18 @@ def _measured_tokens(is_image: Tensor, generator: torch.Generator) -> Tensor:
     of_image = is_image.nonzero().flatten()
     drawn = of_image[torch.randperm(len(of_image), generator=generator)[:MOST_IMAGE_TOKENS]]
     return torch.cat([(~is_image).nonzero().flatten(), drawn]).sort().values
+
+
+def _run_noise(mllm: nn.Module, ids: Tensor, is_image: Tensor, seed: int) -> None:
+    """Run the model's own forward on an image of noise between text."""
+    side = mllm.family.side_px(mllm.model.config)
+    levels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    pixels = mllm.preprocess(Image.fromarray(levels)).to(mllm.device, mllm.model.dtype)
+    inputs = mllm.family.inputs(mllm.model, pixels, is_image)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "logits_to_keep" in signature(mllm.model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    mllm.model(**inputs, use_cache=False)
 
 
 def _seen_tokens(states: Tensor, outputs: Tensor) -> Tensor:
@@ -258,17 +276,12 @@ def _kinds_of_layers(text_config: PreTrainedConfig, layers: int) -> list[str]:
     return layer_kinds(text_config) * layers
 
 
-def _claimed(mllm: nn.Module, is_image: Tensor, kinds: list[str]) -> Tensor:
-    """Return which tokens each token may attend to, bool[L, N, N], by the name of the mask."""
-    text_config = mllm.model.config.get_text_config()
+def _claimed(masks: Masks | None, kinds: list[str], tokens: int) -> Tensor:
+    """Return which tokens each token may attend to, bool[L, N, N], by masks or, without any, causally."""
     distinct = list(dict.fromkeys(kinds))
-    tokens = is_image.shape[1]
-    if supports_masks(text_config):
-        masks = build_decoder_masks(
-            mllm.image_attention, text_config=text_config, is_image=is_image, dtype=mllm.model.dtype
-        )
-        allowed = [is_allowed(mask)[0, 0].cpu() for mask in as_list(masks)]
-    else:
+    if masks is None:
         allowed = [torch.ones(tokens, tokens, dtype=torch.bool).tril()] * len(distinct)
+    else:
+        allowed = [is_allowed(mask)[0, 0].cpu() for mask in as_list(masks)]
     by_kind = dict(zip(distinct, allowed, strict=True))
     return torch.stack([by_kind[kind] for kind in kinds])

@@ -10,7 +10,6 @@ Nothing heavy is imported before a module is read.
 
 import hashlib
 import sys
-from dataclasses import replace
 from functools import lru_cache
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -36,12 +35,6 @@ def is_source(path: str) -> bool:
     return str(path).startswith(TIMM) or _split(path) is not None
 
 
-def _split(path: str) -> tuple[Path, str] | None:
-    """Return the file and the function of "FILE.py:FUNCTION"; None of another text."""
-    file, _, function = str(path).rpartition(":")
-    return (Path(file), function) if file.endswith(".py") and function.isidentifier() else None
-
-
 def check_names_function(path: str) -> None:
     """Raise a UserError if a model is a Python file without the function that returns it."""
     file = Path(str(path).partition(":")[0])
@@ -65,7 +58,7 @@ def open_source(path: str, image_px: int | None = None) -> "EncoderModule":
 
     Args:
         path: Source, see :func:`is_source`.
-        image_px: Side of the square input; None for the module's own.
+        image_px: Side of the square input, which a model of timm is made for; None for its own.
 
     Raises:
         UserError: timm or the model is not there, or the file cannot be run or returns something else.
@@ -87,7 +80,7 @@ def open_source(path: str, image_px: int | None = None) -> "EncoderModule":
             raise UserError(
                 f"{name}() returned a {type(encoder).__name__}; expected a probes.EncoderModule"
             )
-    return encoder if image_px is None else replace(encoder, image_px=image_px)
+    return encoder
 
 
 def module_config(path: str) -> "ModuleConfig":
@@ -97,7 +90,9 @@ def module_config(path: str) -> "ModuleConfig":
 
 def source_identity(path: str) -> str | dict[str, str]:
     """Return what identifies the model that a source names: its file and its weights; a checkpoint's path as it is."""
-    return _describe(path, _version(path))[1] if is_source(path) else path
+    if not is_source(path):
+        return path
+    return _describe(path, _version(path))[1]
 
 
 def check_trusted(path: str, run: Path) -> None:
@@ -133,8 +128,9 @@ def _imported_code(file: Path) -> dict[str, str]:
     ]
     # an editable install can be on no path
     folders = [*sys.path, *(str(Path(package.__path__[0]).parent) for package in packages)]
-    own = [folder for folder in folders if not any(Path(folder).glob("*.dist-info"))]
-    finder = ModuleFinder(own, excludes=[*sys.stdlib_module_names, "llava_bidir", "probes"])
+    # installed packages are beside their metadata
+    searched = [folder for folder in folders if not any(Path(folder).glob("*.dist-info"))]
+    finder = ModuleFinder(searched, excludes=[*sys.stdlib_module_names, "llava_bidir", "probes"])
     script = finder.add_module("__main__")
     # else a relative import is an error, also where Python would go on without it
     script.__path__ = [str(file.parent)]
@@ -163,6 +159,14 @@ def weights_digest(module: "nn.Module") -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
     return digest.hexdigest()[:DIGITS]
+
+
+def _split(path: str) -> tuple[Path, str] | None:
+    """Return the file and the function of "FILE.py:FUNCTION"; None of another text."""
+    file, _, function = str(path).rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return Path(file), function
+    return None
 
 
 def _read(file: Path) -> bytes:

@@ -7,6 +7,7 @@ of the image, row by row, after other tokens.
 Shapes: B images, S side of the square input, N tokens (others, then patches), d width.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
@@ -29,11 +30,13 @@ from .hooks import StopForward, at_input, at_output
 
 Preprocess = Callable[[Image.Image], Tensor] | tuple[Sequence[float], Sequence[float]]
 INIT_STD = 0.02  # of ViT, DINOv2 and timm
-TOLERANCE = 1e-3  # of sums and of normalised values, relative to what is added: float32, or less
+CHECK_TOLERANCE = (
+    1e-3  # of sums and of normalised values, relative to what is added: float32, or less
+)
 PREPROCESSED = (
     "a tensor f[3, S, S], the pixels of the PIL image that it is given, shifted and scaled"
 )
-PHOTO_PX = 64  # side of the photo that tells the side of what a preprocessing makes
+TRIAL_PX = 64  # side of the photo that tells the side of what a preprocessing makes
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProce
     if image_px is None:
         if not callable(encoder.preprocess):
             raise UserError("the side of the input is not known; give image_px, in pixels")
-        image_px = _preprocessed(encoder.preprocess, _plain("black", PHOTO_PX)).shape[-1]
+        image_px = _preprocessed(encoder.preprocess, _plain("black", TRIAL_PX)).shape[-1]
     mean, std = normalisation(encoder.preprocess, image_px)
     check_image_px(image_px, encoder.patch, "image_px")
     names = layer_names(encoder)
@@ -120,7 +123,7 @@ def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProce
         if encoder.parts:
             layer.own_parts = {part: (path,) for part, path in encoder.parts.items()}
     with torch.no_grad():
-        states = check_layers(model, layers=layers, names=names, parts=encoder.parts)
+        states = check_layer_states(model, layers=layers, names=names, parts=encoder.parts)
         config.extra_tokens = check_tokens(model, layers[0])
         if encoder.norm:
             states.append(module_at(model.module, encoder.norm)(states[-1]))
@@ -169,7 +172,7 @@ def normalisation(preprocess: Preprocess, side: int) -> tuple[list[float], list[
     seen = _preprocessed(preprocess, Image.fromarray(levels))
     expected = black + (white - black) * torch.from_numpy(levels).movedim(-1, 0) / 255
     span = (white - black).mean((1, 2))
-    if not _is_close(seen, expected, TOLERANCE) or not span.all():
+    if not _is_close(seen, expected, CHECK_TOLERANCE) or not span.all():
         raise UserError(
             f"preprocess does more to a square of {side} px than to shift and scale each channel, or ignores it, so "
             "that masks cannot be placed. Give (mean, std) instead, with image_px and, for the way in which photos "
@@ -195,10 +198,10 @@ def _plain(colour: str, side: int) -> Image.Image:
     return Image.new("RGB", (side, side), colour)
 
 
-def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    if found.shape != expected.shape:
+def _is_close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
+    if values.shape != expected.shape:
         return False
-    return torch.allclose(found, expected, atol=tolerance, rtol=tolerance)
+    return torch.allclose(values, expected, atol=tolerance, rtol=tolerance)
 
 
 def _noise(model: ModuleModel, images: int) -> Tensor:
@@ -208,7 +211,7 @@ def _noise(model: ModuleModel, images: int) -> Tensor:
     return drawn.to(model.device, model.dtype)
 
 
-def check_layers(
+def check_layer_states(
     model: ModuleModel, layers: Sequence[nn.Module], names: Sequence[str], parts: Mapping[str, str]
 ) -> list[Tensor]:
     """Return the states f[2, N, d] at the input of the first layer and after each, in a forward of two images.
@@ -217,33 +220,13 @@ def check_layers(
         UserError: The forward fails, a layer does not run once, its states are not f[2, N, d], it does not read what
             the layer before it wrote, its parts do not add up to what it adds, or another one runs, unnamed.
     """
-    kinds = {type(layer) for layer in layers}
-    inside = {part for layer in layers for part in layer.modules()}
-    kept: dict[tuple[str, str], list[Tensor]] = {}
-
-    def keep(key: tuple[str, str], states: Tensor) -> None:
-        kept.setdefault(key, []).append(states.clone())
-
-    with ExitStack() as stack:
-        for path, other in model.module.named_modules():
-            is_around = not {*layers}.isdisjoint(other.modules())
-            if type(other) in kinds and other not in inside and not is_around:
-                stack.enter_context(at_input(other, partial(keep, (path, "unnamed"))))
-        for name, layer in zip(names, layers, strict=True):
-            stack.enter_context(at_input(layer, partial(keep, (name, "before"))))
-            stack.enter_context(at_output(layer, partial(keep, (name, "after"))))
-            for part, path in parts.items():
-                key = (name, part)
-                module = module_at(layer, path)
-                stack.enter_context(at_output(module, partial(keep, key)))
-        stack.enter_context(error_context(f"a forward of 2 images of {model.config.image_size} px"))
-        model(_noise(model, 2))
+    recorded = _record_layers(model, layers=layers, names=names, parts=parts)
     states = []
     for i, name in enumerate(names):
-        runs = kept.get((name, "after"), [])
+        runs = recorded[name, "after"]
         if len(runs) != 1:
             raise UserError(f"layer {name} runs {len(runs)} times in a forward; expected once")
-        before = kept[name, "before"][0]
+        before = recorded[name, "before"][0]
         after = runs[0]
         if after.ndim != 3 or before.ndim != 3:
             raise UserError(
@@ -257,13 +240,43 @@ def check_layers(
                 "`sites` chooses which of them are probed"
             )
         if parts:
-            added = [kept[name, part][0] for part in parts if (name, part) in kept]
+            added = [recorded[name, part][0] for part in parts if recorded[name, part]]
             _check_parts(name, before=before, after=after, added=added)
         states.append(after)
-    for (path, what), read in kept.items():
+    for (path, what), read in recorded.items():
         if what == "unnamed" and read[0].shape == states[0].shape:
             raise UserError(f"{path}, of the layers' class, runs too. Name all layers")
     return states
+
+
+def _record_layers(
+    model: ModuleModel, layers: Sequence[nn.Module], names: Sequence[str], parts: Mapping[str, str]
+) -> dict[tuple[str, str], list[Tensor]]:
+    """Return the states f[2, N, d] of each run in a forward of two images, by path of a module and what they are.
+
+    They are "before" and "after" a layer, those of its parts, and before an "unnamed" module of the layers' class.
+    """
+    kinds = {type(layer) for layer in layers}
+    inside = {part for layer in layers for part in layer.modules()}
+    recorded: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+
+    def record(path: str, what: str, states: Tensor) -> None:
+        recorded[path, what].append(states.clone())
+
+    with ExitStack() as stack:
+        for path, other in model.module.named_modules():
+            is_around = not {*layers}.isdisjoint(other.modules())
+            if type(other) in kinds and other not in inside and not is_around:
+                stack.enter_context(at_input(other, partial(record, path, "unnamed")))
+        for name, layer in zip(names, layers, strict=True):
+            stack.enter_context(at_input(layer, partial(record, name, "before")))
+            stack.enter_context(at_output(layer, partial(record, name, "after")))
+            for part, path in parts.items():
+                module = module_at(layer, path)
+                stack.enter_context(at_output(module, partial(record, name, part)))
+        stack.enter_context(error_context(f"a forward of 2 images of {model.config.image_size} px"))
+        model(_noise(model, 2))
+    return recorded
 
 
 def _check_parts(name: str, before: Tensor, after: Tensor, added: Sequence[Tensor]) -> None:
@@ -271,7 +284,7 @@ def _check_parts(name: str, before: Tensor, after: Tensor, added: Sequence[Tenso
     change = after - before
     # where layer scale is small, it is all there is
     rounding = torch.finfo(after.dtype).eps * after.norm()
-    most = TOLERANCE * change.norm() + rounding
+    most = CHECK_TOLERANCE * change.norm() + rounding
     fits = all(part.shape == change.shape for part in added)
     if not fits or (sum(added) - change).norm() > most:
         raise UserError(
@@ -297,15 +310,15 @@ def check_tokens(model: ModuleModel, first: nn.Module) -> int:
         rows = slice(row * patch, (row + 1) * patch)
         columns = slice(column * patch, (column + 1) * patch)
         pixels[image, :, rows, columns] *= -1
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def stop(states: Tensor) -> None:
-        found.append(states.float())
+        inputs.append(states.float())
         raise StopForward
 
     with at_input(first, stop), suppress(StopForward):
         model(pixels)
-    (states,) = found
+    (states,) = inputs
     extra = states.shape[1] - side**2
     if extra < 0:
         raise UserError(

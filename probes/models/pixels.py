@@ -1,7 +1,7 @@
 """Image normalisation of a checkpoint, and how it makes photos squares.
 
 Stock image processors are not run: each splits and crops images in its own way. Of their settings, the normalisation
-and how they resize are read: filter, sides, crop. `hub` is {"revision": ...} for an id of the hub.
+and how they resize are read: filter, sides, crop.
 """
 
 import json
@@ -18,7 +18,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from llava_bidir.common.errors import UserError, error_context
 from probes.ops.geometry import ResizeRule
 
-from .families import EncoderFamily, Family
+from .families.encoders import AnyFamily
+from .read_config import Checkpoint
 
 PIXEL_SETTINGS = (
     "resample",
@@ -36,9 +37,7 @@ PIXEL_SETTINGS = (
 MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of the side after
 
 
-def read_image_processors(
-    path: str, family: Family | EncoderFamily, **hub: Any
-) -> tuple[list[CLIPImageProcessorPil], ResizeRule]:
+def read_image_processors(checkpoint: Checkpoint) -> tuple[list[CLIPImageProcessorPil], ResizeRule]:
     """Return an image processor per normalisation, of pixels of 0 to 1, and how the checkpoint resizes.
 
     Settings that the file lacks are those of the class that it names.
@@ -46,8 +45,9 @@ def read_image_processors(
     Raises:
         UserError: The normalisation is not defined, or a setting of resizing cannot be.
     """
-    with error_context(f"preprocessor_config.json of {path}"):
-        stored = _read_processor_settings(path, family, **hub)
+    family = checkpoint.family
+    with error_context(f"preprocessor_config.json of {checkpoint.path}"):
+        stored = _read_processor_settings(checkpoint)
         # as in transformers, null is as good as missing
         stored = {key: value for key, value in stored.items() if value is not None}
         settings = _class_defaults(stored) | stored
@@ -65,6 +65,8 @@ def read_image_processors(
                     f"{key} is {settings.get(key)}; expected three positive numbers, not above that of white, {white:g}"
                 )
         rule = _resize_rule(settings, family)
+    # that of the training goes before the file
+    rule = rule.replaced_by(getattr(checkpoint.config, "image_resize", None))
     processors = [
         CLIPImageProcessorPil(
             do_resize=False,
@@ -77,21 +79,20 @@ def read_image_processors(
     return processors, rule
 
 
-def _read_processor_settings(
-    path: str, family: Family | EncoderFamily, **hub: Any
-) -> dict[str, Any]:
+def _read_processor_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the settings of a checkpoint's image processor.
 
     Raises:
         UserError: A folder has none; names the settings that are needed.
     """
+    path = checkpoint.path
     try:
-        return ImageProcessingMixin.get_image_processor_dict(path, **hub)[0]
+        return ImageProcessingMixin.get_image_processor_dict(path, revision=checkpoint.revision)[0]
     except OSError as error:
         damaged = isinstance(error.__context__, json.JSONDecodeError)
         if damaged or not Path(path).is_dir():
             raise
-    keys = [key for keys in family.normalisations for key in keys]
+    keys = [key for keys in checkpoint.family.normalisations for key in keys]
     example = {key: [0.5, 0.5, 0.5] for key in keys} | {"resample": 3}
     raise UserError(
         f"the file is missing, which says how photos become pixels; copy it from the published model, or write it with "
@@ -112,7 +113,7 @@ def _class_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in defaults.items() if value is not None}
 
 
-def _resize_rule(settings: dict[str, Any], family: Family | EncoderFamily) -> ResizeRule:
+def _resize_rule(settings: dict[str, Any], family: AnyFamily) -> ResizeRule:
     """Return how images become squares by a family and the settings of an image processor."""
     resample = settings.get("resample", Image.Resampling.BICUBIC)
     if resample not in list(Image.Resampling):
@@ -129,7 +130,9 @@ def _resize_rule(settings: dict[str, Any], family: Family | EncoderFamily) -> Re
             ),
             splits=bool(settings.get("do_image_splitting")),
         )
-    way = "pad" if settings.get("do_pad") else "squash"
+    way = "squash"
+    if settings.get("do_pad"):
+        way = "pad"
     if family.image_resize or not settings.get("do_center_crop"):
         return ResizeRule(family.image_resize or way, resample)
     if way == "squash" and _is_of_shorter_side(size, settings.get("default_to_square", False)):
@@ -161,9 +164,11 @@ def _ratio(resized_name: str, resized: Any, kept_name: str, kept: Any) -> Fracti
 
 def _side(name: str, size: Any) -> int:
     """Return the side in a setting of an image processor: a number, or the largest of several."""
-    sides = (
-        size.values() if isinstance(size, Mapping) else size if isinstance(size, list) else [size]
-    )
+    sides = size
+    if isinstance(size, Mapping):
+        sides = size.values()
+    elif not isinstance(size, list):
+        sides = [size]
     sides = [side for side in sides if side is not None]
     if not sides or not all(type(side) is int and side > 0 for side in sides):
         raise UserError(f"{name} is {size!r}; expected numbers of pixels, at least 1")

@@ -1,11 +1,11 @@
 """Tokenizer and chat template of a checkpoint: the text before the image, and after it.
 
-Stock processors are not used: many need torchvision for videos. `hub` is {"revision": ...} for an id of the hub.
+Stock processors are not used: many need torchvision for videos.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
@@ -14,37 +14,37 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import with_fixed_date
 from llava_bidir.common.tokenizer import load_tokenizer, start_ids
 
-from .families import Family
+from .read_config import Checkpoint
 
 PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
 IMAGE_TOKENS = re.compile(r"<[^<>]+>|\[IMG\w*\]")
 
 
-def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub: Any) -> list[int]:
+def read_prefix_ids(checkpoint: Checkpoint, prefix: str | None = None) -> list[int]:
     """Return the token ids before the first image token, of `prefix` or of the chat template up to the image.
 
     Raises:
         UserError: There is no chat template, it has no image, or the tokenizer lacks a token of the family.
     """
+    family = checkpoint.family
     if family.own_template and prefix is None:
         return []  # the image comes first
     if prefix is None:
-        chat = read_chat(path, family, **hub)
+        chat = read_chat(checkpoint)
         prefix = _chat_before_image(chat) + family.image_start_text
         tokenizer = chat.tokenizer
         for token in IMAGE_TOKENS.findall(family.image_start_text):
-            _token_id(path, tokenizer, token)
+            _token_id(checkpoint.path, tokenizer, token)
     else:
-        tokenizer = load_tokenizer("tokenizer", path, **hub)
+        tokenizer = _read_tokenizer(checkpoint)
     # Tokenised by itself, without a preceding token, as LLaVA tokenises the text before an image.
     return start_ids(tokenizer, prefix) + tokenizer.encode(prefix, add_special_tokens=False)
 
 
-def read_separator_id(path: str, family: Family, **hub: Any) -> int | None:
+def read_separator_id(checkpoint: Checkpoint) -> int | None:
     """Return the id of the token after each row of image tokens, or None if the family has none."""
-    return family.row_separator and _token_id(
-        path, load_tokenizer("tokenizer", path, **hub), family.row_separator
-    )
+    separator = checkpoint.family.row_separator
+    return separator and _token_id(checkpoint.path, _read_tokenizer(checkpoint), separator)
 
 
 class Chat(NamedTuple):
@@ -86,8 +86,14 @@ class Chat(NamedTuple):
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Return the token ids of answers, after a space unless the prompt ends with white space."""
-        space = "" if self.after_image("?")[-1:].isspace() else " "
+        space = " "
+        if self.after_image("?")[-1:].isspace():
+            space = ""
         return [self._continue(space + answer) for answer in answers]
+
+    def decode(self, answer: list[int]) -> str:
+        """Return the text of an answer's token ids."""
+        return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     def _continue(self, text: str) -> list[int]:
         """Return the ids of text after a special token, where tokenizers add no word-start marker."""
@@ -102,13 +108,15 @@ class Chat(NamedTuple):
         return self.tokenizer.eos_token
 
 
-def read_chat(path: str, family: Family, **hub: Any) -> Chat:
+def read_chat(checkpoint: Checkpoint) -> Chat:
     """Read tokenizer and chat template of a checkpoint.
 
     Raises:
         UserError: There is no chat template, or it or the tokenizer is damaged.
     """
-    tokenizer = load_tokenizer("tokenizer", path, **hub)
+    path = checkpoint.path
+    family = checkpoint.family
+    tokenizer = _read_tokenizer(checkpoint)
     if family.own_template:
         return Chat(
             path=path,
@@ -118,7 +126,7 @@ def read_chat(path: str, family: Family, **hub: Any) -> Chat:
             image_end_text="",
         )
     with error_context(f"chat template of {path}"):
-        settings, _ = ProcessorMixin.get_processor_dict(path, **hub)
+        settings, _ = ProcessorMixin.get_processor_dict(path, revision=checkpoint.revision)
         template = settings.get("chat_template") or tokenizer.chat_template
         if isinstance(template, dict):  # named templates
             template = template.get("default")
@@ -135,15 +143,15 @@ def read_chat(path: str, family: Family, **hub: Any) -> Chat:
     )
 
 
-def read_dialogue(path: str, family: Family, **hub: Any) -> Chat:
+def read_dialogue(checkpoint: Checkpoint) -> Chat:
     """Read what :func:`read_chat` reads, for questions about the image.
 
     Raises:
         UserError: As :func:`read_chat`, or the tokenizer lacks a token of the family.
     """
-    chat = read_chat(path, family, **hub)
-    for token in IMAGE_TOKENS.findall(family.image_end_text):
-        _token_id(path, chat.tokenizer, token)
+    chat = read_chat(checkpoint)
+    for token in IMAGE_TOKENS.findall(checkpoint.family.image_end_text):
+        _token_id(chat.path, chat.tokenizer, token)
     return chat
 
 
@@ -154,6 +162,10 @@ def _chat_before_image(chat: Chat) -> str:
             f"the chat template of {chat.path} has no {chat.placeholder} for an image; {PREFIX_ADVICE}"
         )
     return before
+
+
+def _read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    return load_tokenizer("tokenizer", checkpoint.path, revision=checkpoint.revision)
 
 
 def _token_id(path: str, tokenizer: PreTrainedTokenizerBase, token: str) -> int:

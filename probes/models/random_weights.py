@@ -13,6 +13,7 @@ read-out of the layers. Of a bare vision encoder, all controls do: its patch emb
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,101 +22,124 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs, read_training
-from probes.models.attention_weights import softmax_attention
-from probes.models.families import EncoderFamily, Family
-from probes.models.families.modules import why_unmatched
-from probes.models.families.sites import find_part
-from probes.models.hooks import around, at_output
-from probes.models.sites import layer_site
+
+from .attention_weights import softmax_attention
+from .families.encoders import AnyFamily
+from .families.layer_parts import find_part
+from .families.modules import why_unmatched
+from .hooks import around, at_output
+from .sites import layer_site
 
 MATCHES = ("none", "update", "permuted")
 DRAW_SEEDS = 1_000_003  # between the seeds of two draws, so that draws of neighbouring seeds differ
+# on other images of the toy world the updates then differ from the trained ones by up to 5%
+MATCH_IMAGES = 32
+FINE_TOLERANCE = 1e-3  # relative; far below the difference between images
+# Of states with 16 bits, whose rounding makes an update jump by a percent where it is small beside them
+COARSE_TOLERANCE = 0.02
+MATCH_STEPS = 30  # an update is nearly proportional to its factor: two or three suffice
 
 
-def check_control(
-    family: Family | EncoderFamily,
-    parts: Sequence[str],
-    match: str,
-    images: Sequence,
-    scales: Sequence[float] | None,
-    draw: int,
-) -> None:
-    """Raise a UserError unless `parts`, `match`, with images or factors to match updates, and `draw` are a control."""
-    if unknown := set(parts) - {*family.parts}:
-        kind = "an MLLM" if family.has_llm else "a bare vision encoder"
-        raise UserError(
-            f"unknown part {min(unknown)!r} in untrained; expected {', '.join(family.parts)}, the parts of {kind}"
-        )
-    if draw and not parts:
-        raise UserError(f"draw {draw} is one of random weights; add their part to untrained")
-    if match not in MATCHES:
-        raise UserError(f"unknown match {match!r}; expected {', '.join(MATCHES)}")
-    if match != "none" and family.layers_part not in parts:
-        random = "LLM" if family.has_llm else "encoder"
-        raise UserError(
-            f"match {match!r} describes a random {random}; add {family.layers_part} to untrained"
-        )
-    if match == "update" and not len(images) and scales is None:
-        raise UserError(
-            "match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """Random weights in place of trained ones, as options of :func:`probes.load`.
 
-
-def check_matches(config: PreTrainedConfig, match: str) -> None:
-    """Raise a UserError if layers are to be matched whose attention and MLP are not known."""
-    why = why_unmatched(config)
-    if why and match == "update":
-        raise UserError(f"{why}; pass match='permuted' (--model.match permuted)")
-
-
-def reinitialize(
-    model: PreTrainedModel,
-    family: Family | EncoderFamily,
-    parts: Sequence[str],
-    seed: int,
-    match: str = "none",
-) -> None:
-    """Replace the weights of "adapter" (as torch draws them, times the scale in training.json) or of the layers.
-
-    Raises:
-        UserError: The initialisation of this kind of model sets a weight to zero.
+    Args:
+        untrained: Parts to replace by random weights, as controls without training: "adapter", "llm"; of a bare encoder
+            "encoder".
+        match: How a random LLM or encoder resembles the trained one: "none", "update" or "permuted".
+        draw: Number of the draw of random weights, for several controls with one seed.
+        match_images: Images on which "update" matches the layers' updates: training images.
+        update_scales: The factors of an earlier match (`FrozenMLLM.update_scales`), instead of `match_images`.
+        seed: Seed of the random weights.
     """
-    modules = family.random_modules(model, match)
-    owner = family.decoder_of(model) if family.has_llm else model
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for part in parts:
-            if part == family.layers_part and match == "permuted":
-                for top in modules[part]:
-                    permute_weights(top)
-                continue
-            # else transformers keeps weights from a checkpoint, also those that a module draws for its children (CLIP)
-            for parameter in (p for module in modules[part] for p in module.parameters()):
-                parameter._is_hf_initialized = False
-            for module in (m for top in modules[part] for m in top.modules()):
-                if part == "adapter" and hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-                else:
-                    for parameter in module.parameters(recurse=False):
-                        # else transformers keeps weights from a checkpoint
-                        parameter._is_hf_initialized = False
-                    (owner if part == "llm" else model)._init_weights(module)
-            for name, parameter in (
-                pair for top in modules[part] for pair in top.named_parameters()
-            ):
-                is_bias = "bias" in name.rpartition(".")[2]  # of relative positions, in BEiT
-                if parameter.ndim > 1 and not is_bias and not parameter.any():
-                    raise UserError(
-                        f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
-                        "would be equal; leave this part trained"
-                    )
-        scale = read_training(Path(model.name_or_path)).get("adapter_init_scale")
-        if "adapter" in parts and scale is not None:  # of this project's adapters, and no others
-            modules["adapter"][0].linear_2.weight *= scale
+
+    untrained: Sequence[str] = ()
+    match: str = "none"
+    draw: int = 0
+    match_images: Sequence[Image.Image] = ()
+    update_scales: Sequence[float] | None = None
+    seed: int = 0
+
+    def check_control(self, family: AnyFamily, config: PreTrainedConfig) -> None:
+        """Raise a UserError unless these are random weights that a model of this family and config can have."""
+        why = why_unmatched(config)
+        if why and self.match == "update":
+            raise UserError(f"{why}; pass match='permuted' (--model.match permuted)")
+        kind = "a bare vision encoder"
+        layers = "encoder"
+        if family.has_llm:
+            kind = "an MLLM"
+            layers = "LLM"
+        if unknown := set(self.untrained) - {*family.parts}:
+            raise UserError(
+                f"unknown part {min(unknown)!r} in untrained; expected {', '.join(family.parts)}, the parts of {kind}"
+            )
+        if self.draw and not self.untrained:
+            raise UserError(
+                f"draw {self.draw} is one of random weights; add their part to untrained"
+            )
+        if self.match not in MATCHES:
+            raise UserError(f"unknown match {self.match!r}; expected {', '.join(MATCHES)}")
+        if self.match != "none" and family.layers_part not in self.untrained:
+            raise UserError(
+                f"match {self.match!r} describes a random {layers}; add {family.layers_part} to untrained"
+            )
+        if self.match == "update" and not len(self.match_images) and self.update_scales is None:
+            raise UserError(
+                "match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images"
+            )
+
+    def replace_weights(self, mllm: nn.Module) -> ExitStack:
+        """Replace the weights of a :class:`FrozenModel`.
+
+        Returns:
+            A stack that, closed, removes the hooks that scale the layers, if their updates are matched.
+        """
+        pixels = None
+        if self.match == "update" and self.update_scales is None:
+            pixels = mllm.preprocess(self.match_images)
+            updates = layer_updates(mllm, pixels)
+        self._draw_weights(mllm)
+        if self.match != "update":
+            return ExitStack()
+        mllm.update_scales = [1.0] * len(mllm.layers)
+        if self.update_scales is not None:
+            mllm.update_scales = list(self.update_scales)
+        with scale_layers(mllm, mllm.update_scales) as hooks:
+            if pixels is not None:
+                match_updates(mllm, pixels=pixels, updates=updates, scales=mllm.update_scales)
+            return hooks.pop_all()
+
+    def _draw_weights(self, mllm: nn.Module) -> None:
+        """Draw the weights on the CPU, whose random numbers are the same everywhere.
+
+        A model that is spread over devices stays where it is. Modules that are not replaced are not moved: states that
+        were read before stay valid.
+        """
+        device = mllm.device
+        modules_of_part = mllm.family.random_modules(mllm.model, self.match)
+        replaced = [(part, module) for part in self.untrained for module in modules_of_part[part]]
+        is_spread = {parameter.device for parameter in mllm.parameters()} != {device}
+        try:
+            for _, module in replaced:
+                if not is_spread:
+                    module.cpu()
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(self.seed + DRAW_SEEDS * self.draw)
+                for part, module in replaced:
+                    if self.match == "permuted" and part == mllm.family.layers_part:
+                        permute_weights(module)
+                    else:
+                        initialize(mllm, part, module)
+        finally:
+            for _, module in replaced:
+                if not is_spread:
+                    module.to(device)
 
 
 def permute_weights(layers: nn.Module) -> None:
@@ -126,54 +150,36 @@ def permute_weights(layers: nn.Module) -> None:
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
-def replace_weights(
-    mllm: nn.Module,
-    parts: Sequence[str],
-    match: str,
-    draw: int,
-    seed: int,
-    images: Sequence[Image.Image],
-    scales: Sequence[float] | None,
-) -> ExitStack:
-    """Make a model a control with random weights; the arguments are those of :func:`probes.load`.
+def initialize(mllm: nn.Module, part: str, replaced: nn.Module) -> None:
+    """Draw the weights of a module anew: of the adapter as torch does, of layers as transformers does.
 
-    Returns:
-        A stack that, closed, removes the hooks that scale the layers, if their updates are matched.
+    Raises:
+        UserError: The initialisation of this kind of model sets a weight to zero.
     """
-    device = mllm.device
-    pixels = None
-    if match == "update" and scales is None:
-        pixels = mllm.preprocess(images)
-        updates = layer_updates(mllm, pixels)
-    # The random numbers of the CPU are the same everywhere; a model that is spread over devices stays where it is. The
-    # other modules are not moved: states that were read before stay valid.
-    together = {parameter.device for parameter in mllm.parameters()} == {device}
-    drawn = mllm.family.random_modules(mllm.model, match) if together else {}
-    moved = [module for part in parts for module in drawn.get(part, ())]
-    try:
-        for module in moved:
-            module.cpu()
-        reinitialize(
-            mllm.model, family=mllm.family, parts=parts, seed=seed + DRAW_SEEDS * draw, match=match
-        )
-    finally:
-        for module in moved:
-            module.to(device)
-    if match != "update":
-        return ExitStack()
-    mllm.update_scales = [1.0] * len(mllm.layers) if scales is None else list(scales)
-    with scale_layers(mllm, mllm.update_scales) as hooks:
-        if pixels is not None:
-            match_updates(mllm, pixels=pixels, updates=updates, scales=mllm.update_scales)
-        return hooks.pop_all()
-
-
-# on other images of the toy world the updates then differ from the trained ones by up to 5%
-MATCH_IMAGES = 32
-TOLERANCE = 1e-3  # relative; far below the difference between images
-# Of states with 16 bits, whose rounding makes an update jump by a percent where it is small beside them
-COARSE_TOLERANCE = 0.02
-STEPS = 30  # an update is nearly proportional to its factor: two or three suffice
+    model = mllm.model
+    owner = model
+    if part == "llm":
+        owner = mllm.family.decoder_of(model)
+    # else transformers keeps weights from a checkpoint, also those that a module draws for its children (CLIP)
+    for parameter in replaced.parameters():
+        parameter._is_hf_initialized = False
+    for module in replaced.modules():
+        if part == "adapter" and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+            continue
+        for parameter in module.parameters(recurse=False):  # else those that a parent has drawn
+            parameter._is_hf_initialized = False
+        owner._init_weights(module)
+    for name, parameter in replaced.named_parameters():
+        is_bias = "bias" in name.rpartition(".")[2]  # of relative positions, in BEiT
+        if parameter.ndim > 1 and not is_bias and not parameter.any():
+            raise UserError(
+                f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
+                "would be equal; leave this part trained"
+            )
+    scale = read_training(Path(model.name_or_path)).get("adapter_init_scale")
+    if part == "adapter" and scale is not None:  # of this project's adapters, and no others
+        replaced.linear_2.weight *= scale
 
 
 def layer_updates(mllm: nn.Module, pixels: Tensor) -> list[float]:
@@ -205,14 +211,10 @@ def match_updates(
     """
     before: Tensor | None = None  # input of the layer that runs, at image tokens
 
-    def states_of(hidden: Tensor | tuple) -> Tensor:
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return hidden.index_select(1, mllm.image_positions.to(hidden.device))
-
     def match(layer: int, module: nn.Module, forward: Callable, *args, **kwargs) -> Tensor | tuple:
         nonlocal before
         if layer == 0:
-            before = states_of(args or kwargs["hidden_states"])
+            before = _image_states(mllm, args or kwargs["hidden_states"])
         attended: list[Any] = []
 
         def attend(forward: Callable, *args, **kwargs) -> Any:
@@ -222,28 +224,39 @@ def match_updates(
 
         wanted = updates[layer]
         with around(_attention(module), attend):
-            for _ in range(STEPS):
+            for _ in range(MATCH_STEPS):
                 output = forward(*args, **kwargs)
-                after = states_of(output)
+                after = _image_states(mllm, output)
                 check_outputs("states", {layer_site(layer + 1): after})
                 now = _relative_update(before.to(after.device), after)
-                tolerance = TOLERANCE if after.dtype.itemsize > 2 else COARSE_TOLERANCE
+                tolerance = FINE_TOLERANCE
+                if after.dtype.itemsize <= 2:
+                    tolerance = COARSE_TOLERANCE
                 if abs(now - wanted) <= tolerance * wanted:
                     before = after
                     return output
                 if now == 0:  # all that is added is lost in rounding
                     break
                 scales[layer] *= wanted / now
-        finer = "" if after.dtype.itemsize > 2 else "float32 (model.dtype), or "
+        advice = "match: permuted"
+        if after.dtype.itemsize <= 2:
+            advice = f"float32 (model.dtype), or {advice}"
         raise UserError(
             f"layer {layer + 1} of the random model changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
-            f"the updates of this family cannot be matched; use {finer}match: permuted"
+            f"the updates of this family cannot be matched; use {advice}"
         )
 
     with ExitStack() as stack:
         for layer, module in enumerate(mllm.layers):
             stack.enter_context(around(module, partial(match, layer, module)))
         mllm.states(pixels, [layer_site(len(updates))])
+
+
+def _image_states(mllm: nn.Module, hidden: Tensor | tuple) -> Tensor:
+    """Return the states of the image tokens of what a layer receives or returns."""
+    if isinstance(hidden, tuple):
+        hidden = hidden[0]
+    return hidden.index_select(1, mllm.image_positions.to(hidden.device))
 
 
 def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:
@@ -265,8 +278,8 @@ def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:
 
 def _attention(layer: nn.Module) -> nn.Module:
     """Return the attention of a layer, or what it has in place of it."""
-    found = softmax_attention(layer) or getattr(layer, "linear_attn", None)
-    return found or getattr(layer, "attn", None) or layer.conv  # timm, LFM2
+    attention = softmax_attention(layer) or getattr(layer, "linear_attn", None)
+    return attention or getattr(layer, "attn", None) or layer.conv  # timm, LFM2
 
 
 def branch_outputs(layer: nn.Module) -> list[nn.Module]:

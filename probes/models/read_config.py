@@ -1,6 +1,6 @@
 """Config of a checkpoint or of a module, and whether its numbers describe a model; no class of a model is imported."""
 
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
@@ -8,11 +8,28 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import read_model_config
 from llava_bidir.common.images import MAX_GRID_SIDE
 
-from .families import EncoderFamily, Family
+from .families.encoders import AnyFamily
 from .module_sources import check_names_function, is_source, module_config
 
 
-def read_config(path: str, **hub: Any) -> PreTrainedConfig:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of transformers, before its weights are read.
+
+    Args:
+        path: Directory or hub id.
+        family: Its family.
+        config: Its config; None where files are read that do not depend on it.
+        revision: Commit of a hub id, the same for all files.
+    """
+
+    path: str
+    family: AnyFamily
+    config: PreTrainedConfig | None = None
+    revision: str | None = None
+
+
+def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """Read the config of a checkpoint, or make that of a module (module_sources.py).
 
     Raises:
@@ -21,10 +38,10 @@ def read_config(path: str, **hub: Any) -> PreTrainedConfig:
     check_names_function(path)
     if is_source(path):
         return module_config(path)
-    return read_model_config("MLLM", path, **hub)
+    return read_model_config("MLLM", path, revision=revision)
 
 
-def check_numbers(path: str, family: Family | EncoderFamily, config: PreTrainedConfig) -> None:
+def check_numbers(path: str, family: AnyFamily, config: PreTrainedConfig) -> None:
     """Raise a UserError if a config describes no usable grid, encoder or LLM."""
     with error_context(f"config.json of {path}"):
         vision = getattr(config, "vision_config", None)

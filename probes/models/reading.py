@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
 
-from .families.sites import part_module, part_multiplier
+from .families.layer_parts import part_module, part_multiplier
 from .hooks import StopForward, at_arguments, at_input, at_output, with_arguments
 from .knockout import Knockout
 from .sites import (
@@ -28,7 +28,8 @@ from .sites import (
 )
 
 Replacement = Callable[[Tensor], Tensor]  # f[B, T, d] -> f[B, T, d]
-Place = Callable[[Callable], AbstractContextManager[None]]  # opens a hook that calls a function
+Hooks = Mapping[str, Replacement]  # by site
+HookPlace = Callable[[Callable], AbstractContextManager[None]]  # opens a hook that calls a function
 Read = Callable[[Any], Tensor]  # what is found at a place -> f[B, T, d]
 
 
@@ -38,21 +39,20 @@ def read_states(
     sites: list[str],
     knockout: Knockout | None,
     rows: Sequence[int] | None,
-    hooks: Mapping[str, Replacement],
+    hooks: Hooks,
 ) -> dict[str, Tensor]:
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenModel.states`."""
     model.check_pixels(pixels)
     rows = _check_rows(rows, len(pixels))
     one_encoder = rows is not None and model.rows_share_encoder
-    count = len(pixels if rows is None else rows)
+    count = len(rows or pixels)
     if rows is not None and not one_encoder:
         pixels = pixels[rows]
-    images = len(pixels)
     in_order = sorted(sites, key=model.all_sites.index)
-    found: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
 
-    def record(site: str, read: Read, states: Any) -> None:
-        found[site] = read(states)
+    def record(site: str, read: Read, output: Any) -> None:
+        states[site] = read(output)
         if site == in_order[-1]:
             raise StopForward
 
@@ -62,24 +62,24 @@ def read_states(
             stack.enter_context(_as_rows(model.layers, rows))
         stack.enter_context(replaced_states(model, hooks))
         for site in in_order:
-            place, read = _place_of(model, site, images)
+            place, read = _place_of(model, site, len(pixels))
             stack.enter_context(place(partial(record, site, read)))
         with suppress(StopForward):
             model.run(pixels.to(model.device, model.model.dtype))
-    if missing := [site for site in sites if site not in found]:
+    if missing := [site for site in sites if site not in states]:
         raise UserError(
             f"no states of {missing[0]}: the forward does not call the module that the family names"
         )
     if one_encoder:
-        of_images = filter(is_before_adapter, sites)
-        found |= {site: found[site][rows] for site in of_images}
-    states = {site: found[site].to(model.device) for site in sites}
+        for site in filter(is_before_adapter, sites):
+            states[site] = states[site][rows]
+    states = {site: states[site].to(model.device) for site in sites}
     check_outputs("states", states)
     return states
 
 
 @contextmanager
-def replaced_states(model: nn.Module, hooks: Mapping[str, Replacement]) -> Iterator[None]:
+def replaced_states(model: nn.Module, hooks: Hooks) -> Iterator[None]:
     """Replace the states of the image tokens at sites by what `hooks` return while the context is open.
 
     Raises:
@@ -92,8 +92,9 @@ def replaced_states(model: nn.Module, hooks: Mapping[str, Replacement]) -> Itera
         given = states.index_select(1, of_image)
         new = function(given)
         if not isinstance(new, Tensor) or new.shape != given.shape:
-            returned = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise UserError(f"hook at {site!r} returned {returned}; expected {list(given.shape)}")
+            raise UserError(
+                f"hook at {site!r} returned {describe_shape(new)}; expected {list(given.shape)}"
+            )
         return states.index_copy(1, of_image, new.to(states))
 
     model.check_hooks(hooks)
@@ -104,7 +105,7 @@ def replaced_states(model: nn.Module, hooks: Mapping[str, Replacement]) -> Itera
         yield
 
 
-def _place_of(model: nn.Module, site: str, images: int) -> tuple[Place, Read]:
+def _place_of(model: nn.Module, site: str, images: int) -> tuple[HookPlace, Read]:
     """Return where a site is, and what makes its states of what is found there."""
 
     def of_image(states: Tensor) -> Tensor:
@@ -129,12 +130,14 @@ def _place_of(model: nn.Module, site: str, images: int) -> tuple[Place, Read]:
     return partial(at_output, model.layers[-1]), lambda states: model.final_norm(of_image(states))
 
 
-def _place_of_layer(model: nn.Module, site: str) -> Place:
+def _place_of_layer(model: nn.Module, site: str) -> HookPlace:
     """Return where the output of a layer is, or the input of the first one."""
-    return _before_or_after(model.layers, 0 if site == ADAPTER else layer_number(site))
+    if site == ADAPTER:
+        return _before_or_after(model.layers, 0)
+    return _before_or_after(model.layers, layer_number(site))
 
 
-def _before_or_after(layers: nn.ModuleList, number: int) -> Place:
+def _before_or_after(layers: nn.ModuleList, number: int) -> HookPlace:
     """Return the place after layer 1..L, or before the first one for 0."""
     if number:
         return partial(at_output, layers[number - 1])
@@ -145,7 +148,9 @@ def _of_part(site: str, multiplier: float | Tensor | None, width: int, states: T
     """Return what a module gives as the part f[B, N, width] of a layer."""
     if part_of(site) == VALUE:  # heads as an axis of their own, or after queries and keys
         return states.flatten(2)[..., -width:]
-    return states if multiplier is None else states * multiplier
+    if multiplier is None:
+        return states
+    return states * multiplier
 
 
 def _encoder_states(model: nn.Module, images: int, args: tuple) -> Tensor:
@@ -183,7 +188,16 @@ def _first_row(positions: Any) -> Any:
     """Return positions [1 or B, N, ...], or a tuple of them, as those of one row."""
     if isinstance(positions, tuple):
         return tuple(map(_first_row, positions))
-    return None if positions is None else positions[:1]
+    if positions is None:
+        return None
+    return positions[:1]
+
+
+def describe_shape(value: Any) -> list[int] | str:
+    """Return the shape of a tensor, or the name of another class, for a message."""
+    if isinstance(value, Tensor):
+        return list(value.shape)
+    return type(value).__name__
 
 
 def _check_rows(rows: Sequence[int] | None, images: int) -> list[int] | None:

@@ -11,7 +11,7 @@ PATCHES = "layer_00"  # of a bare encoder: patch embeddings, the input of its fi
 ALL = "all"  # stands for every site of the main path, also for the encoder's own layers in an MLLM
 ALL_PARTS = "all_parts"  # stands for these and for the parts of every layer
 VALUE = "value"
-PARTS = (VALUE, "attn", "mlp")  # of a layer, in forward order
+LAYER_PARTS = (VALUE, "attn", "mlp")  # in forward order
 
 
 def layer_site(layer: int) -> str:
@@ -30,9 +30,11 @@ def layer_number(site: str) -> int:
 
 
 def part_of(site: str) -> str | None:
-    """Return which part of its layer a site is, one of `PARTS`; None for a site of the main path."""
+    """Return which part of its layer a site is, one of `LAYER_PARTS`; None for a site of the main path."""
     part, _, number = site.rpartition("_")
-    return part if part in PARTS and number.isdecimal() else None
+    if part in LAYER_PARTS and number.isdecimal():
+        return part
+    return None
 
 
 def is_on_main_path(site: str) -> bool:
@@ -52,7 +54,9 @@ def last_layer(sites: list[str]) -> str | None:
 
 def layer_around(site: str) -> str:
     """Return the layer that a part is inside of; another site is returned as it is."""
-    return layer_site(layer_number(site)) if part_of(site) else site
+    if part_of(site) is None:
+        return site
+    return layer_site(layer_number(site))
 
 
 def is_encoder_layer(site: str) -> bool:
@@ -80,7 +84,7 @@ def site_names(layers: int) -> list[str]:
 
 def part_names(layer: int) -> list[str]:
     """Return the sites inside layer 1..L, in forward order."""
-    return [f"{part}_{layer:02d}" for part in PARTS]
+    return [f"{part}_{layer:02d}" for part in LAYER_PARTS]
 
 
 def with_parts(sites: list[str], parts: list[str]) -> list[str]:

@@ -12,8 +12,9 @@ from probes.ops.geometry import ResizeRule
 
 from .own_module import EncoderModule
 
-LAYERS = "blocks"
-PARTS = {"attn": "drop_path1", "mlp": "drop_path2"}  # what a block adds, after any layer scale
+BLOCKS = "blocks"
+# what a block adds, after any layer scale
+BLOCK_PARTS = {"attn": "drop_path1", "mlp": "drop_path2"}
 NORMS = ("norm", "fc_norm")  # the second where patches are averaged before it
 
 
@@ -33,12 +34,14 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
     import timm
 
     with error_context(f"timm:{name}"):
-        side = {} if image_px is None else {"img_size": image_px}
-        model = timm.create_model(name, pretrained=True, **side)
+        settings = {}
+        if image_px is not None:
+            settings = {"img_size": image_px}
+        model = timm.create_model(name, pretrained=True, **settings)
         config = timm.data.resolve_model_data_config(model)
-        if not hasattr(model, LAYERS) or not hasattr(model, "patch_embed"):
+        if not hasattr(model, BLOCKS) or not hasattr(model, "patch_embed"):
             raise UserError(
-                f"a {type(model).__name__} has no {LAYERS} of one grid; expected a vision transformer"
+                f"a {type(model).__name__} has no {BLOCKS} of one grid; expected a vision transformer"
             )
         rows, columns = model.patch_embed.grid_size
         if rows != columns:
@@ -48,14 +51,16 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
     side_px = model.patch_embed.img_size[0]
     norms = [getattr(model, name, nn.Identity()) for name in NORMS]
     used = [name for name, norm in zip(NORMS, norms, strict=True) if [*norm.parameters()]]
-    has_parts = all(hasattr(block, path) for block in model.blocks for path in PARTS.values())
+    parts = {}
+    if all(hasattr(block, path) for block in model.blocks for path in BLOCK_PARTS.values()):
+        parts = BLOCK_PARTS
     return EncoderModule(
         model,
         preprocess=(config["mean"], config["std"]),
         patch=model.patch_embed.patch_size[0],
-        layers=LAYERS,
-        norm=used[0] if used else None,
-        parts=PARTS if has_parts else {},
+        layers=BLOCKS,
+        norm=next(iter(used), None),
+        parts=parts,
         image_px=side_px,
         resize_rule=_resize_rule(config, side_px),
     )
@@ -66,5 +71,7 @@ def _resize_rule(config: dict, side: int) -> ResizeRule:
     names = {filter.name.lower(): filter for filter in Image.Resampling}
     resample = names.get(config["interpolation"], Image.Resampling.BICUBIC)
     before = math.floor(side / config["crop_pct"])
-    way = "squash" if config["crop_mode"] == "squash" else "center_crop"
+    way = "center_crop"
+    if config["crop_mode"] == "squash":
+        way = "squash"
     return ResizeRule(way, resample, Fraction(before, side))

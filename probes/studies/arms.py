@@ -24,8 +24,8 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import PlannedRun
 from probes.config import RunConfig
 from probes.models.families import family_of, own_image_attention
+from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.families.modules import why_unmatched
-from probes.models.families.sites import all_sites, chosen_sites
 from probes.models.read_config import read_config
 from probes.models.sites import layer_around
 

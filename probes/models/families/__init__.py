@@ -8,25 +8,17 @@ from transformers import PreTrainedConfig
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
 
-from .base import Family
+from .base import Family as Family
 from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
-from .encoders import ENCODERS, EncoderFamily
+from .encoders import ENCODERS, AnyFamily
+from .encoders import EncoderFamily as EncoderFamily
 from .gemma import GEMMA
 from .llava import LLAVA
-from .modules import MODULE_TYPE, MODULES
-from .patch_merging import MERGED
+from .modules import MODULE_FAMILY, MODULE_TYPE
+from .patch_merging import PATCH_MERGING
 
-__all__ = [
-    "FAMILIES",
-    "EncoderFamily",
-    "Family",
-    "family_of",
-    "own_image_attention",
-    "register_family",
-]
-
-FAMILIES: dict[str, Family | EncoderFamily] = LLAVA | DEEPSEEK | GEMMA | MERGED | DYNAMIC | ENCODERS
+FAMILIES: dict[str, AnyFamily] = LLAVA | DEEPSEEK | GEMMA | PATCH_MERGING | DYNAMIC | ENCODERS
 
 _QUERIES = "learned queries summarise the image, so that its tokens have no position in it"
 _CROSS = "the LLM reads the image by cross-attention; its sequence has no image tokens"
@@ -51,7 +43,7 @@ UNSUPPORTED = {
 }
 
 
-def register_family(model_type: str, family: Family | EncoderFamily) -> None:
+def register_family(model_type: str, family: AnyFamily) -> None:
     """Add a family, so that :func:`probes.load` reads checkpoints whose config has this `model_type`.
 
     Raises:
@@ -62,11 +54,11 @@ def register_family(model_type: str, family: Family | EncoderFamily) -> None:
     FAMILIES[model_type] = family
 
 
-def family_of(config: PreTrainedConfig) -> Family | EncoderFamily:
+def family_of(config: PreTrainedConfig) -> AnyFamily:
     """Return the family of a checkpoint's config; raise a UserError if it is not registered or cannot be probed."""
     kind = config.model_type
     if kind == MODULE_TYPE:  # which no checkpoint is of
-        return MODULES
+        return MODULE_FAMILY
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind == "timm_wrapper":
@@ -93,7 +85,7 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
 
 def own_image_attention(config: PreTrainedConfig) -> str:
     """Return the mask that a checkpoint was trained with, from its config or its family."""
-    kind = family_of(config).image_attention
-    return getattr(config, "image_attention", None) or (
-        kind if isinstance(kind, str) else kind(config)
-    )
+    attention = family_of(config).image_attention
+    if not isinstance(attention, str):
+        attention = attention(config)
+    return getattr(config, "image_attention", None) or attention

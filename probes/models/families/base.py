@@ -36,7 +36,7 @@ def patch_size(config: PreTrainedConfig) -> int:
     return square_side(config.vision_config.patch_size)
 
 
-def split_patches(pixels: Tensor, side: int) -> Tensor:
+def cut_patches(pixels: Tensor, side: int) -> Tensor:
     """Return the patches of images f[B, C, H, W] in raster order, f[B, h, w, C, side, side]; H and W are multiples."""
     split = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # B, C, h, side, w, side
     return split.permute(0, 2, 4, 1, 3, 5)
@@ -62,7 +62,7 @@ class Family:
         inputs: (model, pixels f[B, C, H, W], is_image bool[B, N]) -> arguments of the forward besides the ids.
         language_model: The decoder, with `layers`, the norm after them, and `embed_tokens`.
         norm: Name of that norm in the decoder.
-        vision_tower: The encoder, whose layers are sites, too (families/sites.py); None if there is none, or two.
+        vision_tower: The encoder, whose layers are sites, too (encoder_layers.py); None if there is none, or two.
         image_attention: Mask that checkpoints were trained with, as a name or from the config.
         image_resize: How images become squares; None: as the checkpoint's image processor does.
         normalisations: Keys of mean and standard deviation in the image processor; 3 channels for each pair.
@@ -166,8 +166,9 @@ class Family:
 
     def random_modules(self, model: "PreTrainedModel", match: str) -> dict[str, list[nn.Module]]:
         """Return the modules that random weights replace, by part; matched LLMs keep all but their layers."""
-        decoder = self.decoder_of(model)
-        llm = decoder if match == "none" else decoder.layers
+        llm = self.decoder_of(model)
+        if match != "none":
+            llm = llm.layers
         adapter = [module_at(model, path, "model") for path in self.adapter]
         return {"adapter": adapter, "llm": [llm]}
 
@@ -194,7 +195,9 @@ def module_at(model: nn.Module, path: str, within: str = "") -> nn.Module:
     Raises:
         UserError: There is none; the message lists the existing modules.
     """
-    module = getattr(model, within) if within else model
+    module = model
+    if within:
+        module = getattr(model, within)
     parent = within or type(model).__name__
     for name in path.split("."):
         child = getattr(module, name, None)

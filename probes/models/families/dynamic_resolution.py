@@ -4,13 +4,14 @@ They receive one square, so that all images have the same grid: 24 x 24 tokens a
 Encoders of Qwen and GLM take patches instead of images, ordered by the token that they are merged into.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .base import Family, patch_size, split_patches, square_side
+from .base import Family, cut_patches, patch_size, square_side
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ def _patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict
 
 def _raster_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B x P, channels, p, p] in raster order. Source: image processors of both families."""
-    patches = split_patches(pixels, patch_size(model.config))
+    patches = cut_patches(pixels, patch_size(model.config))
     rows, columns = patches.shape[1:3]
     grid = torch.tensor([[1, rows, columns]], device=model.device)
     return {"pixel_values": patches.flatten(0, 2), "image_grid_thw": grid.expand(len(pixels), -1)}
@@ -94,15 +95,17 @@ def _to_raster_order(model: "PreTrainedModel", args: tuple) -> Tensor:
     return states[order.argsort()]
 
 
+def _merging(factor: Callable[[PreTrainedConfig], int]) -> dict[str, Any]:
+    """Return the sizes of a family that merges `factor` x `factor` patches per token."""
+    return {
+        "image_px": lambda config: TOKENS_PER_SIDE * patch_size(config) * factor(config),
+        "token_px": lambda config: patch_size(config) * factor(config),
+        "encoder_width": lambda config: config.vision_config.hidden_size * factor(config) ** 2,
+    }
+
+
 def _patch_family(model_class: str, module: str, **kwargs) -> Family:
-    settings = {
-        "image_px": lambda config: (
-            TOKENS_PER_SIDE * patch_size(config) * config.vision_config.spatial_merge_size
-        ),
-        "token_px": lambda config: patch_size(config) * config.vision_config.spatial_merge_size,
-        "encoder_width": lambda config: (
-            config.vision_config.hidden_size * config.vision_config.spatial_merge_size**2
-        ),
+    settings = _merging(lambda config: config.vision_config.spatial_merge_size) | {
         "adapter": ("visual.merger",),
         "vision_tower": "visual",
         "inputs": _patches,
@@ -116,12 +119,7 @@ def _sizes_of_images(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor)
     return {"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * len(pixels))}
 
 
-_PIXTRAL = {
-    "image_px": lambda config: TOKENS_PER_SIDE * patch_size(config) * config.spatial_merge_size,
-    "token_px": lambda config: patch_size(config) * config.spatial_merge_size,
-    "encoder_width": lambda config: config.vision_config.hidden_size * config.spatial_merge_size**2,
-    "inputs": _sizes_of_images,
-}
+_PIXTRAL = _merging(lambda config: config.spatial_merge_size) | {"inputs": _sizes_of_images}
 
 # Each merges patches in its adapter, which receives them one by one, in raster order.
 _PADDLE = {
@@ -130,11 +128,6 @@ _PADDLE = {
     "inputs": _typed_raster_patches,
     "encoder_states": _merge_raster,
 }
-
-
-def _kimi_merge(config: PreTrainedConfig) -> int:
-    """Return m of the m x m patches that are merged into a token."""
-    return square_side(config.vision_config.merge_kernel_size)
 
 
 _DEEPSTACK = {
@@ -185,12 +178,10 @@ DYNAMIC = {
     ),
     "kimi_k25": Family(
         "Kimi_K25ForConditionalGeneration",
-        image_px=lambda config: TOKENS_PER_SIDE * patch_size(config) * _kimi_merge(config),
-        token_px=lambda config: patch_size(config) * _kimi_merge(config),
-        encoder_width=lambda config: config.vision_config.hidden_size * _kimi_merge(config) ** 2,
         adapter=("mm_projector",),
         inputs=_raster_patches,
         placeholder="<|media_pad|>",
+        **_merging(lambda config: square_side(config.vision_config.merge_kernel_size)),
     ),
     # Three of four layers have linear attention: only the model's own, causal attention is possible.
     "qwen3_5": _patch_family("Qwen3_5ForConditionalGeneration", "visual.merger.linear_fc1"),

@@ -19,7 +19,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import check_image_px
 from probes.models.sites import FINAL_NORM, layer_site
 
-from .base import find_model_class, module_at, split_patches, square_side
+from .base import Family, cut_patches, find_model_class, module_at, square_side
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel
@@ -37,8 +37,9 @@ def stored_side(config: PreTrainedConfig) -> int:
 
 def shorter_side(config: PreTrainedConfig) -> int:
     """Return the shorter side of an input that is no square; Sapiens is published at 1024 x 768 px."""
-    size = config.image_size
-    return size if isinstance(size, int) else min(size)
+    if isinstance(config.image_size, int):
+        return config.image_size
+    return min(config.image_size)
 
 
 def published_side(config: PreTrainedConfig) -> int:
@@ -73,7 +74,7 @@ def patch_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
     patch = square_side(config.patch_size)
     rows, columns = (side // patch for side in pixels.shape[-2:])
     pixels = pixels[:, :, : rows * patch, : columns * patch]
-    patches = split_patches(pixels, patch).movedim(3, -1).flatten(3).flatten(1, 2)
+    patches = cut_patches(pixels, patch).movedim(3, -1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(
@@ -132,11 +133,11 @@ class EncoderFamily:
             UserError: The side is no multiple of the patch, or the positions are not interpolated.
         """
         vision = vision_config(config)
-        own = self.image_px(vision)
-        if not self.any_side and image_px != own:
+        default_px = self.image_px(vision)
+        if not self.any_side and image_px != default_px:
             raise UserError(
-                f"--model.image_px {image_px}: {config.model_type} takes {own} px only, because its positions are not "
-                "interpolated; leave the option out"
+                f"--model.image_px {image_px}: {config.model_type} takes {default_px} px only, because its positions "
+                "are not interpolated; leave the option out"
             )
         check_image_px(image_px, square_side(vision.patch_size), "--model.image_px")
         return replace(self, image_px=lambda config: image_px)
@@ -157,7 +158,9 @@ class EncoderFamily:
     def sites(self, config: PreTrainedConfig) -> list[str]:
         """Return all sites in forward order."""
         layers = [layer_site(i) for i in range(vision_config(config).num_hidden_layers + 1)]
-        return [*layers, FINAL_NORM] if self.norm else layers
+        if not self.norm:
+            return layers
+        return [*layers, FINAL_NORM]
 
     def widths(self, config: PreTrainedConfig) -> dict[str, int]:
         """Return the width of the states at each site."""
@@ -179,6 +182,9 @@ class EncoderFamily:
     def random_modules(self, model: "PreTrainedModel", match: str) -> dict[str, list[nn.Module]]:
         """Return the modules that random weights replace, by part; patch embeddings and final norm stay trained."""
         return {"encoder": [self.layers_of(model)]}
+
+
+AnyFamily = Family | EncoderFamily
 
 
 def count_extra_tokens(entry: Any, config: PreTrainedConfig) -> int:

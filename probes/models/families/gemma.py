@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .base import Family, image_size, patch_size, split_patches
+from .base import Family, cut_patches, image_size, patch_size
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel
@@ -37,8 +37,9 @@ def _paligemma_pixels(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor
 
 def _gemma4_unified_attention(config: PreTrainedConfig) -> str:
     """Return the mask of a forward; with a static cache, `generate` has a causal one in layers of full attention."""
-    attention = config.get_text_config().use_bidirectional_attention
-    return "bidirectional" if attention == "vision" else "causal"
+    if config.get_text_config().use_bidirectional_attention == "vision":
+        return "bidirectional"
+    return "causal"
 
 
 def _merged_patch_px(config: PreTrainedConfig) -> int:
@@ -58,15 +59,13 @@ def _merged_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) 
 
 def _split(patch: int, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
-    split = split_patches(pixels, patch).movedim(3, -1)  # B, h, w, p, p, C
+    split = cut_patches(pixels, patch).movedim(3, -1)  # B, h, w, p, p, C
     rows, columns = split.shape[1:3]
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    positions = torch.stack([x, y], -1).flatten(0, 1)
     return {
         "pixel_values": split.flatten(3).flatten(1, 2),
-        "image_position_ids": torch.stack([x, y], -1)
-        .flatten(0, 1)
-        .expand(len(pixels), -1, -1)
-        .to(pixels.device),
+        "image_position_ids": positions.expand(len(pixels), -1, -1).to(pixels.device),
         "mm_token_type_ids": is_image.int(),
     }
 
@@ -74,8 +73,9 @@ def _split(patch: int, pixels: Tensor, is_image: Tensor) -> dict:
 def _sites_before_own_inputs(config: PreTrainedConfig) -> int:
     """Return the number of sites before a layer that has inputs of its own."""
     text_config = config.get_text_config()
-    has_inputs = text_config.hidden_size_per_layer_input
-    return text_config.num_hidden_layers if has_inputs else 0
+    if text_config.hidden_size_per_layer_input:
+        return text_config.num_hidden_layers
+    return 0
 
 
 GEMMA = {

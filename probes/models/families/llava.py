@@ -30,8 +30,11 @@ def _image_px(config: PreTrainedConfig) -> int:
 
 def _encoder_width(config: PreTrainedConfig) -> int:
     """Return the encoder width; some checkpoints concatenate several layers of the encoder."""
+    width = config.vision_config.hidden_size
     layers = config.vision_feature_layer
-    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    if isinstance(layers, int):
+        return width
+    return width * len(layers)
 
 
 def _full_view(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:

@@ -56,7 +56,7 @@ def why_no_parts(config: PreTrainedConfig) -> str:
 def why_unmatched(config: PreTrainedConfig) -> str:
     """Return why random layers cannot be matched to the trained ones, "" if they can as far as a config says."""
     why = why_no_parts(config)
-    return f"random layers cannot be matched to the trained ones: {why}" if why else ""
+    return why and f"random layers cannot be matched to the trained ones: {why}"
 
 
 class ModuleFamily(EncoderFamily):
@@ -69,7 +69,10 @@ class ModuleFamily(EncoderFamily):
 
     def sites(self, config: PreTrainedConfig) -> list[str]:
         """Return all sites in forward order."""
-        return super().sites(config) if config.norm_name else super().sites(config)[:-1]
+        sites = super().sites(config)
+        if not config.norm_name:
+            return sites[:-1]
+        return sites
 
     def widths(self, config: PreTrainedConfig) -> dict[str, int]:
         """Return the width of the states at each site."""
@@ -84,4 +87,6 @@ class ModuleFamily(EncoderFamily):
         return module_at(model.module, model.config.norm_name)
 
 
-MODULES = ModuleFamily("PreTrainedModel", layers="", norm="norm_name", extra_keys=("extra_tokens",))
+MODULE_FAMILY = ModuleFamily(
+    "PreTrainedModel", layers="", norm="norm_name", extra_keys=("extra_tokens",)
+)

@@ -68,7 +68,7 @@ def _internvl(model_class: str) -> Family:
     )
 
 
-MERGED = {
+PATCH_MERGING = {
     "internvl": _internvl("InternVLForConditionalGeneration"),
     "qianfan_ocr": _internvl("QianfanOCRForConditionalGeneration"),
     # Most layers are convolutions: only the model's own, causal attention is possible.

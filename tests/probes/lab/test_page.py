@@ -10,7 +10,7 @@ import pytest
 from labs import address, point, settle
 from PIL import Image
 
-from probes.lab.photos import encode
+from probes.lab.photos import encode_image
 from probes.lab.requests import Block, PatchView, PhotoQuestion, Replace, ShownViews, View
 
 pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
@@ -109,7 +109,7 @@ def test_pca_colours_of_all_sites_follow_a_knockout_and_hold_for_a_second_photo(
 def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session):
     tab = open_tab()
     image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8))
-    photo = encode(image, "PNG")
+    photo = encode_image(image, "PNG")
     file = {"name": HOSTILE, "mimeType": "image/png", "buffer": photo}
     tab.locator("#file").set_input_files(file)
     tab.wait_for_selector("img[src*=upload]")

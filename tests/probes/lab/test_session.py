@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import probes
-from probes.lab.models import load_checkpoint
-from probes.lab.photos import encode
+from probes.lab.models import open_checkpoint
+from probes.lab.photos import encode_image
 from probes.lab.requests import (
     MAX_ANSWER_TOKENS,
     Attention,
@@ -99,7 +99,7 @@ def test_views_have_the_numbers_of_the_python_api(session, change, model):
 
 def test_an_uploaded_photo_is_read_and_asked_as_the_python_api_does(session):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
-    key = session.photos.add(encode(image, "PNG"), "photo.png")
+    key = session.photos.add(encode_image(image, "PNG"), "photo.png")
     view = {"photo": key, "model": 1, "intervention": BLOCK}
     _, shares = read(session, View(**view))
     expected = labs.read_directly(session, View(**view), image)
@@ -152,8 +152,8 @@ def test_kept_states_are_bounded(session, monkeypatch):
 
 
 def test_a_checkpoint_without_probes_has_words(checkpoints):
-    session = Session(load_checkpoint(str(checkpoints["bidirectional"])))
-    key = session.photos.add(encode(Image.new("RGB", (20, 10), "red"), "PNG"), "red.png")
+    session = Session(open_checkpoint(str(checkpoints["bidirectional"])))
+    key = session.photos.add(encode_image(Image.new("RGB", (20, 10), "red"), "PNG"), "red.png")
     facts = session.describe()
     assert (facts["images"], facts["classes"]) == (0, [])
     assert session.read(View(photo=key, model=0), labs.JOB) == {"classes": None}

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import probes
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
-from probes.models.random_weights import COARSE_TOLERANCE, TOLERANCE, layer_updates
+from probes.models.random_weights import COARSE_TOLERANCE, FINE_TOLERANCE, layer_updates
 
 pytestmark = pytest.mark.numerics
 
@@ -45,7 +45,7 @@ def matched_from_the_first_layer(mllm, pixels, updates):
     factors = []
     for i, (layer, wanted) in enumerate(zip(mllm.decoder.layers, updates, strict=True)):
         factors.append(1.0)
-        while abs((now := reference_updates(mllm, pixels)[i]) - wanted) > TOLERANCE * wanted:
+        while abs((now := reference_updates(mllm, pixels)[i]) - wanted) > FINE_TOLERANCE * wanted:
             factors[i] *= wanted / now
             layer.self_attn.o_proj.weight.mul_(wanted / now)
             layer.mlp.down_proj.weight.mul_(wanted / now)
@@ -109,7 +109,7 @@ def test_draws_differ(match, path, pictures):
 
 
 def test_updates_that_cannot_be_matched_are_an_error(path, pictures, monkeypatch):
-    monkeypatch.setattr("probes.models.random_weights.STEPS", 1)
+    monkeypatch.setattr("probes.models.random_weights.MATCH_STEPS", 1)
     with pytest.raises(ValueError, match="cannot be matched"):
         probes.load(path, **UPDATE, match_images=pictures)
 

@@ -19,6 +19,7 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes.models.families import FAMILIES
 from probes.models.pixels import read_image_processors
+from probes.models.read_config import Checkpoint
 from probes.ops.geometry import ResizeRule
 
 pytestmark = pytest.mark.usefixtures("small_squares")
@@ -304,4 +305,4 @@ def test_files_without_a_setting_have_that_of_their_class(kind, tmp_path):
     settings, expected = RULES[kind]
     means = {"image_mean": MEAN, "image_std": STD}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | means))
-    assert read_image_processors(str(tmp_path), FAMILIES["clip"])[1] == expected
+    assert read_image_processors(Checkpoint(str(tmp_path), FAMILIES["clip"]))[1] == expected

@@ -18,6 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from probes.models.families import FAMILIES
 from probes.models.prompts import read_prefix_ids
+from probes.models.read_config import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_squares")
 
@@ -157,7 +158,7 @@ def test_the_named_template_default_is_used(tmp_path):
     (llava / "additional_chat_templates").mkdir()
     (llava / "additional_chat_templates/tool_use.jinja").write_text("{{ bos_token }}sky<image>")
     ids = [tiny_families.WORDS[word] for word in ("<s>", "hello")]
-    assert read_prefix_ids(str(llava), FAMILIES["llava"]) == ids
+    assert read_prefix_ids(Checkpoint(str(llava), FAMILIES["llava"])) == ids
 
 
 def test_a_prefix_is_part_of_the_run_and_used_by_analyses(checkpoints, segmentation, tmp_path):

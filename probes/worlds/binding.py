@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy import ndarray
+from numpy.random import Generator
 from PIL import Image
 
 from .canvas import CLASSES, SIZE_PX
@@ -42,11 +44,11 @@ class Mosaic:
         cue: Patches that show a cue, bool[64].
     """
 
-    image: np.ndarray
-    mask: np.ndarray
-    scene: np.ndarray
-    indoor: np.ndarray
-    cue: np.ndarray
+    image: ndarray
+    mask: ndarray
+    scene: ndarray
+    indoor: ndarray
+    cue: ndarray
 
     @property
     def kind(self) -> str:
@@ -56,7 +58,7 @@ class Mosaic:
         return f"{rooms} indoor and {streets} outdoor scenes"
 
 
-def draw_mosaic(rng: np.random.Generator, scenes: int) -> Mosaic:
+def draw_mosaic(rng: Generator, scenes: int) -> Mosaic:
     """Draw a picture of `scenes` scenes, each a room or a street with equal probability; 64 is a multiple of them."""
     kinds = rng.random(scenes) < 0.5
     mosaic = None
@@ -67,13 +69,13 @@ def draw_mosaic(rng: np.random.Generator, scenes: int) -> Mosaic:
     return mosaic
 
 
-def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int]) -> list[Mosaic]:
+def mix_mosaics(rng: Generator, scenes: Sequence[int]) -> list[Mosaic]:
     """Draw pictures of 1 or more `scenes` each, dealt from a pool of scenes, at a tenth of the cost.
 
     They share scenes, so that they suit training, but no interval over images.
     """
     pool: list[Scene] = []
-    cues: list[np.ndarray] = []
+    cues: list[ndarray] = []
     while len(pool) < POOL:
         scene = draw_scene(rng, indoor=len(pool) % 2 == 0)
         cue = _cue_patches(scene)
@@ -90,20 +92,20 @@ def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int]) -> list[Mosaic]
     return mosaics
 
 
-def _cue_patches(scene: Scene) -> np.ndarray:
+def _cue_patches(scene: Scene) -> ndarray:
     """Return the patches bool[64] of which a cue covers `CUE_SHARE` within the border."""
     inside = split_patches(scene.mask)[:, 1:-1, 1:-1]
     is_cue = np.isin(inside, CUE_CLASSES)
     return is_cue.mean((1, 2)) >= CUE_SHARE
 
 
-def _compose(rng: np.random.Generator, drawn: list[Scene], cues: list[np.ndarray]) -> Mosaic | None:
+def _compose(rng: Generator, drawn: list[Scene], cues: list[ndarray]) -> Mosaic | None:
     """Deal scenes with their cues bool[64]; None if that cannot be done."""
     scene = _deal(rng, np.stack(cues))
     if scene is None:
         return None
 
-    def take(patches: list[np.ndarray]) -> np.ndarray:
+    def take(patches: list[ndarray]) -> ndarray:
         """Return each patch of the scene that it shows."""
         return np.stack(patches)[scene, np.arange(PATCHES)]
 
@@ -124,7 +126,7 @@ def _compose(rng: np.random.Generator, drawn: list[Scene], cues: list[np.ndarray
     )
 
 
-def _deal(rng: np.random.Generator, cues: np.ndarray) -> np.ndarray | None:
+def _deal(rng: Generator, cues: ndarray) -> ndarray | None:
     """Return the scene of each patch, i64[64]: `CUES` patches with a cue for each, then at random, equally many.
 
     None if some scene has too few of its cues bool[S, 64] where no other scene has taken the patch.
@@ -142,24 +144,21 @@ def _deal(rng: np.random.Generator, cues: np.ndarray) -> np.ndarray | None:
     return scene_of
 
 
-def hue_colours() -> np.ndarray:
+def hue_colours() -> ndarray:
     """Return the colours of the borders, uint8[HUES, 3], evenly spaced on the colour circle."""
-    hsv = np.empty((1, HUES, 3), np.uint8)
-    hsv[..., 0] = np.arange(HUES) * 256 // HUES
-    hsv[..., 1] = 255
-    hsv[..., 2] = 230
-    picture = Image.fromarray(hsv, "HSV")
+    row = [(hue * 256 // HUES, 255, 230) for hue in range(HUES)]
+    picture = Image.fromarray(np.array([row], np.uint8), "HSV")
     return np.asarray(picture.convert("RGB"))[0]
 
 
-def split_patches(pixels: np.ndarray) -> np.ndarray:
+def split_patches(pixels: ndarray) -> ndarray:
     """Return [64, 12, 12, ...] of pixels [96, 96, ...], in raster order."""
     rest = pixels.shape[2:]
     rows = pixels.reshape(GRID, PATCH_PX, GRID, PATCH_PX, *rest)
     return rows.swapaxes(1, 2).reshape(PATCHES, PATCH_PX, PATCH_PX, *rest)
 
 
-def _join(patches: np.ndarray) -> np.ndarray:
+def _join(patches: ndarray) -> ndarray:
     """Return [96, 96, ...] of patches [64, 12, 12, ...]."""
     rest = patches.shape[3:]
     rows = patches.reshape(GRID, GRID, PATCH_PX, PATCH_PX, *rest)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, write_files
@@ -28,7 +27,7 @@ LOG_LINES = 20  # of a process that failed
 CHILD_PROCESS = ("-m", "probes.worlds.steps")  # words of Python
 
 
-def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(out: Path, settings: dict) -> None:
     """Raise a UserError if OUT holds a result of other settings; else write them down."""
     file = out / "settings.json"
     if file.is_file():
@@ -41,9 +40,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     write_files({file: settings})
 
 
-def training_steps(
-    out: Path, folder: Path, stages: Mapping[str, Mapping[str, object]]
-) -> list[Step]:
+def training_steps(out: Path, folder: Path, stages: dict[str, dict]) -> list[Step]:
     """Return the steps that train a model into FOLDER/STAGE.
 
     Args:
@@ -55,15 +52,13 @@ def training_steps(
     for stage, options in stages.items():
         words = ["llava-bidir", "fit", *to_words(options)]
         words += ["--out", f"{folder}/{stage}", "--ckpt_path", "last"]
-        records = [Path(options[name]) for name in RECORDS if name in options]
-        models = [Path(options[name]) for name in MODELS if name in options]
-        weights = [model / "model.safetensors" for model in models]
-        result = folder / stage / WEIGHTS
-        steps.append(make_step(out, words=words, result=result, reads=[*records, *weights]))
+        reads = [Path(options[name]) for name in RECORDS if name in options]
+        reads += [Path(options[name]) / "model.safetensors" for name in MODELS if name in options]
+        steps.append(make_step(out, words=words, result=folder / stage / WEIGHTS, reads=reads))
     return steps
 
 
-def to_words(options: Mapping[str, object]) -> list[str]:
+def to_words(options: dict) -> list[str]:
     """Return {"--seed": 0} as ["--seed", "0"]."""
     words = []
     for name, value in options.items():

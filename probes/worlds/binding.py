@@ -23,7 +23,7 @@ from .canvas import CLASSES, SIZE_PX
 from .scenes import Scene, draw_scene
 
 GRID = 8
-PATCHES = GRID**2
+PATCH_COUNT = GRID**2
 HUES = 12
 IGNORED = 255
 PATCH_PX = SIZE_PX // GRID
@@ -107,7 +107,7 @@ def _compose(rng: Generator, drawn: list[Scene], cues: list[ndarray]) -> Mosaic 
 
     def take(patches: list[ndarray]) -> ndarray:
         """Return each patch of the scene that it shows."""
-        return np.stack(patches)[scene, np.arange(PATCHES)]
+        return np.stack(patches)[scene, np.arange(PATCH_COUNT)]
 
     image = take([split_patches(one.image) for one in drawn])
     mask = take([split_patches(one.mask) for one in drawn])
@@ -132,14 +132,14 @@ def _deal(rng: Generator, cues: ndarray) -> ndarray | None:
     None if some scene has too few of its cues bool[S, 64] where no other scene has taken the patch.
     """
     scenes = len(cues)
-    scene_of = np.full(PATCHES, -1)
+    scene_of = np.full(PATCH_COUNT, -1)
     for scene in rng.permutation(scenes):
         free = np.flatnonzero(cues[scene] & (scene_of < 0))
         if len(free) < CUES:
             return None
         chosen = rng.choice(free, CUES, replace=False)
         scene_of[chosen] = scene
-    others = np.repeat(np.arange(scenes), PATCHES // scenes - CUES)
+    others = np.repeat(np.arange(scenes), PATCH_COUNT // scenes - CUES)
     scene_of[scene_of < 0] = rng.permutation(others)
     return scene_of
 
@@ -155,7 +155,7 @@ def split_patches(pixels: ndarray) -> ndarray:
     """Return [64, 12, 12, ...] of pixels [96, 96, ...], in raster order."""
     rest = pixels.shape[2:]
     rows = pixels.reshape(GRID, PATCH_PX, GRID, PATCH_PX, *rest)
-    return rows.swapaxes(1, 2).reshape(PATCHES, PATCH_PX, PATCH_PX, *rest)
+    return rows.swapaxes(1, 2).reshape(PATCH_COUNT, PATCH_PX, PATCH_PX, *rest)
 
 
 def _join(patches: ndarray) -> ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-from .binding import GRID, PATCHES, Mosaic, split_patches
+from .binding import GRID, PATCH_COUNT, Mosaic, split_patches
 from .canvas import CLASSES, PAIR_OF
 
 LOOK_ALIKE = {name: CLASSES[other] for name, other in zip(CLASSES, PAIR_OF, strict=True)}
@@ -44,7 +44,7 @@ def name_patches(mask: np.ndarray) -> list[str]:
 
 def patch_shares(mask: np.ndarray) -> np.ndarray:
     """Return f[G * G, K], the share of each class in each patch of a mask uint8[H, W], in raster order."""
-    pixels = split_patches(mask).reshape(PATCHES, -1, 1)
+    pixels = split_patches(mask).reshape(PATCH_COUNT, -1, 1)
     labels = np.arange(len(CLASSES))
     return (pixels == labels).mean(1)
 
@@ -63,7 +63,7 @@ def build_dialogue(
     With `look_alikes`, points are patches that show a member of a pair.
     """
     chosen_rows = rng.permutation(GRID)[:rows]
-    chosen_patches = rng.permutation(PATCHES)
+    chosen_patches = rng.permutation(PATCH_COUNT)
     if look_alikes:
         chosen_patches = [i for i in chosen_patches if is_look_alike(text.names[i])]
     about_rows = []

@@ -32,7 +32,7 @@ from probes.config import PlantOptions
 from probes.models.hooks import at_input
 from probes.models.random_weights import permute_weights
 
-from .binding import PATCHES
+from .binding import PATCH_COUNT
 from .canvas import CLASSES
 from .dialogues import SceneText, build_dialogue, patch_shares, prepend_picture
 from .tiny_models import normalize, train
@@ -166,7 +166,7 @@ def _forward(
     states = result.hidden_states[depth]
     if len(result.hidden_states) > depth + 1:  # else transformers has normed the last ones
         states = net.model.language_model.norm(states)
-    states = states[ids == image_id].unflatten(0, (len(ids), PATCHES))
+    states = states[ids == image_id].unflatten(0, (len(ids), PATCH_COUNT))
     if questions:
         return states, result.loss
     return states, 0.0
@@ -186,7 +186,7 @@ def _encode_picture(
         prepend_picture(turns),
         tokenizer=processor.tokenizer,
         template="vicuna_v1",
-        image_tokens=PATCHES,
+        image_tokens=PATCH_COUNT,
         image_token_id=image_id,
     )
     end = len(ids)
@@ -230,7 +230,7 @@ def encoder_states(net: LlavaBidirForConditionalGeneration, pixels: Tensor) -> T
         for batch in pixels.split(50):
             net.model.get_image_features(pixel_values=batch)
     width = states[0].shape[-1]
-    return torch.cat([of_batch.reshape(-1, PATCHES, width) for of_batch in states])
+    return torch.cat([of_batch.reshape(-1, PATCH_COUNT, width) for of_batch in states])
 
 
 def class_directions(states: Tensor, labels: Tensor, pairs: tuple[tuple[str, str], ...]) -> Tensor:

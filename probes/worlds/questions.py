@@ -59,7 +59,7 @@ class Fact(NamedTuple):
 Facts = dict[Key, Fact]  # of a photo
 
 
-class Question(NamedTuple):
+class PhotoQuestion(NamedTuple):
     """A question about a photo.
 
     Args:
@@ -224,7 +224,7 @@ def _count_pixels(mask: ndarray, classes: list[str]) -> ndarray:
     return np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
 
 
-def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[Question]]:
+def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[PhotoQuestion]]:
     """Return questions about each photo; each text is asked of two photos with different answers.
 
     Args:
@@ -232,7 +232,7 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[Q
         pairs: Pairs of questions, as many of each kind; a kind that allows fewer leaves them to those after it.
         rng: Random generator.
     """
-    asked: list[list[Question]] = [[] for _ in photos]
+    asked: list[list[PhotoQuestion]] = [[] for _ in photos]
     for number, kind in enumerate(KINDS):
         kinds_left = len(KINDS) - number
         drawn = _draw_pairs(photos, kind=kind, most=pairs // kinds_left, rng=rng)
@@ -249,11 +249,11 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[Q
 
 def _draw_pairs(
     photos: list[Facts], kind: str, most: int, rng: Generator
-) -> list[dict[int, Question]]:
+) -> list[dict[int, PhotoQuestion]]:
     """Return up to `most` pairs of questions of a kind by photo; photos with the fewest questions come first."""
     unasked = _photos_by_answer(photos, kind)
     counts = np.zeros(len(photos), int)
-    pairs: list[dict[int, Question]] = []
+    pairs: list[dict[int, PhotoQuestion]] = []
     while len(pairs) < most:
         keys = [key for key, by_answer in unasked.items() if len(by_answer) > 1]
         if not keys:
@@ -289,7 +289,7 @@ def _photos_by_answer(photos: list[Facts], kind: str) -> dict[Key, dict[str, lis
     return by_key
 
 
-def _ask(key: Key, fact: Fact, choice: list[str]) -> Question:
+def _ask(key: Key, fact: Fact, choice: list[str]) -> PhotoQuestion:
     """Return the question about a fact, with two answers to choose from."""
     kind, about = key
     one, other = choice
@@ -301,4 +301,4 @@ def _ask(key: Key, fact: Fact, choice: list[str]) -> Question:
     region = None
     if fact.box:
         region = {"box": fact.box, "class": fact.answer}
-    return Question(make_turns(texts[kind], fact.answer), region)
+    return PhotoQuestion(make_turns(texts[kind], fact.answer), region)

@@ -120,8 +120,9 @@ def _draw_chunk(
     out: Path, split: Split, start: int, count: int, seed: int, scenes: int
 ) -> list[Mosaic]:
     rng = np.random.default_rng([seed, [*PICTURES].index(split), start])
-    if split == TRAINING:  # half of the pictures have one scene
-        drawn = mix_mosaics(rng, [1 if i % 2 else scenes for i in range(count)])
+    if split == TRAINING:
+        every_second_has_one = np.where(np.arange(count) % 2, 1, scenes)
+        drawn = mix_mosaics(rng, every_second_has_one)
     else:
         drawn = [draw_mosaic(rng, scenes) for _ in range(count)]
     save_pictures(out, split=split, drawn=drawn, start=start)

@@ -61,12 +61,11 @@ class Mosaic:
 def draw_mosaic(rng: Generator, scenes: int) -> Mosaic:
     """Draw a picture of `scenes` scenes, each a room or a street with equal probability; 64 is a multiple of them."""
     kinds = rng.random(scenes) < 0.5
-    mosaic = None
-    while mosaic is None:
+    while True:
         drawn = [draw_scene(rng, indoor=bool(indoor)) for indoor in kinds]
-        cues = [_cue_patches(scene) for scene in drawn]
-        mosaic = _compose(rng, drawn, cues)
-    return mosaic
+        mosaic = _compose(rng, drawn, [_cue_patches(scene) for scene in drawn])
+        if mosaic is not None:
+            return mosaic
 
 
 def mix_mosaics(rng: Generator, scenes: Sequence[int]) -> list[Mosaic]:

@@ -126,11 +126,10 @@ class Canvas:
 
     def oval(self, quad: Quad, colour: Colour, name: str = "") -> None:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
-        (left, top), (right, bottom) = self._place(quad, CORNERS[::2])
-        # Pillow requires sorted corners.
-        left, right = sorted((left, right))
-        top, bottom = sorted((top, bottom))
-        self._draw("ellipse", [(left, top), (right, bottom)], colour=colour, name=name)
+        corners = self._place(quad, CORNERS[::2])
+        # as Pillow requires, which takes left, top, right and bottom
+        sorted_corners = np.sort(corners, axis=0)
+        self._draw("ellipse", sorted_corners.flatten().tolist(), colour=colour, name=name)
 
     def line(
         self, quad: Quad, colour: Colour, points: Sequence[Point], width: int = 2, name: str = ""
@@ -149,9 +148,7 @@ class Canvas:
         centres = slice(self.SCALE // 2, None, self.SCALE)
         return np.asarray(self._mask)[centres, centres].copy()
 
-    def _draw(
-        self, tool: str, points: list[Point], colour: Colour, name: str, **options: int
-    ) -> None:
+    def _draw(self, tool: str, points: list, colour: Colour, name: str, **options: int) -> None:
         draw = getattr(ImageDraw.Draw(self._picture), tool)
         draw(points, fill=colour, **options)
         if name:

@@ -115,8 +115,7 @@ def find_regions(turns: list[Turn]) -> list[dict | None]:
 
 def find_box(row: int, column: int, grid: int = GRID) -> list[float]:
     """Return left, top, right and bottom of a cell as fractions of the picture; rows and columns count from 0."""
-    edges = (column, row, column + 1, row + 1)
-    return [edge / grid for edge in edges]
+    return [edge / grid for edge in (column, row, column + 1, row + 1)]
 
 
 def prepend_picture(turns: list[Turn], picture: str = "<image>") -> list[Turn]:

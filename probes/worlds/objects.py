@@ -67,8 +67,7 @@ def draw_shadow(canvas: Canvas, foot: Point, width: float) -> None:
 
 def draw_person(canvas: Canvas, place: Quad, rng: Generator) -> None:
     """Draw a person seen from the front."""
-    shirts = TABLES["shirts"]
-    shirt, trousers, *_ = (shirts[i] for i in rng.permutation(len(shirts)))
+    shirt, trousers, *_ = rng.permutation(TABLES["shirts"]).tolist()
     skin = choose(rng, "skins")
     hair = choose(rng, "hairs")
     body = place.part(top=rng.uniform(-0.12, 0.05))
@@ -210,8 +209,7 @@ def draw_picture(canvas: Canvas, frame: Quad, rng: Generator) -> None:
 
 def choose(rng: Generator, table: str) -> Colour:
     """Return one of the colours of a table."""
-    colours = TABLES[table]
-    return colours[rng.integers(len(colours))]
+    return rng.choice(TABLES[table]).tolist()
 
 
 def draw_object(

@@ -59,7 +59,7 @@ class Fact(NamedTuple):
 Facts = dict[Key, Fact]  # of a photo
 
 
-class PhotoQuestion(NamedTuple):
+class MaskQuestion(NamedTuple):
     """A question about a photo.
 
     Args:
@@ -224,7 +224,7 @@ def _count_pixels(mask: ndarray, classes: list[str]) -> ndarray:
     return np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
 
 
-def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[PhotoQuestion]]:
+def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[MaskQuestion]]:
     """Return questions about each photo; each text is asked of two photos with different answers.
 
     Args:
@@ -232,7 +232,7 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[P
         pairs: Pairs of questions, as many of each kind; a kind that allows fewer leaves them to those after it.
         rng: Random generator.
     """
-    asked: list[list[PhotoQuestion]] = [[] for _ in photos]
+    asked: list[list[MaskQuestion]] = [[] for _ in photos]
     for number, kind in enumerate(KINDS):
         kinds_left = len(KINDS) - number
         drawn = _draw_pairs(photos, kind=kind, most=pairs // kinds_left, rng=rng)
@@ -240,20 +240,16 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[P
         for pair in drawn:
             for photo, question in pair.items():
                 asked[photo].append(question)
-    shuffled = []
-    for questions in asked:
-        order = rng.permutation(len(questions))
-        shuffled.append([questions[i] for i in order])
-    return shuffled
+    return [[questions[i] for i in rng.permutation(len(questions))] for questions in asked]
 
 
 def _draw_pairs(
     photos: list[Facts], kind: str, most: int, rng: Generator
-) -> list[dict[int, PhotoQuestion]]:
+) -> list[dict[int, MaskQuestion]]:
     """Return up to `most` pairs of questions of a kind by photo; photos with the fewest questions come first."""
     unasked = _photos_by_answer(photos, kind)
     counts = np.zeros(len(photos), int)
-    pairs: list[dict[int, PhotoQuestion]] = []
+    pairs: list[dict[int, MaskQuestion]] = []
     while len(pairs) < most:
         keys = [key for key, by_answer in unasked.items() if len(by_answer) > 1]
         if not keys:
@@ -261,8 +257,7 @@ def _draw_pairs(
         key = keys[rng.integers(len(keys))]
         by_answer = unasked[key]
         possible = sorted(by_answer)
-        order = rng.permutation(len(possible))
-        choice = [possible[i] for i in order[:2]]
+        choice = [possible[i] for i in rng.permutation(len(possible))[:2]]
         pair = {}
         for answer in choice:
             candidates = by_answer[answer]
@@ -289,7 +284,7 @@ def _photos_by_answer(photos: list[Facts], kind: str) -> dict[Key, dict[str, lis
     return by_key
 
 
-def _ask(key: Key, fact: Fact, choice: list[str]) -> PhotoQuestion:
+def _ask(key: Key, fact: Fact, choice: list[str]) -> MaskQuestion:
     """Return the question about a fact, with two answers to choose from."""
     kind, about = key
     one, other = choice
@@ -301,4 +296,4 @@ def _ask(key: Key, fact: Fact, choice: list[str]) -> PhotoQuestion:
     region = None
     if fact.box:
         region = {"box": fact.box, "class": fact.answer}
-    return PhotoQuestion(make_turns(texts[kind], fact.answer), region)
+    return MaskQuestion(make_turns(texts[kind], fact.answer), region)

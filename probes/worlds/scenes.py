@@ -59,8 +59,7 @@ def _build_textures() -> np.ndarray:
     textures = np.zeros((len(CLASSES), 4, 4), np.float32)
     for pair, weave in enumerate(WEAVES):
         signs = np.array([list(row) for row in weave.split()])
-        texture = np.where(signs == "+", 1, -1)
-        textures[2 * pair : 2 * pair + 2] = texture
+        textures[2 * pair : 2 * pair + 2] = np.where(signs == "+", 1, -1)
     return textures
 
 
@@ -154,7 +153,7 @@ def draw_street(canvas: Canvas, camera: Camera, rng: Generator) -> None:
 
 def sample_objects(rng: Generator, cues: Sequence[str], **chances: float) -> set[str]:
     """Sample objects independently, each with its own probability, plus one cue that is always present."""
-    names = {cues[rng.integers(len(cues))]}
+    names = {rng.choice(cues)}
     for name, chance in chances.items():
         if rng.random() < chance:
             names.add(name)
@@ -192,8 +191,7 @@ def sample_grain(mask: np.ndarray, rng: Generator) -> np.ndarray:
     # to unit standard deviation
     field = np.asarray(smooth) / 0.67
     textures = _GRAIN[mask, _ROWS % 4, _COLUMNS % 4]
-    grain = GRAIN_CONTRAST * field * textures
-    return grain[..., None]
+    return (GRAIN_CONTRAST * field * textures)[..., None]
 
 
 def sample_light(camera: Camera, rng: Generator) -> np.ndarray:

@@ -134,8 +134,7 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> None:
 
 def main() -> None:
     """Run the steps that `run_in_child_process` has given to this process."""
-    _, parent = sys.argv
-    end_with_parent(int(parent))
+    end_with_parent(parent=int(sys.argv[1]))
     steps, folder, imports = pickle.load(sys.stdin.buffer)
     # imported here, as this takes a while, in which the parent may end
     import llava_bidir.cli

@@ -68,15 +68,24 @@ def train_encoder(
 
     def loss() -> Tensor:
         index = torch.randint(len(pixels), (32,))
-        x = pixels[index]
-        h = encoder(x + 0.2 * torch.randn_like(x)).last_hidden_state[:, 1:]
-        denoised = F.mse_loss(to_pixels(h), F.unfold(x, patch_px, stride=patch_px).transpose(1, 2))
-        predicted = to_nouns(h).softmax(-1).mean(1).clamp_min(1e-6)
-        return denoised - 2.0 * (shares[index] * predicted.log()).sum(-1).mean()
+        clean = pixels[index]
+        noisy = clean + 0.2 * torch.randn_like(clean)
+        states = encoder(noisy).last_hidden_state[:, 1:]
+        patches = F.unfold(clean, patch_px, stride=patch_px).transpose(1, 2)
+        denoised = F.mse_loss(to_pixels(states), patches)
+        predicted = to_nouns(states).softmax(-1).mean(1).clamp_min(1e-6)
+        likelihood = (shares[index] * predicted.log()).sum(-1).mean()
+        return denoised - 2.0 * likelihood
 
-    parameters = [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()]
     train(
-        parameters, loss, steps, "encoder", rate=2e-3, betas=(0.9, 0.999), floor=0.0, clip=math.inf
+        [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()],
+        loss,
+        steps,
+        name="encoder",
+        rate=2e-3,
+        betas=(0.9, 0.999),
+        floor=0.0,
+        clip=math.inf,
     )
     encoder.save_pretrained(out)
 
@@ -85,7 +94,8 @@ def normalize(images: np.ndarray) -> Tensor:
     """Return f[n, 3, H, W], normalised with CLIP's pixel statistics like the processor of the trained model."""
     mean = torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]
     std = torch.tensor(OPENAI_CLIP_STD)[:, None, None]
-    return (torch.from_numpy(images).movedim(-1, 1) / 255 - mean) / std
+    pixels = torch.from_numpy(images).movedim(-1, 1) / 255
+    return (pixels - mean) / std
 
 
 def _noun_shares(masks: np.ndarray) -> Tensor:
@@ -94,7 +104,7 @@ def _noun_shares(masks: np.ndarray) -> Tensor:
     noun_of = np.full(256, count)  # of pixels without a class
     noun_of[:count] = np.minimum(np.arange(count), PAIR_OF)
     nouns = noun_of[masks]
-    shares = np.stack([(nouns == k).mean((1, 2)) for k in range(count)], 1)
+    shares = np.stack([np.mean(nouns == noun, (1, 2)) for noun in range(count)], 1)
     return torch.from_numpy(shares).float()
 
 

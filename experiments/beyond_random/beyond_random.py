@@ -200,6 +200,9 @@ class Readout:
         last = None
         if not mllm.has_llm:
             last = last_layer(mllm.sites)
+        counts_of_patches = None
+        if self.causal is not None:
+            counts_of_patches = counts
         effects = run_effects(
             self.sites,
             last=last,
@@ -207,10 +210,11 @@ class Readout:
             sums=sums,
             weights=self.weights,
             groups=None,
-            counts=counts if self.causal is not None else None,
+            counts=counts_of_patches,
             columns=mllm.grid[1],
         )
-        scores = dict(zip(self.sites, dataset_scores(task, sums)[task.score].tolist(), strict=True))
+        values = dataset_scores(task, sums)[task.score].tolist()
+        scores = dict(zip(self.sites, values, strict=True))
         layers = filter(is_layer, self.sites)
         return Effects(effects, max(layers, key=scores.get))
 

@@ -159,7 +159,9 @@ def told_apart(exact: torch.Tensor) -> torch.Tensor:
     """Return bool[S, S], whether the scores of a state and another differ: 95% intervals that hold for all pairs."""
     differences = exact[:, :, None] - exact[:, None, :]
     upper = torch.ones(differences.shape[1:], dtype=torch.bool).triu(1)
-    low, high = simultaneous_band(differences[0][upper], differences[1:][:, upper])
+    of_photos = differences[0]
+    resampled = differences[1:]
+    low, high = simultaneous_band(of_photos[upper], resampled[:, upper])
     apart = torch.zeros_like(upper)
     apart[upper] = (low > 0) | (high < 0)
     return apart | apart.T
@@ -218,8 +220,10 @@ def print_swaps(name: str, states: States, apart: torch.Tensor, scores: torch.Te
     for i, j in pairs[:3]:
         first = " ".join(states.names[i])
         second = " ".join(states.names[j])
-        before = number((exact[i] - exact[j]).item(), has_sign=True)
-        here = number((scores[i] - scores[j]).item(), has_sign=True)
+        difference = exact[i] - exact[j]
+        before = number(difference.item(), has_sign=True)
+        difference_here = scores[i] - scores[j]
+        here = number(difference_here.item(), has_sign=True)
         print(f"{name}: {first} and {second}: exact {before}, here {here}")
 
 

@@ -83,7 +83,8 @@ def pooled(cases: PairedCases, weights: torch.Tensor) -> Estimate:
 
 def study(rng: np.random.Generator, images: int) -> dict[str, float]:
     """Return what one study finds."""
-    weights = bootstrap_weights(images, RESAMPLINGS, seed=int(rng.integers(1 << 30)))
+    seed = int(rng.integers(1 << 30))
+    weights = bootstrap_weights(images, RESAMPLINGS, seed=seed)
     cases = simulate(rng, images, [EFFECT])
     (estimate,) = contrast_estimates(cases, weights)
     low, high = estimate.ci95

@@ -129,7 +129,8 @@ def half_width(drawn: np.ndarray) -> float:
 
 def bca_interval(score: float, drawn: np.ndarray, left_out: np.ndarray) -> tuple[float, float]:
     """Return the bias-corrected and accelerated interval (Efron 1987)."""
-    below = np.clip((drawn < score).mean(), 1 / len(drawn), 1 - 1 / len(drawn))
+    least = 1 / len(drawn)
+    below = np.clip((drawn < score).mean(), least, 1 - least)
     bias = scipy.stats.norm.ppf(below)
     slope = left_out.mean() - left_out
     spread = (slope**2).sum() ** 1.5
@@ -139,7 +140,8 @@ def bca_interval(score: float, drawn: np.ndarray, left_out: np.ndarray) -> tuple
     levels = []
     for z in (-Z, Z):
         shifted = bias + z
-        levels.append(scipy.stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+        corrected = bias + shifted / (1 - acceleration * shifted)
+        levels.append(scipy.stats.norm.cdf(corrected))
     low, high = np.quantile(drawn, levels)
     return low, high
 

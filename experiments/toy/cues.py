@@ -61,13 +61,15 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
             scores = mllm.answer_log_probs(
                 images, question=ask_patch(i), answers=CLASSES, knockout=knockout
             )
-            said[rows, :, i] = scores.argmax(-1).view(-1, len(CONDITIONS))
+            answers = scores.argmax(-1)
+            said[rows, :, i] = answers.view(-1, len(CONDITIONS))
     shares = {}
     for name, named in {f"probe at {site}": read, "answers": said}.items():
         is_right = named == labels[pictures, None]
         right = torch.where(asked[:, None], is_right, torch.nan)
         share = right.nanmean(-1, dtype=torch.double)
-        shares[name] = torch.stack([share[pictures == i].mean(0) for i in pictures.unique()])
+        by_picture = [share[pictures == picture].mean(0) for picture in pictures.unique()]
+        shares[name] = torch.stack(by_picture)
     return shares
 
 

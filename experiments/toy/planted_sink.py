@@ -54,7 +54,8 @@ def train_sink(mllm: FrozenMLLM, pixels: Tensor, steps: int) -> None:
             image = states[:, mllm.image_positions]
             moved = image[:, 1:] - states_before[chosen][:, 1:]
             changes = moved.square().sum(-1) / median**2
-            misses = (image[:, 0] - sink).square().sum(-1) / sink.square().sum()
+            missed = image[:, 0] - sink
+            misses = missed.square().sum(-1) / sink.square().sum()
             total = total + changes.mean() + misses.mean()
         return total
 
@@ -81,7 +82,8 @@ def main() -> None:
     shutil.copytree(source["causal"], planted)
     mllm.model.save_pretrained(planted)
     photos = sorted((options.demo / "assets/segmentation/images/validation").iterdir())[:8]
-    for layer in measure_sinks(probes.load(str(planted), device="cpu"), photos)["layers"]:
+    sinks = measure_sinks(probes.load(str(planted), device="cpu"), photos)
+    for layer in sinks["layers"]:
         print(f"{layer['site']}: first image token {layer['first_norm']:.1f} medians")
     study = probes.study(
         source | {"causal": planted},

@@ -145,16 +145,24 @@ def main() -> None:
                 scores.append(torch.stack(score(problem, points, *validated)))
                 strengths.append(f"{strength:.2g}")
             seconds = time.process_time() - start
-            miou, loss = torch.stack(scores).mean(0)
-            gains = ", ".join(f"{100 * (other - miou[1]):+5.2f}" for other in miou[[0, 2, 3]])
-            better = sum(miou_of_subset[2] > miou_of_subset[1] for miou_of_subset, _ in scores)
             name = root.rstrip("/").rpartition("/")[2]
-            print(
-                f"{name:<15} {images:4d}: {'/'.join(strengths):<16} {100 * miou[1]:5.1f}; {gains}; "
-                f"{better} of {len(scores)}   ({seconds:.0f} CPU-s)"
-            )
+            row = f"{name:<15} {images:4d}: {'/'.join(strengths):<16} {describe(scores)}"
+            print(f"{row}   ({seconds:.0f} CPU-s)")
+            loss = torch.stack(scores).mean(0)[1]
             differences = ", ".join(f"{other - loss[1]:+.4f}" for other in loss[[0, 2, 3]])
             print(f"{'cross-entropy':<37} {loss[1]:6.4f}; {differences}", flush=True)
+
+
+def describe(scores: list[Tensor]) -> str:
+    """Return mIoU at the chosen strength, what others have more, and where a weaker one is better.
+
+    Args:
+        scores: Of each subset, mIoU and cross-entropy f[2, R] at `STEPS`.
+    """
+    miou = torch.stack(scores).mean(0)[0]
+    gains = ", ".join(f"{100 * (other - miou[1]):+5.2f}" for other in miou[[0, 2, 3]])
+    better = sum(miou_of_subset[2] > miou_of_subset[1] for miou_of_subset, _ in scores)
+    return f"{100 * miou[1]:5.1f}; {gains}; {better} of {len(scores)}"
 
 
 def spread(images: int, count: int) -> list[int]:

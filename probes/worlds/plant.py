@@ -96,20 +96,12 @@ def plant_recovery(
 
     def loss(batch: int, questions: int) -> Tensor:
         chosen = rng.integers(len(pixels), size=batch)
-        labels_of_batch = labels[chosen]
+        targets = labels[chosen]
         states, loss_on_answers = _forward(
-            net,
-            processor,
-            pixels=pixels[chosen],
-            labels=labels_of_batch,
-            questions=questions,
-            depth=depth,
-            rng=rng,
+            net, processor, pixels[chosen], targets, questions=questions, depth=depth, rng=rng
         )
         logits = head(states).flatten(0, 1)
-        loss_on_image = F.cross_entropy(
-            logits, labels_of_batch.flatten(), ignore_index=IGNORE_INDEX
-        )
+        loss_on_image = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
         losses.append(loss_on_image.item())
         return loss_on_image + loss_on_answers
 

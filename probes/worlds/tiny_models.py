@@ -30,8 +30,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import SYSTEM, encode
 
+from .binding import PATCH_PX
 from .canvas import CLASSES, PAIR_OF, SIZE_PX
-from .dialogues import GRID
 
 
 def train_encoder(
@@ -49,7 +49,6 @@ def train_encoder(
         seed: Seed of initialisation and batches.
     """
     torch.manual_seed(seed)
-    patch_px = SIZE_PX // GRID
     width = 64
     config = CLIPVisionConfig(
         hidden_size=width,
@@ -57,11 +56,11 @@ def train_encoder(
         num_hidden_layers=2,
         num_attention_heads=4,
         image_size=SIZE_PX,
-        patch_size=patch_px,
+        patch_size=PATCH_PX,
         projection_dim=width,
     )
     encoder = CLIPVisionModel(config)
-    to_pixels = nn.Linear(width, 3 * patch_px**2)
+    to_pixels = nn.Linear(width, 3 * PATCH_PX**2)
     to_nouns = nn.Linear(width, len(CLASSES))
     pixels = normalize(images)
     shares = _noun_shares(masks)
@@ -71,7 +70,7 @@ def train_encoder(
         clean = pixels[index]
         noisy = clean + 0.2 * torch.randn_like(clean)
         states = encoder(noisy).last_hidden_state[:, 1:]
-        patches = F.unfold(clean, patch_px, stride=patch_px).transpose(1, 2)
+        patches = F.unfold(clean, PATCH_PX, stride=PATCH_PX).transpose(1, 2)
         denoised = F.mse_loss(to_pixels(states), patches)
         predicted = to_nouns(states).softmax(-1).mean(1).clamp_min(1e-6)
         likelihood = (shares[index] * predicted.log()).sum(-1).mean()

@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-# A command that was killed outright cannot end its processes: they end themselves.
-WATCH = "import sys; from probes.process_group import end_with_parent; end_with_parent(int(sys.argv[2]))\n"
 WATCH_S = 0.5
 
 
 def end_with_parent(parent: int) -> None:
-    """Kill this process and its group as soon as its parent is another than the process `parent`."""
+    """Kill this process and its group as soon as its parent is another than the process `parent`.
+
+    A command that was killed outright cannot end its processes: they end themselves.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -73,32 +73,39 @@ class Effects(NamedTuple):
 def read_split(folder: Path, split: str, side: int, limit: int | None) -> tuple[Split, int]:
     """Return images and masks as squares, at most `limit` at equal distances, and the number of classes."""
     data = open_dataset("folder", root=str(folder), split=split, options=None, task=SEGMENTATION)
-    chosen = np.linspace(0, len(data) - 1, min(len(data), limit or len(data))).round()
-    rows = [data[int(i)] for i in chosen]
-    images = [row["image"].resize((side, side)) for row in rows]
-    masks = [Image.fromarray(row["target"]) for row in rows]
-    squares = [np.array(mask.resize((side, side), Image.Resampling.NEAREST)) for mask in masks]
-    return (images, torch.from_numpy(np.stack(squares))), len(data.classes)
+    count = min(len(data), limit or len(data))
+    chosen = np.linspace(0, len(data) - 1, count).round()
+    images = []
+    targets = []
+    for index in chosen:
+        sample = data[int(index)]
+        images.append(sample["image"].resize((side, side)))
+        mask = Image.fromarray(sample["target"])
+        square = mask.resize((side, side), Image.Resampling.NEAREST)
+        targets.append(np.array(square))
+    return (images, torch.from_numpy(np.stack(targets))), len(data.classes)
 
 
 def patch_shares(targets: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
     """Return the share of each class in each patch, f[N * T, K], of targets uint8[N, H, W]."""
     labels = targets.long()
     labels = labels.where(labels != IGNORE_INDEX, classes)
-    pixels = F.one_hot(labels, classes + 1)[..., :classes].permute(0, 3, 1, 2).double()
-    return F.adaptive_avg_pool2d(pixels, grid).flatten(2).mT.flatten(0, 1).float()
+    one_hot = F.one_hot(labels, classes + 1)[..., :classes]
+    maps = one_hot.permute(0, 3, 1, 2).double()
+    shares = F.adaptive_avg_pool2d(maps, grid).flatten(2).mT
+    return shares.flatten(0, 1).float()
 
 
 def remember_images(mllm: nn.Module) -> None:
     """Let an MLLM run encoder and adapter once for the same pixels: no subject and no control changes them."""
     compute = mllm.model.model.get_image_features
-    known = {}
+    features_of_pixels = {}
 
     def image_features(pixel_values: Tensor, **options):
         key = pixel_values.numpy().tobytes()
-        if key not in known:
-            known[key] = compute(pixel_values=pixel_values, **options)
-        return known[key]
+        if key not in features_of_pixels:
+            features_of_pixels[key] = compute(pixel_values=pixel_values, **options)
+        return features_of_pixels[key]
 
     mllm.model.model.get_image_features = image_features
 
@@ -123,9 +130,14 @@ class Readout:
         starvation: bool = False,
     ):
         self.mllm = mllm
-        self.causal = mllm.with_attention("causal") if starvation else None
-        self.claims = CLAIMS[mllm.has_llm] + (tuple(STARVATION) if starvation else ())
-        self.sites = ["adapter", *mllm.layer_sites[1:]] if mllm.has_llm else mllm.layer_sites
+        self.causal = None
+        self.claims = CLAIMS[mllm.has_llm]
+        if starvation:
+            self.causal = mllm.with_attention("causal")
+            self.claims += tuple(STARVATION)
+        self.sites = mllm.layer_sites
+        if mllm.has_llm:
+            self.sites = ["adapter", *mllm.layer_sites[1:]]
         self.match_images = training[0][:MATCH_IMAGES]
         self.pixels = mllm.preprocess([*training[0], *validation[0]])
         self.targets = validation[1]
@@ -135,18 +147,22 @@ class Readout:
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits f[N, K, h, w] of the validation images from states f[N, T, d] of all images."""
-        x = states[: self.training].flatten(0, 1)
-        mean = x.mean(0)
-        scale = x.std(0).clamp_min(1e-8)
-        z = (x - mean) / scale
+        training = states[: self.training].flatten(0, 1)
+        mean = training.mean(0)
+        scale = training.std(0).clamp_min(1e-8)
+        z = (training - mean) / scale
         mass = self.labels.sum(0)
         centres = (self.labels.T @ z) / mass.clamp_min(1e-6)[:, None]
-        within = (z.T * self.labels.sum(1)) @ z - (centres.T * mass) @ centres
+        second_moments = (z.T * self.labels.sum(1)) @ z
+        between = (centres.T * mass) @ centres
+        within = second_moments - between
         within /= mass.sum()
         within += RIDGE * within.diagonal().mean() * torch.eye(len(within))
         weight = torch.linalg.solve(within.double(), centres.T.double()).float()
-        bias = (mass / mass.sum()).clamp_min(1e-9).log() - 0.5 * (weight.T * centres).sum(1)
-        logits = (states[self.training :] - mean) / scale @ weight + bias
+        log_priors = (mass / mass.sum()).clamp_min(1e-9).log()
+        bias = log_priors - 0.5 * (weight.T * centres).sum(1)
+        validation = (states[self.training :] - mean) / scale
+        logits = validation @ weight + bias
         return logits.transpose(1, 2).unflatten(-1, tuple(self.mllm.grid))
 
     def numbers(self, site: str | None = None) -> tuple[dict[str, Estimate], str | None]:
@@ -155,53 +171,59 @@ class Readout:
         Args:
             site: Where the masks are compared; None for the best layer under the causal mask.
         """
-        own, _ = self.effects(self.mllm)
-        numbers = {claim: own[claim] for claim in CLAIMS[self.mllm.has_llm]}
+        effects, _ = self.effects(self.mllm)
+        numbers = {claim: effects[claim] for claim in CLAIMS[self.mllm.has_llm]}
         if self.causal is not None:
-            of_causal, best = self.effects(self.causal)
+            causal_effects, best = self.effects(self.causal)
             site = site or best
             for claim, effect in STARVATION.items():
                 at_site = f"{effect}@{site}"
-                numbers[claim] = own[at_site] - of_causal[at_site]
+                numbers[claim] = effects[at_site] - causal_effects[at_site]
         return numbers, site
 
     def effects(self, mllm: nn.Module) -> Effects:
         """Return the effects of a model, which has the layers of this one."""
-        parts = [mllm.states(part, self.sites) for part in self.pixels.split(BATCH)]
-        logits = [
-            self.logits(torch.cat([part[site].float() for part in parts])) for site in self.sites
-        ]
+        batches = [mllm.states(pixels, self.sites) for pixels in self.pixels.split(BATCH)]
+        logits = []
+        for site in self.sites:
+            states = torch.cat([batch[site].float() for batch in batches])
+            logits.append(self.logits(states))
         view = mllm.geometry.view(tuple(self.targets.shape[-2:]))
         counts = count(torch.stack(logits), self.targets, view)
         task = TASKS[SEGMENTATION]
         sums = task.sums(counts._asdict())
+        last = None
+        if not mllm.has_llm:
+            last = last_layer(mllm.sites)
+        counts_of_patches = None
+        if self.causal is not None:
+            counts_of_patches = counts
         effects = run_effects(
             self.sites,
-            None if mllm.has_llm else last_layer(mllm.sites),
-            task,
-            sums,
-            self.weights,
-            None,
-            counts=counts if self.causal is not None else None,
+            last=last,
+            task=task,
+            sums=sums,
+            weights=self.weights,
+            groups=None,
+            counts=counts_of_patches,
             columns=mllm.grid[1],
         )
-        scores = dataset_scores(task, sums)[task.score].tolist()
-        of_layers = {
-            site: score for site, score in zip(self.sites, scores, strict=True) if is_layer(site)
-        }
-        return Effects(effects, max(of_layers, key=of_layers.get))
+        values = dataset_scores(task, sums)[task.score].tolist()
+        scores = dict(zip(self.sites, values, strict=True))
+        layers = filter(is_layer, self.sites)
+        return Effects(effects, max(layers, key=scores.get))
 
 
 @contextmanager
 def edited(mllm: nn.Module, edit: Callable[[nn.ModuleList], None], seed: int) -> Iterator[None]:
     """Edit the layers of a model while the context is open."""
-    kept = {name: x.clone() for name, x in mllm.layers.state_dict().items()}
+    before = {name: weight.clone() for name, weight in mllm.layers.state_dict().items()}
     torch.manual_seed(seed)
     edit(mllm.layers)
     try:
         yield
     finally:
-        mllm.layers.load_state_dict(kept)
+        mllm.layers.load_state_dict(before)
 
 
 @contextmanager
@@ -217,22 +239,34 @@ def matched(mllm: nn.Module, draw: int, images: list[Image.Image]) -> Iterator[N
 
 def entropy(mllm: nn.Module, pixels: Tensor) -> float:
     """Return the mean entropy of attention among image tokens, in nats."""
-    weights = torch.stack([*mllm.attention(pixels, average_heads=False).values()])
-    weights = weights / weights.sum(-1, keepdim=True)
-    return -weights.xlogy(weights).sum(-1).mean().item()
+    by_layer = mllm.attention(pixels, average_heads=False)
+    weights = torch.stack([*by_layer.values()])
+    shares = weights / weights.sum(-1, keepdim=True)
+    nats = -shares.xlogy(shares).sum(-1)
+    return nats.mean().item()
 
 
 def draw_matrices(draw: Callable[[nn.ModuleList], None], layers: nn.ModuleList) -> None:
     """Draw layers, and put biases, norms and layer scales back."""
-    vectors = {name: x.clone() for name, x in layers.named_parameters() if x.ndim < 2}
+    vectors = {}
+    for name, weight in layers.named_parameters():
+        if weight.ndim < 2:
+            vectors[name] = weight.clone()
     draw(layers)
     layers.load_state_dict(vectors, strict=False)
 
 
-def judge_subject(readout: Readout, number: int) -> dict[str, tuple[Estimate, dict[str, bool]]]:
+class Judged(NamedTuple):
+    """The effect of a model, and whether each rule calls it learned."""
+
+    effect: Estimate
+    learned: dict[str, bool]
+
+
+def judge_subject(readout: Readout, number: int) -> dict[str, Judged]:
     """Return the effect of the model as it is now, and whether each rule calls it learned, by claim."""
     mllm = readout.mllm
-    own, site = readout.numbers()
+    effects, site = readout.numbers()
     random = []
     permuted = []
     for draw in range(3):
@@ -241,48 +275,57 @@ def judge_subject(readout: Readout, number: int) -> dict[str, tuple[Estimate, di
             random.append(readout.numbers(site)[0])
         with edited(mllm, permute_weights, seed):
             permuted.append(readout.numbers(site)[0])
+    judged = {}
+    for claim in readout.claims:
+        learned = judge(
+            effects[claim],
+            random=[numbers[claim] for numbers in random],
+            permuted=[numbers[claim] for numbers in permuted],
+        )
+        judged[claim] = Judged(effects[claim], learned)
+    return judged
 
-    def judged(claim: str) -> tuple[Estimate, dict[str, bool]]:
-        draws = [[numbers[claim] for numbers in kind] for kind in (random, permuted)]
-        return own[claim], judge(own[claim], *draws)
 
-    return {claim: judged(claim) for claim in readout.claims}
-
-
-def judge(own: Estimate, random: list[Estimate], permuted: list[Estimate]) -> dict[str, bool]:
+def judge(effect: Estimate, random: list[Estimate], permuted: list[Estimate]) -> dict[str, bool]:
     """Return whether each rule calls an effect learned, from those of the draws."""
     beyond = {
-        "update": compare_to_draws(own, random),
-        "permuted": compare_to_draws(own, permuted),
-        "two": compare_to_draws(own, permuted[:2]),
-        "mean": compare_to_draws(own, random + permuted),
+        "update": compare_to_draws(effect, random),
+        "permuted": compare_to_draws(effect, permuted),
+        "two": compare_to_draws(effect, permuted[:2]),
+        "mean": compare_to_draws(effect, random + permuted),
     }
     columns = {name: judge_draws(1, compared) for name, compared in beyond.items()}
     pooled = {
         "random": judge_draws(1, beyond["update"], [beyond["two"]]),
         "permuted": judge_draws(1, beyond["two"], [beyond["update"]]),
     }
-    columns["both"] = worst_of(1, [columns[name] for name in RULES[:2]])
+    columns["both"] = worst_of(1, [columns["update"], columns["permuted"]])
     columns["study"] = worst_of(1, [*pooled.values()])
     holds = {rule: column["verdict"] == HOLDS for rule, column in columns.items()}
-    above_zero = own.ci95[0] > 0
+    above_zero = effect.ci95[0] > 0
     return holds | {"supported": holds["study"] and above_zero}
 
 
-def count_family(
-    readout: Readout, edit: Callable[[nn.ModuleList], None], subjects: int
-) -> tuple[list[dict[str, tuple[Estimate, dict[str, bool]]]], list[float]]:
-    """Return the judged subjects of a family, and the update and entropy of the first one."""
+class Family(NamedTuple):
+    """The judged subjects of a family by claim, and update and entropy of the first one."""
+
+    subjects: list[dict[str, Judged]]
+    update: float
+    entropy: float
+
+
+def count_family(readout: Readout, edit: Callable[[nn.ModuleList], None], subjects: int) -> Family:
+    """Judge the subjects of a family."""
     mllm = readout.mllm
     judged = []
-    about = []
     for number in range(subjects):
         with edited(mllm, edit, 1000 * number + 7):
             if number == 0:
-                about.append(sum(layer_updates(mllm, readout.pixels[:16])) / len(mllm.layers))
-                about.append(entropy(mllm, readout.pixels[:4]))
+                updates = layer_updates(mllm, readout.pixels[:16])
+                update = sum(updates) / len(mllm.layers)
+                spread = entropy(mllm, readout.pixels[:4])
             judged.append(judge_subject(readout, number))
-    return judged, about
+    return Family(judged, update, spread)
 
 
 @torch.no_grad()
@@ -305,20 +348,31 @@ def main() -> None:
     if mllm.has_llm:
         remember_images(mllm)
     readout = Readout(mllm, training, validation, classes, starvation=args.starvation)
-    usual = [x for x in FAMILIES if x not in OF_LANGUAGE] if mllm.has_llm else OF_ENCODERS
+    usual = OF_ENCODERS
+    if mllm.has_llm:
+        usual = [name for name in FAMILIES if name not in OF_LANGUAGE]
     print("family  claim  subjects  effect (range)  update  entropy  " + "  ".join(RULES))
     for name in args.families or usual:
-        edit = FAMILIES[name] if mllm.has_llm else partial(draw_matrices, FAMILIES[name])
-        judged, (update, spread) = count_family(readout, edit, args.subjects)
+        edit = FAMILIES[name]
+        if not mllm.has_llm:
+            edit = partial(draw_matrices, edit)
+        family = count_family(readout, edit, args.subjects)
         for claim in readout.claims:
-            values = [100 * subject[claim][0].value for subject in judged]
-            mean = sum(values) / len(values)
-            yes = "  ".join(str(sum(x[claim][1][rule] for x in judged)) for rule in RULES)
-            effect = f"{mean:+.1f} ({min(values):+.1f} to {max(values):+.1f})"
-            print(
-                f"{name}  {claim}  {len(values)}  {effect}  {update:.2f}  {spread:.2f}  {yes}",
-                flush=True,
-            )
+            print(describe(name, family=family, claim=claim), flush=True)
+
+
+def describe(name: str, family: Family, claim: str) -> str:
+    """Return a row of the table."""
+    judged = [subject[claim] for subject in family.subjects]
+    values = [100 * one.effect.value for one in judged]
+    mean = sum(values) / len(values)
+    effect = f"{mean:+.1f} ({min(values):+.1f} to {max(values):+.1f})"
+    cells = [name, claim, str(len(values)), effect]
+    cells += [f"{family.update:.2f}", f"{family.entropy:.2f}"]
+    for rule in RULES:
+        learned = sum(one.learned[rule] for one in judged)
+        cells.append(str(learned))
+    return "  ".join(cells)
 
 
 if __name__ == "__main__":

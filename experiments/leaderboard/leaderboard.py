@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import kendalltau
@@ -95,21 +95,25 @@ def read_states(folder: Path) -> States:
     scores: dict[str, list[float]] = {name: [] for name in PROTOCOLS}
     for row in PROTOCOL_ROWS:
         run = ProbeRun(folder / row)
-        fitted, by_8 = (
-            {x["site"]: x for x in ProbeRun(folder / f"{row}.{kind}").metrics["sites"]}
-            for kind in BATCHES
-        )
+        fitted = fitted_sites(folder / f"{row}.fit")
+        fitted_by_8 = fitted_sites(folder / f"{row}.fit8")
         patches = read_json(folder / row / "patch_protocols.json")
         for site, score in run.site_scores.items():
             names.append((row, site))
             exact.append(score.vector)
             scores["best epoch"].append(fitted[site]["miou"])
             scores["20 epochs"].append(fitted[site]["history"][-1])
-            scores["20 epochs, batches of 8"].append(by_8[site]["history"][-1])
+            scores["20 epochs, batches of 8"].append(fitted_by_8[site]["history"][-1])
             for name in PATCHES:
                 scores[name].append(patches[site][name])
-    by_protocol = {name: torch.tensor(x, dtype=torch.float64) for name, x in scores.items()}
+    by_protocol = {name: torch.tensor(miou, dtype=torch.float64) for name, miou in scores.items()}
     return States(names, torch.stack(exact, 1), by_protocol)
+
+
+def fitted_sites(run: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of a run of `probes fit` by site."""
+    entries = ProbeRun(run).metrics["sites"]
+    return {entry["site"]: entry for entry in entries}
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -125,12 +129,15 @@ def print_best(folder: Path, rows: list[str]) -> None:
         run = ProbeRun(folder / row)
         site = run.peak_layer
         score = run.site_scores[site]
-        certified = sum(x["converged"] for x in certificates_of(run))
+        certified = sum(certificate["converged"] for certificate in certificates_of(run))
         cells = [folder.name, row, site]
         cells.append(f"{number(score.value)} {interval(*score.ci95)}")
-        best = [x for x in compare_runs(first, run) if x["of"] == "best layer"][0]
-        bounds = interval(best["low"], best["high"])
-        cells.append(f"{number(best['difference'], has_sign=True)} {bounds}" * (row != FIRST))
+        compared = ""
+        if row != FIRST:
+            best = next(line for line in compare_runs(first, run) if line["of"] == "best layer")
+            difference = number(best["difference"], has_sign=True)
+            compared = f"{difference} {interval(best['low'], best['high'])}"
+        cells.append(compared)
         cells.append(f"{certified} of {len(run.sites)}")
         print_row(cells)
 
@@ -141,10 +148,10 @@ def print_sites(folders: list[Path], row: str) -> None:
     for site in by_data[0]:
         cells = [row, site]
         for scores in by_data:
-            low, high = scores[site].ci95
-            value = number(scores[site].value)
+            score = scores[site]
+            low, high = score.ci95
             half = number((high - low) / 2)
-            cells.append(f"{value} ± {half}")
+            cells.append(f"{number(score.value)} ± {half}")
         print_row(cells)
 
 
@@ -152,7 +159,9 @@ def told_apart(exact: torch.Tensor) -> torch.Tensor:
     """Return bool[S, S], whether the scores of a state and another differ: 95% intervals that hold for all pairs."""
     differences = exact[:, :, None] - exact[:, None, :]
     upper = torch.ones(differences.shape[1:], dtype=torch.bool).triu(1)
-    low, high = simultaneous_band(differences[0][upper], differences[1:][:, upper])
+    of_photos = differences[0]
+    resampled = differences[1:]
+    low, high = simultaneous_band(of_photos[upper], resampled[:, upper])
     apart = torch.zeros_like(upper)
     apart[upper] = (low > 0) | (high < 0)
     return apart | apart.T
@@ -162,7 +171,8 @@ def swapped_pairs(exact: torch.Tensor, scores: torch.Tensor, apart: torch.Tensor
     """Return bool[S, S], which pairs that are told apart other scores f[S] order otherwise."""
     here = scores[:, None] - scores
     before = exact[:, None] - exact
-    return apart & (here * before < 0)
+    is_swapped = here * before < 0
+    return apart & is_swapped
 
 
 def print_protocols(folder: Path) -> None:
@@ -175,14 +185,15 @@ def print_protocols(folder: Path) -> None:
     for name, scores in {"exact": exact, **states.scores}.items():
         cells = [folder.name, name]
         for i in range(len(PROTOCOL_ROWS)):
-            here = (rows == i) & is_layer
-            best = scores.masked_fill(~here, -1).argmax()
-            off = (scores - exact)[rows == i]
-            cells.append(f"{states.names[best][1]} {number(scores[best].item())}")
-            mean, least, most = (
-                number(x.item(), has_sign=True) for x in (off.mean(), off.min(), off.max())
-            )
-            cells.append(f"{mean} ({least} to {most})" * (name != "exact"))
+            in_row = rows == i
+            elsewhere = ~(in_row & is_layer)
+            best = scores.masked_fill(elsewhere, -1).argmax()
+            _, site = states.names[best]
+            cells.append(f"{site} {number(scores[best].item())}")
+            off = ""
+            if name != "exact":
+                off = describe_range(scores[in_row] - exact[in_row])
+            cells.append(off)
         swapped = swapped_pairs(exact, scores, apart)
         tau = kendalltau(scores, exact).statistic
         cells.append(f"{tau:.2f}")
@@ -192,6 +203,14 @@ def print_protocols(folder: Path) -> None:
         print_swaps(name, states=states, apart=apart, scores=scores)
 
 
+def describe_range(differences: torch.Tensor) -> str:
+    """Return mean, least and largest difference."""
+    mean = number(differences.mean().item(), has_sign=True)
+    least = number(differences.min().item(), has_sign=True)
+    most = number(differences.max().item(), has_sign=True)
+    return f"{mean} ({least} to {most})"
+
+
 def print_swaps(name: str, states: States, apart: torch.Tensor, scores: torch.Tensor) -> None:
     """Print the three pairs of states that a protocol orders otherwise by most, of those that are told apart."""
     exact = states.exact[0]
@@ -199,10 +218,13 @@ def print_swaps(name: str, states: States, apart: torch.Tensor, scores: torch.Te
     pairs = swapped.nonzero().tolist()
     pairs.sort(key=lambda pair: -abs(scores[pair[0]] - scores[pair[1]]))
     for i, j in pairs[:3]:
-        names = " and ".join(" ".join(states.names[k]) for k in (i, j))
-        before = number((exact[i] - exact[j]).item(), has_sign=True)
-        here = number((scores[i] - scores[j]).item(), has_sign=True)
-        print(f"{name}: {names}: exact {before}, here {here}")
+        first = " ".join(states.names[i])
+        second = " ".join(states.names[j])
+        difference = exact[i] - exact[j]
+        before = number(difference.item(), has_sign=True)
+        difference_here = scores[i] - scores[j]
+        here = number(difference_here.item(), has_sign=True)
+        print(f"{name}: {first} and {second}: exact {before}, here {here}")
 
 
 def main() -> None:
@@ -216,23 +238,27 @@ def main() -> None:
     rows = row_options(args.dinov2, args.mllm)
     folders = [args.out / data.name for data in args.data]
     for data, folder in zip(args.data, folders, strict=True):
-        for row, options in rows.items():
-            make("solve", data=data, options=options, run=folder / row)
-        for row in PROTOCOL_ROWS:
-            for kind, batch in BATCHES.items():
-                words = ["--data.batch_size", str(batch), *ADAMW.split()]
-                make("fit", data=data, options=[*rows[row], *words], run=folder / f"{row}.{kind}")
-            if not (folder / row / "patch_protocols.json").is_file():
-                script = str(HERE / "patch_protocols.py")
-                subprocess.run(
-                    [sys.executable, script, str(folder / row)], check=True, env=os.environ
-                )
+        make_runs(data, folder, rows)
     for folder in folders:
         print_best(folder, list(rows))
     for row in rows:
         print_sites(folders, row)
     for folder in folders:
         print_protocols(folder)
+
+
+def make_runs(data: Path, folder: Path, rows: dict[str, list[str]]) -> None:
+    """Make what is missing of a data set."""
+    for row, options in rows.items():
+        make("solve", data=data, options=options, run=folder / row)
+    for row in PROTOCOL_ROWS:
+        for kind, batch in BATCHES.items():
+            options = [*rows[row], "--data.batch_size", str(batch), *ADAMW.split()]
+            make("fit", data=data, options=options, run=folder / f"{row}.{kind}")
+        if not (folder / row / "patch_protocols.json").is_file():
+            script = str(HERE / "patch_protocols.py")
+            command = [sys.executable, script, str(folder / row)]
+            subprocess.run(command, check=True, env=os.environ)
 
 
 if __name__ == "__main__":

@@ -55,11 +55,11 @@ def read_split(run: ProbeRun, split: str) -> Split:
         end = min(start + BATCH, len(photos))
         batch = [photos[i] for i in range(start, end)]
         pixels = model.preprocess([photo["image"] for photo in batch])
-        found = model.states(pixels, sites=run.sites)
-        for site, kept in states.items():
-            kept.append(found[site].float().cpu())
+        states_of_batch = model.states(pixels, sites=run.sites)
+        for site, batches in states.items():
+            batches.append(states_of_batch[site].float().cpu())
         masks += [torch.tensor(photo["target"]) for photo in batch]
-    joined = {site: torch.cat(kept) for site, kept in states.items()}
+    joined = {site: torch.cat(batches) for site, batches in states.items()}
     return Split(joined, masks)
 
 
@@ -81,10 +81,11 @@ def score(logits: Tensor, masks: list[Tensor], grid: tuple[int, int]) -> float:
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     for photo, mask in zip(logits, masks, strict=True):
         maps = photo.T.reshape(1, classes, *grid)
-        maps = F.interpolate(maps, mask.shape, mode="bilinear", align_corners=False)
-        predicted = maps[0].argmax(0)
+        upsampled = F.interpolate(maps, mask.shape, mode="bilinear", align_corners=False)
         labelled = mask != IGNORED
-        pairs = classes * mask[labelled].long() + predicted[labelled]
+        truth = mask[labelled].long()
+        predicted = upsampled[0].argmax(0)[labelled]
+        pairs = classes * truth + predicted
         counts = torch.bincount(pairs, minlength=classes**2)
         matrix += counts.view(classes, classes)
     right = matrix.diagonal().double()
@@ -105,13 +106,13 @@ def fit_patch_labels(states: Tensor, shares: Tensor, queries: Tensor) -> tuple[T
     patches = states[labelled]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", ConvergenceWarning)
-        found = LogisticRegression().fit(patches.numpy(), labels.numpy())
-    weight = torch.tensor(found.coef_).float()
-    bias = torch.tensor(found.intercept_).float()
+        regression = LogisticRegression().fit(patches.numpy(), labels.numpy())
+    weight = torch.tensor(regression.coef_).float()
+    bias = torch.tensor(regression.intercept_).float()
     # a class that is the largest of no patch is never predicted; -inf would spread by the interpolation
     shape = (*queries.shape[:2], shares.shape[2])
     logits = torch.full(shape, -1e4)
-    logits[..., found.classes_] = queries @ weight.T + bias
+    logits[..., regression.classes_] = queries @ weight.T + bias
     return logits, not said
 
 
@@ -119,14 +120,15 @@ def find_neighbours(states: Tensor, shares: Tensor, queries: Tensor) -> Tensor:
     """Return shares of classes f32[N', T, K] of photos f[N', T, d], from their nearest training patches."""
     memory = F.normalize(states.flatten(0, 1), dim=1)
     labels = shares.flatten(0, 1)
-    found = []
+    shares_near = []
     patches = F.normalize(queries.flatten(0, 1), dim=1)
     for batch in patches.split(QUERIES):
         cosine, nearest = (batch @ memory.T).topk(NEIGHBOURS)
         weights = (cosine / TEMPERATURE).softmax(1)
         weighted = weights[..., None] * labels[nearest]
-        found.append(weighted.sum(1))
-    return torch.cat(found).view(*queries.shape[:2], -1)
+        shares_near.append(weighted.sum(1))
+    photos, tokens, _ = queries.shape
+    return torch.cat(shares_near).view(photos, tokens, -1)
 
 
 def measure(run: ProbeRun) -> dict[str, dict[str, float | bool]]:

@@ -36,7 +36,8 @@ def question_of(record: dict) -> str:
 
 def row_of(record: dict) -> tuple[str, str]:
     """Return the data set and the kind of a record's question."""
-    return Path(record["image"]).parts[0], kind_of(question_of(record))
+    data = Path(record["image"]).parts[0]
+    return data, kind_of(question_of(record))
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -78,12 +79,12 @@ def main() -> None:
     print(
         f"{'data set':16}{'kind':8}{'questions':>10}{'right, %':>10}{'+/-':>6}  most frequent answer"
     )
-    for row, answers in right.items():
+    for (data, kind), answers in right.items():
         share = np.mean(answers)
         half_width = 196 * np.sqrt(share * (1 - share) / len(answers))
-        word, times = max(said[row].items(), key=lambda item: item[1])
+        word, times = max(said[data, kind].items(), key=lambda item: item[1])
         print(
-            f"{row[0]:16}{row[1]:8}{len(answers):10}{100 * share:10.1f}{half_width:6.1f}  "
+            f"{data:16}{kind:8}{len(answers):10}{100 * share:10.1f}{half_width:6.1f}  "
             f"{word!r}, {times / len(answers):.0%}"
         )
 

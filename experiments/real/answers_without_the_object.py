@@ -75,16 +75,16 @@ def main() -> None:
     for (record, _), words in zip(asked, ask(args, asked), strict=True):
         right.append(words == record["conversations"][1]["value"])
     by_kind = defaultdict(list)
-    for (record, _), scores in zip(asked[::3], np.reshape(right, (-1, 3)), strict=True):
+    by_question = np.reshape(right, (-1, 3))
+    for (record, _), scores in zip(asked[::3], by_question, strict=True):
         by_kind[row_of(record)].append(scores)
     columns = f"{'photo':>8}{'object':>8}{'elsewhere':>11}"
     print(f"{'data set':16}{'kind':8}{'questions':>10}{columns}  object minus elsewhere")
     for (data, kind), scores in by_kind.items():
-        shares = 100 * np.mean(scores, axis=0)
-        change = 100 * np.subtract(
-            [row[1] for row in scores], [row[2] for row in scores], dtype=float
-        )
+        _, without_object, without_other = np.array(scores, dtype=float).T
+        change = 100 * (without_object - without_other)
         half_width = 1.96 * change.std(ddof=1) / np.sqrt(len(change))
+        shares = 100 * np.mean(scores, axis=0)
         columns = f"{shares[0]:8.1f}{shares[1]:8.1f}{shares[2]:11.1f}"
         print(
             f"{data:16}{kind:8}{len(scores):10}{columns}  {change.mean():+.1f} +/- {half_width:.1f}"

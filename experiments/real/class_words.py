@@ -29,8 +29,11 @@ def class_tokens(mllm, classes: list[str]) -> list[Tensor]:
     tokenizer = mllm.chat.tokenizer
     ids = []
     for name in classes:
-        spellings = [f"{space}{word}" for space in ("", " ") for word in (name, name.capitalize())]
-        first = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in spellings}
+        capitalised = name.capitalize()
+        first = set()
+        for spelling in (name, capitalised, f" {name}", f" {capitalised}"):
+            tokens = tokenizer(spelling, add_special_tokens=False).input_ids
+            first.add(tokens[0])
         ids.append(torch.tensor(sorted(first)))
     return ids
 
@@ -43,7 +46,7 @@ def count_words(run: probes.ProbeRun, top: int) -> tuple[dict[str, Tensor], Tens
     mllm = run.mllm()
     words = class_tokens(mllm, classes)
     sites = [site for site in run.sites if not is_before_adapter(site)]
-    found = {site: torch.zeros(count, count, dtype=torch.float64) for site in sites}
+    counts = {site: torch.zeros(count, count, dtype=torch.float64) for site in sites}
     patches = torch.zeros(count, dtype=torch.float64)
     dataset = run.dataset()
     for image in tqdm(range(len(dataset)), mininterval=5):
@@ -52,13 +55,15 @@ def count_words(run: probes.ProbeRun, top: int) -> tuple[dict[str, Tensor], Tens
         labelled = labels >= 0
         labels = labels[labelled]
         patches += labels.bincount(minlength=count)
-        states = mllm.states(mllm.preprocess([sample["image"]]), sites)
+        pixels = mllm.preprocess([sample["image"]])
+        states = mllm.states(pixels, sites)
         for site in sites:
-            likely = mllm.word_head(site)(states[site][0, labelled]).topk(top).indices
+            logits = mllm.word_head(site)(states[site][0, labelled])
+            likely = logits.topk(top).indices
             for j, ids in enumerate(words):
                 says = torch.isin(likely, ids).any(-1)
-                found[site][:, j] += labels[says].bincount(minlength=count)
-    return found, patches
+                counts[site][:, j] += labels[says].bincount(minlength=count)
+    return counts, patches
 
 
 def main() -> None:
@@ -68,15 +73,15 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=10)
     args = parser.parse_args()
     for path in args.runs:
-        found, patches = count_words(probes.ProbeRun(path), args.top)
+        by_site, patches = count_words(probes.ProbeRun(path), args.top)
         seen = patches > 0
         print(f"{path}: word of the class among the first {args.top}, % of the patches")
         print(f"{'site':12}{'own':>8}{'other':>8}")
-        for site, counts in found.items():
-            shares = counts[seen] / patches[seen, None]
-            own = shares[:, seen].diagonal()
-            others = (shares[:, seen].sum(1) - own) / (int(seen.sum()) - 1)
-            print(f"{site:12}{100 * own.mean().item():8.1f}{100 * others.mean().item():8.1f}")
+        for site, counts in by_site.items():
+            shares = counts[seen][:, seen] / patches[seen, None]
+            same = shares.diagonal()
+            others = (shares.sum(1) - same) / (int(seen.sum()) - 1)
+            print(f"{site:12}{100 * same.mean().item():8.1f}{100 * others.mean().item():8.1f}")
 
 
 if __name__ == "__main__":

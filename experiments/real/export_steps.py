@@ -31,5 +31,8 @@ class ExportSteps(Callback):
         if trainer.is_global_zero:
             with no_zero3_partitioning():
                 export_checkpoint(checkpoint, checkpoint.with_suffix("") / "hf")
-            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+            if checkpoint.is_dir():
+                shutil.rmtree(checkpoint)
+            else:
+                checkpoint.unlink()
         trainer.strategy.barrier()

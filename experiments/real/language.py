@@ -60,9 +60,11 @@ def describe_mllm(
     shown = [
         read_image(images / record["image"]) for record in questions[:: max(1, len(questions) // 8)]
     ]
-    entry = {"perplexity": perplexity(model, processor.tokenizer, words)}
-    entry["first_layer_update"] = first_layer_update(model, processor, shown)
-    entry["answer_accuracy"] = read_training(path).get("val/answer_accuracy")
+    description = {
+        "perplexity": perplexity(model, processor.tokenizer, words),
+        "first_layer_update": first_layer_update(model, processor, shown),
+        "answer_accuracy": read_training(path).get("val/answer_accuracy"),
+    }
     conversations = []
     for record in questions[:: max(1, len(questions) // CONVERSATIONS)][:CONVERSATIONS]:
         asked, right = (
@@ -79,7 +81,7 @@ def describe_mllm(
         )
         turns = list(zip(texts, said, (right, *[None] * len(also_asked)), strict=True))
         conversations.append({"image": record["image"], "turns": turns})
-    return entry | {"conversations": conversations}
+    return description | {"conversations": conversations}
 
 
 @torch.no_grad()
@@ -100,7 +102,8 @@ def first_layer_update(model: torch.nn.Module, processor, images: list[Image.Ima
     before, after, *_ = model(
         input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False
     ).hidden_states
-    return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
+    updates = (after - before).norm(dim=-1)
+    return (updates / before.norm(dim=-1)).mean().item()
 
 
 def text_loss(model: torch.nn.Module, ids: Tensor, words: int) -> Tensor:
@@ -123,7 +126,8 @@ def format_description(name: str, entry: dict[str, Any]) -> str:
     for conversation in entry.get("conversations", ()):
         lines.append(f"  {conversation['image']}")
         for question, said, right in conversation["turns"]:
-            lines.append(
-                f"    {question}\n      {said!r}{'' if right is None else f' (right: {right})'}"
-            )
+            expected = ""
+            if right is not None:
+                expected = f" (right: {right})"
+            lines.append(f"    {question}\n      {said!r}{expected}")
     return "\n".join(lines)

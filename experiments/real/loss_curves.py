@@ -39,8 +39,10 @@ def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     logged = events.Tags()["scalars"]
     curves = {}
     for name in SCALARS:
-        if name in logged:
-            in_time = sorted(events.Scalars(name), key=lambda event: event.wall_time)
-            by_step = {event.step: event.value for event in in_time}
-            curves[name] = sorted(by_step.items())
+        if name not in logged:
+            continue
+        by_step = {}
+        for event in sorted(events.Scalars(name), key=lambda event: event.wall_time):
+            by_step[event.step] = event.value
+        curves[name] = sorted(by_step.items())
     return curves

@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         losses.append(value.item())  # waits for a GPU
 
     seconds = real_step.measure(step, args.rounds, clock_of(args.device))
-    found = {
+    measured = {
         "seconds": seconds,
         "memory": peak_memory(args.device) - before,
         "trainable": sum(weight.numel() for weight in weights),
@@ -180,13 +180,15 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     if args.side == "ours":
         flops = count_flops(model, batch["pixel_values"][:1])
         samples = len(batch["lengths"])
-        found["flops"] = flops.of_batch(samples, batch["lengths"], samples * SUPERVISED)
-    return found
+        measured["flops"] = flops.of_batch(samples, batch["lengths"], samples * SUPERVISED)
+    return measured
 
 
 def clock_of(device: str) -> Callable[[], float]:
     """Return the clock of a device: time, or CPU time."""
-    return time.perf_counter if device == "cuda" else time.process_time
+    if device == "cuda":
+        return time.perf_counter
+    return time.process_time
 
 
 def peak_memory(device: str) -> float:
@@ -199,7 +201,9 @@ def peak_memory(device: str) -> float:
 def reached_by_a_product(device: str, threads: int) -> float:
     """Return the operations per second of a product of two large float32 matrices."""
     torch.set_num_threads(threads)
-    size = 8192 if device == "cuda" else 2048
+    size = 2048
+    if device == "cuda":
+        size = 8192
     left, right = torch.randn(2, size, size, device=device)
     clock = clock_of(device)
     best = float("inf")
@@ -226,13 +230,13 @@ def main() -> None:
     if args.side:
         print(json.dumps(measure(args)))
         return
-    found = {}
+    measured = {}
     for side in SIDES:
         command = [sys.executable, "-m", "experiments.real.nanovlm", *sys.argv[1:], "--side", side]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr)
-        found[side] = json.loads(done.stdout.splitlines()[-1])
+        measured[side] = json.loads(done.stdout.splitlines()[-1])
     if args.peak_tflops:
         peak = 1e12 * args.peak_tflops
     else:
@@ -241,11 +245,13 @@ def main() -> None:
     tokens = samples * IMAGE_TOKENS + sum(TEXT_TOKENS)
     print(f"a step of {samples} samples, {tokens} tokens; peak {peak / 1e12:.3g} TFLOP/s")
     print(f"{'':8}  trainable  s/step  samples/s  tokens/s  memory, GB    MFU   loss")
-    for side, row in found.items():
+    flops = measured["ours"]["flops"]
+    for side, numbers in measured.items():
+        seconds = numbers["seconds"]
         print(
-            f"{side:8}  {row['trainable'] / 1e6:7.1f} M  {row['seconds']:6.2f}  {samples / row['seconds']:9.2f}"
-            f"  {tokens / row['seconds']:8.0f}  {row['memory'] / 1e9:10.2f}"
-            f"  {found['ours']['flops'] / row['seconds'] / peak:5.1%}  {row['loss']:5.2f}"
+            f"{side:8}  {numbers['trainable'] / 1e6:7.1f} M  {seconds:6.2f}  {samples / seconds:9.2f}"
+            f"  {tokens / seconds:8.0f}  {numbers['memory'] / 1e9:10.2f}"
+            f"  {flops / seconds / peak:5.1%}  {numbers['loss']:5.2f}"
         )
 
 

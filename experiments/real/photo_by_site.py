@@ -23,9 +23,12 @@ OPACITY = 0.55
 def class_colours(maps: list[np.ndarray], classes: int) -> tuple[np.ndarray, list[int]]:
     """Return a colour for each class, f[K, 3], and the classes that are not grey, the most frequent one first."""
     colours = np.array([to_rgb(colour) for colour in colormaps["tab10"].colors])
-    shares = sum(np.bincount(labels.ravel(), minlength=classes) / labels.size for labels in maps)
-    frequent = np.argsort(-shares)[: len(colours) - 1].tolist()
-    frequent = [index for index in frequent if shares[index] > 0]
+    shares = np.zeros(classes)
+    for labels in maps:
+        pixels = np.bincount(labels.ravel(), minlength=classes)
+        shares += pixels / labels.size
+    most_frequent = np.argsort(-shares)[: len(colours) - 1].tolist()
+    frequent = [index for index in most_frequent if shares[index] > 0]
     table = np.tile(colours[GREY], (classes, 1))
     table[frequent] = np.delete(colours, GREY, axis=0)[: len(frequent)]
     return table, frequent
@@ -34,8 +37,9 @@ def class_colours(maps: list[np.ndarray], classes: int) -> tuple[np.ndarray, lis
 def draw(photo: Image.Image, maps: dict[str, np.ndarray], classes: list[str]) -> Figure:
     """Return the photo beside its maps, and a legend."""
     colours, frequent = class_colours(list(maps.values()), len(classes))
-    figure = Figure(figsize=(1.5 * (len(maps) + 1), 2.1), layout="constrained")
-    axes = figure.subplots(1, len(maps) + 1)
+    pictures = len(maps) + 1
+    figure = Figure(figsize=(1.5 * pictures, 2.1), layout="constrained")
+    axes = figure.subplots(1, pictures)
     axes[0].imshow(photo)
     axes[0].set_title("photo", fontsize=8)
     for axis, (site, labels) in zip(axes[1:], maps.items(), strict=True):

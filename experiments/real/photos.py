@@ -89,13 +89,13 @@ def describe_sources(folders: list[Path], captions: Path | None) -> dict[str, st
     """Return what records are made from, as hashes: images and masks of each data set, and the captions."""
     from probes.data.registry import identity_of_splits, open_dataset
 
-    found: dict[str, str | None] = {"captions": captions and sha256(captions)}
+    hashes: dict[str, str | None] = {"captions": captions and sha256(captions)}
     for folder in folders:
         for split in ("training", "validation"):
-            identity = identity_of_splits({split: open_dataset("folder", str(folder), split)})
-            for part, value in identity.items():
-                found[f"{folder.resolve().name}/{part}"] = value
-    return found
+            dataset = open_dataset("folder", str(folder), split)
+            for part, value in identity_of_splits({split: dataset}).items():
+                hashes[f"{folder.resolve().name}/{part}"] = value
+    return hashes
 
 
 def check_sources(out: Path, folders: list[Path], captions: Path | None) -> None:
@@ -133,7 +133,9 @@ def choose_captions(
     by_photo: dict[str, list[dict[str, Any]]] = {}
     for record in rng.sample(records, len(records)):
         by_photo.setdefault(record["image"], []).append(record)
-    return [rows[0] for rows in by_photo.values()], [rows[-1] for rows in by_photo.values()]
+    first = [of_photo[0] for of_photo in by_photo.values()]
+    others = [of_photo[-1] for of_photo in by_photo.values()]
+    return first, others
 
 
 def _link(link: Path, folder: Path) -> None:

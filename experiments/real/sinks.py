@@ -37,7 +37,8 @@ def print_windows(mllm: FrozenMLLM, photos: list[Path], windows: list[tuple[int,
     plain = mllm.answer_log_probs(pixels, QUESTION, ANSWERS)
     rows = ("image", "question", "last", "answer")
     for first, last in [(1, len(mllm.layers)), *windows]:
-        knockout = probes.Knockout(layers=list(range(first, last + 1)), rows=rows, columns="prefix")
+        layers = list(range(first, last + 1))
+        knockout = probes.Knockout(layers=layers, rows=rows, columns="prefix")
         changed = mllm.answer_log_probs(
             pixels, question=QUESTION, answers=ANSWERS, knockout=knockout
         )

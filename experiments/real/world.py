@@ -55,7 +55,10 @@ class SceneWords(NamedTuple):
     @classmethod
     def of(cls, scene: Scene) -> "SceneWords":
         """Describe a picture."""
-        return cls(name_patches(scene.mask), "room" if scene.indoor else "street")
+        kind = "street"
+        if scene.indoor:
+            kind = "room"
+        return cls(name_patches(scene.mask), kind)
 
 
 def write_world(out: Path, scale: float, seed: int) -> None:
@@ -78,9 +81,8 @@ def write_world(out: Path, scale: float, seed: int) -> None:
             texts.append([SceneWords.of(scene) for scene in drawn])
         write_classes(partial)
         rng = np.random.default_rng([seed, 11])
-        for name, records in build_conversations(
-            texts[0], val=texts[-1], scale=scale, rng=rng
-        ).items():
+        conversations = build_conversations(texts[0], val=texts[-1], scale=scale, rng=rng)
+        for name, records in conversations.items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
 
 
@@ -88,14 +90,15 @@ def build_conversations(
     train: list[SceneWords], val: list[SceneWords], scale: float, rng: np.random.Generator
 ) -> dict[str, list[dict]]:
     """Return the captions of stage 1, the dialogues of stage 2 and the questions, each about two pictures."""
-    captions = [
-        make_record(TRAINING, i, describe(train[i], rng))
-        for i in sample_evenly(rng, len(train), CAPTIONS * scale)
-    ]
-    dialogues = [
-        make_record(TRAINING, i, build_dialogue(train[i], train[rng.integers(len(train))], rng))
-        for i in sample_evenly(rng, len(train), DIALOGUES * scale)
-    ]
+    captions = []
+    for i in sample_evenly(rng, len(train), CAPTIONS * scale):
+        turns = describe(train[i], rng)
+        captions.append(make_record(TRAINING, i, turns))
+    dialogues = []
+    for i in sample_evenly(rng, len(train), DIALOGUES * scale):
+        other = train[rng.integers(len(train))]
+        turns = build_dialogue(train[i], other, rng)
+        dialogues.append(make_record(TRAINING, i, turns))
     questions = []
     for first in sample_evenly(rng, len(val), QUESTIONS * scale):
         second = int(rng.integers(len(val)))
@@ -107,8 +110,11 @@ def build_conversations(
 
 def describe(text: SceneWords, rng: np.random.Generator) -> list[Turn]:
     """Ask for a caption: the kind of scene and its classes in random order."""
-    *most, last = (_noun(name) for name in rng.permutation(sorted(set(text.names))))
-    listed = f"{', '.join(most)} and {last}" if most else last
+    names = rng.permutation(sorted(set(text.names)))
+    *most, last = map(_noun, names)
+    listed = last
+    if most:
+        listed = f"{', '.join(most)} and {last}"
     return make_turns(CAPTION, f"A {text.kind} with {listed}.")
 
 
@@ -117,16 +123,20 @@ def build_dialogue(text: SceneWords, other: SceneWords, rng: np.random.Generator
 
     Another scene gives the wrong class of each choice.
     """
-    asked = [
-        make_turns(_ask_choice(i, first=text, second=other, rng=rng), text.names[i])
-        for i in _differ(text, other, rng)[:CHOICES]
-    ]
-    asked += [make_turns(_ask_point(i), text.names[i]) for i in rng.permutation(GRID**2)[:POINTS]]
-    asked = [asked[i] for i in rng.permutation(len(asked))]
-    rows = "\n".join(" ".join(row) for row in np.array(text.names).reshape(GRID, GRID))
-    asked += [make_turns(KIND, f"a {text.kind}"), describe(text, rng)]
-    asked.append(make_turns("What is in each row, from left to right?", rows))
-    return [turn for turns in asked for turn in turns]
+    asked = []
+    for place in _differ(text, other, rng)[:CHOICES]:
+        question = _ask_choice(place, first=text, second=other, rng=rng)
+        asked.append(make_turns(question, text.names[place]))
+    for place in rng.permutation(GRID**2)[:POINTS]:
+        asked.append(make_turns(_ask_point(place), text.names[place]))
+    turns = []
+    for i in rng.permutation(len(asked)):
+        turns += asked[i]
+    turns += make_turns(KIND, f"a {text.kind}")
+    turns += describe(text, rng)
+    rows = np.array(text.names).reshape(GRID, GRID)
+    listed = "\n".join(" ".join(row) for row in rows)
+    return turns + make_turns("What is in each row, from left to right?", listed)
 
 
 def ask_both(
@@ -143,7 +153,9 @@ def ask_both(
     asked = []
     for name in (first.names[place], second.names[place]):
         turns = make_turns(question, name) + make_turns(_ask_point(place), name)
-        asked.append((turns, [None, {"box": find_box(*divmod(place, GRID)), "class": name}]))
+        row, column = divmod(place, GRID)
+        region = {"box": find_box(row, column), "class": name}
+        asked.append((turns, [None, region]))
     return asked
 
 
@@ -153,7 +165,8 @@ def _differ(first: SceneWords, second: SceneWords, rng: np.random.Generator) -> 
 
 
 def _ask_choice(place: int, first: SceneWords, second: SceneWords, rng: np.random.Generator) -> str:
-    one, two = rng.permutation([_noun(first.names[place]), _noun(second.names[place])])
+    nouns = [_noun(first.names[place]), _noun(second.names[place])]
+    one, two = rng.permutation(nouns)
     return f"In {_place(place)}, is there {one} or {two}?"
 
 
@@ -162,11 +175,14 @@ def _ask_point(place: int) -> str:
 
 
 def _place(index: int) -> str:
-    return f"row {index // GRID + 1}, column {index % GRID + 1}"
+    row, column = divmod(index, GRID)
+    return f"row {row + 1}, column {column + 1}"
 
 
 def _noun(name: str) -> str:
-    return "the sky" if name == "sky" else f"a {name}"
+    if name == "sky":
+        return "the sky"
+    return f"a {name}"
 
 
 def main(words: list[str]) -> None:

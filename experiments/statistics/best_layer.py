@@ -36,27 +36,30 @@ QUALITIES = {
 
 def judged(sums: Tensor, weights: Tensor) -> Estimate:
     """Return recovery as claims read it, from sums f64[S, N, M] and weights f64[R, N]."""
-    return run_effects(SITES, last=None, task=TASK, sums=sums, weights=weights, groups=None)[
-        "recovery"
-    ]
+    effects = run_effects(SITES, last=None, task=TASK, sums=sums, weights=weights, groups=None)
+    return effects["recovery"]
 
 
 def kept(sums: Tensor, weights: Tensor) -> Estimate:
     """Return recovery at the layers that the data set has chosen by cross-validation."""
+    adapter = sums[0]
+    layers = sums[1:]
+    images = sums.shape[1]
+    fold = image_folds(images, None)
     everything = torch.ones_like(weights[:1])
-    fold = image_folds(sums.shape[1], None)
-    (layers,) = cross_validated_layers(TASK, sums=sums[1:], fold=fold, weights=everything)
-    read = sums[1:][layers[fold], torch.arange(sums.shape[1])]
+    (chosen,) = cross_validated_layers(TASK, sums=layers, fold=fold, weights=everything)
+    at_chosen = layers[chosen[fold], torch.arange(images)]
     weights = torch.cat([everything, weights])
-    vector = main_score(TASK, weights @ read) - main_score(TASK, weights @ sums[0])
-    return Estimate.from_vector(vector)
+    score = main_score(TASK, weights @ at_chosen)
+    return Estimate.from_vector(score - main_score(TASK, weights @ adapter))
 
 
 def maximum(sums: Tensor, weights: Tensor) -> Estimate:
     """Return recovery as the paper has it, with the best layer of each resampling."""
     weights = torch.cat([torch.ones_like(weights[:1]), weights])
-    scores = torch.stack([main_score(TASK, weights @ site) for site in sums])
-    return Estimate.from_vector(scores[1:].amax(0) - scores[0])
+    adapter, *layers = [main_score(TASK, weights @ site) for site in sums]
+    best = torch.stack(layers).amax(0)
+    return Estimate.from_vector(best - adapter)
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor], Estimate]] = {
@@ -78,27 +81,33 @@ def main() -> None:
     for images in ("all classes", "three of 20"):
         for name, quality in QUALITIES.items():
             everything = population(images, quality, seed=1).double()
-            scores = main_score(TASK, everything.sum(1))
-            truth = (scores[1:].max() - scores[0]).item()
-            found: dict[str, list[Estimate]] = {method: [] for method in METHODS}
+            adapter, *layers = main_score(TASK, everything.sum(1)).tolist()
+            truth = max(layers) - adapter
+            estimates: dict[str, list[Estimate]] = {method: [] for method in METHODS}
             for _ in range(args.studies):
-                drawn = everything[:, rng.choice(POPULATION, args.images, replace=False)]
+                chosen = rng.choice(POPULATION, args.images, replace=False)
+                drawn = everything[:, chosen]
                 for method, recovery in METHODS.items():
-                    found[method].append(recovery(drawn, weights))
+                    estimates[method].append(recovery(drawn, weights))
             print(f"{images}, {name}; {100 * truth:+.2f}", end="")
-            for method, estimates in found.items():
-                print(f"; {method}: {describe(estimates, truth)}", end="")
+            for method, of_method in estimates.items():
+                print(f"; {method}: {describe(of_method, truth)}", end="")
             print(flush=True)
 
 
 def describe(estimates: list[Estimate], truth: float) -> str:
     """Return the mean error in points, covered, said to recover, and the mean half width in points."""
     error = np.mean([estimate.value for estimate in estimates]) - truth
-    intervals = [estimate.ci95 for estimate in estimates]
-    covered = sum(low <= truth <= high for low, high in intervals)
-    said = sum(x.value >= MARGIN and x.ci95[0] > 0 for x in estimates)
-    width = np.mean([high - low for low, high in intervals]) / 2
-    return f"{100 * error:+.2f}, {covered}, {said}, {100 * width:.2f}"
+    covered = 0
+    said = 0
+    widths = []
+    for estimate in estimates:
+        low, high = estimate.ci95
+        covered += low <= truth <= high
+        said += estimate.value >= MARGIN and low > 0
+        widths.append(high - low)
+    half_width = np.mean(widths) / 2
+    return f"{100 * error:+.2f}, {covered}, {said}, {100 * half_width:.2f}"
 
 
 if __name__ == "__main__":

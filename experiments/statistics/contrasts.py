@@ -42,63 +42,77 @@ def simulate(
     for pair in range(PAIRS):
         for forward in (True, False):
             image = np.flatnonzero(rng.random(images) < 0.5)
-            patches = rng.geometric(1 / 8 if forward else 1 / 4, len(image))
-            own, other = (
-                STILL_WRONG + IMAGE_SD * rng.uniform(-1, 1, len(image)) * 3**0.5 for _ in range(2)
-            )
-            moved = [own + effect + (-shift if forward else shift) for effect in effects]
-            left = [
-                (rng.binomial(patches, p) - rng.binomial(patches, other)) / patches for p in moved
-            ]
-            same = [np.full(len(image), x) for x in (pair, forward)]
-            rows.append((np.stack(left, 1), patches, image, *same))
+            count = len(image)
+            mean_patches = 4
+            moved_by = shift
+            if forward:
+                mean_patches = 8
+                moved_by = -shift
+            patches = rng.geometric(1 / mean_patches, count)
+            wrong_without_own = _draw_shares(rng, count)
+            wrong_without_other = _draw_shares(rng, count)
+            differences = []
+            for effect in effects:
+                share = wrong_without_own + effect + moved_by
+                still_wrong = rng.binomial(patches, share)
+                still_wrong -= rng.binomial(patches, wrong_without_other)
+                differences.append(still_wrong / patches)
+            values = np.stack(differences, 1)
+            rows.append((values, patches, image, np.full(count, pair), np.full(count, forward)))
     values, patches, image, pair, forward = (
-        torch.tensor(np.concatenate(x)) for x in zip(*rows, strict=True)
+        torch.tensor(np.concatenate(column)) for column in zip(*rows, strict=True)
     )
     return PairedCases(
         values=values, patches=patches.double(), image=image, pair=pair, forward=forward
     )
 
 
+def _draw_shares(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Return the share of patches that stay wrong, by image."""
+    return STILL_WRONG + IMAGE_SD * rng.uniform(-1, 1, count) * 3**0.5
+
+
 def pooled(cases: PairedCases, weights: torch.Tensor) -> Estimate:
     """Return the mean over all patches, whatever their kind of mistake."""
     weights = weights.double()[:, cases.image] * cases.patches
     values = cases.values[:, 0]
-    resampled = weights @ cases.values[:, 0] / weights.sum(1)
-    return Estimate((values @ cases.patches / cases.patches.sum()).item(), resampled)
+    mean = values @ cases.patches / cases.patches.sum()
+    resampled = weights @ values / weights.sum(1)
+    return Estimate(mean.item(), resampled)
 
 
 def study(rng: np.random.Generator, images: int) -> dict[str, float]:
     """Return what one study finds."""
-    weights = bootstrap_weights(images, RESAMPLINGS, seed=int(rng.integers(1 << 30)))
-
-    def inside(x, ci95):
-        return float(ci95[0] <= x <= ci95[1])
-
+    seed = int(rng.integers(1 << 30))
+    weights = bootstrap_weights(images, RESAMPLINGS, seed=seed)
     cases = simulate(rng, images, [EFFECT])
     (estimate,) = contrast_estimates(cases, weights)
-    found = estimate.ci95
+    low, high = estimate.ci95
     shifted = simulate(rng, images=images, effects=[0.0], shift=SHIFT)
-
-    def excludes(estimate):
-        return 1 - inside(0, estimate.ci95)
-
-    own, other = (
-        compare_to_draws(first, draws)
-        for first, *draws in (
-            contrast_estimates(
-                simulate(rng, images, [EFFECT, *rng.normal(0, DRAW_SD, DRAWS)]), weights
-            )
-            for _ in range(2)
-        )
-    )
-    beyond = inside(EFFECT, interval_over_draws(own, [other])[0])
-    shares = {
-        "covers": inside(EFFECT, found),
-        "shift": excludes(contrast_estimates(shifted, weights)[0]),
+    (balanced,) = contrast_estimates(shifted, weights)
+    judged = compare_models(rng, images, weights)
+    other_mask = compare_models(rng, images, weights)
+    interval, _ = interval_over_draws(judged, [other_mask])
+    return {
+        "covers": inside(EFFECT, (low, high)),
+        "shift": 1 - inside(0, balanced.ci95),
+        "pooled": 1 - inside(0, pooled(shifted, weights).ci95),
+        "beyond": inside(EFFECT, interval),
+        "half": 50 * (high - low),
     }
-    shares |= {"pooled": excludes(pooled(shifted, weights)), "beyond": beyond}
-    return shares | {"half": 50 * (found[1] - found[0])}
+
+
+def compare_models(rng: np.random.Generator, images: int, weights: torch.Tensor) -> Estimate:
+    """Return the contrast of a model beyond those of random ones, under a mask."""
+    effects = [EFFECT, *rng.normal(0, DRAW_SD, DRAWS)]
+    model, *draws = contrast_estimates(simulate(rng, images, effects), weights)
+    return compare_to_draws(model, draws)
+
+
+def inside(value: float, ci95: tuple[float, float]) -> float:
+    """Return 1 if an interval has a value, 0 if not."""
+    low, high = ci95
+    return float(low <= value <= high)
 
 
 def main() -> None:
@@ -111,7 +125,8 @@ def main() -> None:
         rng = np.random.default_rng(images)
         rows = [study(rng, images) for _ in range(args.studies)]
         *shares, half = (np.nanmean([row[key] for row in rows]) for key in rows[0])
-        print(f"{images:6d}  " + "  ".join(f"{x:6.1%}" for x in shares) + f"  {half:6.1f}")
+        columns = "  ".join(f"{share:6.1%}" for share in shares)
+        print(f"{images:6d}  {columns}  {half:6.1f}")
 
 
 if __name__ == "__main__":

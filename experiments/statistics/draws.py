@@ -35,17 +35,14 @@ def simulate(
     resampled = torch.tensor([-Z * image_sd, Z * image_sd])  # whose interval has this half width
     for i in range(studies):
         judged, *others = [
-            Estimate(error[i], resampled, {"by_draw": x}) for x in values[i].T.tolist()
+            Estimate(error[i], resampled, {"by_draw": by_draw}) for by_draw in values[i].T.tolist()
         ]
         for rule, pooled in enumerate(((), others)):
             low, high = interval_over_draws(judged, pooled)[0]
             half[rule, i] = (high - low) / 2
-    covered = (np.abs(error) <= half).mean(1)
-    return [
-        x
-        for pair in zip(covered, np.quantile(half - error, 0.8, axis=1), strict=True)
-        for x in pair
-    ]
+    alone, pooled = (np.abs(error) <= half).mean(1)
+    effect_alone, effect_pooled = np.quantile(half - error, 0.8, axis=1)
+    return [alone, effect_alone, pooled, effect_pooled]
 
 
 def main() -> None:

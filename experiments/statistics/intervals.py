@@ -19,6 +19,7 @@ random part of each. A part of its pixels, by class and image, is predicted as a
 """
 
 import argparse
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -42,15 +43,18 @@ def simulate_population(classes: int, rarest: float, seed: int) -> np.ndarray:
     sites = []
     for shift in (0.0, -0.15):
         noise = rng.normal(0, 0.4, (POPULATION, classes))
-        right = 1 / (1 + np.exp(-(quality + ease + shift + noise)))
+        logits = quality + ease + shift + noise
+        right = 1 / (1 + np.exp(-logits))
         wrong = labelled * (1 - right)
-        towards = 0.9 * present + 0.1 * rng.dirichlet(np.ones(classes), POPULATION) * classes
+        anywhere = rng.dirichlet(np.ones(classes), POPULATION)
+        towards = 0.9 * present + 0.1 * anywhere * classes
         towards /= towards.sum(1, keepdims=True)
         stray = rng.random((POPULATION, classes)) < 0.03  # a class is predicted where it is not
         towards = towards * (present | stray)
         towards /= towards.sum(1, keepdims=True)
-        predicted = labelled * right + wrong.sum(1, keepdims=True) * towards
-        sites.append([labelled * right, predicted, labelled])
+        intersection = labelled * right
+        predicted = intersection + wrong.sum(1, keepdims=True) * towards
+        sites.append([intersection, predicted, labelled])
     return np.array(sites)
 
 
@@ -60,9 +64,12 @@ def read_population(run: str, sites: list[str]) -> np.ndarray:
 
     probed = ProbeRun(run)
     counts = probed.counts
-    index = [probed.sites.index(site) for site in sites]
-    fields = [[counts.intersection[i], counts.predicted[i], counts.labelled] for i in index]
-    return np.array([[x.double().numpy() for x in site] for site in fields])
+    population = []
+    for site in sites:
+        i = probed.sites.index(site)
+        fields = (counts.intersection[i], counts.predicted[i], counts.labelled)
+        population.append([field.double().numpy() for field in fields])
+    return np.array(population)
 
 
 def class_ious(counts: np.ndarray) -> np.ndarray:
@@ -79,44 +86,62 @@ def miou(counts: np.ndarray) -> np.ndarray:
 
 def resample(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the mIoU f[R, 2] of both sites for weights f[R, N]."""
-    return miou(np.einsum("rn,scnk->rsck", weights, counts, optimize=True))
+    resampled = np.einsum("rn,scnk->rsck", weights, counts, optimize=True)
+    return miou(resampled)
 
 
-def ends(
-    score: float, drawn: np.ndarray, smooth: np.ndarray, left_out: np.ndarray
-) -> dict[str, tuple[float, float]]:
-    """Return the interval of each rule.
+class Scores(NamedTuple):
+    """Values of a score in a study.
 
     Args:
-        score: Of the study.
+        score: Of its images.
         drawn: f[R], under resampling of images.
         smooth: f[R], under weights of the Bayesian bootstrap.
         left_out: f[N], without one image.
     """
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    half = np.quantile(np.abs(drawn - drawn.mean()), 0.95)
-    half_smooth = np.quantile(np.abs(smooth - smooth.mean()), 0.95)
-    return {
-        "basic": (2 * score - high, 2 * score - low),
-        "percentile": (low, high),
-        "bca": bca_interval(score, drawn, left_out),
-        "symmetric": (score - half, score + half),
-        "normal": (score - Z * drawn.std(), score + Z * drawn.std()),
-        "smooth": (score - half_smooth, score + half_smooth),
-    }
+
+    score: float
+    drawn: np.ndarray
+    smooth: np.ndarray
+    left_out: np.ndarray
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Return the interval of each rule."""
+        score = self.score
+        low, high = np.quantile(self.drawn, [0.025, 0.975])
+        half = half_width(self.drawn)
+        half_normal = Z * self.drawn.std()
+        half_smooth = half_width(self.smooth)
+        return {
+            "basic": (2 * score - high, 2 * score - low),
+            "percentile": (low, high),
+            "bca": bca_interval(score, self.drawn, self.left_out),
+            "symmetric": (score - half, score + half),
+            "normal": (score - half_normal, score + half_normal),
+            "smooth": (score - half_smooth, score + half_smooth),
+        }
+
+
+def half_width(drawn: np.ndarray) -> float:
+    """Return the 95% quantile of the distance of values f[R] from their mean."""
+    return np.quantile(np.abs(drawn - drawn.mean()), 0.95)
 
 
 def bca_interval(score: float, drawn: np.ndarray, left_out: np.ndarray) -> tuple[float, float]:
     """Return the bias-corrected and accelerated interval (Efron 1987)."""
-    below = np.clip((drawn < score).mean(), 1 / len(drawn), 1 - 1 / len(drawn))
+    least = 1 / len(drawn)
+    below = np.clip((drawn < score).mean(), least, 1 - least)
     bias = scipy.stats.norm.ppf(below)
     slope = left_out.mean() - left_out
     spread = (slope**2).sum() ** 1.5
-    acceleration = (slope**3).sum() / (6 * spread) if spread else 0.0
+    acceleration = 0.0
+    if spread:
+        acceleration = (slope**3).sum() / (6 * spread)
     levels = []
     for z in (-Z, Z):
         shifted = bias + z
-        levels.append(scipy.stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+        corrected = bias + shifted / (1 - acceleration * shifted)
+        levels.append(scipy.stats.norm.cdf(corrected))
     low, high = np.quantile(drawn, levels)
     return low, high
 
@@ -125,30 +150,45 @@ def cover(population: np.ndarray, images: int, studies: int, seed: int) -> dict[
     """Return per rule: coverage (site, difference, site over all classes), shares without the own score, lengths."""
     rng = np.random.default_rng(seed)
     true = class_ious(population.sum(2))
-    found: dict[str, list[list[float]]] = {rule: [] for rule in RULES}
+    by_rule: dict[str, list[list[float]]] = {rule: [] for rule in RULES}
     for _ in range(studies):
         counts = population[:, :, rng.integers(0, population.shape[2], images)]
-        weights = rng.multinomial(images, np.full(images, 1 / images), RESAMPLINGS).astype(float)
-        smooth = rng.dirichlet(np.ones(images), RESAMPLINGS) * images
-        both = [miou(counts.sum(2))[None], resample(counts, weights), resample(counts, smooth)]
-        both.append(resample(counts, 1 - np.eye(images)))
-        of_site = [x[:, 0] for x in both]
-        of_difference = [x[:, 0] - x[:, 1] for x in both]
-        intervals = [ends(x[0][0], *x[1:]) for x in (of_site, of_difference)]
-        has = counts[0, 2].sum(0) > 0
-        of_classes = true[:, has].mean(1)
-        truth = (of_classes[0], of_classes[0] - of_classes[1], true[0].mean())
+        site, difference = study_scores(rng, counts)
+        site_intervals = site.intervals()
+        difference_intervals = difference.intervals()
+        is_shown = counts[0, 2].sum(0) > 0
+        first, second = true[:, is_shown].mean(1)
         for rule in RULES:
-            row = []
-            for (low, high), value in zip(
-                (pair[rule] for pair in (*intervals, intervals[0])), truth, strict=True
-            ):
-                row.append(low <= value <= high)
-            outside = [not pair[rule][0] <= x[0][0] <= pair[rule][1]
-                       for pair, x in zip(intervals, (of_site, of_difference), strict=True)]  # fmt: skip
-            lengths = [100 * (pair[rule][1] - pair[rule][0]) for pair in intervals]
-            found[rule].append([*row, *outside, *lengths])
-    return {rule: np.mean(rows, 0) for rule, rows in found.items()}
+            low, high = site_intervals[rule]
+            low_difference, high_difference = difference_intervals[rule]
+            by_rule[rule].append(
+                [
+                    low <= first <= high,
+                    low_difference <= first - second <= high_difference,
+                    low <= true[0].mean() <= high,
+                    not low <= site.score <= high,
+                    not low_difference <= difference.score <= high_difference,
+                    100 * (high - low),
+                    100 * (high_difference - low_difference),
+                ]
+            )
+    return {rule: np.mean(rows, 0) for rule, rows in by_rule.items()}
+
+
+def study_scores(rng: np.random.Generator, counts: np.ndarray) -> tuple[Scores, Scores]:
+    """Return the mIoU of the first site, and its difference from the second, of counts f[2, 3, N, K]."""
+    images = counts.shape[2]
+    weights = rng.multinomial(images, np.full(images, 1 / images), RESAMPLINGS).astype(float)
+    smooth = rng.dirichlet(np.ones(images), RESAMPLINGS) * images
+    both = [
+        miou(counts.sum(2))[None],
+        resample(counts, weights),
+        resample(counts, smooth),
+        resample(counts, 1 - np.eye(images)),
+    ]
+    (score,), *others = [sites[:, 0] for sites in both]
+    (difference,), *other_differences = [sites[:, 0] - sites[:, 1] for sites in both]
+    return Scores(score, *others), Scores(difference, *other_differences)
 
 
 def main() -> None:
@@ -177,11 +217,10 @@ def main() -> None:
     for name, population in populations.items():
         for images in args.images:
             for rule, row in cover(population, images, args.studies, seed=1).items():
-                share = ", ".join(f"{100 * x:5.1f}%" for x in row[:5])
-                print(
-                    f"{name:<26} {images:4d} {rule:<11} {share}   {row[5]:5.1f} {row[6]:5.1f}",
-                    flush=True,
-                )
+                *shares, length, length_of_difference = row
+                listed = ", ".join(f"{100 * share:5.1f}%" for share in shares)
+                lengths = f"{length:5.1f} {length_of_difference:5.1f}"
+                print(f"{name:<26} {images:4d} {rule:<11} {listed}   {lengths}", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,13 +77,18 @@ class Sample(SimpleNamespace):
         """Return mIoU by site."""
         values = dataset_scores(self.task, self.sums)["miou"].tolist()
         drawn = resampled_scores(self.task, self.sums, self.weights)["miou"]
-        return {site: Estimate(values[i], drawn[:, i]) for i, site in enumerate(self.sites)}
+        estimates = {}
+        for site, value, drawn_at_site in zip(self.sites, values, drawn.T, strict=True):
+            estimates[site] = Estimate(value, drawn_at_site)
+        return estimates
 
     def chosen_score(self, layers: torch.Tensor) -> Estimate:
         """Return mIoU with each image read at its layer i64[N]."""
-        read = self.sums[layers, torch.arange(self.sums.shape[1])][None]
-        value = dataset_scores(self.task, read)["miou"].item()
-        return Estimate(value, resampled_scores(self.task, read, self.weights)["miou"][:, 0])
+        images = torch.arange(self.sums.shape[1])
+        at_layers = self.sums[layers, images][None]
+        value = dataset_scores(self.task, at_layers)["miou"].item()
+        drawn = resampled_scores(self.task, at_layers, self.weights)["miou"]
+        return Estimate(value, drawn[:, 0])
 
 
 def rare_classes(quality: list[float], seed: int) -> torch.Tensor:
@@ -99,10 +104,11 @@ def rare_classes(quality: list[float], seed: int) -> torch.Tensor:
     towards = same.random((classes, classes)) ** 2
     np.fill_diagonal(towards, 0)
     towards /= towards.sum(1, keepdims=True)
-    own = np.random.default_rng(seed)
+    rng_of_model = np.random.default_rng(seed)
     sums = []
-    for q in quality:
-        logit = np.log(q / (1 - q)) + ease + own.normal(0, 0.3, present.shape)
+    for accuracy in quality:
+        noise = rng_of_model.normal(0, 0.3, present.shape)
+        logit = np.log(accuracy / (1 - accuracy)) + ease + noise
         right = (labelled / (1 + np.exp(-logit))).round()
         predicted = right + (labelled - right) @ towards
         sums.append(np.concatenate([right, predicted, labelled], 1))
@@ -112,9 +118,9 @@ def rare_classes(quality: list[float], seed: int) -> torch.Tensor:
 def population(scene: str, quality: list[float], seed: int) -> torch.Tensor:
     """Return the sums f[S, N, M] of all images of a scene for one model."""
     if scene.startswith("all classes"):
-        return sums_of(
-            random_counts(quality, images=POPULATION, classes=CLASSES["all classes"], seed=seed)
-        )
+        classes = CLASSES["all classes"]
+        counts = random_counts(quality, images=POPULATION, classes=classes, seed=seed)
+        return sums_of(counts)
     return rare_classes(quality, seed)
 
 
@@ -134,15 +140,9 @@ def best_here(sample: Sample) -> Estimate:
     return sample.site_scores[sample.peak_layer]
 
 
-def difference(samples: list[Sample], score: Callable[[Sample], Estimate]) -> dict[str, Any]:
-    """Return the difference of two samples by a score, as an entry of a report has it."""
-    found = score(samples[1]) - score(samples[0])
-    return {"difference": found.value, "ci95": found.ci95}
-
-
-METHODS = {  # beside that of the report
-    "cross-validated": lambda samples: difference(samples, cross_validated),
-    "best here": lambda samples: difference(samples, best_here),
+METHODS: dict[str, Callable[[Sample], Estimate]] = {  # beside that of the report
+    "cross-validated": cross_validated,
+    "best here": best_here,
 }
 
 
@@ -155,31 +155,52 @@ def main() -> None:
     rng = np.random.default_rng(0)
     print("scene; true difference; by method: covered, said to differ, half width; classes named")
     for scene, qualities in SCENES.items():
-        classes = CLASSES[scene.partition(",")[0]]
-        populations = [population(scene, q, seed) for seed, q in enumerate(qualities, 1)]
-        best = [dataset_scores(CLASSES_TASK, x)["miou"].max().item() for x in populations]
-        truth = best[1] - best[0]
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("report", *METHODS)}
-        named = []
+        kind, _, _ = scene.partition(",")
+        populations = [
+            population(scene, quality, seed) for seed, quality in enumerate(qualities, start=1)
+        ]
+        first, second = [
+            dataset_scores(CLASSES_TASK, everything)["miou"].max().item()
+            for everything in populations
+        ]
+        truth = second - first
+        intervals: dict[str, list[tuple[float, float]]] = {
+            name: [] for name in ("report", *METHODS)
+        }
+        classes_named = []
         for _ in range(args.pairs):
             images = rng.choice(POPULATION, args.images, replace=False)
-            samples = [Sample(x, images, classes) for x in populations]
+            samples = [Sample(everything, images, CLASSES[kind]) for everything in populations]
             rows = list(compare_runs(*samples))
-            found["report"] += [
-                {"ci95": [row["low"], row["high"]]} for row in rows if row["of"] == "best layer"
-            ]
-            classes = [row for row in rows if row["of"] == "class" and row["p"]]
-            named.append(sum(x["p"] < 0.05 and abs(x["difference"]) >= 0.01 for x in classes))
-            for name, method in METHODS.items():
-                found[name].append(method(samples))
+            for row in rows:
+                if row["of"] == "best layer":
+                    intervals["report"].append((row["low"], row["high"]))
+            classes_named.append(sum(map(names_class, rows)))
+            for name, score in METHODS.items():
+                difference = score(samples[1]) - score(samples[0])
+                intervals[name].append(difference.ci95)
         print(f"{scene}; {100 * truth:+.2f}", end="")
-        for name, entries in found.items():
-            low, high = np.transpose([x["ci95"] for x in entries])
-            covered = ((low <= truth) & (truth <= high)).sum()
-            said = (low * high > 0).sum()
-            width = 50 * (high - low).mean()
-            print(f"; {name}: {covered}, {said}, {width:.2f}", end="")
-        print(f"; classes: {sum(x > 0 for x in named)}, {sum(named) / len(named):.1f}", flush=True)
+        for name, of_method in intervals.items():
+            print(f"; {name}: {describe(of_method, truth)}", end="")
+        any_named = sum(count > 0 for count in classes_named)
+        mean_named = sum(classes_named) / len(classes_named)
+        print(f"; classes: {any_named}, {mean_named:.1f}", flush=True)
+
+
+def names_class(row: dict[str, Any]) -> bool:
+    """Return whether a row of a comparison names a class in which the models differ."""
+    if row["of"] != "class" or not row["p"]:
+        return False
+    return row["p"] < 0.05 and abs(row["difference"]) >= 0.01
+
+
+def describe(intervals: list[tuple[float, float]], truth: float) -> str:
+    """Return how often intervals cover the truth, how often they exclude zero, and half their width in points."""
+    low, high = np.transpose(intervals)
+    covered = ((low <= truth) & (truth <= high)).sum()
+    said = (low * high > 0).sum()
+    half_width = 50 * (high - low).mean()
+    return f"{covered}, {said}, {half_width:.2f}"
 
 
 if __name__ == "__main__":

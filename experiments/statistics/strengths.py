@@ -33,6 +33,14 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 LOSS = TASKS[SEGMENTATION].loss
 FOLDS = 4
+# of counts
+AXIS_OF_IMAGES = {
+    "intersection": 1,
+    "predicted": 1,
+    "labelled": 0,
+    "patch_right": 1,
+    "patch_valid": 0,
+}
 STEPS = {"stronger": 0.5, "chosen": 0.0, "weaker": -0.5, "a decade weaker": -1.0}  # decades
 
 
@@ -45,9 +53,8 @@ def read_states(
     targets = []
     for i in images:
         sample = dataset[i]
-        square = torch.frombuffer(
-            bytearray(GEOMETRY.place(sample["image"]).tobytes()), dtype=torch.uint8
-        )
+        placed = bytearray(GEOMETRY.place(sample["image"]).tobytes())
+        square = torch.frombuffer(placed, dtype=torch.uint8)
         pixels = square.view(1, 224, 224, 3).permute(0, 3, 1, 2) / 255
         hidden = encoder((pixels - MEAN) / STD, output_hidden_states=True).hidden_states[-2]
         states.append(hidden[0, -GRID[0] * GRID[1] :].clone())
@@ -60,30 +67,26 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Return mIoU f[R] and cross-entropy per pixel f[R] of probes f[R, K, d + 1]."""
     weights = problem.space.to_states(points)[..., :-1].float()
-    x = states - problem.space.mean.float()
+    bias = points[..., -1:].float()
+    centred = states - problem.space.mean.float()
     classes = points.shape[1]
-    parts: list[Counts] = []
+    counts_of_images: list[Counts] = []
     loss = 0
     pixels = 0
-    for state, target in zip(x, targets, strict=True):
-        logits = torch.einsum("td,rkd->rkt", state, weights) + points[..., -1:].float()
+    for state, target in zip(centred, targets, strict=True):
+        logits = torch.einsum("td,rkd->rkt", state, weights) + bias
         logits = logits.unflatten(-1, GRID)[:, None]
         view = GEOMETRY.view(tuple(target.shape))
-        parts.append(count(logits, target[None], view))
+        counts_of_images.append(count(logits, target[None], view))
         masks = MaskPreparer(GEOMETRY, classes, NODES)([target])
-        loss = loss + loss_and_gradient(logits, masks, needs_grad=False)[0].sum(1)
+        loss_of_image, _ = loss_and_gradient(logits, masks, needs_grad=False)
+        loss = loss + loss_of_image.sum(1)
         pixels += int((target != 255).sum())
-    axis_of_images = {
-        "intersection": 1,
-        "predicted": 1,
-        "labelled": 0,
-        "patch_right": 1,
-        "patch_valid": 0,
-    }
-    counts = Counts(
-        **{k: torch.cat([getattr(p, k) for p in parts], axis) for k, axis in axis_of_images.items()}
-    )
-    task = TASKS["segmentation"]
+    joined = {}
+    for field, axis in AXIS_OF_IMAGES.items():
+        joined[field] = torch.cat([getattr(counts, field) for counts in counts_of_images], axis)
+    counts = Counts(**joined)
+    task = TASKS[SEGMENTATION]
     scores = task.dataset_scores(task.sums(counts._asdict()).sum(1))
     return scores["miou"], loss / pixels
 
@@ -97,9 +100,8 @@ def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProb
     problem = SiteProblem(loss=LOSS, states=states, masks=masks, fold_of=fold_of, scored=scored)
     path, _ = FoldSearch(problem).choose()
     chosen = path.strengths[path.chosen]
-    given = [
-        chosen * 10**step for step in STEPS.values()
-    ]  # from strong to weak, as the solver has them
+    # from strong to weak, as the solver has them
+    given = [chosen * 10**step for step in STEPS.values()]
     _, points = FoldSearch(problem).choose(given)
     return problem, chosen, points
 
@@ -119,37 +121,53 @@ def main() -> None:
         "data, photos: strength, mIoU at it; stronger, weaker, a decade weaker; weaker is better in"
     )
     for root in args.data:
-        training, validation = (FolderDataset(root, split) for split in ("training", "validation"))
-        classes = len(training.classes)
+        training = FolderDataset(root, "training")
+        validation = FolderDataset(root, "validation")
         most = min(len(training), args.subsets * max(args.images))
-        states, targets = read_states(
-            encoder, training, [i * len(training) // most for i in range(most)]
-        )
-        count_of = min(len(validation), args.validation)
-        validated = read_states(
-            encoder, validation, [i * len(validation) // count_of for i in range(count_of)]
-        )
-        for images in [n for n in args.images if n <= most]:
-            rows = []
+        states, targets = read_states(encoder, training, spread(len(training), most))
+        most_validated = min(len(validation), args.validation)
+        validated = read_states(encoder, validation, spread(len(validation), most_validated))
+        for images in args.images:
+            if images > most:
+                continue
+            scores = []
             strengths = []
             start = time.process_time()
-            for subset in range(args.subsets if args.subsets * images <= most else 1):
-                chosen = [i * most // images + subset for i in range(images)]
+            subsets = 1
+            if args.subsets * images <= most:
+                subsets = args.subsets
+            for subset in range(subsets):
+                chosen = [i + subset for i in spread(most, images)]
+                targets_of_subset = [targets[i] for i in chosen]
                 problem, strength, points = solve(
-                    states[chosen], [targets[i] for i in chosen], classes
+                    states[chosen], targets_of_subset, len(training.classes)
                 )
-                rows.append(torch.stack(score(problem, points, *validated)))
+                scores.append(torch.stack(score(problem, points, *validated)))
                 strengths.append(f"{strength:.2g}")
-            miou, loss = torch.stack(rows).mean(0)
-            gains = ", ".join(f"{100 * (x - miou[1]):+5.2f}" for x in (miou[0], miou[2], miou[3]))
-            better = sum(row[0, 2] > row[0, 1] for row in rows)
+            seconds = time.process_time() - start
             name = root.rstrip("/").rpartition("/")[2]
-            print(
-                f"{name:<15} {images:4d}: {'/'.join(strengths):<16} {100 * miou[1]:5.1f}; {gains}; "
-                f"{better} of {len(rows)}   ({time.process_time() - start:.0f} CPU-s)"
-            )
-            differences = ", ".join(f"{x - loss[1]:+.4f}" for x in loss[[0, 2, 3]])
+            row = f"{name:<15} {images:4d}: {'/'.join(strengths):<16} {describe(scores)}"
+            print(f"{row}   ({seconds:.0f} CPU-s)")
+            loss = torch.stack(scores).mean(0)[1]
+            differences = ", ".join(f"{other - loss[1]:+.4f}" for other in loss[[0, 2, 3]])
             print(f"{'cross-entropy':<37} {loss[1]:6.4f}; {differences}", flush=True)
+
+
+def describe(scores: list[Tensor]) -> str:
+    """Return mIoU at the chosen strength, what others have more, and where a weaker one is better.
+
+    Args:
+        scores: Of each subset, mIoU and cross-entropy f[2, R] at `STEPS`.
+    """
+    miou = torch.stack(scores).mean(0)[0]
+    gains = ", ".join(f"{100 * (other - miou[1]):+5.2f}" for other in miou[[0, 2, 3]])
+    better = sum(miou_of_subset[2] > miou_of_subset[1] for miou_of_subset, _ in scores)
+    return f"{100 * miou[1]:5.1f}; {gains}; {better} of {len(scores)}"
+
+
+def spread(images: int, count: int) -> list[int]:
+    """Return `count` indices below `images` at equal distances."""
+    return [i * images // count for i in range(count)]
 
 
 if __name__ == "__main__":

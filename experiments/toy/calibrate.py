@@ -20,7 +20,7 @@ import argparse
 import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ LLM = ("trained", "random0", "random1", "permuted0", "permuted1")
 ADAPTER = ("trained", *(f"adapter{draw}" for draw in range(5)))
 LAYERS = ("adapter", "layer_01", "layer_02", "layer_03", "layer_04")
 COLUMNS = ("paper", "optimum", "beyond_random", "supported")
+COLUMN_NAMES = {"paper": "as the paper measures it", "optimum": "at the optimum"}
 KEYS = ("study", "claim", "truth")
 
 
@@ -114,27 +115,23 @@ def calibrate(
         folder = out / f"seed{seed}"
         check_settings(folder, {"scale": scale, "scenes": scenes})
         file = folder / "claims.json"
-        claims = read_json(file)["claims"] if file.is_file() else []
+        claims = []
+        if file.is_file():
+            claims = read_json(file)["claims"]
         finished = {claim["study"] for claim in claims}
         missing = [name for name in studies or DESIGNS if name not in finished]
         if not missing:
             continue
         print(f"seed {seed}", flush=True)
-        _make_models(
-            folder,
-            seed=seed,
-            scale=scale,
-            scenes=scenes,
-            designs=[DESIGNS[name] for name in missing],
-        )
-        claims += [claim for name in missing for claim in _study(folder, name, seed)]
+        designs = [DESIGNS[name] for name in missing]
+        _make_models(folder, seed=seed, scale=scale, scenes=scenes, designs=designs)
+        for name in missing:
+            claims += _study(folder, name, seed)
         write_files({file: {"claims": claims}})
     with exclusive_run_lock(out, "calibration.csv", wait_s=60):  # jobs of other seeds write it, too
-        claims = [
-            claim
-            for file in sorted(out.glob("seed*/claims.json"))
-            for claim in read_json(file)["claims"]
-        ]
+        claims = []
+        for file in sorted(out.glob("seed*/claims.json")):
+            claims += read_json(file)["claims"]
         rows = count_verdicts(claims)
         write_table(rows, out / "calibration.csv")
         draw(rows, out / "calibration.png")
@@ -147,26 +144,31 @@ def count_verdicts(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
     A verdict that is missing or "untested" counts neither way. "effect" is the mean over seeds of the effect beyond
     random.
     """
+    claims_by_key: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for claim in claims:
+        key = tuple(claim[name] for name in KEYS)
+        claims_by_key.setdefault(key, []).append(claim)
     rows = []
-    for key in dict.fromkeys(tuple(claim[name] for name in KEYS) for claim in claims):
-        same = [claim for claim in claims if tuple(claim[name] for name in KEYS) == key]
-        effects = [c["beyond_random_value"] for c in same if c["beyond_random_value"] is not None]
+    for key, same in claims_by_key.items():
+        effect = None
+        effects = without_none(claim["beyond_random_value"] for claim in same)
+        if effects:
+            effect = sum(effects) / len(effects)
         for column in COLUMNS:
-            said = [claim[column] for claim in same if claim[column] is not None]
-            if said:
-                low, high = scipy.stats.binomtest(sum(said), len(said)).proportion_ci(
-                    method="exact"
-                )
-                row = {
-                    "column": column,
-                    "yes": sum(said),
-                    "of": len(said),
-                    "low": low,
-                    "high": high,
-                }
-                effect = sum(effects) / len(effects) if effects else None
-                rows.append(dict(zip(KEYS, key, strict=True)) | row | {"effect": effect})
+            said = without_none(claim[column] for claim in same)
+            if not said:
+                continue
+            yes = sum(said)
+            test = scipy.stats.binomtest(yes, len(said))
+            low, high = test.proportion_ci(method="exact")
+            row = {"column": column, "yes": yes, "of": len(said), "low": low, "high": high}
+            rows.append(dict(zip(KEYS, key, strict=True)) | row | {"effect": effect})
     return rows
+
+
+def without_none(values: Iterable[Any]) -> list[Any]:
+    """Return the values that are known."""
+    return [value for value in values if value is not None]
 
 
 def write_table(rows: list[dict[str, Any]], file: Path) -> None:
@@ -181,29 +183,36 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw how often each column says yes, true claims above and false ones below."""
     from matplotlib.figure import Figure
 
-    labels = list(dict.fromkeys((r["truth"] != "planted", r["study"], r["claim"]) for r in rows))
-    labels.sort(key=lambda label: label[0])
+    labels = list(dict.fromkeys(map(label_of, rows)))
+    labels.sort(key=lambda label: label.is_absent)
     figure = Figure(figsize=(8, 1.2 + 0.36 * len(labels)), layout="constrained")
     axes = figure.subplots()
     for i, column in enumerate(COLUMNS):
-        of_column = [r for r in rows if r["column"] == column]
-        y = [
-            labels.index((r["truth"] != "planted", r["study"], r["claim"])) + 0.18 * (i - 1.5)
-            for r in of_column
-        ]
-        x = [r["yes"] / r["of"] for r in of_column]
-        errors = [[v - r["low"] for v, r in zip(x, of_column, strict=True)]]
-        errors.append([r["high"] - v for v, r in zip(x, of_column, strict=True)])
-        name = {"paper": "as the paper measures it", "optimum": "at the optimum"}.get(
-            column, column.replace("_", " ")
+        shares = []
+        heights = []
+        to_low = []
+        to_high = []
+        for row in rows:
+            if row["column"] == column:
+                share = row["yes"] / row["of"]
+                shares.append(share)
+                heights.append(labels.index(label_of(row)) + 0.18 * (i - 1.5))
+                to_low.append(share - row["low"])
+                to_high.append(row["high"] - share)
+        axes.errorbar(
+            shares,
+            heights,
+            xerr=[to_low, to_high],
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+            label=COLUMN_NAMES.get(column, column.replace("_", " ")),
         )
-        axes.errorbar(x, y, xerr=errors, fmt="o", markersize=4, capsize=2, linewidth=1, label=name)
-    axes.axhspan(
-        sum(not label[0] for label in labels) - 0.5, len(labels) - 0.5, color="0.93", zorder=0
-    )
-    axes.set_yticks(
-        range(len(labels)), [f"{claim.replace('_', ' ')}, {study}" for _, study, claim in labels]
-    )
+    first_absent = sum(not label.is_absent for label in labels)
+    axes.axhspan(first_absent - 0.5, len(labels) - 0.5, color="0.93", zorder=0)
+    names = [f"{label.claim.replace('_', ' ')}, {label.study}" for label in labels]
+    axes.set_yticks(range(len(labels)), names)
     axes.set(
         xlim=(-0.03, 1.03),
         xlabel="share of seeds in which the verdict is yes (grey: the truth is no)",
@@ -212,6 +221,19 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic_write(file) as partial:
         figure.savefig(partial, dpi=110, format="png")
+
+
+class Label(NamedTuple):
+    """A line of the figure."""
+
+    is_absent: bool
+    study: str
+    claim: str
+
+
+def label_of(row: dict[str, Any]) -> Label:
+    """Return the line of a row of the table."""
+    return Label(row["truth"] != "planted", row["study"], row["claim"])
 
 
 def _make_models(folder: Path, seed: int, scale: float, scenes: int, designs: list[Design]) -> None:
@@ -247,9 +269,8 @@ def _make_models(folder: Path, seed: int, scale: float, scenes: int, designs: li
             else:
                 words = ["probes", "plant", model.what, f"{source}/hf", str(assets)]
                 words += [f"{target}/hf", *model.options, "--seed", str(seed)]
-            steps.append(
-                make_step(folder, words, target / WEIGHTS, reads=[source / WEIGHTS, drawn])
-            )
+            reads = [source / WEIGHTS, drawn]
+            steps.append(make_step(folder, words, result=target / WEIGHTS, reads=reads))
     run_in_child_process(folder, "models", steps)
 
 
@@ -258,13 +279,19 @@ def study_settings(
 ) -> StudyConfig:
     """Return the settings of a study of a seed's models; with `fit`, of probes as the paper trains them, too."""
     models = {mask: str(folder / "models" / mask / design.model / "hf") for mask in design.masks}
+    if len(models) == 1:
+        (model,) = models.values()
+        models = {"": model}
+    only = ["solve"]
+    if fit:
+        only.append("fit")
     return study_config(
-        models if len(models) > 1 else {"": next(iter(models.values()))},
+        models,
         str(folder / "assets/segmentation"),
         out=out,
         arms=design.arms,
         fit=fit,
-        only=("solve", "fit") if fit else ("solve",),
+        only=tuple(only),
         overwrite=True,  # the results of models that were made again
         configs=["demo/probes"],
         options={"seed_everything": seed, "model": {"sites": list(design.sites)}},
@@ -284,15 +311,19 @@ def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:
 def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
     """Return a claim's verdicts as booleans, None where it is untested; causal and bidirectional claims are apart."""
     verdicts = claim["verdicts"]
-    mask = f" ({claim['image_attention']})" if claim["claim"] == "recovery" else ""
-
-    def said(column):
-        return {"untested": None}.get(column["verdict"], column["verdict"] == HOLDS)
-
-    row = {"study": study, "claim": claim["claim"] + mask, "truth": claim["truth"], "seed": seed}
-    row |= {name: said(verdicts[name]) for name in COLUMNS[:-1]}
-    supported = None if claim["conclusion"] == "untested" else claim["supported"]
-    return row | {"supported": supported, "beyond_random_value": verdicts["beyond_random"]["value"]}
+    name = claim["claim"]
+    if name == "recovery":
+        name += f" ({claim['image_attention']})"
+    row = {"study": study, "claim": name, "truth": claim["truth"], "seed": seed}
+    for column in COLUMNS[:-1]:
+        verdict = verdicts[column]["verdict"]
+        row[column] = None
+        if verdict != "untested":
+            row[column] = verdict == HOLDS
+    row["supported"] = None
+    if claim["conclusion"] != "untested":
+        row["supported"] = claim["supported"]
+    return row | {"beyond_random_value": verdicts["beyond_random"]["value"]}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes import Knockout, ProbeRun
 from probes.worlds.canvas import CLASSES
-from probes.worlds.dialogues import LOOK_ALIKE, ask_patch
+from probes.worlds.dialogues import ask_patch, is_look_alike
 from probes.worlds.plant import read_pictures
 
 CONDITIONS = ("nothing", "own cues", "other cues")
@@ -34,24 +34,24 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
     root = Path(run.manifest["data"]["root"])
     pixels, labels = read_pictures(root, "validation")
     patches = json.loads((root / "patches.json").read_text())["validation"]
-    alike = torch.isin(
-        labels, torch.tensor([k for k, name in enumerate(CLASSES) if LOOK_ALIKE[name] != name])
-    )
+    look_alikes = [k for k, name in enumerate(CLASSES) if is_look_alike(name)]
+    alike = torch.isin(labels, torch.tensor(look_alikes))
     mllm = run.mllm()
     site = run.check_site(None)
     probe = run.probes()[site]
     cases = []  # a scene of a picture each, with what the probe reads
     for picture, entry in enumerate(patches):
-        scene, cue = map(torch.tensor, (entry["scene"], entry["cue"]))
+        scene = torch.tensor(entry["scene"])
+        cue = torch.tensor(entry["cue"])
         for number in scene.unique():
-            own = scene == number
-            asked = alike[picture] & own
-            hidden = cue & torch.stack([own ^ own, own, ~own])
+            in_scene = scene == number
+            asked = alike[picture] & in_scene
+            hidden = cue & torch.stack([torch.zeros_like(in_scene), in_scene, ~in_scene])
             if asked.any() and hidden[1:].any(1).all():
                 images = pixels[[picture] * len(CONDITIONS)]
                 states = mllm.states(images, [site], Knockout(hidden))
-                read = probe(states[site].float()).argmax(-1)
-                cases.append((torch.tensor(picture), asked, hidden, read))
+                logits = probe(states[site].float())
+                cases.append((torch.tensor(picture), asked, hidden, logits.argmax(-1)))
     pictures, asked, hidden, read = map(torch.stack, zip(*cases, strict=True))
     said = read.clone()
     for i, rows in enumerate(asked.T):  # a question to all scenes at once
@@ -61,12 +61,15 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
             scores = mllm.answer_log_probs(
                 images, question=ask_patch(i), answers=CLASSES, knockout=knockout
             )
-            said[rows, :, i] = scores.argmax(-1).view(-1, len(CONDITIONS))
+            answers = scores.argmax(-1)
+            said[rows, :, i] = answers.view(-1, len(CONDITIONS))
     shares = {}
-    for name, found in {f"probe at {site}": read, "answers": said}.items():
-        right = torch.where(asked[:, None], found == labels[pictures, None], torch.nan)
+    for name, named in {f"probe at {site}": read, "answers": said}.items():
+        is_right = named == labels[pictures, None]
+        right = torch.where(asked[:, None], is_right, torch.nan)
         share = right.nanmean(-1, dtype=torch.double)
-        shares[name] = torch.stack([share[pictures == i].mean(0) for i in pictures.unique()])
+        by_picture = [share[pictures == picture].mean(0) for picture in pictures.unique()]
+        shares[name] = torch.stack(by_picture)
     return shares
 
 
@@ -80,12 +83,10 @@ def main() -> None:
             resampled = bootstrap_weights(len(shares)).double() @ difference / len(shares)
             mean = difference.mean().item()
             low, high = interval(mean, resampled)
-            words = [
-                f"{name} {100 * share:.1f}%"
-                for name, share in zip(CONDITIONS, shares.mean(0), strict=True)
-            ]
+            means = zip(CONDITIONS, shares.mean(0), strict=True)
+            listed = ", ".join(f"{name} {100 * share:.1f}%" for name, share in means)
             print(
-                f"{path}, {what}, {len(shares)} pictures: hidden {', '.join(words)}; "
+                f"{path}, {what}, {len(shares)} pictures: hidden {listed}; "
                 f"difference {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
             )
 

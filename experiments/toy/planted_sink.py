@@ -38,10 +38,10 @@ def train_sink(mllm: FrozenMLLM, pixels: Tensor, steps: int) -> None:
     sink = torch.zeros(mllm.widths["adapter"])
     sink[0] = NORM * median
     read: list[Tensor] = []
-    handles = [
-        layer.register_forward_hook(lambda module, args, output: read.append(output))
-        for layer in reads
-    ]
+    handles = []
+    for layer in reads:
+        handle = layer.register_forward_hook(lambda module, args, output: read.append(output))
+        handles.append(handle)
 
     def loss() -> Tensor:
         chosen = torch.randint(len(pixels), (32,))
@@ -50,11 +50,13 @@ def train_sink(mllm: FrozenMLLM, pixels: Tensor, steps: int) -> None:
         read.clear()
         mllm.model.model(input_ids=mllm.ids.expand(len(chosen), -1), use_cache=False, **inputs)
         total = torch.zeros(())
-        for states, known in zip(read, before.values(), strict=True):
+        for states, states_before in zip(read, before.values(), strict=True):
             image = states[:, mllm.image_positions]
-            kept = (image[:, 1:] - known[chosen][:, 1:]).square().sum(-1) / median**2
-            made = (image[:, 0] - sink).square().sum(-1) / sink.square().sum()
-            total = total + kept.mean() + made.mean()
+            moved = image[:, 1:] - states_before[chosen][:, 1:]
+            changes = moved.square().sum(-1) / median**2
+            missed = image[:, 0] - sink
+            misses = missed.square().sum(-1) / sink.square().sum()
+            total = total + changes.mean() + misses.mean()
         return total
 
     train([*layers.parameters()], loss, steps, "LLM with a sink", betas=(0.9, 0.999), floor=0.0)
@@ -80,7 +82,8 @@ def main() -> None:
     shutil.copytree(source["causal"], planted)
     mllm.model.save_pretrained(planted)
     photos = sorted((options.demo / "assets/segmentation/images/validation").iterdir())[:8]
-    for layer in measure_sinks(probes.load(str(planted), device="cpu"), photos)["layers"]:
+    sinks = measure_sinks(probes.load(str(planted), device="cpu"), photos)
+    for layer in sinks["layers"]:
         print(f"{layer['site']}: first image token {layer['first_norm']:.1f} medians")
     study = probes.study(
         source | {"causal": planted},

@@ -25,18 +25,16 @@ def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bo
     out = folder / "power"
     design = DESIGNS["planted"]._replace(arms=("trained", *random, *permuted))
     run_study(study_settings(folder, out, seed, design, fit=False))
-    found = {}
+    judged = {}
     for number in range(2, draws + 1):
         names = ("trained", *random[:number], *permuted)
         runs = [run for run in read_study(str(out)) if run.path.name in names]
         for claim in evaluate_claims(group_runs(runs)[0]):
             if claim.get("truth") == "planted":
                 name = f"{claim['claim']} ({claim['image_attention']})"
-                found[name, number] = (
-                    claim["supported"],
-                    claim["verdicts"]["beyond_random"]["value"],
-                )
-    return found
+                effect = claim["verdicts"]["beyond_random"]["value"]
+                judged[name, number] = (claim["supported"], effect)
+    return judged
 
 
 def main() -> None:
@@ -54,18 +52,16 @@ def main() -> None:
     args = parser.parse_args()
     rows = defaultdict(list)
     for seed in args.seeds:
-        for key, found in study(args.out / f"seed{seed}", seed, args.draws).items():
-            rows[key].append(found)
-    print(
-        "claim                            effect  supported beside "
-        + ", ".join(map(str, range(2, args.draws + 1)))
-    )
+        for key, judged in study(args.out / f"seed{seed}", seed, args.draws).items():
+            rows[key].append(judged)
+    numbers = range(2, args.draws + 1)
+    listed = ", ".join(map(str, numbers))
+    print(f"claim                            effect  supported beside {listed}")
     for claim in dict.fromkeys(claim for claim, _ in rows):
-        by_draws = [rows[claim, number] for number in range(2, args.draws + 1)]
-        effect = sum(value for _, value in by_draws[-1]) / len(args.seeds)
-        print(
-            f"{claim:<32} {100 * effect:+6.1f}  {', '.join(str(sum(yes for yes, _ in row)) for row in by_draws)}"
-        )
+        counts = [sum(supported for supported, _ in rows[claim, number]) for number in numbers]
+        most_draws = rows[claim, args.draws]
+        effect = sum(value for _, value in most_draws) / len(args.seeds)
+        print(f"{claim:<32} {100 * effect:+6.1f}  {', '.join(map(str, counts))}")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,9 @@ SEED_OF_DRAWS = 500_009
 
 def edit_layers(weights: str, seed: int, layers: nn.ModuleList) -> None:
     """Replace the layers in place by those of one of :data:`FAMILIES`."""
-    torch.manual_seed(seed if weights in ("shuffled", *OF_LANGUAGE) else seed + SEED_OF_DRAWS)
+    if weights not in ("shuffled", *OF_LANGUAGE):
+        seed += SEED_OF_DRAWS
+    torch.manual_seed(seed)
     FAMILIES[weights](layers)
 
 

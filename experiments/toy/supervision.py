@@ -21,6 +21,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,14 +29,15 @@ import probes
 from probes.worlds.binding import GRID
 from probes.worlds.canvas import CLASSES
 from probes.worlds.dialogues import (
-    LOOK_ALIKE,
     SceneText,
+    Turn,
     build_dialogue,
     find_regions,
+    is_look_alike,
     prepend_picture,
 )
 from probes.worlds.plant import read_pictures
-from probes.worlds.steps import MASKS, WEIGHTS, make_step, run_in_child_process
+from probes.worlds.steps import MASKS, WEIGHTS, make_step, run_in_child_process, to_words
 
 ARMS = {
     "tokens": None,
@@ -51,13 +53,12 @@ INDOOR = {"ceiling", "wall", "floor", "bed"}
 def read_texts(folder: Path, split: str) -> dict[str, SceneText]:
     """Return the class of each patch in words, by the picture's path below `folder`'s parent."""
     files = sorted((folder / "images" / split).glob("*.png"))
-    names = [
-        [CLASSES[max(k, 0)] for k in labels] for labels in read_pictures(folder, split)[1].tolist()
-    ]
-    return {
-        str(file.relative_to(folder.parent)): SceneText(n, "a picture")
-        for file, n in zip(files, names, strict=True)
-    }
+    _, labels = read_pictures(folder, split)
+    texts = {}
+    for file, labels_of_picture in zip(files, labels.tolist(), strict=True):
+        names = [CLASSES[max(k, 0)] for k in labels_of_picture]
+        texts[str(file.relative_to(folder.parent))] = SceneText(names, "a picture")
+    return texts
 
 
 def write_dialogues(assets: Path, seed: int) -> None:
@@ -66,27 +67,28 @@ def write_dialogues(assets: Path, seed: int) -> None:
     texts = read_texts(assets / "llava", "training")
     for arm, options in ARMS.items():
         records = []
-        for image, text in texts.items() if options else ():
-            turns = build_dialogue(text, rng, **options)
-            each = 2 if arm == "raster" else len(turns)  # messages of a dialogue
-            parts = [turns[i : i + each] for i in range(0, len(turns), each)]
-            records += [{"id": f"{image} {i}", "image": image, "conversations": prepend_picture(part),}
-                        for i, part in enumerate(parts)]  # fmt: skip
+        if options is not None:
+            for image, text in texts.items():
+                turns = build_dialogue(text, rng, **options)
+                messages = len(turns)  # of a dialogue
+                if arm == "raster":
+                    messages = 2
+                for start in range(0, len(turns), messages):
+                    dialogue = turns[start : start + messages]
+                    records.append(make_record(image, start // messages, dialogue))
         (assets / f"{arm}.json").write_text(json.dumps(records))
     asked = []
     val = list(read_texts(assets / "segmentation", "validation").items())
     for i in range(QUESTIONS):
         image, text = val[i % len(val)]
         turns = build_dialogue(text, rng, points=1, look_alikes=True)
-        asked.append(
-            {
-                "id": f"{image} {i}",
-                "image": image,
-                "conversations": prepend_picture(turns),
-                "regions": find_regions(turns),
-            }
-        )
+        asked.append(make_record(image, i, turns) | {"regions": find_regions(turns)})
     (assets / "look_alikes.json").write_text(json.dumps(asked))
+
+
+def make_record(image: str, number: int, turns: list[Turn]) -> dict[str, Any]:
+    """Return a record of LLaVA's JSON about a picture."""
+    return {"id": f"{image} {number}", "image": image, "conversations": prepend_picture(turns)}
 
 
 def majority_share(assets: Path) -> float:
@@ -94,70 +96,56 @@ def majority_share(assets: Path) -> float:
     texts = read_texts(assets / "segmentation", "validation")
     right = []
     for record in json.loads((assets / "look_alikes.json").read_text()):
-        kinds = [
-            name in INDOOR for name in texts[record["image"]].names if LOOK_ALIKE[name] != name
-        ]
-        share = np.mean(kinds)
-        right.append(
-            0.5
-            if share == 0.5
-            else (share > 0.5) == (record["conversations"][1]["value"] in INDOOR)
-        )
+        names = filter(is_look_alike, texts[record["image"]].names)
+        indoor_share = np.mean([name in INDOOR for name in names])
+        is_indoor = record["conversations"][1]["value"] in INDOOR
+        if indoor_share == 0.5:
+            right.append(0.5)
+        else:
+            right.append((indoor_share > 0.5) == is_indoor)
     return float(np.mean(right))
 
 
 def train(folder: Path, seed: int, count: int) -> None:
     """Draw the world of a seed and train its eight models, each for `count` steps."""
     assets = folder / "assets"
-    world = ["--scenes", 4, "--scale", 0.1, "--seed", seed]
-    draw = words("probes", "demo-assets", assets, *world)
+    world = {"--scenes": 4, "--scale": 0.1, "--seed": seed}
+    draw = ["probes", "demo-assets", str(assets), *to_words(world)]
     run_in_child_process(folder, "world", [make_step(folder, draw, assets / "questions.json")])
     if not (assets / "look_alikes.json").exists():
         write_dialogues(assets, seed)
     for mask in MASKS:
-        parts = ["--model.encoder.path", assets / "encoder", "--model.llm", assets / "llm"]
-        common = [
-            "--model.image_attention",
-            mask,
-            *parts,
-            "--data.images",
-            assets,
-            "--seed_everything",
-            seed,
-            "--ckpt_path",
-            "last",
-        ]
+        common = {
+            "--model.image_attention": mask,
+            "--model.encoder.path": assets / "encoder",
+            "--model.llm": assets / "llm",
+            "--data.images": assets,
+            "--seed_everything": seed,
+            "--ckpt_path": "last",
+        }
         stage1 = folder / mask / "stage1"
-        captions = ["--data.annotations", assets / "captions.json"]
-        fit = words("llava-bidir", "fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)
+        options = common | {"--data.annotations": assets / "captions.json", "--out": stage1}
+        fit = ["llava-bidir", "fit", "-c", "demo/stage1", *to_words(options)]
         steps = [make_step(folder, fit, stage1 / WEIGHTS)]
-        for arm, options in ARMS.items():
+        for arm in ARMS:
             out = folder / mask / arm
-            data = ["--data.annotations", assets / f"{arm}.json", "--data.val_annotations", "null"]
-            length = [
-                "--trainer.max_epochs",
-                -1,
-                "--trainer.max_steps",
-                count,
-                "--model.adapter",
-                stage1 / "hf",
-            ]
-            command = words(
-                "llava-bidir", "fit", "-c", "demo/stage2", *common, *data, *length, "--out", out
-            )
-            if options is None:
-                models = stage1 / "hf", assets, out / "hf"
-                command = words(
-                    "probes", "plant", "recovery", *models, "--steps", count, "--seed", seed
-                )
-            steps.append(
-                make_step(folder, words=command, result=out / WEIGHTS, reads=[stage1 / WEIGHTS])
-            )
+            if arm == "tokens":
+                command = ["probes", "plant", "recovery"]
+                command += [f"{stage1}/hf", str(assets), f"{out}/hf"]
+                command += to_words({"--steps": count, "--seed": seed})
+            else:
+                options = common | {
+                    "--data.annotations": assets / f"{arm}.json",
+                    "--data.val_annotations": "null",
+                    "--trainer.max_epochs": -1,
+                    "--trainer.max_steps": count,
+                    "--model.adapter": stage1 / "hf",
+                    "--out": out,
+                }
+                command = ["llava-bidir", "fit", "-c", "demo/stage2", *to_words(options)]
+            reads = [stage1 / WEIGHTS]
+            steps.append(make_step(folder, words=command, result=out / WEIGHTS, reads=reads))
         run_in_child_process(folder, mask, steps)
-
-
-def words(*parts: object) -> list[str]:
-    return [str(part) for part in parts]
 
 
 def study(folder: Path, mask: str, arm: str, seed: int) -> dict:
@@ -167,13 +155,23 @@ def study(folder: Path, mask: str, arm: str, seed: int) -> dict:
     options = {"model": {"sites": SITES}, "seed_everything": seed}
     with contextlib.redirect_stdout(io.StringIO()):
         probes.study(
-            folder / mask / arm / "hf", assets / "segmentation", out=out, configs=["demo/probes"], options=options,
-            arms=["trained", "random0", "random1", "permuted0", "permuted1"], only=["solve", "routes", "report"],
-            add=[f"routes.questions={assets}/look_alikes.json", "routes.draws=1", "routes.window=4"],
-        )  # fmt: skip
-    found = json.loads((out / "report/results.json").read_text())
-    (claim,) = (claim for claim in found["claims"] if claim["claim"] == "recovery")
-    answers = next(iter(found["masks"].values()))["routes"]["accuracy"]["value"]
+            folder / mask / arm / "hf",
+            assets / "segmentation",
+            out=out,
+            configs=["demo/probes"],
+            options=options,
+            arms=["trained", "random0", "random1", "permuted0", "permuted1"],
+            only=["solve", "routes", "report"],
+            add=[
+                f"routes.questions={assets}/look_alikes.json",
+                "routes.draws=1",
+                "routes.window=4",
+            ],
+        )
+    results = json.loads((out / "report/results.json").read_text())
+    (claim,) = (claim for claim in results["claims"] if claim["claim"] == "recovery")
+    (of_mask,) = results["masks"].values()
+    answers = of_mask["routes"]["accuracy"]["value"]
     columns = {name: claim["verdicts"][name] for name in ("optimum", "beyond_random")}
     return columns | {"answers": answers, "conclusion": claim["conclusion"]}
 
@@ -186,25 +184,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each model")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-    def points(c):
-        return f"{100 * c['value']:+5.1f} [{100 * c['ci95'][0]:+.1f}, {100 * c['ci95'][1]:+.1f}]"
-
     for seed in args.seeds:
         folder = args.out / f"seed{seed}"
         train(folder, seed, args.steps)
         for arm in ("stage1", *ARMS):  # where they start from
             for mask in MASKS:
-                found = study(folder, mask=mask, arm=arm, seed=seed)
-                numbers = [points(found[name]) for name in ("optimum", "beyond_random")]
-                answers = f"{100 * found['answers']:.1f}% ({100 * majority_share(folder / 'assets'):.1f}% by majority)"
+                result = study(folder, mask=mask, arm=arm, seed=seed)
+                majority = majority_share(folder / "assets")
+                answers = f"{100 * result['answers']:.1f}% ({100 * majority:.1f}% by majority)"
                 print(
                     f"{seed} {arm:<10}{mask:<14}",
-                    *numbers,
+                    describe(result["optimum"]),
+                    describe(result["beyond_random"]),
                     f"answers {answers}",
-                    found["conclusion"],
+                    result["conclusion"],
                     flush=True,
                 )
+
+
+def describe(column: dict[str, Any]) -> str:
+    """Return a value and its interval, in points."""
+    low, high = column["ci95"]
+    return f"{100 * column['value']:+5.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ OUT/encoder/, OUT/llm/                                                          
 """
 
 import json
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ from .binding import Mosaic, draw_mosaic, mix_mosaics
 from .canvas import CLASSES, PALETTE
 from .dialogues import (
     SceneText,
+    Turn,
     build_dialogue,
     find_regions,
     format_turns,
@@ -58,32 +60,33 @@ def run(options: AssetsOptions) -> None:
     """Write the toy world: pictures with masks, conversations, a tiny encoder and a tiny LLM."""
     scale = options.scale
     seed = options.seed
-    sizes = {split: max(16, round(n * scale)) for split, n in PICTURES.items()}
-    sizes[TRAINING] = max(16, min(PICTURES[TRAINING], round(SMALL_WORLDS_PICTURES * scale)))
-    # spawn, since torch's threads do not survive a fork
-    spawn = multiprocessing.get_context("spawn")
+    counts = {split: max(16, round(count * scale)) for split, count in PICTURES.items()}
+    counts[TRAINING] = max(16, min(PICTURES[TRAINING], round(SMALL_WORLDS_PICTURES * scale)))
     workers = ProcessPoolExecutor(
-        max_workers=2, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+        max_workers=2,
+        mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not survive a fork
+        initializer=torch.set_num_threads,
+        initargs=(1,),
     )
     with atomic_directory(options.out, marker="questions.json") as partial, workers as pool:
-        drawn = _draw_splits(pool, out=partial, sizes=sizes, seed=seed, scenes=options.scenes)
-        train, val = (
-            [SceneText.from_mosaic(mosaic) for mosaic in drawn[split]]
-            for split in (TRAINING, VALIDATION)
-        )
+        drawn = _draw_splits(pool, out=partial, counts=counts, seed=seed, scenes=options.scenes)
+        train = [SceneText.from_mosaic(mosaic) for mosaic in drawn[TRAINING]]
+        val = [SceneText.from_mosaic(mosaic) for mosaic in drawn[VALIDATION]]
         encoder = pool.submit(
             tiny_models.train_encoder,
-            np.stack([mosaic.image for mosaic in drawn[TRAINING]]),
-            np.stack([mosaic.mask for mosaic in drawn[TRAINING]]),
-            partial / "encoder",
+            images=np.stack([mosaic.image for mosaic in drawn[TRAINING]]),
+            masks=np.stack([mosaic.mask for mosaic in drawn[TRAINING]]),
+            out=partial / "encoder",
             steps=round(ENCODER_STEPS * scale),
             seed=seed,
         )
-        llm = pool.submit(_train_llm, train, partial / "llm", round(LLM_STEPS * scale), seed)
+        llm_steps = round(LLM_STEPS * scale)
+        llm = pool.submit(_train_llm, train, out=partial / "llm", steps=llm_steps, seed=seed)
         write_classes(partial)
         _write_patches(partial / "segmentation/patches.json", drawn)
         rng = np.random.default_rng([seed, 11])
-        for name, records in _build_conversations(train, val=val, scale=scale, rng=rng).items():
+        conversations = _build_conversations(train, val=val, scale=scale, rng=rng)
+        for name, records in conversations.items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
         encoder.result()
         llm.result()
@@ -91,18 +94,24 @@ def run(options: AssetsOptions) -> None:
 
 
 def _draw_splits(
-    pool: ProcessPoolExecutor, out: Path, sizes: dict[Split, int], seed: int, scenes: int
+    pool: ProcessPoolExecutor, out: Path, counts: dict[Split, int], seed: int, scenes: int
 ) -> dict[Split, list[Mosaic]]:
     """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
-    jobs = {
-        (split, start): pool.submit(
-            _draw_chunk, out, split, start, min(CHUNK, n - start), seed, scenes
-        )
-        for split, n in sizes.items()
-        for start in range(0, n, CHUNK)
-    }
-    drawn = {split: [] for split in sizes}
-    for (split, _), job in tqdm(jobs.items(), desc="drawing scenes", mininterval=5):
+    jobs = []
+    for split, total in counts.items():
+        for start in range(0, total, CHUNK):
+            job = pool.submit(
+                _draw_chunk,
+                out,
+                split=split,
+                start=start,
+                count=min(CHUNK, total - start),
+                seed=seed,
+                scenes=scenes,
+            )
+            jobs.append((split, job))
+    drawn = {split: [] for split in counts}
+    for split, job in tqdm(jobs, desc="drawing scenes", mininterval=5):
         drawn[split] += job.result()
     return drawn
 
@@ -111,8 +120,9 @@ def _draw_chunk(
     out: Path, split: Split, start: int, count: int, seed: int, scenes: int
 ) -> list[Mosaic]:
     rng = np.random.default_rng([seed, [*PICTURES].index(split), start])
-    if split == TRAINING:  # half of the pictures have one scene
-        drawn = mix_mosaics(rng, [1 if i % 2 else scenes for i in range(count)])
+    if split == TRAINING:
+        every_second_has_one = np.where(np.arange(count) % 2, 1, scenes)
+        drawn = mix_mosaics(rng, every_second_has_one)
     else:
         drawn = [draw_mosaic(rng, scenes) for _ in range(count)]
     save_pictures(out, split=split, drawn=drawn, start=start)
@@ -130,17 +140,8 @@ def save_pictures(out: Path, split: Split, drawn: Sequence[Scene | Mosaic], star
 
 def name_picture(split: Split, index: int, kind: str = "images") -> str:
     """Return the path of a picture or of its mask, below OUT."""
-    return f"{split[0]}/{kind}/{split[1]}/{index:05d}.png"
-
-
-def _write_patches(file: Path, drawn: dict[Split, list[Mosaic]]) -> None:
-    """Write what the truth of a knockout needs: the scene of each patch, and whether it shows a cue."""
-    splits = {
-        split: [{"scene": m.scene.tolist(), "cue": m.cue.tolist()} for m in mosaics]
-        for (folder, split), mosaics in drawn.items()
-        if folder == "segmentation"
-    }
-    file.write_text(json.dumps(splits) + "\n")
+    folder, part = split
+    return f"{folder}/{kind}/{part}/{index:05d}.png"
 
 
 def write_classes(out: Path) -> None:
@@ -155,6 +156,17 @@ def write_classes(out: Path) -> None:
         (out / folder / "classes.json").write_text(json.dumps(classes) + "\n")
 
 
+def _write_patches(file: Path, drawn: dict[Split, list[Mosaic]]) -> None:
+    """Write what the truth of a knockout needs: the scene of each patch, and whether it shows a cue."""
+    splits = {}
+    for (folder, part), mosaics in drawn.items():
+        if folder == "segmentation":
+            splits[part] = [
+                {"scene": mosaic.scene.tolist(), "cue": mosaic.cue.tolist()} for mosaic in mosaics
+            ]
+    file.write_text(json.dumps(splits) + "\n")
+
+
 def _train_llm(texts: list[SceneText], out: Path, steps: int, seed: int) -> None:
     documents = _generate_documents(texts, np.random.default_rng([seed, 10]))
     first = [format_turns(next(documents)) for _ in range(500)]
@@ -162,23 +174,24 @@ def _train_llm(texts: list[SceneText], out: Path, steps: int, seed: int) -> None
     tiny_models.train_llm(documents, tokenizer, out, steps=steps, seed=seed)
 
 
-def _generate_documents(texts: list[SceneText], rng: np.random.Generator) -> Iterator[list[dict]]:
+def _generate_documents(texts: list[SceneText], rng: np.random.Generator) -> Iterator[list[Turn]]:
     """Yield conversations about pictures in words without end: all rows (every second), 16 points, or a caption."""
     while True:
-        for parts in ({"rows": 8}, {"points": 16}, {"rows": 8}, {"caption": True}):
+        for questions in ({"rows": 8}, {"points": 16}, {"rows": 8}, {"caption": True}):
             text = texts[rng.integers(len(texts))]
-            dialogue = build_dialogue(text, rng, **parts)
-            yield prepend_picture(dialogue, " ".join(swap_names(text.names, SWAPPED_NAMES, rng)))
+            dialogue = build_dialogue(text, rng, **questions)
+            seen = swap_names(text.names, most=SWAPPED_NAMES, rng=rng)
+            yield prepend_picture(dialogue, " ".join(seen))
 
 
 def _build_conversations(
     train: list[SceneText], val: list[SceneText], scale: float, rng: np.random.Generator
 ) -> dict[str, list[dict]]:
     """Return the captions of stage 1, the dialogues of stage 2 and the validation questions."""
-    captions = [
-        make_record(TRAINING, i, build_dialogue(train[i], rng, caption=True))
-        for i in sample_evenly(rng, len(train), CAPTIONS * scale)
-    ]
+    captions = []
+    for i in sample_evenly(rng, len(train), CAPTIONS * scale):
+        turns = build_dialogue(train[i], rng, caption=True)
+        captions.append(make_record(TRAINING, i, turns))
     dialogues = []
     for i in sample_evenly(rng, len(train), DIALOGUES * scale):
         turns = build_dialogue(train[i], rng, rows=4, points=8, caption=True)
@@ -194,18 +207,21 @@ def _build_conversations(
     return {"captions": captions, "dialogues": dialogues, "questions": questions}
 
 
-def make_record(split: Split, index: int, turns: list[dict]) -> dict:
+def sample_evenly(rng: np.random.Generator, n: int, count: float) -> list[int]:
+    """Return `count` indices below `n` in random order, at least one, each equally often."""
+    count = max(1, round(count))
+    rounds = math.ceil(count / n)
+    passes = [rng.permutation(n) for _ in range(rounds)]
+    return np.concatenate(passes)[:count].tolist()
+
+
+def make_record(split: Split, index: int, turns: list[Turn]) -> dict:
     """Return a record of LLaVA's JSON about a picture."""
-    name = "llava" if split == TRAINING else split[1]
+    name = split[1]
+    if split == TRAINING:
+        name = "llava"
     return {
         "id": f"{name}_{index:05d}",
         "image": name_picture(split, index),
         "conversations": prepend_picture(turns),
     }
-
-
-def sample_evenly(rng: np.random.Generator, n: int, count: float) -> list[int]:
-    """Return `count` indices below `n` in random order, at least one, each equally often."""
-    count = max(1, round(count))
-    passes = [rng.permutation(n) for _ in range(-(-count // n))]
-    return np.concatenate(passes)[:count].tolist()

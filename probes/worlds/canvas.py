@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 Point = tuple[float, float]
@@ -53,9 +54,16 @@ class Quad:
     @classmethod
     def upright(cls, foot: Point, width: float, height: float) -> Quad:
         """Return an upright rectangle on `foot`, the middle of its lower edge. A negative width mirrors its content."""
-        x, y = foot
-        half = width / 2
-        return cls((x - half, y - height), (x + half, y - height), (x + half, y), (x - half, y))
+        x, bottom = foot
+        top = bottom - height
+        left = x - width / 2
+        right = x + width / 2
+        return cls(
+            top_left=(left, top),
+            top_right=(right, top),
+            bottom_right=(right, bottom),
+            bottom_left=(left, bottom),
+        )
 
     def point_at(self, u: float, v: float) -> Point:
         """Return the pixel coordinates of (u, v)."""
@@ -63,8 +71,12 @@ class Quad:
         bx, by = self.top_right
         cx, cy = self.bottom_right
         dx, dy = self.bottom_left
-        x = (1 - v) * (ax + u * (bx - ax)) + v * (dx + u * (cx - dx))
-        y = (1 - v) * (ay + u * (by - ay)) + v * (dy + u * (cy - dy))
+        upper_x = ax + u * (bx - ax)
+        upper_y = ay + u * (by - ay)
+        lower_x = dx + u * (cx - dx)
+        lower_y = dy + u * (cy - dy)
+        x = (1 - v) * upper_x + v * lower_x
+        y = (1 - v) * upper_y + v * lower_y
         return x, y
 
     def part(self, left: float = 0, right: float = 1, top: float = 0, bottom: float = 1) -> Quad:
@@ -87,12 +99,7 @@ class Quad:
         return self.bottom_left[1] - self.top_left[1]
 
 
-FULL_FRAME = Quad(
-    top_left=(0, 0),
-    top_right=(SIZE_PX, 0),
-    bottom_right=(SIZE_PX, SIZE_PX),
-    bottom_left=(0, SIZE_PX),
-)
+FULL_FRAME = Quad.upright(foot=(SIZE_PX / 2, SIZE_PX), width=SIZE_PX, height=SIZE_PX)
 CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
 
 
@@ -114,21 +121,22 @@ class Canvas:
         self, quad: Quad, colour: Colour, name: str = "", points: Sequence[Point] = CORNERS
     ) -> None:
         """Fill a polygon."""
-        self._draw("polygon", colour=colour, name=name, points=self._place(quad, points))
+        corners = self._place(quad, points)
+        self._draw("polygon", corners, colour=colour, name=name)
 
     def oval(self, quad: Quad, colour: Colour, name: str = "") -> None:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
-        xs, ys = zip(*self._place(quad, CORNERS[::2]), strict=True)
-        # Pillow requires sorted corners.
-        self._draw(
-            "ellipse", colour=colour, name=name, points=[*zip(sorted(xs), sorted(ys), strict=True)]
-        )
+        corners = self._place(quad, CORNERS[::2])
+        # as Pillow requires, which takes left, top, right and bottom
+        sorted_corners = np.sort(corners, axis=0)
+        self._draw("ellipse", sorted_corners.flatten().tolist(), colour=colour, name=name)
 
     def line(
         self, quad: Quad, colour: Colour, points: Sequence[Point], width: int = 2, name: str = ""
     ) -> None:
         """Draw a line through the points. The width is in thirds of a pixel."""
-        self._draw("line", colour, name, self._place(quad, points), width=width)
+        points = self._place(quad, points)
+        self._draw("line", points, colour=colour, name=name, width=width)
 
     def image(self) -> np.ndarray:
         """Return the picture as `float32[H, W, 3]` in 0..1."""
@@ -140,20 +148,23 @@ class Canvas:
         centres = slice(self.SCALE // 2, None, self.SCALE)
         return np.asarray(self._mask)[centres, centres].copy()
 
-    def _draw(
-        self, tool: str, colour: Colour, name: str, points: list[Point], **options: int
-    ) -> None:
-        getattr(ImageDraw.Draw(self._picture), tool)(points, fill=colour, **options)
+    def _draw(self, tool: str, points: list, colour: Colour, name: str, **options: int) -> None:
+        draw = getattr(ImageDraw.Draw(self._picture), tool)
+        draw(points, fill=colour, **options)
         if name:
             label = CLASSES.index(name)
-            getattr(ImageDraw.Draw(self._mask), tool)(points, fill=label, **options)
+            draw = getattr(ImageDraw.Draw(self._mask), tool)
+            draw(points, fill=label, **options)
 
     def _place(self, quad: Quad, points: Sequence[Point]) -> list[Point]:
         """Return points as Pillow wants them: counted from the centre of a pixel, without a fraction."""
-        return [
-            tuple(round(self.SCALE * coordinate - 0.5) for coordinate in quad.point_at(u, v))
-            for u, v in points
-        ]
+        placed = []
+        for u, v in points:
+            x, y = quad.point_at(u, v)
+            column = round(self.SCALE * x - 0.5)
+            row = round(self.SCALE * y - 0.5)
+            placed.append((column, row))
+        return placed
 
 
 def shade(colour: Colour, factor: float) -> Colour:
@@ -226,13 +237,14 @@ class Camera:
         return x, y
 
 
-def sample_camera(rng: np.random.Generator) -> Camera:
+def sample_camera(rng: Generator) -> Camera:
     """Sample a camera. Rooms and streets share one distribution."""
-    x = SIZE_PX * rng.uniform(0.35, 0.65)
-    y = SIZE_PX * rng.uniform(0.42, 0.54)
+    eye_x = SIZE_PX * rng.uniform(0.35, 0.65)
+    eye_y = SIZE_PX * rng.uniform(0.42, 0.54)
     half_width = SIZE_PX * rng.uniform(0.18, 0.27)
     half_height = SIZE_PX * rng.uniform(0.15, 0.22)
     up = half_height * rng.uniform(0.9, 1.3)
     down = half_height * rng.uniform(0.8, 1.1)
-    far_end = Quad.upright((x, y + down), 2 * half_width, up + down)
-    return Camera((x, y), far_end)
+    foot = (eye_x, eye_y + down)
+    far_end = Quad.upright(foot, width=2 * half_width, height=up + down)
+    return Camera((eye_x, eye_y), far_end)

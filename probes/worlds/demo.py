@@ -114,9 +114,9 @@ def _plant(out: Path, mask: str, seed: int, scale: float) -> list[Step]:
             ("drop", planted, out / "intact", {"--pairs": 0}),
         ]
     steps = []
-    for what, source, target, options in jobs:
+    for what, source, target, options_of_job in jobs:
         words = ["probes", "plant", what, f"{source}/hf", f"{out}/assets", f"{target}/hf"]
-        words += to_words(options)
+        words += to_words(options_of_job)
         reads = [source / WEIGHTS, out / "assets/questions.json"]
         steps.append(make_step(out, words=words, result=target / WEIGHTS, reads=reads))
     return steps
@@ -138,13 +138,24 @@ def _study(out: Path, seed: int, in_full: bool) -> None:
         gc.freeze()  # what this has imported: a collection after each step takes 0.3 s with it
 
     for name, (controls, sites) in OTHERS.items():
-        study(f"{out}/{name}/hf", out / name, sites, arms=["trained", *controls], only=["solve"])
+        study(
+            f"{out}/{name}/hf",
+            folder=out / name,
+            sites=sites,
+            arms=["trained", *controls],
+            only=["solve"],
+        )
+    add = KNOCKOUT
+    only = STEPS
+    if in_full:
+        add = KNOCKOUT + QUESTIONS
+        only = []
     study(
         {mask: f"{out}/{mask}/planted/hf" for mask in MASKS},
-        out,
-        ["adapter", *LAYERS],
+        folder=out,
+        sites=["adapter", *LAYERS],
         arms=["trained", *RANDOM_LLMS],
         fit=True,
-        add=[*KNOCKOUT, *QUESTIONS] if in_full else KNOCKOUT,
-        only=() if in_full else STEPS,
+        add=add,
+        only=only,
     )

@@ -7,24 +7,14 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 
-from .binding import GRID, Mosaic, split_patches
+from .binding import GRID, PATCH_COUNT, Mosaic, split_patches
 from .canvas import CLASSES, PAIR_OF
 
 LOOK_ALIKE = {name: CLASSES[other] for name, other in zip(CLASSES, PAIR_OF, strict=True)}
 
 Turn = dict[str, str]
-
-
-def patch_shares(mask: np.ndarray) -> np.ndarray:
-    """Return f[G * G, K], the share of each class in each patch of a mask uint8[H, W], in raster order."""
-    patches = split_patches(mask).reshape(GRID**2, -1, 1)
-    return (patches == np.arange(len(CLASSES))).mean(1)
-
-
-def name_patches(mask: np.ndarray) -> list[str]:
-    """Return the majority class of each patch of a mask uint8[H, W], in raster order."""
-    return [CLASSES[k] for k in patch_shares(mask).argmax(1)]
 
 
 class SceneText(NamedTuple):
@@ -38,16 +28,30 @@ class SceneText(NamedTuple):
         """Describe a picture."""
         return cls(name_patches(mosaic.mask), mosaic.kind)
 
-    def caption(self, rng: np.random.Generator) -> str:
+    def caption(self, rng: Generator) -> str:
         """Return, e.g., "1 indoor and 1 outdoor scenes with floor and bed and road and wall", in random order."""
         classes = sorted(set(self.names))
         rng.shuffle(classes)
-        return f"{self.kind} with {' and '.join(classes)}"
+        listed = " and ".join(classes)
+        return f"{self.kind} with {listed}"
+
+
+def name_patches(mask: np.ndarray) -> list[str]:
+    """Return the majority class of each patch of a mask uint8[H, W], in raster order."""
+    majority = patch_shares(mask).argmax(1)
+    return [CLASSES[k] for k in majority]
+
+
+def patch_shares(mask: np.ndarray) -> np.ndarray:
+    """Return f[G * G, K], the share of each class in each patch of a mask uint8[H, W], in raster order."""
+    pixels = split_patches(mask).reshape(PATCH_COUNT, -1, 1)
+    labels = np.arange(len(CLASSES))
+    return (pixels == labels).mean(1)
 
 
 def build_dialogue(
     text: SceneText,
-    rng: np.random.Generator,
+    rng: Generator,
     *,
     rows: int = 0,
     points: int = 0,
@@ -59,27 +63,33 @@ def build_dialogue(
     With `look_alikes`, points are patches that show a member of a pair.
     """
     chosen_rows = rng.permutation(GRID)[:rows]
-    chosen_points = rng.permutation(GRID**2)
+    chosen_patches = rng.permutation(PATCH_COUNT)
     if look_alikes:
-        chosen_points = [i for i in chosen_points if LOOK_ALIKE[text.names[i]] != text.names[i]]
-    chosen_points = chosen_points[:points]
-    parts = [
-        [
-            make_turns(f"name row{r + 1}", " ".join(text.names[r * GRID : (r + 1) * GRID]))
-            for r in chosen_rows
-        ],
-        [make_turns(ask_patch(i), text.names[i]) for i in chosen_points],
-    ]
+        chosen_patches = [i for i in chosen_patches if is_look_alike(text.names[i])]
+    about_rows = []
+    for row in chosen_rows:
+        names = text.names[row * GRID : (row + 1) * GRID]
+        about_rows += make_turns(f"name row{row + 1}", " ".join(names))
+    about_points = []
+    for patch in chosen_patches[:points]:
+        about_points += make_turns(ask_patch(patch), text.names[patch])
+    turns = about_rows + about_points
     if rng.random() < 0.5:
-        parts.reverse()
+        turns = about_points + about_rows
     if caption:
-        parts.append([make_turns("describe the scene", text.caption(rng))])
-    return [turn for part in parts for turns in part for turn in turns]
+        turns += make_turns("describe the scene", text.caption(rng))
+    return turns
+
+
+def is_look_alike(name: str) -> bool:
+    """Return whether a class is one of a pair."""
+    return LOOK_ALIKE[name] != name
 
 
 def ask_patch(i: int) -> str:
     """Return the question for the class of patch i, in raster order."""
-    return f"name row{i // GRID + 1} column{i % GRID + 1}"
+    row, column = divmod(i, GRID)
+    return f"name row{row + 1} column{column + 1}"
 
 
 def make_turns(question: str, answer: str) -> list[Turn]:
@@ -95,8 +105,11 @@ def find_regions(turns: list[Turn]) -> list[dict | None]:
     regions = []
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         asked = re.search(r"name row(\d+) column(\d+)$", question["value"])
-        box = asked and find_box(*(int(number) - 1 for number in asked.groups()))
-        regions.append(box and {"box": box, "class": answer["value"]})
+        region = None
+        if asked:
+            row, column = map(int, asked.groups())
+            region = {"box": find_box(row - 1, column - 1), "class": answer["value"]}
+        regions.append(region)
     return regions
 
 
@@ -107,17 +120,24 @@ def find_box(row: int, column: int, grid: int = GRID) -> list[float]:
 
 def prepend_picture(turns: list[Turn], picture: str = "<image>") -> list[Turn]:
     """Put the picture before the first question."""
-    first = {**turns[0], "value": f"{picture}\n{turns[0]['value']}"}
-    return [first, *turns[1:]]
+    first, *others = turns
+    asked = f"{picture}\n{first['value']}"
+    return [first | {"value": asked}, *others]
 
 
-def swap_names(names: list[str], most: float, rng: np.random.Generator) -> list[str]:
+def swap_names(names: list[str], most: float, rng: Generator) -> list[str]:
     """Replace a share of at most `most` of the names by their look-alike: a badly seen picture in words."""
     rate = rng.uniform(0, most)
-    return [LOOK_ALIKE[name] if rng.random() < rate else name for name in names]
+    seen = []
+    for name in names:
+        if rng.random() < rate:
+            name = LOOK_ALIKE[name]
+        seen.append(name)
+    return seen
 
 
 def format_turns(turns: list[Turn]) -> str:
     """Return a conversation with the role words of the template, as training text of a tokenizer."""
     roles = {"human": "USER:", "gpt": " USER: ASSISTANT:"}
-    return "\n".join(f"{roles[turn['from']]} {turn['value']}" for turn in turns)
+    lines = [f"{roles[turn['from']]} {turn['value']}" for turn in turns]
+    return "\n".join(lines)

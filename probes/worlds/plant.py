@@ -32,17 +32,37 @@ from probes.config import PlantOptions
 from probes.models.hooks import at_input
 from probes.models.random_weights import permute_weights
 
-from .binding import GRID
+from .binding import PATCH_COUNT
 from .canvas import CLASSES
 from .dialogues import SceneText, build_dialogue, patch_shares, prepend_picture
 from .tiny_models import normalize, train
 
 # Pairs of classes that a planted drop merges, in this order. None of them are look-alikes.
 MERGED = (("lamp", "tree"), ("picture", "window"), ("door", "person"))
-NUMBERS = ("no", "one", "two", "three")  # of pairs, in names
+COUNTED_PAIRS = ("no pairs", "one pair", "two pairs", "three pairs")
 # Claims whose truth follows from how the LLM was made: a causal model cannot refine tokens before the cue of their
 # scene, the bidirectional one that it is compared with can.
 CLAIMS = ("recovery", "starvation", "starvation_first_row")
+
+
+def run(options: PlantOptions) -> None:
+    """Run `probes plant`."""
+    model = options.model
+    out = options.out
+    if options.what == "drop":
+        plant_drop(model, options.world, out, pairs=options.pairs)
+    elif options.what == "random":
+        plant_random(model, out, seed=options.seed)
+    else:
+        plant_recovery(
+            model,
+            options.world,
+            out,
+            steps=options.steps,
+            answer_steps=options.answer_steps,
+            seed=options.seed,
+        )
+    print(f"wrote {out}")
 
 
 def plant_recovery(
@@ -76,13 +96,14 @@ def plant_recovery(
 
     def loss(batch: int, questions: int) -> Tensor:
         chosen = rng.integers(len(pixels), size=batch)
-        of_batch = pixels[chosen], labels[chosen]
-        states, of_answers = _forward(net, processor, *of_batch, questions, depth, rng)
-        on_image = F.cross_entropy(
-            head(states).flatten(0, 1), labels[chosen].flatten(), ignore_index=IGNORE_INDEX
+        targets = labels[chosen]
+        states, loss_on_answers = _forward(
+            net, processor, pixels[chosen], targets, questions=questions, depth=depth, rng=rng
         )
-        losses.append(on_image.item())
-        return on_image + of_answers
+        logits = head(states).flatten(0, 1)
+        loss_on_image = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
+        losses.append(loss_on_image.item())
+        return loss_on_image + loss_on_answers
 
     net.train()
     if steps:
@@ -100,9 +121,118 @@ def plant_recovery(
         "answer_steps": answer_steps,
         "seed": seed,
     }
-    truth = dict.fromkeys(CLAIMS, "planted" if losses else "absent")
-    _save(net.eval(), processor=processor, source=model, out=out, record=record, truth=truth)
+    net.eval()
+    _save(net, processor, source=model, out=out, record=record, claims=CLAIMS, is_true=bool(losses))
     return losses
+
+
+def _forward(
+    net: LlavaBidirForConditionalGeneration,
+    processor: LlavaProcessor,
+    pixels: Tensor,
+    labels: Tensor,
+    questions: int,
+    depth: int,
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor | float]:
+    """Return the states of the image tokens after layer `depth`, normed, f[B, T, width], and the loss on answers."""
+    image_id = net.config.image_token_id
+    sequences = []
+    targets = []
+    for labels_of_picture in labels:
+        ids_of_picture, targets_of_picture = _encode_picture(
+            processor, image_id=image_id, labels=labels_of_picture, questions=questions, rng=rng
+        )
+        sequences.append(ids_of_picture)
+        targets.append(targets_of_picture)
+    ids = pad(sequences, 0)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": pad([[1] * len(sequence) for sequence in sequences], 0),
+        "pixel_values": pixels,
+        "logits_to_keep": 1,
+    }
+    if questions:
+        inputs |= {"labels": pad(targets, IGNORE_INDEX), "logits_to_keep": 0}
+    result = net(**inputs, output_hidden_states=True)
+    states = result.hidden_states[depth]
+    if len(result.hidden_states) > depth + 1:  # else transformers has normed the last ones
+        states = net.model.language_model.norm(states)
+    states = states[ids == image_id].unflatten(0, (len(ids), PATCH_COUNT))
+    if questions:
+        return states, result.loss
+    return states, 0.0
+
+
+def _encode_picture(
+    processor: LlavaProcessor,
+    image_id: int,
+    labels: Tensor,
+    questions: int,
+    rng: np.random.Generator,
+) -> tuple[list[int], list[int]]:
+    """Return the ids and labels of a picture with questions about random patches; without, up to the image's end."""
+    names = [CLASSES[max(k, 0)] for k in labels.tolist()]
+    turns = build_dialogue(SceneText(names, ""), rng, points=max(1, questions))
+    ids, targets = encode(
+        prepend_picture(turns),
+        tokenizer=processor.tokenizer,
+        template="vicuna_v1",
+        image_tokens=PATCH_COUNT,
+        image_token_id=image_id,
+    )
+    end = len(ids)
+    if not questions:
+        end -= ids[::-1].index(image_id)
+    return ids[:end], targets[:end]
+
+
+def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
+    """Take the directions that tell `pairs` pairs of classes apart out of the adapter's first layer.
+
+    The means of both classes of a pair are then the same in the adapter, so that no linear probe of its input can tell
+    them apart better than by their frequency. 0 pairs write a copy.
+    """
+    net, processor = _load(model)
+    if pairs:
+        pixels, labels = read_pictures(world / "segmentation", "training")
+        states = encoder_states(net, pixels)
+        directions = class_directions(states, labels, MERGED[:pairs])
+        basis = torch.linalg.qr(directions.T)[0]
+        first = net.model.multi_modal_projector.linear_1.weight
+        with torch.no_grad():
+            first -= first @ basis @ basis.T
+    record = {"planted": "drop", "merged": MERGED[:pairs]}
+    _save(
+        net,
+        processor,
+        source=model,
+        out=out,
+        record=record,
+        claims=["adapter_drop"],
+        is_true=pairs > 0,
+    )
+
+
+@torch.no_grad()
+def encoder_states(net: LlavaBidirForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Return the adapter's input f[n, T, d]."""
+    states: list[Tensor] = []
+    with at_input(net.model.multi_modal_projector, states.append):
+        for batch in pixels.split(50):
+            net.model.get_image_features(pixel_values=batch)
+    width = states[0].shape[-1]
+    return torch.cat([of_batch.reshape(-1, PATCH_COUNT, width) for of_batch in states])
+
+
+def class_directions(states: Tensor, labels: Tensor, pairs: tuple[tuple[str, str], ...]) -> Tensor:
+    """Return the difference of the mean states of each pair of classes, f[pairs, d]."""
+
+    def mean(name):
+        of_class = labels == CLASSES.index(name)
+        return states[of_class].mean(0)
+
+    return torch.stack([mean(first) - mean(second) for first, second in pairs])
 
 
 def plant_random(
@@ -119,53 +249,7 @@ def plant_random(
         torch.manual_seed(seed)
         edit(net.model.language_model.layers)
     record = {"planted": "random", "seed": seed, "weights": weights}
-    _save(
-        net,
-        processor=processor,
-        source=model,
-        out=out,
-        record=record,
-        truth=dict.fromkeys(CLAIMS, "absent"),
-    )
-
-
-def name_model(planted: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return what reports call a model: "name", of at most 16 characters if one thing was planted, and "about".
-
-    Args:
-        planted: What was planted in it, as training.json records it. A recovery is trained, and so has no words.
-    """
-    names = []
-    words = []
-    for record in planted:
-        if record["planted"] == "random":
-            shuffled = record["weights"] == "shuffled"
-            names.append("LLM shuffled" if shuffled else "LLM drawn anew")
-            words.append("LLM shuffled" if shuffled else f"LLM drawn anew ({record['weights']})")
-        if record["planted"] == "drop":
-            pairs = len(record["merged"])
-            names.append("adapter merged" if pairs else "adapter intact")
-            words.append(f"adapter merges {NUMBERS[pairs]} pair{'s' * (pairs != 1)} of classes")
-    return {"name": ", ".join(names) or "trained", "about": ", ".join(words) or "as trained"}
-
-
-def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
-    """Take the directions that tell `pairs` pairs of classes apart out of the adapter's first layer.
-
-    The means of both classes of a pair are then the same in the adapter, so that no linear probe of its input can tell
-    them apart better than by their frequency. 0 pairs write a copy.
-    """
-    net, processor = _load(model)
-    if pairs:
-        pixels, labels = read_pictures(world / "segmentation", "training")
-        directions = class_directions(encoder_states(net, pixels), labels, MERGED[:pairs])
-        basis = torch.linalg.qr(directions.T)[0]
-        first = net.model.multi_modal_projector.linear_1.weight
-        with torch.no_grad():
-            first -= first @ basis @ basis.T
-    truth = {"adapter_drop": "planted" if pairs else "absent"}
-    record = {"planted": "drop", "merged": MERGED[:pairs]}
-    _save(net, processor=processor, source=model, out=out, record=record, truth=truth)
+    _save(net, processor, source=model, out=out, record=record, claims=CLAIMS, is_true=False)
 
 
 def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -176,82 +260,15 @@ def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
             f"{folder}/images/{split} holds no pictures; expected the folder of `probes demo-assets`"
         )
 
-    def read(file):
-        return np.asarray(Image.open(file))
-
-    shares = [patch_shares(read(folder / "annotations" / split / file.name)) for file in files]
-    labels = [np.where(share.any(1), share.argmax(1), IGNORE_INDEX) for share in shares]
-    return normalize(np.stack([read(file) for file in files])), torch.from_numpy(np.stack(labels))
-
-
-@torch.no_grad()
-def encoder_states(net: LlavaBidirForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Return the adapter's input f[n, T, d]."""
-    states: list[Tensor] = []
-    with at_input(net.model.multi_modal_projector, states.append):
-        for part in pixels.split(50):
-            net.model.get_image_features(pixel_values=part)
-    return torch.cat([s.reshape(-1, GRID**2, s.shape[-1]) for s in states])
-
-
-def class_directions(states: Tensor, labels: Tensor, pairs: tuple[tuple[str, str], ...]) -> Tensor:
-    """Return the difference of the mean states of each pair of classes, f[pairs, d]."""
-
-    def mean(name):
-        return states[labels == CLASSES.index(name)].mean(0)
-
-    return torch.stack([mean(a) - mean(b) for a, b in pairs])
-
-
-def _forward(
-    net: LlavaBidirForConditionalGeneration,
-    processor: LlavaProcessor,
-    pixels: Tensor,
-    labels: Tensor,
-    questions: int,
-    depth: int,
-    rng: np.random.Generator,
-) -> tuple[Tensor, Tensor | float]:
-    """Return the states of the image tokens after layer `depth`, normed, f[B, T, width], and the loss on answers."""
-    image_id = net.config.image_token_id
-    rows = [
-        _encode_picture(processor, image_id=image_id, labels=picture, questions=questions, rng=rng)
-        for picture in labels
-    ]
-    ids = pad([row[0] for row in rows], 0)
-    mask = pad([[1] * len(row[0]) for row in rows], 0)
-    targets = pad([row[1] for row in rows], IGNORE_INDEX) if questions else None
-    result = net(
-        input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=targets, output_hidden_states=True,
-        logits_to_keep=0 if questions else 1,
-    )  # fmt: skip
-    states = result.hidden_states[depth]
-    if len(result.hidden_states) > depth + 1:  # else transformers has normed the last ones
-        states = net.model.language_model.norm(states)
-    states = states[ids == image_id].unflatten(0, (len(ids), GRID**2))
-    return states, result.loss if questions else 0.0
-
-
-def _encode_picture(
-    processor: LlavaProcessor,
-    image_id: int,
-    labels: Tensor,
-    questions: int,
-    rng: np.random.Generator,
-) -> tuple[list[int], list[int]]:
-    """Return the ids and labels of a picture with questions about random patches; without, up to the image's end."""
-    text = SceneText([CLASSES[max(k, 0)] for k in labels.tolist()], "")
-    turns = build_dialogue(text, rng, points=max(1, questions))
-    turns = prepend_picture(turns)
-    ids, targets = encode(
-        turns,
-        tokenizer=processor.tokenizer,
-        template="vicuna_v1",
-        image_tokens=GRID**2,
-        image_token_id=image_id,
-    )
-    end = len(ids) if questions else len(ids) - ids[::-1].index(image_id)
-    return ids[:end], targets[:end]
+    images = []
+    labels = []
+    for file in files:
+        images.append(np.asarray(Image.open(file)))
+        mask = np.asarray(Image.open(folder / "annotations" / split / file.name))
+        shares = patch_shares(mask)
+        majority = np.where(shares.any(1), shares.argmax(1), IGNORE_INDEX)
+        labels.append(majority)
+    return normalize(np.stack(images)), torch.from_numpy(np.stack(labels))
 
 
 def _load(model: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor]:
@@ -263,8 +280,11 @@ def _load(model: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcess
 
 
 def _trained_weights(net: LlavaBidirForConditionalGeneration) -> list[nn.Parameter]:
-    parts = net.model.multi_modal_projector, net.model.language_model, net.lm_head
-    return [weight for part in parts for weight in part.parameters()]
+    return [
+        *net.model.multi_modal_projector.parameters(),
+        *net.model.language_model.parameters(),
+        *net.lm_head.parameters(),
+    ]
 
 
 def _save(
@@ -273,30 +293,42 @@ def _save(
     source: Path,
     out: Path,
     record: dict[str, Any],
-    truth: dict[str, str],
+    claims: Sequence[str],
+    is_true: bool,
 ) -> None:
     """Write the checkpoint with the truth of claims; what was planted in its source stays true."""
     training = read_training(source)
     before = training.get("truth", {}).get("segmentation", {})
     training["planted"] = [*training.get("planted", []), record]
-    training["truth"] = {"segmentation": before | truth}
+    truth = "absent"
+    if is_true:
+        truth = "planted"
+    training["truth"] = {"segmentation": before | dict.fromkeys(claims, truth)}
     training |= name_model(training["planted"])
     export_hf(net, processor=processor, out=out, training=training)
 
 
-def run(options: PlantOptions) -> None:
-    """Run `probes plant`."""
-    if options.what == "drop":
-        plant_drop(options.model, options.world, options.out, pairs=options.pairs)
-    elif options.what == "random":
-        plant_random(options.model, options.out, seed=options.seed)
-    else:
-        plant_recovery(
-            options.model,
-            options.world,
-            options.out,
-            steps=options.steps,
-            answer_steps=options.answer_steps,
-            seed=options.seed,
-        )
-    print(f"wrote {options.out}")
+def name_model(planted: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what reports call a model: "name", of at most 16 characters if one thing was planted, and "about".
+
+    Args:
+        planted: What was planted in it, as training.json records it. A recovery is trained, and so has no words.
+    """
+    names = []
+    descriptions = []
+    for record in planted:
+        match record:
+            case {"planted": "random", "weights": "shuffled"}:
+                names.append("LLM shuffled")
+                descriptions.append("LLM shuffled")
+            case {"planted": "random", "weights": weights}:
+                names.append("LLM drawn anew")
+                descriptions.append(f"LLM drawn anew ({weights})")
+            case {"planted": "drop", "merged": []}:
+                names.append("adapter intact")
+                descriptions.append("adapter merges no pairs of classes")
+            case {"planted": "drop", "merged": pairs}:
+                names.append("adapter merged")
+                descriptions.append(f"adapter merges {COUNTED_PAIRS[len(pairs)]} of classes")
+    name = ", ".join(names) or "trained"
+    return {"name": name, "about": ", ".join(descriptions) or "as trained"}

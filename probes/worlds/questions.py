@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
+from numpy.random import Generator
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import write_files
@@ -56,9 +57,18 @@ class Fact(NamedTuple):
 
 
 Facts = dict[Key, Fact]  # of a photo
-Asked = tuple[
-    list[Turn], dict | None
-]  # a question, and its {"box", "class"}, as `probes routes` reads it
+
+
+class MaskQuestion(NamedTuple):
+    """A question about a photo.
+
+    Args:
+        turns: The question and its answer.
+        region: {"box", "class"}, as `probes routes` reads it; None: no single place.
+    """
+
+    turns: list[Turn]
+    region: dict[str, Any] | None
 
 
 def run(options: QuestionsOptions) -> None:
@@ -67,15 +77,15 @@ def run(options: QuestionsOptions) -> None:
     Raises:
         UserError: OUT has other records already, or the photos give none.
     """
-    records = build_records(options)
-    files = {options.out / f"{name}.json": rows for name, rows in records.items()}
-    for file, rows in files.items():
-        if file.is_file() and json.loads(file.read_text()) != rows:
+    by_name = build_records(options)
+    files = {options.out / f"{name}.json": records for name, records in by_name.items()}
+    for file, records in files.items():
+        if file.is_file() and json.loads(file.read_text()) != records:
             raise UserError(
                 f"{file} has records of other photos or options; choose another --out, or delete it"
             )
     write_files(files)
-    counts = ", ".join(f"{len(rows):,} {name}" for name, rows in records.items())
+    counts = ", ".join(f"{len(records):,} {name}" for name, records in by_name.items())
     print(f"{options.out}: {counts}; train with --data.images {options.data}")
 
 
@@ -90,25 +100,30 @@ def build_records(options: QuestionsOptions, prefix: str = "") -> dict[str, list
     validation = _read_facts(options, "validation", prefix)
     captions = []
     dialogues = []
-    asked = ask_in_pairs([*training.values()], options.per_photo * len(training) // 2, rng)
-    for (photo, facts), of_photo in zip(training.items(), asked, strict=True):
-        if caption := _caption(facts, rng):
+    pairs = options.per_photo * len(training) // 2
+    asked = ask_in_pairs([*training.values()], pairs, rng)
+    for (photo, facts), questions_of_photo in zip(training.items(), asked, strict=True):
+        caption = _caption(facts, rng)
+        if caption is not None:
             captions.append(_record(photo, make_turns(CAPTION, caption)))
-        if of_photo:
-            dialogues.append(_record(photo, [turn for turns, _ in of_photo for turn in turns]))
+        turns = []
+        for question in questions_of_photo:
+            turns += question.turns
+        if turns:
+            dialogues.append(_record(photo, turns))
+    questions = []
     asked = ask_in_pairs([*validation.values()], options.held_out // 2, rng)
-    questions = [
-        _record(photo, turns) | {"regions": [region]}
-        for photo, of_photo in zip(validation, asked, strict=True)
-        for turns, region in of_photo
-    ]
-    records = {"captions": captions, "dialogues": dialogues, "questions": questions}
-    for name, rows in records.items():
-        if not rows:
+    for photo, questions_of_photo in zip(validation, asked, strict=True):
+        for question in questions_of_photo:
+            record = _record(photo, question.turns)
+            questions.append(record | {"regions": [question.region]})
+    by_name = {"captions": captions, "dialogues": dialogues, "questions": questions}
+    for name, records in by_name.items():
+        if not records:
             raise UserError(
                 f"{options.data}: its masks give no {name}; expected photos that show different classes"
             )
-    return records
+    return by_name
 
 
 def _read_facts(options: QuestionsOptions, split: str, prefix: str) -> dict[str, Facts]:
@@ -120,8 +135,10 @@ def _read_facts(options: QuestionsOptions, split: str, prefix: str) -> dict[str,
     dataset = FolderDataset(options.data, split)
     facts = {}
     for index in range(len(dataset)):
-        photo = prefix + dataset.files[index][0].relative_to(options.data).as_posix()
-        facts[photo] = find_facts(dataset[index]["target"], dataset.classes, options.grid)
+        file, _ = dataset.files[index]
+        photo = prefix + file.relative_to(options.data).as_posix()
+        mask = dataset[index]["target"]
+        facts[photo] = find_facts(mask, dataset.classes, options.grid)
     return facts
 
 
@@ -129,15 +146,19 @@ def _record(photo: str, turns: list[Turn]) -> dict[str, Any]:
     return {"id": photo, "image": photo, "conversations": prepend_picture(turns)}
 
 
-def _caption(facts: Facts, rng: np.random.Generator) -> str | None:
+def _caption(facts: Facts, rng: Generator) -> str | None:
     """Return, e.g., "A picture with road, sky and car." in random order; None if no class is seen."""
-    shown = [
-        name for (kind, name), fact in facts.items() if (kind, fact.answer) == ("there", "yes")
-    ]
+    shown = []
+    for (kind, name), fact in facts.items():
+        if kind == "there" and fact.answer == "yes":
+            shown.append(name)
     if not shown:
         return None
-    *most, last = (str(name) for name in rng.permutation(shown))
-    return f"A picture with {', '.join(most)} and {last}." if most else f"A picture with {last}."
+    *most, last = map(str, rng.permutation(shown))
+    listed = last
+    if most:
+        listed = f"{', '.join(most)} and {last}"
+    return f"A picture with {listed}."
 
 
 def find_facts(mask: ndarray, classes: list[str], grid: int) -> Facts:
@@ -149,15 +170,14 @@ def find_facts(mask: ndarray, classes: list[str], grid: int) -> Facts:
         grid: G.
     """
     facts = {}
-    for name, share in zip(classes, _count_pixels(mask, classes) / mask.size, strict=True):
-        if share == 0 or share >= LEAST_SEEN:
-            facts["there", name] = Fact("yes" if share else "no")
+    shares = _count_pixels(mask, classes) / mask.size
+    for name, share in zip(classes, shares, strict=True):
+        if share == 0:
+            facts["there", name] = Fact("no")
+        elif share >= LEAST_SEEN:
+            facts["there", name] = Fact("yes")
     cells = _find_cells(mask, classes, grid)
-    beside = defaultdict(list)  # by class, the cells to the left of its own that show another one
-    for (row, column), name in cells.items():
-        if cells.get((row, column - 1), name) != name:
-            beside[name].append((row, column - 1))
-    for name, places in beside.items():
+    for name, places in _find_places_beside(cells).items():
         counts = Counter(cells[place] for place in places)
         answer = max(counts, key=counts.get)
         if counts[answer] > HALF * len(places):
@@ -169,18 +189,34 @@ def find_facts(mask: ndarray, classes: list[str], grid: int) -> Facts:
     return facts
 
 
+def _find_places_beside(cells: dict[Place, str]) -> dict[str, list[Place]]:
+    """Return, by class, the cells to the left of those of the class that show another one."""
+    beside = defaultdict(list)
+    for (row, column), name in cells.items():
+        place = (row, column - 1)
+        if cells.get(place, name) != name:
+            beside[name].append(place)
+    return beside
+
+
 def _find_cells(mask: ndarray, classes: list[str], grid: int) -> dict[Place, str]:
     """Return the class of more than half of the pixels of each cell that has one, in raster order."""
-    rows, columns = (
-        [*pairwise(np.linspace(0, side, grid + 1).round().astype(int))] for side in mask.shape
-    )
+    height, width = mask.shape
+    rows = _split_side(height, grid)
+    columns = _split_side(width, grid)
     cells = {}
     for row, column in product(range(grid), repeat=2):
-        cell = mask[slice(*rows[row]), slice(*columns[column])]
+        cell = mask[rows[row], columns[column]]
         counts = _count_pixels(cell, classes)
         if counts.max() > HALF * cell.size:
             cells[row, column] = classes[counts.argmax()]
     return cells
+
+
+def _split_side(side: int, grid: int) -> list[slice]:
+    """Return the pixels of each row or column of cells, of a photo with so many pixels."""
+    edges = np.linspace(0, side, grid + 1).round().astype(int)
+    return [slice(start, end) for start, end in pairwise(edges)]
 
 
 def _count_pixels(mask: ndarray, classes: list[str]) -> ndarray:
@@ -188,7 +224,7 @@ def _count_pixels(mask: ndarray, classes: list[str]) -> ndarray:
     return np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
 
 
-def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> list[list[Asked]]:
+def ask_in_pairs(photos: list[Facts], pairs: int, rng: Generator) -> list[list[MaskQuestion]]:
     """Return questions about each photo; each text is asked of two photos with different answers.
 
     Args:
@@ -196,51 +232,59 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> l
         pairs: Pairs of questions, as many of each kind; a kind that allows fewer leaves them to those after it.
         rng: Random generator.
     """
-    asked: list[list[Asked]] = [[] for _ in photos]
+    asked: list[list[MaskQuestion]] = [[] for _ in photos]
     for number, kind in enumerate(KINDS):
-        drawn = _draw_pairs(photos, kind=kind, most=pairs // (len(KINDS) - number), rng=rng)
+        kinds_left = len(KINDS) - number
+        drawn = _draw_pairs(photos, kind=kind, most=pairs // kinds_left, rng=rng)
         pairs -= len(drawn)
         for pair in drawn:
             for photo, question in pair.items():
                 asked[photo].append(question)
-    return [[of_photo[i] for i in rng.permutation(len(of_photo))] for of_photo in asked]
+    return [[questions[i] for i in rng.permutation(len(questions))] for questions in asked]
 
 
 def _draw_pairs(
-    photos: list[Facts], kind: str, most: int, rng: np.random.Generator
-) -> list[dict[int, Asked]]:
+    photos: list[Facts], kind: str, most: int, rng: Generator
+) -> list[dict[int, MaskQuestion]]:
     """Return up to `most` pairs of questions of a kind by photo; photos with the fewest questions come first."""
-    # photos that can still be asked, by what the question is about and by their answer
-    left: dict[Key, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for photo, facts in enumerate(photos):
-        for key, fact in facts.items():
-            if key[0] == kind:
-                left[key][fact.answer].append(photo)
+    unasked = _photos_by_answer(photos, kind)
     counts = np.zeros(len(photos), int)
-    pairs: list[dict[int, Asked]] = []
+    pairs: list[dict[int, MaskQuestion]] = []
     while len(pairs) < most:
-        keys = [key for key, by_answer in left.items() if len(by_answer) > 1]
+        keys = [key for key, by_answer in unasked.items() if len(by_answer) > 1]
         if not keys:
             break
         key = keys[rng.integers(len(keys))]
-        by_answer = left[key]
+        by_answer = unasked[key]
         possible = sorted(by_answer)
-        answers = [possible[i] for i in rng.permutation(len(possible))[:2]]
+        choice = [possible[i] for i in rng.permutation(len(possible))[:2]]
         pair = {}
-        for answer in answers:
+        for answer in choice:
             candidates = by_answer[answer]
             asked = counts[candidates]
-            photo = int(rng.choice(np.array(candidates)[asked == asked.min()]))
+            least_asked = np.array(candidates)[asked == asked.min()]
+            photo = int(rng.choice(least_asked))
             candidates.remove(photo)
             if not candidates:
                 del by_answer[answer]
             counts[photo] += 1
-            pair[photo] = _ask(key, photos[photo][key], answers)
+            pair[photo] = _ask(key, photos[photo][key], choice)
         pairs.append(pair)
     return pairs
 
 
-def _ask(key: Key, fact: Fact, choice: list[str]) -> Asked:
+def _photos_by_answer(photos: list[Facts], kind: str) -> dict[Key, dict[str, list[int]]]:
+    """Return the photos that questions of a kind can be asked of, by what they are about and by the answer."""
+    by_key: dict[Key, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for photo, facts in enumerate(photos):
+        for key, fact in facts.items():
+            kind_of_fact, _ = key
+            if kind_of_fact == kind:
+                by_key[key][fact.answer].append(photo)
+    return by_key
+
+
+def _ask(key: Key, fact: Fact, choice: list[str]) -> MaskQuestion:
     """Return the question about a fact, with two answers to choose from."""
     kind, about = key
     one, other = choice
@@ -249,5 +293,7 @@ def _ask(key: Key, fact: Fact, choice: list[str]) -> Asked:
         "left": f"Which is left of the {about}: {one} or {other}?",
         "place": f"Which is in {about}: {one} or {other}?",
     }
-    region = {"box": fact.box, "class": fact.answer} if fact.box else None
-    return make_turns(texts[kind], fact.answer), region
+    region = None
+    if fact.box:
+        region = {"box": fact.box, "class": fact.answer}
+    return MaskQuestion(make_turns(texts[kind], fact.answer), region)

@@ -9,13 +9,12 @@ Paired classes have a grain. Its contrast is a smooth random field that says not
 Shapes: H = W = 96 pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image
 
 from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera
@@ -45,6 +44,8 @@ WEAVES = (
 )
 GRAIN_CONTRAST = 0.03
 PIXEL_NOISE = 0.018
+ROOM_CUES = ("lamp", "picture", "bed")
+STREET_CUES = ("tree", "moon", "car")
 # of red, green and blue
 WARM_GLOW = (0.18, 0.12, 0.03)
 CAST_RANGE = (0.12, 0.06, 0.12)
@@ -74,7 +75,7 @@ class Scene:
     mask: np.ndarray
 
 
-def draw_scene(rng: np.random.Generator, indoor: bool | None = None) -> Scene:
+def draw_scene(rng: Generator, indoor: bool | None = None) -> Scene:
     """Draw a room or a street with equal probability.
 
     Args:
@@ -85,31 +86,36 @@ def draw_scene(rng: np.random.Generator, indoor: bool | None = None) -> Scene:
         indoor = bool(rng.random() < 0.5)
     camera = sample_camera(rng)
     canvas = Canvas()
-    (draw_room if indoor else draw_street)(canvas, camera, rng)
+    if indoor:
+        draw_room(canvas, camera, rng)
+    else:
+        draw_street(canvas, camera, rng)
     mask = canvas.mask()
     image = canvas.image() + sample_grain(mask, rng)
     light = sample_light(camera, rng)
     noise = PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
-    pixels = (image * light + noise).clip(0, 1) * 255 + 0.5
+    lit = (image * light + noise).clip(0, 1)
+    pixels = lit * 255 + 0.5
     return Scene(indoor, pixels.astype(np.uint8), mask)
 
 
-def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
+def draw_room(canvas: Canvas, camera: Camera, rng: Generator) -> None:
     """Draw a room: ceiling, three walls, a board floor, and its objects."""
-    names = sample_objects(
-        rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5
-    )
+    names = sample_objects(rng, ROOM_CUES, lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5)
     canvas.polygon(FULL_FRAME, COLOURS["top"], "ceiling")
     draw_object(canvas, camera.ground(), "floor")
     for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
         draw_object(canvas, place=front, name="wall", brightness=tint)
     sections = sample_wall_sections(camera, rng)
     if "window" in names:
-        draw_window(canvas, sections.pop().part(top=0.16, bottom=0.58), rng)
+        frame = sections.pop().part(top=0.16, bottom=0.58)
+        draw_window(canvas, frame, rng)
     if "picture" in names:
-        draw_picture(canvas, sections.pop().part(top=0.15, bottom=0.59), rng)
+        frame = sections.pop().part(top=0.15, bottom=0.59)
+        draw_picture(canvas, frame, rng)
     if "door" in names:
-        draw_door(canvas, sections.pop().part(left=0.05, right=0.95, top=0.28), rng)
+        frame = sections.pop().part(left=0.05, right=0.95, top=0.28)
+        draw_door(canvas, frame, rng)
     standing = []
     if "bed" in names:
         standing.append(GroundObject(partial(draw_bed, camera), 0.55))
@@ -121,19 +127,21 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     draw_on_ground(canvas, camera=camera, standing=standing, rng=rng)
 
 
-def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
+def draw_street(canvas: Canvas, camera: Camera, rng: Generator) -> None:
     """Draw a street: sky, houses on three sides, a road with kerbs and lane marks, and its objects."""
-    names = sample_objects(rng, ("tree", "moon", "car"), tree=0.6, moon=0.3, car=0.6)
+    names = sample_objects(rng, STREET_CUES, tree=0.6, moon=0.3, car=0.6)
     canvas.polygon(FULL_FRAME, COLOURS["top"], "sky")
     if "moon" in names:
         draw_moon(canvas, camera, rng)
     draw_object(canvas, camera.ground(), "road")
     left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
-    counts = rng.integers(2, 4), rng.integers(1, 3), rng.integers(1, 3)
-    for (side, tint), count in zip((far, left, right), counts, strict=True):
+    houses_far = rng.integers(2, 4)
+    houses_left = rng.integers(1, 3)
+    houses_right = rng.integers(1, 3)
+    for (side, tint), count in ((far, houses_far), (left, houses_left), (right, houses_right)):
         for i in range(count):
             top = rng.uniform(-0.18, 0.16)
-            front = side.part(i / count, (i + 1) / count, top)
+            front = side.part(left=i / count, right=(i + 1) / count, top=top)
             draw_house(canvas, front=front, tint=tint, rng=rng)
     standing = []
     if "car" in names:
@@ -143,44 +151,50 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
     draw_on_ground(canvas, camera=camera, standing=standing, rng=rng)
 
 
-def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:
+def sample_objects(rng: Generator, cues: Sequence[str], **chances: float) -> set[str]:
     """Sample objects independently, each with its own probability, plus one cue that is always present."""
-    return {cues[rng.integers(len(cues))]} | {
-        name for name, chance in chances.items() if rng.random() < chance
-    }
+    names = {rng.choice(cues)}
+    for name, chance in chances.items():
+        if rng.random() < chance:
+            names.add(name)
+    return names
 
 
-def sample_wall_tints(rng: np.random.Generator) -> tuple[float, float, float]:
+def sample_wall_tints(rng: Generator) -> tuple[float, float, float]:
     """Return the brightness of the left, far and right wall, lit from one side."""
-    return LIT_FROM_LEFT if rng.random() < 0.5 else LIT_FROM_RIGHT
+    if rng.random() < 0.5:
+        return LIT_FROM_LEFT
+    return LIT_FROM_RIGHT
 
 
-def sample_wall_sections(camera: Camera, rng: np.random.Generator) -> list[Quad]:
+def sample_wall_sections(camera: Camera, rng: Generator) -> list[Quad]:
     """Return sections of the walls from floor to ceiling in random order: two of a wide wall, one of a narrow one."""
     sections = []
     for front in camera.walls():
         count = min(2, int(front.width / 13))
-        sections += [
-            front.part(left=(i + 0.1) / count, right=(i + 0.9) / count) for i in range(count)
-        ]
+        for i in range(count):
+            section = front.part(left=(i + 0.1) / count, right=(i + 0.9) / count)
+            sections.append(section)
     return [sections[i] for i in rng.permutation(len(sections))]
 
 
-def sample_grain(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def sample_grain(mask: np.ndarray, rng: Generator) -> np.ndarray:
     """Return the grain on the paired classes as `float32[H, W, 1]`, to be added to the picture.
 
     Args:
         mask: Classes `uint8[H, W]`.
         rng: Random generator.
     """
-    knots = Image.fromarray(rng.standard_normal((9, 9), np.float32))
+    values = rng.standard_normal((9, 9), np.float32)
+    knots = Image.fromarray(values)
     smooth = knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)
     # to unit standard deviation
     field = np.asarray(smooth) / 0.67
-    return (GRAIN_CONTRAST * field * _GRAIN[mask, _ROWS % 4, _COLUMNS % 4])[..., None]
+    textures = _GRAIN[mask, _ROWS % 4, _COLUMNS % 4]
+    return (GRAIN_CONTRAST * field * textures)[..., None]
 
 
-def sample_light(camera: Camera, rng: np.random.Generator) -> np.ndarray:
+def sample_light(camera: Camera, rng: Generator) -> np.ndarray:
     """Return the light as a factor `float32[H, W, 3]`, independent of what the scene looks like.
 
     It combines a warm glow at the far end with random brightness, colour cast, gradient and vignette.

@@ -30,8 +30,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import SYSTEM, encode
 
+from .binding import PATCH_PX
 from .canvas import CLASSES, PAIR_OF, SIZE_PX
-from .dialogues import GRID
 
 
 def train_encoder(
@@ -49,7 +49,6 @@ def train_encoder(
         seed: Seed of initialisation and batches.
     """
     torch.manual_seed(seed)
-    patch_px = SIZE_PX // GRID
     width = 64
     config = CLIPVisionConfig(
         hidden_size=width,
@@ -57,26 +56,35 @@ def train_encoder(
         num_hidden_layers=2,
         num_attention_heads=4,
         image_size=SIZE_PX,
-        patch_size=patch_px,
+        patch_size=PATCH_PX,
         projection_dim=width,
     )
     encoder = CLIPVisionModel(config)
-    to_pixels = nn.Linear(width, 3 * patch_px**2)
+    to_pixels = nn.Linear(width, 3 * PATCH_PX**2)
     to_nouns = nn.Linear(width, len(CLASSES))
     pixels = normalize(images)
     shares = _noun_shares(masks)
 
     def loss() -> Tensor:
         index = torch.randint(len(pixels), (32,))
-        x = pixels[index]
-        h = encoder(x + 0.2 * torch.randn_like(x)).last_hidden_state[:, 1:]
-        denoised = F.mse_loss(to_pixels(h), F.unfold(x, patch_px, stride=patch_px).transpose(1, 2))
-        predicted = to_nouns(h).softmax(-1).mean(1).clamp_min(1e-6)
-        return denoised - 2.0 * (shares[index] * predicted.log()).sum(-1).mean()
+        clean = pixels[index]
+        noisy = clean + 0.2 * torch.randn_like(clean)
+        states = encoder(noisy).last_hidden_state[:, 1:]
+        patches = F.unfold(clean, PATCH_PX, stride=PATCH_PX).transpose(1, 2)
+        denoised = F.mse_loss(to_pixels(states), patches)
+        predicted = to_nouns(states).softmax(-1).mean(1).clamp_min(1e-6)
+        likelihood = (shares[index] * predicted.log()).sum(-1).mean()
+        return denoised - 2.0 * likelihood
 
-    parameters = [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()]
     train(
-        parameters, loss, steps, "encoder", rate=2e-3, betas=(0.9, 0.999), floor=0.0, clip=math.inf
+        [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()],
+        loss,
+        steps,
+        name="encoder",
+        rate=2e-3,
+        betas=(0.9, 0.999),
+        floor=0.0,
+        clip=math.inf,
     )
     encoder.save_pretrained(out)
 
@@ -85,7 +93,8 @@ def normalize(images: np.ndarray) -> Tensor:
     """Return f[n, 3, H, W], normalised with CLIP's pixel statistics like the processor of the trained model."""
     mean = torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]
     std = torch.tensor(OPENAI_CLIP_STD)[:, None, None]
-    return (torch.from_numpy(images).movedim(-1, 1) / 255 - mean) / std
+    pixels = torch.from_numpy(images).movedim(-1, 1) / 255
+    return (pixels - mean) / std
 
 
 def _noun_shares(masks: np.ndarray) -> Tensor:
@@ -94,7 +103,7 @@ def _noun_shares(masks: np.ndarray) -> Tensor:
     noun_of = np.full(256, count)  # of pixels without a class
     noun_of[:count] = np.minimum(np.arange(count), PAIR_OF)
     nouns = noun_of[masks]
-    shares = np.stack([(nouns == k).mean((1, 2)) for k in range(count)], 1)
+    shares = np.stack([np.mean(nouns == noun, (1, 2)) for noun in range(count)], 1)
     return torch.from_numpy(shares).float()
 
 

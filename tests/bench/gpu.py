@@ -62,21 +62,24 @@ def bench_sweep(args: argparse.Namespace) -> dict:
         "validation step": sweep.score,
         "validation step, naive": sweep.naive_score,
     }
-    found = {}
+    results = {}
     for name, step in steps.items():
-        found[name] = measured(step, args.rounds, args.device)
-        found[name]["images_s"] = args.images / found[name]["seconds"]
-        memory = "" if found[name]["peak_gb"] is None else f"   {found[name]['peak_gb']:6.1f} GB"
-        print(f"{found[name]['images_s']:9.2f} images/s{memory}   {name}", flush=True)
+        result = measured(step, args.rounds, args.device)
+        result["images_s"] = args.images / result["seconds"]
+        memory = ""
+        if result["peak_gb"] is not None:
+            memory = f"   {result['peak_gb']:6.1f} GB"
+        print(f"{result['images_s']:9.2f} images/s{memory}   {name}", flush=True)
+        results[name] = result
     for way in ("", ", naive"):
-        steps = found[f"training step{way}"], found[f"validation step{way}"]
-        found[f"hours{way}"] = hours(*steps, args.images)
-    solved = hours(found["solver step"], found["validation step"], args.images)
-    found["hours, solved"] = solved / EPOCHS
-    took = f"{found['hours']:.1f} h, naive {found['hours, naive']:.1f} h"
-    took += f"; one pass of the solver {found['hours, solved']:.2f} h"
+        steps = results[f"training step{way}"], results[f"validation step{way}"]
+        results[f"hours{way}"] = hours(*steps, args.images)
+    solved = hours(results["solver step"], results["validation step"], args.images)
+    results["hours, solved"] = solved / EPOCHS
+    took = f"{results['hours']:.1f} h, naive {results['hours, naive']:.1f} h"
+    took += f"; one pass of the solver {results['hours, solved']:.2f} h"
     print(f"ADE20K, {EPOCHS} epochs, {len(sweep.sites)} sites: {took}")
-    return found
+    return results
 
 
 def bench_loss(args: argparse.Namespace) -> dict:
@@ -88,20 +91,22 @@ def bench_loss(args: argparse.Namespace) -> dict:
         target = torch.randint(CLASSES, size, dtype=torch.uint8)
 
     def ours(z: torch.Tensor, nodes: int = 3) -> torch.Tensor:
-        masks = prepared[nodes] if z.dtype == torch.float32 else target
+        masks = target
+        if z.dtype == torch.float32:
+            masks = prepared[nodes]
         return with_gradient(partial(upsampled_cross_entropy, target=masks, nodes=None), z)[1]
 
     naive = partial(with_gradient, partial(torch_loss, target=target), logits)
     prepared = {nodes: prepare_masks(target, CLASSES, (24, 24), nodes) for nodes in (3, 8)}
     ways = {f"{nodes} nodes": partial(ours, logits, nodes) for nodes in prepared} | {"naive": naive}
-    found = {}
+    results = {}
     for name, function in ways.items():
-        found[name] = measured(function, args.rounds, args.device)
-        print(f"{1e3 * found[name]['seconds']:9.2f} ms   loss and gradient, {name}", flush=True)
+        results[name] = measured(function, args.rounds, args.device)
+        print(f"{1e3 * results[name]['seconds']:9.2f} ms   loss and gradient, {name}", flush=True)
     exact = ours(logits.detach().double().requires_grad_())
-    found["gradient_error"] = ((ours(logits, 8) - exact).abs().max() / exact.abs().max()).item()
-    print(f"{found['gradient_error']:9.1e}   largest error of it over the largest entry; 8 nodes")
-    return found
+    results["gradient_error"] = ((ours(logits, 8) - exact).abs().max() / exact.abs().max()).item()
+    print(f"{results['gradient_error']:9.1e}   largest error of it over the largest entry; 8 nodes")
+    return results
 
 
 def main() -> None:
@@ -114,9 +119,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # as `probes fit`
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    name = "CPU"
+    if args.device == "cuda":
+        name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, shape {args.shape}, {args.images} images a step\n")
-    found = {
+    results = {
         "device": name,
         "torch": torch.__version__,
         "loss": bench_loss(args),
@@ -124,7 +131,7 @@ def main() -> None:
     }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

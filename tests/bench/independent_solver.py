@@ -191,12 +191,12 @@ def main() -> None:
     )
     objective = Objective(training, len(metrics["classes"]), path["chosen"])
     start = np.zeros(objective.shape).ravel()
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=OPTIONS)
+    minimum = minimize(objective, start, jac=True, method="L-BFGS-B", options=OPTIONS)
     solved = objective.point_of(*read_probe(args.run, site))
     print(f"{site} of {metrics['dataset']}, {args.px} px, strength {path['chosen']:.3g}")
-    print(f"scipy ended after {found.nfev} evaluations: {found.message}")
+    print(f"scipy ended after {minimum.nfev} evaluations: {minimum.message}")
     predictions = []
-    for name, point in (("scipy", found.x), ("probes", solved)):
+    for name, point in (("scipy", minimum.x), ("probes", solved)):
         value, gradient = objective(point)
         miou, predicted = score(validation, *objective.probe_at(point))
         largest = np.abs(gradient).max()

@@ -48,9 +48,11 @@ def with_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Ten
 
 def one_step(logits: Tensor, target: Tensor, ours: bool) -> Callable[[], object]:
     """Return a loss and its gradient, ours with masks that are prepared: they are the same at each step."""
-    masks = prepare_masks(target, logits.shape[1], tuple(logits.shape[2:])) if ours else target
-    loss = upsampled_cross_entropy if ours else torch_loss
-    return partial(with_gradient, partial(loss, target=masks), logits)
+    loss = partial(torch_loss, target=target)
+    if ours:
+        masks = prepare_masks(target, logits.shape[1], tuple(logits.shape[2:]))
+        loss = partial(upsampled_cross_entropy, target=masks)
+    return partial(with_gradient, loss, logits)
 
 
 def bench_loss(paired: Callable, memory: Callable[[str], float], rounds: int) -> list[dict]:

@@ -25,9 +25,9 @@ def last_line(command: Sequence[object], **environment: object) -> str:
 
 def ratios(ours: Sequence[float], other: Sequence[float]) -> dict:
     """Return the medians of seconds that were measured in turn, and the ratio of each pair: [min, median, max]."""
-    found = sorted(b / a for a, b in zip(ours, other, strict=True))
+    times_slower = sorted(b / a for a, b in zip(ours, other, strict=True))
     return {
         "ours_s": statistics.median(ours),
         "other_s": statistics.median(other),
-        "ratio": [found[0], statistics.median(found), found[-1]],
+        "ratio": [times_slower[0], statistics.median(times_slower), times_slower[-1]],
     }

@@ -64,7 +64,9 @@ def _record(index: int, py: random.Random) -> dict:
         turns.append({"from": "human", "value": shown + question})
         turns.append({"from": "gpt", "value": answer})
     record = {"id": f"{index:012d}", "conversations": turns}
-    return record | {"image": f"{index % PICTURES}.png"} if picture else record
+    if picture:
+        record["image"] = f"{index % PICTURES}.png"
+    return record
 
 
 def opening(root: Path, workers: int) -> dict:
@@ -114,7 +116,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         write_world(Path(folder), args.records)
         size = (Path(folder) / "data.json").stat().st_size
-        found = {"records": args.records, "json_mb": round(size / 1e6, 1)}
+        measurements = {"records": args.records, "json_mb": round(size / 1e6, 1)}
         words = [sys.executable, __file__, "--workers", args.workers, "--phase"]
         for phase in PHASES:  # each in a process of its own, or one would hide what another holds
             line = last_line(
@@ -122,8 +124,8 @@ def main() -> None:
                 HF_DATASETS_CACHE=f"{folder}/cache",
                 TOKENIZERS_PARALLELISM="false",
             )
-            found[phase] = json.loads(line)
-    print(json.dumps(found, indent=1))
+            measurements[phase] = json.loads(line)
+    print(json.dumps(measurements, indent=1))
 
 
 if __name__ == "__main__":

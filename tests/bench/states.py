@@ -93,9 +93,9 @@ def bench_states(rounds: int) -> dict:
     """Return the ratio of time of stock code over ours; both take turns."""
     seconds = {way: [] for way in WAYS}
     for _ in range(rounds):
-        for way, found in seconds.items():
+        for way, seconds_of_way in seconds.items():
             line = last_line([sys.executable, __file__, way], OMP_NUM_THREADS=1)
-            found.append(float(line))
+            seconds_of_way.append(float(line))
     name = "states of all sites, an LLM of 30 layers x 576: stock code over probes"
     return {"name": name} | ratios(*seconds.values())
 

@@ -34,11 +34,11 @@ def test_what_a_script_imports_of_the_packages_is_there(path):
 def test_the_benchmark_of_a_gpu_runs_and_writes_its_numbers(tmp_path):
     options = "--device cpu --shape toy --images 2 --mask-px 64 --rounds 1".split()
     python(HERE / "gpu.py", *options, "--out", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
-    rates = [step["images_s"] for step in found["sweep"].values() if isinstance(step, dict)]
+    results = json.loads((tmp_path / "found.json").read_text())
+    rates = [step["images_s"] for step in results["sweep"].values() if isinstance(step, dict)]
     assert len(rates) == 6 and min(rates) > 0
-    assert found["sweep"]["hours"] > 0
-    assert found["loss"]["gradient_error"] < 1e-4
+    assert results["sweep"]["hours"] > 0
+    assert results["loss"]["gradient_error"] < 1e-4
 
 
 @pytest.mark.nightly

@@ -54,10 +54,15 @@ def read_directly(session: Session, view: View, image: Image.Image | None = None
         if change.kind == "block":
             options["knockout"] = probes.Knockout(patches, change.layers)
         else:
-            other = pixels_of(change.by) if change.by.startswith("split:") else pixels
-            mask = model.other_mask if change.by == "other_mask" else mllm.image_attention
+            other = pixels
+            mask = mllm.image_attention
+            if change.by.startswith("split:"):
+                other = pixels_of(change.by)
+            elif change.by == "other_mask":
+                mask = model.other_mask
             new = mllm.with_attention(mask).states(other, [change.site])[change.site]
-            new = new.mean(1, keepdim=True) if change.by == "mean" else new
+            if change.by == "mean":
+                new = new.mean(1, keepdim=True)
             place = patches[..., None]
             options["hooks"] = {change.site: lambda states: torch.where(place, new, states)}
     states = mllm.states(pixels, model.sites, **options)
@@ -102,23 +107,28 @@ def run(port: int, operation: str, request: dict) -> dict:
 
 
 @contextmanager
-def browser_tabs(chromium, address: str, own: tuple[str, ...]):
+def browser_tabs(chromium, address: str, allowed: tuple[str, ...]):
     """Yield a function that opens a page at a fragment of its address.
 
-    A request to another address than those that begin with `own`, or an error in the page, fails the test.
+    A request to another address than those that begin with `allowed`, or an error in the page, fails the test.
     """
     contexts = []
     errors = []
+
+    def keep_message(message) -> None:
+        if message.type == "error":
+            errors.append(message.text)
+
+    def keep_request(request) -> None:
+        if not request.url.startswith(allowed):
+            errors.append(request.url)
 
     def open_tab(fragment: str = ""):
         contexts.append(chromium.new_context(viewport={"width": 1280, "height": 720}))
         tab = contexts[-1].new_page()
         tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.on(
-            "console",
-            lambda message: errors.append(message.text) if message.type == "error" else None,
-        )
-        tab.on("request", lambda r: None if r.url.startswith(own) else errors.append(r.url))
+        tab.on("console", keep_message)
+        tab.on("request", keep_request)
         tab.goto(address + fragment)
         tab.wait_for_selector("html[data-ready]")
         return settle(tab)

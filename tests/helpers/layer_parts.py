@@ -32,17 +32,22 @@ def recorded(layers: nn.ModuleList, values: dict[int, str], before_mlp: str = ""
         values: Paths of modules by layer.
         before_mlp: The module in place of a norm before the MLP.
     """
-    found = {}
+    recorded = {}
     handles = []
     names = (name for name in NORMS_BEFORE_MLP if hasattr(layers[0], name))
     before_mlp = before_mlp or next(names, "")
 
-    def keep(key, tensor):
-        found[key] = (tensor[0] if isinstance(tensor, tuple) else tensor).clone()
+    def keep(key, output):
+        if isinstance(output, tuple):
+            output = output[0]
+        recorded[key] = output.clone()
 
     def before(module, key):
         def entering(_, args, kwargs):
-            keep(key, args[0] if args else kwargs["hidden_states"])
+            if args:
+                keep(key, args[0])
+            else:
+                keep(key, kwargs["hidden_states"])
 
         handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
 
@@ -61,14 +66,14 @@ def recorded(layers: nn.ModuleList, values: dict[int, str], before_mlp: str = ""
             before(layer.per_layer_input_gate, ("summed", i))
         if i in values:
             after(layer.get_submodule(values[i]), ("value", i))
-    yield found
+    yield recorded
     for handle in handles:
         handle.remove()
 
 
 def check_parts(
     states: dict[str, torch.Tensor],
-    found: dict,
+    recorded: dict,
     depth: int,
     is_image: torch.Tensor,
     fused: bool = False,
@@ -76,19 +81,24 @@ def check_parts(
     """Compare the states of all parts with what was recorded, relative to the states of the layer."""
     parts = {site: x for site, x in states.items() if site.startswith(("value_", "attn_", "mlp_"))}
     for layer in LAYERS:
-        if ("middle", layer) in found:
-            middle = found["middle", layer]
-            found["attn", layer] = middle - found["in", layer]
-            found["mlp", layer] = found.get(("summed", layer), found["out", layer]) - middle
-        if ("value", layer) in found:
-            value = found["value", layer].flatten(2)
-            # 4 heads q, 2 k, 2 v
-            found["value", layer] = value.chunk(4, -1)[3] if fused else value
+        if ("middle", layer) in recorded:
+            middle = recorded["middle", layer]
+            recorded["attn", layer] = middle - recorded["in", layer]
+            recorded["mlp", layer] = (
+                recorded.get(("summed", layer), recorded["out", layer]) - middle
+            )
+        if ("value", layer) in recorded:
+            value = recorded["value", layer].flatten(2)
+            if fused:  # 4 heads q, 2 k, 2 v
+                value = value.chunk(4, -1)[3]
+            recorded["value", layer] = value
         for part in ("attn", "mlp", "value"):
-            if (part, layer) not in found:
+            if (part, layer) not in recorded:
                 continue
-            expected = found[part, layer][:, is_image]
-            large = found["out", layer] if part != "value" else expected
+            expected = recorded[part, layer][:, is_image]
+            large = expected
+            if part != "value":
+                large = recorded["out", layer]
             tolerance = rounding(large, depth * layer)
             torch.testing.assert_close(parts.pop(f"{part}_{layer:02d}"), expected, **tolerance)
             assert expected.abs().max() > 30 * tolerance["atol"]  # else zeros would pass

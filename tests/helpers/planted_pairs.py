@@ -43,8 +43,11 @@ def write_photos(root: Path) -> Path:
             mask = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
             image = np.zeros((SIDE_PX, SIDE_PX, 3))
             for number in range(12):
-                top, left = rng.integers(0, SIDE_PX - 16, 2) if number else (0, 0)
-                height, width = rng.integers(16, 40, 2) if number else (SIDE_PX, SIDE_PX)
+                top = left = 0
+                height = width = SIDE_PX
+                if number:
+                    top, left = rng.integers(0, SIDE_PX - 16, 2)
+                    height, width = rng.integers(16, 40, 2)
                 place = slice(top, top + height), slice(left, left + width)
                 mask[place] = label = rng.integers(len(CLASSES))
                 image[place] = rng.normal(means[label], SPREAD)

@@ -153,9 +153,13 @@ class MoveTensors(TorchFunctionMode):
         to_gpu = None
         if device is not None and torch.device(device).type != "meta":
             to_gpu = torch.device(device).type == self.gpu.type
-        x = self._move(x, False) if to_gpu is False else x  # the CPU has more dtypes
-        x = x if dtype is None else x.type(dtype)
-        return self._move(x, True) if to_gpu else x
+        if to_gpu is False:  # first: the CPU has more dtypes
+            x = self._move(x, False)
+        if dtype is not None:
+            x = x.type(dtype)
+        if to_gpu:
+            x = self._move(x, True)
+        return x
 
     def _create(self, func, args: tuple, kwargs: dict[str, Any]) -> Any:
         device = kwargs.get("device")
@@ -164,7 +168,8 @@ class MoveTensors(TorchFunctionMode):
         to_gpu = torch.device(device).type == self.gpu.type
         if to_gpu and kwargs.get("generator") is not None:  # all generators here are a CPU's
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        kwargs = kwargs | {"device": CPU} if to_gpu else kwargs
+        if to_gpu:
+            kwargs = kwargs | {"device": CPU}
         result = func(*args, **kwargs)
         if to_gpu and self.gpu.type == "mps":
             check_has_dtype([x for x in tree_leaves(result) if isinstance(x, Tensor)])

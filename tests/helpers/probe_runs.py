@@ -119,7 +119,7 @@ def entries(sites: list[str], counts: Counts, weights: torch.Tensor) -> list[dic
     score = dataset_scores(CLASSES_TASK, sums)
     drawn = resampled_scores(CLASSES_TASK, sums, weights)
     iou = CLASSES_TASK.iou(sums.sum(1))
-    found = []
+    sites_of_metrics = []
     for i, site in enumerate(sites):
         entry = {
             "site": site,
@@ -131,8 +131,8 @@ def entries(sites: list[str], counts: Counts, weights: torch.Tensor) -> list[dic
             entry[name] = score[name][i].item()
             entry[f"{name}_ci95"] = interval(entry[name], drawn[name][:, i])
         entry["history"] = [0.8 * entry["miou"], entry["miou"]]
-        found.append(entry)
-    return found
+        sites_of_metrics.append(entry)
+    return sites_of_metrics
 
 
 def write_run(
@@ -242,11 +242,11 @@ def write_probes(path: Path, sites: list[str], counted: torch.Tensor) -> None:
 
 def data_identity(root: Path) -> dict[str, str]:
     """Return what a run records of a folder of images and masks; {} if there are only classes."""
-    found: dict[str, str] = {}
+    identity: dict[str, str] = {}
     if (root / "images").is_dir():
         for split in ("training", "validation"):
-            found |= identity_of_splits({split: open_dataset("folder", str(root), split)})
-    return found
+            identity |= identity_of_splits({split: open_dataset("folder", str(root), split)})
+    return identity
 
 
 def sums_by_strength(run: ProbeRun) -> torch.Tensor:

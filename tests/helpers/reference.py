@@ -73,9 +73,13 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
         out = []
         for head in range(heads):
             shared = head * kv_heads // heads
-            own = slice(head * width, (head + 1) * width)
+            columns_of_head = slice(head * width, (head + 1) * width)
             kv = slice(shared * width, (shared + 1) * width)
-            logits = rotate(q[..., own]) @ rotate(k[..., kv]).transpose(1, 2) / math.sqrt(width)
+            logits = (
+                rotate(q[..., columns_of_head])
+                @ rotate(k[..., kv]).transpose(1, 2)
+                / math.sqrt(width)
+            )
             out.append(logits.masked_fill(~mask, -math.inf).softmax(-1) @ v[..., kv])
         x = x + torch.cat(out, -1) @ a.o_proj.weight.T
         h = norm(x, layer.post_attention_layernorm.weight)
@@ -133,8 +137,8 @@ def scores(predictions: list, targets: list, classes: int) -> tuple[float, float
             intersection[k] += int((p & t).sum())
             union[k] += int((p | t).sum())
     iou = [i / u if u else None for i, u in zip(intersection, union, strict=True)]
-    known = [x for x in iou if x is not None]
-    return sum(known) / len(known), right / total, iou
+    defined = [x for x in iou if x is not None]
+    return sum(defined) / len(defined), right / total, iou
 
 
 def miou_of_counts(right, predicted, labelled, weights=None):

@@ -99,7 +99,9 @@ def ids(*rows: str, pad: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     lines = torch.zeros(len(rows), width, dtype=torch.long)
     masks = torch.zeros_like(lines)
     for line, mask, row in zip(lines, masks, rows, strict=True):
-        places = slice(len(row)) if pad == "right" else slice(width - len(row), None)
+        places = slice(len(row))
+        if pad == "left":
+            places = slice(width - len(row), None)
         mask[places] = 1
         line[places] = torch.tensor(
             [
@@ -161,7 +163,9 @@ def write_segmentation(
 
 def turns(*texts: str, first: str = "human") -> list[dict]:
     """Return a conversation whose speakers take turns."""
-    roles = ["human", "gpt"] if first == "human" else ["gpt", "human"]
+    roles = ["human", "gpt"]
+    if first == "gpt":
+        roles.reverse()
     return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
 
 

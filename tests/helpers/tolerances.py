@@ -21,6 +21,6 @@ def rounding(expected: Tensor, layers: int) -> dict[str, float]:
     return {"rtol": 0, "atol": ROUNDINGS_PER_LAYER * layers * eps * expected.abs().max().item()}
 
 
-def assert_near(found: Tensor, expected: Tensor, layers: int) -> None:
+def assert_near(actual: Tensor, expected: Tensor, layers: int) -> None:
     """Compare two tensors within :func:`rounding` of the expected one."""
-    assert_close(found, expected, **rounding(expected, layers))
+    assert_close(actual, expected, **rounding(expected, layers))

@@ -110,16 +110,16 @@ def together(ranks: list[dict]) -> list[tuple]:
     return [micro_batch for pair in pairs for micro_batch in pair]
 
 
-def assert_same_losses(found: list[tuple], expected: list[tuple], tolerance: float) -> None:
-    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
-    losses = [[loss for _, loss in run] for run in (found, expected)]
+def assert_same_losses(actual: list[tuple], expected: list[tuple], tolerance: float) -> None:
+    assert [ids for ids, _ in actual] == [ids for ids, _ in expected]
+    losses = [[loss for _, loss in run] for run in (actual, expected)]
     torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
 
 
-def assert_same_weights(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_weights(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
     for name, weight in expected.items():
-        assert torch.equal(weight, found[name]), name
+        assert torch.equal(weight, actual[name]), name
 
 
 def read_export(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ PATIENCE_S = 60
 # what a step does instead: a process that starts another one and sleeps, and ends by itself on Ctrl-C only
 STEP = """
 import os, subprocess, sys, time
+from probes.process_group import end_with_parent
+end_with_parent(int(sys.argv[1]))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open(f"pids_{os.getpid()}", "w") as file:
     file.write(f"{os.getpid()} {child.pid}")
@@ -32,7 +34,7 @@ from probes import process_group
 from probes.steps import Step
 from probes.worlds import steps
 from llava_bidir.common.errors import one_line_errors
-steps.IN_CHILD_PROCESS = process_group.WATCH + {step!r}
+steps.CHILD_PROCESS = ("-c", {step!r})
 with one_line_errors("demo", ["demo"]):
     process_group.end_on_signals()
     with ThreadPoolExecutor(2) as pool:

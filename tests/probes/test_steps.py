@@ -1,9 +1,7 @@
 """Steps are done once, and again if what they were made from has changed."""
 
 import os
-import pickle
 import shutil
-from base64 import b85encode
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
 from llava_bidir.common.runs import interrupt_says_how_to_resume
 from probes.steps import Step, command_now, find_missing, must_replace, read_record, run_steps
-from probes.worlds.steps import run_given
+from probes.worlds.steps import run_commands
 
 
 def chain(folder: Path, optional: bool = False) -> list[Step]:
@@ -201,7 +199,6 @@ def test_a_step_is_left_out_with_the_one_that_it_follows(folder):
 def test_steps_of_another_process_are_recorded_one_by_one(folder):
     """As after a kill: what was finished is not done again."""
     steps = chain(folder)
-    given = b85encode(pickle.dumps((folder, steps, ["--import", "mine.py"]))).decode()
 
     def main(words: list[str]) -> None:
         assert words[-2:] == ["--import", "mine.py"]
@@ -210,7 +207,8 @@ def test_steps_of_another_process_are_recorded_one_by_one(folder):
         write(steps[0])
 
     with pytest.raises(SystemExit, match="no memory"):
-        run_given(given, {"llava-bidir": main})
+        imports = ["--import", "mine.py"]
+        run_commands(steps, folder=folder, imports=imports, programs={"llava-bidir": main})
     assert find_missing(steps, folder) == steps[1:]
 
 

@@ -106,7 +106,7 @@ def test_states_equal_hooks_on_the_stock_forward(name, load_family, tmp_path):
     for site, state in states.items():
         assert state.shape == (2, read.image_tokens, read.widths[site])
     check_parts(
-        states, found=parts, depth=layer_depth(name), is_image=asked_ids(name)[1], fused=fused
+        states, recorded=parts, depth=layer_depth(name), is_image=asked_ids(name)[1], fused=fused
     )
     # the same kernels on the same shapes, bit by bit, but for tiles, which make another batch of the stock encoder's,
     # patches that pad the image, and pixels resized before or after normalisation

@@ -76,7 +76,10 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
         last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
         assert_close(states["final_norm"], last)
     check_parts(
-        states, found=found, depth=1, is_image=torch.arange(hidden.shape[1]) >= stock.extra_tokens
+        states,
+        recorded=found,
+        depth=1,
+        is_image=torch.arange(hidden.shape[1]) >= stock.extra_tokens,
     )
 
 

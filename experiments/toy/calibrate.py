@@ -29,7 +29,7 @@ import scipy.stats
 from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE
 from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.files import atomic_write, exclusive_run_lock, read_json, write_files
-from probes.process_group import end_on_signals
+from probes.compute.process_group import end_on_signals
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.runs.study import read_studies

@@ -27,7 +27,7 @@ from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS
-from probes.steps import LEFT_OUT, unfinished_steps
+from probes.steps.runner import LEFT_OUT, unfinished_steps
 
 from .verdicts import compare_to_draws
 

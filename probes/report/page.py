@@ -34,7 +34,7 @@ from probes.runs import formatting
 from probes.runs.formatting import Entry, Rows
 from probes.runs.pictures import names_of, read_pictures
 from probes.runs.study import StudyRuns, overridden_masks, read_studies
-from probes.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
+from probes.steps.runner import FAILED, LEFT_OUT, describe_steps, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .claims import evaluate_claims, joint_studies

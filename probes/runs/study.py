@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava_bidir.common.errors import UserError
 from probes.config import split_label
-from probes.steps import read_record
+from probes.steps.runner import read_record
 from probes.tasks import SEGMENTATION
 
 from .compare import check_same_images, check_seeds_differ, check_study

@@ -10,8 +10,8 @@ import numpy as np
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
 from probes.score.estimate import student_quantile
-from probes.step_progress import format_duration
-from probes.steps import LEFT_OUT, find_missing
+from probes.steps.progress import format_duration
+from probes.steps.runner import LEFT_OUT, find_missing
 
 from .arms import arm_names, kind_of
 from .config import StudyConfig

@@ -22,7 +22,7 @@ from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
-from probes.steps import Step, digest, read_records, unfinished_steps
+from probes.steps.runner import Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .arms import FITTED, Arm, join, kind_of, plan_arms

@@ -25,11 +25,11 @@ import yaml
 from llava_bidir.common.errors import NothingToMeasure, UsageError, UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.imports import import_words
+from probes.compute.process_group import end_on_signals, process_group
 from probes.config import RunConfig, StudyOptions
-from probes.process_group import end_on_signals, process_group
 from probes.report.terminal import print_summary
 from probes.runs.read import finished_runs
-from probes.steps import Step, as_json, find_missing, must_replace, record_file, run_steps
+from probes.steps.runner import Step, as_json, find_missing, must_replace, record_file, run_steps
 
 from .config import StudyConfig, label_models, study_config
 from .estimate import print_estimate

@@ -11,7 +11,14 @@ import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
 from llava_bidir.common.runs import interrupt_says_how_to_resume
-from probes.steps import Step, command_now, find_missing, must_replace, read_record, run_steps
+from probes.steps.runner import (
+    Step,
+    command_now,
+    find_missing,
+    must_replace,
+    read_record,
+    run_steps,
+)
 from probes.worlds.steps import run_given
 
 

@@ -16,7 +16,7 @@ from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import read_json, sha256, write_files
 from llava_bidir.common.identity import compared_settings
 
-from .step_progress import StepWatcher, output_of_command, watched
+from .progress import StepWatcher, output_of_command, watched
 
 LEFT_OUT = "left out"
 FAILED = "failed"

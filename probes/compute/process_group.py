@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 # A command that was killed outright cannot end its processes: they end themselves.
-WATCH = "import sys; from probes.process_group import end_with_parent; end_with_parent(int(sys.argv[2]))\n"
+WATCH = "import sys; from probes.compute.process_group import end_with_parent; end_with_parent(int(sys.argv[2]))\n"
 WATCH_S = 0.5
 
 

@@ -16,7 +16,7 @@ import torch
 
 from llava_bidir.common.errors import UserError, error_context
 from probes.config import OF_FIT
-from probes.step_progress import ProgressKind
+from probes.steps.progress import ProgressKind
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -28,7 +28,7 @@ from llava_bidir.common.errors import UserError, one_line_errors
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.compute.process_group import end_on_signals
 from probes.config import QuestionsOptions
-from probes.steps.runner import digest
+from probes.steps.record import digest
 from probes.worlds.steps import (
     MASKS,
     check_settings,

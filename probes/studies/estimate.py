@@ -11,7 +11,8 @@ from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
 from probes.score.estimate import student_quantile
 from probes.steps.progress import format_duration
-from probes.steps.runner import LEFT_OUT, find_missing
+from probes.steps.record import Outcome
+from probes.steps.runner import find_missing
 
 from .arms import arm_names, kind_of
 from .config import StudyConfig
@@ -44,7 +45,7 @@ def print_estimate(study: StudyConfig) -> None:
     print(f"{len(missing)} steps, {len(runs)} of them passes over the images: {kinds}")
     for step in planned.steps:
         if step.why_left_out:
-            print(f"{step.name} {LEFT_OUT}: {step.why_left_out}")
+            print(f"{step.name} {Outcome.LEFT_OUT}: {step.why_left_out}")
     images = len(planned.validation)
     # counts of all images and of the solved path, at 40 sites
     numbers = 40 * images * len(planned.validation.classes) * (3 + 2 * 3 + 1)

@@ -22,7 +22,7 @@ from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
-from probes.steps.runner import Step, digest, read_records, unfinished_steps
+from probes.steps.record import Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .arms import FITTED, Arm, join, kind_of, plan_arms
@@ -310,18 +310,19 @@ def check_folder(study: StudyConfig, planned: Planned) -> None:
     """Raise a UserError if the folder holds runs of other models, images or targets, which may not be overwritten."""
     held: dict[str, str] = {}  # models by label
     for record in read_records(study.out):
-        name = record["step"]
-        if record["kind"] not in RUNS or not (study.out / name / "metrics.json").is_file():
+        run = study.out / record.step
+        if record.kind not in RUNS or not (run / "metrics.json").is_file():
             continue
-        model = record["config"]["model"]["mllm"]
-        label = name.rpartition("/")[0]
+        options = record.tried.config
+        model = options["model"]["mllm"]
+        label = record.step.rpartition("/")[0]
         held.setdefault(label, model)
-        content = planned.contents.get((label, record["config"]["data"]["task"]))
+        content = planned.contents.get((label, options["data"]["task"]))
         if content and not study.overwrite:
             check_same_identity(
-                {"settings": record["inputs"]},
+                {"settings": record.tried.inputs},
                 current={"settings": content()},
-                source=f"{study.out / name}, of {model},",
+                source=f"{run}, of {model},",
                 advice="choose another --out, or --overwrite true",
             )
     labels = held.keys() | study.models.keys()

@@ -22,7 +22,7 @@ import probes
 from llava_bidir.common.files import exclusive_run_lock
 from probes.compute.process_group import end_on_signals
 from probes.config import DemoOptions
-from probes.steps.runner import Step
+from probes.steps.record import Step
 
 from .steps import (
     MASKS,

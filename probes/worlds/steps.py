@@ -12,7 +12,8 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, write_files
 from llava_bidir.common.imports import import_words
 from probes.compute.process_group import WATCH, process_group
-from probes.steps.runner import Step, command_now, find_missing, run_steps
+from probes.steps.record import Step
+from probes.steps.runner import command_now, find_missing, run_steps
 
 MASKS = ("causal", "bidirectional")
 WEIGHTS = "hf/model.safetensors"

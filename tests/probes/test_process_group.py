@@ -29,7 +29,7 @@ DEMO = """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from probes.compute import process_group
-from probes.steps.runner import Step
+from probes.steps.record import Step
 from probes.worlds import steps
 from llava_bidir.common.errors import one_line_errors
 steps.IN_CHILD_PROCESS = process_group.WATCH + {step!r}

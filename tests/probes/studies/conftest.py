@@ -5,7 +5,7 @@ import json
 import pytest
 from studies import study_of
 
-from probes.steps.runner import Step
+from probes.steps.record import Step
 from probes.studies import run
 from probes.studies.config import StudyConfig
 

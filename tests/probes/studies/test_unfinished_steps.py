@@ -8,7 +8,8 @@ from studies import study_of
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock
-from probes.steps.runner import must_replace, unfinished_steps
+from probes.steps.record import OUTSTANDING, unfinished_steps
+from probes.steps.runner import must_replace
 from probes.studies import run
 from probes.studies.config import StudyConfig
 from probes.studies.plan import plan
@@ -119,7 +120,7 @@ def test_the_first_report_says_which_controls_are_outstanding(settings, ran):
     assert ran[-2:] == ["report", "a/random0"]
     assert {name.split("/")[1] for name in ran[:-2]} == {"trained"}
     for name in ("a/random0", "b/permuted0"):
-        assert reasons(made)[name].endswith(run.OUTSTANDING)
+        assert reasons(made)[name].endswith(OUTSTANDING)
     ran.failing = {}
     names = ran.of(made)
     assert {"a/random0", "b/permuted0"} < {*names} and names[-1] == "report"

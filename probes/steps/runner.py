@@ -2,26 +2,26 @@
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
-from llava_bidir.common.identity import compared_settings
 
 from .progress import StepWatcher, output_of_command, watched
 from .record import (
     Outcome,
     Step,
     StepRecord,
+    check_freshness,
     digest,
-    outcome_of_left_out,
+    leave_out,
+    mean_seconds,
+    must_replace,
     read_record,
-    read_records,
+    why_not_run,
 )
 
 
-# ---------------------------------------------------------------------------------------------------- what is missing
 def find_missing(steps: Sequence[Step], folder: Path) -> list[Step]:
     """Return the steps that are not done or read what other missing steps write; print why one is done again.
 
@@ -45,61 +45,6 @@ def find_missing(steps: Sequence[Step], folder: Path) -> list[Step]:
     return missing
 
 
-class Freshness(NamedTuple):
-    """Whether a step is done.
-
-    Args:
-        is_done: This call, from what is there now, has made the result or had none to make.
-        change: What has changed since it was last done; "" if nothing has, or if it was not done before.
-    """
-
-    is_done: bool
-    change: str = ""
-
-
-def check_freshness(step: Step, folder: Path) -> Freshness:
-    """Return whether a step is done, and else what has changed since it was."""
-    record = read_record(step.name, folder)
-    if record is None:
-        return Freshness(is_done=False)
-    if step.why_left_out:
-        return Freshness(is_done=record.reason == step.why_left_out)
-    change = describe_change(step, record, folder)
-    return Freshness(is_done=not change, change=change)
-
-
-def describe_change(step: Step, record: StepRecord, folder: Path) -> str:
-    """Return what has changed since a step was recorded, "" if nothing has."""
-    if record.outcome is Outcome.FAILED:
-        return "it has failed"
-    if record.is_planned:  # an earlier plan left it out
-        return f"the reason is gone that it was left out for: {record.reason}"
-    if record.outcome is Outcome.DONE and not step.result.is_file():
-        return f"{step.result} is gone"
-    now = step.made_from(folder)
-    settings_before, settings = compared(record.tried.config), compared(now.config)
-    if settings_before != settings:
-        name = first_changed(settings_before, settings)
-        return f"{name} was {settings_before.get(name)}, and is {settings.get(name)}"
-    if record.tried.inputs != now.inputs:
-        return f"{first_changed(record.tried.inputs, now.inputs)} has changed"
-    if record.result != digest(step.result):
-        return f"{step.result} has changed"
-    return ""
-
-
-def compared(config: Any) -> dict[str, Any]:
-    """Return what is compared of a config."""
-    settings = config if isinstance(config, dict) else {"a setting": config}
-    return compared_settings(settings)
-
-
-def first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the first key whose value differs."""
-    return next(key for key in {**before, **now} if before.get(key, ...) != now.get(key, ...))
-
-
-# ---------------------------------------------------------------------------------------------------- running
 def run_steps(
     missing: Sequence[Step],
     folder: Path,
@@ -125,7 +70,7 @@ def run_steps(
     for i, step in enumerate(missing):
         followed = read_record(step.follows, folder)
         if reason := why_not_run(step, followed):
-            _leave_out(step, folder=folder, reason=reason, overwrite=overwrite)
+            leave_out(step, folder=folder, reason=reason, overwrite=overwrite)
             continue
         if followed and followed.outcome is Outcome.FAILED:  # the next call tries both
             continue
@@ -133,7 +78,7 @@ def run_steps(
             name=step.name,
             kind=step.kind,
             later=[other.kind for other in missing[i + 1 :]],
-            seconds=_mean_seconds(folder),
+            seconds=mean_seconds(folder),
         )
         announced = f"[{i + 1}/{len(missing)}] {step.name}", watcher.describe_left()
         print(", ".join(filter(None, announced)), flush=True)
@@ -143,20 +88,11 @@ def run_steps(
             )
         except NothingToMeasure as error:
             print(f"left out: {error}", flush=True)
-            _leave_out(step, folder=folder, reason=str(error), overwrite=overwrite)
+            leave_out(step, folder=folder, reason=str(error), overwrite=overwrite)
             continue
         if failure:
             failures.append(failure)
     return failures
-
-
-def why_not_run(step: Step, followed: StepRecord | None) -> str:
-    """Return why a step is left out before it is run, "" if it is run; `followed` is the step that it follows."""
-    if step.why_left_out:
-        return step.why_left_out
-    if followed and followed.outcome in (Outcome.LEFT_OUT, Outcome.OUTSTANDING):
-        return f"so was {step.follows}, with which it is compared"
-    return ""
 
 
 def _try_step(
@@ -207,22 +143,6 @@ def _try_step(
     return f"{step.name}: {reason}" if outcome is Outcome.FAILED else ""
 
 
-def _leave_out(step: Step, folder: Path, reason: str, overwrite: bool) -> None:
-    """Record that a step was left out; a result from other inputs than are there now would be none of this work."""
-    if overwrite or _is_outdated(step, folder):
-        step.result.unlink(missing_ok=True)
-    StepRecord(
-        step=step.name,
-        kind=step.kind,
-        tried=step.made_from(folder),
-        result=digest(step.result),
-        seconds=0.0,
-        outcome=outcome_of_left_out(reason),
-        reason=reason,
-        is_planned=bool(step.why_left_out),
-    ).write(folder)
-
-
 def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:
     """Return what a step that failed has said; the traceback of a bug goes to the log."""
     if isinstance(error, UserError):
@@ -235,16 +155,6 @@ def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:
     return f"{text} (traceback in {log})"
 
 
-def _mean_seconds(folder: Path) -> dict[str, float]:
-    """Return the mean seconds of the steps that are done, by kind."""
-    seconds: dict[str, list[float]] = {}
-    for record in read_records(folder):
-        if record.outcome is Outcome.DONE:
-            seconds.setdefault(record.kind, []).append(record.seconds)
-    return {kind: sum(values) / len(values) for kind, values in seconds.items()}
-
-
-# ---------------------------------------------------------------------------------------------------- earlier results
 def command_now(step: Step, folder: Path) -> list[str]:
     """Return the words of a step that is a command; a result that it has made from other inputs is replaced."""
     words = list(step.config)
@@ -254,25 +164,3 @@ def command_now(step: Step, folder: Path) -> list[str]:
         start = words.index("--ckpt_path")
         words = words[:start] + words[start + 2 :]
     return [*words, "--overwrite", "true"]
-
-
-def must_replace(step: Step, folder: Path, *, overwrite: bool = False) -> bool:
-    """Return whether a step is told to overwrite the result that is there: it has made it from other inputs.
-
-    Args:
-        step: The step.
-        folder: Folder of the records.
-        overwrite: Replace any other result, too.
-    """
-    is_there = step.takes_overwrite and step.result.is_file()
-    return is_there and (overwrite or _is_outdated(step, folder))
-
-
-def _is_outdated(step: Step, folder: Path) -> bool:
-    """Return whether the result that is there was made by this call from other inputs."""
-    record = read_record(step.name, folder)
-    if record is None or record.made_from is None:
-        return False
-    now = step.made_from(folder)
-    is_this_call = compared(record.made_from.config) == compared(now.config)
-    return is_this_call and record.made_from.inputs != now.inputs

@@ -29,8 +29,8 @@ from probes.compute.process_group import end_on_signals, process_group
 from probes.config import RunConfig, StudyOptions
 from probes.report.terminal import print_summary
 from probes.runs.read import finished_runs
-from probes.steps.record import OUTSTANDING, Step, as_json, record_file
-from probes.steps.runner import find_missing, must_replace, run_steps
+from probes.steps.record import OUTSTANDING, Step, as_json, must_replace, record_file
+from probes.steps.runner import find_missing, run_steps
 
 from .config import StudyConfig, label_models, study_config
 from .estimate import print_estimate

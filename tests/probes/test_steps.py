@@ -11,8 +11,8 @@ import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
 from llava_bidir.common.runs import interrupt_says_how_to_resume
-from probes.steps.record import Outcome, Step, read_record
-from probes.steps.runner import command_now, find_missing, must_replace, run_steps
+from probes.steps.record import Outcome, Step, must_replace, read_record
+from probes.steps.runner import command_now, find_missing, run_steps
 from probes.worlds.steps import run_given
 
 

@@ -8,8 +8,7 @@ from studies import study_of
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock
-from probes.steps.record import OUTSTANDING, unfinished_steps
-from probes.steps.runner import must_replace
+from probes.steps.record import OUTSTANDING, must_replace, unfinished_steps
 from probes.studies import run
 from probes.studies.config import StudyConfig
 from probes.studies.plan import plan

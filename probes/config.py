@@ -15,6 +15,7 @@ from llava_bidir.common.cli import (
     Seed,
     ShareBelow1,
     Values,
+    derived,
     number,
     positional,
 )
@@ -213,6 +214,7 @@ class StudyOptions(RunConfig):
         only: Only these kinds of steps: solve, fit, report, or an analysis.
         dry_run: Print the steps, time, disk and detectable effect.
         overwrite: Replace results that other settings, models or images have made.
+        models: Checkpoint directory or hub id by label, in order; one model has the label "".
     """
 
     inputs: tuple[str, ...] = positional()
@@ -227,6 +229,7 @@ class StudyOptions(RunConfig):
     add: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     dry_run: bool = False
+    models: dict[str, str] = derived(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -337,7 +337,7 @@ def study(out: Path, name: str, data: Data, seed: int, draws: int) -> None:
     """Study a model under both masks, on each data set."""
     import torch
 
-    from probes.studies.config import study_config
+    from probes.studies.options import study_options
     from probes.studies.run import run_study
 
     model = MODELS[name]
@@ -347,7 +347,7 @@ def study(out: Path, name: str, data: Data, seed: int, draws: int) -> None:
         options |= {"trainer": {"accelerator": "gpu"}, "data": {"num_workers": GPU_WORKERS}}
     for label, folder in data.studied.items():
         of_data = options.get("data", {}) | {"name": label}
-        config = study_config(
+        config = study_options(
             {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
             str(folder),
             configs=["demo/probes"],

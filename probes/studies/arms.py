@@ -22,14 +22,12 @@ from typing import NamedTuple
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import PlannedRun
-from probes.config import RunConfig
+from probes.config import RunConfig, StudyOptions
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.modules import why_unmatched
 from probes.models.families.sites import all_sites, chosen_sites
 from probes.models.read_config import read_config
 from probes.models.sites import layer_around
-
-from .config import StudyConfig
 
 
 class Weights(NamedTuple):
@@ -85,7 +83,7 @@ class Arm(NamedTuple):
     why_left_out: str = ""
 
 
-def arm_names(study: StudyConfig, has_llm: bool = True) -> list[str]:
+def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:
     """Return the names of the arms of a model, the trained one first.
 
     Raises:
@@ -116,7 +114,7 @@ def join(label: str, name: str) -> str:
     return f"{label}/{name}" if label else name
 
 
-def plan_arms(study: StudyConfig) -> list[Arm]:
+def plan_arms(study: StudyOptions) -> list[Arm]:
     """Return the arms of all models: the trained one first, and the one with trained probes last."""
     arms = []
     for label, path in study.models.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from probes.config import StudyOptions
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
 from probes.score.estimate import student_quantile
@@ -15,7 +16,6 @@ from probes.steps.record import Outcome
 from probes.steps.runner import find_missing
 
 from .arms import arm_names, kind_of
-from .config import StudyConfig
 from .plan import RUNS, check_folder, plan
 
 SIMULATED = 20_000  # studies
@@ -24,7 +24,7 @@ OF_AN_IMAGE = 0.0028 * math.sqrt(600)
 OF_DRAWS = 0.0035
 
 
-def print_estimate(study: StudyConfig) -> None:
+def print_estimate(study: StudyOptions) -> None:
     """Print the missing steps, the time of a pass over the images, disk space, and the effect that can be detected.
 
     Raises:
@@ -62,7 +62,7 @@ def print_estimate(study: StudyConfig) -> None:
         print(f"{len(runs)} arms: about {format_duration(len(runs) * seconds)}, and the analyses")
 
 
-def describe_power(study: StudyConfig, images: int, masks: int) -> str:
+def describe_power(study: StudyOptions, images: int, masks: int) -> str:
     """Return which effects a study of models with so many masks can tell from those of random models."""
     arms = arm_names(study, has_llm=True)
     random, permuted = draws = [

@@ -17,7 +17,7 @@ from llava_bidir.common.identity import check_same_identity, describe_digest, na
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.analysis import EFFECTS_SUFFIX
-from probes.config import ReportOptions
+from probes.config import ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
@@ -26,7 +26,6 @@ from probes.steps.record import Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .arms import FITTED, Arm, join, kind_of, plan_arms
-from .config import StudyConfig
 
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
@@ -80,7 +79,7 @@ class ReportStep(Step):
         return hashes
 
 
-def plan(study: StudyConfig) -> Planned:
+def plan(study: StudyOptions) -> Planned:
     """Return the arms and steps of a study. What is wrong is said before any work.
 
     Raises:
@@ -131,7 +130,7 @@ def plan(study: StudyConfig) -> Planned:
     return Planned(arms=arms, steps=chosen, validation=validation, contents=contents)
 
 
-def _check(study: StudyConfig) -> None:
+def _check(study: StudyOptions) -> None:
     """Raise a UserError if a setting is invalid."""
     others = [task for task in TASKS if task != SEGMENTATION]
     kinds = [*RUNS, *MEASURED, "report"]
@@ -170,7 +169,7 @@ def _content(model: str, splits: Mapping[str, ImageDataset]) -> dict[str, str]:
 
 
 # --------------------------------------------------------------------------------------------------------- steps
-def _step_of_arm(study: StudyConfig, arm: Arm, task: str, content: Content) -> Step:
+def _step_of_arm(study: StudyOptions, arm: Arm, task: str, content: Content) -> Step:
     """Return the step that makes the probe run of an arm."""
     is_fit = arm.name == FITTED
     name = arm.run.name
@@ -190,7 +189,7 @@ def _step_of_arm(study: StudyConfig, arm: Arm, task: str, content: Content) -> S
 
 
 def _analysis_steps(
-    study: StudyConfig, arms: Sequence[Arm], analyses: Mapping[str, Values], photos: int
+    study: StudyOptions, arms: Sequence[Arm], analyses: Mapping[str, Values], photos: int
 ) -> list[Step]:
     """Return the steps that analyse the runs of a model."""
     has_llm = arms[0].run.has_llm
@@ -208,7 +207,7 @@ def _analysis_steps(
     return steps
 
 
-def _analysis_step(study: StudyConfig, arm: Arm, name: str, values: Values) -> Step:
+def _analysis_step(study: StudyOptions, arm: Arm, name: str, values: Values) -> Step:
     """Return the step that analyses a run; random controls do what was done in the trained arm."""
     analysis = MEASURED[name]
     folder = study.out / arm.run.name
@@ -239,7 +238,7 @@ def _analysis_step(study: StudyConfig, arm: Arm, name: str, values: Values) -> S
 
 
 # ------------------------------------------------------------------------------------------------------- analyses
-def choose_analyses(study: StudyConfig, validation: ImageDataset) -> dict[str, Values]:
+def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, Values]:
     """Return the options of each analysis that is run; the default ones and those of `--add`.
 
     Raises:
@@ -280,7 +279,7 @@ def _read_value(options: type, name: str, text: str) -> Any:
     return yaml.safe_load(text) if text.startswith("[") else text.split(",")
 
 
-def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> None:
+def _add_files_beside_data(study: StudyOptions, chosen: dict[str, Values]) -> None:
     """Add the files that analyses need and that stand beside the data; leave out the analyses that have none.
 
     Raises:
@@ -300,13 +299,13 @@ def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> Non
             del chosen[name]
 
 
-def _asked(study: StudyConfig) -> set[str]:
+def _asked(study: StudyOptions) -> set[str]:
     """Return the analyses that `--add` names."""
     return {text.partition(".")[0] for text in study.add}
 
 
 # -------------------------------------------------------------------------------------------------------- folder
-def check_folder(study: StudyConfig, planned: Planned) -> None:
+def check_folder(study: StudyOptions, planned: Planned) -> None:
     """Raise a UserError if the folder holds runs of other models, images or targets, which may not be overwritten."""
     held: dict[str, str] = {}  # models by label
     for record in read_records(study.out):

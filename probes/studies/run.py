@@ -32,8 +32,8 @@ from probes.runs.read import finished_runs
 from probes.steps.record import OUTSTANDING, Step, as_json, must_replace, record_file
 from probes.steps.runner import find_missing, run_steps
 
-from .config import StudyConfig, label_models, study_config
 from .estimate import print_estimate
+from .options import label_models, study_options, with_inputs
 from .plan import RUNS, check_folder, plan
 from .table import Study, write_table
 
@@ -46,7 +46,7 @@ def run(options: StudyOptions) -> None:
     *words, data = options.inputs
     if not words:
         raise UsageError("expected a model and a folder: probes study MODEL DATA --out DIR")
-    config = StudyConfig.of(options, label_models(words), data)
+    config = with_inputs(options, label_models(words), data)
     (print_estimate if options.dry_run else run_study)(config)
 
 
@@ -66,7 +66,7 @@ def study(
             ...}; each is compared with the first.
         data: Folder of images and masks (probes/README.md), or the name of a layout.
         out: Folder of the study.
-        settings: Those of :func:`probes.studies.config.study_config`: draws, arms, fit, tasks, add, only, overwrite;
+        settings: Those of :func:`probes.studies.options.study_options`: draws, arms, fit, tasks, add, only, overwrite;
             options of the probe runs nested as in YAML, options={"data": {"batch_size": 2}}, and names of YAML files,
             configs.
 
@@ -75,11 +75,11 @@ def study(
     """
     models = model if isinstance(model, dict) else {"": model}
     paths = {label: str(path) for label, path in models.items()}
-    run_study(study_config(paths, str(data), out=out, **settings))
+    run_study(study_options(paths, str(data), out=out, **settings))
     return Study(Path(out))
 
 
-def run_study(study: StudyConfig) -> None:
+def run_study(study: StudyOptions) -> None:
     """Run what is missing of a study, and print its verdicts.
 
     Raises:
@@ -140,7 +140,7 @@ def trained_first(steps: list[Step]) -> list[Step]:
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def _run_step(study: StudyConfig, step: Step) -> None:
+def _run_step(study: StudyOptions, step: Step) -> None:
     """Run a step in this process, or with several devices in processes of its own.
 
     What it made from other inputs is replaced, all else only if asked to.
@@ -192,7 +192,7 @@ def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
         raise UserError(f"the step has failed; all it said is in {out / LOG}")
 
 
-def uses_several_devices(study: StudyConfig) -> bool:
+def uses_several_devices(study: StudyOptions) -> bool:
     """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
     given = str(study.trainer.get("devices", "auto"))
     if given == "auto":

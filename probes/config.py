@@ -231,6 +231,11 @@ class StudyOptions(RunConfig):
     dry_run: bool = False
     models: dict[str, str] = derived(default_factory=dict)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the models, () if one has none."""
+        return tuple(filter(None, self.models))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:

@@ -51,19 +51,20 @@ def with_inputs(study: StudyOptions, models: Mapping[str, str], data: str) -> St
         raise UserError(
             f"--model.mllm {study.model.mllm}: the models of a study are words, MODEL DATA"
         )
+    study = replace(study, models=dict(models))
     if data not in DATASETS:
-        images = replace(study.data, root=data)
+        where = {"root": data}
     elif study.data.root:
-        images = replace(study.data, dataset=data, name=study.data.name or data)
+        where = {"dataset": data, "name": study.data.name or data}
     else:
         raise UserError(f"{data} is a layout, and its folder is missing (--data.root DIR)")
-    for label in filter(None, models):
+    for label in study.labels:
         if label in RESERVED or Path(label).name != label:
             raise UserError(
                 f"{label!r} cannot be the label of a model: expected the name of a folder, not "
                 f"{' or '.join(RESERVED)}"
             )
-    return replace(study, models=dict(models), data=images)
+    return replace(study, data=replace(study.data, **where))
 
 
 def label_models(words: Sequence[str]) -> dict[str, str]:

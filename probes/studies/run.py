@@ -91,8 +91,7 @@ def run_study(study: StudyOptions) -> None:
         if line:
             print(f"left out: {line}")
     out = study.out
-    labels = tuple(filter(None, study.models))
-    part = "+".join([*labels, *study.arms]).replace("/", ".")
+    part = "+".join([*study.labels, *study.arms]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         check_folder(study, planned)
         missing = find_missing(planned.steps, out)
@@ -111,7 +110,7 @@ def run_study(study: StudyOptions) -> None:
         )
         lacks_table = finished_runs(out) and not (out / "table.csv").is_file()
         if has_no_report or lacks_table:  # a report that was made has written it
-            write_table(out, labels)
+            write_table(out, study.labels)
     if not missing:
         print(f"{out} is complete; nothing to do")
     report = out / "report"
@@ -131,8 +130,9 @@ def trained_first(steps: list[Step]) -> list[Step]:
     The report is made again at the end.
     """
     reports = [step for step in steps if step.kind == "report"]
-    trained = [step for step in steps if "trained" in step.name.replace("_", "/").split("/")]
-    others = [step for step in steps if step not in reports + trained]
+    of_arms = [step for step in steps if step.kind != "report"]
+    trained = [step for step in of_arms if step.is_trained]
+    others = [step for step in of_arms if not step.is_trained]
     if not (reports and trained and any(step.kind in RUNS for step in others)):
         return steps
     waiting = [replace(step, why_left_out=step.why_left_out or OUTSTANDING) for step in others]

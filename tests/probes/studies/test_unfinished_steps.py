@@ -126,6 +126,12 @@ def test_the_first_report_says_which_controls_are_outstanding(settings, ran):
     assert not unfinished_steps(made.out)
 
 
+def test_a_label_does_not_make_an_arm_trained(settings):
+    steps = plan(settings({"re_trained": "causal"})).steps[:-1]
+    trained = {step.name for step in steps if step.is_trained}
+    assert trained == {f"re_trained/trained{name}" for name in ("", "/sinks", "/knockout")}
+
+
 def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):
     made = settings()
     ran.failing = {"trained/knockout": NothingToMeasure("no image has a wrong patch")}

@@ -32,6 +32,7 @@ from probes.runs.read import finished_runs
 from probes.steps.record import OUTSTANDING, Step, as_json, must_replace, record_file
 from probes.steps.runner import find_missing, run_steps
 
+from .arms import TRAINED
 from .estimate import print_estimate
 from .options import label_models, study_options, with_inputs
 from .plan import RUNS, check_folder, plan
@@ -46,8 +47,11 @@ def run(options: StudyOptions) -> None:
     *words, data = options.inputs
     if not words:
         raise UsageError("expected a model and a folder: probes study MODEL DATA --out DIR")
-    config = with_inputs(options, label_models(words), data)
-    (print_estimate if options.dry_run else run_study)(config)
+    study = with_inputs(options, label_models(words), data)
+    if study.dry_run:
+        print_estimate(study)
+    else:
+        run_study(study)
 
 
 def study(
@@ -86,30 +90,31 @@ def run_study(study: StudyOptions) -> None:
         UserError: The study cannot be run, or a step has failed. If that is an analysis, all others and the report are
             made before.
     """
-    planned = plan(study)
-    for line in dict.fromkeys(step.why_left_out for step in planned.steps if step.kind in RUNS):
-        if line:
-            print(f"left out: {line}")
     out = study.out
+    planned = plan(study)
+    reasons = [step.why_left_out for step in planned.steps if step.kind in RUNS]
+    for reason in dict.fromkeys(filter(None, reasons)):
+        print(f"left out: {reason}")
     part = "+".join([*study.labels, *study.arms]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         check_folder(study, planned)
         missing = find_missing(planned.steps, out)
-        # no report before the trained model is solved
         solved = [run.name for run in finished_runs(out)]
         solved += [Path(step.name).name for step in missing if step.kind == "solve"]
-        ready = [step for step in missing if step.kind != "report" or "trained" in solved]
-        if has_no_report := len(ready) < len(missing):
+        ready = missing
+        if TRAINED not in solved:
+            ready = [step for step in missing if step.kind != "report"]
+        if len(ready) < len(missing):
             print("no report: the trained model is not solved yet")
-        failed = run_steps(
+        failures = run_steps(
             trained_first(ready),
             out,
-            partial(_run_step, study),
+            run=partial(_run_step, study),
             log=out / LOG,
             overwrite=study.overwrite,
         )
         lacks_table = finished_runs(out) and not (out / "table.csv").is_file()
-        if has_no_report or lacks_table:  # a report that was made has written it
+        if len(ready) < len(missing) or lacks_table:  # a report that was made has written it
             write_table(out, study.labels)
     if not missing:
         print(f"{out} is complete; nothing to do")
@@ -117,10 +122,10 @@ def run_study(study: StudyOptions) -> None:
     if (report / "results.json").is_file():
         print()
         print_summary(read_json(report / "results.json")["summary"], report / "index.html")
-    if failed:
+    if failures:
         raise UserError(
-            f"{len(failed)} of the steps failed, and the report is without the result, or has an earlier one: "
-            f"{'; '.join(failed)}. The same command tries again"
+            f"{len(failures)} of the steps failed, and the report is without the result, or has an earlier one: "
+            f"{'; '.join(failures)}. The same command tries again"
         )
 
 
@@ -158,8 +163,8 @@ def _run_step(study: StudyOptions, step: Step) -> None:
     if step.kind == "report":  # jobs of several arms may end together
         turn = exclusive_run_lock(study.out, "report-step", wait_s=REPORT_WAIT_S)
     with turn, _output_to(study.out / LOG):
-        words = json.dumps(as_json(config, study.out))
-        print(f"{step.name}: probes {step.kind} with {words}", flush=True)
+        settings = json.dumps(as_json(config, study.out))
+        print(f"{step.name}: probes {step.kind} with {settings}", flush=True)
         try:
             if step.kind in RUNS and uses_several_devices(study):
                 _run_in_processes(step, config, study.out)
@@ -194,28 +199,31 @@ def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
 
 def uses_several_devices(study: StudyOptions) -> bool:
     """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
-    given = str(study.trainer.get("devices", "auto"))
-    if given == "auto":
+    devices = str(study.trainer.get("devices", "auto"))
+    if devices == "auto":
         return torch.cuda.device_count() > 1
-    return given not in ("1", "[0]")
+    return devices not in ("1", "[0]")
 
 
 @contextmanager
 def _output_to(file: Path) -> Iterator[None]:
     """Append what is printed to a file; on a terminal, bars and messages stay visible."""
-    kept = [fd for fd in (1, 2) if fd == 1 or not os.isatty(2)]
+    redirected = [1]
+    if not os.isatty(2):
+        redirected.append(2)
 
-    def flush():
-        return [stream.flush() for stream in (sys.stdout, sys.stderr)]
+    def flush() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
     flush()
     streams = sys.stdout, sys.stderr  # in a notebook not those of the process
     if sys.stdout is not sys.__stdout__ and sys.__stdout__ and sys.__stderr__:
         sys.stdout = sys.__stdout__
         sys.stderr = sys.__stderr__
-    saved = {fd: os.dup(fd) for fd in kept}
+    saved = {fd: os.dup(fd) for fd in redirected}
     with file.open("ab") as stream:
-        for fd in kept:
+        for fd in redirected:
             os.dup2(stream.fileno(), fd)
     try:
         yield

@@ -166,9 +166,10 @@ class RunConfig:
     ckpt_path: Literal["last"] | None = None
 
     @classmethod
-    def of(cls, options: "RunConfig", **own: Any) -> Self:
-        """Return the options of a run among those of a command, with some of its own."""
-        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(cls)} | own)
+    def of(cls, options: "RunConfig", **changes: Any) -> Self:
+        """Return the options of a run among those of a command, with changes."""
+        values = {option.name: getattr(options, option.name) for option in fields(cls)}
+        return cls(**values | changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,7 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
     family = family_of(config)
     if model.image_px is not None:
         family.with_side(model.image_px, config)  # an error if it takes no input of this side
+    mask = model.image_attention or own_image_attention(config)
     sites = family.sites(config)
     chosen = chosen_sites(family, config, model.sites or None)
     # in forward order, and where each is complete: a part is with its layer, which random weights from there on
@@ -133,7 +134,7 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
             raise UserError(f"arm {name} of {path}: {why_left_out} (--arms)")
         run = PlannedRun(
             name=join(label, name),
-            mask=model.image_attention or own_image_attention(config),
+            mask=mask,
             sites=compared,
             model_sites=sites,
             has_llm=family.has_llm,

@@ -1,6 +1,6 @@
 """The figure of a study: a metric by site, each trained model in its own colour."""
 
-from typing import Any
+from itertools import compress
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -37,40 +37,30 @@ def plot_table(
     trained.sort(key=lambda run: models.index(run["model"]))
     kinds = [*dict.fromkeys((run["model"], run["mask"]) for run in trained)]
     sites = sorted(filter(is_on_main_path, table["site"].unique()), key=_place)
+    shown = table[table["site"].isin(sites)]
+    shown = shown.assign(place=shown["site"].map(sites.index))
+    has_seeds = table["seed"].nunique() > 1
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
         if run["weights"] != "trained":
-            places, rows = _curve(run, table, sites)
-            axes.plot(places, rows["value"], marker="o", ms=3, color="lightgrey", zorder=1)
+            rows = shown[shown["run"] == run["run"]]
+            axes.plot(rows["place"], rows["value"], marker="o", ms=3, color="lightgrey", zorder=1)
     for run in trained:
-        places, rows = _curve(run, table, sites)
+        rows = shown[shown["run"] == run["run"]]
         kind = kinds.index((run["model"], run["mask"]))
         colour = COLOURS[kind % len(COLOURS)]
         line = {"solved": "-", "trained": "--"}[run["probes"]]
-        label = [f"{run['probes']} probes"]
-        if run["model"] not in encoders:
-            label.insert(0, run["mask"])
-        if len(models) > 1:
-            label.insert(0, run["model"])
-        if table["seed"].nunique() > 1:
-            label.append(f"seed {run['seed']}")
-        axes.fill_between(places, rows["low"], rows["high"], color=colour, alpha=0.12)
-        axes.plot(
-            places, rows["value"], marker="o", ms=3, color=colour, ls=line, label=", ".join(label)
-        )
+        words = [run["model"], run["mask"], f"{run['probes']} probes", f"seed {run['seed']}"]
+        is_said = [len(models) > 1, run["model"] not in encoders, True, has_seeds]
+        label = ", ".join(compress(words, is_said))
+        axes.fill_between(rows["place"], rows["low"], rows["high"], color=colour, alpha=0.12)
+        look = {"color": colour, "ls": line, "label": label}
+        axes.plot(rows["place"], rows["value"], marker="o", ms=3, **look)
     axes.set(ylabel=ylabel, title="grey: random weights")
     axes.set_xticks(range(len(sites)), sites, rotation=60)
     figure.legend(loc="outside lower center", fontsize=8)
     return figure
-
-
-def _curve(
-    run: dict[str, Any], table: pd.DataFrame, sites: list[str]
-) -> tuple[pd.Series, pd.DataFrame]:
-    """Return the places of a run's sites on the axis, and the rows of its values there."""
-    rows = table[(table["run"] == run["run"]) & table["site"].isin(sites)]
-    return rows["site"].map(sites.index), rows
 
 
 def _place(site: str) -> tuple[int, int]:

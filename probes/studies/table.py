@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
 from probes.analyses import MEASURED
-from probes.analyses.analysis import table_row
+from probes.analyses.analysis import Row, table_row
 from probes.config import ReportOptions
 from probes.runs.read import ProbeRun, finished_runs
 from probes.runs.study import given_labels, labels_of_models, model_name
@@ -89,7 +89,7 @@ def read_table(folder: Path, labels: tuple[str, ...]) -> "DataFrame":
     if not runs:
         raise UserError(f"{folder} holds no finished run")
     names = labels_of_models(folder, runs, labels)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for run in runs:
         rows += _rows(run, str(run.path.relative_to(folder)), model=names.get(run.path))
     return DataFrame(rows, columns=COLUMNS)
@@ -111,7 +111,7 @@ def write_report(options: ReportOptions) -> None:
     write_table(options.out.parent, options.labels)
 
 
-def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[dict[str, Any]]:
+def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[Row]:
     """Yield the rows of a run: its scores by site, its path of strengths, and its analyses.
 
     Args:
@@ -137,7 +137,7 @@ def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[dict[str, Any
         yield of_run | row
 
 
-def _score_rows(metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _score_rows(metrics: dict[str, Any]) -> Iterator[Row]:
     """Yield the scores of each site with their intervals, and the IoU of each class."""
     for site in metrics["sites"]:
         for key, interval in site.items():
@@ -149,7 +149,7 @@ def _score_rows(metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield table_row(site["site"], "iou", value=iou, **{"class": name})
 
 
-def _path_rows(run: ProbeRun) -> Iterator[dict[str, Any]]:
+def _path_rows(run: ProbeRun) -> Iterator[Row]:
     """Yield the scores of a run of solved probes at each strength of regularisation that was solved."""
     if not run.is_solved:
         return
@@ -162,7 +162,7 @@ def _path_rows(run: ProbeRun) -> Iterator[dict[str, Any]]:
                     yield table_row(site["site"], f"path_{key}", value=value, strength=strength)
 
 
-def _analysis_rows(run: ProbeRun) -> Iterator[dict[str, Any]]:
+def _analysis_rows(run: ProbeRun) -> Iterator[Row]:
     """Yield the rows of the analyses of a run."""
     for analysis in MEASURED.values():
         if result := run.analysis(analysis.result):

@@ -15,6 +15,7 @@ from llava_bidir.common.cli import (
     Seed,
     ShareBelow1,
     Values,
+    derived,
     number,
     positional,
 )
@@ -165,9 +166,10 @@ class RunConfig:
     ckpt_path: Literal["last"] | None = None
 
     @classmethod
-    def of(cls, options: "RunConfig", **own: Any) -> Self:
-        """Return the options of a run among those of a command, with some of its own."""
-        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(cls)} | own)
+    def of(cls, options: "RunConfig", **changes: Any) -> Self:
+        """Return the options of a run among those of a command, with changes."""
+        values = {option.name: getattr(options, option.name) for option in fields(cls)}
+        return cls(**values | changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +215,7 @@ class StudyOptions(RunConfig):
         only: Only these kinds of steps: solve, fit, report, or an analysis.
         dry_run: Print the steps, time, disk and detectable effect.
         overwrite: Replace results that other settings, models or images have made.
+        models: Checkpoint directory or hub id by label, in order; one model has the label "".
     """
 
     inputs: tuple[str, ...] = positional()
@@ -227,6 +230,12 @@ class StudyOptions(RunConfig):
     add: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     dry_run: bool = False
+    models: dict[str, str] = derived(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the models, () if one has none."""
+        return tuple(filter(None, self.models))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.lightning_cli import RunCLI
 from llava_bidir.training.cli import build_cli as build_training
+from probes.compute.machine import build_machine
 from probes.config import DataOptions, ModelOptions
 from probes.fit.cli import build_cli as build_probes
-from probes.machine import build_machine
 
 HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}

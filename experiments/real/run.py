@@ -26,9 +26,9 @@ from typing import NamedTuple
 from experiments.real.plan import MICRO_BATCHES, make_plan
 from llava_bidir.common.errors import UserError, one_line_errors
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
+from probes.compute.process_group import end_on_signals
 from probes.config import QuestionsOptions
-from probes.process_group import end_on_signals
-from probes.steps import digest
+from probes.steps.record import digest
 from probes.worlds.steps import (
     MASKS,
     check_settings,
@@ -367,7 +367,7 @@ def study(out: Path, name: str, data: Data, seed: int, draws: int) -> None:
     """Study a model under both masks, on each data set."""
     import torch
 
-    from probes.studies.config import study_config
+    from probes.studies.options import study_options
     from probes.studies.run import run_study
 
     model = MODELS[name]
@@ -380,7 +380,7 @@ def study(out: Path, name: str, data: Data, seed: int, draws: int) -> None:
         folder_of_study = out / name
         if data.is_photos:
             folder_of_study /= label
-        config = study_config(
+        config = study_options(
             {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
             str(folder),
             configs=["demo/probes"],

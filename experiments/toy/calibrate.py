@@ -29,11 +29,12 @@ import scipy.stats
 from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE
 from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.files import atomic_write, exclusive_run_lock, read_json, write_files
-from probes.process_group import end_on_signals
+from probes.compute.process_group import end_on_signals
+from probes.config import StudyOptions
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.runs.study import read_studies
-from probes.studies.config import StudyConfig, study_config
+from probes.studies.options import study_options
 from probes.studies.run import run_study
 from probes.worlds.steps import (
     MASKS,
@@ -276,7 +277,7 @@ def _make_models(folder: Path, seed: int, scale: float, scenes: int, designs: li
 
 def study_settings(
     folder: Path, out: Path, seed: int, design: Design, *, fit: bool = True
-) -> StudyConfig:
+) -> StudyOptions:
     """Return the settings of a study of a seed's models; with `fit`, of probes as the paper trains them, too."""
     models = {mask: str(folder / "models" / mask / design.model / "hf") for mask in design.masks}
     if len(models) == 1:
@@ -285,7 +286,7 @@ def study_settings(
     only = ["solve"]
     if fit:
         only.append("fit")
-    return study_config(
+    return study_options(
         models,
         str(folder / "assets/segmentation"),
         out=out,

@@ -68,6 +68,11 @@ def positional(**default: Any) -> Any:
     return field(metadata={"positional": True}, **default)
 
 
+def derived(**default: Any) -> Any:
+    """Return a field that is no option: its value follows from others."""
+    return field(metadata={"derived": True}, **default)
+
+
 class Parser(OneLineErrors, jsonargparse.ArgumentParser):
     """Parser of a dataclass of options; the help of a field is its entry under "Args:" there."""
 
@@ -79,7 +84,8 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         super().__init__(prog=program, usage=usage, description=text, print_config=None)
         about = "config by name or path; several merge, and options replace their values"
         self.add_argument("-c", "--config", action="config", metavar="NAME", help=about)
-        self.add_class_arguments(options, sub_configs=False)
+        followed = {entry.name for entry in fields(options) if "derived" in entry.metadata}
+        self.add_class_arguments(options, sub_configs=False, skip=followed)
         self.kinds = {x.dest: str(getattr(x, "_typehint", "")) for x in self._actions}
         for action in self._actions:  # of a dataclass that is the default of a field
             action.required = action.required and action.default is None
@@ -97,7 +103,8 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
                 self.error(f'Parser key "{name}": Expected options. Got value: {value}')
         given = [f"--config={json.dumps(merged, default=str)}", *self._with_values(words)]
         made = self.instantiate(self.parse_args(given))
-        return self.options(**{entry.name: made[entry.name] for entry in fields(self.options)})
+        names = [entry.name for entry in fields(self.options) if entry.name in made]
+        return self.options(**{name: made[name] for name in names})
 
     def _with_values(self, words: Sequence[str]) -> Iterator[str]:
         """Yield options with their values after a "=", lists as JSON; words without a name are those of fields."""

@@ -27,7 +27,7 @@ from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS
-from probes.steps import LEFT_OUT, unfinished_steps
+from probes.steps.record import Outcome, unfinished_steps
 
 from .verdicts import compare_to_draws
 
@@ -199,7 +199,7 @@ def why_no_draws(case: Case, control: str) -> str:
     if count < 2:
         left_out = [x for folder in study.first.path.parents[:2] for x in unfinished_steps(folder)]
         for step in left_out:
-            if step["outcome"] == LEFT_OUT and Path(step["step"]).name == f"{control}0":
+            if step["outcome"] == Outcome.LEFT_OUT and Path(step["step"]).name == f"{control}0":
                 return f"{kind}: {count}, two are needed: {step['reason']}"
         option = f"--draws 2, or {control}0 and {control}1 among its --arms"
         return again(f"{kind}: {count}, two are needed", option)

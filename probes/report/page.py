@@ -34,7 +34,7 @@ from probes.runs import formatting
 from probes.runs.formatting import Entry, Rows
 from probes.runs.pictures import names_of, read_pictures
 from probes.runs.study import StudyRuns, overridden_masks, read_studies
-from probes.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
+from probes.steps.record import Outcome, describe_steps, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .claims import evaluate_claims, joint_studies
@@ -198,8 +198,8 @@ def render_page(
         analyses={name: own for name, own in analyses.items() if own},
         all_analyses=ANALYSES,
         site_figures=site_figures,
-        failed=describe_steps(unfinished, FAILED),
-        left_out=describe_steps(unfinished, LEFT_OUT),
+        failed=describe_steps(unfinished, Outcome.FAILED),
+        left_out=describe_steps(unfinished, Outcome.LEFT_OUT),
         files=files,
         findings=parts.FINDINGS,
         frame=charts.Frame,

@@ -71,8 +71,8 @@ def format_scores(out: Path, task: Task) -> str:
     summary = read_json(out / "metrics.json")["summary"]
     main = {site: summary[site] for site in ("encoder", "adapter")}
     main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
-    text = "{} {:.1%}" if task.name == SEGMENTATION else "{} {:.3g}"
-    scores = ", ".join(
-        text.format(site, value) for site, value in main.items() if value is not None
-    )
-    return f"{out}: {task.labels[task.score]} {scores or 'in metrics.json'}"
+    number = ".3g"
+    if task.name == SEGMENTATION:
+        number = ".1%"
+    scores = [f"{site} {value:{number}}" for site, value in main.items() if value is not None]
+    return f"{out}: {task.labels[task.score]} {', '.join(scores) or 'in metrics.json'}"

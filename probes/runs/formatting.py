@@ -30,5 +30,5 @@ def file_name(text: str) -> str:
 
 def bounds(ci95: Sequence[float] | None, prefix: str = "") -> dict[str, Any]:
     """Return the columns of an interval: low and high, both None without one."""
-    low, high = (None, None) if ci95 is None else ci95
+    low, high = ci95 or (None, None)
     return {f"{prefix}low": low, f"{prefix}high": high}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError, error_context
@@ -29,34 +30,6 @@ FILE = "pictures.npz"
 QUANTILES = {"typical": 0.5, "easy": 0.9, "hard": 0.1}
 PHOTO_PX = 360
 MAP_PX = 256
-
-
-def choose_photos(counted: dict[str, Tensor], best: int) -> dict[str, int]:
-    """Return the index of each photo by name, each photo once; `best` is the number of the best site."""
-    right = counted["intersection"][best].sum(-1).double()
-    accuracy = right / counted["labelled"].sum(-1)
-    order = accuracy.nan_to_num(0).argsort(stable=True).tolist()
-    chosen: dict[str, int] = {}
-    for name, quantile in QUANTILES.items():
-        index = order[round(quantile * (len(order) - 1))]
-        if index not in chosen.values():
-            chosen[name] = index
-    return chosen
-
-
-def shown_photos(folder: Path, data: str) -> dict[str, int]:
-    """Return the photos of the first run beside DIR/MODEL/ARM, DIR/*/ARM, that shows these images; {} without one."""
-    folder = folder.absolute()
-    for file in sorted(folder.parent.parent.glob(f"*/{folder.name}/{FILE}")):
-        found = read_pictures(file.parent)
-        if found.get("data") == data and file.parent != folder:
-            return {name: int(found[f"{name}/index"]) for name in names_of(found)}
-    return {}
-
-
-def names_of(pictures: dict[str, np.ndarray]) -> list[str]:
-    """Return the names of the photos."""
-    return [name for name in QUANTILES if f"{name}/photo" in pictures]
 
 
 @torch.no_grad()
@@ -73,9 +46,8 @@ def save_pictures(
         data: Hash of the images.
     """
     task = probes.task
-    device = next(probes.heads.parameters()).device
     scores = task.dataset_scores(task.sums(counted).sum(-2))[task.score]
-    found = {
+    pictures = {
         "data": np.array(data),
         "palette": palette_of(dataset),
         "sites": np.array(probes.sites),
@@ -84,22 +56,49 @@ def save_pictures(
     for name, index in chosen.items():
         sample = dataset[index]
         truth = sample["target"]
-        pixels = probes.mllm.preprocess([sample["image"]])
-        states = probes.mllm.states(pixels, probes.sites)
-        logits = probes.logits({site: x.to(device) for site, x in states.items()})[:, 0]
-        view = probes.mllm.geometry.view(truth.shape)
-        maps = task.predict_pixels(logits, truth.shape, view)
+        maps = predict_sites(probes, sample["image"], size=truth.shape)
         photo = sample["image"].convert("RGB")
         photo.thumbnail((PHOTO_PX, PHOTO_PX))
         step = -(-max(truth.shape) // MAP_PX)
-        found |= {
-            f"{name}/index": np.array(index),
-            f"{name}/photo": np.asarray(photo),
-            f"{name}/truth": np.asarray(truth, np.uint8)[::step, ::step],
-            f"{name}/maps": maps[:, ::step, ::step],
-        }
+        pictures[f"{name}/index"] = np.array(index)
+        pictures[f"{name}/photo"] = np.asarray(photo)
+        pictures[f"{name}/truth"] = np.asarray(truth, np.uint8)[::step, ::step]
+        pictures[f"{name}/maps"] = maps[:, ::step, ::step]
     with atomic_write(folder / FILE) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **found)
+        np.savez_compressed(file, **pictures)
+
+
+def shown_photos(folder: Path, data: str) -> dict[str, int]:
+    """Return the photos of the first run beside DIR/MODEL/ARM, DIR/*/ARM, that shows these images; {} without one."""
+    folder = folder.absolute()
+    for file in sorted(folder.parent.parent.glob(f"*/{folder.name}/{FILE}")):
+        pictures = read_pictures(file.parent)
+        if pictures.get("data") == data and file.parent != folder:
+            return {name: int(pictures[f"{name}/index"]) for name in names_of(pictures)}
+    return {}
+
+
+def choose_photos(counted: dict[str, Tensor], best: int) -> dict[str, int]:
+    """Return the index of each photo by name, each photo once; `best` is the number of the best site."""
+    right = counted["intersection"][best].sum(-1).double()
+    accuracy = right / counted["labelled"].sum(-1)
+    order = accuracy.nan_to_num(0).argsort(stable=True).tolist()
+    chosen: dict[str, int] = {}
+    for name, quantile in QUANTILES.items():
+        index = order[round(quantile * (len(order) - 1))]
+        if index not in chosen.values():
+            chosen[name] = index
+    return chosen
+
+
+def predict_sites(probes: SiteProbes, image: Image, size: tuple[int, int]) -> np.ndarray:
+    """Return the classes that the probe of each site predicts for pixels of an image of `size`, uint8[S, H, W]."""
+    mllm = probes.mllm
+    device = next(probes.heads.parameters()).device
+    states = mllm.states(mllm.preprocess([image]), probes.sites)
+    on_device = {site: states_of_site.to(device) for site, states_of_site in states.items()}
+    logits = probes.logits(on_device)[:, 0]
+    return probes.task.predict_pixels(logits, size, mllm.geometry.view(size))
 
 
 def read_pictures(folder: Path) -> dict[str, np.ndarray]:
@@ -108,8 +107,13 @@ def read_pictures(folder: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         return {}
     try:
-        with error_context(path), np.load(path) as found:
-            return dict(found)
+        with error_context(path), np.load(path) as pictures:
+            return dict(pictures)
     except UserError as error:
         rank_zero_warn(f"{error}; its photos are left out")
         return {}
+
+
+def names_of(pictures: dict[str, np.ndarray]) -> list[str]:
+    """Return the names of the photos."""
+    return [name for name in QUANTILES if f"{name}/photo" in pictures]

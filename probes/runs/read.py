@@ -89,7 +89,7 @@ class ProbeRun:
             )
         metrics = self.metrics = read_json(self.path / "metrics.json")
         self.manifest = read_json(self.path / "manifest.json")
-        self._own("metrics.json")
+        self._written("metrics.json")
         self.task_name: str = metrics.get("task", SEGMENTATION)
         if self.task_name not in TASKS:
             raise UserError(
@@ -101,10 +101,13 @@ class ProbeRun:
         self.has_llm = metrics["model_kind"] == "mllm"
         self.is_solved = "path" in metrics
         self.strengths: Strengths | None = None
+        self.probe_kind = "trained"
         if self.is_solved:
-            ((kind, path),) = metrics["path"].items()
-            self.strengths = Strengths(path["sites"], self.task.score, kind == CLOSED_FORM)
-        self.probe_kind = "solved" if self.is_solved else "trained"
+            self.probe_kind = "solved"
+            ((solver, strengths),) = metrics["path"].items()
+            self.strengths = Strengths(
+                strengths["sites"], score=self.task.score, exact=solver == CLOSED_FORM
+            )
         self.sites: list[str] = [site["site"] for site in metrics["sites"]]
         self.layers = [site for site in self.sites if site == ADAPTER or is_layer(site)]
         self.last_layer: str | None = metrics["last_layer"]
@@ -119,7 +122,7 @@ class ProbeRun:
                 "segmentation"
             )
 
-    def _own(self, name: str) -> Path:
+    def _written(self, name: str) -> Path:
         """Return the path of a file of the run.
 
         Raises:
@@ -189,11 +192,11 @@ class ProbeRun:
         Raises:
             UserError: The file is damaged.
         """
-        return read_effect_file(self._own(EFFECTS_FILE))[0]
+        return read_effect_file(self._written(EFFECTS_FILE))[0]
 
     @cached_property
     def _counts_file(self) -> Path:
-        return self._own("counts.safetensors")
+        return self._written("counts.safetensors")
 
     def _counted(self, names: Sequence[str], sites: Sequence[str] = ()) -> dict[str, Tensor]:
         """Return what was counted of each image by name; only these sites are read.
@@ -202,13 +205,15 @@ class ProbeRun:
         576 tokens 313 MB.
         """
         rows = [self.sites.index(site) for site in sites]
-        found = {}
+        tensors = {}
         with open_tensors(self._counts_file) as file:
             for name in {*names}.intersection(file.keys()):
-                part = file.get_slice(name)
-                has_sites = len(part.get_shape()) > 2
-                found[name] = torch.cat([part[i : i + 1] for i in rows]) if has_sites else part[:]
-        return found
+                counts = file.get_slice(name)
+                if len(counts.get_shape()) > 2:  # of each site
+                    tensors[name] = torch.cat([counts[row : row + 1] for row in rows])
+                else:
+                    tensors[name] = counts[:]
+        return tensors
 
     @property
     def counts(self) -> Counts:
@@ -224,12 +229,16 @@ class ProbeRun:
     def groups(self) -> Tensor | None:
         """i64[N]: group (city) of each validation image; None for a dataset without groups, or with one."""
         groups = self._counted(["group"]).get("group")
-        return None if groups is None or (groups == groups[0]).all() else groups
+        if groups is None or (groups == groups[0]).all():
+            return None
+        return groups
 
     @property
     def units(self) -> int:
         """Number of validation images, or of their groups."""
-        return self.metrics["images"] if self.groups is None else len(self.groups.unique())
+        if self.groups is None:
+            return self.metrics["images"]
+        return len(self.groups.unique())
 
     def sums_at(self, sites: Sequence[str]) -> Tensor:
         """Return the sums per image at some sites, from which scores are computed, [S, N, M]; only these are read."""
@@ -239,7 +248,9 @@ class ProbeRun:
     def weights(self) -> Tensor:
         """f[R, N]: bootstrap weights, the same for every run on these images."""
         groups = self.groups
-        return _weights(self.metrics["images"], None if groups is None else tuple(groups.tolist()))
+        if groups is not None:
+            groups = tuple(groups.tolist())  # a key of the cache
+        return _weights(self.metrics["images"], groups)
 
     @cached_property
     def site_scores(self) -> dict[str, Estimate]:
@@ -257,7 +268,8 @@ class ProbeRun:
             resampled = resampled_scores(self.task, sums, weights)[score]
             drawn[first : first + size] = resampled.T
             values += dataset_scores(self.task, sums)[score].tolist()
-        return {site: Estimate(*own) for site, *own in zip(self.sites, values, drawn, strict=True)}
+        estimates = map(Estimate, values, drawn)
+        return dict(zip(self.sites, estimates, strict=True))
 
     # ---------------------------------------------------------------------------------------- data, model, probes
     def dataset(self, split: str = "validation"):
@@ -281,9 +293,11 @@ class ProbeRun:
         """Raise unless these parts of the identity are still those of the run."""
         identity = self.manifest["identity"][section]
         saved = {key: value for key, value in identity.items() if key in now}
-        advice = "restore what was probed, or make the run again"
         check_same_identity(
-            {section: saved}, current={section: now}, source=str(self.path), advice=advice
+            {section: saved},
+            current={section: now},
+            source=str(self.path),
+            advice="restore what was probed, or make the run again",
         )
 
     def mllm(self) -> "FrozenMLLM":
@@ -316,8 +330,8 @@ class ProbeRun:
         Raises:
             UserError: They are damaged, not those that the run wrote, or not finite.
         """
-        path = self._own(PROBES_FILE)
-        found: dict[str, dict[str, Tensor]] = {}
+        path = self._written(PROBES_FILE)
+        tensors: dict[str, dict[str, Tensor]] = {}
         for name, tensor in read_tensors(path).items():
             if not tensor.isfinite().all():
                 raise UserError(
@@ -325,8 +339,8 @@ class ProbeRun:
                     f"rate: {DTYPE_ADVICE}"
                 )
             site, _, part = name.partition(".")
-            found.setdefault(site, {})[part] = tensor
-        return found
+            tensors.setdefault(site, {})[part] = tensor
+        return tensors
 
     @cached_property
     def content(self) -> dict[str, str]:
@@ -399,21 +413,21 @@ class ProbeRun:
 @lru_cache(maxsize=2)
 def _weights(images: int, groups: tuple[int, ...] | None) -> Tensor:
     """Return the bootstrap weights f[R, N] of images, once for all runs on them."""
-    return bootstrap_weights(images, groups=None if groups is None else torch.tensor(groups))
+    if groups is None:
+        return bootstrap_weights(images)
+    return bootstrap_weights(images, groups=torch.tensor(groups))
 
 
 def finished_runs(folder: str | Path) -> list[Path]:
     """Return the folders of all finished runs, trained models first, draws in order."""
     folder = Path(folder)
-    found = {
-        file.parent
-        for pattern in ("*", "*/*", "*/*/*")
-        for file in folder.glob(f"{pattern}/metrics.json")
-    }
+    runs: set[Path] = set()
+    for pattern in ("*", "*/*", "*/*/*"):
+        runs |= {file.parent for file in folder.glob(f"{pattern}/metrics.json")}
 
     def order(run: Path) -> tuple:
         name = run.relative_to(folder).parts
-        parts = [re.sub(r"\d+", lambda digits: digits[0].zfill(9), part) for part in name]
-        return not run.name.startswith(("trained", "probes")), parts
+        padded = [re.sub(r"\d+", lambda digits: digits[0].zfill(9), part) for part in name]
+        return not run.name.startswith(("trained", "probes")), padded
 
-    return sorted(found, key=order)
+    return sorted(runs, key=order)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava_bidir.common.errors import UserError
 from probes.config import split_label
-from probes.steps import read_record
+from probes.steps.record import read_record
 from probes.tasks import SEGMENTATION
 
 from .compare import check_same_images, check_seeds_differ, check_study
@@ -307,8 +307,10 @@ def labels_of_models(
 
 def given_labels(folder: Path) -> tuple[str, ...]:
     """Return the labels that `probes study` was given for the models of its folder, in order; () of another folder."""
-    config = read_record("report", folder).get("config")
-    return tuple(config.get("labels", ())) if isinstance(config, dict) else ()
+    record = read_record("report", folder)
+    if record is None or not isinstance(record.tried.config, dict):
+        return ()
+    return tuple(record.tried.config.get("labels", ()))
 
 
 def runs_to_compare(*studies: StudyRuns) -> list[dict[str, ProbeRun]]:

@@ -130,12 +130,13 @@ def make_metrics(
     sums = task.sums(counted)
     sites = site_entries(probes, record=record, sums=sums, weights=weights)
     if task.name == SEGMENTATION:
-        own = {"classes": data.classes, "baseline": baseline(counted["labelled"], data.classes)}
-        for site, iou in zip(sites, task.iou(sums.sum(1)).tolist(), strict=True):
-            site["iou_per_class"] = [None if x != x else x for x in iou]
+        of_task = {"classes": data.classes}
+        of_task["baseline"] = baseline(counted["labelled"], data.classes)
     else:
-        better = {name: "higher" if up else "lower" for name, up in task.scores.items()}
-        own = {"task": task.name, "scores": better}
+        better = {
+            name: "higher" if is_higher else "lower" for name, is_higher in task.scores.items()
+        }
+        of_task = {"task": task.name, "scores": better}
     return {
         "dataset": data.name,
         "split": "validation",
@@ -149,7 +150,7 @@ def make_metrics(
         "dtype": str(mllm.model.dtype).removeprefix("torch."),
         "untrained": list(settings["untrained"] or ()),
         **{name: settings[name] for name in ("match", "draw", "seed")},
-        **own,
+        **of_task,
         "grid": list(mllm.grid),
         "probe": record.probe,
         "sites": sites,
@@ -176,11 +177,14 @@ def site_entries(
     for i, site in enumerate(probes.sites):
         history = record.history.get(site, [])
         numbers = [score for score in history if not math.isnan(score)]
-        best = max(numbers, key=lambda x: task.sign * x, default=None)
+        best_epoch = None
+        if numbers:
+            best = max(numbers, key=lambda score: task.sign * score)
+            best_epoch = record.epochs[history.index(best)]
         entry = {
             "site": site,
             "dim": probes.mllm.widths[site],
-            "best_epoch": record.epochs[history.index(best)] if numbers else None,
+            "best_epoch": best_epoch,
             "history": history,
         }
         for name, values in scores.items():
@@ -188,6 +192,9 @@ def site_entries(
             ci95 = interval(value, resampled[name][:, i], lowest=0.0, highest=task.highest)
             entry |= {name: value, f"{name}_ci95": ci95}
         entries.append(entry)
+    if task.name == SEGMENTATION:
+        for entry, ious in zip(entries, task.iou(sums.sum(1)).tolist(), strict=True):
+            entry["iou_per_class"] = [None if math.isnan(iou) else iou for iou in ious]
     return entries
 
 
@@ -205,27 +212,31 @@ def baseline(labelled: Tensor, classes: list[str]) -> dict[str, Any]:
 def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str, Any]:
     """Return the versions, commit, configuration, data and hardware of a run."""
     model = record.settings["mllm"]
-    # of both splits, if the files were checked in this process
-    labels = {split: counts._asdict() for split, counts in data.labels.items()}
+    config = {"mllm": _absolute(model), "update_scales": probes.mllm.update_scales}
+    images = {
+        "root": _absolute(data.root),
+        "dataset": data.dataset,
+        "options": data.options,
+        "fingerprint": describe_digest(record.identity["data"]),
+    }
+    if data.labels:  # of both splits, if the files were checked in this process
+        labels = {split: counts._asdict() for split, counts in data.labels.items()}
+        images |= {"labels": labels} | data.remarks
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    versions = {name: version(name) for name in PACKAGES}
     return {
-        "versions": {name: version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": versions | {"python": platform.python_version()},
         "git_commit": _git_commit(),
-        "config": dict(record.settings)
-        | {"mllm": _absolute(model), "update_scales": probes.mllm.update_scales},
-        "data": {
-            "root": _absolute(data.root),
-            "dataset": data.dataset,
-            "options": data.options,
-            "fingerprint": describe_digest(record.identity["data"]),
-            **({"labels": labels} | data.remarks if labels else {}),
-        },
+        "config": dict(record.settings) | config,
+        "data": images,
         "identity": record.identity,
         "mllm_training": read_training(Path(model)) or None,
         "hardware": {
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": gpu,
         },
     }
 
@@ -234,7 +245,9 @@ def _absolute(path: str) -> str:
     """Return the absolute path of a folder, so that analyses find it from any directory; a hub id unchanged."""
     if is_source(path):
         return absolute_source(path)
-    return str(Path(path).resolve()) if Path(path).is_dir() else path
+    if Path(path).is_dir():
+        return str(Path(path).resolve())
+    return path
 
 
 def _git_commit() -> str | None:
@@ -243,8 +256,10 @@ def _git_commit() -> str | None:
         return None
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return found[1] if found[:1] == [str(root)] and len(found) == 2 else None
+    answer = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    if len(answer) == 2 and answer[0] == str(root):
+        return answer[1]
+    return None
 
 
 def summary(scores: dict[str, float], sign: int = 1) -> dict[str, Any]:
@@ -262,7 +277,9 @@ def summary(scores: dict[str, float], sign: int = 1) -> dict[str, Any]:
     best = scores.get(peak)
 
     def gain_over(site: str) -> float | None:
-        return None if peak is None or site not in scores else sign * (best - scores[site])
+        if peak is None or site not in scores:
+            return None
+        return sign * (best - scores[site])
 
     return {
         "encoder": scores.get(ENCODER),

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError, error_context
+from probes.compute.machine import solver_device
 from probes.data.samplers import assign_folds
-from probes.machine import solver_device
 from probes.ops.geometry import GridPlacement, label_tensor
 from probes.ops.quadrature import join_masks, prepare_masks
 from probes.tasks import SEGMENTATION, TASKS

@@ -31,12 +31,12 @@ from llava_bidir.common.processes import (
     rank_zero_info,
 )
 from llava_bidir.common.runs import begin_run, interrupt_says_how_to_resume, plan_run, run_process
+from probes.compute.machine import build_machine, seed_everything, solver_device
 from probes.config import RunConfig, SolveOptions
 from probes.data.available_memory import available_memory
 from probes.data.batches import PreprocessedDataset
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import assign_folds
-from probes.machine import build_machine, seed_everything, solver_device
 from probes.models.module_sources import source_identity
 from probes.runs.files import format_scores, run_folder, say_finished
 from probes.runs.pictures import save_pictures
@@ -45,7 +45,7 @@ from probes.score.estimate import dataset_scores
 from probes.score.image_metrics import TaskMetric
 from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
 from probes.site_probes import MODEL_SETTINGS, SiteProbes, load_probes, save_predictions
-from probes.step_progress import follow, format_duration
+from probes.steps.progress import follow, format_duration
 from probes.tasks import SEGMENTATION, TASKS
 from probes.tasks.losses import CrossEntropy
 

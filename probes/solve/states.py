@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.files import names_full_disk
+from probes.compute.machine import Machine, solver_device
 from probes.data.batches import MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
-from probes.machine import Machine, solver_device
 from probes.ops.normal_equations import NormalEquations, join_equations, normal_equations
 from probes.ops.quadrature import PreparedMasks, join_masks
 from probes.site_probes import SiteProbes
-from probes.step_progress import follow
+from probes.steps.progress import follow
 
 from .held_out import scored_masks
 from .least_squares import check_values

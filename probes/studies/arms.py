@@ -17,19 +17,21 @@ can differ from all draws of one kind, e.g. by the scale of its weights (experim
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import PlannedRun
-from probes.config import RunConfig
+from probes.config import ModelOptions, RunConfig, StudyOptions
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.families.modules import why_unmatched
 from probes.models.read_config import read_config
 from probes.models.sites import layer_around
 
-from .config import StudyConfig
+TRAINED = "trained"  # the arm of the checkpoint as it is
+FITTED = "probes"  # the arm of `--fit`: the trained model with probes that AdamW trained
 
 
 class Weights(NamedTuple):
@@ -42,23 +44,20 @@ class Weights(NamedTuple):
 
 
 ARMS = {
-    "trained": Weights((), "none", slice(None)),
+    TRAINED: Weights((), "none", slice(None)),
     "random": Weights(("llm",), "update", slice(1, None)),
     "permuted": Weights(("llm",), "permuted", slice(1, None)),
     "adapter": Weights(("adapter",), "none", slice(0, 2)),
     "untrained": Weights(("adapter", "llm"), "none", slice(1, None)),
 }
 ENCODER_ARMS = {
-    "trained": ARMS["trained"],
+    TRAINED: ARMS[TRAINED],
     "random": Weights(("encoder",), "update", slice(None)),
     "permuted": Weights(("encoder",), "permuted", slice(None)),
 }
-# Of any study: the fewest with an interval. Their spread is pooled with that of the other draws.
+# Draws of permuted weights in any study: the fewest with an interval. Their spread is pooled with that of other draws.
 PERMUTED_DRAWS = 2
-
-
-FITTED = "probes"  # the arm of `--fit`: the trained model with probes that AdamW trained
-# The paper's protocol (configs/probes/folder.yaml) for it, unless the options say how long to train.
+# The paper's protocol (configs/probes/folder.yaml) for FITTED, unless the options say how long to train.
 RECIPE = {
     "max_epochs": -1,
     "max_steps": 6320,
@@ -84,8 +83,66 @@ class Arm(NamedTuple):
     config: RunConfig
     why_left_out: str = ""
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the model is as it is, and its probes are solved."""
+        return self.name == TRAINED
 
-def arm_names(study: StudyConfig, has_llm: bool = True) -> list[str]:
+
+def plan_arms(study: StudyOptions) -> list[Arm]:
+    """Return the arms of all models: the trained one first, and the one with trained probes last."""
+    return [
+        arm for label, path in study.models.items() for arm in arms_of_model(study, label, path)
+    ]
+
+
+def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
+    """Yield the arms of a model.
+
+    Raises:
+        UserError: The model's config cannot be read, or it cannot have an arm, site or image size that was asked for.
+    """
+    model = replace(study.model, mllm=path)
+    config = read_config(path)
+    family = family_of(config)
+    if model.image_px is not None:
+        family.with_side(model.image_px, config)  # an error if it takes no input of this side
+    mask = model.image_attention or own_image_attention(config)
+    sites = family.sites(config)
+    chosen = chosen_sites(family, config, model.sites or None)
+    # in forward order, and where each is complete: a part is with its layer, which random weights from there on
+    # leave as it is
+    places = {site: layer_around(site) for site in all_sites(family, config) if site in chosen}
+    unmatched = why_unmatched(config)
+    names = arm_names(study, family.has_llm)
+    if study.fit:
+        names.append(FITTED)
+    for name in names:
+        weights = weights_of_arm(name, family.has_llm)
+        options = RunConfig.of(study, model=model, overwrite=False)
+        compared = [*places]
+        if weights.parts:
+            changed = sites[weights.sites]
+            compared = [site for site, place in places.items() if place in changed]
+            options = replace(options, model=random_model(model, name, weights, sites=compared))
+        if name == FITTED and "max_epochs" not in options.trainer:
+            options = replace(options, trainer=RECIPE | options.trainer)
+        why_left_out = ""
+        if weights.match == "update":
+            why_left_out = unmatched
+        if why_left_out and study.arms:
+            raise UserError(f"arm {name} of {path}: {why_left_out} (--arms)")
+        run = PlannedRun(
+            name=join(label, name),
+            mask=mask,
+            sites=compared,
+            model_sites=sites,
+            has_llm=family.has_llm,
+        )
+        yield Arm(label=label, name=name, run=run, config=options, why_left_out=why_left_out)
+
+
+def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:
     """Return the names of the arms of a model, the trained one first.
 
     Raises:
@@ -93,17 +150,42 @@ def arm_names(study: StudyConfig, has_llm: bool = True) -> list[str]:
     """
     if not study.arms:
         draws = {"random": study.draws, "permuted": min(study.draws, PERMUTED_DRAWS)}
-        draws |= {"adapter": study.draws} if has_llm else {}
-        return ["trained", *(f"{kind}{i}" for kind, count in draws.items() for i in range(count))]
-    kinds = [*(ARMS if has_llm else ENCODER_ARMS)][1:]
+        if has_llm:
+            draws["adapter"] = study.draws
+        return [TRAINED, *(f"{kind}{i}" for kind, count in draws.items() for i in range(count))]
+    kinds = [kind for kind in weights_by_kind(has_llm) if kind != TRAINED]
     for name in study.arms:
         if not re.fullmatch(rf"trained|({'|'.join(kinds)})\d{{1,3}}", name):
-            known = ", ".join(["trained", *(f"{kind}0" for kind in kinds)])
-            of = "" if has_llm else " of a vision encoder"
+            expected = ", ".join([TRAINED, *(f"{kind}0" for kind in kinds)])
+            of_model = "" if has_llm else " of a vision encoder"
             raise UserError(
-                f"there is no arm {name!r}{of}; expected {known}, or another draw (--arms)"
+                f"there is no arm {name!r}{of_model}; expected {expected}, or another draw (--arms)"
             )
-    return sorted(dict.fromkeys(study.arms), key=lambda name: name != "trained")
+    return sorted(dict.fromkeys(study.arms), key=lambda name: name != TRAINED)
+
+
+def weights_of_arm(name: str, has_llm: bool) -> Weights:
+    """Return the weights of an arm; under probes that AdamW trained, they are those of the trained model."""
+    kind = kind_of(name)
+    if kind == FITTED:
+        kind = TRAINED
+    return weights_by_kind(has_llm)[kind]
+
+
+def weights_by_kind(has_llm: bool) -> Mapping[str, Weights]:
+    """Return the weights of the kinds of arms that an MLLM, or a bare vision encoder, can have."""
+    return ARMS if has_llm else ENCODER_ARMS
+
+
+def random_model(model: ModelOptions, arm: str, weights: Weights, sites: list[str]) -> ModelOptions:
+    """Return the options of a model with the random weights of an arm, which is compared at some sites."""
+    return replace(
+        model,
+        untrained=list(weights.parts),
+        match=weights.match,
+        draw=int(arm.removeprefix(kind_of(arm))),
+        sites=sites,
+    )
 
 
 def kind_of(arm: str) -> str:
@@ -114,52 +196,3 @@ def kind_of(arm: str) -> str:
 def join(label: str, name: str) -> str:
     """Return the name of a run of a model."""
     return f"{label}/{name}" if label else name
-
-
-def plan_arms(study: StudyConfig) -> list[Arm]:
-    """Return the arms of all models: the trained one first, and the one with trained probes last."""
-    arms = []
-    for label, path in study.models.items():
-        model = replace(study.model, mllm=path)
-        config = read_config(path)
-        family = family_of(config)
-        if model.image_px is not None:
-            family.with_side(model.image_px, config)  # an error if it takes no input of this side
-        mask = model.image_attention or own_image_attention(config)
-        sites = family.sites(config)
-        chosen = chosen_sites(family, config, model.sites or None)
-        # in forward order, and where each is complete: a part is with its layer, which random weights from there on
-        # leave as it is
-        probed = {x: layer_around(x) for x in all_sites(family, config) if x in chosen}
-        kinds = ARMS if family.has_llm else ENCODER_ARMS
-        unmatched = why_unmatched(config)
-        names = [*arm_names(study, family.has_llm), *([FITTED] if study.fit else [])]
-        for name in names:
-            weights = kinds["trained" if name == FITTED else kind_of(name)]
-            compared = [*probed]
-            options = RunConfig.of(study, model=model, overwrite=False)
-            if weights.parts:
-                changed = sites[weights.sites]
-                compared = [site for site, place in probed.items() if place in changed]
-                random = replace(
-                    model,
-                    untrained=list(weights.parts),
-                    match=weights.match,
-                    draw=int(name.removeprefix(kind_of(name))),
-                    sites=compared,
-                )
-                options = replace(options, model=random)
-            run = PlannedRun(
-                name=join(label, name),
-                mask=mask,
-                sites=compared,
-                model_sites=sites,
-                has_llm=family.has_llm,
-            )
-            if name == FITTED and "max_epochs" not in options.trainer:
-                options = replace(options, trainer=RECIPE | options.trainer)
-            why = unmatched if weights.match == "update" else ""
-            if why and study.arms:
-                raise UserError(f"arm {name} of {path}: {why} (--arms)")
-            arms.append(Arm(label=label, name=name, run=run, config=options, why_left_out=why))
-    return arms

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from probes.config import StudyOptions
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
 from probes.score.estimate import student_quantile
-from probes.step_progress import format_duration
-from probes.steps import LEFT_OUT, find_missing
+from probes.steps.progress import format_duration
+from probes.steps.record import Outcome
+from probes.steps.runner import find_missing
 
 from .arms import arm_names, kind_of
-from .config import StudyConfig
 from .plan import RUNS, check_folder, plan
 
 SIMULATED = 20_000  # studies
@@ -23,7 +24,7 @@ OF_AN_IMAGE = 0.0028 * math.sqrt(600)
 OF_DRAWS = 0.0035
 
 
-def print_estimate(study: StudyConfig) -> None:
+def print_estimate(study: StudyOptions) -> None:
     """Print the missing steps, the time of a pass over the images, disk space, and the effect that can be detected.
 
     Raises:
@@ -44,7 +45,7 @@ def print_estimate(study: StudyConfig) -> None:
     print(f"{len(missing)} steps, {len(runs)} of them passes over the images: {kinds}")
     for step in planned.steps:
         if step.why_left_out:
-            print(f"{step.name} {LEFT_OUT}: {step.why_left_out}")
+            print(f"{step.name} {Outcome.LEFT_OUT}: {step.why_left_out}")
     images = len(planned.validation)
     # counts of all images and of the solved path, at 40 sites
     numbers = 40 * images * len(planned.validation.classes) * (3 + 2 * 3 + 1)
@@ -61,7 +62,7 @@ def print_estimate(study: StudyConfig) -> None:
         print(f"{len(runs)} arms: about {format_duration(len(runs) * seconds)}, and the analyses")
 
 
-def describe_power(study: StudyConfig, images: int, masks: int) -> str:
+def describe_power(study: StudyOptions, images: int, masks: int) -> str:
     """Return which effects a study of models with so many masks can tell from those of random models."""
     arms = arm_names(study, has_llm=True)
     random, permuted = draws = [

@@ -17,20 +17,19 @@ from llava_bidir.common.identity import check_same_identity, describe_digest, na
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.analysis import EFFECTS_SUFFIX
-from probes.config import ReportOptions
+from probes.config import ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
-from probes.steps import Step, digest, read_records, unfinished_steps
+from probes.steps.record import Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
-from .arms import FITTED, Arm, join, kind_of, plan_arms
-from .config import StudyConfig
+from .arms import FITTED, TRAINED, Arm, join, kind_of, plan_arms
 
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
-Values = dict[str, Any]  # of options of an analysis, by name
+Settings = dict[str, Any]  # values of options of an analysis, by name
 # returns checksums of a model and of a task's images and targets
 Content = Callable[[], dict[str, str]]
 
@@ -52,7 +51,14 @@ class Planned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunStep(Step):
+class ArmStep(Step):
+    """A step of an arm; `is_trained` of the one whose model is as it is."""
+
+    is_trained: bool = False
+
+
+@dataclass(frozen=True)
+class RunStep(ArmStep):
     """A probe run, which is made from a model and from images and targets."""
 
     content: Content = dict
@@ -80,48 +86,32 @@ class ReportStep(Step):
         return hashes
 
 
-def plan(study: StudyConfig) -> Planned:
+def plan(study: StudyOptions) -> Planned:
     """Return the arms and steps of a study. What is wrong is said before any work.
 
     Raises:
         UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
     _check(study)
-    data = study.data
     tasks = (SEGMENTATION, *study.tasks)
-    splits = {task: open_splits(replace(data, task=task)) for task in tasks}
+    splits = {task: open_splits(replace(study.data, task=task)) for task in tasks}
     validation = splits[SEGMENTATION]["validation"]
     analyses = choose_analyses(study, validation)
     contents = {
-        (label, task): cache(partial(_content, model, of_task))
+        (label, task): cache(partial(_content, model, splits_of_task))
         for label, model in study.models.items()
-        for task, of_task in splits.items()
+        for task, splits_of_task in splits.items()
     }
     arms = plan_arms(study)
     steps: list[Step] = []
     for label in study.models:
         of_model = [arm for arm in arms if arm.label == label]
         for task in splits:
-            solved = [arm for arm in of_model if task == SEGMENTATION or arm.name != FITTED]
-            steps += [
-                _step_of_arm(study, arm=arm, task=task, content=contents[label, task])
-                for arm in solved
-            ]
-        steps += _analysis_steps(study, arms=of_model, analyses=analyses, photos=len(validation))
-    report = study.out / "report"
-    truth = Path(data.root) / TRUTH_FILE
-    steps.append(
-        ReportStep(
-            "report",
-            ReportOptions(
-                studies=(str(study.out),), out=report, labels=tuple(filter(None, study.models))
-            ),
-            report / "results.json",
-            kind="report",
-            call="probes.studies.table:write_report",
-            reads={step.name: step.result for step in steps} | {TRUTH_FILE: truth},
-        )
-    )
+            for arm in of_model:
+                if task == SEGMENTATION or arm.name != FITTED:
+                    steps.append(_run_step(study, arm, task=task, content=contents[label, task]))
+        steps += _analysis_steps(study, of_model, analyses=analyses, photos=len(validation))
+    steps.append(_report_step(study, steps))
     chosen = [step for step in steps if not study.only or step.kind in study.only]
     if not chosen:
         raise UserError(
@@ -131,16 +121,15 @@ def plan(study: StudyConfig) -> Planned:
     return Planned(arms=arms, steps=chosen, validation=validation, contents=contents)
 
 
-def _check(study: StudyConfig) -> None:
+def _check(study: StudyOptions) -> None:
     """Raise a UserError if a setting is invalid."""
     others = [task for task in TASKS if task != SEGMENTATION]
     kinds = [*RUNS, *MEASURED, "report"]
-    for option, names, known in (("task", study.tasks, others), ("step", study.only, kinds)):
-        for name in names:
-            if name not in known:
-                raise UserError(
-                    f"there is no {option} {name!r}; expected some of {', '.join(known)}"
-                )
+    for option, given, names in (("task", study.tasks, others), ("step", study.only, kinds)):
+        for name in given:
+            if name not in names:
+                expected = ", ".join(names)
+                raise UserError(f"there is no {option} {name!r}; expected some of {expected}")
     for key in ("untrained", "match", "draw"):
         if getattr(study.model, key) not in (None, "none", 0):
             raise UserError(
@@ -162,96 +151,125 @@ def _content(model: str, splits: Mapping[str, ImageDataset]) -> dict[str, str]:
     """Return the checksums of a model and of the splits of a task."""
     from probes.models.module_sources import source_identity  # imports transformers' models
 
-    found = {
-        "model": named_identity({"mllm": source_identity(model)}),
-        "data": identity_of_splits(splits),
-    }
-    return {f"{part}.{key}": value for part, of in found.items() for key, value in of.items()}
+    weights = named_identity({"mllm": source_identity(model)})
+    images = identity_of_splits(splits)
+    content = {f"model.{name}": value for name, value in weights.items()}
+    return content | {f"data.{name}": value for name, value in images.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- steps
-def _step_of_arm(study: StudyConfig, arm: Arm, task: str, content: Content) -> Step:
+def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> RunStep:
     """Return the step that makes the probe run of an arm."""
-    is_fit = arm.name == FITTED
+    kind, call = "solve", "probes.solve.run:run_config"
+    if arm.name == FITTED:
+        kind, call = "fit", "probes.fit.cli:run_fit"
     name = arm.run.name
     if task != SEGMENTATION:
         name = join(arm.label, f"{task}_{arm.name}")
-    unchanged = f"none of the sites that are probed is changed by {name} (model.sites)"
+    why_left_out = arm.why_left_out
+    if not arm.run.sites:
+        why_left_out = f"none of the sites that are probed is changed by {name} (model.sites)"
+    folder = study.out / name
+    data = replace(arm.config.data, task=task)
     return RunStep(
         name,
-        replace(arm.config, data=replace(arm.config.data, task=task), out=str(study.out / name)),
-        study.out / name / "metrics.json",
-        kind="fit" if is_fit else "solve",
-        call="probes.fit.cli:run_fit" if is_fit else "probes.solve.run:run_config",
+        config=replace(arm.config, data=data, out=str(folder)),
+        result=folder / "metrics.json",
+        kind=kind,
+        call=call,
         takes_overwrite=True,
-        why_left_out=arm.why_left_out if arm.run.sites else unchanged,
+        why_left_out=why_left_out,
+        is_trained=arm.is_trained,
         content=content,
     )
 
 
 def _analysis_steps(
-    study: StudyConfig, arms: Sequence[Arm], analyses: Mapping[str, Values], photos: int
-) -> list[Step]:
+    study: StudyOptions, arms: Sequence[Arm], analyses: Mapping[str, Settings], photos: int
+) -> list[ArmStep]:
     """Return the steps that analyse the runs of a model."""
     has_llm = arms[0].run.has_llm
     if not has_llm:  # maps of a few photos are made unasked
         shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
         analyses = {"maps": {"image": list(shown)}, **analyses}
     steps = []
-    for name, values in analyses.items():
-        analysed = [
-            arm for arm in arms if not arm.why_left_out and kind_of(arm.name) in MEASURED[name].arms
-        ]
-        if not has_llm and not MEASURED[name].of_encoders:
-            analysed = analysed[:1] if name in _asked(study) else []  # left out, which is said once
-        steps += [_analysis_step(study, arm=arm, name=name, values=values) for arm in analysed]
+    for name, settings in analyses.items():
+        analysis = MEASURED[name]
+        analysed = [arm for arm in arms if kind_of(arm.name) in analysis.arms]
+        analysed = [arm for arm in analysed if not arm.why_left_out]
+        if not (has_llm or analysis.of_encoders):
+            if name not in _asked(study):
+                continue
+            analysed = analysed[:1]  # left out, which is said once
+        steps += [_analysis_step(study, arm, name=name, settings=settings) for arm in analysed]
     return steps
 
 
-def _analysis_step(study: StudyConfig, arm: Arm, name: str, values: Values) -> Step:
+def _analysis_step(study: StudyOptions, arm: Arm, name: str, settings: Settings) -> ArmStep:
     """Return the step that analyses a run; random controls do what was done in the trained arm."""
     analysis = MEASURED[name]
-    folder = study.out / arm.run.name
-    reads = {arm.run.name: folder / "metrics.json"}
-    reads |= {f"{name}.{key}": Path(values[key]) for key in analysis.beside_data if key in values}
-    reads |= {f"{arm.run.name}/{other}": folder / f"{other}.json" for other in analysis.reads}
-    values = values | {"probes": folder}
+    run = arm.run.name
+    folder = study.out / run
+    reads = {run: folder / "metrics.json"}
+    for option in analysis.beside_data:
+        if option in settings:
+            reads[f"{name}.{option}"] = Path(settings[option])
+    reads |= {f"{run}/{other}": folder / f"{other}.json" for other in analysis.reads}
+    settings = settings | {"probes": folder}
     follows = ""
-    if arm.name not in ("trained", FITTED):  # "probes" have mistakes of their own
-        trained = join(arm.label, "trained")
+    if not arm.is_trained and arm.name != FITTED:  # "probes" have mistakes of their own
+        trained = join(arm.label, TRAINED)
         follows = f"{trained}/{name}"
         reads[trained] = study.out / trained / "metrics.json"
-        if "like" in {entry.name for entry in fields(analysis.options)}:
+        if "like" in {option.name for option in fields(analysis.options)}:
             reads[follows] = study.out / trained / analysis.result
-            values["like"] = reads[follows]
-    return Step(
-        f"{arm.run.name}/{name}",
-        Parser(analysis.options).read([], values),
-        folder / analysis.result,
+            settings["like"] = reads[follows]
+    return ArmStep(
+        f"{run}/{name}",
+        config=Parser(analysis.options).read([], settings),
+        result=folder / analysis.result,
         kind=name,
         call="probes.analyses:run",
         reads=reads,
         takes_overwrite=True,
         follows=follows,
         optional=True,
-        why_left_out=analysis.why_left_out(arm.run, values),
+        why_left_out=analysis.why_left_out(arm.run, settings),
+        is_trained=arm.is_trained,
+    )
+
+
+def _report_step(study: StudyOptions, steps: Sequence[Step]) -> ReportStep:
+    """Return the step that writes the report of all other steps."""
+    folder = study.out / "report"
+    reads = {step.name: step.result for step in steps}
+    reads[TRUTH_FILE] = Path(study.data.root) / TRUTH_FILE
+    return ReportStep(
+        "report",
+        config=ReportOptions(studies=(str(study.out),), out=folder, labels=study.labels),
+        result=folder / "results.json",
+        kind="report",
+        call="probes.studies.table:write_report",
+        reads=reads,
     )
 
 
 # ------------------------------------------------------------------------------------------------------- analyses
-def choose_analyses(study: StudyConfig, validation: ImageDataset) -> dict[str, Values]:
+def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, Settings]:
     """Return the options of each analysis that is run; the default ones and those of `--add`.
 
     Raises:
         UserError: `--add` names no analysis or class, or an analysis whose file is missing.
     """
-    chosen = {name: {**x.in_study} for name, x in MEASURED.items() if x.default}
+    chosen = {
+        name: {**analysis.in_study} for name, analysis in MEASURED.items() if analysis.default
+    }
     for text in study.add:
         name, _, setting = text.partition(".")
         if name not in MEASURED:
             expected = ", ".join(MEASURED)
             raise UserError(f"there is no analysis {name!r}; expected one of {expected} (--add)")
-        options = chosen.setdefault(name, {**MEASURED[name].in_study})
+        settings = chosen.setdefault(name, {**MEASURED[name].in_study})
         if setting:
             key, _, value = setting.partition("=")
             if not value:
@@ -259,15 +277,16 @@ def choose_analyses(study: StudyConfig, validation: ImageDataset) -> dict[str, V
                     f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
                 )
             key = key.replace("-", "_")
-            options[key] = _read_value(MEASURED[name].options, key, value)
+            settings[key] = _read_value(MEASURED[name].options, key, value)
     if "maps" in chosen and chosen["maps"]["image"] == MEASURED["maps"].in_study["image"]:
         chosen["maps"]["image"] = [n for n in chosen["maps"]["image"] if n < len(validation)]
     _add_files_beside_data(study, chosen)
-    known = validation.classes
+    classes = validation.classes
     for name in chosen.get("knockout", {}).get("classes", ()):
-        if not name.startswith("auto:") and name not in known:
+        if not name.startswith("auto:") and name not in classes:
+            expected = ", ".join(map(repr, classes))
             raise UserError(
-                f"there is no class {name!r}; expected some of {', '.join(map(repr, known))} (--add); "
+                f"there is no class {name!r}; expected some of {expected} (--add); "
                 'a name with a comma is given as knockout.classes=["a, b", "c"]'
             )
     return chosen
@@ -277,10 +296,12 @@ def _read_value(options: type, name: str, text: str) -> Any:
     """Return the value of an option of `--add`; of a list, its parts between commas, or a list of YAML."""
     if "tuple" not in str(get_type_hints(options).get(name)):
         return text
-    return yaml.safe_load(text) if text.startswith("[") else text.split(",")
+    if text.startswith("["):
+        return yaml.safe_load(text)
+    return text.split(",")
 
 
-def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> None:
+def _add_files_beside_data(study: StudyOptions, chosen: dict[str, Settings]) -> None:
     """Add the files that analyses need and that stand beside the data; leave out the analyses that have none.
 
     Raises:
@@ -300,28 +321,29 @@ def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> Non
             del chosen[name]
 
 
-def _asked(study: StudyConfig) -> set[str]:
+def _asked(study: StudyOptions) -> set[str]:
     """Return the analyses that `--add` names."""
     return {text.partition(".")[0] for text in study.add}
 
 
 # -------------------------------------------------------------------------------------------------------- folder
-def check_folder(study: StudyConfig, planned: Planned) -> None:
+def check_folder(study: StudyOptions, planned: Planned) -> None:
     """Raise a UserError if the folder holds runs of other models, images or targets, which may not be overwritten."""
     held: dict[str, str] = {}  # models by label
     for record in read_records(study.out):
-        name = record["step"]
-        if record["kind"] not in RUNS or not (study.out / name / "metrics.json").is_file():
+        run = study.out / record.step
+        if record.kind not in RUNS or not (run / "metrics.json").is_file():
             continue
-        model = record["config"]["model"]["mllm"]
-        label = name.rpartition("/")[0]
+        options = record.tried.config
+        model = options["model"]["mllm"]
+        label = record.step.rpartition("/")[0]
         held.setdefault(label, model)
-        content = planned.contents.get((label, record["config"]["data"]["task"]))
+        content = planned.contents.get((label, options["data"]["task"]))
         if content and not study.overwrite:
             check_same_identity(
-                {"settings": record["inputs"]},
+                {"settings": record.tried.inputs},
                 current={"settings": content()},
-                source=f"{study.out / name}, of {model},",
+                source=f"{run}, of {model},",
                 advice="choose another --out, or --overwrite true",
             )
     labels = held.keys() | study.models.keys()

@@ -1,5 +1,7 @@
 """The figure of a study: a metric by site, each trained model in its own colour."""
 
+from itertools import compress
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -29,31 +31,32 @@ def plot_table(
     """
     runs = table.drop_duplicates("run").to_dict("records")
     trained = [run for run in runs if run["weights"] == "trained"]
-    found = [run["model"] for run in trained]
-    models = [*dict.fromkeys([*(name for name in order if name in found), *found])]
+    names = [run["model"] for run in trained]
+    models = [name for name in order if name in names]
+    models = [*dict.fromkeys(models + names)]
     trained.sort(key=lambda run: models.index(run["model"]))
     kinds = [*dict.fromkeys((run["model"], run["mask"]) for run in trained)]
     sites = sorted(filter(is_on_main_path, table["site"].unique()), key=_place)
     shown = table[table["site"].isin(sites)]
+    shown = shown.assign(place=shown["site"].map(sites.index))
+    has_seeds = table["seed"].nunique() > 1
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for run in [*(run for run in runs if run["weights"] != "trained"), *trained]:
+    for run in runs:
+        if run["weights"] != "trained":
+            rows = shown[shown["run"] == run["run"]]
+            axes.plot(rows["place"], rows["value"], marker="o", ms=3, color="lightgrey", zorder=1)
+    for run in trained:
         rows = shown[shown["run"] == run["run"]]
-        places = rows["site"].map(sites.index)
-        look = {"color": "lightgrey", "zorder": 1}
-        if run in trained:
-            kind = kinds.index((run["model"], run["mask"]))
-            words = [run["model"]] * (len(models) > 1)
-            words += [run["mask"]] * (run["model"] not in encoders)
-            words += [f"{run['probes']} probes"]
-            words += [f"seed {run['seed']}"] * (table["seed"].nunique() > 1)
-            look = {
-                "color": COLOURS[kind % len(COLOURS)],
-                "label": ", ".join(words),
-                "ls": "-" if run["probes"] == "solved" else "--",
-            }
-            axes.fill_between(places, rows["low"], rows["high"], color=look["color"], alpha=0.12)
-        axes.plot(places, rows["value"], marker="o", ms=3, **look)
+        kind = kinds.index((run["model"], run["mask"]))
+        colour = COLOURS[kind % len(COLOURS)]
+        line = {"solved": "-", "trained": "--"}[run["probes"]]
+        words = [run["model"], run["mask"], f"{run['probes']} probes", f"seed {run['seed']}"]
+        is_said = [len(models) > 1, run["model"] not in encoders, True, has_seeds]
+        label = ", ".join(compress(words, is_said))
+        axes.fill_between(rows["place"], rows["low"], rows["high"], color=colour, alpha=0.12)
+        look = {"color": colour, "ls": line, "label": label}
+        axes.plot(rows["place"], rows["value"], marker="o", ms=3, **look)
     axes.set(ylabel=ylabel, title="grey: random weights")
     axes.set_xticks(range(len(sites)), sites, rotation=60)
     figure.legend(loc="outside lower center", fontsize=8)
@@ -62,6 +65,8 @@ def plot_table(
 
 def _place(site: str) -> tuple[int, int]:
     """Return where a site is from the pixels to the output, of models of any depth."""
-    kinds = (is_encoder_layer(site), site == ENCODER, site == ADAPTER, is_layer(site))
-    is_numbered = is_encoder_layer(site) or is_layer(site)
-    return [*kinds, True].index(True), layer_number(site) if is_numbered else 0
+    kinds = (is_encoder_layer(site), site == ENCODER, site == ADAPTER, is_layer(site), True)
+    number = 0
+    if is_encoder_layer(site) or is_layer(site):
+        number = layer_number(site)
+    return kinds.index(True), number

@@ -25,19 +25,20 @@ import yaml
 from llava_bidir.common.errors import NothingToMeasure, UsageError, UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.imports import import_words
+from probes.compute.process_group import end_on_signals, process_group
 from probes.config import RunConfig, StudyOptions
-from probes.process_group import end_on_signals, process_group
 from probes.report.terminal import print_summary
 from probes.runs.read import finished_runs
-from probes.steps import Step, as_json, find_missing, must_replace, record_file, run_steps
+from probes.steps.record import OUTSTANDING, Step, as_json, must_replace, record_file
+from probes.steps.runner import find_missing, run_steps
 
-from .config import StudyConfig, label_models, study_config
+from .arms import TRAINED
 from .estimate import print_estimate
+from .options import label_models, study_options, with_inputs
 from .plan import RUNS, check_folder, plan
 from .table import Study, write_table
 
 REPORT_WAIT_S = 600
-OUTSTANDING = "outstanding, since the first report comes before the controls"
 LOG = "study.log"
 
 
@@ -46,8 +47,11 @@ def run(options: StudyOptions) -> None:
     *words, data = options.inputs
     if not words:
         raise UsageError("expected a model and a folder: probes study MODEL DATA --out DIR")
-    config = StudyConfig.of(options, label_models(words), data)
-    (print_estimate if options.dry_run else run_study)(config)
+    study = with_inputs(options, label_models(words), data)
+    if study.dry_run:
+        print_estimate(study)
+    else:
+        run_study(study)
 
 
 def study(
@@ -66,7 +70,7 @@ def study(
             ...}; each is compared with the first.
         data: Folder of images and masks (probes/README.md), or the name of a layout.
         out: Folder of the study.
-        settings: Those of :func:`probes.studies.config.study_config`: draws, arms, fit, tasks, add, only, overwrite;
+        settings: Those of :func:`probes.studies.options.study_options`: draws, arms, fit, tasks, add, only, overwrite;
             options of the probe runs nested as in YAML, options={"data": {"batch_size": 2}}, and names of YAML files,
             configs.
 
@@ -75,53 +79,53 @@ def study(
     """
     models = model if isinstance(model, dict) else {"": model}
     paths = {label: str(path) for label, path in models.items()}
-    run_study(study_config(paths, str(data), out=out, **settings))
+    run_study(study_options(paths, str(data), out=out, **settings))
     return Study(Path(out))
 
 
-def run_study(study: StudyConfig) -> None:
+def run_study(study: StudyOptions) -> None:
     """Run what is missing of a study, and print its verdicts.
 
     Raises:
         UserError: The study cannot be run, or a step has failed. If that is an analysis, all others and the report are
             made before.
     """
-    planned = plan(study)
-    for line in dict.fromkeys(step.why_left_out for step in planned.steps if step.kind in RUNS):
-        if line:
-            print(f"left out: {line}")
     out = study.out
-    labels = tuple(filter(None, study.models))
-    part = "+".join([*labels, *study.arms]).replace("/", ".")
+    planned = plan(study)
+    reasons = [step.why_left_out for step in planned.steps if step.kind in RUNS]
+    for reason in dict.fromkeys(filter(None, reasons)):
+        print(f"left out: {reason}")
+    part = "+".join([*study.labels, *study.arms]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         check_folder(study, planned)
         missing = find_missing(planned.steps, out)
-        # no report before the trained model is solved
         solved = [run.name for run in finished_runs(out)]
         solved += [Path(step.name).name for step in missing if step.kind == "solve"]
-        ready = [step for step in missing if step.kind != "report" or "trained" in solved]
-        if has_no_report := len(ready) < len(missing):
+        ready = missing
+        if TRAINED not in solved:
+            ready = [step for step in missing if step.kind != "report"]
+        if len(ready) < len(missing):
             print("no report: the trained model is not solved yet")
-        failed = run_steps(
+        failures = run_steps(
             trained_first(ready),
             out,
-            partial(_run_step, study),
+            run=partial(_run_step, study),
             log=out / LOG,
             overwrite=study.overwrite,
         )
         lacks_table = finished_runs(out) and not (out / "table.csv").is_file()
-        if has_no_report or lacks_table:  # a report that was made has written it
-            write_table(out, labels)
+        if len(ready) < len(missing) or lacks_table:  # a report that was made has written it
+            write_table(out, study.labels)
     if not missing:
         print(f"{out} is complete; nothing to do")
     report = out / "report"
     if (report / "results.json").is_file():
         print()
         print_summary(read_json(report / "results.json")["summary"], report / "index.html")
-    if failed:
+    if failures:
         raise UserError(
-            f"{len(failed)} of the steps failed, and the report is without the result, or has an earlier one: "
-            f"{'; '.join(failed)}. The same command tries again"
+            f"{len(failures)} of the steps failed, and the report is without the result, or has an earlier one: "
+            f"{'; '.join(failures)}. The same command tries again"
         )
 
 
@@ -131,8 +135,9 @@ def trained_first(steps: list[Step]) -> list[Step]:
     The report is made again at the end.
     """
     reports = [step for step in steps if step.kind == "report"]
-    trained = [step for step in steps if "trained" in step.name.replace("_", "/").split("/")]
-    others = [step for step in steps if step not in reports + trained]
+    of_arms = [step for step in steps if step.kind != "report"]
+    trained = [step for step in of_arms if step.is_trained]
+    others = [step for step in of_arms if not step.is_trained]
     if not (reports and trained and any(step.kind in RUNS for step in others)):
         return steps
     waiting = [replace(step, why_left_out=step.why_left_out or OUTSTANDING) for step in others]
@@ -140,7 +145,7 @@ def trained_first(steps: list[Step]) -> list[Step]:
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def _run_step(study: StudyConfig, step: Step) -> None:
+def _run_step(study: StudyOptions, step: Step) -> None:
     """Run a step in this process, or with several devices in processes of its own.
 
     What it made from other inputs is replaced, all else only if asked to.
@@ -158,8 +163,8 @@ def _run_step(study: StudyConfig, step: Step) -> None:
     if step.kind == "report":  # jobs of several arms may end together
         turn = exclusive_run_lock(study.out, "report-step", wait_s=REPORT_WAIT_S)
     with turn, _output_to(study.out / LOG):
-        words = json.dumps(as_json(config, study.out))
-        print(f"{step.name}: probes {step.kind} with {words}", flush=True)
+        settings = json.dumps(as_json(config, study.out))
+        print(f"{step.name}: probes {step.kind} with {settings}", flush=True)
         try:
             if step.kind in RUNS and uses_several_devices(study):
                 _run_in_processes(step, config, study.out)
@@ -192,30 +197,33 @@ def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
         raise UserError(f"the step has failed; all it said is in {out / LOG}")
 
 
-def uses_several_devices(study: StudyConfig) -> bool:
+def uses_several_devices(study: StudyOptions) -> bool:
     """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
-    given = str(study.trainer.get("devices", "auto"))
-    if given == "auto":
+    devices = str(study.trainer.get("devices", "auto"))
+    if devices == "auto":
         return torch.cuda.device_count() > 1
-    return given not in ("1", "[0]")
+    return devices not in ("1", "[0]")
 
 
 @contextmanager
 def _output_to(file: Path) -> Iterator[None]:
     """Append what is printed to a file; on a terminal, bars and messages stay visible."""
-    kept = [fd for fd in (1, 2) if fd == 1 or not os.isatty(2)]
+    redirected = [1]
+    if not os.isatty(2):
+        redirected.append(2)
 
-    def flush():
-        return [stream.flush() for stream in (sys.stdout, sys.stderr)]
+    def flush() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
     flush()
     streams = sys.stdout, sys.stderr  # in a notebook not those of the process
     if sys.stdout is not sys.__stdout__ and sys.__stdout__ and sys.__stderr__:
         sys.stdout = sys.__stdout__
         sys.stderr = sys.__stderr__
-    saved = {fd: os.dup(fd) for fd in kept}
+    saved = {fd: os.dup(fd) for fd in redirected}
     with file.open("ab") as stream:
-        for fd in kept:
+        for fd in redirected:
             os.dup2(stream.fileno(), fd)
     try:
         yield

@@ -1,13 +1,14 @@
 """All results of a folder of finished runs as one tidy table, and the verdicts of its report as another."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
 from probes.analyses import MEASURED
-from probes.analyses.analysis import table_row
+from probes.analyses.analysis import Row, table_row
 from probes.config import ReportOptions
 from probes.runs.read import ProbeRun, finished_runs
 from probes.runs.study import given_labels, labels_of_models, model_name
@@ -88,11 +89,9 @@ def read_table(folder: Path, labels: tuple[str, ...]) -> "DataFrame":
     if not runs:
         raise UserError(f"{folder} holds no finished run")
     names = labels_of_models(folder, runs, labels)
-    rows = [
-        row
-        for run in runs
-        for row in _rows(run, str(run.path.relative_to(folder)), names.get(run.path))
-    ]
+    rows: list[Row] = []
+    for run in runs:
+        rows += _rows(run, str(run.path.relative_to(folder)), model=names.get(run.path))
     return DataFrame(rows, columns=COLUMNS)
 
 
@@ -112,7 +111,7 @@ def write_report(options: ReportOptions) -> None:
     write_table(options.out.parent, options.labels)
 
 
-def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[dict[str, Any]]:
+def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[Row]:
     """Yield the rows of a run: its scores by site, its path of strengths, and its analyses.
 
     Args:
@@ -121,36 +120,50 @@ def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[dict[str, Any
         model: Label of its model, if labels tell models apart.
     """
     metrics = run.metrics
-    common = {
+    of_run = {
         "run": name,
         "model": model or Path(metrics["mllm"]).name,
         "mask": run.mask,
         "weights": run.arm,
-        "draw": None if run.arm == "trained" else run.draw,
+        "draw": run.draw,
         "probes": run.probe_kind,
         "task": run.task_name,
         "dataset": metrics["dataset"],
         "seed": metrics["seed"],
     }
+    if run.arm == "trained":
+        of_run["draw"] = None
+    for row in chain(_score_rows(metrics), _path_rows(run), _analysis_rows(run)):
+        yield of_run | row
+
+
+def _score_rows(metrics: dict[str, Any]) -> Iterator[Row]:
+    """Yield the scores of each site with their intervals, and the IoU of each class."""
     for site in metrics["sites"]:
         for key, interval in site.items():
-            if key.endswith("_ci95"):
-                metric = key.removesuffix("_ci95")
-                yield common | table_row(
-                    site["site"], metric=metric, value=site[metric], interval=interval
-                )
-        for cls, iou in zip(
-            metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False
-        ):
-            yield common | table_row(site["site"], metric="iou", value=iou, **{"class": cls})
-    for site in run.strengths.sites if run.is_solved else ():
+            metric = key.removesuffix("_ci95")
+            if metric != key:
+                yield table_row(site["site"], metric, value=site[metric], interval=interval)
+        classes = zip(metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False)
+        for name, iou in classes:
+            yield table_row(site["site"], "iou", value=iou, **{"class": name})
+
+
+def _path_rows(run: ProbeRun) -> Iterator[Row]:
+    """Yield the scores of a run of solved probes at each strength of regularisation that was solved."""
+    if not run.is_solved:
+        return
+    for site in run.strengths.sites:
         for key, values in site.items():
-            if key in ("cv_cross_entropy", "cv_loss", "miou", "pacc"):
-                for strength, value in zip(site["strengths"], values, strict=True):
-                    if value is not None:
-                        yield common | table_row(
-                            site["site"], f"path_{key}", value, strength=strength
-                        )
+            if key not in ("cv_cross_entropy", "cv_loss", "miou", "pacc"):
+                continue
+            for strength, value in zip(site["strengths"], values, strict=True):
+                if value is not None:
+                    yield table_row(site["site"], f"path_{key}", value=value, strength=strength)
+
+
+def _analysis_rows(run: ProbeRun) -> Iterator[Row]:
+    """Yield the rows of the analyses of a run."""
     for analysis in MEASURED.values():
-        result = run.analysis(analysis.result)
-        yield from (common | row for row in analysis.rows(result)) if result else ()
+        if result := run.analysis(analysis.result):
+            yield from analysis.rows(result)

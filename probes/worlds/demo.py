@@ -20,9 +20,9 @@ from typing import Any
 
 import probes
 from llava_bidir.common.files import exclusive_run_lock
+from probes.compute.process_group import end_on_signals
 from probes.config import DemoOptions
-from probes.process_group import end_on_signals
-from probes.steps import Step
+from probes.steps.record import Step
 
 from .steps import (
     MASKS,

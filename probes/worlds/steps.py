@@ -15,8 +15,9 @@ from pathlib import Path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, write_files
 from llava_bidir.common.imports import import_words
-from probes.process_group import end_with_parent, process_group
-from probes.steps import Step, command_now, find_missing, run_steps
+from probes.compute.process_group import end_with_parent, process_group
+from probes.steps.record import Step
+from probes.steps.runner import command_now, find_missing, run_steps
 
 MASKS = ("causal", "bidirectional")
 WEIGHTS = "hf/model.safetensors"

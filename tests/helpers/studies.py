@@ -6,7 +6,7 @@ from typing import Any
 
 from llava_bidir.common.cli import Parser
 from probes.config import StudyOptions
-from probes.studies.config import StudyConfig
+from probes.studies.options import with_inputs
 
 
 def study_of(
@@ -15,7 +15,7 @@ def study_of(
     out: Path,
     options: Sequence[str] = (),
     **settings: Any,
-) -> StudyConfig:
+) -> StudyOptions:
     """Return a study of models on a folder.
 
     Args:
@@ -27,4 +27,4 @@ def study_of(
     """
     paths = {label: str(path) for label, path in models.items()}
     read = Parser(StudyOptions).read([*options, "--inputs=[]"], settings | {"out": out})
-    return StudyConfig.of(read, paths, str(data))
+    return with_inputs(read, paths, str(data))

@@ -15,7 +15,7 @@ PATIENCE_S = 60
 # what a step does instead: a process that starts another one and sleeps, and ends by itself on Ctrl-C only
 STEP = """
 import os, subprocess, sys, time
-from probes.process_group import end_with_parent
+from probes.compute.process_group import end_with_parent
 end_with_parent(int(sys.argv[1]))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open(f"pids_{os.getpid()}", "w") as file:
@@ -30,8 +30,8 @@ except KeyboardInterrupt:
 DEMO = """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from probes import process_group
-from probes.steps import Step
+from probes.compute import process_group
+from probes.steps.record import Step
 from probes.worlds import steps
 from llava_bidir.common.errors import one_line_errors
 steps.CHILD_PROCESS = ("-c", {step!r})

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 from processes import run_command
 
-from probes import step_progress
-from probes.step_progress import StepWatcher
+from probes.steps import progress
+from probes.steps.progress import StepWatcher
 
 
 @pytest.fixture
 def clock(monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(step_progress.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
     return clock
 
 
@@ -34,8 +34,8 @@ def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):
 
 REDIRECTED = """
 import os, sys
-from probes import step_progress
-with step_progress.output_of_command() as lines:
+from probes.steps import progress
+with progress.output_of_command() as lines:
     os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 1)
     print("to the log", flush=True)
     print("to the command", file=lines, flush=True)

@@ -9,7 +9,8 @@ import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
 from llava_bidir.common.runs import interrupt_says_how_to_resume
-from probes.steps import Step, command_now, find_missing, must_replace, read_record, run_steps
+from probes.steps.record import Outcome, Step, must_replace, read_record
+from probes.steps.runner import command_now, find_missing, run_steps
 from probes.worlds.steps import run_commands
 
 
@@ -192,7 +193,8 @@ def test_a_step_is_left_out_with_the_one_that_it_follows(folder):
     steps = [trained, replace(trained, name="random0", follows="trained")]
     run_steps(steps, folder, failing(NothingToMeasure("no image has a wrong patch"), "trained"))
     assert not trained.result.exists()
-    assert read_record("random0", folder)["left_out"].startswith("so was trained")
+    record = read_record("random0", folder)
+    assert record.outcome is Outcome.LEFT_OUT and record.reason.startswith("so was trained")
     assert find_missing(steps, folder) == []
 
 

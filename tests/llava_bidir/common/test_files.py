@@ -101,7 +101,7 @@ WHOLE = {  # functions that write otherwise: why that is whole
     "llava_bidir/training/deepspeed_strategy.py:save_checkpoint": "in a folder that is then renamed",
     "probes/minimal.py:main": "one picture, which nothing reads",
     "probes/solve/run.py:solve_sites": "SiteFiles.save, which calls write_files",
-    "probes/steps.py:_describe_failure": "a log",
+    "probes/steps/runner.py:_describe_failure": "a log",
     "probes/studies/run.py:_output_to": "a log",
     "probes/worlds/assets.py:_write_patches": "in the folder of run",
     "probes/worlds/assets.py:save_pictures": "in the folder of run",

@@ -10,9 +10,9 @@ import torch
 from processes import run_command
 from safetensors.torch import load_file
 
-from probes import machine
 from probes.cli import main
-from probes.machine import Machine, build_machine, device_of_one_process
+from probes.compute import machine
+from probes.compute.machine import Machine, build_machine, device_of_one_process
 
 RUN = """
 import sys

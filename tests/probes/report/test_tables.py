@@ -68,7 +68,8 @@ def test_steps_without_a_result_are_named_whatever_the_folder_is_called(label, w
     write("trained", CURVE, solved=True)
     (tmp_path / "causal_trained").rename(study / "trained")
     for i, key in enumerate(("failed", "left_out")):
-        record = {"step": f"trained/{i}", key: "no memory"}
+        step = {"step": f"trained/{i}", "kind": "knockout", "config": {}, "inputs": {}}
+        record = step | {"result": None, "seconds": 0.0, key: "no memory"}
         (study / f"steps/{i}.json").write_text(json.dumps(record))
     results = write_report([f"{label}{study}"], tmp_path / "report")
     assert [step["outcome"] for step in results["unfinished"]] == ["failed", "left out"]

@@ -5,16 +5,16 @@ import json
 import pytest
 from studies import study_of
 
-from probes.steps import Step
+from probes.config import StudyOptions
+from probes.steps.record import Step
 from probes.studies import run
-from probes.studies.config import StudyConfig
 
 
 @pytest.fixture
 def settings(checkpoints, segmentation, tmp_path):
     """Return a function that makes the settings of a study of a causal model, or of models by label and mask."""
 
-    def make(models: dict[str, str] | None = None, **more) -> StudyConfig:
+    def make(models: dict[str, str] | None = None, **more) -> StudyOptions:
         paths = {label: checkpoints[mask] for label, mask in (models or {"": "causal"}).items()}
         return study_of(paths, data=segmentation, out=tmp_path / "study", **{"draws": 1, **more})
 
@@ -28,7 +28,7 @@ class Ran(list):
         super().__init__()
         self.failing: dict[str, Exception] = {}
 
-    def run_step(self, study: StudyConfig, step: Step) -> None:
+    def run_step(self, study: StudyOptions, step: Step) -> None:
         """Write a result as the command of a step does."""
         self.append(step.name)
         if step.name in self.failing:
@@ -36,7 +36,7 @@ class Ran(list):
         step.result.parent.mkdir(parents=True, exist_ok=True)
         step.result.write_text(json.dumps({"classes": [{"class": "sky"}], "summary": []}))
 
-    def of(self, study: StudyConfig) -> list[str]:
+    def of(self, study: StudyOptions) -> list[str]:
         """Run a study, and return the names of its steps that ran this time."""
         self.clear()
         run.run_study(study)

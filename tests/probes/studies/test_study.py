@@ -16,8 +16,8 @@ from studies import study_of
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import write_files
 from probes.cli import main
+from probes.steps.record import MadeFrom, StepRecord
 from probes.studies.arms import plan_arms
 from probes.studies.estimate import print_estimate
 from probes.studies.plan import choose_analyses, plan
@@ -137,7 +137,8 @@ def test_models_of_one_name_are_told_apart_by_their_labels(kind, given, expected
     """Exports of this project all end in hf. The order is that which the study was given."""
     for label in ("after", "before"):
         write(label, [0.6, 0.5, 0.6, 0.5], metrics={"model_kind": kind})
-    write_files({tmp_path / "steps/report.json": {"config": {"labels": given}}})
+    made_from = MadeFrom({"labels": given}, inputs={})
+    StepRecord("report", "report", tried=made_from, result=None, seconds=0.0).write(tmp_path)
     study = probes.Study(str(tmp_path))
     assert set(study.table()["model"]) == {"before", "after"}
     lines = study.plot().axes[0].get_lines()

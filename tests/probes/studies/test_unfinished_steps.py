@@ -8,15 +8,15 @@ from studies import study_of
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock
-from probes.steps import must_replace, unfinished_steps
+from probes.config import StudyOptions
+from probes.steps.record import OUTSTANDING, must_replace, unfinished_steps
 from probes.studies import run
-from probes.studies.config import StudyConfig
 from probes.studies.plan import plan
 
 SITES = "[encoder, adapter, layer_02]"
 
 
-def reasons(study: StudyConfig) -> dict[str, str]:
+def reasons(study: StudyOptions) -> dict[str, str]:
     """Return what became of unfinished steps, and why."""
     steps = unfinished_steps(study.out)
     return {entry["step"]: f"{entry['outcome']}: {entry['reason']}" for entry in steps}
@@ -45,7 +45,7 @@ def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(setti
 def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
     file = tmp_path / "solve.yaml"
 
-    def made(resize: str) -> StudyConfig:
+    def made(resize: str) -> StudyOptions:
         file.write_text(f"model: {{image_resize: {resize}}}\n")
         return settings(options=("-c", str(file)), only=("solve",))
 
@@ -119,11 +119,17 @@ def test_the_first_report_says_which_controls_are_outstanding(settings, ran):
     assert ran[-2:] == ["report", "a/random0"]
     assert {name.split("/")[1] for name in ran[:-2]} == {"trained"}
     for name in ("a/random0", "b/permuted0"):
-        assert reasons(made)[name].endswith(run.OUTSTANDING)
+        assert reasons(made)[name].endswith(OUTSTANDING)
     ran.failing = {}
     names = ran.of(made)
     assert {"a/random0", "b/permuted0"} < {*names} and names[-1] == "report"
     assert not unfinished_steps(made.out)
+
+
+def test_a_label_does_not_make_an_arm_trained(settings):
+    steps = plan(settings({"re_trained": "causal"})).steps[:-1]
+    trained = {step.name for step in steps if step.is_trained}
+    assert trained == {f"re_trained/trained{name}" for name in ("", "/sinks", "/knockout")}
 
 
 def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):

@@ -1,7 +1,7 @@
-"""What a study is made of, as values. Nothing here imports torch or Lightning."""
+"""Options of a study with its models and data, from words and from values. Nothing here imports torch or Lightning."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +12,14 @@ from probes.config import StudyOptions, split_label
 RESERVED = ("report", "steps")  # folders of a study
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig(StudyOptions):
-    """All that a study is made of: its options, and what they mean.
-
-    Args:
-        models: Checkpoint directory or hub id by label. One model has the label "".
-    """
-
-    models: dict[str, str]
-
-    @classmethod
-    def of(cls, options: StudyOptions, models: Mapping[str, str], data: str) -> "StudyConfig":
-        """Return a study of models by label on a folder of images and masks, or on a layout of a folder in the options.
-
-        Raises:
-            UserError: The folder of a layout is missing, a model is given as an option, or a label cannot be the name
-                of its folder.
-        """
-        if options.model.mllm:
-            raise UserError(
-                f"--model.mllm {options.model.mllm}: the models of a study are words, MODEL DATA"
-            )
-        from probes.data.registry import DATASETS  # torch
-
-        where = {"root": data}
-        if data in DATASETS:
-            if not options.data.root:
-                raise UserError(f"{data} is a layout, and its folder is missing (--data.root DIR)")
-            where = {"dataset": data, "name": options.data.name or data}
-        for label in filter(None, models):
-            if label in RESERVED or Path(label).name != label:
-                raise UserError(
-                    f"{label!r} cannot be the label of a model: expected the name of a folder, not "
-                    f"{' or '.join(RESERVED)}"
-                )
-        own = {"models": dict(models), "data": replace(options.data, **where)}
-        return cls(**vars(options) | own)
-
-
-def study_config(
+def study_options(
     models: Mapping[str, str],
     data: str,
     *,
     configs: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     **settings: Any,
-) -> StudyConfig:
+) -> StudyOptions:
     """Return a study of models on a folder of images and masks, or on a layout.
 
     Args:
@@ -71,9 +32,39 @@ def study_config(
     Raises:
         UserError: An option is unknown or invalid.
     """
+    words = [f"--config={name}" for name in configs]
     values = {"inputs": [data], **(options or {}), **settings}
-    read = Parser(StudyOptions).read([f"--config={name}" for name in configs], values)
-    return StudyConfig.of(read, models, data)
+    study = Parser(StudyOptions).read(words, values)
+    return with_inputs(study, models, data)
+
+
+def with_inputs(study: StudyOptions, models: Mapping[str, str], data: str) -> StudyOptions:
+    """Return a study with models by label, and a folder of images and masks, or a layout whose folder it has.
+
+    Raises:
+        UserError: The folder of a layout is missing, a model is given as an option, or a label cannot be the name
+            of its folder.
+    """
+    from probes.data.registry import DATASETS  # torch
+
+    if study.model.mllm:
+        raise UserError(
+            f"--model.mllm {study.model.mllm}: the models of a study are words, MODEL DATA"
+        )
+    study = replace(study, models=dict(models))
+    if data not in DATASETS:
+        where = {"root": data}
+    elif study.data.root:
+        where = {"dataset": data, "name": study.data.name or data}
+    else:
+        raise UserError(f"{data} is a layout, and its folder is missing (--data.root DIR)")
+    for label in study.labels:
+        if label in RESERVED or Path(label).name != label:
+            raise UserError(
+                f"{label!r} cannot be the label of a model: expected the name of a folder, not "
+                f"{' or '.join(RESERVED)}"
+            )
+    return replace(study, data=replace(study.data, **where))
 
 
 def label_models(words: Sequence[str]) -> dict[str, str]:

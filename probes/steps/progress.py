@@ -96,21 +96,26 @@ class StepWatcher:
     lines: TextIO | None = None
 
     def __post_init__(self):
-        self.started = self.last = self.part_started = time.monotonic()
+        self.started = time.monotonic()
+        self.last = self.started  # when a line was written
         self.part = ""
+        self.part_started = self.started
         self.part_begun = 0.0  # how far it was when it was first heard of
 
     def __call__(self, part: str, done: float, total: float) -> str:
         """Return the time left of all steps when `done` of `total` units of a part are done; write a line at times."""
         now = time.monotonic()
+        elapsed = now - self.started
         if part != self.part:
             self.part = part
             self.part_started = now
             self.part_begun = done
-        gained = done - self.part_begun
-        part_left = (now - self.part_started) * (total - done) / gained if gained > 0 else None
-        left = self.describe_left(now - self.started, part_left)
-        if self.lines and now - self.last >= max(SECONDS, (now - self.started) / 10):
+        part_left = None
+        if done > self.part_begun:
+            seconds_a_unit = (now - self.part_started) / (done - self.part_begun)
+            part_left = seconds_a_unit * (total - done)
+        left = self.describe_left(elapsed, part_left)
+        if self.lines and now - self.last >= max(SECONDS, elapsed / 10):
             self.last = now
             text = f"    {self.name}: {part}, {done:.3g} of {total:.3g}"
             print(", ".join(filter(None, (text, left))), file=self.lines, flush=True)
@@ -118,12 +123,13 @@ class StepWatcher:
 
     def describe_left(self, elapsed: float = 0.0, part_left: float | None = None) -> str:
         """Return the time left of this step and those after it, "about 3 min left"; "" if nothing is known."""
-        known = self.seconds.get(self.kind)
-        if known is None and part_left is None:
-            return ""
-        whole = max(elapsed + (part_left or 0.0), known or 0.0)
-        later = sum(
-            self.seconds.get(kind, whole if kind == self.kind else 0.0) for kind in self.later
-        )
+        bound = "about"
+        if self.kind not in self.seconds:
+            if part_left is None:
+                return ""
+            bound = "at least"
+        whole = max(elapsed + (part_left or 0.0), self.seconds.get(self.kind, 0.0))
+        seconds = {self.kind: whole, **self.seconds}
+        later = sum(seconds.get(kind, 0.0) for kind in self.later)
         minutes = max(1, round((whole - elapsed + later) / 60))
-        return f"{'at least' if known is None else 'about'} {minutes} min left"
+        return f"{bound} {minutes} min left"

@@ -16,7 +16,7 @@ import torch
 
 from llava_bidir.common.errors import UserError, error_context
 from probes.config import OF_FIT
-from probes.step_progress import ProgressKind
+from probes.steps.progress import ProgressKind
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -85,7 +85,9 @@ class Machine:
 
 def solver_device(device: torch.device) -> torch.device:
     """Return where states of a device are solved and scored: not on a Mac's GPU, which has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+    if device.type == "mps":
+        return torch.device("cpu")
+    return device
 
 
 def build_machine(options: Mapping[str, Any]) -> Machine:
@@ -97,11 +99,11 @@ def build_machine(options: Mapping[str, Any]) -> Machine:
     Raises:
         UserError: An option has no meaning for solved probes.
     """
-    known = {*OF_FIT, *(f"trainer.{name}" for name in OPTIONS)}
-    if unknown := [name for name in options if f"trainer.{name}" not in known]:
-        raise UserError(
-            f"trainer.{unknown[0]} has no meaning for solved probes; expected {', '.join(OPTIONS)}"
-        )
+    for name in options:
+        if name not in OPTIONS and f"trainer.{name}" not in OF_FIT:
+            raise UserError(
+                f"trainer.{name} has no meaning for solved probes; expected {', '.join(OPTIONS)}"
+            )
     precision = str(options.get("precision", "32-true"))
     if precision not in PRECISIONS:
         raise UserError(
@@ -112,8 +114,9 @@ def build_machine(options: Mapping[str, Any]) -> Machine:
     if device is None:
         from lightning.fabric import Fabric  # seconds, which one process does not need
 
+        of_fabric = {name: options[name] for name in OF_FABRIC if name in options}
         with error_context("trainer"):
-            fabric = Fabric(**{name: options[name] for name in OF_FABRIC if name in options})
+            fabric = Fabric(**of_fabric)
         device = fabric.device
     progress = progress_kind(options.get("enable_progress_bar"))
     return Machine(device=device, precision=PRECISIONS[precision], progress=progress, fabric=fabric)
@@ -121,28 +124,33 @@ def build_machine(options: Mapping[str, Any]) -> Machine:
 
 def device_of_one_process(options: Mapping[str, Any]) -> torch.device | None:
     """Return the device of a run of one process; None of several processes, and of a device that Fabric must find."""
-    kind = options.get("accelerator", "auto")
-    devices = str(options.get("devices", "auto"))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    on_cpu = kind == "cpu" or (
-        kind == "auto" and not gpus and not torch.backends.mps.is_available()
-    )
     if (
         any(os.environ.get(name, "1") != "1" for name in COUNT_VARIABLES)
         or str(options.get("num_nodes", 1)) != "1"
         or options.get("strategy", "auto") not in ("auto", "ddp")
     ):
         return None
-    if on_cpu:
-        return torch.device("cpu") if devices in ("auto", "1") else None
-    is_one = devices in ("1", "[0]") or (devices == "auto" and gpus == 1)
-    return torch.device("cuda", 0) if gpus and is_one and kind in ON_GPU else None
+    kind = options.get("accelerator", "auto")
+    devices = str(options.get("devices", "auto"))
+    gpus = 0
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+    has_gpu = gpus or torch.backends.mps.is_available()
+    if kind == "cpu" or (kind == "auto" and not has_gpu):
+        is_one = devices in ("auto", "1")
+        device = torch.device("cpu")
+    else:
+        is_one = devices in ("1", "[0]") or (devices == "auto" and gpus == 1)
+        is_one = is_one and gpus and kind in ON_GPU
+        device = torch.device("cuda", 0)
+    return device if is_one else None
 
 
 def progress_kind(show_bar: bool | None) -> ProgressKind:
     """Return how progress is shown: by default as a bar on a terminal, else as lines of a log."""
     if show_bar is None:
-        return "bar" if sys.stderr.isatty() else "lines"
+        show_bar = sys.stderr.isatty()
+        return "bar" if show_bar else "lines"
     return "bar" if show_bar else "none"
 
 

@@ -1,0 +1,1 @@
+"""Where runs compute: devices, precision, and processes of commands."""

@@ -53,7 +53,7 @@ from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, worst_of
-from probes.score.effects import run_effects
+from probes.score.effects import EffectSource
 from probes.score.estimate import Estimate, dataset_scores
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -180,16 +180,11 @@ class Readout:
         counts = count(torch.stack(logits), self.targets, view)
         task = TASKS[SEGMENTATION]
         sums = task.sums(counts._asdict())
-        effects = run_effects(
-            self.sites,
-            None if mllm.has_llm else last_layer(mllm.sites),
-            task,
-            sums,
-            self.weights,
-            None,
-            counts=counts if self.causal is not None else None,
-            columns=mllm.grid[1],
-        )
+        last = None if mllm.has_llm else last_layer(mllm.sites)
+        source = EffectSource(self.sites, last_layer=last, task=task, weights=self.weights)
+        effects = source.effects(sums)
+        if self.causal is not None:
+            effects |= source.patch_accuracies(counts, columns=mllm.grid[1])
         scores = dataset_scores(task, sums)[task.score].tolist()
         of_layers = {
             site: score for site, score in zip(self.sites, scores, strict=True) if is_layer(site)

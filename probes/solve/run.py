@@ -194,7 +194,7 @@ def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> Non
     of_run = [found.row * count + i for i, found in enumerate(solved.values())]
     validation = data.splits["validation"]
     metric = TaskMetric(
-        task=task, images=len(validation), geometry=probes.mllm.geometry, of_run=of_run
+        task=task, images=len(validation), geometry=probes.mllm.geometry, probes_of_run=of_run
     )
     numbers = (
         sum(len(x.solved) for x in solved.values()) * probes.channels * math.prod(probes.mllm.grid)
@@ -240,8 +240,8 @@ def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> Non
         run.hparams,
         run.identity,
         made,
-        path=Strengths(entries, task.score, exact=task.loss is None),
-        path_sums=sums.unflatten(0, (-1, count)),
+        strengths=Strengths(entries, task.score, exact=task.loss is None),
+        sums_at_strengths=sums.unflatten(0, (-1, count)),
     )
     if task.name == SEGMENTATION and not run.hparams["untrained"]:
         data_hash = describe_digest(run.identity["data"])

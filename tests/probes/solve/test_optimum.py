@@ -188,10 +188,10 @@ def test_a_close_choice_ends_where_rounding_allows_no_smaller_decrease(data, mon
     minimise = FoldSearch._minimise
     calls = []
 
-    def stuck(self, strength, *args):
+    def stuck(self, strength, *args, **kwargs):
         calls.append(strength)
         assert len(calls) < 100, "the search goes on for ever"
-        found = minimise(self, strength, *args)
+        found = minimise(self, strength, *args, **kwargs)
         return found._replace(decrease=torch.ones_like(found.decrease))
 
     monkeypatch.setattr(FoldSearch, "_minimise", stuck)

@@ -49,7 +49,7 @@ COMMANDS = {
             VerifyOptions,
         ),
         "solve": Command(
-            "probes.solve.run:run",
+            "probes.solve.run:run_solve",
             "solve a probe at every site at the optimum of its regularised loss, with the strength by cross-validation",
             SolveOptions,
         ),

@@ -48,7 +48,7 @@ from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, worst_of
-from probes.score.effects import run_effects
+from probes.score.effects import EffectSource
 from probes.score.estimate import Estimate, dataset_scores
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -195,19 +195,10 @@ class Readout:
         last = None
         if not mllm.has_llm:
             last = last_layer(mllm.sites)
-        counts_of_patches = None
+        source = EffectSource(self.sites, last_layer=last, task=task, weights=self.weights)
+        effects = source.effects(sums)
         if self.causal is not None:
-            counts_of_patches = counts
-        effects = run_effects(
-            self.sites,
-            last=last,
-            task=task,
-            sums=sums,
-            weights=self.weights,
-            groups=None,
-            counts=counts_of_patches,
-            columns=mllm.grid[1],
-        )
+            effects |= source.patch_accuracies(counts, columns=mllm.grid[1])
         values = dataset_scores(task, sums)[task.score].tolist()
         scores = dict(zip(self.sites, values, strict=True))
         layers = filter(is_layer, self.sites)

@@ -21,7 +21,7 @@ from torch import Tensor
 from experiments.statistics.model_pairs import FLAT, PEAKED, POPULATION, RESAMPLINGS, population
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.verdicts import MARGIN
-from probes.score.effects import cross_validated_layers, image_folds, main_score, run_effects
+from probes.score.effects import EffectSource, cross_validated_layers, image_folds, main_score
 from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -36,8 +36,8 @@ QUALITIES = {
 
 def judged(sums: Tensor, weights: Tensor) -> Estimate:
     """Return recovery as claims read it, from sums f64[S, N, M] and weights f64[R, N]."""
-    effects = run_effects(SITES, last=None, task=TASK, sums=sums, weights=weights, groups=None)
-    return effects["recovery"]
+    source = EffectSource(SITES, last_layer=None, task=TASK, weights=weights)
+    return source.effects(sums)["recovery"]
 
 
 def kept(sums: Tensor, weights: Tensor) -> Estimate:

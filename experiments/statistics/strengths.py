@@ -24,7 +24,7 @@ from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts, count
 from probes.solve.held_out import scored_masks
 from probes.solve.objective import NODES, SiteProblem
-from probes.solve.path import FoldSearch
+from probes.solve.strength_search import FoldSearch
 from probes.tasks import SEGMENTATION, TASKS
 
 GRID = (16, 16)
@@ -98,8 +98,8 @@ def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProb
     fold_of = assign_folds(range(len(states)), FOLDS)
     scored = scored_masks(masks, fold_of=fold_of, target_of=lambda i: targets[i], prepare=prepare)
     problem = SiteProblem(loss=LOSS, states=states, masks=masks, fold_of=fold_of, scored=scored)
-    path, _ = FoldSearch(problem).choose()
-    chosen = path.strengths[path.chosen]
+    tried, _ = FoldSearch(problem).choose()
+    chosen = tried.strengths[tried.chosen]
     # from strong to weak, as the solver has them
     given = [chosen * 10**step for step in STEPS.values()]
     _, points = FoldSearch(problem).choose(given)

@@ -68,7 +68,7 @@ def minimise(
     points: Tensor,
     first_guess: FirstGuess,
     tolerance: float,
-    known: Minimum | None = None,
+    continued_from: Minimum | None = None,
 ) -> Minimum:
     """Return the minima of P independent smooth convex objectives, by L-BFGS.
 
@@ -77,42 +77,84 @@ def minimise(
         points: f64[P, K, n], where to start.
         first_guess: Gives about the inverse Hessian of some of the problems at the points of each step.
         tolerance: Predicted decrease at which a problem ends.
-        known: Where an earlier call has ended, if it starts there; None to evaluate the points.
+        continued_from: Where an earlier call has ended, if it starts there; None to evaluate the points.
     """
     active = list(range(len(points)))
-    value, gradient = objective(points, active) if known is None else (known.value, known.gradient)
+    if continued_from is None:
+        value, gradient = objective(points, active)
+    else:
+        value = continued_from.value
+        gradient = continued_from.gradient
     pairs: deque[Pair] = deque(maxlen=MEMORY)
     decrease = torch.zeros_like(value)
     for iteration in range(ITERATIONS + 1):
         solve = first_guess(points[active], gradient[active], active)
-        direction = -quasi_newton(gradient, pairs, partial(_solve_some, solve, active))
+        solve_active = partial(_solve_some, solve, active)
+        direction = -quasi_newton(gradient, pairs=pairs, solve=solve_active)
         decrease[active] = -dot(gradient, direction)[active] / 2
         active = [i for i in active if decrease[i] > tolerance]
         if not active or iteration == ITERATIONS:
             break
-        step = torch.zeros_like(value)
-        new = (points.clone(), value.clone(), gradient.clone())
-        step[active] = 1.0
-        trying = active
-        for _ in range(HALVINGS):
-            x = points[trying] + step[trying, None, None] * direction[trying]
-            found, by_x = objective(x, trying)
-            enough = found <= value[trying] - 2e-4 * step[trying] * decrease[trying]
-            for old, at in zip(new, (x, found, by_x), strict=True):
-                is_better = enough.view(-1, *[1] * (at.ndim - 1))
-                old[trying] = torch.where(is_better, at, old[trying])
-            trying = [i for i, ok in zip(trying, enough.tolist(), strict=True) if not ok]
-            if not trying:
-                break
-            step[trying] /= 2
-        step[trying] = 0.0
-        pairs.append(Pair.of(step[:, None, None] * direction, new[2] - gradient))
-        points, value, gradient = new
+        at = Evaluation(points, value=value, gradient=gradient)
+        better, step, stuck = line_search(
+            objective, at=at, direction=direction, decrease=decrease, active=active
+        )
+        taken = step[:, None, None] * direction
+        pairs.append(Pair.of(taken, better.gradient - gradient))
+        points, value, gradient = better
         # where no step decreases the value, it is exact to rounding
-        active = [i for i in active if i not in trying]
+        active = [i for i in active if i not in stuck]
         if not active:
             break
     return Minimum(points=points, value=value, gradient=gradient, decrease=decrease)
+
+
+class Evaluation(NamedTuple):
+    """The objectives at some points.
+
+    Args:
+        points: f64[P, K, n].
+        value: f64[P].
+        gradient: f64[P, K, n].
+    """
+
+    points: Tensor
+    value: Tensor
+    gradient: Tensor
+
+
+def line_search(
+    objective: Objective, at: Evaluation, direction: Tensor, decrease: Tensor, active: list[int]
+) -> tuple[Evaluation, Tensor, list[int]]:
+    """Return where a step leads that decreases the values, its share f64[P] of the direction, and problems without one.
+
+    A step is halved until the value falls by a small share of what is predicted.
+
+    Args:
+        objective: As of :func:`minimise`.
+        at: Where it starts.
+        direction: f64[P, K, n].
+        decrease: f64[P], predicted for the direction.
+        active: The problems that take a step.
+    """
+    better = Evaluation(*(tensor.clone() for tensor in at))
+    step = torch.zeros_like(at.value)
+    step[active] = 1.0
+    trying = active
+    for _ in range(HALVINGS):
+        points = at.points[trying] + step[trying, None, None] * direction[trying]
+        value, gradient = objective(points, trying)
+        tried = Evaluation(points, value=value, gradient=gradient)
+        is_enough = value <= at.value[trying] - 2e-4 * step[trying] * decrease[trying]
+        for kept, new in zip(better, tried, strict=True):
+            is_taken = is_enough.view(-1, *[1] * (new.ndim - 1))
+            kept[trying] = torch.where(is_taken, new, kept[trying])
+        trying = [i for i, ok in zip(trying, is_enough.tolist(), strict=True) if not ok]
+        if not trying:
+            break
+        step[trying] /= 2
+    step[trying] = 0.0
+    return better, step, trying
 
 
 def quasi_newton(
@@ -135,7 +177,8 @@ def quasi_newton(
         factors.append(factor)
     result = solve(result).to(PAIR_DTYPE)
     for (step, change, inverse), factor in zip(pairs, reversed(factors), strict=True):
-        result.addcmul_((factor - inverse * dot(change, result))[:, None, None], step)
+        correction = factor - inverse * dot(change, result)
+        result.addcmul_(correction[:, None, None], step)
     return result.to(gradient)
 
 

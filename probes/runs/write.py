@@ -22,7 +22,7 @@ from probes.data.probe_data import ProbeData
 from probes.models.module_sources import absolute_source, is_source
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_layer, last_layer
 from probes.ops.pixel_counts import Counts
-from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
+from probes.score.effects import EFFECTS_FILE, EffectSource, effect_file
 from probes.score.estimate import dataset_scores, resampled_scores
 from probes.score.strengths import Strengths
 from probes.site_probes import SiteProbes
@@ -41,8 +41,8 @@ class RunRecord:
         probe: What metrics.json says of the probes.
         history: Main score of each validation by site; empty for solved probes.
         epochs: Of each validation.
-        path: Strengths of solved probes.
-        path_sums: Sums per image at these that were solved, [R, S, N, M].
+        strengths: Of solved probes.
+        sums_at_strengths: Sums per image at those that were solved, [R, S, N, M].
     """
 
     settings: Mapping[str, Any]
@@ -50,8 +50,8 @@ class RunRecord:
     probe: dict[str, Any]
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int | float] = field(default_factory=list)
-    path: Strengths | None = None
-    path_sums: Tensor | None = None
+    strengths: Strengths | None = None
+    sums_at_strengths: Tensor | None = None
 
 
 def save_run(
@@ -77,20 +77,14 @@ def save_run(
     if validation.groups is not None:
         groups = torch.tensor(np.unique(validation.groups, return_inverse=True)[1])
     weights = bootstrap_weights(len(validation), groups=groups)
-    effects = run_effects(
-        probes.sites,
-        None if probes.mllm.has_llm else last_layer(probes.mllm.sites),
-        task,
-        task.sums(counted),
-        weights,
-        groups,
-        strengths=record.path,
-        path=record.path_sums,
-        counts=Counts(**{name: counted[name] for name in Counts._fields})
-        if task.name == SEGMENTATION
-        else None,
-        columns=probes.mllm.grid[1],
-    )
+    last = None if probes.mllm.has_llm else last_layer(probes.mllm.sites)
+    source = EffectSource(probes.sites, last_layer=last, task=task, weights=weights, groups=groups)
+    effects = source.effects(task.sums(counted))
+    if record.strengths is not None:
+        effects |= source.effects_at_strengths(record.strengths, record.sums_at_strengths)
+    if task.name == SEGMENTATION:
+        counts = Counts(**{name: counted[name] for name in Counts._fields})
+        effects |= source.patch_accuracies(counts, columns=probes.mllm.grid[1])
     about = manifest(probes, record, data)
     write_files(
         {
@@ -155,7 +149,11 @@ def make_metrics(
         "probe": record.probe,
         "sites": sites,
         "summary": summary({site["site"]: site[task.score] for site in sites}, task.sign),
-        **({"path": {record.probe["solved"]: {"sites": record.path.sites}}} if record.path else {}),
+        **(
+            {"path": {record.probe["solved"]: {"sites": record.strengths.sites}}}
+            if record.strengths
+            else {}
+        ),
     }
 
 

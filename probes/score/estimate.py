@@ -43,9 +43,10 @@ class Estimate:
     @classmethod
     def mean(cls, estimates: Sequence["Estimate"]) -> "Estimate":
         """Return the mean of estimates from the same resamplings."""
-        value = sum(estimate.value for estimate in estimates) / len(estimates)
+        total = sum(estimate.value for estimate in estimates)
         resampled = torch.stack([estimate.resampled for estimate in estimates])
-        return cls(value, resampled.double().mean(0))
+        mean_resampled = resampled.double().mean(0)
+        return cls(total / len(estimates), mean_resampled)
 
     @property
     def vector(self) -> Tensor:
@@ -55,7 +56,9 @@ class Estimate:
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         """Return the difference of two estimates from the same resamplings; it is about what the first one is."""
-        return Estimate(self.value - other.value, self.resampled - other.resampled, self.about)
+        difference = self.value - other.value
+        resampled = self.resampled - other.resampled
+        return Estimate(difference, resampled=resampled, about=self.about)
 
     @property
     def ci95(self) -> list[float]:
@@ -75,31 +78,22 @@ def dataset_scores(task: Task, sums: Tensor) -> dict[str, Tensor]:
 
 def resampled_scores(task: Task, sums: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Return the scores f64[R, S] of a task by name for weights f[R, N]."""
-    return task.dataset_scores(torch.einsum("rn,snm->rsm", weights.double(), sums.double()))
+    resampled_sums = torch.einsum("rn,snm->rsm", weights.double(), sums.double())
+    return task.dataset_scores(resampled_sums)
 
 
-def estimate_text(entry: Mapping[str, Any], number: str = "+.3g") -> str:
+def estimate_text(estimate: Mapping[str, Any], number: str = "+.3g") -> str:
     """Return the text of {"value", "ci95"} in a format of numbers: "+0.12 [+0.1, +0.14]"."""
-    low, high = entry["ci95"]
-    return f"{entry['value']:{number}} [{low:{number}}, {high:{number}}]"
-
-
-# Quantiles are to the last bit those of scipy.stats, which takes two thirds of the time of importing torch;
-# scipy.special takes a tenth.
-def student_quantile(probability: float, degrees: float) -> float:
-    """Return the quantile of Student's t distribution with so many degrees of freedom."""
-    return float(special.stdtrit(degrees, probability))
-
-
-def normal_quantile(probability: float) -> float:
-    """Return the quantile of the standard normal distribution."""
-    return float(special.ndtri(probability))
+    value = estimate["value"]
+    low, high = estimate["ci95"]
+    return f"{value:{number}} [{low:{number}}, {high:{number}}]"
 
 
 def standard_error(ci95: Sequence[float], df: float = math.inf) -> tuple[float, float]:
     """Return the standard error and the degrees of freedom of an interval of Student's t."""
-    half = (ci95[1] - ci95[0]) / 2
-    return half / student_quantile(0.975, df), df
+    low, high = ci95
+    half_width = (high - low) / 2
+    return half_width / student_quantile(0.975, df), df
 
 
 def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> float:
@@ -114,11 +108,26 @@ def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> fl
     from scipy.optimize import brentq  # a third of the time of importing torch
 
     def excess(p):
-        halves = [-student_quantile(p / 2, df) * error for error, df in parts]
-        return math.hypot(*halves) - abs(value)
+        half_widths = []
+        for error, degrees in parts:
+            quantile = -student_quantile(p / 2, degrees)
+            half_widths.append(quantile * error)
+        return math.hypot(*half_widths) - abs(value)
 
     if sign * value <= 0:
         return 1.0
     if excess(SMALLEST_P) <= 0:
         return SMALLEST_P
     return float(brentq(excess, SMALLEST_P, 1.0))
+
+
+# Quantiles are to the last bit those of scipy.stats, which takes two thirds of the time of importing torch;
+# scipy.special takes a tenth.
+def student_quantile(probability: float, degrees: float) -> float:
+    """Return the quantile of Student's t distribution with so many degrees of freedom."""
+    return float(special.stdtrit(degrees, probability))
+
+
+def normal_quantile(probability: float) -> float:
+    """Return the quantile of the standard normal distribution."""
+    return float(special.ndtri(probability))

@@ -1,4 +1,4 @@
-"""The path of strengths of regularisation along which `probes solve` has solved the probes of each site."""
+"""The strengths of regularisation at which `probes solve` has solved the probes of each site, strong to weak."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ CLOSED_FORM = "closed_form"
 # A certificate says how far a point can be from the minimum. It holds up to these:
 CONVERGED = 1e-4  # decrease in nats that a further step is expected to have
 GRADIENT = 1e-3  # the gradient's norm relative to that at w = 0
-# steps along the path, which runs from strong to weak
+# steps along the strengths of a site, from strong to weak
 ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}
 
 
@@ -33,47 +33,52 @@ class Strengths:
     score: str
     exact: bool = False
 
-    @property
-    def solved(self) -> list[list[int]]:
-        """Indices of the R solved strengths of each site."""
-        return [
-            [i for i, value in enumerate(site[self.score]) if value is not None]
-            for site in self.sites
-        ]
-
     def neighbours(self) -> dict[str, Tensor]:
         """Return the rows "stronger", "chosen" and "weaker": the index i64[S] into `solved` at each site.
 
-        A site whose choice is at the end of its path has no neighbour there and keeps its choice. A row in which all
-        sites do is left out.
+        A site whose choice is at the end of its strengths has no neighbour there and keeps its choice. A row in which
+        all sites do is left out.
         """
         solved = self.solved
-        chosen = [
-            found.index(site["strengths"].index(site["chosen"]))
-            for site, found in zip(self.sites, solved, strict=True)
-        ]
+        chosen = []
+        for site, solved_at_site in zip(self.sites, solved, strict=True):
+            index = site["strengths"].index(site["chosen"])
+            chosen.append(solved_at_site.index(index))
+        chosen_row = torch.tensor(chosen)
         last = len(solved[0]) - 1  # all sites have as many solved strengths
-        indices = torch.tensor(chosen)
-        rows = {name: indices.add(step).clamp(0, last) for name, step in ROWS.items()}
-        return {
-            name: row
-            for name, row in rows.items()
-            if name == "chosen" or (row != rows["chosen"]).any()
-        }
+        rows = {}
+        for name, step in ROWS.items():
+            row = chosen_row.add(step).clamp(0, last)
+            if name == "chosen" or (row != chosen_row).any():
+                rows[name] = row
+        return rows
+
+    @property
+    def solved(self) -> list[list[int]]:
+        """Indices of the R solved strengths of each site."""
+        indices = []
+        for site in self.sites:
+            scores = site[self.score]
+            indices.append([i for i, score in enumerate(scores) if score is not None])
+        return indices
 
     def unconverged(self, row: Tensor, sites: list[int]) -> dict[str, dict[str, Any] | None]:
         """Return the certificates of a row i64[S] that do not hold at these sites, by name: None if nothing is known.
 
         There are none of least squares, which needs no certificates.
         """
-        found = {}
-        for i in [] if self.exact else sites:
-            entry = self.sites[i]
-            certificates = entry.get("certificates")
-            certificate = certificates and certificates[self.solved[i][int(row[i])]]
+        if self.exact:
+            return {}
+        unconverged = {}
+        for index in sites:
+            site = self.sites[index]
+            certificate = None
+            if site.get("certificates"):
+                solved = self.solved[index]
+                certificate = site["certificates"][solved[int(row[index])]]
             if not certificate or not certificate.get("converged"):
-                found[entry["site"]] = certificate
-        return found
+                unconverged[site["site"]] = certificate
+        return unconverged
 
 
 def is_at_end(strengths: list[float], lowest: float) -> bool:

@@ -5,6 +5,7 @@ Shapes: N images, h w grid of the features, d width, K classes, H W pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -45,8 +46,9 @@ class FeatureProbe:
     def predict(self, features: Tensor, size: tuple[int, int]) -> np.ndarray:
         """Return the class of each pixel, uint8[N, H, W], of features f[N, h, w, d] whose grid covers `size` [H, W]."""
         logits = features.float() @ self.weight.T + self.bias
+        by_class = logits.permute(0, 3, 1, 2)
         view = GridPlacement.full(size)
-        return TASKS[SEGMENTATION].predict_pixels(logits.permute(0, 3, 1, 2), size, view)
+        return TASKS[SEGMENTATION].predict_pixels(by_class, size=size, view=view)
 
 
 def solve_features(
@@ -71,6 +73,52 @@ def solve_features(
     Raises:
         UserError: Features and masks do not fit together, or a label is not a class.
     """
+    check_features(features, masks=masks, strength=strength, folds=folds)
+    grid = (features.shape[1], features.shape[2])
+    prepare = partial(prepare_masks, num_classes=classes, grid=grid, nodes=NODES)
+    parts = []
+    for number, mask in enumerate(masks):
+        with error_context(f"mask {number}"):
+            parts.append(prepare(label_tensor(mask)[None]))
+    prepared = join_masks(parts).to(solver_device(features.device))
+    if not prepared.pixels.sum() > 0:
+        raise UserError("no mask has a labelled pixel: all are 255")
+    fold_of = assign_folds(range(len(masks)), folds)
+    scored = scored_masks(
+        prepared,
+        fold_of=fold_of,
+        target_of=lambda image: label_tensor(masks[image]),
+        prepare=prepare,
+    )
+    problem = SiteProblem(
+        loss=TASKS[SEGMENTATION].loss,
+        states=features.flatten(1, 2),
+        masks=prepared,
+        fold_of=fold_of,
+        scored=scored,
+    )
+    strengths = None
+    if strength is not None:
+        strengths = [strength]
+    solution = solve_classes(problem, strengths)
+    weight = solution.weights[solution.row]
+    shift = weight.double() @ solution.mean.double()  # bias is of features minus their mean
+    bias = solution.bias[solution.row].double() - shift
+    chosen = int(solution.chosen)
+    certificate = Certificate(*solution.certificates[solution.row].tolist())
+    return FeatureProbe(
+        weight=weight.to(features.device),
+        bias=bias.float().to(features.device),
+        strength=solution.strengths[chosen].item(),
+        loss=solution.loss[chosen].item(),
+        converged=certificate.converged,
+    )
+
+
+def check_features(
+    features: Tensor, masks: Sequence[np.ndarray | Tensor], strength: float | None, folds: int
+) -> None:
+    """Raise a UserError unless features and masks fit together; for the arguments see :func:`solve_features`."""
     if not isinstance(features, Tensor):
         raise UserError(f"features must be a tensor, got {type(features).__name__}")
     if features.ndim != 4 or not features.is_floating_point():
@@ -84,39 +132,3 @@ def solve_features(
         raise UserError("features must be finite, but some are NaN or infinite")
     if strength is not None and not strength > 0:
         raise UserError(f"strength must be above 0, got {strength}")
-    grid = (features.shape[1], features.shape[2])
-    device = solver_device(features.device)
-    parts = []
-    for number, mask in enumerate(masks):
-        with error_context(f"mask {number}"):
-            parts.append(
-                prepare_masks(label_tensor(mask)[None], num_classes=classes, grid=grid, nodes=NODES)
-            )
-    prepared = join_masks(parts).to(device)
-    if not prepared.pixels.sum() > 0:
-        raise UserError("no mask has a labelled pixel: all are 255")
-    fold_of = assign_folds(range(len(masks)), folds)
-    scored = scored_masks(
-        prepared,
-        fold_of,
-        target_of=lambda image: label_tensor(masks[image]),
-        prepare=lambda target: prepare_masks(target, num_classes=classes, grid=grid, nodes=NODES),
-    )
-    problem = SiteProblem(
-        loss=TASKS[SEGMENTATION].loss,
-        states=features.flatten(1, 2),
-        masks=prepared,
-        fold_of=fold_of,
-        scored=scored,
-    )
-    solved = solve_classes(problem, None if strength is None else [strength])
-    weight = solved.weights[solved.row]
-    bias = solved.bias[solved.row].double() - weight.double() @ solved.mean.double()
-    chosen = int(solved.chosen)
-    return FeatureProbe(
-        weight=weight.to(features.device),
-        bias=bias.float().to(features.device),
-        strength=solved.strengths[chosen].item(),
-        loss=solved.loss[chosen].item(),
-        converged=Certificate(*solved.certificates[solved.row].tolist()).converged,
-    )

@@ -26,15 +26,14 @@ def lone_classes(masks: PreparedMasks, fold_of: Tensor) -> Tensor:
     Raises:
         UserError: No class is in two folds, so that no fold can test the probe of the others.
     """
-    in_image = masks.soft.sum((2, 3)) > 0
+    in_image = masks.soft.sum((2, 3)) > 0  # bool[B, K]
+    fold_of_image = fold_of.to(in_image.device)
     folds = int(fold_of.max()) + 1
-    has = torch.stack(
-        [in_image[fold_of.to(in_image.device) == fold].any(0) for fold in range(folds)]
-    )
+    in_fold = torch.stack([in_image[fold_of_image == fold].any(0) for fold in range(folds)])
     if folds == 1:
-        return torch.zeros_like(has)
-    lone = has & (has.sum(0) == 1)
-    if has.any() and torch.equal(lone, has):
+        return torch.zeros_like(in_fold)
+    lone = in_fold & (in_fold.sum(0) == 1)
+    if in_fold.any() and torch.equal(lone, in_fold):
         raise UserError(
             f"each class is labelled in only one of {folds} folds of the training images, so that no fold can "
             "test the probe of the others; expected more images of each class"
@@ -57,13 +56,16 @@ def scored_masks(
         prepare: Prepares masks uint8[1, H, W], as those of `masks` were.
     """
     device = masks.soft.device
-    ignored = lone_classes(masks, fold_of)[fold_of.to(device)] & (masks.soft.sum((2, 3)) > 0)
+    in_image = masks.soft.sum((2, 3)) > 0  # bool[B, K]
+    lone_in_fold = lone_classes(masks, fold_of)
+    ignored = lone_in_fold[fold_of.to(device)] & in_image
     changed = {}
     for image in ignored.any(1).nonzero().flatten().tolist():
         target = target_of(image).cpu()
         classes = ignored[image].nonzero().flatten().cpu()
         is_lone = torch.isin(target, classes)
-        changed[image] = prepare(target.masked_fill(is_lone, IGNORE_INDEX)[None]).to(device)
+        without_lone = target.masked_fill(is_lone, IGNORE_INDEX)
+        changed[image] = prepare(without_lone[None]).to(device)
     if not changed:
         return None
     parts = (changed.get(image, masks[image : image + 1]) for image in range(len(masks)))

@@ -59,7 +59,8 @@ class SiteProblem:
         self.states = states
         self.masks = masks
         self.scored_masks = masks if scored is None else scored
-        self.folds = [(fold_of == fold).nonzero().flatten() for fold in range(len(self.lone))]
+        folds = range(len(self.lone))
+        self.folds = [(fold_of == fold).nonzero().flatten() for fold in folds]
         self.space = SiteSpace.of(states, masks.soft)
         self.pixels = torch.stack([masks.pixels[images].sum() for images in self.folds])
 
@@ -78,8 +79,7 @@ class SiteProblem:
             left_out: P folds, or None for all images.
         """
         ridge = self.space.ridge(strengths)
-        total = self.pixels.sum()
-        pixels = torch.stack([total if x is None else total - self.pixels[x] for x in left_out])
+        pixels = self._pixels_without(left_out)
 
         def value_and_gradient(points: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
             value = points.new_zeros(len(points))
@@ -88,23 +88,36 @@ class SiteProblem:
             for fold in range(len(self.folds)):
                 used = [i for i, problem in enumerate(problems) if left_out[problem] != fold]
                 if used:
-                    loss, by_probe = self.sums(fold, probes[used], self.masks)
+                    loss, by_probe = self.sums(fold, probes=probes[used], masks=self.masks)
                     value[used] += loss
                     gradient[used] += by_probe
             penalty = ridge[problems] * points
-            value = value / pixels[problems] + (penalty * points).sum((1, 2)) / 2
-            gradient = self.space.from_gradient(gradient) / pixels[problems, None, None]
-            return value, gradient + penalty
+            penalty_value = (penalty * points).sum((1, 2)) / 2
+            by_point = self.space.from_gradient(gradient) / pixels[problems, None, None]
+            return value / pixels[problems] + penalty_value, by_point + penalty
 
         return value_and_gradient
 
+    def _pixels_without(self, left_out: Sequence[int | None]) -> Tensor:
+        """Return the labelled pixels f64[P] outside the folds that are left out."""
+        total = self.pixels.sum()
+        pixels = []
+        for fold in left_out:
+            if fold is None:
+                pixels.append(total)
+            else:
+                pixels.append(total - self.pixels[fold])
+        return torch.stack(pixels)
+
     def held_out_loss(self, points: Tensor) -> float:
         """Return the mean loss of the pixels that test folds, each under the point f64[F, K, d + 1] of its fold."""
-        losses = [
-            self.sums(fold, probe[None], self.scored_masks, needs_grad=False)[0]
-            for fold, probe in enumerate(self.space.to_states(points))
-        ]
-        return (torch.cat(losses).sum() / self.scored_masks.pixels.sum()).item()
+        masks = self.scored_masks
+        losses = []
+        for fold, probe in enumerate(self.space.to_states(points)):
+            loss, _ = self.sums(fold, probes=probe[None], masks=masks, needs_grad=False)
+            losses.append(loss)
+        mean = torch.cat(losses).sum() / masks.pixels.sum()
+        return mean.item()
 
     @full_precision()
     def sums(
@@ -118,23 +131,27 @@ class SiteProblem:
             masks: Of all images, on the device of the probes.
             needs_grad: If False, the gradient is None.
         """
-        count, classes = probes.shape[:2]
+        count, classes, _ = probes.shape
         rows = probes.flatten(0, 1).float()
-        weights, bias = rows[:, :-1].contiguous(), rows[:, -1:]
+        weights = rows[:, :-1].contiguous()
+        bias = rows[:, -1:]
         grid = tuple(masks.soft.shape[2:])
         total = probes.new_zeros(count)
-        gradient = torch.zeros_like(probes) if needs_grad else None
+        gradient = torch.zeros_like(probes)
         for part, x in float_chunks(
             self.states, images=self.folds[fold], mean=self.space.mean, rows=len(rows)
         ):
             # tokens are innermost, as the loss needs them
             by_class = (weights @ x.T).add_(bias).view(count, classes, -1, *grid)
+            logits = by_class.transpose(1, 2)
             losses, by_logits = self.loss.of_images(
-                by_class.transpose(1, 2), masks[part], needs_grad
+                logits, masks=masks[part], needs_grad=needs_grad
             )
             total += losses.sum(1)
             if needs_grad:
                 by_row = by_logits.transpose(1, 2).flatten(2).flatten(0, 1)
                 gradient[..., :-1] += (by_row @ x).view(count, classes, -1)
                 gradient[..., -1] += by_row.sum(1).view(count, classes)
+        if not needs_grad:
+            return total, None
         return total, gradient

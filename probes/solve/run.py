@@ -10,6 +10,7 @@ are the run's. Each of several processes reads and solves sites of its own.
 import math
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -50,7 +51,7 @@ from probes.tasks import SEGMENTATION, TASKS
 from probes.tasks.losses import CrossEntropy
 
 from .solution import Solution
-from .states import move_batch, read, site_groups, target_bytes
+from .states import StateReader, move_batch, site_groups, target_bytes
 from .workers import SiteFiles, in_workers, solve_site, threads_of
 
 MEMORY_SHARE = 0.6  # of the free memory, for states and targets
@@ -83,31 +84,47 @@ class SolveRun:
             raise UserError(
                 f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
             )
-        task = TASKS[config.data.task]
+        loss = TASKS[config.data.task].loss
         strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
-        if task.loss is None and strengths and strengths[0] > 1:
+        if loss is None and strengths and strengths[0] > 1:
             raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
         self.config = config
         self.machine = build_machine(config.trainer)
+        self.solver_device = solver_device(self.machine.device)
         seed_everything(config.seed_everything)
         self.data = ProbeData(config.data, config.seed_everything)
         self.folder = run_folder(Path(config.out))
         settings = asdict(config.model)
-        settings |= {"num_classes": self.data.num_classes, "seed": config.seed_everything}
+        settings["num_classes"] = self.data.num_classes
+        settings["seed"] = config.seed_everything
         self.hparams: dict[str, Any] = {"folds": config.solver.folds, "strengths": strengths}
         self.hparams |= {name: settings[name] for name in MODEL_SETTINGS}
         # of the paper's loss a run says nothing
-        if task.loss is not None and type(task.loss) is not CrossEntropy:
-            self.hparams["loss"] = task.loss.describe()
+        if loss is not None and type(loss) is not CrossEntropy:
+            self.hparams["loss"] = loss.describe()
 
     def models(self) -> dict[str, Any]:
         """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
         return {"mllm": source_identity(self.hparams["mllm"])}
 
+    def load_probes(self) -> SiteProbes:
+        """Load the model, and build the probes that solutions are copied to."""
+        return load_probes(
+            self.hparams,
+            data=self.data,
+            device=self.machine.device,
+            head="linear",
+            feature_norm="batchnorm",
+        )
 
-def run(options: SolveOptions) -> None:
+
+def run_solve(options: SolveOptions) -> None:
     """Run `probes solve`."""
-    (dry_run if options.dry_run else run_config)(RunConfig.of(options))
+    config = RunConfig.of(options)
+    if options.dry_run:
+        dry_run(config)
+    else:
+        run_config(config)
 
 
 @torch.no_grad()
@@ -117,7 +134,9 @@ def run_config(config: RunConfig) -> None:
     data = run.data
     machine = run.machine
     folder = run.folder
-    lock = exclusive_run_lock(folder.path) if machine.is_first else nullcontext()
+    lock = nullcontext()
+    if machine.is_first:
+        lock = exclusive_run_lock(folder.path)
     with run_process(), lock, interrupt_says_how_to_resume(), machine.processes():
         planned = plan_run(folder, config.ckpt_path, config.overwrite)
         run.identity = decide_on_first(run_identity, machine, run, data, ("precision",))
@@ -127,178 +146,232 @@ def run_config(config: RunConfig) -> None:
             return
         data.verify(machine.progress == "bar")  # before the model is loaded
         training = data.splits["training"]
-        fold_of = assign_folds(training.groups or range(len(training)), config.solver.folds)
-        probes = load_probes(
-            run.hparams, data=data, device=machine.device, head="linear", feature_norm="batchnorm"
-        )
+        units = training.groups or range(len(training))
+        fold_of = assign_folds(units, config.solver.folds)
+        probes = run.load_probes()
         if rank() == 0:  # all settings were accepted
             content = yaml.safe_dump(asdict(config), sort_keys=False)
             begin_run(folder.path, content, planned.replaced)
-        solved = solve_sites(run, probes, fold_of)
-        score(run, probes, solved)
+        solutions = solve_sites(run, probes, fold_of)
+        counted = count_validation_images(run, probes, solutions)
         if rank() == 0:
+            write_files_of_run(run, probes=probes, solutions=solutions, counted=counted)
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
             rank_zero_info(format_scores(folder.path, probes.task))
 
 
 def solve_sites(run: SolveRun, probes: SiteProbes, fold_of: Tensor) -> dict[str, Solution]:
     """Return the probes of all sites, the same in all processes; a run that is resumed has files of some."""
-    machine = run.machine
     files = SiteFiles(run.folder.checkpoints, run.identity)
-    mine = probes.sites[rank() :: rank_count()]
-    solved = files.load(mine) if run.config.ckpt_path == "last" else {}
-    memory = memory_for_states(run, len(fold_of) * target_bytes(probes))
-    device = solver_device(machine.device)
-    missing = [site for site in mine if site not in solved]
-    targets = None
-    for sites, size in site_groups(probes, sites=missing, images=len(fold_of), memory=memory):
-        states, targets = read(
-            probes,
-            data=run.data,
-            machine=machine,
-            sites=sites,
-            fold_of=fold_of,
-            folder=None if size <= memory else run.folder.checkpoints,
-            targets=targets,
-        )
-        work = partial(solve_site, probes, states, targets, run.hparams["strengths"], device)
-        results = in_workers(work, sites, device)
-        for site, found in follow(
-            results, count=len(sites), label="solving sites", kind=machine.progress
+    sites_here = sites_of_process(probes)
+    solutions = {}
+    if run.config.ckpt_path == "last":
+        solutions = files.load(sites_here)
+    missing = [site for site in sites_here if site not in solutions]
+    images = len(fold_of)
+    memory = memory_for_states(run, images * target_bytes(probes))
+    reader = StateReader(probes, data=run.data, machine=run.machine, fold_of=fold_of)
+    for sites, size in site_groups(probes, sites=missing, images=images, memory=memory):
+        folder = None
+        if size > memory:
+            folder = run.folder.checkpoints
+        states = reader.read(sites, folder)
+        results = solve_in_workers(run, reader, states)
+        for site, solution in follow(
+            results, count=len(sites), label="solving sites", kind=run.machine.progress
         ):
-            solved[site] = found
-            files.save(site, found)
+            solutions[site] = solution
+            files.save(site, solution)
             del states[site]
-    count = rank_count()
-    return {site: broadcast(solved.get(site), i % count) for i, site in enumerate(probes.sites)}
+    everywhere = {}
+    for i, site in enumerate(probes.sites):
+        solved_by = i % rank_count()
+        everywhere[site] = broadcast(solutions.get(site), solved_by)
+    return everywhere
+
+
+def sites_of_process(probes: SiteProbes) -> list[str]:
+    """Return the sites that this process reads and solves."""
+    return probes.sites[rank() :: rank_count()]
 
 
 def memory_for_states(run: SolveRun, targets: int) -> float:
     """Return the bytes of states that a process keeps at a time, beside those of all targets."""
-    given = run.config.solver.memory_gb
-    if given is not None:
-        return 1e9 * given
+    given_gb = run.config.solver.memory_gb
+    if given_gb is not None:
+        return 1e9 * given_gb
     return MEMORY_SHARE * available_memory() / run.machine.processes_here - targets
 
 
-def score(run: SolveRun, probes: SiteProbes, solved: dict[str, Solution]) -> None:
-    """Score the probes of all strengths on the validation split, and write the files of the run."""
-    data = run.data
+def solve_in_workers(
+    run: SolveRun, reader: StateReader, states: dict[str, Tensor]
+) -> Iterable[tuple[str, Solution]]:
+    """Return an iterator over the sites whose states were read, with the solution of each."""
+    device = run.solver_device
+    strengths = run.hparams["strengths"]
+    solve = partial(solve_site, reader.probes, states, reader.targets, strengths, device)
+    return in_workers(solve, list(states), device)
+
+
+def count_validation_images(
+    run: SolveRun, probes: SiteProbes, solutions: dict[str, Solution]
+) -> dict[str, Tensor]:
+    """Return what the task counts of the validation images, by name, and save their predictions if asked to.
+
+    What scores need is of the probes at all strengths, [R * S, N, ...], the rest of those of the run.
+    """
+    device = run.solver_device
     machine = run.machine
-    device = solver_device(machine.device)
     probes.heads.to(device).eval()
-    for site, found in solved.items():
-        found.set_probe(probes.heads[site])
-    task = probes.task
-    count = len(solved)
-    of_run = [found.row * count + i for i, found in enumerate(solved.values())]
-    validation = data.splits["validation"]
+    for site, solution in solutions.items():
+        solution.set_probe(probes.heads[site])
+    validation = run.data.splits["validation"]
+    chosen = chosen_probes(solutions)
     metric = TaskMetric(
-        task=task, images=len(validation), geometry=probes.mllm.geometry, of_run=of_run
+        probes.task, images=len(validation), geometry=probes.mllm.geometry, probes_of_run=chosen
     )
-    numbers = (
-        sum(len(x.solved) for x in solved.values()) * probes.channels * math.prod(probes.mllm.grid)
-    )
-    size = max(1, SCORED_BYTES // (4 * numbers))  # images whose logits are made at a time
-    loader = data.validation_loader(PreprocessedDataset(validation, probes.mllm.preprocess))
+    at_once = images_at_once(probes, solutions)
+    loader = run.data.validation_loader(PreprocessedDataset(validation, probes.mllm.preprocess))
     for batch in follow(loader, count=len(loader), label="scores", kind=machine.progress):
         batch = move_batch(batch, device)
         with machine.forward_context():
             states = {site: x.to(device) for site, x in probes.states(batch).items()}
-            for start in range(0, len(batch["index"]), size):
-                part = slice(start, start + size)
-                some = {name: batch[name][part] for name in ("index", "target")}
-                of_part = {site: x[part] for site, x in states.items()}
-                logits = logits_of_strengths(probes, solved, of_part)
-                metric.add(logits, some)
+            for start in range(0, len(batch["index"]), at_once):
+                part = slice(start, start + at_once)
+                images = {name: batch[name][part] for name in ("index", "target")}
+                states_of_part = {site: x[part] for site, x in states.items()}
+                logits = logits_of_strengths(probes, solutions, states_of_part)
+                metric.add(logits, images)
                 if run.config.save_predictions:
                     save_predictions(
                         probes,
-                        logits=logits[of_run],
-                        batch=some,
+                        logits=logits[chosen],
+                        batch=images,
                         names=validation.names,
                         folder=run.folder.path / "predictions",
                     )
-    counted = metric.compute()
-    if rank() > 0:
-        return
+    return metric.compute()
+
+
+def chosen_probes(solutions: dict[str, Solution]) -> list[int]:
+    """Return the index of each site's chosen probe among those of all strengths and sites, R * S."""
+    sites = len(solutions)
+    return [solution.row * sites + i for i, solution in enumerate(solutions.values())]
+
+
+def images_at_once(probes: SiteProbes, solutions: dict[str, Solution]) -> int:
+    """Return the number of images whose logits are made at a time."""
+    outputs = sum(len(solution.solved) for solution in solutions.values()) * probes.channels
+    bytes_of_image = 4 * outputs * math.prod(probes.mllm.grid)
+    return max(1, SCORED_BYTES // bytes_of_image)
+
+
+def logits_of_strengths(
+    probes: SiteProbes, solutions: dict[str, Solution], states: dict[str, Tensor]
+) -> Tensor:
+    """Return the logits of all strengths and sites, f32[R * S, B, K, h, w].
+
+    At the chosen strengths they are those of the probes that the run saves, with their batch norm: what is scored is
+    what a user loads.
+    """
+    logits_by_site = []
+    saved_probes = probes.logits(states)
+    for (site, solution), chosen_logits in zip(solutions.items(), saved_probes, strict=True):
+        logits = solution.logits(states[site], probes.mllm.grid)
+        logits[solution.row] = chosen_logits
+        logits_by_site.append(logits)
+    return torch.stack(logits_by_site, 1).flatten(0, 1)
+
+
+def write_files_of_run(
+    run: SolveRun, probes: SiteProbes, solutions: dict[str, Solution], counted: dict[str, Tensor]
+) -> None:
+    """Write the files of a run from what was counted of the validation images, see `count_validation_images`."""
+    task = probes.task
+    sites = len(solutions)
     sums = task.sums(counted)  # [R * S, N, M]
-    counted |= {name: counted[name][of_run] for name in task.summed if counted[name].ndim == 3}
-    scores = {name: x.view(-1, count) for name, x in dataset_scores(task, sums).items()}
-    entries = [
-        found.entry(site, {name: x[:, i].tolist() for name, x in scores.items()}, task)
-        for i, (site, found) in enumerate(solved.items())
-    ]
+    scores = {name: x.view(-1, sites) for name, x in dataset_scores(task, sums).items()}
+    entries = []
+    for i, (site, solution) in enumerate(solutions.items()):
+        scores_of_site = {name: by_strength[:, i].tolist() for name, by_strength in scores.items()}
+        entries.append(solution.entry(site, scores=scores_of_site, task=task))
+    is_closed_form = task.loss is None
     made = {
         "head": "linear",
         "feature_norm": "batchnorm",
-        "solved": CLOSED_FORM if task.loss is None else OPTIMUM,
+        "solved": CLOSED_FORM if is_closed_form else OPTIMUM,
         "seed": run.hparams["seed"],
         "folds": run.hparams["folds"],
     }
     record = RunRecord(
-        run.hparams,
-        run.identity,
-        made,
-        path=Strengths(entries, task.score, exact=task.loss is None),
-        path_sums=sums.unflatten(0, (-1, count)),
+        settings=run.hparams,
+        identity=run.identity,
+        probe=made,
+        strengths=Strengths(entries, task.score, exact=is_closed_form),
+        sums_at_strengths=sums.unflatten(0, (-1, sites)),
     )
+    chosen = chosen_probes(solutions)
+    counted_at_choice = dict(counted)
+    for name in task.summed:
+        if counted[name].ndim == 3:
+            counted_at_choice[name] = counted[name][chosen]
     if task.name == SEGMENTATION and not run.hparams["untrained"]:
-        data_hash = describe_digest(run.identity["data"])
-        with machine.forward_context():
-            save_pictures(
-                probes, counted=counted, dataset=validation, folder=run.folder.path, data=data_hash
-            )
-    save_run(probes, record=record, data=data, counted=counted, out=run.folder.path)
+        write_pictures(run, probes, counted_at_choice)
+    save_run(probes, record=record, data=run.data, counted=counted_at_choice, out=run.folder.path)
 
 
-def logits_of_strengths(
-    probes: SiteProbes, solved: dict[str, Solution], states: dict[str, Tensor]
-) -> Tensor:
-    """Return the logits of all strengths and sites, f32[R * S, B, K, h, w]; the chosen ones are those of the probes."""
-    grid = probes.mllm.grid
-    logits = torch.stack([found.logits(states[site], grid) for site, found in solved.items()], 1)
-    for i, (found, own) in enumerate(zip(solved.values(), probes.logits(states), strict=True)):
-        logits[found.row, i] = own
-    return logits.flatten(0, 1)
+def write_pictures(run: SolveRun, probes: SiteProbes, counted: dict[str, Tensor]) -> None:
+    """Write the predictions of some validation images, which the report shows."""
+    with run.machine.forward_context():
+        save_pictures(
+            probes,
+            counted=counted,
+            dataset=run.data.splits["validation"],
+            folder=run.folder.path,
+            data=describe_digest(run.identity["data"]),
+        )
 
 
 @torch.no_grad()
 def dry_run(config: RunConfig) -> float:
     """Print the time and memory of a run, measured on some images, and return its seconds. Nothing is written."""
     run = SolveRun(config)
-    data = run.data
-    machine = run.machine
-    with run_process(), machine.processes():
-        data.verify(machine.progress == "bar")
-        probes = load_probes(
-            run.hparams, data=data, device=machine.device, head="linear", feature_norm="batchnorm"
-        )
-        images = len(data.splits["training"])
-        sites = probes.sites[rank() :: rank_count()]
+    with run_process(), run.machine.processes():
+        run.data.verify(run.machine.progress == "bar")
+        probes = run.load_probes()
+        sites = sites_of_process(probes)
         if not sites:  # of more processes than sites; the first one has some, and prints
             return 0.0
-        measured = sites[-1:]
-        fold_of = assign_folds(range(min(images, MEASURED_IMAGES)), config.solver.folds)
-        device = solver_device(machine.device)
-        started = time.perf_counter()
-        states, targets = read(probes, data=data, machine=machine, sites=measured, fold_of=fold_of)
-        after_read = time.perf_counter()
-        work = partial(solve_site, probes, states, targets, run.hparams["strengths"], device)
-        list(in_workers(work, measured, device))
-        forward = (after_read - started) * images / len(fold_of)
-        solve = (time.perf_counter() - after_read) * images / len(fold_of)
-        of_targets = images * target_bytes(probes)
-        memory = memory_for_states(run, of_targets)
+        images = len(run.data.splits["training"])
+        forward_s, site_s = measure_site(run, probes=probes, site=sites[-1], images=images)
+        bytes_of_targets = images * target_bytes(probes)
+        memory = memory_for_states(run, bytes_of_targets)
         groups = site_groups(probes, sites=sites, images=images, memory=memory)
-        most = max(size for _, size in groups)
-        threads = threads_of(device)
-        total = len(groups) * forward + len(sites) * solve / threads
-        total += forward * len(data.splits["validation"]) / images / rank_count()
+        largest = max(size for _, size in groups)
+        place = "memory" if largest <= memory else "a file in --out"
+        threads = threads_of(run.solver_device)
+        total_s = len(groups) * forward_s + len(sites) * site_s / threads
+        validation = len(run.data.splits["validation"])
+        total_s += forward_s * validation / images / rank_count()
         rank_zero_info(
-            f"about {format_duration(total)}: a forward over {images:,} training images takes "
-            f"{format_duration(forward)}, a site {format_duration(solve)}, {threads} at a time; {len(groups)} forwards "
-            f"at most, each for the sites whose states fit: {most / 1e9:.3g} GB in "
-            f"{'memory' if most <= memory else 'a file in --out'}, beside {of_targets / 1e9:.3g} GB of targets"
+            f"about {format_duration(total_s)}: a forward over {images:,} training images takes "
+            f"{format_duration(forward_s)}, a site {format_duration(site_s)}, {threads} at a time; {len(groups)} "
+            f"forwards at most, each for the sites whose states fit: {largest / 1e9:.3g} GB in {place}, beside "
+            f"{bytes_of_targets / 1e9:.3g} GB of targets"
         )
-        return total
+        return total_s
+
+
+def measure_site(run: SolveRun, probes: SiteProbes, site: str, images: int) -> tuple[float, float]:
+    """Return the seconds of a forward over so many training images up to a site, and of its solution."""
+    measured = min(images, MEASURED_IMAGES)
+    fold_of = assign_folds(range(measured), run.config.solver.folds)
+    reader = StateReader(probes, data=run.data, machine=run.machine, fold_of=fold_of)
+    started = time.perf_counter()
+    states = reader.read([site])
+    after_forward = time.perf_counter()
+    list(solve_in_workers(run, reader, states))
+    forward_s = after_forward - started
+    solution_s = time.perf_counter() - after_forward
+    share = images / measured
+    return forward_s * share, solution_s * share

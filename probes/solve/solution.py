@@ -60,8 +60,8 @@ class Solution:
     certificates: Tensor
 
     def __post_init__(self):
-        for name, x in vars(self).items():
-            setattr(self, name, x.cpu())
+        for name, tensor in vars(self).items():
+            setattr(self, name, tensor.cpu())
 
     @property
     def row(self) -> int:
@@ -72,8 +72,9 @@ class Solution:
     def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
         x = states.float() - self.mean.to(states.device).float()
+        weights = self.weights.to(x)
         bias = self.bias.to(x)[:, None, :, None]
-        logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + bias
+        logits = torch.einsum("btd,rkd->rbkt", x, weights) + bias
         return logits.unflatten(-1, grid)
 
     def entry(self, site: str, scores: dict[str, list[float]], task: Task) -> dict[str, Any]:
@@ -85,24 +86,31 @@ class Solution:
             task: Names the cross-validated loss.
         """
         strengths = self.strengths.tolist()
-        solved = self.solved.tolist()
-
-        def along(values):
-            by_strength = dict(zip(solved, values, strict=True))
-            return [by_strength.get(i) for i in range(len(strengths))]
-
+        loss_name = "cv_loss"
+        if task.name == SEGMENTATION:
+            loss_name = "cv_cross_entropy"
         entry = {
             "site": site,
             "strengths": strengths,
-            "cv_loss" if task.name != SEGMENTATION else "cv_cross_entropy": self.loss.tolist(),
+            loss_name: self.loss.tolist(),
             "chosen": strengths[int(self.chosen)],
             "lowest": strengths[int(self.loss.argmin())],
         }
-        entry |= {name: along(values) for name, values in scores.items()}
+        for name, values in scores.items():
+            entry[name] = self._by_strength(values)
         if len(self.certificates):
-            found = [Certificate(*numbers) for numbers in self.certificates.tolist()]
-            entry["certificates"] = along([c._asdict() | {"converged": c.converged} for c in found])
+            certificates = []
+            for numbers in self.certificates.tolist():
+                certificate = Certificate(*numbers)
+                fields = certificate._asdict()
+                certificates.append(fields | {"converged": certificate.converged})
+            entry["certificates"] = self._by_strength(certificates)
         return entry
+
+    def _by_strength(self, values: list[Any]) -> list[Any]:
+        """Return values of the strengths that were solved, and None for the others."""
+        values_by_index = dict(zip(self.solved.tolist(), values, strict=True))
+        return [values_by_index.get(index) for index in range(len(self.strengths))]
 
     def set_probe(self, probe: Probe) -> None:
         """Give a probe with batch norm the weights of the chosen strength."""
@@ -110,6 +118,7 @@ class Solution:
         norm.running_mean.copy_(self.mean)
         variance = self.scale.clamp(min=1e-30).pow(-2)
         norm.running_var.copy_(torch.where(self.scale > 0, variance, 1))
+        deviation = (norm.running_var + norm.eps).sqrt()
         chosen = self.weights[self.row].to(probe.head.weight)
-        probe.head.weight.copy_(chosen * (norm.running_var + norm.eps).sqrt())
+        probe.head.weight.copy_(chosen * deviation)
         probe.head.bias.copy_(self.bias[self.row])

@@ -52,7 +52,8 @@ def target_bytes(probes: SiteProbes) -> int:
     grid = probes.mllm.grid
     tokens = math.prod(grid)
     if probes.task.loss is None:
-        return 8 * tokens * (5 + probes.channels)  # four diagonals and the weight; channels
+        numbers_of_token = 5 + probes.channels  # four diagonals and the weight; channels
+        return 8 * tokens * numbers_of_token
     nodes = math.prod(2 + NODES * (side - 1) for side in grid)
     return 4 * (tokens * probes.channels + nodes)
 
@@ -71,100 +72,127 @@ def site_groups(
     groups: list[tuple[list[str], int]] = []
     for site in sites:
         size = images * probes.mllm.state_bytes([site])
-        if not groups or groups[-1][1] + size > memory:
-            groups.append(([], 0))
-        group, before = groups[-1]
-        groups[-1] = ([*group, site], before + size)
+        last_group: list[str] = []
+        last_size = 0
+        if groups:
+            last_group, last_size = groups[-1]
+        if last_group and last_size + size <= memory:
+            groups[-1] = ([*last_group, site], last_size + size)
+        else:
+            groups.append(([site], size))
     return groups
 
 
-def read(
-    probes: SiteProbes,
-    data: ProbeData,
-    machine: Machine,
-    sites: Sequence[str],
-    fold_of: Tensor,
-    folder: Path | None = None,
-    targets: Targets | None = None,
-) -> tuple[dict[str, Tensor], Targets]:
-    """Return the states f[N, T, d] of all training images by site, on the CPU, and the targets.
+class StateReader:
+    """Reads the states of the training images group by group of sites, and prepares the targets of these images once.
 
     Args:
         probes: Model and task.
         data: Images and targets.
         machine: Where the model runs, and how progress is shown.
-        sites: Names of sites.
         fold_of: i64[N], fold of each image.
-        folder: Where states are in files; None for memory.
-        targets: Of the images, if an earlier group has prepared them.
 
-    Raises:
-        UserError: The disk has no place for the states, or the targets of some folds cannot be solved.
+    Attributes:
+        targets: Of the images, from the first reading on.
     """
-    prepare = None
-    if probes.task.loss is not None:
-        prepare = MaskPreparer(probes.mllm.geometry, probes.channels, NODES)
-    training = data.splits["training"]
-    loaded = PreprocessedDataset(
-        training, probes.mllm.preprocess, prepare if targets is None else None
-    )
-    images = len(fold_of)
-    batches = [part.tolist() for part in torch.arange(images).split(data.rank_batch_size)]
-    states: dict[str, Tensor] = {}
-    device = solver_device(machine.device)
-    label = f"states of {len(sites)} sites"
 
-    def read_batches() -> Iterator[dict[str, Any]]:
+    def __init__(self, probes: SiteProbes, data: ProbeData, machine: Machine, fold_of: Tensor):
+        self.probes = probes
+        self.data = data
+        self.machine = machine
+        self.fold_of = fold_of
+        self.prepare: MaskPreparer | None = None
+        if probes.task.loss is not None:
+            self.prepare = MaskPreparer(probes.mllm.geometry, probes.channels, NODES)
+        self.targets: Targets | None = None
+
+    def read(self, sites: Sequence[str], folder: Path | None = None) -> dict[str, Tensor]:
+        """Return the states f[N, T, d] of all training images by site, on the CPU.
+
+        Args:
+            sites: Names of sites.
+            folder: Where states are in files; None for memory.
+
+        Raises:
+            UserError: The disk has no place for the states, or the targets of some folds cannot be solved.
+        """
+        states: dict[str, Tensor] = {}
+        batches = self._read_batches(sites, states=states, folder=folder)
+        if self.targets is None:
+            self.targets = self._prepare_targets(batches)
+        else:
+            for _ in batches:
+                pass
+        return states
+
+    def _read_batches(
+        self, sites: Sequence[str], states: dict[str, Tensor], folder: Path | None
+    ) -> Iterator[dict[str, Any]]:
+        """Yield batches on the device of the solver, whose states are then in `states`."""
+        prepare = None
+        if self.targets is None:
+            prepare = self.prepare
+        training = self.data.splits["training"]
+        source = PreprocessedDataset(training, self.probes.mllm.preprocess, prepare)
+        images = len(self.fold_of)
+        batches = [part.tolist() for part in torch.arange(images).split(self.data.rank_batch_size)]
         for batch in follow(
-            data.loader(loaded, batches), count=len(batches), label=label, kind=machine.progress
+            self.data.loader(source, batches),
+            count=len(batches),
+            label=f"states of {len(sites)} sites",
+            kind=self.machine.progress,
         ):
-            batch = move_batch(batch, device)
-            with machine.forward_context():
-                found = probes.states(batch, sites)
+            batch = move_batch(batch, solver_device(self.machine.device))
+            with self.machine.forward_context():
+                batch_states = self.probes.states(batch, sites)
             index = batch["index"].cpu()
-            for site, x in found.items():
+            for site, site_states in batch_states.items():
                 if site not in states:
-                    states[site] = new_states((images, *x.shape[1:]), x.dtype, folder)
-                states[site][index] = x.cpu()
+                    shape = (images, *site_states.shape[1:])
+                    states[site] = new_states(shape, dtype=site_states.dtype, folder=folder)
+                states[site][index] = site_states.cpu()
             yield batch
 
-    if targets is not None:
-        for _ in read_batches():
-            pass
-    elif prepare:
-        masks = join_masks((batch["masks"] for batch in read_batches()), images)
+    def _prepare_targets(self, batches: Iterator[dict[str, Any]]) -> Targets:
+        if self.prepare is None:
+            equations = []
+            for batch in batches:
+                for target in batch["target"]:
+                    equations.append(prepare_values(self.probes, target))
+            joined = join_equations(equations)
+            check_values(joined, self.fold_of)
+            return Targets(joined, scored=None, fold_of=self.fold_of)
+        masks = join_masks((batch["masks"] for batch in batches), len(self.fold_of))
+        training = self.data.splits["training"]
         scored = scored_masks(
             masks,
-            fold_of=fold_of,
+            fold_of=self.fold_of,
             target_of=lambda image: torch.from_numpy(training[image]["target"]),
-            prepare=prepare,
+            prepare=self.prepare,
         )
-        targets = Targets(masks, scored, fold_of)
-    else:
-        parts = [
-            prepare_values(probes, target) for batch in read_batches() for target in batch["target"]
-        ]
-        targets = Targets(join_equations(parts), None, fold_of)
-        check_values(targets.prepared, fold_of)
-    return states, targets
+        return Targets(masks, scored=scored, fold_of=self.fold_of)
 
 
 def prepare_values(probes: SiteProbes, target: Tensor) -> NormalEquations:
     """Return the normal equations of the target f[H, W, ...] of an image."""
-    mllm = probes.mllm
-    view = mllm.geometry.view(tuple(target.shape[:2]))
-    return normal_equations(probes.task.values(target[None]), mllm.grid, view)
+    model = probes.mllm
+    height, width = target.shape[:2]
+    view = model.geometry.view((height, width))
+    values = probes.task.values(target[None])
+    return normal_equations(values, grid=model.grid, view=view)
 
 
 def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch with its tensors, lists of tensors, and masks on a device."""
 
-    def move(x: Any) -> Any:
-        if isinstance(x, list):
-            return [move(item) for item in x]
-        return x.to(device) if isinstance(x, Tensor | PreparedMasks) else x
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(item) for item in value]
+        if isinstance(value, Tensor | PreparedMasks):
+            return value.to(device)
+        return value
 
-    return {name: move(x) for name, x in batch.items()}
+    return {name: move(value) for name, value in batch.items()}
 
 
 def new_states(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:

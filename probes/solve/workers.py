@@ -43,7 +43,7 @@ class SiteFiles:
     def save(self, site: str, solution: Solution) -> None:
         """Write the file of a site."""
         metadata = {"identity": json.dumps(self.identity)}
-        write_files({self.folder / f"{site}.safetensors": (vars(solution), metadata)})
+        write_files({self._path(site): (vars(solution), metadata)})
 
     def load(self, sites: list[str]) -> dict[str, Solution]:
         """Return the sites that a killed run has solved.
@@ -51,35 +51,40 @@ class SiteFiles:
         Raises:
             UserError: A file is damaged, or belongs to a run of another identity.
         """
-        found = {}
+        solutions = {}
         for site in sites:
-            path = self.folder / f"{site}.safetensors"
+            path = self._path(site)
             if not path.is_file():
                 continue
             with error_context(path):
                 with safe_open(path, "pt") as file:
-                    saved = json.loads(file.metadata()["identity"])
+                    saved_identity = json.loads(file.metadata()["identity"])
                     # in memory of torch: products of tensors in a mapped file can differ in their last bits
                     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-                found[site] = Solution(**tensors)
+                solutions[site] = Solution(**tensors)
             check_same_identity(
-                saved, current=self.identity, source=str(path), advice=RESUME_ADVICE
+                saved_identity, current=self.identity, source=str(path), advice=RESUME_ADVICE
             )
-        return found
+        return solutions
+
+    def _path(self, site: str) -> Path:
+        return self.folder / f"{site}.safetensors"
 
 
 def solve_site(
     probes: SiteProbes,
-    states_of: dict[str, Tensor],
+    states_by_site: dict[str, Tensor],
     targets: Targets,
     strengths: list[float] | None,
     device: torch.device,
     site: str,
 ) -> Solution:
     """Return the probes of a site whose states were read."""
-    states = states_of[site]
-    if device.type == "cuda" and states.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
-        states = states.to(device)
+    states = states_by_site[site]
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        if states.nbytes < GPU_SHARE * free_bytes:
+            states = states.to(device)
     if probes.task.loss is None:
         return solve_values(
             states,
@@ -108,14 +113,18 @@ def in_workers(
     this process, however it ends.
     """
     threads = threads_of(device)
+    workers = 0
+    start_method = None
     # one site alone, too, which has as many threads here: they would round differently
-    count = min(threads, len(sites)) if threads > 1 else 0
+    if threads > 1 and sites:
+        workers = min(threads, len(sites))
+        start_method = "fork"
     results = DataLoader(
         sites,
         batch_size=None,
         collate_fn=work,
-        num_workers=count,
-        multiprocessing_context="fork" if count else None,
+        num_workers=workers,
+        multiprocessing_context=start_method,
         worker_init_fn=report_lost_results,
     )
     return zip(sites, results, strict=True)
@@ -123,4 +132,6 @@ def in_workers(
 
 def threads_of(device: torch.device) -> int:
     """Return how many sites are solved at a time."""
-    return torch.get_num_threads() if device.type == "cpu" and sys.platform == "linux" else 1
+    if device.type == "cpu" and sys.platform == "linux":
+        return torch.get_num_threads()
+    return 1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from probes.ops.geometry import GridPlacement
 from probes.runs.read import ProbeRun
-from probes.solve.path import HELD_OUT_GAIN, TOLERANCE
+from probes.solve.strength_search import HELD_OUT_GAIN, TOLERANCE
 
 # Of a loss in nats: the quadrature of five nodes is exact to five digits, and probes are stored in float32.
 ROUNDING = 1e-5

@@ -20,7 +20,7 @@ from probes.models.sites import last_layer, site_names
 from probes.ops.pixel_counts import Counts
 from probes.runs.read import ProbeRun
 from probes.runs.write import summary
-from probes.score.effects import EFFECTS_FILE, effect_file, run_effects
+from probes.score.effects import EFFECTS_FILE, EffectSource, effect_file
 from probes.score.estimate import Estimate, dataset_scores, resampled_scores
 from probes.score.strengths import ROWS
 from probes.tasks import TASKS
@@ -256,19 +256,20 @@ def sums_by_strength(run: ProbeRun) -> torch.Tensor:
 
 def effects_of_counts(run: ProbeRun) -> dict[str, Estimate]:
     """Return the effects of a run, computed from its counts; of a written one, also those of each row of strengths."""
-    is_written = (run.path / BY_STRENGTH).is_file()
-    return run_effects(
+    source = EffectSource(
         run.sites,
-        None if run.has_llm else run.last_layer,
-        run.task,
-        run.sums_at(run.sites),
-        run.weights,
-        run.groups,
-        strengths=run.strengths if is_written else None,
-        path=sums_by_strength(run) if is_written else None,
-        counts=run.counts if run.task_name == "segmentation" else None,
-        columns=run.metrics["grid"][1],
+        last_layer=None if run.has_llm else run.last_layer,
+        task=run.task,
+        weights=run.weights,
+        groups=run.groups,
     )
+    effects = source.effects(run.sums_at(run.sites))
+    is_written = (run.path / BY_STRENGTH).is_file()
+    if is_written and run.strengths is not None:
+        effects |= source.effects_at_strengths(run.strengths, sums_by_strength(run))
+    if run.task_name == "segmentation":
+        effects |= source.patch_accuracies(run.counts, columns=run.metrics["grid"][1])
+    return effects
 
 
 def write_effects(path: Path) -> None:

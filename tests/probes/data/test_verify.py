@@ -25,7 +25,7 @@ from probes.data.verify import (
     read_pairs,
 )
 from probes.runs.read import ProbeRun
-from probes.solve import states
+from probes.solve.states import StateReader
 
 MESS = {  # file of annotations/training: what it becomes
     "000.png": np.full((24, 20), 9, np.uint8),
@@ -176,13 +176,13 @@ def test_copies_are_named_by_the_check_and_in_the_run_share_a_fold_and_are_drawn
     main(["verify-data", "-c", "folder", "--data.root", str(root)])
     assert said in capsys.readouterr().out
     folds = []
-    read_states = states.read
+    read_states = StateReader.read
 
-    def record(probes, **arguments):
-        folds.append(arguments["fold_of"].tolist())
-        return read_states(probes, **arguments)
+    def record(reader, *arguments, **options):
+        folds.append(reader.fold_of.tolist())
+        return read_states(reader, *arguments, **options)
 
-    monkeypatch.setattr("probes.solve.run.read", record)
+    monkeypatch.setattr(StateReader, "read", record)
     words = f"--data.root {root} --folds 2 --strengths 0.1 --model.sites [encoder]".split()
     words += ["--model.mllm", str(checkpoints["causal"]), "--out", str(tmp_path / "run")]
     with pytest.warns(UserWarning, match=said):

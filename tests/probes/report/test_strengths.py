@@ -10,7 +10,7 @@ from report_parts import CURVE, FLAT, claims_of, studies_of
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.report.claims import evaluate_claims
 from probes.report.measure import effects_of_study
-from probes.score.effects import cross_validated_layers, image_folds, read_scores
+from probes.score.effects import EffectSource, cross_validated_layers, image_folds
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS, Strengths
 
@@ -86,12 +86,13 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     assert len(set(expected[0])) > 1  # the folds disagree, so that the plain maximum would differ
     assert len({tuple(row) for row in expected}) > 5  # and so do resamplings
 
-    readings = read_scores(SITES, last=None, task=task, sums=sums, weights=weights, groups=groups)
-    vector = readings["best_layer"].score.vector
+    source = EffectSource(SITES, last_layer=None, task=task, weights=weights, groups=groups)
+    best = source.terms(sums)["best_layer"]
+    vector = best.score.vector
     by_hand = [miou_at(counts, *x) for x in zip(expected, weights.numpy(), strict=True)]
     assert vector[1:].tolist() == pytest.approx(by_hand)
     assert vector[0] == vector[1]  # the dataset, and weights of 1
-    assert readings["best_layer"].sites == sorted(set(expected[0]))
+    assert best.sites == sorted(set(expected[0]))
 
 
 def strengths_of(paths) -> dict[str, Estimate]:

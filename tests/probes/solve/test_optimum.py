@@ -16,8 +16,8 @@ from probes.solve import refinement as refinements
 from probes.solve import space as spaces
 from probes.solve.held_out import scored_masks
 from probes.solve.objective import NODES, SiteProblem
-from probes.solve.path import FIRST, HELD_OUT_GAIN, TOLERANCE, FoldSearch, half_decade
 from probes.solve.refinement import refine
+from probes.solve.strength_search import FIRST, HELD_OUT_GAIN, TOLERANCE, FoldSearch, half_decade
 from probes.tasks.losses import CrossEntropy
 
 pytestmark = pytest.mark.numerics
@@ -110,11 +110,11 @@ def scipy_optimum(value: Callable, start: torch.Tensor) -> torch.Tensor:
 def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
     """With another loss, too: a class and nothing else."""
     at = problem(data, LabelSmoothing(smoothing) if smoothing else CROSS_ENTROPY)
-    path, points = FoldSearch(at).choose((1.0, 1e-2, 1e-4))
-    points, certificates = refine(at, torch.tensor(path.strengths).double(), points)
+    tried, points = FoldSearch(at).choose((1.0, 1e-2, 1e-4))
+    points, certificates = refine(at, torch.tensor(tried.strengths).double(), points)
     assert all(certificate.converged for certificate in certificates)
-    assert path.solved == [0, 1, 2]
-    for strength, point in zip(path.strengths, points, strict=True):
+    assert tried.solved == [0, 1, 2]
+    for strength, point in zip(tried.strengths, points, strict=True):
         value = objective(data, at, strength, label_smoothing=smoothing)
         expected = value(scipy_optimum(value, at.start)).item()
         assert value(point).item() == pytest.approx(expected, abs=1e-5)
@@ -134,9 +134,9 @@ def held_out_loss(data, at: SiteProblem, points) -> float:
 def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
     """A fold sees none of the images that it is scored on; its decrease allows them `HELD_OUT_GAIN` times as much."""
     at = problem(data)
-    path, _ = FoldSearch(at).choose()
+    tried, _ = FoldSearch(at).choose()
     others = [(FOLD_OF != fold).nonzero()[:, 0] for fold in range(FOLDS)]
-    for strength, loss in zip(path.strengths, path.loss, strict=True):
+    for strength, loss in zip(tried.strengths, tried.loss, strict=True):
         values = [objective(data, at=at, strength=strength, images=images) for images in others]
         points = [scipy_optimum(value, at.start) for value in values]
         expected = held_out_loss(data, at, points)
@@ -162,7 +162,7 @@ def test_a_class_that_one_fold_alone_has_is_trained_on_and_not_tested(lone):
 def test_probes_of_all_images_start_from_folds_that_know_the_class(lone):
     search = FoldSearch(problem(lone))
     _, points = search.choose((1e-2,))
-    of_folds = search.visited[1e-2].found.points
+    of_folds = search.visited[1e-2].minimum.points
     expected = of_folds.mean(0)
     expected[LONE] = of_folds[1:, LONE].mean(0)
     torch.testing.assert_close(points[0], expected)
@@ -175,12 +175,12 @@ def test_classes_of_one_fold_each_are_an_error(data):
 
 
 def test_the_search_ends_where_the_loss_has_risen_with_neighbours_on_both_sides(data):
-    path, _ = FoldSearch(problem(data)).choose()
-    assert path.strengths == sorted(path.strengths, reverse=True)
-    assert path.loss[path.chosen] == min(path.loss)
-    assert path.solved == [path.chosen + i for i in (-1, 0, 1)]
-    assert path.loss[-1] > path.loss[path.chosen] < path.loss[0]
-    ratio = np.divide(path.strengths[:-1], path.strengths[1:])
+    tried, _ = FoldSearch(problem(data)).choose()
+    assert tried.strengths == sorted(tried.strengths, reverse=True)
+    assert tried.loss[tried.chosen] == min(tried.loss)
+    assert tried.solved == [tried.chosen + i for i in (-1, 0, 1)]
+    assert tried.loss[-1] > tried.loss[tried.chosen] < tried.loss[0]
+    ratio = np.divide(tried.strengths[:-1], tried.strengths[1:])
     np.testing.assert_allclose(ratio, 10**0.5, rtol=1e-6)
 
 
@@ -195,15 +195,15 @@ def test_a_close_choice_ends_where_rounding_allows_no_smaller_decrease(data, mon
         return found._replace(decrease=torch.ones_like(found.decrease))
 
     monkeypatch.setattr(FoldSearch, "_minimise", stuck)
-    path, _ = FoldSearch(problem(data)).choose()
-    assert path.loss[path.chosen] == min(path.loss)
+    tried, _ = FoldSearch(problem(data)).choose()
+    assert tried.loss[tried.chosen] == min(tried.loss)
 
 
 def test_states_that_tell_nothing_need_more_regularisation_than_the_first_strength(data):
     noise = torch.randn(data[0].shape, generator=torch.Generator().manual_seed(3))
-    path, _ = FoldSearch(problem((noise, data[1]))).choose()
-    assert path.strengths[0] > half_decade(FIRST), "stronger ones were tried"
-    assert 0 < path.chosen < len(path.strengths) - 1
+    tried, _ = FoldSearch(problem((noise, data[1]))).choose()
+    assert tried.strengths[0] > half_decade(FIRST), "stronger ones were tried"
+    assert 0 < tried.chosen < len(tried.strengths) - 1
 
 
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):

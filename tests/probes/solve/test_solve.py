@@ -27,9 +27,9 @@ from probes.score.image_metrics import TaskMetric
 from probes.site_probes import SiteProbes
 from probes.solve import states
 from probes.solve.objective import NODES, SiteProblem
-from probes.solve.path import FoldSearch
 from probes.solve.run import MEMORY_SHARE
 from probes.solve.states import new_states, target_bytes
+from probes.solve.strength_search import FoldSearch
 from probes.solve.workers import SiteFiles, in_workers
 from probes.tasks.segmentation import Segmentation
 

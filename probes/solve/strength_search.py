@@ -37,8 +37,8 @@ LEAST_TOLERANCE = 1e-7
 HELD_OUT_GAIN = 50
 
 
-class StrengthPath(NamedTuple):
-    """The strengths of a site and their cross-validated losses.
+class TriedStrengths(NamedTuple):
+    """The strengths of a site that were tried, its regularisation path, and their cross-validated losses.
 
     Args:
         strengths: From strong to weak.
@@ -59,17 +59,17 @@ class FoldProbes(NamedTuple):
     Args:
         strength: Of regularisation.
         loss: Mean loss of all images, each under the probe of its fold.
-        found: Where the folds have ended, with points f64[F, K, d + 1].
+        minimum: Where the folds have ended, with points f64[F, K, d + 1].
     """
 
     strength: float
     loss: float
-    found: Minimum
+    minimum: Minimum
 
     @property
     def decrease(self) -> float:
         """The largest decrease that a further step of a fold is expected to have."""
-        return self.found.decrease.max().item()
+        return self.minimum.decrease.max().item()
 
 
 class FoldSearch:
@@ -86,100 +86,122 @@ class FoldSearch:
         self.problem = problem
         self.visited: dict[float, FoldProbes] = {}
 
-    def choose(self, strengths: Sequence[float] | None = None) -> tuple[StrengthPath, Tensor]:
-        """Return the path, and where the probes of all images start at `path.solved`, f64[R, K, d + 1].
+    def choose(self, strengths: Sequence[float] | None = None) -> tuple[TriedStrengths, Tensor]:
+        """Return what was tried, and where the probes of all images start at its `solved`, f64[R, K, d + 1].
 
         Args:
             strengths: Strengths to solve, all of them, from strong to weak; None to search for the best one.
         """
-        for strength in strengths or ():
-            self.visit(strength)
         if strengths is None:
             self.search()
-        self._decide(is_search=strengths is None)
+            self._decide(is_search=True)
+        else:
+            for strength in strengths:
+                self.visit(strength)
+            self._decide(is_search=False)
         order = sorted(self.visited, reverse=True)
         chosen = order.index(self.lowest)
         solved = list(range(len(order)))
         if strengths is None:
-            chosen = min(max(chosen, 1), len(order) - 2)
+            last = len(order) - 1
+            chosen = min(max(chosen, 1), last - 1)
             solved = [chosen - 1, chosen, chosen + 1]
         losses = [self.visited[strength].loss for strength in order]
-        points = [self._mean_of_folds(self.visited[order[i]].found.points) for i in solved]
-        return StrengthPath(
-            strengths=order, loss=losses, chosen=chosen, solved=solved
-        ), torch.stack(points)
+        starts = []
+        for index in solved:
+            folds = self.visited[order[index]]
+            starts.append(self._mean_of_folds(folds.minimum.points))
+        tried = TriedStrengths(strengths=order, loss=losses, chosen=chosen, solved=solved)
+        return tried, torch.stack(starts)
+
+    def search(self) -> None:
+        """Visit weaker strengths, then stronger ones, as far as the loss falls."""
+        self.visit(half_decade(FIRST))
+        for step, last in ((1, WEAKEST), (-1, STRONGEST)):
+            index = FIRST
+            while index != last and self.lowest == half_decade(index):
+                index += step
+                self.visit(half_decade(index))
 
     @property
     def lowest(self) -> float:
         """The strength with the lowest loss of those that were visited."""
         return min(self.visited, key=lambda strength: self.visited[strength].loss)
 
-    def search(self) -> None:
-        """Visit weaker strengths, then stronger ones, as far as the loss falls."""
-        self.visit(half_decade(FIRST))
-        for step, last in ((1, WEAKEST), (-1, STRONGEST)):
-            at = FIRST
-            while at != last and self.lowest == half_decade(at):
-                at += step
-                self.visit(half_decade(at))
-
     def visit(self, strength: float) -> None:
-        """Solve the folds at a strength, started from what is known of the nearest ones."""
-        near = sorted(self.visited, key=lambda other: abs(math.log(other / strength)))
-        if not near:
+        """Solve the folds at a strength, started from the solutions of the nearest ones."""
+        if self.visited:
+            start = self._extrapolate(strength)
+            minimum = self._minimise(strength, start=start, tolerance=TOLERANCE)
+        else:
             start = self.problem.start.expand(len(self.problem.folds), -1, -1)
-            rough = self._minimise(strength, start, ROUGH)
-            found = self._minimise(strength, start=rough.points, tolerance=TOLERANCE, known=rough)
-            self._keep(strength, found)
-            return
-        points = [self.visited[other].found.points for other in near[:2]]
-        start = points[0]
-        if len(near) > 1 and (near[0] < strength) == (near[1] < near[0]):
-            # beyond both; but where the bias of an unknown class ends is chance
-            start = torch.where(self.problem.lone[..., None], start, 2 * start - points[1])
-        self._keep(strength, self._minimise(strength, start, TOLERANCE))
+            rough = self._minimise(strength, start=start, tolerance=ROUGH)
+            minimum = self._continue(strength, minimum=rough, tolerance=TOLERANCE)
+        self._keep(strength, minimum)
+
+    def _extrapolate(self, strength: float) -> Tensor:
+        """Return where the folds start at a strength, f64[F, K, d + 1], from the two nearest that were visited."""
+        nearest = sorted(self.visited, key=lambda other: abs(math.log(other / strength)))
+        points = self.visited[nearest[0]].minimum.points
+        if len(nearest) == 1:
+            return points
+        is_beyond_both = (nearest[0] < strength) == (nearest[1] < nearest[0])
+        if not is_beyond_both:
+            return points
+        before = self.visited[nearest[1]].minimum.points
+        # where the bias of an unknown class ends is chance
+        return torch.where(self.problem.lone[..., None], points, 2 * points - before)
 
     def _decide(self, is_search: bool) -> None:
         """Solve the folds further at strengths whose losses are too close, and at neighbours of the best one."""
         while True:
-            wanted = neighbours(self.lowest) if is_search else []
-            if missing := [strength for strength in wanted if strength not in self.visited]:
+            missing = []
+            if is_search:
+                missing = [x for x in neighbours(self.lowest) if x not in self.visited]
+            if missing:
                 self.visit(missing[0])
                 continue
             undecided = too_close(self.visited)
             for folds in undecided:
                 tolerance = max(folds.decrease / 10, LEAST_TOLERANCE)
-                further = self._minimise(
-                    folds.strength, start=folds.found.points, tolerance=tolerance, known=folds.found
-                )
+                further = self._continue(folds.strength, folds.minimum, tolerance)
                 self._keep(folds.strength, further)
             # if none is better, rounding of float32 logits allows no better
-            if all(self.visited[x.strength].decrease >= x.decrease for x in undecided):
+            if all(self.visited[folds.strength].decrease >= folds.decrease for folds in undecided):
                 return
 
-    def _minimise(
-        self, strength: float, start: Tensor, tolerance: float, known: Minimum | None = None
-    ) -> Minimum:
-        left_out = range(len(start))
-        strengths = start.new_full((len(left_out),), strength)
-        return minimise(
-            self.problem.objective(strengths, left_out),
-            points=start,
-            first_guess=first_guess(
-                self.problem, strengths=strengths, left_out=left_out, start=start
-            ),
-            tolerance=tolerance,
-            known=known,
+    def _continue(self, strength: float, minimum: Minimum, tolerance: float) -> Minimum:
+        return self._minimise(
+            strength, start=minimum.points, tolerance=tolerance, continued_from=minimum
         )
 
-    def _keep(self, strength: float, found: Minimum) -> None:
-        loss = self.problem.held_out_loss(found.points)
-        self.visited[strength] = FoldProbes(strength, loss, found)
+    def _minimise(
+        self,
+        strength: float,
+        start: Tensor,
+        tolerance: float,
+        continued_from: Minimum | None = None,
+    ) -> Minimum:
+        folds = range(len(start))
+        strengths = start.new_full((len(folds),), strength)
+        guess = first_guess(self.problem, strengths=strengths, left_out=folds, start=start)
+        return minimise(
+            self.problem.objective(strengths, left_out=folds),
+            points=start,
+            first_guess=guess,
+            tolerance=tolerance,
+            continued_from=continued_from,
+        )
+
+    def _keep(self, strength: float, minimum: Minimum) -> None:
+        loss = self.problem.held_out_loss(minimum.points)
+        self.visited[strength] = FoldProbes(strength, loss=loss, minimum=minimum)
 
     def _mean_of_folds(self, points: Tensor) -> Tensor:
         """Return the mean of points f64[F, K, d + 1], of each class over the folds that know it."""
         knows = ~self.problem.lone[..., None]
-        return torch.where(knows, points, 0).sum(0) / knows.sum(0)
+        total = torch.where(knows, points, 0).sum(0)
+        return total / knows.sum(0)
 
 
 def half_decade(index: int) -> float:
@@ -192,17 +214,19 @@ def neighbours(strength: float) -> list[float]:
 
     At an end of the grid, the strength is one of the last three.
     """
-    middle = min(max(round(-2 * math.log10(strength)), STRONGEST + 1), WEAKEST - 1)
+    index = round(-2 * math.log10(strength))
+    middle = min(max(index, STRONGEST + 1), WEAKEST - 1)
     return [half_decade(middle + step) for step in (-1, 0, 1)]
 
 
 def too_close(visited: dict[float, FoldProbes]) -> list[FoldProbes]:
     """Return the folds that may yet change which strength has the lowest loss, and can be solved further."""
     best = min(visited.values(), key=lambda folds: folds.loss)
-    close = [
-        folds
-        for folds in visited.values()
-        if folds is not best
-        and folds.loss - best.loss < HELD_OUT_GAIN * (folds.decrease + best.decrease)
-    ]
-    return [folds for folds in (best, *close) if close and folds.decrease > LEAST_TOLERANCE]
+    close = []
+    for folds in visited.values():
+        uncertainty = HELD_OUT_GAIN * (folds.decrease + best.decrease)
+        if folds is not best and folds.loss - best.loss < uncertainty:
+            close.append(folds)
+    if not close:
+        return []
+    return [folds for folds in (best, *close) if folds.decrease > LEAST_TOLERANCE]

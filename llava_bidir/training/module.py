@@ -29,7 +29,7 @@ from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
 from llava_bidir.data.conversation import PLAIN
 from llava_bidir.model.attention import block_ids_of
 from llava_bidir.model.build import (
-    PARTS,
+    MODEL_PARTS,
     build_model,
     build_processor,
     check_same_parents,
@@ -181,10 +181,10 @@ class LlavaTraining(LightningModule):
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""
         default = torch.get_default_dtype()  # under ZeRO, it is bfloat16
-        dtypes = dict.fromkeys(PARTS, default)
+        dtypes = dict.fromkeys(MODEL_PARTS, default)
         if self.hparams.frozen_dtype == "bfloat16":
             trained = {*self.hparams.trainable} - ({"llm"} if self.lora else set())
-            dtypes |= dict.fromkeys({*PARTS} - trained, torch.bfloat16)
+            dtypes |= dict.fromkeys({*MODEL_PARTS} - trained, torch.bfloat16)
         return dtypes
 
     def on_fit_start(self) -> None:

@@ -482,7 +482,7 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(
     shutil.copytree(finished[0] / "hf", folder / "hf")
     with monkeypatch.context() as patch:
         export = "llava_bidir.training.read_checkpoint.export_hf"
-        patch.setattr(export, lambda *args: sys.exit("killed"))
+        patch.setattr(export, lambda *_, **__: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             main([*command, "--overwrite", "true"])
     assert not (folder / "hf").exists()

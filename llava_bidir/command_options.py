@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from llava_bidir.common.cli import Command, Count, positional
 
 # vqa/scores.py needs numpy
-Benchmark = Literal[
+BenchmarkName = Literal[
     "gqa", "mmbench", "mme", "mmmu", "pope", "scienceqa", "textvqa", "textvqa_ocr", "vizwiz"
 ]
 
@@ -65,7 +65,7 @@ class VQAOptions:
 
     model: str = positional()
     out: Path
-    tasks: tuple[Benchmark, ...] = get_args(Benchmark)
+    tasks: tuple[BenchmarkName, ...] = get_args(BenchmarkName)
     data: Path | None = None
     batch_size: Count = 1
     devices: Count = 1

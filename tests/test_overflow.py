@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import llava_bidir.cli
 import probes
-from llava_bidir.commands.generate import answer, load
+from llava_bidir.commands.generate import answer, load_with_processor
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs
 from llava_bidir.training.module import LlavaTraining
@@ -144,7 +144,7 @@ def test_generated_answers_are_refused(planted, photo):
     """Of the command, and of `answer`, by which VQA asks."""
     with pytest.raises(SystemExit, match=LOGITS):
         llava_bidir.cli.main(["generate", planted, str(photo), QUESTION])
-    model, processor = load(planted)
+    model, processor = load_with_processor(planted)
     images = [[Image.open(photo)]]
     with pytest.raises(UserError, match=LOGITS):
         answer(model, processor=processor, questions=[QUESTION], images=images, max_new_tokens=5)
@@ -152,7 +152,7 @@ def test_generated_answers_are_refused(planted, photo):
 
 def test_answers_of_validation_are_refused(planted, parts, photo):
     module = LlavaTraining(parts[0], parts[1], ["adapter"])
-    module.model, module.processor = load(planted)
+    module.model, module.processor = load_with_processor(planted)
     ids = torch.tensor([[1, 5, 6]])
     prompts = {
         "input_ids": ids,

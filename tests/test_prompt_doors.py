@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 import probes
-from llava_bidir.commands.generate import answer, load
+from llava_bidir.commands.generate import answer, load_with_processor
 from llava_bidir.common.tokenizer import load_tokenizer, start_ids
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import encode
@@ -91,7 +91,7 @@ def test_prompts_have_the_same_ids_at_all_doors(kind, chat_template, parts, tmp_
     path = str(tmp_path / "hf")
     build_model(encoder, str(llm), processor).save_pretrained(path)
     processor.save_pretrained(path)
-    model, processor = load(path)
+    model, processor = load_with_processor(path)
     image_id = processor.image_token_id
     turns = tiny_models.turns(f"<image>\n{QUESTION}", "wall")
     expected, _ = encode(

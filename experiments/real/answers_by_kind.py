@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from llava_bidir.commands.generate import answer, load
+from llava_bidir.commands.generate import answer, load_with_processor
 from llava_bidir.common.images import read_image
 
 KINDS = {"Is there": "there", "Which is left": "left", "Which is in": "place"}
@@ -53,7 +53,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 def ask(args: argparse.Namespace, asked: list[tuple[dict, Image.Image]]) -> list[str]:
     """Return the model's answer to the question of each record about the photo beside it."""
-    model, processor = load(args.model, args.dtype)
+    model, processor = load_with_processor(args.model, args.dtype)
     answers = []
     for start in tqdm(range(0, len(asked), args.batch_size), mininterval=5):
         batch = asked[start : start + args.batch_size]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.real.world import CAPTION, KIND
-from llava_bidir.commands.generate import answer, load
+from llava_bidir.commands.generate import answer, load_with_processor
 from llava_bidir.common.hf import read_training
 from llava_bidir.common.images import read_image
 
@@ -56,7 +56,7 @@ def describe_mllm(
         end of training, null if none were asked, "conversations": [{"image", "turns": [[question, answer, right
         answer or null]]}]}
     """
-    model, processor = load(str(path), "float32")
+    model, processor = load_with_processor(str(path), "float32")
     shown = [
         read_image(images / record["image"]) for record in questions[:: max(1, len(questions) // 8)]
     ]

@@ -35,7 +35,7 @@ def is_photo(word: str) -> bool:
     return os.path.isfile(word) or word.lower().endswith(SUFFIXES)
 
 
-def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
+def load_with_processor(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
     """Return model and processor of a checkpoint, ours or transformers' llava.
 
     Released llavas are asked as LLaVA-1.5 was evaluated: about padded images (LLaVA mm_utils.py process_images), which
@@ -91,7 +91,7 @@ def build_prompts(
     """Return the inputs of a batch of questions by the processor's chat template, padded on the left.
 
     Args:
-        processor: From :func:`load`.
+        processor: From :func:`load_with_processor`.
         questions: Questions without `<image>`.
         images: Images per question, placed before the text.
     """
@@ -165,7 +165,7 @@ def run(options: GenerateOptions) -> None:
     if not photos or not prompts:
         raise UserError(f"expected IMAGE ... PROMPT ..., got images {photos} and prompts {prompts}")
     images = [read_photo(photo) for photo in photos]  # errors come before the model is loaded
-    model, processor = load(options.model, options.dtype)
+    model, processor = load_with_processor(options.model, options.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = None
     if len(photos) == len(prompts) == 1:

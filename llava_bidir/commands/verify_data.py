@@ -19,7 +19,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums
 from llava_bidir.common.processes import worker_options
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
+from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER
 from llava_bidir.data.dataset import Instructions, answers, refers_to_image
 from llava_bidir.model.build import EXTRA_TOKENS
 from llava_bidir.model.modeling_llava_bidir import build_mask
@@ -64,7 +64,7 @@ def find(
             if trained_as := [token for token in special if token in "\n".join(texts)]:
                 kinds["special_token"] = " ".join(sorted(trained_as))
             if sample["image"] is None and (record["image"] or refers_to_image(record)):
-                kinds["not_shown"] = record["image"] or IMAGE
+                kinds["not_shown"] = record["image"] or IMAGE_PLACEHOLDER
             if trained is not None and not any(texts[:1]):
                 raise UserError("there is no first answer to compare with")
             if index in (trained or ()):

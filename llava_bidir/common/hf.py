@@ -29,17 +29,17 @@ if TYPE_CHECKING:  # seconds, which commands that only read results do not need
     )
 
 OWN_CONFIG = "llava_bidir.model.configuration_llava_bidir"  # registers itself with transformers
-PARTS = ("vision_config", "text_config")
+CONFIG_PARTS = ("vision_config", "text_config")
 PEFT_PREFIX = "base_model.model."  # of the names of tensors in peft's files
 MERGE = (
     "merge updates into the weights (peft: merge_and_unload) and save the result, or use the checkpoint in bfloat16, "
     "float16 or float32"
 )
 PROMPT_DATE = date(2025, 1, 1)
-_PARTS = "".join(
-    f"|replace('%{part}', '{PROMPT_DATE.strftime('%' + part)}')" for part in "YymdBbAajHMS"
+_DATE_FIELDS = "".join(
+    f"|replace('%{field}', '{PROMPT_DATE.strftime('%' + field)}')" for field in "YymdBbAajHMS"
 )
-FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}\n"
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _DATE_FIELDS + " }}{% endmacro %}\n"
 
 
 def read_pretrained(key: str, reader: type, path: str, **kwargs):
@@ -95,7 +95,7 @@ def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
     with error_context(f"{key}: {path}"):
         given, _ = PreTrainedConfig.get_config_dict(path, **hub)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
-        if missing := [name for name in PARTS if _is_default(name, config, given)]:
+        if missing := [name for name in CONFIG_PARTS if _is_default(name, config, given)]:
             absent = " and no ".join(missing)
             raise UserError(
                 f"config.json has no {absent}, for which transformers would take its defaults. Use the checkpoint's "
@@ -217,7 +217,7 @@ def is_finite(parameter: torch.Tensor) -> bool:
 INDEX = (
     ".index.json"  # end of the name of a file that lists the files of a checkpoint in several parts
 )
-NAMES = tuple(  # in the order in which transformers looks for them
+WEIGHT_FILES = tuple(  # in the order in which transformers looks for them
     stem + end for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX)
 )
 
@@ -228,9 +228,11 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         UserError: There are none.
     """
-    file = next((directory / name for name in NAMES if (directory / name).is_file()), None)
+    file = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if file is None:
-        raise UserError(f"{directory} contains no weights; expected one of {', '.join(NAMES)}")
+        raise UserError(
+            f"{directory} contains no weights; expected one of {', '.join(WEIGHT_FILES)}"
+        )
     parts = read_json(file)["weight_map"].values() if file.name.endswith(INDEX) else ()
     return [file, *(directory / name for name in sorted(set(parts)))]
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .errors import UserError
 
 # Formats of image datasets. PIL knows more, and some of them run other programs: EPS runs Ghostscript.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 4 keep the size, 5 to 8 swap width and height
 
@@ -64,7 +64,7 @@ def upright(image: Image.Image) -> Image.Image:
 def read_image(
     file: str | Path | BinaryIO,
     convert: Callable[[Image.Image], Any] = as_stored,
-    formats: tuple[str, ...] = FORMATS,
+    formats: tuple[str, ...] = IMAGE_FORMATS,
 ) -> Any:
     """Return an image as RGB, with the pixels as stored, or what `convert` makes of it.
 

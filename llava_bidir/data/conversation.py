@@ -16,7 +16,7 @@ from llava_bidir.common.tokenizer import start_ids
 IGNORE_INDEX = -100
 PLAIN = "plain"  # the template of captions, stage 1
 CHAT = "chat"
-IMAGE = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 # LLaVA's tokenizer treats these strings as text, but our processor adds them as tokens. Splitting after the "<" hides
 # them from the tokenizer, and no token of Llama's vocabulary spans that split.
 LITERALS = re.compile(r"(?<=<)(?=(?:image|pad)>)")
@@ -75,7 +75,7 @@ def encode(
     labels = [IGNORE_INDEX] * len(input_ids)
     continues = False
     for text, supervised in pieces:
-        for i, part in enumerate([text] if image_tokens is None else text.split(IMAGE)):
+        for i, part in enumerate([text] if image_tokens is None else text.split(IMAGE_PLACEHOLDER)):
             if i > 0:
                 input_ids += [image_token_id] * image_tokens
                 labels += [IGNORE_INDEX] * image_tokens
@@ -127,18 +127,18 @@ def usable_turns(turns: Sequence[Turn]) -> list[Turn]:
 
 def _image_first(text: str) -> str:
     """Move the image before the turn's text and merge several into one (LLaVA train.py preprocess_multimodal)."""
-    if IMAGE not in text:
+    if IMAGE_PLACEHOLDER not in text:
         return text
-    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
+    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
 
 
 def _plain(turns: list[Turn], tokenizer) -> list[Piece]:
     """Return the image and its caption without the question. Source: LLaVA train.py preprocess_plain."""
-    if len(turns) != 2 or IMAGE not in turns[0]["value"]:
+    if len(turns) != 2 or IMAGE_PLACEHOLDER not in turns[0]["value"]:
         raise UserError(
-            f"template 'plain' requires one question with {IMAGE} and one caption, got {len(turns)} turns"
+            f"template 'plain' requires one question with {IMAGE_PLACEHOLDER} and one caption, got {len(turns)} turns"
         )
-    return [(IMAGE, False), (turns[1]["value"] + "\n", True)]
+    return [(IMAGE_PLACEHOLDER, False), (turns[1]["value"] + "\n", True)]
 
 
 def _vicuna_v1(turns: list[Turn], tokenizer) -> list[Piece]:

@@ -21,6 +21,10 @@ from .conversation import IGNORE_INDEX
 from .dataset import Instructions, answers, read_annotations
 
 
+# Arguments that the command line links from the model, whose settings are those of the run
+LINKED_FROM_MODEL = ("processor", "max_positions", "image_attention", "loss_average")
+
+
 class InstructionData(LightningDataModule):
     """Training and validation conversations.
 
@@ -39,6 +43,10 @@ class InstructionData(LightningDataModule):
         processor: Tokenizer and image processor; linked from the model by the command line.
         image_tokens: T, image tokens per image; linked from the model by the command line.
         max_positions: Positions of the LLM; linked from the model by the command line.
+        image_attention: Mask of the model, under which tokens must not see the answer that they predict; linked from
+            the model by the command line.
+        loss_average: How the model averages its loss; with "tokens", batches have a weight. Linked from the model by
+            the command line.
     """
 
     sets_on_trainer = ("accumulate_grad_batches",)
@@ -58,9 +66,11 @@ class InstructionData(LightningDataModule):
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,
         max_positions: int = sys.maxsize,
+        image_attention: str = "causal",
+        loss_average: Literal["llava", "tokens"] = "llava",
     ):
         super().__init__()
-        self.save_hyperparameters(logger=False, ignore=["processor", "max_positions"])
+        self.save_hyperparameters(logger=False, ignore=LINKED_FROM_MODEL)
         self.annotations = annotations
         self.images = images
         self.val_annotations = val_annotations
@@ -69,40 +79,53 @@ class InstructionData(LightningDataModule):
         self.group_by_length = group_by_length
         self.seed = seed
         self.num_workers = min(num_workers, usable_cores())
-        max_length = min(max_length, max_positions)
+        self.has_weights = loss_average == "tokens"
         self.collate = Collate(
-            processor=processor, image_tokens=image_tokens, template=template, max_length=max_length
+            processor=processor,
+            image_tokens=image_tokens,
+            template=template,
+            max_length=min(max_length, max_positions),
+            image_attention=image_attention,
         )
         self.trained_micro_batches = 0
 
     def prepare_data(self) -> None:
         """Convert the annotations once per node, before the other ranks need them."""
-        for path in filter(None, (self.annotations, self.val_annotations)):
-            read_annotations(path)
+        read_annotations(self.annotations)
+        if self.val_annotations:
+            read_annotations(self.val_annotations)
 
     def setup(self, stage: str) -> None:
         """Open the datasets and set the gradient accumulation."""
         if self.val_annotations:
-            self.val = Instructions(self.val_annotations, self.images)
-            for number, record in enumerate(self.val.records):
-                if not any(answers(record)[:1]):
-                    raise UserError(
-                        f"{self.val_annotations}: record {number} has no first answer to compare with"
-                    )
+            self._open_validation()
         elif stage != "fit":
             raise UserError(
                 "data.val_annotations is not set, so there are no questions to validate with"
             )
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self._open_training()
+
+    def _open_validation(self) -> None:
+        self.val = Instructions(self.val_annotations, self.images)
+        for number, record in enumerate(self.val.records):
+            if not any(answers(record)[:1]):
+                raise UserError(
+                    f"{self.val_annotations}: record {number} has no first answer to compare with"
+                )
+
+    def _open_training(self) -> None:
         trainer = self.trainer
         self.train = Instructions(self.annotations, self.images)
         self.train.check_trainable(self.collate)
+        draw = random_batches
+        if self.group_by_length:
+            draw = grouped_batches
         self.sampler = BatchSampler(
             lengths=self.train.lengths(),
             global_batch_size=self.batch_size,
             batch_size=self.micro_batch_size,
-            draw=grouped_batches if self.group_by_length else random_batches,
+            draw=draw,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             seed=self.seed,
@@ -121,8 +144,8 @@ class InstructionData(LightningDataModule):
         self.sampler.start = self.trained_micro_batches % len(self.sampler)
         self.trained_micro_batches = 0
         batches = {"batch_sampler": self.sampler, "collate_fn": self.collate}
-        if self.trainer.lightning_module.hparams.loss_average == "llava":
-            return self._loader(self.train, **batches)  # LLaVA's average needs no weights
+        if not self.has_weights:
+            return self._loader(self.train, **batches)
         step_batches = self.trainer.accumulate_grad_batches
         strategy = self.trainer.strategy
         prefetch_factor = None
@@ -147,10 +170,11 @@ class InstructionData(LightningDataModule):
             return []
         ranks = self.trainer.world_size
         count = len(self.val)
-        share = range(self.trainer.global_rank, math.ceil(count / ranks) * ranks, ranks)
-        samples = Subset(self.val, [i if i < count else 0 for i in share])
+        indices = [*range(self.trainer.global_rank, count, ranks)]
+        padding = math.ceil(count / ranks) - len(indices)
+        is_counted = [True] * len(indices) + [False] * padding
         return self._loader(
-            StackDataset(samples, [i < count for i in share]),
+            StackDataset(Subset(self.val, indices + [0] * padding), is_counted),
             batch_size=self.micro_batch_size,
             collate_fn=self.collate_questions,
         )
@@ -168,13 +192,13 @@ class InstructionData(LightningDataModule):
         batch["labels"][count:] = IGNORE_INDEX
         predicts = predicting_positions(batch["labels"])
         batch |= {"predicts": predicts, "supervised": len(predicts)}
-        turns = [[x["value"] for x in record["conversations"]] for record in records[:count]]
+        first_turns = [record["conversations"][:2] for record in records[:count]]
         return {
             **batch,
             "images": [record["image"] for record in records],
             "prompts": self.collate.prompts(records),
-            "questions": [question for question, *_ in turns],
-            "answers": [answer for _, answer, *_ in turns],
+            "questions": [question["value"] for question, _ in first_turns],
+            "answers": [answer["value"] for _, answer in first_turns],
         }
 
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:
@@ -191,21 +215,20 @@ class InstructionData(LightningDataModule):
         images = set()
         for key in ("annotations", "val_annotations"):
             if path := getattr(self, key):
-                file = Path(path)
                 records = read_annotations(path)
-                identity[key] = (
-                    f"{len(records):,} records, sha256 {checksums(file.parent, [file.name])[file.name]}"
-                )
+                file = Path(path)
+                digest = checksums(root=file.parent, names=[file.name])[file.name]
+                identity[key] = f"{len(records):,} records, sha256 {digest}"
                 images |= {*records.unique("image")}
         names = sorted(images - {""})
-        identity["images"] = describe_digest([names, file_sizes(self.images, names)], len(names))
+        sizes = file_sizes(self.images, names)
+        identity["images"] = describe_digest([names, sizes], count=len(names))
         return identity
 
     def state_dict(self) -> dict:
         """Return the position in the epoch, from which a resumed run continues."""
-        return {
-            "trained_micro_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        }
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return {"trained_micro_batches": progress.current.processed}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the position in the epoch."""

@@ -35,7 +35,7 @@ from llava_bidir.common.files import names_full_disk, sha256
 from llava_bidir.common.images import read_image
 
 from .collate import Collate
-from .conversation import IGNORE_INDEX, IMAGE, usable_turns
+from .conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, usable_turns
 
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
@@ -117,12 +117,14 @@ def _rows(path: str, **_: str | int) -> Iterator[dict[str, Any]]:
 
 def shows_image(record: dict[str, Any]) -> bool:
     """Return whether the model is shown the image of a record."""
-    return bool(record["image"]) and any(IMAGE in x["value"] for x in record["conversations"])
+    return bool(record["image"]) and any(
+        IMAGE_PLACEHOLDER in x["value"] for x in record["conversations"]
+    )
 
 
 def refers_to_image(record: dict[str, Any]) -> bool:
     """Return whether a record has `<image>` in its text, also in another spelling such as `<Image>`."""
-    return any(IMAGE in turn["value"].lower() for turn in record["conversations"])
+    return any(IMAGE_PLACEHOLDER in turn["value"].lower() for turn in record["conversations"])
 
 
 class Instructions(Dataset):
@@ -178,8 +180,8 @@ class Instructions(Dataset):
             )
         if any(map(refers_to_image, self.records)) and not any(map(shows_image, self.records)):
             raise UserError(
-                f"{self.annotations}: no record shows an image, but texts have {IMAGE}; expected the key 'image' with "
-                f"one path, and {IMAGE} in a question"
+                f"{self.annotations}: no record shows an image, but texts have {IMAGE_PLACEHOLDER}; expected the key "
+                f"'image' with one path, and {IMAGE_PLACEHOLDER} in a question"
             )
 
     def lengths(self) -> np.ndarray:

@@ -32,12 +32,12 @@ from llava_bidir.common.tokenizer import load_tokenizer
 from .configuration_llava_bidir import LlavaBidirConfig
 from .encoders import Encoder, resize_stored_positions
 from .lora import UPDATES, has_lora
-from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, check_layers
+from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, check_mask_reaches_layers
 
-ADAPTER = "multi_modal_projector."
-PARTS = ("encoder", "adapter", "llm")
+ADAPTER_PREFIX = "multi_modal_projector."
+MODEL_PARTS = ("encoder", "adapter", "llm")
 # Parts that can train, with the name prefixes of their weights. The encoder is always frozen.
-TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", "lm_head.")}
+TRAINABLE = {"adapter": (f"model.{ADAPTER_PREFIX}",), "llm": ("model.language_model.", "lm_head.")}
 
 # Source: Hugging Face's conversion of LLaVA-1.5, which extends the vocabulary by <image> and <pad>.
 EXTRA_TOKENS = ("<image>", "<pad>")
@@ -155,11 +155,11 @@ def build_model(
     Raises:
         UserError: The adapter does not fit this model, or the LLM computes its logits in a way that it does not know.
     """
-    dtypes = dtypes or dict.fromkeys(PARTS, torch.get_default_dtype())
+    dtypes = dtypes or dict.fromkeys(MODEL_PARTS, torch.get_default_dtype())
     tokenizer = processor.tokenizer
     vision_config = encoder.load_config()
     with error_context(f"model.llm: {llm}"):
-        check_layers(image_attention, read_llm_config(llm).get_text_config())
+        check_mask_reaches_layers(image_attention, read_llm_config(llm).get_text_config())
     language_model = load_llm(
         llm, len(tokenizer), dtype=dtypes["llm"], attn_implementation=attn_implementation
     )
@@ -300,8 +300,8 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
                 f"adapter checkpoint {directory} has {name} {saved!r}, this model {expected!r}; use the same in both "
                 "stages (paper, Sec. 5)"
             )
-    tensors = read_tensors(Path(directory), ADAPTER)
-    weights = {name.partition(ADAPTER)[2]: tensor for name, tensor in tensors.items()}
+    tensors = read_tensors(Path(directory), ADAPTER_PREFIX)
+    weights = {name.partition(ADAPTER_PREFIX)[2]: tensor for name, tensor in tensors.items()}
     if broken := [name for name in weights if not is_finite(weights[name])]:
         raise UserError(
             f"model.adapter: {directory} has values that are not finite in {broken}; train it again"

@@ -56,7 +56,7 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     config: LlavaBidirConfig
 
     def __init__(self, config: LlavaBidirConfig):
-        check_layers(config.image_attention, config.get_text_config())
+        check_mask_reaches_layers(config.image_attention, config.get_text_config())
         super().__init__(config)
         if config.register_tokens:
             # LlavaModel drops CLS before this hook runs
@@ -266,7 +266,7 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
     return [SLIDING if getattr(text_config, "sliding_window", None) else FULL]
 
 
-def check_layers(name: str, text_config: PreTrainedConfig) -> None:
+def check_mask_reaches_layers(name: str, text_config: PreTrainedConfig) -> None:
     """Raise ValueError if a mask other than "causal" does not reach all layers of a decoder."""
     others = sorted({*layer_kinds(text_config)} - {FULL, SLIDING})
     if others and name != "causal":
@@ -284,7 +284,7 @@ def build_masks(
     **kwargs,
 ):
     """Return the LLM's mask, or a dict of masks by kind of layer if it has several; see :func:`build_mask`."""
-    check_layers(name, text_config)
+    check_mask_reaches_layers(name, text_config)
     kinds = layer_kinds(text_config)
     masks = {
         kind: build_mask(name, text_config, is_image, padding, kind=kind, **kwargs)

@@ -6,7 +6,7 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.tensorboard import SummaryWriter
 
-from llava_bidir.data.conversation import IMAGE
+from llava_bidir.data.conversation import IMAGE_PLACEHOLDER
 
 from .module import SHOWN
 
@@ -41,7 +41,7 @@ class ShowAnswers(Callback):
                 name = f"validation/images/{number}"
                 writer.add_image(name, np.asarray(image), step, dataformats="HWC")
             record, question, expected, answered = (
-                " ".join(text.replace(IMAGE, "").split()) for text in texts
+                " ".join(text.replace(IMAGE_PLACEHOLDER, "").split()) for text in texts
             )
             text = f"{record}: {question} Expected: {expected}. Answered: {answered}"
             writer.add_text(f"validation/answers/{number}", text, step)

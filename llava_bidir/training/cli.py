@@ -5,12 +5,12 @@ from pathlib import Path
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import TRAINING_JSON
 from llava_bidir.common.identity import run_identity
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
+from llava_bidir.common.processes import rank_zero_info
 from llava_bidir.common.runs import RunFolder, find_checkpoint, last_checkpoint, run_process
 from llava_bidir.data.datamodule import InstructionData
 
@@ -41,6 +41,8 @@ class TrainingCLI(RunCLI):
         parser.add_lightning_class_args(Throughput, "throughput")
         for name in ("processor", "image_tokens", "max_positions"):
             parser.link_arguments(f"model.{name}", f"data.{name}", apply_on="instantiate")
+        for name in ("image_attention", "loss_average"):
+            parser.link_arguments(f"model.{name}", f"data.{name}")
         parser.link_arguments("seed_everything", "data.seed")
         # which the export of a checkpoint needs
         parser.link_arguments("data.template", "model.template")

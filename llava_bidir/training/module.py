@@ -1,13 +1,13 @@
 """LightningModule for both training stages of LLaVA-1.5; the config selects the stage."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
@@ -23,13 +23,18 @@ from llava_bidir.common.hf import (
     read_model_config,
     read_training,
 )
-from llava_bidir.common.identity import check_same_identity, named_identity, run_identity
-from llava_bidir.common.processes import decide_on_first
+from llava_bidir.common.identity import (
+    Identity,
+    check_same_identity,
+    named_identity,
+    run_identity,
+)
+from llava_bidir.common.processes import decide_on_first, rank_zero_info
 from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
 from llava_bidir.data.conversation import PLAIN
 from llava_bidir.model.attention import block_ids_of
 from llava_bidir.model.build import (
-    PARTS,
+    MODEL_PARTS,
     build_model,
     build_processor,
     check_same_parents,
@@ -48,6 +53,16 @@ RATE = "lr-AdamW/"  # learning rates in the logger, by parameter group
 SHOWN = 3  # validation samples of the first process in the event file
 # Settings, with those of the encoder, that say which model a checkpoint is of
 OF_MODEL = ("image_attention", "image_resize", "template")
+
+Settings = TypeVar("Settings")
+
+
+class TrainedMicroBatch(NamedTuple):
+    """What a step keeps of a micro-batch: its loss, the number of supervised tokens, and the ids of its records."""
+
+    loss: Tensor
+    supervised: int
+    records: list[str]
 
 
 class LlavaTraining(LightningModule):
@@ -104,20 +119,10 @@ class LlavaTraining(LightningModule):
         self.save_hyperparameters()
         # checkpoints hold trainable weights only, see on_save_checkpoint
         self.strict_loading = False
-        if adapter is not None:  # recorded for the control that re-initialises the adapter
-            of_adapter = read_training(Path(adapter))
-            self.hparams["adapter_init_scale"] = of_adapter.get("adapter_init_scale", 1.0)
-        # plain data in checkpoints, so that they load with weights_only
-        self.encoder = Encoder(**encoder) if isinstance(encoder, dict) else encoder
-        self.hparams["encoder"] = asdict(self.encoder)
-        self.lora = Lora(**lora) if isinstance(lora, dict) else lora
-        self.hparams["lora"] = self.lora and asdict(self.lora)
-        if not trainable:
-            raise UserError("model.trainable is empty; expected adapter, llm or both")
-        if self.lora and "llm" not in trainable:
-            raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
-        with error_context("model.image_attention"):  # an unknown one
-            block_ids_of(image_attention)
+        self.encoder = _from_plain(Encoder, encoder)
+        self.lora = _from_plain(Lora, lora)
+        self._record_settings()
+        self._check_settings()
         self.processor = build_processor(
             self.encoder, llm=llm, image_resize=image_resize, template=template
         )
@@ -125,21 +130,41 @@ class LlavaTraining(LightningModule):
         self.max_positions = max_positions(read_llm_config(llm))
         self.model = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
-        self.step: list[tuple[Tensor, int, list[str]]] = []  # losses, supervised tokens, records
+        self.step: list[TrainedMicroBatch] = []
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
+
+    def _record_settings(self) -> None:
+        """Record settings as plain data, so that checkpoints load with weights_only."""
+        self.hparams["encoder"] = asdict(self.encoder)
+        if self.lora:
+            self.hparams["lora"] = asdict(self.lora)
+        if self.hparams.adapter is not None:  # for the control that re-initialises the adapter
+            stage1 = read_training(Path(self.hparams.adapter))
+            self.hparams["adapter_init_scale"] = stage1.get("adapter_init_scale", 1.0)
+
+    def _check_settings(self) -> None:
+        """Raise a UserError if nothing is trained, or LoRA has nothing to train, or the mask is unknown."""
+        trainable = self.hparams.trainable
+        if not trainable:
+            raise UserError("model.trainable is empty; expected adapter, llm or both")
+        if self.lora and "llm" not in trainable:
+            raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
+        with error_context("model.image_attention"):
+            block_ids_of(self.hparams.image_attention)
 
     def models(self) -> dict[str, str]:
         """Return the paths of the models that the run is made from, by setting."""
         models = {"encoder": self.encoder.path, "llm": self.hparams.llm}
-        return models | ({"adapter": self.hparams.adapter} if self.hparams.adapter else {})
+        if self.hparams.adapter:
+            models["adapter"] = self.hparams.adapter
+        return models
 
     def setup(self, stage: str) -> None:
-        """Name the mask to the data, and compute the identity of a training."""
-        data = self.trainer.datamodule
-        data.collate.image_attention = self.hparams.image_attention
+        """Compute the identity of a training, and compare its models with those of stage 1."""
         if stage != "fit":
             return
+        data = self.trainer.datamodule
         self.identity = decide_on_first(run_identity, self.trainer, self, data)
         llm = self.hparams.llm
         if isinstance(read_model_config("model.llm", llm), LlavaConfig):
@@ -148,7 +173,9 @@ class LlavaTraining(LightningModule):
                 "--model.encoder.path and --model.adapter"
             )
         if self.hparams.adapter is not None:
-            check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
+            check_same_parents(
+                adapter=Path(self.hparams.adapter), llm=Path(llm), identity=self.identity
+            )
 
     def configure_model(self) -> None:
         """Build the model once, inside the strategy's context."""
@@ -181,10 +208,12 @@ class LlavaTraining(LightningModule):
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""
         default = torch.get_default_dtype()  # under ZeRO, it is bfloat16
-        dtypes = dict.fromkeys(PARTS, default)
+        dtypes = dict.fromkeys(MODEL_PARTS, default)
         if self.hparams.frozen_dtype == "bfloat16":
-            trained = {*self.hparams.trainable} - ({"llm"} if self.lora else set())
-            dtypes |= dict.fromkeys({*PARTS} - trained, torch.bfloat16)
+            frozen = {*MODEL_PARTS} - {*self.hparams.trainable}
+            if self.lora:
+                frozen.add("llm")
+            dtypes |= dict.fromkeys(frozen, torch.bfloat16)
         return dtypes
 
     def on_fit_start(self) -> None:
@@ -213,7 +242,10 @@ class LlavaTraining(LightningModule):
         loss = self.loss(batch)
         if self.hparams.loss_average == "tokens":
             loss = loss * batch["weight"]
-        self.step.append((loss.detach(), batch["supervised"], batch["ids"]))
+        micro_batch = TrainedMicroBatch(
+            loss=loss.detach(), supervised=batch["supervised"], records=batch["ids"]
+        )
+        self.step.append(micro_batch)
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
@@ -239,8 +271,9 @@ class LlavaTraining(LightningModule):
         answers = self.answer(batch["prompts"])[: len(batch["answers"])]
         if are_captions:
             return answers
-        pairs = zip(answers, batch["answers"], strict=True)
-        correct = [float(answer.strip() == expected.strip()) for answer, expected in pairs]
+        correct = []
+        for answer, expected in zip(answers, batch["answers"], strict=True):
+            correct.append(float(answer.strip() == expected.strip()))
         self.val_accuracy.update(torch.tensor(correct, device=self.device))
         self.log("val/answer_accuracy", self.val_accuracy, prog_bar=True)
         return answers
@@ -260,8 +293,10 @@ class LlavaTraining(LightningModule):
             max_new_tokens=self.hparams.max_new_tokens,
             logits_processor=[FiniteLogits()],
         )
-        new = ids[:, prompts["input_ids"].shape[1] :]
-        return self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        prompt_length = prompts["input_ids"].shape[1]
+        return self.processor.tokenizer.batch_decode(
+            ids[:, prompt_length:], skip_special_tokens=True
+        )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks in its own step."""
@@ -282,21 +317,35 @@ class LlavaTraining(LightningModule):
         """
         if self.trainer.fit_loop._should_accumulate():
             return
-        losses, tokens, records = zip(*self.step, strict=True)
+        losses = torch.stack([micro_batch.loss for micro_batch in self.step])
+        self._check_finite(losses)
+        supervised = float(sum(micro_batch.supervised for micro_batch in self.step))
         self.step.clear()
-        losses = torch.stack(losses)
-        finite = losses.isfinite().tolist()
-        if not self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
-            bad = "of another rank" if all(finite) else ", ".join(records[finite.index(False)])
-            raise UserError(f"loss is not finite at step {self.trainer.global_step}: samples {bad}")
-        tokens = torch.tensor(float(sum(tokens)), device=self.device)
+        tokens = torch.tensor(supervised, device=self.device)
         self.log("train/loss", losses.mean(), prog_bar=True, sync_dist=True)
         self.log("train/supervised_tokens", tokens, sync_dist=True, reduce_fx="sum")
-        self.log_dict({f"{RATE}{group['name']}": group["lr"] for group in optimizer.param_groups})
+        for group in optimizer.param_groups:
+            self.log(f"{RATE}{group['name']}", group["lr"])
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            self.log("train/grad_norm", self._gradient_norm())
+
+    def _check_finite(self, losses: Tensor) -> None:
+        """Raise a UserError if a loss of the step's micro-batches, f[micro-batches], is not finite on any rank."""
+        finite = losses.isfinite().tolist()
+        if self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
+            return
+        samples = "of another rank"
+        if not all(finite):
+            samples = ", ".join(self.step[finite.index(False)].records)
+        raise UserError(f"loss is not finite at step {self.trainer.global_step}: samples {samples}")
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the norm of all gradients together, also where they are sharded."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return norm
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and its schedule per step."""
@@ -314,7 +363,8 @@ class LlavaTraining(LightningModule):
             fused=fused,
         )
         schedule = build_schedule(optimizer, optimizer_steps(self.trainer), args.warmup_ratio)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        per_step = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": per_step}
 
     def settings(self) -> dict[str, Any]:
         """Return the stage and all settings that have a value, for training.json and the model card."""
@@ -329,11 +379,11 @@ class LlavaTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save identity, position and latest metrics, and trainable weights only; frozen ones are in their source."""
-        metrics = {
-            k: float(v)
-            for k, v in self.trainer.callback_metrics.items()
-            if not k.startswith(RATE) and k.removeprefix("train/") not in TIMING_METRICS
-        }
+        metrics = {}
+        for name, value in self.trainer.callback_metrics.items():
+            is_timing = name.removeprefix("train/") in TIMING_METRICS
+            if not name.startswith(RATE) and not is_timing:
+                metrics[name] = float(value)
         checkpoint["identity"] = self.identity
         checkpoint["folder"] = str(Path.cwd())  # where relative paths of the settings begin
         checkpoint["progress"] = {
@@ -360,11 +410,15 @@ class LlavaTraining(LightningModule):
         if "state_dict" not in checkpoint:
             return  # ZeRO has loaded the weights itself
         trained = self.trainable_names()
-        if missing := trained - set(checkpoint["state_dict"]):
-            found = f"lacks {len(missing)} of {len(trained)} trained tensors, e.g. {min(missing)}"
-            raise UserError(f"the checkpoint {found}; it belongs to another stage or model")
+        missing = trained - checkpoint["state_dict"].keys()
+        if missing:
+            raise UserError(
+                f"the checkpoint lacks {len(missing)} of {len(trained)} trained tensors, e.g. {min(missing)}; it belongs "
+                "to another stage or model"
+            )
 
     def _check_same_run(self, checkpoint: dict[str, Any]) -> None:
+        """Raise if a checkpoint that is resumed is of another run, or one that is scored of another model."""
         saved = checkpoint["identity"]
         if not self.trainer.training:
             self._check_same_model(saved["model"], checkpoint["hyper_parameters"])
@@ -381,13 +435,25 @@ class LlavaTraining(LightningModule):
 
     def _check_same_model(self, files: dict[str, str], settings: dict[str, Any]) -> None:
         """Raise if a checkpoint that is scored is of other models, as far as both name them, or of other settings."""
-        now = decide_on_first(named_identity, self.models())
-        compared = [
-            {
-                "model": {key: models[key] for key in files.keys() & now.keys()},
-                "settings": {f"model.{key}": options[key] for key in OF_MODEL}
-                | {"model.encoder": options["encoder"] | {"path": ""}},
-            }
-            for models, options in ((files, settings), (now, self.hparams))
-        ]
-        check_same_identity(*compared, "the checkpoint", "give the options of the training")
+        current = decide_on_first(named_identity, self.models())
+        in_both = files.keys() & current.keys()
+        check_same_identity(
+            saved=_identity_of_model({key: files[key] for key in in_both}, settings),
+            current=_identity_of_model({key: current[key] for key in in_both}, self.hparams),
+            source="the checkpoint",
+            advice="give the options of the training",
+        )
+
+
+def _from_plain(kind: type[Settings], value: Settings | dict[str, Any]) -> Settings:
+    """Return a dataclass of settings, which a checkpoint has as a dict."""
+    if isinstance(value, dict):
+        return kind(**value)
+    return value
+
+
+def _identity_of_model(files: dict[str, str], settings: Mapping[str, Any]) -> Identity:
+    """Return the files of a model, and the settings that say which it is; the encoder's path is none."""
+    compared = {f"model.{key}": settings[key] for key in OF_MODEL}
+    compared["model.encoder"] = settings["encoder"] | {"path": ""}
+    return {"model": files, "settings": compared}

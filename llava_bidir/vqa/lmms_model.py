@@ -12,7 +12,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import ImageFile
 from tqdm import tqdm
 
-from llava_bidir.commands.generate import answer, load
+from llava_bidir.commands.generate import answer, load_with_processor
 from llava_bidir.common.errors import error_context
 
 MANIFEST = ModelManifest("llava_bidir", simple_class_path="llava_bidir.vqa.lmms_model.LlavaBidir")
@@ -28,7 +28,7 @@ class LlavaBidir(lmms):
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
-        self.model, self.processor = load(pretrained, dtype)
+        self.model, self.processor = load_with_processor(pretrained, dtype)
         self.model.to(self.device)
 
     @torch.no_grad()

@@ -17,8 +17,8 @@ from .scores import BENCHMARKS, Item, ScoreTerms, swap_test
 
 SCORED = {title: x for benchmark in BENCHMARKS.values() for title, x in benchmark.columns.items()}
 ASKED = ("item", "unit", "question", "target")
-NUMBERS = ["value", "low", "high", "paper", "p", "p_holm"]
-PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
+NUMBER_COLUMNS = ["value", "low", "high", "paper", "p", "p_holm"]
+PAPER_SCORES = json.loads(Path(__file__).with_name("paper.json").read_text())
 
 
 class Results(NamedTuple):
@@ -33,7 +33,7 @@ class Results(NamedTuple):
 
     def paper_score(self, title: str) -> float:
         """Return the paper's score of this encoder and mask; NaN if it has none."""
-        scores = PAPER.get(self.info["encoder"], {}).get(self.info["image_attention"], {})
+        scores = PAPER_SCORES.get(self.info["encoder"], {}).get(self.info["image_attention"], {})
         return scores.get(title, math.nan) / (1 if SCORED[title].categories else 100)
 
 
@@ -51,7 +51,7 @@ def run(options: VQATableOptions) -> None:
         masks = [model.info["image_attention"] for model in (a, b)]
         if a.info["encoder"] == b.info["encoder"] and masks == ["causal", "bidirectional"]:
             rows += pair_rows(a, b)
-    table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBERS])
+    table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBER_COLUMNS])
     described = {"models": [model.info for model in models], "rows": table.to_dict("records")}
     csv = options.out / "table1.csv"
     write_files({csv: table.to_csv(index=False), csv.with_suffix(".json"): described})

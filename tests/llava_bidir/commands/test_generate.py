@@ -17,7 +17,7 @@ from llava_bidir.commands.generate import (
     answer,
     as_evaluated,
     build_prompts,
-    load,
+    load_with_processor,
     read_image_attention,
 )
 from llava_bidir.common.errors import UserError
@@ -31,7 +31,7 @@ POSITIONS = 80  # the longest prompt of unlike questions has about 50 tokens
 
 @pytest.fixture(scope="module")
 def asked(checkpoints):
-    return load(str(checkpoints["bidirectional"]))
+    return load_with_processor(str(checkpoints["bidirectional"]))
 
 
 def pictures(*seeds: int) -> list[Image.Image]:
@@ -75,14 +75,14 @@ def test_an_llm_that_states_no_limit_of_positions_has_none(asked, checkpoints, m
 def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
     """A released llava has CLIP's own processor."""
     path = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
-    _, ours = load(str(path))
+    _, ours = load_with_processor(str(path))
     settings = ours.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
     del settings["do_pad"]
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     whole = json.loads((path / "processor_config.json").read_text())
     whole.pop("image_processor", None)
     (path / "processor_config.json").write_text(json.dumps(whole))
-    padded = load(str(path))[1]
+    padded = load_with_processor(str(path))[1]
     released = AutoProcessor.from_pretrained(path)
     found = [
         p.image_processor(pictures(0), return_tensors="pt")["pixel_values"]
@@ -139,7 +139,7 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
     asked, tmp_path, capsys, monkeypatch
 ):
     """A second photo was asked as a question about the first one."""
-    monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
+    monkeypatch.setattr("llava_bidir.commands.generate.load_with_processor", lambda *_: asked)
     photos = [tmp_path / "a.png", tmp_path / "b.png"]
     for photo, picture in zip(photos, pictures(0, 3), strict=True):
         picture.save(photo)
@@ -172,7 +172,7 @@ def test_greedy_answers_obey_no_penalty_of_a_checkpoint(asked, checkpoints, tmp_
     (path / "generation_config.json").write_text(json.dumps(settings | PENALTIES))
     given = (["wall"], [pictures(0)], 12)
     expected = answer(*asked, *given)
-    model, processor = load(str(path))
+    model, processor = load_with_processor(str(path))
     assert answer(model, processor, *given) == expected
     mllm = probes.load(str(path))
     assert mllm.answer(pictures(0), "wall", max_new_tokens=12) == expected

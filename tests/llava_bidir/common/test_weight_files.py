@@ -73,7 +73,7 @@ def test_the_adapter_is_the_one_that_transformers_reads(layout, folder, parts):
     "read",
     [
         lambda folder, parts: probes.load(folder),
-        lambda folder, parts: generate.load(str(folder)),
+        lambda folder, parts: generate.load_with_processor(str(folder)),
         lambda folder, parts: load_llm(str(folder), 8),
         lambda folder, parts: build_model(*parts, build_processor(*parts), adapter=str(folder)),
     ],

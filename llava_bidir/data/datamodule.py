@@ -20,7 +20,6 @@ from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX
 from .dataset import Instructions, answers, read_annotations
 
-
 # Arguments that the command line links from the model, whose settings are those of the run
 LINKED_FROM_MODEL = ("processor", "max_positions", "image_attention", "loss_average")
 

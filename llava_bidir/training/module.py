@@ -23,12 +23,7 @@ from llava_bidir.common.hf import (
     read_model_config,
     read_training,
 )
-from llava_bidir.common.identity import (
-    Identity,
-    check_same_identity,
-    named_identity,
-    run_identity,
-)
+from llava_bidir.common.identity import Identity, check_same_identity, named_identity, run_identity
 from llava_bidir.common.processes import decide_on_first, rank_zero_info
 from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
 from llava_bidir.data.conversation import PLAIN
@@ -413,8 +408,8 @@ class LlavaTraining(LightningModule):
         missing = trained - checkpoint["state_dict"].keys()
         if missing:
             raise UserError(
-                f"the checkpoint lacks {len(missing)} of {len(trained)} trained tensors, e.g. {min(missing)}; it belongs "
-                "to another stage or model"
+                f"the checkpoint lacks {len(missing)} of {len(trained)} trained tensors, e.g. {min(missing)}; it "
+                "belongs to another stage or model"
             )
 
     def _check_same_run(self, checkpoint: dict[str, Any]) -> None:

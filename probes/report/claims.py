@@ -1,6 +1,6 @@
-"""Evaluate the paper's claims, each as one number with a 95% interval and a verdict in three columns (verdicts.py).
+"""Evaluate the paper's claims: from the runs of a study to one number each, with a 95% interval and three verdicts.
 
-The numbers, and what a column lacks for a verdict, are those of measure.py.
+The verdicts are columns of verdicts.py. The numbers, and what a column lacks for a verdict, are those of measure.py.
 
 DATA/truth.json says what is known about a world: {claim: "planted" or "absent"}. A checkpoint's training.json has the
 same under "truth", by the name of the folder of images, since what is true of a model depends on what it sees. It wins
@@ -29,8 +29,7 @@ from probes.runs.compare import knockout_difference
 from probes.runs.formatting import Entry
 from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns, studies_by_model
-from probes.score.estimate import student_quantile
-from probes.score.strengths import ROWS
+from probes.score.estimate import Estimate, student_quantile
 from probes.tasks import SEGMENTATION
 
 from .measure import (
@@ -44,10 +43,10 @@ from .measure import (
     why_undecided,
 )
 from .verdicts import (
-    COLUMNS,
     HOLDS,
     MARGIN,
     UNTESTED,
+    VERDICT_COLUMNS,
     conclude,
     correct_for_claims,
     judge,
@@ -72,58 +71,63 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     """
     effects = effects_of_study(study)
     claims = []
-    for (name, claim), (mask, run) in product(CLAIMS.items(), study.main_runs.items()):
+    for name, (mask, run) in product(CLAIMS, study.main_runs.items()):
         case = Case(study=study, name=name, mask=mask, effects=effects)
-        number = case.number(name, study.is_solved)
-        if not number:
-            continue
-        judged = case.number(case.judged, study.is_solved) or number
-        untrained = case.number(name, study.is_solved, "untrained")
-        measured = number.json()
-        verdicts = {
-            "paper": _paper_column(case),
-            "optimum": _optimum_column(case),
-            "beyond_random": _beyond_random_column(case),
-        }
-        images = {"images": run.metrics["images"]}
-        if run.groups is not None:
-            images["groups"] = run.units
-        # what is known of a world is about its classes
-        truth = read_truth(run).get(name) if study.task.name == SEGMENTATION else None
-        entry = {
-            "claim": name,
-            "image_attention": mask,
-            **measured,
-            "holds": judge(claim.sign, **measured)["verdict"] == HOLDS,
-            "verdicts": verdicts,
-            **conclude(verdicts, claim.unlearned),
-            **({"truth": truth} if truth else {}),
-            "text": claim.text.replace("mIoU", study.task.labels[study.task.score]),
-            "control": untrained and untrained.json(),
-            "n": judged.about.get("n", images),
-        }
-        claims.append(entry)
+        if number := case.number(study.is_solved):
+            claims.append(_judge_claim(case, number=number, run=run))
     correct_for_claims(claims)
     return claims
 
 
-def _paper_column(case: Case) -> Entry:
+def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
+    """Return the entry of a claim, without its correction, from the number of the main run."""
+    study = case.study
+    claim = case.claim
+    measured = number.json()
+    verdicts = {
+        "paper": _paper_column(case, number),
+        "optimum": _optimum_column(case),
+        "beyond_random": _beyond_random_column(case),
+    }
+    entry = {
+        "claim": case.name,
+        "image_attention": case.mask,
+        **measured,
+        "holds": judge(claim.sign, **measured)["verdict"] == HOLDS,
+        "verdicts": verdicts,
+        **conclude(verdicts, claim.unlearned),
+    }
+    # what is known of a world is about its classes
+    if study.task.name == SEGMENTATION and (truth := read_truth(run).get(case.name)):
+        entry["truth"] = truth
+    entry["text"] = claim.text.replace("mIoU", study.task.labels[study.task.score])
+    untrained = case.number(study.is_solved, weights="untrained")
+    entry["control"] = untrained and untrained.json()
+    images = {"images": run.metrics["images"]}
+    if run.groups is not None:
+        images["groups"] = run.units
+    judged = case.judged_number(study.is_solved) or number
+    entry["n"] = judged.about.get("n", images)
+    return entry
+
+
+def _paper_column(case: Case, number: Estimate) -> Entry:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
     study = case.study
-    number = case.number(case.name, study.is_solved)
     sign = case.claim.sign
     if not case.claim.reads_probes:
         return judge(sign, **number.json())
     if study.is_solved:
         reason = "the number is that of solved probes"
-        reason = again(reason, "--fit") if study.task.name == SEGMENTATION else reason
+        if study.task.name == SEGMENTATION:
+            reason = again(reason, option="--fit")
         return untested(reason, **number.json(), probes="solved")
-    below = None
-    if optimum := case.number(case.name, solved=True):
+    below_optimum = None
+    if optimum := case.number(solved=True):
         pair = study.main_runs[case.mask], study.solved[case.mask]
         if ANALYSIS_OF.get(case.name) != KNOCKOUT or not knockout_difference(*pair):
-            below = (optimum - number).json()
-    return judge(sign, **number.json(), probes="trained", below_optimum=below)
+            below_optimum = (optimum - number).json()
+    return judge(sign, **number.json(), probes="trained", below_optimum=below_optimum)
 
 
 def _optimum_column(case: Case) -> Entry:
@@ -134,21 +138,22 @@ def _optimum_column(case: Case) -> Entry:
     """
     sign = case.claim.sign
     margin = case.study.task.margin
-    rows = {row: case.number(f"{case.name}@{row}", solved=True) for row in ROWS}
-    rows = {row: effect for row, effect in rows.items() if effect}
-    number = case.number(case.judged, solved=True)
-    measured = number.json() if number and not rows else {}
+    rows = case.numbers_by_strength()
+    number = case.judged_number(solved=True)
+    measured = {}
+    if number and not rows:
+        measured = number.json()
     if reason := why_no_optimum(case, rows):
         return untested(reason, **measured)
     if not rows:
         return judge(sign, **measured, margin=margin)
-    drawn = torch.stack([effect.vector for effect in rows.values()], 1)
-    bounds = torch.stack(simultaneous_band(drawn[0], drawn[1:]), 1).tolist()
-    columns = [
-        judge(sign, effect.value, ci95, margin, row=row)
-        for (row, effect), ci95 in zip(rows.items(), bounds, strict=True)
-        if effect.about["converged"]
-    ]
+    vectors = torch.stack([effect.vector for effect in rows.values()], 1)
+    bounds = torch.stack(simultaneous_band(vectors[0], vectors[1:]), 1).tolist()
+    columns = []
+    for (row, effect), ci95 in zip(rows.items(), bounds, strict=True):
+        if effect.about["converged"]:
+            column = judge(sign, value=effect.value, ci95=ci95, margin=margin, row=row)
+            columns.append(column)
     counts = {"strengths": len(rows), "converged": len(columns)}
     return worst_of(sign, columns, margin) | counts
 
@@ -165,25 +170,34 @@ def _beyond_random_column(case: Case) -> Entry:
         case = replace(case, name="recovery")
     sign = case.claim.sign
     margin = case.study.task.margin
-    is_pooled = case.name != "adapter_drop"  # random adapters are the same under both masks
     for solved in (True, False):
-        compared = case.minus_draws(solved)
-        columns = {}
-        for (mask, control), estimate in compared.items():
-            if mask == case.mask:
-                others = [x for x in compared.values() if x is not estimate and is_pooled]
-                columns[control] = judge_draws(
-                    sign, compared=estimate, others=others, margin=margin
-                )
+        columns = _columns_of_controls(case, solved)
         if not columns:
             continue
         probes = "solved" if solved else "trained"
-        worst = worst_of(sign, [x | {"control": name} for name, x in columns.items()], margin)
-        if reason := why_undecided(case, columns, solved):
-            return untested(reason, worst["value"], worst["ci95"], probes=probes)
+        named = [column | {"control": control} for control, column in columns.items()]
+        worst = worst_of(sign, named, margin)
+        if reason := why_undecided(case, compared=columns, solved=solved):
+            return untested(reason, value=worst["value"], ci95=worst["ci95"], probes=probes)
         return worst | {"controls": columns, "probes": probes}
-    reasons = [why_no_draws(case, control) for control in case.controls]
-    return untested("; ".join(dict.fromkeys(reasons)))
+    reasons = dict.fromkeys(why_no_draws(case, control) for control in case.controls)
+    return untested("; ".join(reasons))
+
+
+def _columns_of_controls(case: Case, solved: bool) -> dict[str, Entry]:
+    """Return the column of each control that the claim was compared with, from probes of one kind."""
+    compared = case.minus_draws(solved)
+    columns = {}
+    for (mask, control), estimate in compared.items():
+        if mask != case.mask:
+            continue
+        others = []
+        if case.name != "adapter_drop":  # random adapters are the same under both masks
+            others = [other for other in compared.values() if other is not estimate]
+        columns[control] = judge_draws(
+            case.claim.sign, compared=estimate, others=others, margin=case.study.task.margin
+        )
+    return columns
 
 
 def read_truth(run: ProbeRun) -> dict[str, str]:
@@ -193,18 +207,23 @@ def read_truth(run: ProbeRun) -> dict[str, str]:
         UserError: One of them has another claim or value.
     """
     file = Path(run.manifest["data"]["root"]) / TRUTH_FILE
-    of_model = run.training.get("truth", {}).get(file.parent.name, {})
-    sources = {str(file): read_json(file) if file.is_file() else {}}
-    sources[f"{run.path / 'manifest.json'}: mllm_training.truth"] = of_model
-    known = (*CLAIMS, *OTHER_CLAIMS)
+    truth_of_data = {}
+    if file.is_file():
+        truth_of_data = read_json(file)
+    truth_of_model = run.training.get("truth", {}).get(file.parent.name, {})
+    sources = {
+        str(file): truth_of_data,
+        f"{run.path / 'manifest.json'}: mllm_training.truth": truth_of_model,
+    }
+    claims = (*CLAIMS, *OTHER_CLAIMS)
     for source, truth in sources.items():
         for claim, value in truth.items():
-            if claim not in known or value not in TRUTHS:
+            if claim not in claims or value not in TRUTHS:
                 raise UserError(
-                    f"{source} says {claim}: {value!r}; expected {' or '.join(TRUTHS)} of one of {', '.join(known)}; "
+                    f"{source} says {claim}: {value!r}; expected {' or '.join(TRUTHS)} of one of {', '.join(claims)}; "
                     f"{HINT}"
                 )
-    return sources[str(file)] | of_model
+    return truth_of_data | truth_of_model
 
 
 # ------------------------------------------------------------------------------------------------ seeds
@@ -214,53 +233,49 @@ def joint_studies(studies: list[StudyRuns], claims: list[list[Entry]]) -> list[E
     Claims are those of at least two seeds; "left_out" names those that a seed lacks. They have the keys of
     `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values of the seeds.
     """
-    joint = []
     claims_of = dict(zip(studies, claims, strict=True))
-    for members in studies_by_model(study for study in studies if study.seed is not None):
-        first = members[0]
-        images = [study.first.manifest["data"]["fingerprint"] for study in members]
-        seeds = [study.seed for study in members]
-        found: dict[tuple[str, str], dict[int, Entry]] = {}
-        for study in members:
-            for claim in claims_of[study]:
-                key = (claim["claim"], claim["image_attention"])
-                found.setdefault(key, {})[study.seed] = claim
-        own = [
-            _join_claim(by_seed, len({*images}) < len(images), first.task.margin)
-            for by_seed in found.values()
-            if len(by_seed) > 1
-        ]
-        correct_for_claims(own)
-        left_out = [
-            {
-                "claim": name,
-                "image_attention": mask,
-                "lacking": [seed for seed in seeds if seed not in by_seed],
-            }
-            for (name, mask), by_seed in found.items()
-            if len(by_seed) < len(seeds)
-        ]
-        joint.append(
-            {
-                "task": first.task.name,
-                "model": first.name,
-                "dataset": first.dataset,
-                "has_llm": first.first.has_llm,
-                "seeds": seeds,
-                "claims": own,
-                "left_out": left_out,
-            }
-        )
-    return joint
+    seeded = [study for study in studies if study.seed is not None]
+    return [_join_seeds(members, claims_of) for members in studies_by_model(seeded)]
+
+
+def _join_seeds(members: list[StudyRuns], claims_of: dict[StudyRuns, list[Entry]]) -> Entry:
+    """Return the claims of a model joint over the studies of its seeds."""
+    first = members[0]
+    images = {study.first.manifest["data"]["fingerprint"] for study in members}
+    seeds = [study.seed for study in members]
+    claims_by_seed: dict[tuple[str, str], dict[int, Entry]] = {}
+    for study in members:
+        for claim in claims_of[study]:
+            key = (claim["claim"], claim["image_attention"])
+            claims_by_seed.setdefault(key, {})[study.seed] = claim
+    claims = []
+    left_out = []
+    for (name, mask), by_seed in claims_by_seed.items():
+        if len(by_seed) > 1:
+            claim = _join_claim(
+                by_seed, shared_images=len(images) < len(members), margin=first.task.margin
+            )
+            claims.append(claim)
+        if lacking := [seed for seed in seeds if seed not in by_seed]:
+            left_out.append({"claim": name, "image_attention": mask, "lacking": lacking})
+    correct_for_claims(claims)
+    return {
+        "task": first.task.name,
+        "model": first.name,
+        "dataset": first.dataset,
+        "has_llm": first.first.has_llm,
+        "seeds": seeds,
+        "claims": claims,
+        "left_out": left_out,
+    }
 
 
 def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -> Entry:
     """Return the columns and the conclusion of a claim over seeds."""
     first = next(iter(by_seed.values()))
-    about = {key: first[key] for key in ("claim", "image_attention", "text")}
     claim = CLAIMS[first["claim"]]
     verdicts = {}
-    for name in COLUMNS:
+    for name in VERDICT_COLUMNS:
         columns = {seed: entry["verdicts"][name] for seed, entry in by_seed.items()}
         least = 0.0 if name == "paper" else margin
         verdicts[name] = join_column(
@@ -268,19 +283,23 @@ def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -
         )
     # the numbers of the main runs
     measured = {key: verdicts["paper"][key] for key in ("value", "ci95")}
-    is_known = measured["value"] is not None
+    is_measured = measured["value"] is not None
     # the seeds that every joint number is a mean over, of those that have the claim
-    counts = [entry["seeds"] for entry in verdicts.values() if "seeds" in entry]
-    truths = {entry.get("truth") for entry in by_seed.values()}
-    return {
-        **about,
+    counts = [column["seeds"] for column in verdicts.values() if "seeds" in column]
+    joint = {
+        "claim": first["claim"],
+        "image_attention": first["image_attention"],
+        "text": first["text"],
         **measured,
-        "holds": is_known and judge(claim.sign, **measured)["verdict"] == HOLDS,
+        "holds": is_measured and judge(claim.sign, **measured)["verdict"] == HOLDS,
         "verdicts": verdicts,
         **conclude(verdicts, claim.unlearned),
         "n": {"seeds": min(counts, default=0), "of": len(by_seed)},
-        **({"truth": truths.pop()} if len(truths) == 1 and None not in truths else {}),
     }
+    truths = {entry.get("truth") for entry in by_seed.values()}
+    if len(truths) == 1 and None not in truths:
+        joint["truth"] = truths.pop()
+    return joint
 
 
 def join_column(
@@ -290,41 +309,44 @@ def join_column(
 
     "by_seed" has the values of all seeds; "left_out" says why some are no part of the joint number.
     """
-    tested = {seed: entry for seed, entry in by_seed.items() if entry["verdict"] != UNTESTED}
+    tested = {seed: column for seed, column in by_seed.items() if column["verdict"] != UNTESTED}
     judged = _same_probes(tested)
-    missing = {
-        seed: entry.get("reason", "other probes")
-        for seed, entry in by_seed.items()
-        if seed not in judged
-    }
-    more: Entry = {"by_seed": {seed: entry["value"] for seed, entry in by_seed.items()}}
-    if missing:
-        more["left_out"] = missing
+    left_out = {}
+    for seed, column in by_seed.items():
+        if seed not in judged:
+            left_out[seed] = column.get("reason", "other probes")
+    more: Entry = {"by_seed": {seed: column["value"] for seed, column in by_seed.items()}}
+    if left_out:
+        more["left_out"] = left_out
     reason = ""
     if len(judged) < 2:
-        first = next(iter(missing.items()))
-        reason = "fewer than two seeds have a verdict; seed {}: {}".format(*first)
-    entries = [*(_same_probes(by_seed) if reason else judged).values()]
-    if len(entries) < 2 or any(entry["value"] is None for entry in entries):
+        seed, why = next(iter(left_out.items()))
+        reason = f"fewer than two seeds have a verdict; seed {seed}: {why}"
+        judged = _same_probes(by_seed)
+    columns = [*judged.values()]
+    if len(columns) < 2 or any(column["value"] is None for column in columns):
         return untested(reason, **more)
-    more["seeds"] = len(entries)
+    more["seeds"] = len(columns)
     # each seed has draws of its own, so that their spread is part of that between seeds
-    of_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in entries]
-    value, ci95 = mean_over_seeds(of_images, shared_images)
+    over_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in columns]
+    value, ci95 = mean_over_seeds(over_images, shared_images)
     if reason:
         return untested(reason, value=value, ci95=ci95, **more)
-    below = [x["below_optimum"] for x in entries if x.get("below_optimum")]
+    below = [x["below_optimum"] for x in columns if x.get("below_optimum")]
     if len(below) > 1:
-        mean = mean_over_seeds([(x["value"], x["ci95"]) for x in below], shared_images)
-        more["below_optimum"] = dict(zip(("value", "ci95"), mean, strict=True))
-    return judge(sign, value=value, ci95=ci95, margin=margin, df=len(entries) - 1, **more)
+        pairs = [(x["value"], x["ci95"]) for x in below]
+        below_value, below_ci95 = mean_over_seeds(pairs, shared_images)
+        more["below_optimum"] = {"value": below_value, "ci95": below_ci95}
+    return judge(sign, value=value, ci95=ci95, margin=margin, df=len(columns) - 1, **more)
 
 
 def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:
     """Return the seeds whose probes are of the most frequent kind."""
-    kinds = [entry.get("probes") for entry in by_seed.values()]
-    most = max(kinds, key=kinds.count, default=None)
-    return {seed: entry for seed, entry in by_seed.items() if entry.get("probes") == most}
+    kinds = [column.get("probes") for column in by_seed.values()]
+    most_frequent = max(kinds, key=kinds.count, default=None)
+    return {
+        seed: column for seed, column in by_seed.items() if column.get("probes") == most_frequent
+    }
 
 
 def mean_over_seeds(
@@ -339,7 +361,8 @@ def mean_over_seeds(
     of_images = np.hypot.reduce([(high - low) / 2 for _, (low, high) in estimates])
     count = len(values)
     value = float(np.mean(values))
-    of_seeds = student_quantile(0.975, count - 1) * float(np.std(values, ddof=1)) / count**0.5
+    error = float(np.std(values, ddof=1)) / count**0.5
+    of_seeds = student_quantile(0.975, count - 1) * error
     half = max(of_seeds, of_images / count)
     if shared_images:
         half = math.hypot(of_seeds, of_images / count**0.5)

@@ -1,4 +1,4 @@
-"""Measure each claim: the differences of effects that the runs of a study and their analyses wrote.
+"""Measure each claim: from the effects that the runs of a study and their analyses wrote to the numbers of its columns.
 
 Effects are vectors of a number and its resamplings (probes/analyses/claims.py). All use the same resamplings of the
 study's validation images, so differences between sites, masks and controls are paired.
@@ -6,17 +6,18 @@ study's validation images, so differences between sites, masks and controls are 
 The best layer of a recovery is chosen by cross-validation over images (probes/score/effects.py). The paper
 chooses it on the images that it is scored on, which favours models with many layers; tables keep that definition.
 
-A solved run has each effect of layers three times, "EFFECT@ROW": with the probes of the strengths of regularisation
-that cross-validation chose, and with those that all sites have one step stronger and one step weaker.
+A solved run has each effect of layers three times: with the probes of the strengths of regularisation that
+cross-validation chose, and with those that all sites have one step stronger and one step weaker.
 
 What has no verdict has a reason, and what to run the study again with.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from probes.analyses import ANALYSES
 from probes.analyses.analysis import Claim
@@ -24,7 +25,7 @@ from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
 from probes.runs.read import ProbeRun
-from probes.runs.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask
+from probes.runs.study import CONTROLS, MASKS, UNTRAINED_ARMS, StudyRuns, by_mask
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS
 from probes.steps.record import Outcome, unfinished_steps
@@ -33,54 +34,103 @@ from .verdicts import compare_to_draws
 
 KNOCKOUT = "knockout"  # the analysis
 GAIN = "recovery_trained"  # the recovery minus that of the untrained model
+AGAINST_RANDOM = "random"  # after "@" in the name of an effect
 
 
-# by effect, mask, weights ("trained", "untrained" or a control), and whether probes are solved; several of draws
-Effects = dict[tuple[str, str, str, bool], list[Estimate]]
+class EffectKey(NamedTuple):
+    """Which effect an estimate is of.
+
+    Args:
+        effect: Name of the effect, which is that of its claim.
+        mask: Attention among image tokens.
+        weights: "trained", "untrained", or the control whose draws are listed.
+        solved: Whether its probes are at the optimum.
+        strength: Row of regularisation strengths; None for the probes of the run.
+        site: The site that it is measured at; None for those that the effect names.
+        against_random: Whether it is the contrast with random tokens.
+    """
+
+    effect: str
+    mask: str
+    weights: str
+    solved: bool
+    strength: str | None = None
+    site: str | None = None
+    against_random: bool = False
+
+
+def read_key(name: str, *, mask: str, weights: str, solved: bool) -> EffectKey:
+    """Return the key of an effect from its name in a file: "EFFECT", "EFFECT@ROW", "EFFECT@random" or "EFFECT@SITE"."""
+    effect, _, detail = name.partition("@")
+    key = EffectKey(effect=effect, mask=mask, weights=weights, solved=solved)
+    if detail in ROWS:
+        return key._replace(strength=detail)
+    if detail == AGAINST_RANDOM:
+        return key._replace(against_random=True)
+    return key._replace(site=detail or None)
+
+
+Effects = dict[EffectKey, list[Estimate]]  # one estimate, or one for each draw of a control
 
 
 def effects_of_study(study: StudyRuns) -> Effects:
-    """Return what claims are judged from, of solved probes, and of trained ones if the main runs have these.
-
-    An effect has the name of its claim, with "@ROW" at a row of strengths, with "@random" against random tokens.
-    """
-    of_run = {run.path: read_effects(run) for run in study.members}
+    """Return what claims are judged from, of solved probes, and of trained ones if the main runs have these."""
+    named_effects = {run.path: read_effects(run) for run in study.members}
     effects: Effects = {}
     for solved in {True, study.is_solved}:
         trained = by_mask(study.where(arm="trained", solved=solved))
-        untrained = by_mask(study.where(arm=UNTRAINED, solved=solved))
         # where masks are compared: the best layer of the trained model, for its controls too
-        site = next((run.peak_layer for run in trained.values()), None)
-        models = [("trained", trained)]
-        models += [("untrained", {mask: untrained[mask] for mask in untrained if mask in trained})]
-        for control in (*CONTROLS["llm"], *CONTROLS["adapter"]):
-            models += [(control, draw) for draw in study.draws(control, solved=solved)]
-        for weights, runs in models:
-            own = {mask: of_run[run.path] for mask, run in runs.items()}
-            if all(mask in runs and site in runs[mask].sites for mask in MASKS):
+        compared_site = next((run.peak_layer for run in trained.values()), None)
+        for weights, runs in models_of_study(study, trained, solved=solved):
+            estimates: dict[EffectKey, Estimate] = {}
+            for mask, run in runs.items():
+                for name, estimate in named_effects[run.path].items():
+                    key = read_key(name, mask=mask, weights=weights, solved=solved)
+                    estimates[key] = estimate
+            if all(mask in runs and compared_site in runs[mask].sites for mask in MASKS):
                 check_pair(*(runs[mask] for mask in MASKS))
-                gaps = between_masks(own["causal"], own["bidirectional"], site)
-                own["causal"] = own["causal"] | gaps
-            for mask, of_mask in own.items():
-                for name, estimate in of_mask.items():
-                    claim = CLAIMS.get(name.partition("@")[0])
-                    if claim is None or not is_defined(estimate):
-                        continue
-                    if weights != "trained" or claim.applies is None or claim.applies(runs):
-                        effects.setdefault((name, mask, weights, solved), []).append(estimate)
-        rows = ("", *(f"@{row}" for row in ROWS))
-        for mask, row in product(trained, rows):
-            own, before = (
-                effects.get((f"recovery{row}", mask, weights, solved))
-                for weights in ("trained", "untrained")
-            )
-            if own and before:
-                gain = own[0] - before[0]
-                if row:
-                    converged = [x[0].about["converged"] for x in (own, before)]
-                    gain = replace(gain, about={"converged": all(converged)})
-                effects[f"{GAIN}{row}", mask, "trained", solved] = [gain]
+                estimates |= differences_of_masks(estimates, compared_site)
+            for key, estimate in estimates.items():
+                if is_of_claim(key, runs) and is_defined(estimate):
+                    effects.setdefault(key, []).append(estimate)
+        effects |= gains_over_untrained(effects, masks=trained, solved=solved)
     return effects
+
+
+def models_of_study(
+    study: StudyRuns, trained: Mapping[str, ProbeRun], *, solved: bool
+) -> Iterator[tuple[str, dict[str, ProbeRun]]]:
+    """Yield the weights and the runs by mask of the trained model, the untrained one, and each draw of each control."""
+    yield "trained", dict(trained)
+    untrained = by_mask(study.where(arm=UNTRAINED_ARMS, solved=solved))
+    yield "untrained", {mask: run for mask, run in untrained.items() if mask in trained}
+    for control in (*CONTROLS["llm"], *CONTROLS["adapter"]):
+        for draw in study.draws(control, solved=solved):
+            yield control, draw
+
+
+def differences_of_masks(
+    estimates: Mapping[EffectKey, Estimate], site: str
+) -> dict[EffectKey, Estimate]:
+    """Return the claims that are differences of the effects of two masks at a site, as effects of the causal one."""
+    differences = {}
+    for key, of_causal in estimates.items():
+        of_bidirectional = estimates.get(key._replace(mask="bidirectional"))
+        if key.mask != "causal" or key.site != site or not of_bidirectional:
+            continue
+        for name, claim in CLAIMS.items():
+            if claim.between_masks == key.effect:
+                gap = of_bidirectional - of_causal
+                differences[key._replace(effect=name, site=None)] = gap
+    return differences
+
+
+def is_of_claim(key: EffectKey, runs: Mapping[str, ProbeRun]) -> bool:
+    """Return whether a claim is judged from an effect; some are not made of all models, by their runs."""
+    claim = CLAIMS.get(key.effect)
+    if claim is None:
+        return False
+    return key.weights != "trained" or claim.applies is None or claim.applies(runs)
 
 
 def is_defined(estimate: Estimate) -> bool:
@@ -88,16 +138,23 @@ def is_defined(estimate: Estimate) -> bool:
     return all(map(math.isfinite, (estimate.value, *estimate.ci95)))
 
 
-def between_masks(
-    causal: Mapping[str, Estimate], bidirectional: Mapping[str, Estimate], site: str
-) -> dict[str, Estimate]:
-    """Return the claims that are differences of the effects of two masks at a site."""
-    gaps = {}
-    for name, claim in CLAIMS.items():
-        effect = f"{claim.between_masks}@{site}"
-        if effect in causal and effect in bidirectional:
-            gaps[name] = bidirectional[effect] - causal[effect]
-    return gaps
+def gains_over_untrained(effects: Effects, masks: Iterable[str], *, solved: bool) -> Effects:
+    """Return the recovery of the trained model minus that of the untrained one, at each strength that both have."""
+    gains: Effects = {}
+    for mask, strength in product(masks, (None, *ROWS)):
+        key = EffectKey(
+            effect="recovery", mask=mask, weights="trained", solved=solved, strength=strength
+        )
+        of_trained = effects.get(key)
+        of_untrained = effects.get(key._replace(weights="untrained"))
+        if not (of_trained and of_untrained):
+            continue
+        gain = of_trained[0] - of_untrained[0]
+        if strength:
+            have_converged = of_trained[0].about["converged"] and of_untrained[0].about["converged"]
+            gain = replace(gain, about={"converged": have_converged})
+        gains[key._replace(effect=GAIN)] = [gain]
+    return gains
 
 
 @dataclass(frozen=True)
@@ -124,46 +181,75 @@ class Case:
     @property
     def masks(self) -> list[str]:
         """The masks whose runs the claim compares."""
-        return list(MASKS) if self.claim.between_masks else [self.mask]
+        if self.claim.between_masks:
+            return list(MASKS)
+        return [self.mask]
 
     @property
     def controls(self) -> tuple[str, ...]:
         """The kinds of random weights beyond which it must hold."""
-        return CONTROLS["adapter" if self.name == "adapter_drop" else "llm"]
+        random_part = "adapter" if self.name == "adapter_drop" else "llm"
+        return CONTROLS[random_part]
 
-    @property
-    def judged(self) -> str:
-        """The effect that it is at the optimum and beyond random; a knockout without a contrast has none."""
-        return f"{self.name}@random" if self.claim.against_tokens else self.name
+    def numbers(self, solved: bool, weights: str = "trained") -> list[Estimate]:
+        """Return the claim's effect of models of some weights, from probes of one kind."""
+        return self.effects.get(self._key(solved, weights), [])
 
-    def number(self, effect: str, solved: bool, weights: str = "trained") -> Estimate | None:
-        """Return an effect of a model from probes of one kind, None without."""
-        return next(iter(self.effects.get((effect, self.mask, weights, solved), ())), None)
+    def judged_numbers(self, solved: bool, weights: str = "trained") -> list[Estimate]:
+        """Return what it is at the optimum and beyond random; a knockout without a contrast has none."""
+        key = self._key(solved, weights)
+        return self.effects.get(key._replace(against_random=self.claim.against_tokens), [])
+
+    def number(self, solved: bool, weights: str = "trained") -> Estimate | None:
+        """Return the effect of a model, None without."""
+        return next(iter(self.numbers(solved, weights)), None)
+
+    def judged_number(self, solved: bool) -> Estimate | None:
+        """Return what the trained model is judged by, None without."""
+        return next(iter(self.judged_numbers(solved)), None)
+
+    def numbers_by_strength(self) -> dict[str, Estimate]:
+        """Return the effect of the trained model by row of regularisation strengths."""
+        rows = {}
+        for strength in ROWS:
+            key = self._key(solved=True, weights="trained")._replace(strength=strength)
+            for estimate in self.effects.get(key, []):
+                rows[strength] = estimate
+        return rows
+
+    def _key(self, solved: bool, weights: str) -> EffectKey:
+        return EffectKey(effect=self.name, mask=self.mask, weights=weights, solved=solved)
 
     def minus_draws(self, solved: bool) -> dict[tuple[str, str], Estimate]:
         """Return the claim's number minus that of random draws, two at least, by mask and control."""
-        found = {}
+        differences = {}
         masks = dict.fromkeys(run.mask for run in self.study.members)
         for mask, control in product(masks, self.controls):
             case = replace(self, mask=mask)
-            trained = case.number(self.judged, solved)
-            draws, judged = (
-                self.effects.get((effect, mask, control, solved), ())
-                for effect in (self.name, self.judged)
-            )
+            trained = case.judged_number(solved)
+            draws = case.numbers(solved, weights=control)
+            judged_draws = case.judged_numbers(solved, weights=control)
             # a draw whose knockout has no contrast leaves the claim without this control
-            is_known = trained and len(draws) == len(judged) > 1
-            if is_known and not case.other_knockouts(control, solved):
-                found[mask, control] = compare_to_draws(trained, judged)
-        return found
+            if not trained or len(draws) < 2 or len(draws) != len(judged_draws):
+                continue
+            if not case.other_knockouts(control, solved):
+                differences[mask, control] = compare_to_draws(trained, judged_draws)
+        return differences
 
     def other_knockouts(self, control: str, solved: bool) -> str:
         """Return why knockouts of a control are not comparable with the trained one's, "" if they are."""
         trained = self.study.where(arm="trained", mask=self.mask, solved=solved)
         if ANALYSIS_OF.get(self.name) != KNOCKOUT or not trained:
             return ""
-        draws = [x[self.mask] for x in self.study.draws(control, solved=solved) if self.mask in x]
-        return next(filter(None, (knockout_difference(trained[0], run) for run in draws)), "")
+        for run in self.runs_of_draws(control, solved):
+            if difference := knockout_difference(trained[0], run):
+                return difference
+        return ""
+
+    def runs_of_draws(self, control: str, solved: bool) -> list[ProbeRun]:
+        """Return the runs of a control's draws under the mask."""
+        draws = self.study.draws(control, solved=solved)
+        return [draw[self.mask] for draw in draws if self.mask in draw]
 
 
 # ------------------------------------------------------------------------------------------------ what is missing
@@ -177,14 +263,15 @@ def why_no_optimum(case: Case, rows: Mapping[str, Estimate]) -> str:
     missing = [mask for mask in case.masks if mask not in case.study.solved]
     if missing:
         mask = f" under {missing[0]} attention" * case.study.first.has_llm
-        return again(f"no solved probes{mask}", "trained among its --arms")
+        return again(f"no solved probes{mask}", option="trained among its --arms")
     if case.name == GAIN and not rows:
-        return again("no solved run of the untrained model", "untrained0 among its --arms")
+        reason = "no solved run of the untrained model"
+        return again(reason, option="untrained0 among its --arms")
     runs = [case.study.solved[mask] for mask in case.masks]
     if case.name == GAIN:
-        runs += case.study.where(arm=UNTRAINED, mask=case.mask, solved=True)[:1]
-    if not case.number(case.judged, solved=True):
-        return why_no_number(case, runs, "the solved probes")
+        runs += case.study.where(arm=UNTRAINED_ARMS, mask=case.mask, solved=True)[:1]
+    if not case.judged_number(solved=True):
+        return why_no_number(case, runs=runs, kind="the solved probes")
     if "chosen" in rows and rows["chosen"].about["converged"]:
         return ""
     return why_unconverged(case, runs)
@@ -193,24 +280,30 @@ def why_no_optimum(case: Case, rows: Mapping[str, Estimate]) -> str:
 def why_no_draws(case: Case, control: str) -> str:
     """Return why a claim was not compared with a control."""
     study = case.study
-    kind = "draws of " + ("random adapters" if control == "adapter" else f"{control} layers")
+    kind = f"draws of {control} layers"
+    if control == "adapter":
+        kind = "draws of random adapters"
     # trained probes are compared with trained ones only
     count = max(len(study.draws(control, solved=solved)) for solved in {True, study.is_solved})
     if count < 2:
-        left_out = [x for folder in study.first.path.parents[:2] for x in unfinished_steps(folder)]
-        for step in left_out:
-            if step["outcome"] == Outcome.LEFT_OUT and Path(step["step"]).name == f"{control}0":
-                return f"{kind}: {count}, two are needed: {step['reason']}"
-        option = f"--draws 2, or {control}0 and {control}1 among its --arms"
-        return again(f"{kind}: {count}, two are needed", option)
-    if not case.number(case.judged, study.is_solved):
-        return why_no_number(case, [study.main_runs[case.mask]], "the model")
+        return why_too_few_draws(case, control, reason=f"{kind}: {count}, two are needed")
+    if not case.judged_number(study.is_solved):
+        return why_no_number(case, runs=[study.main_runs[case.mask]], kind="the model")
     if reason := case.other_knockouts(control, study.is_solved):
         return reason
-    draws = [x[case.mask] for x in study.draws(control, solved=study.is_solved) if case.mask in x]
+    draws = case.runs_of_draws(control, study.is_solved)
     if not (case.name in ANALYSIS_OF and draws) or case.claim.between_masks:
-        return again(f"fewer than two {kind} under the same mask", "--draws 2")
-    return why_no_number(case, draws, kind)
+        return again(f"fewer than two {kind} under the same mask", option="--draws 2")
+    return why_no_number(case, runs=draws, kind=kind)
+
+
+def why_too_few_draws(case: Case, control: str, reason: str) -> str:
+    """Return a reason with that for which the study left the first draw out, else with the option that makes two."""
+    for folder in case.study.first.path.parents[:2]:
+        for step in unfinished_steps(folder):
+            if step["outcome"] == Outcome.LEFT_OUT and Path(step["step"]).name == f"{control}0":
+                return f"{reason}: {step['reason']}"
+    return again(reason, option=f"--draws 2, or {control}0 and {control}1 among its --arms")
 
 
 def why_undecided(case: Case, compared: Container[str], solved: bool) -> str:
@@ -218,28 +311,38 @@ def why_undecided(case: Case, compared: Container[str], solved: bool) -> str:
     for control in case.controls:
         if control not in compared:
             return why_no_draws(case, control)
-    draws = [draw for control in case.controls for draw in case.study.draws(control, solved=True)]
-    runs = [draw[mask] for draw in draws for mask in case.masks if mask in draw]
-    return why_unconverged(case, runs) if solved else ""
+    if not solved:
+        return ""
+    runs = []
+    for control in case.controls:
+        for draw in case.study.draws(control, solved=True):
+            runs += [draw[mask] for mask in case.masks if mask in draw]
+    return why_unconverged(case, runs)
 
 
 def why_no_number(case: Case, runs: list[ProbeRun], kind: str) -> str:
     """Return why runs have no number: they lack the analysis, or their knockouts have no contrast."""
     name = ANALYSIS_OF.get(case.name, case.name)
-    if not (case.claim.against_tokens and all(run.analysis("knockout.json") for run in runs)):
-        reason = f"no {name} of {kind}"
-        return again(reason, f"--add {name}") if name in ANALYSES else reason
-    reason = f"the knockout of {runs[0].path} has no two classes that are mistaken for each other, in enough images"
-    return again(reason, "both classes of a pair in --add knockout.classes=A,B")
+    if case.claim.against_tokens and all(run.analysis("knockout.json") for run in runs):
+        reason = f"the knockout of {runs[0].path} has no two classes that are mistaken for each other, in enough images"
+        return again(reason, option="both classes of a pair in --add knockout.classes=A,B")
+    reason = f"no {name} of {kind}"
+    if name not in ANALYSES:
+        return reason
+    return again(reason, option=f"--add {name}")
 
 
 def why_unconverged(case: Case, runs: list[ProbeRun]) -> str:
     """Return why the solved probes that a claim reads do not count, "" if those of all runs have converged."""
-    for run in runs if case.claim.reads_probes else ():
-        names = (ENCODER, ADAPTER) if case.name == "adapter_drop" else run.layers
+    if not case.claim.reads_probes:
+        return ""
+    for run in runs:
+        names = run.layers
+        if case.name == "adapter_drop":
+            names = (ENCODER, ADAPTER)
         sites = [i for i, site in enumerate(run.sites) if site in names]
-        unconverged = run.strengths.unconverged(run.strengths.neighbours()["chosen"], sites)
-        if unconverged:
+        chosen = run.strengths.neighbours()["chosen"]
+        if unconverged := run.strengths.unconverged(chosen, sites):
             reason = f"probes of {run.path} have not converged at the chosen strength at {', '.join(unconverged)}"
-            return again(reason, "stronger --strengths")
+            return again(reason, option="stronger --strengths")
     return ""

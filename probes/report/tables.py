@@ -18,7 +18,7 @@ from probes.runs.study import StudyRuns
 
 from .compare import difference_rows
 from .sites import certificates_of, class_rows, draw_rows, run_columns, site_rows
-from .verdicts import COLUMNS
+from .verdicts import VERDICT_COLUMNS
 
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST_LABEL = 16
@@ -132,7 +132,7 @@ def _claim_rows(about: Entry, claim: Entry) -> Iterator[Entry]:
     }
     for key in ("claim", "conclusion", "finding", "p", "p_holm", "truth"):
         about[key] = claim.get(key)
-    columns = {name: claim["verdicts"][name] for name in COLUMNS}
+    columns = {name: claim["verdicts"][name] for name in VERDICT_COLUMNS}
     if claim.get("control"):
         columns[UNTRAINED] = claim["control"]
     for name, column in columns.items():
@@ -152,11 +152,13 @@ def by_claim(claims: DataFrame) -> DataFrame:
     The effect, "value", "low" and "high", is that at the optimum if it was measured there; of what is beyond random
     models: beyond_value, beyond_low, beyond_high, beyond_verdict, random and control.
     """
-    parts = {name: claims[claims["column"] == name].reset_index(drop=True) for name in COLUMNS}
+    parts = {
+        name: claims[claims["column"] == name].reset_index(drop=True) for name in VERDICT_COLUMNS
+    }
     table = parts["optimum"].drop(columns=["column", "random", "control", "verdict"])
     numbers = ["value", "low", "high"]
     table[numbers] = table[numbers].where(table["low"].notna(), parts["paper"][numbers])
-    for name in COLUMNS:
+    for name in VERDICT_COLUMNS:
         table[f"{name}_verdict"] = parts[name]["verdict"]
     beyond = parts["beyond_random"]
     table[[f"beyond_{key}" for key in numbers]] = beyond[numbers]

@@ -42,7 +42,7 @@ from probes.score.estimate import (
 )
 from probes.tasks import SEGMENTATION, TASKS
 
-COLUMNS = ("paper", "optimum", "beyond_random")
+VERDICT_COLUMNS = ("paper", "optimum", "beyond_random")
 HOLDS = "holds"
 FAILS = "does not hold"
 REVERSED = "reversed"
@@ -106,7 +106,7 @@ def conclude(verdicts: dict[str, Entry], unlearned: str) -> Entry:
 
     `unlearned` is the conclusion about an effect that random models have as much.
     """
-    paper, *needed = (verdicts[name] for name in COLUMNS)
+    paper, *needed = (verdicts[name] for name in VERDICT_COLUMNS)
     optimum, beyond = (entry["verdict"] for entry in needed)
     missing = [entry["reason"] for entry in needed if entry["verdict"] == UNTESTED]
     p = None if missing else max(entry["p"] for entry in needed)

@@ -25,7 +25,7 @@ MASKS = ("causal", "bidirectional")
 # Arms with random weights, by the part that is random: a claim must hold beyond each of them.
 CONTROLS = {"llm": ("random", "permuted"), "adapter": ("adapter",)}
 # arms that are the model, or its LLM, before training
-UNTRAINED = ("untrained", "random, unmatched")
+UNTRAINED_ARMS = ("untrained", "random, unmatched")
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class StudyRuns:
         if self.is_solved:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
         self.solved = by_mask(self.where(arm="trained", solved=True))
-        untrained = self.where(arm=UNTRAINED)
+        untrained = self.where(arm=UNTRAINED_ARMS)
         self.untrained = by_mask(sorted(untrained, key=lambda run: run.is_solved))
 
     def where(

@@ -9,7 +9,7 @@ from report_parts import CURVE, FLAT, claims_of, studies_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from probes.report.claims import evaluate_claims
-from probes.report.measure import effects_of_study
+from probes.report.measure import effects_of_study, read_key
 from probes.score.effects import EffectSource, cross_validated_layers, image_folds
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS, Strengths
@@ -98,9 +98,12 @@ def test_each_resampling_chooses_layers_as_a_loop_does(groups):
 def strengths_of(paths) -> dict[str, Estimate]:
     """The effects of a study under the causal mask by name and row of strengths, EFFECT@ROW."""
     effects = effects_of_study(*studies_of(paths))
-    names = [f"{effect}@{row}" for effect in EFFECTS for row in ROWS]
-    found = {name: effects.get((name, "causal", "trained", True)) for name in names}
-    return {name: of_name[0] for name, of_name in found.items() if of_name}
+    estimates = {}
+    for name in [f"{effect}@{row}" for effect in EFFECTS for row in ROWS]:
+        key = read_key(name, mask="causal", weights="trained", solved=True)
+        if key in effects:
+            estimates[name] = effects[key][0]
+    return estimates
 
 
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(write):

@@ -20,9 +20,6 @@ from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX
 from .dataset import Instructions, answers, read_annotations
 
-# Arguments that the command line links from the model, whose settings are those of the run
-LINKED_FROM_MODEL = ("processor", "max_positions", "image_attention", "loss_average")
-
 
 class InstructionData(LightningDataModule):
     """Training and validation conversations.
@@ -42,10 +39,6 @@ class InstructionData(LightningDataModule):
         processor: Tokenizer and image processor; linked from the model by the command line.
         image_tokens: T, image tokens per image; linked from the model by the command line.
         max_positions: Positions of the LLM; linked from the model by the command line.
-        image_attention: Mask of the model, under which tokens must not see the answer that they predict; linked from
-            the model by the command line.
-        loss_average: How the model averages its loss; with "tokens", batches have a weight. Linked from the model by
-            the command line.
     """
 
     sets_on_trainer = ("accumulate_grad_batches",)
@@ -65,11 +58,9 @@ class InstructionData(LightningDataModule):
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,
         max_positions: int = sys.maxsize,
-        image_attention: str = "causal",
-        loss_average: Literal["llava", "tokens"] = "llava",
     ):
         super().__init__()
-        self.save_hyperparameters(logger=False, ignore=LINKED_FROM_MODEL)
+        self.save_hyperparameters(logger=False, ignore=["processor", "max_positions"])
         self.annotations = annotations
         self.images = images
         self.val_annotations = val_annotations
@@ -78,15 +69,24 @@ class InstructionData(LightningDataModule):
         self.group_by_length = group_by_length
         self.seed = seed
         self.num_workers = min(num_workers, usable_cores())
-        self.has_weights = loss_average == "tokens"
+        self.has_weights = False
         self.collate = Collate(
             processor=processor,
             image_tokens=image_tokens,
             template=template,
             max_length=min(max_length, max_positions),
-            image_attention=image_attention,
         )
         self.trained_micro_batches = 0
+
+    def follow_model(self, image_attention: str, loss_average: Literal["llava", "tokens"]) -> None:
+        """Take from the model what batches depend on; a training calls it before its first batch.
+
+        Args:
+            image_attention: Mask, under which no token may see the answer that it predicts.
+            loss_average: With "tokens", batches have a weight.
+        """
+        self.collate.image_attention = image_attention
+        self.has_weights = loss_average == "tokens"
 
     def prepare_data(self) -> None:
         """Convert the annotations once per node, before the other ranks need them."""

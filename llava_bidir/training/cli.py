@@ -41,8 +41,6 @@ class TrainingCLI(RunCLI):
         parser.add_lightning_class_args(Throughput, "throughput")
         for name in ("processor", "image_tokens", "max_positions"):
             parser.link_arguments(f"model.{name}", f"data.{name}", apply_on="instantiate")
-        for name in ("image_attention", "loss_average"):
-            parser.link_arguments(f"model.{name}", f"data.{name}")
         parser.link_arguments("seed_everything", "data.seed")
         # which the export of a checkpoint needs
         parser.link_arguments("data.template", "model.template")

@@ -156,10 +156,13 @@ class LlavaTraining(LightningModule):
         return models
 
     def setup(self, stage: str) -> None:
-        """Compute the identity of a training, and compare its models with those of stage 1."""
+        """Tell the data the settings that batches depend on, and compute the identity of a training."""
+        data = self.trainer.datamodule
+        data.follow_model(
+            image_attention=self.hparams.image_attention, loss_average=self.hparams.loss_average
+        )
         if stage != "fit":
             return
-        data = self.trainer.datamodule
         self.identity = decide_on_first(run_identity, self.trainer, self, data)
         llm = self.hparams.llm
         if isinstance(read_model_config("model.llm", llm), LlavaConfig):

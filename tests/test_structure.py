@@ -101,12 +101,12 @@ MOST = {
     "probes/analyses": (22_613, 24),
     "probes/report": (23_642, 16),
     "probes/lab": (6_754, 8),
-    "probes/worlds": (14_993, 12),
+    "probes/worlds": (15_022, 12),
     "probes": (65_299, 85),  # the rest of it
     "experiments": (33_731, 34),
-    "tests": (225_040, 247),
+    "tests": (225_238, 247),
 }
-MOST_WORDS = 27_150  # of all Markdown
+MOST_WORDS = 27_171  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

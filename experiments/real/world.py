@@ -76,7 +76,9 @@ def write_world(out: Path, scale: float, seed: int) -> None:
             drawn = []
             for start in range(0, count, CHUNK):
                 rng = np.random.default_rng([seed, number, start])
-                drawn += [draw_scene(rng, EVIDENCE) for _ in range(min(CHUNK, count - start))]
+                drawn += [
+                    draw_scene(rng, evidence=EVIDENCE) for _ in range(min(CHUNK, count - start))
+                ]
             save_pictures(partial, split, drawn)
             texts.append([SceneWords.of(scene) for scene in drawn])
         write_classes(partial)

@@ -4,7 +4,8 @@ Eight classes form pairs with the same colour and texture: ceiling and sky, wall
 car. Only the context tells them apart. A lamp, picture or bed marks a room; a tree, moon or car marks a street. Every
 scene has at least one of these cues.
 
-Paired classes have a grain. Its contrast is a smooth random field that says nothing about rooms and streets.
+Paired classes have a grain. Its contrast is a smooth random field, whose mean may tell rooms from streets as weak
+local evidence.
 
 Shapes: H = W = 96 pixels.
 """
@@ -75,12 +76,13 @@ class Scene:
     mask: np.ndarray
 
 
-def draw_scene(rng: Generator, indoor: bool | None = None) -> Scene:
+def draw_scene(rng: Generator, indoor: bool | None = None, evidence: float = 0.0) -> Scene:
     """Draw a room or a street with equal probability.
 
     Args:
         rng: Random generator. The same state gives the same bytes.
         indoor: Whether it is a room; None for either.
+        evidence: Mean of the grain's contrast in rooms, its negative in streets, in units of its standard deviation.
     """
     if indoor is None:
         indoor = bool(rng.random() < 0.5)
@@ -91,7 +93,10 @@ def draw_scene(rng: Generator, indoor: bool | None = None) -> Scene:
     else:
         draw_street(canvas, camera, rng)
     mask = canvas.mask()
-    image = canvas.image() + sample_grain(mask, rng)
+    mean_contrast = -evidence
+    if indoor:
+        mean_contrast = evidence
+    image = canvas.image() + sample_grain(mask, mean=mean_contrast, rng=rng)
     light = sample_light(camera, rng)
     noise = PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
     lit = (image * light + noise).clip(0, 1)
@@ -178,11 +183,12 @@ def sample_wall_sections(camera: Camera, rng: Generator) -> list[Quad]:
     return [sections[i] for i in rng.permutation(len(sections))]
 
 
-def sample_grain(mask: np.ndarray, rng: Generator) -> np.ndarray:
+def sample_grain(mask: np.ndarray, mean: float, rng: Generator) -> np.ndarray:
     """Return the grain on the paired classes as `float32[H, W, 1]`, to be added to the picture.
 
     Args:
         mask: Classes `uint8[H, W]`.
+        mean: Mean contrast in units of the standard deviation of its random field.
         rng: Random generator.
     """
     values = rng.standard_normal((9, 9), np.float32)
@@ -191,7 +197,8 @@ def sample_grain(mask: np.ndarray, rng: Generator) -> np.ndarray:
     # to unit standard deviation
     field = np.asarray(smooth) / 0.67
     textures = _GRAIN[mask, _ROWS % 4, _COLUMNS % 4]
-    return (GRAIN_CONTRAST * field * textures)[..., None]
+    contrast = GRAIN_CONTRAST * (field + mean)
+    return (contrast * textures)[..., None]
 
 
 def sample_light(camera: Camera, rng: Generator) -> np.ndarray:

@@ -1,13 +1,14 @@
 """Conversations in plain English: they are true, give nothing away, and are balanced without the picture."""
 
 import itertools
+import json
 import re
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
-from experiments.real.world import CAPTION, KIND, SceneWords, build_conversations
+from experiments.real.world import CAPTION, KIND, SceneWords, build_conversations, write_world
 from probes.worlds.canvas import CLASSES
 from probes.worlds.dialogues import GRID
 from probes.worlds.scenes import draw_scene
@@ -37,6 +38,13 @@ def scene_of(record: dict, scenes: list[SceneWords]) -> SceneWords:
 
 def nouns(text: str) -> set[str]:
     return set(re.findall(r"\b(?:a|the) ([a-z]+)", text)) & set(CLASSES)
+
+
+def test_the_world_has_rooms_and_streets(tmp_path):
+    write_world(tmp_path / "world", scale=0.01, seed=0)
+    captions = json.loads((tmp_path / "world/captions.json").read_text())
+    answers = [record["conversations"][1]["value"] for record in captions]
+    assert {answer.split()[1] for answer in answers} == {"room", "street"}
 
 
 def test_every_answer_is_true(records, scenes):

@@ -12,10 +12,10 @@ SURFACES = [("ceiling", "sky"), ("wall", "building"), ("floor", "road")]
 CUES = [LABEL[n] for n in ("lamp", "picture", "bed", "tree", "car")]
 
 
-def draw_many(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_many(count: int, **options: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return indoor `bool[N]`, images `float32[N, H, W, 3]` in 0..1 and masks `uint8[N, H, W]`."""
     rng = np.random.default_rng(0)
-    drawn = [draw_scene(rng) for _ in range(count)]
+    drawn = [draw_scene(rng, **options) for _ in range(count)]
     indoor = np.array([scene.indoor for scene in drawn])
     images = np.stack([scene.image for scene in drawn]).astype(np.float32) / 255
     return indoor, images, np.stack([scene.mask for scene in drawn])
@@ -42,16 +42,30 @@ def test_every_scene_shows_a_cue(scenes_drawn):
         assert size >= 20
 
 
-def test_grain_says_nothing_about_the_place(scenes_drawn):
-    """Grain of a scene: mean projection of paired pixels onto their texture, in units of its contrast."""
-    indoor, images, masks = scenes_drawn
+def grain_of(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Grain of each scene: mean projection of paired pixels onto their texture, in units of its contrast."""
     rows, columns = np.mgrid[:SIZE_PX, :SIZE_PX]
     weave = scenes._GRAIN[masks, rows % 4, columns % 4]
     projected = (images.mean(-1) * weave).sum((1, 2)) / (weave**2).sum((1, 2))
-    grain = projected / scenes.GRAIN_CONTRAST
+    return projected / scenes.GRAIN_CONTRAST
+
+
+def test_grain_says_nothing_about_the_place(scenes_drawn):
+    indoor, images, masks = scenes_drawn
+    grain = grain_of(images, masks)
     assert abs(grain[indoor].mean() - grain[~indoor].mean()) < 0.05
     accuracy = ((grain > np.median(grain)) == indoor).mean()
     assert abs(accuracy - 0.5) < 0.05
+
+
+def test_evidence_is_the_mean_grain_of_rooms_and_its_negative_of_streets(scenes_drawn):
+    """The same scenes with evidence differ from those without by it alone."""
+    indoor, images, masks = scenes_drawn
+    with_evidence = draw_many(len(indoor), evidence=0.5)
+    np.testing.assert_array_equal(with_evidence[2], masks)
+    shift = grain_of(with_evidence[1], masks) - grain_of(images, masks)
+    assert abs(shift[indoor].mean() - 0.5) < 0.05
+    assert abs(shift[~indoor].mean() + 0.5) < 0.05
 
 
 def test_the_two_of_a_pair_have_the_same_colour(monkeypatch):

@@ -194,6 +194,7 @@ class VerifyOptions(RunConfig):
 
     model: ModelOptions = ModelOptions("")
     workers: Index | None = None
+    first_words = ("data.root",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +219,7 @@ class StudyOptions(RunConfig):
         models: Checkpoint directory or hub id by label, in order; one model has the label "".
     """
 
-    inputs: tuple[str, ...] = positional()
+    inputs: tuple[str, ...] = positional(least=2)
     out: Path = field()  # without the default of a run
     model: ModelOptions = ModelOptions("")
     data: DataOptions = DataOptions("")
@@ -340,7 +341,7 @@ class LabOptions:
         trust: Run the files of runs whose models are FILE.py:FUNCTION; read them first.
     """
 
-    runs: tuple[str, ...] = positional(default=())
+    runs: tuple[str, ...] = positional(least=0, default=())
     mllm: str | None = None
     port: Port = 8899
     host: str | None = None

@@ -8,6 +8,8 @@ import probes.cli
 PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 WRONG = {  # words: parts of the line
     "probes fitt": ["no command 'fitt'", "did you mean 'fit'?"],
+    "probes solve --fold 3": ["--fold", "did you mean 'folds'?"],
+    "probes fit --model.mllm M --data.root D --site adapter": ["--site", "did you mean 'sites'?"],
     "probes solve --model.mlm DIR": ["--model.mlm", "did you mean 'model.mllm'?"],
     "probes solve -c ade20k --model.mllm DIR": ["required: data.root"],
     "probes solve -c ad20k": ["no config 'ad20k'", "did you mean 'ade20k'?"],

@@ -1,6 +1,7 @@
 """`llava-bidir generate`: answer questions about photos."""
 
 import os
+import re
 from itertools import filterfalse
 
 import torch
@@ -31,8 +32,10 @@ from llava_bidir.model.build import CHAT_TEMPLATE, IMAGES_IN_CHAT
 
 
 def is_photo(word: str) -> bool:
-    """Return whether a word is a file, or is named like a picture: a mistyped name is no question."""
-    return os.path.isfile(word) or word.lower().endswith(SUFFIXES)
+    """Return whether a word is a path, or is written like one: a folder or a mistyped name is no question."""
+    if os.path.exists(word) or word.lower().endswith(SUFFIXES):
+        return True
+    return re.fullmatch(r"\S+(/\S+|\.\w{3,4})", word) is not None  # photo.heic, photos/a
 
 
 def load_with_processor(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:

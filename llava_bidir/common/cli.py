@@ -2,7 +2,7 @@
 
     draws: Count = 5                       --draws 5
     by_class: bool = False                 --by_class, or --by_class false
-    layers: tuple[int, ...] | None = None  --layers 1 2 3
+    layers: tuple[int, ...] | None = None  --layers 1 2 3, 1,2,3 or [1,2,3]
     solver: SolverOptions                  --solver.folds 4, or --folds 4 where no other option ends so
     photos: tuple[str, ...] = positional() PHOTO ..., words without a name
 
@@ -10,12 +10,15 @@ jsonargparse checks the types, of words, of YAML (`-c`) and of values in Python.
 """
 
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain
 from pkgutil import resolve_name
 from textwrap import fill
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import jsonargparse
 from jsonargparse.typing import register_type, restricted_number_type
@@ -60,12 +63,16 @@ class Command(NamedTuple):
     options: type | None = None
 
 
+BOOLEANS = ("true", "false", "yes", "no")  # in any case
+# A list as one word: [a,b], or a,b where nothing looks like OPTION=VALUE, a path or a text with commas
+LIST = re.compile(r"\[.*|[^=,/{]+(,[^\s=,/{][^=,/{]*)+")
+
 Groups = Mapping[str, Mapping[str, Command]]  # of commands by name, by what one wants to do
 
 
-def positional(**default: Any) -> Any:
-    """Return a field whose value is a word without a name, or several."""
-    return field(metadata={"positional": True}, **default)
+def positional(least: int = 1, **default: Any) -> Any:
+    """Return a field whose value is a word without a name, or several, of which `least` are needed."""
+    return field(metadata={"least": least}, **default)
 
 
 def derived(**default: Any) -> Any:
@@ -74,19 +81,25 @@ def derived(**default: Any) -> Any:
 
 
 class Parser(OneLineErrors, jsonargparse.ArgumentParser):
-    """Parser of a dataclass of options; the help of a field is its entry under "Args:" there."""
+    """Parser of a dataclass of options; the help of a field is its entry under "Args:" there.
+
+    The dataclass can also say `first_words`, options of its parts that take words without a name, and
+    `in_configs_only`, options of its parts that configs may have without an effect.
+    """
 
     def __init__(self, options: type, program: str = "", text: str = ""):
         """Add an option for each field; `program` and `text` are for the help."""
         self.options = options
-        self.words = [entry.name for entry in fields(options) if "positional" in entry.metadata]
-        usage = " ".join([program, *map(str.upper, self.words), "[options]"])
+        self.places = dict.fromkeys(getattr(options, "first_words", ()), 1)
+        for option in fields(options):
+            if "least" in option.metadata:
+                self.places[option.name] = option.metadata["least"]
+        usage = " ".join([program, *map(str.upper, self.places), "[options]"])
         super().__init__(prog=program, usage=usage, description=text, print_config=None)
         about = "config by name or path; several merge, and options replace their values"
         self.add_argument("-c", "--config", action="config", metavar="NAME", help=about)
-        followed = {entry.name for entry in fields(options) if "derived" in entry.metadata}
-        self.add_class_arguments(options, sub_configs=False, skip=followed)
-        self.kinds = {x.dest: str(getattr(x, "_typehint", "")) for x in self._actions}
+        derived_names = {option.name for option in fields(options) if "derived" in option.metadata}
+        self.add_class_arguments(options, sub_configs=False, skip=derived_names)
         for action in self._actions:  # of a dataclass that is the default of a field
             action.required = action.required and action.default is None
 
@@ -98,52 +111,126 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         """
         configs, words = take_configs(words)
         merged = merge_configs(configs, values or {})
+        parts = {action.dest.partition(".")[0] for action in self._actions if "." in action.dest}
         for name, value in merged.items():
-            if any(x.startswith(f"{name}.") for x in self.kinds) and not isinstance(value, dict):
+            if name in parts and not isinstance(value, dict):
                 self.error(f'Parser key "{name}": Expected options. Got value: {value}')
-        given = [f"--config={json.dumps(merged, default=str)}", *self._with_values(words)]
-        made = self.instantiate(self.parse_args(given))
-        names = [entry.name for entry in fields(self.options) if entry.name in made]
-        return self.options(**{name: made[name] for name in names})
-
-    def _with_values(self, words: Sequence[str]) -> Iterator[str]:
-        """Yield options with their values after a "=", lists as JSON; words without a name are those of fields."""
-        parts = [[""]]  # an option with the words up to the next one
-        for text in words:
-            parts.append([text]) if text.startswith("-") else parts[-1].append(text)
-        loose = []
-        given = set()
-        for option, *after in parts:
-            name, equals, text = option.removeprefix("--").partition("=")
-            name = name.replace("-", "_")
-            ends = [known for known in self.kinds if known.endswith(f".{name}")]
-            name = ends[0] if len(ends) == 1 and name not in self.kinds else name
-            if name in getattr(self.options, "in_configs_only", ()):
+        places = {name: 0 if name in merged else least for name, least in self.places.items()}
+        joined = join_values(self, words, places)
+        for name in getattr(self.options, "in_configs_only", ()):
+            if any(word.startswith(f"--{name}=") for word in joined):
                 self.error(f"--{name} does nothing here; leave it out")
-            given.add(name)
-            kind = self.kinds.get(name, "")
-            if "bool'" in kind and not equals and after[:1] not in (["true"], ["false"]):
-                after.insert(0, "true")
-            taken = len(after) if "tuple[" in kind else 1
-            if equals or not option.startswith("--"):
-                taken = 0
-            loose += after[taken:]
-            if after[:taken]:
-                yield f"--{name}={_as_text(kind, after[:taken])}"
-            elif option:
-                yield f"--{name}{equals}{text}" if option.startswith("--") else option
-        for name in self.words:
-            taken = len(loose) if "tuple[" in self.kinds[name] else 1
-            if loose and name not in given:
-                yield f"--{name}={_as_text(self.kinds[name], loose[:taken])}"
-                loose = loose[taken:]
-        yield from loose
+        config = f"--config={json.dumps(merged, default=str)}"
+        made = vars(self.instantiate(self.parse_args([config, *joined])))
+        del made["config"]
+        return self.options(**made)
 
 
-def _as_text(kind: str, words: list[str]) -> str:
-    """Return the words of an option as one; those of a list as JSON, unless they are a list already."""
-    is_list = "tuple[" in kind and not (len(words) == 1 and words[0].startswith("["))
-    return json.dumps(words) if is_list else words[0]
+def join_values(
+    parser: jsonargparse.ArgumentParser, words: Sequence[str], places: Mapping[str, int] = {}
+) -> list[str]:
+    """Return words as jsonargparse takes them: options by their full names, values after a "=", lists as JSON.
+
+    Args:
+        parser: Has the options.
+        words: As they are typed.
+        places: Options that take words without a name, in this order, and the fewest words that each needs.
+    """
+    typed: list[TypedOption] = []
+    unnamed = []
+    for word in words:
+        if word.startswith("--") or word in parser._option_string_actions:
+            typed.append(find_option(parser, word))
+        elif typed and typed[-1].takes(word):
+            typed[-1].values.append(word)
+        else:
+            unnamed.append(word)
+    named = {option.name for option in typed}
+    places = {name: least for name, least in places.items() if f"--{name}" not in named}
+    missing = sum(places.values()) - len(unnamed)
+    lists = [option.values for option in typed if len(option.values) > max(1, missing)]
+    if missing > 0 and len(lists) == 1:  # they stand after a list, which has taken them
+        unnamed += lists[0][-missing:]
+        del lists[0][-missing:]
+    joined = [option.joined() for option in typed]
+    for name in places:
+        if unnamed and list in find_option(parser, f"--{name}").kinds:
+            joined.append(f"--{name}={json.dumps(unnamed)}")
+            unnamed = []
+        elif unnamed:
+            joined.append(f"--{name}={unnamed.pop(0)}")
+    return [*joined, *unnamed]
+
+
+@dataclass
+class TypedOption:
+    """An option as it is typed.
+
+    Args:
+        name: Its full name.
+        kinds: What it accepts, see :func:`kinds_of`.
+        values: Words that belong to it.
+        is_complete: Whether it takes no word after it, as NAME=VALUE.
+    """
+
+    name: str
+    kinds: list[Any]
+    values: list[str]
+    is_complete: bool
+
+    def takes(self, word: str) -> bool:
+        """Return whether a word after it is a value of it; a list ends at the next option, or after a word a,b."""
+        if self.is_complete:
+            return False
+        if self.values:
+            return list in self.kinds and not LIST.fullmatch(self.values[0])
+        return self.kinds != [bool] or word.lower() in BOOLEANS
+
+    def joined(self) -> str:
+        """Return the option and its values as one word."""
+        if not self.values:
+            return f"{self.name}=true" if self.kinds == [bool] else self.name
+        value = self.values[0]
+        if list not in self.kinds or value.startswith("["):
+            return f"{self.name}={value}"
+        if LIST.fullmatch(value):
+            return f"{self.name}={json.dumps(value.split(','))}"
+        is_type = any(kind is not list and isinstance(kind, type) for kind in self.kinds)
+        if len(self.values) == 1 and (value in self.kinds or is_type):
+            return f"{self.name}={value}"
+        return f"{self.name}={json.dumps(self.values)}"
+
+
+def find_option(parser: jsonargparse.ArgumentParser, word: str) -> TypedOption:
+    """Return the option of a word, by its name or by the last part of that where no other name ends so."""
+    option, equals, value = word.partition("=")
+    actions = parser._option_string_actions
+    name = option
+    if option not in actions:
+        last_part = option[2:].replace("-", "_")
+        ends = [full for full in actions if full.endswith(f".{last_part}")]
+        name = f"--{last_part}"
+        if name not in actions and len(ends) == 1:
+            (name,) = ends
+    return TypedOption(
+        name,
+        kinds=kinds_of(getattr(actions.get(name), "_typehint", None)),
+        values=[value] if equals else [],
+        is_complete=bool(equals),
+    )
+
+
+def kinds_of(hint: Any) -> list[Any]:
+    """Return what a type of options accepts: types, `list` for lists and tuples, and constants as they are typed."""
+    if hint is NoneType:
+        return ["null"]
+    if get_origin(hint) in (list, tuple):
+        return [list]
+    if get_origin(hint) is Literal:
+        return [*get_args(hint)]
+    if get_origin(hint) in (Union, UnionType):
+        return [*chain.from_iterable(map(kinds_of, get_args(hint)))]
+    return [hint]
 
 
 def run(program: str, about: str, groups: Callable[[], Groups], argv: Sequence[str] | None) -> None:

@@ -84,8 +84,10 @@ class OneLineErrors:
             action = getattr(self, "_subcommands_action", None)  # of LightningCLI's parser
             commands = action.choices.values() if action else ()
             options = [x for parser in (self, *commands) for x in parser._option_string_actions]
-            known = [option.strip("-") for option in options]
-            line += "" if name in known else did_you_mean(name, known)
+            names = [option.strip("-") for option in options]
+            if name not in names:
+                last_parts = [full_name.rpartition(".")[2] for full_name in names]
+                line += did_you_mean(name, [*names, *last_parts])
         raise UsageError(line) from None
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from .checkpoints import AtomicCheckpointIO, Checkpoints
-from .cli import Seed
+from .cli import Seed, join_values
 from .errors import OneLineErrors, UserError, error_context
 from .files import exclusive_run_lock
 from .runs import (
@@ -58,7 +58,13 @@ set_parsing_settings(
 
 
 class ConfigParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, whose errors are one line."""
+    """LightningCLI's parser, whose errors are one line, and whose words are typed as those of other commands."""
+
+    def parse_args(self, args: Sequence[str], *more: Any, **settings: Any) -> Namespace:
+        """Parse words; those of a subcommand are left to its own parser."""
+        if self._subcommands_action is None:
+            args = join_values(self, args)
+        return super().parse_args(args, *more, **settings)
 
 
 class RunCLI(LightningCLI):

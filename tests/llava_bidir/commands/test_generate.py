@@ -162,6 +162,18 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
             run(*words)
 
 
+@pytest.mark.parametrize(
+    "path", ["folder", "photo.heic", "photo.avif", "mistyped/photo", "my photo.JPG"]
+)
+def test_a_folder_or_a_mistyped_photo_is_no_question(path, tmp_path, monkeypatch):
+    """It was asked about the photo before it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    pictures(0)[0].save("a.png")
+    with pytest.raises(SystemExit, match=f"{path} cannot be read as an image: "):
+        main(["generate", "no model is looked for", "a.png", path, "wall"])
+
+
 PENALTIES = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "min_new_tokens": 3}
 
 

@@ -95,7 +95,9 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
             if "least" in option.metadata:
                 self.places[option.name] = option.metadata["least"]
         usage = " ".join([program, *map(str.upper, self.places), "[options]"])
-        super().__init__(prog=program, usage=usage, description=text, print_config=None)
+        super().__init__(
+            prog=program, usage=usage, description=text, print_config=None, allow_abbrev=False
+        )
         about = "config by name or path; several merge, and options replace their values"
         self.add_argument("-c", "--config", action="config", metavar="NAME", help=about)
         derived_names = {option.name for option in fields(options) if "derived" in option.metadata}
@@ -143,6 +145,8 @@ def join_values(
             typed.append(find_option(parser, word))
         elif typed and typed[-1].takes(word):
             typed[-1].values.append(word)
+        elif re.match(r"-\S+$", word):
+            parser.error(f"unrecognized arguments: {word}; options begin with --")
         else:
             unnamed.append(word)
     named = {option.name for option in typed}
@@ -189,7 +193,9 @@ class TypedOption:
     def joined(self) -> str:
         """Return the option and its values as one word."""
         if not self.values:
-            return f"{self.name}=true" if self.kinds == [bool] else self.name
+            if self.kinds == [bool]:
+                return f"{self.name}=true"
+            return self.name
         value = self.values[0]
         if list not in self.kinds or value.startswith("["):
             return f"{self.name}={value}"
@@ -204,6 +210,9 @@ class TypedOption:
 def find_option(parser: jsonargparse.ArgumentParser, word: str) -> TypedOption:
     """Return the option of a word, by its name or by the last part of that where no other name ends so."""
     option, equals, value = word.partition("=")
+    values = []
+    if equals:
+        values = [value]
     actions = parser._option_string_actions
     name = option
     if option not in actions:
@@ -215,7 +224,7 @@ def find_option(parser: jsonargparse.ArgumentParser, word: str) -> TypedOption:
     return TypedOption(
         name,
         kinds=kinds_of(getattr(actions.get(name), "_typehint", None)),
-        values=[value] if equals else [],
+        values=values,
         is_complete=bool(equals),
     )
 
@@ -266,4 +275,8 @@ def _format_help(program: str, about: str, groups: Groups) -> str:
         for name, command in commands.items():
             lines.append(fill(f"  {name:<14}{command.help}", 100, subsequent_indent=" " * 16))
     more = f"{program} COMMAND --help has the options. All take {imports.OPTION} FILE.py, a file that registers"
-    return "\n".join([*lines, "", f"{more} masks, heads, layouts or families."])
+    lines += ["", f"{more} masks, heads, layouts or families."]
+    lines.append(
+        "Lists are typed a b, a,b or [a,b]; flags --name or --name false; the last part of a name is enough."
+    )
+    return "\n".join(lines)

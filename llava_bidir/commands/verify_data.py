@@ -73,7 +73,7 @@ def print_records(
         if as_json:
             print(json.dumps(shown))
         else:
-            print(format_record(shown, collate, collate.image_attention))
+            print(format_record(shown, collate))
 
 
 def show_record(sample: dict, collate: Collate) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def show_record(sample: dict, collate: Collate) -> dict[str, Any]:
     }
 
 
-def format_record(shown: dict[str, Any], collate: Collate, image_attention: str) -> str:
+def format_record(shown: dict[str, Any], collate: Collate) -> str:
     r"""Return a record of :func:`show_record` with supervised tokens in brackets, and the mask by segments."""
     tokenizer = collate.processor.tokenizer
     is_image = torch.tensor([shown["input_ids"]]) == collate.processor.image_token_id
@@ -109,7 +109,7 @@ def format_record(shown: dict[str, Any], collate: Collate, image_attention: str)
         else:
             lines.append(f"          {text}")
     llm_config = LlamaConfig(attn_implementation="sdpa")  # the mask depends on the backend only
-    mask = build_mask(image_attention, llm_config, is_image)[0, 0]
+    mask = build_mask(collate.image_attention, llm_config, is_image)[0, 0]
     lines += ["", "  attention: # all, \\ causal, . none, ? some (rows attend to columns)"]
     segments, lengths = is_image[0].unique_consecutive(return_counts=True)
     for image, rows in zip(segments, mask.split(lengths.tolist()), strict=True):

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
 from pkgutil import resolve_name
 from textwrap import fill
@@ -33,8 +33,9 @@ def number(name: str, kind: type, limits: str) -> type:
 
     They stay plain int and float: checkpoints load without code, and so without classes of ours.
     """
-    operators, values = limits.split()[::2], map(kind, limits.split()[1::2])
-    restricted = restricted_number_type(name, kind, [*zip(operators, values, strict=True)])
+    words = limits.split()
+    pairs = zip(words[::2], map(kind, words[1::2]), strict=True)
+    restricted = restricted_number_type(name, kind, [*pairs])
     register_type(
         restricted,
         serializer=kind,
@@ -113,7 +114,7 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         """
         configs, words = take_configs(words)
         merged = merge_configs(configs, values or {})
-        parts = {action.dest.partition(".")[0] for action in self._actions if "." in action.dest}
+        parts = {option.name for option in fields(self.options) if is_dataclass(option.type)}
         for name, value in merged.items():
             if name in parts and not isinstance(value, dict):
                 self.error(f'Parser key "{name}": Expected options. Got value: {value}')
@@ -251,7 +252,9 @@ def run(program: str, about: str, groups: Callable[[], Groups], argv: Sequence[s
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors(program, argv):
         name, *words = imports.take_imports(argv) or [""]
-        commands = {key: entry for group in groups().values() for key, entry in group.items()}
+        commands: dict[str, Command] = {}
+        for group in groups().values():
+            commands |= group
         if name in ("", "-h", "--help"):
             print(_format_help(program, about, groups()), file=sys.stdout if name else sys.stderr)
             sys.exit(0 if name else 2)

@@ -64,6 +64,7 @@ class Command(NamedTuple):
     options: type | None = None
 
 
+ALONE = ("-h", "--help", "--print_config")  # options without a value
 BOOLEANS = ("true", "false", "yes", "no")  # in any case
 # A list as one word: [a,b], or a,b where nothing looks like OPTION=VALUE, a path or a text with commas
 LIST = re.compile(r"\[.*|[^=,/{]+(,[^\s=,/{][^=,/{]*)+")
@@ -96,13 +97,12 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
             if "least" in option.metadata:
                 self.places[option.name] = option.metadata["least"]
         usage = " ".join([program, *map(str.upper, self.places), "[options]"])
-        super().__init__(
-            prog=program, usage=usage, description=text, print_config=None, allow_abbrev=False
-        )
+        super().__init__(prog=program, usage=usage, description=text, print_config=None)
         about = "config by name or path; several merge, and options replace their values"
         self.add_argument("-c", "--config", action="config", metavar="NAME", help=about)
         derived_names = {option.name for option in fields(options) if "derived" in option.metadata}
         self.add_class_arguments(options, sub_configs=False, skip=derived_names)
+        self.allow_abbrev = False
         for action in self._actions:  # of a dataclass that is the default of a field
             action.required = action.required and action.default is None
 
@@ -175,7 +175,7 @@ class TypedOption:
         name: Its full name.
         kinds: What it accepts, see :func:`kinds_of`.
         values: Words that belong to it.
-        is_complete: Whether it takes no word after it, as NAME=VALUE.
+        is_complete: Whether it takes no word after it, as NAME=VALUE and --help.
     """
 
     name: str
@@ -226,7 +226,7 @@ def find_option(parser: jsonargparse.ArgumentParser, word: str) -> TypedOption:
         name,
         kinds=kinds_of(getattr(actions.get(name), "_typehint", None)),
         values=values,
-        is_complete=bool(equals),
+        is_complete=bool(equals) or name in ALONE,
     )
 
 

@@ -83,9 +83,10 @@ def plan_run(folder: RunFolder, ckpt_path: str | None, overwrite: bool) -> RunPl
         )
     if overwrite:
         results = [folder.path / name for name in folder.results]
-        replaced = [*folder.checkpoints.glob("*"), *filter(Path.exists, results)]
-        replaced += folder.path.glob("events.out.tfevents.*")
-        return RunPlan(replaced=replaced)
+        events = folder.path.glob("events.out.tfevents.*")
+        return RunPlan(
+            replaced=[*folder.checkpoints.glob("*"), *filter(Path.exists, results), *events]
+        )
     is_finished = folder.result.is_file()
     kind = "an unfinished"
     left = sorted(folder.checkpoints.glob("*.*"))

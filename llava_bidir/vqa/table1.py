@@ -27,22 +27,14 @@ class Results(NamedTuple):
     info: dict[str, str]
     items: dict[str, list[Item]]
 
-    def asked(self, title: str) -> list[list]:
-        """Return what was asked for a score, by item."""
-        return [[item[key] for key in ASKED] for item in self.items[title]]
-
     def terms(self, title: str) -> ScoreTerms:
         """Return the terms of a score."""
         return SCORED[title].terms(self.items[title])
 
     def paper_score(self, title: str) -> float:
         """Return the paper's score of this encoder and mask; NaN if it has none."""
-        scores_by_mask = PAPER_SCORES.get(self.info["encoder"], {})
-        scores = scores_by_mask.get(self.info["image_attention"], {})
-        score = scores.get(title, math.nan)
-        if SCORED[title].categories:
-            return score  # in points
-        return score / 100
+        scores = PAPER_SCORES.get(self.info["encoder"], {}).get(self.info["image_attention"], {})
+        return scores.get(title, math.nan) / (1 if SCORED[title].categories else 100)
 
 
 def run(options: VQATableOptions) -> None:
@@ -54,20 +46,15 @@ def run(options: VQATableOptions) -> None:
         UserError: A folder has no results, or two models were asked other questions.
     """
     models = [read_results(folder) for folder in options.results]
-    rows = []
-    for model in models:
-        rows += score_rows(model)
+    rows = [row for model in models for row in score_rows(model)]
     for a, b in product(models, repeat=2):
-        masks = (a.info["image_attention"], b.info["image_attention"])
-        if a.info["encoder"] == b.info["encoder"] and masks == ("causal", "bidirectional"):
+        masks = [model.info["image_attention"] for model in (a, b)]
+        if a.info["encoder"] == b.info["encoder"] and masks == ["causal", "bidirectional"]:
             rows += pair_rows(a, b)
     table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBER_COLUMNS])
     described = {"models": [model.info for model in models], "rows": table.to_dict("records")}
-    files = {
-        options.out / "table1.csv": table.to_csv(index=False),
-        options.out / "table1.json": described,
-    }
-    write_files(files)
+    csv = options.out / "table1.csv"
+    write_files({csv: table.to_csv(index=False), csv.with_suffix(".json"): described})
     print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="–"))
 
 
@@ -92,31 +79,25 @@ def score_rows(results: Results) -> list[list]:
     for title in results.items:
         terms = results.terms(title)
         value = terms.score()
-        highest = 1.0
-        if SCORED[title].categories:
-            highest = math.inf
+        highest = math.inf if SCORED[title].categories else 1.0
         bounds = interval(value, terms.resampled_scores(), lowest=0.0, highest=highest)
-        paper = results.paper_score(title)
-        rows.append([*names, title, value, *bounds, paper, math.nan, math.nan])
+        rows.append([*names, title, value, *bounds, results.paper_score(title), math.nan, math.nan])
     return rows
 
 
 def pair_rows(a: Results, b: Results) -> list[list]:
     """Compare bidirectional (b) with causal (a) on the same questions; p-values are adjusted for the columns."""
     rows = []
-    for title in a.items:
-        if title not in b.items:
-            continue
-        if a.asked(title) != b.asked(title) or a.info["dtype"] != b.info["dtype"]:
+    for title in filter(b.items.__contains__, a.items):
+        asked = [[[item[key] for key in ASKED] for item in model.items[title]] for model in (a, b)]
+        if asked[0] != asked[1] or a.info["dtype"] != b.info["dtype"]:
             folders = f"{a.info['results']} and {b.info['results']}"
             raise UserError(f"{title}: {folders} differ in more than the mask: questions or dtype")
-        causal = a.terms(title)
-        bidirectional = b.terms(title)
-        difference = bidirectional.score() - causal.score()
-        resampled = bidirectional.resampled_scores() - causal.resampled_scores()
-        bounds = interval(difference, resampled)
+        terms = (a.terms(title), b.terms(title))
+        difference = terms[1].score() - terms[0].score()
+        bounds = interval(difference, terms[1].resampled_scores() - terms[0].resampled_scores())
         paper = b.paper_score(title) - a.paper_score(title)
         names = (a.info["encoder"], "bidirectional - causal", title)
-        rows.append([*names, difference, *bounds, paper, swap_test(causal, bidirectional)])
+        rows.append([*names, difference, *bounds, paper, swap_test(*terms)])
     adjusted = holm([row[-1] for row in rows])
     return [[*row, p] for row, p in zip(rows, adjusted, strict=True)]

@@ -69,9 +69,9 @@ def test_each_model_is_compared_with_the_first_of_its_data(write):
         for i, data in enumerate(("street", "room")):
             run = write(f"{name}_{data}", quality, number=i, dataset=data)
             runs.append(f"{name}={run}")
-    compared_pairs = [(row["first"], row["second"], row["data"]) for row in compared(*runs)]
+    found = [(row["first"], row["second"], row["data"]) for row in compared(*runs)]
     expected = {(x, y, data) for x, y in ("AB", "AC") for data in ("street", "room")}
-    assert {*compared_pairs} == expected
+    assert {*found} == expected
 
 
 def test_a_model_of_a_study_is_not_compared_with_itself(write, tmp_path):
@@ -151,8 +151,8 @@ def test_the_interval_of_best_layers_is_that_of_all_pairs_together(sign):
         [Estimate(sign * scores[m, i], torch.tensor(sign * drawn[:, m, i])) for i in range(3)]
         for m in (0, 1)
     ]
-    difference = difference_of_best(sign, *models)
-    assert sorted(sign * difference[end] for end in ("low", "high")) == pytest.approx(expected)
+    found = difference_of_best(sign, *models)
+    assert sorted(sign * found[end] for end in ("low", "high")) == pytest.approx(expected)
 
 
 def test_paired_differences_and_intervals_equal_numpy(write):

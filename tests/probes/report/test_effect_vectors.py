@@ -92,12 +92,12 @@ def test_an_effect_that_is_no_number_has_no_verdict(undefined, column, value, ru
         if i == undefined:
             effect = replace(effect, value=value, resampled=value + effect.resampled)
         probes.write_effects(run, "mine", {"mine": effect})
-    judged = [claim for claim in evaluate_claims(*studies_of(runs)) if claim["claim"] == "mine"]
+    found = [claim for claim in evaluate_claims(*studies_of(runs)) if claim["claim"] == "mine"]
     untested = [
         name
-        for claim in judged
+        for claim in found
         for name, x in claim["verdicts"].items()
         if x["verdict"] == "untested"
     ]
-    assert bool(judged) == bool(column), "no claim without the number that the paper has"
+    assert bool(found) == bool(column), "no claim without the number that the paper has"
     assert untested[:1] == ([column] if column else [])

@@ -66,7 +66,7 @@ EXAMPLES = {
 
 def commands(text: str) -> list[list[str]]:
     """Return the commands of the bash blocks as words, with the block's own variables filled in."""
-    command_words = []
+    found = []
     for block in blocks(text, "bash"):
         lines = block.replace("\\\n", " ").splitlines()
         variables = dict(re.findall(r"^(\w+)=\"?([^\"\n]*)\"?$", "\n".join(lines), re.M))
@@ -77,8 +77,8 @@ def commands(text: str) -> list[list[str]]:
                 for joint, part in groupby(words, lambda word: word in ("&&", "|", ";"))
                 if not joint
             ]
-            command_words += [list(dropwhile(re.compile(r"\w+=").match, part)) for part in parts]
-    return [words for words in command_words if words]
+            found += [list(dropwhile(re.compile(r"\w+=").match, part)) for part in parts]
+    return [words for words in found if words]
 
 
 COMMANDS = sorted(
@@ -273,11 +273,9 @@ def test_examples_work_as_written(tmp_path):
         run_command(["git", "apply", "-"], cwd=tmp_path, input=diff)
         python, _, pytest_, *arguments = shlex.split(command)
         assert (python, pytest_) == ("python", "pytest")
-        python_files = [word for word in arguments if word.endswith(".py")]
-        files += python_files
-        chosen += (
-            arguments[-1:] if "-k" in arguments else [Path(file).stem for file in python_files]
-        )
+        own = [word for word in arguments if word.endswith(".py")]
+        files += own
+        chosen += arguments[-1:] if "-k" in arguments else [Path(file).stem for file in own]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment |= {"PYTHONPATH": str(tmp_path)}
     words = [*dict.fromkeys(files), "-k", " or ".join(chosen), "-v", "-p", "no:cacheprovider"]

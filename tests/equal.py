@@ -153,10 +153,12 @@ def main() -> int:
     failed = False
     for kind, most in TOLERANCES.items():
         keys = [key for key in this.keys() & other.keys() if this[key][0] == kind]
-        found = [(difference(this[key][1], other[key][1]), key) for key in keys]
-        largest, key = max(found, default=(math.inf, "nothing to compare"))
+        differences = [(difference(this[key][1], other[key][1]), key) for key in keys]
+        largest, key = max(differences, default=(math.inf, "nothing to compare"))
         failed |= largest > most
-        print(f"{kind:18} {len(found):9,}, at most {largest:.3g} apart (allowed: {most:g}) {key}")
+        print(
+            f"{kind:18} {len(differences):9,}, at most {largest:.3g} apart (allowed: {most:g}) {key}"
+        )
     for title, keys in (("came", this.keys() - other.keys()), ("went", other.keys() - this.keys())):
         print(f"keys that {title}: {len(keys):,}")
         names = Counter("/".join(re.sub(UNNAMED, "", key).split("/")[:3]) for key in keys)

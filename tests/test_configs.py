@@ -45,8 +45,8 @@ UPON_PROBING = "probes/matched.yaml"
 
 
 def test_every_yaml_is_covered_here():
-    known = {*BUDGET, *CLUSTER, *PROBING, UPON_PROBING}.union(*TRAINING)
-    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == known
+    covered = {*BUDGET, *CLUSTER, *PROBING, UPON_PROBING}.union(*TRAINING)
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == covered
 
 
 @pytest.fixture(scope="module")

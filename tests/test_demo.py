@@ -71,8 +71,10 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
 def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(demo):
     runs = [str(demo / name / "trained") for name in ("causal", "bidirectional", "shuffled")]
     done = run_command([sys.executable, "experiments/toy/cues.py", *runs], cwd=ROOT)
-    found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
-    probes, answers = found[::2], found[1::2]  # a line each by run
+    differences = [
+        float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()
+    ]
+    probes, answers = differences[::2], differences[1::2]  # a line each by run
     assert min(probes[:2]) > probes[2], done.stdout
     assert min(answers[:2]) > answers[2], done.stdout
 

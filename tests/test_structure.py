@@ -19,14 +19,14 @@ ROOT = Path(__file__).parents[1]
 def imports(path: Path) -> set[str]:
     """Absolute names of the packages' modules that a file imports."""
     package = path.relative_to(ROOT).with_suffix("").parts
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level]) + "." if node.level else ""
-            found.add(base + (node.module or ""))
-    return found
+            modules.add(base + (node.module or ""))
+    return modules
 
 
 def sources(package: str) -> list[Path]:
@@ -38,8 +38,8 @@ def test_modeling_code_in_checkpoints_imports_nothing_else_of_ours():
     files = ("modeling_llava_bidir.py", "configuration_llava_bidir.py", "attention.py")
     ours = {f"llava_bidir.model.{name.removesuffix('.py')}" for name in files}
     for name in files:
-        found = imports(ROOT / "llava_bidir/model" / name) - ours
-        assert {module.split(".")[0] for module in found} <= allowed
+        modules = imports(ROOT / "llava_bidir/model" / name) - ours
+        assert {module.split(".")[0] for module in modules} <= allowed
 
 
 DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)

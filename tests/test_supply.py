@@ -22,12 +22,15 @@ def torch_version() -> str:
 def locked(path: str) -> dict[str, tuple[Requirement, list[str]]]:
     """{package: (its requirement, its hashes)}."""
     lines = re.sub(r" \\\n +", " ", (ROOT / path).read_text()).splitlines()
-    found = {}
+    requirements = {}
     for line in lines:
         if line[0] != "#":
             requirement, *hashes = line.split(" --hash=sha256:")
-            found[canonical(Requirement(requirement).name)] = Requirement(requirement), hashes
-    return found
+            requirements[canonical(Requirement(requirement).name)] = (
+                Requirement(requirement),
+                hashes,
+            )
+    return requirements
 
 
 @pytest.mark.parametrize("lock", [LOCK, HARNESS_LOCK])

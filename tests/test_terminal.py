@@ -8,6 +8,8 @@ import probes.cli
 PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 WRONG = {  # words: parts of the line
     "probes fitt": ["no command 'fitt'", "did you mean 'fit'?"],
+    "probes knockout RUN --overwrit": ["--overwrit", "did you mean 'overwrite'?"],
+    "probes study M D --out R -overwrite": ["-overwrite", "options begin with --"],
     "probes solve --fold 3": ["--fold", "did you mean 'folds'?"],
     "probes fit --model.mllm M --data.root D --site adapter": ["--site", "did you mean 'sites'?"],
     "probes solve --model.mlm DIR": ["--model.mlm", "did you mean 'model.mllm'?"],

@@ -28,9 +28,9 @@ def bootstrap_weights(
     group_of, count = _group_indices(units, groups)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(count, (resamplings, count), generator=generator)
-    times = torch.zeros(resamplings, count).scatter_add_(
-        1, drawn, torch.ones_like(drawn, dtype=torch.float32)
-    )
+    ones = torch.ones_like(drawn, dtype=torch.float32)
+    times = torch.zeros(resamplings, count)
+    times.scatter_add_(1, drawn, ones)
     return times[:, group_of]
 
 
@@ -48,16 +48,17 @@ def random_swaps(
     group_of, count = _group_indices(units, groups)
     generator = torch.Generator().manual_seed(seed)
     swaps = torch.randint(2, (permutations, count), generator=generator)
-    return torch.cat([torch.zeros(1, count), swaps])[:, group_of]
+    observed = torch.zeros(1, count)
+    return torch.cat([observed, swaps])[:, group_of]
 
 
 def _group_indices(units: int, groups: Tensor | None) -> tuple[Tensor, int]:
     """Return the index of each unit's group, long[N], and the number of groups."""
-    group_of = (
-        torch.arange(units) if groups is None else torch.unique(groups, return_inverse=True)[1]
-    )
-    count = int(group_of.max()) + 1
-    return (group_of, count) if count > 1 else (torch.arange(units), units)
+    if groups is not None:
+        names, group_of = torch.unique(groups, return_inverse=True)
+        if len(names) > 1:
+            return group_of, len(names)
+    return torch.arange(units), units
 
 
 def interval(
@@ -74,7 +75,8 @@ def interval(
     defined = resampled[~resampled.isnan()].double()
     if not len(defined):
         return [math.nan, math.nan]
-    half = (defined - defined.mean()).abs().quantile(0.95).item()
+    distance = (defined - defined.mean()).abs()
+    half = distance.quantile(0.95).item()
     return [max(estimate - half, lowest), min(estimate + half, highest)]
 
 
@@ -111,13 +113,16 @@ def p_values(differences: Tensor) -> tuple[Tensor, Tensor]:
     spread = size.square().mean(0).sqrt()
     size = torch.where(spread > 0, size / spread, 0.0)
     threshold = size[0] * (1 - 1e-9)  # equal sums differ by rounding when added in another order
-    return (size >= threshold).double().mean(0), (
-        size.amax(1, keepdim=True) >= threshold
-    ).double().mean(0)
+    is_reached = size >= threshold
+    is_reached_by_largest = size.amax(1, keepdim=True) >= threshold
+    return is_reached.double().mean(0), is_reached_by_largest.double().mean(0)
 
 
 def holm(p: list[float]) -> list[float]:
     """Return p-values of several tests, adjusted to control the family-wise error rate (Holm 1979)."""
     ordered, rank = torch.tensor(p, dtype=torch.float64).sort()
-    steps = (ordered * torch.arange(len(p), 0, -1)).cummax(0).values.clamp(max=1)
-    return torch.empty_like(steps).scatter_(0, rank, steps).tolist()
+    tests_left = torch.arange(len(p), 0, -1)
+    steps = (ordered * tests_left).cummax(0).values.clamp(max=1)
+    adjusted = torch.empty_like(steps)
+    adjusted[rank] = steps
+    return adjusted.tolist()

@@ -14,11 +14,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_info
 
 from .cli import Count
 from .errors import UserError, error_context
 from .files import atomic_write
+from .processes import rank_zero_info
 from .runs import LAST
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
 from pkgutil import resolve_name
 from textwrap import fill
@@ -33,8 +33,9 @@ def number(name: str, kind: type, limits: str) -> type:
 
     They stay plain int and float: checkpoints load without code, and so without classes of ours.
     """
-    operators, values = limits.split()[::2], map(kind, limits.split()[1::2])
-    restricted = restricted_number_type(name, kind, [*zip(operators, values, strict=True)])
+    words = limits.split()
+    pairs = zip(words[::2], map(kind, words[1::2]), strict=True)
+    restricted = restricted_number_type(name, kind, [*pairs])
     register_type(
         restricted,
         serializer=kind,
@@ -63,6 +64,7 @@ class Command(NamedTuple):
     options: type | None = None
 
 
+ALONE = ("-h", "--help", "--print_config")  # options without a value
 BOOLEANS = ("true", "false", "yes", "no")  # in any case
 # A list as one word: [a,b], or a,b where nothing looks like OPTION=VALUE, a path or a text with commas
 LIST = re.compile(r"\[.*|[^=,/{]+(,[^\s=,/{][^=,/{]*)+")
@@ -100,6 +102,7 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         self.add_argument("-c", "--config", action="config", metavar="NAME", help=about)
         derived_names = {option.name for option in fields(options) if "derived" in option.metadata}
         self.add_class_arguments(options, sub_configs=False, skip=derived_names)
+        self.allow_abbrev = False
         for action in self._actions:  # of a dataclass that is the default of a field
             action.required = action.required and action.default is None
 
@@ -111,7 +114,7 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         """
         configs, words = take_configs(words)
         merged = merge_configs(configs, values or {})
-        parts = {action.dest.partition(".")[0] for action in self._actions if "." in action.dest}
+        parts = {option.name for option in fields(self.options) if is_dataclass(option.type)}
         for name, value in merged.items():
             if name in parts and not isinstance(value, dict):
                 self.error(f'Parser key "{name}": Expected options. Got value: {value}')
@@ -143,6 +146,8 @@ def join_values(
             typed.append(find_option(parser, word))
         elif typed and typed[-1].takes(word):
             typed[-1].values.append(word)
+        elif re.match(r"-\S+$", word):
+            parser.error(f"unrecognized arguments: {word}; options begin with --")
         else:
             unnamed.append(word)
     named = {option.name for option in typed}
@@ -170,7 +175,7 @@ class TypedOption:
         name: Its full name.
         kinds: What it accepts, see :func:`kinds_of`.
         values: Words that belong to it.
-        is_complete: Whether it takes no word after it, as NAME=VALUE.
+        is_complete: Whether it takes no word after it, as NAME=VALUE and --help.
     """
 
     name: str
@@ -189,7 +194,9 @@ class TypedOption:
     def joined(self) -> str:
         """Return the option and its values as one word."""
         if not self.values:
-            return f"{self.name}=true" if self.kinds == [bool] else self.name
+            if self.kinds == [bool]:
+                return f"{self.name}=true"
+            return self.name
         value = self.values[0]
         if list not in self.kinds or value.startswith("["):
             return f"{self.name}={value}"
@@ -204,6 +211,9 @@ class TypedOption:
 def find_option(parser: jsonargparse.ArgumentParser, word: str) -> TypedOption:
     """Return the option of a word, by its name or by the last part of that where no other name ends so."""
     option, equals, value = word.partition("=")
+    values = []
+    if equals:
+        values = [value]
     actions = parser._option_string_actions
     name = option
     if option not in actions:
@@ -215,8 +225,8 @@ def find_option(parser: jsonargparse.ArgumentParser, word: str) -> TypedOption:
     return TypedOption(
         name,
         kinds=kinds_of(getattr(actions.get(name), "_typehint", None)),
-        values=[value] if equals else [],
-        is_complete=bool(equals),
+        values=values,
+        is_complete=bool(equals) or name in ALONE,
     )
 
 
@@ -242,7 +252,9 @@ def run(program: str, about: str, groups: Callable[[], Groups], argv: Sequence[s
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors(program, argv):
         name, *words = imports.take_imports(argv) or [""]
-        commands = {key: entry for group in groups().values() for key, entry in group.items()}
+        commands: dict[str, Command] = {}
+        for group in groups().values():
+            commands |= group
         if name in ("", "-h", "--help"):
             print(_format_help(program, about, groups()), file=sys.stdout if name else sys.stderr)
             sys.exit(0 if name else 2)
@@ -266,4 +278,8 @@ def _format_help(program: str, about: str, groups: Groups) -> str:
         for name, command in commands.items():
             lines.append(fill(f"  {name:<14}{command.help}", 100, subsequent_indent=" " * 16))
     more = f"{program} COMMAND --help has the options. All take {imports.OPTION} FILE.py, a file that registers"
-    return "\n".join([*lines, "", f"{more} masks, heads, layouts or families."])
+    lines += ["", f"{more} masks, heads, layouts or families."]
+    lines.append(
+        "Lists are typed a b, a,b or [a,b]; flags --name or --name false; the last part of a name is enough."
+    )
+    return "\n".join(lines)

@@ -16,7 +16,10 @@ FOLDER = Path(__file__).parents[1] / "configs"  # in a clone a link to configs/,
 def config_names() -> dict[str, Path]:
     """Return the files by name: "FOLDER/STEM", and "STEM", which is the file nearest to the top."""
     files = sorted(FOLDER.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
-    names = {file.relative_to(FOLDER).with_suffix("").as_posix(): file for file in files}
+    names = {}
+    for file in files:
+        path = file.relative_to(FOLDER)
+        names[path.with_suffix("").as_posix()] = file
     for file in files:
         names.setdefault(file.stem, file)
     return names
@@ -73,7 +76,8 @@ def merge_configs(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, 
             return now
         return before | {key: merge(before.get(key), value) for key, value in now.items()}
 
-    return reduce(merge, [*map(read_config, names), values], {})
+    contents = [read_config(name) for name in names]
+    return reduce(merge, [*contents, values], {})
 
 
 def take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -88,6 +92,8 @@ def configs_first(words: Sequence[str]) -> list[str]:
         UsageError: There is no such config, or it has a key twice.
     """
     configs, others = take_configs(words)
+    options = []
     for name in configs:
         read_config(name)
-    return [*(f"--config={find_config(name)}" for name in configs), *others]
+        options.append(f"--config={find_config(name)}")
+    return [*options, *others]

@@ -61,10 +61,11 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
         sys.exit(f"{program}: {message.strip()}")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error about an unknown name, with the known one that is most like it; "" without one."""
-    meant = get_close_matches(word, [*known], 1)
-    return f"; did you mean {meant[0]!r}?" if meant else ""
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name, with the one that is most like it; "" without one."""
+    for name in get_close_matches(word, [*names], 1):
+        return f"; did you mean {name!r}?"
+    return ""
 
 
 class OneLineErrors:
@@ -79,12 +80,14 @@ class OneLineErrors:
         line = line.replace(
             "in set_parsing_settings to", "in a file of --import, whose classes are allowed, to"
         )
-        if found := NAMED.search(line):
-            name = ".".join(filter(None, found.groups()))
-            action = getattr(self, "_subcommands_action", None)  # of LightningCLI's parser
-            commands = action.choices.values() if action else ()
-            options = [x for parser in (self, *commands) for x in parser._option_string_actions]
-            names = [option.strip("-") for option in options]
+        if option := NAMED.search(line):
+            name = ".".join(filter(None, option.groups()))
+            parsers = [self]
+            if self._subcommands_action is not None:  # LightningCLI's
+                parsers += self._subcommands_action.choices.values()
+            names = []
+            for parser in parsers:
+                names += [text.strip("-") for text in parser._option_string_actions]
             if name not in names:
                 last_parts = [full_name.rpartition(".")[2] for full_name in names]
                 line += did_you_mean(name, [*names, *last_parts])
@@ -97,6 +100,7 @@ def error_context(subject: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = "" if type(error) in (ValueError, UserError) else f"{type(error).__name__}: "
         text = shorten(str(error), 500, placeholder=" ...")
-        raise UserError(f"{subject}: {kind}{text}") from error
+        if type(error) not in (ValueError, UserError):
+            text = f"{type(error).__name__}: {text}"
+        raise UserError(f"{subject}: {text}") from error

@@ -151,12 +151,16 @@ def _write(path: Path, suffix: str, content: Any) -> None:
     if suffix == ".safetensors":
         from safetensors.torch import save  # imports torch, which `demo` and others do not need
 
-        tensors, metadata = content if isinstance(content, tuple) else (content, None)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        metadata = None
+        if isinstance(content, tuple):
+            content, metadata = content
+        tensors = {name: x.detach().cpu().contiguous() for name, x in content.items()}
         content = save(tensors, metadata)
     elif suffix == ".json":
         content = to_json(content)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    if isinstance(content, str):
+        content = content.encode()
+    path.write_bytes(content)
 
 
 def to_json(value: Any) -> str:
@@ -169,7 +173,9 @@ def _null_unless_finite(value: Any) -> Any:
         return {key: _null_unless_finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_null_unless_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def sha256(path: Path) -> str:
@@ -191,12 +197,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_settings(file: Path, known: Sequence[str], example: str) -> dict[str, Any]:
+def read_settings(file: Path, keys: Sequence[str], example: str) -> dict[str, Any]:
     """Return the object in a JSON file that users write.
 
     Args:
         file: The file.
-        known: All keys that it may have.
+        keys: All keys that it may have.
         example: Content, for the message.
 
     Raises:
@@ -206,9 +212,9 @@ def read_settings(file: Path, known: Sequence[str], example: str) -> dict[str, A
         raise UserError(f"{file} needs to be there, as {example}")
     settings = read_json(file)
     for key in settings:
-        if key not in known:
-            meant = did_you_mean(key, known)
-            raise UserError(f"{file} has the key {key!r}; expected {', '.join(known)}{meant}")
+        if key not in keys:
+            meant = did_you_mean(key, keys)
+            raise UserError(f"{file} has the key {key!r}; expected {', '.join(keys)}{meant}")
     return settings
 
 
@@ -222,7 +228,9 @@ def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1.0) -> I
     Raises:
         UserError: Another process holds the lock, or the folder is not writable.
     """
-    file = folder / (f".{result}.lock" if result else ".lock")
+    file = folder / ".lock"
+    if result:
+        file = folder / f".{result}.lock"
     lock = FileLock(file, timeout=wait_s)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -233,8 +233,10 @@ def weight_files(directory: Path) -> list[Path]:
         raise UserError(
             f"{directory} contains no weights; expected one of {', '.join(WEIGHT_FILES)}"
         )
-    parts = read_json(file)["weight_map"].values() if file.name.endswith(INDEX) else ()
-    return [file, *(directory / name for name in sorted(set(parts)))]
+    if not file.name.endswith(INDEX):
+        return [file]
+    shards = read_json(file)["weight_map"].values()
+    return [file, *(directory / name for name in sorted(set(shards)))]
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
@@ -282,7 +284,7 @@ def max_positions(config: "PreTrainedConfig") -> int:
 
 
 def greedy_config(
-    own: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase"
+    settings: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase"
 ) -> "GenerationConfig":
     """Return settings of greedy decoding: of a checkpoint's own settings, the token ids only.
 
@@ -290,18 +292,18 @@ def greedy_config(
     lengths and the like are dropped.
 
     Args:
-        own: Generation settings of the checkpoint, or of its LLM.
+        settings: Generation settings of the checkpoint, or of its LLM.
         tokenizer: Tokenizer of the checkpoint.
     """
     from transformers import GenerationConfig
 
-    pad = own.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ends = end_tokens(own, tokenizer)
-    return GenerationConfig(
-        bos_token_id=own.bos_token_id,
-        pad_token_id=pad,
-        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
-    )
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = settings.pad_token_id
+    ends: Any = end_tokens(settings, tokenizer) or None
+    if ends is not None and len(ends) == 1:
+        (ends,) = ends
+    return GenerationConfig(bos_token_id=settings.bos_token_id, pad_token_id=pad, eos_token_id=ends)
 
 
 class FiniteLogits:
@@ -317,9 +319,11 @@ class FiniteLogits:
         return scores
 
 
-def end_tokens(own: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def end_tokens(settings: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the ids of the tokens that end an answer, sorted."""
-    ids = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ids = settings.eos_token_id
+    if not isinstance(ids, list):
+        ids = [ids]
     return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 

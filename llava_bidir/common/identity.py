@@ -182,7 +182,9 @@ def model_identity(key: str, path: str | Path) -> dict[str, str]:
 def describe_digest(content: Any, count: int | None = None) -> str:
     """Return "COUNT, sha256 DIGEST" of JSON values, e.g. of names and checksums."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:DIGITS]
-    return f"sha256 {digest}" if count is None else f"{count:,}, sha256 {digest}"
+    if count is None:
+        return f"sha256 {digest}"
+    return f"{count:,}, sha256 {digest}"
 
 
 def file_sizes(root: str, names: list[str]) -> list[int]:

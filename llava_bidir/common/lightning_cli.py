@@ -116,7 +116,9 @@ class RunCLI(LightningCLI):
             logger = TensorBoardLogger(setting("out"), name="", version="", default_hp_metric=False)
             kwargs["logger"] = logger
         plugins = setting("trainer.plugins") or []
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if not isinstance(plugins, list):
+            plugins = [plugins]
+        plugins = [*plugins, AtomicCheckpointIO()]
         if SLURMEnvironment.detect():  # Lightning's own handlers may hang
             plugins.append(SLURMEnvironment(auto_requeue=False))
         to_log = not sys.stderr.isatty() and setting("trainer.enable_progress_bar") is None
@@ -213,6 +215,6 @@ class LogProgress(Callback):
 def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:
     """Raise a UserError if an option of the trainer has another value than the required one; 1 is not 1.0."""
     for name, value in required.items():
-        found = getattr(trainer, name)
-        if type(found) is not type(value) or found != value:
-            raise UserError(f"trainer.{name} must be {value}, got {found}: {why}")
+        setting = getattr(trainer, name)
+        if type(setting) is not type(value) or setting != value:
+            raise UserError(f"trainer.{name} must be {value}, got {setting}: {why}")

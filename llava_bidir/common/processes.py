@@ -21,12 +21,16 @@ log.setLevel(logging.INFO)
 
 def rank_count() -> int:
     """Return the number of processes of this run."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
 
 
 def rank() -> int:
     """Return the index of this process."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -77,10 +81,12 @@ def decide_on_first(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _is_first() -> bool:
+    if torch.distributed.is_initialized():
+        return rank() == 0
     # as torchrun, Slurm and Lightning tell it before the processes have met
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     told = (os.environ[name] for name in names if name in os.environ)
-    return rank() == 0 if torch.distributed.is_initialized() else next(told, "0") == "0"
+    return next(told, "0") == "0"
 
 
 def rank_zero_info(message: str) -> None:
@@ -97,8 +103,9 @@ def rank_zero_warn(message: str) -> None:
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
-    # macOS lacks the first
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()  # macOS
 
 
 def worker_options(workers: int) -> dict[str, Any]:

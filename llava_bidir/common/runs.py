@@ -88,9 +88,12 @@ def plan_run(folder: RunFolder, ckpt_path: str | None, overwrite: bool) -> RunPl
             replaced=[*folder.checkpoints.glob("*"), *filter(Path.exists, results), *events]
         )
     is_finished = folder.result.is_file()
-    left = [folder.result] if is_finished else sorted(folder.checkpoints.glob("*.*"))
+    kind = "an unfinished"
+    left = sorted(folder.checkpoints.glob("*.*"))
+    if is_finished:
+        kind = "a finished"
+        left = [folder.result]
     if left and ckpt_path is None or is_finished and ckpt_path != "last":
-        kind = "a finished" if is_finished else "an unfinished"
         raise UserError(
             f"{folder.path} holds {kind} run ({left[-1].relative_to(folder.path)}); add `--ckpt_path last` to resume "
             "it or `--overwrite true` to replace it, or choose another --out"
@@ -111,7 +114,10 @@ def find_checkpoint(ckpt_path: str, checkpoints: Path) -> Path | None:
             raise UserError(f"there is no checkpoint {ckpt_path}")
         return Path(ckpt_path)
     last = last_checkpoint(checkpoints)
-    log.info("the checkpoint is %s" if last else "no checkpoint in %s yet", last or checkpoints)
+    if last is None:
+        log.info(f"no checkpoint in {checkpoints} yet")
+    else:
+        log.info(f"the checkpoint is {last}")
     return last
 
 
@@ -128,7 +134,10 @@ def begin_run(folder: Path, config: str, replaced: Sequence[Path]) -> None:
     """Write config.yaml and delete what the run replaces, once all settings were accepted; on one process."""
     write_files({folder / "config.yaml": config})
     for path in replaced:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the process

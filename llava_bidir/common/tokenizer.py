@@ -32,15 +32,17 @@ def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
     """
     tokenizer = read_pretrained(key, reader=AutoTokenizer, path=path, **hub)
     file = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if file.name != "tokenizer.model":
+        return tokenizer
     # LlamaTokenizer takes vocabulary and merges from a tokenizer.json. Other classes take all of it.
-    is_converted = (
-        isinstance(tokenizer, LlamaTokenizer) or not (file.parent / "tokenizer.json").is_file()
-    )
-    if file.name != "tokenizer.model" or not is_converted:
+    has_json = (file.parent / "tokenizer.json").is_file()
+    if has_json and not isinstance(tokenizer, LlamaTokenizer):
         return tokenizer
     with error_context(f"{key}: {file}"):
         model = SentencePieceExtractor(str(file)).proto
-    return _convert(model, tokenizer) if _is_llama(model, tokenizer) else tokenizer
+    if _is_llama(model, tokenizer):
+        return _convert(model, tokenizer)
+    return tokenizer
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase, text: str = "") -> list[int]:
@@ -55,19 +57,26 @@ def start_ids(tokenizer: PreTrainedTokenizerBase, text: str = "") -> list[int]:
     places = (i for i in range(len(complete)) if complete[i : i + len(plain)] == plain)
     start = complete[: next(places, 0)]
     written = "".join(tokenizer.convert_ids_to_tokens(start))
-    return [] if text.startswith(written) else start
+    if text.startswith(written):
+        return []
+    return start
 
 
 def _is_llama(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if a sentencepiece model has Llama's settings and the tokenizer's vocabulary."""
     trainer = model.trainer_spec
     normalizer = model.normalizer_spec
-    return (
-        (trainer.model_type, trainer.byte_fallback) == (trainer.BPE, True)
-        and (normalizer.name, normalizer.add_dummy_prefix) == ("identity", True)
+    has_settings = (
+        trainer.model_type == trainer.BPE
+        and trainer.byte_fallback
+        and normalizer.name == "identity"
+        and normalizer.add_dummy_prefix
         and not normalizer.remove_extra_whitespaces
-        and _ids(model.pieces) == tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     )
+    if not has_settings:
+        return False
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    return _ids(model.pieces) == vocabulary
 
 
 def _ids(pieces: Any) -> dict[str, int]:

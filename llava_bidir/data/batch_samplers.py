@@ -50,7 +50,8 @@ def grouped_batches(
     megabatches = []
     leftover = []
     for text_only in (False, True):
-        order = _shuffle(np.flatnonzero((lengths < 0) == text_only), generator)
+        of_modality = np.flatnonzero((lengths < 0) == text_only)
+        order = _shuffle(of_modality, generator)
         full = len(order) // batch_size * batch_size
         megabatches.append(order[:full].reshape(-1, batch_size))
         leftover.append(order[full:])
@@ -62,7 +63,10 @@ def grouped_batches(
         longest = np.abs(lengths)[megabatches].max(1).argmax()
         megabatches[[0, longest]] = megabatches[[longest, 0]]
     rest = np.sort(np.concatenate(leftover))
-    last = _split_batches(rest, batch_size, megabatches[0] if len(megabatches) else rest)
+    fill = rest
+    if len(megabatches):
+        fill = megabatches[0]
+    last = _split_batches(rest, batch_size, fill)
     return np.concatenate([megabatches, last])
 
 
@@ -146,7 +150,12 @@ class BatchSampler:
         start = self.start
         self.start = 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        batches = self.draw(self.lengths, self.global_batch_size, self.batch_size, generator)
+        batches = self.draw(
+            self.lengths,
+            batch_size=self.global_batch_size,
+            micro_batch_size=self.batch_size,
+            generator=generator,
+        )
         micro_batches = batches.reshape(-1, self.batch_size)[self.rank :: self.world_size]
         yield from micro_batches[start:].tolist()
 
@@ -176,8 +185,7 @@ class StepLoader(DataLoader):
     def __iter__(self) -> Iterator[dict]:
         batches = super().__iter__()
         while step := list(islice(batches, self.step_batches)):
-            mean = self.mean_over_ranks(
-                torch.tensor([float(batch["supervised"]) for batch in step]).mean()
-            )
+            supervised = torch.tensor([float(batch["supervised"]) for batch in step])
+            mean = self.mean_over_ranks(supervised.mean()).clamp(min=1e-9)
             for batch in step:
-                yield {**batch, "weight": batch["supervised"] / mean.clamp(min=1e-9)}
+                yield {**batch, "weight": batch["supervised"] / mean}

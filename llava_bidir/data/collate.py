@@ -52,15 +52,20 @@ class Collate:
                 answer that they predict, through an image after it; names the sample.
         """
         image_id = self.processor.image_token_id
+        image_tokens = None
+        if sample["image"] is not None:
+            image_tokens = self.image_tokens
         with error_context(f"record {sample['id']!r}"):
             ids, labels = encode(
                 sample["conversations"],
                 tokenizer=self.processor.tokenizer,
                 template=self.template,
-                image_tokens=None if sample["image"] is None else self.image_tokens,
+                image_tokens=image_tokens,
                 image_token_id=image_id,
             )
-            end_of_images = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+            end_of_images = 0
+            if image_id in ids:
+                end_of_images = len(ids) - ids[::-1].index(image_id)
             if end_of_images > self.max_length:
                 raise UserError(
                     f"its image ends after token {self.max_length}, the limit by data.max_length or by the LLM's "
@@ -113,23 +118,25 @@ class Collate:
         processor = self.processor.image_processor
         pixels = []
         for sample, ids in zip(samples, rows, strict=True):
-            if count := ids.count(self.processor.image_token_id) // self.image_tokens:
-                own = processor(sample["image"], return_tensors="pt")
-                pixels += [own["pixel_values"]] * count
+            count = ids.count(self.processor.image_token_id) // self.image_tokens
+            if count:
+                processed = processor(sample["image"], return_tensors="pt")
+                pixels += [processed["pixel_values"]] * count
         black = torch.zeros(1, 3, processor.crop_size["height"], processor.crop_size["width"])
         return torch.cat(pixels or [black])
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
         """Return the prompt with each sample's first question, or its image, padded on the left for `generate`."""
         unanswered = {"from": "gpt", "value": ""}
-        questions = [
-            {**sample, "conversations": [sample["conversations"][0], unanswered]}
-            for sample in samples
-        ]
-        rows = [  # plain trains the end of an empty caption
-            [x for x, label in zip(*self.encode(question), strict=True) if label == IGNORE_INDEX]
-            for question in questions
-        ]
+        questions = []
+        rows = []
+        for sample in samples:
+            question = {**sample, "conversations": [sample["conversations"][0], unanswered]}
+            ids, labels = self.encode(question)
+            # plain trains the end of an empty caption
+            prompt = [x for x, label in zip(ids, labels, strict=True) if label == IGNORE_INDEX]
+            questions.append(question)
+            rows.append(prompt)
         return {
             "input_ids": pad(rows, self.processor.tokenizer.pad_token_id, "left"),
             "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),

@@ -75,7 +75,10 @@ def encode(
     labels = [IGNORE_INDEX] * len(input_ids)
     continues = False
     for text, supervised in pieces:
-        for i, part in enumerate([text] if image_tokens is None else text.split(IMAGE_PLACEHOLDER)):
+        parts = [text]
+        if image_tokens is not None:
+            parts = text.split(IMAGE_PLACEHOLDER)
+        for i, part in enumerate(parts):
             if i > 0:
                 input_ids += [image_token_id] * image_tokens
                 labels += [IGNORE_INDEX] * image_tokens
@@ -84,7 +87,10 @@ def encode(
             if part:
                 tokens = _tokenize(part, tokenizer, continues)
                 input_ids += tokens
-                labels += tokens if supervised else [IGNORE_INDEX] * len(tokens)
+                if supervised:
+                    labels += tokens
+                else:
+                    labels += [IGNORE_INDEX] * len(tokens)
                 continues = True
     return input_ids, labels
 
@@ -150,9 +156,12 @@ def _vicuna_v1(turns: list[Turn], tokenizer) -> list[Piece]:
     pieces = []
     answers = [*turns[1::2], {"value": ""}]  # the last is that of a prompt
     for question, answer in zip(turns[::2], answers, strict=False):
-        text = question["value"]
-        user = f"USER: {text} ASSISTANT:" if text else "USER:ASSISTANT:"
-        pieces.append((user if pieces else f"{SYSTEM} {user}", False))
+        prompt = "USER:ASSISTANT:"
+        if question["value"]:
+            prompt = f"USER: {question['value']} ASSISTANT:"
+        if not pieces:
+            prompt = f"{SYSTEM} {prompt}"
+        pieces.append((prompt, False))
         if answer["value"]:
             pieces.append((f" {answer['value']}{tokenizer.eos_token}", True))
     return pieces
@@ -174,35 +183,38 @@ def _chat(turns: list[Turn], tokenizer) -> list[Piece]:
     if messages[-1] == {"role": "assistant", "content": ""}:
         messages = messages[:-1]
 
-    def render(count: int, known: str) -> str:
+    def render(count: int, beginning: str) -> str:
         """Return the text of the first messages, and in front of an answer its prompt."""
         with error_context("chat template of the LLM"):  # runs in jinja's sandbox
             text = tokenizer.apply_chat_template(
                 messages[:count], tokenize=False, add_generation_prompt=count % 2 == 1
             )
-        if not text.startswith(known):
+        if not text.startswith(beginning):
             raise UserError(
                 "the chat template writes a turn differently if others follow it; use data.template vicuna_v1"
             )
         return text
 
     pieces = []
-    known = ""
+    rendered = ""
     for count in range(2, len(messages) + 1, 2):
-        prompt = render(count - 1, known)
-        pieces.append((prompt.removeprefix(known), False))
+        prompt = render(count - 1, rendered)
+        pieces.append((prompt.removeprefix(rendered), False))
         answer = messages[count - 1]["content"]
-        written, end, _ = render(count, prompt).removeprefix(prompt).rpartition(tokenizer.eos_token)
+        text = render(count, prompt).removeprefix(prompt)
+        written, end, _ = text.rpartition(tokenizer.eos_token)
         if answer and not (end and written.strip() == answer.strip()):
             raise UserError(
                 f"the chat template writes {written[:200]!r} for the answer {answer[:80]!r}; expected the answer and "
                 f"the end token {tokenizer.eos_token!r}; use data.template vicuna_v1"
             )
-        trained = written + end if answer and written else ""  # some templates strip it
+        trained = ""
+        if answer and written:  # some templates strip it
+            trained = written + end
         pieces.append((trained, True))
-        known = prompt + trained
-    pieces.append((render(len(messages), known).removeprefix(known), False))
-    return pieces
+        rendered = prompt + trained
+    rest = render(len(messages), rendered).removeprefix(rendered)
+    return [*pieces, (rest, False)]
 
 
 TEMPLATES: dict[str, Callable[..., list[Piece]]] = {

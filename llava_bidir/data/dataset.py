@@ -110,16 +110,17 @@ def _rows(path: str, **_: str | int) -> Iterator[dict[str, Any]]:
                 "image": image,
                 "conversations": usable_turns(turns),
             }
-            words = max(sum(len(turn["value"].split()) for turn in turns), 1)  # 0 has no sign
-            row["length"] = words if image else -words
+            words = sum(len(turn["value"].split()) for turn in turns)
+            row["length"] = max(words, 1)  # 0 has no sign
+            if not image:
+                row["length"] *= -1
         yield row
 
 
 def shows_image(record: dict[str, Any]) -> bool:
     """Return whether the model is shown the image of a record."""
-    return bool(record["image"]) and any(
-        IMAGE_PLACEHOLDER in x["value"] for x in record["conversations"]
-    )
+    texts = (turn["value"] for turn in record["conversations"])
+    return bool(record["image"]) and any(IMAGE_PLACEHOLDER in text for text in texts)
 
 
 def refers_to_image(record: dict[str, Any]) -> bool:

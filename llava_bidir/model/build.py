@@ -105,9 +105,9 @@ def build_processor(
     chat_template = CHAT_TEMPLATE
     if template == "chat":
         with error_context(f"data.template chat: the tokenizer of {llm}"):  # may have none
-            own = tokenizer.get_chat_template()
+            llm_template = tokenizer.get_chat_template()
         # an exported model has the prefix
-        chat_template = IMAGES_IN_CHAT + own.removeprefix(IMAGES_IN_CHAT)
+        chat_template = IMAGES_IN_CHAT + llm_template.removeprefix(IMAGES_IN_CHAT)
     return LlavaProcessor(
         image_processor=encoder.image_processor(vision_config, image_resize),
         tokenizer=tokenizer,
@@ -125,7 +125,9 @@ def read_llm_config(path: str) -> PreTrainedConfig:
         UserError: There is no such checkpoint.
     """
     config = read_model_config("model.llm", path)
-    return config.text_config if isinstance(config, LlavaConfig) else config
+    if isinstance(config, LlavaConfig):
+        return config.text_config
+    return config
 
 
 def build_model(
@@ -255,10 +257,10 @@ def check_text_logits(
     embeddings = language_model.get_input_embeddings()
     numbers = torch.arange(1, CHECKED_TOKENS + 1, device=embeddings.weight.device)
     ids = numbers[None] * (embeddings.num_embeddings // (CHECKED_TOKENS + 2))
-    own = language_model(input_ids=ids, use_cache=False).logits.float()
+    llm_logits = language_model(input_ids=ids, use_cache=False).logits.float()
     logits = model(input_ids=ids, use_cache=False).logits.float()
-    difference = (logits - own).abs().max().item()
-    largest = own.abs().max().item()
+    difference = (logits - llm_logits).abs().max().item()
+    largest = llm_logits.abs().max().item()
     if not difference <= largest * max(NEAR, 2 * torch.finfo(language_model.dtype).eps):
         kind = language_model.config.model_type
         raise UserError(
@@ -319,8 +321,9 @@ def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
         identity: Of this run.
     """
     saved = (read_training(adapter).get("identity") or {}).get("model", {})
-    is_own_llm = llm.is_dir() and llm.samefile(adapter)
-    compared = ("encoder",) if is_own_llm else ("encoder", "llm")
+    compared = ["encoder"]
+    if not (llm.is_dir() and llm.samefile(adapter)):
+        compared.append("llm")
     for key in saved.keys() & identity["model"].keys():
         part = key.partition("/")[0]
         if part in compared and saved[key] != identity["model"][key]:
@@ -342,4 +345,6 @@ def set_trainable(model: nn.Module, parts: list[str]) -> None:
 
 def _select_strategy(encoder: Encoder) -> str:
     """Return Hugging Face's name for the tokens to drop: "default" is CLS, "full" none; the model drops registers."""
-    return "default" if encoder.entry.has_cls else "full"
+    if encoder.entry.has_cls:
+        return "default"
+    return "full"

@@ -86,8 +86,7 @@ class ZeRO(DeepSpeedStrategy):
         self._init_config_if_needed()
         # transformers keeps a weak reference
         self.transformers_config = HfDeepSpeedConfig(self.config)
-        bf16 = self.precision_plugin.precision.startswith("bf16")
-        with local_torch_dtype(torch.bfloat16 if bf16 else torch.float32):
+        with local_torch_dtype(dtype_of(self.precision_plugin.precision)):
             yield
         for buffer in self.lightning_module.buffers():  # DeepSpeed moves parameters only
             buffer.data = buffer.data.to(self.root_device)
@@ -125,8 +124,9 @@ class ZeRO(DeepSpeedStrategy):
         if self.zero_stage_3 and not is_fitting:
             # DeepSpeed's loader needs the optimizer, which exists in training only; Lightning scatters from rank 0
             self.load_full_weights = True
-            names = dict.fromkeys(self.lightning_module.trainable_names())
-            weights = load_zero_weights(path) if self.is_global_zero else names
+            weights = dict.fromkeys(self.lightning_module.trainable_names())
+            if self.is_global_zero:
+                weights = load_zero_weights(path)
             return load_zero_state(path) | {"state_dict": weights}
         for key, ours in self._layout().items():
             if is_fitting and saved[key] != ours:
@@ -145,6 +145,13 @@ class ZeRO(DeepSpeedStrategy):
         }
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the dtype of a run's computations by Lightning's name of the precision."""
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    return torch.float32
+
+
 def load_zero_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the trained weights of a ZeRO checkpoint on the CPU, in the dtype of the run's computations.
 
@@ -152,8 +159,7 @@ def load_zero_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    precision = read_json(path / LAYOUT)["precision"]
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    dtype = dtype_of(read_json(path / LAYOUT)["precision"])
     weights = get_fp32_state_dict_from_zero_checkpoint(
         str(path), tag=TAG, exclude_frozen_parameters=True
     )

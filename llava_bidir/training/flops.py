@@ -41,8 +41,13 @@ class ModelFlops(NamedTuple):
             lengths: Tokens of each sample, without padding.
             supervised: Number of supervised tokens.
         """
-        counts = (images, sum(lengths), sum(length**2 for length in lengths), supervised)
-        return sum(cost * count for cost, count in zip(self, counts, strict=True))
+        pairs = sum(length**2 for length in lengths)
+        return (
+            self.image * images
+            + self.token * sum(lengths)
+            + self.pair * pairs
+            + self.supervised * supervised
+        )
 
 
 def count_flops(model: LlavaBidirForConditionalGeneration, image: Tensor) -> ModelFlops:
@@ -71,10 +76,13 @@ def _count_image(model: LlavaBidirForConditionalGeneration, image: Tensor) -> fl
     with FlopCounterMode(display=False) as counter:
         tokens = len(torch.cat(model.get_image_features(image).pooler_output))
     adapter = model.model.multi_modal_projector
-    first, second = (2 * _size(layer.weight) for layer in (adapter.linear_1, adapter.linear_2))
+    forward = counter.get_total_flops()
+    if not adapter.linear_1.weight.requires_grad:
+        return forward
     # the features of a frozen encoder need no gradient
-    backward = adapter.linear_1.weight.requires_grad * (first + 2 * second)
-    return counter.get_total_flops() + tokens * backward
+    first = 2 * _size(adapter.linear_1.weight)
+    second = 2 * 2 * _size(adapter.linear_2.weight)
+    return forward + tokens * (first + second)
 
 
 def _count_linear(layer: nn.Linear) -> int:

@@ -82,10 +82,14 @@ class FSDP2(ModelParallelStrategy):
                 value = value.full_tensor()
             if not isinstance(value, Tensor):
                 return value
-            return value.cpu() if self.is_global_zero else None
+            if self.is_global_zero:
+                return value.cpu()
+            return None
 
         gathered = tree_map(gather, state)
-        return gathered if self.is_global_zero else {}
+        if self.is_global_zero:
+            return gathered
+        return {}
 
     def load_checkpoint(self, checkpoint_path: str, **kwargs: Any) -> dict[str, Any]:
         """Map a checkpoint into memory, of which each rank reads its shards."""
@@ -117,8 +121,11 @@ def shard(module: LightningModule, mesh: DeviceMesh, precision: str) -> None:
         mesh: Devices.
         precision: Lightning's name of the precision, which decides the dtype of gathered weights.
     """
+    param_dtype = None
+    if precision == "bf16-mixed":
+        param_dtype = torch.bfloat16
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
+        param_dtype=param_dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast does so, and leaves the weight of a loss in fp32
     )
@@ -133,7 +140,10 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers of encoder and LLM: the members of each list of modules that is not inside another one."""
     layers = []
     for child in model.children():
-        layers += child if isinstance(child, nn.ModuleList) else find_layers(child)
+        if isinstance(child, nn.ModuleList):
+            layers += child
+        else:
+            layers += find_layers(child)
     return layers
 
 

@@ -31,7 +31,9 @@ def build_optimizer(
             continue
         part = next(part for part in learning_rates if name.startswith(TRAINABLE[part]))
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens parameters
-        decay = weight_decay if len(shape) > 1 else 0.0
+        decay = 0.0
+        if len(shape) > 1:
+            decay = weight_decay
         group = {
             "params": [],
             "lr": learning_rates[part],

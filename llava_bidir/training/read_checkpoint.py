@@ -39,8 +39,9 @@ def read_checkpoint(
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         settings = {k: v for k, v in saved["hyper_parameters"].items() if k[0] != "_"}
         adapter = settings["adapter"]
-        # a trained adapter is in the checkpoint, so that the model of stage 1 may be gone
-        needed = None if "adapter" in settings["trainable"] else adapter
+        needed = adapter
+        if "adapter" in settings["trainable"]:
+            needed = None  # it is in the checkpoint, so that the model of stage 1 may be gone
         folder = Path(saved.get("folder", "."))
         if not folder.is_dir():  # of another machine
             folder = Path()

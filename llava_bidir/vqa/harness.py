@@ -51,12 +51,13 @@ def run(options: VQAOptions) -> None:
             elif read_json(file)["fingerprint"] != info["fingerprint"]:
                 raise UserError(f"{file} is of another checkpoint; choose another --out")
         if pending:
-            ranks = f"torch.distributed.run --standalone --nproc-per-node {options.devices} -m"
-            start = ranks.split() if options.devices > 1 else []
+            command = [options.python, "-m"]
+            if options.devices > 1:
+                ranks = f"--standalone --nproc-per-node {options.devices} -m"
+                command += ["torch.distributed.run", *ranks.split()]
             folders = [options.out.absolute(), options.data or Path()]
             request = json.dumps([*map(str, folders), pending, info])
-            command = [options.python, "-m", *start, __name__, request]
-            ask_harness(command, offline=options.data is not None)
+            ask_harness([*command, __name__, request], offline=options.data is not None)
     table1.run(VQATableOptions(results=(options.out,), out=options.out))
 
 
@@ -139,10 +140,13 @@ def to_item(benchmark: Benchmark, sample: dict) -> Item:
     unit = doc.get(benchmark.unit, sample["doc_id"])
     if benchmark.unit == "index":
         unit = int(unit) % 1_000_000  # of MMBench: without the order of a question's options
+    group = None
+    if benchmark.task == "mme":
+        group = doc["category"]
     return {
         "item": sample["doc_id"],
         "unit": unit,
-        "group": doc["category"] if benchmark.task == "mme" else None,
+        "group": group,
         "question": sample["arguments"][0],
         "answer": sample["filtered_resps"][0],
         "target": str(doc.get("answers", sample["target"])),  # the VQA tasks' is the word "answer"
@@ -162,9 +166,12 @@ def rate_answer(benchmark: Benchmark, sample: dict) -> float:
         import pandas
         from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
-        row, answers = pandas.DataFrame([metric]), {metric["index"]: metric["answer"]}
+        row = pandas.DataFrame([metric])
+        answers = {metric["index"]: metric["answer"]}
         return float(mmbench_evaluator.eval_sub_data(row, answers, static_only=True))
-    return float(metric["score"] if isinstance(metric, dict) else metric)
+    if isinstance(metric, dict):
+        return float(metric["score"])
+    return float(metric)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A score is a ratio of sums over units. A unit is drawn and exchanged as a whole:
 question with all orders of its options. Shapes: R resamplings, U units.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,22 +30,26 @@ class ScoreTerms(NamedTuple):
         """Return scores f[R]. Two models with the same units are resampled together."""
         weights = np.empty((len(self.strata), resamplings))
         for stratum, count in enumerate(np.bincount(self.strata).tolist()):
-            weights[self.strata == stratum] = bootstrap_weights(count, resamplings, stratum).T
+            drawn = bootstrap_weights(count, resamplings, seed=stratum)
+            weights[self.strata == stratum] = drawn.T
         return torch.from_numpy(ratio(self.terms @ weights))
 
 
 def swap_test(a: ScoreTerms, b: ScoreTerms, swaps: int = 10_000) -> float:
     """Return the two-sided p-value of equal scores: the models' answers are exchanged, unit by unit, at random."""
-    moved = (b.terms - a.terms) @ random_swaps(len(a.strata), swaps).double().numpy().T
-    sums = [x.terms.sum(1, keepdims=True) for x in (a, b)]
-    differences = ratio(sums[1] - moved) - ratio(sums[0] + moved)
-    return p_values(torch.from_numpy(differences)[:, None])[0].item()
+    is_swapped = random_swaps(len(a.strata), swaps).double().numpy().T
+    moved = (b.terms - a.terms) @ is_swapped
+    score_a = ratio(a.terms.sum(1, keepdims=True) + moved)
+    score_b = ratio(b.terms.sum(1, keepdims=True) - moved)
+    differences = torch.from_numpy(score_b - score_a)
+    p_value, _ = p_values(differences[:, None])
+    return p_value.item()
 
 
 def ratio(terms: np.ndarray) -> np.ndarray:
     """Return numerators / denominators f[...] of f[2, ...]. 0 / 0 counts as 0, as in F1 without any positive."""
-    num, den = terms
-    return num / np.where(den == 0, np.inf, den)
+    numerators, denominators = terms
+    return numerators / np.where(denominators == 0, np.inf, denominators)
 
 
 def accuracy(unit: list[Item]) -> tuple[float, float]:
@@ -65,9 +70,14 @@ def mme_points(unit: list[Item]) -> tuple[float, float]:
 
 def f1(unit: list[Item]) -> tuple[float, float]:
     """Return the terms of the F1 of "yes". Other answers than yes and no are left out, as in lmms-eval's pope."""
-    pairs = [tuple(item[key].strip().lower() for key in ("answer", "target")) for item in unit]
-    hits = 2 * pairs.count(("yes", "yes"))
-    return hits, hits + pairs.count(("yes", "no")) + pairs.count(("no", "yes"))
+    pairs = Counter()
+    for item in unit:
+        answer = item["answer"].strip().lower()
+        target = item["target"].strip().lower()
+        pairs[answer, target] += 1
+    hits = 2 * pairs["yes", "yes"]
+    misses = pairs["yes", "no"] + pairs["no", "yes"]
+    return hits, hits + misses
 
 
 class Column(NamedTuple):
@@ -85,13 +95,16 @@ class Column(NamedTuple):
 
     def terms(self, items: list[Item]) -> ScoreTerms:
         """Return the terms of the score of items; each category has the weight of its mean."""
-        units = {}
+        units = defaultdict(list)
         for item in items:
-            if not self.categories or item["group"] in self.categories.split():
-                units.setdefault((str(item["group"]), item["unit"]), []).append(item)
+            group = str(item["group"])
+            if not self.categories or group in self.categories.split():
+                units[group, item["unit"]].append(item)
         _, strata = np.unique([group for group, _ in units], return_inverse=True)
-        terms = np.array([self.count(unit) for unit in units.values()], float).T
-        terms[0] *= len(units) / np.bincount(strata)[strata]
+        counts = [self.count(unit) for unit in units.values()]
+        terms = np.array(counts, float).T
+        sizes = np.bincount(strata)
+        terms[0] *= len(units) / sizes[strata]
         return ScoreTerms(terms, strata)
 
 

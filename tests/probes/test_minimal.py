@@ -25,7 +25,9 @@ def test_scores_are_those_of_solve_at_the_same_strength(
     picture = tmp_path / "curve.png"
     minimal.main(model, data=str(segmentation), strength=float(strength), out=str(picture))
     lines = capsys.readouterr().out.splitlines()
-    found = {site: float(percent) / 100 for site, percent in (line.split() for line in lines[:-1])}
+    printed_scores = {
+        site: float(percent) / 100 for site, percent in (line.split() for line in lines[:-1])
+    }
 
-    assert found == pytest.approx(solved, abs=1e-3)
+    assert printed_scores == pytest.approx(solved, abs=1e-3)
     assert picture.stat().st_size > 1000

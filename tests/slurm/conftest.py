@@ -40,5 +40,5 @@ def _cluster_name() -> str | None:
     if not shutil.which("scontrol"):
         return None
     config = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True).stdout
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", config, re.MULTILINE)
-    return found and found[1]
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", config, re.MULTILINE)
+    return match and match[1]

@@ -84,12 +84,12 @@ def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
     (path / "processor_config.json").write_text(json.dumps(whole))
     padded = load_with_processor(str(path))[1]
     released = AutoProcessor.from_pretrained(path)
-    found = [
+    pixels = [
         p.image_processor(pictures(0), return_tensors="pt")["pixel_values"]
         for p in (ours, padded, released)
     ]
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+    assert torch.equal(pixels[0], pixels[1])
+    assert not torch.equal(pixels[0], pixels[2])
 
 
 # llava-hf/llava-1.5-7b-hf writes roles in capitals; a llava of another LLM has that LLM's words
@@ -110,8 +110,8 @@ def ids_of(processor, question: str, *seeds: int) -> list[int]:
 @pytest.mark.parametrize("template", [None, LLAVA_15])
 def test_a_released_llava_is_asked_as_it_was_trained(template, asked):
     """With the system prompt, which its chat template lacks."""
-    own = asked[1].chat_template
-    assert as_evaluated(template) == as_evaluated(own) == own
+    chat_template = asked[1].chat_template
+    assert as_evaluated(template) == as_evaluated(chat_template) == chat_template
 
 
 def test_a_llava_of_another_llm_is_asked_in_its_own_words(asked, monkeypatch):

@@ -68,8 +68,8 @@ def test_command_lists_everything_and_fails(folder, parts, capsys):
     (file,) = json.loads(text)["files"]
     assert status == 1
     assert file["records"] == len(RECORDS)
-    found = [(finding["index"], finding["id"], finding["kind"]) for finding in file["findings"]]
-    assert found == [(index, *finding) for index, finding in enumerate(FOUND.items(), 4)]
+    findings = [(finding["index"], finding["id"], finding["kind"]) for finding in file["findings"]]
+    assert findings == [(index, *finding) for index, finding in enumerate(FOUND.items(), 4)]
     (detail,) = [x["detail"] for x in file["findings"] if x["id"] == "truncated"]
     cut, _, total, _ = detail.split()
     assert int(cut) == int(total) - 100, "the answer goes on to the end"
@@ -109,9 +109,9 @@ def test_what_is_trained_and_asked_is_found_by_content(parts, tmp_path, capsys):
     more = f"--json --data.val_annotations {tmp_path}/val.json"
     status, text = run(parts, folder=tmp_path, capsys=capsys, more=more)
     trained, asked = json.loads(text)["files"]
-    found = [(x["index"], x["kind"], x["detail"]) for x in asked["findings"]]
+    findings = [(x["index"], x["kind"], x["detail"]) for x in asked["findings"]]
     kind = "in_training"
-    assert found == [(0, kind, "b.png"), (1, kind, "c.png"), (4, kind, "its text")]
+    assert findings == [(0, kind, "b.png"), (1, kind, "c.png"), (4, kind, "its text")]
     assert (status, trained["findings"]) == (1, [])
 
 

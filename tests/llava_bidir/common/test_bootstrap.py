@@ -71,5 +71,5 @@ def test_p_values_equal_numpys():
 
 def test_holm_steps_down_and_is_monotone():
     """p_(k) * (m - k + 1) by hand; the third smallest would be smaller than the second one."""
-    found = holm([0.01, 0.04, 0.03, 0.005, 0.6])
-    assert found == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.6])
+    adjusted = holm([0.01, 0.04, 0.03, 0.005, 0.6])
+    assert adjusted == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.6])

@@ -27,9 +27,9 @@ def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
     assert find_config("clip") == FOLDER / "encoder/clip.yaml", "a folder is no config"
     Path("stage2").write_text("")
     words = ["-c", "stage2", "--out", "clip", "--config=clip"]
-    own = "--config=stage2"
+    option = "--config=stage2"
     assert configs_first(words) == [
-        own,
+        option,
         f"--config={FOLDER / 'encoder/clip.yaml'}",
         "--out",
         "clip",

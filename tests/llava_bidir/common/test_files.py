@@ -131,19 +131,21 @@ def writers_in_place(tree: ast.AST, function: str = "") -> set[str]:
         return set()
     if isinstance(tree, ast.FunctionDef):
         function = tree.name
-    found = {function} if writes(tree) else set()
-    return found.union(*(writers_in_place(child, function) for child in ast.iter_child_nodes(tree)))
+    writers = {function} if writes(tree) else set()
+    return writers.union(
+        *(writers_in_place(child, function) for child in ast.iter_child_nodes(tree))
+    )
 
 
 def test_every_file_is_written_whole_or_not_at_all():
     """A run's pictures.npz, which its neighbours read, was written in place; a full disk ended them all."""
-    found = {
+    writers = {
         f"{file.relative_to(ROOT)}:{function}"
         for package in ("llava_bidir", "probes")
         for file in (ROOT / package).rglob("*.py")
         for function in writers_in_place(ast.parse(file.read_text()))
     }
-    assert found == {*WHOLE}, "use atomic_write, write_files or atomic_directory"
+    assert writers == {*WHOLE}, "use atomic_write, write_files or atomic_directory"
 
 
 # ------------------------------------------------------------------------------------------------ write_files

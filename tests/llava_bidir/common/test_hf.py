@@ -63,8 +63,8 @@ def test_an_early_config_with_the_llm_beside_the_encoder_is_read(tmp_path):
     whole = config_of("qwen2_vl", tmp_path)
     text = whole.pop("text_config")
     flat = {key: value for key, value in text.items() if key != "model_type"}
-    found = read_model_config("MLLM", write(tmp_path, flat | whole)).get_text_config()
-    assert found.num_hidden_layers == text["num_hidden_layers"]
+    llm_config = read_model_config("MLLM", write(tmp_path, flat | whole)).get_text_config()
+    assert llm_config.num_hidden_layers == text["num_hidden_layers"]
 
 
 def test_auto_processor_finds_the_processor_by_the_config_without_asking(

@@ -76,8 +76,8 @@ def test_answers_with_every_cache_are_those_of_full_forwards(llm, backend, name)
                 score = logits.log_softmax(-1).gather(1, sequence[-NEW:, None]).mean()
                 torch.testing.assert_close(out.sequences_scores[i], score, rtol=1e-4, atol=1e-4)
             else:
-                found = torch.stack(out.logits, 1)[i]
-                torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
+                step_logits = torch.stack(out.logits, 1)[i]
+                torch.testing.assert_close(step_logits, logits, rtol=1e-3, atol=1e-3)
 
 
 def test_flex_attention_with_sliding_windows_is_refused():

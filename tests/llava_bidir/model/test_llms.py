@@ -116,18 +116,18 @@ def test_logits_answers_and_loss_are_the_llms_own_and_those_of_the_export(
         parts[0], llm, trainable=["adapter", "llm"], attn_implementation=backend(kind)
     )
     module.configure_model()
-    own = AutoModelForCausalLM.from_pretrained(llm, attn_implementation=backend(kind)).eval()
-    resize_vocabulary(own, len(module.processor.tokenizer))
+    stock_llm = AutoModelForCausalLM.from_pretrained(llm, attn_implementation=backend(kind)).eval()
+    resize_vocabulary(stock_llm, len(module.processor.tokenizer))
     ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    said = own.generate(ids, **settings)
+    said = stock_llm.generate(ids, **settings)
     export_hf(module.model, module.processor, tmp_path / "hf")
     exported = LlavaBidirForConditionalGeneration.from_pretrained(
         tmp_path / "hf", attn_implementation=backend(kind)
     )
     for model in (module.model.eval(), exported.eval()):
         logits = model(input_ids=ids).logits
-        torch.testing.assert_close(logits, own(input_ids=ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, stock_llm(input_ids=ids).logits, rtol=0, atol=1e-5)
         assert torch.equal(model.generate(input_ids=ids, **settings), said)
 
     answers = ("wall road", "sky", "road of the wall")
@@ -137,7 +137,7 @@ def test_logits_answers_and_loss_are_the_llms_own_and_those_of_the_export(
     ]
     batch = Collate(module.processor, tiny_models.TOKENS, "vicuna_v1")(samples)
     expected = F.cross_entropy(
-        own(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1),
+        stock_llm(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1),
         batch["labels"][:, 1:].flatten(),
         ignore_index=-100,
     )

@@ -73,9 +73,9 @@ def test_export_in_float32_keeps_what_16_bits_would_round(updated, parts, tmp_pa
     update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     expected = layer.get_base_layer().weight + 2 * update  # alpha / r
     assert expected.dtype == torch.float32
-    (found,) = (
+    (exported,) = (
         tensor
         for key, tensor in written.items()
         if key.endswith("layers.0.self_attn.q_proj.weight") and "language" in key
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(exported, expected)

@@ -75,13 +75,13 @@ def test_states_equal_an_attention_written_out_under_the_looped_mask(
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_mask_of_the_callers_equals_the_models_own(backend, name, llm):
     """As booleans, as floats, and in a dict of kinds of layers; eager attention would add True to the scores as 1."""
-    own = {"text_config": SLIDING_LLMS["gemma3"]} if llm == "gemma3" else {}
-    model = tiny_models.model(name, backend, **own)
+    settings = {"text_config": SLIDING_LLMS["gemma3"]} if llm == "gemma3" else {}
+    model = tiny_models.model(name, backend, **settings)
     ids, padding = tiny_models.ids("tiiiittiiiitt")
     inputs = {"input_ids": ids, "pixel_values": tiny_models.pixels(2)}
     mask = reference.mask_by_loop(name, ids == tiny_models.IMAGE_ID, padding)[:, None]
     masks = [mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)]
-    if own:
+    if settings:
         masks = [{FULL: mask, SLIDING: mask & torch.ones_like(mask).triu(1 - WINDOW)}]
     expected = model(**inputs).logits
     for given in masks:

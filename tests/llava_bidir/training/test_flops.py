@@ -29,5 +29,5 @@ def test_counted_operations_are_those_that_torch_counts(trainable, rank, parts):
     flops = count_flops(model, batch["pixel_values"][:1])
     with FlopCounterMode(display=False) as counter:
         supervised_loss(model, batch).backward()
-    found = flops.of_batch(2, batch["lengths"], batch["supervised"])
-    assert found == counter.get_total_flops()
+    operations = flops.of_batch(2, batch["lengths"], batch["supervised"])
+    assert operations == counter.get_total_flops()

@@ -231,9 +231,9 @@ def test_what_workers_are_given_can_be_pickled(parts, conversations):
     loader = data.val_dataloader()
     given = [loader.dataset, loader.collate_fn, loader.worker_init_fn]
     samples, collate, _ = pickle.loads(pickle.dumps(given))
-    found, expected = collate([samples[0]]), loader.collate_fn([loader.dataset[0]])
-    assert torch.equal(found["input_ids"], expected["input_ids"])
-    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    batch, expected = collate([samples[0]]), loader.collate_fn([loader.dataset[0]])
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
 
 
 def test_records_are_truncated_to_the_positions_of_the_llm(parts, conversations):
@@ -256,8 +256,10 @@ def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(
         questions(conversations, parts=parts, ranks=ranks, rank=rank, **settings)
         for rank in range(ranks)
     ]
-    assert len({tuple(len(batch["ids"]) for batch in own) for own in batches}) == 1
-    counted = [batch for own in batches for batch in own]
+    assert (
+        len({tuple(len(batch["ids"]) for batch in rank_batches) for rank_batches in batches}) == 1
+    )
+    counted = [batch for rank_batches in batches for batch in rank_batches]
     answers = [answer for batch in counted for answer in batch["answers"]]
     records = json.loads(file.read_text())
     assert sorted(answers) == sorted(record["conversations"][1]["value"] for record in records)

@@ -20,14 +20,14 @@ def test_matrices_decay_and_biases_and_norms_do_not(is_partitioned):
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
     adamw = build_optimizer(model, RATES, (0.9, 0.999), 0.5, fused=False)
-    found = {}
+    decays = {}
     for group in adamw.param_groups:
         part = group["name"].removesuffix("_biases_and_norms")
         assert group["weight_decay"] == (0.5 if group["name"] == part else 0.0)
         assert group["lr"] == RATES[part]
-        found |= {names[id(p)]: (part, group["weight_decay"]) for p in group["params"]}
+        decays |= {names[id(p)]: (part, group["weight_decay"]) for p in group["params"]}
     trained = (name for name, p in model.named_parameters() if p.requires_grad)
-    assert found == {
+    assert decays == {
         name: (
             "adapter" if "projector" in name else "llm",
             0.0 if name.endswith("bias") or "norm" in name else 0.5,

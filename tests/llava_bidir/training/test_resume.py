@@ -310,10 +310,10 @@ CHANGES = {  # key of the identity that changes: options, or a change of files
 def identity(options: list[str]) -> dict[str, object]:
     """Return the identity of a run with these options by "SECTION.KEY"."""
     cli = build_cli(options, run=False)
-    found = run_identity(cli.trainer, cli.model, cli.datamodule)
+    made_from = run_identity(cli.trainer, cli.model, cli.datamodule)
     return {
         f"{section}.{key}": value
-        for section, entries in found.items()
+        for section, entries in made_from.items()
         for key, value in entries.items()
     }
 

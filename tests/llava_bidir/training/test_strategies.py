@@ -113,8 +113,8 @@ def test_two_processes_train_as_one(run, one, two):
         names = single["metrics"]
         torch.testing.assert_close(dict(ranks[0]["weights"]), dict(single["weights"]), **near)
     for name in names:
-        found, expected = (x["metrics"][name] for x in (ranks[0], single))
-        torch.testing.assert_close(found, expected, **near, msg=name)
+        of_rank, expected = (x["metrics"][name] for x in (ranks[0], single))
+        torch.testing.assert_close(of_rank, expected, **near, msg=name)
 
 
 @pytest.mark.nightly

@@ -98,12 +98,12 @@ def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(runs, norm, tmp_pat
     (causal.path / "sinks.json").write_text(json.dumps(measured))
     claims = evaluate_claims(*studies_of(paths))
     warning = sink_warning(pair, site)
-    found = [claim for claim in claims if claim["claim"] == "starvation_without_sink"]
+    sink_claims = [claim for claim in claims if claim["claim"] == "starvation_without_sink"]
     if norm < SINK_NORM:
-        assert not (found or warning)
+        assert not (sink_claims or warning)
         return
     rest = slice(1, causal.metrics["grid"][1])
     right = [run.counts.patch_right[run.sites.index(site)][:, rest].sum() for run in pair.values()]
     gap = (right[1] - right[0]).item() / causal.counts.patch_valid[:, rest].sum().item()
-    assert found[0]["value"] == pytest.approx(gap)
+    assert sink_claims[0]["value"] == pytest.approx(gap)
     assert f"attention sink at {site}: its norm is 159 times" in warning

@@ -76,13 +76,13 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
         assert len(truth[tokens].unique()) == 1
         assert tokens.sum() == truth[labelled].bincount().max()
         donor = forward_by_hand(mllm, of_other)
-        own = odds(forward_by_hand(mllm, pixels), truth)
-        close(tensors["total"][i], (odds(donor, truth) - own)[labelled].mean())
+        own_odds = odds(forward_by_hand(mllm, pixels), truth)
+        close(tensors["total"][i], (odds(donor, truth) - own_odds)[labelled].mean())
         for layer in (0, 1):
             states = forward_by_hand(
                 mllm, pixels=pixels, layer=layer, tokens=tokens, new=donor[layer]
             )
-            change = odds(states, truth) - own
+            change = odds(states, truth) - own_odds
             for group, patches in (("patched", tokens), ("others", ~tokens)):
                 expected = change[labelled & patches].mean()  # NaN of no patch, too
                 close(tensors[group][i, layer], expected)
@@ -103,19 +103,19 @@ class Mixing:
 def test_random_tokens_are_read_where_nothing_was_replaced():
     """Against means over the tokens that are labelled, of no object, and not drawn."""
     truth = torch.tensor([0, 0, 0, 1, 1, 1, -1, -1, -1])
-    own, other = torch.randn((2, 9, 2), generator=torch.Generator().manual_seed(0))
+    own_odds, other = torch.randn((2, 9, 2), generator=torch.Generator().manual_seed(0))
     options = PatchingOptions(probes="", site="layer_01", layers=(0,), seed=4)
     patch = Experiment(Mixing(), lambda states: states, options).patch
-    found = patch({7: {"image": own, "target": truth}}, [other])
+    log_odds = patch({7: {"image": own_odds, "target": truth}}, [other])
     expected = []
     for drawn in random_patches(truth == 0, options.draws, [4, 7]):
         rest = (truth == 1) & ~drawn
         # the mean that a replaced token adds to the log-odds of class 1
-        random, patched = ((other - own)[x].sum(0).diff() / 9 for x in (drawn, truth == 0))
+        random, patched = ((other - own_odds)[x].sum(0).diff() / 9 for x in (drawn, truth == 0))
         expected.append(torch.cat([random, patched - random]))
         assert rest.any()
-    found = torch.cat([found[group][0] for group in ("random", "difference")])
-    torch.testing.assert_close(found, torch.stack(expected).mean(0))
+    log_odds = torch.cat([log_odds[group][0] for group in ("random", "difference")])
+    torch.testing.assert_close(log_odds, torch.stack(expected).mean(0))
 
 
 def test_each_image_is_given_another_ones_states():

@@ -27,9 +27,9 @@ def test_questions_are_those_with_a_region(tmp_path):
     path = tmp_path / "questions.json"
     text = {"conversations": tiny_models.turns("hello")}
     path.write_text(json.dumps([text, record(None, BOXES[1]), record(BOXES[0], image="b.png")]))
-    found = read_questions(path, CLASSES)
-    assert found.images == ["a.png", "b.png"]
-    asked = [(x.image, [*x.box], x.text, x.right) for x in found.questions]
+    questions = read_questions(path, CLASSES)
+    assert questions.images == ["a.png", "b.png"]
+    asked = [(x.image, [*x.box], x.text, x.right) for x in questions.questions]
     assert asked == [(0, BOXES[1], "What?", 0), (1, BOXES[0], "What?", 0)]
 
 
@@ -78,9 +78,9 @@ def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
     x = (view.cols.start_px + x * view.cols.length_px / 4) / width
     left, top, right, bottom = box
     expected = (top <= y) & (y < bottom) & (left <= x) & (x < right)
-    found = tokens_in_box(geometry, size, box)
+    tokens = tokens_in_box(geometry, size, box)
     if expected.any():
-        assert found.tolist() == expected.ravel().tolist()
+        assert tokens.tolist() == expected.ravel().tolist()
     else:  # the nearest one on each axis
         distance = abs(y - (top + bottom) / 2) * height + abs(x - (left + right) / 2) * width
-        assert found[distance.argmin()]
+        assert tokens[distance.argmin()]

@@ -61,8 +61,8 @@ def test_routes_equal_a_loop_over_knockouts(measured):
         place = tokens_in_box(mllm.geometry, (1, 1), question.box)
         for site, probe in run.probes().items():
             read = probe(states[site])[0, place].mean(0).log_softmax(-1)
-            found = tensors[f"probe:{site}"][number]
-            torch.testing.assert_close(found, read, rtol=0, atol=1e-4)
+            of_question = tensors[f"probe:{site}"][number]
+            torch.testing.assert_close(of_question, read, rtol=0, atol=1e-4)
         blocked = {"image": place | True, "object": place}
         for target, rows in sets.items():
             for source, patches in blocked.items():
@@ -72,8 +72,10 @@ def test_routes_equal_a_loop_over_knockouts(measured):
                         pixels, question=question.text, answers=CLASSES, knockout=knockout
                     )
                     scores = scores[0].log_softmax(-1)
-                    found = tensors[f"right:{source} to {target}"][number, i]
-                    torch.testing.assert_close(found, scores[question.right], rtol=0, atol=1e-4)
+                    of_question = tensors[f"right:{source} to {target}"][number, i]
+                    torch.testing.assert_close(
+                        of_question, scores[question.right], rtol=0, atol=1e-4
+                    )
                     changed = scores.argmax() != tensors["none"][number].argmax()
                     assert tensors[f"changed:{source} to {target}"][number, i] == changed
                     correct = scores.argmax() == question.right

@@ -70,13 +70,13 @@ def test_maps_equal_an_own_forward_and_overlay_and_legend_match_them(
     for photo in photos:
         written, overlay = (Image.open(out / f"{photo.stem}{x}.png") for x in ("", "_overlay"))
         assert written.getpalette()[:9] == palette.ravel().tolist()
-        found = np.asarray(written)
-        assert (found == expected_map(run, upright(photo), site)).mean() > 0.999, "up to ties"
-        assert (run.predict(Image.open(photo), site) == found).all()
+        class_map = np.asarray(written)
+        assert (class_map == expected_map(run, upright(photo), site)).mean() > 0.999, "up to ties"
+        assert (run.predict(Image.open(photo), site) == class_map).all()
         colours = np.asarray(written.convert("RGB"))  # as Pillow reads the palette
         blend = (np.asarray(upright(photo)).astype(int) + colours) / 2
         assert np.abs(np.asarray(overlay) - blend).max() <= 1
-        maps.append(found.ravel())
+        maps.append(class_map.ravel())
     legend = json.loads((out / "legend.json").read_text())
     assert legend["site"] == site
     pixels = np.bincount(np.concatenate(maps), minlength=3)

@@ -38,7 +38,7 @@ def test_standardised_gap_equals_a_loop():
     }
     share = torch.tensor([0.6, 0.3, 0.1], dtype=torch.double)
     weights = torch.cat([torch.ones(1, N), bootstrap_weights(N, 50)]).double()
-    found = gaps(
+    standardised = gaps(
         standardised_accuracy(
             right, valid=valid, labels=labels, share=share, weights=weights, columns=COLUMNS
         )
@@ -50,7 +50,7 @@ def test_standardised_gap_equals_a_loop():
             for mask, x in right.items()
         }
         expected["gap"] = expected["bidirectional"] - expected["causal"]
-        of_place = found.get(place) or {key: found[key][place] for key in expected}
+        of_place = standardised.get(place) or {key: standardised[key][place] for key in expected}
         assert {key: of_place[key] for key in expected} == pytest.approx(expected)
 
 

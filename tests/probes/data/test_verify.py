@@ -112,11 +112,13 @@ def test_incomplete_official_split_is_a_warning(tmp_path):
 def test_counts_equal_numpy_over_all_masks(segmentation):
     data = verify(segmentation)
     for split, counts in data.labels.items():
-        found = np.stack([np.asarray(Image.open(file)) for file in masks(segmentation, split)])
-        assert counts.images == len(found)
-        assert counts.pixels == [int((found == k).sum()) for k in range(3)]
-        assert counts.images_of_class == [int((found == k).any((1, 2)).sum()) for k in range(3)]
-        assert counts.ignored == (found == 255).sum() > 0
+        mask_stack = np.stack([np.asarray(Image.open(file)) for file in masks(segmentation, split)])
+        assert counts.images == len(mask_stack)
+        assert counts.pixels == [int((mask_stack == k).sum()) for k in range(3)]
+        assert counts.images_of_class == [
+            int((mask_stack == k).any((1, 2)).sum()) for k in range(3)
+        ]
+        assert counts.ignored == (mask_stack == 255).sum() > 0
     assert data_notes(data.classes, data.labels, data.remarks) == []
     depth = np.array([[1.0, np.nan]], np.float32)
     assert join_counts([count_labels(depth, 0)] * 2) == LabelCounts(
@@ -202,8 +204,8 @@ def test_copies_are_named_by_the_check_and_in_the_run_share_a_fold_and_are_drawn
 def test_groups_that_have_the_same_image_are_one_and_others_as_they_were():
     contents = ["p", "q", "q", "r", "r", "s", "t"]
     #           one group over two images that two pairs of groups share; d alone
-    found = join_groups(["a", "a", "b", "b", "c", "d", "d"], contents)
-    assert found == [0, 0, 0, 0, 0, 1, 1]
+    joined_groups = join_groups(["a", "a", "b", "b", "c", "d", "d"], contents)
+    assert joined_groups == [0, 0, 0, 0, 0, 1, 1]
     alone = join_groups(["b", "a", "b"], ["p", "q", "r"])
     assert alone == [1, 0, 1]
 

@@ -37,10 +37,10 @@ DDP = {"devices": "1", "num_nodes": 1, "strategy": "ddp", "precision": 32}
 
 @pytest.mark.parametrize("options", [DDP, {"max_epochs": -1, "precision": "bf16-mixed"}])
 def test_one_process_is_torchs(options, cpu):
-    found = build_machine(options)
-    assert found.fabric is None
-    assert found.device == torch.device("cpu")
-    with found.forward_context():
+    machine = build_machine(options)
+    assert machine.fabric is None
+    assert machine.device == torch.device("cpu")
+    with machine.forward_context():
         assert torch.is_autocast_enabled("cpu") == ("bf16" in str(options["precision"]))
 
 
@@ -73,8 +73,8 @@ def test_all_gpus_of_a_machine_are_used(cpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for count in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        found = device_of_one_process({})
-        assert found == (torch.device("cuda", 0) if count == 1 else None)
+        first_device = device_of_one_process({})
+        assert first_device == (torch.device("cuda", 0) if count == 1 else None)
         assert device_of_one_process({"devices": 1}).type == "cuda"
         assert device_of_one_process({"accelerator": "cpu"}).type == "cpu"
 

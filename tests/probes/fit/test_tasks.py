@@ -20,14 +20,14 @@ TASKS = ("depth", "normals")
 @pytest.fixture(scope="module")
 def runs(checkpoints, task_root, task_runs, tmp_path_factory) -> dict[str, ProbeRun]:
     """Solved runs by task, and two trained ones; a command leaves the precision of products to the next one."""
-    found = {f"solve {task}": task_runs[task] for task in (*TASKS, "boundaries")}
+    runs_by_name = {f"solve {task}": task_runs[task] for task in (*TASKS, "boundaries")}
     for task in ("depth", "boundaries"):
         out = tmp_path_factory.mktemp(f"fitted_{task}")
         places = checkpoints["causal"], task_root, out
         main(arguments("fit", task, *places, "--model.learning_rate", "0.1"))
-        found[f"fit {task}"] = ProbeRun(out)
+        runs_by_name[f"fit {task}"] = ProbeRun(out)
     assert torch.get_float32_matmul_precision() == "highest"
-    return found
+    return runs_by_name
 
 
 def depth_scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:

@@ -29,9 +29,9 @@ def check_numbers(session, tab, views: list[View], image: Image.Image | None = N
     for panel, view in zip(shown, views, strict=True):
         best = labs.read_directly(session, view, image).topk(3)
         ranks = [[[(rank["k"], rank["share"]) for rank in t] for t in site] for site in panel]
-        found = np.array(ranks)
-        assert np.array_equal(found[..., 0], best.indices.numpy())
-        assert np.array_equal(found[..., 1], best.values.double().numpy())
+        shown_ranks = np.array(ranks)
+        assert np.array_equal(shown_ranks[..., 0], best.indices.numpy())
+        assert np.array_equal(shown_ranks[..., 1], best.values.double().numpy())
 
 
 def views_of(photo: str, change=None) -> list[View]:

@@ -161,23 +161,23 @@ def spoken(tokens: list[int]) -> str:
 def interventions(name: str, images: int) -> list[dict]:
     """Return arguments of the package, of the interventions that a family can take."""
     stock = STOCK[name]
-    found = []
+    changes_of_family = []
     text = {}
     if stock.masks:
         # other tokens of each image, never the first one, which may be all that a token sees
         place = torch.arange(stock.grid[0] * stock.grid[1])
         blocked = [(place > 0) & ((place + image) % 3 == 1) for image in range(images)]
-        found.append({"knockout": Knockout(torch.stack(blocked), rows=["image"])})
+        changes_of_family.append({"knockout": Knockout(torch.stack(blocked), rows=["image"])})
         seen = ["image", "question"]
         text["knockout"] = Knockout(layers=[1, 3], rows=["last", "answer"], columns=seen)
     if stock.native == "prefix":
-        found.append({"knockout": Knockout(rows=["image"], columns=["question"])})
+        changes_of_family.append({"knockout": Knockout(rows=["image"], columns=["question"])})
     if name not in SEVERAL_WAYS_IN:
         text["hooks"] = {
             "adapter": lambda states: states.flip(1),
             "layer_02": lambda states: states * 0.5,
         }
-    return [*found, text]
+    return [*changes_of_family, text]
 
 
 @pytest.fixture
@@ -198,9 +198,9 @@ def check(name: str, read) -> None:
     for text, question in QUESTIONS.items():
         ids, _ = asked_ids(name, question)
         assert [*read.ids[0].tolist(), *read.chat.question_ids(text)] == ids.tolist()
-    found = read.answer(images, text, max_new_tokens=4)
-    assert found == stock.generate(question, 4)
-    assert any(found), "nothing is compared with nothing"
+    answer_read = read.answer(images, text, max_new_tokens=4)
+    assert answer_read == stock.generate(question, 4)
+    assert any(answer_read), "nothing is compared with nothing"
     answers = read.chat.answer_ids(ANSWERS)
     plain = read.answer_log_probs(pixels, "hello", ANSWERS)
     # None: the model's own mask, to which the written one is equal

@@ -35,7 +35,7 @@ REFUSED = {
 
 def stock_hidden_states(frozen, name: str, pixels: torch.Tensor) -> list[torch.Tensor]:
     """Return the hidden states that the stock vision tower returns, in the order of its layers."""
-    found = []
+    hidden_states = []
     last = []
     module = frozen.model.get_submodule(f"model.{frozen.family.vision_tower}")
 
@@ -45,14 +45,14 @@ def stock_hidden_states(frozen, name: str, pixels: torch.Tensor) -> list[torch.T
     with ExitStack() as stack:
         handle = module.register_forward_pre_hook(ask, with_kwargs=True)
         stack.callback(handle.remove)
-        handle = module.register_forward_hook(lambda *x: found.extend(x[-1].hidden_states))
+        handle = module.register_forward_hook(lambda *x: hidden_states.extend(x[-1].hidden_states))
         stack.callback(handle.remove)
         if name in NORMED:
             norm = module.get_submodule(NORMED[name])
             handle = norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
             stack.callback(handle.remove)
         frozen.states(pixels, ["adapter"])  # the whole vision tower runs
-    return [*found[:-1], *last] if last else found
+    return [*hidden_states[:-1], *last] if last else hidden_states
 
 
 @pytest.mark.parametrize("name", sorted({*STOCK} - {*REFUSED}))

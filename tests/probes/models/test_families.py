@@ -59,26 +59,28 @@ def stock_states(
     decoder = attrgetter(stock.decoder)(model)
     encoder = attrgetter(stock.encoder)(model)
     norm = getattr(decoder, stock.norm)
-    found = {}
+    states_by_site = {}
     calls = []  # PaddleOCR-VL's adapter runs image by image
 
     def entering(_, args):
         calls.append(torch.cat(args, -1) if name == "deepseek_vl_hybrid" else args[0])
 
     def embedded(_, args, kwargs):
-        found["adapter"] = kwargs["inputs_embeds"]
+        states_by_site["adapter"] = kwargs["inputs_embeds"]
 
     with (
         recorded(decoder.layers, values, "mlp" if name == "exaone4_5" else "") as parts,
         encoder.register_forward_pre_hook(entering),
         decoder.register_forward_pre_hook(embedded, with_kwargs=True),
-        norm.register_forward_hook(lambda _, args, output: found.update(final_norm=output)),
+        norm.register_forward_hook(
+            lambda _, args, output: states_by_site.update(final_norm=output)
+        ),
         torch.no_grad(),
     ):
-        found["logits"] = model(use_cache=False, **stock_inputs(name, images, ids)).logits
-    found |= {f"layer_{i:02d}": parts["out", i] for i in LAYERS}
-    found = {site: state[:, is_image] for site, state in found.items()}
-    return found | {"encoder": torch.cat(calls)}, parts
+        states_by_site["logits"] = model(use_cache=False, **stock_inputs(name, images, ids)).logits
+    states_by_site |= {f"layer_{i:02d}": parts["out", i] for i in LAYERS}
+    states_by_site = {site: state[:, is_image] for site, state in states_by_site.items()}
+    return states_by_site | {"encoder": torch.cat(calls)}, parts
 
 
 def test_there_are_tests_for_all_families():
@@ -257,9 +259,9 @@ def test_a_random_adapter_is_random_for_all_features_of_the_same_encoder(checkpo
     assert torch.equal(after["encoder"], before["encoder"])
     assert not torch.allclose(after["adapter"], before["adapter"])
     weights, random = (dict(frozen.model.named_parameters()) for frozen in (trained, control))
-    found = [key for key in weights if "merger" in key and key.endswith("linear_fc1.weight")]
-    assert len(found) == 2
-    assert not any(torch.equal(weights[key], random[key]) for key in found)
+    adapter_keys = [key for key in weights if "merger" in key and key.endswith("linear_fc1.weight")]
+    assert len(adapter_keys) == 2
+    assert not any(torch.equal(weights[key], random[key]) for key in adapter_keys)
 
 
 def test_an_initialisation_that_makes_all_states_equal_is_an_error(checkpoint):

@@ -39,17 +39,17 @@ def test_states_equal_those_of_the_full_forward(mllm, pictures):
 @pytest.mark.parametrize(("name", "applied"), [("prefix", None), ("bidirectional", "causal")])
 def test_states_follow_another_prefix(name, applied, checkpoints, pictures):
     """Of a model under another mask, too, which leaves the model that it comes from as it is."""
-    own = probes.load(checkpoints[name])
-    other = own.with_attention(applied) if applied else own
-    pixels = own.preprocess(pictures)
+    mllm = probes.load(checkpoints[name])
+    other = mllm.with_attention(applied) if applied else mllm
+    pixels = mllm.preprocess(pictures)
     before = other(pixels)
-    ids = own.prefix_ids[0].tolist()
+    ids = mllm.prefix_ids[0].tolist()
     other.set_prefix([*ids, 5, 6, 7])
     states = other(pixels)
     assert other.prefix_ids[0].tolist() == [*ids, 5, 6, 7]
     assert int(other.is_image.nonzero()[0]) == len(ids) + 3
     if applied:
-        assert own.prefix_ids[0].tolist() == ids
+        assert mllm.prefix_ids[0].tolist() == ids
     else:
         whole = full_forward(other, pixels)
         assert_near(states["layer_02"], whole[2], 2)

@@ -60,9 +60,9 @@ def test_ids_of_a_question_equal_those_of_the_stock_processor(name, load_family,
     processor = stock_processor(name)(images, tokenizer, **settings)
     text = "<image>hello" if name == "paligemma" else "<s>hello<start_of_image>hellohello"
     photo = Image.fromarray(np.zeros((24, 24, 3), np.uint8))
-    found = processor(images=[photo], text=[text], add_special_tokens=False)["input_ids"][0]
+    stock_ids = processor(images=[photo], text=[text], add_special_tokens=False)["input_ids"][0]
     image = tokenizer.convert_tokens_to_ids("<image>")
-    theirs = [int(number) for number in found]
+    theirs = [int(number) for number in stock_ids]
     assert [x for x in theirs if x != image] == [x for x in asked if x != IMAGE_ID]
     assert image in theirs
 

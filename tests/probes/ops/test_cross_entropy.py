@@ -76,8 +76,8 @@ def test_pixels_that_a_crop_leaves_outside_count_as_one_position():
 
 def test_the_default_is_within_1e_5_nats_on_noise():
     logits, target = make_case((1, 2, 20, 24, 24), (240, 320))
-    found = upsampled_cross_entropy(logits.float(), target).double()
-    torch.testing.assert_close(found, torch_losses(logits, target), rtol=0, atol=1e-5)
+    losses = upsampled_cross_entropy(logits.float(), target).double()
+    torch.testing.assert_close(losses, torch_losses(logits, target), rtol=0, atol=1e-5)
 
 
 def test_joined_masks_of_different_sizes_equal_each_alone():
@@ -95,9 +95,9 @@ def test_joined_masks_of_different_sizes_equal_each_alone():
     by_image, _ = loss_module.loss_and_gradient(logits, masks)
     torch.testing.assert_close(by_image, expected)
     for images in (slice(1, 3), [2, 0]):
-        found = upsampled_cross_entropy(logits[:, images], masks[images])
+        losses = upsampled_cross_entropy(logits[:, images], masks[images])
         total = expected[:, images].sum(1)
-        torch.testing.assert_close(found * masks[images].pixels.sum(), total)
+        torch.testing.assert_close(losses * masks[images].pixels.sum(), total)
 
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES, ids=str)
@@ -137,8 +137,8 @@ def test_small_float32_losses_keep_their_digits():
     logits, target = make_case((1, 1, 6, 4, 4), (64, 64), scale=60.0)
     target[:] = bilinear.upsampled_argmax(logits[0], (64, 64))
     expected = torch_losses(logits, target)
-    found = upsampled_cross_entropy(logits.float() + 100, target, nodes=None)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    losses = upsampled_cross_entropy(logits.float() + 100, target, nodes=None)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=0)
 
 
 def test_half_precision_is_computed_in_float32_also_under_autocast():

@@ -119,7 +119,7 @@ def test_patches_of_classes_are_those_of_most_labelled_pixels(resize, dtype):
     mask = make_case((1, 1, 4, 1, 1), (97, 61))[1][0].to(dtype)
     mask[:, 40:] = 7
     mask[70:] = 255
-    found = geometry.patches(mask)
+    patches = geometry.patches(mask)
     view = geometry.view((97, 61))
     rows = view.rows.token_of_pixel(6, 97)
     columns = view.cols.token_of_pixel(5, 61)
@@ -128,7 +128,7 @@ def test_patches_of_classes_are_those_of_most_labelled_pixels(resize, dtype):
         counts = Counter(label for label in labels if label != 255)
         most = max(counts.values(), default=0)
         expected = min((k for k, count in counts.items() if count == most), default=-1)
-        assert found[i, j] == expected
+        assert patches[i, j] == expected
     assert (geometry.patches(torch.full((97, 61), 255)) == -1).all()
 
 

@@ -84,9 +84,9 @@ def test_logits_as_a_linear_layer_gives_them_and_bfloat16():
 
 def assert_same_counts(logits, target, view=None):
     """Every integer is that of the chunked form in float64, and so is the map."""
-    found, expected = (count(z, target, view) for z in (logits.float(), logits))
-    assert all(a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
-    assert all(map(torch.equal, found, expected))
+    counts, expected = (count(z, target, view) for z in (logits.float(), logits))
+    assert all(a.dtype == b.dtype for a, b in zip(counts, expected, strict=True))
+    assert all(map(torch.equal, counts, expected))
     maps = [upsampled_argmax(z, target.shape[1:], view) for z in (logits.float(), logits)]
     assert maps[0].dtype == maps[1].dtype == torch.uint8
     assert torch.equal(*maps)

@@ -18,8 +18,8 @@ def test_minimise_stops_where_rounding_allows_no_step():
     def flat(points, problems):
         return torch.ones(len(points)).double(), torch.ones_like(points)
 
-    found, _, _, decrease = minimise(flat, points=start, first_guess=identity, tolerance=1e-12)
-    assert torch.equal(found, start)
+    minimum, _, _, decrease = minimise(flat, points=start, first_guess=identity, tolerance=1e-12)
+    assert torch.equal(minimum, start)
     assert (decrease > 1).all()
 
 
@@ -53,11 +53,11 @@ def test_the_inverse_hessian_as_first_guess_leads_to_the_minimum_in_one_step():
 
     start = objective.minimum
     start[0] = 1  # the other one has nothing to do
-    found = minimise(objective, points=start, first_guess=inverse, tolerance=1e-10)
-    torch.testing.assert_close(found.points, objective.minimum, rtol=1e-5, atol=1e-5)
+    minimum = minimise(objective, points=start, first_guess=inverse, tolerance=1e-10)
+    torch.testing.assert_close(minimum.points, objective.minimum, rtol=1e-5, atol=1e-5)
     assert objective.evaluated == 2
     assert [problems for *_, problems in seen] == [[0, 1], [0]]
-    assert [points.tolist() for points, *_ in seen] == [start.tolist(), found.points[:1].tolist()]
+    assert [points.tolist() for points, *_ in seen] == [start.tolist(), minimum.points[:1].tolist()]
     torch.testing.assert_close(seen[0][1], objective(start, [0, 1])[1])
 
 
@@ -66,8 +66,8 @@ def test_quasi_newton_satisfies_its_last_pair():
     steps = torch.randn((3, 2, 4, 5), generator=generator, dtype=torch.float64)
     changes = steps * torch.rand(steps.shape, generator=generator) + 0.1 * steps
     pairs = [Pair.of(*pair) for pair in zip(steps, changes, strict=True)]
-    found = quasi_newton(changes[-1], pairs, lambda x: x / 3)
-    torch.testing.assert_close(found, steps[-1], rtol=1e-4, atol=1e-4)
+    direction = quasi_newton(changes[-1], pairs, lambda x: x / 3)
+    torch.testing.assert_close(direction, steps[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_pairs_whose_product_has_no_inverse_are_left_out():
@@ -77,5 +77,5 @@ def test_pairs_whose_product_has_no_inverse_are_left_out():
     pair = Pair.of(step, torch.stack([-step[0], step[1], step[2]]))
     assert pair.inverse.tolist() == pytest.approx([0, 1 / 3, 0])
     gradient = torch.randn(3, 1, 3, dtype=torch.float64)
-    found = quasi_newton(gradient, [pair], lambda x: x / 3)
-    torch.testing.assert_close(found[[0, 2]], gradient[[0, 2]] / 3, rtol=1e-6, atol=1e-6)
+    direction = quasi_newton(gradient, [pair], lambda x: x / 3)
+    torch.testing.assert_close(direction[[0, 2]], gradient[[0, 2]] / 3, rtol=1e-6, atol=1e-6)

@@ -86,9 +86,9 @@ def test_draws_are_paired_by_their_number(part, matches, write):
             random.append(write(f"{match}{i}", FLAT, 3 + i, mask=mask, **weights))
     for order in (trained + random, trained + random[::-1]):
         (study,) = studies_of(order)
-        found = study.draws(*CONTROLS[part], solved=False)
-        assert [{*runs} for runs in found] == [{"causal"}, {*MASKS}, {*MASKS}]
-        drawn = [{run.metrics["draw"] for run in runs.values()} for runs in found]
+        draws = study.draws(*CONTROLS[part], solved=False)
+        assert [{*runs} for runs in draws] == [{"causal"}, {*MASKS}, {*MASKS}]
+        drawn = [{run.metrics["draw"] for run in runs.values()} for runs in draws]
         assert drawn == [{0}, {1}, {2}]
     again = write("again", FLAT, 9, **weights)
     with pytest.raises(ValueError, match="are both the .* run of draw 2 under .*; pass only one"):

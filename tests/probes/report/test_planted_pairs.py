@@ -87,9 +87,9 @@ def test_a_class_that_is_nowhere_moves_no_name():
     right[:, 0] = labelled[:, 0]
     second = right.clone()
     second[:, 3] //= 2
-    found = classes_of(run_of(right, labelled), run_of(second, labelled))
-    assert [x["name"] for x in found] == ["class 0", "class 2", "class 3"]
-    assert [x["name"] for x in found if differs(x)] == ["class 0", "class 3"]
+    named_classes = classes_of(run_of(right, labelled), run_of(second, labelled))
+    assert [x["name"] for x in named_classes] == ["class 0", "class 2", "class 3"]
+    assert [x["name"] for x in named_classes if differs(x)] == ["class 0", "class 3"]
 
 
 def test_equal_models_seldom_have_a_class_that_is_named():
@@ -104,8 +104,8 @@ def test_equal_models_seldom_have_a_class_that_is_named():
         for _ in range(2):
             rate = 0.6 + 0.1 * torch.randn(40, 20, generator=generator)
             runs.append(run_of((rate.clamp(0, 1) * labelled).long(), labelled))
-        found = classes_of(*runs)
-        named += any(differs(x) for x in found)
-        by_themselves += any(differs(x | {"of": "site"}) for x in found)
+        named_classes = classes_of(*runs)
+        named += any(differs(x) for x in named_classes)
+        by_themselves += any(differs(x | {"of": "site"}) for x in named_classes)
     assert named <= 10
     assert by_themselves > 40, "else this test would not tell single classes from all"

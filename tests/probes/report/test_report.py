@@ -42,8 +42,8 @@ def page(runs, tmp_path_factory):
 
 def test_claims_equal_numpy_on_saved_predictions(runs, segmentation):
     targets = read_masks(segmentation / "annotations/validation")
-    found = evaluate_claims(*studies_of(runs.values()))
-    claims = {(claim["claim"], claim["image_attention"]): claim for claim in found}
+    judged = evaluate_claims(*studies_of(runs.values()))
+    claims = {(claim["claim"], claim["image_attention"]): claim for claim in judged}
     gains = {}
     for name, path in runs.items():
         miou = {}

@@ -36,17 +36,17 @@ def test_differences_and_intervals_equal_numpy(study):
     draws = runs.where(arm="random")
     assert len(draws) == 3
     weights = bootstrap_weights(40, seed=0).double().numpy()
-    own, drawn = miou(runs.first), np.array([miou(run) for run in draws])
+    trained_miou, drawn = miou(runs.first), np.array([miou(run) for run in draws])
     others = np.mean([miou(run, weights) for run in draws], 0)
     resampled = miou(runs.first, weights) - others
     for site, name in enumerate(runs.first.sites):
         row = rows[name]
-        assert row.value == pytest.approx(own[site])
+        assert row.value == pytest.approx(trained_miou[site])
         if name in ("encoder", "adapter"):
             assert np.isnan([row.draws, row.random]).all(), "nothing is random there"
             continue
         assert row.random == pytest.approx(drawn[:, site].mean())
-        assert row.minus_random == pytest.approx(own[site] - row.random)
+        assert row.minus_random == pytest.approx(trained_miou[site] - row.random)
         half = np.quantile(np.abs(resampled[site] - resampled[site].mean()), 0.95)
         # Student's t, 2 degrees of freedom
         of_draws = 4.302653 * drawn[:, site].std(ddof=1) / 3**0.5

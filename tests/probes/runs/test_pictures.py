@@ -16,22 +16,22 @@ from probes.runs.read import ProbeRun
 def runs(checkpoints, segmentation, tmp_path_factory) -> list[ProbeRun]:
     """Two models, solved one after the other."""
     folder = tmp_path_factory.mktemp("study")
-    found = []
+    finished_runs = []
     for mask in ("causal", "bidirectional"):
         main(arguments(checkpoints[mask], segmentation, folder / mask / "trained"))
-        found.append(ProbeRun(folder / mask / "trained"))
-    return found
+        finished_runs.append(ProbeRun(folder / mask / "trained"))
+    return finished_runs
 
 
 def test_maps_are_what_the_runs_probes_predict(runs):
     run = runs[1]
-    found = read_pictures(run.path)
-    assert found["sites"].tolist() == run.sites
-    for name in names_of(found):
-        sample = run.dataset()[int(found[f"{name}/index"])]
-        np.testing.assert_array_equal(found[f"{name}/truth"], sample["target"])
+    saved_pictures = read_pictures(run.path)
+    assert saved_pictures["sites"].tolist() == run.sites
+    for name in names_of(saved_pictures):
+        sample = run.dataset()[int(saved_pictures[f"{name}/index"])]
+        np.testing.assert_array_equal(saved_pictures[f"{name}/truth"], sample["target"])
         predicted = np.stack([*run.predict_sites(sample["image"], run.sites)])
-        np.testing.assert_array_equal(found[f"{name}/maps"], predicted)
+        np.testing.assert_array_equal(saved_pictures[f"{name}/maps"], predicted)
 
 
 def test_the_second_model_shows_the_photos_of_the_first(runs):

@@ -73,6 +73,6 @@ def test_masks_of_any_integer_type_are_as_uint8(lone, dtypes):
         for dtype in ("uint8", *dtypes)
     )
     assert expected.converged
-    for found in others:
-        assert found.loss == expected.loss
-        assert torch.equal(found.weight, expected.weight)
+    for solution in others:
+        assert solution.loss == expected.loss
+        assert torch.equal(solution.weight, expected.weight)

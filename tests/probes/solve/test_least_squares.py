@@ -79,11 +79,11 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
             error[r] += ((ridge(others, strength).predict(x) - y.numpy()) ** 2).sum()
     torch.testing.assert_close(solved.loss, error / count, rtol=1e-8, atol=0)
     for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
-        scaler, found = ridge([*range(IMAGES)], strength)
-        weights = found.coef_ / scaler.scale_
+        scaler, ridge_head = ridge([*range(IMAGES)], strength)
+        weights = ridge_head.coef_ / scaler.scale_
         np.testing.assert_allclose(solved.weights[r], weights, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(solved.mean, scaler.mean_)
-        np.testing.assert_allclose(solved.bias[r], found.intercept_, rtol=1e-6)
+        np.testing.assert_allclose(solved.bias[r], ridge_head.intercept_, rtol=1e-6)
 
 
 @pytest.mark.parametrize("states_are", ["far from zero", "nearly singular"])

@@ -96,14 +96,14 @@ def scipy_optimum(value: Callable, start: torch.Tensor) -> torch.Tensor:
         loss.backward()
         return loss.item(), point.grad.flatten().numpy()
 
-    found = minimize(
+    optimum = minimize(
         value_and_gradient,
         np.zeros(start.numel()),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": 5000, "gtol": 1e-9, "ftol": 0},
     )
-    return torch.from_numpy(found.x).view_as(start)
+    return torch.from_numpy(optimum.x).view_as(start)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -191,8 +191,8 @@ def test_a_close_choice_ends_where_rounding_allows_no_smaller_decrease(data, mon
     def stuck(self, strength, *args, **kwargs):
         calls.append(strength)
         assert len(calls) < 100, "the search goes on for ever"
-        found = minimise(self, strength, *args, **kwargs)
-        return found._replace(decrease=torch.ones_like(found.decrease))
+        minimum = minimise(self, strength, *args, **kwargs)
+        return minimum._replace(decrease=torch.ones_like(minimum.decrease))
 
     monkeypatch.setattr(FoldSearch, "_minimise", stuck)
     tried, _ = FoldSearch(problem(data)).choose()

@@ -99,15 +99,15 @@ def test_each_strength_is_scored_as_a_run_of_that_strength_alone(run, solve):
 @pytest.fixture
 def forwards(monkeypatch) -> dict[tuple[str, ...], None]:
     """Groups of sites that are read from training images, in their order."""
-    found = {}
+    groups = {}
     states = SiteProbes.states
 
     def counted(self, batch, sites=None):
-        found.update({tuple(sites): None} if sites else {})
+        groups.update({tuple(sites): None} if sites else {})
         return states(self, batch, sites)
 
     monkeypatch.setattr(SiteProbes, "states", counted)
-    return found
+    return groups
 
 
 ONE_SITE_GB = 6 * 4 * 32 * 4 / 1e9  # six images of four tokens of 32 float32 channels

@@ -23,7 +23,7 @@ STUDIES = 1000
 def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):
     """As reports judge it, with draws of both controls under each mask; the toy world's spread."""
     rng = np.random.default_rng(images + sum(draws))
-    found = 0
+    successes = 0
     effect = detectable_effect(images, draws, masks)
     se = OF_AN_IMAGE / images**0.5
     for _ in range(STUDIES):
@@ -38,6 +38,6 @@ def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):
         verdicts = [
             judge_draws(1, cell, [x for x in cells if x is not cell])["verdict"] for cell in own
         ]
-        found += verdicts == ["holds"] * len(draws)
-    assert 0.76 <= found / STUDIES <= 0.84
+        successes += verdicts == ["holds"] * len(draws)
+    assert 0.76 <= successes / STUDIES <= 0.84
     assert detectable_effect(images, [draws[0], 1], masks) is None

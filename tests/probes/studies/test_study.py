@@ -67,9 +67,9 @@ def test_a_study_has_arms_analyses_report_and_table(finished):
         knockouts.append(json.loads((arms / "trained/knockout.json").read_text()))
         classes = [[entry["class"] for entry in x["classes"]] for x in knockouts]
         assert classes[0] and classes == [classes[0]] * 3, "those of the trained model are blocked"
-    found = json.loads((finished / "report/results.json").read_text())
-    claims = {claim["claim"]: claim["verdicts"] for claim in found["claims"]}
-    assert len(found["starvation"]["gap"]) == 4
+    results = json.loads((finished / "report/results.json").read_text())
+    claims = {claim["claim"]: claim["verdicts"] for claim in results["claims"]}
+    assert len(results["starvation"]["gap"]) == 4
     for name in ("recovery", "adapter_drop"):
         assert claims[name]["beyond_random"]["draws"] == 2
     table = probes.Study(finished).table()

@@ -40,7 +40,7 @@ def mosaics() -> list[Mosaic]:
 
 def test_look_alikes_follow_from_the_cues_of_their_own_scene_and_of_no_other(mosaics):
     """A reader of borders and cues is always right; one that takes the cues of another scene is at chance."""
-    own = []
+    follows_own_scene = []
     other = []
     for mosaic in mosaics:
         scenes = [set().union(*patches) for patches in names_by_hue(mosaic).values()]
@@ -48,11 +48,13 @@ def test_look_alikes_follow_from_the_cues_of_their_own_scene_and_of_no_other(mos
         for i, names in enumerate(scenes):
             assert bool(names & ROOM_CUES) != bool(names & STREET_CUES)
             look_alikes = [name for name in names if LOOK_ALIKE[name] != name]
-            own += [(name in ROOMS) == bool(names & ROOM_CUES) for name in look_alikes]
+            follows_own_scene += [
+                (name in ROOMS) == bool(names & ROOM_CUES) for name in look_alikes
+            ]
             if len(scenes) > 1:
                 cues = scenes[i - 1] & ROOM_CUES
                 other += [(name in ROOMS) == bool(cues) for name in look_alikes]
-    assert all(own)
+    assert all(follows_own_scene)
     assert 0.35 < np.mean(other) < 0.65
 
 

@@ -25,11 +25,13 @@ def blocked_of(
 
 
 def test_controls_block_as_many_tokens_and_none_of_high_norm_while_others_are_left():
-    found = blocked_of()
+    blocked_tokens = blocked_of()
     for name, count in (("incorrect", 4), ("correct", 5)):
-        draws = torch.stack(found[f"random_{name}"])
+        draws = torch.stack(blocked_tokens[f"random_{name}"])
         assert len(draws.unique(dim=0)) > 1, "draws differ"
-        assert (draws.sum(1) == found[name][0].sum()).all() and found[name][0].sum() == count
+        assert (draws.sum(1) == blocked_tokens[name][0].sum()).all() and blocked_tokens[name][
+            0
+        ].sum() == count
         assert not draws[:, 11].any()
     (draw,) = blocked_of(np.arange(T) > 1, draws=1)["random_correct"]
     assert draw[:2].all() and draw.sum() == 5
@@ -37,8 +39,8 @@ def test_controls_block_as_many_tokens_and_none_of_high_norm_while_others_are_le
 
 def test_another_seed_or_condition_draws_other_tokens():
     def drawn(condition="random_correct", seed=0):
-        found = blocked_of(seed=seed, incorrect=(0, 1, 2, 3, 9))  # the same set
-        return torch.stack(found[condition])
+        blocked_tokens = blocked_of(seed=seed, incorrect=(0, 1, 2, 3, 9))  # the same set
+        return torch.stack(blocked_tokens[condition])
 
     assert torch.equal(drawn(), drawn())
     assert not torch.equal(drawn(), drawn(seed=1))

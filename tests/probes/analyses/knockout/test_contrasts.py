@@ -65,14 +65,14 @@ def test_contrasts_equal_a_loop_and_balance_both_mistakes_of_a_pair(run):
     tensors = simulate(np.random.default_rng(0), effects, cases=25)
     tensors |= simulate(np.random.default_rng(1), {"wall": (5.0, 5.0)})  # no building called wall
     write_knockout(run, tensors)
-    found = patch_contrasts(run, tensors)
+    contrasts = patch_contrasts(run, tensors)
     expected = mantel_haenszel(tensors, CLASSES[:4], np.ones(N))
-    assert list(found) == list(KNOCKOUT_EFFECTS)
-    assert [x.value for x in found.values()] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert list(contrasts) == list(KNOCKOUT_EFFECTS)
+    assert [x.value for x in contrasts.values()] == pytest.approx(expected.tolist(), abs=1e-6)
     patches = sum(int(tensors[f"{name}/patches"].sum()) for name in CLASSES[:4])
-    assert found["knockout_correct"].about["n"]["patches"] == patches
-    assert found["knockout_correct"].about["n"]["pairs"] == 2
-    wider = [x.resampled[7].item() - x.value for x in found.values()]
+    assert contrasts["knockout_correct"].about["n"]["patches"] == patches
+    assert contrasts["knockout_correct"].about["n"]["pairs"] == 2
+    wider = [x.resampled[7].item() - x.value for x in contrasts.values()]
     loop = mantel_haenszel(tensors, CLASSES[:4], run.weights[7].numpy()) - expected
     ratio = np.divide(wider, loop)
     assert np.allclose(ratio, ratio[0]) and 1 < ratio[0] < 1.1, "Student's t"
@@ -91,10 +91,10 @@ def test_effects_as_in_the_paper_are_means_over_cases_against_nothing_blocked(ru
     def later(key):
         return torch.cat([tensors[f"{name}/{key}"][:, 3:].mean(1) for name in ("road", "sky")])
 
-    found = knockout_effects(run, tensors)
+    effects_of_run = knockout_effects(run, tensors)
     for kind in ("incorrect", "correct"):
         expected = (later(kind) - later("none")).mean().item()
-        effect = found[f"knockout_{kind}"]
+        effect = effects_of_run[f"knockout_{kind}"]
         assert effect.value == pytest.approx(expected, abs=1e-6)
         low, high = effect.ci95
         assert low < effect.value < high
@@ -134,9 +134,10 @@ def test_groups_of_images_are_the_units():
 def test_intervals_keep_their_level(images):
     """Two standard errors about the nominal 95% and 5%; pooled patches would take a criterion shift for an effect."""
     rng = np.random.default_rng(images)
-    found = [study(rng, images) for _ in range(STUDIES)]
+    studied = [study(rng, images) for _ in range(STUDIES)]
     share = {
-        key: np.mean([row[key] for row in found]) for key in ("covers", "shift", "pooled", "beyond")
+        key: np.mean([row[key] for row in studied])
+        for key in ("covers", "shift", "pooled", "beyond")
     }
     assert share["covers"] >= 0.925 and share["beyond"] >= 0.925, share
     assert share["shift"] <= 0.075 < 0.12 < share["pooled"], share

@@ -190,10 +190,12 @@ class VerifyOptions(RunConfig):
 
     Args:
         workers: Number of processes (default: one per core).
+        preview: PNG file for a sheet of eight photos with their masks over them; an existing one is replaced.
     """
 
     model: ModelOptions = ModelOptions("")
     workers: Index | None = None
+    preview: Path | None = None
     first_words = ("data.root",)
 
 

@@ -137,9 +137,10 @@ def parts_inside(name: str) -> list[str]:
 
 
 def photo_name(name: str) -> str:
-    """Return the name of a photo's files from its path in the source."""
+    """Return the name of a photo's files from its path in the source, without the folder of a split."""
     *folders, file = parts_inside(name)
-    return "_".join([*folders, PurePosixPath(file).stem])
+    kept = [folder for folder in folders if folder.lower() not in SPLIT_NAMES]
+    return "_".join([*kept, PurePosixPath(file).stem])
 
 
 def split_of(name: str) -> str:

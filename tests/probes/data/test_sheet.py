@@ -35,7 +35,9 @@ def test_a_mask_lies_on_the_photo_where_it_is_and_what_is_ignored_is_hatched():
     assert (shown[:100, 80] == 255).all()  # the outline
     below = shown[105:, :70]
     assert {tuple(x) for x in below.reshape(-1, 3).tolist()} == {(100, 100, 100), (255, 255, 255)}
-    assert not shown[35:55, 25:55].any(-1).all()  # the name's black rim, in the middle of the region
+    assert (
+        not shown[35:55, 25:55].any(-1).all()
+    )  # the name's black rim, in the middle of the region
 
 
 def test_verify_data_makes_the_sheet(tmp_path, capsys):

@@ -39,14 +39,13 @@ from probes.data.verify import (
     format_labels,
     join_counts,
 )
-from probes.ops.geometry import IGNORE_INDEX
+from probes.ops.geometry import IGNORE_INDEX, ignore_index_of
 
 from .formats import open_sources
 from .rules import MaskRules, words_of_classes
 from .source import IGNORED, MaskSource, Photo
 
 RECORD = "masks.json"
-IGNORED_OF_16_BITS = 65_535
 SPLITS = ("training", "validation")
 FEW = 64  # photos that take less time than starting a process
 BATCH = 16
@@ -90,9 +89,8 @@ def run(options: MasksOptions) -> None:
     photos = _photos_by_split(sources, options)
     with atomic_directory(options.out, RECORD) as folder:
         written = {split: _write_split(folder, split, photos[split], rules) for split in SPLITS}
-        ignored = IGNORE_INDEX if len(rules.names) <= IGNORE_INDEX else IGNORED_OF_16_BITS
-        classes = {"classes": rules.names, "ignore_index": ignored}
-        write_files({folder / "classes.json": classes})
+        # the label that is ignored is its default: 255, or 65535 of more classes
+        write_files({folder / "classes.json": {"classes": rules.names}})
         said = _say(rules.names, written)
         datasets = {split: FolderDataset(folder, split) for split in SPLITS}
         pixels = [x.labels.pixels for part in written.values() for x in part]
@@ -128,23 +126,21 @@ def _photos_by_split(
         UserError: A split is empty, or two of its photos have one name.
     """
     pairs = [(source, photo) for source in sources for photo in source.photos]
-    if options.validation is not None:
-        if any(photo.split for _, photo in pairs):
-            raise UsageError("--validation: the source has splits; leave it out")
-        names = [photo.name for _, photo in pairs]
-        _check_names(pairs)
-        drawn = split_names(names, options.validation, seed=options.seed, groups=options.groups)
-        split_of_name = {
-            name: split for split, part in zip(SPLITS, drawn, strict=True) for name in part
-        }
-        pairs = [
-            (source, photo._replace(split=split_of_name[photo.name])) for source, photo in pairs
-        ]
-    elif not all(photo.split for _, photo in pairs):
+    have_splits = {bool(photo.split) for _, photo in pairs}
+    if have_splits - {options.validation is None}:
         raise UsageError(
-            "the source has no splits: give training=A validation=B, or a share with --validation 0.2, where "
-            "--groups REGEX keeps together what belongs together, as frames of a video"
+            "splits come from the source, or from training=A validation=B, or from a share, --validation 0.2, where "
+            "--groups REGEX keeps together what belongs together, as frames of a video: from one of these"
         )
+    if options.validation is not None:
+        _check_names(pairs)
+        names = [photo.name for _, photo in pairs]
+        _, drawn = split_names(names, options.validation, seed=options.seed, groups=options.groups)
+        split_of_photo = {True: "validation", False: "training"}
+        pairs = [
+            (source, photo._replace(split=split_of_photo[photo.name in drawn]))
+            for source, photo in pairs
+        ]
     by_split = {split: [pair for pair in pairs if pair[1].split == split] for split in SPLITS}
     for split, part in by_split.items():
         if not part:
@@ -205,16 +201,15 @@ class Conversion(Dataset):
             upright = size[::-1] if tag in TURNED else size
             check_size(image, tag, size, upright, target=f"annotation of {photo.name}")
         composed = self.rules.compose(annotation, size, source.classes)
-        classes = composed.classes
-        if len(self.rules.names) <= IGNORE_INDEX:
-            mask = np.where(classes == IGNORED, IGNORE_INDEX, classes).astype(np.uint8)
-        else:
-            mask = np.where(classes == IGNORED, IGNORED_OF_16_BITS, classes).astype(np.uint16)
+        names = self.rules.names
+        target = np.where(
+            composed.classes == IGNORED, ignore_index_of(len(names)), composed.classes
+        )
+        mask = target.astype(np.uint8 if len(names) <= IGNORE_INDEX else np.uint16)  # -1 is 65535
         Image.fromarray(mask).save(self.masks / f"{photo.name}.png")
         self._put_image(image, f"{photo.name}.{kind.lower()}")
-        target = np.where(classes == IGNORED, -1, classes).astype(np.int16)
-        labels = count_labels(target, len(self.rules.names))
-        return Written(labels, composed.unlabelled, composed.overlapping)
+        signed = mask if mask.itemsize == 1 else mask.view(np.int16)
+        return Written(count_labels(signed, len(names)), composed.unlabelled, composed.overlapping)
 
     def _put_image(self, image: Path | EmbeddedFile, name: str) -> None:
         """Link an image, which leaves the original as it is, or copy it."""

@@ -19,7 +19,14 @@ FORMATS: dict[str, type[MaskSource]] = {
     "ade20k": FullAde20kSource,
     "datasets": HubSource,
 }
-FIRST_BYTES = 2**16  # of a JSON file, which can be gigabytes
+SIGNS = (  # files by which a folder is told
+    ("data.yaml", "yolo"),
+    ("labelmap.txt", "colour"),
+    ("classes.json", "colour"),
+    ("*_seg.png", "ade20k"),
+    ("*.parquet", "datasets"),
+    ("*.arrow", "datasets"),
+)
 
 
 def open_sources(options: MasksOptions) -> list[MaskSource]:
@@ -46,22 +53,11 @@ def _named_sources(words: tuple[str, ...]) -> list[tuple[str, str]]:
     if len(words) != 1:
         raise UsageError("expected one source, or training=A validation=B")
     folder = Path(words[0])
-    splits = {SPLIT_NAMES[x.name]: str(x) for x in _folders(folder) if x.name in SPLIT_NAMES}
-    has_own = any(
-        (folder / name).exists() for name in ("data.yaml", "labelmap.txt", "classes.json")
-    )
-    if {"training", "validation"} <= splits.keys() and not has_own and not _is_saved(folder):
-        return list(splits.items())
+    parts = [] if (folder / "dataset_dict.json").is_file() else sorted(folder.glob("*/*.json"))
+    splits = {SPLIT_NAMES[x.parent.name]: x.parent for x in parts if x.parent.name in SPLIT_NAMES}
+    if {"training", "validation"} <= splits.keys():
+        return [(split, str(part)) for split, part in splits.items()]
     return [("", words[0])]
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [x for x in folder.iterdir() if x.is_dir()] if folder.is_dir() else []
-
-
-def _is_saved(folder: Path) -> bool:
-    """Return whether the library `datasets` has saved a folder."""
-    return any(folder.glob("dataset_dict.json")) or any(folder.glob("*/*.parquet"))
 
 
 def tell_format(path: Path) -> str:
@@ -76,14 +72,9 @@ def tell_format(path: Path) -> str:
         return _format_of_json(path)
     if not path.is_dir():
         return "datasets"
-    if (path / "data.yaml").is_file():
-        return "yolo"
-    if (path / "labelmap.txt").is_file() or (path / "classes.json").is_file():
-        return "colour"
-    if next(path.rglob("*_seg.png"), None):
-        return "ade20k"
-    if _is_saved(path) or any(path.glob("*.parquet")) or any(path.glob("*.arrow")):
-        return "datasets"
+    for pattern, name in SIGNS:
+        if next(path.rglob(pattern), None):
+            return name
     files = sorted(path.rglob("*.json"))
     if files:
         return _format_of_json(files[0])
@@ -91,15 +82,13 @@ def tell_format(path: Path) -> str:
 
 
 def _format_of_json(file: Path) -> str:
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        first = stream.read(FIRST_BYTES)
-    if '"shapes"' in first:
-        return "labelme"
     content = read_json(file)
-    if "categories" not in content or not isinstance(content.get("annotations"), list):
+    if "shapes" in content:
+        return "labelme"
+    annotations = content.get("annotations")
+    if not isinstance(annotations, list) or "categories" not in content:
         raise UserError(
             f"{file} is neither COCO's JSON (images, annotations, categories) nor LabelMe's (shapes)"
         )
-    annotations = content["annotations"]
-    is_panoptic = annotations and "segments_info" in annotations[0]
+    is_panoptic = any("segments_info" in annotation for annotation in annotations[:1])
     return "panoptic" if is_panoptic else "coco"

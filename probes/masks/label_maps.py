@@ -1,8 +1,8 @@
 """Sources with one label for each pixel: colour and palette PNG, COCO's panoptic PNG, ADE20K in full, data sets."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -13,6 +13,7 @@ from llava_bidir.common.images import read_image
 from probes.config import MasksOptions
 from probes.data.image_dataset import EmbeddedFile
 
+from .regions import CocoSource
 from .source import IGNORED, UNLABELLED, MaskSource, Photo, photo_name, split_of
 
 FOLDERS = (("JPEGImages", "SegmentationClass"), ("images", "annotations"), ("images", "masks"))
@@ -33,27 +34,38 @@ def read_colours(file: Path) -> ndarray:
     return colours @ np.int32([1, 256, 65_536])
 
 
-def number_colours(colours: ndarray, numbers: dict[int, int], missing: int) -> ndarray:
-    """Return the number of each pixel's colour, i32[H, W], `missing` where it has none."""
-    ids = np.array(sorted(numbers), np.int32)
-    places = np.searchsorted(ids, colours).clip(max=len(ids) - 1)
-    of_ids = np.array([numbers[colour] for colour in ids.tolist()], np.int32)
-    return np.where(ids[places] == colours, of_ids[places], missing)
+def number_values(
+    values: ndarray,
+    number_of: dict[int, int],
+    file: Path | EmbeddedFile,
+    describe: Callable[[int], str] = str,
+) -> ndarray:
+    """Return the number of each pixel's value, i32[H, W].
 
+    Args:
+        values: i32[H, W], colours or ids.
+        number_of: Number of each value, e.g. IGNORED.
+        file: Of the values.
+        describe: Returns a value in the file's own terms.
 
-def check_ids(ids: ndarray, classes: dict[int, str], file: Path | EmbeddedFile) -> None:
-    """Raise a UserError if pixels have an id that no class has; names their number and one pixel."""
-    wrong = ~np.isin(ids, [*classes, UNLABELLED, IGNORED])
+    Raises:
+        UserError: Pixels have another value; names how many, and one pixel.
+    """
+    expected = np.array(sorted(number_of), np.int32)
+    places = np.searchsorted(expected, values).clip(max=len(expected) - 1)
+    wrong = expected[places] != values
     if wrong.any():
-        raise_wrong(wrong, file, f"the id {ids[wrong][0]}")
+        row, column = np.argwhere(wrong)[0]
+        raise UserError(
+            f"{file}: {wrong.sum():,} pixels are of no class, e.g. {describe(values[row, column])} in row {row}, "
+            f"column {column}"
+        )
+    return np.int32([number_of[value] for value in expected.tolist()])[places]
 
 
-def raise_wrong(wrong: ndarray, file: Path | EmbeddedFile, what: str) -> NoReturn:
-    """Raise a UserError about pixels bool[H, W] of a mask, of which the first has `what`."""
-    row, column = np.argwhere(wrong)[0]
-    raise UserError(
-        f"{file}: {wrong.sum():,} pixels are of no class, e.g. {what} in row {row}, column {column}"
-    )
+def describe_colour(number: int) -> str:
+    """Return red, green and blue of a colour from :func:`read_colours`."""
+    return f"{number % 256},{number // 256 % 256},{number // 65_536}"
 
 
 class ColourSource(MaskSource):
@@ -92,7 +104,6 @@ class ColourSource(MaskSource):
             for image in images
         }
         listed = _read_lists(self.path / "ImageSets/Segmentation")
-        self.photos = []
         for mask in self.files:
             path = str(mask.relative_to(masks))
             name = photo_name(path)
@@ -104,12 +115,7 @@ class ColourSource(MaskSource):
     def read(self, photo: Photo, size: tuple[int, int]) -> ndarray:
         """Return the class of each pixel's colour."""
         colours = read_colours(photo.annotation)
-        ids = number_colours(colours, self._number_of, missing=UNLABELLED)
-        if (ids == UNLABELLED).any():
-            first = int(colours[ids == UNLABELLED][0])
-            red, green, blue = first % 256, first // 256 % 256, first // 65_536
-            raise_wrong(ids == UNLABELLED, photo.annotation, f"the colour {red},{green},{blue}")
-        return ids
+        return number_values(colours, self._number_of, photo.annotation, describe_colour)
 
 
 def _read_label_map(folder: Path) -> Iterator[tuple[str, list[int]]]:
@@ -140,42 +146,20 @@ def _read_lists(folder: Path) -> dict[str, str]:
     }
 
 
-class PanopticSource(MaskSource):
-    """COCO's panoptic JSON, with its PNG in the folder of the same name, or beside it."""
+class PanopticSource(CocoSource):
+    """COCO's panoptic JSON, with its PNG in the folder of the same name; segments that are not listed are ignored."""
 
-    leaves_pixels_unlabelled = False  # a segment that is not listed is void, which is ignored
-
-    def __init__(self, path: str, split: str, options: MasksOptions):
-        super().__init__(path, split, options)
-        folder = self.path.with_suffix("")
-        content = read_json(self.path)
-        with error_context(self.path):
-            self.classes = {entry["id"]: entry["name"] for entry in content["categories"]}
-            image_of = {image["id"]: image for image in content["images"]}
-            self.photos = []
-            self.files = [self.path]
-            for annotation in content["annotations"]:
-                image = image_of[annotation["image_id"]]
-                segments = {x["id"]: x["category_id"] for x in annotation["segments_info"]}
-                if not {*segments.values()} <= self.classes.keys():
-                    raise UserError(
-                        f"{annotation['file_name']}: a segment has a category that the file does not define"
-                    )
-                self.files.append(folder / annotation["file_name"])
-                self.photos.append(
-                    Photo(
-                        name=photo_name(image["file_name"]),
-                        split=split,
-                        image=self.find_image(image["file_name"]),
-                        annotation=(folder / annotation["file_name"], segments),
-                        size=(image["width"], image["height"]),
-                    )
-                )
+    leaves_pixels_unlabelled = False
 
     def read(self, photo: Photo, size: tuple[int, int]) -> ndarray:
         """Return the category of each pixel."""
-        file, category_of = photo.annotation
-        return number_colours(read_colours(file), category_of, missing=IGNORED)
+        [annotation] = photo.annotation
+        file = self.path.with_suffix("") / annotation["file_name"]
+        segments = read_colours(file)
+        category_of = dict.fromkeys(np.unique(segments).tolist(), IGNORED)
+        for segment in annotation["segments_info"]:
+            category_of[segment["id"]] = segment["category_id"]
+        return number_values(segments, category_of, file)
 
 
 class FullAde20kSource(MaskSource):
@@ -188,7 +172,6 @@ class FullAde20kSource(MaskSource):
         super().__init__(path, split, options)
         self.files = sorted(self.path.rglob("*_seg.png"))
         self.classes = {}
-        self.photos = []
         for mask in self.files:
             stem = mask.name.removesuffix("_seg.png")
             names = mask.with_name(f"{stem}.json")
@@ -206,9 +189,9 @@ class FullAde20kSource(MaskSource):
         """Return the class of each pixel; 0 has none."""
         colours = read_colours(photo.annotation)
         ids = colours % 256 // 10 * 256 + colours // 256 % 256
-        ids[ids == 0] = UNLABELLED
-        check_ids(ids, self.classes, photo.annotation)
-        return ids
+        return number_values(
+            ids, {id_: id_ for id_ in self.classes} | {0: UNLABELLED}, photo.annotation
+        )
 
 
 class HubSource(MaskSource):
@@ -231,7 +214,6 @@ class HubSource(MaskSource):
         elif len(loaded) == 1:  # `train`, which is how the library calls what has no splits
             loaded = {"": next(iter(loaded.values()))}
         self._rows = {}
-        self.photos = []
         for name, rows in loaded.items():
             for column in (options.image_column, options.mask_column):
                 if column not in rows.column_names:
@@ -298,9 +280,6 @@ class HubSource(MaskSource):
         image = read_image(file, lambda image: image.copy(), ("PNG", "TIFF"))
         if image.mode not in ("L", "P", "I;16", "I"):
             raise UserError(f"{file} has mode {image.mode!r}; expected one id for each pixel")
-        ids = np.array(image, np.int32)
         void = MOST_ID if image.mode.startswith("I") else 255
-        if void not in self.classes:
-            ids[ids == void] = IGNORED
-        check_ids(ids, self.classes, file)
-        return ids
+        number_of = {void: IGNORED} | {id_: id_ for id_ in self.classes}
+        return number_values(np.array(image, np.int32), number_of, file)

@@ -87,25 +87,22 @@ class CocoSource(MaskSource):
             self.classes = {entry["id"]: entry["name"] for entry in content["categories"]}
             annotations: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
             for annotation in content["annotations"]:
-                self._check(annotation, annotations)
+                for subject in annotation.get("segments_info", [annotation]):  # of panoptic files
+                    if subject["category_id"] not in self.classes:
+                        raise UserError(
+                            f"annotation {subject.get('id')} has category_id {subject['category_id']}, which the file "
+                            "does not define"
+                        )
                 annotations[annotation["image_id"]].append(annotation)
-            self.photos = [
-                Photo(
+            for image in content["images"]:
+                photo = Photo(
                     name=photo_name(image["file_name"]),
                     split=split,
                     image=self.find_image(image["file_name"]),
                     annotation=annotations[image["id"]],
                     size=(image["width"], image["height"]),
                 )
-                for image in content["images"]
-            ]
-
-    def _check(self, annotation: dict, images: dict[int, Any]) -> None:
-        for key, expected in (("category_id", self.classes), ("image_id", images)):
-            if annotation[key] not in expected:
-                raise UserError(
-                    f"annotation {annotation.get('id')} has {key} {annotation[key]}, which the file does not define"
-                )
+                self.photos.append(photo)
 
     def read(self, photo: Photo, size: tuple[int, int]) -> list[Region]:
         """Return the regions of a photo's annotations."""
@@ -124,7 +121,6 @@ class LabelMeSource(MaskSource):
     def __init__(self, path: str, split: str, options: MasksOptions):
         super().__init__(path, split, options)
         self.files = sorted(self.path.rglob("*.json"))
-        self.photos = []
         names = set()
         for file in self.files:
             content = read_json(file)
@@ -196,7 +192,6 @@ class YoloSource(MaskSource):
             pairs = names.items() if isinstance(names, dict) else enumerate(names)
             self.classes = {int(number): name for number, name in pairs}
         self.files = [config]
-        self.photos = []
         for key in content.keys() & SPLIT_NAMES.keys():
             folders = content[key] or []
             for folder in [folders] if isinstance(folders, str) else folders:

@@ -80,6 +80,7 @@ class MaskSource(ABC):
         self.path = Path(path)
         self.split = split
         self.options = options
+        self.photos = []
 
     @abstractmethod
     def read(self, photo: Photo, size: tuple[int, int]) -> ndarray | list[Region]:

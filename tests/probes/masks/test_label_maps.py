@@ -114,7 +114,7 @@ def turn(root: Path) -> None:
 
 
 FAULTS = {
-    "t1.png: 2 pixels are of no class, e.g. the colour 1,2,3 in row 5, column 7": spoil_colour,
+    "t1.png: 2 pixels are of no class, e.g. 1,2,3 in row 5, column 7": spoil_colour,
     "t1.jpg is a JPEG, whose compression makes colours": make_jpeg,
     "has no validation photos": empty_split,
     "mask of t1 is 30 x 40 px, its image .*t1.png 60 x 40": lambda root: mask_formats.save(

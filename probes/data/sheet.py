@@ -62,7 +62,7 @@ def draw_sheet(
     for place, k in enumerate(named):
         left, upper = GAP + place % columns * LEGEND_WIDTH, top + place // columns * ROW
         draw.rectangle((left, upper + 3, left + 14, upper + 16), fill=tuple(palette[k].tolist()))
-        draw.text((left + 20, upper + 4), f"{shares[k]:.1%} {dataset.classes[k]}", fill="black")
+        draw.text((left + 20, upper + 4), f"{shares[k]:.1%}  {dataset.classes[k]}", fill="black")
     return sheet
 
 

@@ -8,7 +8,7 @@ from probes.config import MasksOptions
 
 from .label_maps import ColourSource, FullAde20kSource, HubSource, PanopticSource
 from .regions import CocoSource, LabelMeSource, YoloSource
-from .source import SPLIT_NAMES, MaskSource
+from .source import MOST_ID, SPLIT_NAMES, MaskSource
 
 FORMATS: dict[str, type[MaskSource]] = {
     "coco": CocoSource,
@@ -39,10 +39,16 @@ def open_sources(options: MasksOptions) -> list[MaskSource]:
     if options.format not in (None, *FORMATS):
         raise UsageError(f"--format {options.format}: expected one of {', '.join(FORMATS)}")
     named = _named_sources(options.sources)
-    return [
-        FORMATS[options.format or tell_format(Path(path))](path, split, options)
-        for split, path in named
-    ]
+    sources = []
+    for split, path in named:
+        source = FORMATS[options.format or tell_format(Path(path))](path, split, options)
+        for number, name in source.classes.items():
+            if not 0 <= number <= MOST_ID:
+                raise UserError(
+                    f"{path}: the class {name} has the id {number}; expected 0 to {MOST_ID}"
+                )
+        sources.append(source)
+    return sources
 
 
 def _named_sources(words: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -14,10 +14,9 @@ from probes.config import MasksOptions
 from probes.data.image_dataset import EmbeddedFile
 
 from .regions import CocoSource
-from .source import IGNORED, UNLABELLED, MaskSource, Photo, photo_name, split_of
+from .source import IGNORED, MOST_ID, UNLABELLED, MaskSource, Photo, photo_name, split_of
 
 FOLDERS = (("JPEGImages", "SegmentationClass"), ("images", "annotations"), ("images", "masks"))
-MOST_ID = 65_535  # of 16-bit PNG
 LOSSY = (".jpg", ".jpeg")
 
 
@@ -30,8 +29,8 @@ def read_colours(file: Path) -> ndarray:
     image = read_image(file, lambda image: image.copy(), ("PNG",))
     if image.mode not in ("RGB", "RGBA", "P", "L"):
         raise UserError(f"{file} has mode {image.mode!r}; expected colours of 8 bits")
-    colours = np.asarray(image.convert("RGB"), np.int32)  # uint8 would overflow
-    return colours @ np.int32([1, 256, 65_536])
+    colours = np.asarray(image.convert("RGBA")).view("<i4")[..., 0]
+    return colours & 0xFFFFFF  # without transparency
 
 
 def number_values(
@@ -51,16 +50,23 @@ def number_values(
     Raises:
         UserError: Pixels have another value; names how many, and one pixel.
     """
+    flat = values.ravel()
+    # runs of equal values are few
+    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
+    pixels = np.diff(starts, append=flat.size)
+    run_values = flat[starts]
     expected = np.array(sorted(number_of), np.int32)
-    places = np.searchsorted(expected, values).clip(max=len(expected) - 1)
-    wrong = expected[places] != values
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
+    places = np.searchsorted(expected, run_values).clip(max=len(expected) - 1)
+    is_wrong = expected[places] != run_values
+    if is_wrong.any():
+        first = starts[is_wrong][0]
+        row, column = divmod(int(first), values.shape[1])
         raise UserError(
-            f"{file}: {wrong.sum():,} pixels are of no class, e.g. {describe(values[row, column])} in row {row}, "
+            f"{file}: {pixels[is_wrong].sum():,} pixels are of no class, e.g. {describe(flat[first])} in row {row}, "
             f"column {column}"
         )
-    return np.int32([number_of[value] for value in expected.tolist()])[places]
+    numbers = np.array([number_of[value] for value in expected.tolist()], np.int32)[places]
+    return numbers.repeat(pixels).reshape(values.shape)
 
 
 def describe_colour(number: int) -> str:
@@ -249,10 +255,6 @@ class HubSource(MaskSource):
             names = read_json(files[0])
             with error_context(files[0]):
                 ids = {int(number): name for number, name in names.items()}
-            if not all(0 <= number <= MOST_ID for number in ids):
-                raise UserError(
-                    f"{files[0]} has the id {max(ids)}; masks have ids of 0 to {MOST_ID}"
-                )
             return ids
         flat = [getattr(feature, "feature", feature) for feature in features.values()]
         labels = [feature for feature in flat if isinstance(feature, datasets.ClassLabel)]

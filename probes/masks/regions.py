@@ -36,33 +36,42 @@ def decode(segmentation: list | dict, size: tuple[int, int]) -> ndarray:
         UserError: pycocotools is not installed, a polygon has fewer than three corners or a corner nowhere, or run
             lengths are of another size.
     """
+    width, height = size
+    if isinstance(segmentation, list):
+        if not segmentation:
+            raise UserError("has no polygon; a box alone says nothing of pixels")
+        for polygon in segmentation:
+            check_polygon(polygon)
+    else:
+        check_run_lengths(segmentation, size)
     try:
         from pycocotools import mask as coco
     except ImportError:
         raise UserError(
             "polygons and run lengths need pycocotools; install it: pip install 'llava-bidir[coco]'"
         ) from None
-    width, height = size
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            check_polygon(polygon)
-        # lists of ints would be taken for run lengths, four numbers for a box
-        polygons = [np.asarray(polygon, float).tolist() for polygon in segmentation]
-        return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
-    if list(segmentation["size"]) != [height, width]:
-        raise UserError(
-            f"run lengths are of size {segmentation['size']}, expected {[height, width]}"
-        )
-    if isinstance(segmentation["counts"], list):
-        counted = sum(segmentation["counts"])
-        if counted != height * width or min(segmentation["counts"]) < 0:
-            raise UserError(f"run lengths count {counted} of {height * width} pixels")
+        segmentation = coco.merge(coco.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
         segmentation = coco.frPyObjects(segmentation, height, width)
     return coco.decode(segmentation).astype(bool)
 
 
+def check_run_lengths(lengths: dict[str, Any], size: tuple[int, int]) -> None:
+    """Raise a UserError unless run lengths are of an image of this width and height."""
+    width, height = size
+    if list(lengths["size"]) != [height, width]:
+        raise UserError(f"run lengths are of size {lengths['size']}, expected {[height, width]}")
+    counts = lengths["counts"]
+    if isinstance(counts, list) and (sum(counts) != height * width or min(counts) < 0):
+        raise UserError(f"run lengths count {sum(counts)} of {height * width} pixels")
+
+
 def check_polygon(numbers: Sequence[float]) -> None:
-    """Raise a UserError unless a polygon is x and y of three corners or more, all of them numbers."""
+    """Raise a UserError unless a polygon is x and y of three corners or more, all of them numbers.
+
+    pycocotools takes four numbers for a box.
+    """
     if len(numbers) < FEWEST_NUMBERS or len(numbers) % 2:
         raise UserError(
             f"a polygon has {len(numbers)} numbers; expected x and y of three corners or more"

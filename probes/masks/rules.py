@@ -10,7 +10,7 @@ from numpy import ndarray
 from llava_bidir.common.errors import UsageError, did_you_mean
 from probes.config import MasksOptions
 
-from .source import IGNORED, UNLABELLED, Region
+from .source import IGNORED, MOST_ID, UNLABELLED, Region
 
 
 class Composed(NamedTuple):
@@ -72,22 +72,22 @@ class MaskRules:
             size: Width and height of the photo.
             names: Names of the source's ids.
         """
-        number_of = {id_: self.class_of.get(name, UNLABELLED) for id_, name in names.items()}
-        number_of |= {UNLABELLED: UNLABELLED, IGNORED: IGNORED}
+        number_of = np.full(
+            MOST_ID + 3, UNLABELLED, np.int32
+        )  # by id; UNLABELLED, IGNORED: its end
+        number_of[IGNORED] = IGNORED
+        for number, name in names.items():
+            number_of[number] = self.class_of.get(name, UNLABELLED)
         overlapping = np.zeros(size[::-1], bool)
         if isinstance(annotation, list):
             classes = self._stack(annotation, number_of, overlapping)
         else:
-            ids = np.array(sorted(number_of))
-            place = np.searchsorted(ids, annotation)
-            classes = np.int32([number_of[id_] for id_ in ids.tolist()])[place]
+            classes = number_of[annotation]
         is_unlabelled = classes == UNLABELLED
         classes[is_unlabelled] = self.unlabelled
         return Composed(classes, int(is_unlabelled.sum()), int(overlapping.sum()))
 
-    def _stack(
-        self, regions: list[Region], number_of: dict[int, int], overlapping: ndarray
-    ) -> ndarray:
+    def _stack(self, regions: list[Region], number_of: ndarray, overlapping: ndarray) -> ndarray:
         """Return the classes of regions, i32[H, W], and mark the pixels that two classes claim."""
         classes = np.full(overlapping.shape, UNLABELLED, np.int32)
         if self.overlap == "smaller":  # by pixels: JSON's area can be that of another mask

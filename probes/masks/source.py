@@ -16,6 +16,7 @@ from probes.config import MasksOptions
 from probes.data.image_dataset import EmbeddedFile
 
 UNLABELLED, IGNORED = -1, -2
+MOST_ID = 65_535  # of a 16-bit PNG
 SPLIT_NAMES = {
     "train": "training",
     "training": "training",

@@ -1,6 +1,7 @@
 """Objects of COCO, YOLO and LabelMe become the pixels that pycocotools gives them, stacked by the rule."""
 
 import json
+import sys
 
 import mask_formats
 import numpy as np
@@ -16,7 +17,11 @@ from probes.masks.formats import open_sources
 from probes.masks.rules import MaskRules
 from probes.masks.source import IGNORED
 
-coco = pytest.importorskip("pycocotools.mask", reason="pycocotools (extra coco) makes the pixels")
+try:
+    from pycocotools import mask as coco
+except ImportError:
+    coco = None
+needs_coco = pytest.mark.skipif(coco is None, reason="pycocotools (extra coco) is not installed")
 WORDS = ["--unlabelled", "ignore", "--validation", "0.5"]
 ROWS, COLUMNS = SIZE
 
@@ -81,6 +86,7 @@ rules = st.tuples(
 )
 
 
+@needs_coco
 @settings(max_examples=40, deadline=None)
 @given(st.lists(annotation, max_size=5), rules)
 def test_coco_is_what_pycocotools_draws(tmp_path_factory, annotations, chosen):
@@ -115,6 +121,7 @@ def drawn(scene: mask_formats.Scene) -> np.ndarray:
     return np.where((target := reference(subjects, "smaller", "ignore")) == IGNORED, -1, target)
 
 
+@needs_coco
 @pytest.mark.parametrize("writer", [mask_formats.write_yolo, mask_formats.write_labelme])
 def test_polygons_of_other_programs_are_those_of_pycocotools(writer, tmp_path):
     splits = mask_formats.scenes(2)
@@ -130,6 +137,7 @@ def test_polygons_of_other_programs_are_those_of_pycocotools(writer, tmp_path):
             assert (sample["target"] == np.array([*order, 255])[drawn(scene)]).all()
 
 
+@needs_coco
 def test_run_lengths_of_a_partition_come_back_with_holes(tmp_path):
     splits = mask_formats.scenes()
     words = mask_formats.write_coco(tmp_path / "from", splits)
@@ -147,6 +155,9 @@ FAULTS = {  # what is wrong: of the content of a JSON file
     "a polygon has 4 numbers; expected x and y of three corners": lambda content: content[
         "annotations"
     ][0].update(segmentation=[[1, 1, 5, 5]]),
+    "has no polygon; a box alone": lambda content: content["annotations"][0].update(
+        segmentation=[]
+    ),
     "coordinates that are not finite": lambda content: content["annotations"][0].update(
         segmentation=[[1, 1, 5, float("nan"), 9, 9]]
     ),
@@ -187,23 +198,30 @@ def test_shapes_without_an_area_are_refused_by_name(kind, tmp_path):
     words = mask_formats.write_labelme(tmp_path / "from", mask_formats.scenes(1))
     file = tmp_path / "from/training/t0.json"
     content = json.loads(file.read_text())
-    content["shapes"][1]["shape_type"] = kind
+    content["shapes"][0]["shape_type"] = kind
     file.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=f"t0.json, shape 1 .*is a {kind}, which has no area"):
+    with pytest.raises(SystemExit, match=f"t0.json, shape 0 .*is a {kind}, which has no area"):
         main(["masks", *words, "--out", str(tmp_path / "out")])
 
 
 def test_masks_and_circles_of_labelme(tmp_path):
     splits = mask_formats.scenes(1)
     words = mask_formats.write_labelme(tmp_path / "from", splits)
-    mask = splits["training"][0].classes == 1
-    circle = {"label": "sun", "shape_type": "circle", "points": [[20, 20], [25, 20]]}
-    shapes = [mask_formats.as_shape_mask(mask) | {"label": "tree"}, circle]
-    file = tmp_path / "from/training/t0.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"shapes": shapes}))
+    for split, [scene] in splits.items():
+        circle = {"label": "sun", "shape_type": "circle", "points": [[20, 20], [25, 20]]}
+        shapes = [mask_formats.as_shape_mask(scene.classes == 1) | {"label": "tree"}, circle]
+        file = tmp_path / f"from/{split}/{scene.name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"shapes": shapes}))
     main(["masks", *words, "--overlap", "later", "--out", str(tmp_path / "out")])
-    made = FolderDataset(tmp_path / "out", "training")
-    target = made[0]["target"]
-    sun = target == made.classes.index("sun")
-    assert sun.sum() == 80  # pixel centres within 5 of a corner of pixels
-    assert ((target == made.classes.index("tree")) | sun == mask | sun).all()
+    for split, [scene] in splits.items():
+        made = FolderDataset(tmp_path / "out", split)
+        sun, tree = (made[0]["target"] == made.classes.index(name) for name in ("sun", "tree"))
+        assert sun.sum() == 80  # pixel centres within 5 of a corner of pixels
+        assert ((tree | sun) == ((scene.classes == 1) | sun)).all()
+
+
+def test_without_pycocotools_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    words = mask_formats.write_yolo(tmp_path / "from", mask_formats.scenes(1))
+    with pytest.raises(SystemExit, match=r"pip install 'llava-bidir\[coco\]'"):
+        main(["masks", *words, "--out", str(tmp_path / "out")])

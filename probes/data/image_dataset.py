@@ -118,9 +118,9 @@ def check_size(
     width, height = target_size
     if tag in range(2, 9) and target_size == rotated:
         raise UserError(
-            f"{image} has EXIF orientation {tag}, and its {target} has the size "
-            "of the rotated image, but pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the "
-            "target matches the rotated image, else remove the tag (`exiftool -Orientation=`)"
+            f"{image} has EXIF orientation {tag}, and its {target} has the size of the rotated image, {width} x "
+            f"{height} px, but pixels are read as stored, {size[0]} x {size[1]} px; rotate the image (`mogrify "
+            "-auto-orient`) if the target matches the rotated image, else remove the tag (`exiftool -Orientation=`)"
         )
     if target_size != size:
         raise UserError(

@@ -84,24 +84,20 @@ def run(options: MasksOptions) -> None:
             )
         print(*content["said"], f"{options.out} is there already", sep="\n")
         return
-    names = list(dict.fromkeys(chain.from_iterable(_names_of(source) for source in sources)))
-    rules = MaskRules.of(options, names)
+    names = [name for source in sources for _, name in sorted(source.classes.items())]
+    rules = MaskRules.of(options, list(dict.fromkeys(names)))
     photos = _photos_by_split(sources, options)
     with atomic_directory(options.out, RECORD) as folder:
         written = {split: _write_split(folder, split, photos[split], rules) for split in SPLITS}
+        results = list(chain.from_iterable(written.values()))
+        check_pairs([text for text in results if isinstance(text, str)], len(results))
         # the label that is ignored is its default: 255, or 65535 of more classes
         write_files({folder / "classes.json": {"classes": rules.names}})
         said = _say(rules.names, written)
         datasets = {split: FolderDataset(folder, split) for split in SPLITS}
-        pixels = [x.labels.pixels for part in written.values() for x in part]
-        draw_sheet(datasets, pixels).save(folder / "preview.png")
+        draw_sheet(datasets, [x.labels.pixels for x in results]).save(folder / "preview.png")
         write_files({folder / RECORD: {"made_from": made_from, "said": said}})
     print(*said, f"look at {options.out / 'preview.png'}: do the masks fit?", sep="\n")
-
-
-def _names_of(source: MaskSource) -> list[str]:
-    """Return the names of a source's classes in the order of their ids."""
-    return [name for _, name in sorted(source.classes.items())]
 
 
 def _identity(sources: Sequence[MaskSource], options: MasksOptions) -> dict[str, Any]:
@@ -226,21 +222,15 @@ class Conversion(Dataset):
 
 def _write_split(
     folder: Path, split: str, pairs: list[tuple[MaskSource, Photo]], rules: MaskRules
-) -> list[Written]:
-    """Write the photos of a split, and return what is in their masks.
-
-    Raises:
-        UserError: Some cannot be used; the message names them.
-    """
+) -> list[Written | str]:
+    """Write the photos of a split, and return what is in their masks, or what is wrong with them."""
     conversion = Conversion(folder, split, pairs, rules)
     for part in (conversion.images, conversion.masks):
         part.mkdir(parents=True)
     workers = usable_cores() if len(pairs) > FEW else 0
     loader = DataLoader(conversion, batch_size=BATCH, collate_fn=list, **worker_options(workers))
     batches = tqdm(loader, f"writing {split}", mininterval=1)
-    written = list(chain.from_iterable(batches))
-    check_pairs([text for text in written if isinstance(text, str)], len(written))
-    return written
+    return list(chain.from_iterable(batches))
 
 
 def _say(names: list[str], written: dict[str, list[Written]]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from llava_bidir.common.errors import UsageError, did_you_mean
+from llava_bidir.common.errors import UsageError, UserError, did_you_mean
 from probes.config import MasksOptions
 
 from .source import IGNORED, MOST_ID, UNLABELLED, Region
@@ -51,6 +51,7 @@ class MaskRules:
 
         Raises:
             UsageError: A class that is to be kept is none.
+        UserError: There are fewer than two.
         """
         renamed = _kept_classes(words_of_classes(options), names)
         kept = list(dict.fromkeys(renamed.values()))
@@ -59,6 +60,11 @@ class MaskRules:
             if options.unlabelled not in kept:
                 kept.insert(0, options.unlabelled)
             unlabelled = kept.index(options.unlabelled)
+        if len(kept) < 2:
+            raise UserError(
+                f"a probe tells classes apart, and there is only {kept}; --unlabelled background makes one of the "
+                "pixels that no annotation has"
+            )
         class_of = {name: kept.index(new) for name, new in renamed.items()}
         return cls(kept, class_of, unlabelled, overlap=options.overlap, crowd=options.crowd)
 

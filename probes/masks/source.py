@@ -126,7 +126,7 @@ class MaskSource(ABC):
         found = self._images_by_name.get(inside[-1] if inside else "", [])
         if len(found) != 1:
             raise UserError(
-                f"{self.path} names the image {name!r}: {len(found)} files of that name in {self.image_folder}; "
+                f"names the image {name!r}: {len(found)} files of that name in {self.image_folder}; "
                 "--images DIR says where images are"
             )
         return found[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_bidir.common.errors import UsageError
+from llava_bidir.common.errors import UsageError, UserError
 from probes.cli import main
 from probes.config import MasksOptions
 from probes.masks.rules import MaskRules
@@ -49,7 +49,12 @@ LARGE, SMALL, EQUAL = (7, 0, 4), (20, 3, 5), (33, 4, 6)
         # dropped: what is below it is seen
         ([LARGE, SMALL], {"classes": ("cat", "tree, palm")}, [0, 0, 0, 0, 0, X, X, X], 0),
         # merged: no longer two classes
-        ([LARGE, SMALL], {"classes": ("pet=cat,pet=dog",)}, [0, 0, 0, 0, 0, 0, X, X], 0),
+        (
+            [LARGE, SMALL],
+            {"classes": ("pet=cat,pet=dog", "tree, palm")},
+            [0, 0, 0, 0, 0, 0, X, X],
+            0,
+        ),
     ],
 )
 def test_each_pixel_is_of_the_class_that_the_rule_says(spans, options, row, shared):
@@ -75,6 +80,16 @@ def test_ids_are_classes_by_name_and_what_has_none_is_not_made_up():
 def test_a_class_that_is_none_is_named():
     with pytest.raises(UsageError, match="no class 'dogs'; did you mean 'dog'"):
         MaskRules.of(MasksOptions(sources=(), out=Path(), classes=("dogs",)), list(NAMES.values()))
+
+
+def test_one_class_alone_is_refused_with_what_makes_another():
+    options = {"sources": (), "out": Path()}
+    with pytest.raises(UserError, match=r"only \['cat'\]; --unlabelled background"):
+        MaskRules.of(MasksOptions(**options), ["cat"])
+    assert MaskRules.of(MasksOptions(**options, unlabelled="rest"), ["cat"]).names == [
+        "rest",
+        "cat",
+    ]
 
 
 def test_unlabelled_has_no_default(tmp_path, capsys):

@@ -49,6 +49,7 @@ RECORD = "masks.json"
 SPLITS = ("training", "validation")
 FEW = 64  # photos that take less time than starting a process
 BATCH = 16
+SUFFIX_OF = {"MPO": "jpeg"}  # Pillow's name of a JPEG with a second picture
 TURNED = range(5, 9)  # EXIF orientations that swap width and height
 
 
@@ -203,7 +204,7 @@ class Conversion(Dataset):
         )
         mask = target.astype(np.uint8 if len(names) <= IGNORE_INDEX else np.uint16)  # -1 is 65535
         Image.fromarray(mask).save(self.masks / f"{photo.name}.png")
-        self._put_image(image, f"{photo.name}.{kind.lower()}")
+        self._put_image(image, f"{photo.name}.{SUFFIX_OF.get(kind, kind.lower())}")
         signed = mask if mask.itemsize == 1 else mask.view(np.int16)
         return Written(count_labels(signed, len(names)), composed.unlabelled, composed.overlapping)
 

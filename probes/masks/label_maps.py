@@ -1,6 +1,7 @@
 """Sources with one label for each pixel: colour and palette PNG, COCO's panoptic PNG, ADE20K in full, data sets."""
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,14 @@ class ColourSource(MaskSource):
                 f"{lossy[0]} is a JPEG, whose compression makes colours that no class has; export masks as PNG"
             )
         self.files = sorted(masks.rglob("*.png"))
-        images = {
-            photo_name(str(image.relative_to(self.image_folder))): image
-            for images in self._images_by_name.values()
-            for image in images
-        }
+        images = {}
+        for image in chain.from_iterable(self._images_by_name.values()):
+            name = photo_name(str(image.relative_to(self.image_folder)))
+            if name in images:
+                raise UserError(
+                    f"{images[name]} and {image} are two images of one name; remove one"
+                )
+            images[name] = image
         listed = _read_lists(self.path / "ImageSets/Segmentation")
         for mask in self.files:
             path = str(mask.relative_to(masks))
@@ -117,6 +121,8 @@ class ColourSource(MaskSource):
                 raise UserError(f"{mask} has no image in {self.image_folder}")
             named = split or listed.get(mask.stem) or split_of(path)
             self.photos.append(Photo(name, named, images[name], mask))
+        if len(images) > len(self.files):
+            print(f"{len(images) - len(self.files):,} photos without a mask are left out")
 
     def read(self, photo: Photo, size: tuple[int, int]) -> ndarray:
         """Return the class of each pixel's colour."""

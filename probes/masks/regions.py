@@ -201,7 +201,7 @@ class YoloSource(MaskSource):
             pairs = names.items() if isinstance(names, dict) else enumerate(names)
             self.classes = {int(number): name for number, name in pairs}
         self.files = [config]
-        for key in content.keys() & SPLIT_NAMES.keys():
+        for key in sorted(content.keys() & SPLIT_NAMES.keys()):
             folders = content[key] or []
             for folder in [folders] if isinstance(folders, str) else folders:
                 images = _folder_of_yolo(config.parent / content.get("path", ""), folder)

@@ -57,7 +57,10 @@ def draw_sheet(
     for place, (name, photo, target) in enumerate(shown):
         left = GAP + place % COLUMNS * (BOX[0] + GAP)
         upper = GAP + place // COLUMNS * (BOX[1] + ROW + GAP)
-        sheet.paste(draw_overlay(photo, target, palette, dataset.classes), (left, upper + ROW))
+        sheet.paste(
+            draw_overlay(photo, target, palette=palette, classes=dataset.classes),
+            (left, upper + ROW),
+        )
         draw.text((left, upper + 4), name, fill="black")
     for place, k in enumerate(named):
         left, upper = GAP + place % columns * LEGEND_WIDTH, top + place // columns * ROW

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ from probes.ops.geometry import IGNORE_INDEX, ignore_index_of
 
 from .formats import open_sources
 from .rules import MaskRules, words_of_classes
-from .source import IGNORED, MaskSource, Photo
+from .source import IGNORED, AnnotatedPhoto, MaskSource
 
 RECORD = "masks.json"
 SPLITS = ("training", "validation")
@@ -89,7 +90,9 @@ def run(options: MasksOptions) -> None:
     rules = MaskRules.of(options, list(dict.fromkeys(names)))
     photos = _photos_by_split(sources, options)
     with atomic_directory(options.out, RECORD) as folder:
-        written = {split: _write_split(folder, split, photos[split], rules) for split in SPLITS}
+        written = {
+            split: _write_split(folder, split, pairs=photos[split], rules=rules) for split in SPLITS
+        }
         results = list(chain.from_iterable(written.values()))
         check_pairs([text for text in results if isinstance(text, str)], len(results))
         # the label that is ignored is its default: 255, or 65535 of more classes
@@ -103,9 +106,8 @@ def run(options: MasksOptions) -> None:
 
 def _identity(sources: Sequence[MaskSource], options: MasksOptions) -> dict[str, Any]:
     """Return what a folder is made from: rules, and annotations and photos by content and name."""
-    rules = asdict(options)
-    del rules["out"], rules["sources"]
-    identity: dict[str, Any] = plain(rules)
+    identity: dict[str, Any] = plain(asdict(options))
+    del identity["out"]
     for number, source in enumerate(sources):
         digests = checksums("", map(str, source.files))
         photos = [(photo.name, photo.split, str(photo.image)) for photo in source.photos]
@@ -115,7 +117,7 @@ def _identity(sources: Sequence[MaskSource], options: MasksOptions) -> dict[str,
 
 def _photos_by_split(
     sources: Sequence[MaskSource], options: MasksOptions
-) -> dict[str, list[tuple[MaskSource, Photo]]]:
+) -> dict[str, list[tuple[MaskSource, AnnotatedPhoto]]]:
     """Return the photos of each split with their sources, as the sources or --validation say it.
 
     Raises:
@@ -132,11 +134,12 @@ def _photos_by_split(
     if options.validation is not None:
         _check_names(pairs)
         names = [photo.name for _, photo in pairs]
-        _, drawn = split_names(names, options.validation, seed=options.seed, groups=options.groups)
-        split_of_photo = {True: "validation", False: "training"}
+        drawn = split_names(names, options.validation, seed=options.seed, groups=options.groups)
+        split_of_name = {
+            name: split for split, part in zip(SPLITS, drawn, strict=True) for name in part
+        }
         pairs = [
-            (source, photo._replace(split=split_of_photo[photo.name in drawn]))
-            for source, photo in pairs
+            (source, photo._replace(split=split_of_name[photo.name])) for source, photo in pairs
         ]
     by_split = {split: [pair for pair in pairs if pair[1].split == split] for split in SPLITS}
     for split, part in by_split.items():
@@ -149,7 +152,7 @@ def _photos_by_split(
     return by_split
 
 
-def _check_names(pairs: Sequence[tuple[MaskSource, Photo]]) -> None:
+def _check_names(pairs: Sequence[tuple[MaskSource, AnnotatedPhoto]]) -> None:
     names = Counter(photo.name for _, photo in pairs)
     [(name, count)] = names.most_common(1)
     if count > 1:
@@ -168,7 +171,11 @@ class Conversion(Dataset):
     """
 
     def __init__(
-        self, folder: Path, split: str, pairs: list[tuple[MaskSource, Photo]], rules: MaskRules
+        self,
+        folder: Path,
+        split: str,
+        pairs: list[tuple[MaskSource, AnnotatedPhoto]],
+        rules: MaskRules,
     ):
         self.images = folder / "images" / split
         self.masks = folder / "annotations" / split
@@ -186,7 +193,7 @@ class Conversion(Dataset):
         except UserError as error:
             return str(error)
 
-    def _write(self, source: MaskSource, photo: Photo) -> Written:
+    def _write(self, source: MaskSource, photo: AnnotatedPhoto) -> Written:
         image = source.image_of(photo)
         tag, size, kind = read_image(image, lambda x: (orientation(x), x.size, x.format))
         if photo.size:  # before regions are drawn
@@ -222,16 +229,21 @@ class Conversion(Dataset):
 
 
 def _write_split(
-    folder: Path, split: str, pairs: list[tuple[MaskSource, Photo]], rules: MaskRules
+    folder: Path, split: str, pairs: list[tuple[MaskSource, AnnotatedPhoto]], rules: MaskRules
 ) -> list[Written | str]:
     """Write the photos of a split, and return what is in their masks, or what is wrong with them."""
-    conversion = Conversion(folder, split, pairs, rules)
+    conversion = Conversion(folder, split, pairs=pairs, rules=rules)
     for part in (conversion.images, conversion.masks):
         part.mkdir(parents=True)
     workers = usable_cores() if len(pairs) > FEW else 0
     loader = DataLoader(conversion, batch_size=BATCH, collate_fn=list, **worker_options(workers))
     batches = tqdm(loader, f"writing {split}", mininterval=1)
-    return list(chain.from_iterable(batches))
+    try:
+        return list(chain.from_iterable(batches))
+    except BaseException as error:
+        # processes end with the loader's iterator, before the folder in which they write is deleted
+        clear_frames(error.__traceback__)
+        raise
 
 
 def _say(names: list[str], written: dict[str, list[Written]]) -> list[str]:

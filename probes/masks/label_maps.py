@@ -15,7 +15,7 @@ from probes.config import MasksOptions
 from probes.data.image_dataset import EmbeddedFile
 
 from .regions import CocoSource
-from .source import IGNORED, MOST_ID, UNLABELLED, MaskSource, Photo, photo_name, split_of
+from .source import IGNORED, MOST_ID, UNLABELLED, AnnotatedPhoto, MaskSource, photo_name, split_of
 
 FOLDERS = (("JPEGImages", "SegmentationClass"), ("images", "annotations"), ("images", "masks"))
 LOSSY = (".jpg", ".jpeg")
@@ -120,14 +120,18 @@ class ColourSource(MaskSource):
             if name not in images:
                 raise UserError(f"{mask} has no image in {self.image_folder}")
             named = split or listed.get(mask.stem) or split_of(path)
-            self.photos.append(Photo(name, named, images[name], mask))
+            self.photos.append(
+                AnnotatedPhoto(name=name, split=named, image=images[name], annotation=mask)
+            )
         if len(images) > len(self.files):
             print(f"{len(images) - len(self.files):,} photos without a mask are left out")
 
-    def read(self, photo: Photo, size: tuple[int, int]) -> ndarray:
+    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
         """Return the class of each pixel's colour."""
         colours = read_colours(photo.annotation)
-        return number_values(colours, self._number_of, photo.annotation, describe_colour)
+        return number_values(
+            colours, self._number_of, file=photo.annotation, describe=describe_colour
+        )
 
 
 def _read_label_map(folder: Path) -> Iterator[tuple[str, list[int]]]:
@@ -163,7 +167,7 @@ class PanopticSource(CocoSource):
 
     leaves_pixels_unlabelled = False
 
-    def read(self, photo: Photo, size: tuple[int, int]) -> ndarray:
+    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
         """Return the category of each pixel."""
         [annotation] = photo.annotation
         file = self.path.with_suffix("") / annotation["file_name"]
@@ -195,9 +199,9 @@ class FullAde20kSource(MaskSource):
             if not image.is_file():
                 raise UserError(f"{mask} has no image {image.name}")
             named = split or split_of(str(mask.relative_to(self.path)))
-            self.photos.append(Photo(stem, named, image, mask))
+            self.photos.append(AnnotatedPhoto(name=stem, split=named, image=image, annotation=mask))
 
-    def read(self, photo: Photo, size: tuple[int, int]) -> ndarray:
+    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
         """Return the class of each pixel; 0 has none."""
         colours = read_colours(photo.annotation)
         ids = colours % 256 // 10 * 256 + colours // 256 % 256
@@ -219,7 +223,8 @@ class HubSource(MaskSource):
         super().__init__(path, split, options)
         import datasets
 
-        self.files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
+        files = [self.path, *sorted(self.path.rglob("*"))]
+        self.files = [file for file in files if file.is_file()]
         loaded = self._load(datasets)
         if isinstance(loaded, datasets.Dataset):
             loaded = {"": loaded}
@@ -239,7 +244,12 @@ class HubSource(MaskSource):
             )
             width = len(str(len(rows)))
             self.photos += [
-                Photo(f"{i:0{width}}", split or split_of(name), None, (name, i))
+                AnnotatedPhoto(
+                    name=f"{i:0{width}}",
+                    split=split or split_of(name),
+                    image=None,
+                    annotation=(name, i),
+                )
                 for i in range(len(rows))
             ]
         self.classes = self._read_names(datasets, rows.features)
@@ -260,8 +270,7 @@ class HubSource(MaskSource):
         if files:
             names = read_json(files[0])
             with error_context(files[0]):
-                ids = {int(number): name for number, name in names.items()}
-            return ids
+                return {int(number): name for number, name in names.items()}
         flat = [getattr(feature, "feature", feature) for feature in features.values()]
         labels = [feature for feature in flat if isinstance(feature, datasets.ClassLabel)]
         if len(labels) != 1:
@@ -271,18 +280,18 @@ class HubSource(MaskSource):
             )
         return dict(enumerate(labels[0].names))
 
-    def _encoded(self, photo: Photo, column: str) -> Path | EmbeddedFile:
+    def _encoded(self, photo: AnnotatedPhoto, column: str) -> Path | EmbeddedFile:
         split, row = photo.annotation
         content = self._rows[split][row][column]
         if content["bytes"] is None:
             return Path(content["path"])
         return EmbeddedFile(content["bytes"], f"{self.path}, {column} {row} of {split}")
 
-    def image_of(self, photo: Photo) -> Path | EmbeddedFile:
+    def image_of(self, photo: AnnotatedPhoto) -> Path | EmbeddedFile:
         """Return the file of a photo, or its bytes."""
         return self._encoded(photo, self.options.image_column)
 
-    def read(self, photo: Photo, size: tuple[int, int]) -> ndarray:
+    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
         """Return the id of each pixel."""
         file = self._encoded(photo, self.options.mask_column)
         image = read_image(file, lambda image: image.copy(), ("PNG", "TIFF"))

@@ -19,7 +19,7 @@ from llava_bidir.common.files import read_json
 from llava_bidir.common.images import SUFFIXES
 from probes.config import MasksOptions
 
-from .source import SPLIT_NAMES, MaskSource, Photo, Region, photo_name
+from .source import SPLIT_NAMES, AnnotatedPhoto, MaskSource, Region, photo_name
 
 FEWEST_NUMBERS = 6  # x and y of three corners
 LABELME_SUBJECTS = ("polygon", "rectangle", "circle", "mask")
@@ -104,7 +104,7 @@ class CocoSource(MaskSource):
                         )
                 annotations[annotation["image_id"]].append(annotation)
             for image in content["images"]:
-                photo = Photo(
+                photo = AnnotatedPhoto(
                     name=photo_name(image["file_name"]),
                     split=split,
                     image=self.find_image(image["file_name"]),
@@ -113,7 +113,7 @@ class CocoSource(MaskSource):
                 )
                 self.photos.append(photo)
 
-    def read(self, photo: Photo, size: tuple[int, int]) -> list[Region]:
+    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> list[Region]:
         """Return the regions of a photo's annotations."""
         regions = []
         for annotation in photo.annotation:
@@ -141,7 +141,7 @@ class LabelMeSource(MaskSource):
                 if options.images or not beside.is_file():
                     beside = self.find_image(image)
                 self.photos.append(
-                    Photo(
+                    AnnotatedPhoto(
                         name=photo_name(str(file.relative_to(self.path))),
                         split=split,
                         image=beside,
@@ -152,7 +152,7 @@ class LabelMeSource(MaskSource):
         self.classes = dict(enumerate(sorted(names)))
         self._id_of = {name: number for number, name in self.classes.items()}
 
-    def read(self, photo: Photo, size: tuple[int, int]) -> list[Region]:
+    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> list[Region]:
         """Return the regions of a photo's shapes."""
         file, shapes = photo.annotation
         regions = []
@@ -210,9 +210,16 @@ class YoloSource(MaskSource):
                         labels = _labels_of(image)
                         self.files += [labels] * labels.is_file()
                         name = photo_name(str(image.relative_to(images)))
-                        self.photos.append(Photo(name, split or SPLIT_NAMES[key], image, labels))
+                        self.photos.append(
+                            AnnotatedPhoto(
+                                name=name,
+                                split=split or SPLIT_NAMES[key],
+                                image=image,
+                                annotation=labels,
+                            )
+                        )
 
-    def read(self, photo: Photo, size: tuple[int, int]) -> list[Region]:
+    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> list[Region]:
         """Return the regions of the lines; a photo without a file of labels has none."""
         labels: Path = photo.annotation
         lines = labels.read_text().splitlines() if labels.is_file() else []

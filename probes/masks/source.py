@@ -28,7 +28,7 @@ SPLIT_NAMES = {
 }
 
 
-class Photo(NamedTuple):
+class AnnotatedPhoto(NamedTuple):
     """A photo and what is annotated on it.
 
     Args:
@@ -74,7 +74,7 @@ class MaskSource(ABC):
 
     leaves_pixels_unlabelled = True
     classes: dict[int, str]  # names by id
-    photos: list[Photo]
+    photos: list[AnnotatedPhoto]
     files: list[Path]  # that hold the annotations
 
     def __init__(self, path: str, split: str, options: MasksOptions):
@@ -84,7 +84,7 @@ class MaskSource(ABC):
         self.photos = []
 
     @abstractmethod
-    def read(self, photo: Photo, size: tuple[int, int]) -> ndarray | list[Region]:
+    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray | list[Region]:
         """Return the id of each pixel, i32[H, W], or regions, in the order of the source.
 
         Args:
@@ -95,7 +95,7 @@ class MaskSource(ABC):
             UserError: The annotation cannot be read; names it.
         """
 
-    def image_of(self, photo: Photo) -> Path | EmbeddedFile:
+    def image_of(self, photo: AnnotatedPhoto) -> Path | EmbeddedFile:
         """Return the file of a photo."""
         return photo.image
 
@@ -123,13 +123,13 @@ class MaskSource(ABC):
         file = self.image_folder.joinpath(*inside)
         if file.is_file():
             return file
-        found = self._images_by_name.get(inside[-1] if inside else "", [])
-        if len(found) != 1:
+        named = self._images_by_name.get(inside[-1] if inside else "", [])
+        if len(named) != 1:
             raise UserError(
-                f"names the image {name!r}: {len(found)} files of that name in {self.image_folder}; "
+                f"names the image {name!r}: {len(named)} files of that name in {self.image_folder}; "
                 "--images DIR says where images are"
             )
-        return found[0]
+        return named[0]
 
 
 def parts_inside(name: str) -> list[str]:
@@ -147,7 +147,7 @@ def photo_name(name: str) -> str:
 
 def split_of(name: str) -> str:
     """Return the split that a folder on a path names, "" if none does."""
-    named = [
+    splits = [
         SPLIT_NAMES[part.lower()] for part in parts_inside(name) if part.lower() in SPLIT_NAMES
     ]
-    return named[-1] if named else ""
+    return splits[-1] if splits else ""

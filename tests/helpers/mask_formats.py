@@ -181,13 +181,13 @@ def write_coco(root: Path, splits: dict[str, list[Scene]]) -> list[str]:
 
 def boxes(scene: Scene) -> list[tuple[int, list[float]]]:
     """Class and corners of a rectangle of each class of a scene."""
-    found = []
+    corners_of_classes = []
     for k in np.unique(scene.classes).tolist():
         rows, columns = np.nonzero(scene.classes == k)
         top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
         corners = [left, top, right, top, right, bottom, left, bottom]
-        found.append((k, [float(x) for x in corners]))
-    return found
+        corners_of_classes.append((k, [float(x) for x in corners]))
+    return corners_of_classes
 
 
 def write_yolo(root: Path, splits: dict[str, list[Scene]]) -> list[str]:

@@ -49,21 +49,26 @@ def draw_sheet(
     width = COLUMNS * (BOX[0] + GAP) + GAP
     top = rows * (BOX[1] + ROW + GAP) + GAP
     shares = _shares([target for *_, target in shown], len(dataset.classes))
-    named = np.argsort(-shares, kind="stable")[:MOST_NAMED]
-    named = [k for k in named.tolist() if shares[k]]
+    by_share = np.argsort(-shares, kind="stable").tolist()
+    named = [k for k in by_share[:MOST_NAMED] if shares[k]]
     columns = width // LEGEND_WIDTH
-    sheet = Image.new("RGB", (width, top + -(-len(named) // columns) * ROW + GAP), "white")
+    legend_rows = -(-len(named) // columns)
+    height = top + legend_rows * ROW + GAP
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for place, (name, photo, target) in enumerate(shown):
-        left = GAP + place % COLUMNS * (BOX[0] + GAP)
-        upper = GAP + place // COLUMNS * (BOX[1] + ROW + GAP)
+        row, column = divmod(place, COLUMNS)
+        left = GAP + column * (BOX[0] + GAP)
+        upper = GAP + row * (BOX[1] + ROW + GAP)
         sheet.paste(
             draw_overlay(photo, target, palette=palette, classes=dataset.classes),
             (left, upper + ROW),
         )
         draw.text((left, upper + 4), name, fill="black")
     for place, k in enumerate(named):
-        left, upper = GAP + place % columns * LEGEND_WIDTH, top + place // columns * ROW
+        row, column = divmod(place, columns)
+        left = GAP + column * LEGEND_WIDTH
+        upper = top + row * ROW
         draw.rectangle((left, upper + 3, left + 14, upper + 16), fill=tuple(palette[k].tolist()))
         draw.text((left + 20, upper + 4), f"{shares[k]:.1%}  {dataset.classes[k]}", fill="black")
     return sheet

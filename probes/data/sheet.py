@@ -47,7 +47,8 @@ def draw_sheet(
         shown.append((sample["name"], *_shrink(sample["image"], sample["target"])))
     rows = -(-len(shown) // COLUMNS)
     width = COLUMNS * (BOX[0] + GAP) + GAP
-    top = rows * (BOX[1] + ROW + GAP) + GAP
+    photo_height = BOX[1] + ROW + GAP
+    top = rows * photo_height + GAP
     shares = _shares([target for *_, target in shown], len(dataset.classes))
     by_share = np.argsort(-shares, kind="stable").tolist()
     named = [k for k in by_share[:MOST_NAMED] if shares[k]]
@@ -59,7 +60,7 @@ def draw_sheet(
     for place, (name, photo, target) in enumerate(shown):
         row, column = divmod(place, COLUMNS)
         left = GAP + column * (BOX[0] + GAP)
-        upper = GAP + row * (BOX[1] + ROW + GAP)
+        upper = GAP + row * photo_height
         sheet.paste(
             draw_overlay(photo, target, palette=palette, classes=dataset.classes),
             (left, upper + ROW),
@@ -84,7 +85,8 @@ def choose_photos(pixels: ndarray) -> list[int]:
     missing = np.ones(has.shape[1], bool)
     chosen: list[int] = []
     for _ in range(min(PHOTOS, len(has))):
-        gain = (has & missing).sum(1) * (has.shape[1] + 1) + has.sum(1)
+        new = (has & missing).sum(1)
+        gain = new * (has.shape[1] + 1) + has.sum(1)
         gain[chosen] = -1
         best = int(gain.argmax())
         chosen.append(best)
@@ -122,7 +124,7 @@ def draw_overlay(
     rows, columns = np.indices(target.shape)
     hatched = is_ignored & ((rows + columns) % HATCH == 0)
     edges = np.zeros(target.shape, bool)
-    edges[:, 1:] |= target[:, 1:] != target[:, :-1]
+    edges[:, 1:] = target[:, 1:] != target[:, :-1]
     edges[1:] |= target[1:] != target[:-1]
     colours[hatched | edges] = 255
     overlay = Image.fromarray(colours.astype(np.uint8))

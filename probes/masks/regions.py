@@ -158,7 +158,8 @@ class LabelMeSource(MaskSource):
         regions = []
         for number, shape in enumerate(shapes):
             with error_context(f"{file}, shape {number} {shape['label']!r}"):
-                regions.append(Region(self._id_of[shape["label"]], _pixels_of_shape(shape, size)))
+                mask = _pixels_of_shape(shape, size)
+                regions.append(Region(self._id_of[shape["label"]], mask))
         return regions
 
 
@@ -184,8 +185,9 @@ def _pixels_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> ndarray:
     with Image.open(content, formats=("PNG",)) as image:
         part = np.asarray(image.convert("L")) > 0
     mask = np.zeros((height, width), bool)
-    corner = mask[int(top) : int(top) + part.shape[0], int(left) : int(left) + part.shape[1]]
-    corner[...] = part
+    rows, columns = part.shape
+    box = mask[int(top) : int(top) + rows, int(left) : int(left) + columns]
+    box[...] = part
     return mask
 
 
@@ -234,7 +236,8 @@ class YoloSource(MaskSource):
                 corners = np.asarray(shares, float)
                 check_polygon(corners)
                 corners = corners.reshape(-1, 2) * size
-                regions.append(Region(int(category), decode([corners.ravel().tolist()], size)))
+                mask = decode([corners.ravel().tolist()], size)
+                regions.append(Region(int(category), mask))
         return regions
 
 

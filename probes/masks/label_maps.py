@@ -105,14 +105,7 @@ class ColourSource(MaskSource):
                 f"{lossy[0]} is a JPEG, whose compression makes colours that no class has; export masks as PNG"
             )
         self.files = sorted(masks.rglob("*.png"))
-        images = {}
-        for image in chain.from_iterable(self._images_by_name.values()):
-            name = photo_name(str(image.relative_to(self.image_folder)))
-            if name in images:
-                raise UserError(
-                    f"{images[name]} and {image} are two images of one name; remove one"
-                )
-            images[name] = image
+        images = self._images_without_split()
         listed = _read_lists(self.path / "ImageSets/Segmentation")
         for mask in self.files:
             path = str(mask.relative_to(masks))
@@ -125,6 +118,18 @@ class ColourSource(MaskSource):
             )
         if len(images) > len(self.files):
             print(f"{len(images) - len(self.files):,} photos without a mask are left out")
+
+    def _images_without_split(self) -> dict[str, Path]:
+        """Return the images by the name of their files."""
+        images: dict[str, Path] = {}
+        for image in chain.from_iterable(self._images_by_name.values()):
+            name = photo_name(str(image.relative_to(self.image_folder)))
+            if name in images:
+                raise UserError(
+                    f"{images[name]} and {image} are two images of one name; remove one"
+                )
+            images[name] = image
+        return images
 
     def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
         """Return the class of each pixel's colour."""

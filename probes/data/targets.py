@@ -6,6 +6,7 @@ import numpy as np
 from numpy import ndarray
 
 from llava_bidir.common.errors import UserError
+from probes.ops.geometry import ignored_label
 
 from .image_dataset import IGNORE_INDEX, ImageDataset, SegmentationDataset, read_png
 
@@ -159,7 +160,7 @@ class ClassBoundaries(ImageDataset):
     def read_target(self, mask_file: Path) -> ndarray:
         """Return the boundaries, uint8[H, W], or raise a UserError that names the file."""
         labels = self._read_labels(mask_file)
-        return find_boundaries(labels, labels == IGNORE_INDEX)
+        return find_boundaries(labels, labels == ignored_label(labels))
 
 
 def find_boundaries(ids: ndarray, ignored: ndarray | None = None) -> ndarray:

@@ -5,7 +5,7 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from pandas import DataFrame
+from pandas import DataFrame, concat
 
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.models.sites import is_layer, layer_around, layer_number, part_of
@@ -28,6 +28,9 @@ FINDINGS = {
     "does not hold": ("no", "none", "○"),
     "untested": ("open", "dash", "◌"),
 }
+# Classes that the page shows: all, or of more than these those at both ends, which gain and lose most
+MOST_CLASS_ROWS = 255
+END_ROWS = 20
 ABOUT_CLAIM = ["claim", "model", "mask", "data"]
 INSIDE = {
     "value": "values",
@@ -210,7 +213,11 @@ def class_rows(classes: DataFrame, lead: SiteReading, differences: DataFrame) ->
     table["pair"] = [pair.get(name) for name in table.index]
     table["order"] = [x.difference if x else np.inf for x in table["pair"]] if pair else -gain
     table = table.sort_values("order", kind="stable")
+    count = len(table)
+    if count > MOST_CLASS_ROWS:
+        table = concat([table[:END_ROWS], table[-END_ROWS:]])
     return {
+        "count": count,
         "rows": table.rename_axis("name").reset_index().to_dict("records"),
         "compared": compared,
         "best": best,

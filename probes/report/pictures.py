@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from probes.ops.geometry import IGNORE_INDEX, ignored_label
+
 from .readings import SiteReading
 
-IGNORED = 255
 PALE, FULL = 56, 255  # opacity of what is right and wrong
 PIXEL_ART = 128  # px, up to which a photo is shown without smoothing
 
@@ -23,13 +24,14 @@ def uri(image: Image.Image, kind: str = "png", **options: Any) -> str:
 
 
 def map_uri(classes: np.ndarray, palette: np.ndarray, truth: np.ndarray | None = None) -> str:
-    """Return classes uint8[H, W] in their colours; with `truth`, right ones pale and those without a label none."""
-    colours = np.zeros((256, 4), np.uint8)
+    """Return classes [H, W] in their colours; with `truth`, right ones pale and those without a label none."""
+    # the last one is also that of -1
+    colours = np.zeros((max(len(palette), IGNORE_INDEX) + 1, 4), np.uint8)
     colours[: len(palette)] = np.pad(palette, [(0, 0), (0, 1)], constant_values=FULL)
     picture = colours[classes]
     if truth is not None:
         picture[classes == truth, 3] = PALE
-        picture[truth == IGNORED, 3] = 0
+        picture[truth == ignored_label(truth), 3] = 0
     return uri(Image.fromarray(picture))
 
 
@@ -41,7 +43,7 @@ def picture_uri(picture: np.ndarray) -> str:
 
 def right_share(classes: np.ndarray, truth: np.ndarray) -> str:
     """Return the share of labelled pixels that are right."""
-    labelled = truth != IGNORED
+    labelled = truth != ignored_label(truth)
     return f"{(classes == truth)[labelled].mean() if labelled.any() else 0:.0%}"
 
 
@@ -71,10 +73,13 @@ def classes_drawn(
     readings: Sequence[SiteReading], lead: SiteReading, photo: str, sites: Sequence[str]
 ) -> list[int]:
     """Return the classes that a photo's truth has or that are read at one of these sites, the most frequent first."""
-    drawn = [lead.pictures[f"{photo}/truth"].ravel()]
+    truth = lead.pictures[f"{photo}/truth"]
+    drawn = [truth.ravel()]
     for site in sites:
         found = first_map(readings, lead=lead, photo=photo, site=site)
         if found:
             drawn.append(found[1].ravel())
     classes, counts = np.unique(np.concatenate(drawn), return_counts=True)
-    return [int(k) for k in classes[np.argsort(-counts, kind="stable")] if k != IGNORED]
+    return [
+        int(k) for k in classes[np.argsort(-counts, kind="stable")] if k != ignored_label(truth)
+    ]

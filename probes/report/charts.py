@@ -1,7 +1,7 @@
 """Places of charts (probes/analyses/charts.py) in the SVG of page.html.j2, and their drawings by matplotlib for PDF."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure as Drawing
 
@@ -100,8 +100,12 @@ class Frame:
 
     def labels(self) -> Iterator[tuple[float, str]]:
         """Yield the places and texts of the ticks that do not run into the one before."""
+        return self.labels_of(self.names)
+
+    def labels_of(self, names: Mapping[float, str]) -> Iterator[tuple[float, str]]:
+        """Yield the places and texts of those names of ticks that do not run into the one before."""
         last = -math.inf
-        for place, name in self.names.items():
+        for place, name in names.items():
             half = 3.2 * len(name) + 2
             if name and self.x(place) - half > last:
                 yield self.x(place), name

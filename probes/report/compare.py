@@ -9,11 +9,13 @@ Shapes: S sites, N images, K classes, R resamplings, P permutations.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps, simultaneous_band
+from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, ENCODER, is_layer, layer_number
 from probes.runs.compare import check_same_probes
@@ -24,49 +26,107 @@ from probes.score.effects import EFFECTS
 from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION, Task
 
-BEST_LAYER = "best layer"
+from .best_layers import BEST_LAYER, correct_for_pairs, difference_of_best
+
 LEFT_OUT = "left out"
 FEWEST_PHOTOS = 6  # exchanging fewer can reject nothing: 2 ** (1 - 5) > 0.05
 
 
-def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[Entry]:
-    """Yield the rows of the table of differences, see :class:`probes.report.tables.Tables`.
+@dataclass(frozen=True)
+class Pair:
+    """Two runs that are compared.
 
-    Each model is compared with the first one of its task, data and seed, under each mask that both have; and of each
-    model bidirectional with causal attention.
+    Args:
+        first: The run that is subtracted.
+        second: The other one.
+        columns: Columns of the table of differences that say which they are.
+        only_best: Compare their best layers alone.
+    """
+
+    first: ProbeRun
+    second: ProbeRun
+    columns: Entry
+    only_best: bool = False
+
+
+def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> list[Entry]:
+    """Return the rows of the table of differences, see :class:`probes.report.tables.Tables`.
+
+    Each model is compared with the first one of its task, data and seed, under each mask that both have; and each mask
+    of a model with its first one. Of all other pairs, the best layers are compared.
 
     Args:
         studies: In the order given.
         keys: Keys of models by name.
     """
-    references: dict[tuple, StudyRuns] = {}
+    rows = []
+    for pair in pairs_of_studies(studies, keys):
+        try:
+            check_same_probes(pair.first, pair.second)
+        except UserError as error:
+            rows.append(pair.columns | {"of": LEFT_OUT, "name": str(error)})
+            continue
+        compare = compare_runs
+        if pair.only_best:
+            compare = compare_best_layers
+        for row in compare(pair.first, pair.second):
+            rows.append(pair.columns | row)
+    correct_for_pairs(rows)
+    return rows
+
+
+def pairs_of_studies(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[Pair]:
+    """Yield the pairs with the first model and of masks by study, then those of other models."""
+    comparable: dict[tuple, list[StudyRuns]] = {}
     for study in studies:
-        about = {"task": study.task.name, "data": study.dataset, "seed": study.seed}
-        first = references.setdefault(tuple(about.values()), study)
-        if first.name != study.name:
-            ours, theirs = runs_to_compare(first, study)
-            models = about | {
-                "between": "models",
-                "first": keys[first.name],
-                "second": keys[study.name],
-            }
-            for mask in [mask for mask in ours if mask in theirs]:
-                of_mask = models | {"mask": mask}
-                try:
-                    check_same_probes(ours[mask], theirs[mask])
-                except UserError as error:
-                    yield of_mask | {"of": LEFT_OUT, "name": str(error)}
-                    continue
-                rows = compare_runs(ours[mask], theirs[mask])
-                yield from (of_mask | row for row in rows)
-        if pair := study.pair():
-            masks = about | {
-                "between": "masks",
-                "model": keys[study.name],
-                "first": pair[0].mask,
-                "second": pair[1].mask,
-            }
-            yield from (masks | row for row in compare_runs(*pair))
+        about = study.task.name, study.dataset, study.seed
+        earlier = comparable.setdefault(about, [])
+        if earlier:
+            yield from pairs_of_models(earlier[0], study, keys)
+        yield from pairs_of_masks(study, keys)
+        earlier.append(study)
+    for group in comparable.values():
+        for first, second in combinations(group[1:], 2):
+            for pair in pairs_of_models(first, second, keys):
+                yield replace(pair, only_best=True)
+
+
+def pairs_of_models(first: StudyRuns, second: StudyRuns, keys: dict[str, str]) -> Iterator[Pair]:
+    """Yield the runs of two models under each mask that both have; without one, those under their first masks."""
+    if first.name == second.name:
+        return
+    runs_of_first, runs_of_second = runs_to_compare(first, second)
+    columns = _columns(second) | {
+        "between": "models",
+        "first": keys[first.name],
+        "second": keys[second.name],
+    }
+    shared = [mask for mask in runs_of_first if mask in runs_of_second]
+    for mask in shared:
+        yield Pair(runs_of_first[mask], runs_of_second[mask], columns=columns | {"mask": mask})
+    if not shared:
+        pair = next(iter(runs_of_first.values())), next(iter(runs_of_second.values()))
+        masks = ", ".join(run.mask for run in pair)
+        yield Pair(*pair, columns=columns | {"mask": masks}, only_best=True)
+
+
+def pairs_of_masks(study: StudyRuns, keys: dict[str, str]) -> Iterator[Pair]:
+    """Yield the runs of a model under its first mask and each other one, then those of other masks."""
+    (runs,) = runs_to_compare(study)
+    masks = list(runs)
+    for first, second in combinations(masks, 2):
+        columns = _columns(study) | {
+            "between": "masks",
+            "model": keys[study.name],
+            "first": first,
+            "second": second,
+        }
+        is_other = first != masks[0]
+        yield Pair(runs[first], runs[second], columns=columns, only_best=is_other)
+
+
+def _columns(study: StudyRuns) -> Entry:
+    return {"task": study.task.name, "data": study.dataset, "seed": study.seed}
 
 
 def compare_runs(
@@ -92,13 +152,23 @@ def compare_runs(
                 first=first.effects[name],
                 second=second.effects[name],
             )
-    best = (first.peak_layer, second.peak_layer)
-    if all(best):
-        layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
-        about = {"of": BEST_LAYER, "name": BEST_LAYER, "site": best[0], "second_site": best[1]}
-        yield about | difference_of_best(task.sign, *layers)
-        if task.name == SEGMENTATION:
-            yield from compare_classes(first, second=second, sites=best, swaps=swaps)
+    yield from compare_best_layers(first, second)
+    if first.peak_layer and second.peak_layer and task.name == SEGMENTATION:
+        best = (first.peak_layer, second.peak_layer)
+        yield from compare_classes(first, second=second, sites=best, swaps=swaps)
+
+
+def compare_best_layers(first: ProbeRun, second: ProbeRun) -> Iterator[Entry]:
+    """Yield the row of the best layers, if both runs have layers."""
+    if not (first.peak_layer and second.peak_layer):
+        return
+    scores = []
+    for run in (first, second):
+        scores.append([score for site, score in run.site_scores.items() if is_layer(site)])
+    difference = difference_of_best(first.task.sign, *scores)
+    sites = {"site": first.peak_layer, "second_site": second.peak_layer}
+    named = {"of": BEST_LAYER, "name": BEST_LAYER, **sites}
+    yield named | difference.row(first.task, first.units)
 
 
 def has_depth(site: str) -> bool:
@@ -141,37 +211,6 @@ def _test_sites(
         differences.append(scores[1] - scores[0])
     corrected = p_values(torch.stack(differences, 1))[1].tolist()
     return dict(zip(pairs, corrected, strict=True))
-
-
-def difference_of_best(
-    sign: int, first: Sequence[Estimate], second: Sequence[Estimate]
-) -> dict[str, float]:
-    """Return the difference of the best of the second scores and the best of the first, with a 95% interval.
-
-    The interval holds whichever are best: with bounds on all differences D of one score and another together, the
-    difference of maxima, max min D, is between the max min of the lower bounds and that of the upper ones. An interval
-    of the two that are best on these images says of equal models up to twice too often that they differ, and one of
-    layers that cross-validation has chosen up to six times (`experiments/statistics/model_pairs.py`).
-
-    Args:
-        sign: 1 if a higher score is better, else -1.
-        first: Scores of one run's layers, from the same resamplings as those of the other's.
-        second: Of the other's.
-    """
-    ours, theirs = (
-        sign * torch.stack([score.vector for score in scores], 1) for scores in (first, second)
-    )
-    differences = theirs[:, :, None] - ours[:, None, :]  # [1 + R, layers, layers]
-    bands = simultaneous_band(differences[0].flatten(), differences[1:].flatten(1))
-    bounds = [sign * band.view_as(differences[0]).amin(1).amax().item() for band in bands]
-    best = [sign * of[0].max().item() for of in (ours, theirs)]
-    return {
-        "first_value": best[0],
-        "second_value": best[1],
-        "difference": best[1] - best[0],
-        "low": min(bounds),
-        "high": max(bounds),
-    }
 
 
 def compare_classes(

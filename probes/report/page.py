@@ -29,7 +29,7 @@ from probes.analyses.analysis import Section, section_of
 from probes.analyses.charts import Figure
 from probes.config import ReportOptions, split_label
 from probes.data.verify import notes_of_run
-from probes.report import charts, hero, parts, pictures, words
+from probes.report import charts, hero, parts, pictures, ranking, words
 from probes.runs import formatting
 from probes.runs.formatting import Entry, Rows
 from probes.runs.pictures import names_of, read_pictures
@@ -37,17 +37,24 @@ from probes.runs.study import StudyRuns, overridden_masks, read_studies
 from probes.steps.record import Outcome, describe_steps, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
+from .best_layers import BEST_LAYER
 from .claims import evaluate_claims, joint_studies
-from .compare import BEST_LAYER
-from .readings import ReportView, SiteAxis, by_site, read_view, rows_about
+from .readings import MainRun, ReportView, SiteAxis, by_site, read_view
 from .render import render
 from .sites import shown_runs, table2
 from .tables import Tables, make_tables
-from .terminal import print_summary, summarize
+from .terminal import lab_command, print_summary, summarize
 from .verdicts import MARGIN
 
 CSS = Path(__file__).with_name("page.css")
-MODULES = (charts, hero, parts, pictures, words)  # whose functions the template uses as filters
+MODULES = (
+    charts,
+    hero,
+    parts,
+    pictures,
+    ranking,
+    words,
+)  # whose functions the template uses as filters
 FILTERS = {
     name: value for module in MODULES for name, value in vars(module).items() if isfunction(value)
 }
@@ -91,9 +98,9 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
             for section in of_study.values():
                 files |= _csv_files(section.tables, out if single else out / study.slug)
                 files |= _figure_files(section.figures, out)
-        view = read_view(tables, pictures_of(studies, tables))
-        own = {row.claim: row for row in rows_about(view.claims, view.lead).itertuples()}
-        sentences = hero.headline(view.lead, own, view.pairs)
+        main_runs = main_runs_of(studies, tables)
+        view = read_view(tables, main_runs)
+        sentences = hero.headline(view)
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
         names = sorted(path.relative_to(out).as_posix() for path in files)
@@ -110,6 +117,7 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
             studies, claims=claims, joint=joint, tables=tables, sections=sections
         )
         results["summary"] = summarize(view, sentences, studies[0].first)
+        results["lab"] = lab_command(view, main_runs)
         results |= {"unfinished": unfinished} if unfinished else {}
         results |= {"files": names}
         earlier = _earlier_files(out)
@@ -202,21 +210,22 @@ def render_page(
         left_out=describe_steps(unfinished, Outcome.LEFT_OUT),
         files=files,
         findings=parts.FINDINGS,
+        compared_looks=parts.COMPARED_LOOKS,
         frame=charts.Frame,
         nan=np.nan,
         all_tasks=TASKS,
     )
 
 
-def pictures_of(studies: Sequence[StudyRuns], tables: Tables) -> dict[tuple, dict[str, np.ndarray]]:
-    """Return the photos of the main runs by task, data, key, mask and seed."""
+def main_runs_of(studies: Sequence[StudyRuns], tables: Tables) -> dict[tuple, MainRun]:
+    """Return the main runs with their photos, by task, data, key, mask and seed."""
     keys = tables.models.set_index("name")["key"]
-    found = {}
+    runs = {}
     for study in studies:
         for mask, run in shown_runs(study).items():
-            about = study.task.name, study.dataset, keys[study.name]
-            found[*about, mask, run.metrics["seed"]] = read_pictures(run.path)
-    return found
+            about = study.task.name, study.dataset, keys[study.name], mask, run.metrics["seed"]
+            runs[about] = MainRun(run, pictures=read_pictures(run.path))
+    return runs
 
 
 def figures_of_sites(view: ReportView) -> list[Figure]:
@@ -305,36 +314,46 @@ def study_results(study: StudyRuns, label: str, claims: list[Entry], sections: S
 
 
 def comparisons(tables: Tables) -> list[Entry]:
-    """Return the differences of two models, b minus a, in points: of sites, best layers, and classes at these.
+    """Return the differences of two models, and of two masks of a model, b minus a, in points.
 
-    Each has "dataset", "image_attention", "of", the labels "a" and "b", "site_a", "site_b", "value" and "ci95"; that of
-    a class also "class", "photos" and "p_corrected", None if it is in too few photos to be tested.
+    They are of sites, best layers, and classes at these. Each has "dataset", "image_attention", "of", the labels "a" and
+    "b", "site_a", "site_b", "value" and "ci95"; of masks, "between" and the "model". That of best layers also has
+    "finding", "p", "p_holm" and "detectable"; that of a class "class", "photos" and "p_corrected", None if it is in too
+    few photos to be tested.
     """
     labels = tables.models.set_index("key")["label"]
     rows = tables.differences
-    rows = rows[(rows["between"] == "models") & (rows["task"] == SEGMENTATION)]
-    found = []
-    for row in rows[rows["of"].isin(["site", BEST_LAYER, "class"])].itertuples():
+    is_shown = rows["of"].isin(["site", BEST_LAYER, "class"]) & (rows["task"] == SEGMENTATION)
+    entries = []
+    for row in rows[is_shown].itertuples():
         entry = {
             "dataset": row.data,
             "image_attention": row.mask,
             "of": row.of,
-            "a": labels[row.first],
-            "b": labels[row.second],
+            "a": labels.get(row.first, row.first),
+            "b": labels.get(row.second, row.second),
             "site_a": row.site,
             "site_b": row.second_site,
             "value": 100 * row.difference,
             "ci95": [100 * row.low, 100 * row.high],
         }
+        if row.between == "masks":
+            entry |= {"between": "masks", "model": labels[row.model], "image_attention": None}
+        if row.of == BEST_LAYER:
+            entry |= {"finding": row.finding, "p": row.p, "p_holm": row.p_holm}
+            entry["detectable"] = 100 * row.detectable
         if row.of == "class":
             entry["class"] = row.name
             entry["photos"] = int(row.photos)
-            entry["p_corrected"] = row.p if row.p == row.p else None
-        found.append(entry)
-    return found
+            entry["p_corrected"] = None
+            if row.p == row.p:
+                entry["p_corrected"] = row.p
+        entries.append(entry)
+    return entries
 
 
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
     results = write_report(options.studies, options.out, options.labels)
-    print_summary(results["summary"], Path(options.out) / "index.html")
+    page = Path(options.out) / "index.html"
+    print_summary(results["summary"], page, lab=results["lab"])

@@ -5,15 +5,15 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.models.sites import is_layer, layer_around, layer_number, part_of
 from probes.tasks import SEGMENTATION, TASKS
 
+from .best_layers import BEST_LAYER
 from .charts import LEAST_STEP, chart_span, span_of, ticks
-from .compare import BEST_LAYER
-from .readings import ABOUT, SiteAxis, SiteReading, by_site, rows_about
+from .readings import ABOUT, ReportView, SiteAxis, SiteReading, by_site, rows_about
 from .tables import Tables
 from .words import axis_number, lower_first
 
@@ -27,6 +27,13 @@ FINDINGS = {
     "artefact of the instrument": ("half", "ring", "◉"),
     "does not hold": ("no", "none", "○"),
     "untested": ("open", "dash", "◌"),
+}
+COMPARED_LOOKS = {  # the same of comparisons
+    "better": ("ok", "full"),
+    "worse": ("ok", "full"),
+    "no effect": ("no", "none"),
+    "negligible": ("no", "none"),
+    "undecided": ("open", "dash"),
 }
 ABOUT_CLAIM = ["claim", "model", "mask", "data"]
 INSIDE = {
@@ -69,7 +76,8 @@ def verdicts(claims: DataFrame, task: str) -> Entry:
     Claims joint over seeds stand for those of the seeds, which are their dots.
     """
     rows = []
-    for _, own in claims[claims["task"] == task].groupby(ABOUT_CLAIM, sort=False):
+    claims = claims[(claims["task"] == task) & ~is_about_nothing(claims)]
+    for _, own in claims.groupby(ABOUT_CLAIM, sort=False):
         joint = own[own["seeds"] > 1]
         dots = own.loc[own["seeds"] == 1, "value"].tolist() if len(joint) else []
         shown = joint if len(joint) else own
@@ -84,6 +92,11 @@ def verdicts(claims: DataFrame, task: str) -> Entry:
         "margin": TASKS[task].margin,
         "task": task,
     }
+
+
+def is_about_nothing(claims: DataFrame) -> Series:
+    """Return which claims are of an effect that is 0 in all resamplings, as of a best layer that is the last one."""
+    return (claims["low"] == 0) & (claims["high"] == 0)
 
 
 def is_right(row: Any) -> bool:
@@ -188,37 +201,63 @@ def inside_layers(tables: Tables) -> list[Figure]:
 
 
 # ------------------------------------------------------------------------------------------------ classes
-def class_rows(classes: DataFrame, lead: SiteReading, differences: DataFrame) -> Entry | None:
-    """Return the IoU of each class at the best site and at a site to compare with, and differences of two models.
+def class_rows(view: ReportView) -> Entry | None:
+    """Return the IoU of each class at the lead's best site and at one to compare with, and differences of two models.
 
     Classes are sorted by how much they gain, or by the difference of the models.
     """
-    own = rows_about(classes, lead)
-    iou = own.pivot_table(index="class", columns="site", values="iou", sort=False)
-    best = lead.best.site
-    layers = [row.site for row in lead.rows if lead.is_layer(row.site)]
-    last = [] if best.endswith("norm") else layers[-1:]  # a norm repeats the last layer
-    ends = [site for site in ("adapter", *last, lead.rows[0].site) if lead.row(site)]
-    compared = next((site for site in ends if site != best), best)
+    lead = view.lead
+    best = view.best(lead).site
+    of_lead = rows_about(view.tables.classes, lead)
+    iou = of_lead.pivot_table(index="class", columns="site", values="iou", sort=False)
+    compared = _site_to_compare(lead, best)
     if iou.empty or best == compared:
         return None
     table = DataFrame({"from": iou[lead.own[compared]], "to": iou[lead.own[best]]}).dropna()
-    table["photos"] = own.groupby("class")["photos"].first()
-    of_class = differences[differences["of"] == "class"]
-    pair = {row.name: row for row in of_class.itertuples(index=False)}  # of the last model
+    table["photos"] = of_lead.groupby("class")["photos"].first()
     gain = table["to"] - table["from"]
-    table["pair"] = [pair.get(name) for name in table.index]
-    table["order"] = [x.difference if x else np.inf for x in table["pair"]] if pair else -gain
+    differences = _class_differences(view)
+    by_class = {row.name: row for row in differences.itertuples(index=False)}
+    table["pair"] = [by_class.get(name) for name in table.index]
+    table["order"] = -gain
+    if by_class:
+        table["order"] = [row.difference if row else np.inf for row in table["pair"]]
     table = table.sort_values("order", kind="stable")
+    first, second = "", ""
+    if by_class:
+        first, second = differences[["first", "second"]].iloc[-1]
     return {
         "rows": table.rename_axis("name").reset_index().to_dict("records"),
         "compared": compared,
         "best": best,
         "scale": Scale([0, *table["from"], *table["to"]], signed=False),
-        "pair_scale": scale_of(pair.values()),
-        "second": of_class["second"].iloc[-1] if pair else "",
+        "pair_scale": scale_of(by_class.values()),
+        "first": first,
+        "second": second,
         "more": int((gain >= 0.01).sum()),
     }
+
+
+def _site_to_compare(lead: SiteReading, best: str) -> str:
+    """Return the adapter, the last layer, or the first site, whichever is not the best one."""
+    layers = [row.site for row in lead.rows if lead.is_layer(row.site)]
+    last = layers[-1:]
+    if best.endswith("norm"):  # it repeats the last layer
+        last = []
+    for site in ("adapter", *last, lead.rows[0].site):
+        if site != best and lead.row(site):
+            return site
+    return best
+
+
+def _class_differences(view: ReportView) -> DataFrame:
+    """Return the differences by class of the lead and the first model; of the first one, with the last model."""
+    of_class = view.pairs[view.pairs["of"] == "class"]
+    key = view.lead.model.key
+    of_lead = of_class[of_class["second"] == key]
+    if len(of_lead):
+        return of_lead
+    return of_class[of_class["first"] == key]
 
 
 # ------------------------------------------------------------------------------------------------ sites

@@ -3,15 +3,17 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from probes.analyses.charts import Chart, Curve, Point
 from probes.models.sites import is_on_main_path
+from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
+from .ranking import Rival, rivals_of
 from .tables import Tables, by_claim
 from .words import number, shown, site_name, site_number, site_tick, zone_of
 
@@ -34,6 +36,9 @@ class SiteReading:
         draws: Scores of the models with random weights by site.
         own: The model's own names of the sites, those of a bare encoder's layers beside an MLLM differ.
         pictures: Content of the run's pictures.npz.
+        images: How many photos it was scored on.
+        resize: How these became squares.
+        label: What its user calls it, if that names a mask of a model.
     """
 
     model: Any
@@ -45,6 +50,25 @@ class SiteReading:
     draws: dict[str, list[float]]
     own: dict[str, str]
     pictures: dict[str, np.ndarray]
+    images: int
+    resize: str
+    label: str | None = None
+
+    @property
+    def about(self) -> tuple:
+        """Task, data, key of the model, mask and seed."""
+        return self.task, self.data, self.model.key, self.mask, self.seed
+
+    @property
+    def token(self) -> str:
+        """What stands for it in a sentence: {A:causal}."""
+        return f"{{{self.model.key}:{self.mask}}}"
+
+    @property
+    def best_layer(self) -> Any:
+        """The row of the best layer, of a model without probed layers of its best site."""
+        layers = [row for row in self.rows if self.is_layer(row.site)]
+        return max(layers or self.rows, key=lambda row: TASKS[self.task].sign * row.value)
 
     @cached_property
     def best(self) -> Any:
@@ -52,8 +76,8 @@ class SiteReading:
         return max(self.rows, key=lambda row: TASKS[self.task].sign * row.value)
 
     def rank(self) -> float:
-        """Return the best score, the higher the better."""
-        return TASKS[self.task].sign * self.best.value
+        """Return the best score of a layer, the higher the better."""
+        return TASKS[self.task].sign * self.best_layer.value
 
     def is_layer(self, site: str) -> bool:
         """Return whether a site is a layer of the LLM or of the bare encoder."""
@@ -62,6 +86,13 @@ class SiteReading:
     def row(self, site: str) -> Any:
         """Return the row of a site, None without one."""
         return next((row for row in self.rows if row.site == site), None)
+
+
+class Name(NamedTuple):
+    """A model or a reading in a sentence: its letter, "" where there is one model, and its label."""
+
+    letter: str
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +116,41 @@ class ReportView:
 
     @cached_property
     def lead(self) -> SiteReading:
-        """What the first sentence is about: the first model under the mask whose best site reads most."""
+        """What reads best of the first task and data, at its best layer if several are compared: the first sentence."""
         first = self.readings[0]
-        own = [r for r in self.readings if r.model is first.model and r.data == first.data]
-        return max(own, key=SiteReading.rank)
+        same = [r for r in self.readings if (r.task, r.data) == (first.task, first.data)]
+        if len(same) == 1:
+            return first
+        return max(same, key=SiteReading.rank)
+
+    @cached_property
+    def rivals(self) -> list[Rival]:
+        """The other models and masks beside the lead, the best first."""
+        return rivals_of(self)
+
+    def best(self, reading: SiteReading) -> Any:
+        """Return the row of a reading's best site: where several are compared, of its best layer."""
+        if self.rivals:
+            return reading.best_layer
+        return reading.best
+
+    @cached_property
+    def names(self) -> dict[str, Name]:
+        """What stands for models ("A") and their readings ("A:causal") in sentences."""
+        is_lettered = len(self.models) > 1
+        names = {}
+        for key, model in self.models.items():
+            letter = key * is_lettered
+            names[key] = Name(letter, model.label)
+            readings = [r for r in self.front if r.model is model and r.seed == self.lead.seed]
+            for reading in readings:
+                text = model.label
+                if reading.label:
+                    text = reading.label
+                elif len(readings) > 1:
+                    text = f"{model.label} {reading.mask}"
+                names[f"{key}:{reading.mask}"] = Name(letter, text)
+        return names
 
     @property
     def front(self) -> list[SiteReading]:
@@ -107,19 +169,33 @@ class ReportView:
         return list(dict.fromkeys(r.mask for r in self.front if r.model.has_llm))
 
     @cached_property
-    def pairs(self) -> pd.DataFrame:
-        """The differences of models on the lead's data, under its mask if there are some, with text."""
+    def comparisons(self) -> pd.DataFrame:
+        """The differences on the lead's task and data, of its seed if there are several, with text."""
         lead = self.lead
         table = self.tables.differences
-        table = table[table["seed"].isna() | (table["seed"] == lead.seed)]
-        is_lead = (table[["task", "data"]] == [lead.task, lead.data]).all(axis=1)
-        table = table[is_lead & (table["between"] == "models")]
-        is_same_mask = table["mask"] == lead.mask
-        return shown(table[is_same_mask] if is_same_mask.any() else table)
+        is_same_seed = table["seed"].isna() | (table["seed"] == lead.seed)
+        is_same_data = (table[["task", "data"]] == [lead.task, lead.data]).all(axis=1)
+        return shown(table[is_same_seed & is_same_data])
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """Those of models, under the lead's mask if there are some."""
+        table = self.comparisons[self.comparisons["between"] == "models"]
+        is_same_mask = table["mask"] == self.lead.mask
+        if is_same_mask.any():
+            return table[is_same_mask]
+        return table
 
 
-def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -> ReportView:
-    """Return what is shown of tables and of the pictures of runs, by task, data, key of the model, mask and seed."""
+class MainRun(NamedTuple):
+    """A run that a reading is of, and the content of its pictures.npz."""
+
+    run: ProbeRun
+    pictures: dict[str, np.ndarray]
+
+
+def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
+    """Return what is shown of tables and of main runs, by task, data, key of the model, mask and seed."""
     depths = [site_number(site or "") or 0 for site in tables.models["last_layer"]]
     numbered = tables.models.assign(number=range(len(depths)), depth=depths)
     models = {row.key: row for row in numbered.itertuples()}
@@ -127,38 +203,44 @@ def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -
     table = shown(tables.sites)
     is_score = table["metric"] == table["task"].map(lambda task: TASKS[task].score)
     main = table[table["main"] & is_score & table["site"].map(is_on_main_path)]
-    drawn = tables.draws.groupby([*ABOUT[:4], "site"])["value"].agg(list).to_dict()
+    draws = tables.draws.groupby([*ABOUT[:4], "site"])["value"].agg(list).to_dict()
     readings = []
     for about, rows in main.groupby(ABOUT, sort=False):
         task, data, key, mask, seed = about
-        own = {site: site for site in rows["site"]}
+        main_run = runs[about]
+        sites = {site: site for site in rows["site"]}
         if has_llm and not models[key].has_llm:
-            own = {IN_ENCODER.get(x, x.replace("layer_", "encoder_")): x for x in own}
-        named = rows.assign(site=list(own)).itertuples()
-        readings.append(
-            SiteReading(
-                model=models[key],
-                mask=mask,
-                data=data,
-                task=task,
-                seed=seed,
-                rows=list(named),
-                draws={
-                    name: drawn[*about[:4], x]
-                    for name, x in own.items()
-                    if (*about[:4], x) in drawn
-                },
-                own=own,
-                pictures=pictures.get(about, {}),
-            )
+            sites = {_site_beside_llm(site): site for site in rows["site"]}
+        of_draws = {}
+        for name, site in sites.items():
+            if (*about[:4], site) in draws:
+                of_draws[name] = draws[*about[:4], site]
+        reading = SiteReading(
+            model=models[key],
+            mask=mask,
+            data=data,
+            task=task,
+            seed=seed,
+            rows=list(rows.assign(site=list(sites)).itertuples()),
+            draws=of_draws,
+            own=sites,
+            pictures=main_run.pictures,
+            images=main_run.run.metrics["images"],
+            resize=main_run.run.metrics["image_resize"],
+            label=main_run.run.label,
         )
-    return ReportView(tables, models, readings)
+        readings.append(reading)
+    return ReportView(tables, models, readings=readings)
+
+
+def _site_beside_llm(site: str) -> str:
+    """Return the name of a bare encoder's site beside the sites of an MLLM."""
+    return IN_ENCODER.get(site, site.replace("layer_", "encoder_"))
 
 
 def rows_about(table: pd.DataFrame, reading: SiteReading) -> pd.DataFrame:
     """Return the rows of a table about a reading's run."""
-    own = reading.task, reading.data, reading.model.key, reading.mask, reading.seed
-    return table[(table[ABOUT] == list(own)).all(axis=1)]
+    return table[(table[ABOUT] == list(reading.about)).all(axis=1)]
 
 
 def in_order(sites: Iterable[str]) -> list[str]:

@@ -49,7 +49,8 @@ class Tables(NamedTuple):
         differences: A row for each difference, the second minus the first: of ("site", "effect", "best layer", "class",
             or "left out" with the reason as name), between ("models" with keys, or "masks" of `model`), first, second,
             mask, task, data, seed, name, site, second_site, first_value, second_value, difference, low, high, p (sites:
-            of those with a depth together; classes together), photos (of a class; without p if they are too few).
+            of those with a depth together; classes together), photos (of a class; without p if they are too few). Of
+            best layers also p_holm, finding and detectable (probes/report/best_layers.py).
         draws: The main score of each draw at the sites that it changes: model, mask, task, data, weights (random,
             permuted or adapter), draw, seed, site, metric, value.
         classes: IoU by class at the sites of main runs: model, mask, data, seed, site, class, iou, photos.
@@ -75,7 +76,7 @@ NAMES = {  # of the columns of each table
         "random control below_optimum below_low below_high conclusion finding p p_holm truth images patches",
         "sites": f"{RUN} main site metric value low high random draws minus_random minus_low minus_high",
         "differences": "of between first second model mask task data seed name site second_site first_value "
-        "second_value difference low high p photos",
+        "second_value difference low high p p_holm finding detectable photos",
         "draws": f"{RUN} site metric value",
         "classes": f"{RUN} site class iou photos",
         "certificates": f"{RUN} site strength at_end gradient converged",

@@ -119,6 +119,11 @@ def the_site(site: str) -> str:
     return "the " * (not has_number) + site_name(site)
 
 
+def its_site(site: str) -> str:
+    """Return the name of a site in a sentence about the model: its adapter, layer 4."""
+    return the_site(site).replace("the ", "its ")
+
+
 def zone_of(site: str, has_llm: bool) -> str:
     """Return the part of the model that a site is in."""
     if site == "adapter":
@@ -134,5 +139,5 @@ def lower_first(text: str) -> str:
 
 
 def key_parts(text: str) -> list[str]:
-    """Return a sentence in pieces, keys of models ("{A}") by themselves, without braces."""
-    return re.split(r"{(\w+)}", text)
+    """Return a sentence in pieces, what stands for models and readings ("{A:causal}") by itself, without braces."""
+    return re.split(r"{([^{}]+)}", text)

@@ -33,7 +33,7 @@ def section(study: StudyRuns) -> Section:
             title,
             "Look for the layer from which on objects are found, and for confusions that appear and disappear over the "
             "layers (Figs. 4 and 13).",
-            columns=["image", "target", *(site.replace("_", " ") for site in sites)],
+            columns=["photo", "truth", *sites],
             pictures=site_rows(run, sites, palette),
         )
         figures.append(shown)
@@ -110,7 +110,7 @@ def _evenly(layers: int, count: int) -> list[int]:
 def knockout_columns(run: ProbeRun, name: str) -> list[str]:
     """Return the titles of the pictures of :func:`knockout_rows`."""
     layers = [f"layer {layer}" if layer else "adapter" for layer in shown_layers(run, name)]
-    return ["image, label", *layers]
+    return ["photo, truth", *layers]
 
 
 def knockout_rows(run: ProbeRun, name: str, palette: np.ndarray) -> list[PictureRow]:

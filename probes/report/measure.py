@@ -303,7 +303,7 @@ def why_too_few_draws(case: Case, control: str, reason: str) -> str:
         for step in unfinished_steps(folder):
             if step["outcome"] == Outcome.LEFT_OUT and Path(step["step"]).name == f"{control}0":
                 return f"{reason}: {step['reason']}"
-    return again(reason, option=f"--draws 2, or {control}0 and {control}1 among its --arms")
+    return again(reason, option=f"--draws 2 or {control}0 {control}1 among --arms")
 
 
 def why_undecided(case: Case, compared: Container[str], solved: bool) -> str:

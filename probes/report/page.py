@@ -316,8 +316,8 @@ def study_results(study: StudyRuns, label: str, claims: list[Entry], sections: S
 def comparisons(tables: Tables) -> list[Entry]:
     """Return the differences of two models, and of two masks of a model, b minus a, in points.
 
-    They are of sites, best layers, and classes at these. Each has "dataset", "image_attention", "of", the labels "a" and
-    "b", "site_a", "site_b", "value" and "ci95"; of masks, "between" and the "model". That of best layers also has
+    They are of sites, best layers, and classes at these. Each has "dataset", "image_attention", "of", the labels "a"
+    and "b", "site_a", "site_b", "value" and "ci95"; of masks, "between" and the "model". That of best layers also has
     "finding", "p", "p_holm" and "detectable"; that of a class "class", "photos" and "p_corrected", None if it is in too
     few photos to be tested.
     """

@@ -1,5 +1,6 @@
 """The parts of the page below its figure: rows and charts that page.html.j2 writes."""
 
+import re
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -8,14 +9,17 @@ import numpy as np
 from pandas import DataFrame, Series
 
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
-from probes.models.sites import is_layer, layer_around, layer_number, part_of
+from probes.models.sites import PATCHES, is_layer, layer_around, layer_number, part_of
+from probes.score.effects import BEST_LAYER as BEST_LAYER_TERM
+from probes.score.effects import EFFECTS, LAST_LAYER
 from probes.tasks import SEGMENTATION, TASKS
 
 from .best_layers import BEST_LAYER
 from .charts import LEAST_STEP, chart_span, span_of, ticks
 from .readings import ABOUT, ReportView, SiteAxis, SiteReading, by_site, rows_about
 from .tables import Tables
-from .words import axis_number, lower_first
+from .verdicts import FAILS
+from .words import axis_number, lower_first, noun_of, number
 
 Entry = dict[str, Any]
 # what each finding looks like: class, how far its circle is filled, and the circle as a character
@@ -35,6 +39,8 @@ COMPARED_LOOKS = {  # the same of comparisons
     "negligible": ("no", "none"),
     "undecided": ("open", "dash"),
 }
+UNITS = {SEGMENTATION: " points"}
+MOST_WORDS = 20  # of a reason
 ABOUT_CLAIM = ["claim", "model", "mask", "data"]
 INSIDE = {
     "value": "values",
@@ -104,22 +110,86 @@ def is_right(row: Any) -> bool:
     return (row.finding == "supported") == (row.truth == "planted")
 
 
+def explain(view: ReportView, row: Any) -> str:
+    """Return what a verdict's number needs beside it: how the curves differ from it, and what would have been shown."""
+    notes = []
+    if note := as_read(view, row):
+        notes.append(note)
+    if row.optimum_verdict == FAILS and row.detectable == row.detectable:
+        notes.append(
+            f"would show from {number(abs(row.detectable), row.task)}{UNITS.get(row.task, '')}"
+        )
+    return "; ".join(notes)
+
+
+def as_read(view: ReportView, row: Any) -> str:
+    """Return the difference that the curves show, where it is not that of a claim by the margin at least.
+
+    A claim's best layer is chosen on other images than it is read on; curves have the best layer of all.
+    """
+    if row.claim not in EFFECTS:
+        return ""
+    about = row.task, row.data, row.model, row.mask, row.seed
+    reading = next((reading for reading in view.readings if reading.about == about), None)
+    if reading is None:
+        return ""
+    ends = []
+    for term in EFFECTS[row.claim]:
+        site = {LAST_LAYER: reading.model.last_layer, PATCHES: PATCHES}.get(term, term)
+        names = [name for name, own in reading.own.items() if own == site]
+        if term == BEST_LAYER_TERM:
+            ends.append(reading.best_layer)
+        else:
+            ends += map(reading.row, names)
+    if len(ends) < 2:
+        return ""
+    first, second = ends
+    difference = first.value - second.value
+    if abs(difference - row.value) < TASKS[row.task].margin:
+        return ""
+    shown = number(difference, row.task, has_sign=True)
+    read = f"{first.value_text} − {second.value_text} = {shown} as read"
+    return f"{read}; {row.value_text} with the layer chosen on other {noun_of(row.data)}s"
+
+
 def not_tested(claims: DataFrame, has_llm: bool) -> list[Entry]:
     """Return why columns of claims are untested: each reason once, with its claims and the keys of the models."""
     rows = claims[(claims["verdict"] == "untested") & claims["reason"].notna()]
-    rows = rows[rows["column"].isin([*COLUMNS] if has_llm else [*COLUMNS][1:])]
-    found = []
-    for (column, reason), own in rows.groupby(["column", "reason"], sort=False):
-        first, *others = own["title"].unique()
-        found.append(
+    columns = [*COLUMNS]
+    if not has_llm:
+        columns.remove("paper")
+    rows = rows[rows["column"].isin(columns)]
+    reasons = []
+    for (column, reason), same in rows.groupby(["column", "reason"], sort=False):
+        first, *others = same["title"].unique()
+        reasons.append(
             {
-                "models": own["model"].unique(),
+                "models": same["model"].unique(),
                 "claims": ", ".join([first, *map(lower_first, others)]),
                 "column": COLUMNS[column],
-                "reason": reason,
+                "reason": in_few_words(reason),
             }
         )
-    return found
+    return reasons
+
+
+def in_few_words(reason: str) -> str:
+    """Return the end of a reason that has at most 20 words; results.json has all of it."""
+    if len(reason.split()) > MOST_WORDS:
+        reason = reason.partition("; ")[0]
+    parts = re.split(r": (?!\d)", reason)
+    while len(parts) > 1 and len(": ".join(parts).split()) > MOST_WORDS:
+        parts = parts[1:]
+    words = ": ".join(parts).split()
+    if len(words) > MOST_WORDS:
+        words = [*words[:MOST_WORDS], "…"]
+    return " ".join(words)
+
+
+def step_in_few_words(line: str) -> str:
+    """Return a line about steps that were left out, with its reason in few words."""
+    steps, _, reason = line.partition(": ")
+    return f"{steps}: {in_few_words(reason)}"
 
 
 # ------------------------------------------------------------------------------------------------ models and data sets

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from probes.ops.geometry import IGNORE_INDEX
+
 from .readings import SiteReading
 
-IGNORED = 255
 WHITE = 255
 PALE = 0.25  # share of the colour of what is right
 PHOTO_PX = 256  # twice as wide as it is shown
@@ -33,11 +34,11 @@ def map_uri(classes: np.ndarray, palette: np.ndarray, truth: np.ndarray | None =
     colours[: len(palette)] = palette
     pale = (PALE * colours + (1 - PALE) * WHITE).round().astype(np.uint8)
     picture = colours[classes]
-    ignored = classes == IGNORED
+    ignored = classes == IGNORE_INDEX
     if truth is not None:
         right = classes == truth
         picture[right] = pale[classes[right]]
-        ignored = truth == IGNORED
+        ignored = truth == IGNORE_INDEX
     opacity = np.where(ignored, 0, WHITE).astype(np.uint8)
     return uri(with_palette(np.dstack([picture, opacity])))
 
@@ -69,7 +70,7 @@ def picture_uri(picture: np.ndarray) -> str:
 
 def right_share(classes: np.ndarray, truth: np.ndarray) -> str:
     """Return the share of labelled pixels that are right."""
-    labelled = truth != IGNORED
+    labelled = truth != IGNORE_INDEX
     return f"{(classes == truth)[labelled].mean() if labelled.any() else 0:.0%}"
 
 
@@ -111,4 +112,4 @@ def classes_drawn(
             if predicted is not None:
                 drawn.append(predicted.ravel())
     classes, counts = np.unique(np.concatenate(drawn), return_counts=True)
-    return [int(k) for k in classes[np.argsort(-counts, kind="stable")] if k != IGNORED]
+    return [int(k) for k in classes[np.argsort(-counts, kind="stable")] if k != IGNORE_INDEX]

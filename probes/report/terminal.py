@@ -46,8 +46,8 @@ def summarize(view: ReportView, sentences: Sequence[str], run: ProbeRun) -> list
     tested = claims[is_tested]
     last = list(_last_lines(view, claims=claims, run=run))
     lines = [*textwrap.wrap(plain_text(sentences, view.names), WIDTH), ""]
-    # verdicts have five lines at least, with a title and how many there are more
-    room = MOST_LINES - len(lines) - len(last) - min(6, len(tested)) - 3
+    # verdicts have two lines at least, with a title and how many there are more
+    room = MOST_LINES - len(lines) - len(last) - min(3, len(tested)) - 3
     if view.rivals:
         title, *rows = _rows_of_readings(view)
         if len(rows) > room:

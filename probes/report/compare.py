@@ -165,7 +165,7 @@ def compare_best_layers(first: ProbeRun, second: ProbeRun) -> Iterator[Entry]:
     scores = []
     for run in (first, second):
         scores.append([score for site, score in run.site_scores.items() if is_layer(site)])
-    difference = difference_of_best(first.task.sign, *scores)
+    difference = difference_of_best(first.task.sign, *scores, units=first.units)
     sites = {"site": first.peak_layer, "second_site": second.peak_layer}
     named = {"of": BEST_LAYER, "name": BEST_LAYER, **sites}
     yield named | difference.row(first.task, first.units)

@@ -19,6 +19,7 @@ from probes.report.best_layers import (
     BestDifference,
     correct_for_pairs,
     difference_of_best,
+    widening_for,
 )
 from probes.report.compare import FEWEST_PHOTOS, LEFT_OUT, compare_runs, difference_rows, pair_sites
 from probes.runs.read import ProbeRun
@@ -27,6 +28,7 @@ from probes.score.estimate import Estimate
 
 WORSE = [x - 0.1 for x in CURVE]
 MASKS = ("causal", "bidirectional")
+MANY = 10**6  # photos
 
 
 def compared(*words: str) -> list[dict]:
@@ -130,7 +132,7 @@ def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
             observed = torch.tensor(true) + noise(12)
             drawn = observed + noise(300, 12)
             models.append([Estimate(x.item(), y) for x, y in zip(observed, drawn.T, strict=True)])
-        difference = difference_of_best(1, *models)
+        difference = difference_of_best(1, *models, units=MANY)
         low, high = difference.interval
         covered += low <= 0 <= high
         best = [max(scores, key=lambda score: score.value) for scores in models]
@@ -157,7 +159,7 @@ def test_the_interval_of_best_layers_is_that_of_all_pairs_together(sign):
         [Estimate(sign * scores[m, i], torch.tensor(sign * drawn[:, m, i])) for i in range(3)]
         for m in (0, 1)
     ]
-    difference = difference_of_best(sign, *models)
+    difference = difference_of_best(sign, *models, units=MANY)
     assert sorted(sign * end for end in difference.interval) == pytest.approx(expected)
 
 
@@ -167,17 +169,26 @@ def scores_of(observed: np.ndarray, drawn: np.ndarray) -> list[Estimate]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), shift=st.floats(-0.1, 0.1), sign=st.sampled_from([1, -1]))
-def test_the_p_value_is_one_minus_the_level_of_the_widest_band_without_zero(seed, shift, sign):
+@given(
+    units=st.sampled_from([20, MANY]),
+    seed=st.integers(0, 10**6),
+    shift=st.floats(-0.1, 0.1),
+    sign=st.sampled_from([1, -1]),
+)
+def test_the_p_value_is_one_minus_the_level_of_the_widest_band_without_zero(
+    units, seed, shift, sign
+):
     """Found by bisection over the half width of the bands, in standard deviations."""
     rng = np.random.default_rng(seed)
     observed = rng.normal(0.5, 0.03, (2, 3))
     drawn = observed + rng.normal(0, 0.02, (200, 2, 3))
     observed[1] += shift
     drawn[:, 1] += shift
+    units = 20
     difference = difference_of_best(
-        sign, *(scores_of(sign * observed[m], sign * drawn[:, m]) for m in (0, 1))
+        sign, *(scores_of(sign * observed[m], sign * drawn[:, m]) for m in (0, 1)), units=units
     )
+    widening = widening_for(units)
     pairs = observed[1][:, None] - observed[0]
     resampled = drawn[:, 1, :, None] - drawn[:, 0, None]
     sd = resampled.std(0, ddof=1)
@@ -191,15 +202,23 @@ def test_the_p_value_is_one_minus_the_level_of_the_widest_band_without_zero(seed
     for _ in range(60):
         middle = (narrow + wide) / 2
         narrow, wide = (middle, wide) if excludes_zero(middle) else (narrow, middle)
-    assert difference.p == pytest.approx((1 + (largest >= narrow).sum()) / 201, abs=1.01 / 201)
+    assert difference.p == pytest.approx(
+        (1 + (widening * largest >= narrow).sum()) / 201, abs=1.01 / 201
+    )
     low, high = difference.interval
     assert (low > 0 or high < 0) == excludes_zero(np.quantile(largest, 0.95))
+
+
+def test_few_photos_widen_as_student_does():
+    """The quantile of 19 degrees of freedom is 2.093; a bootstrap's variance lacks a twentieth."""
+    assert widening_for(20) == pytest.approx(2.093 / 1.96 * (20 / 19) ** 0.5, rel=1e-3)
+    assert widening_for(MANY) == pytest.approx(1, rel=1e-4)
 
 
 def test_equal_runs_differ_by_nothing():
     scores = np.full(3, 0.5)
     drawn = np.random.default_rng(0).normal(0.5, 0.02, (200, 3))
-    difference = difference_of_best(1, *[scores_of(scores, drawn)] * 2)
+    difference = difference_of_best(1, *[scores_of(scores, drawn)] * 2, units=20)
     low, high = difference.interval
     assert difference.p == 1 and low <= 0 <= high
 
@@ -230,6 +249,7 @@ def test_what_intervals_say_of_two_runs(interval, narrow, p, units, finding):
         interval=interval,
         equivalence_interval=narrow,
         p=p,
+        sd=0.02,
         factor=2.5,
     )
     assert difference.finding(CLASSES_TASK, units) == finding

@@ -277,7 +277,9 @@ def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -
     verdicts = {}
     for name in VERDICT_COLUMNS:
         columns = {seed: entry["verdicts"][name] for seed, entry in by_seed.items()}
-        least = 0.0 if name == "paper" else margin
+        least = margin
+        if name == "paper":
+            least = 0.0
         verdicts[name] = join_column(
             claim.sign, by_seed=columns, shared_images=shared_images, margin=least
         )

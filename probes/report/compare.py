@@ -185,7 +185,8 @@ def pair_sites(first: ProbeRun, second: ProbeRun) -> list[tuple[str, str]]:
     pairs = []
     for site in first.sites:
         if not is_layer(site):
-            pairs += [(site, site)] if site in second.sites else []
+            if site in second.sites:
+                pairs.append((site, site))
         elif others:
             depth = layer_number(site) / layer_number(first.last_layer)
             wanted = depth * layer_number(second.last_layer)  # among the other model's layers
@@ -204,13 +205,14 @@ def _test_sites(
     task = first.task
     differences = []
     for site, other in pairs:  # one at a time: the sums of all sites can be large
-        a = first.sums_at([site])[0].double()  # [N, M]
-        b = second.sums_at([other])[0].double()
-        moved = swaps @ (b - a)
-        scores = [task.dataset_scores(x)[task.score] for x in (a.sum(0) + moved, b.sum(0) - moved)]
-        differences.append(scores[1] - scores[0])
-    corrected = p_values(torch.stack(differences, 1))[1].tolist()
-    return dict(zip(pairs, corrected, strict=True))
+        of_first = first.sums_at([site])[0].double()  # [N, M]
+        of_second = second.sums_at([other])[0].double()
+        moved = swaps @ (of_second - of_first)
+        swapped_first = task.dataset_scores(of_first.sum(0) + moved)
+        swapped_second = task.dataset_scores(of_second.sum(0) - moved)
+        differences.append(swapped_second[task.score] - swapped_first[task.score])
+    _, corrected = p_values(torch.stack(differences, 1))
+    return dict(zip(pairs, corrected.tolist(), strict=True))
 
 
 def compare_classes(
@@ -222,35 +224,38 @@ def compare_classes(
     classes are in a handful of photos, of which bootstrap intervals cover too little. A class in fewer than
     `FEWEST_PHOTOS` photos, or groups of these, has no p-value.
     """
-    a, b = (
-        run.sums_at([site])[0].double() for run, site in zip((first, second), sites, strict=True)
-    )
-    moved = swaps @ (b - a)
     iou = first.task.iou
-    swapped = iou(b.sum(0) - moved) - iou(a.sum(0) + moved)  # [1 + P, K]
-    known = (~swapped[0].isnan()).nonzero().flatten().tolist()
-    if not known:
+    sums = []
+    for run, site in zip((first, second), sites, strict=True):
+        sums.append(run.sums_at([site])[0].double())
+    of_first, of_second = sums
+    moved = swaps @ (of_second - of_first)
+    swapped_second = iou(of_second.sum(0) - moved)
+    swapped = swapped_second - iou(of_first.sum(0) + moved)  # [1 + P, K]
+    classes = (~swapped[0].isnan()).nonzero().flatten().tolist()
+    if not classes:
         return
-    corrected = p_values(swapped[:, known].nan_to_num())[1].tolist()
-    weights = torch.cat([torch.ones(1, len(a)), first.weights]).double()
-    drawn = [iou(weights @ sums).nan_to_num() for sums in (a, b)]
+    _, corrected = p_values(swapped[:, classes].nan_to_num())
+    weights = torch.cat([torch.ones(1, len(of_first)), first.weights]).double()
+    drawn = [iou(weights @ of_run).nan_to_num() for of_run in sums]
     photos = photos_of_classes(first)
-    for k, p in zip(known, corrected, strict=True):
-        row = _row(
-            "class",
-            first.metrics["classes"][k],
-            first.task,
-            *(Estimate.from_vector(x[:, k]) for x in drawn),
-            *sites,
-        )
-        yield row | {"photos": photos[k], "p": p if photos[k] >= FEWEST_PHOTOS else None}
+    for k, p in zip(classes, corrected.tolist(), strict=True):
+        scores = [Estimate.from_vector(of_run[:, k]) for of_run in drawn]
+        name = first.metrics["classes"][k]
+        row = _row("class", name, first.task, *scores, *sites)
+        row |= {"photos": photos[k], "p": None}
+        if photos[k] >= FEWEST_PHOTOS:
+            row["p"] = p
+        yield row
 
 
 def photos_of_classes(run: ProbeRun) -> list[int]:
     """Return in how many validation images each class is labelled; of images in groups, in how many groups."""
-    labelled = run.sums_at(run.sites[:1])[0].unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
+    sums = run.sums_at(run.sites[:1])[0]
+    labelled = sums.unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
     if run.groups is not None:
-        labelled = torch.stack([labelled[run.groups == x].any(0) for x in run.groups.unique()])
+        of_groups = [labelled[run.groups == group].any(0) for group in run.groups.unique()]
+        labelled = torch.stack(of_groups)
     return labelled.sum(0).tolist()
 
 

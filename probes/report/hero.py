@@ -83,12 +83,17 @@ def about_llm(lead: SiteReading, claims: Mapping[str, Any]) -> list[str]:
         return ["Whether its LLM adds to its adapter is untested."]
     drop = claims.get("adapter_drop")
     if drop is not None and drop.optimum_verdict == HOLDS:
-        than = ", more than random adapters do" if drop.finding in SUPPORTED else ""
-        than = ", as random adapters do" if drop.finding == "not learned" else than
+        than = ""
+        if drop.finding in SUPPORTED:
+            than = ", more than random adapters do"
+        elif drop.finding == "not learned":
+            than = ", as random adapters do"
         loses = f"Its adapter loses {number(drop.value)} points{than}"
         return [f"{loses}, and no LLM layer is shown to recover them."]
     adapter = lead.row("adapter")
-    score = f" ({adapter.value_text}%)" if adapter and lead.best is not adapter else ""
+    score = ""
+    if adapter and lead.best is not adapter:
+        score = f" ({adapter.value_text}%)"
     return [f"No LLM layer is shown to improve on its adapter{score}."]
 
 

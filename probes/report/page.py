@@ -87,16 +87,19 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
         claims = [evaluate_claims(study) for study in studies]
         joint = joint_studies(studies, claims)
         tables = make_tables(studies, claims, joint)
-        sections = [study_sections(x, "" if single else f"{x.slug}/") for x in studies]
+        folders = [f"{study.slug}/" for study in studies]
+        if single:
+            folders = ["" for study in studies]
+        sections = [study_sections(*of) for of in zip(studies, folders, strict=True)]
         files: Files = {
             out / f"{name}.csv": table.to_csv(index=False)
             for name, table in tables._asdict().items()
             if len(table)
         }
         files |= _csv_files({"table2": table2(main)}, out)
-        for study, of_study in zip(studies, sections, strict=True):
+        for folder, of_study in zip(folders, sections, strict=True):
             for section in of_study.values():
-                files |= _csv_files(section.tables, out if single else out / study.slug)
+                files |= _csv_files(section.tables, out / folder)
                 files |= _figure_files(section.figures, out)
         main_runs = main_runs_of(studies, tables)
         view = read_view(tables, main_runs)
@@ -118,8 +121,9 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
         )
         results["summary"] = summarize(view, sentences, studies[0].first)
         results["lab"] = lab_command(view, main_runs)
-        results |= {"unfinished": unfinished} if unfinished else {}
-        results |= {"files": names}
+        if unfinished:
+            results["unfinished"] = unfinished
+        results["files"] = names
         earlier = _earlier_files(out)
         write_files(files | {out / "index.html": page, out / "results.json": results})
         for path in earlier - files.keys():
@@ -143,7 +147,9 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
 def _earlier_files(out: Path) -> set[Path]:
     """Return the CSV files, figures and tables of the report that `out` holds."""
     file = out / "results.json"
-    paths = [out / name for name in read_json(file).get("files", [])] if file.is_file() else []
+    if not file.is_file():
+        return set()
+    paths = [out / name for name in read_json(file).get("files", [])]
     return {path for path in paths if path.resolve().is_relative_to(out.resolve())}
 
 
@@ -188,14 +194,12 @@ def render_page(
         unfinished: Steps that have no result.
         files: Names of the report's files.
     """
-    analyses = {
-        name: [
-            (study, of_study[name])
-            for study, of_study in zip(studies, sections, strict=True)
-            if name in of_study and of_study[name].figures
-        ]
-        for name in ANALYSES
-    }
+    analyses = {}
+    for name in ANALYSES:
+        analyses[name] = []
+        for study, of_study in zip(studies, sections, strict=True):
+            if name in of_study and of_study[name].figures:
+                analyses[name].append((study, of_study[name]))
     return render(
         "report/page.html.j2",
         FILTERS,
@@ -203,7 +207,7 @@ def render_page(
         view=view,
         sentences=sentences,
         studies=studies,
-        analyses={name: own for name, own in analyses.items() if own},
+        analyses={name: shown for name, shown in analyses.items() if shown},
         all_analyses=ANALYSES,
         site_figures=site_figures,
         failed=describe_steps(unfinished, Outcome.FAILED),
@@ -233,11 +237,13 @@ def figures_of_sites(view: ReportView) -> list[Figure]:
     figures = []
     for task, of_task in parts.grouped(view.readings, "task").items():
         masks = list(dict.fromkeys(reading.mask for reading in of_task))
-        panels = [
-            by_site(own, SiteAxis(own), masks, banded=own[:1], title=data)
-            for data, own in parts.grouped(of_task, "data").items()
-        ]
-        name = "layers" if task == SEGMENTATION else f"layers_{task}"
+        panels = []
+        for data, of_data in parts.grouped(of_task, "data").items():
+            axis = SiteAxis(of_data)
+            panels.append(by_site(of_data, axis, masks, banded=of_data[:1], title=data))
+        name = "layers"
+        if task != SEGMENTATION:
+            name = f"layers_{task}"
         figures.append(Figure(name=name, title="Scores by site", caption="", panels=panels))
     return figures + parts.inside_layers(view.tables)
 
@@ -266,11 +272,16 @@ def report_results(
     main = []
     others = []
     for study, *of_study in zip(studies, claims, sections, strict=True):
-        found = main if study.task.name == SEGMENTATION else others
-        found.append(study_results(study, labels[study.name], *of_study))
-    several = {"seed": main[0]["seed"], "studies": main}
+        results_of_study = study_results(study, labels[study.name], *of_study)
+        if study.task.name == SEGMENTATION:
+            main.append(results_of_study)
+        else:
+            others.append(results_of_study)
     results = {"margin": MARGIN, "models": tables.models.to_dict("records")}
-    results |= main[0] if len(main) == 1 else several
+    if len(main) == 1:
+        results |= main[0]
+    else:
+        results |= {"seed": main[0]["seed"], "studies": main}
     if joint:
         results["joint"] = [entry | {"model": labels[entry["model"]]} for entry in joint]
     if others:

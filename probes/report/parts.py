@@ -61,8 +61,11 @@ class Scale:
     def __init__(self, values: Iterable[float], factor: float = 100, signed: bool = True):
         self.factor = factor
         self.signed = signed
-        least = LEAST_STEP if factor == 100 else 0
-        self.low, self.high = span_of([factor * value for value in values], signed, least)
+        least = 0
+        if factor == 100:
+            least = LEAST_STEP
+        scaled = [factor * value for value in values]
+        self.low, self.high = span_of(scaled, signed, least)
 
     def at(self, value: float) -> float:
         """Return the place of a value, in per cent."""
@@ -83,16 +86,24 @@ def verdicts(claims: DataFrame, task: str) -> Entry:
     """
     rows = []
     claims = claims[(claims["task"] == task) & ~is_about_nothing(claims)]
-    for _, own in claims.groupby(ABOUT_CLAIM, sort=False):
-        joint = own[own["seeds"] > 1]
-        dots = own.loc[own["seeds"] == 1, "value"].tolist() if len(joint) else []
-        shown = joint if len(joint) else own
+    for _, of_claim in claims.groupby(ABOUT_CLAIM, sort=False):
+        of_seeds = of_claim["seeds"] == 1
+        shown = of_claim
+        dots = []
+        if not of_seeds.all():
+            shown = of_claim[~of_seeds]
+            dots = of_claim.loc[of_seeds, "value"].tolist()
         rows += shown.assign(dots=[dots] * len(shown)).itertuples()
     tested = [row for row in rows if row.conclusion != "untested"]
-    ends = [x for row in tested for x in (row.low, row.high, row.beyond_low, row.beyond_high)]
+    ends = []
+    for row in tested:
+        ends += [row.low, row.high, row.beyond_low, row.beyond_high]
+    factor = 1
+    if task == SEGMENTATION:
+        factor = 100
     return {
         "groups": grouped(tested, "claim"),
-        "scale": Scale(ends, 100 if task == SEGMENTATION else 1),
+        "scale": Scale(ends, factor),
         "rows": rows,
         "tested": tested,
         "margin": TASKS[task].margin,
@@ -136,7 +147,7 @@ def as_read(view: ReportView, row: Any) -> str:
     ends = []
     for term in EFFECTS[row.claim]:
         site = {LAST_LAYER: reading.model.last_layer, PATCHES: PATCHES}.get(term, term)
-        names = [name for name, own in reading.own.items() if own == site]
+        names = [name for name, of_model in reading.own.items() if of_model == site]
         if term == BEST_LAYER_TERM:
             ends.append(reading.best_layer)
         else:
@@ -209,21 +220,23 @@ def panels(
     """
     groups = [*grouped(readings, "model.key").values()]
     charts = []
-    for own in groups:
-        others = [reading for reading in readings if reading not in own] * together
-        axis = SiteAxis(readings if together else own)
-        charts.append(
-            by_site(own, axis=axis, masks=masks, others=others, banded=own if banded else ())
-        )
+    for of_model in groups:
+        others = []
+        axis = SiteAxis(of_model)
+        if together:
+            others = [reading for reading in readings if reading not in of_model]
+            axis = SiteAxis(readings)
+        shaded = []
+        if banded:
+            shaded = of_model
+        chart = by_site(of_model, axis=axis, masks=masks, others=others, banded=shaded)
+        charts.append(chart)
     span = chart_span(charts)
-    return [
-        {
-            "readings": own,
-            "best": max(own, key=SiteReading.rank),
-            "chart": chart._replace(span=span),
-        }
-        for own, chart in zip(groups, charts, strict=True)
-    ]
+    entries = []
+    for of_model, chart in zip(groups, charts, strict=True):
+        best = max(of_model, key=SiteReading.rank)
+        entries.append({"best": best, "readings": of_model, "chart": chart._replace(span=span)})
+    return entries
 
 
 def grouped(rows: Iterable[Any], name: str) -> dict[Any, list[Any]]:
@@ -236,9 +249,12 @@ def grouped(rows: Iterable[Any], name: str) -> dict[Any, list[Any]]:
 
 def model_differences(differences: DataFrame) -> dict[str, Any]:
     """Return by model how it differs from the first: at the best layers, else at the last site that both have."""
-    known = differences.dropna(subset="difference")
-    rows = [known[known["of"] == of] for of in ("site", BEST_LAYER)]
-    return {row.second: row for table in rows for row in table.itertuples()}
+    measured = differences.dropna(subset="difference")
+    rows = {}
+    for of in ("site", BEST_LAYER):
+        for row in measured[measured["of"] == of].itertuples():
+            rows[row.second] = row
+    return rows
 
 
 def inside_layers(tables: Tables) -> list[Figure]:
@@ -247,27 +263,27 @@ def inside_layers(tables: Tables) -> list[Figure]:
     table = table[table["site"].map(lambda site: is_layer(layer_around(site)))]
     parts = table["site"].map(lambda site: part_of(site) or "")
     table = table.assign(part=parts, layer=table["site"].map(layer_number))
+    looks = {}
+    for colour, (part, name) in enumerate(INSIDE.items()):
+        looks[part] = Curve([], name, colour, mark="circle", band=True)
     charts = []
-    for about, own in table.groupby(ABOUT, sort=False):
-        if own["part"].any():
-            rows = own.sort_values("layer")
-            looks = {
-                part: Curve([], name, colour, mark="circle", band=True)
-                for colour, (part, name) in enumerate(INSIDE.items())
-            }
-            curves = curves_by_layer(
+    for about, rows in table.groupby(ABOUT, sort=False):
+        if not rows["part"].any():
+            continue
+        rows = rows.sort_values("layer")
+        chart = Chart(
+            curves=curves_by_layer(
                 rows.to_dict("records"), looks=looks, name="part", value="value"
-            )
-            ticks = {layer: str(layer) for layer in rows["layer"]}
-            charts.append(
-                Chart(curves=curves, ticks=ticks, title=", ".join(about[2:4]), unit="mIoU, %")
-            )
+            ),
+            ticks={layer: str(layer) for layer in rows["layer"]},
+            title=", ".join(about[2:4]),
+            unit="mIoU, %",
+        )
+        charts.append(chart)
+    if not charts:
+        return []
     text = "Values that a layer's attention reads, and what attention and MLP add, beside the output of the layer."
-    return (
-        [Figure(name="parts", title="Inside the layers", caption=text, panels=charts)]
-        if charts
-        else []
-    )
+    return [Figure(name="parts", title="Inside the layers", caption=text, panels=charts)]
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -291,7 +307,7 @@ def class_rows(view: ReportView) -> Entry | None:
     table["pair"] = [by_class.get(name) for name in table.index]
     table["order"] = -gain
     if by_class:
-        table["order"] = [row.difference if row else np.inf for row in table["pair"]]
+        table["order"] = [getattr(row, "difference", np.inf) for row in table["pair"]]
     table = table.sort_values("order", kind="stable")
     first, second = "", ""
     if by_class:

@@ -71,7 +71,10 @@ def picture_uri(picture: np.ndarray) -> str:
 def right_share(classes: np.ndarray, truth: np.ndarray) -> str:
     """Return the share of labelled pixels that are right."""
     labelled = truth != IGNORE_INDEX
-    return f"{(classes == truth)[labelled].mean() if labelled.any() else 0:.0%}"
+    if not labelled.any():
+        return "0%"
+    right = (classes == truth)[labelled]
+    return f"{right.mean():.0%}"
 
 
 def has_same_photo(reading: SiteReading, lead: SiteReading, photo: str = "typical") -> bool:

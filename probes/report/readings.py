@@ -248,7 +248,9 @@ def in_order(sites: Iterable[str]) -> list[str]:
 
     def place(site: str) -> tuple[int, int]:
         number = site_number(site)
-        kind = site if number is None else f"{site.rpartition('_')[0]}_"
+        kind = site
+        if number is not None:
+            kind = f"{site.rpartition('_')[0]}_"
         return PARTS.index(kind), number or 0
 
     return sorted({*sites}, key=place)
@@ -260,11 +262,19 @@ class SiteAxis:
     def __init__(self, readings: Sequence[SiteReading]):
         self.has_llm = any(reading.model.has_llm for reading in readings)
         self.depths: dict[bool, int] = {}
-        for model in (r.model for r in readings if any(map(r.is_layer, r.own))):
-            self.depths[model.has_llm] = max(model.depth, self.depths.get(model.has_llm, 0))
-        sites = [row.site for r in readings for row in r.rows if not self.is_moved(r, row.site)]
+        for reading in readings:
+            model = reading.model
+            if any(map(reading.is_layer, reading.own)):
+                self.depths[model.has_llm] = max(model.depth, self.depths.get(model.has_llm, 0))
+        self.is_relative = False
+        sites = []
+        for reading in readings:
+            for row in reading.rows:
+                if self.is_moved(reading, row.site):
+                    self.is_relative = True
+                else:
+                    sites.append(row.site)
         self.sites = in_order(sites)
-        self.is_relative = any(self.is_moved(r, row.site) for r in readings for row in r.rows)
 
     def is_moved(self, reading: SiteReading, site: str) -> bool:
         """Return whether a site is a layer of a model that has fewer than others."""
@@ -276,9 +286,14 @@ class SiteAxis:
         if not self.is_moved(reading, site):
             return self.sites.index(site)
         start, _, number = site.rpartition("_")
-        same = [x for x in self.sites if x.startswith(f"{start}_") and site_number(x) is not None]
+        depths = []
+        places = []
+        for place, other in enumerate(self.sites):
+            if other.startswith(f"{start}_") and site_number(other) is not None:
+                depths.append(site_number(other))
+                places.append(place)
         depth = self.depths[reading.model.has_llm] * int(number) / reading.model.depth
-        return float(np.interp(depth, [*map(site_number, same)], [*map(self.sites.index, same)]))
+        return float(np.interp(depth, depths, places))
 
     @property
     def zones(self) -> dict[str, list[int]]:
@@ -310,37 +325,49 @@ def by_site(
         about: Fields of the chart.
     """
     task = TASKS[readings[0].task]
-    is_segmentation = task.name == SEGMENTATION
-    curves = [curve_of(r, axis, masks, style="thin", mark="") for r in others]
-    curves += [curve_of(r, axis, masks, band=r in banded) for r in readings]
+    curves = [curve_of(reading, axis, masks, style="thin", mark="") for reading in others]
+    for reading in readings:
+        curves.append(curve_of(reading, axis, masks, band=reading in banded))
+    if random is None:
+        random = readings
+    unit = task.labels[task.score]
+    scale = 1
+    if task.name == SEGMENTATION:
+        unit = "mIoU, %"
+        scale = 100
     return Chart(
-        curves,
-        {i: site_tick(site) for i, site in enumerate(axis.sites)},
-        unit="mIoU, %" if is_segmentation else task.labels[task.score],
-        grey=grey_of(readings if random is None else random, axis),
-        scale=100 if is_segmentation else 1,
+        curves=curves,
+        ticks={place: site_tick(site) for place, site in enumerate(axis.sites)},
+        unit=unit,
+        grey=grey_of(random, axis),
+        scale=scale,
         **about,
     )
 
 
 def curve_of(reading: SiteReading, axis: SiteAxis, masks: Sequence[str], **look: Any) -> Curve:
     """Return the curve of a reading."""
-    points = [
-        Point(
+    label = reading.model.label
+    points = []
+    for row in reading.rows:
+        name = site_name(reading.own.get(row.site, row.site))
+        point = Point(
             x=axis.place(reading, row.site),
             value=row.value,
             low=row.low,
             high=row.high,
-            title=f"{reading.model.label}, {site_name(reading.own.get(row.site, row.site))}: {row.value_ci}",
+            title=f"{label}, {name}: {row.value_ci}",
         )
-        for row in reading.rows
-    ]
-    several = len(masks) > 1
-    own = {
-        "style": "dashed" if several and reading.mask == "causal" else "line",
-        "mark": reading.mask if several and reading.model.has_llm else "circle",
-    }
-    return Curve(points=points, name=reading.model.label, colour=reading.model.number, **own | look)
+        points.append(point)
+    style = "line"
+    mark = "circle"
+    if len(masks) > 1:
+        if reading.mask == "causal":
+            style = "dashed"
+        if reading.model.has_llm:
+            mark = reading.mask
+    looks = {"style": style, "mark": mark} | look
+    return Curve(points=points, name=label, colour=reading.model.number, **looks)
 
 
 def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]]:
@@ -350,17 +377,18 @@ def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]
     """
     ranges: dict[str, list[Point]] = {}
     for x, site in enumerate(axis.sites):
-        own = [reading for reading in readings if site in reading.draws]
-        values = [value for reading in own for value in reading.draws[site]]
+        drawn = [reading for reading in readings if site in reading.draws]
+        values = [value for reading in drawn for value in reading.draws[site]]
         if not values:
             continue
         points = ranges.setdefault(zone_of(site, axis.has_llm), [])
-        before = [reading.row(axis.sites[x - 1]) for reading in own]
+        before = [reading.row(axis.sites[x - 1]) for reading in drawn]
         starts = [row.value for row in before if row]
         if x and starts and not points and site != "adapter":
             points.append(_range(x - 1, starts))
-        ends = " to ".join(number(value, own[0].task) for value in (min(values), max(values)))
-        points.append(_range(x, values)._replace(title=f"random models: {ends}"))
+        task = drawn[0].task
+        title = f"random models: {number(min(values), task)} to {number(max(values), task)}"
+        points.append(_range(x, values)._replace(title=title))
     return list(ranges.values())
 
 

@@ -137,7 +137,9 @@ def random_part(site: str) -> str:
     around = layer_around(site)
     if around == FINAL_NORM or (is_layer(around) and around != PATCHES):
         return "llm"
-    return "adapter" if site == ADAPTER else ""
+    if site == ADAPTER:
+        return "adapter"
+    return ""
 
 
 def draw_rows(study: StudyRuns, key: str) -> Iterator[Entry]:

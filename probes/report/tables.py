@@ -173,25 +173,30 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     first: dict[str, StudyRuns] = {}
     for study in studies:
         first.setdefault(study.name, study)
-    # a checkpoint that records no name of itself is called by its path
     paths = [study.first.metrics["mllm"] for study in first.values()]
-    named = zip(first, paths, strict=True)
-    labels = shorten_labels([path if name == Path(path).name else name for name, path in named])
+    telling_names = []
+    for name, path in zip(first, paths, strict=True):
+        # a checkpoint that records no name of itself is called by its path
+        is_of_path = name == Path(path).name
+        telling_names.append(path if is_of_path else name)
+    labels = shorten_labels(telling_names)
     rows = []
     for key, label, path, study in zip(cycle(KEYS), labels, paths, first.values(), strict=False):
-        # what a checkpoint records of itself, else its name
-        about = study.first.training.get("about") or (path if study.name in path else study.name)
-        rows.append(
-            {
-                "key": key,
-                "name": study.name,
-                "label": label,
-                "about": about if about != label else "",
-                "path": path,
-                "has_llm": study.first.has_llm,
-                "last_layer": study.first.last_layer,
-            }
-        )
+        about = study.first.training.get("about")  # what a checkpoint records of itself
+        if not about:
+            about = path if study.name in path else study.name
+        if about == label:
+            about = ""
+        row = {
+            "key": key,
+            "name": study.name,
+            "label": label,
+            "about": about,
+            "path": path,
+            "has_llm": study.first.has_llm,
+            "last_layer": study.first.last_layer,
+        }
+        rows.append(row)
     return DataFrame(rows, columns=NAMES["models"])
 
 
@@ -202,8 +207,10 @@ def shorten_labels(names: Sequence[str]) -> list[str]:
     """
     words = [_last_part(name).replace("_", " ").split() for name in names]
     for _ in ("starts", "ends"):
-        fewest = min(map(len, words)) - 1 if len(words) > 1 else 0
-        shared = min(fewest, len(commonprefix(words)))
+        shared = 0
+        if len(words) > 1:
+            fewest = min(map(len, words)) - 1
+            shared = min(fewest, len(commonprefix(words)))
         words = [w[shared:][::-1] for w in words]
     return [_shorten(" ".join(w)) for w in words]
 

@@ -106,9 +106,12 @@ def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
         plot[first : last + 1] = "─" * (last + 1 - first)
         if row.random_text:
             place = column(row.random)
-            plot[place] = "░" if plot[place] == " " else "┼"
+            over = {" ": "░"}
+            plot[place] = over.get(plot[place], "┼")
         plot[column(row.value)] = "●"
-        mark = "◂" if row is lead.best else " "
+        mark = " "
+        if row is lead.best:
+            mark = "◂"
         line = f"{site_name(row.site):<17}{mark} {row.value_text:>4}  {''.join(plot)}"
         yield f"{line}  {row.random_text:>6}  {row.minus_random_text} {row.minus_random_ci}"
 

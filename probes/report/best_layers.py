@@ -32,6 +32,7 @@ WORSE = "worse"
 NO_EFFECT = "no effect"
 NEGLIGIBLE = "negligible"
 UNDECIDED = "undecided"
+BAND = 2.6  # standard deviations that the half width of a band of all layers is about
 FEWEST_UNITS = 10  # photos, or groups of these: of fewer, intervals are too short to say anything
 
 
@@ -45,8 +46,7 @@ class BestDifference:
         interval: At 95%.
         equivalence_interval: At 90%, as two one-sided tests at 5% use it.
         p: 1 minus the level of the widest interval without 0, widened for few photos.
-        sd: Half the 95% interval in units of the half width of its bands.
-        factor: That half width in standard deviations, widened for few photos.
+        half_width: Of the 95% interval, widened for few photos.
     """
 
     first_value: float
@@ -54,17 +54,12 @@ class BestDifference:
     interval: tuple[float, float]
     equivalence_interval: tuple[float, float]
     p: float
-    sd: float
-    factor: float
+    half_width: float
 
     @property
     def value(self) -> float:
         """The second minus the first."""
         return self.second_value - self.first_value
-
-    def detectable(self, margin: float) -> float:
-        """Return the smallest difference that is found in 80% of studies with intervals of this length."""
-        return max(self.factor * self.sd, margin) + normal_quantile(POWER) * self.sd
 
     def row(self, task: Task, units: int) -> Entry:
         """Return its columns of the table of differences; the finding is not yet corrected for other pairs."""
@@ -77,7 +72,7 @@ class BestDifference:
             "high": high,
             "p": self.p,
             "finding": self.finding(task, units),
-            "detectable": self.detectable(task.margin),
+            "detectable": detectable_difference(self.half_width, task.margin),
         }
 
     def finding(self, task: Task, units: int) -> str:
@@ -119,7 +114,7 @@ def difference_of_best(
     observed = differences[0]
     sd, distances = largest_distances(differences[1:].flatten(1))
     sd = sd.view_as(observed)
-    factor = distances.quantile(0.95).item()
+    factor = distances.quantile(0.95)
     interval = _interval_of_maxima(sign, observed, half=factor * sd)
     widening = widening_for(units)
     factor_of_equivalence = widening * distances.quantile(1 - 2 * ALPHA)
@@ -129,8 +124,7 @@ def difference_of_best(
         interval=interval,
         equivalence_interval=_interval_of_maxima(sign, observed, half=factor_of_equivalence * sd),
         p=_p_of_maxima(observed, sd=sd, distances=widening * distances),
-        sd=(interval[1] - interval[0]) / 2 / max(factor, 1.0),
-        factor=widening * factor,
+        half_width=widening * (interval[1] - interval[0]) / 2,
     )
 
 
@@ -143,6 +137,11 @@ def widening_for(units: int) -> float:
     units = max(units, 2)
     quantile = student_quantile(0.975, units - 1) / normal_quantile(0.975)
     return quantile * math.sqrt(units / (units - 1))
+
+
+def detectable_difference(half_width: float, margin: float) -> float:
+    """Return the smallest difference that is found in 80% of studies with intervals of this half width."""
+    return max(half_width, margin) + normal_quantile(POWER) * half_width / BAND
 
 
 def _interval_of_maxima(sign: int, differences: Tensor, half: Tensor) -> tuple[float, float]:

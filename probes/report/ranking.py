@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .readings import ReportView, SiteReading
 
 ALIKE = (NO_EFFECT, NEGLIGIBLE)
+SEEN_FROM_THE_OTHER = {BETTER: WORSE, WORSE: BETTER}
 MOST_RIVALS = 4  # that the sentence names
 READ_BY = {
     "squash": "squashed",
@@ -97,34 +98,24 @@ def compare_with_lead(view: "ReportView", reading: "SiteReading") -> Rival:
         of_lead, of_reading = lead.model.key, reading.model.key
     for row in rows.itertuples():
         if (row.first, row.second) == (of_reading, of_lead):
-            return _rival(row, reading)
+            return Rival(
+                reading=reading,
+                finding=row.finding,
+                value=row.difference,
+                low=row.low,
+                high=row.high,
+                detectable=row.detectable,
+            )
         if (row.first, row.second) == (of_lead, of_reading):
-            return _reversed_rival(row, reading)
+            return Rival(
+                reading=reading,
+                finding=SEEN_FROM_THE_OTHER.get(row.finding, row.finding),
+                value=-row.difference,
+                low=-row.high,
+                high=-row.low,
+                detectable=row.detectable,
+            )
     return Rival(reading)
-
-
-def _rival(row: Any, reading: "SiteReading") -> Rival:
-    """Return a reading that a row of the table of differences subtracts from the lead."""
-    return Rival(
-        reading=reading,
-        finding=row.finding,
-        value=row.difference,
-        low=row.low,
-        high=row.high,
-        detectable=row.detectable,
-    )
-
-
-def _reversed_rival(row: Any, reading: "SiteReading") -> Rival:
-    """Return a reading from which a row subtracts the lead."""
-    return Rival(
-        reading=reading,
-        finding={BETTER: WORSE, WORSE: BETTER}.get(row.finding, row.finding),
-        value=-row.difference,
-        low=-row.high,
-        high=-row.low,
-        detectable=row.detectable,
-    )
 
 
 # ------------------------------------------------------------------------------------------------ sentences

@@ -11,10 +11,10 @@ from pandas import DataFrame
 from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION
 
-from .best_layers import BETTER, WORSE
 from .charts import LEAST_STEP, span_of
 from .hero import choose_sites, plain_text
 from .parts import FINDINGS, is_about_nothing, is_right
+from .ranking import SEEN_FROM_THE_OTHER
 from .readings import MainRun, ReportView, SiteReading
 from .verdicts import UNTESTED
 from .words import SIGNS, lower_first, noun_of, site_name, site_number
@@ -24,7 +24,6 @@ MOST_LINES = 20
 MOST_SITES = 9
 PLOT = 25  # columns
 NAMES = 22  # columns
-SEEN_FROM_RIVAL = {BETTER: WORSE, WORSE: BETTER}  # the finding about the lead
 COLOURS = {"●": 32, "◕": 32, "◐": 33, "◉": 33}  # green and yellow
 
 
@@ -133,7 +132,7 @@ def _rows_of_readings(view: ReportView) -> Iterator[str]:
         if reading in rivals:
             rival = rivals[reading]
             difference = " ".join(rival.reversed_text)
-            verdict = SEEN_FROM_RIVAL.get(rival.finding, rival.finding) or "–"
+            verdict = SEEN_FROM_THE_OTHER.get(rival.finding, rival.finding) or "–"
         yield f"{row}  {difference:<20} {verdict:<10} {best.random_text:>6}"
 
 

@@ -18,6 +18,7 @@ from probes.report.best_layers import (
     BEST_LAYER,
     BestDifference,
     correct_for_pairs,
+    detectable_difference,
     difference_of_best,
     widening_for,
 )
@@ -249,10 +250,18 @@ def test_what_intervals_say_of_two_runs(interval, narrow, p, units, finding):
         interval=interval,
         equivalence_interval=narrow,
         p=p,
-        sd=0.02,
-        factor=2.5,
+        half_width=0.02,
     )
     assert difference.finding(CLASSES_TASK, units) == finding
+
+
+def test_the_detectable_difference_is_found_in_four_of_five_studies():
+    """Of an estimate whose band of all layers is 2.6 standard deviations wide."""
+    sd = 0.02
+    difference = detectable_difference(2.6 * sd, margin=0.01)
+    observed = np.random.default_rng(0).normal(difference, sd, 4000)
+    assert (observed > 2.6 * sd).mean() == pytest.approx(0.8, abs=0.02)
+    assert detectable_difference(0.0001, margin=0.01) == pytest.approx(0.01, abs=1e-4)
 
 
 def test_findings_are_corrected_for_the_pairs_of_the_same_photos():

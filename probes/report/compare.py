@@ -33,7 +33,7 @@ FEWEST_PHOTOS = 6  # exchanging fewer can reject nothing: 2 ** (1 - 5) > 0.05
 
 
 @dataclass(frozen=True)
-class Pair:
+class RunPair:
     """Two runs that are compared.
 
     Args:
@@ -75,7 +75,7 @@ def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> list[
     return rows
 
 
-def pairs_of_studies(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[Pair]:
+def pairs_of_studies(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[RunPair]:
     """Yield the pairs with the first model and of masks by study, then those of other models."""
     comparable: dict[tuple, list[StudyRuns]] = {}
     for study in studies:
@@ -91,7 +91,7 @@ def pairs_of_studies(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iter
                 yield replace(pair, only_best=True)
 
 
-def pairs_of_models(first: StudyRuns, second: StudyRuns, keys: dict[str, str]) -> Iterator[Pair]:
+def pairs_of_models(first: StudyRuns, second: StudyRuns, keys: dict[str, str]) -> Iterator[RunPair]:
     """Yield the runs of two models under each mask that both have; without one, those under their first masks."""
     if first.name == second.name:
         return
@@ -103,14 +103,14 @@ def pairs_of_models(first: StudyRuns, second: StudyRuns, keys: dict[str, str]) -
     }
     shared = [mask for mask in runs_of_first if mask in runs_of_second]
     for mask in shared:
-        yield Pair(runs_of_first[mask], runs_of_second[mask], columns=columns | {"mask": mask})
+        yield RunPair(runs_of_first[mask], runs_of_second[mask], columns=columns | {"mask": mask})
     if not shared:
         pair = next(iter(runs_of_first.values())), next(iter(runs_of_second.values()))
         masks = ", ".join(run.mask for run in pair)
-        yield Pair(*pair, columns=columns | {"mask": masks}, only_best=True)
+        yield RunPair(*pair, columns=columns | {"mask": masks}, only_best=True)
 
 
-def pairs_of_masks(study: StudyRuns, keys: dict[str, str]) -> Iterator[Pair]:
+def pairs_of_masks(study: StudyRuns, keys: dict[str, str]) -> Iterator[RunPair]:
     """Yield the runs of a model under its first mask and each other one, then those of other masks."""
     (runs,) = runs_to_compare(study)
     masks = list(runs)
@@ -122,7 +122,7 @@ def pairs_of_masks(study: StudyRuns, keys: dict[str, str]) -> Iterator[Pair]:
             "second": second,
         }
         is_other = first != masks[0]
-        yield Pair(runs[first], runs[second], columns=columns, only_best=is_other)
+        yield RunPair(runs[first], runs[second], columns=columns, only_best=is_other)
 
 
 def _columns(study: StudyRuns) -> Entry:

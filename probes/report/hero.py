@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .charts import Frame, colour_class
 from .pictures import has_same_photo
-from .ranking import ranking
+from .ranking import ranking, rivals_of
 from .readings import Name, ReportView, SiteReading, by_site, rows_about
 from .words import SIGNS, its_site, number, site_name, site_number, site_tick, zone_of
 
@@ -33,8 +33,8 @@ def headline(view: ReportView) -> list[str]:
     """Return the answer, and the sentences after it."""
     lead = view.lead
     claims = {row.claim: row for row in rows_about(view.claims, lead).itertuples()}
-    if view.rivals:
-        return [*ranking(view), *about_training(lead, claims)]
+    if rivals := rivals_of(view):
+        return [*ranking(view, rivals), *about_training(lead, claims)]
     return about_one(lead, claims)
 
 
@@ -160,7 +160,7 @@ class Strip(NamedTuple):
 
 def strips(view: ReportView) -> list[Strip]:
     """Return the rows of pictures: of the lead and of the best others, in the order of the command."""
-    compared = [view.lead, *(rival.reading for rival in view.rivals)]
+    compared = [view.lead, *(rival.reading for rival in rivals_of(view))]
     with_pictures = [reading for reading in compared if has_same_photo(reading, view.lead)]
     most = with_pictures[:MOST_STRIPS]
     rows = []
@@ -291,7 +291,7 @@ def best_sites(
     """Yield a ring at the best site of each reading with its score, which is moved off those of others."""
     rings = {}
     for reading in readings:
-        if reading.seed == view.lead.seed:
+        if reading in view.compared:
             best = view.best(reading)
             rings[reading] = frame.x(view.axis.place(reading, best.site)), frame.y(best.value)
     written: list[tuple[float, float]] = []

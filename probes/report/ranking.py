@@ -1,16 +1,15 @@
 """Which of several models or masks reads best: the lead beside each of the others, and what is said of it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from probes.tasks import TASKS
 
 from .best_layers import BEST_LAYER, BETTER, NEGLIGIBLE, NO_EFFECT, WORSE
+from .readings import ReportView, SiteReading
 from .words import interval, its_site, noun_of, number, site_number
-
-if TYPE_CHECKING:
-    from .readings import ReportView, SiteReading
 
 ALIKE = (NO_EFFECT, NEGLIGIBLE)
 SEEN_FROM_THE_OTHER = {BETTER: WORSE, WORSE: BETTER}
@@ -38,7 +37,7 @@ class Rival:
         detectable: Smallest difference that 80% of such studies find.
     """
 
-    reading: "SiteReading"
+    reading: SiteReading
     finding: str | None = None
     value: float = math.nan
     low: float = math.nan
@@ -63,13 +62,13 @@ class Rival:
         return number(-self.value, task, has_sign=True), interval(-self.high, -self.low, task)
 
 
-def rivals_of(view: "ReportView") -> list[Rival]:
+def rivals_of(view: ReportView) -> list[Rival]:
     """Return the lead's other masks and the other models, the best first.
 
     Of a model it is the reading under the lead's mask, else that under its first mask.
     """
     lead = view.lead
-    readings = [reading for reading in view.front if reading.seed == lead.seed]
+    readings = view.compared
     chosen = []
     for key in dict.fromkeys(reading.model.key for reading in readings):
         of_model = [reading for reading in readings if reading.model.key == key]
@@ -82,7 +81,7 @@ def rivals_of(view: "ReportView") -> list[Rival]:
     return sorted(rivals, key=lambda rival: rival.reading.rank(), reverse=True)
 
 
-def compare_with_lead(view: "ReportView", reading: "SiteReading") -> Rival:
+def compare_with_lead(view: ReportView, reading: SiteReading) -> Rival:
     """Return a reading beside the lead, from the table of differences."""
     lead = view.lead
     rows = view.comparisons[view.comparisons["of"] == BEST_LAYER]
@@ -119,9 +118,9 @@ def compare_with_lead(view: "ReportView", reading: "SiteReading") -> Rival:
 
 
 # ------------------------------------------------------------------------------------------------ sentences
-def ranking(view: "ReportView") -> list[str]:
+def ranking(view: ReportView, rivals: Sequence[Rival]) -> list[str]:
     """Return the answer to "which reads best", and the sentence about the others."""
-    lead, rivals = view.lead, view.rivals
+    lead = view.lead
     photos = f"{lead.images} {noun_of(lead.data)}s"
     where = describe_site(lead, view.best(lead))
     best = view.best(lead).value_text
@@ -148,7 +147,7 @@ def ranking(view: "ReportView") -> list[str]:
     return [answer, f"{reads}: {less}, which {photos} do not show."]
 
 
-def _in_list(view: "ReportView", rival: Rival) -> str:
+def _in_list(view: ReportView, rival: Rival) -> str:
     """Return a rival in the sentence about several: A (50.8, not shown to be less)."""
     said = f"{number(rival.value)} less"
     if rival.finding is None:
@@ -160,7 +159,7 @@ def _in_list(view: "ReportView", rival: Rival) -> str:
     return f"{rival.reading.token} ({view.best(rival.reading).value_text}, {said})"
 
 
-def _alike(view: "ReportView", rival: Rival) -> list[str]:
+def _alike(view: ReportView, rival: Rival) -> list[str]:
     """Return the sentences about two readings whose difference is less than the margin, which is a point."""
     lead = view.lead
     places = []
@@ -175,7 +174,7 @@ def _alike(view: "ReportView", rival: Rival) -> list[str]:
     ]
 
 
-def resize_note(rival: Rival, lead: "SiteReading") -> str:
+def resize_note(rival: Rival, lead: SiteReading) -> str:
     """Return that two readings see photos in another way, "" if they do not."""
     resizes = [READ_BY.get(reading.resize, reading.resize) for reading in (lead, rival.reading)]
     if resizes[0] == resizes[1]:
@@ -183,7 +182,7 @@ def resize_note(rival: Rival, lead: "SiteReading") -> str:
     return f" Their photos differ: {resizes[0]} and {resizes[1]}."
 
 
-def describe_site(reading: "SiteReading", row: Any) -> str:
+def describe_site(reading: SiteReading, row: Any) -> str:
     """Return the name of a site in a sentence that compares: layer 8, its last; its adapter."""
     site = reading.own[row.site]
     name = its_site(site)

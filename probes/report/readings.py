@@ -13,7 +13,6 @@ from probes.models.sites import is_on_main_path
 from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
-from .ranking import Rival, rivals_of
 from .tables import Tables, by_claim
 from .words import number, shown, site_name, site_number, site_tick, zone_of
 
@@ -123,14 +122,14 @@ class ReportView:
             return first
         return max(same, key=SiteReading.rank)
 
-    @cached_property
-    def rivals(self) -> list[Rival]:
-        """The other models and masks beside the lead, the best first."""
-        return rivals_of(self)
+    @property
+    def compared(self) -> list[SiteReading]:
+        """The readings of the lead's task, data and seed, the lead among them."""
+        return [reading for reading in self.front if reading.seed == self.lead.seed]
 
     def best(self, reading: SiteReading) -> Any:
         """Return the row of a reading's best site: where several are compared, of its best layer."""
-        if self.rivals:
+        if len(self.compared) > 1:
             return reading.best_layer
         return reading.best
 
@@ -142,7 +141,7 @@ class ReportView:
         for key, model in self.models.items():
             letter = key * is_lettered
             names[key] = Name(letter, model.label)
-            readings = [r for r in self.front if r.model is model and r.seed == self.lead.seed]
+            readings = [reading for reading in self.compared if reading.model is model]
             for reading in readings:
                 text = model.label
                 if reading.label:

@@ -14,7 +14,7 @@ from probes.tasks import SEGMENTATION
 from .charts import LEAST_STEP, span_of
 from .hero import choose_sites, plain_text
 from .parts import FINDINGS, is_about_nothing, is_right
-from .ranking import SEEN_FROM_THE_OTHER
+from .ranking import SEEN_FROM_THE_OTHER, rivals_of
 from .readings import MainRun, ReportView, SiteReading
 from .verdicts import UNTESTED
 from .words import SIGNS, lower_first, noun_of, site_name, site_number
@@ -47,7 +47,7 @@ def summarize(view: ReportView, sentences: Sequence[str], run: ProbeRun) -> list
     lines = [*textwrap.wrap(plain_text(sentences, view.names), WIDTH), ""]
     # verdicts have two lines at least, with a title and how many there are more
     room = MOST_LINES - len(lines) - len(last) - min(3, len(tested)) - 3
-    if view.rivals:
+    if len(view.compared) > 1:
         title, *rows = _rows_of_readings(view)
         if len(rows) > room:
             rows[room - 1 :] = [f"... and {len(rows) - room + 1} more models and masks"]
@@ -121,10 +121,8 @@ def _rows_of_readings(view: ReportView) -> Iterator[str]:
     letter, label = view.names[lead.token.strip("{}")]
     minus = f"minus {letter or label}"[:20]
     yield f"{'':<{NAMES}} best layer  mIoU  {minus:<20} {'':<10} random"
-    rivals = {rival.reading: rival for rival in view.rivals}
-    for reading in view.front:
-        if reading.seed != lead.seed:
-            continue
+    rivals = {rival.reading: rival for rival in rivals_of(view)}
+    for reading in view.compared:
         name = " ".join(filter(None, view.names[reading.token.strip("{}")]))
         best = view.best(reading)
         row = f"{name[:NAMES]:<{NAMES}} {_place(reading, best.site):>10} {best.value_text:>5}"
@@ -179,7 +177,7 @@ def _rows_of_claims(view: ReportView, tested: DataFrame, room: int) -> Iterator[
 
 def lab_command(view: ReportView, runs: Mapping[tuple, MainRun]) -> str:
     """Return the command that opens the lead and the best other model of the same photos."""
-    readings = [view.lead, *(rival.reading for rival in view.rivals)]
+    readings = [view.lead, *(rival.reading for rival in rivals_of(view))]
     shown = [runs[reading.about].run for reading in readings[:2]]
     words = ["probes lab", *(str(run.path) for run in shown)]
     if any(".py:" in run.metrics["mllm"] for run in shown):

@@ -24,27 +24,27 @@ LAST = model("A", 0.2, 0.3, 0.469)
 
 
 def said(lead: SiteReading, *rivals: Rival) -> str:
-    view = SimpleNamespace(lead=lead, rivals=rivals, best=lambda reading: reading.best_layer)
+    view = SimpleNamespace(lead=lead, best=lambda reading: reading.best_layer)
     names = {}
     for made in (lead, *(rival.reading for rival in rivals)):
         names[made.token.strip("{}")] = Name(made.model.key, f"model{made.model.key}")
-    return plain_text(ranking(view), names)
+    return plain_text(ranking(view, rivals), names)
 
 
 @pytest.mark.parametrize(
     ("rivals", "text"),
     [
         (
-            [Rival(LAST, "undecided", 0.022, 0.0, 0.072)],
+            [Rival(LAST, "undecided", value=0.022, low=0.0, high=0.072)],
             "B modelB reads best: 49.1% mIoU at layer 1. A modelA reads 46.9% at layer 2, its last: 2.2 points less, "
             "which 20 photos do not show.",
         ),
         (
-            [Rival(LAST, "better", 0.022, 0.01, 0.03)],
+            [Rival(LAST, "better", value=0.022, low=0.01, high=0.03)],
             "B modelB reads best: 49.1% mIoU at layer 1. A modelA reads 46.9% at layer 2, its last: 2.2 points less.",
         ),
         (
-            [Rival(LAST, "no effect", 0.002, -0.005, 0.009)],
+            [Rival(LAST, "no effect", value=0.002, low=-0.005, high=0.009)],
             "B modelB and A modelA read alike: 49.1% mIoU, at layer 1 and layer 2. They differ by 0.2 points; a "
             "difference of one point is ruled out.",
         ),
@@ -55,9 +55,9 @@ def said(lead: SiteReading, *rivals: Rival) -> str:
         ),
         (
             [
-                Rival(LAST, "undecided", 0.022, -0.01, 0.05),
-                Rival(model("C", 0.2, 0.4, 0.1), "better", 0.091, 0.05, 0.1),
-                Rival(model("D", 0.2, 0.3, 0.1), "negligible", 0.191, 0.1, 0.2),
+                Rival(LAST, "undecided", value=0.022, low=-0.01, high=0.05),
+                Rival(model("C", 0.2, 0.4, 0.1), "better", value=0.091, low=0.05, high=0.1),
+                Rival(model("D", 0.2, 0.3, 0.1), "negligible", value=0.191, low=0.1, high=0.2),
             ],
             "B modelB reads best: 49.1% mIoU at layer 1. Then A modelA (46.9, not shown to be less), C modelC (40.0, "
             "9.1 less), D modelD (30.0, no less).",
@@ -70,11 +70,14 @@ def test_which_reads_best_is_said_with_what_is_shown(rivals, text):
 
 def test_a_finding_that_is_not_shown_says_what_would_show_it():
     """Four times the photos halve an interval."""
-    undecided = Rival(LAST, "undecided", 0.025, 0.0, 0.09, detectable=0.05)
+    undecided = Rival(LAST, "undecided", value=0.025, low=0.0, high=0.09, detectable=0.05)
     assert would_show(undecided, 20, "photo") == "20 photos would show 5.0; about 80 photos, 2.5."
-    tiny = Rival(LAST, "undecided", 0.001, -0.04, 0.04, detectable=0.05)
+    tiny = Rival(LAST, "undecided", value=0.001, low=-0.04, high=0.04, detectable=0.05)
     assert would_show(tiny, 20, "photo") == "20 photos would show 5.0."
-    assert would_show(Rival(LAST, "better", 0.2, 0.1, 0.3, detectable=0.1), 20, "photo") == ""
+    assert (
+        would_show(Rival(LAST, "better", value=0.2, low=0.1, high=0.3, detectable=0.1), 20, "photo")
+        == ""
+    )
 
 
 def test_models_that_see_photos_otherwise_are_said_to():

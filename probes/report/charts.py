@@ -45,7 +45,7 @@ def _first_step(is_enough: Callable[[float], bool]) -> float:
 
 def span_of(values: Iterable[float], zero: bool = False, least: float = 0) -> tuple[float, float]:
     """Return ends of an axis around values, and with `zero` around 0: multiples of a round number from `least` on."""
-    values = [value for value in values if value is not None and math.isfinite(value)]
+    values = list(filter(_is_number, values))
     if zero or not values:
         values.append(0.0)
     low = min(values)
@@ -72,7 +72,8 @@ def chart_span(charts: Iterable[Chart]) -> tuple[float, float]:
     least = 0
     if scale == 100:
         least = LEAST_STEP
-    return span_of(values, zero=any(chart.signed for chart in charts), least=least)
+    has_zero = any(chart.signed for chart in charts)
+    return span_of(values, zero=has_zero, least=least)
 
 
 class Frame:
@@ -96,19 +97,24 @@ class Frame:
             places += [point.x for point in curve.points]
         self.first = min(places, default=0)
         self.last = max(places, default=1)
-        self.step = (self.right - self.left) / (self.last - self.first + 1)
+        places = self.last - self.first + 1
+        self.step = (self.right - self.left) / places
         self.dot = 3.4  # radius of a point
         if self.step < 14:
             self.dot = 2.4
 
     def x(self, place: float) -> float:
         """Return the place of a site."""
-        return round(self.left + (place - self.first + 0.5) * self.step, 1)
+        steps = place - self.first + 0.5
+        return round(self.left + steps * self.step, 1)
 
     def y(self, value: float) -> float:
         """Return the height of a value."""
-        share = (self.chart.scale * value - self.low) / (self.high - self.low)
-        return round(self.base - min(1.0, max(0.0, share)) * (self.base - self.top), 1)
+        span = self.high - self.low
+        share = (self.chart.scale * value - self.low) / span
+        share = min(1.0, max(0.0, share))
+        height = self.base - self.top
+        return round(self.base - share * height, 1)
 
     def path(self, points: Iterable[tuple[float, float]]) -> str:
         """Return a line through places and values."""
@@ -144,9 +150,13 @@ def defined_points(curve: Curve) -> list[Point]:
     """Return the points of a curve that have a value."""
     points = []
     for point in curve.points:
-        if point.value is not None and math.isfinite(point.value):
+        if _is_number(point.value):
             points.append(point)
     return points
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def colour_class(colour: str | int) -> str:
@@ -199,8 +209,9 @@ def _draw_chart(ax: Axes, chart: Chart) -> None:
         if len(points) == 1:
             (point,) = points
             points = [point._replace(x=point.x + shift) for shift in (-0.2, 0.2)]
+        x = [point.x for point in points]
         low, high = _ends(points, chart.scale)
-        ax.fill_between([point.x for point in points], low, high, color=RANDOM, lw=0)
+        ax.fill_between(x, low, high, color=RANDOM, lw=0)
     for curve in chart.curves:
         _draw_curve(ax, curve, chart.scale)
     if chart.signed:

@@ -105,7 +105,7 @@ def pairs_of_models(first: StudyRuns, second: StudyRuns, keys: dict[str, str]) -
     for mask in shared:
         yield RunPair(runs_of_first[mask], runs_of_second[mask], columns=columns | {"mask": mask})
     if not shared:
-        pair = next(iter(runs_of_first.values())), next(iter(runs_of_second.values()))
+        pair = [next(iter(runs.values())) for runs in (runs_of_first, runs_of_second)]
         masks = ", ".join(run.mask for run in pair)
         yield RunPair(*pair, columns=columns | {"mask": masks}, only_best=True)
 
@@ -141,7 +141,8 @@ def compare_runs(
     tested = [pair for pair in pairs if has_depth(pair[0])]
     p_of = _test_sites(first, second=second, pairs=tested, swaps=swaps)
     for pair in pairs:
-        row = _row("site", pair[0], task, ours[pair[0]], theirs[pair[1]], *pair)
+        site, other = pair
+        row = _row("site", site, task, ours[site], theirs[other], *pair)
         yield row | {"p": p_of.get(pair)}
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
@@ -164,7 +165,8 @@ def compare_best_layers(first: ProbeRun, second: ProbeRun) -> Iterator[Entry]:
         return
     scores = []
     for run in (first, second):
-        scores.append([score for site, score in run.site_scores.items() if is_layer(site)])
+        layers = filter(is_layer, run.site_scores)
+        scores.append([run.site_scores[layer] for layer in layers])
     difference = difference_of_best(first.task.sign, *scores, units=first.units)
     sites = {"site": first.peak_layer, "second_site": second.peak_layer}
     named = {"of": BEST_LAYER, "name": BEST_LAYER, **sites}
@@ -232,11 +234,13 @@ def compare_classes(
     moved = swaps @ (of_second - of_first)
     swapped_second = iou(of_second.sum(0) - moved)
     swapped = swapped_second - iou(of_first.sum(0) + moved)  # [1 + P, K]
-    classes = (~swapped[0].isnan()).nonzero().flatten().tolist()
+    is_defined = ~swapped[0].isnan()
+    classes = is_defined.nonzero().flatten().tolist()
     if not classes:
         return
     _, corrected = p_values(swapped[:, classes].nan_to_num())
-    weights = torch.cat([torch.ones(1, len(of_first)), first.weights]).double()
+    everything = torch.ones_like(first.weights[:1])
+    weights = torch.cat([everything, first.weights]).double()
     drawn = [iou(weights @ of_run).nan_to_num() for of_run in sums]
     photos = photos_of_classes(first)
     for k, p in zip(classes, corrected.tolist(), strict=True):
@@ -254,7 +258,9 @@ def photos_of_classes(run: ProbeRun) -> list[int]:
     sums = run.sums_at(run.sites[:1])[0]
     labelled = sums.unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
     if run.groups is not None:
-        of_groups = [labelled[run.groups == group].any(0) for group in run.groups.unique()]
+        of_groups = []
+        for group in run.groups.unique():
+            of_groups.append(labelled[run.groups == group].any(0))
         labelled = torch.stack(of_groups)
     return labelled.sum(0).tolist()
 
@@ -270,7 +276,8 @@ def _row(
 ) -> Entry:
     """Return the row of a difference of two numbers, without its p-value."""
     difference = second - first
-    low, high = difference.json(lowest=-task.highest, highest=task.highest)["ci95"]
+    measured = difference.json(lowest=-task.highest, highest=task.highest)
+    low, high = measured["ci95"]
     return {
         "of": of,
         "name": name,

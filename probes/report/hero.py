@@ -32,7 +32,8 @@ MOST_COLOURS = 6  # models that are told apart by colour
 def headline(view: ReportView) -> list[str]:
     """Return the answer, and the sentences after it."""
     lead = view.lead
-    claims = {row.claim: row for row in rows_about(view.claims, lead).itertuples()}
+    rows = rows_about(view.claims, lead)
+    claims = {row.claim: row for row in rows.itertuples()}
     if rivals := rivals_of(view):
         return [*ranking(view, rivals), *about_training(lead, claims)]
     return about_one(lead, claims)
@@ -175,12 +176,14 @@ def choose_sites(reading: SiteReading, best: str, most: int = TILES) -> list[str
     """Return sites of a reading: all if they are few, else ends of the parts, the best, and others evenly."""
     sites = [row.site for row in reading.rows]
     layers = [site for site in sites if site.startswith("layer")]
-    wanted = ["adapter", "encoder", best, (layers or sites)[-1], sites[0]]
-    chosen = list(dict.fromkeys(site for site in wanted if site in sites))[:most]
+    *_, last = layers or sites
+    wanted = dict.fromkeys(["adapter", "encoder", best, last, sites[0]])
+    chosen = [site for site in wanted if site in sites][:most]
     while len(chosen) < min(most, len(sites)):
         taken = [sites.index(site) for site in chosen]
         rest = [i for i in range(len(sites)) if i not in taken]
-        farthest = max(rest, key=lambda i: min(abs(i - j) for j in taken))
+        distances = {i: min(abs(i - j) for j in taken) for i in rest}
+        farthest = max(rest, key=distances.__getitem__)
         chosen.append(sites[farthest])
     return [site for site in sites if site in chosen]
 
@@ -189,7 +192,11 @@ def tile_places(tiles: Sequence[str]) -> list[float]:
     """Return where the middles of tiles are, in per cent of the wide figure's width."""
     (width, _), (left, right, *_) = WIDE
     step = (width - left - right) / len(tiles)
-    return [round(100 * (left + (i + 0.5) * step) / width, 2) for i in range(len(tiles))]
+    places = []
+    for i in range(len(tiles)):
+        middle = left + (i + 0.5) * step
+        places.append(round(100 * middle / width, 2))
+    return places
 
 
 class Mark(NamedTuple):
@@ -232,7 +239,9 @@ def large_figure(view: ReportView) -> list[tuple[Frame, list[Mark]]]:
         is_wide = (size, margins) == WIDE
         rows = tick_rows(view, shown)
         more = TICK_ROW * max(0, len(rows) - 1)
-        frame = Frame(chart, (size[0], size[1] + more), (*margins[:3], margins[3] + more))
+        width, height = size
+        *above_and_beside, below = margins
+        frame = Frame(chart, (width, height + more), (*above_and_beside, below + more))
         if rows:
             frame.names = {}
         elif is_wide and frame.step > 50:
@@ -270,7 +279,9 @@ def tick_rows(view: ReportView, readings: Sequence[SiteReading]) -> list[TickRow
     for same in by_sites.values():
         first = same[0]
         letters = "".join(dict.fromkeys(reading.model.key for reading in same))
-        names = {view.axis.place(first, row.site): site_tick(row.site) for row in first.rows}
+        names = {}
+        for row in first.rows:
+            names[view.axis.place(first, row.site)] = site_tick(row.site)
         rows.append(TickRow(letters, number=first.model.number, names=names))
     return rows
 
@@ -293,9 +304,12 @@ def best_sites(
     for reading in readings:
         if reading in view.compared:
             best = view.best(reading)
-            rings[reading] = frame.x(view.axis.place(reading, best.site)), frame.y(best.value)
+            x = frame.x(view.axis.place(reading, best.site))
+            rings[reading] = (x, frame.y(best.value))
     written: list[tuple[float, float]] = []
-    for reading, (x, y) in sorted(rings.items(), key=lambda ring: ring[1][1]):
+    from_the_top = sorted(rings, key=lambda reading: rings[reading][1])
+    for reading in from_the_top:
+        x, y = rings[reading]
         colour = colour_class(reading.model.number)
         best = view.best(reading)
         yield Mark(
@@ -310,7 +324,8 @@ def best_sites(
             text = f"{name}, {best.value_text}%"
             yield Mark(look="best", x=x + shift, y=top, text=text, anchor=anchor)
             continue
-        height = free_height(y, [other for place, other in written if abs(place - x) < LABEL_WIDTH])
+        beside = [other for place, other in written if abs(place - x) < LABEL_WIDTH]
+        height = free_height(y, beside)
         written.append((x, height))
         letter = view.names[reading.model.key].letter
         sign = ""
@@ -340,10 +355,12 @@ def anchor_at(frame: Frame, x: float) -> tuple[str, float]:
 def beyond_random(frame: Frame, view: ReportView, is_wide: bool) -> Iterator[Mark]:
     """Yield the bracket of what random models do not reach at the lead's best site."""
     best = view.best(view.lead)
-    x, y = frame.x(view.axis.place(view.lead, best.site)), frame.y(best.value)
+    x = frame.x(view.axis.place(view.lead, best.site))
+    y = frame.y(best.value)
     reached = view.lead.draws.get(best.site, [best.value])
     start, end = y + 12, frame.y(max(reached)) - 2
-    if not (best.minus_random > 0 and end - start > LEAST_GAP * (frame.base - frame.top)):
+    least = LEAST_GAP * (frame.base - frame.top)
+    if not best.minus_random > 0 or end - start <= least:
         return
     yield Mark("gap", path=f"M{x} {start:.1f}V{end:.1f}M{x - 4:.1f} {end:.1f}h8")
     text = best.minus_random_text
@@ -351,10 +368,12 @@ def beyond_random(frame: Frame, view: ReportView, is_wide: bool) -> Iterator[Mar
         text += " beyond random"
     middle = (start + end) / 2
     # beside a curve in the left half, where there is room
+    anchor = "end"
+    shift = -8
     if x - frame.left < 130:
-        yield Mark(look="gaptext", x=x + 8, y=middle, text=text, anchor="start")
-    else:
-        yield Mark(look="gaptext", x=x - 8, y=middle, text=text, anchor="end")
+        anchor = "start"
+        shift = 8
+    yield Mark(look="gaptext", x=x + shift, y=middle, text=text, anchor=anchor)
 
 
 def grey_names(
@@ -368,7 +387,8 @@ def grey_names(
         site = view.axis.sites[round(point.x)]
         zone = zone_of(site, view.axis.has_llm)
         name = GREY_NAMES.get(zone, "random layers")
-        x, y = frame.x(point.x), frame.y(point.low) + 17
+        x = frame.x(point.x)
+        y = frame.y(point.low) + 17
         if zone == "adapter":
             height = frame.y(point.value) + 4
             if frame.step > 110:
@@ -377,8 +397,11 @@ def grey_names(
             if not is_wide:
                 continue
         row = lead.row(site)
-        if row and frame.y(row.high) - 14 < y < frame.y(row.low) + 12:
-            y = frame.y(row.low) + 15
+        if row:
+            band_top = frame.y(row.high) - 14
+            band_base = frame.y(row.low) + 12
+            if band_top < y < band_base:
+                y = band_base + 3
         rows = [reading.row(site) for reading in readings if reading is not lead]
         heights = [frame.y(row.value) for row in rows if row]
         while any(abs(height + 5 - y) < 12 for height in heights):

@@ -135,7 +135,8 @@ def is_of_claim(key: EffectKey, runs: Mapping[str, ProbeRun]) -> bool:
 
 def is_defined(estimate: Estimate) -> bool:
     """Return whether an effect and its interval are numbers; in the padding of landscape photos none is measured."""
-    return all(map(math.isfinite, (estimate.value, *estimate.ci95)))
+    numbers = [estimate.value, *estimate.ci95]
+    return all(map(math.isfinite, numbers))
 
 
 def gains_over_untrained(effects: Effects, masks: Iterable[str], *, solved: bool) -> Effects:
@@ -151,8 +152,8 @@ def gains_over_untrained(effects: Effects, masks: Iterable[str], *, solved: bool
             continue
         gain = of_trained[0] - of_untrained[0]
         if strength:
-            have_converged = of_trained[0].about["converged"] and of_untrained[0].about["converged"]
-            gain = replace(gain, about={"converged": have_converged})
+            have_converged = [of[0].about["converged"] for of in (of_trained, of_untrained)]
+            gain = replace(gain, about={"converged": all(have_converged)})
         gains[key._replace(effect=GAIN)] = [gain]
     return gains
 
@@ -269,7 +270,8 @@ def why_no_optimum(case: Case, rows: Mapping[str, Estimate]) -> str:
         return again(reason, option="untrained0 among its --arms")
     runs = [case.study.solved[mask] for mask in case.masks]
     if case.name == GAIN:
-        runs += case.study.where(arm=UNTRAINED_ARMS, mask=case.mask, solved=True)[:1]
+        untrained = case.study.where(arm=UNTRAINED_ARMS, mask=case.mask, solved=True)
+        runs += untrained[:1]
     if not case.judged_number(solved=True):
         return why_no_number(case, runs=runs, kind="the solved probes")
     if "chosen" in rows and rows["chosen"].about["converged"]:
@@ -284,7 +286,8 @@ def why_no_draws(case: Case, control: str) -> str:
     if control == "adapter":
         kind = "draws of random adapters"
     # trained probes are compared with trained ones only
-    count = max(len(study.draws(control, solved=solved)) for solved in {True, study.is_solved})
+    kinds_of_probes = {True, study.is_solved}
+    count = max(len(study.draws(control, solved=solved)) for solved in kinds_of_probes)
     if count < 2:
         return why_too_few_draws(case, control, reason=f"{kind}: {count}, two are needed")
     if not case.judged_number(study.is_solved):
@@ -301,7 +304,8 @@ def why_too_few_draws(case: Case, control: str, reason: str) -> str:
     """Return a reason with that for which the study left the first draw out, else with the option that makes two."""
     for folder in case.study.first.path.parents[:2]:
         for step in unfinished_steps(folder):
-            if step["outcome"] == Outcome.LEFT_OUT and Path(step["step"]).name == f"{control}0":
+            name = Path(step["step"]).name
+            if step["outcome"] == Outcome.LEFT_OUT and name == f"{control}0":
                 return f"{reason}: {step['reason']}"
     return again(reason, option=f"--draws 2 or {control}0 {control}1 among --arms")
 

@@ -129,7 +129,11 @@ def random_runs(study: StudyRuns, control: str, mask: str) -> list[ProbeRun]:
     draws = study.draws(control, solved=first.is_solved)
     if control != "adapter":
         return [draw[mask] for draw in draws if mask in draw]
-    return [draw.get(mask) or next(iter(draw.values())) for draw in draws]
+    runs = []
+    for draw in draws:
+        (any_mask, *_) = draw.values()
+        runs.append(draw.get(mask, any_mask))
+    return runs
 
 
 def random_part(site: str) -> str:

@@ -46,7 +46,8 @@ def summarize(view: ReportView, sentences: Sequence[str], run: ProbeRun) -> list
     last = list(_last_lines(view, claims=claims, run=run))
     lines = [*textwrap.wrap(plain_text(sentences, view.names), WIDTH), ""]
     # verdicts have two lines at least, with a title and how many there are more
-    room = MOST_LINES - len(lines) - len(last) - min(3, len(tested)) - 3
+    for_verdicts = 3 + min(3, len(tested))
+    room = MOST_LINES - len(lines) - len(last) - for_verdicts
     if len(view.compared) > 1:
         title, *rows = _rows_of_readings(view)
         if len(rows) > room:
@@ -78,7 +79,10 @@ def _last_lines(view: ReportView, claims: DataFrame, run: ProbeRun) -> Iterator[
     if untested:
         text = f"◌ untested: {', '.join(untested)}"
         yield textwrap.shorten(text, WIDTH, placeholder=" …")
-    right = [is_right(row) for row in claims[is_tested].itertuples() if isinstance(row.truth, str)]
+    right = []
+    for row in claims[is_tested].itertuples():
+        if isinstance(row.truth, str):
+            right.append(is_right(row))
     if right:
         yield f"The truth is known here: {sum(right)} of {len(right)} verdicts are right."
     if run.units < 10:
@@ -91,12 +95,15 @@ def _last_lines(view: ReportView, claims: DataFrame, run: ProbeRun) -> Iterator[
 def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
     """Yield a row with a plot of the score and its interval for each site, and what random models read."""
     rows = [row for row in lead.rows if row.site in sites]
-    ends = [100 * x for row in rows for x in (row.low, row.high, row.random)]
-    low, high = span_of(ends, least=LEAST_STEP)
+    ends = []
+    for row in rows:
+        ends += [row.low, row.high, row.random]
+    low, high = span_of([100 * end for end in ends], least=LEAST_STEP)
 
     def column(value: float) -> int:
-        place = (100 * value - low) / (high - low) * (PLOT - 1)
-        return min(max(0, round(place)), PLOT - 1)
+        last = PLOT - 1
+        share = (100 * value - low) / (high - low)
+        return min(max(0, round(share * last)), last)
 
     yield f"{'':<18} mIoU  {low:<{PLOT - 2}g}{high:>2g}  random  beyond random"
     for row in rows:
@@ -123,7 +130,8 @@ def _rows_of_readings(view: ReportView) -> Iterator[str]:
     yield f"{'':<{NAMES}} best layer  mIoU  {minus:<20} {'':<10} random"
     rivals = {rival.reading: rival for rival in rivals_of(view)}
     for reading in view.compared:
-        name = " ".join(filter(None, view.names[reading.token.strip("{}")]))
+        named = view.names[reading.token.strip("{}")]
+        name = " ".join(filter(None, named))
         best = view.best(reading)
         row = f"{name[:NAMES]:<{NAMES}} {_place(reading, best.site):>10} {best.value_text:>5}"
         difference = verdict = ""
@@ -157,7 +165,8 @@ def _rows_of_claims(view: ReportView, tested: DataFrame, room: int) -> Iterator[
         whom = [view.names[row.model].letter]
         if len(view.masks) > 1:
             whom.append(SIGNS.get(row.mask, row.mask))
-        head = " ".join(filter(None, (FINDINGS[row.finding][2], *whom, title)))
+        *_, circle = FINDINGS[row.finding]
+        head = " ".join(filter(None, (circle, *whom, title)))
         effect = f"{row.value_text} {row.value_ci}".strip()
         if row.optimum_verdict == UNTESTED:  # it can have a number
             effect = UNTESTED
@@ -165,8 +174,10 @@ def _rows_of_claims(view: ReportView, tested: DataFrame, room: int) -> Iterator[
         if row.beyond_random_verdict == UNTESTED:
             beyond = UNTESTED
         rows.append((head, effect, beyond))
-    names, effects, beyonds = (max(map(len, column)) for column in zip(*rows, strict=True))
-    names = min(names, WIDTH - 2 - effects - beyonds)
+    columns = zip(*rows, strict=True)
+    names, effects, beyonds = (max(map(len, column)) for column in columns)
+    room_for_names = WIDTH - 2 - effects - beyonds
+    names = min(names, room_for_names)
     for name, effect, beyond in rows:
         if len(name) > names:
             name = f"{name[: names - 1]}…"

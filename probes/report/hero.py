@@ -108,6 +108,8 @@ def about_gain(claims: Mapping[str, Any]) -> list[str]:
         return [f"{adds}, random layers {number(max(0, gain.random))}."]
     if gain.finding == "not learned":
         return [f"{adds}, but this is not shown to be learned."]
+    if gain.finding == "untested":
+        return ["Whether training put it there is untested."]
     return []
 
 

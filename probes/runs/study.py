@@ -183,7 +183,9 @@ def read_study(text: str, labels: Sequence[str] = ()) -> list[ProbeRun]:
     name, path = split_label(text)
     folder = Path(path)
     if (folder / "metrics.json").is_file():  # a run by itself
-        return [ProbeRun(folder, name or None)]
+        run = ProbeRun(folder, name or None)
+        _ = run.content
+        return [run]
     runs = [ProbeRun(path) for path in finished_runs(folder)]
     if not runs:
         raise UserError(
@@ -199,8 +201,9 @@ def read_study(text: str, labels: Sequence[str] = ()) -> list[ProbeRun]:
         order = {label: i for i, label in enumerate(given)}
         runs.sort(key=lambda run: order.get(names[run.path], len(order)))
     for run in runs:
-        if not names and by_folder[run.path] in given:
-            run.label = by_folder[run.path]
+        label = by_folder[run.path]
+        if not names and len(given) > 1 and label in given:
+            run.label = f"{name} {label}".strip()
         run.model = " ".join(filter(None, (name, names.get(run.path)))) or None
         _ = run.content  # damaged probes are an error, though a report reads only their scores
     return runs

@@ -85,6 +85,8 @@ def test_labels_are_those_of_the_user_where_masks_differ(write, tmp_path):
         shutil.move(write(label, CURVE, mask=mask), study / label / "trained")
     (of_study,) = read_studies([str(study)], labels=("before", "after"))
     assert [run.label for run in of_study.main_runs.values()] == ["before", "after"]
+    (named,) = read_studies([f"A={study}"], labels=("before", "after"))
+    assert [run.label for run in named.main_runs.values()] == ["A before", "A after"]
     (unlabelled,) = read_studies([str(study)])
     assert [run.label for run in unlabelled.main_runs.values()] == [None, None]
 
@@ -93,7 +95,9 @@ def test_one_model_has_the_label_of_its_user(write, tmp_path):
     study = tmp_path / "study"
     shutil.move(write("a", CURVE), study / "mine" / "trained")
     (of_study,) = read_studies([str(study)], labels=("mine",))
-    assert of_study.name == "mine"
+    assert (of_study.name, of_study.first.label) == ("mine", None)
+    (named,) = read_studies([f"six={study}"], labels=("mine",))
+    assert (named.name, named.first.label) == ("six", None)
 
 
 def test_a_run_by_itself_has_a_page_that_says_what_it_lacks(write, tmp_path, capsys):

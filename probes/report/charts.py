@@ -67,8 +67,9 @@ def chart_span(charts: Iterable[Chart]) -> tuple[float, float]:
     for chart in charts:
         of_curves = [curve.points for curve in chart.curves]
         for point in chain(*of_curves, *chart.grey):
-            ends = (point.value, point.low, point.high)
-            values += [scale * end for end in ends if end is not None]
+            for value in (point.value, point.low, point.high):
+                if value is not None:
+                    values.append(scale * value)
     least = 0
     if scale == 100:
         least = LEAST_STEP
@@ -92,13 +93,14 @@ class Frame:
         self.right = self.width - right
         self.base = self.height - bottom
         self.low, self.high = chart.span or chart_span([chart])
-        places = list(chart.ticks)
+        x = list(chart.ticks)
         for curve in chart.curves:
-            places += [point.x for point in curve.points]
-        self.first = min(places, default=0)
-        self.last = max(places, default=1)
+            x += [point.x for point in curve.points]
+        self.first = min(x, default=0)
+        self.last = max(x, default=1)
         places = self.last - self.first + 1
-        self.step = (self.right - self.left) / places
+        width = self.right - self.left
+        self.step = width / places
         self.dot = 3.4  # radius of a point
         if self.step < 14:
             self.dot = 2.4
@@ -127,9 +129,10 @@ class Frame:
 
     def area(self, points: Sequence[Point]) -> str:
         """Return the outline of the intervals of points."""
-        there = [(point.x, point.high) for point in points]
-        back = [(point.x, point.low) for point in reversed(points)]
-        outline = self.path([*there, *back])
+        corners = [(point.x, point.high) for point in points]
+        for point in reversed(points):
+            corners.append((point.x, point.low))
+        outline = self.path(corners)
         return f"{outline}Z"
 
     def labels(self) -> Iterator[tuple[float, str]]:
@@ -208,7 +211,9 @@ def _draw_chart(ax: Axes, chart: Chart) -> None:
     for points in chart.grey:
         if len(points) == 1:
             (point,) = points
-            points = [point._replace(x=point.x + shift) for shift in (-0.2, 0.2)]
+            left = point._replace(x=point.x - 0.2)
+            right = point._replace(x=point.x + 0.2)
+            points = [left, right]
         x = [point.x for point in points]
         low, high = _ends(points, chart.scale)
         ax.fill_between(x, low, high, color=RANDOM, lw=0)

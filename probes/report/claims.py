@@ -281,7 +281,9 @@ def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -
     claim = CLAIMS[first["claim"]]
     verdicts = {}
     for name in VERDICT_COLUMNS:
-        columns = {seed: entry["verdicts"][name] for seed, entry in by_seed.items()}
+        columns = {}
+        for seed, entry in by_seed.items():
+            columns[seed] = entry["verdicts"][name]
         least = margin
         if name == "paper":
             least = 0.0
@@ -316,7 +318,10 @@ def join_column(
 
     "by_seed" has the values of all seeds; "left_out" says why some are no part of the joint number.
     """
-    tested = {seed: column for seed, column in by_seed.items() if column["verdict"] != UNTESTED}
+    tested = {}
+    for seed, column in by_seed.items():
+        if column["verdict"] != UNTESTED:
+            tested[seed] = column
     judged = _same_probes(tested)
     left_out = {}
     for seed, column in by_seed.items():
@@ -332,7 +337,8 @@ def join_column(
         reason = f"fewer than two seeds have a verdict; seed {seed}: {why}"
         judged = _same_probes(by_seed)
     columns = [*judged.values()]
-    if len(columns) < 2 or any(column["value"] is None for column in columns):
+    has_no_value = [column["value"] is None for column in columns]
+    if len(columns) < 2 or any(has_no_value):
         return untested(reason, **more)
     more["seeds"] = len(columns)
     # each seed has draws of its own, so that their spread is part of that between seeds

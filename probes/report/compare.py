@@ -136,7 +136,8 @@ def compare_runs(
     task = first.task
     ours = first.site_scores
     theirs = second.site_scores
-    swaps = random_swaps(first.metrics["images"], permutations, groups=first.groups).double()
+    images = first.metrics["images"]
+    swaps = random_swaps(images, permutations, groups=first.groups).double()
     pairs = pair_sites(first, second)
     tested = [pair for pair in pairs if has_depth(pair[0])]
     p_of = _test_sites(first, second=second, pairs=tested, swaps=swaps)

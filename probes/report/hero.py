@@ -164,13 +164,17 @@ class Strip(NamedTuple):
 def strips(view: ReportView) -> list[Strip]:
     """Return the rows of pictures: of the lead and of the best others, in the order of the command."""
     compared = [view.lead, *(rival.reading for rival in rivals_of(view))]
-    with_pictures = [reading for reading in compared if has_same_photo(reading, view.lead)]
-    most = with_pictures[:MOST_STRIPS]
+    shown = []
+    for reading in compared:
+        if has_same_photo(reading, view.lead):
+            shown.append(reading)
+    shown = shown[:MOST_STRIPS]
     rows = []
     for reading in view.front:
-        if reading in most:
+        if reading in shown:
             best = view.best(reading).site
-            rows.append(Strip(reading, best=best, sites=choose_sites(reading, best)))
+            sites = choose_sites(reading, best)
+            rows.append(Strip(reading, best=best, sites=sites))
     return rows
 
 

@@ -103,7 +103,8 @@ def models_of_study(
     """Yield the weights and the runs by mask of the trained model, the untrained one, and each draw of each control."""
     yield "trained", dict(trained)
     untrained = by_mask(study.where(arm=UNTRAINED_ARMS, solved=solved))
-    yield "untrained", {mask: run for mask, run in untrained.items() if mask in trained}
+    of_same_masks = {mask: run for mask, run in untrained.items() if mask in trained}
+    yield "untrained", of_same_masks
     for control in (*CONTROLS["llm"], *CONTROLS["adapter"]):
         for draw in study.draws(control, solved=solved):
             yield control, draw
@@ -199,7 +200,8 @@ class Case:
     def judged_numbers(self, solved: bool, weights: str = "trained") -> list[Estimate]:
         """Return what it is at the optimum and beyond random; a knockout without a contrast has none."""
         key = self._key(solved, weights)
-        return self.effects.get(key._replace(against_random=self.claim.against_tokens), [])
+        judged_key = key._replace(against_random=self.claim.against_tokens)
+        return self.effects.get(judged_key, [])
 
     def number(self, solved: bool, weights: str = "trained") -> Estimate | None:
         """Return the effect of a model, None without."""
@@ -231,7 +233,9 @@ class Case:
             draws = case.numbers(solved, weights=control)
             judged_draws = case.judged_numbers(solved, weights=control)
             # a draw whose knockout has no contrast leaves the claim without this control
-            if not trained or len(draws) < 2 or len(draws) != len(judged_draws):
+            if not trained or len(draws) < 2:
+                continue
+            if len(draws) != len(judged_draws):
                 continue
             if not case.other_knockouts(control, solved):
                 differences[mask, control] = compare_to_draws(trained, judged_draws)
@@ -291,7 +295,8 @@ def why_no_draws(case: Case, control: str) -> str:
     if count < 2:
         return why_too_few_draws(case, control, reason=f"{kind}: {count}, two are needed")
     if not case.judged_number(study.is_solved):
-        return why_no_number(case, runs=[study.main_runs[case.mask]], kind="the model")
+        main_run = study.main_runs[case.mask]
+        return why_no_number(case, runs=[main_run], kind="the model")
     if reason := case.other_knockouts(control, study.is_solved):
         return reason
     draws = case.runs_of_draws(control, study.is_solved)
@@ -327,7 +332,8 @@ def why_undecided(case: Case, compared: Container[str], solved: bool) -> str:
 def why_no_number(case: Case, runs: list[ProbeRun], kind: str) -> str:
     """Return why runs have no number: they lack the analysis, or their knockouts have no contrast."""
     name = ANALYSIS_OF.get(case.name, case.name)
-    if case.claim.against_tokens and all(run.analysis("knockout.json") for run in runs):
+    knockouts = [run.analysis("knockout.json") for run in runs]
+    if case.claim.against_tokens and all(knockouts):
         reason = f"the knockout of {runs[0].path} has no two classes that are mistaken for each other, in enough images"
         return again(reason, option="both classes of a pair in --add knockout.classes=A,B")
     reason = f"no {name} of {kind}"

@@ -15,7 +15,7 @@ a folder for each study.
 import io
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from inspect import isfunction
+from inspect import getmembers, isfunction
 from pathlib import Path
 
 import matplotlib as mpl
@@ -56,7 +56,7 @@ MODULES = (
     words,
 )  # whose functions the template uses as filters
 FILTERS = {
-    name: value for module in MODULES for name, value in vars(module).items() if isfunction(value)
+    name: function for module in MODULES for name, function in getmembers(module, isfunction)
 }
 FILTERS |= {f.__name__: f for f in (names_of, notes_of_run, overridden_masks)}
 Files = dict[Path, str | bytes]  # contents by path, not yet written
@@ -79,7 +79,10 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
         raise UserError(
             "a report needs a run of segmentation beside those of other tasks; there is none"
         )
-    unfinished = [step for text in texts for step in unfinished_steps(split_label(text)[1])]
+    unfinished = []
+    for text in texts:
+        _, folder = split_label(text)
+        unfinished += unfinished_steps(folder)
     out = Path(out)
     with exclusive_run_lock(out), mpl.rc_context(charts.STYLE):
         main = [study for study in studies if study.task.name == SEGMENTATION]
@@ -139,7 +142,9 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
     for name, analysis in ANALYSES.items():
         if analysis.title and study.task.name == SEGMENTATION:
             section = section_of(name)(study)
-            figures = [x._replace(name=folder + x.name) for x in section.figures]
+            figures = []
+            for figure in section.figures:
+                figures.append(figure._replace(name=folder + figure.name))
             sections[name] = section._replace(figures=figures)
     return sections
 
@@ -227,7 +232,8 @@ def main_runs_of(studies: Sequence[StudyRuns], tables: Tables) -> dict[tuple, Ma
     runs = {}
     for study in studies:
         for mask, run in shown_runs(study).items():
-            about = study.task.name, study.dataset, keys[study.name], mask, run.metrics["seed"]
+            seed = run.metrics["seed"]
+            about = study.task.name, study.dataset, keys[study.name], mask, seed
             runs[about] = MainRun(run, pictures=read_pictures(run.path))
     return runs
 
@@ -283,7 +289,10 @@ def report_results(
     else:
         results |= {"seed": main[0]["seed"], "studies": main}
     if joint:
-        results["joint"] = [entry | {"model": labels[entry["model"]]} for entry in joint]
+        results["joint"] = []
+        for entry in joint:
+            label = labels[entry["model"]]
+            results["joint"].append(entry | {"model": label})
     if others:
         results["tasks"] = others
     return results | {"comparisons": comparisons(tables)}
@@ -334,9 +343,10 @@ def comparisons(tables: Tables) -> list[Entry]:
     """
     labels = tables.models.set_index("key")["label"]
     rows = tables.differences
-    is_shown = rows["of"].isin(["site", BEST_LAYER, "class"]) & (rows["task"] == SEGMENTATION)
+    is_shown = rows["of"].isin(["site", BEST_LAYER, "class"])
+    is_segmentation = rows["task"] == SEGMENTATION
     entries = []
-    for row in rows[is_shown].itertuples():
+    for row in rows[is_shown & is_segmentation].itertuples():
         entry = {
             "dataset": row.data,
             "image_attention": row.mask,

@@ -9,7 +9,7 @@ import numpy as np
 from pandas import DataFrame, Series
 
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
-from probes.models.sites import PATCHES, is_layer, layer_around, layer_number, part_of
+from probes.models.sites import is_layer, layer_around, layer_number, part_of
 from probes.score.effects import BEST_LAYER as BEST_LAYER_TERM
 from probes.score.effects import EFFECTS, LAST_LAYER
 from probes.tasks import SEGMENTATION, TASKS
@@ -69,13 +69,18 @@ class Scale:
 
     def at(self, value: float) -> float:
         """Return the place of a value, in per cent."""
-        share = (self.factor * value - self.low) / (self.high - self.low)
+        span = self.high - self.low
+        share = (self.factor * value - self.low) / span
         return round(100 * min(1.0, max(0.0, share)), 2)
 
     def rules(self, most: int = 6) -> list[tuple[str, float]]:
         """Return round values as text, and their places."""
         values = ticks(self.low, self.high, most)
-        return [(axis_number(x, self.signed), self.at(x / self.factor)) for x in values]
+        rules = []
+        for value in values:
+            text = axis_number(value, self.signed)
+            rules.append((text, self.at(value / self.factor)))
+        return rules
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
@@ -141,12 +146,15 @@ def as_read(view: ReportView, row: Any) -> str:
     if row.claim not in EFFECTS:
         return ""
     about = row.task, row.data, row.model, row.mask, row.seed
-    reading = next((reading for reading in view.readings if reading.about == about), None)
-    if reading is None:
+    readings = {reading.about: reading for reading in view.readings}
+    if about not in readings:
         return ""
+    reading = readings[about]
     ends = []
     for term in EFFECTS[row.claim]:
-        site = {LAST_LAYER: reading.model.last_layer, PATCHES: PATCHES}.get(term, term)
+        site = term
+        if term == LAST_LAYER:
+            site = reading.model.last_layer
         names = [name for name, of_model in reading.own.items() if of_model == site]
         if term == BEST_LAYER_TERM:
             ends.append(reading.best_layer)
@@ -165,7 +173,8 @@ def as_read(view: ReportView, row: Any) -> str:
 
 def not_tested(claims: DataFrame, has_llm: bool) -> list[Entry]:
     """Return why columns of claims are untested: each reason once, with its claims and the keys of the models."""
-    rows = claims[(claims["verdict"] == "untested") & claims["reason"].notna()]
+    is_untested = claims["verdict"] == "untested"
+    rows = claims[is_untested & claims["reason"].notna()]
     columns = [*COLUMNS]
     if not has_llm:
         columns.remove("paper")
@@ -234,8 +243,12 @@ def panels(
     span = chart_span(charts)
     entries = []
     for of_model, chart in zip(groups, charts, strict=True):
-        best = max(of_model, key=SiteReading.rank)
-        entries.append({"best": best, "readings": of_model, "chart": chart._replace(span=span)})
+        entry = {
+            "best": max(of_model, key=SiteReading.rank),
+            "readings": of_model,
+            "chart": chart._replace(span=span),
+        }
+        entries.append(entry)
     return entries
 
 
@@ -259,8 +272,10 @@ def model_differences(differences: DataFrame) -> dict[str, Any]:
 
 def inside_layers(tables: Tables) -> list[Figure]:
     """Return the figure of scores inside the layers, a panel for each model and mask; none if none was probed."""
-    table = tables.sites[tables.sites["main"] & (tables.sites["metric"] == "miou")]
-    table = table[table["site"].map(lambda site: is_layer(layer_around(site)))]
+    sites = tables.sites
+    table = sites[sites["main"] & (sites["metric"] == "miou")]
+    is_inside = table["site"].map(lambda site: is_layer(layer_around(site)))
+    table = table[is_inside]
     parts = table["site"].map(lambda site: part_of(site) or "")
     table = table.assign(part=parts, layer=table["site"].map(layer_number))
     looks = {}
@@ -299,7 +314,8 @@ def class_rows(view: ReportView) -> Entry | None:
     compared = _site_to_compare(lead, best)
     if iou.empty or best == compared:
         return None
-    table = DataFrame({"from": iou[lead.own[compared]], "to": iou[lead.own[best]]}).dropna()
+    columns = {"from": iou[lead.own[compared]], "to": iou[lead.own[best]]}
+    table = DataFrame(columns).dropna()
     table["photos"] = of_lead.groupby("class")["photos"].first()
     gain = table["to"] - table["from"]
     differences = _class_differences(view)
@@ -349,4 +365,7 @@ def _class_differences(view: ReportView) -> DataFrame:
 # ------------------------------------------------------------------------------------------------ sites
 def scale_of(rows: Iterable[Any], more: Sequence[float] = (), signed: bool = True) -> Scale:
     """Return the axis of the intervals of rows and of more values."""
-    return Scale([*more, *(x for row in rows for x in (row.low, row.high))], signed=signed)
+    ends = [*more]
+    for row in rows:
+        ends += [row.low, row.high]
+    return Scale(ends, signed=signed)

@@ -108,11 +108,13 @@ def classes_drawn(
         photo: Its name.
         sites: Of each reading.
     """
-    drawn = [lead.pictures[f"{photo}/truth"].ravel()]
+    truth = lead.pictures[f"{photo}/truth"]
+    drawn = [truth.ravel()]
     for reading, of_reading in zip(readings, sites, strict=True):
         for site in of_reading:
             predicted = map_of(reading, lead=lead, photo=photo, site=site)
             if predicted is not None:
                 drawn.append(predicted.ravel())
     classes, counts = np.unique(np.concatenate(drawn), return_counts=True)
-    return [int(k) for k in classes[np.argsort(-counts, kind="stable")] if k != IGNORE_INDEX]
+    order = np.argsort(-counts, kind="stable")
+    return [k for k in classes[order].tolist() if k != IGNORE_INDEX]

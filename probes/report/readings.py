@@ -67,12 +67,16 @@ class SiteReading:
     def best_layer(self) -> Any:
         """The row of the best layer, of a model without probed layers of its best site."""
         layers = [row for row in self.rows if self.is_layer(row.site)]
-        return max(layers or self.rows, key=lambda row: TASKS[self.task].sign * row.value)
+        return self._best_of(layers or self.rows)
 
     @cached_property
     def best(self) -> Any:
         """The row of the best site."""
-        return max(self.rows, key=lambda row: TASKS[self.task].sign * row.value)
+        return self._best_of(self.rows)
+
+    def _best_of(self, rows: Sequence[Any]) -> Any:
+        sign = TASKS[self.task].sign
+        return max(rows, key=lambda row: sign * row.value)
 
     def rank(self) -> float:
         """Return the best score of a layer, the higher the better."""
@@ -117,7 +121,10 @@ class ReportView:
     def lead(self) -> SiteReading:
         """What reads best of the first task and data, at its best layer if several are compared: the first sentence."""
         first = self.readings[0]
-        same = [r for r in self.readings if (r.task, r.data) == (first.task, first.data)]
+        same = []
+        for reading in self.readings:
+            if (reading.task, reading.data) == (first.task, first.data):
+                same.append(reading)
         if len(same) == 1:
             return first
         return max(same, key=SiteReading.rank)
@@ -165,7 +172,8 @@ class ReportView:
     @property
     def masks(self) -> list[str]:
         """The masks of the LLMs among these."""
-        return list(dict.fromkeys(r.mask for r in self.front if r.model.has_llm))
+        of_llms = [reading for reading in self.front if reading.model.has_llm]
+        return list(dict.fromkeys(reading.mask for reading in of_llms))
 
     @cached_property
     def comparisons(self) -> pd.DataFrame:
@@ -173,8 +181,9 @@ class ReportView:
         lead = self.lead
         table = self.tables.differences
         is_same_seed = table["seed"].isna() | (table["seed"] == lead.seed)
-        is_same_data = (table[["task", "data"]] == [lead.task, lead.data]).all(axis=1)
-        return shown(table[is_same_seed & is_same_data])
+        is_same_task = table["task"] == lead.task
+        is_same_data = table["data"] == lead.data
+        return shown(table[is_same_seed & is_same_task & is_same_data])
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
@@ -200,9 +209,11 @@ def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
     models = {row.key: row for row in numbered.itertuples()}
     has_llm = numbered["has_llm"].any()
     table = shown(tables.sites)
-    is_score = table["metric"] == table["task"].map(lambda task: TASKS[task].score)
+    main_scores = table["task"].map(lambda task: TASKS[task].score)
+    is_score = table["metric"] == main_scores
     main = table[table["main"] & is_score & table["site"].map(is_on_main_path)]
-    draws = tables.draws.groupby([*ABOUT[:4], "site"])["value"].agg(list).to_dict()
+    groups = tables.draws.groupby([*ABOUT[:4], "site"])
+    draws = groups["value"].agg(list).to_dict()
     readings = []
     for about, rows in main.groupby(ABOUT, sort=False):
         task, data, key, mask, seed = about
@@ -239,7 +250,8 @@ def _site_beside_llm(site: str) -> str:
 
 def rows_about(table: pd.DataFrame, reading: SiteReading) -> pd.DataFrame:
     """Return the rows of a table about a reading's run."""
-    return table[(table[ABOUT] == list(reading.about)).all(axis=1)]
+    is_same = table[ABOUT] == list(reading.about)
+    return table[is_same.all(axis=1)]
 
 
 def in_order(sites: Iterable[str]) -> list[str]:
@@ -264,7 +276,8 @@ class SiteAxis:
         for reading in readings:
             model = reading.model
             if any(map(reading.is_layer, reading.own)):
-                self.depths[model.has_llm] = max(model.depth, self.depths.get(model.has_llm, 0))
+                deepest = self.depths.get(model.has_llm, 0)
+                self.depths[model.has_llm] = max(model.depth, deepest)
         self.is_relative = False
         sites = []
         for reading in readings:
@@ -291,7 +304,8 @@ class SiteAxis:
             if other.startswith(f"{start}_") and site_number(other) is not None:
                 depths.append(site_number(other))
                 places.append(place)
-        depth = self.depths[reading.model.has_llm] * int(number) / reading.model.depth
+        share = int(number) / reading.model.depth
+        depth = self.depths[reading.model.has_llm] * share
         return float(np.interp(depth, depths, places))
 
     @property
@@ -393,4 +407,5 @@ def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]
 
 def _range(x: float, values: Sequence[float]) -> Point:
     """Return the mean of values, from the lowest to the highest."""
-    return Point(x=x, value=float(np.mean(values)), low=min(values), high=max(values))
+    mean = float(np.mean(values))
+    return Point(x=x, value=mean, low=min(values), high=max(values))

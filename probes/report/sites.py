@@ -95,20 +95,27 @@ def _beyond_draws(
     The variance of draws is pooled over masks and controls, but of random adapters, which are the same under all masks.
     Without two degrees of freedom there is no interval.
     """
-    of_mask = {key: estimate for key, estimate in compared.items() if key[0] == mask}
+    of_mask = {}
+    for key, estimate in compared.items():
+        if key[0] == mask:
+            of_mask[key] = estimate
     nearest = min(of_mask.values(), key=lambda estimate: abs(estimate.value))
     row = {
         "random": nearest.about["trained"] - nearest.value,
         "draws": sum(_count_draws(estimate) for estimate in of_mask.values()),
         "minus_random": nearest.value,
     }
-    drawn = {key: x for key, x in compared.items() if _count_draws(x) > 1}
+    drawn = {}
+    for key, estimate in compared.items():
+        if _count_draws(estimate) > 1:
+            drawn[key] = estimate
     lows = []
     highs = []
     for key in of_mask:
         others = []
-        if is_pooled:
-            others = [estimate for other, estimate in drawn.items() if other != key]
+        for other, estimate in drawn.items():
+            if is_pooled and other != key:
+                others.append(estimate)
         freedom = 0
         if key in drawn:
             (low, high), (_, freedom) = interval_over_draws(drawn[key], others)
@@ -208,7 +215,8 @@ def table2(studies: Sequence[StudyRuns]) -> list[Entry]:
         return []
     paper = PAPER["table2_ade20k_miou"]
     for encoder, mask in product(("clip", "dinov2", "siglip"), MASKS):
-        percents = (paper[encoder]["encoder"], *paper[encoder][mask])
+        of_encoder = paper[encoder]
+        percents = (of_encoder["encoder"], *of_encoder[mask])
         row = {
             "model": f"paper, {encoder}, ADE20K",
             "image_attention": mask,

@@ -137,8 +137,9 @@ def _claim_rows(about: Entry, claim: Entry) -> Iterator[Entry]:
     if claim.get("control"):
         columns[UNTRAINED] = claim["control"]
     for name, column in columns.items():
-        draws = column.get("by_draw")
-        row = about | {"column": name, "random": draws and sum(draws) / len(draws)}
+        row = about | {"column": name, "random": None}
+        if draws := column.get("by_draw"):
+            row["random"] = sum(draws) / len(draws)
         for key in ("value", "verdict", "reason", "detectable", "control"):
             row[key] = column.get(key)
         row |= bounds(column["ci95"])
@@ -153,12 +154,14 @@ def by_claim(claims: DataFrame) -> DataFrame:
     The effect, "value", "low" and "high", is that at the optimum if it was measured there; of what is beyond random
     models: beyond_value, beyond_low, beyond_high, beyond_verdict, random and control.
     """
-    parts = {
-        name: claims[claims["column"] == name].reset_index(drop=True) for name in VERDICT_COLUMNS
-    }
+    parts = {}
+    for name in VERDICT_COLUMNS:
+        of_column = claims[claims["column"] == name]
+        parts[name] = of_column.reset_index(drop=True)
     table = parts["optimum"].drop(columns=["column", "random", "control", "verdict"])
     numbers = ["value", "low", "high"]
-    table[numbers] = table[numbers].where(table["low"].notna(), parts["paper"][numbers])
+    is_measured = table["low"].notna()
+    table[numbers] = table[numbers].where(is_measured, parts["paper"][numbers])
     for name in VERDICT_COLUMNS:
         table[f"{name}_verdict"] = parts[name]["verdict"]
     beyond = parts["beyond_random"]
@@ -178,13 +181,17 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     for name, path in zip(first, paths, strict=True):
         # a checkpoint that records no name of itself is called by its path
         is_of_path = name == Path(path).name
-        telling_names.append(path if is_of_path else name)
+        if is_of_path:
+            name = path
+        telling_names.append(name)
     labels = shorten_labels(telling_names)
     rows = []
     for key, label, path, study in zip(cycle(KEYS), labels, paths, first.values(), strict=False):
         about = study.first.training.get("about")  # what a checkpoint records of itself
         if not about:
-            about = path if study.name in path else study.name
+            about = study.name
+            if study.name in path:
+                about = path
         if about == label:
             about = ""
         row = {
@@ -205,25 +212,32 @@ def shorten_labels(names: Sequence[str]) -> list[str]:
 
     Two may be equal: keys tell models apart.
     """
-    words = [_last_part(name).replace("_", " ").split() for name in names]
+    words = []
+    for name in names:
+        last = _last_part(name).replace("_", " ")
+        words.append(last.split())
     for _ in ("starts", "ends"):
         shared = 0
         if len(words) > 1:
             fewest = min(map(len, words)) - 1
             shared = min(fewest, len(commonprefix(words)))
-        words = [w[shared:][::-1] for w in words]
-    return [_shorten(" ".join(w)) for w in words]
+        words = [of_name[shared:][::-1] for of_name in words]
+    labels = [" ".join(of_name) for of_name in words]
+    return list(map(_shorten, labels))
 
 
 def _last_part(name: str) -> str:
     """Return the last part of a path or module that tells something, without what every export's name ends with."""
     if not re.search("[/:]", name):
         return name
-    parts = [x for x in re.split("[/:]", name) if x not in UNTOLD]
-    return re.sub(r"([-_.](hf|instruct|chat))+$", "", (parts or [name])[-1], flags=re.I)
+    parts = [part for part in re.split("[/:]", name) if part not in UNTOLD]
+    *_, last = parts or [name]
+    return re.sub(r"([-_.](hf|instruct|chat))+$", "", last, flags=re.I)
 
 
 def _shorten(label: str) -> str:
     if len(label) <= LONGEST_LABEL or " " in label:
         return textwrap.shorten(label, LONGEST_LABEL, placeholder="…")
-    return f"{label[: LONGEST_LABEL - 5].rstrip(' -_')}…{label[-4:].lstrip(' -_')}"
+    start = label[: LONGEST_LABEL - 5].rstrip(" -_")
+    end = label[-4:].lstrip(" -_")
+    return f"{start}…{end}"

@@ -14,7 +14,6 @@ from probes.score.effects import BEST_LAYER as BEST_LAYER_TERM
 from probes.score.effects import EFFECTS, LAST_LAYER
 from probes.tasks import SEGMENTATION, TASKS
 
-from .best_layers import BEST_LAYER
 from .charts import LEAST_STEP, chart_span, span_of, ticks
 from .readings import ABOUT, ReportView, SiteAxis, SiteReading, by_site, rows_about
 from .tables import Tables
@@ -258,16 +257,6 @@ def grouped(rows: Iterable[Any], name: str) -> dict[Any, list[Any]]:
     for row in rows:
         groups.setdefault(attrgetter(name)(row), []).append(row)
     return groups
-
-
-def model_differences(differences: DataFrame) -> dict[str, Any]:
-    """Return by model how it differs from the first: at the best layers, else at the last site that both have."""
-    measured = differences.dropna(subset="difference")
-    rows = {}
-    for of in ("site", BEST_LAYER):
-        for row in measured[measured["of"] == of].itertuples():
-            rows[row.second] = row
-    return rows
 
 
 def inside_layers(tables: Tables) -> list[Figure]:

@@ -52,10 +52,11 @@ def test_study_job_runs_a_study_that_can_be_planned(tmp_path, monkeypatch, check
     job = ["bash", "slurm/study.sbatch", "clip", " ".join(MASKS), "--arms", "trained", "random1"]
     settings = os.environ | there | {"RUNS": str(tmp_path)}
     words = run_command(job, cwd=ROOT, env=settings).stdout.splitlines()
+    assert (words[0], words[-1]) == ("job , restart 0", "done"), "what `llava-bidir status` reads"
     planned = []
     monkeypatch.setattr("probes.studies.run.run_study", planned.append)
     monkeypatch.chdir(ROOT)
-    main(words[words.index("probes") + 1 :])
+    main(words[words.index("probes") + 1 : -1])
     ade = MagicMock(classes=["sky", "ceiling", "grass"], __len__=lambda _: 8)  # is on the cluster
     monkeypatch.setattr("probes.studies.plan.open_splits", lambda data: {"validation": ade})
     steps = {step.name: step for step in plan(planned[0]).steps}

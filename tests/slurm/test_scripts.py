@@ -197,7 +197,7 @@ WRONG = {  # a setting and its value: the beginning of what is said of it
 
 
 @pytest.mark.parametrize("more", [["--dry-run"], []])
-def test_all_that_is_wrong_is_named_at_once_and_nothing_is_submitted(study, more):
+def test_a_mistake_submits_nothing_and_all_that_is_missing_is_named_at_once(study, more):
     done, calls = study(*more, check=False, **dict(word.split("=", 1) for word in WRONG))
     assert done.returncode == 1 and calls == []
     told = done.stderr.splitlines()

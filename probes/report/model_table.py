@@ -1,0 +1,174 @@
+"""One table over models: a row for each model, mask and data set of a report -> CSV, Markdown and LaTeX.
+
+A row has the scores at encoder, adapter and best layer, how much the last is beyond random models, the accuracy of
+answers in training, and the benchmarks of Table 1 that `llava-bidir vqa` has of the same weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pandas import DataFrame
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import read_json
+from llava_bidir.common.identity import describe_digest
+from llava_bidir.common.tables import Row, Score, format_tables
+from probes.models.sites import ADAPTER, ENCODER
+from probes.runs.formatting import Entry, format_csv
+from probes.runs.read import ProbeRun
+from probes.runs.study import StudyRuns
+from probes.tasks import SEGMENTATION
+
+from .compare import BEST_LAYER
+from .readings import ReportView, SiteReading
+from .sites import shown_runs
+from .words import interval, number, site_name
+
+BEST = "mIoU"  # of the best layer
+BEYOND = "beyond random"
+NOTE = (
+    "Scores in %, MME in points; 95% intervals. Bold: shown to be better than each other model under its mask, and "
+    "than itself under each other mask."
+)
+
+
+def format_model_table(
+    view: ReportView, studies: Sequence[StudyRuns], table1: Sequence[Path], out: Path
+) -> dict[Path, str]:
+    """Return the contents of OUT/summary.csv, .md and .tex; {} of a single model under one mask.
+
+    Args:
+        view: Of the report's tables.
+        studies: Of the report.
+        table1: Files table1.json of `llava-bidir vqa` or `vqa-table`.
+        out: Folder of the report.
+
+    Raises:
+        UserError: A file of `table1` cannot be read.
+    """
+    benchmarks: dict[str, Entry] = {}
+    for file in table1:
+        benchmarks |= read_benchmarks(file)
+    keys = {model.name: key for key, model in view.models.items()}
+    runs = {}
+    for study in studies:
+        for mask, run in shown_runs(study).items():
+            runs[study.task.name, study.dataset, keys[study.name], mask, run.metrics["seed"]] = run
+    entries = []
+    for reading in view.readings:
+        about = reading.task, reading.data, reading.model.key, reading.mask, reading.seed
+        if reading.task == SEGMENTATION:
+            entry = entry_of_reading(reading, view)
+            entries.append(entry | entry_of_weights(runs[about], benchmarks))
+    if len(entries) < 2:
+        return {}
+    for title in ("mask", "data", "seed"):
+        if len({entry[title] for entry in entries}) == 1:
+            entries = [{key: entry[key] for key in entry if key != title} for entry in entries]
+    rows = [round_entry(entry) for entry in entries]
+    return {out / "summary.csv": format_csv(entries)} | format_tables(out / "summary", rows, NOTE)
+
+
+def entry_of_reading(reading: SiteReading, view: ReportView) -> Entry:
+    """Return who was read, and the scores of a reading, each NAME with NAME_low and NAME_high."""
+    entry = {"model": f"{reading.model.key} {reading.model.label}", "mask": reading.mask}
+    entry |= {"data": reading.data, "seed": str(reading.seed)}
+    for site in (ENCODER, ADAPTER):
+        if row := reading.row(site):
+            entry |= _with_interval(site, row.value, row.low, row.high)
+    layers = [row for row in reading.rows if reading.is_layer(row.site)]
+    if layers:
+        best = max(layers, key=lambda row: row.value)
+        entry["best layer"] = site_name(reading.own[best.site])
+        entry |= _with_interval(BEST, best.value, best.low, best.high)
+        entry["is_best"] = is_shown_best(reading, view)
+        entry |= _with_interval(BEYOND, best.minus_random, best.minus_low, best.minus_high)
+    return entry
+
+
+def entry_of_weights(run: ProbeRun, benchmarks: dict[str, Entry]) -> Entry:
+    """Return what else is known of the weights that a run has read."""
+    files = run.manifest["identity"]["model"].items()
+    read = {name.removeprefix("mllm").removeprefix("/"): digest for name, digest in files}
+    entry = {}
+    if (accuracy := run.training.get("val/answer_accuracy")) is not None:
+        entry["answers"] = accuracy
+    return entry | benchmarks.get(fingerprint(read), {})
+
+
+def fingerprint(files: dict[str, str]) -> str:
+    """Return what `llava-bidir vqa` calls weights with these checksums."""
+    return describe_digest(files).split()[-1]
+
+
+def _with_interval(name: str, value: Any, low: Any, high: Any) -> Entry:
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def read_benchmarks(file: Path) -> dict[str, Entry]:
+    """Return the scores of a table1.json by the fingerprint of the weights.
+
+    Raises:
+        UserError: The file cannot be read, or its rows do not tell two models apart.
+    """
+    content = read_json(file)
+    benchmarks: dict[str, Entry] = {}
+    names = [(model["encoder"], model["image_attention"]) for model in content["models"]]
+    for name, model in zip(names, content["models"], strict=True):
+        if names.count(name) > 1:
+            raise UserError(
+                f"{file} has two models of {', '.join(name)}; give the table1.json of each"
+            )
+        scores: Entry = {}
+        for row in content["rows"]:
+            if (row["encoder"], row["image_attention"]) == name:
+                scores |= _with_interval(row["column"], row["value"], row["low"], row["high"])
+        benchmarks[model["fingerprint"]] = scores
+    return benchmarks
+
+
+def is_shown_best(reading: SiteReading, view: ReportView) -> bool:
+    """Return whether a reading's best layer is shown to be better than that of each other model and mask beside it."""
+    rivals = []
+    for other in view.readings:
+        same_data = (other.task, other.data, other.seed) == (
+            reading.task,
+            reading.data,
+            reading.seed,
+        )
+        if same_data and (other.mask == reading.mask) != (other.model is reading.model):
+            rivals.append((other.model.key, other.mask))
+    beaten = [*_beaten_by(reading, view.tables.differences)]
+    return bool(rivals) and all(rival in beaten for rival in rivals)
+
+
+def _beaten_by(reading: SiteReading, differences: DataFrame) -> Iterator[tuple[str, str]]:
+    """Yield key and mask of the runs whose best layers are shown to be worse than the reading's."""
+    is_same = (differences[["task", "data"]] == [reading.task, reading.data]).all(axis=1)
+    is_same &= differences["seed"].isna() | (differences["seed"] == reading.seed)
+    for row in differences[is_same & (differences["of"] == BEST_LAYER)].itertuples():
+        if row.between == "masks":
+            first, second = (row.model, row.first), (row.model, row.second)
+        else:
+            first, second = (row.first, row.mask), (row.second, row.mask)
+        about = reading.model.key, reading.mask
+        if (about == first and row.high < 0) or (about == second and row.low > 0):
+            yield second if about == first else first
+
+
+def round_entry(entry: Entry) -> Row:
+    """Return a row for people: scores with their intervals, the best one marked."""
+    row: dict[str, str | Score] = {}
+    for name, value in entry.items():
+        if isinstance(value, str):
+            row[name] = value
+        elif name != "is_best" and not name.endswith(("_low", "_high")):
+            ends = entry.get(f"{name}_low"), entry.get(f"{name}_high")
+            is_best = name == BEST and entry["is_best"]
+            if name.startswith("MME"):  # sums of points
+                row[name] = Score(f"{value:.0f}", "[{:.0f}, {:.0f}]".format(*ends), is_best)
+            else:
+                text = number(value, has_sign=name == BEYOND)
+                row[name] = Score(text, interval(*ends), is_best)
+    return row

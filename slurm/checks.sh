@@ -101,7 +101,7 @@ check_options() { # of the three commands, which refuse what is wrong; stages ar
       status=0
       told=$("$PYTHON" -m llava_bidir fit "${fit_words[@]}" --trainer.num_nodes "$NODES" --trainer.devices "$TASKS_PER_NODE" \
         --out "$RUNS/$encoder-$mask/stage$stage" --dry-run --json 2>&1) || status=$?
-      if [[ $told == *"arguments: --dry-run"* ]]; then
+      if [[ $told == *"arguments: --dry"?"run"* ]]; then
         continue
       elif [[ $status != 0 ]]; then
         refused "STAGE$stage, $encoder" "$told"
@@ -121,10 +121,11 @@ check_options() { # of the three commands, which refuse what is wrong; stages ar
 }
 
 refused() { # SETTING OUTPUT: note the last line of an output, unless it is about a path that was named before
-  local line=$2 before
+  local line before
   line=$(tail -n 1 <<<"$2")
   for before in "${wrong[@]}"; do
-    if [[ $before == *=*" does not exist" && $line == *"${before#*=}"* ]]; then return; fi
+    before=${before% does not exist}
+    if [[ $before == [A-Z]*=/* && $line == *"no file ${before#*=}"* ]]; then return; fi
   done
   wrong+=("$1: $line")
 }

@@ -20,17 +20,14 @@ from llava_bidir.common.files import PROGRESS, is_in_use, read_json
 
 STAGES = ("stage1", "stage2")
 STEPS = (*STAGES, "study", "vqa", "report")
-RESULTS = {
-    "vqa": "vqa/table1.json",
-    "study": "report/results.json",
-    "report": "report/results.json",
-}
 TRY = re.compile(r"^job \S+, restart (\d+)$", re.MULTILINE)
 STUDY_STEP = re.compile(r"^\[(\d+)/(\d+)\]", re.MULTILINE)
 MINUTES_LEFT = re.compile(r"(\d+) min left")
-ERROR = re.compile(r"^(\[rank\d+\]: )?(llava-bidir: |probes: |[\w.]+(Error|Exception)\b)")
-# what Slurm adds when a task of a job has failed
-AFTERMATH = re.compile(r"^srun: |^slurmstepd: (?!.*(DUE TO|oom))")
+# what commands, Python and Slurm say at the end; what follows in a log tells less
+ERROR = re.compile(
+    r"^(?:\[rank\d+\]: )?(?:llava-bidir: |probes: |[\w.]+(?:Error|Exception)\b|slurmstepd: .*(?:DUE TO|oom)).*",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,17 @@ def run(options: StatusOptions) -> None:
 
 def describe(row: StepStatus) -> Iterator[str]:
     """Yield what is known of a step, for people."""
-    if row.done is not None:
-        yield f"{row.done:,} done" if row.of is None else f"{row.done:,} of {row.of:,}"
+    if row.of is not None:
+        yield f"{row.done:,} of {row.of:,}"
+    elif row.done is not None:
+        yield f"{row.done:,} done"
     if row.loss is not None:
         yield f"loss {row.loss:.3g}"
-    if row.samples_per_s is not None and row.state == "running":
-        yield f"{row.samples_per_s:.3g} samples/s"
-    if row.left_s is not None and row.state == "running":
-        yield f"{row.left_s / 3600:.1f} h left"
+    if row.state == "running":
+        if row.samples_per_s is not None:
+            yield f"{row.samples_per_s:.3g} samples/s"
+        if row.left_s is not None:
+            yield f"{row.left_s / 3600:.1f} h left"
     if row.requeues:
         yield f"requeues: {row.requeues}"
     if row.reason:
@@ -173,13 +173,15 @@ def status_of(
 
 
 def is_done(runs: Path, model: str, step: str) -> bool:
-    """Return whether a step has its result; of the study of a mask, that is the encoder's report."""
-    if step in STAGES:
-        return (runs / model / step / "hf").is_dir()
-    folders = [model]
-    if step == "study":
-        folders.append(model.rpartition("-")[0])
-    return any(name and (runs / name / RESULTS[step]).is_file() for name in folders)
+    """Return whether a step has its result; that of a study of one mask is the encoder's report."""
+    encoder = model.rpartition("-")[0] or model
+    report = "report/results.json"
+    results = {
+        "study": [f"{model}/{report}", f"{encoder}/{report}"],
+        "report": [f"{model}/{report}"],
+        "vqa": [f"{model}/vqa/table1.json"],
+    }
+    return any((runs / name).exists() for name in results.get(step, [f"{model}/{step}/hf"]))
 
 
 def read_last_try(log: Path | None) -> tuple[str, int]:
@@ -202,23 +204,17 @@ def read_progress(folder: Path, step: str, text: str) -> dict[str, Any]:
         results = [file for file in (folder / "vqa").glob("*.json") if file.stem != "table1"]
         return {"done": len(results)} if results else {}
     if steps := STUDY_STEP.findall(text):
-        begun, count = map(int, steps[-1])
-        minutes = MINUTES_LEFT.findall(text)
-        return {
-            "done": begun - 1,
-            "of": count,
-            "left_s": 60.0 * int(minutes[-1]) if minutes else None,
-        }
+        begun, count = steps[-1]
+        progress: dict[str, Any] = {"done": int(begun) - 1, "of": int(count)}
+        for minutes in MINUTES_LEFT.findall(text)[-1:]:
+            progress["left_s"] = 60.0 * int(minutes)
+        return progress
     records = [*folder.glob("steps/*.json")]
     return {"done": len(records)} if records else {}
 
 
 def why_failed(text: str) -> str:
-    """Return the line of a log that says why its job has no result."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if not AFTERMATH.match(line)]
-    errors = [line for line in told if ERROR.match(line)]
-    if "DUE TO" in "".join(told[-1:]):
-        errors = told
-    last = [*told, *errors][-1:]
+    """Return that a job has no result, with the line of its log that says why."""
+    lines = ERROR.findall(text) or text.split("\n")
+    last = [line for line in lines if line.strip()][-1:]
     return "; ".join(["ended without a result", *last])

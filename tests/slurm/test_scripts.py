@@ -25,6 +25,7 @@ SBATCH = """case "$*" in
 esac"""
 # refuses one learning rate, estimates all stages alike, and finds no model
 PYTHON = """case "$*" in
+*"fit "*"annotations /nowhere"*) echo "data.annotations: no file /nowhere"; exit 1 ;;
 *"fit "*"_rte"*) echo "unrecognized arguments: --model.learning_rte"; exit 2 ;;
 *"fit "*) echo '{{"gpu_hours": 52.04, "memory_gb": {{"total": 39.4}}}}' ;;
 *"-m "*) echo "no model /nowhere/hf"; exit 1 ;;

@@ -130,17 +130,13 @@ def read_benchmarks(file: Path) -> dict[str, Entry]:
 
 def is_shown_best(reading: SiteReading, view: ReportView) -> bool:
     """Return whether a reading's best layer is shown to be better than that of each other model and mask beside it."""
-    rivals = []
+    rivals = set()
     for other in view.readings:
-        same_data = (other.task, other.data, other.seed) == (
-            reading.task,
-            reading.data,
-            reading.seed,
-        )
-        if same_data and (other.mask == reading.mask) != (other.model is reading.model):
-            rivals.append((other.model.key, other.mask))
-    beaten = [*_beaten_by(reading, view.tables.differences)]
-    return bool(rivals) and all(rival in beaten for rival in rivals)
+        is_beside = (other.mask == reading.mask) != (other.model is reading.model)
+        same = (other.task, other.data, other.seed) == (reading.task, reading.data, reading.seed)
+        if is_beside and same:
+            rivals.add((other.model.key, other.mask))
+    return bool(rivals) and rivals <= {*_beaten_by(reading, view.tables.differences)}
 
 
 def _beaten_by(reading: SiteReading, differences: DataFrame) -> Iterator[tuple[str, str]]:

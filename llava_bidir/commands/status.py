@@ -138,9 +138,10 @@ def read_queue(runs: Path) -> dict[str, tuple[str, str]] | None:
     for line in asked.stdout.splitlines():
         state, reason, folder, name = line.split("|", 3)
         path = Path(folder, name).resolve()
-        # of two jobs of a name, one waits for the other
-        if path.is_relative_to(runs.resolve()) and (path not in jobs or state != "PENDING"):
-            jobs[path.relative_to(runs.resolve()).as_posix()] = state, reason
+        if path.is_relative_to(runs.resolve()):
+            name = path.relative_to(runs.resolve()).as_posix()
+            if name not in jobs or state != "PENDING":  # of two of a name, one waits for the other
+                jobs[name] = state, reason
     return jobs
 
 

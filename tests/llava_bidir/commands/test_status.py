@@ -16,6 +16,7 @@ torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
 slurmstepd: error: *** STEP 7.0 ON node CANCELLED AT 2026-01-01T00:00:00 ***
 srun: error: node: task 0: Exited with exit code 1
 """
+EARLIER = "job 8, restart 0\nValueError: of an earlier try\njob 9, restart 0\nanswering: 3 of 9\n"
 TIMEOUT = (
     "probes: told earlier\nslurmstepd: error: *** JOB 8 ON node CANCELLED DUE TO TIME LIMIT ***\n"
 )
@@ -49,12 +50,14 @@ def test_states_of_jobs_are_those_of_queue_results_and_logs(status, tmp_path):
     queue = [
         f"PENDING|Dependency|{tmp_path}|runs/a-causal/stage2",
         f"PENDING|BeginTime|/elsewhere|{tmp_path}/runs/a-causal/study",
-        f"PENDING|Dependency|{tmp_path}|runs/b-causal/stage1",
+        f"RUNNING|None|{tmp_path}|runs/b-causal/stage2",
+        *[f"PENDING|Dependency|{tmp_path}|runs/b-causal/stage{i}" for i in (1, 2)],
         f"RUNNING|None|{tmp_path}|runs/b-causal/stage1",
         f"RUNNING|None|{tmp_path}|other/d-causal/stage1",
     ]
     finished = "job 3, restart 0\n[1/1] z\ndone\n"
     logs = {"c-causal-stage1": KILLED, "c-causal-vqa": TIMEOUT, "c-causal-study": finished}
+    logs["d-causal-vqa"] = EARLIER
     rows = status(queue, **{"a-causal-study": STUDY}, **logs)
     states = {name: (row["state"], row["reason"]) for name, row in rows.items()}
     assert states == {
@@ -62,6 +65,7 @@ def test_states_of_jobs_are_those_of_queue_results_and_logs(status, tmp_path):
         "a-causal/stage2": ("waiting", "Dependency"),
         "a-causal/study": ("waiting", "BeginTime"),
         "b-causal/stage1": ("running", ""),
+        "b-causal/stage2": ("running", ""),
         "c-causal/stage1": (
             "failed",
             "ended without a result; torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
@@ -71,6 +75,7 @@ def test_states_of_jobs_are_those_of_queue_results_and_logs(status, tmp_path):
             "failed",
             "ended without a result; slurmstepd: error: *** JOB 8 ON node CANCELLED DUE TO TIME LIMIT ***",
         ),
+        "d-causal/vqa": ("failed", "ended without a result; answering: 3 of 9"),
     }
     study = rows["a-causal/study"]
     assert [study[key] for key in ("done", "of", "left_s", "requeues")] == [2, 7, 180.0, 2]

@@ -109,8 +109,11 @@ def read_status(runs: Path) -> list[StepStatus]:
             names |= {f"{folder.name}/{stage}" for stage in STAGES}
         if (folder / "vqa").is_dir():
             names.add(f"{folder.name}/vqa")
-        if (folder / "steps").is_dir() and f"{folder.name}/report" not in names:
-            names.add(f"{folder.name}/study")
+        if (folder / "steps").is_dir():
+            has_parts = any(
+                re.fullmatch(f"{re.escape(folder.name)}-[^/]+/study", name) for name in names
+            )
+            names.add(f"{folder.name}/{'report' if has_parts else 'study'}")
     split = [name.split("/") for name in names if name.count("/") == 1]
     ordered = sorted((model, STEPS.index(step)) for model, step in split if step in STEPS)
     rows = []
@@ -156,6 +159,8 @@ def status_of(
     state, reason = "waiting", ""
     if is_done(runs, model=model, step=step) or text.endswith("\ndone\n"):
         state = "done"
+        if "of" in progress:
+            progress["done"] = progress["of"]
     elif queue and name in queue:
         queued, why = queue[name]
         if queued == "PENDING":
@@ -211,7 +216,7 @@ def read_progress(folder: Path, step: str, text: str) -> dict[str, Any]:
             progress["left_s"] = 60.0 * int(minutes)
         return progress
     records = [*folder.glob("steps/*.json")]
-    return {"done": len(records)} if records else {}
+    return {"done": len(records)} if records and step == "study" else {}
 
 
 def why_failed(text: str) -> str:

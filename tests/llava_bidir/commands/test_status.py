@@ -47,6 +47,8 @@ def status(tmp_path, monkeypatch, capsys):
 
 def test_states_of_jobs_are_those_of_queue_results_and_logs(status, tmp_path):
     (tmp_path / "runs/a-causal/stage1/hf").mkdir(parents=True)
+    (tmp_path / "runs/c/steps").mkdir(parents=True)
+    (tmp_path / "runs/c/steps/causal.trained.json").write_text("{}")
     queue = [
         f"PENDING|Dependency|{tmp_path}|runs/a-causal/stage2",
         f"PENDING|BeginTime|/elsewhere|{tmp_path}/runs/a-causal/study",
@@ -66,6 +68,7 @@ def test_states_of_jobs_are_those_of_queue_results_and_logs(status, tmp_path):
         "a-causal/study": ("waiting", "BeginTime"),
         "b-causal/stage1": ("running", ""),
         "b-causal/stage2": ("running", ""),
+        "c/report": ("waiting", "not in the queue"),
         "c-causal/stage1": (
             "failed",
             "ended without a result; torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
@@ -79,6 +82,7 @@ def test_states_of_jobs_are_those_of_queue_results_and_logs(status, tmp_path):
     }
     study = rows["a-causal/study"]
     assert [study[key] for key in ("done", "of", "left_s", "requeues")] == [2, 7, 180.0, 2]
+    assert rows["c-causal/study"]["done"] == 1, "its last step has ended, too"
 
 
 def test_without_slurm_a_locked_folder_is_running_and_a_dead_one_has_failed(status, tmp_path):

@@ -54,20 +54,24 @@ def format_model_table(
     runs = {}
     for study in studies:
         for mask, run in shown_runs(study).items():
-            runs[study.task.name, study.dataset, keys[study.name], mask, run.metrics["seed"]] = run
+            key = keys[study.name]
+            runs[study.task.name, study.dataset, key, mask, run.metrics["seed"]] = run
     entries = []
     for reading in view.readings:
-        about = reading.task, reading.data, reading.model.key, reading.mask, reading.seed
         if reading.task == SEGMENTATION:
-            entry = entry_of_reading(reading, view)
-            entries.append(entry | entry_of_weights(runs[about], benchmarks))
+            key = reading.model.key
+            run = runs[reading.task, reading.data, key, reading.mask, reading.seed]
+            of_weights = entry_of_weights(run, benchmarks)
+            entries.append(entry_of_reading(reading, view) | of_weights)
     if len(entries) < 2:
         return {}
     for title in ("mask", "data", "seed"):
         if len({entry[title] for entry in entries}) == 1:
             entries = [{key: entry[key] for key in entry if key != title} for entry in entries]
     rows = [round_entry(entry) for entry in entries]
-    return {out / "summary.csv": format_csv(entries)} | format_tables(out / "summary", rows, NOTE)
+    files = format_tables(out / "summary", rows, note=NOTE)
+    files[out / "summary.csv"] = format_csv(entries)
+    return files
 
 
 def entry_of_reading(reading: SiteReading, view: ReportView) -> Entry:
@@ -76,14 +80,16 @@ def entry_of_reading(reading: SiteReading, view: ReportView) -> Entry:
     entry |= {"data": reading.data, "seed": str(reading.seed)}
     for site in (ENCODER, ADAPTER):
         if row := reading.row(site):
-            entry |= _with_interval(site, row.value, row.low, row.high)
+            entry |= _with_interval(site, value=row.value, low=row.low, high=row.high)
     layers = [row for row in reading.rows if reading.is_layer(row.site)]
     if layers:
         best = max(layers, key=lambda row: row.value)
         entry["best layer"] = site_name(reading.own[best.site])
-        entry |= _with_interval(BEST, best.value, best.low, best.high)
+        entry |= _with_interval(BEST, value=best.value, low=best.low, high=best.high)
         entry["is_best"] = is_shown_best(reading, view)
-        entry |= _with_interval(BEYOND, best.minus_random, best.minus_low, best.minus_high)
+        entry |= _with_interval(
+            BEYOND, value=best.minus_random, low=best.minus_low, high=best.minus_high
+        )
     return entry
 
 
@@ -123,7 +129,9 @@ def read_benchmarks(file: Path) -> dict[str, Entry]:
         scores: Entry = {}
         for row in content["rows"]:
             if (row["encoder"], row["image_attention"]) == name:
-                scores |= _with_interval(row["column"], row["value"], row["low"], row["high"])
+                scores |= _with_interval(
+                    row["column"], value=row["value"], low=row["low"], high=row["high"]
+                )
         benchmarks[model["fingerprint"]] = scores
     return benchmarks
 
@@ -132,25 +140,33 @@ def is_shown_best(reading: SiteReading, view: ReportView) -> bool:
     """Return whether a reading's best layer is shown to be better than that of each other model and mask beside it."""
     rivals = set()
     for other in view.readings:
-        is_beside = (other.mask == reading.mask) != (other.model is reading.model)
-        same = (other.task, other.data, other.seed) == (reading.task, reading.data, reading.seed)
-        if is_beside and same:
+        is_same_model = other.model is reading.model
+        is_same_mask = other.mask == reading.mask
+        is_comparable = (
+            other.task == reading.task and other.data == reading.data and other.seed == reading.seed
+        )
+        if is_comparable and is_same_mask != is_same_model:
             rivals.add((other.model.key, other.mask))
-    return bool(rivals) and rivals <= {*_beaten_by(reading, view.tables.differences)}
+    beaten = {*_beaten_by(reading, view.tables.differences)}
+    return bool(rivals) and rivals <= beaten
 
 
 def _beaten_by(reading: SiteReading, differences: DataFrame) -> Iterator[tuple[str, str]]:
     """Yield key and mask of the runs whose best layers are shown to be worse than the reading's."""
+    about = reading.model.key, reading.mask
     is_same = (differences[["task", "data"]] == [reading.task, reading.data]).all(axis=1)
     is_same &= differences["seed"].isna() | (differences["seed"] == reading.seed)
     for row in differences[is_same & (differences["of"] == BEST_LAYER)].itertuples():
         if row.between == "masks":
-            first, second = (row.model, row.first), (row.model, row.second)
+            first = row.model, row.first
+            second = row.model, row.second
         else:
-            first, second = (row.first, row.mask), (row.second, row.mask)
-        about = reading.model.key, reading.mask
-        if (about == first and row.high < 0) or (about == second and row.low > 0):
-            yield second if about == first else first
+            first = row.first, row.mask
+            second = row.second, row.mask
+        if about == first and row.high < 0:
+            yield second
+        if about == second and row.low > 0:
+            yield first
 
 
 def round_entry(entry: Entry) -> Row:

@@ -114,7 +114,7 @@ def write_report(
         sentences = hero.headline(view)
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
-        files |= format_model_table(view, studies, table1, out)
+        files |= format_model_table(view, studies=studies, table1=table1, out=out)
         names = sorted(path.relative_to(out).as_posix() for path in files)
         page = render_page(
             view,
@@ -381,6 +381,8 @@ def comparisons(tables: Tables) -> list[Entry]:
 
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
-    results = write_report(options.studies, options.out, options.labels, options.table1)
+    results = write_report(
+        options.studies, out=options.out, labels=options.labels, table1=options.table1
+    )
     page = Path(options.out) / "index.html"
     print_summary(results["summary"], page, lab=results["lab"])

@@ -160,7 +160,7 @@ def status_of(
     if is_done(runs, model=model, step=step) or text.endswith("\ndone\n"):
         state = "done"
         if "of" in progress:
-            progress["done"] = progress["of"]
+            progress |= {"done": progress["of"], "left_s": 0.0}
     elif queue and name in queue:
         queued, why = queue[name]
         if queued == "PENDING":

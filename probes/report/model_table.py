@@ -66,8 +66,10 @@ def format_model_table(
     if len(entries) < 2:
         return {}
     for title in ("mask", "data", "seed"):
-        if len({entry[title] for entry in entries}) == 1:
-            entries = [{key: entry[key] for key in entry if key != title} for entry in entries]
+        values = {entry[title] for entry in entries}
+        if len(values) == 1:
+            for entry in entries:
+                del entry[title]
     rows = [round_entry(entry) for entry in entries]
     files = format_tables(out / "summary", rows, note=NOTE)
     files[out / "summary.csv"] = format_csv(entries)
@@ -76,12 +78,19 @@ def format_model_table(
 
 def entry_of_reading(reading: SiteReading, view: ReportView) -> Entry:
     """Return who was read, and the scores of a reading, each NAME with NAME_low and NAME_high."""
-    entry = {"model": f"{reading.model.key} {reading.model.label}", "mask": reading.mask}
-    entry |= {"data": reading.data, "seed": str(reading.seed)}
+    model = reading.model
+    entry: Entry = {}
+    entry["model"] = f"{model.key} {model.label}"
+    entry["mask"] = reading.mask
+    entry["data"] = reading.data
+    entry["seed"] = str(reading.seed)
     for site in (ENCODER, ADAPTER):
         if row := reading.row(site):
             entry |= _with_interval(site, value=row.value, low=row.low, high=row.high)
-    layers = [row for row in reading.rows if reading.is_layer(row.site)]
+    layers = []
+    for row in reading.rows:
+        if reading.is_layer(row.site):
+            layers.append(row)
     if layers:
         best = max(layers, key=lambda row: row.value)
         entry["best layer"] = site_name(reading.own[best.site])
@@ -95,12 +104,16 @@ def entry_of_reading(reading: SiteReading, view: ReportView) -> Entry:
 
 def entry_of_weights(run: ProbeRun, benchmarks: dict[str, Entry]) -> Entry:
     """Return what else is known of the weights that a run has read."""
-    files = run.manifest["identity"]["model"].items()
-    read = {name.removeprefix("mllm").removeprefix("/"): digest for name, digest in files}
+    files = {}
+    for name, digest in run.manifest["identity"]["model"].items():
+        file = name.removeprefix("mllm")
+        files[file.removeprefix("/")] = digest
     entry = {}
-    if (accuracy := run.training.get("val/answer_accuracy")) is not None:
+    accuracy = run.training.get("val/answer_accuracy")
+    if accuracy is not None:
         entry["answers"] = accuracy
-    return entry | benchmarks.get(fingerprint(read), {})
+    weights = fingerprint(files)
+    return entry | benchmarks.get(weights, {})
 
 
 def fingerprint(files: dict[str, str]) -> str:
@@ -120,15 +133,18 @@ def read_benchmarks(file: Path) -> dict[str, Entry]:
     """
     content = read_json(file)
     benchmarks: dict[str, Entry] = {}
-    names = [(model["encoder"], model["image_attention"]) for model in content["models"]]
+    names = []
+    for model in content["models"]:
+        names.append((model["encoder"], model["image_attention"]))
     for name, model in zip(names, content["models"], strict=True):
         if names.count(name) > 1:
             raise UserError(
                 f"{file} has two models of {', '.join(name)}; give the table1.json of each"
             )
+        encoder, mask = name
         scores: Entry = {}
         for row in content["rows"]:
-            if (row["encoder"], row["image_attention"]) == name:
+            if row["encoder"] == encoder and row["image_attention"] == mask:
                 scores |= _with_interval(
                     row["column"], value=row["value"], low=row["low"], high=row["high"]
                 )
@@ -154,7 +170,8 @@ def is_shown_best(reading: SiteReading, view: ReportView) -> bool:
 def _beaten_by(reading: SiteReading, differences: DataFrame) -> Iterator[tuple[str, str]]:
     """Yield key and mask of the runs whose best layers are shown to be worse than the reading's."""
     about = reading.model.key, reading.mask
-    is_same = (differences[["task", "data"]] == [reading.task, reading.data]).all(axis=1)
+    is_same = differences["task"] == reading.task
+    is_same &= differences["data"] == reading.data
     is_same &= differences["seed"].isna() | (differences["seed"] == reading.seed)
     for row in differences[is_same & (differences["of"] == BEST_LAYER)].itertuples():
         if row.between == "masks":
@@ -176,11 +193,14 @@ def round_entry(entry: Entry) -> Row:
         if isinstance(value, str):
             row[name] = value
         elif name != "is_best" and not name.endswith(("_low", "_high")):
-            ends = entry.get(f"{name}_low"), entry.get(f"{name}_high")
-            is_best = name == BEST and entry["is_best"]
+            low = entry.get(f"{name}_low")
+            high = entry.get(f"{name}_high")
+            is_best = False
+            if name == BEST:
+                is_best = entry["is_best"]
             if name.startswith("MME"):  # sums of points
-                row[name] = Score(f"{value:.0f}", "[{:.0f}, {:.0f}]".format(*ends), is_best)
+                row[name] = Score(f"{value:.0f}", f"[{low:.0f}, {high:.0f}]", is_best)
             else:
                 text = number(value, has_sign=name == BEYOND)
-                row[name] = Score(text, interval(*ends), is_best)
+                row[name] = Score(text, interval(low, high), is_best)
     return row

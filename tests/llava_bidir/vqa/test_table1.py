@@ -98,9 +98,12 @@ def test_paired_differences_on_the_same_questions(table):
 
 def test_rounded_tables_mark_the_best_where_it_is_shown(table, tmp_path):
     """bidirectional is right 15 points more often; of equal models none is the best."""
-    for name, right in (("a", CAUSAL), ("b", BIDIRECTIONAL)):
-        write(tmp_path / name, "gqa", right, mask={"a": "causal", "b": "bidirectional"}[name])
-        write(tmp_path / name, "textvqa", CAUSAL, mask={"a": "causal", "b": "bidirectional"}[name])
+    masks = {"a": "causal", "b": "bidirectional"}
+    answers = {"a": CAUSAL, "b": BIDIRECTIONAL}
+    for name, mask in masks.items():
+        folder = tmp_path / name
+        write(folder, name="gqa", right=answers[name], mask=mask)
+        write(folder, name="textvqa", right=CAUSAL, mask=mask)
     rows = make_table(tmp_path, "a", "b")
     low, value, high = (100 * rows["bidirectional", "GQA"][key] for key in ("low", "value", "high"))
     lines = (tmp_path / "out/table1.md").read_text().splitlines()

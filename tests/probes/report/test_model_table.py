@@ -19,8 +19,13 @@ def report(runs: Path, *words: str) -> list[list[str]]:
     """Return the cells of summary.md of a report, in RUNS/out."""
     out = runs / "out"
     main(["report", str(runs), *words, "--out", str(out)])
-    lines = (out / "summary.md").read_text().splitlines()
-    return [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    table = (out / "summary.md").read_text()
+    cells = []
+    for line in table.splitlines():
+        if line.startswith("|"):
+            line = line.strip("| ")
+            cells.append(line.split(" | "))
+    return cells
 
 
 def test_a_row_for_each_model_rounded_as_the_page_and_bold_where_shown_best(write, tmp_path):

@@ -4,7 +4,7 @@ A row has the scores at encoder, adapter and best layer, how much the last is be
 answers in training, and the benchmarks of Table 1 that `llava-bidir vqa` has of the same weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,10 @@ from llava_bidir.common.tables import Row, Score, format_tables
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.formatting import Entry, format_csv
 from probes.runs.read import ProbeRun
-from probes.runs.study import StudyRuns
 from probes.tasks import SEGMENTATION
 
-from .compare import BEST_LAYER
-from .readings import ReportView, SiteReading
-from .sites import shown_runs
+from .best_layers import BEST_LAYER, BETTER, WORSE
+from .readings import MainRun, ReportView, SiteReading
 from .words import interval, number, site_name
 
 BEST = "mIoU"  # of the best layer
@@ -34,13 +32,13 @@ NOTE = (
 
 
 def format_model_table(
-    view: ReportView, studies: Sequence[StudyRuns], table1: Sequence[Path], out: Path
+    view: ReportView, runs: Mapping[tuple, MainRun], table1: Sequence[Path], out: Path
 ) -> dict[Path, str]:
     """Return the contents of OUT/summary.csv, .md and .tex; {} of a single model under one mask.
 
     Args:
         view: Of the report's tables.
-        studies: Of the report.
+        runs: Main runs by task, data, key, mask and seed.
         table1: Files table1.json of `llava-bidir vqa` or `vqa-table`.
         out: Folder of the report.
 
@@ -50,18 +48,10 @@ def format_model_table(
     benchmarks: dict[str, Entry] = {}
     for file in table1:
         benchmarks |= read_benchmarks(file)
-    keys = {model.name: key for key, model in view.models.items()}
-    runs = {}
-    for study in studies:
-        for mask, run in shown_runs(study).items():
-            key = keys[study.name]
-            runs[study.task.name, study.dataset, key, mask, run.metrics["seed"]] = run
     entries = []
     for reading in view.readings:
         if reading.task == SEGMENTATION:
-            key = reading.model.key
-            run = runs[reading.task, reading.data, key, reading.mask, reading.seed]
-            of_weights = entry_of_weights(run, benchmarks)
+            of_weights = entry_of_weights(runs[reading.about].run, benchmarks)
             entries.append(entry_of_reading(reading, view) | of_weights)
     if len(entries) < 2:
         return {}
@@ -87,19 +77,12 @@ def entry_of_reading(reading: SiteReading, view: ReportView) -> Entry:
     for site in (ENCODER, ADAPTER):
         if row := reading.row(site):
             entry |= _with_interval(site, value=row.value, low=row.low, high=row.high)
-    layers = []
-    for row in reading.rows:
-        if reading.is_layer(row.site):
-            layers.append(row)
-    if layers:
-        best = max(layers, key=lambda row: row.value)
-        entry["best layer"] = site_name(reading.own[best.site])
-        entry |= _with_interval(BEST, value=best.value, low=best.low, high=best.high)
-        entry["is_best"] = is_shown_best(reading, view)
-        entry |= _with_interval(
-            BEYOND, value=best.minus_random, low=best.minus_low, high=best.minus_high
-        )
-    return entry
+    best = reading.best_layer
+    entry["best layer"] = site_name(reading.own[best.site])
+    entry |= _with_interval(BEST, value=best.value, low=best.low, high=best.high)
+    entry["is_best"] = is_shown_best(reading, view)
+    beyond = {"value": best.minus_random, "low": best.minus_low, "high": best.minus_high}
+    return entry | _with_interval(BEYOND, **beyond)
 
 
 def entry_of_weights(run: ProbeRun, benchmarks: dict[str, Entry]) -> Entry:
@@ -180,9 +163,9 @@ def _beaten_by(reading: SiteReading, differences: DataFrame) -> Iterator[tuple[s
         else:
             first = row.first, row.mask
             second = row.second, row.mask
-        if about == first and row.high < 0:
+        if about == first and row.finding == WORSE:
             yield second
-        if about == second and row.low > 0:
+        if about == second and row.finding == BETTER:
             yield first
 
 

@@ -114,7 +114,7 @@ def write_report(
         sentences = hero.headline(view)
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
-        files |= format_model_table(view, studies=studies, table1=table1, out=out)
+        files |= format_model_table(view, runs=main_runs, table1=table1, out=out)
         names = sorted(path.relative_to(out).as_posix() for path in files)
         page = render_page(
             view,

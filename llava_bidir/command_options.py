@@ -50,6 +50,19 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """Options of `llava-bidir status`.
+
+    Args:
+        runs: Folder of the runs, with MODEL/stage1, MODEL/stage2, MODEL/vqa, studies and logs.
+        json: Print the rows as JSON.
+    """
+
+    runs: Path = positional()
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class VQAOptions:
     """Options of `llava-bidir vqa`.
 
@@ -97,6 +110,11 @@ COMMANDS = {
         ),
         "validate": Command(LIGHTNING, "loss and answers of a checkpoint; options as for fit"),
         "test": Command(LIGHTNING, "the same"),
+        "status": Command(
+            "llava_bidir.commands.status:run",
+            "list how far the stages, studies and benchmarks in a folder are, and which jobs failed or died",
+            StatusOptions,
+        ),
     },
     "Use a trained model": {
         "export": Command(

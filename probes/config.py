@@ -288,11 +288,14 @@ class ReportOptions:
         out: Folder for index.html, results.json, *.csv, *.pdf and *.png.
         labels: Labels of a study's models, in the order in which they are compared (default: those that the study was
             given).
+        table1: Files table1.json of `llava-bidir vqa` or `vqa-table`; summary.md and summary.tex then have these
+            benchmarks of the models, too.
     """
 
     studies: tuple[str, ...] = positional()
     out: Path
     labels: tuple[str, ...] = ()
+    table1: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from .errors import UserError, did_you_mean, error_context
 
 PARTIAL = ".partial"
 REPLACED = ".old"
+PROGRESS = "progress.json"  # of a training, in its folder
 # Reasons of the operating system for which a user's disk or folder takes nothing
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -249,3 +250,14 @@ def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1.0) -> I
             # while the lock is held: filelock checks that the locked file still exists
             file.unlink()
         lock.release()
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process of this machine holds a lock of the folder."""
+    for file in folder.glob(".*lock"):
+        try:
+            with FileLock(file, timeout=0):
+                pass
+        except Timeout:
+            return True
+    return False

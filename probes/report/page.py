@@ -2,6 +2,7 @@
 
 OUT/index.html       the page; needs no network and no other file
 OUT/results.json     claims and scores, in the format that other tools read
+OUT/summary.md, .tex  of several models or masks, a row for each
 OUT/*.csv            every number of the page, as fractions 0..1
 OUT/*.pdf, *.png     the figures
 
@@ -39,6 +40,7 @@ from probes.tasks import SEGMENTATION, TASKS
 
 from .best_layers import BEST_LAYER
 from .claims import evaluate_claims, joint_studies
+from .model_table import format_model_table
 from .readings import MainRun, ReportView, SiteAxis, by_site, read_view
 from .render import render
 from .sites import shown_runs, table2
@@ -65,13 +67,16 @@ Sections = dict[str, Section]  # of analyses by name
 FORMATS = {"pdf": {"CreationDate": None}, "png": {}}
 
 
-def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = ()) -> Entry:
+def write_report(
+    texts: Iterable[str], out: str | Path, labels: Sequence[str] = (), table1: Sequence[Path] = ()
+) -> Entry:
     """Write the report of studies to the folder `out` and return the content of results.json.
 
     Args:
         texts: See :func:`read_studies`.
         out: The folder.
         labels: Of a study's models, in order.
+        table1: Files table1.json of `llava-bidir vqa`, for the table over models.
     """
     texts = [*texts]
     studies = read_studies(texts, labels)
@@ -109,6 +114,7 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
         sentences = hero.headline(view)
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
+        files |= format_model_table(view, runs=main_runs, table1=table1, out=out)
         names = sorted(path.relative_to(out).as_posix() for path in files)
         page = render_page(
             view,
@@ -375,6 +381,8 @@ def comparisons(tables: Tables) -> list[Entry]:
 
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
-    results = write_report(options.studies, options.out, options.labels)
+    results = write_report(
+        options.studies, out=options.out, labels=options.labels, table1=options.table1
+    )
     page = Path(options.out) / "index.html"
     print_summary(results["summary"], page, lab=results["lab"])

@@ -29,7 +29,7 @@ from probes.tasks import SEGMENTATION, TASKS, Task
 # options with which the model is loaded as they are
 LOADED = ("dtype", "image_px", "image_resize", "prefix", "match", "draw", "seed")
 # options of the frozen model and its sites; the others of `ModelOptions` say how probes are trained
-MODEL_SETTINGS = ("mllm", "num_classes", "image_attention", "untrained", "sites", *LOADED)
+MODEL_SETTINGS = ("mllm", "num_classes", "image_attention", "untrained", "trust", "sites", *LOADED)
 
 
 @dataclass
@@ -90,6 +90,7 @@ def load_probes(
             settings["image_attention"],
             device=device,
             untrained=settings["untrained"] or (),
+            trust=settings["trust"],
             # at equal distances from the first on
             match_images=[images[i * len(images) // count]["image"] for i in range(count)],
             **{name: settings[name] for name in LOADED},

@@ -99,19 +99,22 @@ def trained(own, parts, conversations, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("is_imported", [True, False], ids=["--import", "--trust"])
 @pytest.mark.parametrize(
     "command",
     [
         "llava-bidir generate {run}/hf {photo} sky --max-new-tokens 2",
         "llava-bidir export {run} {out}",
         "probes sites {run}/hf",
+        "probes mask {run}/hf",
         "probes study rows={run}/hf {data} --arms trained --only solve --model.sites [layer_02] --out {out} "
         "--trainer.accelerator cpu --trainer.devices 2",  # in processes of its own
     ],
 )
 def test_commands_read_a_model_of_an_own_mask(
-    command, trained, call, segmentation, tmp_path, capsys
+    command, is_imported, trained, call, segmentation, tmp_path, capsys
 ):
+    """From the user's file, or from the export alone, on a machine without this file."""
     words = command.format(
         run=trained,
         photo=segmentation / "images/validation/000.png",
@@ -120,9 +123,12 @@ def test_commands_read_a_model_of_an_own_mask(
     ).split()
     with pytest.raises(SystemExit) as stop:
         call(*words, with_file=False)
-    assert "unknown image_attention 'rows'" in str(stop.value)
-    assert "--import FILE.py" in str(stop.value)
-    call(*words)
+    assert f"image_attention 'rows' is a function in {trained}/hf/attention.py" in str(stop.value)
+    assert "allow it: --trust true" in str(stop.value) and "--import FILE.py" in str(stop.value)
+    if is_imported:
+        call(*words)
+    else:
+        call(*words, "--trust", "true", with_file=False)
     if words[1] == "sites":
         assert "rows" in capsys.readouterr().out
     if words[1] == "export":

@@ -91,7 +91,7 @@ class RunOptions:
         probes: Folder of a finished probe run.
         out: Output folder (default: the run's folder).
         overwrite: Replace a result that other options or runs have made.
-        trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
+        trust: Run the code of a run's model, FILE.py:FUNCTION or a mask of its own; read it first.
     """
 
     probes: Path = positional()

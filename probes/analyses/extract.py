@@ -16,7 +16,7 @@ from probes.models.sites import last_layer, layer_number, part_names, part_of
 
 def print_sites(options: SitesOptions) -> None:
     """Run `probes sites`; reads the config only, so a 7B model takes no longer than a small one."""
-    config = read_config(options.mllm)
+    config = read_config(options.mllm, trust=options.trust)
     family = family_of(config)
     if options.image_px is not None:
         family = family.with_side(options.image_px, config)
@@ -65,7 +65,7 @@ def print_mask(options: MaskOptions) -> None:
     """
     from probes.models.load import load
 
-    if not family_of(read_config(options.mllm)).has_llm:
+    if not family_of(read_config(options.mllm, trust=options.trust)).has_llm:
         raise UserError(
             f"{options.mllm} is a bare vision encoder: all its patches attend to each other"
         )
@@ -97,6 +97,7 @@ def write_states(options: StatesOptions) -> None:
             image_px=options.image_px,
             image_attention=options.image_attention,
             prefix=options.prefix,
+            trust=options.trust,
         )
         sites = options.sites and list(options.sites)
         states = mllm.states(mllm.preprocess(images), sites)

@@ -451,12 +451,14 @@ class DemoOptions:
         scale: Factor for the number of images, conversations and training steps; 1: half an hour, large enough for
             results.
         extras: Also analyses that no claim needs (always from scale 1).
+        masks: Masks to train under, each compared with the first; of the second the other models are made.
     """
 
     out: Path = Path("runs/demo")
     seed: Seed = 0
     scale: Scale = 0.1
     extras: bool = False
+    masks: tuple[str, ...] = ("causal", "bidirectional")
 
 
 @dataclass(frozen=True, kw_only=True)

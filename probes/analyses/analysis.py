@@ -43,8 +43,8 @@ class Claim(NamedTuple):
     Args:
         sign: Sign of the number if the claim holds.
         text: A title of at most eight words, ":", and what is subtracted from what.
-        between_masks: The effect "NAME@SITE" of which the claim is the difference: bidirectional minus causal, at the
-            causal run's best layer.
+        between_masks: The effect "NAME@SITE" of which the claim is the difference: each other mask minus the first one,
+            at this one's best layer; the text names them by {first} and {second}.
         against_tokens: At the optimum and beyond random the claim is judged by another number than the paper's: the
             effect "CLAIM@random", against random tokens.
         reads_probes: The number depends on the run's probes; else on the model alone.

@@ -323,11 +323,40 @@ class MaskOptions:
     Args:
         mllm: Checkpoint directory or hub id; loaded in float32. Of an image of more than 256 tokens, 256 are measured.
         image_attention: Image attention that `probes` applies, instead of the model's own forward.
+        png: A .png file for a picture of the measured mask.
+        overwrite: Replace the file if there is one.
         trust: Run the code of a mask of the checkpoint's own, its attention.py; read it first.
     """
 
     mllm: str = positional()
     image_attention: str | None = None
+    png: Path | None = None
+    overwrite: bool = False
+    trust: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Options of `probes attention`.
+
+    Args:
+        mllm: Checkpoint directory or hub id.
+        photo: Image file.
+        out: A .png file.
+        patch: Row and column of the patch that attends, from 0 (default: in the middle).
+        image_attention: Image attention (default: the checkpoint's own).
+        image_px: Side of the square input of a bare encoder, a multiple of its patch (default: as published).
+        overwrite: Replace the file if there is one.
+        trust: Run the code of a mask of the checkpoint's own, its attention.py; read it first.
+    """
+
+    mllm: str = positional()
+    photo: Path = positional()
+    out: Path
+    patch: tuple[Index, Index] | None = None
+    image_attention: str | None = None
+    image_px: Count | None = None
+    overwrite: bool = False
     trust: bool = False
 
 

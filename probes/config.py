@@ -183,6 +183,7 @@ class SolveOptions(RunConfig):
     """
 
     dry_run: bool = False
+    first_words = ("model.mllm", "data.root")
     in_configs_only = OF_FIT
 
 

@@ -102,7 +102,7 @@ class VQATableOptions:
     out: Path
 
 
-LIGHTNING = "llava_bidir.training.cli:main"
+LIGHTNING = "llava_bidir.training.command:main"
 COMMANDS = {
     "Train LLaVA-1.5": {
         "verify-data": Command(

@@ -1,5 +1,6 @@
 """`--import FILE.py`: what a file of one's own registers, in every command that meets its names."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -95,8 +96,22 @@ def trained(own, parts, conversations, tmp_path_factory) -> Path:
     words += ["rows", "--trainer.callbacks+=own_parts.Hello", f"--import={own}", "--out", str(out)]
     log = out.with_name("log")
     assert wait(fork(lambda: MAIN["llava-bidir"](["fit", *words]), log)) == 0, log.read_text()
-    assert "hello" in log.read_text()
     return out
+
+
+def test_a_training_says_its_loss_and_nothing_that_is_known_of_other_libraries(trained):
+    """Warnings and advice that no user of `fit` can act on hid the lines of the loss."""
+    said = trained.with_name("log").read_text().splitlines()
+    assert "hello" in said
+    patterns = (
+        "hello",
+        "Seed set",
+        "GPU available",
+        "step .* loss",
+        "`Trainer.fit` stopped",
+        "The trained model is",
+    )
+    assert not [line for line in said if not re.match("|".join(patterns), line)]
 
 
 @pytest.mark.parametrize("is_imported", [True, False], ids=["--import", "--trust"])

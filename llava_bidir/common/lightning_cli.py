@@ -28,6 +28,7 @@ from .checkpoints import AtomicCheckpointIO, Checkpoints
 from .cli import Seed, join_values
 from .errors import OneLineErrors, UserError, error_context
 from .files import PROGRESS, exclusive_run_lock, write_files
+from .known_messages import hide_known_messages
 from .runs import (
     RunFolder,
     RunPlan,
@@ -84,6 +85,7 @@ class RunCLI(LightningCLI):
     words_parser = ConfigParser
 
     def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
+        hide_known_messages()
         super().__init__(
             *args,
             **kwargs,

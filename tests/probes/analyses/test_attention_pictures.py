@@ -17,12 +17,13 @@ DRAWS_PICTURES = True
 def drawn(monkeypatch) -> list[Figure]:
     """Return a list of the figures that are saved."""
     figures = []
-    save = attention_pictures._save
-    monkeypatch.setattr(
-        attention_pictures,
-        "_save",
-        lambda figure, file: [figures.append(figure), save(figure, file)],
-    )
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args, **options) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     return figures
 
 

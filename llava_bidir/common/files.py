@@ -67,6 +67,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
             raise
 
 
+def check_new(file: Path, suffix: str, overwrite: bool) -> None:
+    """Raise a UserError if a file to be written has another suffix, or exists and may not be replaced."""
+    if file.suffix != suffix:
+        raise UserError(f"{file}: expected a file name that ends in {suffix}")
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} exists; --overwrite true replaces it")
+
+
 @contextmanager
 def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` when the block ends; one process at a time can do so.

@@ -31,6 +31,7 @@ NOT_COMPARED = {
         "encoder.path",
         "llm",
         "mllm",
+        "trust",
     ),
     "data": (
         "cache_features",

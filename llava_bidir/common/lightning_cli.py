@@ -28,6 +28,7 @@ from .checkpoints import AtomicCheckpointIO, Checkpoints
 from .cli import Seed, join_values
 from .errors import OneLineErrors, UserError, error_context
 from .files import PROGRESS, exclusive_run_lock, write_files
+from .known_messages import hide_known_messages
 from .runs import (
     RunFolder,
     RunPlan,
@@ -59,12 +60,18 @@ set_parsing_settings(
 
 
 class ConfigParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, whose errors are one line, and whose words are typed as those of other commands."""
+    """LightningCLI's parser, whose errors are one line, and whose words are typed as those of other commands.
+
+    Attributes:
+        first_words: Options that take words without a name, in this order.
+    """
+
+    first_words: tuple[str, ...] = ()
 
     def parse_args(self, args: Sequence[str], *more: Any, **settings: Any) -> Namespace:
         """Parse words; those of a subcommand are left to its own parser."""
         if self._subcommands_action is None:
-            args = join_values(self, args)
+            args = join_values(self, args, dict.fromkeys(self.first_words, 1))
         return super().parse_args(args, *more, **settings)
 
 
@@ -75,11 +82,14 @@ class RunCLI(LightningCLI):
         UserError: A config has a callback of `REFUSED`.
     """
 
+    words_parser = ConfigParser
+
     def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
+        hide_known_messages()
         super().__init__(
             *args,
             **kwargs,
-            parser_class=ConfigParser,
+            parser_class=self.words_parser,
             save_config_callback=StartOfRun,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,  # no --optimizer: the modules build theirs

@@ -147,9 +147,9 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
     return models
 
 
-def open_checkpoint(path: str) -> list[LabModel]:
+def open_checkpoint(path: str, trust: bool = False) -> list[LabModel]:
     """Load a checkpoint without probes."""
-    mllm = probes.load(path)
+    mllm = probes.load(path, trust=trust)
     label = mllm.image_attention if mllm.has_llm else ENCODER
     return [LabModel(label=label, source=path, mllm=mllm, run=None, probes={})]
 

@@ -45,7 +45,13 @@ from probes.runs.write import RunRecord, save_run
 from probes.score.estimate import dataset_scores
 from probes.score.image_metrics import TaskMetric
 from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
-from probes.site_probes import MODEL_SETTINGS, SiteProbes, load_probes, save_predictions
+from probes.site_probes import (
+    MODEL_SETTINGS,
+    SiteProbes,
+    check_names,
+    load_probes,
+    save_predictions,
+)
 from probes.steps.progress import follow, format_duration
 from probes.tasks import SEGMENTATION, TASKS
 from probes.tasks.losses import CrossEntropy
@@ -74,7 +80,7 @@ class SolveRun:
         identity: Set when the run starts.
 
     Raises:
-        UserError: The config asks for probes that are not linear, or a strength is out of range.
+        UserError: The config asks for probes that are not linear, a strength is out of range, or a name is unknown.
     """
 
     identity: Identity | None = None
@@ -84,6 +90,7 @@ class SolveRun:
             raise UserError(
                 f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
             )
+        check_names(config.model, config.data.task)
         loss = TASKS[config.data.task].loss
         strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
         if loss is None and strengths and strengths[0] > 1:

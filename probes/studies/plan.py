@@ -17,11 +17,12 @@ from llava_bidir.common.identity import check_same_identity, describe_digest, na
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.analysis import EFFECTS_SUFFIX
-from probes.config import ReportOptions, StudyOptions
+from probes.config import DataOptions, ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
+from probes.site_probes import check_names
 from probes.steps.record import Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -93,6 +94,9 @@ def plan(study: StudyOptions) -> Planned:
         UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
     _check(study)
+    for path in study.models.values():
+        check_names(replace(study.model, mllm=path), study.data.task)
+    _check_folder_of_data(study.data)
     tasks = (SEGMENTATION, *study.tasks)
     splits = {task: open_splits(replace(study.data, task=task)) for task in tasks}
     validation = splits[SEGMENTATION]["validation"]
@@ -122,10 +126,16 @@ def plan(study: StudyOptions) -> Planned:
 
 
 def _check(study: StudyOptions) -> None:
-    """Raise a UserError if a setting is invalid."""
+    """Raise a UserError if a setting is invalid; data are not looked at."""
     others = [task for task in TASKS if task != SEGMENTATION]
     kinds = [*RUNS, *MEASURED, "report"]
-    for option, given, names in (("task", study.tasks, others), ("step", study.only, kinds)):
+    analyses = [text.partition(".")[0] for text in study.add]
+    choices = (
+        ("task", study.tasks, others),
+        ("step", study.only, kinds),
+        ("analysis", analyses, MEASURED),
+    )
+    for option, given, names in choices:
         for name in given:
             if name not in names:
                 expected = ", ".join(names)
@@ -135,11 +145,14 @@ def _check(study: StudyOptions) -> None:
             raise UserError(
                 f"model.{key} is given, but the arms of a study say which weights are random (--arms)"
             )
-    data = study.data
-    if data.task != SEGMENTATION:
+    if study.data.task != SEGMENTATION:
         raise UserError(
             "data.task is given, but a study is of segmentation; it solves other tasks beside it with --tasks NAME"
         )
+
+
+def _check_folder_of_data(data: DataOptions) -> None:
+    """Raise a UserError if the data are neither a folder nor a layout."""
     if data.dataset == "folder" and not Path(data.root).is_dir():
         layouts = ", ".join(DATASETS)
         raise UserError(
@@ -266,9 +279,6 @@ def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, 
     }
     for text in study.add:
         name, _, setting = text.partition(".")
-        if name not in MEASURED:
-            expected = ", ".join(MEASURED)
-            raise UserError(f"there is no analysis {name!r}; expected one of {expected} (--add)")
         settings = chosen.setdefault(name, {**MEASURED[name].in_study})
         if setting:
             key, _, value = setting.partition("=")

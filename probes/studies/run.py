@@ -47,7 +47,7 @@ def run(options: StudyOptions) -> None:
     *words, data = options.inputs
     if not words:
         raise UsageError("expected a model and a folder: probes study MODEL DATA --out DIR")
-    study = with_inputs(options, label_models(words), data)
+    study = with_inputs(options, label_models(words, options.model.trust), data)
     if study.dry_run:
         print_estimate(study)
     else:

@@ -8,6 +8,11 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import SUFFIXES
 
 OF_WINDOWS = ("Thumbs.db", "desktop.ini")
+WHOLE = ""  # split: all photos of a folder without splits
+SETTINGS = {  # of a folder's targets
+    "annotations": 'classes.json  {"classes": ["wall", ...], "ignore_index": 255}',
+    "depth": 'targets.json  {"depth_scale": 0.001}',
+}
 
 
 def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
@@ -81,11 +86,60 @@ def pair_files(
 def pair_folders(
     root: str | Path, split: str, folder: str, target_name: str = "mask"
 ) -> dict[str, tuple[Path, Path]]:
-    """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT.
+    """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT, or of a folder without splits.
 
     Raises:
-        UserError: As of :func:`files_by_name` and :func:`pair_files`.
+        UserError: A folder is missing, or there are splits where all photos are asked for; or as of
+            :func:`files_by_name` and :func:`pair_files`.
     """
-    images = files_by_name(Path(root) / "images" / split, SUFFIXES)
-    targets = files_by_name(Path(root) / folder / split, (".png",))
-    return pair_files(images, targets=targets, dataset=f"{root}, {split}", target_name=target_name)
+    root = Path(root)
+    if split == WHOLE:
+        if (root / "images/training").is_dir():
+            raise UserError(f"{root} has splits of its own; leave out --validation")
+        folders = find_pairs(root, folder)
+    else:
+        folders = root / "images" / split, root / folder / split
+    if folders is None or not all(part.is_dir() for part in folders):
+        raise UserError(describe_layout(root, folder, target_name))
+    if folders[0] == folders[1]:
+        pattern = "*.*"  # other files are not photos
+        photos = [suffix for suffix in SUFFIXES if suffix != ".png"]
+    else:
+        pattern = "*"
+        photos = SUFFIXES
+    images = files_by_name(folders[0], photos, pattern=pattern)
+    targets = files_by_name(folders[1], (".png",), pattern=pattern)
+    dataset = f"{root}, {split}" if split else str(root)
+    return pair_files(images, targets=targets, dataset=dataset, target_name=target_name)
+
+
+def find_pairs(root: Path, folder: str) -> tuple[Path, Path] | None:
+    """Return the folders of photos and of targets where there are no splits: one folder if they are side by side."""
+    names = ("annotations", "masks") if folder == "annotations" else (folder,)
+    for name in names:
+        if (root / "images").is_dir() and (root / name).is_dir():
+            return root / "images", root / name
+    if folder == "annotations" and any(path.suffix.lower() == ".png" for path in root.glob("*.*")):
+        return root, root
+    return None
+
+
+def describe_layout(root: Path, folder: str, target_name: str) -> str:
+    """Return what is missing of a folder of photos and targets, with all that is expected, at once."""
+    parts = [
+        f"{kind}/{split}" for split in ("training", "validation") for kind in ("images", folder)
+    ]
+    missing = [part for part in parts if not (root / part).is_dir()]
+    masks = "masks" if folder == "annotations" else folder
+    lines = [
+        f"{root} lacks {', '.join(missing)}; expected a photo and its {target_name} under one name:",
+        f"images/training/NAME.jpg, {folder}/training/NAME.png, and the same of validation",
+        f"or, without splits, images/NAME.jpg and {masks}/NAME.png"
+        + ", or NAME.jpg beside NAME.png," * (folder == "annotations")
+        + " with --validation 0.3, a share of them; --groups REGEX keeps frames of a video together",
+    ]
+    if folder in SETTINGS:
+        lines.append(f"and {SETTINGS[folder]}")
+    if len(missing) == len(parts) and find_pairs(root, folder) is not None:
+        lines.append(f"{root} looks like a folder without splits: add --validation 0.3")
+    return "\n  ".join(lines)

@@ -94,7 +94,8 @@ def plan(study: StudyOptions) -> Planned:
     """
     _check(study)
     tasks = (SEGMENTATION, *study.tasks)
-    splits = {task: open_splits(replace(study.data, task=task)) for task in tasks}
+    seed = study.seed_everything
+    splits = {task: open_splits(replace(study.data, task=task), seed) for task in tasks}
     validation = splits[SEGMENTATION]["validation"]
     analyses = choose_analyses(study, validation)
     contents = {

@@ -8,11 +8,12 @@ are the run's. Each of several processes reads and solves sites of its own.
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -332,46 +333,113 @@ def write_pictures(run: SolveRun, probes: SiteProbes, counted: dict[str, Tensor]
         )
 
 
+@dataclass(frozen=True)
+class RunCost:
+    """Seconds of the parts of a run, as measured on some images, on a machine that does nothing else.
+
+    Args:
+        start: Loading the model, and checking images and targets.
+        forward: A forward over the training images.
+        validation: A forward over the validation images.
+        site: The solution of a site and its scores; the mean of an early and a late site.
+        forwards: Forwards over the training images, each for the sites whose states fit into memory.
+        sites: Sites of the run.
+    """
+
+    start: float
+    forward: float
+    validation: float
+    site: float
+    forwards: int
+    sites: int
+
+    def seconds(self, sites: int | None = None) -> float:
+        """Return the seconds of the run, or of one of the model at so many sites."""
+        if sites is None:
+            sites = self.sites
+        forwards = math.ceil(self.forwards * sites / self.sites)
+        return self.start + forwards * self.forward + self.validation + sites * self.site
+
+
 @torch.no_grad()
-def dry_run(config: RunConfig) -> float:
-    """Print the time and memory of a run, measured on some images, and return its seconds. Nothing is written."""
+def dry_run(config: RunConfig) -> RunCost | None:
+    """Print the time and memory of a run, measured on some images, and return its cost. Nothing is written.
+
+    Of more processes than sites, one without a site returns None.
+    """
     run = SolveRun(config)
+    clock = Stopwatch()
     with run_process(), run.machine.processes():
         run.data.verify(run.machine.progress == "bar")
         probes = run.load_probes()
+        start_s = clock.lap()
         sites = sites_of_process(probes)
-        if not sites:  # of more processes than sites; the first one has some, and prints
-            return 0.0
+        if not sites:
+            return None
         images = len(run.data.splits["training"])
-        forward_s, site_s = measure_site(run, probes=probes, site=sites[-1], images=images)
         bytes_of_targets = images * target_bytes(probes)
         memory = memory_for_states(run, bytes_of_targets)
         groups = site_groups(probes, sites=sites, images=images, memory=memory)
+        cost = measure_cost(run, probes, start_s, sites=sites, forwards=len(groups))
         largest = max(size for _, size in groups)
         place = "memory" if largest <= memory else "a file in --out"
-        threads = threads_of(run.solver_device)
-        total_s = len(groups) * forward_s + len(sites) * site_s / threads
-        validation = len(run.data.splits["validation"])
-        total_s += forward_s * validation / images / rank_count()
         rank_zero_info(
-            f"about {format_duration(total_s)}: a forward over {images:,} training images takes "
-            f"{format_duration(forward_s)}, a site {format_duration(site_s)}, {threads} at a time; {len(groups)} "
-            f"forwards at most, each for the sites whose states fit: {largest / 1e9:.3g} GB in {place}, beside "
+            f"about {format_duration(cost.seconds())} on an idle machine: a forward over {images:,} training images "
+            f"takes {format_duration(cost.forward)}, a site {format_duration(cost.site)}; {len(groups)} forwards at "
+            f"most, each for the sites whose states fit: {largest / 1e9:.3g} GB in {place}, beside "
             f"{bytes_of_targets / 1e9:.3g} GB of targets"
         )
-        return total_s
+        return cost
 
 
-def measure_site(run: SolveRun, probes: SiteProbes, site: str, images: int) -> tuple[float, float]:
-    """Return the seconds of a forward over so many training images up to a site, and of its solution."""
-    measured = min(images, MEASURED_IMAGES)
-    fold_of = assign_folds(range(measured), run.config.solver.folds)
+def measure_cost(
+    run: SolveRun, probes: SiteProbes, start_s: float, sites: list[str], forwards: int
+) -> RunCost:
+    """Return the cost of a run from an early and a late site, solved and scored on some images."""
+    images = {split: len(dataset) for split, dataset in run.data.splits.items()}
+    for dataset in run.data.splits.values():
+        dataset.names = dataset.names[:MEASURED_IMAGES]
+        dataset.files = dataset.files[:MEASURED_IMAGES]
+    measured = {split: len(dataset) for split, dataset in run.data.splits.items()}
+    training, validation = (images[split] / measured[split] for split in ("training", "validation"))
+    both = list(dict.fromkeys([sites[0], sites[-1]]))
+    heads = torch.nn.ModuleDict({site: probes.heads[site] for site in both})
+    probes = replace(probes, heads=heads)
+    fold_of = assign_folds(range(measured["training"]), run.config.solver.folds)
+    clock = Stopwatch()
     reader = StateReader(probes, data=run.data, machine=run.machine, fold_of=fold_of)
-    started = time.perf_counter()
-    states = reader.read([site])
-    after_forward = time.perf_counter()
-    list(solve_in_workers(run, reader, states))
-    forward_s = after_forward - started
-    solution_s = time.perf_counter() - after_forward
-    share = images / measured
-    return forward_s * share, solution_s * share
+    states = reader.read(both)
+    forward_s = clock.lap() / torch.get_num_threads()
+    solutions = dict(solve_in_workers(run, reader, states))
+    solution_s = clock.lap() / threads_of(run.solver_device)
+    count_validation_images(run, probes, solutions)
+    counted_s = clock.lap() / torch.get_num_threads()
+    validation_s = forward_s * measured["validation"] / measured["training"]
+    scores_s = max(0.0, counted_s - validation_s)
+    return RunCost(
+        start=start_s,
+        forward=forward_s * training,
+        validation=validation_s * validation / rank_count(),
+        site=(solution_s * training + scores_s * validation) / len(both),
+        forwards=forwards,
+        sites=len(sites),
+    )
+
+
+class Stopwatch:
+    """Seconds of this process's work: on a GPU of the clock, else of its cores, which others may use meanwhile."""
+
+    def __init__(self):
+        self.on_gpu = torch.cuda.is_available()
+        self.last = self._now()
+
+    def lap(self) -> float:
+        """Return the seconds since the last call."""
+        before, self.last = self.last, self._now()
+        return self.last - before
+
+    def _now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return sum(os.times()[:4])  # with processes that have ended

@@ -26,8 +26,8 @@ from .plan import RUNS, Planned, check_folder, plan, trained_first
 if TYPE_CHECKING:
     from probes.solve.run import RunCost
 
-REPORT_S = 12.0  # two models, 60 photos; it hardly depends on them
-PASSES = {"knockout": 9, "routes": 20, "maps": 0.1}  # forwards over the validation images; else one
+REPORT_S = 5.0  # a page of two models on 60 photos
+PASSES = {"knockout": 6, "routes": 20, "maps": 0.1}  # forwards over the validation images; else one
 SIMULATED = 20_000  # studies
 # standard deviations of recovery beyond random in the toy world, as fractions (experiments/statistics/draws.py)
 OF_AN_IMAGE = 0.0028 * math.sqrt(600)

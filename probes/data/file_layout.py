@@ -93,53 +93,31 @@ def pair_folders(
             :func:`files_by_name` and :func:`pair_files`.
     """
     root = Path(root)
+    photos, masks = root / "images" / split, root / folder / split
     if split == WHOLE:
         if (root / "images/training").is_dir():
             raise UserError(f"{root} has splits of its own; leave out --validation")
-        folders = find_pairs(root, folder)
-    else:
-        folders = root / "images" / split, root / folder / split
-    if folders is None or not all(part.is_dir() for part in folders):
-        raise UserError(describe_layout(root, folder, target_name))
-    if folders[0] == folders[1]:
-        pattern = "*.*"  # other files are not photos
-        photos = [suffix for suffix in SUFFIXES if suffix != ".png"]
-    else:
-        pattern = "*"
-        photos = SUFFIXES
-    images = files_by_name(folders[0], photos, pattern=pattern)
-    targets = files_by_name(folders[1], (".png",), pattern=pattern)
+        photos, masks = folders_without_splits(root, folder)
+    if not (photos.is_dir() and masks.is_dir()):
+        settings = SETTINGS.get(folder, "no further file")
+        raise UserError(
+            f"{root} lacks images/{split} or {folder}/{split}; expected a photo and its {target_name} under one name:\n"
+            f"  images/training/NAME.jpg, {folder}/training/NAME.png, and the same of validation\n"
+            f"  or, with --validation 0.3, images/NAME.jpg and {folder}/ (or masks/) NAME.png, or NAME.jpg beside "
+            f"NAME.png; --groups REGEX keeps frames of a video together\n  and {settings}"
+        )
+    pattern, suffixes = "*", SUFFIXES
+    if photos == masks:  # other files are neither
+        pattern, suffixes = "*.*", [suffix for suffix in SUFFIXES if suffix != ".png"]
+    images = files_by_name(photos, suffixes, pattern=pattern)
+    targets = files_by_name(masks, (".png",), pattern=pattern)
     dataset = f"{root}, {split}" if split else str(root)
     return pair_files(images, targets=targets, dataset=dataset, target_name=target_name)
 
 
-def find_pairs(root: Path, folder: str) -> tuple[Path, Path] | None:
+def folders_without_splits(root: Path, folder: str) -> tuple[Path, Path]:
     """Return the folders of photos and of targets where there are no splits: one folder if they are side by side."""
-    names = ("annotations", "masks") if folder == "annotations" else (folder,)
-    for name in names:
-        if (root / "images").is_dir() and (root / name).is_dir():
+    for name in (folder, "masks") if folder == "annotations" else (folder,):
+        if (root / name).is_dir():
             return root / "images", root / name
-    if folder == "annotations" and any(path.suffix.lower() == ".png" for path in root.glob("*.*")):
-        return root, root
-    return None
-
-
-def describe_layout(root: Path, folder: str, target_name: str) -> str:
-    """Return what is missing of a folder of photos and targets, with all that is expected, at once."""
-    parts = [
-        f"{kind}/{split}" for split in ("training", "validation") for kind in ("images", folder)
-    ]
-    missing = [part for part in parts if not (root / part).is_dir()]
-    masks = "masks" if folder == "annotations" else folder
-    lines = [
-        f"{root} lacks {', '.join(missing)}; expected a photo and its {target_name} under one name:",
-        f"images/training/NAME.jpg, {folder}/training/NAME.png, and the same of validation",
-        f"or, without splits, images/NAME.jpg and {masks}/NAME.png"
-        + ", or NAME.jpg beside NAME.png," * (folder == "annotations")
-        + " with --validation 0.3, a share of them; --groups REGEX keeps frames of a video together",
-    ]
-    if folder in SETTINGS:
-        lines.append(f"and {SETTINGS[folder]}")
-    if len(missing) == len(parts) and find_pairs(root, folder) is not None:
-        lines.append(f"{root} looks like a folder without splits: add --validation 0.3")
-    return "\n  ".join(lines)
+    return root, root

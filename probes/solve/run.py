@@ -13,10 +13,11 @@ import shutil
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -333,8 +334,7 @@ def write_pictures(run: SolveRun, probes: SiteProbes, counted: dict[str, Tensor]
         )
 
 
-@dataclass(frozen=True)
-class RunCost:
+class RunCost(NamedTuple):
     """Seconds of the parts of a run, as measured on some images, on a machine that does nothing else.
 
     Args:
@@ -342,104 +342,87 @@ class RunCost:
         forward: A forward over the training images.
         validation: A forward over the validation images.
         site: The solution of a site and its scores; the mean of an early and a late site.
-        forwards: Forwards over the training images, each for the sites whose states fit into memory.
-        sites: Sites of the run.
     """
 
     start: float
     forward: float
     validation: float
     site: float
-    forwards: int
-    sites: int
 
-    def seconds(self, sites: int | None = None) -> float:
-        """Return the seconds of the run, or of one of the model at so many sites."""
-        if sites is None:
-            sites = self.sites
-        forwards = math.ceil(self.forwards * sites / self.sites)
+    def seconds(self, sites: int, forwards: int = 1) -> float:
+        """Return the seconds of a run of so many sites, whose states take so many forwards."""
         return self.start + forwards * self.forward + self.validation + sites * self.site
 
 
 @torch.no_grad()
-def dry_run(config: RunConfig) -> RunCost | None:
+def dry_run(config: RunConfig) -> RunCost:
     """Print the time and memory of a run, measured on some images, and return its cost. Nothing is written.
 
-    Of more processes than sites, one without a site returns None.
+    Of more processes than sites, one without a site has no cost.
     """
     run = SolveRun(config)
-    clock = Stopwatch()
+    started = work_seconds()
     with run_process(), run.machine.processes():
         run.data.verify(run.machine.progress == "bar")
         probes = run.load_probes()
-        start_s = clock.lap()
+        start_s = work_seconds() - started
         sites = sites_of_process(probes)
         if not sites:
-            return None
+            return RunCost(start_s, 0.0, 0.0, 0.0)
         images = len(run.data.splits["training"])
         bytes_of_targets = images * target_bytes(probes)
         memory = memory_for_states(run, bytes_of_targets)
         groups = site_groups(probes, sites=sites, images=images, memory=memory)
-        cost = measure_cost(run, probes, start_s, sites=sites, forwards=len(groups))
+        cost = measure_cost(run, probes, ends=list(dict.fromkeys([sites[0], sites[-1]])))
+        cost = cost._replace(start=start_s)
         largest = max(size for _, size in groups)
         place = "memory" if largest <= memory else "a file in --out"
         rank_zero_info(
-            f"about {format_duration(cost.seconds())} on an idle machine: a forward over {images:,} training images "
-            f"takes {format_duration(cost.forward)}, a site {format_duration(cost.site)}; {len(groups)} forwards at "
-            f"most, each for the sites whose states fit: {largest / 1e9:.3g} GB in {place}, beside "
-            f"{bytes_of_targets / 1e9:.3g} GB of targets"
+            f"about {format_duration(cost.seconds(len(sites), len(groups)))} on an idle machine: a forward over "
+            f"{images:,} training images takes {format_duration(cost.forward)}, a site {format_duration(cost.site)}; "
+            f"{len(groups)} forwards at most, each for the sites whose states fit: {largest / 1e9:.3g} GB in {place}, "
+            f"beside {bytes_of_targets / 1e9:.3g} GB of targets"
         )
         return cost
 
 
-def measure_cost(
-    run: SolveRun, probes: SiteProbes, start_s: float, sites: list[str], forwards: int
-) -> RunCost:
-    """Return the cost of a run from an early and a late site, solved and scored on some images."""
-    images = {split: len(dataset) for split, dataset in run.data.splits.items()}
-    for dataset in run.data.splits.values():
+def measure_cost(run: SolveRun, probes: SiteProbes, ends: list[str]) -> RunCost:
+    """Return the cost of a run, but its start, from an early and a late site, solved and scored on some images."""
+    shares = {}
+    for split, dataset in run.data.splits.items():
+        images = len(dataset)
         dataset.names = dataset.names[:MEASURED_IMAGES]
         dataset.files = dataset.files[:MEASURED_IMAGES]
-    measured = {split: len(dataset) for split, dataset in run.data.splits.items()}
-    training, validation = (images[split] / measured[split] for split in ("training", "validation"))
-    both = list(dict.fromkeys([sites[0], sites[-1]]))
-    heads = torch.nn.ModuleDict({site: probes.heads[site] for site in both})
+        shares[split] = images / len(dataset)
+    training, validation = (len(run.data.splits[split]) for split in ("training", "validation"))
+    heads = torch.nn.ModuleDict({site: probes.heads[site] for site in ends})
     probes = replace(probes, heads=heads)
-    fold_of = assign_folds(range(measured["training"]), run.config.solver.folds)
-    clock = Stopwatch()
+    fold_of = assign_folds(range(training), run.config.solver.folds)
     reader = StateReader(probes, data=run.data, machine=run.machine, fold_of=fold_of)
-    states = reader.read(both)
-    forward_s = clock.lap() / torch.get_num_threads()
+    times = [work_seconds()]
+    states = reader.read(ends)
+    times.append(work_seconds())
     solutions = dict(solve_in_workers(run, reader, states))
-    solution_s = clock.lap() / threads_of(run.solver_device)
+    times.append(work_seconds())
     count_validation_images(run, probes, solutions)
-    counted_s = clock.lap() / torch.get_num_threads()
-    validation_s = forward_s * measured["validation"] / measured["training"]
+    times.append(work_seconds())
+    forward_s, solutions_s, counted_s = (after - before for before, after in pairwise(times))
+    validation_s = forward_s * validation / training
     scores_s = max(0.0, counted_s - validation_s)
+    threads = torch.get_num_threads()
+    sites_s = solutions_s / threads_of(run.solver_device) * shares["training"]
+    sites_s += scores_s / threads * shares["validation"]
     return RunCost(
-        start=start_s,
-        forward=forward_s * training,
-        validation=validation_s * validation / rank_count(),
-        site=(solution_s * training + scores_s * validation) / len(both),
-        forwards=forwards,
-        sites=len(sites),
+        start=0.0,
+        forward=forward_s / threads * shares["training"],
+        validation=validation_s / threads * shares["validation"] / rank_count(),
+        site=sites_s / len(ends),
     )
 
 
-class Stopwatch:
-    """Seconds of this process's work: on a GPU of the clock, else of its cores, which others may use meanwhile."""
-
-    def __init__(self):
-        self.on_gpu = torch.cuda.is_available()
-        self.last = self._now()
-
-    def lap(self) -> float:
-        """Return the seconds since the last call."""
-        before, self.last = self.last, self._now()
-        return self.last - before
-
-    def _now(self) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return sum(os.times()[:4])  # with processes that have ended
+def work_seconds() -> float:
+    """Return seconds of this process's work so far: of the clock on a GPU, else of cores, which others may use, too."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return sum(os.times()[:4])  # with processes that have ended

@@ -1,11 +1,9 @@
 """`probes study --dry-run`: what a study will do, what it costs, and which effects it can find."""
 
 import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,11 +18,8 @@ from probes.steps.progress import format_duration
 from probes.steps.record import Outcome, Step
 from probes.steps.runner import find_missing
 
-from .arms import Arm, arm_names, kind_of
+from .arms import arm_names, kind_of
 from .plan import RUNS, Planned, check_folder, plan, trained_first
-
-if TYPE_CHECKING:
-    from probes.solve.run import RunCost
 
 REPORT_S = 5.0  # a page of two models on 60 photos
 PASSES = {"knockout": 6, "routes": 20, "maps": 0.1}  # forwards over the validation images; else one
@@ -76,34 +71,33 @@ def print_estimate(study: StudyOptions) -> None:
 
 def describe_time(planned: Planned, missing: Sequence[Step]) -> str:
     """Return how long the missing steps take, measured on a few images with each model, or why that is not known."""
+    from probes.solve.run import dry_run
+
     trained = [arm for arm in planned.arms if arm.is_trained]
     try:
-        costs = {arm.label: cost for arm in trained if (cost := measure_arm(arm))}
+        costs = {arm.label: dry_run(arm.config) for arm in trained}
     except UserError as error:  # weights that are on another machine
         images = sum(len(dataset) for dataset in open_splits(trained[0].config.data).values())
         costs_of_configs = [describe_config(arm.config.model.mllm, images) for arm in trained]
         return "\n".join([f"the time is not known here: {error}", *costs_of_configs])
-    arms = {arm.run.name: arm for arm in planned.arms}
+    sites = {arm.run.name: len(arm.run.sites) for arm in planned.arms}
     by_kind: Counter = Counter()
     for step in missing:
-        run, _, analysis = step.name.rpartition("/")
+        run = step.name if step.kind in RUNS else step.name.rpartition("/")[0]
+        cost = costs.get(run.rpartition("/")[0])
         if step.kind == "report":
-            seconds = REPORT_S
-        elif step.kind in RUNS:
-            arm = arms.get(step.name)  # other tasks have no arm of their own name
-            label = step.name.rpartition("/")[0]
-            seconds = costs[label].seconds(len(arm.run.sites) if arm else None)
+            by_kind["report"] += REPORT_S
+        elif step.kind in RUNS:  # those of other tasks have the sites of the trained arm at most
+            by_kind[step.kind] += cost.seconds(sites.get(run, max(sites.values())))
         else:
-            cost = costs[run.rpartition("/")[0]]
-            seconds = cost.start + PASSES.get(analysis, 1) * cost.validation
-        by_kind[step.kind] += seconds
+            by_kind[step.kind] += cost.start + PASSES.get(step.kind, 1) * cost.validation
     parts = [f"{kind} {format_duration(seconds)}" for kind, seconds in by_kind.items()]
     total = format_duration(sum(by_kind.values()))
     return f"{len(missing)} steps: about {total} on an idle machine ({', '.join(parts)})"
 
 
 def describe_config(path: str, images: int) -> str:
-    """Return an estimate of a forward over so many images from a model's config, at this device's rate of products."""
+    """Return an estimate of a forward over so many images from a model's config."""
     import torch
 
     from probes.models.families import family_of
@@ -115,37 +109,11 @@ def describe_config(path: str, images: int) -> str:
         model = family.model_cls(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2 * parameters * math.prod(family.grid(config))
-    seconds = images * flops / products_per_second()
     return (
-        f"from the config of {path}: {parameters / 1e9:.3g} billion parameters, {flops / 1e12:.3g} TFLOP a photo; a "
-        f"forward over {images:,} photos takes about {format_duration(seconds)} on this device, an arm two or more, "
-        "and the solutions of its sites"
+        f"from the config of {path}: {parameters / 1e9:.3g} billion parameters, {flops / 1e12:.3g} TFLOP a photo; at "
+        f"100 TFLOP/s a forward over {images:,} photos takes {format_duration(images * flops / 1e14)}, to which an arm "
+        "adds the solutions of its sites"
     )
-
-
-def products_per_second() -> float:
-    """Return the floating-point operations a second of a product of matrices on this device, as models are run."""
-    import torch
-
-    device, dtype, side = "cpu", torch.float32, 1024
-    if torch.cuda.is_available():
-        device, dtype, side = "cuda", torch.bfloat16, 8192
-    matrix = torch.ones(side, side, device=device, dtype=dtype)
-    (matrix @ matrix)[0, 0].item()  # the first one also loads the library
-    started = time.perf_counter()
-    (matrix @ matrix)[0, 0].item()
-    return 2 * side**3 / (time.perf_counter() - started)
-
-
-def measure_arm(arm: Arm) -> "RunCost | None":
-    """Return the cost of an arm, and print what it is made of.
-
-    Raises:
-        UserError: The model cannot be loaded, e.g. where only its config is.
-    """
-    from probes.solve.run import dry_run
-
-    return dry_run(arm.config)
 
 
 def describe_power(study: StudyOptions, images: int, masks: int) -> str:

@@ -109,6 +109,10 @@ class DataOptions:
         task: Kind of targets, see probes/README.md: segmentation, depth, normals or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None for the name of the folder.
+        validation: Share of the photos that are validation, of a folder without splits (NAME.jpg beside NAME.png, or
+            images/ and masks/); drawn by the seed, and nothing is moved.
+        groups: Regular expression: photos in whose names it finds the same text stay in one split, e.g. '^.*_' for
+            frames CLIP_0001.
         batch_size: Images per batch over all devices; 64 in the paper.
         cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
         num_workers: Processes per device that open images, at most one per core.
@@ -119,6 +123,8 @@ class DataOptions:
     task: str = "segmentation"
     options: Values | None = None
     name: str | None = None
+    validation: ShareBelow1 | None = None
+    groups: str | None = None
     batch_size: Count = 64
     cache_features: bool = False
     num_workers: Index = 4

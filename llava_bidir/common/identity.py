@@ -37,6 +37,8 @@ NOT_COMPARED = {
         "cache_features",
         "name",
         "num_workers",
+        "validation",  # the photos of each split are compared
+        "groups",
         "annotations",
         "images",
         "root",

@@ -9,7 +9,7 @@ from probes.config import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.families.layer_parts import part_sites, parts_text, why_no_part
-from probes.models.families.modules import MODULE_TYPE
+from probes.models.families.modules import MODULE_TYPE, why_no_parts
 from probes.models.read_config import check_numbers, read_config
 from probes.models.sites import last_layer, layer_number, part_names, part_of
 
@@ -49,7 +49,8 @@ def describe_parts(family: Family | EncoderFamily, config: PreTrainedConfig) -> 
     last = layer_number(last_layer(family.sites(config)))
     readable = part_sites(family, config)
     if not readable:
-        return f"no sites inside the layers: {why_no_part(family, config, part_names(1)[-1])}"
+        why = why_no_parts(config) or why_no_part(family, config, part_names(1)[-1])
+        return f"no sites inside the layers: {why}"
     kinds = {part_of(site) for site in readable}
     parts = [site for layer in range(1, last + 1) for site in part_names(layer)]
     without = [site for site in parts if part_of(site) in kinds and site not in readable]

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
@@ -48,7 +47,6 @@ from .tables import Tables, make_tables
 from .terminal import lab_command, print_summary, summarize
 from .verdicts import MARGIN
 
-CSS = Path(__file__).with_name("page.css")
 MODULES = (
     charts,
     hero,
@@ -214,7 +212,6 @@ def render_page(
     return render(
         "report/page.html.j2",
         FILTERS,
-        css=Markup(CSS.read_text(encoding="utf8")),
         view=view,
         sentences=sentences,
         studies=studies,

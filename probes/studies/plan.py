@@ -23,7 +23,7 @@ from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
 from probes.site_probes import check_names
-from probes.steps.record import Step, digest, read_records, unfinished_steps
+from probes.steps.record import OUTSTANDING, Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .arms import FITTED, TRAINED, Arm, join, kind_of, plan_arms
@@ -98,7 +98,8 @@ def plan(study: StudyOptions) -> Planned:
         check_names(replace(study.model, mllm=path), study.data.task)
     _check_folder_of_data(study.data)
     tasks = (SEGMENTATION, *study.tasks)
-    splits = {task: open_splits(replace(study.data, task=task)) for task in tasks}
+    seed = study.seed_everything
+    splits = {task: open_splits(replace(study.data, task=task), seed) for task in tasks}
     validation = splits[SEGMENTATION]["validation"]
     analyses = choose_analyses(study, validation)
     contents = {
@@ -265,6 +266,21 @@ def _report_step(study: StudyOptions, steps: Sequence[Step]) -> ReportStep:
         call="probes.studies.table:write_report",
         reads=reads,
     )
+
+
+def trained_first(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps of trained models first, then a report that names the outstanding controls, then the others.
+
+    The report is made again at the end.
+    """
+    reports = [step for step in steps if step.kind == "report"]
+    of_arms = [step for step in steps if step.kind != "report"]
+    trained = [step for step in of_arms if step.is_trained]
+    others = [step for step in of_arms if not step.is_trained]
+    if not (reports and trained and any(step.kind in RUNS for step in others)):
+        return list(steps)
+    waiting = [replace(step, why_left_out=step.why_left_out or OUTSTANDING) for step in others]
+    return [*trained, *waiting, *reports, *others, *reports]
 
 
 # ------------------------------------------------------------------------------------------------------- analyses

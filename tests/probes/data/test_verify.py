@@ -56,7 +56,8 @@ def test_bad_files_are_listed_before_the_model_is_loaded(root, tmp_path, monkeyp
         Image.fromarray(array).save(root / "annotations/training" / name)
     (root / "images/validation/004.png").write_bytes(b"no picture")
     config = ["-c", "configs/demo/probes.yaml", "--data.root", str(root)]
-    fit = ["fit", *config, "--model.mllm", "facebook/none", "--out", str(tmp_path / "run")]
+    mllm = str(tiny_models.write_checkpoint(tmp_path / "model"))
+    fit = ["fit", *config, "--model.mllm", mllm, "--out", str(tmp_path / "run")]
     for command in (fit, ["verify-data", "--workers", "0", *config]):
         with pytest.raises(SystemExit, match="5 of 11 images cannot be used") as stop:
             main(command)

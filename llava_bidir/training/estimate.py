@@ -19,7 +19,7 @@ from .module import LlavaTraining
 from .step_memory import FP32, Spread, StepMemory, count_trained, step_memory, stored_bytes
 
 GB = 1e9
-SAMPLED = 2048  # records whose tokens are counted
+SAMPLED = 1024  # records whose tokens are counted
 LONGEST = 8  # micro-batches, by words, of which the one with most tokens is run
 TOKENS_A_WORD = 1.4  # of English, to tell long micro-batches from short ones
 

@@ -99,10 +99,13 @@ def read_spread(trainer: Namespace) -> Spread:
         UserError: By a strategy of which the memory is not known.
     """
     devices = trainer.devices
-    if isinstance(devices, str):
-        devices = ASSUMED_GPUS if devices in ("auto", "-1") else devices.strip(",").split(",")
+    if isinstance(devices, str) and "," in devices:
+        devices = devices.strip(",").split(",")
     if isinstance(devices, list):
         devices = len(devices)
+    if str(devices) in ("auto", "-1"):
+        devices = ASSUMED_GPUS
+    devices = int(devices)
     devices *= trainer.num_nodes
     kind = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2]
     zero = {}

@@ -102,6 +102,7 @@ class VQATableOptions:
     out: Path
 
 
+DRY_RUN = ("--dry-run", "--dry_run")  # of `fit`
 LIGHTNING = "llava_bidir.training.command:main"
 COMMANDS = {
     "Train LLaVA-1.5": {

@@ -3,12 +3,11 @@
 import json
 from argparse import ArgumentParser
 
-from llava_bidir.common.cli import Positive, Share
+from llava_bidir.command_options import DRY_RUN
+from llava_bidir.common.cli import Positive
 from llava_bidir.training.cli import build_data_cli
 from llava_bidir.training.estimate import GB, Estimate, estimate
 from llava_bidir.training.step_memory import StepMemory, read_spread
-
-from .fit import DRY_RUN
 
 A100_TFLOPS = 312.0  # in bfloat16, by NVIDIA's data sheet
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
@@ -24,7 +23,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(*DRY_RUN, action="store_true", help="train nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--mfu", type=Share, default=0.4, help="share of --throughput.peak_tflops")
+    parser.add_argument(
+        "--mfu", type=Positive, default=0.4, help="share of --throughput.peak_tflops"
+    )
     parser.add_argument("--gpu_gb", type=Positive, default=80.0, help="memory of a GPU in GB")
     options, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config, parser.prog)

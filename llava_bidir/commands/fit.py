@@ -1,6 +1,6 @@
 """`llava-bidir fit`: train, or with `--dry-run` say what it would cost."""
 
-DRY_RUN = ("--dry-run", "--dry_run")
+from llava_bidir.command_options import DRY_RUN
 
 
 def main(argv: list[str]) -> None:
@@ -8,5 +8,5 @@ def main(argv: list[str]) -> None:
     if {*DRY_RUN} & {*argv}:
         from .dry_run import main as run
     else:
-        from llava_bidir.training.cli import main as run
+        from llava_bidir.training.command import main as run
     run(argv)

@@ -26,6 +26,10 @@ ON_ONE_CPU = Namespace(
 )
 
 
+ABOUT_DRY_RUN = (
+    "--dry-run trains nothing: it prints steps, tokens, memory of a GPU, hours and disk, without weights, images and "
+    "GPU; its own options are --json, --mfu 0.4 and --gpu_gb 80."
+)
 UNSAID = ""  # model.adapter, until the command or a config says a folder or null
 
 
@@ -134,7 +138,7 @@ def build_cli(
         InstructionData,
         args=argv,
         run=run,
-        parser_kwargs={"prog": prog},
+        parser_kwargs={"prog": prog, "fit": {"epilog": ABOUT_DRY_RUN}},
         trainer_defaults={"callbacks": [ShowSettings(), ShowAnswers()]},
     )
 

@@ -28,6 +28,7 @@ from llava_bidir.common.errors import UserError
 from .fsdp2_strategy import find_layers
 from .module import LlavaTraining
 
+ASSUMED_GPUS = 8  # of `trainer.devices: auto`, as LLaVA was trained
 FP32 = 4  # bytes
 LAYER = "a layer"
 ZERO_DEFAULTS = {  # of DeepSpeed
@@ -39,23 +40,13 @@ ZERO_DEFAULTS = {  # of DeepSpeed
 
 
 class Sharding(Enum):
-    """What each device has a share of, else all of it."""
+    """What divides a training among devices, by the name of its strategy; with the stage of ZeRO."""
 
-    NONE = "nothing"
-    DDP = "nothing, but gradients are averaged"
-    ZERO2 = "gradients and optimizer"
-    ZERO3 = "weights, gradients and optimizer"
-    FSDP2 = "weights, gradients and optimizer, by layer"
-
-
-SHARDINGS = {  # by strategy
-    "SingleDeviceStrategy": Sharding.NONE,
-    "ddp": Sharding.DDP,
-    "ZeRO2": Sharding.ZERO2,
-    "ZeRO3": Sharding.ZERO3,
-    "FSDP2": Sharding.FSDP2,
-}
-ASSUMED_GPUS = 8  # of `trainer.devices: auto`, as LLaVA was trained
+    NONE = "SingleDeviceStrategy"
+    DDP = "ddp"
+    ZERO2 = "ZeRO2"
+    ZERO3 = "ZeRO3"
+    FSDP2 = "FSDP2"
 
 
 @dataclass(frozen=True)
@@ -80,20 +71,29 @@ class Spread:
         return self.sharding in (Sharding.ZERO2, Sharding.ZERO3)
 
     @property
+    def is_half(self) -> bool:
+        """Return whether products are in 16 bits."""
+        return "16" in self.precision
+
+    @property
+    def autocasts(self) -> bool:
+        """Return whether operations choose their dtype."""
+        return self.is_half and "true" not in self.precision and not self.is_zero
+
+    @property
     def stored_in(self) -> torch.dtype:
         """Return the dtype of weights between two steps."""
-        is_half = "16" in self.precision and (self.is_zero or "true" in self.precision)
-        return torch.bfloat16 if is_half else torch.float32
+        return torch.bfloat16 if self.is_half and not self.autocasts else torch.float32
 
     @property
     def gathered_in(self) -> torch.dtype:
         """Return the dtype of weights in a forward, before autocast casts them."""
-        is_half = "16" in self.precision and self.sharding is Sharding.FSDP2
-        return torch.bfloat16 if is_half else self.stored_in
+        is_cast = self.is_half and self.sharding is Sharding.FSDP2
+        return torch.bfloat16 if is_cast else self.stored_in
 
 
 def read_spread(trainer: Namespace) -> Spread:
-    """Return how the trainer of a config spreads a training.
+    """Return how the trainer of a config spreads a training; without a number of devices, over ASSUMED_GPUS.
 
     Raises:
         UserError: By a strategy of which the memory is not known.
@@ -105,20 +105,22 @@ def read_spread(trainer: Namespace) -> Spread:
         devices = len(devices)
     if str(devices) in ("auto", "-1"):
         devices = ASSUMED_GPUS
-    devices = int(devices)
-    devices *= trainer.num_nodes
-    kind = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2]
+    devices = int(devices) * trainer.num_nodes
+    name = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2]
     zero = {}
-    if kind == "ZeRO":
+    if name == "ZeRO":
         zero = trainer.strategy.init_args.zero_optimization
-        kind += str(zero["stage"])
-    if kind == "auto":
-        kind = "ddp" if devices > 1 else "SingleDeviceStrategy"
-    if kind not in SHARDINGS:
+        name += str(zero["stage"])
+    elif name == "auto" and devices == 1:
+        name = Sharding.NONE.value
+    elif name == "auto":
+        name = Sharding.DDP.value
+    names = [sharding.value for sharding in Sharding]
+    if name not in names:
         raise UserError(
-            f"trainer.strategy: the memory under {kind} is not known; of {', '.join(SHARDINGS)} it is"
+            f"trainer.strategy: the memory under {name} is not known; known are {', '.join(names)}"
         )
-    return Spread(devices, SHARDINGS[kind], str(trainer.precision or "32-true"), zero)
+    return Spread(devices, Sharding(name), str(trainer.precision or "32-true"), zero)
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def run_step(
     trained = [p for p in model.parameters() if p.requires_grad]
     live = LiveTensors(vocabulary=len(model.lm_head.weight))
     autocast = nullcontext()
-    if "mixed" in spread.precision and not spread.is_zero:
+    if spread.autocasts:
         autocast = torch.autocast("cpu", torch.bfloat16)
     with trained[0].fake_mode as fake:
         inputs = tree_map_only(Tensor, fake.from_tensor, dict(batch))

@@ -92,7 +92,7 @@ def stock_step(module: LlavaTraining, batch: dict) -> Callable[[], object]:
         parameter.requires_grad_(name not in frozen)
     model.train()
     model.model.vision_tower.eval()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-5, weight_decay=0.0, fused=True)
     keys = ("input_ids", "attention_mask", "pixel_values", "labels")

@@ -141,5 +141,5 @@ def bench_training(paired: Callable[..., dict], rounds: int) -> list[dict]:
                 repeat=1,
             )
         rows.append({"name": f"a training step of {stage}: stock LLaVA over ours"} | steps)
-        rows.append({"name": "loading its batch: stock processor over ours"} | loads)
+        rows.append({"name": f"loading a batch of {stage}: stock processor over ours"} | loads)
     return rows

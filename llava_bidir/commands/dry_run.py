@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from llava_bidir.command_options import DRY_RUN
 from llava_bidir.common.cli import Positive
 from llava_bidir.training.cli import build_data_cli
-from llava_bidir.training.estimate import GB, Estimate, estimate
+from llava_bidir.training.estimate import GB, TrainingCosts, estimate
 from llava_bidir.training.step_memory import StepMemory, read_spread
 
 A100_TFLOPS = 312.0  # in bfloat16, by NVIDIA's data sheet
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         print(format_estimate(costs, options.gpu_gb))
 
 
-def format_estimate(costs: Estimate, gpu_gb: float) -> str:
+def format_estimate(costs: TrainingCosts, gpu_gb: float) -> str:
     """Return a table for the terminal: what, how much, and of what."""
     rows = []
     for part in costs.parts:

@@ -49,7 +49,7 @@ class SampledRecords:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TrainingCosts:
     """What a training costs.
 
     Args:
@@ -115,7 +115,7 @@ class Estimate:
 
 def estimate(
     module: LlavaTraining, data: InstructionData, trainer: Trainer, spread: Spread, tflops: float
-) -> Estimate:
+) -> TrainingCosts:
     """Return what a training costs. Annotations are read, weights and images are not.
 
     Args:
@@ -137,6 +137,9 @@ def estimate(
         datamodule=data,
     )
     data.trainer = planned
+    data.follow_model(
+        image_attention=module.hparams.image_attention, loss_average=module.hparams.loss_average
+    )
     data.setup("fit")
     steps = optimizer_steps(planned)
     sampled = sample_records(data)
@@ -151,7 +154,7 @@ def estimate(
     samples = steps * data.batch_size
     share = samples / len(sampled.lengths)  # how many each sampled record stands for
     flops = sampled_flops(module, batch, sampled)
-    return Estimate(
+    return TrainingCosts(
         steps=steps,
         samples=samples,
         tokens=round(share * sum(sampled.lengths)),

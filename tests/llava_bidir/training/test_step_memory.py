@@ -116,14 +116,7 @@ def build(world, case: Case) -> tuple:
     root, parts = world
     torch.manual_seed(0)
     module = LlavaTraining(*parts, list(case.trainable), **case.settings)
-    attention = case.settings.get("image_attention", "causal")
-    data = make_data(
-        root,
-        parts,
-        batch_size=case.batch_size,
-        image_tokens=IMAGE_TOKENS,
-        image_attention=attention,
-    )
+    data = make_data(root, parts, batch_size=case.batch_size, image_tokens=IMAGE_TOKENS)
     return module, data
 
 

@@ -96,7 +96,7 @@ equal: venv ## what users get from this checkout and another one, OTHER=DIR (git
 	PYTHONPATH=.:tests/helpers $(PY) tests/equal.py $(OTHER) runs/equal
 
 bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json
-	$(PY) tests/bench/bench.py --out runs/bench.json
+	PYTHONPATH=.:tests/helpers $(PY) tests/bench/bench.py --out runs/bench.json
 
 lint: venv ## ruff, the import order (import-linter), spelling (codespell)
 	$(PY) -m ruff check .

@@ -102,6 +102,7 @@ class VQATableOptions:
     out: Path
 
 
+DRY_RUN = ("--dry-run", "--dry_run")  # of `fit`
 LIGHTNING = "llava_bidir.training.command:main"
 COMMANDS = {
     "Train LLaVA-1.5": {
@@ -110,7 +111,9 @@ COMMANDS = {
             "encode every record and open every image before GPU time is used; options as for fit",
         ),
         "fit": Command(
-            LIGHTNING, "train a stage, and export the model: -c stage1 -c clip -c zero2 --out RUN"
+            "llava_bidir.commands.fit:main",
+            "train a stage, and export the model: -c stage1 -c clip -c zero2 --out RUN; with --dry-run, say what it "
+            "costs in steps, memory and hours",
         ),
         "validate": Command(LIGHTNING, "loss and answers of a checkpoint; options as for fit"),
         "test": Command(LIGHTNING, "the same"),

@@ -28,6 +28,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError, error_context
@@ -163,6 +164,12 @@ class Instructions(Dataset):
             "image": image,
             "conversations": record["conversations"],
         }
+
+    def without_pixels(self, index: int) -> dict:
+        """Return a record as a sample with a black image in place of its own, which is not opened."""
+        record = self.records[index]
+        image = Image.new("RGB", (1, 1)) if shows_image(record) else None
+        return record | {"image": image}
 
     def check_trainable(self, collate: Collate) -> None:
         """Raise a UserError if no record trains an answer, or texts refer to images, but no record shows one."""

@@ -140,6 +140,7 @@ def build_model(
     adapter: str | None = None,
     attn_implementation: str = "sdpa",
     dtypes: Mapping[str, torch.dtype] | None = None,
+    with_weights: bool = True,
 ) -> LlavaBidirForConditionalGeneration:
     """Load encoder and LLM, add the adapter, and resize the vocabulary to the processor's.
 
@@ -153,6 +154,7 @@ def build_model(
         adapter: Checkpoint directory to read the adapter from (of stage 1); None initialises a new adapter.
         attn_implementation: "sdpa", "eager" or "flex_attention".
         dtypes: Dtype of the weights of "encoder", "adapter" and "llm"; None: torch's default dtype for all.
+        with_weights: False builds encoder and LLM of their configs alone, whose weights need not be there.
 
     Raises:
         UserError: The adapter does not fit this model, or the LLM computes its logits in a way that it does not know.
@@ -163,7 +165,11 @@ def build_model(
     with error_context(f"model.llm: {llm}"):
         check_mask_reaches_layers(image_attention, read_llm_config(llm).get_text_config())
     language_model = load_llm(
-        llm, len(tokenizer), dtype=dtypes["llm"], attn_implementation=attn_implementation
+        llm,
+        len(tokenizer),
+        with_weights=with_weights,
+        dtype=dtypes["llm"],
+        attn_implementation=attn_implementation,
     )
     head = language_model.get_output_embeddings()
     config = LlavaBidirConfig(
@@ -179,8 +185,8 @@ def build_model(
         lm_head_bias=head.bias is not None,
     )
     with no_zero3_partitioning():
-        vision_tower = load_weights(
-            "model.encoder.path", encoder.entry.model_class, encoder.path, dtype=dtypes["encoder"]
+        vision_tower = load_encoder(
+            encoder, vision_config, dtype=dtypes["encoder"], with_weights=with_weights
         )
         if encoder.image_px is not None and encoder.entry.image_px is None:
             resize_stored_positions(vision_tower, encoder.image_px)
@@ -191,8 +197,9 @@ def build_model(
     model.model.vision_tower = vision_tower
     model.model.language_model = language_model.base_model
     model.set_output_embeddings(head)
-    with error_context(f"model.llm: {llm}"):
-        check_text_logits(model, language_model)
+    if with_weights:
+        with error_context(f"model.llm: {llm}"):
+            check_text_logits(model, language_model)
     projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
     for layer in (projector.linear_1, projector.linear_2):
         layer.reset_parameters()  # as LLaVA does
@@ -204,20 +211,35 @@ def build_model(
     return model
 
 
-def load_llm(path: str, tokens: int, **options) -> PreTrainedModel:
+def load_encoder(
+    encoder: Encoder, config: PreTrainedConfig, dtype: torch.dtype, with_weights: bool
+) -> PreTrainedModel:
+    """Load the vision tower; without weights, build it of its config."""
+    reader = encoder.entry.model_class
+    if not with_weights:
+        return reader._from_config(config, dtype=dtype)
+    return load_weights("model.encoder.path", reader, encoder.path, dtype=dtype)
+
+
+def load_llm(path: str, tokens: int, *, with_weights: bool = True, **options) -> PreTrainedModel:
     """Load the LLM, also that of a llava, and resize its vocabulary to at least `tokens` rows.
 
     Args:
         path: Directory or hub id.
         tokens: Number of tokens of the tokenizer.
-        **options: Passed to `from_pretrained`.
+        with_weights: False builds it of its config.
+        **options: Passed to `from_pretrained`, or `from_config`.
 
     Raises:
         UserError: As :func:`load_weights`, or the vocabulary cannot be resized.
     """
-    if isinstance(read_model_config("model.llm", path), LlavaConfig):
-        options |= {"config": read_llm_config(path), "key_mapping": OF_LLAVA}
-    language_model = load_weights("model.llm", reader=AutoModelForCausalLM, path=path, **options)
+    if not with_weights:
+        language_model = AutoModelForCausalLM.from_config(read_llm_config(path), **options)
+    else:
+        if isinstance(read_model_config("model.llm", path), LlavaConfig):
+            options |= {"config": read_llm_config(path), "key_mapping": OF_LLAVA}
+        reader = AutoModelForCausalLM
+        language_model = load_weights("model.llm", reader=reader, path=path, **options)
     with error_context(f"model.llm: {path}"):
         resize_vocabulary(language_model, tokens)
     return language_model

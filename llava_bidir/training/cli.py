@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -20,15 +21,15 @@ from .read_checkpoint import export_checkpoint
 from .throughput import Throughput
 
 # Options of a command that reads the data of a config, on machines without the config's GPUs too
-ON_ONE_CPU = (
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
-    "--trainer.precision=32-true",
+ON_ONE_CPU = Namespace(
+    accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true"
 )
 
 
+ABOUT_DRY_RUN = (
+    "--dry-run trains nothing: it prints steps, tokens, memory of a GPU, hours and disk, without weights, images and "
+    "GPU; its own options are --json, --mfu 0.4 and --gpu_gb 80."
+)
 UNSAID = ""  # model.adapter, until the command or a config says a folder or null
 
 
@@ -111,21 +112,40 @@ class TrainingCLI(RunCLI):
                 raise UserError(f"{name}: no file {path}")
 
 
-def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
+class DataCLI(TrainingCLI):
+    """Model without weights, data and trainer of a config, on machines without the config's GPUs, too.
+
+    Attributes:
+        asked: Settings of the trainer in the config.
+    """
+
+    def before_instantiate_classes(self) -> None:
+        """Put the trainer on one CPU."""
+        super().before_instantiate_classes()
+        self.asked = self.config.trainer.clone()
+        self.config.trainer.update(ON_ONE_CPU)
+
+
+def build_cli(
+    argv: list[str],
+    run: bool = True,
+    prog: str = "llava-bidir",
+    cli: type[TrainingCLI] = TrainingCLI,
+) -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
-    return TrainingCLI(
+    return cli(
         LlavaTraining,
         InstructionData,
         args=argv,
         run=run,
-        parser_kwargs={"prog": prog},
+        parser_kwargs={"prog": prog, "fit": {"epilog": ABOUT_DRY_RUN}},
         trainer_defaults={"callbacks": [ShowSettings(), ShowAnswers()]},
     )
 
 
-def build_data_cli(argv: list[str], prog: str) -> TrainingCLI:
-    """Return model (without weights) and data of a training config, on machines without the config's GPUs too."""
-    return build_cli([*argv, *ON_ONE_CPU], run=False, prog=prog)
+def build_data_cli(argv: list[str], prog: str) -> DataCLI:
+    """Return model (without weights) and data of a training config, and what its trainer was asked for."""
+    return build_cli(argv, run=False, prog=prog, cli=DataCLI)
 
 
 def main(argv: list[str]) -> None:

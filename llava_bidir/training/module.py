@@ -177,8 +177,11 @@ class LlavaTraining(LightningModule):
 
     def configure_model(self) -> None:
         """Build the model once, inside the strategy's context."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            self.build()
+
+    def build(self, with_weights: bool = True) -> None:
+        """Build the model; without weights, of configs alone, as an estimate of its costs needs it."""
         args = self.hparams
         self.model = build_model(
             self.encoder,
@@ -186,9 +189,10 @@ class LlavaTraining(LightningModule):
             self.processor,
             image_attention=args.image_attention,
             image_resize=args.image_resize,
-            adapter=args.adapter,
+            adapter=args.adapter if with_weights else None,
             attn_implementation=args.attn_implementation,
             dtypes=self._dtypes(),
+            with_weights=with_weights,
         )
         if args.adapter is None:
             adapter = self.model.model.multi_modal_projector

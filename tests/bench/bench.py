@@ -23,6 +23,7 @@ from measure import last_line, ratios
 from probe_solvers import bench_solver
 from states import bench_states
 from sweep import Sweep
+from training_step import bench_training
 
 
 def paired(
@@ -69,6 +70,7 @@ BENCHES = {
     "loss": lambda args: bench_loss(paired, peak_memory_mb, args.rounds),
     "solver": lambda args: bench_solver(paired, max(2, args.rounds // 3)),
     "states": lambda args: [bench_states(max(2, args.rounds // 3))],
+    "training": lambda args: bench_training(paired, max(2, args.rounds // 3)),
     "sweep": lambda args: [bench_sweep(args.rounds)],
     "frozen": lambda args: [bench_frozen(args.rounds)],
 }

@@ -27,13 +27,14 @@ HEAD = "lm_head.weight"
 
 def make_data(folder, parts, **settings) -> InstructionData:
     """Return the conversations in a folder, two of them a micro-batch and four a step."""
-    defaults = {"batch_size": 4, "micro_batch_size": 2, "num_workers": 0}
+    defaults = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "num_workers": 0,
+        "image_tokens": tiny_models.TOKENS,
+    }
     return InstructionData(
-        f"{folder}/data.json",
-        str(folder),
-        processor=build_processor(*parts),
-        image_tokens=tiny_models.TOKENS,
-        **defaults | settings,
+        f"{folder}/data.json", str(folder), processor=build_processor(*parts), **defaults | settings
     )
 
 

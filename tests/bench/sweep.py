@@ -12,7 +12,8 @@ from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes.data.batches import MaskPreparer
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
-from probes.ops.pixel_counts import IGNORE_INDEX, count
+from probes.ops.geometry import IGNORE_INDEX
+from probes.ops.pixel_counts import count
 from probes.solve.objective import SiteProblem
 from probes.tasks import SEGMENTATION, TASKS
 

@@ -65,7 +65,7 @@ def test_study_job_runs_a_study_that_can_be_planned(tmp_path, monkeypatch, check
     monkeypatch.chdir(ROOT)
     main(words[words.index("probes") + 1 : -1])
     ade = MagicMock(classes=["sky", "ceiling", "grass"], __len__=lambda _: 8)  # is on the cluster
-    monkeypatch.setattr("probes.studies.plan.open_splits", lambda data: {"validation": ade})
+    monkeypatch.setattr("probes.studies.plan.open_splits", lambda data, seed: {"validation": ade})
     steps = {step.name: step for step in plan(planned[0]).steps}
     knockouts = {f"{mask}/{arm}/knockout" for mask in MASKS for arm in ("trained", "random1")}
     assert knockouts | {"bidirectional/trained/sinks", "causal/probes", "report"} < {*steps}

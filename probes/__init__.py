@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from llava_bidir import __version__ as __version__
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODULES`
+    from .analyses.analysis import Analysis as Analysis
     from .analyses.analysis import Claim as Claim
+    from .analyses.analysis import Result as Result
+    from .analyses.analysis import RunOptions as RunOptions
+    from .analyses.charts import Chart as Chart
+    from .analyses.charts import Curve as Curve
+    from .analyses.charts import Point as Point
     from .analyses.claims import register_analysis as register_analysis
     from .analyses.claims import write_effects as write_effects
     from .data.registry import register_dataset as register_dataset
@@ -46,7 +52,13 @@ _MODULES = {
     "Probe": ".heads",
     "register_head": ".heads",
     "ProbeRun": ".runs.read",
+    "Analysis": ".analyses.analysis",
     "Claim": ".analyses.analysis",
+    "Result": ".analyses.analysis",
+    "RunOptions": ".analyses.analysis",
+    "Chart": ".analyses.charts",
+    "Curve": ".analyses.charts",
+    "Point": ".analyses.charts",
     "Estimate": ".score.estimate",
     "register_analysis": ".analyses.claims",
     "write_effects": ".analyses.claims",

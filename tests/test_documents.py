@@ -14,6 +14,8 @@ from string import Template
 
 import promises
 import pytest
+from extensions import EXAMPLES as EXTENDING
+from extensions import forgotten
 from processes import run_command
 
 import llava_bidir.cli
@@ -21,6 +23,7 @@ import probes
 import probes.cli
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UsageError
+from llava_bidir.common.imports import take_imports, take_option
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(
@@ -29,7 +32,9 @@ LISTED = subprocess.run(
 FILES = sorted({name for name in LISTED.stdout.splitlines() if (ROOT / name).is_file()})
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if name.endswith(".md")}
 PROGRAMS = {"llava-bidir": llava_bidir.cli, "probes": probes.cli}
-TABLES = {"llava-bidir": llava_bidir.cli.COMMANDS, "probes": probes.cli.commands()}
+with forgotten():
+    take_imports(["--import", str(EXTENDING / "analysis.py")])  # whose command README names
+    TABLES = {"llava-bidir": llava_bidir.cli.COMMANDS, "probes": probes.cli.commands()}
 OPTIONS = {  # of the commands; None of those of LightningCLI
     (program, name): command.options
     for program, groups in TABLES.items()
@@ -143,6 +148,7 @@ def test_command_parses(name, command, monkeypatch):
     if first in ("--help", "--version"):
         return
     try:
+        _, words = take_option(words, "--import")
         Parser(OPTIONS[program, first]).read([word for word in words if word != "..."])
     except UsageError as error:
         assert "..." in words and "arguments are required" in str(error), f"{name}: {error}"

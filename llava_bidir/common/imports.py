@@ -4,14 +4,16 @@ Lightning starts its processes with the same words. Processes that a command sta
 """
 
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import set_parsing_settings
 
-from .errors import UsageError, UserError
+from .errors import USER_FILES, UsageError, UserError
 
 OPTION = "--import"
 HINT = f"{OPTION} FILE.py registers your own"
@@ -45,6 +47,35 @@ def take_imports(argv: Sequence[str]) -> list[str]:
     return words
 
 
+def is_ours(function: Callable) -> bool:
+    """Return whether a function is of these packages, not of a user's."""
+    return str(getattr(function, "__module__", "")).partition(".")[0] in ("llava_bidir", "probes")
+
+
+def name_of(function: Callable) -> str:
+    """Return the name of a function for messages, with the file of a user's."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{name} of {function.__module__}.py"
+
+
+def check_takes(function: Callable, *names: str) -> None:
+    """Raise a UserError unless a function of a user's can be called with arguments of these names."""
+    try:
+        inspect.signature(function).bind(*names)
+    except TypeError as error:
+        expected = ", ".join(names)
+        raise UserError(f"{name_of(function)}: {error}; it is called with ({expected})") from None
+
+
+def check_returned(function: Callable, value: Any, kind: type) -> Any:
+    """Return what a function of a user's returned; raise a UserError if it is of another kind."""
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{name_of(function)} returned a {type(value).__name__}; expected a {kind.__name__}"
+        )
+    return value
+
+
 @contextmanager
 def code_of(file: str | Path) -> Iterator[None]:
     """Raise a UserError if code of a user's is no Python, or ends the program, so that the command would not run."""
@@ -74,6 +105,7 @@ def _import(file: str) -> None:
     spec = importlib.util.find_spec(path.stem)
     if spec is None or spec.origin is None or not path.samefile(spec.origin):
         raise UsageError(f"{OPTION} {file}: there is a module {path.stem!r} already; rename it")
+    USER_FILES.append(spec.origin)
     with code_of(file):
         importlib.import_module(path.stem)
     set_parsing_settings(import_path_allowlist=[path.stem])  # configs may name its classes

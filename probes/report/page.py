@@ -25,7 +25,7 @@ from markupsafe import Markup
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
-from probes.analyses.analysis import Section, section_of
+from probes.analyses.analysis import Section
 from probes.analyses.charts import Figure
 from probes.config import ReportOptions, split_label
 from probes.data.verify import notes_of_run
@@ -126,7 +126,7 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
     sections = {}
     for name, analysis in ANALYSES.items():
         if analysis.title and study.task.name == SEGMENTATION:
-            section = section_of(name)(study)
+            section = analysis.section_of(study)
             figures = [x._replace(name=folder + x.name) for x in section.figures]
             sections[name] = section._replace(figures=figures)
     return sections
@@ -151,7 +151,8 @@ def _figure_files(figures: Iterable[Figure], out: Path) -> Files:
     """Return each figure as PDF and PNG, and its numbers as CSV."""
     files: Files = {}
     for figure in figures:
-        for kind, metadata in FORMATS.items():
+        drawn_formats = FORMATS if figure.panels or figure.pictures else {}  # else a table
+        for kind, metadata in drawn_formats.items():
             drawn = io.BytesIO()
             charts.pdf_of(figure).savefig(drawn, format=kind, metadata=metadata)
             files[out / f"{figure.name}.{kind}"] = drawn.getvalue()

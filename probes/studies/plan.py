@@ -214,6 +214,8 @@ def _analysis_step(study: StudyOptions, arm: Arm, name: str, settings: Settings)
     for option in analysis.beside_data:
         if option in settings:
             reads[f"{name}.{option}"] = Path(settings[option])
+    if analysis.file:  # what it computes may have changed since
+        reads[f"{name}.py"] = analysis.file
     reads |= {f"{run}/{other}": folder / f"{other}.json" for other in analysis.reads}
     settings = settings | {"probes": folder}
     follows = ""
@@ -268,7 +270,9 @@ def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, 
         name, _, setting = text.partition(".")
         if name not in MEASURED:
             expected = ", ".join(MEASURED)
-            raise UserError(f"there is no analysis {name!r}; expected one of {expected} (--add)")
+            raise UserError(
+                f"there is no analysis {name!r}; expected one of {expected} (--add); {HINT}"
+            )
         settings = chosen.setdefault(name, {**MEASURED[name].in_study})
         if setting:
             key, _, value = setting.partition("=")

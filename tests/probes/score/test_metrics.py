@@ -17,8 +17,8 @@ from probes.ops import pixel_counts
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import count
-from probes.score.estimate import dataset_scores, resampled_scores
 from probes.score import TaskMetric
+from probes.score.estimate import dataset_scores, resampled_scores
 from probes.tasks import TASKS
 
 pytestmark = pytest.mark.numerics

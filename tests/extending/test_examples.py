@@ -1,0 +1,1 @@
+"""The files beside this one, each by the commands that its page names."""

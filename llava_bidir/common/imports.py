@@ -76,6 +76,15 @@ def check_returned(function: Callable, value: Any, kind: type) -> Any:
     return value
 
 
+def check_shape(function: Callable, value: Any, shape: Sequence[int]) -> Any:
+    """Return the tensor that a function of a user's returned; raise a UserError if it has another shape."""
+    returned = tuple(getattr(value, "shape", ()))
+    if returned != tuple(shape):
+        kind = f"{type(value).__name__} of shape {list(returned)}"
+        raise UserError(f"{name_of(function)} returned a {kind}; expected shape {list(shape)}")
+    return value
+
+
 @contextmanager
 def code_of(file: str | Path) -> Iterator[None]:
     """Raise a UserError if code of a user's is no Python, or ends the program, so that the command would not run."""

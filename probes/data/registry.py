@@ -8,16 +8,16 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
-from llava_bidir.common.imports import HINT
+from llava_bidir.common.imports import HINT, is_ours
 from probes.config import DataOptions
-from probes.tasks import SEGMENTATION, TASKS
+from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .ade20k import ADE20K
 from .cityscapes import Cityscapes, CityscapesDepth
 from .folder import FolderBoundaries, FolderDataset, FolderDepth, FolderNormals
 from .image_dataset import ImageDataset, SegmentationDataset
 from .nyuv2 import NYUv2Depth
-from .targets import ClassBoundaries
+from .targets import ClassBoundaries, TaskTargets
 from .voc2012 import VOC2012
 
 DATASETS: dict[str, type[SegmentationDataset]] = {
@@ -45,7 +45,7 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
     Raises:
         UserError: If the name is taken.
     """
-    layouts = LAYOUTS[cls.task]
+    layouts = LAYOUTS.setdefault(cls.task, {})
     if name in layouts:
         raise UserError(
             f"the dataset name {name!r} is taken by {layouts[name].__name__}; choose another name"
@@ -60,14 +60,21 @@ def open_splits(data: DataOptions) -> dict[str, ImageDataset]:
         UserError: If the task, the layout or an option is unknown, or the files do not match the layout.
     """
     if data.task not in TASKS:
-        raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}")
-    targets = TASKS[data.task].targets
+        raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}; {HINT}")
     return {
-        split: open_dataset(
-            data.dataset, root=data.root, split=split, options=data.options, task=targets
+        split: open_split(
+            TASKS[data.task], data.dataset, root=data.root, split=split, options=data.options
         )
         for split in ("training", "validation")
     }
+
+
+def open_split(
+    task: Task, dataset: str, root: str, split: str, options: dict[str, Any] | None
+) -> ImageDataset:
+    """Return a split with the targets of a task; arguments and errors are those of :func:`open_dataset`."""
+    images = open_dataset(dataset, root=root, split=split, options=options, task=task.targets)
+    return images if is_ours(type(task)) else TaskTargets(images, task)
 
 
 def open_dataset(
@@ -89,7 +96,7 @@ def open_dataset(
     Raises:
         UserError: If the layout or an option is unknown, or the files do not match the layout.
     """
-    layouts = LAYOUTS[task]
+    layouts = LAYOUTS.get(task, {})
     options = options or {}
     has_instances = dataset != "folder" or (Path(root) / "instances").is_dir()
     if task == "boundaries" and not (dataset in layouts and has_instances):

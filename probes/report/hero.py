@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from probes.tasks import SEGMENTATION, TASKS
+
 from .charts import Frame, colour_class
 from .compare import BEST_LAYER
 from .readings import ReportView, SiteReading, by_site
@@ -35,6 +37,11 @@ def headline(lead: SiteReading, claims: Mapping[str, Any], differences: pd.DataF
         differences: Of models on the lead's data under its mask.
     """
     name = f"{{{lead.model.key}}}"
+    if lead.task != SEGMENTATION:
+        task = TASKS[lead.task]
+        where = its_site(lead.own[lead.best.site])
+        score = f"{task.labels[task.score]} {lead.best.value_text}"
+        return [f"{name} is read best at {where}: {score}."]
     best = lead.best.site
     where = its_site(lead.own[best])
     after = []

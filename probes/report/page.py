@@ -22,7 +22,6 @@ import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
 from probes.analyses.analysis import Section
@@ -68,14 +67,10 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
     """
     texts = [*texts]
     studies = read_studies(texts, labels)
-    if studies[0].task.name != SEGMENTATION:
-        raise UserError(
-            "a report needs a run of segmentation beside those of other tasks; there is none"
-        )
     unfinished = [step for text in texts for step in unfinished_steps(split_label(text)[1])]
     out = Path(out)
     with exclusive_run_lock(out), mpl.rc_context(charts.STYLE):
-        main = [study for study in studies if study.task.name == SEGMENTATION]
+        main = main_studies(studies)
         single = len(main) == 1
         claims = [evaluate_claims(study) for study in studies]
         joint = joint_studies(studies, claims)
@@ -125,11 +120,16 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
     """Return what the analyses show of a study; its figures are files in `folder` of the report."""
     sections = {}
     for name, analysis in ANALYSES.items():
-        if analysis.title and study.task.name == SEGMENTATION:
+        if analysis.title and (analysis.of_any_task or study.task.name == SEGMENTATION):
             section = analysis.section_of(study)
             figures = [x._replace(name=folder + x.name) for x in section.figures]
             sections[name] = section._replace(figures=figures)
     return sections
+
+
+def main_studies(studies: Sequence[StudyRuns]) -> list[StudyRuns]:
+    """Return the studies of the task that the page is about: segmentation, or the first one without."""
+    return [study for study in studies if study.task is studies[0].task]
 
 
 def _earlier_files(out: Path) -> set[Path]:
@@ -257,8 +257,9 @@ def report_results(
     labels = tables.models.set_index("name")["label"].to_dict()
     main = []
     others = []
+    of_main_task = main_studies(studies)
     for study, *of_study in zip(studies, claims, sections, strict=True):
-        found = main if study.task.name == SEGMENTATION else others
+        found = main if study in of_main_task else others
         found.append(study_results(study, labels[study.name], *of_study))
     several = {"seed": main[0]["seed"], "studies": main}
     results = {"margin": MARGIN, "models": tables.models.to_dict("records")}

@@ -160,7 +160,9 @@ def model_differences(differences: DataFrame) -> dict[str, Any]:
 
 def inside_layers(tables: Tables) -> list[Figure]:
     """Return the figure of scores inside the layers, a panel for each model and mask; none if none was probed."""
-    table = tables.sites[tables.sites["main"] & (tables.sites["metric"] == "miou")]
+    table = tables.sites.query("main and metric == 'miou'")
+    if table.empty:  # of another task alone
+        return []
     table = table[table["site"].map(lambda site: is_layer(layer_around(site)))]
     parts = table["site"].map(lambda site: part_of(site) or "")
     table = table.assign(part=parts, layer=table["site"].map(layer_number))
@@ -222,6 +224,8 @@ def class_rows(classes: DataFrame, lead: SiteReading, differences: DataFrame) ->
 
 
 # ------------------------------------------------------------------------------------------------ sites
-def scale_of(rows: Iterable[Any], more: Sequence[float] = (), signed: bool = True) -> Scale:
+def scale_of(
+    rows: Iterable[Any], more: Sequence[float] = (), signed: bool = True, factor: float = 100
+) -> Scale:
     """Return the axis of the intervals of rows and of more values."""
-    return Scale([*more, *(x for row in rows for x in (row.low, row.high))], signed=signed)
+    return Scale([*more, *(x for row in rows for x in (row.low, row.high))], factor, signed)

@@ -10,7 +10,7 @@ from typing import Any
 from pandas import DataFrame
 
 from probes.runs.read import ProbeRun
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, TASKS
 
 from .charts import LEAST_STEP, span_of
 from .hero import choose_tiles, plain_text
@@ -71,14 +71,17 @@ def summarize(view: ReportView, sentences: Sequence[str], run: ProbeRun) -> list
 def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
     """Yield a row with a plot of the score and its interval for each site, and what random models read."""
     rows = [row for row in lead.rows if row.site in sites]
-    ends = [100 * x for row in rows for x in (row.low, row.high, row.random)]
-    low, high = span_of(ends, least=LEAST_STEP)
+    is_segmentation = lead.task == SEGMENTATION
+    factor = 100 if is_segmentation else 1
+    ends = [factor * x for row in rows for x in (row.low, row.high, row.random)]
+    low, high = span_of(ends, least=LEAST_STEP if is_segmentation else 0)
+    score = "mIoU" if is_segmentation else TASKS[lead.task].score
 
     def column(value: float) -> int:
-        place = (100 * value - low) / (high - low) * (PLOT - 1)
+        place = (factor * value - low) / (high - low) * (PLOT - 1)
         return min(max(0, round(place)), PLOT - 1)
 
-    yield f"{'':<18} mIoU  {low:<{PLOT - 2}g}{high:>2g}  random  beyond random"
+    yield f"{'':<18} {score:>4}  {low:<{PLOT - 2}g}{high:>2g}  random  beyond random"
     for row in rows:
         plot = [" "] * PLOT
         first, last = column(row.low), column(row.high)
@@ -97,7 +100,9 @@ def _rows_of_models(view: ReportView, front: Sequence[SiteReading]) -> Iterator[
     sites = choose_tiles(view, MOST_SITES[1])
     names = {"encoder": "enc", "adapter": "adapt"}
     titles = "".join(f"{names.get(site) or site_tick(site):>6}" for site in sites)
-    yield f"{'mIoU, % ▴▾ vs. random':<21}{titles}   {'minus A':>8}"
+    task = view.lead.task
+    score = "mIoU, %" if task == SEGMENTATION else TASKS[task].score
+    yield f"{f'{score} ▴▾ vs. random':<21}{titles}   {'minus A':>8}"
     differences = model_differences(view.pairs)
     for reading in front:
         model = reading.model

@@ -30,7 +30,8 @@ from llava_bidir.common.files import read_json, sha256
 from llava_bidir.common.hf import DTYPE_ADVICE
 from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.images import PhotoLike, read_photo
-from probes.data.registry import identity_of_splits, open_dataset
+from llava_bidir.common.imports import HINT
+from probes.data.registry import identity_of_splits, open_split
 from probes.heads import Probe
 from probes.models.sites import ADAPTER, is_layer
 from probes.ops.pixel_counts import Counts
@@ -93,7 +94,7 @@ class ProbeRun:
         self.task_name: str = metrics.get("task", SEGMENTATION)
         if self.task_name not in TASKS:
             raise UserError(
-                f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}"
+                f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}; {HINT}"
             )
         self.task = TASKS[self.task_name]
         self.mask: str = metrics["image_attention"]
@@ -279,12 +280,8 @@ class ProbeRun:
             UserError: If its images or masks are not those of the run any more.
         """
         data = self.manifest["data"]
-        dataset = open_dataset(
-            data["dataset"],
-            root=data["root"],
-            split=split,
-            options=data["options"],
-            task=self.task.targets,
+        dataset = open_split(
+            self.task, data["dataset"], root=data["root"], split=split, options=data["options"]
         )
         self._check_unchanged("data", identity_of_splits({split: dataset}))
         return dataset

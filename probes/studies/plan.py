@@ -93,9 +93,10 @@ def plan(study: StudyOptions) -> Planned:
         UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
     _check(study)
-    tasks = (SEGMENTATION, *study.tasks)
+    main = study.data.task
+    tasks = dict.fromkeys((main, *study.tasks))
     splits = {task: open_splits(replace(study.data, task=task)) for task in tasks}
-    validation = splits[SEGMENTATION]["validation"]
+    validation = splits[main]["validation"]
     analyses = choose_analyses(study, validation)
     contents = {
         (label, task): cache(partial(_content, model, splits_of_task))
@@ -108,7 +109,7 @@ def plan(study: StudyOptions) -> Planned:
         of_model = [arm for arm in arms if arm.label == label]
         for task in splits:
             for arm in of_model:
-                if task == SEGMENTATION or arm.name != FITTED:
+                if task == main or arm.name != FITTED:
                     steps.append(_run_step(study, arm, task=task, content=contents[label, task]))
         steps += _analysis_steps(study, of_model, analyses=analyses, photos=len(validation))
     steps.append(_report_step(study, steps))
@@ -123,23 +124,21 @@ def plan(study: StudyOptions) -> Planned:
 
 def _check(study: StudyOptions) -> None:
     """Raise a UserError if a setting is invalid."""
-    others = [task for task in TASKS if task != SEGMENTATION]
+    others = [task for task in TASKS if task != study.data.task]
     kinds = [*RUNS, *MEASURED, "report"]
     for option, given, names in (("task", study.tasks, others), ("step", study.only, kinds)):
         for name in given:
             if name not in names:
                 expected = ", ".join(names)
-                raise UserError(f"there is no {option} {name!r}; expected some of {expected}")
+                raise UserError(
+                    f"there is no {option} {name!r}; expected some of {expected}; {HINT}"
+                )
     for key in ("untrained", "match", "draw"):
         if getattr(study.model, key) not in (None, "none", 0):
             raise UserError(
                 f"model.{key} is given, but the arms of a study say which weights are random (--arms)"
             )
     data = study.data
-    if data.task != SEGMENTATION:
-        raise UserError(
-            "data.task is given, but a study is of segmentation; it solves other tasks beside it with --tasks NAME"
-        )
     if data.dataset == "folder" and not Path(data.root).is_dir():
         layouts = ", ".join(DATASETS)
         raise UserError(
@@ -164,7 +163,7 @@ def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> Run
     if arm.name == FITTED:
         kind, call = "fit", "probes.fit.cli:run_fit"
     name = arm.run.name
-    if task != SEGMENTATION:
+    if task != study.data.task:
         name = join(arm.label, f"{task}_{arm.name}")
     why_left_out = arm.why_left_out
     if not arm.run.sites:
@@ -189,7 +188,7 @@ def _analysis_steps(
 ) -> list[ArmStep]:
     """Return the steps that analyse the runs of a model."""
     has_llm = arms[0].run.has_llm
-    if not has_llm:  # maps of a few photos are made unasked
+    if not has_llm and study.data.task == SEGMENTATION:  # maps of a few photos are made unasked
         shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
         analyses = {"maps": {"image": list(shown)}, **analyses}
     steps = []
@@ -264,7 +263,9 @@ def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, 
         UserError: `--add` names no analysis or class, or an analysis whose file is missing.
     """
     chosen = {
-        name: {**analysis.in_study} for name, analysis in MEASURED.items() if analysis.default
+        name: {**analysis.in_study}
+        for name, analysis in MEASURED.items()
+        if analysis.default and (analysis.of_any_task or study.data.task == SEGMENTATION)
     }
     for text in study.add:
         name, _, setting = text.partition(".")

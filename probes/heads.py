@@ -18,6 +18,7 @@ FEATURE_NORMS = {
     "layernorm": lambda width: nn.LayerNorm(width, elementwise_affine=False),
 }
 
+LINEAR = "linear"  # the paper's head, and the only one that is solved
 HIDDEN = 1024  # width of the mlp, see HEADS
 
 
@@ -43,7 +44,7 @@ class GridConv(nn.Module):
 # conv    a linear head on a token and its eight neighbours
 HeadFactory = Callable[[int, int, tuple[int, int]], nn.Module]
 HEADS: dict[str, HeadFactory] = {
-    "linear": lambda width, classes, grid: nn.Linear(width, classes),
+    LINEAR: lambda width, classes, grid: nn.Linear(width, classes),
     "mlp": lambda width, classes, grid: nn.Sequential(
         nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes)
     ),
@@ -91,7 +92,7 @@ class Probe(nn.Module):
         classes: int,
         grid: tuple[int, int],
         feature_norm: str = "none",
-        head: str = "linear",
+        head: str = LINEAR,
     ):
         super().__init__()
         self.norm = FEATURE_NORMS[feature_norm](width)

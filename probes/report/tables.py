@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from pandas import DataFrame
 
+from probes.heads import LINEAR
 from probes.runs.formatting import Entry, bounds
-from probes.runs.study import StudyRuns
+from probes.runs.study import StudyRuns, head_suffix
 
 from .compare import difference_rows
 from .sites import certificates_of, class_rows, draw_rows, run_columns, site_rows
@@ -174,12 +175,17 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
         first.setdefault(study.name, study)
     # a checkpoint that records no name of itself is called by its path
     paths = [study.first.metrics["mllm"] for study in first.values()]
-    named = zip(first, paths, strict=True)
+    ends = [head_suffix(study.first) for study in first.values()]
+    names = [name.removesuffix(end) for name, end in zip(first, ends, strict=True)]
+    named = zip(names, paths, strict=True)
     labels = shorten_labels([path if name == Path(path).name else name for name, path in named])
+    labels = [label + end for label, end in zip(labels, ends, strict=True)]
     rows = []
     for key, label, path, study in zip(cycle(KEYS), labels, paths, first.values(), strict=False):
         # what a checkpoint records of itself, else its name
         about = study.first.training.get("about") or (path if study.name in path else study.name)
+        if study.first.head != LINEAR:
+            about = f"{study.first.head} probes, trained"
         rows.append(
             {
                 "key": key,

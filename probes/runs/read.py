@@ -67,6 +67,7 @@ class ProbeRun:
         strengths: The path of strengths of a run of `probes solve`; None of another one.
         is_solved: True if the run was made by `probes solve`.
         probe_kind: How the probes were made: "solved" or "trained".
+        head: Kind of the probes, see probes/heads.py.
         sites: All sites of the run, in the order of the forward.
         layers: Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers.
         last_layer: The model's last layer, probed or not.
@@ -103,6 +104,7 @@ class ProbeRun:
         self.is_solved = "path" in metrics
         self.strengths: Strengths | None = None
         self.probe_kind = "trained"
+        self.head: str = metrics["probe"]["head"]
         if self.is_solved:
             self.probe_kind = "solved"
             ((solver, strengths),) = metrics["path"].items()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llava_bidir.common.errors import UserError
 from probes.config import split_label
+from probes.heads import LINEAR
 from probes.steps.record import read_record
 from probes.tasks import SEGMENTATION
 
@@ -264,19 +265,25 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
 
 
 def model_name(run: ProbeRun) -> str:
-    """Return the name that the run was told, else that of its checkpoint.
+    """Return the name of a run's model in a report, where another head of its probes is another model.
 
-    A checkpoint is named by what it records of itself ("as trained"), else by encoder and LLM ("clip + vicuna-7b"),
-    else by its folder.
+    It is the name that the run was told, else that of its checkpoint: what this records of itself ("as trained"), its
+    encoder and LLM ("clip + vicuna-7b"), or its folder.
     """
     training = run.training
+    name = Path(run.metrics["mllm"]).name
     if run.model:
-        return run.model
-    if "name" in training:
-        return training["name"]
-    if "encoder" in training and "llm" in training:
-        return f"{training['encoder']['name']} + {Path(training['llm']).name}"
-    return Path(run.metrics["mllm"]).name
+        name = run.model
+    elif "name" in training:
+        name = training["name"]
+    elif "encoder" in training and "llm" in training:
+        name = f"{training['encoder']['name']} + {Path(training['llm']).name}"
+    return name + head_suffix(run)
+
+
+def head_suffix(run: ProbeRun) -> str:
+    """Return the end of the name of a model whose probes have another head than the paper's, "" with this one."""
+    return "" if run.head == LINEAR else f", {run.head}"
 
 
 def labels_of_models(

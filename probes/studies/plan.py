@@ -20,12 +20,13 @@ from probes.analyses.analysis import EFFECTS_SUFFIX
 from probes.config import ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
+from probes.heads import LINEAR, factory_of
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
 from probes.steps.record import Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
-from .arms import FITTED, TRAINED, Arm, join, kind_of, plan_arms
+from .arms import TRAINED, Arm, is_fitted, join, kind_of, plan_arms
 
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
@@ -109,7 +110,7 @@ def plan(study: StudyOptions) -> Planned:
         of_model = [arm for arm in arms if arm.label == label]
         for task in splits:
             for arm in of_model:
-                if task == main or arm.name != FITTED:
+                if task == main or not is_fitted(arm.name):
                     steps.append(_run_step(study, arm, task=task, content=contents[label, task]))
         steps += _analysis_steps(study, of_model, analyses=analyses, photos=len(validation))
     steps.append(_report_step(study, steps))
@@ -138,6 +139,12 @@ def _check(study: StudyOptions) -> None:
             raise UserError(
                 f"model.{key} is given, but the arms of a study say which weights are random (--arms)"
             )
+    factory_of(study.model.head)
+    if study.model.head != LINEAR and not study.fit:
+        raise UserError(
+            f"model.head is {study.model.head!r}, but only linear probes are solved; with --fit both heads are trained "
+            "and compared"
+        )
     data = study.data
     if data.dataset == "folder" and not Path(data.root).is_dir():
         layouts = ", ".join(DATASETS)
@@ -160,7 +167,7 @@ def _content(model: str, splits: Mapping[str, ImageDataset]) -> dict[str, str]:
 def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> RunStep:
     """Return the step that makes the probe run of an arm."""
     kind, call = "solve", "probes.solve.run:run_config"
-    if arm.name == FITTED:
+    if is_fitted(arm.name):
         kind, call = "fit", "probes.fit.cli:run_fit"
     name = arm.run.name
     if task != study.data.task:
@@ -218,7 +225,7 @@ def _analysis_step(study: StudyOptions, arm: Arm, name: str, settings: Settings)
     reads |= {f"{run}/{other}": folder / f"{other}.json" for other in analysis.reads}
     settings = settings | {"probes": folder}
     follows = ""
-    if not arm.is_trained and arm.name != FITTED:  # "probes" have mistakes of their own
+    if not arm.is_trained and not is_fitted(arm.name):  # "probes" have mistakes of their own
         trained = join(arm.label, TRAINED)
         follows = f"{trained}/{name}"
         reads[trained] = study.out / trained / "metrics.json"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.imports import HINT
+from llava_bidir.common.imports import HINT, check_returned, check_shape, check_takes
 
 # Normalisations without trainable parameters; a linear probe stays linear in the normalised states.
 FEATURE_NORMS = {
@@ -60,10 +60,11 @@ def register_head(name: str, factory: HeadFactory) -> None:
         factory: Called with width d, classes K and grid (h, w); returns a module f[B, T, d] -> f[B, T, K], B >= 0.
 
     Raises:
-        UserError: If the name is taken.
+        UserError: If the name is taken, or the factory takes other arguments.
     """
     if name in HEADS:
         raise UserError(f"the head name {name!r} is taken; choose another name")
+    check_takes(factory, "width", "classes", "grid")
     HEADS[name] = factory
 
 
@@ -96,9 +97,13 @@ class Probe(nn.Module):
     ):
         super().__init__()
         self.norm = FEATURE_NORMS[feature_norm](width)
-        self.head = factory_of(head)(width, classes, grid)
+        factory = factory_of(head)
+        self.head = check_returned(factory, factory(width, classes, grid), nn.Module)
+        self.name = head
+        self.classes = classes
 
     def forward(self, states: Tensor) -> Tensor:
         """Return logits f[B, T, K] of states f[B, T, d]."""
         batch, tokens, width = states.shape
-        return self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
+        logits = self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
+        return check_shape(f"head {self.name!r}", logits, (batch, tokens, self.classes))

@@ -52,8 +52,10 @@ def is_ours(function: Callable) -> bool:
     return str(getattr(function, "__module__", "")).partition(".")[0] in ("llava_bidir", "probes")
 
 
-def name_of(function: Callable) -> str:
-    """Return the name of a function for messages, with the file of a user's."""
+def name_of(function: Callable | str) -> str:
+    """Return the name of a function for messages, with the file of a user's; a name as it is."""
+    if isinstance(function, str):
+        return function
     name = getattr(function, "__qualname__", type(function).__name__)
     return f"{name} of {function.__module__}.py"
 
@@ -76,7 +78,7 @@ def check_returned(function: Callable, value: Any, kind: type) -> Any:
     return value
 
 
-def check_shape(function: Callable, value: Any, shape: Sequence[int]) -> Any:
+def check_shape(function: Callable | str, value: Any, shape: Sequence[int]) -> Any:
     """Return the tensor that a function of a user's returned; raise a UserError if it has another shape."""
     returned = tuple(getattr(value, "shape", ()))
     if returned != tuple(shape):

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
-from llava_bidir.common.imports import HINT, is_ours
+from llava_bidir.common.imports import HINT, check_takes, is_ours
 from probes.config import DataOptions
 from probes.tasks import SEGMENTATION, TASKS, Task
 
@@ -43,8 +43,13 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
             `root` and `split` is an option and needs a type.
 
     Raises:
-        UserError: If the name is taken.
+        UserError: If the name is taken, or the class is none of these or takes other arguments.
     """
+    if not (isinstance(cls, type) and issubclass(cls, ImageDataset) and hasattr(cls, "task")):
+        raise UserError(
+            f"dataset {name!r}: expected a subclass of probes.SegmentationDataset, got {cls!r}"
+        )
+    check_takes(cls, "root", "split")
     layouts = LAYOUTS.setdefault(cls.task, {})
     if name in layouts:
         raise UserError(

@@ -1,12 +1,9 @@
-"""Every Markdown file: links, commands and Python blocks. The worked examples of extensions are applied and tested."""
+"""Every Markdown file: links, commands and Python blocks."""
 
 import ast
-import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 from importlib import import_module
 from itertools import dropwhile, groupby
 from pathlib import Path
@@ -16,7 +13,6 @@ import promises
 import pytest
 from extensions import EXAMPLES as EXTENDING
 from extensions import forgotten
-from processes import run_command
 
 import llava_bidir.cli
 import probes
@@ -59,14 +55,6 @@ def anchors(text: str) -> set[str]:
     """Return what GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", prose(text), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-# "tests/extending/mask.md": its diff, and the command that tests it
-EXAMPLES = {
-    name: (blocks(text, "diff")[0], blocks(text, "bash")[0])
-    for name, text in TEXTS.items()
-    if name.startswith("tests/extending/")
-}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -134,8 +122,7 @@ def test_files_and_targets_of_commands_exist(name, command):
         assert {word for word in words if "=" not in word and word[0] != "-"} <= {*TARGETS}
     folders = r"(configs|tests|slurm|llava_bidir|probes|\.ci)/[\w./-]+$"
     files = [word for word in (program, *words) if re.match(folders, word)]
-    created = {file for diff, _ in EXAMPLES.values() for file in files_of(diff)}
-    assert all((ROOT / file).exists() or file in created for file in files), files
+    assert all((ROOT / file).exists() for file in files), files
 
 
 @pytest.mark.parametrize(
@@ -174,6 +161,7 @@ def test_command_of_lightning_parses(name, command, monkeypatch, capsys):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is as before when the test ends
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(command)
+    _, words = take_option(words, "--import")
     try:
         PROGRAMS[program].main([word for word in words if word != "..."])
     except Parsed:
@@ -254,41 +242,3 @@ def test_every_fault_of_the_register_names_a_test_that_runs():
         path, _, name = test.partition("::")
         assert did and happened and kind in KINDS, row
         assert (ROOT / path).is_file() and name in running_tests(ROOT / path), row
-
-
-# ------------------------------------------------------------------------------------------------------ examples
-def files_of(diff: str) -> list[str]:
-    return re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_example_applies_to_the_present_code(name):
-    run_command(["git", "apply", "--check", "-"], cwd=ROOT, input=EXAMPLES[name][0])
-
-
-@pytest.mark.slow
-def test_examples_work_as_written(tmp_path):
-    """All in one copy of the files, uncommitted changes included, and in one process."""
-    for name in FILES:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    run_command(["git", "init", "-q"], cwd=tmp_path)
-    files = []
-    chosen = []
-    for diff, command in EXAMPLES.values():
-        run_command(["git", "apply", "-"], cwd=tmp_path, input=diff)
-        python, _, pytest_, *arguments = shlex.split(command)
-        assert (python, pytest_) == ("python", "pytest")
-        own = [word for word in arguments if word.endswith(".py")]
-        files += own
-        chosen += arguments[-1:] if "-k" in arguments else [Path(file).stem for file in own]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    environment |= {"PYTHONPATH": str(tmp_path)}
-    words = [*dict.fromkeys(files), "-k", " or ".join(chosen), "-v", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *words]
-    passed = run_command(command, cwd=tmp_path, env=environment).stdout
-    assert {*files} == {*re.findall(r"^(\S+\.py)::.* PASSED", passed, re.M)}
-    names = {name for diff, _ in EXAMPLES.values() for name in files_of(diff)}
-    changed = sorted(name for name in names if name.endswith(".py"))
-    for check in (["check"], ["format", "--check"]):
-        run_command([sys.executable, "-m", "ruff", *check, *changed], cwd=tmp_path)

@@ -219,7 +219,7 @@ class Analysis:
         }
         figures = []
         for mask, of_run in results.items():
-            if not of_run:
+            if not (of_run and (self.figure or self.table)):
                 continue
             charts = []
             if self.figure:

@@ -79,7 +79,7 @@ def register_analysis(analysis: Analysis | str, claims: Mapping[str, Claim] = {}
 
 
 def _checked(analysis: Analysis) -> Analysis:
-    """Return an analysis of a user's with options of its own, by which `probes.analyses.run` finds it."""
+    """Return an analysis of a user's with a title, the arms of its claims, and options by which `run` finds it."""
     options = analysis.options
     if options is RunOptions:
         options = type(f"{analysis.name}_options", (RunOptions,), {})
@@ -94,7 +94,8 @@ def _checked(analysis: Analysis) -> Analysis:
     arms = analysis.arms
     if analysis.claims:
         arms = tuple(dict.fromkeys((*arms, *ARMS_OF_CLAIMS)))
-    return replace(analysis, options=options, arms=arms)
+    title = analysis.title or analysis.name.capitalize()
+    return replace(analysis, options=options, arms=arms, title=title)
 
 
 def write_effects(run: "ProbeRun", analysis: str, effects: Mapping[str, "Estimate"]) -> Path:

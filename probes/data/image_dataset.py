@@ -65,7 +65,10 @@ class ImageDataset(Dataset):
         palette: list[list[int]] | None = None,
         groups: list[str] | None = None,
     ):
-        is_listed = isinstance(files, dict) and files and all(map(self._is_pair, files.values()))
+        is_listed = isinstance(files, dict) and all(
+            isinstance(of_image, tuple) and len(of_image) == len(self.parts)
+            for of_image in files.values()
+        )
         if not is_listed:
             raise UserError(
                 f"{name_of(type(self))} lists its files as {shorten(repr(files), 80)}; expected "
@@ -76,11 +79,6 @@ class ImageDataset(Dataset):
         self.classes = list(classes)
         self.palette = palette
         self.groups = groups
-
-    def _is_pair(self, files: object) -> bool:
-        """Return whether the files of an image are what a subclass of a user's should list."""
-        is_tuple = isinstance(files, tuple) and len(files) == len(self.parts)
-        return is_tuple and not any(isinstance(file, str) for file in files)
 
     def __len__(self) -> int:
         return len(self.names)

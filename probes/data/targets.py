@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import sha256
-from llava_bidir.common.imports import check_shape, name_of
+from llava_bidir.common.imports import check_returned, check_shape, name_of
 from probes.tasks import Task
 
 from .image_dataset import IGNORE_INDEX, ImageDataset, SegmentationDataset, read_png
@@ -181,18 +181,12 @@ class TaskTargets(DerivedTargets):
     def read_target(self, *files: Path) -> ndarray:
         """Return the target of the task, or raise a UserError that names the file or the task's function."""
         read = self.dataset.read_target(*files)
-        target = self._task.read(read)
-        expected = "float32, NaN where there is no value"
-        is_valid = isinstance(target, ndarray) and target.dtype == np.float32
-        if self._task.loss:
-            expected = f"uint8, below {len(self.classes)}, or 255 where ignored"
-            is_valid = isinstance(target, ndarray) and target.dtype == np.uint8
-            is_valid = is_valid and not ((target >= len(self.classes)) & (target < 255)).any()
-        if not is_valid:
-            returned = getattr(target, "dtype", type(target).__name__)
-            raise UserError(f"{name_of(self._task.read)} returned {returned}; expected {expected}")
-        check_shape(self._task.read, target, (*read.shape[:2], *target.shape[2:]))
-        return target
+        function = self._task.read
+        target = check_returned(function, function(read), ndarray)
+        kind = np.dtype("uint8" if self._task.loss else "float32")
+        if target.dtype != kind:
+            raise UserError(f"{name_of(function)} returned {target.dtype}; expected {kind}")
+        return check_shape(function, target, (*read.shape[:2], *target.shape[2:]))
 
 
 class ClassBoundaries(DerivedTargets):

@@ -151,8 +151,9 @@ def _figure_files(figures: Iterable[Figure], out: Path) -> Files:
     """Return each figure as PDF and PNG, and its numbers as CSV."""
     files: Files = {}
     for figure in figures:
-        drawn_formats = FORMATS if figure.panels or figure.pictures else {}  # else a table
-        for kind, metadata in drawn_formats.items():
+        for kind, metadata in FORMATS.items():
+            if not (figure.panels or figure.pictures):  # a table alone
+                continue
             drawn = io.BytesIO()
             charts.pdf_of(figure).savefig(drawn, format=kind, metadata=metadata)
             files[out / f"{figure.name}.{kind}"] = drawn.getvalue()

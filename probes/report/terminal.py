@@ -71,11 +71,11 @@ def summarize(view: ReportView, sentences: Sequence[str], run: ProbeRun) -> list
 def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
     """Yield a row with a plot of the score and its interval for each site, and what random models read."""
     rows = [row for row in lead.rows if row.site in sites]
-    is_segmentation = lead.task == SEGMENTATION
-    factor = 100 if is_segmentation else 1
+    factor, least, score = 100, LEAST_STEP, "mIoU"
+    if lead.task != SEGMENTATION:
+        factor, least, score = 1, 0, TASKS[lead.task].score
     ends = [factor * x for row in rows for x in (row.low, row.high, row.random)]
-    low, high = span_of(ends, least=LEAST_STEP if is_segmentation else 0)
-    score = "mIoU" if is_segmentation else TASKS[lead.task].score
+    low, high = span_of(ends, least=least)
 
     def column(value: float) -> int:
         place = (factor * value - low) / (high - low) * (PLOT - 1)
@@ -101,7 +101,9 @@ def _rows_of_models(view: ReportView, front: Sequence[SiteReading]) -> Iterator[
     names = {"encoder": "enc", "adapter": "adapt"}
     titles = "".join(f"{names.get(site) or site_tick(site):>6}" for site in sites)
     task = view.lead.task
-    score = "mIoU, %" if task == SEGMENTATION else TASKS[task].score
+    score = "mIoU, %"
+    if task != SEGMENTATION:
+        score = TASKS[task].score
     yield f"{f'{score} ▴▾ vs. random':<21}{titles}   {'minus A':>8}"
     differences = model_differences(view.pairs)
     for reading in front:

@@ -25,7 +25,7 @@ def register_task(task: Task) -> None:
         task: An object of a subclass of :class:`probes.Task`, or of :class:`probes.Segmentation` for classes.
 
     Raises:
-        UserError: It is no task, its name cannot be one or is taken, or it lacks targets or a label of a score.
+        UserError: It is no task, its name cannot be one or is taken, or it lacks targets.
     """
     if not isinstance(task, Task):
         raise UserError(
@@ -37,10 +37,6 @@ def register_task(task: Task) -> None:
     if not hasattr(task, "targets"):
         raise UserError(
             f"task {name!r} says no targets: the kind of data that it reads, e.g. depth"
-        )
-    if unlabelled := task.scores.keys() - task.labels.keys():
-        raise UserError(
-            f"task {name!r} has no labels for the scores {', '.join(sorted(unlabelled))}"
         )
     for method in (task.read, task.values, task.truth):
         check_takes(method, "target")

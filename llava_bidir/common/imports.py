@@ -1,4 +1,4 @@
-"""`--import FILE.py`, an option of every command: a file of one's own that registers masks, heads, layouts or families.
+"""`--import FILE.py`, an option of every command: a file of one's own that registers a mask, a head, a task ...
 
 Lightning starts its processes with the same words. Processes that a command starts itself get :func:`import_words`.
 """

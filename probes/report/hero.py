@@ -246,7 +246,8 @@ def best_site(frame: Frame, view: ReportView, is_wide: bool) -> Iterator[Mark]:
         anchor, shift = ("end", 10) if x > frame.width / 2 else ("start", -10)
     name = f"best: {site_name(best.site)}" if is_wide else "best"
     top = max(22.0, frame.y(best.high) - 9)
-    yield Mark(look="best", x=x + shift, y=top, text=f"{name}, {best.value_text}%", anchor=anchor)
+    text = f"{name}, {best.value_text}" + "%" * (lead.task == SEGMENTATION)
+    yield Mark(look="best", x=x + shift, y=top, text=text, anchor=anchor)
     reached = lead.draws.get(best.site, [best.value])
     start, end = y + 12, frame.y(max(reached)) - 2
     if best.minus_random > 0 and end - start > LEAST_GAP * (frame.base - frame.top):

@@ -108,3 +108,4 @@ def test_a_study_and_its_report_need_no_segmentation(own_task, checkpoints, segm
     assert claims["recovery"]["text"].endswith("mean absolute error (px)")
     page = (out / "report/index.html").read_text()
     assert "mIoU" not in page and "segment" not in page.replace("segmentation", "")
+    assert f"{best:.3g}%" not in page and "lower is better" in page

@@ -10,6 +10,7 @@ from probes.config import (
     DemoOptions,
     LabOptions,
     MaskOptions,
+    MasksOptions,
     PlantOptions,
     QuestionsOptions,
     ReportOptions,
@@ -44,6 +45,11 @@ COMMANDS = {
         ),
     },
     "Probe one model": {
+        "masks": Command(
+            "probes.masks.command:run",
+            "make DATA of masks as people have them: COCO, LabelMe, YOLO, colours, ADE20K in full, Hugging Face's",
+            MasksOptions,
+        ),
         "verify-data": Command(
             "probes.data.probe_data:verify_data",
             "read every image and target before training; status 1 if any cannot be used",

@@ -191,11 +191,50 @@ class VerifyOptions(RunConfig):
 
     Args:
         workers: Number of processes (default: one per core).
+        preview: PNG file for a sheet of eight photos with their masks over them; an existing one is replaced.
     """
 
     model: ModelOptions = ModelOptions("")
     workers: Index | None = None
+    preview: Path | None = None
     first_words = ("data.root",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasksOptions:
+    """Options of `probes masks`.
+
+    Args:
+        sources: What has the annotations: a file or folder (probes/masks/README.md), or the hub id of a data set; or
+            training=A validation=B.
+        out: Folder of images, annotations and classes.json that is written, with preview.png.
+        format: coco, panoptic, labelme, yolo, colour, ade20k or datasets (default: told from the content).
+        images: Folder of the photos, where they are not beside the annotations.
+        unlabelled: What pixels are that no annotation has: ignore, or the name of a class.
+        overlap: Whose pixels are those of two objects: of the smaller one, the later one, or ignore.
+        crowd: What regions of iscrowd are: ignore, or class, that of their category.
+        classes: Classes to keep: NAME, or NEW=NAME, of which several merge; the pixels of others are unlabelled. Or a
+            JSON file of names by id, for a data set.
+        image_column: Column of the photos in a data set.
+        mask_column: Column of the masks.
+        validation: Share of the photos that are validation, where the source has no splits.
+        groups: Regular expression; photos in whose names it finds the same text stay in one split.
+        seed: Of the split.
+    """
+
+    sources: tuple[str, ...] = positional()
+    out: Path
+    format: str | None = None
+    images: Path | None = None
+    unlabelled: str | None = None
+    overlap: Literal["smaller", "later", "ignore"] = "smaller"
+    crowd: Literal["ignore", "class"] = "ignore"
+    classes: tuple[str, ...] = ()
+    image_column: str = "image"
+    mask_column: str = "mask"
+    validation: ShareBelow1 | None = None
+    groups: str | None = None
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,7 @@ def test_any_small_array_is_a_mask_or_an_error_that_names_the_file(root, array, 
     if array.ndim == 2:
         array = array.astype(dtype)
     target = read_target(root, "annotations", encoded(Image.fromarray(array), "PNG"))
-    is_mask = array.dtype == np.uint8 and array.shape == SIZE[::-1]
+    is_mask = array.dtype in (np.uint8, np.uint16) and array.shape == SIZE[::-1]
     assert (target is not None) == (is_mask and set(np.unique(array)) <= {0, 1, 2, 255})
     assert target is None or (target == array).all()
 

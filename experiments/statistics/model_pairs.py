@@ -15,7 +15,7 @@ Shapes: S sites, N images, M sums per image.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,14 +52,21 @@ SCENES = {
 class Sample(SimpleNamespace):
     """What `compare_runs` reads of a run: some images of a population f[S, N, M]."""
 
-    def __init__(self, population: torch.Tensor, images: np.ndarray, classes: int):
+    def __init__(
+        self,
+        population: torch.Tensor,
+        images: np.ndarray,
+        classes: int,
+        sites: Sequence[str] = SITES,
+    ):
         sums = population[:, images]
         scores = dataset_scores(CLASSES_TASK, sums)["miou"]
         super().__init__(
             sums=sums,
-            sites=SITES,
-            last_layer=SITES[-1],
-            peak_layer=SITES[scores.argmax()],
+            sites=sites,
+            units=len(images),
+            last_layer=sites[-1],
+            peak_layer=sites[scores.argmax()],
             task=CLASSES_TASK,
             groups=None,
             is_solved=False,
@@ -70,7 +77,7 @@ class Sample(SimpleNamespace):
 
     def sums_at(self, sites: list[str]) -> torch.Tensor:
         """Return the sums per image at some sites, f[S, N, M]."""
-        return self.sums[[SITES.index(site) for site in sites]]
+        return self.sums[[self.sites.index(site) for site in sites]]
 
     @property
     def site_scores(self) -> dict[str, Estimate]:

@@ -90,12 +90,20 @@ def simultaneous_band(values: Tensor, resampled: Tensor) -> tuple[Tensor, Tensor
         values: f[S].
         resampled: f[R, S]. Resamplings with a value that is not defined are left out.
     """
+    spread, largest = largest_distances(resampled)
+    half = largest.quantile(0.95) * spread
+    return values - half, values + half
+
+
+def largest_distances(resampled: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the standard deviations f[S] of values over resamplings f[R, S], and the largest distance f[R] in each.
+
+    A distance is one from the mean, in standard deviations. Resamplings with a value that is not defined are left out.
+    """
     resampled = resampled[~resampled.isnan().any(1)].double()
     sd = resampled.std(0)
     distance = (resampled - resampled.mean(0)).abs()
-    largest = torch.where(sd > 0, distance / sd, 0.0).amax(1)
-    half = largest.quantile(0.95) * sd
-    return values - half, values + half
+    return sd, torch.where(sd > 0, distance / sd, 0.0).amax(1)
 
 
 def p_values(differences: Tensor) -> tuple[Tensor, Tensor]:

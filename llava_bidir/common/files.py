@@ -107,7 +107,8 @@ def commit_directory(path: Path) -> None:
     partial = partial_path(path)
     replaced = path.with_name(path.name + REPLACED)
     for file in filter(Path.is_file, partial.rglob("*")):
-        file.chmod(0o644)  # safetensors writes 0600; who may enter the folder is the umask's matter
+        if file.stat().st_nlink == 1:  # else also a file of somebody's elsewhere
+            file.chmod(0o644)  # safetensors writes 0600; who may enter is the umask's matter
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)

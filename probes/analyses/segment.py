@@ -1,6 +1,6 @@
 """The command `probes segment`: predict the maps of any photos with the probe of a site.
 
-OUT/NAME.png             class index of each pixel, a palette PNG
+OUT/NAME.png             class index of each pixel, a palette PNG; of 16 bits for more than 255 classes
 OUT/NAME_overlay.png     the map on top of the photo
 OUT/legend.png           colours, names and pixel shares of the classes that occur
 OUT/legend.json          the same for all classes, with run, site and photos
@@ -26,6 +26,7 @@ from probes.tasks.segmentation import colorize_classes
 COMMAND = "probes segment"  # marks the files of this command, which it may replace
 OPACITY = 0.5
 ROW_PX = 20
+MOST_COLOURS = 256  # of a palette
 
 
 def run(options: SegmentOptions) -> None:
@@ -89,8 +90,10 @@ def segment(
         image = read_photo(photo)
         prediction = run.predict(image, site)
         pixels += np.bincount(prediction.ravel(), minlength=len(classes))
-        indices = Image.fromarray(prediction).convert("P")
-        indices.putpalette(palette.tobytes())
+        indices = Image.fromarray(prediction)
+        if len(palette) <= MOST_COLOURS:
+            indices = indices.convert("P")
+            indices.putpalette(palette.tobytes())
         overlay = Image.blend(
             image, Image.fromarray(colorize_classes(prediction, palette)), OPACITY
         )

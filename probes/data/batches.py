@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.processes import worker_options
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, ignored_label
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 
 from .available_memory import available_memory
-from .image_dataset import IGNORE_INDEX
 from .samplers import PAD_INDEX
 
 if TYPE_CHECKING:  # a report needs no model
@@ -32,12 +31,21 @@ class MaskPreparer(NamedTuple):
     nodes: int
 
     def __call__(self, target: Sequence[Tensor] | Tensor) -> PreparedMasks:
-        """Return B masks uint8[H, W], prepared."""
+        """Return B targets of a data set, prepared."""
         prepared = []
         for mask in target:
             view = self.geometry.view(mask.shape)
             grid = self.geometry.grid
-            prepared.append(prepare_masks(mask[None], self.classes, grid, self.nodes, view=view))
+            prepared.append(
+                prepare_masks(
+                    mask[None],
+                    self.classes,
+                    grid,
+                    nodes=self.nodes,
+                    ignore_index=ignored_label(mask),
+                    view=view,
+                )
+            )
         return join_masks(prepared)
 
 
@@ -73,7 +81,7 @@ class PreprocessedDataset(Dataset):
 def _numbered(target: Tensor, index: int) -> dict:
     """Return index and target of an image; one that only fills a batch has nothing in its target."""
     if index == PAD_INDEX:
-        ignored = torch.nan if target.is_floating_point() else IGNORE_INDEX
+        ignored = torch.nan if target.is_floating_point() else ignored_label(target)
         target = torch.full_like(target, ignored)
     return {"index": index, "target": target}
 

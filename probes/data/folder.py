@@ -1,14 +1,15 @@
 """A folder of images and targets, in the layout of ADE20K.
 
     ROOT/images/{training,validation}/NAME.jpg (or .png, .tif, .webp, .bmp)
-    ROOT/annotations/{training,validation}/NAME.png       8-bit, one class index per pixel
+    ROOT/annotations/{training,validation}/NAME.png       8- or 16-bit, one class index per pixel
     ROOT/classes.json                                     {"classes": ["wall", ...], "ignore_index": 255}
     ROOT/depth/{training,validation}/NAME.png             16-bit; metres = value x depth_scale, 0 = no value
     ROOT/targets.json                                     {"depth_scale": 0.001, "max_depth": 10.0}
     ROOT/normals/{training,validation}/NAME.png           8-bit RGB, n = 2 v / 255 - 1, black = no value
     ROOT/instances/{training,validation}/NAME.png         8- or 16-bit ids
 
-"ignore_index" can be a list of labels. A class whose label is ignored is none: no probe predicts it.
+"ignore_index" can be a list of labels; by default it is 255, and 65535 where 255 is a class. A class whose label is
+ignored is none: no probe predicts it.
 With `"reduce_zero_label": true` in classes.json, label 0 is ignored and classes start at 1, as in the files of ADE20K.
 `"palette": [[r, g, b], ...]` sets the colours of the maps. Depth beyond `max_depth` metres (optional) counts as no
 value. Without the folder `instances`, boundaries are those of the class map.
@@ -24,6 +25,8 @@ from .file_layout import pair_folders
 from .image_dataset import IGNORE_INDEX, SegmentationDataset, lookup
 from .targets import DepthDataset, InstanceBoundaries, NormalsDataset
 
+LAST_LABEL = 65_535  # of a 16-bit mask
+MOST_CLASSES = 32_766  # of targets, int16
 CLASSES_KEYS = ("classes", "ignore_index", "reduce_zero_label", "palette")
 TARGETS_KEYS = ("depth_scale", "max_depth")
 
@@ -42,7 +45,7 @@ class FolderDataset(SegmentationDataset):
     def __init__(self, root: str | Path, split: str):
         names, first, ignored, palette = _read_classes_json(Path(root) / "classes.json")
         kept = [i for i in range(len(names)) if i + first not in ignored]
-        table = lookup(len(names), first, (*ignored, *range(first)))
+        table = lookup(len(kept), first, (*ignored, *range(first + len(names))))
         for number, i in enumerate(kept):
             table[i + first] = number
         super().__init__(
@@ -62,21 +65,26 @@ def _read_classes_json(path: Path) -> tuple[list[str], int, list[int], list | No
 
     settings = read_settings(path, CLASSES_KEYS, '{"classes": ["wall", ...]}')
     names = settings.get("classes")
+    first = settings.get("reduce_zero_label", False)
     ignored = settings.get("ignore_index", IGNORE_INDEX)
+    if (
+        "ignore_index" not in settings
+        and isinstance(names, list)
+        and len(names) + bool(first) > 255
+    ):
+        ignored = LAST_LABEL  # 255 is the label of a class
     if not isinstance(ignored, list):
         ignored = [ignored]
-    first = settings.get("reduce_zero_label", False)
     palette = settings.get("palette")
     are_names = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     are_different = are_names and len({*names}) == len(names) > 1
     need(are_different, 'two or more different names in a list under "classes"')
     need(isinstance(first, bool), 'true or false under "reduce_zero_label"')
     need(
-        all(map(_is_byte, ignored)),
-        'a label of an 8-bit mask (0 to 255) under "ignore_index", or a list of them',
+        all(type(label) is int and 0 <= label <= LAST_LABEL for label in ignored),
+        f'a label of a mask (0 to {LAST_LABEL}) under "ignore_index", or a list of them',
     )
-    most = IGNORE_INDEX - first
-    need(len(names) <= most, f"at most {most} classes for 8-bit masks, and has {len(names)}")
+    need(len(names) <= MOST_CLASSES, f"at most {MOST_CLASSES} classes, and has {len(names)}")
     are_colours = isinstance(palette, list) and all(map(_is_colour, palette))
     need(
         palette is None or (are_colours and len(palette) == len(names)),

@@ -21,7 +21,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest
 from llava_bidir.common.images import as_stored, orientation, read_image
 from llava_bidir.common.imports import name_of
-from probes.ops.geometry import IGNORE_INDEX
+from probes.ops.geometry import IGNORE_INDEX, ignore_index_of
 
 GREY = 0  # colour type in the header of a PNG
 GOLDEN = 0.381966  # step between hues, after which they stay distinct for any number of classes
@@ -87,21 +87,8 @@ class ImageDataset(Dataset):
         image_file, *target_files = self.files[index]
         tag, image = read_image(image_file, lambda image: (orientation(image), as_stored(image)))
         target = self.read_target(*target_files)
-        size = target.shape[1::-1]
-        rotated = image.size
-        if tag in range(5, 9):
-            rotated = image.size[::-1]
-        if tag in range(2, 9) and size == rotated:
-            raise UserError(
-                f"{image_file} has EXIF orientation {tag}, and its {self.target_name} {target_files[0]} has the size "
-                "of the rotated image, but pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the "
-                "target matches the rotated image, else remove the tag (`exiftool -Orientation=`)"
-            )
-        if size != image.size:
-            raise UserError(
-                f"the {self.target_name} {target_files[0]} is {size[0]} x {size[1]} px, its image {image_file} "
-                f"{image.width} x {image.height} px; expected the same size"
-            )
+        name = f"{self.target_name} {target_files[0]}"
+        check_size(image_file, tag, image.size, target.shape[1::-1], target=name)
         if target.dtype == bool:
             target = target.astype(np.uint8)
         return {"name": self.names[index], "image": image, "target": target}
@@ -120,15 +107,50 @@ class ImageDataset(Dataset):
         return identity
 
 
+def check_size(
+    image: Path | EmbeddedFile,
+    tag: int,
+    size: tuple[int, int],
+    target_size: tuple[int, int],
+    target: str,
+) -> None:
+    """Raise a UserError unless what is annotated has the size of its image, as stored and beyond doubt.
+
+    Args:
+        image: The image's file.
+        tag: Its EXIF orientation.
+        size: Its width and height as stored.
+        target_size: Width and height of what is annotated.
+        target: What that is, and its file.
+    """
+    rotated = size
+    if tag in range(5, 9):
+        rotated = size[::-1]
+    width, height = target_size
+    if tag in range(2, 9) and target_size == rotated:
+        raise UserError(
+            f"{image} has EXIF orientation {tag}, and its {target} has the size of the rotated image, {width} x "
+            f"{height} px, but pixels are read as stored, {size[0]} x {size[1]} px; rotate the image (`mogrify "
+            "-auto-orient`) if the target matches the rotated image, else remove the tag (`exiftool -Orientation=`)"
+        )
+    if target_size != size:
+        raise UserError(
+            f"the {target} is {width} x {height} px, its image {image} "
+            f"{size[0]} x {size[1]} px; expected the same size"
+        )
+
+
 class SegmentationDataset(ImageDataset):
     """Images with masks: targets are uint8[H, W], classes or 255 where ignored.
+
+    Targets of more than 255 classes are int16[H, W], -1 where ignored.
 
     A layout is a subclass that lists the files and defines the meaning of the labels.
 
     Args:
         files: {name: (image, mask)}, in the order of the dataset.
         classes: Names of the K classes.
-        lookup: int16[256] from :func:`lookup`.
+        lookup: Integers [256] or [65536] from :func:`lookup`.
         palette: One colour per class, or None.
         groups: The cluster of each image (e.g. its city), or None.
 
@@ -149,7 +171,8 @@ class SegmentationDataset(ImageDataset):
         palette: list[list[int]] | None = None,
         groups: list[str] | None = None,
     ):
-        meant = set(lookup.tolist()) - {-1, IGNORE_INDEX}
+        self._ignored = ignore_index_of(len(classes))
+        meant = {label for label in lookup.tolist() if label >= 0} - {self._ignored}
         if meant != set(range(len(classes))):
             raise UserError(
                 f"{type(self).__name__}: labels mean the classes {meant}, but there are {len(classes)}, from 0"
@@ -159,21 +182,22 @@ class SegmentationDataset(ImageDataset):
 
     def read_target(self, mask_file: Path) -> ndarray:
         """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a UserError that names the file."""
-        mask = read_png(
-            mask_file, ("L", "P"), "8-bit indices of classes, one per pixel and no colours"
-        )
+        expected = "8- or 16-bit indices of classes, one per pixel and no colours"
+        mask = read_png(mask_file, ("L", "P", "I;16", "I"), expected)
         *_, bits, colour = mask_file.read_bytes()[:26]
         if bits < 8 and colour == GREY:  # PIL would multiply the labels
             raise UserError(f"{mask_file} has {bits} bits per pixel; save it as 8-bit PNG")
-        target = self._lookup[mask]
-        if (target < 0).any():
-            wrong = mask[target < 0].min()
-            valid = np.flatnonzero((self._lookup >= 0) & (self._lookup < IGNORE_INDEX))
+        # a table of 8-bit labels knows no others
+        target = self._lookup.take(mask, mode="clip")
+        is_wrong = (target < 0) & (target != self._ignored) | (mask >= len(self._lookup))
+        if is_wrong.any():
+            wrong = mask[is_wrong].min()
+            valid = np.flatnonzero((self._lookup >= 0) & (self._lookup != self._ignored))
             raise UserError(
                 f"{mask_file} has label {wrong}; expected {valid[0]} to {valid[-1]} for "
                 f"the {len(self.classes)} classes, or a label that is ignored"
             )
-        return target.astype(np.uint8)
+        return target if self._ignored < 0 else target.astype(np.uint8)
 
     def is_recoloured(self, index: int, target: ndarray) -> bool:
         """Return whether a mask gives a class of its target the colour of another one in the palette."""
@@ -191,16 +215,19 @@ class SegmentationDataset(ImageDataset):
 
 
 def lookup(classes: int, first: int = 0, ignored: Sequence[int] = (IGNORE_INDEX,)) -> ndarray:
-    """Return the table int16[256] from raw label to class: 255 if ignored, -1 if invalid.
+    """Return the table int16[256] or [65536] from raw label to class.
+
+    Ignored labels have 255, or -1 where there are more than 255 classes; invalid ones -2.
 
     Args:
         classes: K; their raw labels are consecutive.
         first: Raw label of class 0.
         ignored: Raw labels of ignored pixels.
     """
-    table = np.full(256, -1, np.int16)
+    bits = 8 if max(first + classes - 1, *ignored, 0) < 2**8 else 16
+    table = np.full(2**bits, -2, np.int16)
     table[first : first + classes] = np.arange(classes)
-    table[list(ignored)] = IGNORE_INDEX
+    table[list(ignored)] = ignore_index_of(classes)
     return table
 
 

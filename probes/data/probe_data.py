@@ -2,7 +2,7 @@
 
 import math
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import atomic_write
 from llava_bidir.common.processes import (
     all_gather_objects,
     rank,
@@ -64,6 +66,9 @@ class ProbeData:
         self.seed = seed
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
         self.remarks: dict[str, list] = {}  # on images, likewise
+        self.pixels: list[
+            Sequence[int]
+        ] = []  # of each class in each image, in the order of the splits, likewise
 
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""
@@ -101,6 +106,7 @@ class ProbeData:
             of_split = [pairs[f"{split}/{name}"] for name in dataset.names]
             labels, contents, _ = zip(*of_split, strict=True)
             self.labels[split] = join_counts(labels)
+            self.pixels += [counts.pixels for counts in labels]
             if len({*contents}) < len(contents):
                 dataset.groups = join_groups(dataset.groups or dataset.names, contents)
         check_labels(self.classes, self.labels)
@@ -142,6 +148,23 @@ def verify_data(options: VerifyOptions) -> None:
     data = ProbeData(replace(options.data, num_workers=workers))
     data.verify(True, partial(print, "warning:"))
     print(format_labels(data.classes, data.labels))
+    if options.preview:
+        _write_preview(data, options.preview)
     sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
     targets = f"{data.num_classes} classes" if data.classes else data.task
     print(f"{data.root}: {sizes}, {targets}, all readable")
+
+
+def _write_preview(data: ProbeData, file: Path) -> None:
+    """Write the sheet of photos with their masks.
+
+    Raises:
+        UserError: The task has no classes.
+    """
+    if not data.classes:
+        raise UserError(f"--preview shows classes; {data.task} has none")
+    from .sheet import draw_sheet  # scipy is slow to import
+
+    with atomic_write(file) as partial:
+        draw_sheet(data.splits, data.pixels).save(partial, "PNG")
+    print(f"look at {file}: do the masks fit?")

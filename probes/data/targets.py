@@ -10,6 +10,7 @@ from numpy import ndarray
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import sha256
 from llava_bidir.common.imports import check_returned, check_shape, name_of
+from probes.ops.geometry import ignored_label
 from probes.tasks import Task
 
 from .image_dataset import IGNORE_INDEX, ImageDataset, SegmentationDataset, read_png
@@ -183,9 +184,12 @@ class TaskTargets(DerivedTargets):
         read = self.dataset.read_target(*files)
         function = self._task.read
         target = check_returned(function, function(read), ndarray)
-        kind = np.dtype("uint8" if self._task.loss else "float32")
-        if target.dtype != kind:
-            raise UserError(f"{name_of(function)} returned {target.dtype}; expected {kind}")
+        kinds = ["float32"]
+        if self._task.loss:
+            kinds = ["uint8", "uint16"]  # of more than 255 classes
+        if target.dtype.name not in kinds:
+            expected = " or ".join(kinds)
+            raise UserError(f"{name_of(function)} returned {target.dtype}; expected {expected}")
         return check_shape(function, target, (*read.shape[:2], *target.shape[2:]))
 
 
@@ -206,7 +210,7 @@ class ClassBoundaries(DerivedTargets):
     def read_target(self, mask_file: Path) -> ndarray:
         """Return the boundaries, uint8[H, W], or raise a UserError that names the file."""
         labels = self.dataset.read_target(mask_file)
-        return find_boundaries(labels, labels == IGNORE_INDEX)
+        return find_boundaries(labels, labels == ignored_label(labels))
 
 
 def find_boundaries(ids: ndarray, ignored: ndarray | None = None) -> ndarray:

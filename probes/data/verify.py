@@ -14,7 +14,7 @@ from tqdm import tqdm
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.processes import worker_options
 from probes.data.image_dataset import ImageDataset, SegmentationDataset
-from probes.ops.geometry import IGNORE_INDEX
+from probes.ops.geometry import ignored_label
 
 BATCH_SIZE = 16
 MOST_FILES = 10  # in the error message
@@ -113,16 +113,14 @@ def count_labels(target: ndarray, classes: int) -> LabelCounts:
     """Return the labels of one image, from its target of any task.
 
     Args:
-        target: uint8[H, W], 255 ignored; or floats [H, W] or [H, W, channels], NaN where there is no value.
+        target: Of classes, as data sets have them; or floats [H, W] or [H, W, channels], NaN where there is no value.
         classes: K; 0 for targets of real numbers, whose pixels with a value are counted as one class.
     """
     if classes:
-        pixels = np.bincount(target.ravel(), minlength=IGNORE_INDEX + 1)
+        labelled = target[target != ignored_label(target)]
+        pixels = np.bincount(labelled, minlength=classes)
         return LabelCounts(
-            images=1,
-            pixels=pixels[:classes],
-            images_of_class=pixels[:classes] > 0,
-            ignored=pixels[IGNORE_INDEX],
+            images=1, pixels=pixels, images_of_class=pixels > 0, ignored=target.size - labelled.size
         )
     valid = np.isfinite(target).reshape(*target.shape[:2], -1).all(-1)
     return LabelCounts(

@@ -92,7 +92,8 @@ class Session:
         shown = min(TOP_CLASSES, len(model.classes))
         logits = {site: probe(states[site].float()) for site, probe in model.probes.items()}
         classes, probabilities = most_probable(logits, shown)
-        return {"classes": _pack(classes, np.uint8), "probabilities": _pack(probabilities)}
+        kind = np.uint8 if len(model.classes) <= 256 else np.uint16
+        return {"classes": _pack(classes, kind), "probabilities": _pack(probabilities)}
 
     def words_of_patch(self, request: PatchView, job: Job) -> dict[str, Any]:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""

@@ -36,7 +36,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import as_stored
 
 RESIZES = ("squash", "pad", "center_crop", "letterbox")
-IGNORE_INDEX = 255  # label of a pixel that counts nowhere
+# Label of a pixel that counts nowhere: in targets of up to 255 classes, uint8, and in those of more, int16
+IGNORE_INDEX = 255
+IGNORE_INDEX_OF_MANY = -1
 
 
 class AxisExtent(NamedTuple):
@@ -179,8 +181,9 @@ class Geometry:
         `patches(mask) > 0.5` are the patches of an object.
 
         Args:
-            mask: bool[H, W], the pixels of an object; or class indices, integers [H, W], 255 and negative ones
-                ignored. H and W are the height and width of the image. Of a black and white picture, give `mask > 0`.
+            mask: bool[H, W], the pixels of an object; or class indices, integers [H, W], negative ones and, but of
+                int16, 255 ignored. H and W are the height and width of the image. Of a black and white picture, give
+                `mask > 0`.
 
         Returns:
             The share of the token's pixels that are in the object, f64[h, w], 0 for a token of padding. Or the class
@@ -202,7 +205,7 @@ class Geometry:
                 for weights in (None, labels.flatten().double())
             )
             return (inside / pixels.clamp(min=1)).view(self.grid)
-        is_labelled = (labels >= 0) & (labels != IGNORE_INDEX)
+        is_labelled = (labels >= 0) & (labels != ignored_label(mask))
         classes, number = labels[is_labelled].unique(return_inverse=True)
         numbers = torch.full(size, len(classes)).masked_scatter(is_labelled, number)
         majority = majority_labels(numbers[None], classes=len(classes), token=token, tokens=tokens)[
@@ -269,6 +272,18 @@ def majority_labels(labels: Tensor, classes: int, token: Tensor, tokens: int) ->
     votes[..., classes] = 0
     most, label = votes.max(-1)
     return torch.where(most > 0, label, -1)
+
+
+def ignore_index_of(classes: int) -> int:
+    """Return the label of pixels that count nowhere in targets of so many classes."""
+    return IGNORE_INDEX_OF_MANY if classes > IGNORE_INDEX else IGNORE_INDEX
+
+
+def ignored_label(mask: Tensor | np.ndarray) -> int:
+    """Return the label of pixels that count nowhere in the target of a data set, by its dtype."""
+    if str(mask.dtype).removeprefix("torch.") == "int16":
+        return IGNORE_INDEX_OF_MANY
+    return IGNORE_INDEX
 
 
 def label_tensor(mask: Tensor | np.ndarray) -> Tensor:

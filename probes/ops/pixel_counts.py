@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bilinear import upsampled_argmax
-from .geometry import IGNORE_INDEX, GridPlacement, majority_labels
+from .geometry import GridPlacement, ignored_label, majority_labels
 from .kernels import limit_on, use_triton
 
 PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of masks and predicted maps per chunk
@@ -43,7 +43,7 @@ def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None) -> 
 
     Args:
         logits: f[S, N, K, h, w], finite.
-        target: uint8[N, H, W], 255 ignored.
+        target: uint8[N, H, W], 255 ignored; of more than 255 classes int16, -1 ignored.
         view: Placement of the grid on the pixels; by default it covers them all. Pixels outside every token count for
             the image, but for no token.
     """
@@ -64,7 +64,7 @@ def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None) -> 
     for first in range(0, images, step):
         part = slice(first, first + step)
         labels = target[part]
-        valid = labels != IGNORE_INDEX
+        valid = labels != ignored_label(labels)
         numbers = labels.long().where(valid, classes)
         intersection, predicted, patch_right = _count_predictions(
             logits[:, part], target=labels, token=token, view=view
@@ -101,9 +101,9 @@ def _count_predictions(
         from .kernels.grid_cells import cells
 
         axes = cells((h, w), size, view, logits.device, half=True)
-        *by_class, by_token = count_cells(logits, target, *axes, IGNORE_INDEX)
+        *by_class, by_token = count_cells(logits, target, *axes, ignored_label(target))
         return [x.long() for x in (*by_class, by_token.flatten(2))]
-    labelled = target != IGNORE_INDEX
+    labelled = target != ignored_label(target)
     intersection, predicted, patch_right = (
         target.new_zeros((sites, images, bins), dtype=torch.long)
         for bins in (classes, classes, h * w)

@@ -98,9 +98,12 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
         **conclude(verdicts, claim.unlearned),
     }
     # what is known of a world is about its classes
-    if study.task.name == SEGMENTATION and (truth := read_truth(run).get(case.name)):
-        entry["truth"] = truth
-    entry["text"] = claim.text.replace("mIoU", study.task.labels[study.task.score])
+    if study.task.name == SEGMENTATION:
+        truth = read_truth(run)
+        if case.name in truth:
+            entry["truth"] = truth[case.name]
+    label_of_score = study.task.labels[study.task.score]
+    entry["text"] = claim.text.replace("mIoU", label_of_score)
     untrained = case.number(study.is_solved, weights="untrained")
     entry["control"] = untrained and untrained.json()
     images = {"images": run.metrics["images"]}
@@ -148,7 +151,8 @@ def _optimum_column(case: Case) -> Entry:
     if not rows:
         return judge(sign, **measured, margin=margin)
     vectors = torch.stack([effect.vector for effect in rows.values()], 1)
-    bounds = torch.stack(simultaneous_band(vectors[0], vectors[1:]), 1).tolist()
+    band = simultaneous_band(vectors[0], vectors[1:])
+    bounds = torch.stack(band, 1).tolist()
     columns = []
     for (row, effect), ci95 in zip(rows.items(), bounds, strict=True):
         if effect.about["converged"]:
@@ -210,7 +214,8 @@ def read_truth(run: ProbeRun) -> dict[str, str]:
     truth_of_data = {}
     if file.is_file():
         truth_of_data = read_json(file)
-    truth_of_model = run.training.get("truth", {}).get(file.parent.name, {})
+    truths_of_model = run.training.get("truth", {})
+    truth_of_model = truths_of_model.get(file.parent.name, {})
     sources = {
         str(file): truth_of_data,
         f"{run.path / 'manifest.json'}: mllm_training.truth": truth_of_model,
@@ -276,8 +281,12 @@ def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -
     claim = CLAIMS[first["claim"]]
     verdicts = {}
     for name in VERDICT_COLUMNS:
-        columns = {seed: entry["verdicts"][name] for seed, entry in by_seed.items()}
-        least = 0.0 if name == "paper" else margin
+        columns = {}
+        for seed, entry in by_seed.items():
+            columns[seed] = entry["verdicts"][name]
+        least = margin
+        if name == "paper":
+            least = 0.0
         verdicts[name] = join_column(
             claim.sign, by_seed=columns, shared_images=shared_images, margin=least
         )
@@ -309,13 +318,17 @@ def join_column(
 
     "by_seed" has the values of all seeds; "left_out" says why some are no part of the joint number.
     """
-    tested = {seed: column for seed, column in by_seed.items() if column["verdict"] != UNTESTED}
+    tested = {}
+    for seed, column in by_seed.items():
+        if column["verdict"] != UNTESTED:
+            tested[seed] = column
     judged = _same_probes(tested)
     left_out = {}
     for seed, column in by_seed.items():
         if seed not in judged:
             left_out[seed] = column.get("reason", "other probes")
-    more: Entry = {"by_seed": {seed: column["value"] for seed, column in by_seed.items()}}
+    values = {seed: column["value"] for seed, column in by_seed.items()}
+    more: Entry = {"by_seed": values}
     if left_out:
         more["left_out"] = left_out
     reason = ""
@@ -324,11 +337,15 @@ def join_column(
         reason = f"fewer than two seeds have a verdict; seed {seed}: {why}"
         judged = _same_probes(by_seed)
     columns = [*judged.values()]
-    if len(columns) < 2 or any(column["value"] is None for column in columns):
+    has_no_value = [column["value"] is None for column in columns]
+    if len(columns) < 2 or any(has_no_value):
         return untested(reason, **more)
     more["seeds"] = len(columns)
     # each seed has draws of its own, so that their spread is part of that between seeds
-    over_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in columns]
+    over_images = []
+    for column in columns:
+        interval = column.get("ci95_without_draws", column["ci95"])
+        over_images.append((column["value"], interval))
     value, ci95 = mean_over_seeds(over_images, shared_images)
     if reason:
         return untested(reason, value=value, ci95=ci95, **more)
@@ -337,7 +354,8 @@ def join_column(
         pairs = [(x["value"], x["ci95"]) for x in below]
         below_value, below_ci95 = mean_over_seeds(pairs, shared_images)
         more["below_optimum"] = {"value": below_value, "ci95": below_ci95}
-    return judge(sign, value=value, ci95=ci95, margin=margin, df=len(columns) - 1, **more)
+    df = len(columns) - 1
+    return judge(sign, value=value, ci95=ci95, margin=margin, df=df, **more)
 
 
 def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:
@@ -358,7 +376,8 @@ def mean_over_seeds(
     (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer.
     """
     values = [value for value, _ in estimates]
-    of_images = np.hypot.reduce([(high - low) / 2 for _, (low, high) in estimates])
+    halves = [(high - low) / 2 for _, (low, high) in estimates]
+    of_images = np.hypot.reduce(halves)
     count = len(values)
     value = float(np.mean(values))
     error = float(np.std(values, ddof=1)) / count**0.5

@@ -9,11 +9,13 @@ Shapes: S sites, N images, K classes, R resamplings, P permutations.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps, simultaneous_band
+from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, ENCODER, is_layer, layer_number
 from probes.runs.compare import check_same_probes
@@ -24,49 +26,107 @@ from probes.score.effects import EFFECTS
 from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION, Task
 
-BEST_LAYER = "best layer"
+from .best_layers import BEST_LAYER, correct_for_pairs, difference_of_best
+
 LEFT_OUT = "left out"
 FEWEST_PHOTOS = 6  # exchanging fewer can reject nothing: 2 ** (1 - 5) > 0.05
 
 
-def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[Entry]:
-    """Yield the rows of the table of differences, see :class:`probes.report.tables.Tables`.
+@dataclass(frozen=True)
+class RunPair:
+    """Two runs that are compared.
 
-    Each model is compared with the first one of its task, data and seed, under each mask that both have; and of each
-    model bidirectional with causal attention.
+    Args:
+        first: The run that is subtracted.
+        second: The other one.
+        columns: Columns of the table of differences that say which they are.
+        only_best: Compare their best layers alone.
+    """
+
+    first: ProbeRun
+    second: ProbeRun
+    columns: Entry
+    only_best: bool = False
+
+
+def difference_rows(studies: Sequence[StudyRuns], keys: dict[str, str]) -> list[Entry]:
+    """Return the rows of the table of differences, see :class:`probes.report.tables.Tables`.
+
+    Each model is compared with the first one of its task, data and seed, under each mask that both have; and each mask
+    of a model with its first one. Of all other pairs, the best layers are compared.
 
     Args:
         studies: In the order given.
         keys: Keys of models by name.
     """
-    references: dict[tuple, StudyRuns] = {}
+    rows = []
+    for pair in pairs_of_studies(studies, keys):
+        try:
+            check_same_probes(pair.first, pair.second)
+        except UserError as error:
+            rows.append(pair.columns | {"of": LEFT_OUT, "name": str(error)})
+            continue
+        compare = compare_runs
+        if pair.only_best:
+            compare = compare_best_layers
+        for row in compare(pair.first, pair.second):
+            rows.append(pair.columns | row)
+    correct_for_pairs(rows)
+    return rows
+
+
+def pairs_of_studies(studies: Sequence[StudyRuns], keys: dict[str, str]) -> Iterator[RunPair]:
+    """Yield the pairs with the first model and of masks by study, then those of other models."""
+    comparable: dict[tuple, list[StudyRuns]] = {}
     for study in studies:
-        about = {"task": study.task.name, "data": study.dataset, "seed": study.seed}
-        first = references.setdefault(tuple(about.values()), study)
-        if first.name != study.name:
-            ours, theirs = runs_to_compare(first, study)
-            models = about | {
-                "between": "models",
-                "first": keys[first.name],
-                "second": keys[study.name],
-            }
-            for mask in [mask for mask in ours if mask in theirs]:
-                of_mask = models | {"mask": mask}
-                try:
-                    check_same_probes(ours[mask], theirs[mask])
-                except UserError as error:
-                    yield of_mask | {"of": LEFT_OUT, "name": str(error)}
-                    continue
-                rows = compare_runs(ours[mask], theirs[mask])
-                yield from (of_mask | row for row in rows)
-        if pair := study.pair():
-            masks = about | {
-                "between": "masks",
-                "model": keys[study.name],
-                "first": pair[0].mask,
-                "second": pair[1].mask,
-            }
-            yield from (masks | row for row in compare_runs(*pair))
+        about = study.task.name, study.dataset, study.seed
+        earlier = comparable.setdefault(about, [])
+        if earlier:
+            yield from pairs_of_models(earlier[0], study, keys)
+        yield from pairs_of_masks(study, keys)
+        earlier.append(study)
+    for group in comparable.values():
+        for first, second in combinations(group[1:], 2):
+            for pair in pairs_of_models(first, second, keys):
+                yield replace(pair, only_best=True)
+
+
+def pairs_of_models(first: StudyRuns, second: StudyRuns, keys: dict[str, str]) -> Iterator[RunPair]:
+    """Yield the runs of two models under each mask that both have; without one, those under their first masks."""
+    if first.name == second.name:
+        return
+    runs_of_first, runs_of_second = runs_to_compare(first, second)
+    columns = _columns(second) | {
+        "between": "models",
+        "first": keys[first.name],
+        "second": keys[second.name],
+    }
+    shared = [mask for mask in runs_of_first if mask in runs_of_second]
+    for mask in shared:
+        yield RunPair(runs_of_first[mask], runs_of_second[mask], columns=columns | {"mask": mask})
+    if not shared:
+        pair = [next(iter(runs.values())) for runs in (runs_of_first, runs_of_second)]
+        masks = ", ".join(run.mask for run in pair)
+        yield RunPair(*pair, columns=columns | {"mask": masks}, only_best=True)
+
+
+def pairs_of_masks(study: StudyRuns, keys: dict[str, str]) -> Iterator[RunPair]:
+    """Yield the runs of a model under its first mask and each other one, then those of other masks."""
+    (runs,) = runs_to_compare(study)
+    masks = list(runs)
+    for first, second in combinations(masks, 2):
+        columns = _columns(study) | {
+            "between": "masks",
+            "model": keys[study.name],
+            "first": first,
+            "second": second,
+        }
+        is_other = first != masks[0]
+        yield RunPair(runs[first], runs[second], columns=columns, only_best=is_other)
+
+
+def _columns(study: StudyRuns) -> Entry:
+    return {"task": study.task.name, "data": study.dataset, "seed": study.seed}
 
 
 def compare_runs(
@@ -76,12 +136,14 @@ def compare_runs(
     task = first.task
     ours = first.site_scores
     theirs = second.site_scores
-    swaps = random_swaps(first.metrics["images"], permutations, groups=first.groups).double()
+    images = first.metrics["images"]
+    swaps = random_swaps(images, permutations, groups=first.groups).double()
     pairs = pair_sites(first, second)
     tested = [pair for pair in pairs if has_depth(pair[0])]
     p_of = _test_sites(first, second=second, pairs=tested, swaps=swaps)
     for pair in pairs:
-        row = _row("site", pair[0], task, ours[pair[0]], theirs[pair[1]], *pair)
+        site, other = pair
+        row = _row("site", site, task, ours[site], theirs[other], *pair)
         yield row | {"p": p_of.get(pair)}
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
@@ -92,13 +154,24 @@ def compare_runs(
                 first=first.effects[name],
                 second=second.effects[name],
             )
-    best = (first.peak_layer, second.peak_layer)
-    if all(best):
-        layers = [[x for site, x in of.items() if is_layer(site)] for of in (ours, theirs)]
-        about = {"of": BEST_LAYER, "name": BEST_LAYER, "site": best[0], "second_site": best[1]}
-        yield about | difference_of_best(task.sign, *layers)
-        if task.name == SEGMENTATION:
-            yield from compare_classes(first, second=second, sites=best, swaps=swaps)
+    yield from compare_best_layers(first, second)
+    if first.peak_layer and second.peak_layer and task.name == SEGMENTATION:
+        best = (first.peak_layer, second.peak_layer)
+        yield from compare_classes(first, second=second, sites=best, swaps=swaps)
+
+
+def compare_best_layers(first: ProbeRun, second: ProbeRun) -> Iterator[Entry]:
+    """Yield the row of the best layers, if both runs have layers."""
+    if not (first.peak_layer and second.peak_layer):
+        return
+    scores = []
+    for run in (first, second):
+        layers = filter(is_layer, run.site_scores)
+        scores.append([run.site_scores[layer] for layer in layers])
+    difference = difference_of_best(first.task.sign, *scores, units=first.units)
+    sites = {"site": first.peak_layer, "second_site": second.peak_layer}
+    named = {"of": BEST_LAYER, "name": BEST_LAYER, **sites}
+    yield named | difference.row(first.task, first.units)
 
 
 def has_depth(site: str) -> bool:
@@ -115,7 +188,8 @@ def pair_sites(first: ProbeRun, second: ProbeRun) -> list[tuple[str, str]]:
     pairs = []
     for site in first.sites:
         if not is_layer(site):
-            pairs += [(site, site)] if site in second.sites else []
+            if site in second.sites:
+                pairs.append((site, site))
         elif others:
             depth = layer_number(site) / layer_number(first.last_layer)
             wanted = depth * layer_number(second.last_layer)  # among the other model's layers
@@ -134,44 +208,14 @@ def _test_sites(
     task = first.task
     differences = []
     for site, other in pairs:  # one at a time: the sums of all sites can be large
-        a = first.sums_at([site])[0].double()  # [N, M]
-        b = second.sums_at([other])[0].double()
-        moved = swaps @ (b - a)
-        scores = [task.dataset_scores(x)[task.score] for x in (a.sum(0) + moved, b.sum(0) - moved)]
-        differences.append(scores[1] - scores[0])
-    corrected = p_values(torch.stack(differences, 1))[1].tolist()
-    return dict(zip(pairs, corrected, strict=True))
-
-
-def difference_of_best(
-    sign: int, first: Sequence[Estimate], second: Sequence[Estimate]
-) -> dict[str, float]:
-    """Return the difference of the best of the second scores and the best of the first, with a 95% interval.
-
-    The interval holds whichever are best: with bounds on all differences D of one score and another together, the
-    difference of maxima, max min D, is between the max min of the lower bounds and that of the upper ones. An interval
-    of the two that are best on these images says of equal models up to twice too often that they differ, and one of
-    layers that cross-validation has chosen up to six times (`experiments/statistics/model_pairs.py`).
-
-    Args:
-        sign: 1 if a higher score is better, else -1.
-        first: Scores of one run's layers, from the same resamplings as those of the other's.
-        second: Of the other's.
-    """
-    ours, theirs = (
-        sign * torch.stack([score.vector for score in scores], 1) for scores in (first, second)
-    )
-    differences = theirs[:, :, None] - ours[:, None, :]  # [1 + R, layers, layers]
-    bands = simultaneous_band(differences[0].flatten(), differences[1:].flatten(1))
-    bounds = [sign * band.view_as(differences[0]).amin(1).amax().item() for band in bands]
-    best = [sign * of[0].max().item() for of in (ours, theirs)]
-    return {
-        "first_value": best[0],
-        "second_value": best[1],
-        "difference": best[1] - best[0],
-        "low": min(bounds),
-        "high": max(bounds),
-    }
+        of_first = first.sums_at([site])[0].double()  # [N, M]
+        of_second = second.sums_at([other])[0].double()
+        moved = swaps @ (of_second - of_first)
+        swapped_first = task.dataset_scores(of_first.sum(0) + moved)
+        swapped_second = task.dataset_scores(of_second.sum(0) - moved)
+        differences.append(swapped_second[task.score] - swapped_first[task.score])
+    _, corrected = p_values(torch.stack(differences, 1))
+    return dict(zip(pairs, corrected.tolist(), strict=True))
 
 
 def compare_classes(
@@ -183,35 +227,42 @@ def compare_classes(
     classes are in a handful of photos, of which bootstrap intervals cover too little. A class in fewer than
     `FEWEST_PHOTOS` photos, or groups of these, has no p-value.
     """
-    a, b = (
-        run.sums_at([site])[0].double() for run, site in zip((first, second), sites, strict=True)
-    )
-    moved = swaps @ (b - a)
     iou = first.task.iou
-    swapped = iou(b.sum(0) - moved) - iou(a.sum(0) + moved)  # [1 + P, K]
-    known = (~swapped[0].isnan()).nonzero().flatten().tolist()
-    if not known:
+    sums = []
+    for run, site in zip((first, second), sites, strict=True):
+        sums.append(run.sums_at([site])[0].double())
+    of_first, of_second = sums
+    moved = swaps @ (of_second - of_first)
+    swapped_second = iou(of_second.sum(0) - moved)
+    swapped = swapped_second - iou(of_first.sum(0) + moved)  # [1 + P, K]
+    is_defined = ~swapped[0].isnan()
+    classes = is_defined.nonzero().flatten().tolist()
+    if not classes:
         return
-    corrected = p_values(swapped[:, known].nan_to_num())[1].tolist()
-    weights = torch.cat([torch.ones(1, len(a)), first.weights]).double()
-    drawn = [iou(weights @ sums).nan_to_num() for sums in (a, b)]
+    _, corrected = p_values(swapped[:, classes].nan_to_num())
+    everything = torch.ones_like(first.weights[:1])
+    weights = torch.cat([everything, first.weights]).double()
+    drawn = [iou(weights @ of_run).nan_to_num() for of_run in sums]
     photos = photos_of_classes(first)
-    for k, p in zip(known, corrected, strict=True):
-        row = _row(
-            "class",
-            first.metrics["classes"][k],
-            first.task,
-            *(Estimate.from_vector(x[:, k]) for x in drawn),
-            *sites,
-        )
-        yield row | {"photos": photos[k], "p": p if photos[k] >= FEWEST_PHOTOS else None}
+    for k, p in zip(classes, corrected.tolist(), strict=True):
+        scores = [Estimate.from_vector(of_run[:, k]) for of_run in drawn]
+        name = first.metrics["classes"][k]
+        row = _row("class", name, first.task, *scores, *sites)
+        row |= {"photos": photos[k], "p": None}
+        if photos[k] >= FEWEST_PHOTOS:
+            row["p"] = p
+        yield row
 
 
 def photos_of_classes(run: ProbeRun) -> list[int]:
     """Return in how many validation images each class is labelled; of images in groups, in how many groups."""
-    labelled = run.sums_at(run.sites[:1])[0].unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
+    sums = run.sums_at(run.sites[:1])[0]
+    labelled = sums.unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
     if run.groups is not None:
-        labelled = torch.stack([labelled[run.groups == x].any(0) for x in run.groups.unique()])
+        of_groups = []
+        for group in run.groups.unique():
+            of_groups.append(labelled[run.groups == group].any(0))
+        labelled = torch.stack(of_groups)
     return labelled.sum(0).tolist()
 
 
@@ -226,7 +277,8 @@ def _row(
 ) -> Entry:
     """Return the row of a difference of two numbers, without its p-value."""
     difference = second - first
-    low, high = difference.json(lowest=-task.highest, highest=task.highest)["ci95"]
+    measured = difference.json(lowest=-task.highest, highest=task.highest)
+    low, high = measured["ci95"]
     return {
         "of": of,
         "name": name,

@@ -104,7 +104,8 @@ def models_of_study(
     """Yield the weights and the runs by mask of the trained model, the untrained one, and each draw of each control."""
     yield "trained", dict(trained)
     untrained = by_mask(study.where(arm=UNTRAINED_ARMS, solved=solved))
-    yield "untrained", {mask: run for mask, run in untrained.items() if mask in trained}
+    of_same_masks = {mask: run for mask, run in untrained.items() if mask in trained}
+    yield "untrained", of_same_masks
     for control in (*CONTROLS["llm"], *CONTROLS["adapter"]):
         for draw in study.draws(control, solved=solved):
             yield control, draw
@@ -136,7 +137,8 @@ def is_of_claim(key: EffectKey, runs: Mapping[str, ProbeRun]) -> bool:
 
 def is_defined(estimate: Estimate) -> bool:
     """Return whether an effect and its interval are numbers; in the padding of landscape photos none is measured."""
-    return all(map(math.isfinite, (estimate.value, *estimate.ci95)))
+    numbers = [estimate.value, *estimate.ci95]
+    return all(map(math.isfinite, numbers))
 
 
 def gains_over_untrained(effects: Effects, masks: Iterable[str], *, solved: bool) -> Effects:
@@ -152,8 +154,8 @@ def gains_over_untrained(effects: Effects, masks: Iterable[str], *, solved: bool
             continue
         gain = of_trained[0] - of_untrained[0]
         if strength:
-            have_converged = of_trained[0].about["converged"] and of_untrained[0].about["converged"]
-            gain = replace(gain, about={"converged": have_converged})
+            have_converged = [of[0].about["converged"] for of in (of_trained, of_untrained)]
+            gain = replace(gain, about={"converged": all(have_converged)})
         gains[key._replace(effect=GAIN)] = [gain]
     return gains
 
@@ -199,7 +201,8 @@ class Case:
     def judged_numbers(self, solved: bool, weights: str = "trained") -> list[Estimate]:
         """Return what it is at the optimum and beyond random; a knockout without a contrast has none."""
         key = self._key(solved, weights)
-        return self.effects.get(key._replace(against_random=self.claim.against_tokens), [])
+        judged_key = key._replace(against_random=self.claim.against_tokens)
+        return self.effects.get(judged_key, [])
 
     def number(self, solved: bool, weights: str = "trained") -> Estimate | None:
         """Return the effect of a model, None without."""
@@ -231,7 +234,9 @@ class Case:
             draws = case.numbers(solved, weights=control)
             judged_draws = case.judged_numbers(solved, weights=control)
             # a draw whose knockout has no contrast leaves the claim without this control
-            if not trained or len(draws) < 2 or len(draws) != len(judged_draws):
+            if not trained or len(draws) < 2:
+                continue
+            if len(draws) != len(judged_draws):
                 continue
             if not case.other_knockouts(control, solved):
                 differences[mask, control] = compare_to_draws(trained, judged_draws)
@@ -272,7 +277,8 @@ def why_no_optimum(case: Case, rows: Mapping[str, Estimate]) -> str:
         return again(reason, option="untrained0 among its --arms")
     runs = [case.study.solved[mask] for mask in case.masks]
     if case.name == GAIN:
-        runs += case.study.where(arm=UNTRAINED_ARMS, mask=case.mask, solved=True)[:1]
+        untrained = case.study.where(arm=UNTRAINED_ARMS, mask=case.mask, solved=True)
+        runs += untrained[:1]
     if not case.judged_number(solved=True):
         return why_no_number(case, runs=runs, kind="the solved probes")
     if "chosen" in rows and rows["chosen"].about["converged"]:
@@ -287,11 +293,13 @@ def why_no_draws(case: Case, control: str) -> str:
     if control == "adapter":
         kind = "draws of random adapters"
     # trained probes are compared with trained ones only
-    count = max(len(study.draws(control, solved=solved)) for solved in {True, study.is_solved})
+    kinds_of_probes = {True, study.is_solved}
+    count = max(len(study.draws(control, solved=solved)) for solved in kinds_of_probes)
     if count < 2:
         return why_too_few_draws(case, control, reason=f"{kind}: {count}, two are needed")
     if not case.judged_number(study.is_solved):
-        return why_no_number(case, runs=[study.main_runs[case.mask]], kind="the model")
+        main_run = study.main_runs[case.mask]
+        return why_no_number(case, runs=[main_run], kind="the model")
     if reason := case.other_knockouts(control, study.is_solved):
         return reason
     draws = case.runs_of_draws(control, study.is_solved)
@@ -304,9 +312,10 @@ def why_too_few_draws(case: Case, control: str, reason: str) -> str:
     """Return a reason with that for which the study left the first draw out, else with the option that makes two."""
     for folder in case.study.first.path.parents[:2]:
         for step in unfinished_steps(folder):
-            if step["outcome"] == Outcome.LEFT_OUT and Path(step["step"]).name == f"{control}0":
+            name = Path(step["step"]).name
+            if step["outcome"] == Outcome.LEFT_OUT and name == f"{control}0":
                 return f"{reason}: {step['reason']}"
-    return again(reason, option=f"--draws 2, or {control}0 and {control}1 among its --arms")
+    return again(reason, option=f"--draws 2 or {control}0 {control}1 among --arms")
 
 
 def why_undecided(case: Case, compared: Container[str], solved: bool) -> str:
@@ -326,7 +335,8 @@ def why_undecided(case: Case, compared: Container[str], solved: bool) -> str:
 def why_no_number(case: Case, runs: list[ProbeRun], kind: str) -> str:
     """Return why runs have no number: they lack the analysis, or their knockouts have no contrast."""
     name = ANALYSIS_OF.get(case.name, case.name)
-    if case.claim.against_tokens and all(run.analysis("knockout.json") for run in runs):
+    knockouts = [run.analysis("knockout.json") for run in runs]
+    if case.claim.against_tokens and all(knockouts):
         reason = f"the knockout of {runs[0].path} has no two classes that are mistaken for each other, in enough images"
         return again(reason, option="both classes of a pair in --add knockout.classes=A,B")
     reason = f"no {name} of {kind}"

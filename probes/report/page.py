@@ -15,7 +15,7 @@ a folder for each study.
 import io
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from inspect import isfunction
+from inspect import getmembers, isfunction
 from pathlib import Path
 
 import matplotlib as mpl
@@ -28,7 +28,7 @@ from probes.analyses.analysis import Section
 from probes.analyses.charts import Figure
 from probes.config import ReportOptions, split_label
 from probes.data.verify import notes_of_run
-from probes.report import charts, hero, parts, pictures, words
+from probes.report import charts, hero, parts, pictures, ranking, words
 from probes.runs import formatting
 from probes.runs.formatting import Entry, Rows
 from probes.runs.pictures import names_of, read_pictures
@@ -36,19 +36,26 @@ from probes.runs.study import StudyRuns, overridden_masks, read_studies
 from probes.steps.record import Outcome, describe_steps, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
+from .best_layers import BEST_LAYER
 from .claims import evaluate_claims, joint_studies
-from .compare import BEST_LAYER
-from .readings import ReportView, SiteAxis, by_site, read_view, rows_about
+from .readings import MainRun, ReportView, SiteAxis, by_site, read_view
 from .render import render
 from .sites import shown_runs, table2
 from .tables import Tables, make_tables
-from .terminal import print_summary, summarize
+from .terminal import lab_command, print_summary, summarize
 from .verdicts import MARGIN
 
 CSS = Path(__file__).with_name("page.css")
-MODULES = (charts, hero, parts, pictures, words)  # whose functions the template uses as filters
+MODULES = (
+    charts,
+    hero,
+    parts,
+    pictures,
+    ranking,
+    words,
+)  # whose functions the template uses as filters
 FILTERS = {
-    name: value for module in MODULES for name, value in vars(module).items() if isfunction(value)
+    name: function for module in MODULES for name, function in getmembers(module, isfunction)
 }
 FILTERS |= {f.__name__: f for f in (names_of, notes_of_run, overridden_masks)}
 Files = dict[Path, str | bytes]  # contents by path, not yet written
@@ -67,7 +74,10 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
     """
     texts = [*texts]
     studies = read_studies(texts, labels)
-    unfinished = [step for text in texts for step in unfinished_steps(split_label(text)[1])]
+    unfinished = []
+    for text in texts:
+        _, folder = split_label(text)
+        unfinished += unfinished_steps(folder)
     out = Path(out)
     with exclusive_run_lock(out), mpl.rc_context(charts.STYLE):
         main = main_studies(studies)
@@ -75,20 +85,23 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
         claims = [evaluate_claims(study) for study in studies]
         joint = joint_studies(studies, claims)
         tables = make_tables(studies, claims, joint)
-        sections = [study_sections(x, "" if single else f"{x.slug}/") for x in studies]
+        folders = [f"{study.slug}/" for study in studies]
+        if single:
+            folders = ["" for study in studies]
+        sections = [study_sections(*of) for of in zip(studies, folders, strict=True)]
         files: Files = {
             out / f"{name}.csv": table.to_csv(index=False)
             for name, table in tables._asdict().items()
             if len(table)
         }
         files |= _csv_files({"table2": table2(main)}, out)
-        for study, of_study in zip(studies, sections, strict=True):
+        for folder, of_study in zip(folders, sections, strict=True):
             for section in of_study.values():
-                files |= _csv_files(section.tables, out if single else out / study.slug)
+                files |= _csv_files(section.tables, out / folder)
                 files |= _figure_files(section.figures, out)
-        view = read_view(tables, pictures_of(studies, tables))
-        own = {row.claim: row for row in rows_about(view.claims, view.lead).itertuples()}
-        sentences = hero.headline(view.lead, own, view.pairs)
+        main_runs = main_runs_of(studies, tables)
+        view = read_view(tables, main_runs)
+        sentences = hero.headline(view)
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
         names = sorted(path.relative_to(out).as_posix() for path in files)
@@ -105,8 +118,10 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
             studies, claims=claims, joint=joint, tables=tables, sections=sections
         )
         results["summary"] = summarize(view, sentences, studies[0].first)
-        results |= {"unfinished": unfinished} if unfinished else {}
-        results |= {"files": names}
+        results["lab"] = lab_command(view, main_runs)
+        if unfinished:
+            results["unfinished"] = unfinished
+        results["files"] = names
         earlier = _earlier_files(out)
         write_files(files | {out / "index.html": page, out / "results.json": results})
         for path in earlier - files.keys():
@@ -122,7 +137,9 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
     for name, analysis in ANALYSES.items():
         if analysis.title and (analysis.of_any_task or study.task.name == SEGMENTATION):
             section = analysis.section_of(study)
-            figures = [x._replace(name=folder + x.name) for x in section.figures]
+            figures = []
+            for figure in section.figures:
+                figures.append(figure._replace(name=folder + figure.name))
             sections[name] = section._replace(figures=figures)
     return sections
 
@@ -135,7 +152,9 @@ def main_studies(studies: Sequence[StudyRuns]) -> list[StudyRuns]:
 def _earlier_files(out: Path) -> set[Path]:
     """Return the CSV files, figures and tables of the report that `out` holds."""
     file = out / "results.json"
-    paths = [out / name for name in read_json(file).get("files", [])] if file.is_file() else []
+    if not file.is_file():
+        return set()
+    paths = [out / name for name in read_json(file).get("files", [])]
     return {path for path in paths if path.resolve().is_relative_to(out.resolve())}
 
 
@@ -182,14 +201,12 @@ def render_page(
         unfinished: Steps that have no result.
         files: Names of the report's files.
     """
-    analyses = {
-        name: [
-            (study, of_study[name])
-            for study, of_study in zip(studies, sections, strict=True)
-            if name in of_study and of_study[name].figures
-        ]
-        for name in ANALYSES
-    }
+    analyses = {}
+    for name in ANALYSES:
+        analyses[name] = []
+        for study, of_study in zip(studies, sections, strict=True):
+            if name in of_study and of_study[name].figures:
+                analyses[name].append((study, of_study[name]))
     return render(
         "report/page.html.j2",
         FILTERS,
@@ -197,28 +214,30 @@ def render_page(
         view=view,
         sentences=sentences,
         studies=studies,
-        analyses={name: own for name, own in analyses.items() if own},
+        analyses={name: shown for name, shown in analyses.items() if shown},
         all_analyses=ANALYSES,
         site_figures=site_figures,
         failed=describe_steps(unfinished, Outcome.FAILED),
         left_out=describe_steps(unfinished, Outcome.LEFT_OUT),
         files=files,
         findings=parts.FINDINGS,
+        compared_looks=parts.COMPARED_LOOKS,
         frame=charts.Frame,
         nan=np.nan,
         all_tasks=TASKS,
     )
 
 
-def pictures_of(studies: Sequence[StudyRuns], tables: Tables) -> dict[tuple, dict[str, np.ndarray]]:
-    """Return the photos of the main runs by task, data, key, mask and seed."""
+def main_runs_of(studies: Sequence[StudyRuns], tables: Tables) -> dict[tuple, MainRun]:
+    """Return the main runs with their photos, by task, data, key, mask and seed."""
     keys = tables.models.set_index("name")["key"]
-    found = {}
+    runs = {}
     for study in studies:
         for mask, run in shown_runs(study).items():
-            about = study.task.name, study.dataset, keys[study.name]
-            found[*about, mask, run.metrics["seed"]] = read_pictures(run.path)
-    return found
+            seed = run.metrics["seed"]
+            about = study.task.name, study.dataset, keys[study.name], mask, seed
+            runs[about] = MainRun(run, pictures=read_pictures(run.path))
+    return runs
 
 
 def figures_of_sites(view: ReportView) -> list[Figure]:
@@ -226,11 +245,13 @@ def figures_of_sites(view: ReportView) -> list[Figure]:
     figures = []
     for task, of_task in parts.grouped(view.readings, "task").items():
         masks = list(dict.fromkeys(reading.mask for reading in of_task))
-        panels = [
-            by_site(own, SiteAxis(own), masks, banded=own[:1], title=data)
-            for data, own in parts.grouped(of_task, "data").items()
-        ]
-        name = "layers" if task == SEGMENTATION else f"layers_{task}"
+        panels = []
+        for data, of_data in parts.grouped(of_task, "data").items():
+            axis = SiteAxis(of_data)
+            panels.append(by_site(of_data, axis, masks, banded=of_data[:1], title=data))
+        name = "layers"
+        if task != SEGMENTATION:
+            name = f"layers_{task}"
         figures.append(Figure(name=name, title="Scores by site", caption="", panels=panels))
     return figures + parts.inside_layers(view.tables)
 
@@ -260,13 +281,21 @@ def report_results(
     others = []
     of_main_task = main_studies(studies)
     for study, *of_study in zip(studies, claims, sections, strict=True):
-        found = main if study in of_main_task else others
-        found.append(study_results(study, labels[study.name], *of_study))
-    several = {"seed": main[0]["seed"], "studies": main}
+        results_of_study = study_results(study, labels[study.name], *of_study)
+        if study in of_main_task:
+            main.append(results_of_study)
+        else:
+            others.append(results_of_study)
     results = {"margin": MARGIN, "models": tables.models.to_dict("records")}
-    results |= main[0] if len(main) == 1 else several
+    if len(main) == 1:
+        results |= main[0]
+    else:
+        results |= {"seed": main[0]["seed"], "studies": main}
     if joint:
-        results["joint"] = [entry | {"model": labels[entry["model"]]} for entry in joint]
+        results["joint"] = []
+        for entry in joint:
+            label = labels[entry["model"]]
+            results["joint"].append(entry | {"model": label})
     if others:
         results["tasks"] = others
     return results | {"comparisons": comparisons(tables)}
@@ -308,36 +337,47 @@ def study_results(study: StudyRuns, label: str, claims: list[Entry], sections: S
 
 
 def comparisons(tables: Tables) -> list[Entry]:
-    """Return the differences of two models, b minus a, in points: of sites, best layers, and classes at these.
+    """Return the differences of two models, and of two masks of a model, b minus a, in points.
 
-    Each has "dataset", "image_attention", "of", the labels "a" and "b", "site_a", "site_b", "value" and "ci95"; that of
-    a class also "class", "photos" and "p_corrected", None if it is in too few photos to be tested.
+    They are of sites, best layers, and classes at these. Each has "dataset", "image_attention", "of", the labels "a"
+    and "b", "site_a", "site_b", "value" and "ci95"; of masks, "between" and the "model". That of best layers also has
+    "finding", "p", "p_holm" and "detectable"; that of a class "class", "photos" and "p_corrected", None if it is in too
+    few photos to be tested.
     """
     labels = tables.models.set_index("key")["label"]
     rows = tables.differences
-    rows = rows[(rows["between"] == "models") & (rows["task"] == SEGMENTATION)]
-    found = []
-    for row in rows[rows["of"].isin(["site", BEST_LAYER, "class"])].itertuples():
+    is_shown = rows["of"].isin(["site", BEST_LAYER, "class"])
+    is_segmentation = rows["task"] == SEGMENTATION
+    entries = []
+    for row in rows[is_shown & is_segmentation].itertuples():
         entry = {
             "dataset": row.data,
             "image_attention": row.mask,
             "of": row.of,
-            "a": labels[row.first],
-            "b": labels[row.second],
+            "a": labels.get(row.first, row.first),
+            "b": labels.get(row.second, row.second),
             "site_a": row.site,
             "site_b": row.second_site,
             "value": 100 * row.difference,
             "ci95": [100 * row.low, 100 * row.high],
         }
+        if row.between == "masks":
+            entry |= {"between": "masks", "model": labels[row.model], "image_attention": None}
+        if row.of == BEST_LAYER:
+            entry |= {"finding": row.finding, "p": row.p, "p_holm": row.p_holm}
+            entry["detectable"] = 100 * row.detectable
         if row.of == "class":
             entry["class"] = row.name
             entry["photos"] = int(row.photos)
-            entry["p_corrected"] = row.p if row.p == row.p else None
-        found.append(entry)
-    return found
+            entry["p_corrected"] = None
+            if row.p == row.p:
+                entry["p_corrected"] = row.p
+        entries.append(entry)
+    return entries
 
 
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
     results = write_report(options.studies, options.out, options.labels)
-    print_summary(results["summary"], Path(options.out) / "index.html")
+    page = Path(options.out) / "index.html"
+    print_summary(results["summary"], page, lab=results["lab"])

@@ -1,21 +1,24 @@
 """The parts of the page below its figure: rows and charts that page.html.j2 writes."""
 
+import re
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from pandas import DataFrame
+from pandas import DataFrame, Series, concat
 
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.models.sites import is_layer, layer_around, layer_number, part_of
+from probes.score.effects import BEST_LAYER as BEST_LAYER_TERM
+from probes.score.effects import EFFECTS, LAST_LAYER
 from probes.tasks import SEGMENTATION, TASKS
 
 from .charts import LEAST_STEP, chart_span, span_of, ticks
-from .compare import BEST_LAYER
-from .readings import ABOUT, SiteAxis, SiteReading, by_site, rows_about
+from .readings import ABOUT, ReportView, SiteAxis, SiteReading, by_site, rows_about
 from .tables import Tables
-from .words import axis_number, lower_first
+from .verdicts import FAILS
+from .words import axis_number, lower_first, noun_of, number
 
 Entry = dict[str, Any]
 # what each finding looks like: class, how far its circle is filled, and the circle as a character
@@ -28,6 +31,18 @@ FINDINGS = {
     "does not hold": ("no", "none", "○"),
     "untested": ("open", "dash", "◌"),
 }
+# Classes that the page shows: all, or of more than these those at both ends, which gain and lose most
+MOST_CLASS_ROWS = 255
+END_ROWS = 20
+COMPARED_LOOKS = {  # the same of comparisons
+    "better": ("ok", "full"),
+    "worse": ("ok", "full"),
+    "no effect": ("no", "none"),
+    "negligible": ("no", "none"),
+    "undecided": ("open", "dash"),
+}
+UNITS = {SEGMENTATION: " points"}
+MOST_WORDS = 20  # of a reason
 ABOUT_CLAIM = ["claim", "model", "mask", "data"]
 INSIDE = {
     "value": "values",
@@ -48,18 +63,26 @@ class Scale:
     def __init__(self, values: Iterable[float], factor: float = 100, signed: bool = True):
         self.factor = factor
         self.signed = signed
-        least = LEAST_STEP if factor == 100 else 0
-        self.low, self.high = span_of([factor * value for value in values], signed, least)
+        least = 0
+        if factor == 100:
+            least = LEAST_STEP
+        scaled = [factor * value for value in values]
+        self.low, self.high = span_of(scaled, signed, least)
 
     def at(self, value: float) -> float:
         """Return the place of a value, in per cent."""
-        share = (self.factor * value - self.low) / (self.high - self.low)
+        span = self.high - self.low
+        share = (self.factor * value - self.low) / span
         return round(100 * min(1.0, max(0.0, share)), 2)
 
     def rules(self, most: int = 6) -> list[tuple[str, float]]:
         """Return round values as text, and their places."""
         values = ticks(self.low, self.high, most)
-        return [(axis_number(x, self.signed), self.at(x / self.factor)) for x in values]
+        rules = []
+        for value in values:
+            text = axis_number(value, self.signed)
+            rules.append((text, self.at(value / self.factor)))
+        return rules
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
@@ -69,16 +92,25 @@ def verdicts(claims: DataFrame, task: str) -> Entry:
     Claims joint over seeds stand for those of the seeds, which are their dots.
     """
     rows = []
-    for _, own in claims[claims["task"] == task].groupby(ABOUT_CLAIM, sort=False):
-        joint = own[own["seeds"] > 1]
-        dots = own.loc[own["seeds"] == 1, "value"].tolist() if len(joint) else []
-        shown = joint if len(joint) else own
+    claims = claims[(claims["task"] == task) & ~is_about_nothing(claims)]
+    for _, of_claim in claims.groupby(ABOUT_CLAIM, sort=False):
+        of_seeds = of_claim["seeds"] == 1
+        shown = of_claim
+        dots = []
+        if not of_seeds.all():
+            shown = of_claim[~of_seeds]
+            dots = of_claim.loc[of_seeds, "value"].tolist()
         rows += shown.assign(dots=[dots] * len(shown)).itertuples()
     tested = [row for row in rows if row.conclusion != "untested"]
-    ends = [x for row in tested for x in (row.low, row.high, row.beyond_low, row.beyond_high)]
+    ends = []
+    for row in tested:
+        ends += [row.low, row.high, row.beyond_low, row.beyond_high]
+    factor = 1
+    if task == SEGMENTATION:
+        factor = 100
     return {
         "groups": grouped(tested, "claim"),
-        "scale": Scale(ends, 100 if task == SEGMENTATION else 1),
+        "scale": Scale(ends, factor),
         "rows": rows,
         "tested": tested,
         "margin": TASKS[task].margin,
@@ -86,27 +118,100 @@ def verdicts(claims: DataFrame, task: str) -> Entry:
     }
 
 
+def is_about_nothing(claims: DataFrame) -> Series:
+    """Return which claims are of an effect that is 0 in all resamplings, as of a best layer that is the last one."""
+    return (claims["low"] == 0) & (claims["high"] == 0)
+
+
 def is_right(row: Any) -> bool:
     """Return whether a verdict whose truth is known is right: what was planted is supported, and nothing else."""
     return (row.finding == "supported") == (row.truth == "planted")
 
 
+def explain(view: ReportView, row: Any) -> str:
+    """Return what a verdict's number needs beside it: how the curves differ from it, and what would have been shown."""
+    notes = []
+    if note := as_read(view, row):
+        notes.append(note)
+    if row.optimum_verdict == FAILS and row.detectable == row.detectable:
+        notes.append(
+            f"would show from {number(abs(row.detectable), row.task)}{UNITS.get(row.task, '')}"
+        )
+    return "; ".join(notes)
+
+
+def as_read(view: ReportView, row: Any) -> str:
+    """Return the difference that the curves show, where it is not that of a claim by the margin at least.
+
+    A claim's best layer is chosen on other images than it is read on; curves have the best layer of all.
+    """
+    if row.claim not in EFFECTS:
+        return ""
+    about = row.task, row.data, row.model, row.mask, row.seed
+    readings = {reading.about: reading for reading in view.readings}
+    if about not in readings:
+        return ""
+    reading = readings[about]
+    ends = []
+    for term in EFFECTS[row.claim]:
+        site = term
+        if term == LAST_LAYER:
+            site = reading.model.last_layer
+        names = [name for name, of_model in reading.own.items() if of_model == site]
+        if term == BEST_LAYER_TERM:
+            ends.append(reading.best_layer)
+        else:
+            ends += map(reading.row, names)
+    if len(ends) < 2:
+        return ""
+    first, second = ends
+    difference = first.value - second.value
+    if abs(difference - row.value) < TASKS[row.task].margin:
+        return ""
+    shown = number(difference, row.task, has_sign=True)
+    read = f"{first.value_text} − {second.value_text} = {shown} as read"
+    return f"{read}; {row.value_text} with the layer chosen on other {noun_of(row.data)}s"
+
+
 def not_tested(claims: DataFrame, has_llm: bool) -> list[Entry]:
     """Return why columns of claims are untested: each reason once, with its claims and the keys of the models."""
-    rows = claims[(claims["verdict"] == "untested") & claims["reason"].notna()]
-    rows = rows[rows["column"].isin([*COLUMNS] if has_llm else [*COLUMNS][1:])]
-    found = []
-    for (column, reason), own in rows.groupby(["column", "reason"], sort=False):
-        first, *others = own["title"].unique()
-        found.append(
+    is_untested = claims["verdict"] == "untested"
+    rows = claims[is_untested & claims["reason"].notna()]
+    columns = [*COLUMNS]
+    if not has_llm:
+        columns.remove("paper")
+    rows = rows[rows["column"].isin(columns)]
+    reasons = []
+    for (column, reason), same in rows.groupby(["column", "reason"], sort=False):
+        first, *others = same["title"].unique()
+        reasons.append(
             {
-                "models": own["model"].unique(),
+                "models": same["model"].unique(),
                 "claims": ", ".join([first, *map(lower_first, others)]),
                 "column": COLUMNS[column],
-                "reason": reason,
+                "reason": in_few_words(reason),
             }
         )
-    return found
+    return reasons
+
+
+def in_few_words(reason: str) -> str:
+    """Return the end of a reason that has at most 20 words; results.json has all of it."""
+    if len(reason.split()) > MOST_WORDS:
+        reason = reason.partition("; ")[0]
+    parts = re.split(r": (?!\d)", reason)
+    while len(parts) > 1 and len(": ".join(parts).split()) > MOST_WORDS:
+        parts = parts[1:]
+    words = ": ".join(parts).split()
+    if len(words) > MOST_WORDS:
+        words = [*words[:MOST_WORDS], "…"]
+    return " ".join(words)
+
+
+def step_in_few_words(line: str) -> str:
+    """Return a line about steps that were left out, with its reason in few words."""
+    steps, _, reason = line.partition(": ")
+    return f"{steps}: {in_few_words(reason)}"
 
 
 # ------------------------------------------------------------------------------------------------ models and data sets
@@ -126,21 +231,27 @@ def panels(
     """
     groups = [*grouped(readings, "model.key").values()]
     charts = []
-    for own in groups:
-        others = [reading for reading in readings if reading not in own] * together
-        axis = SiteAxis(readings if together else own)
-        charts.append(
-            by_site(own, axis=axis, masks=masks, others=others, banded=own if banded else ())
-        )
+    for of_model in groups:
+        others = []
+        axis = SiteAxis(of_model)
+        if together:
+            others = [reading for reading in readings if reading not in of_model]
+            axis = SiteAxis(readings)
+        shaded = []
+        if banded:
+            shaded = of_model
+        chart = by_site(of_model, axis=axis, masks=masks, others=others, banded=shaded)
+        charts.append(chart)
     span = chart_span(charts)
-    return [
-        {
-            "readings": own,
-            "best": max(own, key=SiteReading.rank),
+    entries = []
+    for of_model, chart in zip(groups, charts, strict=True):
+        entry = {
+            "best": max(of_model, key=SiteReading.rank),
+            "readings": of_model,
             "chart": chart._replace(span=span),
         }
-        for own, chart in zip(groups, charts, strict=True)
-    ]
+        entries.append(entry)
+    return entries
 
 
 def grouped(rows: Iterable[Any], name: str) -> dict[Any, list[Any]]:
@@ -151,76 +262,102 @@ def grouped(rows: Iterable[Any], name: str) -> dict[Any, list[Any]]:
     return groups
 
 
-def model_differences(differences: DataFrame) -> dict[str, Any]:
-    """Return by model how it differs from the first: at the best layers, else at the last site that both have."""
-    known = differences.dropna(subset="difference")
-    rows = [known[known["of"] == of] for of in ("site", BEST_LAYER)]
-    return {row.second: row for table in rows for row in table.itertuples()}
-
-
 def inside_layers(tables: Tables) -> list[Figure]:
     """Return the figure of scores inside the layers, a panel for each model and mask; none if none was probed."""
-    table = tables.sites.query("main and metric == 'miou'")
+    sites = tables.sites
+    table = sites.query("main and metric == 'miou'")
     if table.empty:  # of another task alone
         return []
-    table = table[table["site"].map(lambda site: is_layer(layer_around(site)))]
+    is_inside = table["site"].map(lambda site: is_layer(layer_around(site)))
+    table = table[is_inside]
     parts = table["site"].map(lambda site: part_of(site) or "")
     table = table.assign(part=parts, layer=table["site"].map(layer_number))
+    looks = {}
+    for colour, (part, name) in enumerate(INSIDE.items()):
+        looks[part] = Curve([], name, colour, mark="circle", band=True)
     charts = []
-    for about, own in table.groupby(ABOUT, sort=False):
-        if own["part"].any():
-            rows = own.sort_values("layer")
-            looks = {
-                part: Curve([], name, colour, mark="circle", band=True)
-                for colour, (part, name) in enumerate(INSIDE.items())
-            }
-            curves = curves_by_layer(
+    for about, rows in table.groupby(ABOUT, sort=False):
+        if not rows["part"].any():
+            continue
+        rows = rows.sort_values("layer")
+        chart = Chart(
+            curves=curves_by_layer(
                 rows.to_dict("records"), looks=looks, name="part", value="value"
-            )
-            ticks = {layer: str(layer) for layer in rows["layer"]}
-            charts.append(
-                Chart(curves=curves, ticks=ticks, title=", ".join(about[2:4]), unit="mIoU, %")
-            )
+            ),
+            ticks={layer: str(layer) for layer in rows["layer"]},
+            title=", ".join(about[2:4]),
+            unit="mIoU, %",
+        )
+        charts.append(chart)
+    if not charts:
+        return []
     text = "Values that a layer's attention reads, and what attention and MLP add, beside the output of the layer."
-    return (
-        [Figure(name="parts", title="Inside the layers", caption=text, panels=charts)]
-        if charts
-        else []
-    )
+    return [Figure(name="parts", title="Inside the layers", caption=text, panels=charts)]
 
 
 # ------------------------------------------------------------------------------------------------ classes
-def class_rows(classes: DataFrame, lead: SiteReading, differences: DataFrame) -> Entry | None:
-    """Return the IoU of each class at the best site and at a site to compare with, and differences of two models.
+def class_rows(view: ReportView) -> Entry | None:
+    """Return the IoU of each class at the lead's best site and at one to compare with, and differences of two models.
 
     Classes are sorted by how much they gain, or by the difference of the models.
     """
-    own = rows_about(classes, lead)
-    iou = own.pivot_table(index="class", columns="site", values="iou", sort=False)
-    best = lead.best.site
-    layers = [row.site for row in lead.rows if lead.is_layer(row.site)]
-    last = [] if best.endswith("norm") else layers[-1:]  # a norm repeats the last layer
-    ends = [site for site in ("adapter", *last, lead.rows[0].site) if lead.row(site)]
-    compared = next((site for site in ends if site != best), best)
+    lead = view.lead
+    best = view.best(lead).site
+    of_lead = rows_about(view.tables.classes, lead)
+    iou = of_lead.pivot_table(index="class", columns="site", values="iou", sort=False)
+    compared = _site_to_compare(lead, best)
     if iou.empty or best == compared:
         return None
-    table = DataFrame({"from": iou[lead.own[compared]], "to": iou[lead.own[best]]}).dropna()
-    table["photos"] = own.groupby("class")["photos"].first()
-    of_class = differences[differences["of"] == "class"]
-    pair = {row.name: row for row in of_class.itertuples(index=False)}  # of the last model
+    columns = {"from": iou[lead.own[compared]], "to": iou[lead.own[best]]}
+    table = DataFrame(columns).dropna()
+    table["photos"] = of_lead.groupby("class")["photos"].first()
     gain = table["to"] - table["from"]
-    table["pair"] = [pair.get(name) for name in table.index]
-    table["order"] = [x.difference if x else np.inf for x in table["pair"]] if pair else -gain
+    differences = _class_differences(view)
+    by_class = {row.name: row for row in differences.itertuples(index=False)}
+    table["pair"] = [by_class.get(name) for name in table.index]
+    table["order"] = -gain
+    if by_class:
+        table["order"] = [getattr(row, "difference", np.inf) for row in table["pair"]]
     table = table.sort_values("order", kind="stable")
+    count = len(table)
+    if count > MOST_CLASS_ROWS:
+        table = concat([table[:END_ROWS], table[-END_ROWS:]])
+    first, second = "", ""
+    if by_class:
+        first, second = differences[["first", "second"]].iloc[-1]
     return {
+        "count": count,
         "rows": table.rename_axis("name").reset_index().to_dict("records"),
         "compared": compared,
         "best": best,
         "scale": Scale([0, *table["from"], *table["to"]], signed=False),
-        "pair_scale": scale_of(pair.values()),
-        "second": of_class["second"].iloc[-1] if pair else "",
+        "pair_scale": scale_of(by_class.values()),
+        "first": first,
+        "second": second,
         "more": int((gain >= 0.01).sum()),
     }
+
+
+def _site_to_compare(lead: SiteReading, best: str) -> str:
+    """Return the adapter, the last layer, or the first site, whichever is not the best one."""
+    layers = [row.site for row in lead.rows if lead.is_layer(row.site)]
+    last = layers[-1:]
+    if best.endswith("norm"):  # it repeats the last layer
+        last = []
+    for site in ("adapter", *last, lead.rows[0].site):
+        if site != best and lead.row(site):
+            return site
+    return best
+
+
+def _class_differences(view: ReportView) -> DataFrame:
+    """Return the differences by class of the lead and the first model; of the first one, with the last model."""
+    of_class = view.pairs[view.pairs["of"] == "class"]
+    key = view.lead.model.key
+    of_lead = of_class[of_class["second"] == key]
+    if len(of_lead):
+        return of_lead
+    return of_class[of_class["first"] == key]
 
 
 # ------------------------------------------------------------------------------------------------ sites
@@ -228,4 +365,7 @@ def scale_of(
     rows: Iterable[Any], more: Sequence[float] = (), signed: bool = True, factor: float = 100
 ) -> Scale:
     """Return the axis of the intervals of rows and of more values."""
-    return Scale([*more, *(x for row in rows for x in (row.low, row.high))], factor, signed)
+    ends = [*more]
+    for row in rows:
+        ends += [row.low, row.high]
+    return Scale(ends, factor=factor, signed=signed)

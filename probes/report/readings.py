@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from probes.analyses.charts import Chart, Curve, Point
 from probes.models.sites import is_on_main_path
+from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
 from .tables import Tables, by_claim
@@ -34,6 +35,9 @@ class SiteReading:
         draws: Scores of the models with random weights by site.
         own: The model's own names of the sites, those of a bare encoder's layers beside an MLLM differ.
         pictures: Content of the run's pictures.npz.
+        images: How many photos it was scored on.
+        resize: How these became squares.
+        label: What its user calls it, if that names a mask of a model.
     """
 
     model: Any
@@ -45,15 +49,38 @@ class SiteReading:
     draws: dict[str, list[float]]
     own: dict[str, str]
     pictures: dict[str, np.ndarray]
+    images: int
+    resize: str
+    label: str | None = None
+
+    @property
+    def about(self) -> tuple:
+        """Task, data, key of the model, mask and seed."""
+        return self.task, self.data, self.model.key, self.mask, self.seed
+
+    @property
+    def token(self) -> str:
+        """What stands for it in a sentence: {A:causal}."""
+        return f"{{{self.model.key}:{self.mask}}}"
+
+    @property
+    def best_layer(self) -> Any:
+        """The row of the best layer, of a model without probed layers of its best site."""
+        layers = [row for row in self.rows if self.is_layer(row.site)]
+        return self._best_of(layers or self.rows)
 
     @cached_property
     def best(self) -> Any:
         """The row of the best site."""
-        return max(self.rows, key=lambda row: TASKS[self.task].sign * row.value)
+        return self._best_of(self.rows)
+
+    def _best_of(self, rows: Sequence[Any]) -> Any:
+        sign = TASKS[self.task].sign
+        return max(rows, key=lambda row: sign * row.value)
 
     def rank(self) -> float:
-        """Return the best score, the higher the better."""
-        return TASKS[self.task].sign * self.best.value
+        """Return the best score of a layer, the higher the better."""
+        return TASKS[self.task].sign * self.best_layer.value
 
     def is_layer(self, site: str) -> bool:
         """Return whether a site is a layer of the LLM or of the bare encoder."""
@@ -62,6 +89,13 @@ class SiteReading:
     def row(self, site: str) -> Any:
         """Return the row of a site, None without one."""
         return next((row for row in self.rows if row.site == site), None)
+
+
+class Name(NamedTuple):
+    """A model or a reading in a sentence: its letter, "" where there is one model, and its label."""
+
+    letter: str
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +119,44 @@ class ReportView:
 
     @cached_property
     def lead(self) -> SiteReading:
-        """What the first sentence is about: the first model under the mask whose best site reads most."""
+        """What reads best of the first task and data, at its best layer if several are compared: the first sentence."""
         first = self.readings[0]
-        own = [r for r in self.readings if r.model is first.model and r.data == first.data]
-        return max(own, key=SiteReading.rank)
+        same = []
+        for reading in self.readings:
+            if (reading.task, reading.data) == (first.task, first.data):
+                same.append(reading)
+        if len(same) == 1:
+            return first
+        return max(same, key=SiteReading.rank)
+
+    @property
+    def compared(self) -> list[SiteReading]:
+        """The readings of the lead's task, data and seed, the lead among them."""
+        return [reading for reading in self.front if reading.seed == self.lead.seed]
+
+    def best(self, reading: SiteReading) -> Any:
+        """Return the row of a reading's best site: where several are compared, of its best layer."""
+        if len(self.compared) > 1:
+            return reading.best_layer
+        return reading.best
+
+    @cached_property
+    def names(self) -> dict[str, Name]:
+        """What stands for models ("A") and their readings ("A:causal") in sentences."""
+        is_lettered = len(self.models) > 1
+        names = {}
+        for key, model in self.models.items():
+            letter = key * is_lettered
+            names[key] = Name(letter, model.label)
+            readings = [reading for reading in self.compared if reading.model is model]
+            for reading in readings:
+                text = model.label
+                if reading.label:
+                    text = reading.label
+                elif len(readings) > 1:
+                    text = f"{model.label} {reading.mask}"
+                names[f"{key}:{reading.mask}"] = Name(letter, text)
+        return names
 
     @property
     def front(self) -> list[SiteReading]:
@@ -104,61 +172,86 @@ class ReportView:
     @property
     def masks(self) -> list[str]:
         """The masks of the LLMs among these."""
-        return list(dict.fromkeys(r.mask for r in self.front if r.model.has_llm))
+        of_llms = [reading for reading in self.front if reading.model.has_llm]
+        return list(dict.fromkeys(reading.mask for reading in of_llms))
+
+    @cached_property
+    def comparisons(self) -> pd.DataFrame:
+        """The differences on the lead's task and data, of its seed if there are several, with text."""
+        lead = self.lead
+        table = self.tables.differences
+        is_same_seed = table["seed"].isna() | (table["seed"] == lead.seed)
+        is_same_task = table["task"] == lead.task
+        is_same_data = table["data"] == lead.data
+        return shown(table[is_same_seed & is_same_task & is_same_data])
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """The differences of models on the lead's data, under its mask if there are some, with text."""
-        lead = self.lead
-        table = self.tables.differences
-        table = table[table["seed"].isna() | (table["seed"] == lead.seed)]
-        is_lead = (table[["task", "data"]] == [lead.task, lead.data]).all(axis=1)
-        table = table[is_lead & (table["between"] == "models")]
-        is_same_mask = table["mask"] == lead.mask
-        return shown(table[is_same_mask] if is_same_mask.any() else table)
+        """Those of models, under the lead's mask if there are some."""
+        table = self.comparisons[self.comparisons["between"] == "models"]
+        is_same_mask = table["mask"] == self.lead.mask
+        if is_same_mask.any():
+            return table[is_same_mask]
+        return table
 
 
-def read_view(tables: Tables, pictures: Mapping[tuple, dict[str, np.ndarray]]) -> ReportView:
-    """Return what is shown of tables and of the pictures of runs, by task, data, key of the model, mask and seed."""
+class MainRun(NamedTuple):
+    """A run that a reading is of, and the content of its pictures.npz."""
+
+    run: ProbeRun
+    pictures: dict[str, np.ndarray]
+
+
+def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
+    """Return what is shown of tables and of main runs, by task, data, key of the model, mask and seed."""
     depths = [site_number(site or "") or 0 for site in tables.models["last_layer"]]
     numbered = tables.models.assign(number=range(len(depths)), depth=depths)
     models = {row.key: row for row in numbered.itertuples()}
     has_llm = numbered["has_llm"].any()
     table = shown(tables.sites)
-    is_score = table["metric"] == table["task"].map(lambda task: TASKS[task].score)
+    main_scores = table["task"].map(lambda task: TASKS[task].score)
+    is_score = table["metric"] == main_scores
     main = table[table["main"] & is_score & table["site"].map(is_on_main_path)]
-    drawn = tables.draws.groupby([*ABOUT[:4], "site"])["value"].agg(list).to_dict()
+    groups = tables.draws.groupby([*ABOUT[:4], "site"])
+    draws = groups["value"].agg(list).to_dict()
     readings = []
     for about, rows in main.groupby(ABOUT, sort=False):
         task, data, key, mask, seed = about
-        own = {site: site for site in rows["site"]}
+        main_run = runs[about]
+        sites = {site: site for site in rows["site"]}
         if has_llm and not models[key].has_llm:
-            own = {IN_ENCODER.get(x, x.replace("layer_", "encoder_")): x for x in own}
-        named = rows.assign(site=list(own)).itertuples()
-        readings.append(
-            SiteReading(
-                model=models[key],
-                mask=mask,
-                data=data,
-                task=task,
-                seed=seed,
-                rows=list(named),
-                draws={
-                    name: drawn[*about[:4], x]
-                    for name, x in own.items()
-                    if (*about[:4], x) in drawn
-                },
-                own=own,
-                pictures=pictures.get(about, {}),
-            )
+            sites = {_site_beside_llm(site): site for site in rows["site"]}
+        of_draws = {}
+        for name, site in sites.items():
+            if (*about[:4], site) in draws:
+                of_draws[name] = draws[*about[:4], site]
+        reading = SiteReading(
+            model=models[key],
+            mask=mask,
+            data=data,
+            task=task,
+            seed=seed,
+            rows=list(rows.assign(site=list(sites)).itertuples()),
+            draws=of_draws,
+            own=sites,
+            pictures=main_run.pictures,
+            images=main_run.run.metrics["images"],
+            resize=main_run.run.metrics["image_resize"],
+            label=main_run.run.label,
         )
-    return ReportView(tables, models, readings)
+        readings.append(reading)
+    return ReportView(tables, models, readings=readings)
+
+
+def _site_beside_llm(site: str) -> str:
+    """Return the name of a bare encoder's site beside the sites of an MLLM."""
+    return IN_ENCODER.get(site, site.replace("layer_", "encoder_"))
 
 
 def rows_about(table: pd.DataFrame, reading: SiteReading) -> pd.DataFrame:
     """Return the rows of a table about a reading's run."""
-    own = reading.task, reading.data, reading.model.key, reading.mask, reading.seed
-    return table[(table[ABOUT] == list(own)).all(axis=1)]
+    is_same = table[ABOUT] == list(reading.about)
+    return table[is_same.all(axis=1)]
 
 
 def in_order(sites: Iterable[str]) -> list[str]:
@@ -166,7 +259,9 @@ def in_order(sites: Iterable[str]) -> list[str]:
 
     def place(site: str) -> tuple[int, int]:
         number = site_number(site)
-        kind = site if number is None else f"{site.rpartition('_')[0]}_"
+        kind = site
+        if number is not None:
+            kind = f"{site.rpartition('_')[0]}_"
         return PARTS.index(kind), number or 0
 
     return sorted({*sites}, key=place)
@@ -178,11 +273,20 @@ class SiteAxis:
     def __init__(self, readings: Sequence[SiteReading]):
         self.has_llm = any(reading.model.has_llm for reading in readings)
         self.depths: dict[bool, int] = {}
-        for model in (r.model for r in readings if any(map(r.is_layer, r.own))):
-            self.depths[model.has_llm] = max(model.depth, self.depths.get(model.has_llm, 0))
-        sites = [row.site for r in readings for row in r.rows if not self.is_moved(r, row.site)]
+        for reading in readings:
+            model = reading.model
+            if any(map(reading.is_layer, reading.own)):
+                deepest = self.depths.get(model.has_llm, 0)
+                self.depths[model.has_llm] = max(model.depth, deepest)
+        self.is_relative = False
+        sites = []
+        for reading in readings:
+            for row in reading.rows:
+                if self.is_moved(reading, row.site):
+                    self.is_relative = True
+                else:
+                    sites.append(row.site)
         self.sites = in_order(sites)
-        self.is_relative = any(self.is_moved(r, row.site) for r in readings for row in r.rows)
 
     def is_moved(self, reading: SiteReading, site: str) -> bool:
         """Return whether a site is a layer of a model that has fewer than others."""
@@ -194,9 +298,15 @@ class SiteAxis:
         if not self.is_moved(reading, site):
             return self.sites.index(site)
         start, _, number = site.rpartition("_")
-        same = [x for x in self.sites if x.startswith(f"{start}_") and site_number(x) is not None]
-        depth = self.depths[reading.model.has_llm] * int(number) / reading.model.depth
-        return float(np.interp(depth, [*map(site_number, same)], [*map(self.sites.index, same)]))
+        depths = []
+        places = []
+        for place, other in enumerate(self.sites):
+            if other.startswith(f"{start}_") and site_number(other) is not None:
+                depths.append(site_number(other))
+                places.append(place)
+        share = int(number) / reading.model.depth
+        depth = self.depths[reading.model.has_llm] * share
+        return float(np.interp(depth, depths, places))
 
     @property
     def zones(self) -> dict[str, list[int]]:
@@ -228,37 +338,49 @@ def by_site(
         about: Fields of the chart.
     """
     task = TASKS[readings[0].task]
-    is_segmentation = task.name == SEGMENTATION
-    curves = [curve_of(r, axis, masks, style="thin", mark="") for r in others]
-    curves += [curve_of(r, axis, masks, band=r in banded) for r in readings]
+    curves = [curve_of(reading, axis, masks, style="thin", mark="") for reading in others]
+    for reading in readings:
+        curves.append(curve_of(reading, axis, masks, band=reading in banded))
+    if random is None:
+        random = readings
+    unit = task.labels[task.score]
+    scale = 1
+    if task.name == SEGMENTATION:
+        unit = "mIoU, %"
+        scale = 100
     return Chart(
-        curves,
-        {i: site_tick(site) for i, site in enumerate(axis.sites)},
-        unit="mIoU, %" if is_segmentation else task.labels[task.score],
-        grey=grey_of(readings if random is None else random, axis),
-        scale=100 if is_segmentation else 1,
+        curves=curves,
+        ticks={place: site_tick(site) for place, site in enumerate(axis.sites)},
+        unit=unit,
+        grey=grey_of(random, axis),
+        scale=scale,
         **about,
     )
 
 
 def curve_of(reading: SiteReading, axis: SiteAxis, masks: Sequence[str], **look: Any) -> Curve:
     """Return the curve of a reading."""
-    points = [
-        Point(
+    label = reading.model.label
+    points = []
+    for row in reading.rows:
+        name = site_name(reading.own.get(row.site, row.site))
+        point = Point(
             x=axis.place(reading, row.site),
             value=row.value,
             low=row.low,
             high=row.high,
-            title=f"{reading.model.label}, {site_name(reading.own.get(row.site, row.site))}: {row.value_ci}",
+            title=f"{label}, {name}: {row.value_ci}",
         )
-        for row in reading.rows
-    ]
-    several = len(masks) > 1
-    own = {
-        "style": "dashed" if several and reading.mask == "causal" else "line",
-        "mark": reading.mask if several and reading.model.has_llm else "circle",
-    }
-    return Curve(points=points, name=reading.model.label, colour=reading.model.number, **own | look)
+        points.append(point)
+    style = "line"
+    mark = "circle"
+    if len(masks) > 1:
+        if reading.mask == "causal":
+            style = "dashed"
+        if reading.model.has_llm:
+            mark = reading.mask
+    looks = {"style": style, "mark": mark} | look
+    return Curve(points=points, name=label, colour=reading.model.number, **looks)
 
 
 def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]]:
@@ -268,20 +390,22 @@ def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]
     """
     ranges: dict[str, list[Point]] = {}
     for x, site in enumerate(axis.sites):
-        own = [reading for reading in readings if site in reading.draws]
-        values = [value for reading in own for value in reading.draws[site]]
+        drawn = [reading for reading in readings if site in reading.draws]
+        values = [value for reading in drawn for value in reading.draws[site]]
         if not values:
             continue
         points = ranges.setdefault(zone_of(site, axis.has_llm), [])
-        before = [reading.row(axis.sites[x - 1]) for reading in own]
+        before = [reading.row(axis.sites[x - 1]) for reading in drawn]
         starts = [row.value for row in before if row]
         if x and starts and not points and site != "adapter":
             points.append(_range(x - 1, starts))
-        ends = " to ".join(number(value, own[0].task) for value in (min(values), max(values)))
-        points.append(_range(x, values)._replace(title=f"random models: {ends}"))
+        task = drawn[0].task
+        title = f"random models: {number(min(values), task)} to {number(max(values), task)}"
+        points.append(_range(x, values)._replace(title=title))
     return list(ranges.values())
 
 
 def _range(x: float, values: Sequence[float]) -> Point:
     """Return the mean of values, from the lowest to the highest."""
-    return Point(x=x, value=float(np.mean(values)), low=min(values), high=max(values))
+    mean = float(np.mean(values))
+    return Point(x=x, value=mean, low=min(values), high=max(values))

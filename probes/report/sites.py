@@ -6,6 +6,7 @@ nothing to compare with.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 from probes.analyses.analysis import table_row
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer, layer_around
@@ -45,22 +46,20 @@ def run_columns(study: StudyRuns, run: ProbeRun, key: str) -> Entry:
 
 def site_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
     """Yield a row for each run, site and score; see :class:`probes.report.tables.Tables`."""
-    shown = shown_runs(study).values()
+    main_runs = list(shown_runs(study).values())
     compared = compare_sites(study)
     for run in study.members:
-        is_main = any(run is main for main in shown)
-        about = run_columns(study, run, key) | {"main": is_main}
+        is_main = any(run is main_run for main_run in main_runs)
+        columns = run_columns(study, run, key)
+        columns["main"] = is_main
         for entry in run.metrics["sites"]:
+            site = entry["site"]
             for metric in run.task.scores:
-                row = about | table_row(
-                    entry["site"],
-                    metric=metric,
-                    value=entry[metric],
-                    interval=entry[f"{metric}_ci95"],
-                )
+                interval = entry[f"{metric}_ci95"]
+                row = table_row(site, metric=metric, value=entry[metric], interval=interval)
                 if is_main and metric == run.task.score:
-                    row |= compared.get((run.mask, entry["site"]), {})
-                yield row
+                    row |= compared.get((run.mask, site), {})
+                yield columns | row
 
 
 def compare_sites(study: StudyRuns) -> dict[tuple[str, str], Entry]:
@@ -69,23 +68,23 @@ def compare_sites(study: StudyRuns) -> dict[tuple[str, str], Entry]:
     The difference is the score minus the mean of the draws, paired over images. Of random and permuted models it is the
     smaller one, and the interval over images and draws covers those of both.
     """
-    found = {}
-    shown = shown_runs(study)
-    own = {mask: run.site_scores for mask, run in shown.items()}
-    scores = {
-        (mask, control): [run.site_scores for run in random_runs(study, control, mask)]
-        for mask in shown
-        for control in PART_OF
-    }
-    for site in dict.fromkeys(site for run in shown.values() for site in run.sites):
+    main_runs = shown_runs(study)
+    scores_of_draws = {}
+    for mask, control in product(main_runs, PART_OF):
+        runs = random_runs(study, control, mask)
+        scores_of_draws[mask, control] = [run.site_scores for run in runs]
+    sites = dict.fromkeys(site for run in main_runs.values() for site in run.sites)
+    columns = {}
+    for site in sites:
         compared = {}
-        for (mask, control), draws in scores.items():
+        for (mask, control), draws in scores_of_draws.items():
+            trained = main_runs[mask].site_scores
             numbers = [of_draw[site] for of_draw in draws if site in of_draw]
-            if numbers and site in own[mask] and PART_OF[control] == random_part(site):
-                compared[mask, control] = compare_to_draws(own[mask][site], numbers)
+            if numbers and site in trained and PART_OF[control] == random_part(site):
+                compared[mask, control] = compare_to_draws(trained[site], numbers)
         for mask, _ in compared:
-            found[mask, site] = _beyond_draws(mask, compared, is_pooled=site != ADAPTER)
-    return found
+            columns[mask, site] = _beyond_draws(mask, compared, is_pooled=site != ADAPTER)
+    return columns
 
 
 def _beyond_draws(
@@ -96,34 +95,52 @@ def _beyond_draws(
     The variance of draws is pooled over masks and controls, but of random adapters, which are the same under all masks.
     Without two degrees of freedom there is no interval.
     """
-    own = {key: x for key, x in compared.items() if key[0] == mask}
-    nearest = min(own.values(), key=lambda x: abs(x.value))
+    of_mask = {}
+    for key, estimate in compared.items():
+        if key[0] == mask:
+            of_mask[key] = estimate
+    nearest = min(of_mask.values(), key=lambda estimate: abs(estimate.value))
     row = {
         "random": nearest.about["trained"] - nearest.value,
-        "draws": sum(len(x.about["by_draw"]) for x in own.values()),
+        "draws": sum(_count_draws(estimate) for estimate in of_mask.values()),
         "minus_random": nearest.value,
     }
-    drawn = {key: x for key, x in compared.items() if len(x.about["by_draw"]) > 1}
-    intervals = []
-    for key in own:
-        others = [x for other, x in drawn.items() if other != key and is_pooled]
+    drawn = {}
+    for key, estimate in compared.items():
+        if _count_draws(estimate) > 1:
+            drawn[key] = estimate
+    lows = []
+    highs = []
+    for key in of_mask:
+        others = []
+        for other, estimate in drawn.items():
+            if is_pooled and other != key:
+                others.append(estimate)
         freedom = 0
         if key in drawn:
-            ci95, (_, freedom) = interval_over_draws(drawn[key], others)
+            (low, high), (_, freedom) = interval_over_draws(drawn[key], others)
         if freedom < MIN_FREEDOM:
             return row
-        intervals.append(ci95)
-    lows, highs = zip(*intervals, strict=True)
+        lows.append(low)
+        highs.append(high)
     return row | {"minus_low": min(lows), "minus_high": max(highs)}
+
+
+def _count_draws(compared: Estimate) -> int:
+    return len(compared.about["by_draw"])
 
 
 def random_runs(study: StudyRuns, control: str, mask: str) -> list[ProbeRun]:
     """Return the draws of a control; those of an adapter serve all masks, which it does not depend on."""
-    is_solved = next(iter(shown_runs(study).values())).is_solved
-    draws = study.draws(control, solved=is_solved)
+    first = next(iter(shown_runs(study).values()))
+    draws = study.draws(control, solved=first.is_solved)
     if control != "adapter":
         return [draw[mask] for draw in draws if mask in draw]
-    return [draw.get(mask) or next(iter(draw.values())) for draw in draws]
+    runs = []
+    for draw in draws:
+        (any_mask, *_) = draw.values()
+        runs.append(draw.get(mask, any_mask))
+    return runs
 
 
 def random_part(site: str) -> str:
@@ -131,41 +148,52 @@ def random_part(site: str) -> str:
     around = layer_around(site)
     if around == FINAL_NORM or (is_layer(around) and around != PATCHES):
         return "llm"
-    return "adapter" if site == ADAPTER else ""
+    if site == ADAPTER:
+        return "adapter"
+    return ""
 
 
 def draw_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
     """Yield the main score of each draw of random weights at the sites that these change."""
     score = study.task.score
-    for mask in shown_runs(study):
-        for control, part in PART_OF.items():
-            for run in random_runs(study, control, mask):
-                about = run_columns(study, run, key) | {"mask": mask, "weights": control}
-                for entry in run.metrics["sites"]:
-                    if random_part(entry["site"]) == part:
-                        yield about | table_row(entry["site"], score, entry[score])
+    for mask, (control, part) in product(shown_runs(study), PART_OF.items()):
+        for run in random_runs(study, control, mask):
+            columns = run_columns(study, run, key)
+            columns |= {"mask": mask, "weights": control}
+            for entry in run.metrics["sites"]:
+                site = entry["site"]
+                if random_part(site) == part:
+                    yield columns | table_row(site, score, entry[score])
 
 
 def class_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
     """Yield the IoU of each class at each site, and in how many photos it is labelled."""
-    for run in shown_runs(study).values() if study.task.name == SEGMENTATION else ():
-        about = run_columns(study, run, key)
+    if study.task.name != SEGMENTATION:
+        return
+    for run in shown_runs(study).values():
+        columns = run_columns(study, run, key)
         photos = photos_of_classes(run)
         for entry in run.metrics["sites"]:
-            named = zip(run.metrics["classes"], entry["iou_per_class"], photos, strict=True)
-            for name, iou, count in named:
-                yield about | {"site": entry["site"], "class": name, "iou": iou, "photos": count}
+            ious = entry["iou_per_class"]
+            for name, iou, count in zip(run.metrics["classes"], ious, photos, strict=True):
+                of_class = {"class": name, "iou": iou, "photos": count}
+                yield columns | {"site": entry["site"]} | of_class
 
 
 def certificates_of(run: ProbeRun) -> Iterator[Entry]:
     """Yield site, strength, at_end, gradient and converged of each solved probe of a run."""
-    for entry in run.strengths.sites if run.is_solved else ():
-        chosen = entry["strengths"].index(entry["chosen"])
-        certificate = (entry.get("certificates") or {chosen: None})[chosen] or {}
+    if not run.is_solved:
+        return
+    for entry in run.strengths.sites:
+        strengths = entry["strengths"]
+        certificate = {}
+        if entry.get("certificates"):
+            chosen = strengths.index(entry["chosen"])
+            certificate = entry["certificates"][chosen] or {}
         yield {
             "site": entry["site"],
             "strength": entry["chosen"],
-            "at_end": is_at_end(entry["strengths"], entry["lowest"]),
+            "at_end": is_at_end(strengths, entry["lowest"]),
             "gradient": certificate.get("gradient"),
             "converged": certificate.get("converged"),
         }
@@ -173,16 +201,29 @@ def certificates_of(run: ProbeRun) -> Iterator[Entry]:
 
 def table2(studies: Sequence[StudyRuns]) -> list[Entry]:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper; [] without an LLM."""
-    columns = ("model", "image_attention", "probes", *SUMMARY, FINAL_NORM)
+    scores = (*SUMMARY, FINAL_NORM)
     rows = []
     for study in studies:
-        for run in study.main_runs.values() if study.first.has_llm else ():
-            scores = map(run.metrics["summary"].get, columns[3:])
-            rows.append((study.title, run.mask, run.probe_kind, *scores))
+        if not study.first.has_llm:
+            continue
+        for run in study.main_runs.values():
+            row = {"model": study.title, "image_attention": run.mask, "probes": run.probe_kind}
+            for score in scores:
+                row[score] = run.metrics["summary"].get(score)
+            rows.append(row)
+    if not rows:
+        return []
     paper = PAPER["table2_ade20k_miou"]
-    for encoder in ("clip", "dinov2", "siglip") if rows else ():
-        for mask in MASKS:
-            values = (paper[encoder]["encoder"], *paper[encoder][mask])
-            scores = [x / 100 for x in values]
-            rows.append((f"paper, {encoder}, ADE20K", mask, "trained", *scores, None))
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+    for encoder, mask in product(("clip", "dinov2", "siglip"), MASKS):
+        of_encoder = paper[encoder]
+        percents = (of_encoder["encoder"], *of_encoder[mask])
+        row = {
+            "model": f"paper, {encoder}, ADE20K",
+            "image_attention": mask,
+            "probes": "trained",
+            FINAL_NORM: None,
+        }
+        for score, percent in zip(SUMMARY, percents, strict=True):
+            row[score] = percent / 100
+        rows.append(row)
+    return rows

@@ -50,7 +50,8 @@ class Tables(NamedTuple):
         differences: A row for each difference, the second minus the first: of ("site", "effect", "best layer", "class",
             or "left out" with the reason as name), between ("models" with keys, or "masks" of `model`), first, second,
             mask, task, data, seed, name, site, second_site, first_value, second_value, difference, low, high, p (sites:
-            of those with a depth together; classes together), photos (of a class; without p if they are too few).
+            of those with a depth together; classes together), photos (of a class; without p if they are too few). Of
+            best layers also p_holm, finding and detectable (probes/report/best_layers.py).
         draws: The main score of each draw at the sites that it changes: model, mask, task, data, weights (random,
             permuted or adapter), draw, seed, site, metric, value.
         classes: IoU by class at the sites of main runs: model, mask, data, seed, site, class, iou, photos.
@@ -76,7 +77,7 @@ NAMES = {  # of the columns of each table
         "random control below_optimum below_low below_high conclusion finding p p_holm truth images patches",
         "sites": f"{RUN} main site metric value low high random draws minus_random minus_low minus_high",
         "differences": "of between first second model mask task data seed name site second_site first_value "
-        "second_value difference low high p photos",
+        "second_value difference low high p p_holm finding detectable photos",
         "draws": f"{RUN} site metric value",
         "classes": f"{RUN} site class iou photos",
         "certificates": f"{RUN} site strength at_end gradient converged",
@@ -137,8 +138,9 @@ def _claim_rows(about: Entry, claim: Entry) -> Iterator[Entry]:
     if claim.get("control"):
         columns[UNTRAINED] = claim["control"]
     for name, column in columns.items():
-        draws = column.get("by_draw")
-        row = about | {"column": name, "random": draws and sum(draws) / len(draws)}
+        row = about | {"column": name, "random": None}
+        if draws := column.get("by_draw"):
+            row["random"] = sum(draws) / len(draws)
         for key in ("value", "verdict", "reason", "detectable", "control"):
             row[key] = column.get(key)
         row |= bounds(column["ci95"])
@@ -153,12 +155,14 @@ def by_claim(claims: DataFrame) -> DataFrame:
     The effect, "value", "low" and "high", is that at the optimum if it was measured there; of what is beyond random
     models: beyond_value, beyond_low, beyond_high, beyond_verdict, random and control.
     """
-    parts = {
-        name: claims[claims["column"] == name].reset_index(drop=True) for name in VERDICT_COLUMNS
-    }
+    parts = {}
+    for name in VERDICT_COLUMNS:
+        of_column = claims[claims["column"] == name]
+        parts[name] = of_column.reset_index(drop=True)
     table = parts["optimum"].drop(columns=["column", "random", "control", "verdict"])
     numbers = ["value", "low", "high"]
-    table[numbers] = table[numbers].where(table["low"].notna(), parts["paper"][numbers])
+    is_measured = table["low"].notna()
+    table[numbers] = table[numbers].where(is_measured, parts["paper"][numbers])
     for name in VERDICT_COLUMNS:
         table[f"{name}_verdict"] = parts[name]["verdict"]
     beyond = parts["beyond_random"]
@@ -173,30 +177,38 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     first: dict[str, StudyRuns] = {}
     for study in studies:
         first.setdefault(study.name, study)
-    # a checkpoint that records no name of itself is called by its path
     paths = [study.first.metrics["mllm"] for study in first.values()]
-    ends = [head_suffix(study.first) for study in first.values()]
-    names = [name.removesuffix(end) for name, end in zip(first, ends, strict=True)]
-    named = zip(names, paths, strict=True)
-    labels = shorten_labels([path if name == Path(path).name else name for name, path in named])
-    labels = [label + end for label, end in zip(labels, ends, strict=True)]
+    telling_names = []
+    for (name, study), path in zip(first.items(), paths, strict=True):
+        name = name.removesuffix(head_suffix(study.first))
+        # a checkpoint that records no name of itself is called by its path
+        is_of_path = name == Path(path).name
+        if is_of_path:
+            name = path
+        telling_names.append(name)
+    labels = shorten_labels(telling_names)
     rows = []
     for key, label, path, study in zip(cycle(KEYS), labels, paths, first.values(), strict=False):
-        # what a checkpoint records of itself, else its name
-        about = study.first.training.get("about") or (path if study.name in path else study.name)
+        label += head_suffix(study.first)
+        about = study.first.training.get("about")  # what a checkpoint records of itself
+        if not about:
+            about = study.name
+            if study.name in path:
+                about = path
         if study.first.head != LINEAR:
             about = f"{study.first.head} probes, trained"
-        rows.append(
-            {
-                "key": key,
-                "name": study.name,
-                "label": label,
-                "about": about if about != label else "",
-                "path": path,
-                "has_llm": study.first.has_llm,
-                "last_layer": study.first.last_layer,
-            }
-        )
+        if about == label:
+            about = ""
+        row = {
+            "key": key,
+            "name": study.name,
+            "label": label,
+            "about": about,
+            "path": path,
+            "has_llm": study.first.has_llm,
+            "last_layer": study.first.last_layer,
+        }
+        rows.append(row)
     return DataFrame(rows, columns=NAMES["models"])
 
 
@@ -205,23 +217,32 @@ def shorten_labels(names: Sequence[str]) -> list[str]:
 
     Two may be equal: keys tell models apart.
     """
-    words = [_last_part(name).replace("_", " ").split() for name in names]
+    words = []
+    for name in names:
+        last = _last_part(name).replace("_", " ")
+        words.append(last.split())
     for _ in ("starts", "ends"):
-        fewest = min(map(len, words)) - 1 if len(words) > 1 else 0
-        shared = min(fewest, len(commonprefix(words)))
-        words = [w[shared:][::-1] for w in words]
-    return [_shorten(" ".join(w)) for w in words]
+        shared = 0
+        if len(words) > 1:
+            fewest = min(map(len, words)) - 1
+            shared = min(fewest, len(commonprefix(words)))
+        words = [of_name[shared:][::-1] for of_name in words]
+    labels = [" ".join(of_name) for of_name in words]
+    return list(map(_shorten, labels))
 
 
 def _last_part(name: str) -> str:
     """Return the last part of a path or module that tells something, without what every export's name ends with."""
     if not re.search("[/:]", name):
         return name
-    parts = [x for x in re.split("[/:]", name) if x not in UNTOLD]
-    return re.sub(r"([-_.](hf|instruct|chat))+$", "", (parts or [name])[-1], flags=re.I)
+    parts = [part for part in re.split("[/:]", name) if part not in UNTOLD]
+    *_, last = parts or [name]
+    return re.sub(r"([-_.](hf|instruct|chat))+$", "", last, flags=re.I)
 
 
 def _shorten(label: str) -> str:
     if len(label) <= LONGEST_LABEL or " " in label:
         return textwrap.shorten(label, LONGEST_LABEL, placeholder="…")
-    return f"{label[: LONGEST_LABEL - 5].rstrip(' -_')}…{label[-4:].lstrip(' -_')}"
+    start = label[: LONGEST_LABEL - 5].rstrip(" -_")
+    end = label[-4:].lstrip(" -_")
+    return f"{start}…{end}"

@@ -3,9 +3,8 @@
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pandas import DataFrame
 
@@ -13,17 +12,18 @@ from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
 from .charts import LEAST_STEP, span_of
-from .hero import choose_tiles, plain_text
-from .parts import FINDINGS, is_right, model_differences
-from .readings import ReportView, SiteReading
+from .hero import choose_sites, plain_text
+from .parts import FINDINGS, is_about_nothing, is_right
+from .ranking import SEEN_FROM_THE_OTHER, rivals_of
+from .readings import MainRun, ReportView, SiteReading
 from .verdicts import UNTESTED
-from .words import SIGNS, noun_of, site_name, site_tick
+from .words import SIGNS, lower_first, noun_of, site_name, site_number
 
 WIDTH = 80
 MOST_LINES = 20
-MOST_SITES = (9, 7)  # of one model, of several
+MOST_SITES = 9
 PLOT = 25  # columns
-ARROWS = {"▲": "▴", "▼": "▾"}
+NAMES = 22  # columns
 COLOURS = {"●": 32, "◕": 32, "◐": 33, "◉": 33}  # green and yellow
 
 
@@ -36,36 +36,60 @@ def summarize(view: ReportView, sentences: Sequence[str], run: ProbeRun) -> list
         run: Whose photos are read.
     """
     lead = view.lead
-    front = [reading for reading in view.front if reading.seed == lead.seed]
     claims = view.claims[view.claims["data"] == lead.data]
-    if (joint := claims["seed"].isna()).any():
-        claims = claims[joint]
+    is_joint = claims["seed"].isna()
+    if is_joint.any():
+        claims = claims[is_joint]
+    claims = claims[~is_about_nothing(claims)]
     is_tested = claims["conclusion"] != UNTESTED
     tested = claims[is_tested]
-    last = []
-    if names := dict.fromkeys(claims[~is_tested]["claim"].str.replace("_", " ")):
-        text = f"◌ untested: {', '.join(names)}"
-        last.append(textwrap.shorten(text, WIDTH, placeholder=" …"))
-    if known := [is_right(row) for row in tested.itertuples() if isinstance(row.truth, str)]:
-        last.append(f"The truth is known here: {sum(known)} of {len(known)} verdicts are right.")
-    if run.units < 10:
-        last.append("Intervals are too short: there are fewer than ten photos, or groups.")
-    images = run.metrics["images"]
-    last.append(f"{lead.data}, {images} {noun_of(lead.data)}{'s' * (images != 1)}.")
-    labels = {key: model.label for key, model in view.models.items()}
-    lines = [*textwrap.wrap(plain_text(sentences, labels), WIDTH), ""]
-    # verdicts have five lines at least, with a title and how many there are more
-    room = MOST_LINES - len(lines) - len(last) - min(6, len(tested)) - 3
-    if len(labels) > 1:
-        title, *rows = _rows_of_models(view, front)
+    last = list(_last_lines(view, claims=claims, run=run))
+    lines = [*textwrap.wrap(plain_text(sentences, view.names), WIDTH), ""]
+    # verdicts have two lines at least, with a title and how many there are more
+    for_verdicts = 3 + min(3, len(tested))
+    room = MOST_LINES - len(lines) - len(last) - for_verdicts
+    if len(view.compared) > 1:
+        title, *rows = _rows_of_readings(view)
         if len(rows) > room:
             rows[room - 1 :] = [f"... and {len(rows) - room + 1} more models and masks"]
         lines += [title, *rows]
     else:
-        lines += _rows_of_sites(lead, choose_tiles(view, min(MOST_SITES[0], room)))
+        most = min(MOST_SITES, room)
+        lines += _rows_of_sites(lead, choose_sites(lead, lead.best.site, most))
     lines.append("")
-    lines += _rows_of_claims(tested, front, MOST_LINES - len(lines) - len(last))
+    lines += _rows_of_claims(view, tested, MOST_LINES - len(lines) - len(last))
     return [line[:WIDTH].rstrip() for line in lines + last]
+
+
+def _last_lines(view: ReportView, claims: DataFrame, run: ProbeRun) -> Iterator[str]:
+    """Yield what was not tested, what the signs mean, and of which photos all is."""
+    lead = view.lead
+    is_tested = claims["conclusion"] != UNTESTED
+    signs = []
+    for finding in dict.fromkeys(claims[is_tested]["finding"]):
+        signs.append(f"{FINDINGS[finding][2]} {finding}")
+    if len(view.masks) > 1:
+        signs += [f"{SIGNS[mask]} {mask}" for mask in view.masks if mask in SIGNS]
+    if signs:
+        yield "  ".join(signs)
+    untested = {}
+    for row in claims[~is_tested].itertuples():
+        letter = view.names[row.model].letter
+        untested[f"{letter} {lower_first(row.title)}".strip()] = None
+    if untested:
+        text = f"◌ untested: {', '.join(untested)}"
+        yield textwrap.shorten(text, WIDTH, placeholder=" …")
+    right = []
+    for row in claims[is_tested].itertuples():
+        if isinstance(row.truth, str):
+            right.append(is_right(row))
+    if right:
+        yield f"The truth is known here: {sum(right)} of {len(right)} verdicts are right."
+    if run.units < 10:
+        yield "Intervals are too short: there are fewer than ten photos, or groups."
+    images = run.metrics["images"]
+    noun = noun_of(lead.data) + "s" * (images != 1)
+    yield f"{lead.data}, {images} {noun}."
 
 
 def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
@@ -74,12 +98,15 @@ def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
     factor, least, score = 100, LEAST_STEP, "mIoU"
     if lead.task != SEGMENTATION:
         factor, least, score = 1, 0, TASKS[lead.task].score
-    ends = [factor * x for row in rows for x in (row.low, row.high, row.random)]
-    low, high = span_of(ends, least=least)
+    ends = []
+    for row in rows:
+        ends += [row.low, row.high, row.random]
+    low, high = span_of([factor * end for end in ends], least=least)
 
     def column(value: float) -> int:
-        place = (factor * value - low) / (high - low) * (PLOT - 1)
-        return min(max(0, round(place)), PLOT - 1)
+        last = PLOT - 1
+        share = (factor * value - low) / (high - low)
+        return min(max(0, round(share * last)), last)
 
     yield f"{'':<18} {score:>4}  {low:<{PLOT - 2}g}{high:>2g}  random  beyond random"
     for row in rows:
@@ -88,69 +115,108 @@ def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
         plot[first : last + 1] = "─" * (last + 1 - first)
         if row.random_text:
             place = column(row.random)
-            plot[place] = "░" if plot[place] == " " else "┼"
+            over = {" ": "░"}
+            plot[place] = over.get(plot[place], "┼")
         plot[column(row.value)] = "●"
-        mark = "◂" if row is lead.best else " "
+        mark = " "
+        if row is lead.best:
+            mark = "◂"
         line = f"{site_name(row.site):<17}{mark} {row.value_text:>4}  {''.join(plot)}"
         yield f"{line}  {row.random_text:>6}  {row.minus_random_text} {row.minus_random_ci}"
 
 
-def _rows_of_models(view: ReportView, front: Sequence[SiteReading]) -> Iterator[str]:
-    """Yield a row for each model and mask: scores with ▴ and ▾ beside random models, and the difference from A."""
-    sites = choose_tiles(view, MOST_SITES[1])
-    names = {"encoder": "enc", "adapter": "adapt"}
-    titles = "".join(f"{names.get(site) or site_tick(site):>6}" for site in sites)
-    task = view.lead.task
-    score = "mIoU, %"
-    if task != SEGMENTATION:
-        score = TASKS[task].score
-    yield f"{f'{score} ▴▾ vs. random':<21}{titles}   {'minus A':>8}"
-    differences = model_differences(view.pairs)
-    for reading in front:
-        model = reading.model
-        cells = ""
-        for row in map(reading.row, sites):
-            cells += f"{row.value_text:>5}{ARROWS.get(row.arrow, ' ')}" if row else " " * 6
-        found = differences.get(model.key)
-        is_paired = found is not None and found.mask == reading.mask
-        difference = found.difference_text if is_paired else ""
-        yield f"{model.key} {model.label:<16} {_sign(reading, front):<2}{cells}   {difference:>8}"
+def _rows_of_readings(view: ReportView) -> Iterator[str]:
+    """Yield a row for each model and mask: its best layer and score, and how it differs from the lead."""
+    lead = view.lead
+    letter, label = view.names[lead.token.strip("{}")]
+    minus = f"minus {letter or label}"[:20]
+    score = "mIoU"
+    if lead.task != SEGMENTATION:
+        score = TASKS[lead.task].score
+    yield f"{'':<{NAMES}} best layer  {score:>4}  {minus:<20} {'':<10} random"
+    rivals = {rival.reading: rival for rival in rivals_of(view)}
+    for reading in view.compared:
+        named = view.names[reading.token.strip("{}")]
+        name = " ".join(filter(None, named))
+        best = view.best(reading)
+        row = f"{name[:NAMES]:<{NAMES}} {_place(reading, best.site):>10} {best.value_text:>5}"
+        difference = verdict = ""
+        if reading in rivals:
+            rival = rivals[reading]
+            difference = " ".join(rival.reversed_text)
+            verdict = SEEN_FROM_THE_OTHER.get(rival.finding, rival.finding) or "–"
+        yield f"{row}  {difference:<20} {verdict:<10} {best.random_text:>6}"
 
 
-def _sign(about: Any, front: Sequence[SiteReading]) -> str:
-    """Return the sign of the mask of a reading or claim, if there are several."""
-    return SIGNS.get(about.mask, " ") if len({reading.mask for reading in front}) > 1 else ""
+def _place(reading: SiteReading, site: str) -> str:
+    """Return a site of a reading in a narrow column: 11 of 12."""
+    name = reading.own[site]
+    if site_number(name) and reading.model.depth:
+        return f"{site_number(name)} of {reading.model.depth}"
+    return site_name(name)
 
 
-def _rows_of_claims(tested: DataFrame, front: Sequence[SiteReading], room: int) -> Iterator[str]:
+def _rows_of_claims(view: ReportView, tested: DataFrame, room: int) -> Iterator[str]:
     """Yield a row for each verdict: the effect, and what is left of it beyond random models."""
-    words = tested["finding"].str.len().max()
-    shown = tested if len(tested) < room else tested[: max(1, room - 2)]
-    many = len({reading.model.key for reading in front}) > 1
+    if not len(tested):
+        return
+    shown = tested
+    if len(tested) >= room:
+        shown = tested[: max(1, room - 2)]
     rows = [("", "effect, points", "beyond random")]
     for row in shown.itertuples():
-        whom = [row.model] * many + [_sign(row, front)]
-        name = row.claim.replace("_", " ") + f", {row.task}" * (row.task != SEGMENTATION)
-        circle = FINDINGS[row.finding][2]
-        head = " ".join(filter(None, (circle, f"{row.finding:<{words}}", *whom, name)))
+        title = row.title
+        if row.task != SEGMENTATION:
+            title = f"{title}, {row.task}"
+        whom = [view.names[row.model].letter]
+        if len(view.masks) > 1:
+            whom.append(SIGNS.get(row.mask, row.mask))
+        *_, circle = FINDINGS[row.finding]
+        head = " ".join(filter(None, (circle, *whom, title)))
+        effect = f"{row.value_text} {row.value_ci}".strip()
+        if row.optimum_verdict == UNTESTED:  # it can have a number
+            effect = UNTESTED
         beyond = f"{row.beyond_value_text} {row.beyond_value_ci}".strip()
-        if row.beyond_random_verdict == UNTESTED:  # it can have a number
+        if row.beyond_random_verdict == UNTESTED:
             beyond = UNTESTED
-        rows.append((head, f"{row.value_text} {row.value_ci}".strip(), beyond))
-    names, effects, beyonds = (max(map(len, column)) for column in zip(*rows, strict=True))
-    names = min(names, WIDTH - 2 - effects - beyonds)
-    if len(tested):
-        yield from (f"{x[:names]:<{names}} {y:<{effects}} {z}" for x, y, z in rows)
+        rows.append((head, effect, beyond))
+    columns = zip(*rows, strict=True)
+    names, effects, beyonds = (max(map(len, column)) for column in columns)
+    room_for_names = WIDTH - 2 - effects - beyonds
+    names = min(names, room_for_names)
+    for name, effect, beyond in rows:
+        if len(name) > names:
+            name = f"{name[: names - 1]}…"
+        yield f"{name:<{names}} {effect:<{effects}} {beyond}"
     if len(shown) < len(tested):
-        yield f"... and {len(tested) - len(shown)} more verdicts"
+        yield f"... and {len(tested) - len(shown)} more verdicts, on the page"
 
 
-def print_summary(lines: Sequence[str], page: Path) -> None:
-    """Print a summary and where its page is: signs in colour, unless NO_COLOR is set, "?" where it has none."""
+def lab_command(view: ReportView, runs: Mapping[tuple, MainRun]) -> str:
+    """Return the command that opens the lead and the best other model of the same photos."""
+    readings = [view.lead, *(rival.reading for rival in rivals_of(view))]
+    shown = [runs[reading.about].run for reading in readings[:2]]
+    words = ["probes lab", *(str(run.path) for run in shown)]
+    if any(".py:" in run.metrics["mllm"] for run in shown):
+        words.append("--trust true")
+    return " ".join(words)
+
+
+def print_summary(lines: Sequence[str], page: Path, lab: str = "") -> None:
+    """Print a summary and what to do next: signs in colour, unless NO_COLOR is set, "?" where the encoding has none.
+
+    Args:
+        lines: The summary.
+        page: The page.
+        lab: A command, see :func:`lab_command`.
+    """
     encoding = sys.stdout.encoding or "utf8"
     is_coloured = "utf" in encoding.lower() and sys.stdout.isatty()
-    last = f"{lines[-1]} {page}"
-    for line in (*lines[:-1], last if len(last) <= WIDTH else str(page)):
-        if is_coloured and line[:1] in COLOURS and not os.environ.get("NO_COLOR"):
+    is_coloured = is_coloured and not os.environ.get("NO_COLOR")
+    following = [f"Next:  open {page}"]
+    if lab:
+        following.append(f"       {lab}")
+    for line in (*lines, *following):
+        if is_coloured and line[:1] in COLOURS:
             line = f"\033[{COLOURS[line[0]]}m{line[0]}\033[0m{line[1:]}"
         print(line.encode(encoding, "replace").decode(encoding))

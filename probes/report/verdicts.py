@@ -82,14 +82,16 @@ def judge(
         more: Further entries.
     """
     low, high = sorted(sign * bound for bound in ci95)
-    found = HOLDS if low > 0 else REVERSED
+    verdict = REVERSED
+    if low > 0:
+        verdict = HOLDS
     if abs(value) < margin or low <= 0 <= high:
-        found = FAILS
+        verdict = FAILS
         more["detectable"] = detectable(ci95, margin)
     return {
         "value": value,
         "ci95": list(ci95),
-        "verdict": found,
+        "verdict": verdict,
         "p": p_value(sign, value, [standard_error(ci95, df)]),
         **more,
     }
@@ -109,15 +111,21 @@ def conclude(verdicts: dict[str, Entry], unlearned: str) -> Entry:
     paper, *needed = (verdicts[name] for name in VERDICT_COLUMNS)
     optimum, beyond = (entry["verdict"] for entry in needed)
     missing = [entry["reason"] for entry in needed if entry["verdict"] == UNTESTED]
-    p = None if missing else max(entry["p"] for entry in needed)
+    p = None
+    if not missing:
+        p = max(entry["p"] for entry in needed)
     if optimum == UNTESTED or (optimum == HOLDS and beyond == UNTESTED):
         return {"supported": None, "conclusion": UNTESTED, "reason": missing[0], "p": p}
     if optimum != HOLDS:
-        conclusion = ARTEFACT if paper["verdict"] == HOLDS else FAILS
+        conclusion = FAILS
+        if paper["verdict"] == HOLDS:
+            conclusion = ARTEFACT
     elif beyond == HOLDS:
         conclusion = SUPPORTED
+    elif paper["verdict"] in (FAILS, REVERSED):
+        conclusion = FAILS
     else:
-        conclusion = FAILS if paper["verdict"] in (FAILS, REVERSED) else unlearned
+        conclusion = unlearned
     return {"supported": conclusion == SUPPORTED, "conclusion": conclusion, "p": p}
 
 
@@ -129,9 +137,12 @@ def correct_for_claims(claims: list[Entry]) -> None:
     tested = [claim for claim in claims if claim["p"] is not None]
     corrected = iter(holm([claim["p"] for claim in tested]))
     for claim in claims:
-        claim["p_holm"] = None if claim["p"] is None else next(corrected)
-        is_undone = claim["conclusion"] == SUPPORTED and claim["p_holm"] >= ALPHA
-        claim["finding"] = "supported by itself" if is_undone else claim["conclusion"]
+        claim["p_holm"] = None
+        if claim["p"] is not None:
+            claim["p_holm"] = next(corrected)
+        claim["finding"] = claim["conclusion"]
+        if claim["conclusion"] == SUPPORTED and claim["p_holm"] >= ALPHA:
+            claim["finding"] = "supported by itself"
 
 
 def worst_of(sign: int, columns: Sequence[Entry], margin: float = MARGIN) -> Entry:
@@ -191,16 +202,17 @@ def judge_draws(
     sign: int, compared: Estimate, others: Sequence[Estimate] = (), margin: float = MARGIN
 ) -> Entry:
     """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
-    own = compared.ci95
+    over_images = compared.ci95
     ci95, of_draws = interval_over_draws(compared, others)
+    errors = [standard_error(over_images), of_draws]
     return judge(
         sign,
-        compared.value,
-        ci95,
-        margin,
+        value=compared.value,
+        ci95=ci95,
+        margin=margin,
         draws=len(compared.about["by_draw"]),
         **compared.about,
         df_of_draws=of_draws[1],
-        p=p_value(sign, compared.value, [standard_error(own), of_draws]),
-        ci95_without_draws=own,
+        p=p_value(sign, compared.value, errors),
+        ci95_without_draws=over_images,
     )

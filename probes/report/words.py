@@ -40,18 +40,21 @@ def shown(table: "DataFrame") -> "DataFrame":
     texts = {}
     tasks = table["task"]
     for name, ends in INTERVALS.items():
-        if name in table:
-            has_sign = name not in SCORES or "claim" in table
-            values = zip(table[name], tasks, strict=True)
-            texts[f"{name}_text"] = [number(x, task, has_sign) for x, task in values]
-        if name in table and ends:
-            rows = zip(*(table[end] for end in ends), tasks, strict=True)
+        if name not in table:
+            continue
+        has_sign = name not in SCORES or "claim" in table
+        values = zip(table[name], tasks, strict=True)
+        texts[f"{name}_text"] = [number(value, task, has_sign) for value, task in values]
+        if ends:
+            low, high = ends
+            rows = zip(table[low], table[high], tasks, strict=True)
             texts[f"{name}_ci"] = [interval(*row) for row in rows]
     if "minus_random" in table:
         gain = table["minus_random"] * tasks.map(lambda task: TASKS[task].sign)
-        margins = tasks.map(lambda task: TASKS[task].margin)
-        is_clear = (gain.abs() >= margins) & (table["minus_low"] * table["minus_high"] > 0)
-        texts["arrow"] = gain.gt(0).map({True: "▲", False: "▼"}).where(is_clear, "")
+        is_clear = table["minus_low"] * table["minus_high"] > 0
+        is_large = gain.abs() >= tasks.map(lambda task: TASKS[task].margin)
+        arrows = gain.gt(0).map({True: "▲", False: "▼"})
+        texts["arrow"] = arrows.where(is_clear & is_large, "")
     return table.assign(**texts)
 
 
@@ -60,40 +63,52 @@ def number(value: float | None, task: str = SEGMENTATION, has_sign: bool = False
     if value is None or value != value:
         return ""
     sign = "+" * has_sign
-    text = f"{100 * value:{sign}.1f}" if task == SEGMENTATION else f"{value:{sign}.3g}"
-    return _minus(text)
+    if task == SEGMENTATION:
+        return _minus(f"{100 * value:{sign}.1f}")
+    return _minus(f"{value:{sign}.3g}")
 
 
 def interval(low: float | None, high: float | None, task: str = SEGMENTATION) -> str:
     """Return an interval, [−0.5, 24.0]; "" without one."""
     ends = number(low, task), number(high, task)
-    return f"[{', '.join(ends)}]" if all(ends) else ""
+    if not all(ends):
+        return ""
+    return f"[{', '.join(ends)}]"
 
 
 def axis_number(value: float, signed: bool) -> str:
     """Return a round value at an axis; differences have a sign."""
-    return _minus(f"{value:+g}" if signed else f"{value:g}")
+    sign = "+" * signed
+    return _minus(f"{value:{sign}g}")
 
 
 def _minus(text: str) -> str:
-    return text.lstrip("+-") if float(text) == 0 else text.replace("-", MINUS)
+    if float(text) == 0:
+        return text.lstrip("+-")
+    return text.replace("-", MINUS)
 
 
 def p_value(value: float) -> str:
     """Return a p-value: 0.012, or < 0.001."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    if value < 0.001:
+        return "< 0.001"
+    return f"{value:.3f}"
 
 
 def noun_of(data: str) -> str:
     """Return what the images of a data set are called: photos, or pictures if they are drawn."""
-    return "picture" if any(word in data.lower() for word in PICTURES) else "photo"
+    if any(word in data.lower() for word in PICTURES):
+        return "picture"
+    return "photo"
 
 
 # ------------------------------------------------------------------------------------------------ sites
 def site_number(site: str) -> int | None:
     """Return the number of a layer, None of another site."""
     number = site.rpartition("_")[2]
-    return int(number) if number.isdecimal() else None
+    if number.isdecimal():
+        return int(number)
+    return None
 
 
 def site_name(site: str) -> str:
@@ -104,13 +119,17 @@ def site_name(site: str) -> str:
     if number is None:
         return site.replace("_", " ")
     kind = site.rpartition("_")[0]
-    return f"{'encoder layer' if kind == 'encoder' else kind} {number}"
+    if kind == "encoder":
+        kind = "encoder layer"
+    return f"{kind} {number}"
 
 
 def site_tick(site: str) -> str:
     """Return what stands at the axis of a small chart for a site, below which its zone is named."""
     number = site_number(site)
-    return TICKS.get(site, site) if number is None else str(number)
+    if number is None:
+        return TICKS.get(site, site)
+    return str(number)
 
 
 def the_site(site: str) -> str:
@@ -119,20 +138,29 @@ def the_site(site: str) -> str:
     return "the " * (not has_number) + site_name(site)
 
 
+def its_site(site: str) -> str:
+    """Return the name of a site in a sentence about the model: its adapter, layer 4."""
+    return the_site(site).replace("the ", "its ")
+
+
 def zone_of(site: str, has_llm: bool) -> str:
     """Return the part of the model that a site is in."""
     if site == "adapter":
         return "adapter"
     if site.startswith("encoder"):
         return "encoder"
-    return "LLM layers" if has_llm else "encoder layers"
+    if has_llm:
+        return "LLM layers"
+    return "encoder layers"
 
 
 def lower_first(text: str) -> str:
     """Return a title within a sentence."""
-    return text if text[:2].isupper() else text[:1].lower() + text[1:]
+    if text[:2].isupper():
+        return text
+    return text[:1].lower() + text[1:]
 
 
 def key_parts(text: str) -> list[str]:
-    """Return a sentence in pieces, keys of models ("{A}") by themselves, without braces."""
-    return re.split(r"{(\w+)}", text)
+    """Return a sentence in pieces, what stands for models and readings ("{A:causal}") by itself, without braces."""
+    return re.split(r"{([^{}]+)}", text)

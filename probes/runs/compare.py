@@ -29,14 +29,16 @@ def _check_same(
 
 
 def check_same_images(
-    first: ProbeRun, second: ProbeRun, advice: str = "score both on the same data"
+    first: ProbeRun,
+    second: ProbeRun,
+    advice: str = "score both on the same data",
+    settings: Sequence[str] = ("image_resize", "dtype"),
 ) -> None:
-    """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
+    """Raise a UserError that ends with `advice` unless both runs have the same images, and these settings."""
 
     def read(run: ProbeRun) -> dict[str, Any]:
-        keys = ("image_resize", "dtype")
-        found = {key: run.metrics[key] for key in keys}
-        return {"images or classes": run.manifest["data"]["fingerprint"], **found}
+        of_metrics = {name: run.metrics[name] for name in settings}
+        return {"images or classes": run.manifest["data"]["fingerprint"], **of_metrics}
 
     _check_same(first, second=second, read=read, advice=advice)
 

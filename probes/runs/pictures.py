@@ -9,8 +9,8 @@ so that a photo compares models.
     sites             names of the sites
     typical/index     of the photo in the validation split
     typical/photo     uint8[H, W, 3], at most 360 px; also easy/..., hard/...
-    typical/truth     uint8[h, w], at most 256 px; 255 without a label
-    typical/maps      uint8[S, h, w], classes at the sites
+    typical/truth     uint8[h, w], at most 256 px; 255 without a label; int16 and -1 of more than 255 classes
+    typical/maps      uint8[S, h, w] or uint16, classes at the sites
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ def save_pictures(
         step = -(-max(truth.shape) // MAP_PX)
         pictures[f"{name}/index"] = np.array(index)
         pictures[f"{name}/photo"] = np.asarray(photo)
-        pictures[f"{name}/truth"] = np.asarray(truth, np.uint8)[::step, ::step]
+        pictures[f"{name}/truth"] = truth[::step, ::step]
         pictures[f"{name}/maps"] = maps[:, ::step, ::step]
     with atomic_write(folder / FILE) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **pictures)

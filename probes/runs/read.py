@@ -56,6 +56,7 @@ class ProbeRun:
     Args:
         path: Folder of the run.
         model: Name of the model in a report, if it has been told one.
+        label: What its user calls it, if that names a mask of a model.
         trust: Whether the model's code is run if it is a function in a file (probes/models/module_sources.py).
 
     Attributes:
@@ -82,6 +83,7 @@ class ProbeRun:
     path: Path
     model: str | None = None
     trust: bool = False
+    label: str | None = None
 
     def __post_init__(self):
         self.path = Path(self.path)

@@ -183,6 +183,10 @@ def read_study(text: str, labels: Sequence[str] = ()) -> list[ProbeRun]:
     """
     name, path = split_label(text)
     folder = Path(path)
+    if (folder / "metrics.json").is_file():  # a run by itself
+        run = ProbeRun(folder, name or None)
+        _ = run.content
+        return [run]
     runs = [ProbeRun(path) for path in finished_runs(folder)]
     if not runs:
         raise UserError(
@@ -191,10 +195,16 @@ def read_study(text: str, labels: Sequence[str] = ()) -> list[ProbeRun]:
         )
     given = labels or given_labels(folder)
     names = labels_of_models(folder, runs, given)
+    by_folder = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
+    if not name and {*by_folder.values()} == {*given} and len(given) == 1:
+        names = by_folder
     if names and not name:
         order = {label: i for i, label in enumerate(given)}
         runs.sort(key=lambda run: order.get(names[run.path], len(order)))
     for run in runs:
+        label = by_folder[run.path]
+        if not names and len(given) > 1 and label in given:
+            run.label = f"{name} {label}".strip()
         run.model = " ".join(filter(None, (name, names.get(run.path)))) or None
         _ = run.content  # damaged probes are an error, though a report reads only their scores
     return runs
@@ -239,7 +249,8 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
     for study in studies:
         for run in study.members:
             compared = reference.setdefault((study.task.name, study.dataset, study.seed), run)
-            check_same_images(compared, run)
+            check_same_images(study.first, run)
+            check_same_images(compared, run, settings=["dtype"])  # models may resize otherwise
         check_study(study.first, study.members)
     for of_model in studies_by_model(studies):
         for mask in dict.fromkeys(mask for study in of_model for mask in study.main_runs):

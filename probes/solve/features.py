@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError, error_context
 from probes.compute.machine import solver_device
 from probes.data.samplers import assign_folds
-from probes.ops.geometry import GridPlacement, label_tensor
+from probes.ops.geometry import GridPlacement, ignore_index_of, label_tensor
 from probes.ops.quadrature import join_masks, prepare_masks
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -64,8 +64,8 @@ def solve_features(
 
     Args:
         features: f[N, h, w, d], on a grid that covers each image.
-        masks: Classes of the pixels of each image, uint8[H, W], of any size; 255 is ignored. Other
-            integers and bool are taken, too.
+        masks: Classes of the pixels of each image, integers or bool [H, W], of any size; 255 is ignored, of more
+            than 255 classes -1.
         classes: K.
         strength: Regularisation; None for the best one of held-out images.
         folds: Folds of images that choose it.
@@ -75,19 +75,22 @@ def solve_features(
     """
     check_features(features, masks=masks, strength=strength, folds=folds)
     grid = (features.shape[1], features.shape[2])
-    prepare = partial(prepare_masks, num_classes=classes, grid=grid, nodes=NODES)
+    ignored = ignore_index_of(classes)
+    prepare = partial(
+        prepare_masks, num_classes=classes, grid=grid, nodes=NODES, ignore_index=ignored
+    )
     parts = []
     for number, mask in enumerate(masks):
         with error_context(f"mask {number}"):
             parts.append(prepare(label_tensor(mask)[None]))
     prepared = join_masks(parts).to(solver_device(features.device))
     if not prepared.pixels.sum() > 0:
-        raise UserError("no mask has a labelled pixel: all are 255")
+        raise UserError(f"no mask has a labelled pixel: all are {ignored}")
     fold_of = assign_folds(range(len(masks)), folds)
     scored = scored_masks(
         prepared,
         fold_of=fold_of,
-        target_of=lambda image: label_tensor(masks[image]),
+        target_of=lambda image: label_tensor(masks[image]).long(),
         prepare=prepare,
     )
     problem = SiteProblem(

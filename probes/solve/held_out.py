@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.data.image_dataset import IGNORE_INDEX
+from probes.ops.geometry import ignore_index_of
 from probes.ops.quadrature import PreparedMasks, join_masks
 
 
@@ -64,7 +64,7 @@ def scored_masks(
         target = target_of(image).cpu()
         classes = ignored[image].nonzero().flatten().cpu()
         is_lone = torch.isin(target, classes)
-        without_lone = target.masked_fill(is_lone, IGNORE_INDEX)
+        without_lone = target.masked_fill(is_lone, ignore_index_of(masks.soft.shape[1]))
         changed[image] = prepare(without_lone[None]).to(device)
     if not changed:
         return None

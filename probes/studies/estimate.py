@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from probes.config import StudyOptions
+from probes.report.best_layers import detectable_difference
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
 from probes.score.estimate import student_quantile
@@ -22,6 +23,9 @@ SIMULATED = 20_000  # studies
 # standard deviations of recovery beyond random in the toy world, as fractions (experiments/statistics/draws.py)
 OF_AN_IMAGE = 0.0028 * math.sqrt(600)
 OF_DRAWS = 0.0035
+# half width of the interval of the best layers of two models, as a fraction, times the root of the images: of the
+# demo's masks (30 pictures) it is 0.18, of two real encoders (20 photos) 0.21
+OF_A_PAIR = 0.2
 
 
 def print_estimate(study: StudyOptions) -> None:
@@ -55,6 +59,8 @@ def print_estimate(study: StudyOptions) -> None:
     else:
         masks = {arm.run.mask for arm in planned.arms}
         print(describe_power(study, images, len(masks)))
+    if len(study.models) > 1:
+        print(describe_comparison(images))
     if any(step.kind == "solve" for step in runs):
         from probes.solve.run import dry_run
 
@@ -77,6 +83,16 @@ def describe_power(study: StudyOptions, images: int, masks: int) -> str:
     return (
         f"{images} validation images, {random} random and {permuted} permuted draws: an effect must exceed those of "
         f"both by {100 * effect:.1f} points to be found in 4 of 5 studies, if images differ as in the toy world"
+    )
+
+
+def describe_comparison(images: int) -> str:
+    """Return which difference of two models a study can show."""
+    half_width = OF_A_PAIR / math.sqrt(images)
+    difference = detectable_difference(half_width, MARGIN)
+    return (
+        f"{images} validation images: one model must read {100 * difference:.1f} points more than another one to be "
+        "found better in 4 of 5 studies, if images differ as in the toy world"
     )
 
 

@@ -126,7 +126,8 @@ def run_study(study: StudyOptions) -> None:
     report = out / "report"
     if (report / "results.json").is_file():
         print()
-        print_summary(read_json(report / "results.json")["summary"], report / "index.html")
+        results = read_json(report / "results.json")
+        print_summary(results["summary"], report / "index.html", lab=results.get("lab", ""))
     if failures:
         raise UserError(
             f"{len(failures)} of the steps failed, and the report is without the result, or has an earlier one: "

@@ -1,6 +1,6 @@
 """Classes of pixels, the paper's task. A probe predicts the logits of the classes.
 
-Targets: uint8[H, W], 255 where ignored.
+Targets: uint8[H, W], 255 where ignored; of more than 255 classes int16[H, W], -1 where ignored.
 
 Legend: P probes, N images, K classes.
 """
@@ -11,17 +11,21 @@ from torch import Tensor
 
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.cross_entropy import differentiable_sum
-from probes.ops.geometry import Geometry, GridPlacement
+from probes.ops.geometry import IGNORE_INDEX, Geometry, GridPlacement
 from probes.ops.pixel_counts import Counts, count
 from probes.ops.quadrature import PreparedMasks
 
 from .base import Task
 from .losses import CrossEntropy
 
+UNSIGNED = {1: np.uint8, 2: np.uint16}  # which PNG can hold, by bytes
+
 
 def colorize_classes(classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Return the colours uint8[..., H, W, 3] of classes uint8[..., H, W]; ignored pixels are black."""
-    table = np.zeros((256, 3), np.uint8)
+    """Return the colours uint8[..., H, W, 3] of classes [..., H, W] of targets; ignored pixels are black."""
+    table = np.zeros(
+        (max(len(palette), IGNORE_INDEX) + 1, 3), np.uint8
+    )  # the last one is also that of -1
     table[: len(palette)] = palette
     return table[classes]
 
@@ -86,5 +90,6 @@ class Segmentation(Task):
     def predict_pixels(
         self, outputs: Tensor, size: tuple[int, int], view: GridPlacement
     ) -> np.ndarray:
-        """Return the class of each pixel, uint8[..., H, W]."""
-        return upsampled_argmax(outputs, size, view).to(torch.uint8).cpu().numpy()
+        """Return the class of each pixel, uint8[..., H, W], or uint16 of more than 255 classes."""
+        classes = upsampled_argmax(outputs, size, view).cpu().numpy()
+        return classes.view(UNSIGNED[classes.dtype.itemsize])

@@ -1,9 +1,12 @@
 """Parts of a report, without a page, and references for its numbers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from reference import miou_of_counts
 
 from probes.report.claims import evaluate_claims
+from probes.report.readings import SiteReading
 from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns, group_runs
 
@@ -32,6 +35,29 @@ def differs(row: dict, margin: float = 0.01) -> bool:
     """Return whether a difference is a finding: an interval without 0, the margin, of classes a p below 5%."""
     is_clear = abs(row["difference"]) >= margin and row["low"] * row["high"] > 0
     return is_clear and (row["of"] != "class" or (row["p"] is not None and row["p"] < 0.05))
+
+
+def reading(scores: dict[str, float], has_llm: bool) -> SiteReading:
+    """A model A of these scores."""
+    model = SimpleNamespace(key="A", has_llm=has_llm, depth=len(scores) - (2 if has_llm else 1))
+    rows = [
+        SimpleNamespace(site=site, value=value, value_text=f"{100 * value:.1f}")
+        for site, value in scores.items()
+    ]
+    own = {site: site for site in scores}
+    return SiteReading(
+        model=model,
+        mask="causal",
+        data="toy",
+        task="segmentation",
+        seed=0,
+        rows=rows,
+        draws={"layer_01": [0.1]},
+        own=own,
+        pictures={},
+        images=20,
+        resize="squash",
+    )
 
 
 def miou(run, weights=None) -> np.ndarray:

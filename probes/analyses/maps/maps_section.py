@@ -7,10 +7,12 @@ from probes.analyses.analysis import Section
 from probes.analyses.charts import Figure, PictureRow
 from probes.data.image_dataset import palette_of
 from probes.models.sites import ADAPTER, ENCODER
+from probes.ops.geometry import IGNORE_INDEX
 from probes.runs.files import read_tensors
 from probes.runs.formatting import file_name
 from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns
+from probes.tasks import SEGMENTATION
 from probes.tasks.segmentation import colorize_classes
 
 
@@ -33,7 +35,7 @@ def section(study: StudyRuns) -> Section:
             title,
             "Look for the layer from which on objects are found, and for confusions that appear and disappear over the "
             "layers (Figs. 4 and 13).",
-            columns=["image", "target", *(site.replace("_", " ") for site in sites)],
+            columns=["photo", "truth", *sites],
             pictures=site_rows(run, sites, palette),
         )
         figures.append(shown)
@@ -72,9 +74,17 @@ def site_rows(
         target = torch.from_numpy(sample["target"])[None]
         shown = [run.task.truth(target)[0].numpy()]
         shown += [predicted[index["sites"].index(site)] for site in sites]
-        coloured = run.task.colorize(np.stack(shown), palette)
-        rows.append(PictureRow(image["name"], [np.asarray(sample["image"]), *coloured]))
+        truth, *coloured = run.task.colorize(np.stack(shown), palette)
+        if run.task.name == SEGMENTATION:
+            truth = without_ignored(truth, sample["target"])
+        rows.append(PictureRow(image["name"], [np.asarray(sample["image"]), truth, *coloured]))
     return rows
+
+
+def without_ignored(picture: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return a picture uint8[H, W, 3] of targets as uint8[H, W, 4], transparent where no class is labelled."""
+    opacity = np.where(target == IGNORE_INDEX, 0, 255).astype(np.uint8)
+    return np.dstack([picture, opacity])
 
 
 def shown_sites(run: ProbeRun) -> list[str]:
@@ -110,7 +120,7 @@ def _evenly(layers: int, count: int) -> list[int]:
 def knockout_columns(run: ProbeRun, name: str) -> list[str]:
     """Return the titles of the pictures of :func:`knockout_rows`."""
     layers = [f"layer {layer}" if layer else "adapter" for layer in shown_layers(run, name)]
-    return ["image, label", *layers]
+    return ["photo, truth", *layers]
 
 
 def knockout_rows(run: ProbeRun, name: str, palette: np.ndarray) -> list[PictureRow]:
@@ -120,7 +130,8 @@ def knockout_rows(run: ProbeRun, name: str, palette: np.ndarray) -> list[Picture
     (case,) = [case for case in index["knockout"] if case["class"] == name]
     sample = run.dataset()[case["image"]]
     predicted = maps[f"knockout/{name}"].numpy()
-    first = [np.asarray(sample["image"]), colorize_classes(sample["target"], palette), None]
+    truth = colorize_classes(sample["target"], palette)
+    first = [np.asarray(sample["image"]), without_ignored(truth, sample["target"]), None]
     titles = ["no blocking", f"{name} blocked", f"{case['correct_class']} blocked"]
     layers = shown_layers(run, name)
     rows = []

@@ -56,8 +56,9 @@ def test_a_map_shows_what_is_wrong_in_full_colour():
     assert right_share(read, truth) == "67%"
     content = base64.b64decode(map_uri(read, palette, truth).partition(",")[2])
     pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA"))
-    assert pixels[..., 3].tolist() == [[56, 255], [0, 56]]
+    assert pixels[..., 3].tolist() == [[255, 255], [0, 255]]
     assert pixels[0, 1, :3].tolist() == [10, 20, 30]
+    assert pixels[0, 0, :3].tolist() == [194, 196, 199]
 
 
 def test_a_legend_has_every_class_that_a_picture_of_the_photo_shows():
@@ -71,7 +72,6 @@ def test_a_legend_has_every_class_that_a_picture_of_the_photo_shows():
     }
     names = {"adapter": "adapter", "layer_01": "layer_01"}
     lead = SimpleNamespace(pictures=pictures, own=names, model=SimpleNamespace(key="A"))
-    assert classes_drawn([], lead=lead, photo="easy", sites=["adapter"]) == [1, 7]
-    assert classes_drawn(
-        [], lead=lead, photo="easy", sites=["adapter", "layer_01", "layer_02"]
-    ) == [7, 1, 0, 3]
+    assert classes_drawn([lead], lead=lead, photo="easy", sites=[["adapter"]]) == [1, 7]
+    sites = ["adapter", "layer_01", "layer_02"]
+    assert classes_drawn([lead], lead=lead, photo="easy", sites=[sites]) == [7, 1, 0, 3]

@@ -1,29 +1,35 @@
 """Comparisons of models on the same photos: pairs, intervals, classes, and names."""
 
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import probe_runs
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from probe_runs import CLASSES_TASK
 from report_parts import CURVE, differs, miou, studies_of
 from safetensors.torch import load_file, save_file
 
-from probes.report.compare import (
-    FEWEST_PHOTOS,
-    LEFT_OUT,
-    compare_runs,
+from probes.report.best_layers import (
+    BEST_LAYER,
+    BestDifference,
+    correct_for_pairs,
+    detectable_difference,
     difference_of_best,
-    difference_rows,
-    pair_sites,
+    widening_for,
 )
+from probes.report.compare import FEWEST_PHOTOS, LEFT_OUT, compare_runs, difference_rows, pair_sites
 from probes.runs.read import ProbeRun
 from probes.runs.study import read_studies
 from probes.score.estimate import Estimate
 
 WORSE = [x - 0.1 for x in CURVE]
 MASKS = ("causal", "bidirectional")
+MANY = 10**6  # photos
 
 
 def compared(*words: str) -> list[dict]:
@@ -63,15 +69,17 @@ def test_models_of_one_folder_in_the_report_are_refused(write):
         studies_of(runs)
 
 
-def test_each_model_is_compared_with_the_first_of_its_data(write):
+def test_each_model_is_compared_with_the_first_and_best_layers_with_all(write):
     runs = []
     for name, quality in (("a", CURVE), ("b", WORSE), ("c", CURVE)):
         for i, data in enumerate(("street", "room")):
             run = write(f"{name}_{data}", quality, number=i, dataset=data)
             runs.append(f"{name}={run}")
-    found = [(row["first"], row["second"], row["data"]) for row in compared(*runs)]
-    expected = {(x, y, data) for x, y in ("AB", "AC") for data in ("street", "room")}
-    assert {*found} == expected
+    rows = compared(*runs)
+    full = {(row["first"], row["second"], row["data"]) for row in rows if row["of"] == "site"}
+    best = {(row["first"], row["second"], row["data"]) for row in rows if row["of"] == BEST_LAYER}
+    assert full == {(x, y, data) for x, y in ("AB", "AC") for data in ("street", "room")}
+    assert best == full | {("B", "C", "street"), ("B", "C", "room")}
 
 
 def test_a_model_of_a_study_is_not_compared_with_itself(write, tmp_path):
@@ -125,10 +133,11 @@ def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
             observed = torch.tensor(true) + noise(12)
             drawn = observed + noise(300, 12)
             models.append([Estimate(x.item(), y) for x, y in zip(observed, drawn.T, strict=True)])
-        row = difference_of_best(1, *models)
-        covered += row["low"] <= 0 <= row["high"]
+        difference = difference_of_best(1, *models, units=MANY)
+        low, high = difference.interval
+        covered += low <= 0 <= high
         best = [max(scores, key=lambda score: score.value) for scores in models]
-        assert row["difference"] == pytest.approx(best[1].value - best[0].value)
+        assert difference.value == pytest.approx(best[1].value - best[0].value)
         low, high = (best[1] - best[0]).ci95
         covered_by_best_here += low <= 0 <= high
     assert covered >= 190
@@ -151,8 +160,136 @@ def test_the_interval_of_best_layers_is_that_of_all_pairs_together(sign):
         [Estimate(sign * scores[m, i], torch.tensor(sign * drawn[:, m, i])) for i in range(3)]
         for m in (0, 1)
     ]
-    found = difference_of_best(sign, *models)
-    assert sorted(sign * found[end] for end in ("low", "high")) == pytest.approx(expected)
+    difference = difference_of_best(sign, *models, units=MANY)
+    assert sorted(sign * end for end in difference.interval) == pytest.approx(expected)
+
+
+def scores_of(observed: np.ndarray, drawn: np.ndarray) -> list[Estimate]:
+    """Estimates of observed scores f[S] and their values under resampling f[R, S]."""
+    return [Estimate(value, torch.tensor(x)) for value, x in zip(observed, drawn.T, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    units=st.sampled_from([20, MANY]),
+    seed=st.integers(0, 10**6),
+    shift=st.floats(-0.1, 0.1),
+    sign=st.sampled_from([1, -1]),
+)
+def test_the_p_value_is_one_minus_the_level_of_the_widest_band_without_zero(
+    units, seed, shift, sign
+):
+    """Found by bisection over the half width of the bands, in standard deviations."""
+    rng = np.random.default_rng(seed)
+    observed = rng.normal(0.5, 0.03, (2, 3))
+    drawn = observed + rng.normal(0, 0.02, (200, 2, 3))
+    observed[1] += shift
+    drawn[:, 1] += shift
+    units = 20
+    difference = difference_of_best(
+        sign, *(scores_of(sign * observed[m], sign * drawn[:, m]) for m in (0, 1)), units=units
+    )
+    widening = widening_for(units)
+    pairs = observed[1][:, None] - observed[0]
+    resampled = drawn[:, 1, :, None] - drawn[:, 0, None]
+    sd = resampled.std(0, ddof=1)
+    largest = (abs(resampled - resampled.mean(0)) / sd).max((1, 2))
+
+    def excludes_zero(factor: float) -> bool:
+        low, high = ((pairs + side * factor * sd).min(1).max() for side in (-1, 1))
+        return low > 0 or high < 0
+
+    narrow, wide = 0.0, 100.0
+    for _ in range(60):
+        middle = (narrow + wide) / 2
+        narrow, wide = (middle, wide) if excludes_zero(middle) else (narrow, middle)
+    assert difference.p == pytest.approx(
+        (1 + (widening * largest >= narrow).sum()) / 201, abs=1.01 / 201
+    )
+    low, high = difference.interval
+    assert (low > 0 or high < 0) == excludes_zero(np.quantile(largest, 0.95))
+
+
+def test_few_photos_widen_as_student_does():
+    """The quantile of 19 degrees of freedom is 2.093; a bootstrap's variance lacks a twentieth."""
+    assert widening_for(20) == pytest.approx(2.093 / 1.96 * (20 / 19) ** 0.5, rel=1e-3)
+    assert widening_for(MANY) == pytest.approx(1, rel=1e-4)
+
+
+def test_equal_runs_differ_by_nothing():
+    scores = np.full(3, 0.5)
+    drawn = np.random.default_rng(0).normal(0.5, 0.02, (200, 3))
+    difference = difference_of_best(1, *[scores_of(scores, drawn)] * 2, units=20)
+    low, high = difference.interval
+    assert difference.p == 1 and low <= 0 <= high
+
+
+@pytest.mark.parametrize(
+    ("interval", "narrow", "p", "units", "finding"),
+    [
+        ((0.02, 0.06), (0.025, 0.055), 0.001, 20, "better"),
+        ((-0.06, -0.02), (-0.055, -0.025), 0.001, 20, "worse"),
+        ((-0.06, -0.02), (-0.055, -0.025), 0.001, 9, "undecided"),
+        ((-0.011, 0.007), (-0.009, 0.005), 0.4, 20, "no effect"),
+        ((0.001, 0.009), (0.002, 0.008), 0.01, 20, "negligible"),
+        ((-0.01, 0.012), (-0.008, 0.0101), 0.4, 20, "undecided"),
+        (
+            (0.001, 0.018),
+            (0.002, 0.017),
+            0.01,
+            20,
+            "undecided",
+        ),  # less than a point, and can be more
+    ],
+)
+def test_what_intervals_say_of_two_runs(interval, narrow, p, units, finding):
+    value = sum(interval) / 2
+    difference = BestDifference(
+        first_value=0.5,
+        second_value=0.5 + value,
+        interval=interval,
+        equivalence_interval=narrow,
+        p=p,
+        half_width=0.02,
+    )
+    assert difference.finding(CLASSES_TASK, units) == finding
+
+
+def test_the_detectable_difference_is_found_in_four_of_five_studies():
+    """Of an estimate whose band of all layers is 2.6 standard deviations wide."""
+    sd = 0.02
+    difference = detectable_difference(2.6 * sd, margin=0.01)
+    observed = np.random.default_rng(0).normal(difference, sd, 4000)
+    assert (observed > 2.6 * sd).mean() == pytest.approx(0.8, abs=0.02)
+    assert detectable_difference(0.0001, margin=0.01) == pytest.approx(0.01, abs=1e-4)
+
+
+def test_findings_are_corrected_for_the_pairs_of_the_same_photos():
+    """Of claims and of other data they are not."""
+    rows = []
+    for data, p in (("a", 0.01), ("a", 0.03), ("a", 0.04), ("b", 0.04)):
+        about = {"of": BEST_LAYER, "task": "segmentation", "data": data, "seed": None}
+        rows.append(about | {"p": p, "finding": "better"})
+    correct_for_pairs([*rows, {"of": "site", "p": 0.0}])
+    assert [row["p_holm"] for row in rows] == pytest.approx([0.03, 0.06, 0.06, 0.04])
+    assert [row["finding"] for row in rows] == ["better", "undecided", "undecided", "better"]
+
+
+@pytest.mark.parametrize("masks", [("causal", "bidirectional"), ("causal", "prefix", "rows")])
+def test_masks_of_a_model_are_compared_by_name(write, masks):
+    """Any number of them: each with the first, and the best layers of all."""
+    runs = [write(mask, CURVE, number=i, mask=mask) for i, mask in enumerate(masks)]
+    rows = compared(*runs)
+    full = {(row["first"], row["second"]) for row in rows if row["of"] == "site"}
+    best = {(row["first"], row["second"]) for row in rows if row["of"] == BEST_LAYER}
+    assert full == {(masks[0], other) for other in masks[1:]}
+    assert best == {*combinations(masks, 2)}
+
+
+def test_models_without_a_mask_in_common_are_compared_at_their_best_layers(write):
+    runs = [f"{mask}={write(mask, CURVE, mask=mask)}" for mask in MASKS]
+    (row,) = compared(*runs)
+    assert (row["of"], row["mask"]) == (BEST_LAYER, "causal, bidirectional")
 
 
 def test_paired_differences_and_intervals_equal_numpy(write):

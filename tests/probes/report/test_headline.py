@@ -1,49 +1,26 @@
 """The first sentences of a report, from the best site and the findings about it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
+from report_parts import reading
 
-from probes.report.compare import BEST_LAYER
-from probes.report.hero import headline, plain_text
-from probes.report.readings import SiteReading
+from probes.report.hero import about_one, plain_text
+from probes.report.readings import Name
 
 MLLM = {"encoder": 0.5, "adapter": 0.31, "layer_01": 0.4, "layer_02": 0.444}
 ENCODER = {"layer_00": 0.14, "layer_01": 0.4, "layer_02": 0.62, "layer_03": 0.6}
-NONE = pd.DataFrame(columns=["of", "low", "high", "difference", "site", "first", "second"])
 HOLDS, FAILS = "holds", "does not hold"
-
-
-def reading(scores: dict[str, float], has_llm: bool) -> SiteReading:
-    """A model A of these scores."""
-    model = SimpleNamespace(key="A", has_llm=has_llm, depth=len(scores) - (2 if has_llm else 1))
-    rows = [
-        SimpleNamespace(site=site, value=value, value_text=f"{100 * value:.1f}")
-        for site, value in scores.items()
-    ]
-    own = {site: site for site in scores}
-    return SiteReading(
-        model=model,
-        mask="causal",
-        data="toy",
-        task="segmentation",
-        seed=0,
-        rows=rows,
-        draws={},
-        own=own,
-        pictures={},
-    )
 
 
 def claim(finding: str, value: float, optimum: str, random: float = 0.008) -> SimpleNamespace:
     return SimpleNamespace(finding=finding, value=value, optimum_verdict=optimum, random=random)
 
 
-def said(scores: dict[str, float], claims: dict, differences: pd.DataFrame = NONE) -> str:
-    sentences = headline(reading(scores, "adapter" in scores), claims, differences)
-    labels = {"A": "tiny"} | ({"D": "shuffled"} if len(differences) else {})
-    return plain_text(sentences, labels)
+def said(scores: dict[str, float], claims: dict) -> str:
+    lead = reading(scores, "adapter" in scores)
+    return plain_text(about_one(lead, claims), {"A:causal": Name("", "tiny")})
 
 
 @pytest.mark.parametrize(
@@ -94,9 +71,16 @@ def test_the_best_site_and_what_is_shown_of_it(scores, claims, text):
     assert said(scores, claims) == text
 
 
-def test_the_first_model_that_differs_is_named():
-    row = [BEST_LAYER, -0.16, -0.09, -0.127, "encoder", "A", "D"]
-    text = said(MLLM, {}, pd.DataFrame([row], columns=NONE.columns))
+def test_without_random_models_nothing_is_said_of_training():
+    lead = replace(reading(ENCODER, has_llm=False), draws={})
+    text = plain_text(about_one(lead, {}), {"A:causal": Name("A", "tiny")})
     assert text == (
-        "A tiny segments best at its encoder: 50.0% mIoU. D shuffled reads 12.7 points less."
+        "A tiny segments best at layer 2: 62.0% mIoU. No random models were solved: whether training put it there is "
+        "not known."
     )
+
+
+def test_nothing_is_said_of_the_last_layer_where_it_is_the_best():
+    scores = ENCODER | {"layer_03": 0.7}
+    text = said(scores, {"over_last": claim(FAILS, 0.0, FAILS)})
+    assert text == "tiny segments best at its last layer: 70.0% mIoU."

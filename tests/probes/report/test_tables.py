@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import sys
 from itertools import product
 from pathlib import Path
@@ -41,11 +40,11 @@ def test_the_summary_has_at_most_20_lines_of_80_columns(write, tmp_path, capsys)
     main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
     lines = json.loads((tmp_path / "report/results.json").read_text())["summary"]
     assert len(lines) <= 20 and max(map(len, lines)) <= 80
-    assert "segments best at" in lines[0]
+    assert "reads best" in lines[0]
     assert any("more models and masks" in line for line in lines)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[: len(lines) - 1] == lines[:-1]
-    assert printed[-1].endswith("report/index.html")
+    assert printed[: len(lines)] == lines
+    assert printed[-2].endswith("report/index.html") and "probes lab" in printed[-1]
 
 
 def test_the_summary_says_untested_where_the_page_does(write, draws, tmp_path):
@@ -57,7 +56,7 @@ def test_the_summary_says_untested_where_the_page_does(write, draws, tmp_path):
     claims = {claim["claim"]: claim for claim in results["claims"]}
     beyond = claims["recovery"]["verdicts"]["beyond_random"]
     assert beyond["verdict"] == "untested" and beyond["value"] is not None
-    (line,) = (line for line in results["summary"] if re.search("does not hold +recovery", line))
+    (line,) = (line for line in results["summary"] if line.startswith("○ Recovered in the LLM"))
     assert line.endswith(" untested")
 
 
@@ -93,4 +92,4 @@ def test_signs_are_those_that_the_terminal_can_show(encoding, no_colour, printed
     monkeypatch.setenv("NO_COLOR", no_colour)
     print_summary(["● supported ■", "○ none −1.0", "40 photos."], Path("index.html"))
     stream.flush()
-    assert raw.getvalue().decode(encoding) == f"{printed}40 photos. index.html\n"
+    assert raw.getvalue().decode(encoding) == f"{printed}40 photos.\nNext:  open index.html\n"

@@ -49,5 +49,5 @@ def ran(monkeypatch) -> Ran:
     ran = Ran()
     monkeypatch.setattr(run, "_run_step", ran.run_step)
     monkeypatch.setattr(run, "write_table", lambda out, labels: (out / "table.csv").touch())
-    monkeypatch.setattr(run, "print_summary", lambda *_: None)
+    monkeypatch.setattr(run, "print_summary", lambda *_, **__: None)
     return ran

@@ -1,5 +1,6 @@
 """The effect that `probes study --dry-run` says can be detected."""
 
+import re
 from itertools import product
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from probes.report.verdicts import judge_draws
 from probes.score.estimate import Estimate
-from probes.studies.estimate import OF_AN_IMAGE, OF_DRAWS, detectable_effect
+from probes.studies.estimate import OF_AN_IMAGE, OF_DRAWS, describe_comparison, detectable_effect
 
 STUDIES = 1000
 
@@ -41,3 +42,8 @@ def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):
         successes += verdicts == ["holds"] * len(draws)
     assert 0.76 <= successes / STUDIES <= 0.84
     assert detectable_effect(images, [draws[0], 1], masks) is None
+
+
+def test_four_times_the_photos_show_half_the_difference_of_two_models():
+    few, many = (float(re.search(r"([\d.]+) points", describe_comparison(n))[1]) for n in (20, 80))
+    assert few == pytest.approx(2 * many, abs=0.11) and few > 4

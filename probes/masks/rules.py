@@ -1,0 +1,134 @@
+"""From what a source says of a photo to classes: which are kept, what is on top, what counts nowhere."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from llava_bidir.common.errors import UsageError, UserError, did_you_mean
+from probes.config import MasksOptions
+
+from .source import IGNORED, MOST_ID, UNLABELLED, Region
+
+
+class Composed(NamedTuple):
+    """Classes of a photo.
+
+    Args:
+        classes: i32[H, W], numbers of classes, or IGNORED.
+        unlabelled: Pixels that no annotation has.
+        overlapping: Pixels that regions of two classes claim.
+    """
+
+    classes: ndarray
+    unlabelled: int
+    overlapping: int
+
+
+@dataclass(frozen=True)
+class MaskRules:
+    """How annotations become classes.
+
+    Args:
+        names: Names of the classes.
+        class_of: Number of the class of each name in a source; other names are dropped.
+        unlabelled: Number of the class of pixels without an annotation, or IGNORED.
+        overlap: What two regions share: of the smaller one (of equal ones the later), of the later one, or ignored.
+        crowd: Whether a crowd is ignored, or of its class.
+    """
+
+    names: list[str]
+    class_of: dict[str, int]
+    unlabelled: int
+    overlap: str
+    crowd: str
+
+    @classmethod
+    def of(cls, options: MasksOptions, names: Sequence[str]) -> "MaskRules":
+        """Return the rules of a command about classes with these names.
+
+        Raises:
+            UsageError: A class that is to be kept is none.
+        UserError: There are fewer than two.
+        """
+        renamed = _kept_classes(words_of_classes(options), names)
+        kept = list(dict.fromkeys(renamed.values()))
+        unlabelled = IGNORED
+        if options.unlabelled not in (None, "ignore"):
+            if options.unlabelled not in kept:
+                kept.insert(0, options.unlabelled)
+            unlabelled = kept.index(options.unlabelled)
+        if len(kept) < 2:
+            raise UserError(
+                f"a probe tells classes apart, and there is only {kept}; --unlabelled background makes one of the "
+                "pixels that no annotation has"
+            )
+        class_of = {name: kept.index(new) for name, new in renamed.items()}
+        return cls(kept, class_of, unlabelled, overlap=options.overlap, crowd=options.crowd)
+
+    def compose(
+        self, annotation: ndarray | list[Region], size: tuple[int, int], names: dict[int, str]
+    ) -> Composed:
+        """Return the classes of a photo.
+
+        Args:
+            annotation: Ids i32[H, W], or regions.
+            size: Width and height of the photo.
+            names: Names of the source's ids.
+        """
+        number_of = np.full(
+            MOST_ID + 3, UNLABELLED, np.int32
+        )  # by id; UNLABELLED, IGNORED: its end
+        number_of[IGNORED] = IGNORED
+        for number, name in names.items():
+            number_of[number] = self.class_of.get(name, UNLABELLED)
+        overlapping = np.zeros(size[::-1], bool)
+        if isinstance(annotation, list):
+            classes = self._stack(annotation, number_of, overlapping)
+        else:
+            classes = number_of[annotation]
+        is_unlabelled = classes == UNLABELLED
+        classes[is_unlabelled] = self.unlabelled
+        return Composed(classes, int(is_unlabelled.sum()), int(overlapping.sum()))
+
+    def _stack(self, regions: list[Region], number_of: ndarray, overlapping: ndarray) -> ndarray:
+        """Return the classes of regions, i32[H, W], and mark the pixels that two classes claim."""
+        classes = np.full(overlapping.shape, UNLABELLED, np.int32)
+        if self.overlap == "smaller":  # by pixels: JSON's area can be that of another mask
+            regions = sorted(regions, key=lambda region: -int(region.mask.sum()))
+        for region in regions:
+            number = number_of[region.category]
+            if number == UNLABELLED:  # dropped
+                continue
+            if region.is_crowd and self.crowd == "ignore":
+                number = IGNORED
+            below = classes[region.mask]
+            if number >= 0:
+                overlapping[region.mask] |= (below >= 0) & (below != number)
+            classes[region.mask] = number
+        if self.overlap == "ignore":
+            classes[overlapping] = IGNORED
+        return classes
+
+
+def words_of_classes(options: MasksOptions) -> list[str]:
+    """Return the classes that --classes chooses: NAME or NEW=NAME; [] for all."""
+    return [word for word in options.classes if not word.endswith(".json")]
+
+
+def _kept_classes(chosen: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Return the new name of each class that is kept, by its name: of NAME itself, of NEW=NAME NEW."""
+    if not chosen:
+        return {name: name for name in names}
+    parts = []
+    for word in chosen:  # names of ADE20K have commas
+        parts += [word] if word in names else word.split(",")
+    kept = {}
+    for part in parts:
+        new, _, name = part.rpartition("=")
+        if name not in names:
+            raise UsageError(f"--classes: there is no class {name!r}{did_you_mean(name, names)}")
+        kept[name] = new or name
+    return kept

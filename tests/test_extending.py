@@ -81,7 +81,7 @@ def test_camvid_has_11_classes_and_ignores_the_twelfth_label(own, tmp_path):
     own("dataset")
 
     def opened(split, **options):
-        return open_dataset("camvid", str(tmp_path), split, options)
+        return open_dataset("camvid", root=str(tmp_path), split=split, options=options)
 
     data = opened("validation")
     assert (len(opened("training")), len(data)) == (3, 1)

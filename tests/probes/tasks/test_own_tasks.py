@@ -41,6 +41,11 @@ def own_task():
         yield lambda file: take_imports(["--import", str(file)])
 
 
+def words_of(command: str, checkpoints: dict, root: Path, out: Path, task: str) -> list[str]:
+    places = COMMANDS[command](checkpoints["causal"], root=root, out=out)
+    return [*places, "--data.task", task, "--save_predictions", "true"]
+
+
 def labels_of(run: ProbeRun) -> dict[str, np.ndarray]:
     """Return the masks of the validation images by name."""
     folder = Path(run.manifest["data"]["root"]) / "annotations/validation"
@@ -56,8 +61,7 @@ def test_a_regression_is_scored_as_numpy_scores_its_predictions(
     command, own_task, checkpoints, segmentation, tmp_path
 ):
     own_task(FILE)
-    more = "--data.task distance --save_predictions true".split()
-    main(COMMANDS[command](checkpoints["causal"], segmentation, tmp_path, *more))
+    main(words_of(command, checkpoints, root=segmentation, out=tmp_path, task="distance"))
     run = ProbeRun(tmp_path)
     for site in run.metrics["sites"]:
         errors = []
@@ -77,8 +81,7 @@ def test_classes_of_ones_own_are_solved_and_trained_by_the_loss(
     file = tmp_path / "own_things.py"
     file.write_text(THINGS)
     own_task(file)
-    more = "--data.task things --save_predictions true".split()
-    main(COMMANDS[command](checkpoints["causal"], segmentation, tmp_path / "run", *more))
+    main(words_of(command, checkpoints, root=segmentation, out=tmp_path / "run", task="things"))
     run = ProbeRun(tmp_path / "run")
     for site in run.metrics["sites"]:
         right = labelled = 0

@@ -113,7 +113,7 @@ UV ?= uv
 COMPILE = $(UV) pip compile -q --universal --generate-hashes --no-annotate --no-emit-package torch \
   --custom-compile-command 'make lock'
 # without timm, which needs torchvision: of another build than torch it breaks transformers
-LOCKED_EXTRAS := browser cluster figures lab real test
+LOCKED_EXTRAS := browser cluster coco figures lab real test
 lock: ## writes both lock files from pyproject.toml, keeping versions that still fit (needs uv)
 	$(COMPILE) $(LOCKED_EXTRAS:%=--extra %) pyproject.toml -o requirements.lock
 	$(COMPILE) --no-deps $(VQA_PINS) -o $(VQA_LOCK)

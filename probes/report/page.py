@@ -102,6 +102,8 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
         main_runs = main_runs_of(studies, tables)
         view = read_view(tables, main_runs)
         sentences = hero.headline(view)
+        if any(study.has_other_heads for study in studies):  # they are all trained
+            sentences = [text.replace("were solved", "have trained probes") for text in sentences]
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
         names = sorted(path.relative_to(out).as_posix() for path in files)

@@ -64,6 +64,8 @@ class StudyRuns:
         UserError: Two runs are the same arm, or none is of the trained model.
     """
 
+    has_other_heads = False  # trained beside its linear probes, in other studies
+
     def __init__(self, name: str, dataset: str, seed: int | None, members: list[ProbeRun]):
         self.name = name
         self.dataset = dataset
@@ -239,6 +241,10 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
         if _has_trained_run(of_study)
     ]
     studies.sort(key=lambda study: study.task.name != SEGMENTATION)
+    for study in studies:
+        if end := head_suffix(study.first):
+            for linear in studies:
+                linear.has_other_heads |= linear.name == study.name.removesuffix(end)
     for (_, slug), count in Counter((study.task.name, study.slug) for study in studies).items():
         if count > 1:
             raise UserError(
@@ -332,8 +338,12 @@ def given_labels(folder: Path) -> tuple[str, ...]:
 
 
 def runs_to_compare(*studies: StudyRuns) -> list[dict[str, ProbeRun]]:
-    """Return the trained model's runs of each study by mask: solved ones if all masks of all studies have them."""
-    if all(study.solved.keys() == study.main_runs.keys() for study in studies):
+    """Return the trained model's runs of each study by mask: solved ones if all masks of all studies have them.
+
+    A model that is compared with one of another head, which is not solved, has trained ones.
+    """
+    are_solved = all(study.solved.keys() == study.main_runs.keys() for study in studies)
+    if are_solved and not any(study.has_other_heads for study in studies):
         return [study.solved for study in studies]
     return [study.main_runs for study in studies]
 

@@ -43,6 +43,7 @@ def test_the_report_compares_heads_as_it_does_models(segmentation, tmp_path, cap
         metrics = json.loads((run / "metrics.json").read_text())
         metrics["probe"]["head"] = "mlp" if name.endswith("mlp") else "linear"
         (run / "metrics.json").write_text(json.dumps(metrics))
+    probe_runs.write_solved(tmp_path / "trained", [0.9] * 6, root=segmentation)  # linear, too
     main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
     linear, mlp = (ProbeRun(tmp_path / name) for name in CURVES)
     models = pd.read_csv(tmp_path / "report/models.csv")
@@ -52,7 +53,11 @@ def test_the_report_compares_heads_as_it_does_models(segmentation, tmp_path, cap
         expected = mlp.site_scores[row.site] - linear.site_scores[row.site]
         assert row.difference == pytest.approx(expected.value) and row.difference > 0
     assert [*differences["site"]] == linear.sites
+    best = max(site["miou"] for site in mlp.metrics["sites"][2:5])
+    said = json.loads((tmp_path / "report/results.json").read_text())["summary"]
+    assert f"mlp reads best: {100 * best:.1f}%" in said[0], "not the solved probes' 90"
+    assert "random models have trained probes" in " ".join(said)
     page = (tmp_path / "report/index.html").read_text()
     assert "Only linear probes are solved: another head is trained" in page
     table = Study(tmp_path).table()
-    assert {*table["probes"]} == {"trained", "trained, mlp"}
+    assert {*table["probes"]} == {"solved", "trained", "trained, mlp"}

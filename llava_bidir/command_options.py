@@ -23,12 +23,14 @@ class ExportOptions:
         source: Folder of a run, whose newest complete checkpoint is exported, or one of its RUN/checkpoints/*.ckpt.
         out: Directory to write; replaces an earlier export.
         as_llava: Write a model of type llava for serving software; requires a causal model.
+        trust: Run the code of the run's own mask, RUN/hf/attention.py; read it first.
         dtype: Dtype of the weights; auto: those of training, to which LoRA's updates are rounded.
     """
 
     source: Path = positional()
     out: Path = positional()
     as_llava: bool = False
+    trust: bool = False
     dtype: Literal["auto", "float32"] = "auto"
 
 
@@ -41,12 +43,27 @@ class GenerateOptions:
         words: Photos, then questions about each of them; a single answer is streamed.
         max_new_tokens: Maximum number of tokens per answer.
         dtype: Dtype of the model; auto: the checkpoint's.
+        trust: Run the code of a mask of the model's own, its attention.py; read it first.
     """
 
     model: str = positional()
     words: tuple[str, ...] = positional()
     max_new_tokens: Count = 256
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    trust: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """Options of `llava-bidir status`.
+
+    Args:
+        runs: Folder of the runs, with MODEL/stage1, MODEL/stage2, MODEL/vqa, studies and logs.
+        json: Print the rows as JSON.
+    """
+
+    runs: Path = positional()
+    json: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +102,7 @@ class VQATableOptions:
     out: Path
 
 
-LIGHTNING = "llava_bidir.training.cli:main"
+LIGHTNING = "llava_bidir.training.command:main"
 COMMANDS = {
     "Train LLaVA-1.5": {
         "verify-data": Command(
@@ -97,6 +114,11 @@ COMMANDS = {
         ),
         "validate": Command(LIGHTNING, "loss and answers of a checkpoint; options as for fit"),
         "test": Command(LIGHTNING, "the same"),
+        "status": Command(
+            "llava_bidir.commands.status:run",
+            "list how far the stages, studies and benchmarks in a folder are, and which jobs failed or died",
+            StatusOptions,
+        ),
     },
     "Use a trained model": {
         "export": Command(

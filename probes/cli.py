@@ -7,6 +7,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses import MEASURED
 from probes.config import (
     AssetsOptions,
+    AttentionOptions,
     DemoOptions,
     LabOptions,
     MaskOptions,
@@ -75,6 +76,11 @@ COMMANDS = {
             "probes.analyses.extract:print_mask",
             "measure which tokens attend to which in each layer; status 1 where config and family claim otherwise",
             MaskOptions,
+        ),
+        "attention": Command(
+            "probes.analyses.attention_pictures:run",
+            "draw what a patch of a photo attends to, layer by layer",
+            AttentionOptions,
         ),
         "states": Command(
             "probes.analyses.extract:write_states",

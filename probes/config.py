@@ -68,6 +68,7 @@ class ModelOptions:
         dtype: Dtype of the model, auto as stored in the checkpoint. A CPU that multiplies in bfloat16 takes 0.6 of the
             time in it, and mIoU can move by 0.1 points (probes/models/encoders.md). Probes are always float32.
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
+        trust: Run the code of a mask of the checkpoint's own, its attention.py; read it first.
         sites: Sites to probe; None for all outputs of layers but those of the encoder's own layers in an MLLM
             (encoder_00 ...), which are probed by name, or by all. Values, attention and MLP inside the layers
             (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts.
@@ -89,6 +90,7 @@ class ModelOptions:
     image_resize: str = "squash"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     prefix: str | None = None
+    trust: bool = False
     sites: list[str] | Literal["all", "all_parts"] | None = None
     head: str = "linear"
     feature_norm: Literal["none", "batchnorm", "layernorm"] = "none"
@@ -108,6 +110,10 @@ class DataOptions:
         task: Kind of targets, see probes/README.md: segmentation, depth, normals or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None for the name of the folder.
+        validation: Share of the photos that are validation, of a folder without splits (NAME.jpg beside NAME.png, or
+            images/ and masks/); drawn by the seed, and nothing is moved.
+        groups: Regular expression: photos in whose names it finds the same text stay in one split, e.g. '^.*_' for
+            frames CLIP_0001.
         batch_size: Images per batch over all devices; 64 in the paper.
         cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
         num_workers: Processes per device that open images, at most one per core.
@@ -118,6 +124,8 @@ class DataOptions:
     task: str = "segmentation"
     options: Values | None = None
     name: str | None = None
+    validation: ShareBelow1 | None = None
+    groups: str | None = None
     batch_size: Count = 64
     cache_features: bool = False
     num_workers: Index = 4
@@ -182,6 +190,7 @@ class SolveOptions(RunConfig):
     """
 
     dry_run: bool = False
+    first_words = ("model.mllm", "data.root")
     in_configs_only = OF_FIT
 
 
@@ -289,11 +298,14 @@ class ReportOptions:
         out: Folder for index.html, results.json, *.csv, *.pdf and *.png.
         labels: Labels of a study's models, in the order in which they are compared (default: those that the study was
             given).
+        table1: Files table1.json of `llava-bidir vqa` or `vqa-table`; summary.md and summary.tex then have these
+            benchmarks of the models, too.
     """
 
     studies: tuple[str, ...] = positional()
     out: Path
     labels: tuple[str, ...] = ()
+    table1: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,10 +316,12 @@ class SitesOptions:
         mllm: Checkpoint directory or hub id, whose weights are not loaded; or timm:NAME or FILE.py:FUNCTION, which is
             built.
         image_px: Side of the square input of a bare encoder, a multiple of its patch (default: as published).
+        trust: Run the code of a mask of the checkpoint's own, its attention.py; read it first.
     """
 
     mllm: str = positional()
     image_px: Count | None = None
+    trust: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,10 +331,41 @@ class MaskOptions:
     Args:
         mllm: Checkpoint directory or hub id; loaded in float32. Of an image of more than 256 tokens, 256 are measured.
         image_attention: Image attention that `probes` applies, instead of the model's own forward.
+        png: A .png file for a picture of the measured mask.
+        overwrite: Replace the file if there is one.
+        trust: Run the code of a mask of the checkpoint's own, its attention.py; read it first.
     """
 
     mllm: str = positional()
     image_attention: str | None = None
+    png: Path | None = None
+    overwrite: bool = False
+    trust: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Options of `probes attention`.
+
+    Args:
+        mllm: Checkpoint directory or hub id.
+        photo: Image file.
+        out: A .png file.
+        patch: Row and column of the patch that attends, from 0 (default: in the middle).
+        image_attention: Image attention (default: the checkpoint's own).
+        image_px: Side of the square input of a bare encoder, a multiple of its patch (default: as published).
+        overwrite: Replace the file if there is one.
+        trust: Run the code of a mask of the checkpoint's own, its attention.py; read it first.
+    """
+
+    mllm: str = positional()
+    photo: Path = positional()
+    out: Path
+    patch: tuple[Index, Index] | None = None
+    image_attention: str | None = None
+    image_px: Count | None = None
+    overwrite: bool = False
+    trust: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +382,7 @@ class StatesOptions:
         prefix: Text before the image (default: from the chat template).
         image_px: Side of the square input of a bare encoder, a multiple of its patch (default: as published).
         overwrite: Replace the file if there is one.
+        trust: Run the code of a mask of the checkpoint's own, its attention.py; read it first.
     """
 
     mllm: str = positional()
@@ -347,6 +393,7 @@ class StatesOptions:
     prefix: str | None = None
     image_px: Count | None = None
     overwrite: bool = False
+    trust: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,7 +406,7 @@ class SegmentOptions:
         site: Site of the probe (default: the run's best decoder layer).
         out: Folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this
             command has written are replaced.
-        trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
+        trust: Run the code of a run's model, FILE.py:FUNCTION or a mask of its own; read it first.
     """
 
     probes: Path = positional()
@@ -378,7 +425,7 @@ class LabOptions:
         mllm: Checkpoint directory or hub id, timm:NAME or FILE.py:FUNCTION, without probes: words and attention.
         port: Port of the page; 0 for any free one.
         host: Address to listen at, for other machines (default: 127.0.0.1).
-        trust: Run the files of runs whose models are FILE.py:FUNCTION; read them first.
+        trust: Run the code of models, FILE.py:FUNCTION or masks of their own; read it first.
     """
 
     runs: tuple[str, ...] = positional(least=0, default=())
@@ -441,12 +488,14 @@ class DemoOptions:
         scale: Factor for the number of images, conversations and training steps; 1: half an hour, large enough for
             results.
         extras: Also analyses that no claim needs (always from scale 1).
+        masks: Masks to train under, each compared with the first; of the second the other models are made.
     """
 
     out: Path = Path("runs/demo")
     seed: Seed = 0
     scale: Scale = 0.1
     extras: bool = False
+    masks: tuple[str, ...] = ("causal", "bidirectional")
 
 
 @dataclass(frozen=True, kw_only=True)

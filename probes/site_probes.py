@@ -16,20 +16,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
+from llava_bidir.common.imports import HINT
 from llava_bidir.common.processes import rank_zero_info
+from probes.config import ModelOptions
 from probes.data.batches import group_by_size
 from probes.data.probe_data import ProbeData
 from probes.heads import Probe
+from probes.models.attention_masks import check_masks, mask_backend
+from probes.models.families import family_of, own_image_attention
+from probes.models.families.chosen_sites import chosen_sites
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.load import load
 from probes.models.random_weights import MATCH_IMAGES
+from probes.models.read_config import read_config
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 # options with which the model is loaded as they are
 LOADED = ("dtype", "image_px", "image_resize", "prefix", "match", "draw", "seed")
 # options of the frozen model and its sites; the others of `ModelOptions` say how probes are trained
-MODEL_SETTINGS = ("mllm", "num_classes", "image_attention", "untrained", "sites", *LOADED)
+MODEL_SETTINGS = ("mllm", "num_classes", "image_attention", "untrained", "trust", "sites", *LOADED)
 
 
 @dataclass
@@ -67,6 +74,18 @@ class SiteProbes:
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
 
 
+def check_names(model: ModelOptions, task: str) -> None:
+    """Raise a UserError if a run names a task, mask or site that there is not: the model's config alone is read."""
+    if task not in TASKS:
+        raise UserError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}; {HINT}")
+    config = read_config(model.mllm, trust=model.trust)
+    family = family_of(config)
+    chosen_sites(family, config, model.sites or None)
+    if family.has_llm:
+        llm = config.get_text_config()
+        check_masks(model.image_attention or own_image_attention(config), llm, mask_backend(llm))
+
+
 def load_probes(
     settings: Mapping[str, Any], data: ProbeData, device: torch.device, head: str, feature_norm: str
 ) -> SiteProbes:
@@ -90,6 +109,7 @@ def load_probes(
             settings["image_attention"],
             device=device,
             untrained=settings["untrained"] or (),
+            trust=settings["trust"],
             # at equal distances from the first on
             match_images=[images[i * len(images) // count]["image"] for i in range(count)],
             **{name: settings[name] for name in LOADED},

@@ -47,7 +47,7 @@ if [[ -d $LAYOUT ]]; then SEGMENTATION=$LAYOUT; fi
 _common="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"
 _node="--ntasks-per-node=$TASKS_PER_NODE ${GRES:+--gres=$GRES:$TASKS_PER_NODE}"
 TRAINING="$_common --nodes=$NODES $_node --time=$TRAINING_TIME"
-NODE="$_common --nodes=1 --ntasks-per-node=1 --cpus-per-task=$((CPUS_PER_TASK * TASKS_PER_NODE))"
+NODE="$_common --nodes=1 --ntasks-per-node=1 --cpus-per-task=$(expr "$CPUS_PER_TASK" \* "$TASKS_PER_NODE" 2>/dev/null || true)"
 NODE+=" ${GRES:+--gres=$GRES:$TASKS_PER_NODE} --time=$NODE_TIME" # the command starts a process per GPU
 ONE_GPU="$_common --nodes=1 --ntasks-per-node=1 ${GRES:+--gres=$GRES:1} --time=$ONE_GPU_TIME"
 JOB=${SLURM_JOB_ID:-}
@@ -59,3 +59,13 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 fi
 export PYTHONUNBUFFERED=1
+
+fit_words() { # STAGE ENCODER MASK ADAPTER: put the options of `llava-bidir fit` for a stage into the array fit_words
+  local config data
+  case $1 in
+    1) config=$STAGE1 data=(--data.annotations "$CAPTIONS" --data.images "$CAPTION_IMAGES") ;;
+    2) config=$STAGE2 data=(--data.annotations "$INSTRUCTIONS" --data.images "$INSTRUCTION_IMAGES" --model.adapter "$4") ;;
+  esac
+  # shellcheck disable=SC2206
+  fit_words=($config -c "$ENCODER_CONFIGS/$2.yaml" $STRATEGY --model.llm "$LLM" --model.image_attention "$3" "${data[@]}")
+}

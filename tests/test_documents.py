@@ -20,6 +20,7 @@ import probes.cli
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UsageError
 from llava_bidir.common.imports import take_imports, take_option
+from probes.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(
@@ -199,6 +200,14 @@ RESULTS = {  # said on the first page: the page that found it, and its words the
     "13 of 60": ("experiments/toy/toy_results.md", "13 of 60"),
     "−0.3 to +0.9": ("experiments/real/real.md", "/ +0.9 ["),
     "3 to 9 points": ("experiments/real/real_photos.md", "3.9 to 8.8 points"),
+    "60 at encoder layer 8, 50 at the adapter, 47": (
+        "experiments/real/real_photos.md",
+        "60 at encoder layer 8, 50 at the adapter, 47",
+    ),
+    "two or three layers before": ("probes/models/encoders.md", "two or three before the last"),
+    "| 9 minutes |": ("tests/bench/README.md", "a pass of the solver 9 minutes"),
+    "| 2.5 hours |": ("tests/bench/README.md", "20 epochs of ADE20K take 2.5 hours"),
+    "35 sites of a 7B": ("tests/bench/README.md", "35 sites"),
 }
 
 
@@ -207,6 +216,13 @@ def test_results_of_the_first_page_are_those_of_their_pages(said):
     page, found = RESULTS[said]
     assert said in (ROOT / "README.md").read_text(encoding="utf-8")
     assert found in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_first_page_is_read_in_a_minute_and_counts_the_families():
+    text = TEXTS["README.md"]
+    assert len(text.split()) <= 750
+    llms = sum(family.has_llm for family in FAMILIES.values())
+    assert f"[{llms} families]" in text
 
 
 # ------------------------------------------------------------------------------------------------------ promises

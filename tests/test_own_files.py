@@ -1,5 +1,6 @@
 """`--import FILE.py`: what a file of one's own registers, in every command that meets its names."""
 
+import re
 from pathlib import Path
 
 import probe_runs
@@ -77,23 +78,40 @@ def trained(own, parts, conversations, tmp_path_factory) -> Path:
     words += ["rows", "--trainer.callbacks+=own_parts.Hello", f"--import={own}", "--out", str(out)]
     log = out.with_name("log")
     assert wait(fork(lambda: MAIN["llava-bidir"](["fit", *words]), log)) == 0, log.read_text()
-    assert "hello" in log.read_text()
     return out
 
 
+def test_a_training_says_its_loss_and_nothing_that_is_known_of_other_libraries(trained):
+    """Warnings and advice that no user of `fit` can act on hid the lines of the loss."""
+    said = trained.with_name("log").read_text().splitlines()
+    assert "hello" in said
+    patterns = (
+        "hello",
+        "Seed set",
+        "GPU available",
+        "step .* loss",
+        "`Trainer.fit` stopped",
+        "The trained model is",
+    )
+    assert not [line for line in said if not re.match("|".join(patterns), line)]
+
+
+@pytest.mark.parametrize("is_imported", [True, False], ids=["--import", "--trust"])
 @pytest.mark.parametrize(
     "command",
     [
         "llava-bidir generate {run}/hf {photo} sky --max-new-tokens 2",
         "llava-bidir export {run} {out}",
         "probes sites {run}/hf",
+        "probes mask {run}/hf",
         "probes study rows={run}/hf {data} --arms trained --only solve --model.sites [layer_02] --out {out} "
         "--trainer.accelerator cpu --trainer.devices 2",  # in processes of its own
     ],
 )
 def test_commands_read_a_model_of_an_own_mask(
-    command, trained, call, segmentation, tmp_path, capsys
+    command, is_imported, trained, call, segmentation, tmp_path, capsys
 ):
+    """From the user's file, or from the export alone, on a machine without this file."""
     words = command.format(
         run=trained,
         photo=segmentation / "images/validation/000.png",
@@ -102,9 +120,12 @@ def test_commands_read_a_model_of_an_own_mask(
     ).split()
     with pytest.raises(SystemExit) as stop:
         call(*words, with_file=False)
-    assert "unknown image_attention 'rows'" in str(stop.value)
-    assert "--import FILE.py" in str(stop.value)
-    call(*words)
+    assert f"image_attention 'rows' is a function in {trained}/hf/attention.py" in str(stop.value)
+    assert "allow it: --trust true" in str(stop.value) and "--import FILE.py" in str(stop.value)
+    if is_imported:
+        call(*words)
+    else:
+        call(*words, "--trust", "true", with_file=False)
     if words[1] == "sites":
         assert "rows" in capsys.readouterr().out
     if words[1] == "export":

@@ -2,6 +2,8 @@
 
 from llava_bidir.command_options import ExportOptions
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.exported_masks import register_own_mask
+from llava_bidir.common.files import read_json
 from llava_bidir.common.runs import last_checkpoint
 from llava_bidir.model.export import as_llava, export_hf
 from llava_bidir.training.read_checkpoint import read_checkpoint
@@ -11,7 +13,7 @@ def run(options: ExportOptions) -> None:
     """Run `llava-bidir export`.
 
     Raises:
-        UserError: There is no checkpoint of `llava-bidir fit`.
+        UserError: There is no checkpoint of `llava-bidir fit`, or it has a mask that is not trusted.
     """
     checkpoint = options.source
     if (checkpoint / "config.json").is_file():
@@ -22,6 +24,10 @@ def run(options: ExportOptions) -> None:
         checkpoint = last_checkpoint(checkpoint / "checkpoints")
     if checkpoint is None or not checkpoint.exists():
         raise UserError(f"{options.source} is no checkpoint, and no folder of a run that has one")
+    exported = checkpoint.parents[1] / "hf"
+    if (exported / "config.json").is_file():
+        config = read_json(exported / "config.json")
+        register_own_mask(str(exported), config, trust=options.trust)
     model, processor, facts = read_checkpoint(checkpoint)
     if options.dtype == "float32":
         model.float()

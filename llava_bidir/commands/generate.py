@@ -38,19 +38,21 @@ def is_photo(word: str) -> bool:
     return re.fullmatch(r"\S+(/\S+|\.\w{3,4})", word) is not None  # photo.heic, photos/a
 
 
-def load_with_processor(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
+def load_with_processor(
+    model: str, dtype: str = "auto", trust: bool = False
+) -> tuple[PreTrainedModel, LlavaProcessor]:
     """Return model and processor of a checkpoint, ours or transformers' llava.
 
     Released llavas are asked as LLaVA-1.5 was evaluated: about padded images (LLaVA mm_utils.py process_images), which
     CLIP's processor would crop, and with the system prompt, which the chat template of llava-hf lacks. A llava of
-    another LLM keeps its own chat template.
+    another LLM keeps its own chat template. With `trust`, a mask of its own may be run (common/exported_masks.py).
 
     Raises:
-        UserError: There is no such checkpoint, it is no LLaVA, its mask would be ignored, or it looks for image tokens
-            of another id than its tokenizer's.
+        UserError: There is no such checkpoint, it is no LLaVA, its mask would be ignored or is not trusted, or it looks
+            for image tokens of another id than its tokenizer's.
     """
     # first, since these errors say more than those of the weights
-    read_image_attention(read_model_config("MODEL", model))
+    read_image_attention(read_model_config("MODEL", model, trust=trust))
     loaded = load_weights("MODEL", AutoModelForImageTextToText, model, dtype=dtype).eval()
     processor = read_pretrained("MODEL", AutoProcessor, model)
     ids = (loaded.config.image_token_id, processor.image_token_id)
@@ -168,7 +170,7 @@ def run(options: GenerateOptions) -> None:
     if not photos or not prompts:
         raise UserError(f"expected IMAGE ... PROMPT ..., got images {photos} and prompts {prompts}")
     images = [read_photo(photo) for photo in photos]  # errors come before the model is loaded
-    model, processor = load_with_processor(options.model, options.dtype)
+    model, processor = load_with_processor(options.model, options.dtype, options.trust)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = None
     if len(photos) == len(prompts) == 1:

@@ -97,7 +97,7 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
             if "least" in option.metadata:
                 self.places[option.name] = option.metadata["least"]
         usage = " ".join([program, *map(str.upper, self.places), "[options]"])
-        super().__init__(prog=program, usage=usage, description=text, print_config=None)
+        super().__init__(prog=program, usage=usage, description=text)
         about = "config by name or path; several merge, and options replace their values"
         self.add_argument("-c", "--config", action="config", metavar="NAME", help=about)
         derived_names = {option.name for option in fields(options) if "derived" in option.metadata}

@@ -18,6 +18,14 @@ NAMED = re.compile(
 )
 # and of one that may be None, whose second reason nobody needs
 OPTIONAL = re.compile(r"Does not validate .*? Errors: - (.*) - Expected a <class 'NoneType'>")
+# of one that takes several types, whose names in Python say nothing to a user
+UNION = re.compile(
+    r"(?:Does not validate .*? Errors: )?(?:- )?(Expected .+? - .*Expected .+?)\.? "
+    r"Given value type: .*?(Given value: .*)"
+)
+ACCEPTED = re.compile(
+    r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing.Literal\[(.*?)\]|(path|dot import path))"
+)
 
 
 USER_FILES: list[str] = []  # that this process runs, by --import
@@ -96,6 +104,11 @@ class OneLineErrors:
             raise argparse.ArgumentError(None, message) from ex
         line = " ".join(message.split()).removeprefix('Parser key "config": ')
         line = OPTIONAL.sub(r"\1.", line)
+        if union := UNION.search(line):
+            accepted = [ACCEPTED.match(reason) for reason in union[1].split(" - ")]
+            if all(accepted):  # else one of the reasons says more
+                names = ", ".join(kind[kind.lastindex] for kind in accepted)
+                line = f"{line[: union.start()]}expected one of {names}. {union[2]}"
         line = line.replace(
             "in set_parsing_settings to", "in a file of --import, whose classes are allowed, to"
         )

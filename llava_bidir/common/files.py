@@ -21,6 +21,7 @@ from .errors import UserError, did_you_mean, error_context
 
 PARTIAL = ".partial"
 REPLACED = ".old"
+PROGRESS = "progress.json"  # of a training, in its folder
 # Reasons of the operating system for which a user's disk or folder takes nothing
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -64,6 +65,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)  # frees the space on a full disk
             raise
+
+
+def check_new(file: Path, suffix: str, overwrite: bool) -> None:
+    """Raise a UserError if a file to be written has another suffix, or exists and may not be replaced."""
+    if file.suffix != suffix:
+        raise UserError(f"{file}: expected a file name that ends in {suffix}")
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} exists; --overwrite true replaces it")
 
 
 @contextmanager
@@ -249,3 +258,14 @@ def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1.0) -> I
             # while the lock is held: filelock checks that the locked file still exists
             file.unlink()
         lock.release()
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process of this machine holds a lock of the folder."""
+    for file in folder.glob(".*lock"):
+        try:
+            with FileLock(file, timeout=0):
+                pass
+        except Timeout:
+            return True
+    return False

@@ -1,7 +1,8 @@
 """Load untrusted Hugging Face checkpoints, and check what a model computes; errors name the file or key.
 
 No code from a checkpoint is executed: no modelling code and no pickles. There is no option to allow it, since
-transformers or this package has the class of every supported model. The checks apply to directories and to hub ids.
+transformers or this package has the class of every supported model. Only the function of a mask of one's own is, and
+only if the user trusts it (exported_masks.py). The checks apply to directories and to hub ids.
 """
 
 import math
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import UserError, error_context
+from .exported_masks import register_own_mask
 from .files import read_json
 
 if TYPE_CHECKING:  # seconds, which commands that only read results do not need
@@ -74,7 +76,9 @@ def with_fixed_date(template: str) -> str:
     return FIXED_DATE + template
 
 
-def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
+def read_model_config(
+    key: str, path: str, *, trust: bool = False, **hub: Any
+) -> "PreTrainedConfig":
     """Return the config of a checkpoint, all parts of which are in its config.json.
 
     Where a part is absent, transformers takes its defaults: LLaVA-1.5-13B of LLaVA's authors, whose config has other
@@ -83,17 +87,19 @@ def read_model_config(key: str, path: str, **hub: Any) -> "PreTrainedConfig":
     Args:
         key: Name for errors.
         path: Directory or hub id.
+        trust: Whether the code of a mask of its own may be run.
         **hub: `revision` of a hub id.
 
     Raises:
-        UserError: There is none, transformers does not know its kind, it lacks the encoder's or the LLM's part, or the
-            encoder lacks the layer that is read.
+        UserError: There is none, transformers does not know its kind, it lacks the encoder's or the LLM's part, the
+            encoder lacks the layer that is read, or its mask is in code that is not trusted.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
     import_module(OWN_CONFIG)
     with error_context(f"{key}: {path}"):
         given, _ = PreTrainedConfig.get_config_dict(path, **hub)
+        register_own_mask(path, given, trust=trust, **hub)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
         if missing := [name for name in CONFIG_PARTS if _is_default(name, config, given)]:
             absent = " and no ".join(missing)

@@ -31,11 +31,14 @@ NOT_COMPARED = {
         "encoder.path",
         "llm",
         "mllm",
+        "trust",
     ),
     "data": (
         "cache_features",
         "name",
         "num_workers",
+        "validation",  # the photos of each split are compared
+        "groups",
         "annotations",
         "images",
         "root",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -89,11 +90,16 @@ def check_shape(function: Callable | str, value: Any, shape: Sequence[int]) -> A
 
 @contextmanager
 def code_of(file: str | Path) -> Iterator[None]:
-    """Raise a UserError if code of a user's is no Python, or ends the program, so that the command would not run."""
+    """Raise a UserError if code of a user's is no Python, registers what is refused, or ends the program."""
     try:
         yield
     except SyntaxError as error:
         raise UserError(f"{file}: {error}") from None  # with its line
+    except ValueError as error:  # what it registers is refused
+        *_, last = walk_tb(error.__traceback__)
+        if not str(last[0].f_globals.get("__name__")).startswith(("llava_bidir.", "probes.")):
+            raise
+        raise UserError(f"{file}: {error}") from error
     except SystemExit:
         raise UserError(f"{file} ends the program; leave sys.exit out of it") from None
 

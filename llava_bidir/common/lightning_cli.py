@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -26,7 +27,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from .checkpoints import AtomicCheckpointIO, Checkpoints
 from .cli import Seed, join_values
 from .errors import OneLineErrors, UserError, error_context
-from .files import exclusive_run_lock
+from .files import PROGRESS, exclusive_run_lock, write_files
+from .known_messages import hide_known_messages
 from .runs import (
     RunFolder,
     RunPlan,
@@ -58,12 +60,18 @@ set_parsing_settings(
 
 
 class ConfigParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, whose errors are one line, and whose words are typed as those of other commands."""
+    """LightningCLI's parser, whose errors are one line, and whose words are typed as those of other commands.
+
+    Attributes:
+        first_words: Options that take words without a name, in this order.
+    """
+
+    first_words: tuple[str, ...] = ()
 
     def parse_args(self, args: Sequence[str], *more: Any, **settings: Any) -> Namespace:
         """Parse words; those of a subcommand are left to its own parser."""
         if self._subcommands_action is None:
-            args = join_values(self, args)
+            args = join_values(self, args, dict.fromkeys(self.first_words, 1))
         return super().parse_args(args, *more, **settings)
 
 
@@ -74,11 +82,14 @@ class RunCLI(LightningCLI):
         UserError: A config has a callback of `REFUSED`.
     """
 
+    words_parser = ConfigParser
+
     def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
+        hide_known_messages()
         super().__init__(
             *args,
             **kwargs,
-            parser_class=ConfigParser,
+            parser_class=self.words_parser,
             save_config_callback=StartOfRun,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,  # no --optimizer: the modules build theirs
@@ -138,8 +149,7 @@ class RunCLI(LightningCLI):
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
             if getattr(trainer, name) == 0:
                 raise UserError(f"trainer.{name} is 0, so nothing would be trained; set at least 1")
-        if to_log:
-            trainer.callbacks.insert(0, LogProgress())
+        trainer.callbacks.insert(0, Progress(lines=to_log))
         return trainer
 
     @contextmanager
@@ -196,20 +206,45 @@ class StartOfRun(SaveConfigCallback):
                 logger.experiment.file_writer.add_event(event)
 
 
-class LogProgress(Callback):
-    """Log the loss as lines, where a bar would write one line with thousands of carriage returns into a log."""
+class Progress(Callback):
+    """Write how far the training is to RUN/progress.json, which `llava-bidir status` reads.
+
+    Args:
+        lines: Log it too, where a bar would write one line with thousands of carriage returns into a log.
+    """
+
+    def __init__(self, lines: bool):
+        self.lines = lines
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, which the time left follows from."""
+        self.started = time.monotonic()
+        self.first_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], *args: Any
     ) -> None:
-        """Log after every `trainer.log_every_n_steps` steps, and after the last one of an epoch."""
+        """Write after every `trainer.log_every_n_steps` steps, and after the last one of an epoch."""
         loop = trainer.fit_loop.epoch_loop
         step = trainer.global_step
         every = trainer.log_every_n_steps
         is_due = (every > 0 and step % every == 0) or loop._is_training_done
-        if trainer.is_global_zero and is_due and not loop._should_accumulate():
-            loss = trainer.callback_metrics.get("train/loss", outputs["loss"])
-            log.info(f"step {step} of {optimizer_steps(trainer)}, loss {loss:.4g}")
+        if not trainer.is_global_zero or not is_due or loop._should_accumulate():
+            return
+        steps = optimizer_steps(trainer)
+        loss = float(trainer.callback_metrics.get("train/loss", outputs["loss"]))
+        if self.lines:
+            log.info(f"step {step} of {steps}, loss {loss:.4g}")
+        step_s = (time.monotonic() - self.started) / max(step - self.first_step, 1)
+        speed = trainer.callback_metrics.get("train/samples_per_s")
+        progress = {
+            "done": step,
+            "of": steps,
+            "left_s": (steps - step) * step_s,
+            "loss": loss,
+            "samples_per_s": None if speed is None else float(speed),
+        }
+        write_files({Path(trainer.default_root_dir) / PROGRESS: progress})
 
 
 def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:

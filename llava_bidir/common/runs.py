@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import UserError
-from .files import REPLACED, read_json, write_files
+from .files import PROGRESS, REPLACED, read_json, write_files
 from .identity import Identity, check_same_identity
 
 if TYPE_CHECKING:  # seconds, which a run without a training loop does not need
@@ -82,7 +82,7 @@ def plan_run(folder: RunFolder, ckpt_path: str | None, overwrite: bool) -> RunPl
             "--ckpt_path resumes a run and --overwrite true replaces it; give one of them"
         )
     if overwrite:
-        results = [folder.path / name for name in folder.results]
+        results = [folder.path / name for name in (*folder.results, PROGRESS)]
         events = folder.path.glob("events.out.tfevents.*")
         return RunPlan(
             replaced=[*folder.checkpoints.glob("*"), *filter(Path.exists, results), *events]

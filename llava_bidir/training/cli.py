@@ -14,7 +14,7 @@ from llava_bidir.common.processes import rank_zero_info
 from llava_bidir.common.runs import RunFolder, find_checkpoint, last_checkpoint, run_process
 from llava_bidir.data.datamodule import InstructionData
 
-from .callbacks import ShowAnswers
+from .callbacks import ShowAnswers, ShowSettings
 from .module import LlavaTraining
 from .read_checkpoint import export_checkpoint
 from .throughput import Throughput
@@ -119,7 +119,7 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> T
         args=argv,
         run=run,
         parser_kwargs={"prog": prog},
-        trainer_defaults={"callbacks": [ShowAnswers()]},
+        trainer_defaults={"callbacks": [ShowSettings(), ShowAnswers()]},
     )
 
 

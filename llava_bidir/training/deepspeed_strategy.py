@@ -64,6 +64,17 @@ class ZeRO(DeepSpeedStrategy):
             exclude_frozen_parameters=True,
         )
 
+    def setup_environment(self) -> None:
+        """Raise a UserError where there is no GPU."""
+        try:
+            super().setup_environment()
+        except RuntimeError as error:
+            if "only supported on CUDA GPUs" not in str(error):
+                raise
+            raise UserError(
+                "trainer.strategy: ZeRO (-c zero2, zero3) needs a GPU, and there is none; leave it out for a trial"
+            ) from None
+
     def setup(self, trainer: Trainer) -> None:
         """Set the timeout of all process groups: DeepSpeed creates its own with torch's default."""
         super().setup(trainer)

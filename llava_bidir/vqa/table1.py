@@ -12,12 +12,14 @@ from llava_bidir.command_options import VQATableOptions
 from llava_bidir.common.bootstrap import holm, interval
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, write_files
+from llava_bidir.common.tables import Row, Score, format_tables
 
 from .scores import BENCHMARKS, Item, ScoreTerms, swap_test
 
 SCORED = {title: x for benchmark in BENCHMARKS.values() for title, x in benchmark.columns.items()}
 ASKED = ("item", "unit", "question", "target")
 NUMBER_COLUMNS = ["value", "low", "high", "paper", "p", "p_holm"]
+NOTE = "In %, MME in points; 95% intervals. Bold: shown to be better than each other model, on the same questions."
 PAPER_SCORES = json.loads(Path(__file__).with_name("paper.json").read_text())
 
 
@@ -38,23 +40,26 @@ class Results(NamedTuple):
 
 
 def run(options: VQATableOptions) -> None:
-    """Write OUT/table1.{csv,json} from finished folders of `llava-bidir vqa`, and print the table.
+    """Write OUT/table1.{csv,md,tex,json} from finished folders of `llava-bidir vqa`, and print the table.
 
-    A row is a score of a model, or the difference of a bidirectional model from a causal one with the same encoder.
+    In Markdown and LaTeX, a row is a model. In CSV and JSON, it is a score of a model, or the difference of a
+    bidirectional model from a causal one with the same encoder.
 
     Raises:
         UserError: A folder has no results, or two models were asked other questions.
     """
     models = [read_results(folder) for folder in options.results]
-    rows = [row for model in models for row in score_rows(model)]
+    scores = [score_rows(model) for model in models]
+    rows = [row for of_model in scores for row in of_model]
     for a, b in product(models, repeat=2):
         masks = [model.info["image_attention"] for model in (a, b)]
         if a.info["encoder"] == b.info["encoder"] and masks == ["causal", "bidirectional"]:
             rows += pair_rows(a, b)
     table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBER_COLUMNS])
+    rounded = format_tables(options.out / "table1", rows=rounded_rows(models, scores), note=NOTE)
     described = {"models": [model.info for model in models], "rows": table.to_dict("records")}
     csv = options.out / "table1.csv"
-    write_files({csv: table.to_csv(index=False), csv.with_suffix(".json"): described})
+    write_files({csv: table.to_csv(index=False), **rounded, csv.with_suffix(".json"): described})
     print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="–"))
 
 
@@ -89,8 +94,7 @@ def pair_rows(a: Results, b: Results) -> list[list]:
     """Compare bidirectional (b) with causal (a) on the same questions; p-values are adjusted for the columns."""
     rows = []
     for title in filter(b.items.__contains__, a.items):
-        asked = [[[item[key] for key in ASKED] for item in model.items[title]] for model in (a, b)]
-        if asked[0] != asked[1] or a.info["dtype"] != b.info["dtype"]:
+        if not are_asked_alike(a, b, title):
             folders = f"{a.info['results']} and {b.info['results']}"
             raise UserError(f"{title}: {folders} differ in more than the mask: questions or dtype")
         terms = (a.terms(title), b.terms(title))
@@ -101,3 +105,45 @@ def pair_rows(a: Results, b: Results) -> list[list]:
         rows.append([*names, difference, *bounds, paper, swap_test(*terms)])
     adjusted = holm([row[-1] for row in rows])
     return [[*row, p] for row, p in zip(rows, adjusted, strict=True)]
+
+
+def rounded_rows(models: list[Results], scores: list[list[list]]) -> list[Row]:
+    """Return a row for people for each model, with its scores by column, and one below it with the paper's."""
+    rows: list[Row] = []
+    for model, of_model in zip(models, scores, strict=True):
+        about = {"model": model.info["encoder"], "mask": model.info["image_attention"]}
+        ours: dict[str, str | Score] = {**about, "source": model.info["results"]}
+        paper: dict[str, str | Score] = {**about, "source": "paper"}
+        for _, _, title, value, low, high, published, *_ in of_model:
+            ends = f"[{_rounded(title, low)}, {_rounded(title, high)}]"
+            ours[title] = Score(_rounded(title, value), ends, is_shown_best(model, models, title))
+            if not math.isnan(published):
+                paper[title] = Score(_rounded(title, published))
+        rows.append(ours)
+        if len(paper) > len(about) + 1:
+            rows.append(paper)
+    return rows
+
+
+def _rounded(title: str, value: float) -> str:
+    return f"{value:.0f}" if SCORED[title].categories else f"{100 * value:.1f}"
+
+
+def is_shown_best(model: Results, models: list[Results], title: str) -> bool:
+    """Return whether a model's score is higher than each other's, by paired intervals on the same questions."""
+    terms = model.terms(title)
+    rivals = [other for other in models if other is not model and title in other.items]
+    for other in rivals:
+        theirs = other.terms(title)
+        difference = terms.score() - theirs.score()
+        if difference <= 0 or not are_asked_alike(model, other, title):
+            return False
+        if interval(difference, terms.resampled_scores() - theirs.resampled_scores())[0] <= 0:
+            return False
+    return bool(rivals)
+
+
+def are_asked_alike(a: Results, b: Results, title: str) -> bool:
+    """Return whether two models of one dtype have answered the same questions."""
+    asked = [[[item[key] for key in ASKED] for item in model.items[title]] for model in (a, b)]
+    return asked[0] == asked[1] and a.info["dtype"] == b.info["dtype"]

@@ -45,8 +45,8 @@ class Claim(NamedTuple):
     Args:
         sign: Sign of the number if the claim holds.
         text: A title of at most eight words, ":", and what is subtracted from what.
-        between_masks: The effect "NAME@SITE" of which the claim is the difference: bidirectional minus causal, at the
-            causal run's best layer.
+        between_masks: The effect "NAME@SITE" of which the claim is the difference: each other mask minus the first one,
+            at this one's best layer; the text names them by {first} and {second}.
         against_tokens: At the optimum and beyond random the claim is judged by another number than the paper's: the
             effect "CLAIM@random", against random tokens.
         reads_probes: The number depends on the run's probes; else on the model alone.
@@ -93,7 +93,7 @@ class RunOptions:
         probes: Folder of a finished probe run.
         out: Output folder (default: the run's folder).
         overwrite: Replace a result that other options or runs have made.
-        trust: Run the file of a run whose model is FILE.py:FUNCTION; read it first.
+        trust: Run the code of a run's model, FILE.py:FUNCTION or a mask of its own; read it first.
     """
 
     probes: Path = positional()

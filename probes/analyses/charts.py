@@ -30,7 +30,7 @@ class Curve(NamedTuple):
         name: In the legend, "" for none.
         colour: Colour 0 to 5 of a model, "ink", "grey", or "#rrggbb".
         style: "line", "dashed", "dotted", "thin" (of another panel), or "dots": each with its interval.
-        mark: "circle", "causal" (a triangle), "bidirectional" (a square), or "" for none.
+        mark: "causal" (a triangle), "bidirectional" (a square), or "" for none; all else is a circle.
         band: The intervals are drawn.
     """
 

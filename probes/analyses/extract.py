@@ -3,20 +3,20 @@
 from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import exclusive_run_lock, write_files
+from llava_bidir.common.files import check_new, exclusive_run_lock, write_files
 from llava_bidir.common.images import read_photos
 from probes.config import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.families.layer_parts import part_sites, parts_text, why_no_part
-from probes.models.families.modules import MODULE_TYPE
+from probes.models.families.modules import MODULE_TYPE, why_no_parts
 from probes.models.read_config import check_numbers, read_config
 from probes.models.sites import last_layer, layer_number, part_names, part_of
 
 
 def print_sites(options: SitesOptions) -> None:
     """Run `probes sites`; reads the config only, so a 7B model takes no longer than a small one."""
-    config = read_config(options.mllm)
+    config = read_config(options.mllm, trust=options.trust)
     family = family_of(config)
     if options.image_px is not None:
         family = family.with_side(options.image_px, config)
@@ -49,7 +49,8 @@ def describe_parts(family: Family | EncoderFamily, config: PreTrainedConfig) -> 
     last = layer_number(last_layer(family.sites(config)))
     readable = part_sites(family, config)
     if not readable:
-        return f"no sites inside the layers: {why_no_part(family, config, part_names(1)[-1])}"
+        why = why_no_parts(config) or why_no_part(family, config, part_names(1)[-1])
+        return f"no sites inside the layers: {why}"
     kinds = {part_of(site) for site in readable}
     parts = [site for layer in range(1, last + 1) for site in part_names(layer)]
     without = [site for site in parts if part_of(site) in kinds and site not in readable]
@@ -65,7 +66,9 @@ def print_mask(options: MaskOptions) -> None:
     """
     from probes.models.load import load
 
-    if not family_of(read_config(options.mllm)).has_llm:
+    if options.png:
+        check_new(options.png, ".png", options.overwrite)
+    if not family_of(read_config(options.mllm, trust=options.trust)).has_llm:
         raise UserError(
             f"{options.mllm} is a bare vision encoder: all its patches attend to each other"
         )
@@ -76,6 +79,10 @@ def print_mask(options: MaskOptions) -> None:
         forward = f"as `probes` runs it; its own mask is {mllm.own_image_attention}"
     print(f"{mllm.model.config.model_type}, {mllm.image_attention} image attention, {forward}")
     print(measured)
+    if options.png:
+        from .attention_pictures import draw_mask
+
+        draw_mask(measured, options.png)
     if disagreements := measured.disagreements():
         said = f"{options.mllm} does not attend as {mllm.image_attention} says"
         raise UserError(f"{said}: {'; '.join(disagreements)}")
@@ -86,10 +93,7 @@ def write_states(options: StatesOptions) -> None:
     from probes.models.load import load
 
     out = options.out
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out}: expected a file name that ends in .safetensors")
-    if out.exists() and not options.overwrite:
-        raise UserError(f"{out} exists; --overwrite true replaces it")
+    check_new(out, ".safetensors", options.overwrite)
     images = read_photos(options.image)
     with exclusive_run_lock(out.parent, out.name):
         mllm = load(
@@ -97,6 +101,7 @@ def write_states(options: StatesOptions) -> None:
             image_px=options.image_px,
             image_attention=options.image_attention,
             prefix=options.prefix,
+            trust=options.trust,
         )
         sites = options.sites and list(options.sites)
         states = mllm.states(mllm.preprocess(images), sites)

@@ -8,6 +8,11 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import SUFFIXES
 
 OF_WINDOWS = ("Thumbs.db", "desktop.ini")
+WHOLE = ""  # split: all photos of a folder without splits
+SETTINGS = {  # of a folder's targets
+    "annotations": 'classes.json  {"classes": ["wall", ...], "ignore_index": 255}',
+    "depth": 'targets.json  {"depth_scale": 0.001}',
+}
 
 
 def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
@@ -81,11 +86,38 @@ def pair_files(
 def pair_folders(
     root: str | Path, split: str, folder: str, target_name: str = "mask"
 ) -> dict[str, tuple[Path, Path]]:
-    """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT.
+    """Return the pairs of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT, or of a folder without splits.
 
     Raises:
-        UserError: As of :func:`files_by_name` and :func:`pair_files`.
+        UserError: A folder is missing, or there are splits where all photos are asked for; or as of
+            :func:`files_by_name` and :func:`pair_files`.
     """
-    images = files_by_name(Path(root) / "images" / split, SUFFIXES)
-    targets = files_by_name(Path(root) / folder / split, (".png",))
-    return pair_files(images, targets=targets, dataset=f"{root}, {split}", target_name=target_name)
+    root = Path(root)
+    photos, masks = root / "images" / split, root / folder / split
+    if split == WHOLE:
+        if (root / "images/training").is_dir():
+            raise UserError(f"{root} has splits of its own; leave out --validation")
+        photos, masks = folders_without_splits(root, folder)
+    if not (photos.is_dir() and masks.is_dir()):
+        settings = SETTINGS.get(folder, "no further file")
+        raise UserError(
+            f"{root} lacks images/{split} or {folder}/{split}; expected a photo and its {target_name} under one name:\n"
+            f"  images/training/NAME.jpg, {folder}/training/NAME.png, and the same of validation\n"
+            f"  or, with --validation 0.3, images/NAME.jpg and {folder}/ (or masks/) NAME.png, or NAME.jpg beside "
+            f"NAME.png; --groups REGEX keeps frames of a video together\n  and {settings}"
+        )
+    pattern, suffixes = "*", SUFFIXES
+    if photos == masks:  # other files are neither
+        pattern, suffixes = "*.*", [suffix for suffix in SUFFIXES if suffix != ".png"]
+    images = files_by_name(photos, suffixes, pattern=pattern)
+    targets = files_by_name(masks, (".png",), pattern=pattern)
+    dataset = f"{root}, {split}" if split else str(root)
+    return pair_files(images, targets=targets, dataset=dataset, target_name=target_name)
+
+
+def folders_without_splits(root: Path, folder: str) -> tuple[Path, Path]:
+    """Return the folders of photos and of targets where there are no splits: one folder if they are side by side."""
+    for name in (folder, "masks") if folder == "annotations" else (folder,):
+        if (root / name).is_dir():
+            return root / "images", root / name
+    return root, root

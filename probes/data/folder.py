@@ -12,7 +12,8 @@
 ignored is none: no probe predicts it.
 With `"reduce_zero_label": true` in classes.json, label 0 is ignored and classes start at 1, as in the files of ADE20K.
 `"palette": [[r, g, b], ...]` sets the colours of the maps. Depth beyond `max_depth` metres (optional) counts as no
-value. Without the folder `instances`, boundaries are those of the class map.
+value. Without the folder `instances`, boundaries are those of the class map. A folder without splits has
+images/NAME.jpg and masks/NAME.png (or annotations/, depth/ ...), or NAME.jpg beside NAME.png.
 """
 
 from pathlib import Path
@@ -43,16 +44,14 @@ class FolderDataset(SegmentationDataset):
     """
 
     def __init__(self, root: str | Path, split: str):
+        files = pair_folders(root, split, "annotations")
         names, first, ignored, palette = _read_classes_json(Path(root) / "classes.json")
         kept = [i for i in range(len(names)) if i + first not in ignored]
         table = lookup(len(kept), first, (*ignored, *range(first + len(names))))
         for number, i in enumerate(kept):
             table[i + first] = number
         super().__init__(
-            pair_folders(root, split, "annotations"),
-            [names[i] for i in kept],
-            table,
-            palette and [palette[i] for i in kept],
+            files, [names[i] for i in kept], table, palette and [palette[i] for i in kept]
         )
 
 

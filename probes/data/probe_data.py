@@ -24,7 +24,7 @@ from llava_bidir.common.processes import (
 from probes.config import DataOptions, VerifyOptions
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
-from .registry import identity_of_splits, open_splits
+from .registry import identity_of_splits, open_splits, options_of_layout
 from .samplers import validation_batches
 from .verify import (
     LabelCounts,
@@ -53,11 +53,11 @@ class ProbeData:
 
     def __init__(self, config: DataOptions, seed: int = 0):
         self.hparams: dict[str, Any] = asdict(config) | {"seed": seed}  # see `run_identity`
-        self.splits = open_splits(config)
+        self.splits = open_splits(config, seed)
         self.root = config.root
         self.dataset = config.dataset
         self.task = config.task
-        self.options = config.options or {}
+        self.options = options_of_layout(config, seed)
         self.name = config.name or Path(config.root).resolve().name
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)

@@ -9,14 +9,17 @@ from jsonargparse import ArgumentError, ArgumentParser
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.imports import HINT, check_takes, is_ours
+from llava_bidir.common.processes import rank_zero_warn
 from probes.config import DataOptions
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .ade20k import ADE20K
 from .cityscapes import Cityscapes, CityscapesDepth
+from .file_layout import WHOLE
 from .folder import FolderBoundaries, FolderDataset, FolderDepth, FolderNormals
 from .image_dataset import ImageDataset, SegmentationDataset
 from .nyuv2 import NYUv2Depth
+from .split import keep_split, note_of_series
 from .targets import ClassBoundaries, TaskTargets
 from .voc2012 import VOC2012
 
@@ -32,6 +35,8 @@ LAYOUTS: dict[str, dict[str, type[ImageDataset]]] = {  # by kind of targets
     "normals": {"folder": FolderNormals},
     "boundaries": {"folder": FolderBoundaries},  # other layouts: the boundaries of the class map
 }
+
+DIVISION = "division"  # an option beside those of a layout
 
 
 def register_dataset(name: str, cls: type[ImageDataset]) -> None:
@@ -58,20 +63,42 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
     layouts[name] = cls
 
 
-def open_splits(data: DataOptions) -> dict[str, ImageDataset]:
-    """Return the training and the validation split of the data of a run.
+def open_splits(data: DataOptions, seed: int = 0) -> dict[str, ImageDataset]:
+    """Return the training and the validation split of the data of a run, with its seed.
 
     Raises:
         UserError: If the task, the layout or an option is unknown, or the files do not match the layout.
     """
     if data.task not in TASKS:
         raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}; {HINT}")
-    return {
+    options = options_of_layout(data, seed)
+    splits = {
         split: open_split(
-            TASKS[data.task], data.dataset, root=data.root, split=split, options=data.options
+            TASKS[data.task], data.dataset, root=data.root, split=split, options=options
         )
         for split in ("training", "validation")
     }
+    names = [*splits["training"].names, *splits["validation"].names]
+    if data.validation is not None and data.groups is None and (note := note_of_series(names)):
+        rank_zero_warn(note)
+    return splits
+
+
+def options_of_layout(data: DataOptions, seed: int) -> dict[str, Any]:
+    """Return the options that a split is opened with: those of the layout, and how photos without splits are divided.
+
+    Raises:
+        UserError: Groups are given without a share.
+    """
+    options = data.options or {}
+    if data.validation is None and data.groups is not None:
+        raise UserError(
+            "--groups keeps photos together when a share of them becomes validation; add --validation 0.3"
+        )
+    if data.validation is None:
+        return options
+    division = {"validation": data.validation, "groups": data.groups, "seed": seed}
+    return options | {DIVISION: division}
 
 
 def open_split(
@@ -95,14 +122,23 @@ def open_dataset(
         dataset: Name of the layout.
         root: Folder of the dataset, or what else the layout takes.
         split: "training" or "validation".
-        options: Options of the layout.
+        options: Options of the layout; with "division", how photos without splits are divided
+            (:func:`options_of_layout`).
         task: Kind of targets, one of `LAYOUTS`.
 
     Raises:
         UserError: If the layout or an option is unknown, or the files do not match the layout.
     """
     layouts = LAYOUTS.get(task, {})
-    options = options or {}
+    options = dict(options or {})
+    division = options.pop(DIVISION, None)
+    if division is not None:
+        if dataset != "folder":
+            raise UserError(
+                f"--validation: the layout {dataset} has splits of its own; leave it out"
+            )
+        whole = open_dataset(dataset, root=root, split=WHOLE, options=options, task=task)
+        return keep_split(whole, split, **division)
     has_instances = dataset != "folder" or (Path(root) / "instances").is_dir()
     if task == "boundaries" and not (dataset in layouts and has_instances):
         return ClassBoundaries(open_dataset(dataset, root=root, split=split, options=options))

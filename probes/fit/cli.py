@@ -1,6 +1,6 @@
 """The command `probes fit`: LightningCLI for a run of probes that are trained."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.identity import run_identity
-from llava_bidir.common.lightning_cli import RunCLI, check_trainer
+from llava_bidir.common.lightning_cli import ConfigParser, RunCLI, check_trainer
 from llava_bidir.common.runs import run_process
-from probes.config import RunConfig
+from probes.config import ModelOptions, RunConfig
 from probes.runs.files import format_scores, run_folder, say_finished
+from probes.site_probes import check_names
 
 from .datamodule import ProbeDataModule
 from .module import ProbeModule
@@ -31,8 +32,16 @@ WHY_REQUIRED = (
 )
 
 
+class ProbeParser(ConfigParser):
+    """Parser of `probes fit MODEL DATA`."""
+
+    first_words = ("model.mllm", "data.root")
+
+
 class ProbeCLI(RunCLI):
     """Build model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
+
+    words_parser = ProbeParser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -51,6 +60,13 @@ class ProbeCLI(RunCLI):
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Check the names of task, mask and sites before data and weights are read."""
+        config = self.config.get(str(self.subcommand), self.config)
+        names = [option.name for option in fields(ModelOptions)]
+        model = ModelOptions(**{name: config.model[name] for name in names})
+        check_names(model, config.data.task)
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Build the trainer, which must have the options of a run that is scored."""

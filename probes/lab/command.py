@@ -37,7 +37,7 @@ def run(options: LabOptions) -> None:
 
             def load():
                 if options.mllm:
-                    return open_checkpoint(options.mllm)
+                    return open_checkpoint(options.mllm, options.trust)
                 return load_runs(options.runs, options.trust)
 
             session = Session(pool.submit(load).result())

@@ -15,8 +15,10 @@ from probes.data.image_dataset import palette_of
 from probes.heads import Probe
 from probes.models.frozen_model import FrozenModel
 from probes.models.sites import ENCODER, is_in_llm_space
+from probes.report.words import site_name
 from probes.runs.compare import check_same_images
 from probes.runs.read import ProbeRun
+from probes.runs.study import given_labels
 
 
 @dataclass
@@ -67,6 +69,13 @@ class LabModel:
         return [] if self.run is None else self.run.metrics["classes"]
 
     @property
+    def scores(self) -> list[float]:
+        """Score of each site as the run has it, mIoU from 0 to 1; [] without probes."""
+        if self.run is None:
+            return []
+        return [site[self.run.task.score] for site in self.run.metrics["sites"]]
+
+    @property
     def checkpoint(self) -> str:
         """Folder or hub id of the checkpoint."""
         if self.run is None:
@@ -102,6 +111,8 @@ class LabModel:
             "label": self.label,
             "name": self.source,
             "sites": self.sites,
+            "titles": [site_name(site) for site in self.sites],
+            "scores": self.scores,
             "word_sites": self.word_sites,
             "first_site": self.first_site,
             "change_sites": self.change_sites,
@@ -131,25 +142,30 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
             raise UserError(
                 f"{first.path} and {run.path} have different {key}; open them in two labs"
             )
-    names = []
-    for run in runs:
-        name = run.mask if run.has_llm else ENCODER
-        if run.metrics["untrained"]:
-            name += ", untrained"
-        names.append(name)
     models = []
-    for name, run in zip(names, runs, strict=True):
-        label = name
-        if names.count(name) > 1:
-            label = f"{name}, {run.path}"
+    for run in runs:
         mllm, heads = run.loaded
+        label = label_of_run(run)
         models.append(LabModel(label=label, source=str(run.path), mllm=mllm, run=run, probes=heads))
     return models
 
 
-def open_checkpoint(path: str) -> list[LabModel]:
+def label_of_run(run: ProbeRun) -> str:
+    """Return what tells a run from others: its label in its study, its mask, its weights unless trained."""
+    parts = []
+    study, folder = run.path.parent.parent, run.path.parent.name
+    if folder in given_labels(study):
+        parts.append(folder)
+    if run.has_llm:
+        parts.append(run.mask)
+    if run.arm != "trained":
+        parts.append(run.arm)
+    return ", ".join(dict.fromkeys(parts)) or run.path.parent.name
+
+
+def open_checkpoint(path: str, trust: bool = False) -> list[LabModel]:
     """Load a checkpoint without probes."""
-    mllm = probes.load(path)
+    mllm = probes.load(path, trust=trust)
     label = mllm.image_attention if mllm.has_llm else ENCODER
     return [LabModel(label=label, source=path, mllm=mllm, run=None, probes={})]
 
@@ -157,7 +173,7 @@ def open_checkpoint(path: str) -> list[LabModel]:
 def open_split(model: LabModel) -> tuple[Any, list[list[int]], str]:
     """Return the validation split of a model's run, the colours of its classes, and why there is no split, else ""."""
     if model.run is None:
-        return None, [], "without a probe run there is no data set; drop a photo"
+        return None, [], "without a probe run there is no data set"
     try:
         dataset = model.run.dataset()
     except UserError as error:  # it may be on another machine; photos can still be dropped

@@ -52,7 +52,7 @@ def load(
         dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
         device: None: the GPU if there is one, else the CPU.
         **options: Fields of :class:`LoadOptions`: image_px, image_resize, revision, device_map, attn_implementation,
-            prefix; of random weights untrained, match, draw, match_images, update_scales, seed; of a module
+            prefix, trust; of random weights untrained, match, draw, match_images, update_scales, seed; of a module
             preprocess, patch, layers, norm, parts.
 
     Raises:
@@ -88,6 +88,7 @@ class LoadOptions(Control):
         attn_implementation: transformers' attention backend; None: "sdpa", or "eager" if the LLM does not support it.
             :meth:`FrozenMLLM.attention` needs "sdpa". Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
+        trust: Whether a mask of the checkpoint's own, in its attention.py, may be run.
         preprocess, patch, layers, norm, parts: Of a module, as in :class:`EncoderModule`.
     """
 
@@ -99,6 +100,7 @@ class LoadOptions(Control):
     device_map: str | dict | None = None
     attn_implementation: str | None = None
     prefix: str | None = None
+    trust: bool = False
     preprocess: Preprocess | None = None
     patch: int | None = None
     layers: Sequence[str] | str | None = None
@@ -170,7 +172,7 @@ def load_checkpoint(path: str, options: LoadOptions) -> FrozenMLLM | FrozenEncod
         )
     # once, so that all files are of the same commit
     revision = resolve_revision(path, options.revision)
-    config = read_config(path, revision)
+    config = read_config(path, revision, trust=options.trust)
     family = family_of(config)
     if options.image_px is not None:
         family = family.with_side(options.image_px, config)

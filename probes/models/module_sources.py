@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .own_module import EncoderModule
 
 TIMM = "timm:"
+EXPECTED = (
+    "probes.EncoderModule(module, preprocess=(mean, std), patch=14, layers='blocks', norm='norm', image_px=224, "
+    "parts={'attn': 'attn', 'mlp': 'mlp'}), with LayerScale {'attn': 'ls1', 'mlp': 'ls2'} (probes/models/encoders.md)"
+)
 _named: set[tuple[Path, str]] = set()  # files, with digests of their content, that were asked for
 
 
@@ -77,9 +81,7 @@ def open_source(path: str, image_px: int | None = None) -> "EncoderModule":
             raise UserError(f"{file} has no function {name!r}")
         encoder = function()
         if not isinstance(encoder, EncoderModule):
-            raise UserError(
-                f"{name}() returned a {type(encoder).__name__}; expected a probes.EncoderModule"
-            )
+            raise UserError(f"{name}() returned a {type(encoder).__name__}; expected {EXPECTED}")
     return encoder
 
 

@@ -29,16 +29,16 @@ class Checkpoint:
     revision: str | None = None
 
 
-def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
+def read_config(path: str, revision: str | None = None, *, trust: bool = False) -> PreTrainedConfig:
     """Read the config of a checkpoint, or make that of a module (module_sources.py).
 
     Raises:
-        UserError: There is none, or transformers does not know its kind.
+        UserError: There is none, transformers does not know its kind, or its mask is in code that is not trusted.
     """
     check_names_function(path)
     if is_source(path):
         return module_config(path)
-    return read_model_config("MLLM", path, revision=revision)
+    return read_model_config("MLLM", path, trust=trust, revision=revision)
 
 
 def check_numbers(path: str, family: AnyFamily, config: PreTrainedConfig) -> None:

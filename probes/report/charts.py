@@ -27,7 +27,7 @@ STYLE = {
     "pdf.fonttype": 42,  # TrueType; journals reject Type 3
 }
 LINES = {"dashed": "--", "dotted": ":", "dots": ""}
-MARKS = {"circle": "o", "causal": "^", "bidirectional": "s"}
+MARKS = {"": "", "causal": "^", "bidirectional": "s"}
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -250,7 +250,7 @@ def _draw_curve(ax: Axes, curve: Curve, scale: float) -> None:
         [scale * point.value for point in points],
         color=colour_of_line,
         ls=LINES.get(curve.style, "-"),
-        marker=MARKS.get(curve.mark),
+        marker=MARKS.get(curve.mark, "o"),
         ms=4,
         label=curve.name or None,
     )

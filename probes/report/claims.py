@@ -28,7 +28,7 @@ from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.runs.compare import knockout_difference
 from probes.runs.formatting import Entry
 from probes.runs.read import ProbeRun
-from probes.runs.study import StudyRuns, studies_by_model
+from probes.runs.study import PAPER_MASKS, StudyRuns, studies_by_model
 from probes.score.estimate import Estimate, student_quantile
 from probes.tasks import SEGMENTATION
 
@@ -71,10 +71,10 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     """
     effects = effects_of_study(study)
     claims = []
-    for name, (mask, run) in product(CLAIMS, study.main_runs.items()):
+    for name, mask in product(CLAIMS, study.main_runs):
         case = Case(study=study, name=name, mask=mask, effects=effects)
         if number := case.number(study.is_solved):
-            claims.append(_judge_claim(case, number=number, run=run))
+            claims.append(_judge_claim(case, number=number, run=study.main_runs[case.masks[0]]))
     correct_for_claims(claims)
     return claims
 
@@ -91,19 +91,22 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
     }
     entry = {
         "claim": case.name,
-        "image_attention": case.mask,
+        "image_attention": case.masks[0],
         **measured,
         "holds": judge(claim.sign, **measured)["verdict"] == HOLDS,
         "verdicts": verdicts,
         **conclude(verdicts, claim.unlearned),
     }
-    # what is known of a world is about its classes
-    if study.task.name == SEGMENTATION:
+    # what is known of a world is about its classes, and about the paper's masks where two are compared
+    if study.task.name == SEGMENTATION and case.masks in ((case.mask,), PAPER_MASKS):
         truth = read_truth(run)
         if case.name in truth:
             entry["truth"] = truth[case.name]
+    text = claim.text
+    if claim.between_masks:
+        text = text.format(first=case.masks[0], second=case.mask)
     label_of_score = study.task.labels[study.task.score]
-    entry["text"] = claim.text.replace("mIoU", label_of_score)
+    entry["text"] = text.replace("mIoU", label_of_score)
     untrained = case.number(study.is_solved, weights="untrained")
     entry["control"] = untrained and untrained.json()
     images = {"images": run.metrics["images"]}
@@ -248,14 +251,14 @@ def _join_seeds(members: list[StudyRuns], claims_of: dict[StudyRuns, list[Entry]
     first = members[0]
     images = {study.first.manifest["data"]["fingerprint"] for study in members}
     seeds = [study.seed for study in members]
-    claims_by_seed: dict[tuple[str, str], dict[int, Entry]] = {}
+    claims_by_seed: dict[tuple[str, str, str], dict[int, Entry]] = {}
     for study in members:
         for claim in claims_of[study]:
-            key = (claim["claim"], claim["image_attention"])
+            key = (claim["claim"], claim["image_attention"], claim["text"])
             claims_by_seed.setdefault(key, {})[study.seed] = claim
     claims = []
     left_out = []
-    for (name, mask), by_seed in claims_by_seed.items():
+    for (name, mask, _), by_seed in claims_by_seed.items():
         if len(by_seed) > 1:
             claim = _join_claim(
                 by_seed, shared_images=len(images) < len(members), margin=first.task.margin

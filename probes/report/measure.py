@@ -26,7 +26,7 @@ from probes.heads import LINEAR
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
 from probes.runs.read import ProbeRun
-from probes.runs.study import CONTROLS, MASKS, UNTRAINED_ARMS, StudyRuns, by_mask
+from probes.runs.study import CONTROLS, UNTRAINED_ARMS, StudyRuns, by_mask
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS
 from probes.steps.record import Outcome, unfinished_steps
@@ -43,7 +43,7 @@ class EffectKey(NamedTuple):
 
     Args:
         effect: Name of the effect, which is that of its claim.
-        mask: Attention among image tokens.
+        mask: Attention among image tokens; of a difference of masks, that which is compared with the first.
         weights: "trained", "untrained", or the control whose draws are listed.
         solved: Whether its probes are at the optimum.
         strength: Row of regularisation strengths; None for the probes of the run.
@@ -78,21 +78,27 @@ def effects_of_study(study: StudyRuns) -> Effects:
     """Return what claims are judged from, of solved probes, and of trained ones if the main runs have these."""
     named_effects = {run.path: read_effects(run) for run in study.members}
     effects: Effects = {}
+    first = study.first.mask
     for solved in {True, study.is_solved}:
         trained = by_mask(study.where(arm="trained", solved=solved))
         # where masks are compared: the best layer of the trained model, for its controls too
-        compared_site = next((run.peak_layer for run in trained.values()), None)
+        compared_site = None
+        if first in trained:
+            compared_site = trained[first].peak_layer
         for weights, runs in models_of_study(study, trained, solved=solved):
             estimates: dict[EffectKey, Estimate] = {}
             for mask, run in runs.items():
                 for name, estimate in named_effects[run.path].items():
                     key = read_key(name, mask=mask, weights=weights, solved=solved)
                     estimates[key] = estimate
-            if all(mask in runs and compared_site in runs[mask].sites for mask in MASKS):
-                check_pair(*(runs[mask] for mask in MASKS))
-                estimates |= differences_of_masks(estimates, compared_site)
+            compared = {mask: run for mask, run in runs.items() if compared_site in run.sites}
+            if first in compared:
+                for run in compared.values():
+                    check_pair(compared[first], run)
+                estimates |= differences_of_masks(estimates, first, compared_site)
             for key, estimate in estimates.items():
-                if is_of_claim(key, runs) and is_defined(estimate):
+                pair = {mask: run for mask, run in runs.items() if mask in (first, key.mask)}
+                if is_of_claim(key, pair) and is_defined(estimate):
                     effects.setdefault(key, []).append(estimate)
         effects |= gains_over_untrained(effects, masks=trained, solved=solved)
     return effects
@@ -112,23 +118,22 @@ def models_of_study(
 
 
 def differences_of_masks(
-    estimates: Mapping[EffectKey, Estimate], site: str
+    estimates: Mapping[EffectKey, Estimate], first: str, site: str
 ) -> dict[EffectKey, Estimate]:
-    """Return the claims that are differences of the effects of two masks at a site, as effects of the causal one."""
+    """Return the claims that are differences of the effects of another mask and the first one at a site."""
     differences = {}
-    for key, of_causal in estimates.items():
-        of_bidirectional = estimates.get(key._replace(mask="bidirectional"))
-        if key.mask != "causal" or key.site != site or not of_bidirectional:
+    for key, estimate in estimates.items():
+        of_first = estimates.get(key._replace(mask=first))
+        if key.mask == first or key.site != site or not of_first:
             continue
         for name, claim in CLAIMS.items():
             if claim.between_masks == key.effect:
-                gap = of_bidirectional - of_causal
-                differences[key._replace(effect=name, site=None)] = gap
+                differences[key._replace(effect=name, site=None)] = estimate - of_first
     return differences
 
 
 def is_of_claim(key: EffectKey, runs: Mapping[str, ProbeRun]) -> bool:
-    """Return whether a claim is judged from an effect; some are not made of all models, by their runs."""
+    """Return whether a claim is judged from an effect; some are not made of all models, by their compared runs."""
     claim = CLAIMS.get(key.effect)
     if claim is None:
         return False
@@ -167,7 +172,7 @@ class Case:
     Args:
         study: The runs.
         name: Name of the claim.
-        mask: The mask.
+        mask: The mask; of a claim between masks, that which is compared with the first.
         effects: Of the study, from :func:`effects_of_study`.
     """
 
@@ -182,11 +187,11 @@ class Case:
         return CLAIMS[self.name]
 
     @property
-    def masks(self) -> list[str]:
-        """The masks whose runs the claim compares."""
+    def masks(self) -> tuple[str, ...]:
+        """The masks whose runs the claim compares, the first one first."""
         if self.claim.between_masks:
-            return list(MASKS)
-        return [self.mask]
+            return (self.study.first.mask, self.mask)
+        return (self.mask,)
 
     @property
     def controls(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 OUT/index.html       the page; needs no network and no other file
 OUT/results.json     claims and scores, in the format that other tools read
+OUT/summary.md, .tex  of several models or masks, a row for each
 OUT/*.csv            every number of the page, as fractions 0..1
 OUT/*.pdf, *.png     the figures
 
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
 
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
@@ -38,6 +38,7 @@ from probes.tasks import SEGMENTATION, TASKS
 
 from .best_layers import BEST_LAYER
 from .claims import evaluate_claims, joint_studies
+from .model_table import format_model_table
 from .readings import MainRun, ReportView, SiteAxis, by_site, read_view
 from .render import render
 from .sites import shown_runs, table2
@@ -45,7 +46,6 @@ from .tables import Tables, make_tables
 from .terminal import lab_command, print_summary, summarize
 from .verdicts import MARGIN
 
-CSS = Path(__file__).with_name("page.css")
 MODULES = (
     charts,
     hero,
@@ -64,13 +64,16 @@ Sections = dict[str, Section]  # of analyses by name
 FORMATS = {"pdf": {"CreationDate": None}, "png": {}}
 
 
-def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = ()) -> Entry:
+def write_report(
+    texts: Iterable[str], out: str | Path, labels: Sequence[str] = (), table1: Sequence[Path] = ()
+) -> Entry:
     """Write the report of studies to the folder `out` and return the content of results.json.
 
     Args:
         texts: See :func:`read_studies`.
         out: The folder.
         labels: Of a study's models, in order.
+        table1: Files table1.json of `llava-bidir vqa`, for the table over models.
     """
     texts = [*texts]
     studies = read_studies(texts, labels)
@@ -106,6 +109,7 @@ def write_report(texts: Iterable[str], out: str | Path, labels: Sequence[str] = 
             sentences = [text.replace("were solved", "have trained probes") for text in sentences]
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
+        files |= format_model_table(view, runs=main_runs, table1=table1, out=out)
         names = sorted(path.relative_to(out).as_posix() for path in files)
         page = render_page(
             view,
@@ -212,7 +216,6 @@ def render_page(
     return render(
         "report/page.html.j2",
         FILTERS,
-        css=Markup(CSS.read_text(encoding="utf8")),
         view=view,
         sentences=sentences,
         studies=studies,
@@ -380,6 +383,8 @@ def comparisons(tables: Tables) -> list[Entry]:
 
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
-    results = write_report(options.studies, options.out, options.labels)
+    results = write_report(
+        options.studies, out=options.out, labels=options.labels, table1=options.table1
+    )
     page = Path(options.out) / "index.html"
     print_summary(results["summary"], page, lab=results["lab"])

@@ -14,7 +14,7 @@ from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
 from .tables import Tables, by_claim
-from .words import number, shown, site_name, site_number, site_tick, zone_of
+from .words import LINES, SIGNS, number, shown, site_name, site_number, site_tick, zone_of
 
 PARTS = ("encoder_", "encoder_norm", "encoder", "adapter", "layer_", "final_norm")
 IN_ENCODER = {"final_norm": "encoder_norm"}  # of a bare encoder beside an MLLM
@@ -331,7 +331,7 @@ def by_site(
     Args:
         readings: The last one is on top.
         axis: Places of the sites.
-        masks: If these are several, points have the shapes of masks, and causal lines are dashed.
+        masks: If these are several, points and lines have the looks of masks, and those without a sign are named.
         others: Drawn thin.
         banded: Those whose intervals are drawn.
         random: Those whose random models are drawn, by default all.
@@ -372,15 +372,12 @@ def curve_of(reading: SiteReading, axis: SiteAxis, masks: Sequence[str], **look:
             title=f"{label}, {name}: {row.value_ci}",
         )
         points.append(point)
-    style = "line"
-    mark = "circle"
-    if len(masks) > 1:
-        if reading.mask == "causal":
-            style = "dashed"
-        if reading.model.has_llm:
-            mark = reading.mask
-    looks = {"style": style, "mark": mark} | look
-    return Curve(points=points, name=label, colour=reading.model.number, **looks)
+    looks = {"style": "line", "mark": "circle"}
+    if len(masks) > 1 and reading.model.has_llm:
+        looks = {"style": LINES.get(reading.mask, "dotted"), "mark": reading.mask}
+        if reading.mask not in SIGNS:
+            label = f"{label}, {reading.mask}"
+    return Curve(points=points, name=label, colour=reading.model.number, **looks | look)
 
 
 def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]]:

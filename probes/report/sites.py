@@ -12,7 +12,7 @@ from probes.analyses.analysis import table_row
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer, layer_around
 from probes.runs.formatting import PAPER, Entry
 from probes.runs.read import ProbeRun
-from probes.runs.study import CONTROLS, MASKS, StudyRuns, runs_to_compare
+from probes.runs.study import CONTROLS, PAPER_MASKS, StudyRuns, runs_to_compare
 from probes.score.estimate import Estimate
 from probes.score.strengths import is_at_end
 from probes.tasks import SEGMENTATION
@@ -214,7 +214,7 @@ def table2(studies: Sequence[StudyRuns]) -> list[Entry]:
     if not rows:
         return []
     paper = PAPER["table2_ade20k_miou"]
-    for encoder, mask in product(("clip", "dinov2", "siglip"), MASKS):
+    for encoder, mask in product(("clip", "dinov2", "siglip"), PAPER_MASKS):
         of_encoder = paper[encoder]
         percents = (of_encoder["encoder"], *of_encoder[mask])
         row = {

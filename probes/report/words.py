@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 PICTURES = ("picture", "scene", "drawn")  # words in names of data sets without photos
 MINUS = "\u2212"
-SIGNS = {"causal": "◣", "bidirectional": "■"}  # the matrix of a mask, as a character
+# of the paper's masks: their matrices as characters, and their lines; others have their names and are dotted
+SIGNS = {"causal": "◣", "bidirectional": "■"}
+LINES = {"causal": "dashed", "bidirectional": "line"}
 TICKS = {"encoder": "enc", "adapter": "ad", "final_norm": "norm", "encoder_norm": "norm"}
 PATCHES = ("layer_00", "encoder_00")
 

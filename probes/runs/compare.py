@@ -66,10 +66,10 @@ def _decoder_layers(run: ProbeRun) -> list[str]:
     return [site for site in run.layers if site != ADAPTER]
 
 
-def check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
+def check_pair(first: ProbeRun, second: ProbeRun) -> None:
     """Raise a UserError unless two runs of a study, which has checked all else, can be compared patch by patch."""
     keys = ("grid", "untrained", "match", "draw")
-    _check_same(causal, bidirectional, lambda run: {key: run.metrics[key] for key in keys})
+    _check_same(first, second, lambda run: {key: run.metrics[key] for key in keys})
 
 
 def check_study(main: ProbeRun, runs: Sequence[ProbeRun]) -> None:

@@ -322,6 +322,7 @@ class ProbeRun:
             config["image_attention"],
             untrained=config["untrained"] or (),
             update_scales=config["update_scales"],
+            trust=self.trust,
             **{name: config[name] for name in LOADED},
         )
 

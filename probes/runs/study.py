@@ -22,7 +22,7 @@ from .compare import check_same_images, check_seeds_differ, check_study
 from .formatting import file_name
 from .read import ProbeRun, finished_runs
 
-MASKS = ("causal", "bidirectional")
+PAPER_MASKS = ("causal", "bidirectional")  # which come first
 # Arms with random weights, by the part that is random: a claim must hold beyond each of them.
 CONTROLS = {"llm": ("random", "permuted"), "adapter": ("adapter",)}
 # arms that are the model, or its LLM, before training
@@ -75,7 +75,7 @@ class StudyRuns:
         task = members[0].task_name
         self.title = f"{self.model}, {dataset}" + f", {task}" * (task != SEGMENTATION)
         self._check_differ()
-        masks = [*MASKS, *sorted({run.mask for run in self.members})]
+        masks = [*PAPER_MASKS, *sorted({run.mask for run in self.members})]
         # the model that is untrained as a whole before those that are in part, then by draw
         self.members.sort(
             key=lambda run: (masks.index(run.mask), -len(run.metrics["untrained"]), run.draw)
@@ -136,12 +136,10 @@ class StudyRuns:
         """Folder name of the study."""
         return file_name(f"{self.model}_{self.dataset}")
 
-    def pair(self) -> tuple[ProbeRun, ProbeRun] | None:
-        """Return the causal and the bidirectional run; None unless both exist with the same kind of probes."""
-        for runs in (self.main_runs, self.solved):
-            if all(mask in runs for mask in MASKS):
-                return runs[MASKS[0]], runs[MASKS[1]]
-        return None
+    def pairs(self) -> list[tuple[ProbeRun, ProbeRun]]:
+        """Return the run under the first mask, with that under each other one."""
+        first, *others = self.main_runs.values()
+        return [(first, other) for other in others]
 
     def _check_differ(self) -> None:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""

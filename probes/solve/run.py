@@ -8,14 +8,16 @@ are the run's. Each of several processes reads and solves sites of its own.
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -45,7 +47,13 @@ from probes.runs.write import RunRecord, save_run
 from probes.score.estimate import dataset_scores
 from probes.score.image_metrics import TaskMetric
 from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
-from probes.site_probes import MODEL_SETTINGS, SiteProbes, load_probes, save_predictions
+from probes.site_probes import (
+    MODEL_SETTINGS,
+    SiteProbes,
+    check_names,
+    load_probes,
+    save_predictions,
+)
 from probes.steps.progress import follow, format_duration
 from probes.tasks import SEGMENTATION, TASKS
 from probes.tasks.losses import CrossEntropy
@@ -74,7 +82,7 @@ class SolveRun:
         identity: Set when the run starts.
 
     Raises:
-        UserError: The config asks for probes that are not linear, or a strength is out of range.
+        UserError: The config asks for probes that are not linear, a strength is out of range, or a name is unknown.
     """
 
     identity: Identity | None = None
@@ -84,6 +92,7 @@ class SolveRun:
             raise UserError(
                 f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
             )
+        check_names(config.model, config.data.task)
         loss = TASKS[config.data.task].loss
         strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
         if loss is None and strengths and strengths[0] > 1:
@@ -332,46 +341,95 @@ def write_pictures(run: SolveRun, probes: SiteProbes, counted: dict[str, Tensor]
         )
 
 
+class RunCost(NamedTuple):
+    """Seconds of the parts of a run, as measured on some images, on a machine that does nothing else.
+
+    Args:
+        start: Loading the model, and checking images and targets.
+        forward: A forward over the training images.
+        validation: A forward over the validation images.
+        site: The solution of a site and its scores; the mean of an early and a late site.
+    """
+
+    start: float
+    forward: float
+    validation: float
+    site: float
+
+    def seconds(self, sites: int, forwards: int = 1) -> float:
+        """Return the seconds of a run of so many sites, whose states take so many forwards."""
+        return self.start + forwards * self.forward + self.validation + sites * self.site
+
+
 @torch.no_grad()
-def dry_run(config: RunConfig) -> float:
-    """Print the time and memory of a run, measured on some images, and return its seconds. Nothing is written."""
+def dry_run(config: RunConfig) -> RunCost:
+    """Print the time and memory of a run, measured on some images, and return its cost. Nothing is written.
+
+    Of more processes than sites, one without a site has no cost.
+    """
     run = SolveRun(config)
+    started = work_seconds()
     with run_process(), run.machine.processes():
         run.data.verify(run.machine.progress == "bar")
         probes = run.load_probes()
+        start_s = work_seconds() - started
         sites = sites_of_process(probes)
-        if not sites:  # of more processes than sites; the first one has some, and prints
-            return 0.0
+        if not sites:
+            return RunCost(start_s, 0.0, 0.0, 0.0)
         images = len(run.data.splits["training"])
-        forward_s, site_s = measure_site(run, probes=probes, site=sites[-1], images=images)
         bytes_of_targets = images * target_bytes(probes)
         memory = memory_for_states(run, bytes_of_targets)
         groups = site_groups(probes, sites=sites, images=images, memory=memory)
+        cost = measure_cost(run, probes, ends=list(dict.fromkeys([sites[0], sites[-1]])))
+        cost = cost._replace(start=start_s)
         largest = max(size for _, size in groups)
         place = "memory" if largest <= memory else "a file in --out"
-        threads = threads_of(run.solver_device)
-        total_s = len(groups) * forward_s + len(sites) * site_s / threads
-        validation = len(run.data.splits["validation"])
-        total_s += forward_s * validation / images / rank_count()
         rank_zero_info(
-            f"about {format_duration(total_s)}: a forward over {images:,} training images takes "
-            f"{format_duration(forward_s)}, a site {format_duration(site_s)}, {threads} at a time; {len(groups)} "
-            f"forwards at most, each for the sites whose states fit: {largest / 1e9:.3g} GB in {place}, beside "
-            f"{bytes_of_targets / 1e9:.3g} GB of targets"
+            f"about {format_duration(cost.seconds(len(sites), len(groups)))} on an idle machine: a forward over "
+            f"{images:,} training images takes {format_duration(cost.forward)}, a site {format_duration(cost.site)}; "
+            f"{len(groups)} forwards at most, each for the sites whose states fit: {largest / 1e9:.3g} GB in {place}, "
+            f"beside {bytes_of_targets / 1e9:.3g} GB of targets"
         )
-        return total_s
+        return cost
 
 
-def measure_site(run: SolveRun, probes: SiteProbes, site: str, images: int) -> tuple[float, float]:
-    """Return the seconds of a forward over so many training images up to a site, and of its solution."""
-    measured = min(images, MEASURED_IMAGES)
-    fold_of = assign_folds(range(measured), run.config.solver.folds)
+def measure_cost(run: SolveRun, probes: SiteProbes, ends: list[str]) -> RunCost:
+    """Return the cost of a run, but its start, from an early and a late site, solved and scored on some images."""
+    shares = {}
+    for split, dataset in run.data.splits.items():
+        images = len(dataset)
+        dataset.names = dataset.names[:MEASURED_IMAGES]
+        dataset.files = dataset.files[:MEASURED_IMAGES]
+        shares[split] = images / len(dataset)
+    training, validation = (len(run.data.splits[split]) for split in ("training", "validation"))
+    heads = torch.nn.ModuleDict({site: probes.heads[site] for site in ends})
+    probes = replace(probes, heads=heads)
+    fold_of = assign_folds(range(training), run.config.solver.folds)
     reader = StateReader(probes, data=run.data, machine=run.machine, fold_of=fold_of)
-    started = time.perf_counter()
-    states = reader.read([site])
-    after_forward = time.perf_counter()
-    list(solve_in_workers(run, reader, states))
-    forward_s = after_forward - started
-    solution_s = time.perf_counter() - after_forward
-    share = images / measured
-    return forward_s * share, solution_s * share
+    times = [work_seconds()]
+    states = reader.read(ends)
+    times.append(work_seconds())
+    solutions = dict(solve_in_workers(run, reader, states))
+    times.append(work_seconds())
+    count_validation_images(run, probes, solutions)
+    times.append(work_seconds())
+    forward_s, solutions_s, counted_s = (after - before for before, after in pairwise(times))
+    validation_s = forward_s * validation / training
+    scores_s = max(0.0, counted_s - validation_s)
+    threads = torch.get_num_threads()
+    sites_s = solutions_s / threads_of(run.solver_device) * shares["training"]
+    sites_s += scores_s / threads * shares["validation"]
+    return RunCost(
+        start=0.0,
+        forward=forward_s / threads * shares["training"],
+        validation=validation_s / threads * shares["validation"] / rank_count(),
+        site=sites_s / len(ends),
+    )
+
+
+def work_seconds() -> float:
+    """Return seconds of this process's work so far: of the clock on a GPU, else of cores, which others may use, too."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return sum(os.times()[:4])  # with processes that have ended

@@ -67,7 +67,10 @@ def run_steps(
         What each optional step that failed has said.
     """
     failures: list[str] = []
+    number = 0
+    planned = sum(not step.why_left_out for step in missing)
     for i, step in enumerate(missing):
+        number += not step.why_left_out
         followed = read_record(step.follows, folder)
         if reason := why_not_run(step, followed):
             leave_out(step, folder=folder, reason=reason, overwrite=overwrite)
@@ -77,10 +80,10 @@ def run_steps(
         watcher = StepWatcher(
             name=step.name,
             kind=step.kind,
-            later=[other.kind for other in missing[i + 1 :]],
+            later=[other.kind for other in missing[i + 1 :] if not other.why_left_out],
             seconds=mean_seconds(folder),
         )
-        announced = f"[{i + 1}/{len(missing)}] {step.name}", watcher.describe_left()
+        announced = f"[{number}/{planned}] {step.name}", watcher.describe_left()
         print(", ".join(filter(None, announced)), flush=True)
         try:
             failure = _try_step(

@@ -105,7 +105,7 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
         UserError: The model's config cannot be read, or it cannot have an arm, site or image size that was asked for.
     """
     model = replace(study.model, mllm=path, head=LINEAR)
-    config = read_config(path)
+    config = read_config(path, trust=model.trust)
     family = family_of(config)
     if model.image_px is not None:
         family.with_side(model.image_px, config)  # an error if it takes no input of this side

@@ -7,18 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_bidir.common.errors import UserError
 from probes.config import StudyOptions
+from probes.data.registry import open_splits
 from probes.report.best_layers import detectable_difference
 from probes.report.verdicts import MARGIN, POWER
 from probes.runs.study import CONTROLS
 from probes.score.estimate import student_quantile
 from probes.steps.progress import format_duration
-from probes.steps.record import Outcome
+from probes.steps.record import Outcome, Step
 from probes.steps.runner import find_missing
 
 from .arms import arm_names, kind_of
-from .plan import RUNS, check_folder, plan
+from .plan import RUNS, Planned, check_folder, plan, trained_first
 
+REPORT_S = 5.0  # a page of two models on 60 photos
+PASSES = {"knockout": 6, "routes": 20, "maps": 0.1}  # forwards over the validation images; else one
 SIMULATED = 20_000  # studies
 # standard deviations of recovery beyond random in the toy world, as fractions (experiments/statistics/draws.py)
 OF_AN_IMAGE = 0.0028 * math.sqrt(600)
@@ -40,7 +44,7 @@ def print_estimate(study: StudyOptions) -> None:
     if not missing:
         print(f"{study.out} is complete; nothing to do")
         return
-    missing = [step for step in missing if not step.why_left_out]
+    missing = [step for step in trained_first(missing) if not step.why_left_out]
     for step in missing:
         print(f"  {step.name}")
     runs = [step for step in missing if step.kind in RUNS]
@@ -61,11 +65,55 @@ def print_estimate(study: StudyOptions) -> None:
         print(describe_power(study, images, len(masks)))
     if len(study.models) > 1:
         print(describe_comparison(images))
-    if any(step.kind == "solve" for step in runs):
-        from probes.solve.run import dry_run
+    if runs:
+        print(describe_time(planned, missing))
 
-        seconds = dry_run(planned.arms[0].config)  # the trained model
-        print(f"{len(runs)} arms: about {format_duration(len(runs) * seconds)}, and the analyses")
+
+def describe_time(planned: Planned, missing: Sequence[Step]) -> str:
+    """Return how long the missing steps take, measured on a few images with each model, or why that is not known."""
+    from probes.solve.run import dry_run
+
+    trained = [arm for arm in planned.arms if arm.is_trained]
+    try:
+        costs = {arm.label: dry_run(arm.config) for arm in trained}
+    except UserError as error:  # weights that are on another machine
+        images = sum(len(dataset) for dataset in open_splits(trained[0].config.data).values())
+        costs_of_configs = [describe_config(arm.config.model.mllm, images) for arm in trained]
+        return "\n".join([f"the time is not known here: {error}", *costs_of_configs])
+    sites = {arm.run.name: len(arm.run.sites) for arm in planned.arms}
+    by_kind: Counter = Counter()
+    for step in missing:
+        run = step.name if step.kind in RUNS else step.name.rpartition("/")[0]
+        cost = costs.get(run.rpartition("/")[0])
+        if step.kind == "report":
+            by_kind["report"] += REPORT_S
+        elif step.kind in RUNS:  # those of other tasks have the sites of the trained arm at most
+            by_kind[step.kind] += cost.seconds(sites.get(run, max(sites.values())))
+        else:
+            by_kind[step.kind] += cost.start + PASSES.get(step.kind, 1) * cost.validation
+    parts = [f"{kind} {format_duration(seconds)}" for kind, seconds in by_kind.items()]
+    total = format_duration(sum(by_kind.values()))
+    return f"{len(missing)} steps: about {total} on an idle machine ({', '.join(parts)})"
+
+
+def describe_config(path: str, images: int) -> str:
+    """Return an estimate of a forward over so many images from a model's config."""
+    import torch
+
+    from probes.models.families import family_of
+    from probes.models.read_config import read_config
+
+    config = read_config(path)
+    family = family_of(config)
+    with torch.device("meta"):
+        model = family.model_cls(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = 2 * parameters * math.prod(family.grid(config))
+    return (
+        f"from the config of {path}: {parameters / 1e9:.3g} billion parameters, {flops / 1e12:.3g} TFLOP a photo; at "
+        f"100 TFLOP/s a forward over {images:,} photos takes {format_duration(images * flops / 1e14)}, to which an arm "
+        "adds the solutions of its sites"
+    )
 
 
 def describe_power(study: StudyOptions, images: int, masks: int) -> str:

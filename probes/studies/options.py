@@ -67,10 +67,10 @@ def with_inputs(study: StudyOptions, models: Mapping[str, str], data: str) -> St
     return replace(study, data=replace(study.data, **where))
 
 
-def label_models(words: Sequence[str]) -> dict[str, str]:
+def label_models(words: Sequence[str], trust: bool = False) -> dict[str, str]:
     """Return the models by label, in the order given: "" for one, else the text before "=".
 
-    Two without labels are named by their masks, the two conditions of the paper.
+    Two without labels are named by their masks, which may be run if they are trusted.
 
     Raises:
         UserError: Two models have one label, or a model of several has none.
@@ -82,7 +82,7 @@ def label_models(words: Sequence[str]) -> dict[str, str]:
             from probes.models.families import own_image_attention
             from probes.models.read_config import read_config
 
-            label = own_image_attention(read_config(model))
+            label = own_image_attention(read_config(model, trust=trust))
         if len(words) > 1 and not label:
             raise UserError(f"{model} has no label; name each of several models: NAME={model}")
         if label in models:

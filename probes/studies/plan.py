@@ -17,13 +17,14 @@ from llava_bidir.common.identity import check_same_identity, describe_digest, na
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.analysis import EFFECTS_SUFFIX
-from probes.config import ReportOptions, StudyOptions
+from probes.config import DataOptions, ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.heads import LINEAR, factory_of
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
-from probes.steps.record import Step, digest, read_records, unfinished_steps
+from probes.site_probes import check_names
+from probes.steps.record import OUTSTANDING, Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .arms import TRAINED, Arm, is_fitted, join, kind_of, plan_arms
@@ -94,9 +95,13 @@ def plan(study: StudyOptions) -> Planned:
         UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
     _check(study)
+    for path in study.models.values():
+        check_names(replace(study.model, mllm=path), study.data.task)
+    _check_folder_of_data(study.data)
     main = study.data.task
     tasks = dict.fromkeys((main, *study.tasks))
-    splits = {task: open_splits(replace(study.data, task=task)) for task in tasks}
+    seed = study.seed_everything
+    splits = {task: open_splits(replace(study.data, task=task), seed) for task in tasks}
     validation = splits[main]["validation"]
     analyses = choose_analyses(study, validation)
     contents = {
@@ -124,10 +129,16 @@ def plan(study: StudyOptions) -> Planned:
 
 
 def _check(study: StudyOptions) -> None:
-    """Raise a UserError if a setting is invalid."""
+    """Raise a UserError if a setting is invalid; data are not looked at."""
     others = [task for task in TASKS if task != study.data.task]
     kinds = [*RUNS, *MEASURED, "report"]
-    for option, given, names in (("task", study.tasks, others), ("step", study.only, kinds)):
+    analyses = [text.partition(".")[0] for text in study.add]
+    choices = (
+        ("task", study.tasks, others),
+        ("step", study.only, kinds),
+        ("analysis", analyses, MEASURED),
+    )
+    for option, given, names in choices:
         for name in given:
             if name not in names:
                 expected = ", ".join(names)
@@ -145,7 +156,10 @@ def _check(study: StudyOptions) -> None:
             f"model.head is {study.model.head!r}, but only linear probes are solved; with --fit both heads are trained "
             "and compared"
         )
-    data = study.data
+
+
+def _check_folder_of_data(data: DataOptions) -> None:
+    """Raise a UserError if the data are neither a folder nor a layout."""
     if data.dataset == "folder" and not Path(data.root).is_dir():
         layouts = ", ".join(DATASETS)
         raise UserError(
@@ -262,6 +276,21 @@ def _report_step(study: StudyOptions, steps: Sequence[Step]) -> ReportStep:
     )
 
 
+def trained_first(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps of trained models first, then a report that names the outstanding controls, then the others.
+
+    The report is made again at the end.
+    """
+    reports = [step for step in steps if step.kind == "report"]
+    of_arms = [step for step in steps if step.kind != "report"]
+    trained = [step for step in of_arms if step.is_trained]
+    others = [step for step in of_arms if not step.is_trained]
+    if not (reports and trained and any(step.kind in RUNS for step in others)):
+        return list(steps)
+    waiting = [replace(step, why_left_out=step.why_left_out or OUTSTANDING) for step in others]
+    return [*trained, *waiting, *reports, *others, *reports]
+
+
 # ------------------------------------------------------------------------------------------------------- analyses
 def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, Settings]:
     """Return the options of each analysis that is run; the default ones and those of `--add`.
@@ -276,11 +305,6 @@ def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, 
     }
     for text in study.add:
         name, _, setting = text.partition(".")
-        if name not in MEASURED:
-            expected = ", ".join(MEASURED)
-            raise UserError(
-                f"there is no analysis {name!r}; expected one of {expected} (--add); {HINT}"
-            )
         settings = chosen.setdefault(name, {**MEASURED[name].in_study})
         if setting:
             key, _, value = setting.partition("=")

@@ -30,13 +30,13 @@ from probes.config import RunConfig, StudyOptions
 from probes.heads import LINEAR
 from probes.report.terminal import print_summary
 from probes.runs.read import finished_runs
-from probes.steps.record import OUTSTANDING, Step, as_json, must_replace, record_file
+from probes.steps.record import Step, as_json, must_replace, record_file
 from probes.steps.runner import find_missing, run_steps
 
 from .arms import TRAINED
 from .estimate import print_estimate
 from .options import label_models, study_options, with_inputs
-from .plan import RUNS, check_folder, plan
+from .plan import RUNS, check_folder, plan, trained_first
 from .table import Study, write_table
 
 REPORT_WAIT_S = 600
@@ -48,7 +48,7 @@ def run(options: StudyOptions) -> None:
     *words, data = options.inputs
     if not words:
         raise UsageError("expected a model and a folder: probes study MODEL DATA --out DIR")
-    study = with_inputs(options, label_models(words), data)
+    study = with_inputs(options, label_models(words, options.model.trust), data)
     if study.dry_run:
         print_estimate(study)
     else:
@@ -133,21 +133,6 @@ def run_study(study: StudyOptions) -> None:
             f"{len(failures)} of the steps failed, and the report is without the result, or has an earlier one: "
             f"{'; '.join(failures)}. The same command tries again"
         )
-
-
-def trained_first(steps: list[Step]) -> list[Step]:
-    """Return the steps of trained models first, then a report that names the outstanding controls, then the others.
-
-    The report is made again at the end.
-    """
-    reports = [step for step in steps if step.kind == "report"]
-    of_arms = [step for step in steps if step.kind != "report"]
-    trained = [step for step in of_arms if step.is_trained]
-    others = [step for step in of_arms if not step.is_trained]
-    if not (reports and trained and any(step.kind in RUNS for step in others)):
-        return steps
-    waiting = [replace(step, why_left_out=step.why_left_out or OUTSTANDING) for step in others]
-    return [*trained, *waiting, *reports, *others, *reports]
 
 
 # ---------------------------------------------------------------------------------------------------- one step

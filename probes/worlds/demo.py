@@ -1,12 +1,12 @@
 """`probes demo`: train, probe and report on a toy world, on two CPU cores; again: only what is missing.
 
 OUT/assets                  the world, a tiny CLIP and a tiny Llama
-OUT/MASK/stage1, stage2     LLaVA's two stages under both masks, two at a time on one thread each
+OUT/MASK/stage1, stage2     LLaVA's two stages under each mask, two at a time on one thread each
 OUT/MASK/planted            the models with a planted recovery (plant.py)
-OUT/shuffled                the bidirectional one with a shuffled LLM, in which nothing is planted
+OUT/shuffled                the second one with a shuffled LLM, in which nothing is planted
 OUT/merged, OUT/intact      the same with a planted drop at the adapter, and without
 OUT/shuffled/ARM, ...       a study of each of these three
-OUT/MASK/ARM, OUT/report    one study of both masks (probes/studies/README.md); its report has all
+OUT/MASK/ARM, OUT/report    one study of all masks (probes/studies/README.md); its report has all
 OUT/logs                    what each step said, and below logs/steps what it was made from
 
 The truth about a claim is known, and the last table has it beside what the study found. A folder that was deleted is
@@ -25,7 +25,6 @@ from probes.config import DemoOptions
 from probes.steps.record import Step
 
 from .steps import (
-    MASKS,
     WEIGHTS,
     check_settings,
     make_step,
@@ -53,8 +52,8 @@ QUESTIONS = ["routes.limit=80", "routes.draws=1"]
 NEXT = """
 Next:
   source .venv/bin/activate
-  probes lab {out}/causal/trained {out}/bidirectional/trained
-  probes study {out}/bidirectional/planted/hf DATA --out runs/mine    # DATA: images and masks, probes/README.md"""
+  probes lab {runs}
+  probes study {out}/{mask}/planted/hf DATA --out runs/mine    # DATA: images and masks, probes/README.md"""
 # Knockouts take half of the time, and no truth is known about them.
 STEPS = ["solve", "fit", "sinks", "report"]
 
@@ -72,13 +71,14 @@ def run(options: DemoOptions) -> None:
         run_in_child_process(out, "assets", [make_step(out, words, out / "assets/questions.json")])
 
         def train(mask: str) -> None:
-            steps = _train(out, mask, seed) + _plant(out, mask=mask, seed=seed, scale=options.scale)
+            steps = _train(out, mask, seed) + _plant(out, mask=mask, options=options)
             run_in_child_process(out, mask, steps)
 
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(train, MASKS))
-        _study(out, seed, options.extras or options.scale >= 1)
-        print(NEXT.format(out=options.out))
+            list(pool.map(train, options.masks))
+        _study(out, options)
+        runs = " ".join(f"{options.out}/{mask}/trained" for mask in options.masks)
+        print(NEXT.format(out=options.out, runs=runs, mask=options.masks[:2][-1]))
 
 
 def _train(out: Path, mask: str, seed: int) -> list[Step]:
@@ -102,14 +102,17 @@ def _train(out: Path, mask: str, seed: int) -> list[Step]:
     return training_steps(out, out / mask, {"stage1": stage1, "stage2": stage2})
 
 
-def _plant(out: Path, mask: str, seed: int, scale: float) -> list[Step]:
-    """Return the steps that plant a recovery, and under the bidirectional mask the other three models."""
-    options = {name: max(2, min(600, round(n * scale))) for name, n in PLANT_STEPS.items()}
+def _plant(out: Path, mask: str, options: DemoOptions) -> list[Step]:
+    """Return the steps that plant a recovery, and under the second mask the other three models."""
+    seed = {"--seed": options.seed}
+    steps_of_plant = {
+        name: max(2, min(600, round(n * options.scale))) for name, n in PLANT_STEPS.items()
+    }
     planted = out / mask / "planted"
-    jobs = [("recovery", out / mask / "stage2", planted, options | {"--seed": seed})]
-    if mask == "bidirectional":
+    jobs = [("recovery", out / mask / "stage2", planted, steps_of_plant | seed)]
+    if mask == options.masks[:2][-1]:
         jobs += [
-            ("random", planted, out / "shuffled", {"--seed": seed}),
+            ("random", planted, out / "shuffled", seed),
             ("drop", planted, out / "merged", {"--pairs": 3}),
             ("drop", planted, out / "intact", {"--pairs": 0}),
         ]
@@ -122,8 +125,8 @@ def _plant(out: Path, mask: str, seed: int, scale: float) -> list[Step]:
     return steps
 
 
-def _study(out: Path, seed: int, in_full: bool) -> None:
-    """Study the models; the last study, of both masks, writes the report of all."""
+def _study(out: Path, options: DemoOptions) -> None:
+    """Study the models; the last study, of all masks, writes the report of all."""
 
     def study(models: str | dict[str, str], folder: Path, sites: list[str], **more: Any) -> None:
         probes.study(
@@ -132,7 +135,7 @@ def _study(out: Path, seed: int, in_full: bool) -> None:
             out=folder,
             overwrite=True,  # the results of models that were made again
             configs=["demo/probes"],
-            options={"seed_everything": seed, "data": DATA, "model": {"sites": sites}},
+            options={"seed_everything": options.seed, "data": DATA, "model": {"sites": sites}},
             **more,
         )
         gc.freeze()  # what this has imported: a collection after each step takes 0.3 s with it
@@ -147,11 +150,11 @@ def _study(out: Path, seed: int, in_full: bool) -> None:
         )
     add = KNOCKOUT
     only = STEPS
-    if in_full:
+    if options.extras or options.scale >= 1:
         add = KNOCKOUT + QUESTIONS
         only = []
     study(
-        {mask: f"{out}/{mask}/planted/hf" for mask in MASKS},
+        {mask: f"{out}/{mask}/planted/hf" for mask in options.masks},
         folder=out,
         sites=["adapter", *LAYERS],
         arms=["trained", *RANDOM_LLMS],

@@ -19,6 +19,7 @@ JOBS = 2 * 3 + 1  # of one encoder
 PROBES = "-c configs/demo/probes.yaml --data.batch_size 2 --data.name toy"
 ZERO = "zero3.yaml --trainer.strategy.class_path=zero_on_cpu.ZeROOnCPU "
 ZERO += f"--import {ROOT}/tests/helpers/zero_on_cpu.py"
+ALONE = {"TASKS_PER_NODE": "1", "STRATEGY": "-c configs/cluster/ddp.yaml --trainer.accelerator cpu"}
 ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
 
@@ -102,6 +103,20 @@ def complete(job: str, log: Path) -> None:
     assert ended(job, log)["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
 
+def statuses(settings: dict[str, str]) -> dict[str, dict]:
+    """Return what `llava-bidir status` says of each step, by MODEL/STEP."""
+    rows = json.loads(shell("$PYTHON -m llava_bidir status $RUNS --json", settings))
+    return {f"{row['model']}/{row['step']}": row for row in rows}
+
+
+def await_status(settings: dict[str, str], name: str, **wanted) -> None:
+    """Wait until a step has these values."""
+    deadline = time.monotonic() + HANGING_S
+    while not wanted.items() <= (rows := statuses(settings)).get(name, {}).items():
+        assert time.monotonic() < deadline, rows
+        time.sleep(1)
+
+
 def lines_of(path: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -144,11 +159,7 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
 
 def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
     """Other encoders add jobs of the same scripts; test_scripts.py checks the calls for all six."""
-    alone = {
-        "TASKS_PER_NODE": "1",
-        "STRATEGY": "-c configs/cluster/ddp.yaml --trainer.accelerator cpu",
-    }
-    settings = settings | alone | {"RUNS": str(tmp_path)}
+    settings = settings | ALONE | {"RUNS": str(tmp_path)}
     lines = shell("slurm/submit.sh", settings).splitlines()
     again = shell("slurm/submit.sh", settings).splitlines()
     assert len(lines) == len(again) == JOBS
@@ -164,4 +175,34 @@ def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
             for arm in ("trained", "random1", "probes")
         )
     assert (tmp_path / "clip/bidirectional/trained/sinks.json").is_file()
+    assert {row["state"] for row in statuses(settings).values()} == {"done"}
     assert shell("slurm/submit.sh", settings) == "", "nothing is left to submit"
+
+
+def test_status_follows_a_job_that_is_requeued_and_one_that_dies(settings, tmp_path):
+    """Both are slowed down. A dry run before submits nothing."""
+    slow = f"--import {ROOT}/tests/slurm/skew.py --trainer.callbacks+=skew.Skew "
+    slow += f"--trainer.callbacks.seconds=1 --trainer.callbacks.losses={tmp_path}/losses"
+    settings = settings | ALONE | {"RUNS": str(tmp_path / "runs")}
+    settings["STAGE1"] += f" {slow}"
+    table = shell("slurm/submit.sh --dry-run", settings).splitlines()
+    assert len(table) == 1 + JOBS + 1 and not (tmp_path / "runs").exists()
+    lines = shell("slurm/submit.sh", settings).splitlines()
+    jobs = {name: job for job, name in map(str.split, lines)}
+    try:
+        for mask in ("causal", "bidirectional"):
+            await_status(settings, name=f"clip-{mask}/stage1", state="running", of=12)
+        rows = statuses(settings)
+        waiting = rows["clip-causal/stage2"]
+        assert (waiting["state"], waiting["reason"]) == ("waiting", "Dependency")
+        signals = {"clip-causal/stage1": "USR1", "clip-bidirectional/stage1": "KILL"}
+        for name, number in signals.items():
+            subprocess.run(["scancel", f"--signal={number}", jobs[name]], check=True)
+        await_status(settings, name="clip-bidirectional/stage1", state="failed")
+        await_status(settings, name="clip-causal/stage1", state="running", requeues=1)
+        await_status(settings, name="clip-causal/stage1", state="done", done=12)
+    finally:
+        subprocess.run(["scancel", *jobs.values()])
+    await_status(
+        settings, name="clip-bidirectional/stage2", state="waiting", reason="not in the queue"
+    )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -16,15 +17,21 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*ROOT.glob("slurm/*.*s*h"), *ROOT.glob("tests/slurm/*.sh")])
 ARMS = ["trained", "random0", "random1", "permuted0", "permuted1", "adapter0", "adapter1"]
 MASKS = ["causal", "bidirectional"]
-DATA = [
-    "PYTHON",
-    "VQA_PYTHON",
-    "SEGMENTATION",
-    "CAPTIONS",
-    "CAPTION_IMAGES",
-    "INSTRUCTIONS",
-    "INSTRUCTION_IMAGES",
-]
+DATA = ["SEGMENTATION", "CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES"]
+SBATCH = """case "$*" in
+*--test-only*)
+  case "$*" in *=nowhere*) echo "allocation failure: Invalid partition name specified" >&2; exit 1 ;; esac ;;
+*) echo "$@" >> {0}/calls; wc -l < {0}/calls ;;
+esac"""
+# refuses one learning rate, estimates all stages alike, and finds no model
+PYTHON = """case "$*" in
+*"fit "*"annotations /nowhere"*) echo "data.annotations: no file /nowhere"; exit 1 ;;
+*"fit "*"_rte"*) echo "unrecognized arguments: --model.learning_rte"; exit 2 ;;
+*"fit "*) echo '{{"gpu_hours": 52.04, "memory_gb": {{"total": 39.4}}}}' ;;
+*"-m "*) echo "no model /nowhere/hf"; exit 1 ;;
+*lmms_eval*) ;;
+*) exec {1} "$@" ;;
+esac"""
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -52,10 +59,11 @@ def test_study_job_runs_a_study_that_can_be_planned(tmp_path, monkeypatch, check
     job = ["bash", "slurm/study.sbatch", "clip", " ".join(MASKS), "--arms", "trained", "random1"]
     settings = os.environ | there | {"RUNS": str(tmp_path)}
     words = run_command(job, cwd=ROOT, env=settings).stdout.splitlines()
+    assert (words[0], words[-1]) == ("job , restart 0", "done"), "what `llava-bidir status` reads"
     planned = []
     monkeypatch.setattr("probes.studies.run.run_study", planned.append)
     monkeypatch.chdir(ROOT)
-    main(words[words.index("probes") + 1 :])
+    main(words[words.index("probes") + 1 : -1])
     ade = MagicMock(classes=["sky", "ceiling", "grass"], __len__=lambda _: 8)  # is on the cluster
     monkeypatch.setattr("probes.studies.plan.open_splits", lambda data: {"validation": ade})
     steps = {step.name: step for step in plan(planned[0]).steps}
@@ -69,15 +77,16 @@ def test_study_job_runs_a_study_that_can_be_planned(tmp_path, monkeypatch, check
 
 @pytest.fixture
 def study(tmp_path):
-    """Return a function that runs slurm/submit.sh with a fake sbatch, which records its calls. It returns the finished
-    process and the calls as lists of words."""
-    (tmp_path / "sbatch").write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls\n'
-    )
-    (tmp_path / "sbatch").chmod(0o755)
+    """Return a function that runs slurm/submit.sh with a fake sbatch, which records its calls, and a fake python. It
+    returns the finished process and the calls as lists of words."""
+    for name, text in {"sbatch": SBATCH, "python": PYTHON}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text.format(tmp_path, sys.executable)}\n")
+        (tmp_path / name).chmod(0o755)
 
     def run(*arguments, check=True, **settings):
         there = dict.fromkeys(DATA, str(tmp_path)) | {"RUNS": str(tmp_path / "runs")}
+        there |= dict.fromkeys(["PYTHON", "VQA_PYTHON"], str(tmp_path / "python"))
+        there["PYTHONPATH"] = str(ROOT)
         variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | there | settings
         done = run_command(
             [ROOT / "slurm/submit.sh", *arguments], must_pass=check, env=variables, cwd=tmp_path
@@ -100,7 +109,7 @@ def script(call: list[str]) -> list[str]:
 
 
 def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study, tmp_path):
-    done, calls = study("--dry-run", CAPTIONS="/nowhere")
+    done, calls = study("--dry-run", "-v")
     expected = []
     for encoder in ("clip", "dinov2", "siglip"):
         for mask in MASKS:
@@ -114,7 +123,7 @@ def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study, 
             ]
         both = "".join(f":{encoder}-{mask}/study" for mask in MASKS)
         expected += [(["slurm/study.sbatch", encoder, *MASKS, "--arms", *ARMS], both)]
-    printed = [line.split() for line in done.stdout.splitlines()]
+    printed = [line.split() for line in done.stdout.splitlines() if line.startswith("sbatch ")]
     assert [(script(call), dependency(call)) for call in printed] == expected
     assert all((ROOT / words[0]).is_file() for words, _ in expected)
     assert calls == [] and not (tmp_path / "runs").exists()
@@ -148,12 +157,63 @@ def test_finished_parts_are_skipped_and_nothing_waits_for_them(study, tmp_path):
     assert [*map(dependency, calls)] == ["", ":1", ":2"]
 
 
-def test_a_mistake_submits_nothing_and_all_that_is_missing_is_named_at_once(study):
-    done, calls = study("--dry-run=yes", check=False)
-    assert done.returncode == 2 and "usage: " in done.stderr
-    done, calls = study(check=False, PYTHON="/nowhere/python", CAPTIONS="/nowhere/a.json")
+def test_dry_run_has_a_table_with_hours_and_sums(study):
+    """Estimated: 52.04 GPU-hours of two stages on 2 x 4 GPUs under two masks. Asked: stages, studies, a report."""
+    more = {"NODES": "2", "TASKS_PER_NODE": "4", "TRAINING_TIME": "1-12", "NODE_TIME": "90"}
+    done, _ = study("--dry-run", ENCODERS="clip", VQA_PYTHON="", **more)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 + 7 + 1
+    assert lines[2].split() == "clip-causal/stage2 2 x 4 36.0 6.5 39 clip-causal/stage1".split()
+    assert lines[3].split() == "clip-causal/study 1 x 4 1.5 - - clip-causal/stage2".split()
+    assert lines[7].endswith(" clip-causal/study, clip-bidirectional/study")
+    asked = 4 * 8 * 36 + 2 * 4 * 1.5 + 4
+    assert (
+        lines[8]
+        == f"7 jobs: {asked:.0f} GPU-hours asked, {4 * 8 * 6.5:.0f} estimated for the stages"
+    )
+
+
+def test_help_says_what_the_options_do(study):
+    done, calls = study("--help")
+    assert "--dry-run -v" in done.stdout and "#" not in done.stdout and calls == []
+
+
+WRONG = {  # a setting and its value: the beginning of what is said of it
+    "CAPTIONS=/nowhere/a.json": "CAPTIONS=/nowhere/a.json does not exist",
+    "SEGMENTATION=/nowhere": "SEGMENTATION=/nowhere does not exist",
+    "ENCODERS=clip clipp": "ENCODERS=clip clipp: configs/encoder has no clipp.yaml, only ./clip.yaml",
+    "MASKS=bidirectionl": "MASKS=bidirectionl: bidirectionl is none of causal, bidirectional, prefix",
+    "TRAINING_TIME=tomorrow": "TRAINING_TIME=tomorrow: expected HOURS:MINUTES:SECONDS",
+    "NODE_TIME=1": "NODE_TIME=1 are 60 s: a job saves and requeues itself before",
+    "ONE_GPU_TIME=1:2:3:4": "ONE_GPU_TIME=1:2:3:4: expected",
+    "NODES=0": "NODES=0: expected a number from 1",
+    "CPUS_PER_TASK=8x": "CPUS_PER_TASK=8x: expected a number",
+    "ARMS=trained randm0": "ARMS=trained randm0: randm0 is none of trained, random0,",
+    "LAYOUT=ade21k": "LAYOUT=ade21k is no folder, and none of ade20k,",
+    "RUNS=/dev/null/runs": "RUNS=/dev/null/runs: cannot write in /dev/null",
+    "PARTITION=nowhere": "Slurm refuses --partition=nowhere",
+    "VQA_PYTHON=/nowhere": "VQA_PYTHON=/nowhere is no Python with lmms-eval",
+    "PYTHON=/nowhere/python": "PYTHON=/nowhere/python: there is no such program",
+}
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_mistake_submits_nothing_and_all_that_is_missing_is_named_at_once(study, more):
+    done, calls = study(*more, check=False, **dict(word.split("=", 1) for word in WRONG))
+    assert done.returncode == 1 and calls == []
+    told = done.stderr.splitlines()
+    assert len(told) == len(WRONG)
+    for text in WRONG.values():
+        (line,) = [line for line in told if line.startswith(f"slurm/env.sh: {text}")]
+
+
+def test_options_that_a_command_refuses_are_named_with_their_setting(study):
+    wrong = {"STAGE2": "-c stage2 --model.learning_rte 1", "CAPTIONS": "/nowhere"}
+    done, calls = study(check=False, ENCODERS="clip", **wrong)
     assert done.stderr.splitlines() == [
-        "slurm/env.sh: PYTHON=/nowhere/python does not exist",
-        "slurm/env.sh: CAPTIONS=/nowhere/a.json does not exist",
+        "slurm/env.sh: CAPTIONS=/nowhere does not exist",
+        "slurm/env.sh: STAGE2, clip: unrecognized arguments: --model.learning_rte",
     ]
     assert calls == []
+    done, calls = study("--dry-run=yes", check=False)
+    assert done.returncode == 2 and "usage: " in done.stderr

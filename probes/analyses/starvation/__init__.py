@@ -1,8 +1,8 @@
 """Context starvation: are early patches worse off under causal attention (Sec. 5.1, Fig. 7, Table 3)?
 
 Image tokens come in raster order. Under a causal mask, patch 0 attends to no other patch and the last one to all. The
-report compares the two runs of a study by pixel accuracy under each patch at one site (starvation_section.py). The
-first token may also be an attention sink (sinks.py).
+report compares each other mask with the first by pixel accuracy under each patch at one site (starvation_section.py).
+The first token may also be an attention sink (sinks.py).
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ def sink_warning(runs: Mapping[str, "ProbeRun"], site: str) -> str:
 
 
 def has_sink(runs: Mapping[str, "ProbeRun"]) -> bool:
-    """Return whether runs by mask have a sink at the first image token, at the site where starvation is measured."""
-    pair = {mask: runs[mask] for mask in ("causal", "bidirectional") if mask in runs}
-    return len(pair) == 2 and bool(sink_warning(pair, pair["causal"].peak_layer))
+    """Return whether two runs by mask have a sink at the first image token, at the best layer of the first one."""
+    first, *others = runs.values()
+    return bool(others) and bool(sink_warning(runs, first.peak_layer))
 
 
 ANALYSIS = Analysis(
@@ -43,17 +43,17 @@ ANALYSIS = Analysis(
     claims={
         "starvation": Claim(
             +1,
-            "First patch starves under causal attention: bidirectional − causal, accuracy",
+            "First patch starves under {first} attention: {second} − {first}, accuracy",
             between_masks="patch_0",
         ),
         "starvation_first_row": Claim(
             +1,
-            "First row starves under causal attention: bidirectional − causal, accuracy",
+            "First row starves under {first} attention: {second} − {first}, accuracy",
             between_masks="first_row",
         ),
         "starvation_without_sink": Claim(
             +1,
-            "First row starves, without its first patch, a sink: bidirectional − causal, accuracy",
+            "First row starves, without its first patch, a sink: {second} − {first}, accuracy",
             between_masks="rest_of_row",
             applies=has_sink,
         ),

@@ -1,6 +1,6 @@
-"""What the report shows of starvation: the gap of a study's two runs.
+"""What the report shows of starvation: the gap between a study's run under the first mask and each other one.
 
-The gap is bidirectional minus causal accuracy by patch. It cancels effects of content that both masks share: early
+The gap is the other one's accuracy by patch minus the first one's. It cancels effects of content that both share: early
 patches are mostly sky and ceiling. One mask may still be better at these classes, so accuracy is also standardised to
 the same mix of classes at every patch: that on each class, weighted by the class's share of the split's labelled pixels
 (direct standardisation). A class that never occurs at a patch is left out there, for both masks. The class of a patch
@@ -23,27 +23,36 @@ from probes.analyses.starvation import sink_warning
 from probes.runs.compare import check_pair
 from probes.runs.formatting import PAPER, Rows, bounds
 from probes.runs.read import ProbeRun
-from probes.runs.study import StudyRuns
+from probes.runs.study import PAPER_MASKS, StudyRuns
 from probes.score.estimate import Estimate
 
-KINDS = ("causal", "bidirectional", "gap")
-DIFFERENCE = "bidirectional − causal"
+GAP = "gap"
 
 
 def section(study: StudyRuns) -> Section:
-    """Return the section of a study; empty without both runs or the causal run's best layer."""
-    pair = study.pair()
-    result = None
-    if pair:
+    """Return the section of a study; empty without two masks or the best layer under the first one.
+
+    results.json["starvation"] is that of the second mask, with those of further ones in a list, "further".
+    """
+    results = []
+    figures: list[Figure] = []
+    sentences: dict[str, None] = {}
+    tables = {}
+    for pair in study.pairs():
         result = starvation(*pair)
-    if result is None:
-        return Section(results={"starvation": None})
-    warning = sink_warning({run.mask: run for run in pair}, result["site"])
+        if result is None:
+            continue
+        masks = tuple(run.mask for run in pair)
+        figures += starvation_figures(result, masks, suffix=f"_{masks[1]}" if results else "")
+        results.append(result)
+        sentences[sink_warning({run.mask: run for run in pair}, result["site"])] = None
+        if masks == PAPER_MASKS:
+            tables["table3"] = table3(result)
+    first, *further = results or [None]
+    if further:
+        first = first | {"further": further}
     return Section(
-        [*starvation_figures(result)],
-        [*filter(None, [warning])],
-        tables={"table3": table3(result)},
-        results={"starvation": result},
+        figures, [*filter(None, sentences)], tables=tables, results={"starvation": first}
     )
 
 
@@ -53,13 +62,13 @@ def table3(starvation: dict[str, Any]) -> Rows:
     of_paper = []
     for patch in range(3):
         row: dict[str, Any] = {"model": "this run", "patch": patch}
-        for kind in KINDS:
+        for kind in (*PAPER_MASKS, GAP):
             value = starvation[kind][patch]
             row[kind] = None if math.isnan(value) else value  # no pixel of the patch is labelled
         of_run.append(row)
         published = PAPER["table3_patch_accuracy"][f"patch_{patch}"]
         row = {"model": "paper, clip, ADE20K", "patch": patch}
-        of_paper.append(row | dict(zip(KINDS, published, strict=False)))
+        of_paper.append(row | dict(zip((*PAPER_MASKS, GAP), published, strict=False)))
     return of_run + of_paper
 
 
@@ -78,18 +87,21 @@ def gap_chart(result: dict[str, Any], title: str) -> Chart:
     )
 
 
-def accuracy_grids(result: dict[str, Any]) -> list[Grid]:
+def accuracy_grids(result: dict[str, Any], masks: tuple[str, str]) -> list[Grid]:
     """Return accuracy by patch under both masks with one range of colours, and their difference."""
-    shown = {name: np.array(result[name], float).reshape(result["grid"]) for name in KINDS}
-    both = [shown[name] for name in KINDS[:2]]
+    shown = {}
+    for name in (*masks, GAP):
+        shown[name] = np.array(result[name], float).reshape(result["grid"])
+    both = [shown[mask] for mask in masks]
     span = (float(np.nanmin(both)), float(np.nanmax(both)))
     grids = []
     for name, values in shown.items():
         first_patch = 100 * values[0, 0]
         first_row = 100 * np.nanmean(values[0])
-        if name == "gap":
+        if name == GAP:
             unit = f"first patch {first_patch:+.1f}, first row {first_row:+.1f}"
-            grid = Grid(values=values, title=DIFFERENCE, unit=unit.replace("-", "−"), signed=True)
+            title = f"{masks[1]} − {masks[0]}"
+            grid = Grid(values=values, title=title, unit=unit.replace("-", "−"), signed=True)
         else:
             unit = f"first patch {first_patch:.1f}%, first row {first_row:.1f}%"
             grid = Grid(values=values, title=name, unit=unit.replace("-", "−"), span=span)
@@ -97,22 +109,24 @@ def accuracy_grids(result: dict[str, Any]) -> list[Grid]:
     return grids
 
 
-def starvation_figures(result: dict[str, Any]) -> Iterator[Figure]:
-    """Yield the figures of context starvation, of results.json["starvation"]."""
+def starvation_figures(
+    result: dict[str, Any], masks: tuple[str, str], suffix: str = ""
+) -> Iterator[Figure]:
+    """Yield the figures of context starvation between two masks; names of their files end with `suffix`."""
     at = f"at {result['site'].replace('_', ' ')}"
     yield Figure(
-        name="starvation",
+        name=f"starvation{suffix}",
         title=f"Accuracy by patch {at}",
         caption="Under causal attention the first image tokens see few others (Fig. 7). Look for a gap at the first "
-        "ones. The darker, the higher; of differences, blue is higher under bidirectional attention. Lines: 95% "
+        f"ones. The darker, the higher; of differences, blue is higher under {masks[1]} attention. Lines: 95% "
         "intervals.",
-        panels=[*accuracy_grids(result), gap_chart(result, "first row")],
-        rows=gap_rows(result),
+        panels=[*accuracy_grids(result, masks), gap_chart(result, "first row")],
+        rows=gap_rows(result, masks),
     )
     fixed = result["by_class"] | {"grid": result["grid"]}
     gaps = zip(result["gap"], fixed["gap"], strict=False)
     yield Figure(
-        name="starvation_by_class",
+        name=f"starvation_by_class{suffix}",
         title="Accuracy gap with equal class frequencies",
         caption=f"The gap of the first row {at} as measured, and reweighted so that every patch has the class "
         "frequencies of the full split. Early patches often show only a few classes.",
@@ -124,10 +138,10 @@ def starvation_figures(result: dict[str, Any]) -> Iterator[Figure]:
     )
 
 
-def gap_rows(result: dict[str, Any]) -> Rows:
+def gap_rows(result: dict[str, Any], masks: tuple[str, str]) -> Rows:
     """Return the rows of the CSV file: a row per patch."""
     return [
-        {"patch": i} | {name: result[name][i] for name in KINDS} | bounds(ci95, "gap_")
+        {"patch": i} | {name: result[name][i] for name in (*masks, GAP)} | bounds(ci95, "gap_")
         for i, ci95 in enumerate(result["gap_ci95"])
     ]
 
@@ -135,29 +149,29 @@ def gap_rows(result: dict[str, Any]) -> Rows:
 FIRST_PATCHES = 50  # as in Fig. 7; standardisation takes K products of R x N and N x T
 
 
-def starvation(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | None:
-    """Return the gap at the causal run's best layer; None if it has no layers, or the other run lacks this one.
+def starvation(first: ProbeRun, second: ProbeRun) -> dict[str, Any] | None:
+    """Return the gap at the first run's best layer; None if it has no layers, or the second run lacks this one.
 
     Returns:
-        {"site", "grid", "images", "untrained", "causal", "bidirectional", "gap": [T], "gap_ci95": [[low, high]],
-        "first_row": the same of the first row's patches together, "by_class": all of these, standardised, of the first
-        50 patches}. A patch without labelled pixels has NaN.
+        {"site", "grid", "images", "untrained", MASK, MASK, "gap": [T], "gap_ci95": [[low, high]], "first_row": the same
+        of the first row's patches together, "by_class": all of these, standardised, of the first 50 patches}. A patch
+        without labelled pixels has NaN.
 
     Raises:
         UserError: The runs differ in images, control or how probes were made.
     """
-    check_pair(causal, bidirectional)
-    site = causal.peak_layer
-    if site is None or site not in bidirectional.sites:
+    check_pair(first, second)
+    site = first.peak_layer
+    if site is None or site not in second.sites:
         return None
-    counts = causal.counts  # each run's file is read once
+    counts = first.counts  # each run's file is read once
     right = {
-        "causal": counts.patch_right[causal.sites.index(site)],
-        "bidirectional": bidirectional.counts.patch_right[bidirectional.sites.index(site)],
+        first.mask: counts.patch_right[first.sites.index(site)],
+        second.mask: second.counts.patch_right[second.sites.index(site)],
     }
-    once = torch.ones_like(causal.weights[:1])
-    weights = torch.cat([once, causal.weights]).double()
-    columns = causal.metrics["grid"][1]
+    once = torch.ones_like(first.weights[:1])
+    weights = torch.cat([once, first.weights]).double()
+    columns = first.metrics["grid"][1]
     pixels = weights @ with_first_row(counts.patch_valid, columns)
     accuracy = {}
     for mask, right_pixels in right.items():
@@ -166,14 +180,14 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | No
     standardised = standardised_accuracy(
         right,
         valid=counts.patch_valid,
-        labels=causal.patch_classes,
+        labels=first.patch_classes,
         share=share / share.sum(),
         weights=weights,
         columns=columns,
     )
     return {
         "site": site,
-        **{key: causal.metrics[key] for key in ("grid", "images", "untrained")},
+        **{key: first.metrics[key] for key in ("grid", "images", "untrained")},
         **gaps(accuracy),
         "by_class": gaps(standardised),
     }
@@ -218,7 +232,8 @@ def standardised_accuracy(
 
 def gaps(accuracy: dict[str, Tensor]) -> dict[str, Any]:
     """Return both accuracies and the gap by patch, and of the last column as "first_row", from f64[1 + R, T + 1]."""
-    gap = accuracy["bidirectional"] - accuracy["causal"]
+    of_first, of_second = accuracy.values()
+    gap = of_second - of_first
     columns = {mask: values[0].tolist() for mask, values in accuracy.items()}
     columns["gap"] = gap[0].tolist()
     columns["gap_ci95"] = [Estimate.from_vector(values).ci95 for values in gap.T]

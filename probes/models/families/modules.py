@@ -50,7 +50,7 @@ def why_no_parts(config: PreTrainedConfig) -> str:
     """Return why attention and MLP of the layers are not known, "" if they are."""
     if config.model_type != MODULE_TYPE or config.has_parts:
         return ""
-    return "which modules of its layers are attention and MLP is not said (`parts` of a probes.EncoderModule)"
+    return "this module does not say its `parts` (attn, mlp)"
 
 
 def why_unmatched(config: PreTrainedConfig) -> str:

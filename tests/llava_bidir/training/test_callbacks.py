@@ -7,6 +7,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.dataset import Instructions
@@ -54,3 +55,22 @@ def test_three_images_are_shown_with_question_and_answer(stage_1):
         question = question.replace("<image>", "").strip()
         start = f"{record['id']}: {question} Expected: {answer}. Answered: "
         assert shown.tensor_proto.string_val[0].decode().startswith(start)
+
+
+def test_hparams_have_the_settings_under_a_name_and_the_final_metric(stage_1):
+    """As TensorBoard's plugin reads them."""
+    _, run = stage_1
+    events = EventAccumulator(str(run)).Reload()
+    contents = events.summary_metadata
+    tags = (metadata.EXPERIMENT_TAG, metadata.SESSION_START_INFO_TAG)
+    columns, started = (contents[tag].plugin_data.content for tag in tags)
+    experiment = metadata.parse_experiment_plugin_data(columns)
+    session = metadata.parse_session_start_info_plugin_data(started)
+    assert {info.name for info in experiment.hparam_infos} == {*session.hparams}
+    assert session.group_name == f"{run}: stage 1, clip, causal"
+    assert session.hparams["mask"].string_value == "causal"
+    assert session.hparams["steps"].number_value == 2
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert {"hp_metric", "val/loss"} <= metrics
+    (final,) = events.Scalars("hp_metric")
+    assert final.value == events.Scalars("val/loss")[-1].value

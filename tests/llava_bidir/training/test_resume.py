@@ -233,7 +233,7 @@ def test_a_killed_run_ends_as_another_and_each_step_has_one_point(
         assert points(run, tag) == points(undisturbed, tag)
     events = EventAccumulator(str(run)).Reload()
     assert [image.step for image in events.Images("validation/images/0")] == [2, 5]
-    assert "hp_metric" not in events.Tags()["scalars"], "Lightning's placeholder, always -1"
+    assert points(run, "hp_metric") == [(6, points(run, "val/loss")[-1][1])]
 
 
 def test_a_new_run_hides_what_one_without_a_checkpoint_has_logged(disturbed, monkeypatch, tmp_path):

@@ -96,6 +96,26 @@ def test_paired_differences_on_the_same_questions(table):
     assert gqa["p"] == pytest.approx((abs(coins) >= abs(gqa["value"])).mean(), abs=0.001)
 
 
+def test_rounded_tables_mark_the_best_where_it_is_shown(table, tmp_path):
+    """bidirectional is right 15 points more often; of equal models none is the best."""
+    masks = {"a": "causal", "b": "bidirectional"}
+    answers = {"a": CAUSAL, "b": BIDIRECTIONAL}
+    for name, mask in masks.items():
+        folder = tmp_path / name
+        write(folder, name="gqa", right=answers[name], mask=mask)
+        write(folder, name="textvqa", right=CAUSAL, mask=mask)
+    rows = make_table(tmp_path, "a", "b")
+    low, value, high = (100 * rows["bidirectional", "GQA"][key] for key in ("low", "value", "high"))
+    lines = (tmp_path / "out/table1.md").read_text().splitlines()
+    assert lines[0] == "| model | mask | source | GQA | TextVQA |"
+    assert "**" not in lines[2] and lines[3].startswith("| clip | causal | paper | 62.6 | ")
+    ours = lines[4].split(" | ")
+    assert ours[3] == f"**{value:.1f}** [{low:.1f}, {high:.1f}]"
+    assert "**" not in ours[4]
+    latex = (tmp_path / "out/table1.tex").read_text()
+    assert latex.count(r"\textbf{") == 1 and "\\bottomrule" in latex
+
+
 @pytest.mark.parametrize(("right", "bits"), [(BIDIRECTIONAL[:-2], 32), (CAUSAL, 16)])
 def test_models_that_differ_in_more_than_the_mask_are_not_compared(right, bits, tmp_path):
     write(tmp_path / "a", "gqa", CAUSAL)

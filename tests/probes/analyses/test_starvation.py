@@ -57,7 +57,7 @@ def test_standardised_gap_equals_a_loop():
 def test_grids_name_the_first_patch_and_the_mean_of_the_first_row():
     result = {"grid": [2, 2], "causal": [0.2, 0.4, 0.9, 0.9]}
     result |= {"bidirectional": [0.5, 0.6, 0.9, 0.9], "gap": [-0.3, 0.2, 0.0, 0.0]}
-    assert [grid.unit for grid in accuracy_grids(result)] == [
+    assert [grid.unit for grid in accuracy_grids(result, ("causal", "bidirectional"))] == [
         "first patch 20.0%, first row 30.0%",
         "first patch 50.0%, first row 55.0%",
         "first patch −30.0, first row −5.0",

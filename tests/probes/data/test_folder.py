@@ -140,7 +140,7 @@ MANY = [str(i) for i in range(32_767)]
 MISSING = {  # what breaks a folder: the error before any work
     "classes.json needs to be there": lambda root: (root / "classes.json").unlink(),
     "classes.json: JSONDecodeError": lambda root: (root / "classes.json").write_text("{"),
-    "no folder .*annotations/validation": lambda root: shutil.rmtree(root / "annotations"),
+    "lacks .*annotations/validation": lambda root: shutil.rmtree(root / "annotations"),
     "1 files have no mask, .*images/validation/000.png": lambda root: (root / MASK).unlink(),
     "have no image, .*annotations/validation/000.png": lambda root: (root / IMAGE).unlink(),
     "000.jpg and .*000.png have the same name": copy_as_jpeg,

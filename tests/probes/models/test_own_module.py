@@ -103,6 +103,54 @@ def test_a_description_that_does_not_fit_is_an_error(module, changes, message):
         load(module, **changes)
 
 
+class Scale(nn.Module):
+    """LayerScale as a module: a factor for each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.1, 0.9, WIDTH))
+
+    def forward(self, states):
+        return self.gamma * states
+
+
+class ScaledBlock(own_modules.Block):
+    """A layer that scales attention and MLP before it adds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.ls1, self.ls2 = Scale(), Scale()
+
+    def forward(self, states):
+        normed = self.norm1(states)
+        states = states + self.ls1(self.attn(normed, normed, normed)[0])
+        return states + self.ls2(self.mlp(self.norm2(states)))
+
+
+def test_with_layer_scale_the_parts_are_the_scales_and_the_error_says_so():
+    torch.manual_seed(0)
+    module = Encoder(ScaledBlock)
+    with pytest.raises(UserError) as error:
+        load(module)
+    said = "parts={'attn': 'ls1', 'mlp': 'ls2'}"
+    assert said in str(error.value)
+    encoder = load(module, parts={"attn": "ls1", "mlp": "ls2"})
+    states = encoder.states(encoder.preprocess(photo()), "all_parts")
+    added = states["attn_02"] + states["mlp_02"]
+    torch.testing.assert_close(states["layer_01"] + added, states["layer_02"])
+    load(module, parts={"attn": "ls1", "mlp": "ls2"}, untrained=["encoder"], match="permuted")
+
+
+def test_what_a_function_returns_instead_is_named_with_all_that_is_expected(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Linear(1, 1)"
+    )
+    with pytest.raises(UserError) as error:
+        probes.load(f"{tmp_path}/mine.py:build")
+    for field in ("a Linear", "preprocess=", "patch=14", "layers=", "parts=", "image_px=", "ls1"):
+        assert field in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------- preprocessing
 def resized(image: Image.Image) -> torch.Tensor:
     """Resize a photo to a square, and normalise."""
@@ -175,7 +223,7 @@ def test_without_attention_and_mlp_layers_are_permuted_only():
     encoder = load(module, untrained=["encoder"], match="permuted", parts=None)
     assert not torch.equal(encoder.layers[0].linear1.weight, module.blocks[0].linear1.weight)
     control = {"untrained": ["encoder"], "match": "update", "match_images": [photo()]}
-    with pytest.raises(UserError, match="which modules .* are attention and MLP is not said"):
+    with pytest.raises(UserError, match="matched .* this module does not say its `parts`"):
         load(module, parts=None, **control)
 
 
@@ -188,7 +236,7 @@ def test_parts_add_up_to_the_layers_and_what_is_not_known_is_refused():
         torch.testing.assert_close(
             states[f"layer_{layer - 1:02d}"] + added, states[f"layer_{layer:02d}"]
         )
-    with pytest.raises(UserError, match="attention and MLP is not said .* leave out attn_02"):
+    with pytest.raises(UserError, match="does not say its `parts` .* leave out attn_02"):
         load(parts=None).states(pixels, ["attn_02"])
     with pytest.raises(UserError, match="attention .* of a module of your own is not known"):
         encoder.states(pixels, knockout=probes.Knockout(torch.arange(16)[None] == 3))

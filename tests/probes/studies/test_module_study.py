@@ -50,7 +50,7 @@ def test_random_layers_are_left_out_before_any_work_and_permuted_ones_are_solved
     out, printed = study
     first, _, rest = printed.partition("\n")
     assert first.startswith("left out: random layers cannot be matched")
-    assert "attention and MLP is not said" in first and "trained" in rest
+    assert "does not say its `parts`" in first and "trained" in rest
     assert (out / "permuted0/metrics.json").is_file() and not (out / "random0").exists()
     results = json.loads((out / "report/results.json").read_text())
     claims = {claim["claim"]: claim for claim in results["claims"]}

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,8 +229,31 @@ def test_a_dry_run_writes_nothing(checkpoints, segmentation, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "random1/knockout" in said
     assert "7 of them passes over the images: 1 trained, 2 random, 2 permuted, 2 adapter" in said
-    assert "7 arms: about 0:" in said
+    assert re.search(r"15 steps: about 0:.* \(solve 0:.*, sinks 0:.*, knockout .*, report ", said)
     assert not (tmp_path / "study").exists()
+
+
+def test_the_counter_of_a_study_ends_where_the_dry_run_said(settings, ran, capsys):
+    """The report is made twice, and steps that wait for it are counted once."""
+    study = settings(draws=2)
+    print_estimate(study)
+    steps = int(re.search(r"(\d+) steps: about", capsys.readouterr().out)[1])
+    names = ran.of(study)
+    counters = re.findall(r"^\[(\d+)/(\d+)\]", capsys.readouterr().out, re.MULTILINE)
+    assert len(names) == steps
+    assert counters == [(str(i + 1), str(steps)) for i in range(steps)]
+
+
+def test_without_weights_the_estimate_is_one_of_the_config(checkpoints, settings, tmp_path, capsys):
+    folder = tmp_path / "config_only"
+    shutil.copytree(checkpoints["causal"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    study = settings()
+    print_estimate(replace(study, models={"": str(folder)}))
+    said = capsys.readouterr().out
+    assert "the time is not known here: " in said
+    model = probes.load(checkpoints["causal"], device="cpu").model
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    assert f"config of {folder}: {parameters:.3g} billion parameters" in said
 
 
 BAD = {
@@ -246,7 +270,7 @@ BAD = {
     "a/b=MODEL a=MODEL DATA": "'a/b' cannot be the label",
     "MODEL b=MODEL c=MODEL DATA": "has no label",
     "MODEL DATA --model.sites [encoder_03]": "unknown site 'encoder_03'; this model has encoder_00, ",
-    "MODEL DATA --data.task depht": "data.task is 'depht'; expected one of .*--import FILE.py",
+    "MODEL DATA --data.task depht": "there is no task 'depht'; expected one of segmentation",
     "MODEL DATA --model.untrained [llm]": r"model\.untrained.*--arms",
 }
 

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING
 from llava_bidir import __version__ as __version__
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODULES`
+    from .analyses.analysis import Analysis as Analysis
     from .analyses.analysis import Claim as Claim
+    from .analyses.analysis import Result as Result
+    from .analyses.analysis import RunOptions as RunOptions
+    from .analyses.charts import Chart as Chart
+    from .analyses.charts import Curve as Curve
+    from .analyses.charts import Point as Point
     from .analyses.claims import register_analysis as register_analysis
     from .analyses.claims import write_effects as write_effects
+    from .data.image_dataset import SegmentationDataset as SegmentationDataset
     from .data.registry import register_dataset as register_dataset
     from .heads import Probe as Probe
     from .heads import register_head as register_head
@@ -31,6 +38,9 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODUL
     from .solve.features import solve_features as solve_features
     from .studies.run import study as study
     from .studies.table import Study as Study
+    from .tasks import Segmentation as Segmentation
+    from .tasks import Task as Task
+    from .tasks import register_task as register_task
 
 _MODULES = {
     "load": ".models.load",
@@ -42,16 +52,26 @@ _MODULES = {
     "EncoderFamily": ".models.families",
     "EncoderModule": ".models.own_module",
     "register_family": ".models.families",
+    "SegmentationDataset": ".data.image_dataset",
     "register_dataset": ".data.registry",
     "Probe": ".heads",
     "register_head": ".heads",
     "ProbeRun": ".runs.read",
+    "Analysis": ".analyses.analysis",
     "Claim": ".analyses.analysis",
+    "Result": ".analyses.analysis",
+    "RunOptions": ".analyses.analysis",
+    "Chart": ".analyses.charts",
+    "Curve": ".analyses.charts",
+    "Point": ".analyses.charts",
     "Estimate": ".score.estimate",
     "register_analysis": ".analyses.claims",
     "write_effects": ".analyses.claims",
     "study": ".studies.run",
     "Study": ".studies.table",
+    "Segmentation": ".tasks",
+    "Task": ".tasks",
+    "register_task": ".tasks",
     "solve_features": ".solve.features",
     "prepare_masks": ".ops.quadrature",
     "upsampled_cross_entropy": ".ops.cross_entropy",

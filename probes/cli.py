@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llava_bidir.common.cli import Command, Groups, run
+from llava_bidir.common.errors import UserError
 from probes.analyses import MEASURED
 from probes.config import (
     AssetsOptions,
@@ -118,9 +119,16 @@ COMMANDS = {
 
 
 def commands() -> Groups:
-    """Return the commands, with those of analyses."""
+    """Return the commands, with those of analyses.
+
+    Raises:
+        UserError: A registered analysis has the name of another command.
+    """
+    for name in MEASURED:
+        if any(name in group for group in COMMANDS.values()):
+            raise UserError(f"analysis {name!r} has the name of a command; choose another name")
     analyses = {
-        name: Command("probes.analyses:run", analysis.help, analysis.options)
+        name: Command("probes.analyses:run", analysis.help or analysis.question, analysis.options)
         for name, analysis in MEASURED.items()
     }
     return COMMANDS | {"Analyse finished runs": analyses}

@@ -72,7 +72,8 @@ class ModelOptions:
         sites: Sites to probe; None for all outputs of layers but those of the encoder's own layers in an MLLM
             (encoder_00 ...), which are probed by name, or by all. Values, attention and MLP inside the layers
             (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts.
-        head: Kind of probe: linear (the paper), or another, see probes/heads.py; only linear ones are solved.
+        head: Kind of probe: linear (the paper), or another, see probes/heads.py; only linear ones are solved. A study
+            with --fit trains it beside linear ones.
         feature_norm: Normalisation before the head: none (the paper), batchnorm or layernorm. Solved probes have
             batchnorm, and neither this nor the options of AdamW below.
         learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.

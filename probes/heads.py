@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.imports import HINT
+from llava_bidir.common.imports import HINT, check_returned, check_shape, check_takes
 
 # Normalisations without trainable parameters; a linear probe stays linear in the normalised states.
 FEATURE_NORMS = {
@@ -18,6 +18,7 @@ FEATURE_NORMS = {
     "layernorm": lambda width: nn.LayerNorm(width, elementwise_affine=False),
 }
 
+LINEAR = "linear"  # the paper's head, and the only one that is solved
 HIDDEN = 1024  # width of the mlp, see HEADS
 
 
@@ -43,7 +44,7 @@ class GridConv(nn.Module):
 # conv    a linear head on a token and its eight neighbours
 HeadFactory = Callable[[int, int, tuple[int, int]], nn.Module]
 HEADS: dict[str, HeadFactory] = {
-    "linear": lambda width, classes, grid: nn.Linear(width, classes),
+    LINEAR: lambda width, classes, grid: nn.Linear(width, classes),
     "mlp": lambda width, classes, grid: nn.Sequential(
         nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes)
     ),
@@ -59,10 +60,11 @@ def register_head(name: str, factory: HeadFactory) -> None:
         factory: Called with width d, classes K and grid (h, w); returns a module f[B, T, d] -> f[B, T, K], B >= 0.
 
     Raises:
-        UserError: If the name is taken.
+        UserError: If the name is taken, or the factory takes other arguments.
     """
     if name in HEADS:
         raise UserError(f"the head name {name!r} is taken; choose another name")
+    check_takes(factory, "width", "classes", "grid")
     HEADS[name] = factory
 
 
@@ -91,13 +93,17 @@ class Probe(nn.Module):
         classes: int,
         grid: tuple[int, int],
         feature_norm: str = "none",
-        head: str = "linear",
+        head: str = LINEAR,
     ):
         super().__init__()
         self.norm = FEATURE_NORMS[feature_norm](width)
-        self.head = factory_of(head)(width, classes, grid)
+        factory = factory_of(head)
+        self.head = check_returned(factory, factory(width, classes, grid), nn.Module)
+        self.name = head
+        self.classes = classes
 
     def forward(self, states: Tensor) -> Tensor:
         """Return logits f[B, T, K] of states f[B, T, d]."""
         batch, tokens, width = states.shape
-        return self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
+        logits = self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
+        return check_shape(f"head {self.name!r}", logits, (batch, tokens, self.classes))

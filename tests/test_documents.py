@@ -1,12 +1,9 @@
-"""Every Markdown file: links, commands and Python blocks. The worked examples of extensions are applied and tested."""
+"""Every Markdown file: links, commands and Python blocks."""
 
 import ast
-import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 from importlib import import_module
 from itertools import dropwhile, groupby
 from pathlib import Path
@@ -14,13 +11,15 @@ from string import Template
 
 import promises
 import pytest
-from processes import run_command
+from extensions import EXAMPLES as EXTENDING
+from extensions import forgotten
 
 import llava_bidir.cli
 import probes
 import probes.cli
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UsageError
+from llava_bidir.common.imports import take_imports, take_option
 from probes.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +29,9 @@ LISTED = subprocess.run(
 FILES = sorted({name for name in LISTED.stdout.splitlines() if (ROOT / name).is_file()})
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if name.endswith(".md")}
 PROGRAMS = {"llava-bidir": llava_bidir.cli, "probes": probes.cli}
-TABLES = {"llava-bidir": llava_bidir.cli.COMMANDS, "probes": probes.cli.commands()}
+with forgotten():
+    take_imports(["--import", str(EXTENDING / "analysis.py")])  # whose command README names
+    TABLES = {"llava-bidir": llava_bidir.cli.COMMANDS, "probes": probes.cli.commands()}
 OPTIONS = {  # of the commands; None of those of LightningCLI
     (program, name): command.options
     for program, groups in TABLES.items()
@@ -55,14 +56,6 @@ def anchors(text: str) -> set[str]:
     """Return what GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", prose(text), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-# "tests/extending/mask.md": its diff, and the command that tests it
-EXAMPLES = {
-    name: (blocks(text, "diff")[0], blocks(text, "bash")[0])
-    for name, text in TEXTS.items()
-    if name.startswith("tests/extending/")
-}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -130,8 +123,7 @@ def test_files_and_targets_of_commands_exist(name, command):
         assert {word for word in words if "=" not in word and word[0] != "-"} <= {*TARGETS}
     folders = r"(configs|tests|slurm|llava_bidir|probes|\.ci)/[\w./-]+$"
     files = [word for word in (program, *words) if re.match(folders, word)]
-    created = {file for diff, _ in EXAMPLES.values() for file in files_of(diff)}
-    assert all((ROOT / file).exists() or file in created for file in files), files
+    assert all((ROOT / file).exists() for file in files), files
 
 
 @pytest.mark.parametrize(
@@ -144,6 +136,7 @@ def test_command_parses(name, command, monkeypatch):
     if first in ("--help", "--version"):
         return
     try:
+        _, words = take_option(words, "--import")
         Parser(OPTIONS[program, first]).read([word for word in words if word != "..."])
     except UsageError as error:
         assert "..." in words and "arguments are required" in str(error), f"{name}: {error}"
@@ -169,6 +162,7 @@ def test_command_of_lightning_parses(name, command, monkeypatch, capsys):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is as before when the test ends
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(command)
+    _, words = take_option(words, "--import")
     try:
         PROGRAMS[program].main([word for word in words if word != "..."])
     except Parsed:
@@ -264,41 +258,3 @@ def test_every_fault_of_the_register_names_a_test_that_runs():
         path, _, name = test.partition("::")
         assert did and happened and kind in KINDS, row
         assert (ROOT / path).is_file() and name in running_tests(ROOT / path), row
-
-
-# ------------------------------------------------------------------------------------------------------ examples
-def files_of(diff: str) -> list[str]:
-    return re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_example_applies_to_the_present_code(name):
-    run_command(["git", "apply", "--check", "-"], cwd=ROOT, input=EXAMPLES[name][0])
-
-
-@pytest.mark.slow
-def test_examples_work_as_written(tmp_path):
-    """All in one copy of the files, uncommitted changes included, and in one process."""
-    for name in FILES:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    run_command(["git", "init", "-q"], cwd=tmp_path)
-    files = []
-    chosen = []
-    for diff, command in EXAMPLES.values():
-        run_command(["git", "apply", "-"], cwd=tmp_path, input=diff)
-        python, _, pytest_, *arguments = shlex.split(command)
-        assert (python, pytest_) == ("python", "pytest")
-        own = [word for word in arguments if word.endswith(".py")]
-        files += own
-        chosen += arguments[-1:] if "-k" in arguments else [Path(file).stem for file in own]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    environment |= {"PYTHONPATH": str(tmp_path)}
-    words = [*dict.fromkeys(files), "-k", " or ".join(chosen), "-v", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *words]
-    passed = run_command(command, cwd=tmp_path, env=environment).stdout
-    assert {*files} == {*re.findall(r"^(\S+\.py)::.* PASSED", passed, re.M)}
-    names = {name for diff, _ in EXAMPLES.values() for name in files_of(diff)}
-    changed = sorted(name for name in names if name.endswith(".py"))
-    for check in (["check"], ["format", "--check"]):
-        run_command([sys.executable, "-m", "ruff", *check, *changed], cwd=tmp_path)

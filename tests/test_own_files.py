@@ -1,26 +1,19 @@
 """`--import FILE.py`: what a file of one's own registers, in every command that meets its names."""
 
 import re
-import sys
 from pathlib import Path
 
 import probe_runs
 import pytest
 import tiny_models
+from extensions import forgotten
 from processes import fork, wait
 
-import llava_bidir
 import llava_bidir.cli
 import probes.cli
-from llava_bidir.common import imports
-from probes.data.registry import DATASETS
-from probes.heads import HEADS
-from probes.models.families import FAMILIES
 
 pytestmark = pytest.mark.slow  # trains a model, and starts processes that do
 MAIN = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
-REGISTRIES = (llava_bidir.IMAGE_ATTENTION, HEADS, DATASETS, FAMILIES)
-KNOWN = [set(names) for names in REGISTRIES]
 OWN = '''
 """A mask (a block per row of the tiny model's 2 x 2 patches), a head, a layout and a callback."""
 import torch
@@ -59,16 +52,6 @@ probes.register_dataset("own", FolderDataset)
 '''
 
 
-def forget(file: Path) -> None:
-    """Undo what the file has done to this process."""
-    for names, known in zip(REGISTRIES, KNOWN, strict=True):
-        for name in names.keys() - known:
-            del names[name]
-    sys.modules.pop(file.stem, None)
-    sys.path[:] = [folder for folder in sys.path if folder != str(file.parent)]
-    imports._files.clear()
-
-
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("mine") / "own_parts.py"
@@ -81,11 +64,10 @@ def call(own):
     """Return a function that runs a command as a new process would, with the file or without."""
 
     def run(program: str, *words, with_file: bool = True) -> None:
-        forget(own)
-        MAIN[program]([*map(str, words), *(["--import", str(own)] if with_file else ())])
+        with forgotten():
+            MAIN[program]([*map(str, words), *(["--import", str(own)] if with_file else ())])
 
-    yield run
-    forget(own)
+    return run
 
 
 @pytest.fixture(scope="module")

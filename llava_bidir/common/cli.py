@@ -278,7 +278,7 @@ def _format_help(program: str, about: str, groups: Groups) -> str:
         for name, command in commands.items():
             lines.append(fill(f"  {name:<14}{command.help}", 100, subsequent_indent=" " * 16))
     more = f"{program} COMMAND --help has the options. All take {imports.OPTION} FILE.py, a file that registers"
-    lines += ["", f"{more} masks, heads, layouts or families."]
+    lines += ["", f"{more} masks, heads, layouts, tasks, analyses or families."]
     lines.append(
         "Lists are typed a b, a,b or [a,b]; flags --name or --name false; the last part of a name is enough."
     )

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -27,6 +28,9 @@ ACCEPTED = re.compile(
 )
 
 
+USER_FILES: list[str] = []  # that this process runs, by --import
+
+
 class UserError(ValueError):
     """Invalid input; the message names the file, sample or option, what was expected, and what to do."""
 
@@ -43,7 +47,7 @@ class NothingToMeasure(UserError):
 def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Iterator[None]:
     """End the program with one line on a `UserError` (status 1, or 2 of a `UsageError`) or Ctrl-C (130).
 
-    Other exceptions pass through.
+    So does any exception in a file of the user's, with its last line there. Others pass through.
 
     Raises:
         SystemExit: With that message.
@@ -67,6 +71,21 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
             r"(?s)Caught \w+ in DataLoader worker.*\n(Original )?[\w.]+: ", "", str(error)
         )
         sys.exit(f"{program}: {message.strip()}")
+    except Exception as error:
+        if message := describe_in_user_file(error):
+            sys.exit(f"{program}: {message}")
+        raise
+
+
+def describe_in_user_file(error: Exception) -> str:
+    """Return what an exception says, with the last line of a user's file that it passed; "" if it passed none."""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_filename in USER_FILES:
+            place = f"{code.co_filename}:{line}, in {code.co_name}"
+    text = shorten(str(error), 500, placeholder=" ...")
+    return place and f"{place}: {type(error).__name__}: {text}"
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

@@ -1,18 +1,20 @@
-"""`--import FILE.py`, an option of every command: a file of one's own that registers masks, heads, layouts or families.
+"""`--import FILE.py`, an option of every command: a file of one's own that registers a mask, a head, a task ...
 
 Lightning starts its processes with the same words. Processes that a command starts itself get :func:`import_words`.
 """
 
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
+from typing import Any
 
 from jsonargparse import set_parsing_settings
 
-from .errors import UsageError, UserError
+from .errors import USER_FILES, UsageError, UserError
 
 OPTION = "--import"
 HINT = f"{OPTION} FILE.py registers your own"
@@ -44,6 +46,46 @@ def take_imports(argv: Sequence[str]) -> list[str]:
     for file in files:
         _import(file)
     return words
+
+
+def is_ours(function: Callable) -> bool:
+    """Return whether a function is of these packages, not of a user's."""
+    return str(getattr(function, "__module__", "")).partition(".")[0] in ("llava_bidir", "probes")
+
+
+def name_of(function: Callable | str) -> str:
+    """Return the name of a function for messages, with the file of a user's; a name as it is."""
+    if isinstance(function, str):
+        return function
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{name} of {function.__module__}.py"
+
+
+def check_takes(function: Callable, *names: str) -> None:
+    """Raise a UserError unless a function of a user's can be called with arguments of these names."""
+    try:
+        inspect.signature(function).bind(*names)
+    except TypeError as error:
+        expected = ", ".join(names)
+        raise UserError(f"{name_of(function)}: {error}; it is called with ({expected})") from None
+
+
+def check_returned(function: Callable, value: Any, kind: type) -> Any:
+    """Return what a function of a user's returned; raise a UserError if it is of another kind."""
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{name_of(function)} returned a {type(value).__name__}; expected a {kind.__name__}"
+        )
+    return value
+
+
+def check_shape(function: Callable | str, value: Any, shape: Sequence[int]) -> Any:
+    """Return the tensor that a function of a user's returned; raise a UserError if it has another shape."""
+    returned = tuple(getattr(value, "shape", ()))
+    if returned != tuple(shape):
+        kind = f"{type(value).__name__} of shape {list(returned)}"
+        raise UserError(f"{name_of(function)} returned a {kind}; expected shape {list(shape)}")
+    return value
 
 
 @contextmanager
@@ -80,6 +122,7 @@ def _import(file: str) -> None:
     spec = importlib.util.find_spec(path.stem)
     if spec is None or spec.origin is None or not path.samefile(spec.origin):
         raise UsageError(f"{OPTION} {file}: there is a module {path.stem!r} already; rename it")
+    USER_FILES.append(spec.origin)
     with code_of(file):
         importlib.import_module(path.stem)
     set_parsing_settings(import_path_allowlist=[path.stem])  # configs may name its classes

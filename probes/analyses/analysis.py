@@ -1,6 +1,6 @@
 """What an analysis of a finished run is, and how it is run.
 
-An analysis says its options, `measure(run, options) -> Result` and `section(study)`. `run_analysis` does the rest: it
+An analysis says its options, `measure(run, options) -> Result`, and what reports show. `run_analysis` does the rest: it
 locks the result, refuses to replace that of other options, keeps finished batches, and writes
 
     NAME.json                  image_attention, untrained, runs, options, and the rows of the result
@@ -11,17 +11,19 @@ locks the result, refuses to replace that of other options, keeps finished batch
 Imported by `probes --help`, so nothing heavy is imported here or at the top of an analysis.
 """
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_bidir.common.cli import positional
 from llava_bidir.common.errors import NothingToMeasure, UserError
-from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
+from llava_bidir.common.files import exclusive_run_lock, read_json, to_json, write_files
+from llava_bidir.common.imports import check_returned, is_ours, name_of
 from probes.models.sites import ADAPTER, is_layer
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from probes.runs.study import StudyRuns
     from probes.score.estimate import Estimate
 
-    from .charts import Figure
+    from .charts import Chart, Figure
 
 Row = dict[str, Any]
 EFFECTS_SUFFIX = "_effects.safetensors"  # of a file of effects, after the name of the analysis
@@ -131,8 +133,10 @@ class Result(NamedTuple):
 class Analysis:
     """An analysis of finished runs: what the command line, studies, the report and the README say about it.
 
+    One of a file of your own is registered by :func:`probes.register_analysis`.
+
     Args:
-        name: Name of its command and of its files.
+        name: Name of its command and of its files, an identifier.
         question: The question that it answers.
         help: What the command does.
         options: Dataclass of its options, a kind of :class:`RunOptions`.
@@ -140,29 +144,37 @@ class Analysis:
         complete: Returns the options with what is their default for a run; raises a UserError if they do not fit it.
         lines: Returns what the command prints of NAME.json.
         title: Heading of its section in the report; "" for none.
+        table: Returns the rows of the section's table from NAME.json.
+        figure: Returns the section's chart from NAME.json.
+        section: Returns the section of a study, in place of table and figure: a function, or "module:function", which
+            is imported when a report is made.
         paper: Where the paper has it.
         in_study: Options that have other defaults in a study; `--add` sets others.
-        arms: The arms of a study that it is run on.
+        arms: The arms of a study that it is run on; that of a user's with claims also on those these are compared with.
         default: It runs unasked.
         reads: Analyses before it whose results it reads where there are some.
         of_encoders: It can be run on a bare vision encoder, too.
         of_any_task: It can be run on probes of any task, not of segmentation only.
         beside_data: Options with the file that stands beside the folder of the data, and what it contains; the
             analysis does not run without them.
-        claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
+        claims: What is claimed about its numbers, by name: effects of the result, which the report judges in three
+            columns (probes/report/claims.py).
         rows: Returns rows of the study's table from NAME.json.
         lacks: Returns why it cannot be run on a planned run with its options in a study, "" if it can. A study then
             leaves it out before any work.
     """
 
     name: str
-    question: str
+    question: str = ""
     help: str = ""
-    options: type[RunOptions] | None = None
+    options: type[RunOptions] = RunOptions
     measure: Callable[["ProbeRun", Any], Result] | None = None
     complete: Callable[["ProbeRun", Any], Any] = lambda run, options: options
     lines: Callable[[dict[str, Any]], Iterable[str]] = lambda results: ()
     title: str = ""
+    table: Callable[[dict[str, Any]], Iterable[Row]] | None = None
+    figure: Callable[[dict[str, Any]], "Chart"] | None = None
+    section: Callable[["StudyRuns"], "Section"] | str = ""
     paper: str = ""
     in_study: Mapping[str, Any] = field(default_factory=dict)
     arms: tuple[str, ...] = ("trained",)
@@ -179,6 +191,49 @@ class Analysis:
     def result(self) -> str:
         """The file that says that it is done."""
         return f"{self.name}.json"
+
+    @property
+    def file(self) -> Path | None:
+        """The file of a user's that it is in; None of ours."""
+        if is_ours(self.measure):
+            return None
+        return Path(inspect.getfile(self.measure))
+
+    def section_of(self, study: "StudyRuns") -> "Section":
+        """Return what it adds to the report of a study; by default its table and its figure under each mask.
+
+        Raises:
+            UserError: A function of a user's returned something else.
+        """
+        make = self.section or self._section_of_results
+        if isinstance(make, str):
+            make = resolve_name(make)
+        return check_returned(make, make(study), Section)
+
+    def _section_of_results(self, study: "StudyRuns") -> "Section":
+        from .charts import Chart, Figure
+
+        results = {
+            mask: study.solved.get(mask, run).analysis(self.result)
+            for mask, run in study.main_runs.items()
+        }
+        figures = []
+        for mask, of_run in results.items():
+            if not (of_run and (self.figure or self.table)):
+                continue
+            charts = []
+            if self.figure:
+                charts.append(check_returned(self.figure, self.figure(of_run), Chart))
+            shown = Figure(
+                name=f"{self.name}_{mask}",
+                title=f"{self.title}, {mask}",
+                caption="",
+                panels=charts,
+                rows=[*self.table(of_run)] if self.table else (),
+                shows_rows=True,
+            )
+            figures.append(shown)
+        return Section(figures, by_mask={self.name: results})
 
     def why_left_out(self, run: PlannedRun, options: Mapping[str, Any]) -> str:
         """Return why a study leaves the analysis of this run out, "" if it does not."""
@@ -253,8 +308,13 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
         except NothingToMeasure:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        check_returned(analysis.measure, result, Result)
         header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
         results = header | _made_from(run, options) | result.rows
+        try:
+            to_json(results)
+        except TypeError as error:
+            raise UserError(f"the rows of {name_of(analysis.measure)}: {error}") from None
         files: dict[Path, Any] = {}
         if result.tensors:
             files[file.with_suffix(".safetensors")] = result.tensors
@@ -272,9 +332,20 @@ def run_analysis(analysis: Analysis, options: RunOptions) -> None:
 def effects_files(
     run: "ProbeRun", analysis: str, effects: Mapping[str, "Estimate"], folder: Path
 ) -> dict[Path, Any]:
-    """Return the content of the file of effects of an analysis, by its path."""
+    """Return the content of the file of effects of an analysis, by its path.
+
+    Raises:
+        UserError: An effect is no estimate, or has another number of resamplings than the run's weights.
+    """
     from probes.score.effects import effect_file
 
+    for name, estimate in effects.items():
+        resampled = getattr(estimate, "resampled", ())
+        if len(resampled) != len(run.weights):
+            raise UserError(
+                f"effect {name!r} of {analysis} is a {type(estimate).__name__} with {len(resampled)} resamplings; "
+                f"expected a probes.Estimate with {len(run.weights)}, one for each row of run.weights"
+            )
     return {folder / f"{analysis}{EFFECTS_SUFFIX}": effect_file(effects, run.fingerprint)}
 
 
@@ -304,11 +375,6 @@ class Section(NamedTuple):
     results: Mapping[str, Any] = {}  # entries of results.json
     # entries of results.json["masks"][MASK], by key and mask
     by_mask: Mapping[str, Mapping[str, Any]] = {}
-
-
-def section_of(name: str) -> Callable[["StudyRuns"], Section]:
-    """Return the function that makes the section of an analysis: `section` of NAME/NAME_section.py."""
-    return import_module(f"{__package__}.{name}.{name}_section").section
 
 
 def table_row(

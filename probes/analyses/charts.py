@@ -116,6 +116,7 @@ class Figure(NamedTuple):
         rows: Of its CSV file.
         columns: Titles of the columns of pictures.
         pictures: Rows of pictures.
+        shows_rows: The page has them as a table.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Figure(NamedTuple):
     rows: Rows = ()
     columns: Sequence[str] = ()
     pictures: Sequence[PictureRow] = ()
+    shows_rows: bool = False
 
 
 def curves_by_layer(rows: Rows, looks: Mapping[str, Curve], name: str, value: str) -> list[Curve]:

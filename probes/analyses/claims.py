@@ -5,19 +5,25 @@ its resamplings, by name; an analysis adds a claim by a :class:`Claim` and the e
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import write_files
+from llava_bidir.common.imports import check_takes
 
-from . import ANALYSES
-from .analysis import EFFECTS_SUFFIX, Claim, effects_files
+from . import ANALYSES, MEASURED
+from .analysis import EFFECTS_SUFFIX, Analysis, Claim, RunOptions, effects_files
 
 if TYPE_CHECKING:  # this module answers `import probes`
     from probes.runs.read import ProbeRun
     from probes.score.estimate import Estimate
 
+# of a study: with solved and with trained probes, and both kinds of random layers
+ARMS_OF_CLAIMS = ("trained", "probes", "random", "permuted")
+# whose names an analysis, which writes NAME.json and NAME.safetensors, cannot have
+FILES_OF_RUN = ("metrics", "manifest", "counts", "effects", "probes", "solve", "fit", "report")
 CLAIMS: dict[str, Claim] = {
     "adapter_drop": Claim(+1, "Lost at the adapter: encoder − adapter, mIoU"),
     "recovery": Claim(+1, "Recovered in the LLM: best LLM layer − adapter, mIoU"),
@@ -37,30 +43,59 @@ ANALYSIS_OF: dict[str, str] = {  # of each claim of an analysis
 }
 
 
-def register_analysis(name: str, claims: Mapping[str, Claim]) -> None:
-    """Add the claims of an analysis outside this repository, so that reports of this process judge them.
+def register_analysis(analysis: Analysis | str, claims: Mapping[str, Claim] = {}) -> None:
+    """Add an analysis of a file of your own; commands get it by `--import FILE.py`.
 
-    The analysis writes the effect of each claim into the folder of each run (:func:`probes.write_effects`). A report
-    then has the three columns of the claim: from trained probes, from solved ones, and beyond random models.
-    tests/extending/outside_analysis.py is one.
+    `probes NAME RUN` runs it, `probes study ... --add NAME` on the runs of a study, and the report has its section and
+    judges its claims: from trained probes, from solved ones, and beyond random models. tests/extending/analysis.py is
+    one.
 
     Args:
-        name: Name of the analysis, an identifier.
-        claims: By name.
+        analysis: The analysis. A name stands for one that is measured elsewhere: it writes the effect of each claim
+            into the folder of each run (:func:`probes.write_effects`).
+        claims: Of an analysis that is measured elsewhere, by name.
 
     Raises:
-        UserError: The name is no identifier, or an analysis or claim of that name exists already.
+        UserError: The name cannot be one, or an analysis or claim of that name exists already; or options or functions
+            are not what an analysis has.
     """
-    if not name.isidentifier():
-        raise UserError(f"analysis {name!r}: expected a name of letters, digits and _")
+    if isinstance(analysis, str):
+        analysis = Analysis(analysis, claims=claims)
+    name = analysis.name
+    if not name.isidentifier() or name in FILES_OF_RUN:
+        raise UserError(
+            f"analysis {name!r}: expected a name of letters, digits and _, not one of {', '.join(FILES_OF_RUN)}"
+        )
     if name in ANALYSES or name in ANALYSIS_OF.values():
         raise UserError(f"analysis {name!r} is registered already; choose another name")
-    for claim in claims:
+    for claim in analysis.claims:
         if claim in CLAIMS:
             raise UserError(f"claim {claim!r} of {name} exists already; choose another name")
-    for claim, description in claims.items():
-        CLAIMS[claim] = description
-        ANALYSIS_OF[claim] = name
+    if analysis.measure:
+        analysis = _checked(analysis)
+        ANALYSES[name] = MEASURED[name] = analysis
+    CLAIMS.update(analysis.claims)
+    ANALYSIS_OF.update(dict.fromkeys(analysis.claims, name))
+
+
+def _checked(analysis: Analysis) -> Analysis:
+    """Return an analysis of a user's with a title, the arms of its claims, and options by which `run` finds it."""
+    options = analysis.options
+    if options is RunOptions:
+        options = type(f"{analysis.name}_options", (RunOptions,), {})
+    elif not (issubclass(options, RunOptions) and "__dataclass_fields__" in vars(options)):
+        raise UserError(
+            f"options of analysis {analysis.name!r}: expected a dataclass that derives from probes.RunOptions, with "
+            "@dataclass(frozen=True, kw_only=True) before it"
+        )
+    check_takes(analysis.measure, "run", "options")
+    for function in filter(None, (analysis.table, analysis.figure, analysis.lines, analysis.rows)):
+        check_takes(function, "results")
+    arms = analysis.arms
+    if analysis.claims:
+        arms = tuple(dict.fromkeys((*arms, *ARMS_OF_CLAIMS)))
+    title = analysis.title or analysis.name.capitalize()
+    return replace(analysis, options=options, arms=arms, title=title)
 
 
 def write_effects(run: "ProbeRun", analysis: str, effects: Mapping[str, "Estimate"]) -> Path:
@@ -74,12 +109,6 @@ def write_effects(run: "ProbeRun", analysis: str, effects: Mapping[str, "Estimat
     Raises:
         UserError: A vector has another number of resamplings than the run's weights.
     """
-    for name, estimate in effects.items():
-        if len(estimate.resampled) != len(run.weights):
-            raise UserError(
-                f"effect {name!r} of {run.path} has {len(estimate.resampled)} resamplings; expected "
-                f"{len(run.weights)}, one for each row of run.weights"
-            )
     files = effects_files(run, analysis=analysis, effects=effects, folder=run.path)
     write_files(files)
     return next(iter(files))

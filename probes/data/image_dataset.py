@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from numpy import ndarray
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest
 from llava_bidir.common.images import as_stored, orientation, read_image
+from llava_bidir.common.imports import name_of
 from probes.ops.geometry import IGNORE_INDEX, ignore_index_of
 
 GREY = 0  # colour type in the header of a PNG
@@ -63,6 +65,15 @@ class ImageDataset(Dataset):
         palette: list[list[int]] | None = None,
         groups: list[str] | None = None,
     ):
+        is_listed = isinstance(files, dict) and all(
+            isinstance(of_image, tuple) and len(of_image) == len(self.parts)
+            for of_image in files.values()
+        )
+        if not is_listed:
+            raise UserError(
+                f"{name_of(type(self))} lists its files as {shorten(repr(files), 80)}; expected "
+                f"{{name: ({', '.join(self.parts)})}}, a pathlib.Path of each"
+            )
         self.names = list(files)
         self.files = list(files.values())
         self.classes = list(classes)

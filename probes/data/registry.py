@@ -8,10 +8,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
-from llava_bidir.common.imports import HINT
+from llava_bidir.common.imports import HINT, check_takes, is_ours
 from llava_bidir.common.processes import rank_zero_warn
 from probes.config import DataOptions
-from probes.tasks import SEGMENTATION, TASKS
+from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .ade20k import ADE20K
 from .cityscapes import Cityscapes, CityscapesDepth
@@ -20,7 +20,7 @@ from .folder import FolderBoundaries, FolderDataset, FolderDepth, FolderNormals
 from .image_dataset import ImageDataset, SegmentationDataset
 from .nyuv2 import NYUv2Depth
 from .split import keep_split, note_of_series
-from .targets import ClassBoundaries
+from .targets import ClassBoundaries, TaskTargets
 from .voc2012 import VOC2012
 
 DATASETS: dict[str, type[SegmentationDataset]] = {
@@ -48,9 +48,14 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
             `root` and `split` is an option and needs a type.
 
     Raises:
-        UserError: If the name is taken.
+        UserError: If the name is taken, or the class is none of these or takes other arguments.
     """
-    layouts = LAYOUTS[cls.task]
+    if not (isinstance(cls, type) and issubclass(cls, ImageDataset) and hasattr(cls, "task")):
+        raise UserError(
+            f"dataset {name!r}: expected a subclass of probes.SegmentationDataset, got {cls!r}"
+        )
+    check_takes(cls, "root", "split")
+    layouts = LAYOUTS.setdefault(cls.task, {})
     if name in layouts:
         raise UserError(
             f"the dataset name {name!r} is taken by {layouts[name].__name__}; choose another name"
@@ -65,12 +70,11 @@ def open_splits(data: DataOptions, seed: int = 0) -> dict[str, ImageDataset]:
         UserError: If the task, the layout or an option is unknown, or the files do not match the layout.
     """
     if data.task not in TASKS:
-        raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}")
-    targets = TASKS[data.task].targets
+        raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}; {HINT}")
     options = options_of_layout(data, seed)
     splits = {
-        split: open_dataset(
-            data.dataset, root=data.root, split=split, options=options, task=targets
+        split: open_split(
+            TASKS[data.task], data.dataset, root=data.root, split=split, options=options
         )
         for split in ("training", "validation")
     }
@@ -97,6 +101,14 @@ def options_of_layout(data: DataOptions, seed: int) -> dict[str, Any]:
     return options | {DIVISION: division}
 
 
+def open_split(
+    task: Task, dataset: str, root: str, split: str, options: dict[str, Any] | None
+) -> ImageDataset:
+    """Return a split with the targets of a task; arguments and errors are those of :func:`open_dataset`."""
+    images = open_dataset(dataset, root=root, split=split, options=options, task=task.targets)
+    return images if is_ours(type(task)) else TaskTargets(images, task)
+
+
 def open_dataset(
     dataset: str,
     root: str,
@@ -117,7 +129,7 @@ def open_dataset(
     Raises:
         UserError: If the layout or an option is unknown, or the files do not match the layout.
     """
-    layouts = LAYOUTS[task]
+    layouts = LAYOUTS.get(task, {})
     options = dict(options or {})
     division = options.pop(DIVISION, None)
     if division is not None:

@@ -1,12 +1,17 @@
 """Targets that are read from PNG files, in any layout: depth, normals and boundaries."""
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import sha256
+from llava_bidir.common.imports import check_returned, check_shape, name_of
 from probes.ops.geometry import ignored_label
+from probes.tasks import Task
 
 from .image_dataset import IGNORE_INDEX, ImageDataset, SegmentationDataset, read_png
 
@@ -138,7 +143,57 @@ class InstanceBoundaries(ImageDataset):
         return find_boundaries(read_png(ids_file, modes, "8- or 16-bit ids, one per pixel"))
 
 
-class ClassBoundaries(ImageDataset):
+class DerivedTargets(ImageDataset):
+    """Images with targets that are made from those of another dataset.
+
+    Args:
+        dataset: The dataset.
+        classes: Names of the classes; none if targets are real numbers.
+    """
+
+    def __init__(self, dataset: ImageDataset, classes: Sequence[str]):
+        self.dataset = dataset
+        self.parts = dataset.parts
+        self.target_name = dataset.target_name
+        self.official_size = dataset.official_size
+        files = dict(zip(dataset.names, dataset.files, strict=True))
+        super().__init__(files, classes, groups=dataset.groups)
+
+
+class TaskTargets(DerivedTargets):
+    """Images with what a task of a user's file makes of the targets of a dataset.
+
+    Args:
+        dataset: The dataset.
+        task: The task.
+    """
+
+    def __init__(self, dataset: ImageDataset, task: Task):
+        classes = task.classes
+        if task.loss and not classes:
+            classes = dataset.classes
+        super().__init__(dataset, classes)
+        self._task = task
+
+    def identity(self) -> dict[str, str]:
+        """Return what the split is: its images, its targets, and the file that makes others of them."""
+        return self.dataset.identity() | {"task": sha256(Path(inspect.getfile(type(self._task))))}
+
+    def read_target(self, *files: Path) -> ndarray:
+        """Return the target of the task, or raise a UserError that names the file or the task's function."""
+        read = self.dataset.read_target(*files)
+        function = self._task.read
+        target = check_returned(function, function(read), ndarray)
+        kinds = ["float32"]
+        if self._task.loss:
+            kinds = ["uint8", "uint16"]  # of more than 255 classes
+        if target.dtype.name not in kinds:
+            expected = " or ".join(kinds)
+            raise UserError(f"{name_of(function)} returned {target.dtype}; expected {expected}")
+        return check_shape(function, target, (*read.shape[:2], *target.shape[2:]))
+
+
+class ClassBoundaries(DerivedTargets):
     """Images with boundaries between the classes of a segmentation dataset: targets are uint8[H, W].
 
     Pixels are ignored if they or a neighbour that decides are.
@@ -150,16 +205,11 @@ class ClassBoundaries(ImageDataset):
     task = "boundaries"
 
     def __init__(self, dataset: SegmentationDataset):
-        self.parts = dataset.parts
-        self.target_name = dataset.target_name
-        self.official_size = dataset.official_size
-        self._read_labels = dataset.read_target
-        files = dict(zip(dataset.names, dataset.files, strict=True))
-        super().__init__(files, BOUNDARY_CLASSES, groups=dataset.groups)
+        super().__init__(dataset, BOUNDARY_CLASSES)
 
     def read_target(self, mask_file: Path) -> ndarray:
         """Return the boundaries, uint8[H, W], or raise a UserError that names the file."""
-        labels = self._read_labels(mask_file)
+        labels = self.dataset.read_target(mask_file)
         return find_boundaries(labels, labels == ignored_label(labels))
 
 

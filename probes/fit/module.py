@@ -112,7 +112,7 @@ class ProbeModule(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Count the images of the batch; return the logits f[S, B, K, h, w]."""
         logits = self.probes.logits(self.probes.states(batch))
-        self.metric.add(logits, batch)
+        self.metric.update(logits, batch["target"], batch["index"])
         return logits
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -128,7 +128,7 @@ class ProbeModule(LightningModule):
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if fitting:
             self.validated_at.append(self.trainer.global_step)
-        scores = dataset_scores(self.task, self.task.sums(self.metric.compute()))
+        scores = dataset_scores(self.task, self.task.sums(self._count_all()))
         for i, site in enumerate(self.probes.sites):
             for score, values in scores.items():
                 self.log(f"{score}/{site}", values[i].item())
@@ -151,7 +151,7 @@ class ProbeModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Write the files of the run."""
-        counted = self.metric.compute()
+        counted = self._count_all()
         datamodule = self.trainer.datamodule
         if self.trainer.is_global_zero:
             record = RunRecord(
@@ -163,6 +163,11 @@ class ProbeModule(LightningModule):
             )
             out = self.trainer.default_root_dir
             save_run(self.probes, record=record, data=datamodule.data, counted=counted, out=out)
+
+    def _count_all(self) -> dict[str, Tensor]:
+        counted = self.metric.compute()
+        self.metric.reset()
+        return counted
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with polynomial decay."""

@@ -6,6 +6,8 @@ In sentences "{A}" stands for the model A. The figure marks the best site, and h
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from probes.tasks import SEGMENTATION, TASKS
+
 from .charts import Frame, colour_class
 from .pictures import has_same_photo
 from .ranking import ranking, rivals_of
@@ -32,6 +34,11 @@ MOST_COLOURS = 6  # models that are told apart by colour
 def headline(view: ReportView) -> list[str]:
     """Return the answer, and the sentences after it."""
     lead = view.lead
+    if lead.task != SEGMENTATION:
+        task = TASKS[lead.task]
+        where = its_site(lead.own[lead.best.site])
+        score = f"{task.labels[task.score]} {lead.best.value_text}"
+        return [f"{lead.token} is read best at {where}: {score}."]
     rows = rows_about(view.claims, lead)
     claims = {row.claim: row for row in rows.itertuples()}
     if rivals := rivals_of(view):
@@ -327,7 +334,7 @@ def best_sites(
                 name = f"best: {site_name(reading.own[best.site])}"
             top = max(22.0, frame.y(best.high) - 9)
             anchor, shift = anchor_at(frame, x)
-            text = f"{name}, {best.value_text}%"
+            text = f"{name}, {best.value_text}" + "%" * (reading.task == SEGMENTATION)
             yield Mark(look="best", x=x + shift, y=top, text=text, anchor=anchor)
             continue
         beside = [other for place, other in written if abs(place - x) < LABEL_WIDTH]

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from probes.analyses import ANALYSES
 from probes.analyses.analysis import Claim
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
+from probes.heads import LINEAR
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
 from probes.runs.read import ProbeRun
@@ -270,6 +271,8 @@ def again(reason: str, option: str) -> str:
 
 def why_no_optimum(case: Case, rows: Mapping[str, Estimate]) -> str:
     """Return why a claim is not judged at the optimum, "" if it is; `rows` are its effects at rows of strengths."""
+    if case.study.first.head != LINEAR:
+        return "only linear probes are solved"
     missing = [mask for mask in case.masks if mask not in case.study.solved]
     if missing:
         mask = f" under {missing[0]} attention" * case.study.first.has_llm

@@ -22,10 +22,9 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from probes.analyses import ANALYSES
-from probes.analyses.analysis import Section, section_of
+from probes.analyses.analysis import Section
 from probes.analyses.charts import Figure
 from probes.config import ReportOptions, split_label
 from probes.data.verify import notes_of_run
@@ -78,17 +77,13 @@ def write_report(
     """
     texts = [*texts]
     studies = read_studies(texts, labels)
-    if studies[0].task.name != SEGMENTATION:
-        raise UserError(
-            "a report needs a run of segmentation beside those of other tasks; there is none"
-        )
     unfinished = []
     for text in texts:
         _, folder = split_label(text)
         unfinished += unfinished_steps(folder)
     out = Path(out)
     with exclusive_run_lock(out), mpl.rc_context(charts.STYLE):
-        main = [study for study in studies if study.task.name == SEGMENTATION]
+        main = main_studies(studies)
         single = len(main) == 1
         claims = [evaluate_claims(study) for study in studies]
         joint = joint_studies(studies, claims)
@@ -110,6 +105,8 @@ def write_report(
         main_runs = main_runs_of(studies, tables)
         view = read_view(tables, main_runs)
         sentences = hero.headline(view)
+        if any(study.has_other_heads for study in studies):  # they are all trained
+            sentences = [text.replace("were solved", "have trained probes") for text in sentences]
         site_figures = figures_of_sites(view)
         files |= _figure_files(site_figures, out)
         files |= format_model_table(view, runs=main_runs, table1=table1, out=out)
@@ -144,13 +141,18 @@ def study_sections(study: StudyRuns, folder: str) -> Sections:
     """Return what the analyses show of a study; its figures are files in `folder` of the report."""
     sections = {}
     for name, analysis in ANALYSES.items():
-        if analysis.title and study.task.name == SEGMENTATION:
-            section = section_of(name)(study)
+        if analysis.title and (analysis.of_any_task or study.task.name == SEGMENTATION):
+            section = analysis.section_of(study)
             figures = []
             for figure in section.figures:
                 figures.append(figure._replace(name=folder + figure.name))
             sections[name] = section._replace(figures=figures)
     return sections
+
+
+def main_studies(studies: Sequence[StudyRuns]) -> list[StudyRuns]:
+    """Return the studies of the task that the page is about: segmentation, or the first one without."""
+    return [study for study in studies if study.task is studies[0].task]
 
 
 def _earlier_files(out: Path) -> set[Path]:
@@ -175,6 +177,8 @@ def _figure_files(figures: Iterable[Figure], out: Path) -> Files:
     files: Files = {}
     for figure in figures:
         for kind, metadata in FORMATS.items():
+            if not (figure.panels or figure.pictures):  # a table alone
+                continue
             drawn = io.BytesIO()
             charts.pdf_of(figure).savefig(drawn, format=kind, metadata=metadata)
             files[out / f"{figure.name}.{kind}"] = drawn.getvalue()
@@ -280,9 +284,10 @@ def report_results(
     labels = tables.models.set_index("name")["label"].to_dict()
     main = []
     others = []
+    of_main_task = main_studies(studies)
     for study, *of_study in zip(studies, claims, sections, strict=True):
         results_of_study = study_results(study, labels[study.name], *of_study)
-        if study.task.name == SEGMENTATION:
+        if study in of_main_task:
             main.append(results_of_study)
         else:
             others.append(results_of_study)

@@ -265,7 +265,9 @@ def grouped(rows: Iterable[Any], name: str) -> dict[Any, list[Any]]:
 def inside_layers(tables: Tables) -> list[Figure]:
     """Return the figure of scores inside the layers, a panel for each model and mask; none if none was probed."""
     sites = tables.sites
-    table = sites[sites["main"] & (sites["metric"] == "miou")]
+    table = sites.query("main and metric == 'miou'")
+    if table.empty:  # of another task alone
+        return []
     is_inside = table["site"].map(lambda site: is_layer(layer_around(site)))
     table = table[is_inside]
     parts = table["site"].map(lambda site: part_of(site) or "")
@@ -359,9 +361,11 @@ def _class_differences(view: ReportView) -> DataFrame:
 
 
 # ------------------------------------------------------------------------------------------------ sites
-def scale_of(rows: Iterable[Any], more: Sequence[float] = (), signed: bool = True) -> Scale:
+def scale_of(
+    rows: Iterable[Any], more: Sequence[float] = (), signed: bool = True, factor: float = 100
+) -> Scale:
     """Return the axis of the intervals of rows and of more values."""
     ends = [*more]
     for row in rows:
         ends += [row.low, row.high]
-    return Scale(ends, signed=signed)
+    return Scale(ends, factor=factor, signed=signed)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from pandas import DataFrame
 
+from probes.heads import LINEAR
 from probes.runs.formatting import Entry, bounds
-from probes.runs.study import StudyRuns
+from probes.runs.study import StudyRuns, head_suffix
 
 from .compare import difference_rows
 from .sites import certificates_of, class_rows, draw_rows, run_columns, site_rows
@@ -178,7 +179,8 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
         first.setdefault(study.name, study)
     paths = [study.first.metrics["mllm"] for study in first.values()]
     telling_names = []
-    for name, path in zip(first, paths, strict=True):
+    for (name, study), path in zip(first.items(), paths, strict=True):
+        name = name.removesuffix(head_suffix(study.first))
         # a checkpoint that records no name of itself is called by its path
         is_of_path = name == Path(path).name
         if is_of_path:
@@ -187,11 +189,14 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     labels = shorten_labels(telling_names)
     rows = []
     for key, label, path, study in zip(cycle(KEYS), labels, paths, first.values(), strict=False):
+        label += head_suffix(study.first)
         about = study.first.training.get("about")  # what a checkpoint records of itself
         if not about:
             about = study.name
             if study.name in path:
                 about = path
+        if study.first.head != LINEAR:
+            about = f"{study.first.head} probes, trained"
         if about == label:
             about = ""
         row = {

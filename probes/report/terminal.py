@@ -9,7 +9,7 @@ from pathlib import Path
 from pandas import DataFrame
 
 from probes.runs.read import ProbeRun
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, TASKS
 
 from .charts import LEAST_STEP, span_of
 from .hero import choose_sites, plain_text
@@ -95,17 +95,20 @@ def _last_lines(view: ReportView, claims: DataFrame, run: ProbeRun) -> Iterator[
 def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
     """Yield a row with a plot of the score and its interval for each site, and what random models read."""
     rows = [row for row in lead.rows if row.site in sites]
+    factor, least, score = 100, LEAST_STEP, "mIoU"
+    if lead.task != SEGMENTATION:
+        factor, least, score = 1, 0, TASKS[lead.task].score
     ends = []
     for row in rows:
         ends += [row.low, row.high, row.random]
-    low, high = span_of([100 * end for end in ends], least=LEAST_STEP)
+    low, high = span_of([factor * end for end in ends], least=least)
 
     def column(value: float) -> int:
         last = PLOT - 1
-        share = (100 * value - low) / (high - low)
+        share = (factor * value - low) / (high - low)
         return min(max(0, round(share * last)), last)
 
-    yield f"{'':<18} mIoU  {low:<{PLOT - 2}g}{high:>2g}  random  beyond random"
+    yield f"{'':<18} {score:>4}  {low:<{PLOT - 2}g}{high:>2g}  random  beyond random"
     for row in rows:
         plot = [" "] * PLOT
         first, last = column(row.low), column(row.high)
@@ -127,7 +130,10 @@ def _rows_of_readings(view: ReportView) -> Iterator[str]:
     lead = view.lead
     letter, label = view.names[lead.token.strip("{}")]
     minus = f"minus {letter or label}"[:20]
-    yield f"{'':<{NAMES}} best layer  mIoU  {minus:<20} {'':<10} random"
+    score = "mIoU"
+    if lead.task != SEGMENTATION:
+        score = TASKS[lead.task].score
+    yield f"{'':<{NAMES}} best layer  {score:>4}  {minus:<20} {'':<10} random"
     rivals = {rival.reading: rival for rival in rivals_of(view)}
     for reading in view.compared:
         named = view.names[reading.token.strip("{}")]

@@ -8,7 +8,7 @@ page and terminal select from what it returns.
 import re
 from typing import TYPE_CHECKING
 
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, TASKS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -23,7 +23,6 @@ PATCHES = ("layer_00", "encoder_00")
 
 
 # ------------------------------------------------------------------------------------------------ numbers
-LEAST = 0.01  # difference from random models that has an arrow
 SCORES = ("value", "random")  # of sites; of claims these are differences, as all other numbers are
 INTERVALS = {  # the numbers of tables, with the columns of their intervals
     "value": ("low", "high"),
@@ -37,8 +36,8 @@ INTERVALS = {  # the numbers of tables, with the columns of their intervals
 def shown(table: "DataFrame") -> "DataFrame":
     """Return claims, sites or differences with their numbers as text: NAME_text and NAME_ci, "" without a number.
 
-    Sites also have an arrow: ▲ if one reads better than random models, by a point at least and in an interval without
-    0; ▼ if it reads worse.
+    Sites also have an arrow: ▲ if one reads better than random models, by the task's margin at least and in an interval
+    without 0; ▼ if it reads worse.
     """
     texts = {}
     tasks = table["task"]
@@ -53,9 +52,9 @@ def shown(table: "DataFrame") -> "DataFrame":
             rows = zip(table[low], table[high], tasks, strict=True)
             texts[f"{name}_ci"] = [interval(*row) for row in rows]
     if "minus_random" in table:
-        gain = table["minus_random"]
+        gain = table["minus_random"] * tasks.map(lambda task: TASKS[task].sign)
         is_clear = table["minus_low"] * table["minus_high"] > 0
-        is_large = gain.abs() >= LEAST
+        is_large = gain.abs() >= tasks.map(lambda task: TASKS[task].margin)
         arrows = gain.gt(0).map({True: "▲", False: "▼"})
         texts["arrow"] = arrows.where(is_clear & is_large, "")
     return table.assign(**texts)

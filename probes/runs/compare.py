@@ -54,8 +54,12 @@ def _settings(run: ProbeRun) -> dict[str, Any]:
 
 
 def check_same_probes(first: ProbeRun, second: ProbeRun) -> None:
-    """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
-    _check_same(first, second, lambda run: {"probes": run.probe_kind, **run.metrics["probe"]})
+    """Raise a UserError unless the probes of both runs, whose heads may differ, were made in the same way."""
+
+    def read(run: ProbeRun) -> dict[str, Any]:
+        return {"probes": run.probe_kind, **run.metrics["probe"], "head": None}
+
+    _check_same(first, second=second, read=read)
 
 
 def _decoder_layers(run: ProbeRun) -> list[str]:

@@ -30,7 +30,8 @@ from llava_bidir.common.files import read_json, sha256
 from llava_bidir.common.hf import DTYPE_ADVICE
 from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.images import PhotoLike, read_photo
-from probes.data.registry import identity_of_splits, open_dataset
+from llava_bidir.common.imports import HINT
+from probes.data.registry import identity_of_splits, open_split
 from probes.heads import Probe
 from probes.models.sites import ADAPTER, is_layer
 from probes.ops.pixel_counts import Counts
@@ -67,6 +68,7 @@ class ProbeRun:
         strengths: The path of strengths of a run of `probes solve`; None of another one.
         is_solved: True if the run was made by `probes solve`.
         probe_kind: How the probes were made: "solved" or "trained".
+        head: Kind of the probes, see probes/heads.py.
         sites: All sites of the run, in the order of the forward.
         layers: Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers.
         last_layer: The model's last layer, probed or not.
@@ -95,7 +97,7 @@ class ProbeRun:
         self.task_name: str = metrics.get("task", SEGMENTATION)
         if self.task_name not in TASKS:
             raise UserError(
-                f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}"
+                f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}; {HINT}"
             )
         self.task = TASKS[self.task_name]
         self.mask: str = metrics["image_attention"]
@@ -104,6 +106,7 @@ class ProbeRun:
         self.is_solved = "path" in metrics
         self.strengths: Strengths | None = None
         self.probe_kind = "trained"
+        self.head: str = metrics["probe"]["head"]
         if self.is_solved:
             self.probe_kind = "solved"
             ((solver, strengths),) = metrics["path"].items()
@@ -281,12 +284,8 @@ class ProbeRun:
             UserError: If its images or masks are not those of the run any more.
         """
         data = self.manifest["data"]
-        dataset = open_dataset(
-            data["dataset"],
-            root=data["root"],
-            split=split,
-            options=data["options"],
-            task=self.task.targets,
+        dataset = open_split(
+            self.task, data["dataset"], root=data["root"], split=split, options=data["options"]
         )
         self._check_unchanged("data", identity_of_splits({split: dataset}))
         return dataset

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llava_bidir.common.errors import UserError
 from probes.config import split_label
+from probes.heads import LINEAR
 from probes.steps.record import read_record
 from probes.tasks import SEGMENTATION
 
@@ -62,6 +63,8 @@ class StudyRuns:
     Raises:
         UserError: Two runs are the same arm, or none is of the trained model.
     """
+
+    has_other_heads = False  # trained beside its linear probes, in other studies
 
     def __init__(self, name: str, dataset: str, seed: int | None, members: list[ProbeRun]):
         self.name = name
@@ -236,6 +239,10 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
         if _has_trained_run(of_study)
     ]
     studies.sort(key=lambda study: study.task.name != SEGMENTATION)
+    for study in studies:
+        if end := head_suffix(study.first):
+            for linear in studies:
+                linear.has_other_heads |= linear.name == study.name.removesuffix(end)
     for (_, slug), count in Counter((study.task.name, study.slug) for study in studies).items():
         if count > 1:
             raise UserError(
@@ -273,19 +280,25 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
 
 
 def model_name(run: ProbeRun) -> str:
-    """Return the name that the run was told, else that of its checkpoint.
+    """Return the name of a run's model in a report, where another head of its probes is another model.
 
-    A checkpoint is named by what it records of itself ("as trained"), else by encoder and LLM ("clip + vicuna-7b"),
-    else by its folder.
+    It is the name that the run was told, else that of its checkpoint: what this records of itself ("as trained"), its
+    encoder and LLM ("clip + vicuna-7b"), or its folder.
     """
     training = run.training
+    name = Path(run.metrics["mllm"]).name
     if run.model:
-        return run.model
-    if "name" in training:
-        return training["name"]
-    if "encoder" in training and "llm" in training:
-        return f"{training['encoder']['name']} + {Path(training['llm']).name}"
-    return Path(run.metrics["mllm"]).name
+        name = run.model
+    elif "name" in training:
+        name = training["name"]
+    elif "encoder" in training and "llm" in training:
+        name = f"{training['encoder']['name']} + {Path(training['llm']).name}"
+    return name + head_suffix(run)
+
+
+def head_suffix(run: ProbeRun) -> str:
+    """Return the end of the name of a model whose probes have another head than the paper's, "" with this one."""
+    return "" if run.head == LINEAR else f", {run.head}"
 
 
 def labels_of_models(
@@ -323,8 +336,12 @@ def given_labels(folder: Path) -> tuple[str, ...]:
 
 
 def runs_to_compare(*studies: StudyRuns) -> list[dict[str, ProbeRun]]:
-    """Return the trained model's runs of each study by mask: solved ones if all masks of all studies have them."""
-    if all(study.solved.keys() == study.main_runs.keys() for study in studies):
+    """Return the trained model's runs of each study by mask: solved ones if all masks of all studies have them.
+
+    A model that is compared with one of another head, which is not solved, has trained ones.
+    """
+    are_solved = all(study.solved.keys() == study.main_runs.keys() for study in studies)
+    if are_solved and not any(study.has_other_heads for study in studies):
         return [study.solved for study in studies]
     return [study.main_runs for study in studies]
 

@@ -4,19 +4,20 @@ Legend: P probes, N images of the dataset, B images of a batch, K channels of a 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from llava_bidir.common.processes import all_gather_objects
 from probes.data.batches import group_by_size
 from probes.ops.geometry import Geometry
 from probes.tasks import Task
 
 
-class TaskMetric:
-    """What a task counts of each image of a dataset, over batches and ranks, each image once.
+class TaskMetric(Metric):
+    """What a task counts of each image of a dataset; torchmetrics joins batches and processes.
+
+    Scores are `task.dataset_scores(task.sums(metric.compute()))`.
 
     Args:
         task: The task.
@@ -26,6 +27,9 @@ class TaskMetric:
             strength, is kept what scores need.
     """
 
+    full_state_update = False
+    is_differentiable = False
+
     def __init__(
         self,
         task: Task,
@@ -33,48 +37,51 @@ class TaskMetric:
         geometry: Geometry,
         probes_of_run: Sequence[int] | None = None,
     ):
+        super().__init__(compute_with_cache=False)  # a second copy of all counts
         self.task = task
         self.images = images
         self.geometry = geometry
         self.probes_of_run = probes_of_run
-        self.by_batch: dict[str, list[Tensor]] = {}
+        for name in ("index", *task.counted):  # images first, as they are joined
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def add(self, outputs: Tensor, batch: dict[str, Any]) -> None:
-        """Add a batch: outputs f[P, B, K, h, w] on the grid, with "target" [B, H, W, ...], or a list, and "index"."""
-        for images, target in group_by_size(batch["target"]):
-            counted = self.task.count(outputs[:, images], target=target, geometry=self.geometry)
-            self._keep("index", batch["index"][images])
+    def update(self, outputs: Tensor, target: Sequence[Tensor] | Tensor, index: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            outputs: Of the probes on the token grid, f[P, B, K, h, w].
+            target: [B, H, W, ...], or a list of B targets.
+            index: i64[B], of the images in the dataset.
+        """
+        for images, target_of_size in group_by_size(target):
+            counted = self.task.count(
+                outputs[:, images], target=target_of_size, geometry=self.geometry
+            )
+            self.index.append(index[images])
             for name, counts in counted.items():
                 is_by_probe = counts.ndim == 3
                 if is_by_probe and self.probes_of_run is not None and name not in self.task.summed:
                     counts = counts[self.probes_of_run]
                 if is_by_probe:
-                    counts = counts.transpose(0, 1)  # images first, as they are joined
-                self._keep(name, counts)
-
-    def _keep(self, name: str, tensor: Tensor) -> None:
-        self.by_batch.setdefault(name, []).append(tensor)
+                    counts = counts.transpose(0, 1)
+                getattr(self, name).append(counts)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the tensors [P, N, ...] or [N, n] of all processes by name, integers as i64, and forget them.
+        """Return the tensors [P, N, ...] or [N, n] of all processes by name, integers as i64.
 
         Images are in the order of the dataset, tensors on the CPU.
 
         Raises:
             RuntimeError: If an image of the dataset was not seen exactly once.
         """
-        counted_here = {name: torch.cat(batches).cpu() for name, batches in self.by_batch.items()}
-        processes = [counted for counted in all_gather_objects(counted_here) if counted]
-        self.by_batch = {}
-        index, order = torch.cat([counted["index"] for counted in processes]).sort()
+        index, order = dim_zero_cat(self.index).cpu().sort()
         if index.tolist() != list(range(self.images)):
             raise RuntimeError(
                 f"expected each of {self.images} images once, saw {len(index)}, {len(index.unique())} different"
             )
         tensors = {}
         for name in self.task.counted:
-            joined = torch.cat([counted[name] for counted in processes])
-            tensor = joined[order]
+            tensor = dim_zero_cat(getattr(self, name)).cpu()[order]
             if tensor.ndim == 3:
                 tensor = tensor.transpose(0, 1)
             if not tensor.is_floating_point():

@@ -250,7 +250,7 @@ def count_validation_images(
                 images = {name: batch[name][part] for name in ("index", "target")}
                 states_of_part = {site: x[part] for site, x in states.items()}
                 logits = logits_of_strengths(probes, solutions, states_of_part)
-                metric.add(logits, images)
+                metric.update(logits, images["target"], images["index"])
                 if run.config.save_predictions:
                     save_predictions(
                         probes,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.files import names_full_disk
+from llava_bidir.common.imports import check_shape
 from probes.compute.machine import Machine, solver_device
 from probes.data.batches import MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
@@ -178,7 +179,9 @@ def prepare_values(probes: SiteProbes, target: Tensor) -> NormalEquations:
     model = probes.mllm
     height, width = target.shape[:2]
     view = model.geometry.view((height, width))
-    values = probes.task.values(target[None])
+    task = probes.task
+    values = task.values(target[None])
+    check_shape(task.values, values, (1, height, width, probes.channels))
     return normal_equations(values, grid=model.grid, view=view)
 
 

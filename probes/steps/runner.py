@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.errors import NothingToMeasure, UserError, describe_in_user_file
 
 from .progress import StepWatcher, output_of_command, watched
 from .record import (
@@ -150,7 +150,7 @@ def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:
     """Return what a step that failed has said; the traceback of a bug goes to the log."""
     if isinstance(error, UserError):
         return str(error).removeprefix(f"{step.name}: ")
-    text = f"{type(error).__name__}: {error}"
+    text = describe_in_user_file(error) or f"{type(error).__name__}: {error}"
     if log is None:
         return text
     with log.open("a") as stream:

@@ -13,7 +13,8 @@ Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and 
 A claim is compared with `random` and with `permuted` arms, and must hold beyond both: a model that has learned nothing
 can differ from all draws of one kind, e.g. by the scale of its weights (experiments/beyond_random/beyond_random.md).
 
-`--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
+`--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does; with `--model.head mlp` also
+`probes_mlp`, the same with another head. Only linear probes are solved, so heads are compared as trained ones.
 """
 
 import re
@@ -24,6 +25,7 @@ from typing import NamedTuple
 from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import PlannedRun
 from probes.config import ModelOptions, RunConfig, StudyOptions
+from probes.heads import LINEAR
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.families.modules import why_unmatched
@@ -71,7 +73,7 @@ class Arm(NamedTuple):
 
     Args:
         label: Of the model in the study.
-        name: "trained", "random0", ..., or "probes".
+        name: "trained", "random0", ..., "probes", or "probes_HEAD".
         run: Mask and sites.
         config: Options of the run.
         why_left_out: Why the model cannot have these weights, "" if it can.
@@ -102,7 +104,7 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
     Raises:
         UserError: The model's config cannot be read, or it cannot have an arm, site or image size that was asked for.
     """
-    model = replace(study.model, mllm=path)
+    model = replace(study.model, mllm=path, head=LINEAR)
     config = read_config(path, trust=model.trust)
     family = family_of(config)
     if model.image_px is not None:
@@ -117,6 +119,8 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
     names = arm_names(study, family.has_llm)
     if study.fit:
         names.append(FITTED)
+        if study.model.head != LINEAR:
+            names.append(f"{FITTED}_{study.model.head}")
     for name in names:
         weights = weights_of_arm(name, family.has_llm)
         options = RunConfig.of(study, model=model, overwrite=False)
@@ -125,8 +129,11 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
             changed = sites[weights.sites]
             compared = [site for site, place in places.items() if place in changed]
             options = replace(options, model=random_model(model, name, weights, sites=compared))
-        if name == FITTED and "max_epochs" not in options.trainer:
-            options = replace(options, trainer=RECIPE | options.trainer)
+        if is_fitted(name):
+            head = name.removeprefix(FITTED).removeprefix("_") or LINEAR
+            options = replace(options, model=replace(options.model, head=head))
+            if "max_epochs" not in options.trainer:
+                options = replace(options, trainer=RECIPE | options.trainer)
         why_left_out = ""
         if weights.match == "update":
             why_left_out = unmatched
@@ -167,7 +174,7 @@ def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:
 def weights_of_arm(name: str, has_llm: bool) -> Weights:
     """Return the weights of an arm; under probes that AdamW trained, they are those of the trained model."""
     kind = kind_of(name)
-    if kind == FITTED:
+    if is_fitted(name):
         kind = TRAINED
     return weights_by_kind(has_llm)[kind]
 
@@ -186,6 +193,11 @@ def random_model(model: ModelOptions, arm: str, weights: Weights, sites: list[st
         draw=int(arm.removeprefix(kind_of(arm))),
         sites=sites,
     )
+
+
+def is_fitted(arm: str) -> bool:
+    """Return whether AdamW trained the probes of an arm."""
+    return arm.startswith(FITTED)
 
 
 def kind_of(arm: str) -> str:

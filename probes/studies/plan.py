@@ -20,13 +20,14 @@ from probes.analyses.analysis import EFFECTS_SUFFIX
 from probes.config import DataOptions, ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
+from probes.heads import LINEAR, factory_of
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
 from probes.site_probes import check_names
 from probes.steps.record import OUTSTANDING, Step, digest, read_records, unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
-from .arms import FITTED, TRAINED, Arm, join, kind_of, plan_arms
+from .arms import TRAINED, Arm, is_fitted, join, kind_of, plan_arms
 
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
@@ -97,10 +98,11 @@ def plan(study: StudyOptions) -> Planned:
     for path in study.models.values():
         check_names(replace(study.model, mllm=path), study.data.task)
     _check_folder_of_data(study.data)
-    tasks = (SEGMENTATION, *study.tasks)
+    main = study.data.task
+    tasks = dict.fromkeys((main, *study.tasks))
     seed = study.seed_everything
     splits = {task: open_splits(replace(study.data, task=task), seed) for task in tasks}
-    validation = splits[SEGMENTATION]["validation"]
+    validation = splits[main]["validation"]
     analyses = choose_analyses(study, validation)
     contents = {
         (label, task): cache(partial(_content, model, splits_of_task))
@@ -113,7 +115,7 @@ def plan(study: StudyOptions) -> Planned:
         of_model = [arm for arm in arms if arm.label == label]
         for task in splits:
             for arm in of_model:
-                if task == SEGMENTATION or arm.name != FITTED:
+                if task == main or not is_fitted(arm.name):
                     steps.append(_run_step(study, arm, task=task, content=contents[label, task]))
         steps += _analysis_steps(study, of_model, analyses=analyses, photos=len(validation))
     steps.append(_report_step(study, steps))
@@ -128,7 +130,7 @@ def plan(study: StudyOptions) -> Planned:
 
 def _check(study: StudyOptions) -> None:
     """Raise a UserError if a setting is invalid; data are not looked at."""
-    others = [task for task in TASKS if task != SEGMENTATION]
+    others = [task for task in TASKS if task != study.data.task]
     kinds = [*RUNS, *MEASURED, "report"]
     analyses = [text.partition(".")[0] for text in study.add]
     choices = (
@@ -140,15 +142,19 @@ def _check(study: StudyOptions) -> None:
         for name in given:
             if name not in names:
                 expected = ", ".join(names)
-                raise UserError(f"there is no {option} {name!r}; expected some of {expected}")
+                raise UserError(
+                    f"there is no {option} {name!r}; expected some of {expected}; {HINT}"
+                )
     for key in ("untrained", "match", "draw"):
         if getattr(study.model, key) not in (None, "none", 0):
             raise UserError(
                 f"model.{key} is given, but the arms of a study say which weights are random (--arms)"
             )
-    if study.data.task != SEGMENTATION:
+    factory_of(study.model.head)
+    if study.model.head != LINEAR and not study.fit:
         raise UserError(
-            "data.task is given, but a study is of segmentation; it solves other tasks beside it with --tasks NAME"
+            f"model.head is {study.model.head!r}, but only linear probes are solved; with --fit both heads are trained "
+            "and compared"
         )
 
 
@@ -175,10 +181,10 @@ def _content(model: str, splits: Mapping[str, ImageDataset]) -> dict[str, str]:
 def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> RunStep:
     """Return the step that makes the probe run of an arm."""
     kind, call = "solve", "probes.solve.run:run_config"
-    if arm.name == FITTED:
+    if is_fitted(arm.name):
         kind, call = "fit", "probes.fit.cli:run_fit"
     name = arm.run.name
-    if task != SEGMENTATION:
+    if task != study.data.task:
         name = join(arm.label, f"{task}_{arm.name}")
     why_left_out = arm.why_left_out
     if not arm.run.sites:
@@ -203,7 +209,7 @@ def _analysis_steps(
 ) -> list[ArmStep]:
     """Return the steps that analyse the runs of a model."""
     has_llm = arms[0].run.has_llm
-    if not has_llm:  # maps of a few photos are made unasked
+    if not has_llm and study.data.task == SEGMENTATION:  # maps of a few photos are made unasked
         shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
         analyses = {"maps": {"image": list(shown)}, **analyses}
     steps = []
@@ -228,10 +234,12 @@ def _analysis_step(study: StudyOptions, arm: Arm, name: str, settings: Settings)
     for option in analysis.beside_data:
         if option in settings:
             reads[f"{name}.{option}"] = Path(settings[option])
+    if analysis.file:  # what it computes may have changed since
+        reads[f"{name}.py"] = analysis.file
     reads |= {f"{run}/{other}": folder / f"{other}.json" for other in analysis.reads}
     settings = settings | {"probes": folder}
     follows = ""
-    if not arm.is_trained and arm.name != FITTED:  # "probes" have mistakes of their own
+    if not arm.is_trained and not is_fitted(arm.name):  # "probes" have mistakes of their own
         trained = join(arm.label, TRAINED)
         follows = f"{trained}/{name}"
         reads[trained] = study.out / trained / "metrics.json"
@@ -291,7 +299,9 @@ def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, 
         UserError: `--add` names no analysis or class, or an analysis whose file is missing.
     """
     chosen = {
-        name: {**analysis.in_study} for name, analysis in MEASURED.items() if analysis.default
+        name: {**analysis.in_study}
+        for name, analysis in MEASURED.items()
+        if analysis.default and (analysis.of_any_task or study.data.task == SEGMENTATION)
     }
     for text in study.add:
         name, _, setting = text.partition(".")

@@ -27,6 +27,7 @@ from llava_bidir.common.files import exclusive_run_lock, read_json, write_files
 from llava_bidir.common.imports import import_words
 from probes.compute.process_group import end_on_signals, process_group
 from probes.config import RunConfig, StudyOptions
+from probes.heads import LINEAR
 from probes.report.terminal import print_summary
 from probes.runs.read import finished_runs
 from probes.steps.record import Step, as_json, must_replace, record_file
@@ -95,6 +96,10 @@ def run_study(study: StudyOptions) -> None:
     reasons = [step.why_left_out for step in planned.steps if step.kind in RUNS]
     for reason in dict.fromkeys(filter(None, reasons)):
         print(f"left out: {reason}")
+    if study.model.head != LINEAR:
+        print(
+            f"{study.model.head} probes are trained and compared with trained linear ones; only linear ones are solved"
+        )
     part = "+".join([*study.labels, *study.arms]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         check_folder(study, planned)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llava_bidir.common.imports import check_shape
 from probes.ops.bilinear import upsample
 from probes.ops.geometry import Geometry, GridPlacement
 from probes.ops.kernels import limit_on
@@ -27,16 +28,22 @@ class Task:
     Scores are functions of sums over the images of a dataset, so that they can be resampled and added up over
     processes. A subclass predicts a number or a vector at each pixel, and scores are means over the images of
     `image_scores`, unless it replaces `training_losses`, `count`, `dataset_scores` and `predict_pixels`.
+
+    Without more than name and targets it is least squares on numbers. One of a file of your own is registered by
+    :func:`probes.register_task`; classes derive from :class:`probes.Segmentation`, and name them.
     """
 
     name: str
-    # the targets that are read, by `data.task`: segmentation, depth, normals or boundaries
+    # the targets that are read: segmentation, depth, normals, boundaries, or those of a registered layout
     targets: str
+    classes: Sequence[str] = ()  # of a user's task, in place of those of the dataset
     # K; None if there is one for each class of the dataset
-    channels: int | None
+    channels: int | None = 1
     # name -> higher is better; the first is the one that chooses and is compared
-    scores: dict[str, bool]
-    labels: dict[str, str]  # name of a score -> name with its unit in reports
+    scores: dict[str, bool] = {"mae": False}
+    labels: dict[str, str] = {
+        "mae": "mean absolute error"
+    }  # name of a score -> name with its unit in reports
     highest: float = math.inf  # that a score can be
     # smallest difference of the main score that is a finding, chosen before any result
     margin: float = 0.0
@@ -61,8 +68,20 @@ class Task:
         """Return the sums f[P, N, M], or of several paths [..., P, N, M], of what `count` returned of all images."""
         return counted["sums"]
 
+    def read(self, target: np.ndarray) -> np.ndarray:
+        """Return the target of an image from that of the dataset, [H, W] or [H, W, 3]; by default it is that.
+
+        It has classes, uint8, 255 where ignored; or numbers, float32, NaN where there is no value.
+        """
+        return target
+
     def colorize(self, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
         """Return a map of predictions as colours, uint8[..., H, W, 3]; `palette` uint8[K, 3] has those of classes."""
+        from matplotlib import colormaps
+
+        low = np.nanmin(prediction)
+        span = max(np.nanmax(prediction) - low, 1e-6)
+        return colormaps["viridis"]((prediction - low) / span, bytes=True)[..., :3]
 
     def truth(self, target: Tensor) -> Tensor:
         """Return targets in the format of predictions, [B, H, W] or [B, H, W, 3]; most are read in it."""
@@ -70,9 +89,11 @@ class Task:
 
     def values(self, target: Tensor) -> Tensor:
         """Return what the channels are to equal, f[B, H, W, K], NaN where a pixel has no value."""
+        return target[..., None] if target.ndim == 3 else target
 
     def predict(self, maps: Tensor) -> Tensor:
         """Return the prediction f[..., H, W] or f[..., H, W, 3] of upsampled channels f[..., K, H, W]."""
+        return maps.movedim(-3, -1).squeeze(-1)
 
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each image f[P, B], of which `probes fit` minimises the mean; 0 for one without a value.
@@ -81,6 +102,9 @@ class Task:
             maps: Upsampled channels f[P, B, K, H, W].
             target: [B, H, W] or [B, H, W, 3].
         """
+        values = self.values(target).movedim(-1, 1)  # [B, K, H, W]
+        errors = (maps - values.nan_to_num()).square().mean(2)
+        return mean_over_valid(errors, self.valid(target))
 
     def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the scores of an image, f[P, number of scores], from predictions [P, ...] at the pixels with a value.
@@ -89,6 +113,7 @@ class Task:
             prediction: f[P, n] or f[P, n, 3].
             target: The truth at these pixels, f[n] or f[n, 3], n > 0.
         """
+        return (prediction - target).abs().flatten(1).mean(1, keepdim=True)
 
     def training_losses(
         self, outputs: Tensor, targets: PreparedMasks | Sequence[Tensor], geometry: Geometry
@@ -129,7 +154,9 @@ class Task:
         if valid.any():
             sums[:, 0] = 1
             truth = self.truth(target[None])[0]
-            sums[:, 1:] = self.image_scores(prediction[:, valid], truth[valid])
+            check_shape(self.predict, prediction, (len(prediction), *truth.shape))
+            scores = self.image_scores(prediction[:, valid], truth[valid])
+            sums[:, 1:] = check_shape(self.image_scores, scores, sums[:, 1:].shape)
         return sums
 
     @torch.no_grad()

@@ -194,6 +194,7 @@ ANALYSIS = Analysis(
     rows=table_rows,
     lacks=lambda run, options: lacks_layers(run),
     title="Knockout",
+    section="probes.analyses.knockout.knockout_section:section",
     paper="Sec. 4, App. C.1, Fig. 11",
     in_study={"classes": ("auto:4",)},
     arms=("trained", "random", "permuted", "probes"),

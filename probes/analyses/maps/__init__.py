@@ -138,6 +138,7 @@ ANALYSIS = Analysis(
     measure=measure,
     complete=complete,
     title="Maps",
+    section="probes.analyses.maps.maps_section:section",
     paper="Figs. 4, 6, 12, 13",
     in_study={"image": (0, 1, 2, 3)},
     arms=("trained", "probes"),

@@ -130,4 +130,5 @@ ANALYSIS = Analysis(
     lines=lines,
     lacks=lacks,
     title="Patching",
+    section="probes.analyses.patching.patching_section:section",
 )

@@ -160,6 +160,7 @@ ANALYSIS = Analysis(
     lines=lines,
     rows=table_rows,
     title="Answers",
+    section="probes.analyses.routes.routes_section:section",
     arms=("trained", "random", "permuted"),
     beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
     claims={

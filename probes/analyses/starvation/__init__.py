@@ -38,6 +38,7 @@ ANALYSIS = Analysis(
     name="starvation",
     question="Are early image tokens worse off under causal attention, since they attend to few others?",
     title="Patches",
+    section="probes.analyses.starvation.starvation_section:section",
     paper="Sec. 5.1, Fig. 7, Table 3",
     claims={
         "starvation": Claim(

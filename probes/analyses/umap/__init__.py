@@ -168,6 +168,7 @@ ANALYSIS = Analysis(
     lines=lines,
     lacks=lacks,
     title="UMAP",
+    section="probes.analyses.umap.umap_section:section",
     paper="Sec. 3.3, Fig. 5",
     arms=("trained", "probes"),
     of_encoders=True,

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from probes.heads import FEATURE_NORMS, HEADS, HIDDEN, Probe, register_head
+from probes.heads import FEATURE_NORMS, HEADS, HIDDEN, Probe
 
 pytestmark = pytest.mark.numerics
 
@@ -62,10 +61,3 @@ def test_a_rank_without_an_image_takes_part_in_the_backward(head):
     assert logits.shape == (0, 6, 3)
     logits.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in probe.parameters())
-
-
-def test_a_name_of_a_head_is_given_once(monkeypatch):
-    monkeypatch.setattr("probes.heads.HEADS", dict(HEADS))
-    register_head("new", nn.Linear)
-    with pytest.raises(ValueError, match="the head name 'new' is taken"):
-        register_head("new", nn.Linear)

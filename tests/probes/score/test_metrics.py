@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.ops import pixel_counts
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import count
+from probes.score import TaskMetric
 from probes.score.estimate import dataset_scores, resampled_scores
-from probes.score.image_metrics import TaskMetric
 from probes.tasks import TASKS
 
 pytestmark = pytest.mark.numerics
@@ -44,7 +47,7 @@ def test_scores_equal_numpy_with_absent_classes_and_ignored_pixels(seed, absent)
     logits, target = random_batch(seed, absent=absent)
     metric = TaskMetric(TASK, 3, GEOMETRY)
     for i in range(3):
-        metric.add(logits[:, i : i + 1], {"target": target[i : i + 1], "index": torch.tensor([i])})
+        metric.update(logits[:, i : i + 1], target[i : i + 1], torch.tensor([i]))
     sums = TASK.sums(metric.compute())
     ours = dataset_scores(TASK, sums)
     iou_per_class = TASK.iou(sums.sum(1))
@@ -54,6 +57,60 @@ def test_scores_equal_numpy_with_absent_classes_and_ignored_pixels(seed, absent)
         assert ours["miou"][site].item() == pytest.approx(miou, abs=1e-12)
         assert ours["pacc"][site].item() == pytest.approx(pacc, abs=1e-12)
         assert [None if x != x else pytest.approx(x) for x in iou_per_class[site].tolist()] == iou
+
+
+def of_torchmetrics(average: str) -> MulticlassJaccardIndex:
+    return MulticlassJaccardIndex(CLASSES, average=average, ignore_index=255)
+
+
+def compare_with_torchmetrics(images: list[int], size: int) -> None:
+    """Count some of five images here, the others in the other processes; compare what is of all.
+
+    Images have two sizes and ignored pixels. Class 3 is nowhere, and the second site does not predict it either.
+    """
+    batches = [random_batch(0, images=3), random_batch(1, images=2, size=(7, 5))]
+    for logits, _ in batches:
+        logits[1, :, 3] = -100
+    of_images = [(logits[:, i], masks[i]) for logits, masks in batches for i in range(len(masks))]
+    metric = TaskMetric(TASK, 5, GEOMETRY)
+    theirs = [(of_torchmetrics("macro"), of_torchmetrics("none")) for _ in range(2)]
+    for _ in range(2):  # after a reset again
+        for first in range(0, len(images), size):
+            part = images[first : first + size]
+            logits = torch.stack([of_images[i][0] for i in part], 1)
+            metric.update(logits, [of_images[i][1] for i in part], torch.tensor(part))
+        sums = TASK.sums(metric.compute())
+        metric.reset()
+        ours = dataset_scores(TASK, sums)["miou"]
+        for site, metrics in enumerate(theirs):
+            for of_field in metrics:
+                for i in images:
+                    logits, mask = of_images[i]
+                    predicted = upsampled_argmax(logits[site, None], mask.shape)[0]
+                    of_field.update(predicted.long(), mask.long())
+            miou, by_class = (of_field.compute().double() for of_field in metrics)
+            torch.testing.assert_close(ours[site], miou, rtol=1e-6, atol=0)
+            ious = TASK.iou(sums.sum(1))[site]
+            torch.testing.assert_close(ious.nan_to_num(), by_class, rtol=1e-6, atol=0)
+            assert ious.isnan().tolist() == [site == 1 and k == 3 for k in range(CLASSES)]
+            for of_field in metrics:
+                of_field.reset()
+
+
+def test_scores_are_those_of_torchmetrics():
+    assert issubclass(TaskMetric, torchmetrics.Metric)
+    compare_with_torchmetrics([3, 1, 4, 0, 2], size=2)
+
+
+def in_two_processes() -> None:
+    torch.distributed.init_process_group("gloo")
+    compare_with_torchmetrics([[0, 3, 2], [4, 1]][torch.distributed.get_rank()], size=2)
+
+
+@pytest.mark.distributed
+def test_scores_of_two_processes_are_those_of_torchmetrics(tmp_path):
+    codes, ends = run_ranks(in_two_processes, tmp_path)
+    assert codes == [0, 0], ends
 
 
 def test_resampled_scores_equal_a_loop_over_drawn_images():
@@ -72,7 +129,7 @@ def test_resampled_scores_equal_a_loop_over_drawn_images():
 def test_an_image_that_is_seen_twice_or_never_is_an_error(order):
     logits, target = random_batch(2)
     metric = TaskMetric(TASK, 3, GEOMETRY)
-    metric.add(logits[:, order], {"target": target[order], "index": torch.tensor(order)})
+    metric.update(logits[:, order], target[order], torch.tensor(order))
     with pytest.raises(RuntimeError, match="expected each of 3 images once"):
         metric.compute()
 

@@ -172,7 +172,7 @@ def in_this_process(work, sites, device):
 KILLS = {
     "in a search": (FoldSearch, "visit", 4),
     "when a site is saved": (SiteFiles, "save", 2),
-    "while it is scored": (TaskMetric, "add", 1),
+    "while it is scored": (TaskMetric, "update", 1),
 }
 
 

@@ -270,7 +270,7 @@ BAD = {
     "a/b=MODEL a=MODEL DATA": "'a/b' cannot be the label",
     "MODEL b=MODEL c=MODEL DATA": "has no label",
     "MODEL DATA --model.sites [encoder_03]": "unknown site 'encoder_03'; this model has encoder_00, ",
-    "MODEL DATA --data.task depth": "--tasks NAME",
+    "MODEL DATA --data.task depht": "there is no task 'depht'; expected one of segmentation",
     "MODEL DATA --model.untrained [llm]": r"model\.untrained.*--arms",
 }
 

@@ -1,13 +1,17 @@
 """Steps that a study leaves out, that fail, or that have nothing to measure; settings from words and from files."""
 
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from dataset_layouts import write_voc2012
+from extensions import EXAMPLES, forgotten
 from studies import study_of
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.files import exclusive_run_lock
+from llava_bidir.common.imports import take_imports
 from probes.config import StudyOptions
 from probes.steps.record import OUTSTANDING, must_replace, unfinished_steps
 from probes.studies import run
@@ -57,6 +61,22 @@ def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
     assert ran.of(settings(options=same, only=("solve",))) == [], "no number changes"
     other = made("center_crop")
     assert not must_replace(plan(other).steps[0], other.out), "replaced if asked to only"
+
+
+def test_an_analysis_of_a_file_is_a_step_that_is_done_again_when_the_file_has_changed(
+    settings, ran, tmp_path
+):
+    file = Path(shutil.copy(EXAMPLES / "analysis.py", tmp_path / "mine.py"))
+    with forgotten():
+        take_imports(["--import", str(file)])
+        study = settings(add=("gains",))
+        steps = [f"{arm}/gains" for arm in ("trained", "random0", "permuted0")]
+        assert {*steps} <= {*ran.of(study)}
+        assert ran.of(study) == []
+        file.write_text(file.read_text() + "# another line\n")
+        assert {*ran.of(study)} == {*steps, "report"}
+    with pytest.raises(UserError, match="no analysis 'gains'; .*--import FILE.py registers"):
+        plan(study)
 
 
 def test_the_report_reads_truth_and_effects_of_other_analyses(settings, segmentation, monkeypatch):

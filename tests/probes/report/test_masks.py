@@ -90,8 +90,8 @@ def test_page_and_tables_name_masks_without_a_sign(runs, tmp_path):
     labels = [f">{mask} " for mask in ("◣", "■", "prefix", "rows")]  # at the best sites
     assert all(page.count(label) for label in labels)
     claims = pd.read_csv(tmp_path / "claims.csv")
-    whats = {*claims.loc[claims["claim"] == "starvation", "what"]}
-    assert whats == {f"{mask} − causal, accuracy" for mask in MASKS[1:]}
+    facts = {*claims.loc[claims["claim"] == "starvation", "what"]}
+    assert facts == {f"{mask} − causal, accuracy" for mask in MASKS[1:]}
     differences = pd.read_csv(tmp_path / "differences.csv")
     of_sites = differences[differences["of"] == "site"]
     pairs = {*zip(of_sites["first"], of_sites["second"], strict=True)}

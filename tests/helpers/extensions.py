@@ -1,6 +1,7 @@
 """Files of `--import`, which a process imports once and never forgets: tests forget them."""
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,21 @@ REGISTRIES = (
 )
 
 
+OF_TESTS = f"{tempfile.gettempdir()}/pytest-of-"
+
+
+def forget_files_of_tests() -> None:
+    """Forget modules and folders of other tests' files: models FILE.py:FUNCTION are never forgotten either."""
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", "")).startswith(OF_TESTS):
+            del sys.modules[name]
+    sys.path[:] = [folder for folder in sys.path if not folder.startswith(OF_TESTS)]
+
+
 @contextmanager
 def forgotten() -> Iterator[None]:
     """Forget at the end of the block what was registered and imported in it."""
+    forget_files_of_tests()
     registered = [dict(registry) for registry in REGISTRIES]
     files = [*imports._files], [*errors.USER_FILES]
     path, modules = [*sys.path], set(sys.modules)

@@ -17,18 +17,19 @@ COMMANDS = {  # command -> the result it locks
     "segment --probes RUN IMAGE --out RUN": "legend.json",
     "report STUDY --out RUN": "",
     "states nowhere IMAGE --out RUN/states.safetensors": "states.safetensors",
-    "fit -c configs/demo/probes.yaml --model.mllm nowhere --data.root DATA --out RUN": "",
+    "fit -c configs/demo/probes.yaml --model.mllm MODEL --data.root DATA --out RUN": "",
 }
 
 
 @pytest.fixture
 def paths(tmp_path) -> dict[str, str]:
-    """Runs without a model: a rejected command has not loaded one."""
+    """Runs without a model: a rejected command has not loaded one, only read the config of `fit`'s."""
     root = tiny_models.write_segmentation(tmp_path / "data")
     study = tmp_path / "study"
     for mask in ("causal", "bidirectional"):
         probe_runs.write_run(study / mask, [0.5] * 5, root=root, images=5, mask=mask)
     return {
+        "MODEL": str(tiny_models.write_checkpoint(tmp_path / "model")),
         "RUN": str(study / "causal"),
         "STUDY": str(study),
         "DATA": str(root),

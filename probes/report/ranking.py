@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pandas import DataFrame
+
 from probes.tasks import TASKS
 
 from .best_layers import BEST_LAYER, BETTER, NEGLIGIBLE, NO_EFFECT, WORSE
@@ -77,14 +79,13 @@ def rivals_of(view: ReportView) -> list[Rival]:
             continue
         same_mask = [reading for reading in of_model if reading.mask == lead.mask]
         chosen += (same_mask or of_model)[:1]
-    rivals = [compare_with_lead(view, reading) for reading in chosen]
+    rivals = [compare_readings(view.comparisons, lead, reading) for reading in chosen]
     return sorted(rivals, key=lambda rival: rival.reading.rank(), reverse=True)
 
 
-def compare_with_lead(view: ReportView, reading: SiteReading) -> Rival:
-    """Return a reading beside the lead, from the table of differences."""
-    lead = view.lead
-    rows = view.comparisons[view.comparisons["of"] == BEST_LAYER]
+def compare_readings(differences: DataFrame, lead: SiteReading, reading: SiteReading) -> Rival:
+    """Return a reading beside another, `lead`, from the differences on their task, data and seed."""
+    rows = differences[differences["of"] == BEST_LAYER]
     if reading.model.key == lead.model.key:
         rows = rows[(rows["between"] == "masks") & (rows["model"] == lead.model.key)]
         of_lead, of_reading = lead.mask, reading.mask

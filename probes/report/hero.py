@@ -12,9 +12,9 @@ from .charts import Frame, colour_class
 from .pictures import has_same_photo
 from .ranking import ranking, rivals_of
 from .readings import Name, ReportView, SiteReading, by_site, rows_about
+from .verdicts import HOLDS
 from .words import SIGNS, its_site, number, site_name, site_number, site_tick, zone_of
 
-HOLDS = "holds"
 UNCONTROLLED = "No random models were solved: whether training put it there is not known."
 SUPPORTED = ("supported", "supported by itself")
 WIDE = ((856, 412), (40, 62, 26, 76))  # size, and margins

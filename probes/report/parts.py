@@ -10,6 +10,7 @@ from pandas import DataFrame, Series, concat
 
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.models.sites import is_layer, layer_around, layer_number, part_of
+from probes.runs.formatting import Entry
 from probes.score.effects import BEST_LAYER as BEST_LAYER_TERM
 from probes.score.effects import EFFECTS, LAST_LAYER
 from probes.tasks import SEGMENTATION, TASKS
@@ -20,7 +21,6 @@ from .tables import Tables
 from .verdicts import FAILS
 from .words import axis_number, lower_first, noun_of, number
 
-Entry = dict[str, Any]
 # what each finding looks like: class, how far its circle is filled, and the circle as a character
 FINDINGS = {
     "supported": ("ok", "full", "●"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pandas import DataFrame
@@ -58,10 +58,10 @@ class Rival:
         return number(self.value, task, has_sign=True), interval(self.low, self.high, task)
 
     @property
-    def reversed_text(self) -> tuple[str, str]:
-        """The same of the other one minus the lead: −2.2 and [−7.2, 0.0]."""
-        task = self.reading.task
-        return number(-self.value, task, has_sign=True), interval(-self.high, -self.low, task)
+    def reversed(self) -> "Rival":
+        """The same seen from the other one: what it reads more than the lead."""
+        finding = SEEN_FROM_THE_OTHER.get(self.finding, self.finding)
+        return replace(self, finding=finding, value=-self.value, low=-self.high, high=-self.low)
 
 
 def rivals_of(view: ReportView) -> list[Rival]:
@@ -97,24 +97,19 @@ def compare_readings(differences: DataFrame, lead: SiteReading, reading: SiteRea
         rows = rows[(rows["between"] == "models") & has_masks]
         of_lead, of_reading = lead.model.key, reading.model.key
     for row in rows.itertuples():
-        if (row.first, row.second) == (of_reading, of_lead):
-            return Rival(
-                reading=reading,
-                finding=row.finding,
-                value=row.difference,
-                low=row.low,
-                high=row.high,
-                detectable=row.detectable,
-            )
-        if (row.first, row.second) == (of_lead, of_reading):
-            return Rival(
-                reading=reading,
-                finding=SEEN_FROM_THE_OTHER.get(row.finding, row.finding),
-                value=-row.difference,
-                low=-row.high,
-                high=-row.low,
-                detectable=row.detectable,
-            )
+        if {row.first, row.second} != {of_reading, of_lead}:
+            continue
+        rival = Rival(
+            reading=reading,
+            finding=row.finding,
+            value=row.difference,
+            low=row.low,
+            high=row.high,
+            detectable=row.detectable,
+        )
+        if row.second == of_lead:
+            return rival
+        return rival.reversed
     return Rival(reading)
 
 

@@ -14,7 +14,7 @@ from probes.tasks import SEGMENTATION, TASKS
 from .charts import span_of
 from .hero import choose_sites, plain_text
 from .parts import FINDINGS, is_about_nothing, is_right
-from .ranking import SEEN_FROM_THE_OTHER, rivals_of
+from .ranking import rivals_of
 from .readings import MainRun, ReportView, SiteReading
 from .verdicts import UNTESTED
 from .words import SIGNS, lower_first, noun_of, site_name, site_number
@@ -142,9 +142,9 @@ def _rows_of_readings(view: ReportView) -> Iterator[str]:
         row = f"{name[:NAMES]:<{NAMES}} {_place(reading, best.site):>10} {best.value_text:>5}"
         difference = verdict = ""
         if reading in rivals:
-            rival = rivals[reading]
-            difference = " ".join(rival.reversed_text)
-            verdict = SEEN_FROM_THE_OTHER.get(rival.finding, rival.finding) or "–"
+            rival = rivals[reading].reversed
+            difference = " ".join(rival.text)
+            verdict = rival.finding or "–"
         yield f"{row}  {difference:<20} {verdict:<10} {best.random_text:>6}"
 
 

@@ -28,7 +28,7 @@ from llava_bidir.common.images import orientation, read_image
 from llava_bidir.common.processes import usable_cores
 from probes.config import MasksOptions
 from probes.data.folder import FolderDataset
-from probes.data.image_dataset import EmbeddedFile, check_size
+from probes.data.image_dataset import TURNED, EmbeddedFile, check_size
 from probes.data.sheet import draw_sheet
 from probes.data.split import split_names
 from probes.data.verify import (
@@ -49,7 +49,6 @@ from .source import IGNORED, AnnotatedPhoto, MaskSource
 RECORD = "masks.json"
 SPLITS = ("training", "validation")
 SUFFIX_OF = {"MPO": "jpeg"}  # Pillow's name of a JPEG with a second picture
-TURNED = range(5, 9)  # EXIF orientations that swap width and height
 
 
 class Written(NamedTuple):

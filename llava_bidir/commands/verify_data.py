@@ -78,7 +78,7 @@ def print_records(
 
 def show_record(sample: dict, collate: Collate) -> dict[str, Any]:
     """Return a sample as {"id", "template", "input_ids", "labels", "image_spans": [[start, end]], "text"}."""
-    ids, labels = (row[: collate.max_length] for row in collate.encode(sample))
+    ids, labels = collate.truncated(sample)
     image_id = collate.processor.image_token_id
     starts = [i for i, token in enumerate(ids) if token == image_id][:: collate.image_tokens]
     kept = [token for i, token in enumerate(ids) if token != image_id or i in starts]

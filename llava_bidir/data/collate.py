@@ -79,6 +79,11 @@ class Collate:
                 )
         return ids, labels
 
+    def truncated(self, sample: dict) -> tuple[list[int], list[int]]:
+        """Return token ids and labels of a sample up to `max_length`; errors are those of :meth:`encode`."""
+        ids, labels = self.encode(sample)
+        return ids[: self.max_length], labels[: self.max_length]
+
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         """Return a batch for the training step.
 
@@ -92,11 +97,11 @@ class Collate:
             - supervised: number of supervised tokens.
             - lengths: tokens per sample without padding.
         """
-        encoded = [self.encode(sample) for sample in samples]
-        rows = [ids[: self.max_length] for ids, _ in encoded]
+        encoded = [self.truncated(sample) for sample in samples]
+        rows = [ids for ids, _ in encoded]
         image_id = self.processor.image_token_id
         input_ids = pad(rows, self.processor.tokenizer.pad_token_id)
-        labels = pad([labels[: self.max_length] for _, labels in encoded], IGNORE_INDEX)
+        labels = pad([labels for _, labels in encoded], IGNORE_INDEX)
         predicts = predicting_positions(labels)
         return {
             "ids": [sample["id"] for sample in samples],

@@ -178,8 +178,8 @@ class Instructions(Dataset):
             """Return whether a token of an answer with text is within the sequence."""
             if not any(answers(record)):
                 return False
-            _, labels = collate.encode(record | {"image": shows_image(record) or None})
-            return any(label != IGNORE_INDEX for label in labels[: collate.max_length])
+            _, labels = collate.truncated(record | {"image": shows_image(record) or None})
+            return any(label != IGNORE_INDEX for label in labels)
 
         if not any(map(trains, self.records)):
             raise UserError(

@@ -180,9 +180,7 @@ def sample_records(data: InstructionData) -> SampledRecords:
     images = 0
     supervised = 0
     for index in order[middles.astype(int)]:
-        ids, labels = data.collate.encode(data.train.without_pixels(int(index)))
-        ids = ids[: data.collate.max_length]
-        labels = labels[: len(ids)]
+        ids, labels = data.collate.truncated(data.train.without_pixels(int(index)))
         lengths.append(len(ids))
         images += ids.count(data.collate.processor.image_token_id) // data.collate.image_tokens
         supervised += len(labels) - labels.count(IGNORE_INDEX)

@@ -23,6 +23,7 @@ from llava_bidir.common.images import as_stored, orientation, read_image
 from llava_bidir.common.imports import name_of
 from probes.ops.geometry import IGNORE_INDEX, ignore_index_of
 
+TURNED = range(5, 9)  # EXIF orientations that swap width and height
 GREY = 0  # colour type in the header of a PNG
 GOLDEN = 0.381966  # step between hues, after which they stay distinct for any number of classes
 
@@ -124,7 +125,7 @@ def check_size(
         target: What that is, and its file.
     """
     rotated = size
-    if tag in range(5, 9):
+    if tag in TURNED:
         rotated = size[::-1]
     width, height = target_size
     if tag in range(2, 9) and target_size == rotated:

@@ -14,6 +14,7 @@ from scipy.ndimage import distance_transform_edt, find_objects, label
 from probes.ops.geometry import ignored_label
 
 from .image_dataset import SegmentationDataset, palette_of
+from .verify import count_labels, join_counts
 
 PHOTOS = 8
 COLUMNS = 4
@@ -105,11 +106,8 @@ def _shrink(image: Image.Image, target: ndarray) -> tuple[Image.Image, ndarray]:
 
 def _shares(targets: Sequence[ndarray], classes: int) -> ndarray:
     """Return the share of each class of all pixels, f[K]."""
-    counts = np.zeros(classes)
-    for target in targets:
-        labelled = target[target != ignored_label(target)]
-        counts += np.bincount(labelled, minlength=classes)
-    return counts / sum(target.size for target in targets)
+    counts = join_counts([count_labels(target, classes) for target in targets])
+    return np.array(counts.pixels) / sum(target.size for target in targets)
 
 
 def draw_overlay(

@@ -95,9 +95,19 @@ def read_pairs(
         workers: Processes; with 0, or for few images, the pairs are read in this process.
         progress: Show a progress bar.
     """
+    pairs = read_all(
+        _Pairs(dataset), f"checking {name}", indices=indices, workers=workers, progress=progress
+    )
+    return dict(zip(indices, pairs, strict=True))
+
+
+def read_all(
+    dataset: Dataset, title: str, indices: Sequence[int], workers: int, progress: bool = True
+) -> list[Any]:
+    """Return the items of a dataset with these indices; for the other arguments see :func:`read_pairs`."""
     few = len(indices) <= 4 * BATCH_SIZE  # reading them takes less time than starting a process
     loader = DataLoader(
-        _Pairs(dataset),
+        dataset,
         batch_size=BATCH_SIZE,
         sampler=indices,
         collate_fn=list,
@@ -105,8 +115,8 @@ def read_pairs(
         # the loader draws a seed, which must not advance the generator of the run
         generator=torch.Generator(),
     )
-    batches = tqdm(loader, f"checking {name}", mininterval=1, disable=not progress)
-    return dict(zip(indices, chain.from_iterable(batches), strict=True))
+    batches = tqdm(loader, title, mininterval=1, disable=not progress)
+    return [*chain.from_iterable(batches)]
 
 
 def count_labels(target: ndarray, classes: int) -> LabelCounts:

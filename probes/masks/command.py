@@ -19,17 +19,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UsageError, UserError
 from llava_bidir.common.files import atomic_directory, read_json, write_files
 from llava_bidir.common.identity import checksums, describe_digest, plain
 from llava_bidir.common.images import orientation, read_image
-from llava_bidir.common.processes import usable_cores, worker_options
+from llava_bidir.common.processes import usable_cores
 from probes.config import MasksOptions
 from probes.data.folder import FolderDataset
-from probes.data.image_dataset import EmbeddedFile, check_size
+from probes.data.image_dataset import TURNED, EmbeddedFile, check_size
 from probes.data.sheet import draw_sheet
 from probes.data.split import split_names
 from probes.data.verify import (
@@ -39,6 +38,7 @@ from probes.data.verify import (
     data_notes,
     format_labels,
     join_counts,
+    read_all,
 )
 from probes.ops.geometry import IGNORE_INDEX, ignore_index_of
 
@@ -48,10 +48,7 @@ from .source import IGNORED, AnnotatedPhoto, MaskSource
 
 RECORD = "masks.json"
 SPLITS = ("training", "validation")
-FEW = 64  # photos that take less time than starting a process
-BATCH = 16
 SUFFIX_OF = {"MPO": "jpeg"}  # Pillow's name of a JPEG with a second picture
-TURNED = range(5, 9)  # EXIF orientations that swap width and height
 
 
 class Written(NamedTuple):
@@ -235,11 +232,10 @@ def _write_split(
     conversion = Conversion(folder, split, pairs=pairs, rules=rules)
     for part in (conversion.images, conversion.masks):
         part.mkdir(parents=True)
-    workers = usable_cores() if len(pairs) > FEW else 0
-    loader = DataLoader(conversion, batch_size=BATCH, collate_fn=list, **worker_options(workers))
-    batches = tqdm(loader, f"writing {split}", mininterval=1)
     try:
-        return list(chain.from_iterable(batches))
+        return read_all(
+            conversion, f"writing {split}", indices=range(len(pairs)), workers=usable_cores()
+        )
     except BaseException as error:
         # processes end with the loader's iterator, before the folder in which they write is deleted
         clear_frames(error.__traceback__)

@@ -19,7 +19,7 @@ from llava_bidir.common.files import read_json
 from llava_bidir.common.images import SUFFIXES
 from probes.config import MasksOptions
 
-from .source import SPLIT_NAMES, AnnotatedPhoto, MaskSource, Region, photo_name
+from .source import SPLIT_NAMES, AnnotatedPhoto, MaskSource, Region, parts_inside, photo_name
 
 FEWEST_NUMBERS = 6  # x and y of three corners
 LABELME_SUBJECTS = ("polygon", "rectangle", "circle", "mask")
@@ -136,7 +136,7 @@ class LabelMeSource(MaskSource):
             with error_context(file):
                 shapes = content["shapes"]
                 names |= {shape["label"] for shape in shapes}
-                image = content["imagePath"].replace("\\", "/").rpartition("/")[2]
+                *_, image = parts_inside(content["imagePath"])
                 beside = file.parent / image
                 if options.images or not beside.is_file():
                     beside = self.find_image(image)

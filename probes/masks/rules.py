@@ -51,7 +51,7 @@ class MaskRules:
 
         Raises:
             UsageError: A class that is to be kept is none.
-        UserError: There are fewer than two.
+            UserError: There are fewer than two.
         """
         renamed = _kept_classes(words_of_classes(options), names)
         kept = list(dict.fromkeys(renamed.values()))

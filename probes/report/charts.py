@@ -43,9 +43,14 @@ def _first_step(is_enough: Callable[[float], bool]) -> float:
     return next(filter(is_enough, STEPS), STEPS[-1])
 
 
-def span_of(values: Iterable[float], zero: bool = False, least: float = 0) -> tuple[float, float]:
-    """Return ends of an axis around values, and with `zero` around 0: multiples of a round number from `least` on."""
-    values = list(filter(_is_number, values))
+def span_of(
+    values: Iterable[float | None], factor: float, zero: bool = False
+) -> tuple[float, float]:
+    """Return ends of an axis around values times `factor`, and with `zero` around 0: multiples of a round number."""
+    values = [factor * value for value in values if _is_number(value)]
+    least = 0
+    if factor == 100:
+        least = LEAST_STEP
     if zero or not values:
         values.append(0.0)
     low = min(values)
@@ -62,19 +67,13 @@ def span_of(values: Iterable[float], zero: bool = False, least: float = 0) -> tu
 def chart_span(charts: Iterable[Chart]) -> tuple[float, float]:
     """Return the ends of the axis that charts share."""
     charts = list(charts)
-    scale = charts[0].scale
-    values = []
+    values: list[float | None] = []
     for chart in charts:
         of_curves = [curve.points for curve in chart.curves]
         for point in chain(*of_curves, *chart.grey):
-            for value in (point.value, point.low, point.high):
-                if value is not None:
-                    values.append(scale * value)
-    least = 0
-    if scale == 100:
-        least = LEAST_STEP
+            values += [point.value, point.low, point.high]
     has_zero = any(chart.signed for chart in charts)
-    return span_of(values, zero=has_zero, least=least)
+    return span_of(values, charts[0].scale, zero=has_zero)
 
 
 class Frame:

@@ -12,9 +12,9 @@ from .charts import Frame, colour_class
 from .pictures import has_same_photo
 from .ranking import ranking, rivals_of
 from .readings import Name, ReportView, SiteReading, by_site, rows_about
+from .verdicts import HOLDS
 from .words import SIGNS, its_site, number, site_name, site_number, site_tick, zone_of
 
-HOLDS = "holds"
 UNCONTROLLED = "No random models were solved: whether training put it there is not known."
 SUPPORTED = ("supported", "supported by itself")
 WIDE = ((856, 412), (40, 62, 26, 76))  # size, and margins
@@ -83,10 +83,8 @@ def about_llm(lead: SiteReading, claims: Mapping[str, Any]) -> list[str]:
     """Return what the LLM adds to the adapter, and random LLMs."""
     claim = claims["recovery"]
     adds = f"Its LLM adds {number(claim.value)} points to its adapter"
-    if claim.finding in SUPPORTED:
-        return [f"{adds}, random LLMs {number(max(0, claim.random))}."]
-    if claim.finding == "not learned":
-        return [f"{adds}, but this is not shown to be learned."]
+    if said := about_added(claim, adds, "random LLMs"):
+        return said
     if claim.finding == "untested":
         return ["Whether its LLM adds to its adapter is untested."]
     drop = claims.get("adapter_drop")
@@ -110,13 +108,18 @@ def about_gain(claims: Mapping[str, Any]) -> list[str]:
     gain = claims.get("layer_gain")
     if gain is None:
         return []
-    adds = f"Its layers add {number(gain.value)} points to its patches"
-    if gain.finding in SUPPORTED:
-        return [f"{adds}, random layers {number(max(0, gain.random))}."]
-    if gain.finding == "not learned":
-        return [f"{adds}, but this is not shown to be learned."]
     if gain.finding == "untested":
         return ["Whether training put it there is untested."]
+    adds = f"Its layers add {number(gain.value)} points to its patches"
+    return about_added(gain, adds, "random layers")
+
+
+def about_added(claim: Any, adds: str, random: str) -> list[str]:
+    """Return what a part adds, beside what random ones add; [] of a claim that does not hold."""
+    if claim.finding in SUPPORTED:
+        return [f"{adds}, {random} {number(max(0, claim.random))}."]
+    if claim.finding == "not learned":
+        return [f"{adds}, but this is not shown to be learned."]
     return []
 
 

@@ -4,11 +4,9 @@ A row has the scores at encoder, adapter and best layer, how much the last is be
 answers in training, and the benchmarks of Table 1 that `llava-bidir vqa` has of the same weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from pandas import DataFrame
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
@@ -19,7 +17,8 @@ from probes.runs.formatting import Entry, format_csv
 from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION
 
-from .best_layers import BEST_LAYER, BETTER, WORSE
+from .best_layers import BETTER
+from .ranking import compare_readings
 from .readings import MainRun, ReportView, SiteReading
 from .words import interval, number, site_name
 
@@ -137,7 +136,8 @@ def read_benchmarks(file: Path) -> dict[str, Entry]:
 
 def is_shown_best(reading: SiteReading, view: ReportView) -> bool:
     """Return whether a reading's best layer is shown to be better than that of each other model and mask beside it."""
-    rivals = set()
+    differences = view.differences_beside(reading)
+    rivals = []
     for other in view.readings:
         is_same_model = other.model is reading.model
         is_same_mask = other.mask == reading.mask
@@ -145,28 +145,8 @@ def is_shown_best(reading: SiteReading, view: ReportView) -> bool:
             other.task == reading.task and other.data == reading.data and other.seed == reading.seed
         )
         if is_comparable and is_same_mask != is_same_model:
-            rivals.add((other.model.key, other.mask))
-    beaten = {*_beaten_by(reading, view.tables.differences)}
-    return bool(rivals) and rivals <= beaten
-
-
-def _beaten_by(reading: SiteReading, differences: DataFrame) -> Iterator[tuple[str, str]]:
-    """Yield key and mask of the runs whose best layers are shown to be worse than the reading's."""
-    about = reading.model.key, reading.mask
-    is_same = differences["task"] == reading.task
-    is_same &= differences["data"] == reading.data
-    is_same &= differences["seed"].isna() | (differences["seed"] == reading.seed)
-    for row in differences[is_same & (differences["of"] == BEST_LAYER)].itertuples():
-        if row.between == "masks":
-            first = row.model, row.first
-            second = row.model, row.second
-        else:
-            first = row.first, row.mask
-            second = row.second, row.mask
-        if about == first and row.finding == WORSE:
-            yield second
-        if about == second and row.finding == BETTER:
-            yield first
+            rivals.append(compare_readings(differences, reading, other))
+    return bool(rivals) and all(rival.finding == BETTER for rival in rivals)
 
 
 def round_entry(entry: Entry) -> Row:

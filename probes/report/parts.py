@@ -10,17 +10,17 @@ from pandas import DataFrame, Series, concat
 
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.models.sites import is_layer, layer_around, layer_number, part_of
+from probes.runs.formatting import Entry
 from probes.score.effects import BEST_LAYER as BEST_LAYER_TERM
 from probes.score.effects import EFFECTS, LAST_LAYER
 from probes.tasks import SEGMENTATION, TASKS
 
-from .charts import LEAST_STEP, chart_span, span_of, ticks
+from .charts import chart_span, span_of, ticks
 from .readings import ABOUT, ReportView, SiteAxis, SiteReading, by_site, rows_about
 from .tables import Tables
 from .verdicts import FAILS
 from .words import axis_number, lower_first, noun_of, number
 
-Entry = dict[str, Any]
 # what each finding looks like: class, how far its circle is filled, and the circle as a character
 FINDINGS = {
     "supported": ("ok", "full", "●"),
@@ -63,11 +63,7 @@ class Scale:
     def __init__(self, values: Iterable[float], factor: float = 100, signed: bool = True):
         self.factor = factor
         self.signed = signed
-        least = 0
-        if factor == 100:
-            least = LEAST_STEP
-        scaled = [factor * value for value in values]
-        self.low, self.high = span_of(scaled, signed, least)
+        self.low, self.high = span_of(values, factor, zero=signed)
 
     def at(self, value: float) -> float:
         """Return the place of a value, in per cent."""

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from pandas import DataFrame
 
 from probes.tasks import TASKS
 
@@ -56,10 +58,10 @@ class Rival:
         return number(self.value, task, has_sign=True), interval(self.low, self.high, task)
 
     @property
-    def reversed_text(self) -> tuple[str, str]:
-        """The same of the other one minus the lead: −2.2 and [−7.2, 0.0]."""
-        task = self.reading.task
-        return number(-self.value, task, has_sign=True), interval(-self.high, -self.low, task)
+    def reversed(self) -> "Rival":
+        """The same seen from the other one: what it reads more than the lead."""
+        finding = SEEN_FROM_THE_OTHER.get(self.finding, self.finding)
+        return replace(self, finding=finding, value=-self.value, low=-self.high, high=-self.low)
 
 
 def rivals_of(view: ReportView) -> list[Rival]:
@@ -77,14 +79,13 @@ def rivals_of(view: ReportView) -> list[Rival]:
             continue
         same_mask = [reading for reading in of_model if reading.mask == lead.mask]
         chosen += (same_mask or of_model)[:1]
-    rivals = [compare_with_lead(view, reading) for reading in chosen]
+    rivals = [compare_readings(view.comparisons, lead, reading) for reading in chosen]
     return sorted(rivals, key=lambda rival: rival.reading.rank(), reverse=True)
 
 
-def compare_with_lead(view: ReportView, reading: SiteReading) -> Rival:
-    """Return a reading beside the lead, from the table of differences."""
-    lead = view.lead
-    rows = view.comparisons[view.comparisons["of"] == BEST_LAYER]
+def compare_readings(differences: DataFrame, lead: SiteReading, reading: SiteReading) -> Rival:
+    """Return a reading beside another, `lead`, from the differences on their task, data and seed."""
+    rows = differences[differences["of"] == BEST_LAYER]
     if reading.model.key == lead.model.key:
         rows = rows[(rows["between"] == "masks") & (rows["model"] == lead.model.key)]
         of_lead, of_reading = lead.mask, reading.mask
@@ -96,24 +97,19 @@ def compare_with_lead(view: ReportView, reading: SiteReading) -> Rival:
         rows = rows[(rows["between"] == "models") & has_masks]
         of_lead, of_reading = lead.model.key, reading.model.key
     for row in rows.itertuples():
-        if (row.first, row.second) == (of_reading, of_lead):
-            return Rival(
-                reading=reading,
-                finding=row.finding,
-                value=row.difference,
-                low=row.low,
-                high=row.high,
-                detectable=row.detectable,
-            )
-        if (row.first, row.second) == (of_lead, of_reading):
-            return Rival(
-                reading=reading,
-                finding=SEEN_FROM_THE_OTHER.get(row.finding, row.finding),
-                value=-row.difference,
-                low=-row.high,
-                high=-row.low,
-                detectable=row.detectable,
-            )
+        if {row.first, row.second} != {of_reading, of_lead}:
+            continue
+        rival = Rival(
+            reading=reading,
+            finding=row.finding,
+            value=row.difference,
+            low=row.low,
+            high=row.high,
+            detectable=row.detectable,
+        )
+        if row.second == of_lead:
+            return rival
+        return rival.reversed
     return Rival(reading)
 
 

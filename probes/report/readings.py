@@ -178,12 +178,15 @@ class ReportView:
     @cached_property
     def comparisons(self) -> pd.DataFrame:
         """The differences on the lead's task and data, of its seed if there are several, with text."""
-        lead = self.lead
+        return shown(self.differences_beside(self.lead))
+
+    def differences_beside(self, reading: SiteReading) -> pd.DataFrame:
+        """Return the differences on a reading's task and data, of its seed if there are several."""
         table = self.tables.differences
-        is_same_seed = table["seed"].isna() | (table["seed"] == lead.seed)
-        is_same_task = table["task"] == lead.task
-        is_same_data = table["data"] == lead.data
-        return shown(table[is_same_seed & is_same_task & is_same_data])
+        is_same_seed = table["seed"].isna() | (table["seed"] == reading.seed)
+        is_same_task = table["task"] == reading.task
+        is_same_data = table["data"] == reading.data
+        return table[is_same_seed & is_same_task & is_same_data]
 
     @cached_property
     def pairs(self) -> pd.DataFrame:

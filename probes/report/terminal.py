@@ -11,10 +11,10 @@ from pandas import DataFrame
 from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
-from .charts import LEAST_STEP, span_of
+from .charts import span_of
 from .hero import choose_sites, plain_text
 from .parts import FINDINGS, is_about_nothing, is_right
-from .ranking import SEEN_FROM_THE_OTHER, rivals_of
+from .ranking import rivals_of
 from .readings import MainRun, ReportView, SiteReading
 from .verdicts import UNTESTED
 from .words import SIGNS, lower_first, noun_of, site_name, site_number
@@ -95,13 +95,13 @@ def _last_lines(view: ReportView, claims: DataFrame, run: ProbeRun) -> Iterator[
 def _rows_of_sites(lead: SiteReading, sites: Sequence[str]) -> Iterator[str]:
     """Yield a row with a plot of the score and its interval for each site, and what random models read."""
     rows = [row for row in lead.rows if row.site in sites]
-    factor, least, score = 100, LEAST_STEP, "mIoU"
+    factor, score = 100, "mIoU"
     if lead.task != SEGMENTATION:
-        factor, least, score = 1, 0, TASKS[lead.task].score
+        factor, score = 1, TASKS[lead.task].score
     ends = []
     for row in rows:
         ends += [row.low, row.high, row.random]
-    low, high = span_of([factor * end for end in ends], least=least)
+    low, high = span_of(ends, factor)
 
     def column(value: float) -> int:
         last = PLOT - 1
@@ -142,9 +142,9 @@ def _rows_of_readings(view: ReportView) -> Iterator[str]:
         row = f"{name[:NAMES]:<{NAMES}} {_place(reading, best.site):>10} {best.value_text:>5}"
         difference = verdict = ""
         if reading in rivals:
-            rival = rivals[reading]
-            difference = " ".join(rival.reversed_text)
-            verdict = SEEN_FROM_THE_OTHER.get(rival.finding, rival.finding) or "–"
+            rival = rivals[reading].reversed
+            difference = " ".join(rival.text)
+            verdict = rival.finding or "–"
         yield f"{row}  {difference:<20} {verdict:<10} {best.random_text:>6}"
 
 

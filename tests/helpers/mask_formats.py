@@ -9,6 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from probes.cli import main
+from probes.data.folder import FolderDataset
+
 CLASSES = ["sky", "tree", "car", "road"]
 IDS = [2, 3, 11, 90]  # with gaps, as COCO's
 COLOURS = [(70, 130, 180), (107, 142, 35), (0, 0, 142), (128, 64, 128)]
@@ -42,6 +45,11 @@ def save(file: Path, array: np.ndarray) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(file)
     return file
+
+
+def convert(words: list[str], out: Path) -> dict[str, FolderDataset]:
+    main(["masks", *words, "--out", str(out)])
+    return {split: FolderDataset(out, split) for split in ("training", "validation")}
 
 
 def write_colour(root: Path, splits: dict[str, list[Scene]]) -> list[str]:

@@ -7,10 +7,9 @@ from pathlib import Path
 import mask_formats
 import numpy as np
 import pytest
-from mask_formats import CLASSES, COLOURS, Scene
+from mask_formats import CLASSES, COLOURS, Scene, convert
 from PIL import Image
 
-from probes.cli import main
 from probes.data.folder import FolderDataset
 
 WRITERS = {
@@ -20,11 +19,6 @@ WRITERS = {
     "ade20k": mask_formats.write_ade20k,
     "datasets": mask_formats.write_datasets,
 }
-
-
-def convert(words: list[str], out: Path) -> dict[str, FolderDataset]:
-    main(["masks", *words, "--out", str(out)])
-    return {split: FolderDataset(out, split) for split in ("training", "validation")}
 
 
 def check_equal(made: dict[str, FolderDataset], splits: dict[str, list[Scene]]) -> None:

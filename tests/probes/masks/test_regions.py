@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_formats import CLASSES, IDS, SIZE, boxes, run_lengths
+from mask_formats import CLASSES, IDS, SIZE, boxes, convert, run_lengths
 
 from probes.cli import main
 from probes.config import MasksOptions
-from probes.data.folder import FolderDataset
 from probes.masks.formats import open_sources
 from probes.masks.rules import MaskRules
 from probes.masks.source import IGNORED
@@ -125,15 +124,14 @@ def drawn(scene: mask_formats.Scene) -> np.ndarray:
 @pytest.mark.parametrize("writer", [mask_formats.write_yolo, mask_formats.write_labelme])
 def test_polygons_of_other_programs_are_those_of_pycocotools(writer, tmp_path):
     splits = mask_formats.scenes(2)
-    main(["masks", *writer(tmp_path / "from", splits), "--out", str(tmp_path / "out")])
+    made = convert(writer(tmp_path / "from", splits), tmp_path / "out")
     for split, part in splits.items():
-        made = FolderDataset(tmp_path / "out", split)
         order = (
             [sorted(CLASSES).index(name) for name in CLASSES]
             if "labelme" in writer.__name__
             else range(4)
         )
-        for scene, sample in zip(part, made, strict=True):
+        for scene, sample in zip(part, made[split], strict=True):
             assert (sample["target"] == np.array([*order, 255])[drawn(scene)]).all()
 
 
@@ -141,9 +139,9 @@ def test_polygons_of_other_programs_are_those_of_pycocotools(writer, tmp_path):
 def test_run_lengths_of_a_partition_come_back_with_holes(tmp_path):
     splits = mask_formats.scenes()
     words = mask_formats.write_coco(tmp_path / "from", splits)
-    main(["masks", *words, "--out", str(tmp_path / "out")])
+    made = convert(words, tmp_path / "out")
     for split, part in splits.items():
-        for scene, sample in zip(part, FolderDataset(tmp_path / "out", split), strict=True):
+        for scene, sample in zip(part, made[split], strict=True):
             assert (sample["target"] == scene.classes).all()
 
 
@@ -212,10 +210,11 @@ def test_masks_and_circles_of_labelme(tmp_path):
         shapes = [mask_formats.as_shape_mask(scene.classes == 1) | {"label": "tree"}, circle]
         file = tmp_path / f"from/{split}/{scene.name}.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"shapes": shapes}))
-    main(["masks", *words, "--overlap", "later", "--out", str(tmp_path / "out")])
+    made = convert([*words, "--overlap", "later"], tmp_path / "out")
     for split, [scene] in splits.items():
-        made = FolderDataset(tmp_path / "out", split)
-        sun, tree = (made[0]["target"] == made.classes.index(name) for name in ("sun", "tree"))
+        sun, tree = (
+            made[split][0]["target"] == made[split].classes.index(name) for name in ("sun", "tree")
+        )
         assert sun.sum() == 80  # pixel centres within 5 of a corner of pixels
         assert ((tree | sun) == ((scene.classes == 1) | sun)).all()
 

@@ -12,6 +12,7 @@ from probes.masks.rules import MaskRules
 from probes.masks.source import IGNORED, UNLABELLED, Region
 
 NAMES = {7: "cat", 20: "dog", 33: "tree, palm"}
+ALL = [*NAMES.values()]
 SIZE = (8, 1)  # width, height
 
 
@@ -22,9 +23,12 @@ def compose(spans: list[tuple], **options) -> list[int]:
         mask = np.zeros((1, 8), bool)
         mask[0, first : last + 1] = True
         regions.append(Region(category, mask, *crowd))
-    rules = MaskRules.of(MasksOptions(sources=(), out=Path(), **options), list(NAMES.values()))
-    composed = rules.compose(regions, SIZE, NAMES)
+    composed = rules_of(**options).compose(regions, SIZE, NAMES)
     return composed.classes[0].tolist(), composed.unlabelled, composed.overlapping
+
+
+def rules_of(names=ALL, **options) -> MaskRules:
+    return MaskRules.of(MasksOptions(sources=(), out=Path(), **options), names)
 
 
 X = IGNORED
@@ -67,9 +71,7 @@ def test_each_pixel_is_of_the_class_that_the_rule_says(spans, options, row, shar
 
 
 def test_ids_are_classes_by_name_and_what_has_none_is_not_made_up():
-    rules = MaskRules.of(
-        MasksOptions(sources=(), out=Path(), unlabelled="sky"), list(NAMES.values())
-    )
+    rules = rules_of(unlabelled="sky")
     ids = np.int32([[33, UNLABELLED, IGNORED, 7]])
     composed = rules.compose(ids, (4, 1), NAMES)
     assert rules.names == ["sky", "cat", "dog", "tree, palm"]
@@ -79,17 +81,13 @@ def test_ids_are_classes_by_name_and_what_has_none_is_not_made_up():
 
 def test_a_class_that_is_none_is_named():
     with pytest.raises(UsageError, match="no class 'dogs'; did you mean 'dog'"):
-        MaskRules.of(MasksOptions(sources=(), out=Path(), classes=("dogs",)), list(NAMES.values()))
+        rules_of(classes=("dogs",))
 
 
 def test_one_class_alone_is_refused_with_what_makes_another():
-    options = {"sources": (), "out": Path()}
     with pytest.raises(UserError, match=r"only \['cat'\]; --unlabelled background"):
-        MaskRules.of(MasksOptions(**options), ["cat"])
-    assert MaskRules.of(MasksOptions(**options, unlabelled="rest"), ["cat"]).names == [
-        "rest",
-        "cat",
-    ]
+        rules_of(["cat"])
+    assert rules_of(["cat"], unlabelled="rest").names == ["rest", "cat"]
 
 
 def test_unlabelled_has_no_default(tmp_path, capsys):

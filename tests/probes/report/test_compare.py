@@ -185,7 +185,6 @@ def test_the_p_value_is_one_minus_the_level_of_the_widest_band_without_zero(
     drawn = observed + rng.normal(0, 0.02, (200, 2, 3))
     observed[1] += shift
     drawn[:, 1] += shift
-    units = 20
     difference = difference_of_best(
         sign, *(scores_of(sign * observed[m], sign * drawn[:, m]) for m in (0, 1)), units=units
     )

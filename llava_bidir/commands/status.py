@@ -110,10 +110,8 @@ def read_status(runs: Path) -> list[StepStatus]:
         if (folder / "vqa").is_dir():
             names.add(f"{folder.name}/vqa")
         if (folder / "steps").is_dir():
-            has_parts = any(
-                re.fullmatch(f"{re.escape(folder.name)}-[^/]+/study", name) for name in names
-            )
-            names.add(f"{folder.name}/{'report' if has_parts else 'study'}")
+            parts = {name.rpartition("-")[0] for name in names if name.endswith("/study")}
+            names.add(f"{folder.name}/{'report' if folder.name in parts else 'study'}")
     split = [name.split("/") for name in names if name.count("/") == 1]
     ordered = sorted((model, STEPS.index(step)) for model, step in split if step in STEPS)
     rows = []
@@ -169,7 +167,7 @@ def status_of(
             state = "running"
     elif is_in_use(folder):
         state = "running"
-    elif log or progress:
+    elif log or progress or (runs / name / "config.yaml").exists():  # written as training starts
         state, reason = "failed", why_failed(text)
     elif queue is not None:
         reason = "not in the queue"
@@ -223,4 +221,5 @@ def why_failed(text: str) -> str:
     """Return that a job has no result, with the line of its log that says why."""
     lines = ERROR.findall(text) or text.split("\n")
     last = [line for line in lines if line.strip()][-1:]
-    return "; ".join(["ended without a result", *last])
+    told = "; ".join(["ended without a result", *last])
+    return "".join(filter(str.isprintable, told))

@@ -150,7 +150,12 @@ def join_values(
             parser.error(f"unrecognized arguments: {word}; options begin with --")
         else:
             unnamed.append(word)
-    named = {option.name for option in typed}
+    named: set[str] = set()
+    for option in typed:
+        types = [kind for kind in option.kinds if isinstance(kind, type)]
+        if types == [list] and option.name in named:  # the last one would replace the others
+            parser.error(f"{option.name} is given twice; give it all its values at once")
+        named.add(option.name)
     places = {name: least for name, least in places.items() if f"--{name}" not in named}
     missing = sum(places.values()) - len(unnamed)
     lists = [option.values for option in typed if len(option.values) > max(1, missing)]
@@ -164,6 +169,10 @@ def join_values(
             unnamed = []
         elif unnamed:
             joined.append(f"--{name}={unnamed.pop(0)}")
+    for word in joined:
+        option = find_option(parser, word)
+        if option.values == [""] and str not in option.kinds:  # as a path, the current folder
+            parser.error(f"{option.name} is empty")
     return [*joined, *unnamed]
 
 

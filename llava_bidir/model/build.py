@@ -234,7 +234,9 @@ def load_llm(path: str, tokens: int, *, with_weights: bool = True, **options) ->
         UserError: As :func:`load_weights`, or the vocabulary cannot be resized.
     """
     if not with_weights:
-        language_model = AutoModelForCausalLM.from_config(read_llm_config(path), **options)
+        config = read_llm_config(path)
+        with error_context(f"model.llm: {path}"):
+            language_model = AutoModelForCausalLM.from_config(config, **options)
     else:
         if isinstance(read_model_config("model.llm", path), LlavaConfig):
             options |= {"config": read_llm_config(path), "key_mapping": OF_LLAVA}

@@ -119,6 +119,11 @@ class DataCLI(TrainingCLI):
         asked: Settings of the trainer in the config.
     """
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Take --ckpt_path, which commands of `fit` have; it says nothing of models and data."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--ckpt_path", help="as of `fit`, where it resumes a run")
+
     def before_instantiate_classes(self) -> None:
         """Put the trainer on one CPU."""
         super().before_instantiate_classes()

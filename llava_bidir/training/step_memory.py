@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_utils import local_torch_dtype
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.cli import Count
+from llava_bidir.common.errors import UserError, error_context
 
 from .fsdp2_strategy import find_layers
 from .module import LlavaTraining
@@ -96,7 +97,7 @@ def read_spread(trainer: Namespace) -> Spread:
     """Return how the trainer of a config spreads a training; without a number of devices, over ASSUMED_GPUS.
 
     Raises:
-        UserError: By a strategy of which the memory is not known.
+        UserError: By a strategy of which the memory is not known, or over no devices.
     """
     devices = trainer.devices
     if isinstance(devices, str) and "," in devices:
@@ -105,7 +106,8 @@ def read_spread(trainer: Namespace) -> Spread:
         devices = len(devices)
     if str(devices) in ("auto", "-1"):
         devices = ASSUMED_GPUS
-    devices = int(devices) * trainer.num_nodes
+    with error_context("trainer.devices and trainer.num_nodes"):
+        devices = Count(devices) * Count(trainer.num_nodes)
     name = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2]
     zero = {}
     if name == "ZeRO":

@@ -34,7 +34,8 @@ def run(without_weights, conversations, capsys, *more: str) -> str:
 
 def test_costs_are_those_of_the_contract(without_weights, conversations, capsys):
     """The demo's stage 2: 12 records, four a step."""
-    out = run(without_weights, conversations, capsys, "--json", "--trainer.max_epochs", "2")
+    more = "--json --trainer.max_epochs 2 --ckpt_path last".split()
+    out = run(without_weights, conversations, capsys, *more)
     costs = json.loads(out.splitlines()[-1])
     assert (costs["steps"], costs["samples"], costs["devices"]) == (6, 24, 1)
     assert {part["part"]: part["trains"] for part in costs["parts"]} == PARTS
@@ -60,7 +61,11 @@ def test_hours_follow_from_the_peak_and_memory_from_the_gpu(without_weights, con
     ("words", "expected"),
     [
         (["--trainer.strategy", "fsdp"], "the memory under fsdp is not known"),
-        (["--trainer.devices", "3"], "not a multiple of data.micro_batch_size"),
+        (["--trainer.devices", "3"], "not a multiple of data.micro_batch_size 4 x 3 devices"),
+        (["--trainer.devices", "0"], "trainer.devices and trainer.num_nodes: 0 does not conform"),
+        (["--trainer.num_nodes", "0"], "trainer.devices and trainer.num_nodes: 0 does not conform"),
+        (["--trainer.devices", "two"], "trainer.devices and trainer.num_nodes: invalid literal"),
+        (["--model.attn_implementation", "none"], "is not supported"),
         (["--data.annotations", "none.json"], "data.annotations: no file none.json"),
     ],
 )

@@ -86,6 +86,29 @@ def test_states_of_jobs_are_those_of_queue_results_and_logs(status, tmp_path):
     assert (finished["done"], finished["left_s"]) == (1, 0), "its last step has ended, too"
 
 
+def test_a_run_without_progress_has_failed_once_it_has_a_config(status, tmp_path):
+    for name in ("old-causal/stage1", "new-causal/stage1"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs/old-causal/stage1/config.yaml").touch()
+    rows = status(**{"empty-causal-stage1": ""})
+    states = {name: row["state"] for name, row in rows.items() if name.endswith("stage1")}
+    expected = {"old-causal": "failed", "new-causal": "waiting", "empty-causal": "failed"}
+    assert states == {f"{model}/stage1": state for model, state in expected.items()}
+
+
+def test_a_study_is_no_report_of_models_whose_names_begin_with_its_own(status, tmp_path):
+    for name in ("clip", "clip-v1-big"):
+        (tmp_path / "runs" / name / "steps").mkdir(parents=True)
+    rows = status(**{"clip-v1-big-causal-study": STUDY})
+    assert {*rows} == {"clip/study", "clip-v1-big/report", "clip-v1-big-causal/study"}
+
+
+def test_a_reason_has_no_bytes_that_a_terminal_obeys(status):
+    rows = status(**{"a-causal-stage1": "ValueError: \x1b[31m\0no\x1b]0;title\a photo\n"})
+    reason = rows["a-causal/stage1"]["reason"]
+    assert reason == "ended without a result; ValueError: [31mno]0;title photo"
+
+
 def test_without_slurm_a_locked_folder_is_running_and_a_dead_one_has_failed(status, tmp_path):
     (tmp_path / "runs/own/steps").mkdir(parents=True)
     (tmp_path / "runs/own/steps/trained.json").write_text("{}")

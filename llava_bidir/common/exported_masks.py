@@ -28,15 +28,14 @@ def register_own_mask(path: str, config: Mapping[str, Any], *, trust: bool, **hu
     """
     from transformers.utils.hub import cached_file
 
-    masks = import_module(MASKS)
-    name = config.get("image_attention", "causal")
-    registered = masks.IMAGE_ATTENTION.get(name)
-    if name in masks.IMAGE_ATTENTION and getattr(registered, "__module__", MASKS) == MASKS:
+    if not has_own_mask(config):
         return
     file = cached_file(path, "attention.py", _raise_exceptions_for_missing_entries=False, **hub)
     if file is None:
         return  # its config says which masks there are
-    if registered is not None:
+    masks = import_module(MASKS)
+    name = config["image_attention"]
+    if registered := masks.IMAGE_ATTENTION.get(name):
         if dedent(getsource(registered)) not in Path(file).read_text():
             raise UserError(
                 f"{file} has another function for image_attention {name!r} than the one that is registered; run "
@@ -50,3 +49,10 @@ def register_own_mask(path: str, config: Mapping[str, Any], *, trust: bool, **hu
         )
     with error_context(file), code_of(file):
         masks.register_image_attention(name, runpy.run_path(file)["IMAGE_ATTENTION"][name])
+
+
+def has_own_mask(config: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint's config.json names a mask that this package's attention.py does not have."""
+    masks = import_module(MASKS).IMAGE_ATTENTION
+    name = config.get("image_attention", "causal")
+    return name not in masks or getattr(masks[name], "__module__", MASKS) != MASKS

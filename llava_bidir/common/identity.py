@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import sha256
+from .exported_masks import has_own_mask
+from .files import read_json, sha256
 from .hf import INDEX, TRAINING_JSON, read_model_config, weight_files
 
 Identity = dict[str, dict[str, Any]]
@@ -178,6 +179,9 @@ def model_identity(key: str, path: str | Path) -> dict[str, str]:
         for file in (file for pattern in MODEL_FILES for file in folder.glob(pattern)):
             if file.name not in NOT_MODEL_FILES and not file.name.endswith(INDEX):
                 files.add(file)
+        config = folder / "config.json"
+        if config.is_file() and has_own_mask(read_json(config)):
+            files.add(folder / "attention.py")
         return checksums(folder, sorted(os.path.relpath(file, folder) for file in files))
     return {"": f"{path}@{read_model_config(key, str(path))._commit_hash}"}
 

@@ -16,7 +16,7 @@ from probes.heads import Probe
 from probes.models.frozen_model import FrozenModel
 from probes.models.sites import ENCODER, is_in_llm_space
 from probes.report.words import site_name
-from probes.runs.compare import check_same_images
+from probes.runs.compare import check_one_lab
 from probes.runs.read import ProbeRun
 from probes.runs.study import given_labels
 
@@ -132,16 +132,7 @@ def load_runs(paths: Sequence[str], trust: bool = False) -> list[LabModel]:
     runs = [ProbeRun(path, trust=trust) for path in paths]
     for run in runs:
         run.check_classes()
-        first = runs[0]
-        check_same_images(first, run, "open them in two labs")
-        differs = {
-            "sites": first.sites != run.sites,
-            "grid": first.metrics["grid"] != run.metrics["grid"],
-        }
-        for key in filter(differs.get, differs):
-            raise UserError(
-                f"{first.path} and {run.path} have different {key}; open them in two labs"
-            )
+        check_one_lab(runs[0], run)
     models = []
     for run in runs:
         mllm, heads = run.loaded

@@ -4,10 +4,14 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pandas import DataFrame
 
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.exported_masks import has_own_mask
+from probes.runs.compare import check_one_lab
 from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -193,11 +197,17 @@ def _rows_of_claims(view: ReportView, tested: DataFrame, room: int) -> Iterator[
 
 
 def lab_command(view: ReportView, runs: Mapping[tuple, MainRun]) -> str:
-    """Return the command that opens the lead and the best other model of the same photos."""
-    readings = [view.lead, *(rival.reading for rival in rivals_of(view))]
-    shown = [runs[reading.about].run for reading in readings[:2]]
+    """Return the command that opens the lead and the best other model that one lab can show beside it."""
+    lead = runs[view.lead.about].run
+    rivals = [runs[rival.reading.about].run for rival in rivals_of(view)]
+    shown = [lead]
+    for run in rivals:
+        with suppress(UserError):
+            check_one_lab(lead, run)
+            shown.append(run)
+    shown = shown[:2]
     words = ["probes lab", *(str(run.path) for run in shown)]
-    if any(".py:" in run.metrics["mllm"] for run in shown):
+    if any(".py:" in run.metrics["mllm"] or has_own_mask(run.metrics) for run in shown):
         words.append("--trust true")
     return " ".join(words)
 

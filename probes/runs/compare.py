@@ -43,6 +43,17 @@ def check_same_images(
     _check_same(first, second=second, read=read, advice=advice)
 
 
+def check_one_lab(first: ProbeRun, second: ProbeRun) -> None:
+    """Raise a UserError unless a lab can show two runs side by side."""
+    advice = "open them in two labs"
+    check_same_images(first, second, advice)
+
+    def read(run: ProbeRun) -> dict[str, Any]:
+        return {"sites": run.sites, "grid": run.metrics["grid"]}
+
+    _check_same(first, second=second, read=read, advice=advice)
+
+
 def _settings(run: ProbeRun) -> dict[str, Any]:
     """Return the options that data were read with, and the text before the image."""
     config = run.manifest["config"]

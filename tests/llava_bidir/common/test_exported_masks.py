@@ -12,6 +12,7 @@ import pytest
 from llava_bidir import IMAGE_ATTENTION, register_image_attention
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import read_model_config
+from llava_bidir.common.identity import model_identity
 from llava_bidir.common.imports import code_of
 
 MINE = """
@@ -73,6 +74,16 @@ def test_a_file_that_registers_another_function_is_not_taken_for_that_of_the_exp
     register_image_attention("mine", mine)
     with pytest.raises(UserError, match="a/attention.py has another function for .*'mine'"):
         read_model_config("MODEL", folder)
+
+
+def test_the_code_of_an_own_mask_is_part_of_the_models_identity(export, checkpoints):
+    """Else a run is resumed after its mask was edited; that of a package's mask is never run."""
+    folders = [export("a", MINE.format(id=0)), export("b", MINE.format(id=7))]
+    for folder in folders:
+        shutil.copy(checkpoints["causal"] / "model.safetensors", folder)
+    first, second = (model_identity("model.mllm", folder) for folder in folders)
+    assert {file for file in first if first[file] != second[file]} == {"attention.py"}
+    assert "attention.py" not in model_identity("model.mllm", checkpoints["bidirectional"])
 
 
 @pytest.mark.parametrize(

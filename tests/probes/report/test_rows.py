@@ -1,5 +1,6 @@
 """What a row says beside its number, reasons in few words, labels, and the page of one run."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -116,3 +117,15 @@ def test_models_may_resize_photos_in_different_ways(write):
     assert len(studies) == 2
     with pytest.raises(ValueError, match="differ in image_resize"):
         studies_of([write("c", CURVE), write("d", CURVE, mask="bidirectional", image_resize="pad")])
+
+
+@pytest.mark.parametrize(
+    ("other", "shown"), [({}, 2), ({"grid": [1, 1]}, 1), ({"image_resize": "pad"}, 1)]
+)
+def test_the_lab_that_is_next_can_be_opened(write, tmp_path, other, shown):
+    """Of models whose patches differ it is that of one; else the command that the report prints fails."""
+    studies = [f"A={write('a', CURVE, solved=True)}"]
+    studies.append(f"B={write('b', CURVE, 1, solved=True, mllm='b', **other)}")
+    main(["report", *studies, "--out", str(tmp_path / "report")])
+    lab = json.loads((tmp_path / "report/results.json").read_text())["lab"]
+    assert len(lab.split()) == 2 + shown

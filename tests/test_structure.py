@@ -102,11 +102,11 @@ MOST = {
     "probes/report": (30_405, 19),
     "probes/lab": (6_853, 8),
     "probes/worlds": (15_053, 12),
-    "probes": (78_787, 94),  # the rest of it
+    "probes": (78_799, 94),  # the rest of it
     "experiments": (34_311, 35),
-    "tests": (257_343, 285),
+    "tests": (257_391, 285),
 }
-MOST_WORDS = 28_940  # of all Markdown
+MOST_WORDS = 29_015  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

@@ -70,13 +70,20 @@ def print_estimate(study: StudyOptions) -> None:
 
 
 def describe_time(planned: Planned, missing: Sequence[Step]) -> str:
-    """Return how long the missing steps take, measured on a few images with each model, or why that is not known."""
+    """Return how long the missing steps take, measured on a few images with each model, or without weights, why not.
+
+    Raises:
+        UserError: A model cannot read the images.
+    """
     from probes.solve.run import dry_run
 
     trained = [arm for arm in planned.arms if arm.is_trained]
     try:
         costs = {arm.label: dry_run(arm.config) for arm in trained}
-    except UserError as error:  # weights that are on another machine
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        # weights that are on another machine
         images = sum(len(dataset) for dataset in open_splits(trained[0].config.data).values())
         costs_of_configs = [describe_config(arm.config.model.mllm, images) for arm in trained]
         return "\n".join([f"the time is not known here: {error}", *costs_of_configs])

@@ -256,6 +256,17 @@ def test_without_weights_the_estimate_is_one_of_the_config(checkpoints, settings
     assert f"config of {folder}: {parameters:.3g} billion parameters" in said
 
 
+def test_a_model_that_cannot_read_the_images_is_an_error_of_the_dry_run_too(settings, monkeypatch):
+    """It was "the time is not known here", and the study failed hours later."""
+
+    def refuse(config):
+        raise UserError("expected 32 pixels") from RuntimeError("sizes differ")
+
+    monkeypatch.setattr("probes.solve.run.dry_run", refuse)
+    with pytest.raises(UserError, match="expected 32 pixels"):
+        print_estimate(settings())
+
+
 BAD = {
     "MODEL nowhere": "neither a folder",
     "MODEL ade20k": "--data.root",

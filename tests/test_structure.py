@@ -96,7 +96,7 @@ def measure(path: Path) -> Counter:
 
 # The ratchet (CONTRIBUTING.md): most tokens and Python files of each part; commits only lower them.
 MOST = {
-    "llava_bidir": (44_586, 62),
+    "llava_bidir": (44_537, 62),
     "probes/models": (29_911, 34),
     "probes/analyses": (24_186, 25),
     "probes/report": (30_405, 19),
@@ -104,9 +104,9 @@ MOST = {
     "probes/worlds": (15_053, 12),
     "probes": (78_799, 94),  # the rest of it
     "experiments": (34_311, 35),
-    "tests": (257_391, 285),
+    "tests": (257_383, 285),
 }
-MOST_WORDS = 29_015  # of all Markdown
+MOST_WORDS = 29_014  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

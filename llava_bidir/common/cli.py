@@ -150,12 +150,7 @@ def join_values(
             parser.error(f"unrecognized arguments: {word}; options begin with --")
         else:
             unnamed.append(word)
-    named: set[str] = set()
-    for option in typed:
-        types = [kind for kind in option.kinds if isinstance(kind, type)]
-        if types == [list] and option.name in named:  # the last one would replace the others
-            parser.error(f"{option.name} is given twice; give it all its values at once")
-        named.add(option.name)
+    named = {option.name for option in typed}
     places = {name: least for name, least in places.items() if f"--{name}" not in named}
     missing = sum(places.values()) - len(unnamed)
     lists = [option.values for option in typed if len(option.values) > max(1, missing)]

@@ -20,7 +20,7 @@ from probes.cli import main
 main(sys.argv[1:])
 print("loaded:", *{name.partition(".")[0] for name in sys.modules})
 """
-HEAVY = {"lightning", "torchmetrics", "deepspeed", "tensorboard", "umap"}
+HEAVY = {"lightning", "deepspeed", "tensorboard", "umap"}
 
 
 @pytest.fixture

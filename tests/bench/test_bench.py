@@ -54,7 +54,7 @@ def test_the_table_of_the_loss_is_printed():
     assert errors[-1] < 1e-6 < errors[0] < 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_gpu_hours_of_the_readme_are_those_of_the_command():
     rows = python(HERE / "gpu_hours.py").splitlines()[-3:]
     assert "\n".join(rows) in (ROOT / "llava_bidir/README.md").read_text()

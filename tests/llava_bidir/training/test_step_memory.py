@@ -75,6 +75,8 @@ TOGETHER = {
     "fsdp2, lora": Case(Sharding.FSDP2, BF16, LORA | FROZEN),
 }
 
+AT_EVERY_LANDING = ("ddp", "zero2", "zero3, recomputed", "fsdp2")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -171,7 +173,13 @@ def test_memory_is_that_of_a_training_on_one_device(name, world, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in AT_EVERY_LANDING else pytest.mark.nightly)
+        for name in TOGETHER
+    ],
+)
 def test_memory_is_that_of_a_training_on_two_devices(name, world, tmp_path):
     case = TOGETHER[name]
     if case.spread.is_zero:

@@ -18,6 +18,7 @@ Legend: B masks, K classes, h w token grid, H W pixels, My Mx nodes of all rows 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -152,26 +153,38 @@ def prepare_masks(
     labelled = target != ignore_index
     like = {"dtype": dtype, "device": target.device}
     view = view or GridPlacement.full(size)
-    axes = []
-    for n, pixels, extent in zip(grid, size, view, strict=True):
-        from_tokens, to_pixels = (
-            x.to(**like) for x in axis_rule(n, pixels=pixels, extent=extent, nodes=nodes)
-        )
-        axes.append(
-            (from_tokens, to_pixels, bilinear_weights(n, n_out=pixels, extent=extent, **like))
-        )
-    (rows, by_row, up_rows), (cols, by_col, up_cols) = axes
+    rows, cols = (
+        _prepare_axis(n, pixels=pixels, extent=extent, nodes=nodes, like=like)
+        for n, pixels, extent in zip(grid, size, view, strict=True)
+    )
     with torch.autocast(target.device.type, enabled=False):
-        mass = by_row.T @ labelled.to(dtype) @ by_col
+        mass = rows.to_pixels.T @ labelled.to(dtype) @ cols.to_pixels
         soft = torch.zeros(len(target), num_classes, *grid, **like)
         for k in _classes_in(target, num_classes, ignore_index):
-            soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
+            soft[:, k] = rows.bilinear.T @ (target == k).to(dtype) @ cols.bilinear
     return PreparedMasks(
         mass=mass,
         soft=soft,
         pixels=labelled.sum((1, 2)).to(sum_dtype(target.device)),
-        rules=((rows, cols),),
+        rules=((rows.from_tokens, cols.from_tokens),),
         rule_of=(0,) * len(target),
+    )
+
+
+class _Axis(NamedTuple):
+    """Weights of one axis: n tokens, m nodes, P pixels."""
+
+    from_tokens: Tensor  # [m, n], of the nodes' logits
+    to_pixels: Tensor  # [P, m]: how much of each pixel's loss is that of a node
+    bilinear: Tensor  # [P, n]
+
+
+def _prepare_axis(n: int, pixels: int, extent: AxisExtent, nodes: int | None, like: dict) -> _Axis:
+    from_tokens, to_pixels = axis_rule(n, pixels=pixels, extent=extent, nodes=nodes)
+    return _Axis(
+        from_tokens=from_tokens.to(**like),
+        to_pixels=to_pixels.to(**like),
+        bilinear=bilinear_weights(n, n_out=pixels, extent=extent, **like),
     )
 
 

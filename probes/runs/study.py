@@ -219,12 +219,7 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
         UserError: A run is of two models, two runs are the same case, runs do not fit together, or two studies have
             one folder.
     """
-    for path, count in Counter(run.path.resolve() for run in runs).items():
-        if count > 1:
-            raise UserError(
-                f"{path} is passed twice, and would be compared with itself. Pass each model once; a study with "
-                "several models, NAME=STUDY, has them all, and NAME=STUDY/MODEL is one of them"
-            )
+    _check_runs_differ(runs)
     keys = [(run.task_name, model_name(run), run.metrics["dataset"]) for run in runs]
     seeds: dict[tuple, set[int]] = {}  # of trained runs
     for key, run in zip(keys, runs, strict=True):
@@ -243,6 +238,21 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
         if end := head_suffix(study.first):
             for linear in studies:
                 linear.has_other_heads |= linear.name == study.name.removesuffix(end)
+    _check_studies(studies)
+    return studies
+
+
+def _check_runs_differ(runs: Sequence[ProbeRun]) -> None:
+    for path, count in Counter(run.path.resolve() for run in runs).items():
+        if count > 1:
+            raise UserError(
+                f"{path} is passed twice, and would be compared with itself. Pass each model once; a study with "
+                "several models, NAME=STUDY, has them all, and NAME=STUDY/MODEL is one of them"
+            )
+
+
+def _check_studies(studies: list[StudyRuns]) -> None:
+    """Raise a UserError unless each study has a folder of its own, and runs that are compared fit together."""
     for (_, slug), count in Counter((study.task.name, study.slug) for study in studies).items():
         if count > 1:
             raise UserError(
@@ -258,8 +268,9 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
         check_study(study.first, study.members)
     for of_model in studies_by_model(studies):
         for mask in dict.fromkeys(mask for study in of_model for mask in study.main_runs):
-            check_seeds_differ([x.main_runs[mask] for x in of_model if mask in x.main_runs])
-    return studies
+            check_seeds_differ(
+                [study.main_runs[mask] for study in of_model if mask in study.main_runs]
+            )
 
 
 def _has_trained_run(runs: list[ProbeRun]) -> bool:

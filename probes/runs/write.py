@@ -26,7 +26,7 @@ from probes.score.effects import EFFECTS_FILE, EffectSource, effect_file
 from probes.score.estimate import dataset_scores, resampled_scores
 from probes.score.strengths import Strengths
 from probes.site_probes import SiteProbes
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, Task
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
@@ -123,15 +123,7 @@ def make_metrics(
     task = probes.task
     sums = task.sums(counted)
     sites = site_entries(probes, record=record, sums=sums, weights=weights)
-    if task.name == SEGMENTATION:
-        of_task = {"classes": data.classes}
-        of_task["baseline"] = baseline(counted["labelled"], data.classes)
-    else:
-        better = {
-            name: "higher" if is_higher else "lower" for name, is_higher in task.scores.items()
-        }
-        of_task = {"task": task.name, "scores": better}
-    return {
+    metrics = {
         "dataset": data.name,
         "split": "validation",
         "images": len(data.splits["validation"]),
@@ -144,17 +136,22 @@ def make_metrics(
         "dtype": str(mllm.model.dtype).removeprefix("torch."),
         "untrained": list(settings["untrained"] or ()),
         **{name: settings[name] for name in ("match", "draw", "seed")},
-        **of_task,
+        **_metrics_of_task(task, data=data, counted=counted),
         "grid": list(mllm.grid),
         "probe": record.probe,
         "sites": sites,
         "summary": summary({site["site"]: site[task.score] for site in sites}, task.sign),
-        **(
-            {"path": {record.probe["solved"]: {"sites": record.strengths.sites}}}
-            if record.strengths
-            else {}
-        ),
     }
+    if record.strengths:
+        metrics["path"] = {record.probe["solved"]: {"sites": record.strengths.sites}}
+    return metrics
+
+
+def _metrics_of_task(task: Task, data: ProbeData, counted: dict[str, Tensor]) -> dict[str, Any]:
+    if task.name == SEGMENTATION:
+        return {"classes": data.classes, "baseline": baseline(counted["labelled"], data.classes)}
+    better = {name: "higher" if is_higher else "lower" for name, is_higher in task.scores.items()}
+    return {"task": task.name, "scores": better}
 
 
 def site_entries(

@@ -74,32 +74,7 @@ def solve_features(
         UserError: Features and masks do not fit together, or a label is not a class.
     """
     check_features(features, masks=masks, strength=strength, folds=folds)
-    grid = (features.shape[1], features.shape[2])
-    ignored = ignore_index_of(classes)
-    prepare = partial(
-        prepare_masks, num_classes=classes, grid=grid, nodes=NODES, ignore_index=ignored
-    )
-    parts = []
-    for number, mask in enumerate(masks):
-        with error_context(f"mask {number}"):
-            parts.append(prepare(label_tensor(mask)[None]))
-    prepared = join_masks(parts).to(solver_device(features.device))
-    if not prepared.pixels.sum() > 0:
-        raise UserError(f"no mask has a labelled pixel: all are {ignored}")
-    fold_of = assign_folds(range(len(masks)), folds)
-    scored = scored_masks(
-        prepared,
-        fold_of=fold_of,
-        target_of=lambda image: label_tensor(masks[image]).long(),
-        prepare=prepare,
-    )
-    problem = SiteProblem(
-        loss=TASKS[SEGMENTATION].loss,
-        states=features.flatten(1, 2),
-        masks=prepared,
-        fold_of=fold_of,
-        scored=scored,
-    )
+    problem = _feature_problem(features, masks=masks, classes=classes, folds=folds)
     strengths = None
     if strength is not None:
         strengths = [strength]
@@ -115,6 +90,40 @@ def solve_features(
         strength=solution.strengths[chosen].item(),
         loss=solution.loss[chosen].item(),
         converged=certificate.converged,
+    )
+
+
+def _feature_problem(
+    features: Tensor, masks: Sequence[np.ndarray | Tensor], classes: int, folds: int
+) -> SiteProblem:
+    ignored = ignore_index_of(classes)
+    prepare = partial(
+        prepare_masks,
+        num_classes=classes,
+        grid=(features.shape[1], features.shape[2]),
+        nodes=NODES,
+        ignore_index=ignored,
+    )
+    parts = []
+    for number, mask in enumerate(masks):
+        with error_context(f"mask {number}"):
+            parts.append(prepare(label_tensor(mask)[None]))
+    prepared = join_masks(parts).to(solver_device(features.device))
+    if not prepared.pixels.sum() > 0:
+        raise UserError(f"no mask has a labelled pixel: all are {ignored}")
+    fold_of = assign_folds(range(len(masks)), folds)
+    scored = scored_masks(
+        prepared,
+        fold_of=fold_of,
+        target_of=lambda image: label_tensor(masks[image]).long(),
+        prepare=prepare,
+    )
+    return SiteProblem(
+        loss=TASKS[SEGMENTATION].loss,
+        states=features.flatten(1, 2),
+        masks=prepared,
+        fold_of=fold_of,
+        scored=scored,
     )
 
 

@@ -102,9 +102,9 @@ MOST = {
     "probes/report": (30_405, 19),
     "probes/lab": (6_853, 8),
     "probes/worlds": (15_053, 12),
-    "probes": (78_799, 94),  # the rest of it
+    "probes": (78_953, 94),  # the rest of it
     "experiments": (34_311, 35),
-    "tests": (257_383, 285),
+    "tests": (257_447, 285),
 }
 MOST_WORDS = 29_014  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,

@@ -104,7 +104,7 @@ MOST = {
     "probes/worlds": (15_053, 12),
     "probes": (78_953, 94),  # the rest of it
     "experiments": (34_311, 35),
-    "tests": (257_447, 285),
+    "tests": (257_484, 285),
 }
 MOST_WORDS = 29_014  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,

@@ -18,7 +18,7 @@ from probes.tasks import SEGMENTATION, TASKS
 from .charts import chart_span, span_of, ticks
 from .readings import ABOUT, ReportView, SiteAxis, SiteReading, by_site, rows_about
 from .tables import Tables
-from .verdicts import FAILS
+from .verdicts import UNDECIDED
 from .words import axis_number, lower_first, noun_of, number
 
 # what each finding looks like: class, how far its circle is filled, and the circle as a character
@@ -82,13 +82,15 @@ class Scale:
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
-def verdicts(claims: DataFrame, task: str) -> Entry:
+def verdicts(view: ReportView, task: str) -> Entry:
     """Return the claims of a task, those that are tested grouped by claim, and the axis of their effects.
 
     Claims joint over seeds stand for those of the seeds, which are their dots.
     """
     rows = []
+    claims = view.claims
     claims = claims[(claims["task"] == task) & ~is_about_nothing(claims)]
+    margins = [reading.margin for reading in view.readings if reading.task == task]
     for _, of_claim in claims.groupby(ABOUT_CLAIM, sort=False):
         of_seeds = of_claim["seeds"] == 1
         shown = of_claim
@@ -109,7 +111,7 @@ def verdicts(claims: DataFrame, task: str) -> Entry:
         "scale": Scale(ends, factor),
         "rows": rows,
         "tested": tested,
-        "margin": TASKS[task].margin,
+        "margin": margins[0],
         "task": task,
     }
 
@@ -162,7 +164,7 @@ def as_read(view: ReportView, row: Any) -> str:
         return ""
     first, second = ends
     difference = first.value - second.value
-    if abs(difference - row.value) < TASKS[row.task].margin:
+    if abs(difference - row.value) < reading.margin:
         return ""
     shown = number(difference, row.task, has_sign=True)
     read = f"{first.value_text} − {second.value_text} = {shown} as read"

@@ -51,7 +51,8 @@ class Tables(NamedTuple):
             or "left out" with the reason as name), between ("models" with keys, or "masks" of `model`), first, second,
             mask, task, data, seed, name, site, second_site, first_value, second_value, difference, low, high, p (sites:
             of those with a depth together; classes together), photos (of a class; without p if they are too few). Of
-            best layers also p_holm, finding and detectable (probes/report/best_layers.py).
+            sites, best layers and classes also finding and detectable (probes/report/best_layers.py), of best layers
+            p_holm.
         draws: The main score of each draw at the sites that it changes: model, mask, task, data, weights (random,
             permuted or adapter), draw, seed, site, metric, value.
         classes: IoU by class at the sites of main runs: model, mask, data, seed, site, class, iou, photos.

@@ -44,7 +44,7 @@ from .render import render
 from .sites import shown_runs, table2
 from .tables import Tables, make_tables
 from .terminal import lab_command, print_summary, summarize
-from .verdicts import MARGIN
+from .verdicts import FEWEST_UNITS, MARGIN
 
 MODULES = (
     charts,
@@ -231,7 +231,7 @@ def render_page(
         left_out=describe_steps(unfinished, Outcome.LEFT_OUT),
         files=files,
         findings=parts.FINDINGS,
-        compared_looks=parts.COMPARED_LOOKS,
+        fewest=FEWEST_UNITS,
         frame=charts.Frame,
         nan=np.nan,
         all_tasks=TASKS,

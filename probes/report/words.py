@@ -79,13 +79,14 @@ def interval(low: float | None, high: float | None, task: str = SEGMENTATION) ->
     return f"[{', '.join(ends)}]"
 
 
-def points(margin: float, task: str = SEGMENTATION) -> str:
-    """Return a margin in a sentence: one point, 2.5 points, or a number in the unit of another task."""
+def points(size: float, task: str = SEGMENTATION) -> str:
+    """Return the size of a difference in a sentence: one point, 2.5 points, or a number in the unit of another task."""
+    text = number(size, task)
     if task != SEGMENTATION:
-        return f"{margin:g}"
-    if round(100 * margin, 6) == 1:
+        return text
+    if text == "1.0":
         return "one point"
-    return f"{100 * margin:g} points"
+    return f"{text.removesuffix('.0')} points"
 
 
 def axis_number(value: float, signed: bool) -> str:

@@ -24,6 +24,8 @@ Folds = number("Folds", int, ">= 2 < 2147483648")
 Port = number("Port", int, ">= 0 < 65536")
 Scale = number("Scale", float, ">= 0.01 <= 1000")
 
+POINTS = 1.0  # of a class score that count as nothing, unless a study says otherwise
+
 # Options of `probes fit` that its configs have, without a meaning for solved probes
 OF_FIT = (
     "model.feature_norm",
@@ -261,6 +263,7 @@ class StudyOptions(RunConfig):
         arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
         fit: Also train probes, as the paper does.
         tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
+        margin: Points of a class score that count as nothing, chosen before any result.
         add: Further analyses, by the names of their commands, or options of one: knockout.classes=sky,road.
         only: Only these kinds of steps: solve, fit, report, or an analysis.
         dry_run: Print the steps, time, disk and detectable effect.
@@ -277,6 +280,7 @@ class StudyOptions(RunConfig):
     arms: tuple[str, ...] = ()
     fit: bool = False
     tasks: tuple[str, ...] = ()
+    margin: Positive = POINTS
     add: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     dry_run: bool = False
@@ -300,12 +304,14 @@ class ReportOptions:
             given).
         table1: Files table1.json of `llava-bidir vqa` or `vqa-table`; summary.md and summary.tex then have these
             benchmarks of the models, too.
+        margin: Points of a class score that count as nothing (default: those that the studies were given).
     """
 
     studies: tuple[str, ...] = positional()
     out: Path
     labels: tuple[str, ...] = ()
     table1: tuple[Path, ...] = ()
+    margin: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,11 +62,16 @@ def _group_indices(units: int, groups: Tensor | None) -> tuple[Tensor, int]:
 
 
 def interval(
-    estimate: float, resampled: Tensor, *, lowest: float = -math.inf, highest: float = math.inf
+    estimate: float,
+    resampled: Tensor,
+    *,
+    lowest: float = -math.inf,
+    highest: float = math.inf,
+    level: float = 0.95,
 ) -> list[float]:
-    """Return the 95% interval of an estimate, from its values f[R] under resampling.
+    """Return the interval of an estimate at a level, from its values f[R] under resampling.
 
-    The half width is the 95% quantile of their distance from their mean, as in :func:`simultaneous_band`. So the
+    The half width is the quantile at this level of their distance from their mean, as in :func:`simultaneous_band`. So the
     interval contains its estimate. The mean of resampled mIoU is biased, since rare classes drop out of resamplings.
     The basic bootstrap subtracts this bias; of differences between sites it then covers 81% instead of 91% where 24
     images have 23 classes, and the same where classes are frequent (`experiments/statistics/intervals.py`). What is
@@ -76,7 +81,7 @@ def interval(
     if not len(defined):
         return [math.nan, math.nan]
     distance = (defined - defined.mean()).abs()
-    half = distance.quantile(0.95).item()
+    half = distance.quantile(level).item()
     return [max(estimate - half, lowest), min(estimate + half, highest)]
 
 

@@ -12,7 +12,6 @@ are corrected for their number (Holm), and no claim's correction counts them.
 Shapes: R resamplings, A layers of the first run, B of the second.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,19 +20,15 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import holm, largest_distances
 from probes.runs.formatting import Entry
-from probes.score.estimate import Estimate, normal_quantile, student_quantile
+from probes.score.estimate import Estimate, normal_quantile, widening_for
 from probes.tasks import Task
 
-from .verdicts import ALPHA, POWER
+from .verdicts import ALPHA, FEWEST_UNITS, POWER, UNDECIDED, equivalence
 
 BEST_LAYER = "best layer"
 BETTER = "better"
 WORSE = "worse"
-NO_EFFECT = "no effect"
-NEGLIGIBLE = "negligible"
-UNDECIDED = "undecided"
 BAND = 2.6  # standard deviations that the half width of a band of all layers is about
-FEWEST_UNITS = 10  # photos, or groups of these: of fewer, intervals are too short to say anything
 
 
 @dataclass(frozen=True)
@@ -77,19 +72,35 @@ class BestDifference:
 
     def finding(self, task: Task, units: int) -> str:
         """Return what the pair by itself says, from `units` photos or groups of these."""
-        low, high = self.interval
-        if units < FEWEST_UNITS:
-            return UNDECIDED
-        if abs(self.value) >= task.margin and (low > 0 or high < 0) and self.p < ALPHA:
-            if task.sign * self.value > 0:
-                return BETTER
-            return WORSE
-        lowest, highest = self.equivalence_interval
-        if lowest <= -task.margin or highest >= task.margin:
-            return UNDECIDED
-        if lowest > 0 or highest < 0:
-            return NEGLIGIBLE
-        return NO_EFFECT
+        return find_difference(
+            task,
+            value=self.value,
+            ci95=self.interval,
+            ci90=self.equivalence_interval,
+            p=self.p,
+            units=units,
+        )
+
+
+def find_difference(
+    task: Task,
+    *,
+    value: float,
+    ci95: Sequence[float],
+    ci90: Sequence[float],
+    p: float | None,
+    units: int,
+) -> str:
+    """Return what a difference from so many photos or groups of these says; without a test, none is better."""
+    low, high = ci95
+    if units < FEWEST_UNITS:
+        return UNDECIDED
+    is_clear = p is not None and p < ALPHA and (low > 0 or high < 0)
+    if is_clear and abs(value) >= task.margin:
+        if task.sign * value > 0:
+            return BETTER
+        return WORSE
+    return equivalence(ci90, task.margin)
 
 
 def difference_of_best(
@@ -126,17 +137,6 @@ def difference_of_best(
         p=_p_of_maxima(observed, sd=sd, distances=widening * distances),
         half_width=widening * (interval[1] - interval[0]) / 2,
     )
-
-
-def widening_for(units: int) -> float:
-    """Return how much wider than a bootstrap's an interval of so many photos has to be: Student's t, and its n - 1.
-
-    Without it, of four equal models two are said to differ in 7% of studies of 20 photos
-    (`experiments/statistics/which_is_better.py`). The 95% interval is that of all other differences, without it.
-    """
-    units = max(units, 2)
-    quantile = student_quantile(0.975, units - 1) / normal_quantile(0.975)
-    return quantile * math.sqrt(units / (units - 1))
 
 
 def detectable_difference(half_width: float, margin: float) -> float:

@@ -49,6 +49,7 @@ from .verdicts import (
     VERDICT_COLUMNS,
     conclude,
     correct_for_claims,
+    find,
     judge,
     judge_draws,
     untested,
@@ -63,8 +64,8 @@ OTHER_CLAIMS = ("answers", "depth")  # which a report does not judge
 def evaluate_claims(study: StudyRuns) -> list[Entry]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
-    Each entry also has "verdicts", "supported" and "conclusion" of `verdicts.py`; "p" of the conclusion, and "p_holm",
-    corrected for the number of claims; "finding", the conclusion after this correction; "truth" if it is known
+    Each entry also has "verdicts", "supported", "conclusion" and "finding" of `verdicts.py`, with "detectable" if it is
+    undecided; "p" of the conclusion, and "p_holm", corrected for the number of claims; "truth" if it is known
     (:func:`read_truth`); "text"; "control": the same number for the untrained model, or None; and "n": the images, for
     a knockout also the mistaken patches, that it is a mean over. "value", "ci95" and "holds" are those of the main
     runs, as the paper measures them.
@@ -97,6 +98,13 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
         "verdicts": verdicts,
         **conclude(verdicts, claim.unlearned),
     }
+    entry |= find(
+        claim.sign,
+        verdicts,
+        conclusion=entry["conclusion"],
+        margin=study.task.margin,
+        units=case.units,
+    )
     # what is known of a world is about its classes, and about the paper's masks where two are compared
     if study.task.name == SEGMENTATION and case.masks in ((case.mask,), PAPER_MASKS):
         truth = read_truth(run)
@@ -139,8 +147,9 @@ def _paper_column(case: Case, number: Estimate) -> Entry:
 def _optimum_column(case: Case) -> Entry:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes.
 
-    The three have intervals that hold at all of them together; it is the row where the claim fares worst. Neighbours of
-    the chosen strength do not count if the certificates of a site that the effect reads do not hold.
+    The three have intervals that hold at all of them together; it is the row where the claim fares worst. The 90%
+    interval spans those of all three, since what is absent is so at each. Neighbours of the chosen strength do not
+    count if the certificates of a site that the effect reads do not hold.
     """
     sign = case.claim.sign
     margin = case.study.task.margin
@@ -152,17 +161,22 @@ def _optimum_column(case: Case) -> Entry:
     if reason := why_no_optimum(case, rows):
         return untested(reason, **measured)
     if not rows:
-        return judge(sign, **measured, margin=margin)
+        return judge(sign, **measured, margin=margin, ci90=number.ci90(case.units))
     vectors = torch.stack([effect.vector for effect in rows.values()], 1)
     band = simultaneous_band(vectors[0], vectors[1:])
     bounds = torch.stack(band, 1).tolist()
     columns = []
+    lows = []
+    highs = []
     for (row, effect), ci95 in zip(rows.items(), bounds, strict=True):
         if effect.about["converged"]:
             column = judge(sign, value=effect.value, ci95=ci95, margin=margin, row=row)
             columns.append(column)
+            low, high = effect.ci90(case.units)
+            lows.append(low)
+            highs.append(high)
     counts = {"strengths": len(rows), "converged": len(columns)}
-    return worst_of(sign, columns, margin) | counts
+    return worst_of(sign, columns, margin) | {"ci90": [min(lows), max(highs)], **counts}
 
 
 def _beyond_random_column(case: Case) -> Entry:
@@ -202,7 +216,11 @@ def _columns_of_controls(case: Case, solved: bool) -> dict[str, Entry]:
         if case.name != "adapter_drop":  # random adapters are the same under both masks
             others = [other for other in compared.values() if other is not estimate]
         columns[control] = judge_draws(
-            case.claim.sign, compared=estimate, others=others, margin=case.study.task.margin
+            case.claim.sign,
+            compared=estimate,
+            others=others,
+            margin=case.study.task.margin,
+            units=case.units,
         )
     return columns
 
@@ -261,7 +279,10 @@ def _join_seeds(members: list[StudyRuns], claims_of: dict[StudyRuns, list[Entry]
     for (name, mask, _), by_seed in claims_by_seed.items():
         if len(by_seed) > 1:
             claim = _join_claim(
-                by_seed, shared_images=len(images) < len(members), margin=first.task.margin
+                by_seed,
+                shared_images=len(images) < len(members),
+                margin=first.task.margin,
+                units=min(study.first.units for study in members),
             )
             claims.append(claim)
         if lacking := [seed for seed in seeds if seed not in by_seed]:
@@ -278,8 +299,10 @@ def _join_seeds(members: list[StudyRuns], claims_of: dict[StudyRuns, list[Entry]
     }
 
 
-def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -> Entry:
-    """Return the columns and the conclusion of a claim over seeds."""
+def _join_claim(
+    by_seed: dict[int, Entry], shared_images: bool, margin: float, units: int
+) -> Entry:
+    """Return the columns, the conclusion and the finding of a claim over seeds, of so many images at least."""
     first = next(iter(by_seed.values()))
     claim = CLAIMS[first["claim"]]
     verdicts = {}
@@ -308,6 +331,9 @@ def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float) -
         **conclude(verdicts, claim.unlearned),
         "n": {"seeds": min(counts, default=0), "of": len(by_seed)},
     }
+    joint |= find(
+        claim.sign, verdicts, conclusion=joint["conclusion"], margin=margin, units=units
+    )
     truths = {entry.get("truth") for entry in by_seed.values()}
     if len(truths) == 1 and None not in truths:
         joint["truth"] = truths.pop()
@@ -358,6 +384,7 @@ def join_column(
         below_value, below_ci95 = mean_over_seeds(pairs, shared_images)
         more["below_optimum"] = {"value": below_value, "ci95": below_ci95}
     df = len(columns) - 1
+    _, more["ci90"] = mean_over_seeds(over_images, shared_images, level=0.9)
     return judge(sign, value=value, ci95=ci95, margin=margin, df=df, **more)
 
 
@@ -371,11 +398,11 @@ def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:
 
 
 def mean_over_seeds(
-    estimates: list[tuple[float, list[float]]], shared_images: bool
+    estimates: list[tuple[float, list[float]]], shared_images: bool, level: float = 0.95
 ) -> tuple[float, list[float]]:
-    """Return the mean of the values and its 95% interval, from values with their intervals over images.
+    """Return the mean of the values and its interval, from values with their 95% intervals over images.
 
-    Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
+    The level is that of seeds. Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
     (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer.
     """
     values = [value for value, _ in estimates]
@@ -384,7 +411,7 @@ def mean_over_seeds(
     count = len(values)
     value = float(np.mean(values))
     error = float(np.std(values, ddof=1)) / count**0.5
-    of_seeds = student_quantile(0.975, count - 1) * error
+    of_seeds = student_quantile((1 + level) / 2, count - 1) * error
     half = max(of_seeds, of_images / count)
     if shared_images:
         half = math.hypot(of_seeds, of_images / count**0.5)

@@ -26,7 +26,8 @@ from probes.score.effects import EFFECTS
 from probes.score.estimate import Estimate
 from probes.tasks import SEGMENTATION, Task
 
-from .best_layers import BEST_LAYER, correct_for_pairs, difference_of_best
+from .best_layers import BEST_LAYER, correct_for_pairs, difference_of_best, find_difference
+from .verdicts import detectable
 
 LEFT_OUT = "left out"
 FEWEST_PHOTOS = 6  # exchanging fewer can reject nothing: 2 ** (1 - 5) > 0.05
@@ -144,7 +145,9 @@ def compare_runs(
     for pair in pairs:
         site, other = pair
         row = _row("site", site, task, ours[site], theirs[other], *pair)
-        yield row | {"p": p_of.get(pair)}
+        yield row | tested_columns(
+            task, theirs[other] - ours[site], p=p_of.get(pair), units=first.units
+        )
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
             yield _row(
@@ -248,10 +251,24 @@ def compare_classes(
         scores = [Estimate.from_vector(of_run[:, k]) for of_run in drawn]
         name = first.metrics["classes"][k]
         row = _row("class", name, first.task, *scores, *sites)
-        row |= {"photos": photos[k], "p": None}
-        if photos[k] >= FEWEST_PHOTOS:
-            row["p"] = p
-        yield row
+        if photos[k] < FEWEST_PHOTOS:
+            p = None
+        of_first, of_second = scores
+        row |= tested_columns(first.task, of_second - of_first, p=p, units=photos[k])
+        yield row | {"photos": photos[k]}
+
+
+def tested_columns(task: Task, difference: Estimate, *, p: float | None, units: int) -> Entry:
+    """Return the columns of a row of a site or class about its test, from so many photos or groups of these."""
+    finding = find_difference(
+        task,
+        value=difference.value,
+        ci95=difference.ci95,
+        ci90=difference.ci90(units),
+        p=p,
+        units=units,
+    )
+    return {"p": p, "finding": finding, "detectable": detectable(difference.ci95, task.margin)}
 
 
 def photos_of_classes(run: ProbeRun) -> list[int]:

@@ -10,9 +10,9 @@ from probes.tasks import SEGMENTATION, TASKS
 
 from .charts import Frame, colour_class
 from .pictures import has_same_photo
-from .ranking import ranking, rivals_of
+from .ranking import ALIKE, ranking, rivals_of
 from .readings import Name, ReportView, SiteReading, by_site, rows_about
-from .verdicts import HOLDS
+from .verdicts import HOLDS, NOT_LEARNED, REVERSED, UNDECIDED
 from .words import SIGNS, its_site, number, site_name, site_number, site_tick, zone_of
 
 UNCONTROLLED = "No random models were solved: whether training put it there is not known."
@@ -87,20 +87,25 @@ def about_llm(lead: SiteReading, claims: Mapping[str, Any]) -> list[str]:
         return said
     if claim.finding == "untested":
         return ["Whether its LLM adds to its adapter is untested."]
+    improves, recovers = "is shown to improve", "is shown to recover"
+    if claim.finding in ALIKE:
+        improves, recovers = "improves", "recovers"
     drop = claims.get("adapter_drop")
     if drop is not None and drop.optimum_verdict == HOLDS:
         than = ""
         if drop.finding in SUPPORTED:
             than = ", more than random adapters do"
-        elif drop.finding == "not learned":
+        elif drop.finding == NOT_LEARNED:
             than = ", as random adapters do"
         loses = f"Its adapter loses {number(drop.value)} points{than}"
-        return [f"{loses}, and no LLM layer is shown to recover them."]
+        return [f"{loses}, and no LLM layer {recovers} them."]
+    if claim.finding == REVERSED:
+        return [f"Its LLM layers read {number(-claim.value)} points less than its adapter."]
     adapter = lead.row("adapter")
     score = ""
     if adapter and lead.best is not adapter:
         score = f" ({adapter.value_text}%)"
-    return [f"No LLM layer is shown to improve on its adapter{score}."]
+    return [f"No LLM layer {improves} on its adapter{score}."]
 
 
 def about_gain(claims: Mapping[str, Any]) -> list[str]:
@@ -118,7 +123,9 @@ def about_added(claim: Any, adds: str, random: str) -> list[str]:
     """Return what a part adds, beside what random ones add; [] of a claim that does not hold."""
     if claim.finding in SUPPORTED:
         return [f"{adds}, {random} {number(max(0, claim.random))}."]
-    if claim.finding == "not learned":
+    if claim.finding == NOT_LEARNED:
+        return [f"{adds}, as {random} do."]
+    if claim.finding == UNDECIDED and claim.optimum_verdict == HOLDS:
         return [f"{adds}, but this is not shown to be learned."]
     return []
 
@@ -131,12 +138,14 @@ def about_layers(lead: SiteReading, claims: Mapping[str, Any]) -> list[str]:
     last = claims["over_last"]
     if site_number(lead.own[lead.best.site]) == lead.model.depth:
         return after
+    if last.finding in ALIKE:
+        return [*after, "The last layer reads as much."]
     if last.optimum_verdict != HOLDS:
         return [*after, "The last layer is not shown to read less."]
     after.append(f"It reads {number(last.value)} points more than the last layer.")
     said = {
         "supported": "Random layers show no such gap.",
-        "also in random layers": "Random layers have such a gap, too.",
+        NOT_LEARNED: "Random layers have such a gap, too.",
     }
     if last.finding in said:
         after.append(said[last.finding])

@@ -199,6 +199,16 @@ class Case:
         random_part = "adapter" if self.name == "adapter_drop" else "llm"
         return CONTROLS[random_part]
 
+    @property
+    def units(self) -> int:
+        """Images, or groups of these, that it is a mean over."""
+        units = self.study.first.units
+        judged = self.judged_number(self.study.is_solved)
+        if judged is None:
+            return units
+        counted = judged.about.get("n", {})
+        return min(units, counted.get("images", units))
+
     def numbers(self, solved: bool, weights: str = "trained") -> list[Estimate]:
         """Return the claim's effect of models of some weights, from probes of one kind."""
         return self.effects.get(self._key(solved, weights), [])

@@ -44,7 +44,7 @@ from .render import render
 from .sites import shown_runs, table2
 from .tables import Tables, make_tables
 from .terminal import lab_command, print_summary, summarize
-from .verdicts import MARGIN
+from .verdicts import FEWEST_UNITS, MARGIN
 
 MODULES = (
     charts,
@@ -65,7 +65,11 @@ FORMATS = {"pdf": {"CreationDate": None}, "png": {}}
 
 
 def write_report(
-    texts: Iterable[str], out: str | Path, labels: Sequence[str] = (), table1: Sequence[Path] = ()
+    texts: Iterable[str],
+    out: str | Path,
+    labels: Sequence[str] = (),
+    table1: Sequence[Path] = (),
+    margin: float | None = None,
 ) -> Entry:
     """Write the report of studies to the folder `out` and return the content of results.json.
 
@@ -74,9 +78,10 @@ def write_report(
         out: The folder.
         labels: Of a study's models, in order.
         table1: Files table1.json of `llava-bidir vqa`, for the table over models.
+        margin: See :func:`read_studies`.
     """
     texts = [*texts]
-    studies = read_studies(texts, labels)
+    studies = read_studies(texts, labels, margin)
     unfinished = []
     for text in texts:
         _, folder = split_label(text)
@@ -226,7 +231,7 @@ def render_page(
         left_out=describe_steps(unfinished, Outcome.LEFT_OUT),
         files=files,
         findings=parts.FINDINGS,
-        compared_looks=parts.COMPARED_LOOKS,
+        fewest=FEWEST_UNITS,
         frame=charts.Frame,
         nan=np.nan,
         all_tasks=TASKS,
@@ -292,6 +297,8 @@ def report_results(
         else:
             others.append(results_of_study)
     results = {"margin": MARGIN, "models": tables.models.to_dict("records")}
+    if of_main_task[0].task.name == SEGMENTATION:
+        results["margin"] = of_main_task[0].task.margin
     if len(main) == 1:
         results |= main[0]
     else:
@@ -345,9 +352,9 @@ def comparisons(tables: Tables) -> list[Entry]:
     """Return the differences of two models, and of two masks of a model, b minus a, in points.
 
     They are of sites, best layers, and classes at these. Each has "dataset", "image_attention", "of", the labels "a"
-    and "b", "site_a", "site_b", "value" and "ci95"; of masks, "between" and the "model". That of best layers also has
-    "finding", "p", "p_holm" and "detectable"; that of a class "class", "photos" and "p_corrected", None if it is in too
-    few photos to be tested.
+    and "b", "site_a", "site_b", "value" and "ci95", "finding", "detectable", and "p", None of a site or class that is
+    not tested; of masks, "between" and the "model". That of best layers also has "p_holm"; that of a class "class",
+    "photos" and "p_corrected", which is "p".
     """
     labels = tables.models.set_index("key")["label"]
     rows = tables.differences
@@ -365,18 +372,20 @@ def comparisons(tables: Tables) -> list[Entry]:
             "site_b": row.second_site,
             "value": 100 * row.difference,
             "ci95": [100 * row.low, 100 * row.high],
+            "finding": row.finding,
+            "p": None,
+            "detectable": 100 * row.detectable,
         }
+        if row.p == row.p:
+            entry["p"] = row.p
         if row.between == "masks":
             entry |= {"between": "masks", "model": labels[row.model], "image_attention": None}
         if row.of == BEST_LAYER:
-            entry |= {"finding": row.finding, "p": row.p, "p_holm": row.p_holm}
-            entry["detectable"] = 100 * row.detectable
+            entry["p_holm"] = row.p_holm
         if row.of == "class":
             entry["class"] = row.name
             entry["photos"] = int(row.photos)
-            entry["p_corrected"] = None
-            if row.p == row.p:
-                entry["p_corrected"] = row.p
+            entry["p_corrected"] = entry["p"]
         entries.append(entry)
     return entries
 
@@ -384,7 +393,11 @@ def comparisons(tables: Tables) -> list[Entry]:
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
     results = write_report(
-        options.studies, out=options.out, labels=options.labels, table1=options.table1
+        options.studies,
+        out=options.out,
+        labels=options.labels,
+        table1=options.table1,
+        margin=options.margin,
     )
     page = Path(options.out) / "index.html"
     print_summary(results["summary"], page, lab=results["lab"])

@@ -18,30 +18,34 @@ from probes.tasks import SEGMENTATION, TASKS
 from .charts import chart_span, span_of, ticks
 from .readings import ABOUT, ReportView, SiteAxis, SiteReading, by_site, rows_about
 from .tables import Tables
-from .verdicts import FAILS
-from .words import axis_number, lower_first, noun_of, number
+from .words import axis_number, lower_first, noun_of, number, points
 
 # what each finding looks like: class, how far its circle is filled, and the circle as a character
 FINDINGS = {
     "supported": ("ok", "full", "●"),
     "supported by itself": ("ok", "three", "◕"),
+    "better": ("ok", "full", "●"),
+    "worse": ("ok", "full", "●"),
     "not learned": ("half", "half", "◐"),
-    "also in random layers": ("half", "half", "◐"),
     "artefact of the instrument": ("half", "ring", "◉"),
-    "does not hold": ("no", "none", "○"),
+    "reversed": ("half", "none", "◒"),
+    "negligible": ("no", "none", "◎"),
+    "no effect": ("no", "none", "○"),
+    "undecided": ("open", "dash", "◔"),
     "untested": ("open", "dash", "◌"),
+}
+# what a verdict says in few words
+MEANINGS = {
+    "not learned": "random models do it, too",
+    "artefact of the instrument": "only probes that are not at their optimum show it",
+    "reversed": "the other way, by more than {margin}",
+    "negligible": "there, but less than {margin}",
+    "no effect": "less than {margin} either way",
+    "undecided": "too few {noun}s to tell: would show from {would_show}",
 }
 # Classes that the page shows: all, or of more than these those at both ends, which gain and lose most
 MOST_CLASS_ROWS = 255
 END_ROWS = 20
-COMPARED_LOOKS = {  # the same of comparisons
-    "better": ("ok", "full"),
-    "worse": ("ok", "full"),
-    "no effect": ("no", "none"),
-    "negligible": ("no", "none"),
-    "undecided": ("open", "dash"),
-}
-UNITS = {SEGMENTATION: " points"}
 MOST_WORDS = 20  # of a reason
 ABOUT_CLAIM = ["claim", "model", "mask", "data"]
 INSIDE = {
@@ -82,13 +86,15 @@ class Scale:
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
-def verdicts(claims: DataFrame, task: str) -> Entry:
+def verdicts(view: ReportView, task: str) -> Entry:
     """Return the claims of a task, those that are tested grouped by claim, and the axis of their effects.
 
     Claims joint over seeds stand for those of the seeds, which are their dots.
     """
     rows = []
+    claims = view.claims
     claims = claims[(claims["task"] == task) & ~is_about_nothing(claims)]
+    margins = {reading.task: reading.margin for reading in view.readings}
     for _, of_claim in claims.groupby(ABOUT_CLAIM, sort=False):
         of_seeds = of_claim["seeds"] == 1
         shown = of_claim
@@ -109,7 +115,7 @@ def verdicts(claims: DataFrame, task: str) -> Entry:
         "scale": Scale(ends, factor),
         "rows": rows,
         "tested": tested,
-        "margin": TASKS[task].margin,
+        "margin": margins[task],
         "task": task,
     }
 
@@ -125,15 +131,14 @@ def is_right(row: Any) -> bool:
 
 
 def explain(view: ReportView, row: Any) -> str:
-    """Return what a verdict's number needs beside it: how the curves differ from it, and what would have been shown."""
-    notes = []
-    if note := as_read(view, row):
-        notes.append(note)
-    if row.optimum_verdict == FAILS and row.detectable == row.detectable:
-        notes.append(
-            f"would show from {number(abs(row.detectable), row.task)}{UNITS.get(row.task, '')}"
-        )
-    return "; ".join(notes)
+    """Return what a verdict needs beside it: what it means, and how the curves differ from its number."""
+    margins = {reading.task: reading.margin for reading in view.readings}
+    meaning = MEANINGS.get(row.finding, "").format(
+        margin=points(margins[row.task], row.task),
+        noun=noun_of(row.data),
+        would_show=points(row.would_show, row.task),
+    )
+    return "; ".join(filter(None, (meaning, as_read(view, row))))
 
 
 def as_read(view: ReportView, row: Any) -> str:
@@ -162,7 +167,7 @@ def as_read(view: ReportView, row: Any) -> str:
         return ""
     first, second = ends
     difference = first.value - second.value
-    if abs(difference - row.value) < TASKS[row.task].margin:
+    if abs(difference - row.value) < reading.margin:
         return ""
     shown = number(difference, row.task, has_sign=True)
     read = f"{first.value_text} − {second.value_text} = {shown} as read"

@@ -7,11 +7,10 @@ from typing import Any
 
 from pandas import DataFrame
 
-from probes.tasks import TASKS
-
-from .best_layers import BEST_LAYER, BETTER, NEGLIGIBLE, NO_EFFECT, WORSE
+from .best_layers import BEST_LAYER, BETTER, WORSE
 from .readings import ReportView, SiteReading
-from .words import interval, its_site, noun_of, number, site_number
+from .verdicts import NEGLIGIBLE, NO_EFFECT
+from .words import interval, its_site, noun_of, number, points, site_number
 
 ALIKE = (NO_EFFECT, NEGLIGIBLE)
 SEEN_FROM_THE_OTHER = {BETTER: WORSE, WORSE: BETTER}
@@ -156,7 +155,7 @@ def _in_list(view: ReportView, rival: Rival) -> str:
 
 
 def _alike(view: ReportView, rival: Rival) -> list[str]:
-    """Return the sentences about two readings whose difference is less than the margin, which is a point."""
+    """Return the sentences about two readings whose difference is less than the margin."""
     lead = view.lead
     places = []
     for reading in (lead, rival.reading):
@@ -166,7 +165,7 @@ def _alike(view: ReportView, rival: Rival) -> list[str]:
     both = f"{lead.token} and {rival.reading.token} read alike"
     return [
         f"{both}: {view.best(lead).value_text}% mIoU, at {' and '.join(places)}.",
-        f"They differ by {number(rival.value)} points; a difference of one point is ruled out.",
+        f"They differ by {number(rival.value)} points; a difference of {points(lead.margin)} is ruled out.",
     ]
 
 
@@ -192,8 +191,7 @@ def would_show(rival: Rival, photos: int, noun: str) -> str:
     if rival.is_shown:
         return ""
     seen = f"{photos} {noun}s would show {number(rival.detectable)}"
-    margin = TASKS[rival.reading.task].margin
-    if abs(rival.value) < margin or rival.finding is None:
+    if abs(rival.value) < rival.reading.margin or rival.finding is None:
         return f"{seen}."
     needed = photos * (rival.detectable / abs(rival.value)) ** 2
     if not photos < needed < MOST_TIMES * photos:

@@ -37,6 +37,7 @@ class SiteReading:
         pictures: Content of the run's pictures.npz.
         images: How many photos it was scored on.
         resize: How these became squares.
+        margin: Smallest difference that counts.
         label: What its user calls it, if that names a mask of a model.
     """
 
@@ -51,6 +52,7 @@ class SiteReading:
     pictures: dict[str, np.ndarray]
     images: int
     resize: str
+    margin: float
     label: str | None = None
 
     @property
@@ -211,7 +213,8 @@ def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
     numbered = tables.models.assign(number=range(len(depths)), depth=depths)
     models = {row.key: row for row in numbered.itertuples()}
     has_llm = numbered["has_llm"].any()
-    table = shown(tables.sites)
+    margins = {about[0]: main_run.run.task.margin for about, main_run in runs.items()}
+    table = shown(tables.sites, margins)
     main_scores = table["task"].map(lambda task: TASKS[task].score)
     is_score = table["metric"] == main_scores
     main = table[table["main"] & is_score & table["site"].map(is_on_main_path)]
@@ -240,6 +243,7 @@ def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
             pictures=main_run.pictures,
             images=main_run.run.metrics["images"],
             resize=main_run.run.metrics["image_resize"],
+            margin=margins[task],
             label=main_run.run.label,
         )
         readings.append(reading)

@@ -41,7 +41,7 @@ class Tables(NamedTuple):
             "untrained", the number of the model before training. Of the column: value, low, high, verdict, reason (why
             it is untested), detectable, random (mean of the draws), control (kind of draws beyond which the claim fares
             worst), below_optimum with below_low and below_high. Of the claim, in each row: title, what (is subtracted
-            from what), conclusion, finding (after correction for all claims), p, p_holm, truth, images, patches, seeds.
+            from what), conclusion, finding (after correction for all claims), would_show (if undecided), p, p_holm, truth, images, patches, seeds.
             Claims joint over seeds have no seed, and their number in "seeds"; all others have seeds 1.
         sites: A row for each run, site and metric: model, mask, task, data, weights ("trained", or the control), draw,
             seed, probes ("solved" or "trained"), main (whether the report is about this run), site, metric, value, low,
@@ -51,7 +51,8 @@ class Tables(NamedTuple):
             or "left out" with the reason as name), between ("models" with keys, or "masks" of `model`), first, second,
             mask, task, data, seed, name, site, second_site, first_value, second_value, difference, low, high, p (sites:
             of those with a depth together; classes together), photos (of a class; without p if they are too few). Of
-            best layers also p_holm, finding and detectable (probes/report/best_layers.py).
+            sites, best layers and classes also finding and detectable (probes/report/best_layers.py), of best layers
+            p_holm.
         draws: The main score of each draw at the sites that it changes: model, mask, task, data, weights (random,
             permuted or adapter), draw, seed, site, metric, value.
         classes: IoU by class at the sites of main runs: model, mask, data, seed, site, class, iou, photos.
@@ -74,7 +75,7 @@ NAMES = {  # of the columns of each table
     for name, columns in {
         "models": "key name label about path has_llm last_layer",
         "claims": "claim title what model mask task data seed seeds column value low high verdict reason detectable "
-        "random control below_optimum below_low below_high conclusion finding p p_holm truth images patches",
+        "random control below_optimum below_low below_high conclusion finding would_show p p_holm truth images patches",
         "sites": f"{RUN} main site metric value low high random draws minus_random minus_low minus_high",
         "differences": "of between first second model mask task data seed name site second_site first_value "
         "second_value difference low high p p_holm finding detectable photos",
@@ -134,6 +135,7 @@ def _claim_rows(about: Entry, claim: Entry) -> Iterator[Entry]:
     }
     for key in ("claim", "conclusion", "finding", "p", "p_holm", "truth"):
         about[key] = claim.get(key)
+    about["would_show"] = claim.get("detectable")
     columns = {name: claim["verdicts"][name] for name in VERDICT_COLUMNS}
     if claim.get("control"):
         columns[UNTRAINED] = claim["control"]

@@ -20,7 +20,7 @@ from .hero import choose_sites, plain_text
 from .parts import FINDINGS, is_about_nothing, is_right
 from .ranking import rivals_of
 from .readings import MainRun, ReportView, SiteReading
-from .verdicts import UNTESTED
+from .verdicts import FEWEST_UNITS, UNTESTED
 from .words import SIGNS, lower_first, noun_of, site_name, site_number
 
 WIDTH = 80
@@ -89,8 +89,8 @@ def _last_lines(view: ReportView, claims: DataFrame, run: ProbeRun) -> Iterator[
             right.append(is_right(row))
     if right:
         yield f"The truth is known here: {sum(right)} of {len(right)} verdicts are right."
-    if run.units < 10:
-        yield "Intervals are too short: there are fewer than ten photos, or groups."
+    if run.units < FEWEST_UNITS:
+        yield f"Nothing is decided: there are fewer than {FEWEST_UNITS} photos, or groups."
     images = run.metrics["images"]
     noun = noun_of(lead.data) + "s" * (images != 1)
     yield f"{lead.data}, {images} {noun}."

@@ -20,9 +20,19 @@ missing is "untested", and its "reason" names the command to run.
     untested                    one of these two columns is untested, and the other one does not decide: "supported" is
                                 then neither true nor false, but null
 
-Some claims have a word of their own for "not learned", as "also in random layers" (`Claim.unlearned`). The page and the
-terminal print the "finding": the conclusion, or "supported by itself" where the correction for all claims about a
-model, seed and task (Holm) undoes it.
+Some claims have a word of their own for "not learned", as "also in random layers" (`Claim.unlearned`).
+
+"Does not hold" can be that nothing is there, or that the photos are too few. The page and the terminal print the
+"finding", which tells the two apart by the 90% interval "ci90" of a column, as two one-sided tests at 5% do:
+
+    supported            as above; "supported by itself" where the correction for all claims about a model, seed and
+                         task (Holm) undoes it
+    not learned          it holds at the optimum, and beyond random the interval is below the margin
+    no effect            at the optimum the interval is within the margin, on both sides of 0
+    negligible           the same, and it excludes 0
+    reversed             at the optimum the interval is beyond the margin on the other side
+    undecided            all else, and all of fewer than `FEWEST_UNITS` photos; "detectable" is the smallest effect that
+                         80% of such studies find
 """
 
 import math
@@ -48,12 +58,18 @@ FAILS = "does not hold"
 REVERSED = "reversed"
 UNTESTED = "untested"
 SUPPORTED = "supported"
+SUPPORTED_BY_ITSELF = "supported by itself"
 ARTEFACT = "artefact of the instrument"
+NOT_LEARNED = "not learned"
+NO_EFFECT = "no effect"
+NEGLIGIBLE = "negligible"
+UNDECIDED = "undecided"
 
 # The smallest effect that is a finding, of claims about classes: a point of mIoU, accuracy, or of patches left wrong.
 MARGIN = TASKS[SEGMENTATION].margin
 ALPHA = 0.05  # level of p-values
 POWER = 0.8  # at which an effect counts as detectable
+FEWEST_UNITS = 10  # photos, or groups of these: of fewer, intervals are too short to say anything
 
 
 def untested(
@@ -129,20 +145,51 @@ def conclude(verdicts: dict[str, Entry], unlearned: str) -> Entry:
     return {"supported": conclusion == SUPPORTED, "conclusion": conclusion, "p": p}
 
 
-def correct_for_claims(claims: list[Entry]) -> None:
-    """Add "p_holm": "p" corrected for the number of claims that have one (Holm), and the "finding" in words.
+def find(
+    sign: int, verdicts: dict[str, Entry], conclusion: str, *, margin: float, units: int
+) -> Entry:
+    """Return the "finding" of a claim from so many photos or groups of these, and what is "detectable" if undecided."""
+    if conclusion == UNTESTED:
+        return {"finding": UNTESTED}
+    column = verdicts["optimum"]
+    holds = column["verdict"] == HOLDS
+    if holds:
+        column = verdicts["beyond_random"]
+    low, high = sorted(sign * bound for bound in column["ci90"])
+    finding = equivalence([low, high], margin)
+    if holds:
+        finding = UNDECIDED
+        if high < margin:
+            finding = NOT_LEARNED
+    elif high < -margin:
+        finding = REVERSED
+    if conclusion in (SUPPORTED, ARTEFACT):
+        finding = conclusion
+    if finding == UNDECIDED or units < FEWEST_UNITS:
+        return {"finding": UNDECIDED, "detectable": detectable(column["ci95"], margin)}
+    return {"finding": finding}
 
-    The finding is the conclusion, but of a supported claim that the correction undoes.
-    """
+
+def equivalence(ci90: Sequence[float], margin: float) -> str:
+    """Return whether a 90% interval shows that there is no effect, or a negligible one; else it is undecided."""
+    low, high = ci90
+    if low <= -margin or high >= margin:
+        return UNDECIDED
+    if low > 0 or high < 0:
+        return NEGLIGIBLE
+    return NO_EFFECT
+
+
+def correct_for_claims(claims: list[Entry]) -> None:
+    """Add "p_holm": "p" corrected for the number of claims that have one (Holm), and to the finding what it undoes."""
     tested = [claim for claim in claims if claim["p"] is not None]
     corrected = iter(holm([claim["p"] for claim in tested]))
     for claim in claims:
         claim["p_holm"] = None
         if claim["p"] is not None:
             claim["p_holm"] = next(corrected)
-        claim["finding"] = claim["conclusion"]
-        if claim["conclusion"] == SUPPORTED and claim["p_holm"] >= ALPHA:
-            claim["finding"] = "supported by itself"
+        if claim["finding"] == SUPPORTED and claim["p_holm"] >= ALPHA:
+            claim["finding"] = SUPPORTED_BY_ITSELF
 
 
 def worst_of(sign: int, columns: Sequence[Entry], margin: float = MARGIN) -> Entry:
@@ -175,9 +222,11 @@ def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
 
 
 def interval_over_draws(
-    compared: Estimate, others: Sequence[Estimate] = ()
+    compared: Estimate, others: Sequence[Estimate] = (), *, ci90_of: int | None = None
 ) -> tuple[list[float], tuple[float, float]]:
     """Return the 95% interval over images and draws, and the standard error and degrees of freedom of draws.
+
+    It is the 90% interval of two one-sided tests if `ci90_of` is the number of images, or groups of these.
 
     The own interval of what :func:`compare_to_draws` returns covers images. The draws add Student's t. Their variance
     is pooled with `others`: the same claim under other masks or beyond other random weights, whose degrees of freedom
@@ -186,29 +235,41 @@ def interval_over_draws(
     sides of a right angle; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws
     that differ.
     """
-    low, high = compared.ci95
+    level, (low, high) = 0.95, compared.ci95
+    if ci90_of is not None:
+        level, (low, high) = 0.9, compared.ci90(ci90_of)
     value = compared.value
     by_draw = [x.about["by_draw"] for x in (compared, *others)]
     df = sum(len(numbers) - 1 for numbers in by_draw)
     squares = [statistics.variance(numbers) * (len(numbers) - 1) for numbers in by_draw]
     variance = max(statistics.variance(by_draw[0]), sum(squares) / df)
     error = (variance / len(by_draw[0])) ** 0.5
-    half = student_quantile(0.975, df) * error
-    ci95 = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
-    return ci95, (error, df)
+    half = student_quantile((1 + level) / 2, df) * error
+    bounds = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
+    return bounds, (error, df)
 
 
 def judge_draws(
-    sign: int, compared: Estimate, others: Sequence[Estimate] = (), margin: float = MARGIN
+    sign: int,
+    compared: Estimate,
+    others: Sequence[Estimate] = (),
+    *,
+    margin: float = MARGIN,
+    units: int,
 ) -> Entry:
-    """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
+    """Return the column "beyond_random" from so many images or groups of these.
+
+    Its "ci95_without_draws" is the interval over images alone.
+    """
     over_images = compared.ci95
     ci95, of_draws = interval_over_draws(compared, others)
+    ci90, _ = interval_over_draws(compared, others, ci90_of=units)
     errors = [standard_error(over_images), of_draws]
     return judge(
         sign,
         value=compared.value,
         ci95=ci95,
+        ci90=ci90,
         margin=margin,
         draws=len(compared.about["by_draw"]),
         **compared.about,

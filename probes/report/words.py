@@ -6,6 +6,7 @@ page and terminal select from what it returns.
 """
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from probes.tasks import SEGMENTATION, TASKS
@@ -33,11 +34,11 @@ INTERVALS = {  # the numbers of tables, with the columns of their intervals
 }
 
 
-def shown(table: "DataFrame") -> "DataFrame":
+def shown(table: "DataFrame", margins: Mapping[str, float] | None = None) -> "DataFrame":
     """Return claims, sites or differences with their numbers as text: NAME_text and NAME_ci, "" without a number.
 
-    Sites also have an arrow: ▲ if one reads better than random models, by the task's margin at least and in an interval
-    without 0; ▼ if it reads worse.
+    Sites also have an arrow: ▲ if one reads better than random models, by the task's margin, in `margins`, at least and
+    in an interval without 0; ▼ if it reads worse.
     """
     texts = {}
     tasks = table["task"]
@@ -54,7 +55,7 @@ def shown(table: "DataFrame") -> "DataFrame":
     if "minus_random" in table:
         gain = table["minus_random"] * tasks.map(lambda task: TASKS[task].sign)
         is_clear = table["minus_low"] * table["minus_high"] > 0
-        is_large = gain.abs() >= tasks.map(lambda task: TASKS[task].margin)
+        is_large = gain.abs() >= tasks.map(margins)
         arrows = gain.gt(0).map({True: "▲", False: "▼"})
         texts["arrow"] = arrows.where(is_clear & is_large, "")
     return table.assign(**texts)
@@ -76,6 +77,16 @@ def interval(low: float | None, high: float | None, task: str = SEGMENTATION) ->
     if not all(ends):
         return ""
     return f"[{', '.join(ends)}]"
+
+
+def points(size: float, task: str = SEGMENTATION) -> str:
+    """Return the size of a difference in a sentence: one point, 2.5 points, or a number in the unit of another task."""
+    text = number(size, task)
+    if task != SEGMENTATION:
+        return text
+    if text == "1.0":
+        return "one point"
+    return f"{text.removesuffix('.0')} points"
 
 
 def axis_number(value: float, signed: bool) -> str:

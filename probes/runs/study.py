@@ -11,12 +11,13 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_bidir.common.errors import UserError
-from probes.config import split_label
+from probes.config import POINTS, split_label
 from probes.heads import LINEAR
 from probes.steps.record import read_record
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, TASKS
 
 from .compare import check_same_images, check_seeds_differ, check_study
 from .formatting import file_name
@@ -162,17 +163,41 @@ class StudyRuns:
                 )
 
 
-def read_studies(texts: Iterable[str], labels: Sequence[str] = ()) -> list[StudyRuns]:
+def read_studies(
+    texts: Iterable[str], labels: Sequence[str] = (), margin: float | None = None
+) -> list[StudyRuns]:
     """Read the runs of studies, of any task, and group them; see :func:`group_runs`.
 
     Args:
         texts: Folders of studies; NAME=FOLDER names the model.
         labels: Labels of a study's models in the order of the report (default: those that it was given); others follow.
+        margin: Points of a class score that count as nothing (default: those that the studies were given).
 
     Raises:
-        UserError: A folder is no study, or its runs do not fit together.
+        UserError: A folder is no study, its runs do not fit together, or the studies' margins differ.
     """
-    return group_runs([run for text in texts for run in read_study(text, labels)])
+    runs = [run for text in texts for run in read_study(text, labels)]
+    task = TASKS[SEGMENTATION].with_margin((margin or stated_margin(runs)) / 100)
+    for run in runs:
+        if run.task_name == SEGMENTATION:
+            run.task = task
+    return group_runs(runs)
+
+
+def stated_margin(runs: Iterable[ProbeRun]) -> float:
+    """Return the points of a class score that count as nothing in the studies of runs.
+
+    Raises:
+        UserError: They were given different ones.
+    """
+    stated = {}
+    for folder in dict.fromkeys(folder for run in runs for folder in run.path.parents[:2]):
+        if options := report_options(folder):
+            stated[folder] = options.get("margin", POINTS)
+    if len({*stated.values()}) > 1:
+        given = ", ".join(f"{margin:g} in {folder}" for folder, margin in stated.items())
+        raise UserError(f"points that count as nothing differ, {given}: give --margin P for all")
+    return next(iter(stated.values()), POINTS)
 
 
 def read_study(text: str, labels: Sequence[str] = ()) -> list[ProbeRun]:
@@ -340,10 +365,15 @@ def labels_of_models(
 
 def given_labels(folder: Path) -> tuple[str, ...]:
     """Return the labels that `probes study` was given for the models of its folder, in order; () of another folder."""
+    return tuple(report_options(folder).get("labels", ()))
+
+
+def report_options(folder: Path) -> dict[str, Any]:
+    """Return the options of the report that `probes study` makes of its folder; {} of another folder."""
     record = read_record("report", folder)
     if record is None or not isinstance(record.tried.config, dict):
-        return ()
-    return tuple(record.tried.config.get("labels", ()))
+        return {}
+    return record.tried.config
 
 
 def runs_to_compare(*studies: StudyRuns) -> list[dict[str, ProbeRun]]:

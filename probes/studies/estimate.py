@@ -64,7 +64,7 @@ def print_estimate(study: StudyOptions) -> None:
         masks = {arm.run.mask for arm in planned.arms}
         print(describe_power(study, images, len(masks)))
     if len(study.models) > 1:
-        print(describe_comparison(images))
+        print(describe_comparison(images, study.margin / 100))
     if runs:
         print(describe_time(planned, missing))
 
@@ -129,7 +129,7 @@ def describe_power(study: StudyOptions, images: int, masks: int) -> str:
     random, permuted = draws = [
         sum(arm.startswith(control) for arm in arms) for control in CONTROLS["llm"]
     ]
-    effect = detectable_effect(images, draws, masks)
+    effect = detectable_effect(images, draws, masks, study.margin / 100)
     if effect is None:
         return (
             "with fewer than two random and two permuted draws, nothing can be told from random models: give "
@@ -141,17 +141,19 @@ def describe_power(study: StudyOptions, images: int, masks: int) -> str:
     )
 
 
-def describe_comparison(images: int) -> str:
+def describe_comparison(images: int, margin: float = MARGIN) -> str:
     """Return which difference of two models a study can show."""
     half_width = OF_A_PAIR / math.sqrt(images)
-    difference = detectable_difference(half_width, MARGIN)
+    difference = detectable_difference(half_width, margin)
     return (
         f"{images} validation images: one model must read {100 * difference:.1f} points more than another one to be "
         "found better in 4 of 5 studies, if images differ as in the toy world"
     )
 
 
-def detectable_effect(images: int, draws: Sequence[int], masks: int) -> float | None:
+def detectable_effect(
+    images: int, draws: Sequence[int], masks: int, margin: float = MARGIN
+) -> float | None:
     """Return the effect that 80% of studies find beyond all controls, as a fraction; None if it cannot be tested.
 
     Studies are simulated and judged as in a report (`interval_over_draws`), with the spread of draws pooled over masks
@@ -161,6 +163,7 @@ def detectable_effect(images: int, draws: Sequence[int], masks: int) -> float | 
         images: Validation images.
         draws: Draws of each control.
         masks: Masks of the study.
+        margin: Smallest effect that counts, as a fraction.
     """
     if min(draws) < 2:
         return None
@@ -178,5 +181,5 @@ def detectable_effect(images: int, draws: Sequence[int], masks: int) -> float | 
         variance = np.maximum(variance[:, 0], pooled / df)
         of_draws = student_quantile(0.975, df) * np.sqrt(variance / count)
         half = np.hypot(1.96 * of_images, of_draws)
-        needed.append(np.maximum(half, MARGIN) + x[:, 0].mean(1) - error)
+        needed.append(np.maximum(half, margin) + x[:, 0].mean(1) - error)
     return float(np.quantile(np.max(needed, 0), POWER))

@@ -6,6 +6,8 @@ A target has the shape [H, W], or [H, W, 3] for vectors; predictions have the sh
 
 import math
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 import numpy as np
 import torch
@@ -63,6 +65,12 @@ class Task:
     def sign(self) -> int:
         """1 if a higher main score is better, else -1."""
         return 1 if self.scores[self.score] else -1
+
+    def with_margin(self, margin: float) -> Self:
+        """Return the task with another margin."""
+        task = copy(self)
+        task.margin = margin
+        return task
 
     def sums(self, counted: dict[str, Tensor]) -> Tensor:
         """Return the sums f[P, N, M], or of several paths [..., P, N, M], of what `count` returned of all images."""

@@ -57,6 +57,7 @@ def reading(scores: dict[str, float], has_llm: bool) -> SiteReading:
         pictures={},
         images=20,
         resize="squash",
+        margin=0.01,
     )
 
 

@@ -20,12 +20,11 @@ from probes.report.best_layers import (
     correct_for_pairs,
     detectable_difference,
     difference_of_best,
-    widening_for,
 )
 from probes.report.compare import FEWEST_PHOTOS, LEFT_OUT, compare_runs, difference_rows, pair_sites
 from probes.runs.read import ProbeRun
 from probes.runs.study import read_studies
-from probes.score.estimate import Estimate
+from probes.score.estimate import Estimate, widening_for
 
 WORSE = [x - 0.1 for x in CURVE]
 MASKS = ("causal", "bidirectional")

@@ -127,9 +127,9 @@ def test_the_spread_of_draws_is_pooled_over_masks_and_controls(write, draws):
 def test_claims_are_corrected_for_the_number_of_those_that_were_tested():
     """A claim that the correction undoes is not called supported (Holm 1979)."""
     p = [0.04, None, 0.01, 0.5, 0.025]
-    claims = [{"conclusion": "supported", "p": x} for x in p]
-    claims[1]["conclusion"] = "untested"
-    claims[3]["conclusion"] = "not learned"
+    claims = [{"finding": "supported", "p": x} for x in p]
+    claims[1]["finding"] = "untested"
+    claims[3]["finding"] = "not learned"
     correct_for_claims(claims)
     assert [claim["p_holm"] for claim in claims if claim["p"]] == pytest.approx(
         [0.08, 0.04, 0.5, 0.075]

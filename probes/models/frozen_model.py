@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import PhotoLike, read_photos
-from probes.ops.geometry import Geometry, ResizeRule
+from probes.ops.geometry import ResizeRule
 
 from .attention_weights import read_attention
 from .families import own_image_attention

@@ -46,8 +46,8 @@ class PositionProbe:
     @property
     def converged(self) -> bool:
         """Whether it has a certificate; a closed form needs none."""
-        certificates = self.solution.certificates
-        return not len(certificates) or Certificate(*certificates[self.solution.row]).converged
+        certificates = self.solution.certificates.tolist()
+        return not certificates or Certificate(*certificates[self.solution.row]).converged
 
     def sums(self, images: ImageDataset, task: Task, geometry: Geometry) -> Tensor:
         """Return what the scores of a task are computed from, f[N, M] of N images."""

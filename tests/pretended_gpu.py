@@ -27,6 +27,8 @@ ANALYSES = {
     "knockout": ["--classes", "sky", "wall"],
     "routes": ["--limit", "2", "--draws", "1"],
     "patching": ["--site", "layer_02", "--limit", "4", "--draws", "1"],
+    "position": [],
+    "norms": ["--limit", "2"],
     "sinks": ["--limit", "2"],
     "umap": ["--image", "1"],
     "maps": ["--image", "1", "3"],

@@ -155,6 +155,7 @@ class Analysis:
         reads: Analyses before it whose results it reads where there are some.
         of_encoders: It can be run on a bare vision encoder, too.
         of_any_task: It can be run on probes of any task, not of segmentation only.
+        every_task: A study runs it on the runs of its other tasks, too.
         beside_data: Options with the file that stands beside the folder of the data, and what it contains; the
             analysis does not run without them.
         claims: What is claimed about its numbers, by name: effects of the result, which the report judges in three
@@ -182,6 +183,7 @@ class Analysis:
     reads: tuple[str, ...] = ()
     of_encoders: bool = False
     of_any_task: bool = False
+    every_task: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
     rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda results: iter(())

@@ -34,8 +34,8 @@ from .verify import (
     data_notes,
     find_remarks,
     format_labels,
+    group_copies,
     join_counts,
-    join_groups,
     read_pairs,
 )
 
@@ -107,8 +107,7 @@ class ProbeData:
             labels, contents, _ = zip(*of_split, strict=True)
             self.labels[split] = join_counts(labels)
             self.pixels += [counts.pixels for counts in labels]
-            if len({*contents}) < len(contents):
-                dataset.groups = join_groups(dataset.groups or dataset.names, contents)
+            group_copies(dataset, contents)
         check_labels(self.classes, self.labels)
         self.remarks = find_remarks(pairs)
         for note in data_notes(self.classes, self.labels, self.remarks):

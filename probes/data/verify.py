@@ -195,6 +195,12 @@ def find_remarks(pairs: Mapping[str, ReadPair]) -> dict[str, list]:
     }
 
 
+def group_copies(images: ImageDataset, contents: Sequence[str]) -> None:
+    """Put copies of an image into one group of a split, from the digest of the pixels of each image."""
+    if len({*contents}) < len(contents):
+        images.groups = join_groups(images.groups or images.names, contents)
+
+
 def join_groups(groups: Sequence[str], contents: Sequence[str]) -> list[int]:
     """Return groups of images as numbers, where those that have an image of the same content are one."""
     from scipy.sparse import coo_array

@@ -46,6 +46,7 @@ OPERATIONS: dict[str, type[View]] = {
     "words_of_site": SiteView,
     "pixel_map": SiteView,
     "similarity": PatchView,
+    "norms": View,
     "pca": ShownViews,
     "ask": PhotoQuestion,
     "attention": Attention,

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.sinks import relative_norms
 from probes.models.features import pca_colours
 from probes.models.knockout import Knockout
 from probes.models.reading import Replacement
@@ -131,6 +132,11 @@ class Session:
         states = self._read_states(request, job)
         cosines = mllm.similarity(states, divmod(request.patch, mllm.grid[1]))
         return {"similarity": _pack(torch.stack([*cosines.values()]))}
+
+    def norms(self, request: View, job: Job) -> dict[str, Any]:
+        """Return the norm of each patch at all sites, in medians of the site, f32[S, T]."""
+        states = self._read_states(request, job)
+        return {"norms": _pack(torch.stack([relative_norms(x[0]) for x in states.values()]))}
 
     def pca(self, request: ShownViews, job: Job) -> dict[str, Any]:
         """Return PCA colours u8[S, T, 3] of each view shown of a model, fitted over all of them together."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import PhotoLike, read_photos
-from probes.ops.geometry import Geometry, ResizeRule
+from probes.ops.geometry import ResizeRule
 
 from .attention_weights import read_attention
 from .families import own_image_attention
@@ -22,6 +22,7 @@ from .families.encoders import AnyFamily
 from .families.layer_parts import part_width
 from .features import similarity
 from .knockout import Knockout
+from .pixels import geometry_of
 from .reading import Hooks, describe_shape, read_states
 from .sites import layer_around, layer_number, layer_site, part_of
 
@@ -71,14 +72,7 @@ class FrozenModel(nn.Module):
         self.image_tokens = self.grid[0] * self.grid[1]
         self.sites = family.sites(model.config)
         self.widths = LazyWidths(family.widths(model.config), self._part_width)
-        # the last one's pixels are those of the square; DeepSeek-VL makes the smaller ones of them
-        mean_colour = tuple(int(255 * x) for x in image_processors[-1].image_mean)
-        colour = resize_rule.padding or mean_colour
-        side = family.side_px(model.config)
-        covered = family.covered_px(model.config)
-        self.geometry = Geometry(
-            grid=self.grid, image_px=side, covered_px=covered, rule=resize_rule, padding=colour
-        )
+        self.geometry = geometry_of(family, model.config, image_processors, resize_rule)
         self.eval()
 
     def state_bytes(self, sites: Iterable[str]) -> int:

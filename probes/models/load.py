@@ -14,6 +14,7 @@ from transformers.utils.hub import resolve_revision
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import load_weights
+from probes.ops.geometry import Geometry
 
 from .attention_masks import check_masks, mask_backend
 from .families import family_of, own_image_attention
@@ -21,7 +22,7 @@ from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
 from .module_sources import check_names_function, is_source, open_source
 from .own_module import EncoderModule, Preprocess, describe_module
-from .pixels import read_image_processors
+from .pixels import geometry_of, read_image_processors
 from .prompts import read_dialogue, read_prefix_ids, read_separator_id
 from .random_weights import Control
 from .read_config import Checkpoint, check_numbers, read_config
@@ -163,6 +164,19 @@ def _encoder_module(module: nn.Module | EncoderModule | str, options: LoadOption
 # -------------------------------------------------------------------------------------------- checkpoints
 def load_checkpoint(path: str, options: LoadOptions) -> FrozenMLLM | FrozenEncoder:
     """Return a checkpoint as a frozen model with its weights, on the CPU or spread over devices."""
+    checkpoint = open_checkpoint(path, options)
+    options.check_control(checkpoint.family, checkpoint.config)
+    check_numbers(path, checkpoint.family, checkpoint.config)
+    if checkpoint.family.has_llm:
+        model = _load_mllm(checkpoint, options)
+    else:
+        model = _load_encoder(checkpoint, options)
+    model.revision = getattr(checkpoint.revision, "resolved", None)
+    return model
+
+
+def open_checkpoint(path: str, options: LoadOptions) -> Checkpoint:
+    """Return a checkpoint before its weights are read."""
     check_names_function(path)
     options.check_absent(OF_MODULES, f"they are of modules, and {path} is a checkpoint")
     if options.revision is not None and Path(path).is_dir():
@@ -176,15 +190,16 @@ def load_checkpoint(path: str, options: LoadOptions) -> FrozenMLLM | FrozenEncod
     family = family_of(config)
     if options.image_px is not None:
         family = family.with_side(options.image_px, config)
-    options.check_control(family, config)
-    check_numbers(path, family, config)
-    checkpoint = Checkpoint(path, family=family, config=config, revision=revision)
-    if family.has_llm:
-        model = _load_mllm(checkpoint, options)
-    else:
-        model = _load_encoder(checkpoint, options)
-    model.revision = getattr(revision, "resolved", None)
-    return model
+    return Checkpoint(path, family=family, config=config, revision=revision)
+
+
+def read_geometry(path: str, **options: Any) -> Geometry:
+    """Return how a checkpoint sees images, as :func:`load` does with these options. No weights are read."""
+    chosen = LoadOptions(**options)
+    checkpoint = open_checkpoint(path, chosen)
+    processors, rule = read_image_processors(checkpoint)
+    rule = rule.replaced_by(chosen.image_resize)
+    return geometry_of(checkpoint.family, checkpoint.config, processors, rule)
 
 
 def _load_mllm(checkpoint: Checkpoint, options: LoadOptions) -> FrozenMLLM:

@@ -5,18 +5,18 @@ and how they resize are read: filter, sides, crop.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import transformers
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from llava_bidir.common.errors import UserError, error_context
-from probes.ops.geometry import ResizeRule
+from probes.ops.geometry import Geometry, ResizeRule
 
 from .families.encoders import AnyFamily
 from .read_config import Checkpoint
@@ -77,6 +77,21 @@ def read_image_processors(checkpoint: Checkpoint) -> tuple[list[CLIPImageProcess
         for mean, std in family.normalisations
     ]
     return processors, rule
+
+
+def geometry_of(
+    family: AnyFamily, config: PreTrainedConfig, image_processors: Sequence, rule: ResizeRule
+) -> Geometry:
+    """Return how a model sees images, from its config, image processors and resize rule."""
+    # the last one's pixels are those of the square; DeepSeek-VL makes the smaller ones of them
+    mean_colour = tuple(int(255 * x) for x in image_processors[-1].image_mean)
+    return Geometry(
+        grid=family.grid(config),
+        image_px=family.side_px(config),
+        covered_px=family.covered_px(config),
+        rule=rule,
+        padding=rule.padding or mean_colour,
+    )
 
 
 def _read_processor_settings(checkpoint: Checkpoint) -> dict[str, Any]:

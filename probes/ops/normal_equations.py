@@ -60,6 +60,18 @@ def join_equations(parts: Sequence[NormalEquations]) -> NormalEquations:
     return NormalEquations(couplings, *others)
 
 
+def add_up_equations(equations: NormalEquations, group_of: Tensor) -> NormalEquations:
+    """Return the sums of the normal equations of each group, from the group of each image, i64[B]."""
+    groups = int(group_of.max()) + 1
+
+    def add_up(x: Tensor) -> Tensor:
+        return x.new_zeros(groups, *x.shape[1:]).index_add_(0, group_of, x)
+
+    couplings = {apart: add_up(x) for apart, x in equations.couplings.items()}
+    others = equations.weight, equations.projected, equations.square
+    return NormalEquations(couplings, *map(add_up, others))
+
+
 def normal_equations(target: Tensor, grid: tuple[int, int], view: GridPlacement) -> NormalEquations:
     """Return the normal equations of targets f[B, H, W, K]; a pixel with a NaN in any channel is not labelled.
 

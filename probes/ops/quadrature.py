@@ -108,6 +108,35 @@ def join_masks(parts: Iterable[PreparedMasks], images: int | None = None) -> Pre
     return PreparedMasks(**tensors, rules=tuple(rules), rule_of=tuple(rule_of))
 
 
+def add_up_masks(
+    parts: Iterable[PreparedMasks], group_of: Sequence[int]
+) -> tuple[PreparedMasks, list[int]]:
+    """Return the sums of masks of a group, one for each kind of placement, and the group of each sum.
+
+    The loss of logits that are the same for all images of a group is that of their sum.
+
+    Args:
+        parts: One mask each.
+        group_of: Group of each.
+    """
+    rules: list[tuple[Tensor, Tensor]] = []
+    sums: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for group, part in zip(group_of, parts, strict=True):
+        (rule,) = part.rules
+        of_group = sums.setdefault((group, _find_rule(rules, rule)), {})
+        for name in TENSORS:
+            of_group[name] = of_group.get(name, 0) + getattr(part, name).double()
+    joined = {name: torch.cat([x[name] for x in sums.values()]) for name in TENSORS}
+    masks = PreparedMasks(
+        mass=joined["mass"].float(),
+        soft=joined["soft"].float(),
+        pixels=joined["pixels"],
+        rules=tuple(rules),
+        rule_of=tuple(rule for _, rule in sums),
+    )
+    return masks, [group for group, _ in sums]
+
+
 def _find_rule(rules: list[tuple[Tensor, Tensor]], rule: tuple[Tensor, Tensor]) -> int:
     """Return the index of a rule, which is appended if it is new."""
     for i, known in enumerate(rules):

@@ -39,6 +39,7 @@ from probes.tasks import SEGMENTATION, TASKS
 from .best_layers import BEST_LAYER
 from .claims import evaluate_claims, joint_studies
 from .model_table import format_model_table
+from .position import position_results
 from .readings import MainRun, ReportView, SiteAxis, by_site, read_view
 from .render import render
 from .sites import shown_runs, table2
@@ -310,6 +311,8 @@ def report_results(
             results["joint"].append(entry | {"model": label})
     if others:
         results["tasks"] = others
+    labels_by_key = tables.models.set_index("key")["label"].to_dict()
+    results["position"] = position_results(tables.position, labels_by_key)
     return results | {"comparisons": comparisons(tables)}
 
 

@@ -13,6 +13,7 @@ from probes.models.sites import is_on_main_path
 from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
+from .position import main_rows, position_curves
 from .tables import Tables, by_claim
 from .words import LINES, SIGNS, number, shown, site_name, site_number, site_tick, zone_of
 
@@ -39,6 +40,7 @@ class SiteReading:
         resize: How these became squares.
         margin: Smallest difference that counts.
         label: What its user calls it, if that names a mask of a model.
+        position: Row of position alone, None if it was not solved.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class SiteReading:
     resize: str
     margin: float
     label: str | None = None
+    position: Any = None
 
     @property
     def about(self) -> tuple:
@@ -220,6 +223,9 @@ def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
     main = table[table["main"] & is_score & table["site"].map(is_on_main_path)]
     groups = tables.draws.groupby([*ABOUT[:4], "site"])
     draws = groups["value"].agg(list).to_dict()
+    positions = {}
+    for row in shown(main_rows(tables.position)).itertuples():
+        positions[row.task, row.data, row.model, row.mask, row.seed] = row
     readings = []
     for about, rows in main.groupby(ABOUT, sort=False):
         task, data, key, mask, seed = about
@@ -245,6 +251,7 @@ def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
             resize=main_run.run.metrics["image_resize"],
             margin=margins[task],
             label=main_run.run.label,
+            position=positions.get(about),
         )
         readings.append(reading)
     return ReportView(tables, models, readings=readings)
@@ -345,7 +352,9 @@ def by_site(
         about: Fields of the chart.
     """
     task = TASKS[readings[0].task]
-    curves = [curve_of(reading, axis, masks, style="thin", mark="") for reading in others]
+    positions = [reading.position for reading in readings if reading.position]
+    curves = position_curves(positions, last=len(axis.sites) - 1)
+    curves += [curve_of(reading, axis, masks, style="thin", mark="") for reading in others]
     for reading in readings:
         curves.append(curve_of(reading, axis, masks, band=reading in banded))
     if random is None:

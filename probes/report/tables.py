@@ -18,6 +18,7 @@ from probes.runs.formatting import Entry, bounds
 from probes.runs.study import StudyRuns, head_suffix
 
 from .compare import difference_rows
+from .position import position_rows
 from .sites import certificates_of, class_rows, draw_rows, run_columns, site_rows
 from .verdicts import VERDICT_COLUMNS
 
@@ -56,6 +57,9 @@ class Tables(NamedTuple):
         draws: The main score of each draw at the sites that it changes: model, mask, task, data, weights (random,
             permuted or adapter), draw, seed, site, metric, value.
         classes: IoU by class at the sites of main runs: model, mask, data, seed, site, class, iou, photos.
+        position: Position alone beside each main run and metric: model, mask, task, data, weights, draw, seed, probes,
+            grid, metric, value, low, high, converged; site and best, the best score; share, how much of it position
+            alone has, of errors the other way round.
         certificates: Of each solved probe: model, mask, task, data, weights, draw, seed, site, strength, at_end (the
             cross-validated loss is lowest at an end of the path), gradient, converged.
     """
@@ -66,6 +70,7 @@ class Tables(NamedTuple):
     differences: DataFrame
     draws: DataFrame
     classes: DataFrame
+    position: DataFrame
     certificates: DataFrame
 
 
@@ -81,6 +86,7 @@ NAMES = {  # of the columns of each table
         "second_value difference low high p p_holm finding detectable photos",
         "draws": f"{RUN} site metric value",
         "classes": f"{RUN} site class iou photos",
+        "position": f"{RUN} grid metric value low high site best share converged",
         "certificates": f"{RUN} site strength at_end gradient converged",
     }.items()
 }
@@ -111,6 +117,7 @@ def make_tables(
         rows["sites"] += site_rows(study, key)
         rows["draws"] += draw_rows(study, key)
         rows["classes"] += class_rows(study, key)
+        rows["position"] += position_rows(study, key)
         for run in study.members:
             about_run = run_columns(study, run, key)
             rows["certificates"] += [about_run | row for row in certificates_of(run)]

@@ -34,6 +34,7 @@ from llava_bidir.common.imports import HINT
 from probes.data.registry import identity_of_splits, open_split
 from probes.heads import Probe
 from probes.models.sites import ADAPTER, is_layer
+from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts
 from probes.runs.files import open_tensors, read_tensors
 from probes.score.effects import EFFECTS_FILE, read_effect_file
@@ -325,6 +326,28 @@ class ProbeRun:
             trust=self.trust,
             **{name: config[name] for name in LOADED},
         )
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """How the model sees images; of a checkpoint without reading its weights.
+
+        Raises:
+            UserError: The model's grid is not that of the run any more.
+        """
+        from probes.models.load import read_geometry
+        from probes.models.module_sources import is_source
+
+        config = self.manifest["config"]
+        if is_source(config["mllm"]):
+            return self.mllm().geometry
+        options = {name: config[name] for name in ("image_px", "image_resize")}
+        geometry = read_geometry(config["mllm"], trust=self.trust, **options)
+        if list(geometry.grid) != self.metrics["grid"]:
+            raise UserError(
+                f"{config['mllm']} has {geometry.grid} patches now, and {self.path} was made with "
+                f"{self.metrics['grid']}; restore what was probed, or make the run again"
+            )
+        return geometry
 
     def _tensors_of_sites(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights and statistics of each site's probe by name.

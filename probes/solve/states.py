@@ -23,10 +23,12 @@ from llava_bidir.common.imports import check_shape
 from probes.compute.machine import Machine, solver_device
 from probes.data.batches import MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
+from probes.ops.geometry import Geometry
 from probes.ops.normal_equations import NormalEquations, join_equations, normal_equations
 from probes.ops.quadrature import PreparedMasks, join_masks
 from probes.site_probes import SiteProbes
 from probes.steps.progress import follow
+from probes.tasks import Task
 
 from .held_out import scored_masks
 from .least_squares import check_values
@@ -157,9 +159,12 @@ class StateReader:
     def _prepare_targets(self, batches: Iterator[dict[str, Any]]) -> Targets:
         if self.prepare is None:
             equations = []
+            probes = self.probes
+            geometry = probes.mllm.geometry
             for batch in batches:
                 for target in batch["target"]:
-                    equations.append(prepare_values(self.probes, target))
+                    values = prepare_values(target, probes.task, probes.channels, geometry)
+                    equations.append(values)
             joined = join_equations(equations)
             check_values(joined, self.fold_of)
             return Targets(joined, scored=None, fold_of=self.fold_of)
@@ -174,15 +179,14 @@ class StateReader:
         return Targets(masks, scored=scored, fold_of=self.fold_of)
 
 
-def prepare_values(probes: SiteProbes, target: Tensor) -> NormalEquations:
+def prepare_values(
+    target: Tensor, task: Task, channels: int, geometry: Geometry
+) -> NormalEquations:
     """Return the normal equations of the target f[H, W, ...] of an image."""
-    model = probes.mllm
     height, width = target.shape[:2]
-    view = model.geometry.view((height, width))
-    task = probes.task
     values = task.values(target[None])
-    check_shape(task.values, values, (1, height, width, probes.channels))
-    return normal_equations(values, grid=model.grid, view=view)
+    check_shape(task.values, values, (1, height, width, channels))
+    return normal_equations(values, grid=geometry.grid, view=geometry.view((height, width)))
 
 
 def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -22,7 +22,12 @@ from .arms import arm_names, kind_of
 from .plan import RUNS, Planned, check_folder, plan, trained_first
 
 REPORT_S = 5.0  # a page of two models on 60 photos
-PASSES = {"knockout": 6, "routes": 20, "maps": 0.1}  # forwards over the validation images; else one
+PASSES = {
+    "knockout": 6,
+    "routes": 20,
+    "maps": 0.1,
+    "position": 0.1,
+}  # forwards over the validation images; else one
 SIMULATED = 20_000  # studies
 # standard deviations of recovery beyond random in the toy world, as fractions (experiments/statistics/draws.py)
 OF_AN_IMAGE = 0.0028 * math.sqrt(600)

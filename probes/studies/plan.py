@@ -6,6 +6,7 @@ A step is a call with its options, and says what it reads and writes: what was m
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -118,6 +119,7 @@ def plan(study: StudyOptions) -> Planned:
                 if task == main or not is_fitted(arm.name):
                     steps.append(_run_step(study, arm, task=task, content=contents[label, task]))
         steps += _analysis_steps(study, of_model, analyses=analyses, photos=len(validation))
+        steps += _steps_of_other_tasks(study, of_model, analyses)
     steps.append(_report_step(study, steps))
     chosen = [step for step in steps if not study.only or step.kind in study.only]
     if not chosen:
@@ -183,9 +185,7 @@ def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> Run
     kind, call = "solve", "probes.solve.run:run_config"
     if is_fitted(arm.name):
         kind, call = "fit", "probes.fit.cli:run_fit"
-    name = arm.run.name
-    if task != study.data.task:
-        name = join(arm.label, f"{task}_{arm.name}")
+    name = _name_of_run(study, arm, task)
     why_left_out = arm.why_left_out
     if not arm.run.sites:
         why_left_out = f"none of the sites that are probed is changed by {name} (model.sites)"
@@ -223,6 +223,27 @@ def _analysis_steps(
             analysed = analysed[:1]  # left out, which is said once
         steps += [_analysis_step(study, arm, name=name, settings=settings) for arm in analysed]
     return steps
+
+
+def _steps_of_other_tasks(
+    study: StudyOptions, arms: Sequence[Arm], analyses: Mapping[str, Settings]
+) -> list[ArmStep]:
+    """Return the steps of the analyses of all tasks on a model's trained runs of the other tasks."""
+    steps = []
+    trained = [arm for arm in arms if arm.is_trained]
+    for arm, task, name in product(trained, study.tasks, analyses):
+        if MEASURED[name].every_task:
+            run = arm.run._replace(name=_name_of_run(study, arm, task))
+            of_task = arm._replace(run=run)
+            steps.append(_analysis_step(study, of_task, name=name, settings=analyses[name]))
+    return steps
+
+
+def _name_of_run(study: StudyOptions, arm: Arm, task: str) -> str:
+    """Return the name of the run of an arm and a task."""
+    if task == study.data.task:
+        return arm.run.name
+    return join(arm.label, f"{task}_{arm.name}")
 
 
 def _analysis_step(study: StudyOptions, arm: Arm, name: str, settings: Settings) -> ArmStep:

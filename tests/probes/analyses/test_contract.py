@@ -30,6 +30,8 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "position": Case(""),
+    "norms": Case("--limit 2", ("norms_causal",)),
     "sinks": Case("--limit 2"),
     "knockout": Case("--classes sky wall --draws 1"),
     "routes": Case("--limit 2 --draws 1", ("routes_causal", "answer_accuracy")),

@@ -67,6 +67,10 @@ def test_similarity_and_pca_colours_over_the_shown_views(session, change, beside
     expected = torch.stack([*model.mllm.similarity(views[0], (1, 0)).values()])
     similarity = session.similarity(PatchView(**VIEW, patch=2), labs.JOB)["similarity"]
     assert np.array_equal(numbers(similarity, "<f4", *expected.shape), expected.numpy())
+    relative = session.norms(View(**VIEW), labs.JOB)["norms"]
+    norms = np.stack([np.linalg.norm(x[0].float().numpy(), axis=1) for x in views[0].values()])
+    of_page = numbers(relative, "<f4", *norms.shape)
+    np.testing.assert_allclose(of_page * np.sort(norms)[:, [1]], norms, rtol=1e-5)
     for s, site in enumerate(views[0]):
         x = np.concatenate([states[site][0].double().numpy() for states in views])
         u, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)

@@ -229,7 +229,10 @@ def test_a_dry_run_writes_nothing(checkpoints, segmentation, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "random1/knockout" in said
     assert "7 of them passes over the images: 1 trained, 2 random, 2 permuted, 2 adapter" in said
-    assert re.search(r"15 steps: about 0:.* \(solve 0:.*, sinks 0:.*, knockout .*, report ", said)
+    assert re.search(
+        r"17 steps: about 0:.* \(solve 0:.*, position 0:.*, norms 0:.*, sinks 0:.*, knockout .*, report ",
+        said,
+    )
     assert not (tmp_path / "study").exists()
 
 

@@ -29,7 +29,8 @@ def reasons(study: StudyOptions) -> dict[str, str]:
 def test_arms_that_change_no_probed_site_are_left_out_with_their_analyses(settings):
     steps = plan(settings(options=("--model.sites", "[encoder]"))).steps
     planned = {step.name for step in steps if not step.why_left_out}
-    assert planned == {"trained", "trained/sinks", "adapter0", "report"}
+    analyses = {"trained/position", "trained/norms", "trained/sinks"}
+    assert planned == {"trained", "adapter0", "report"} | analyses
 
 
 def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(settings, tmp_path):
@@ -118,7 +119,8 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     }
     with pytest.raises(UserError, match="2 of the steps failed.*broken.*RuntimeError: a bug"):
         ran.of(made)
-    trained = ["trained", "trained/sinks", "trained/knockout", "trained/maps"]
+    names = ("position", "norms", "sinks", "knockout", "maps")
+    trained = ["trained", *(f"trained/{name}" for name in names)]
     assert ran == [*trained, "report", "random0", "permuted0", "adapter0", "report"]
     assert reasons(made)["trained/knockout"] == "failed: broken"
     assert "a bug" in reasons(made)["trained/maps"]
@@ -149,13 +151,14 @@ def test_the_first_report_says_which_controls_are_outstanding(settings, ran):
 def test_a_label_does_not_make_an_arm_trained(settings):
     steps = plan(settings({"re_trained": "causal"})).steps[:-1]
     trained = {step.name for step in steps if step.is_trained}
-    assert trained == {f"re_trained/trained{name}" for name in ("", "/sinks", "/knockout")}
+    analyses = ("", "/position", "/norms", "/sinks", "/knockout")
+    assert trained == {f"re_trained/trained{name}" for name in analyses}
 
 
 def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):
     made = settings()
     ran.failing = {"trained/knockout": NothingToMeasure("no image has a wrong patch")}
-    assert ran.of(made)[2:4] == ["trained/knockout", "report"]
+    assert ran.of(made)[4:6] == ["trained/knockout", "report"]
     assert ran.of(made) == [] and "nothing to do" in capsys.readouterr().out
     more = settings(draws=2)
     names = ran.of(more)
@@ -183,7 +186,8 @@ def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
 def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(settings, ran):
     some = settings(options=("--model.sites", SITES))
     solved = ["random0", "permuted0", "adapter0"]
-    assert ran.of(some) == ["trained", "trained/sinks", "report", *solved, "report"]
+    trained = ["trained", "trained/position", "trained/norms", "trained/sinks"]
+    assert ran.of(some) == [*trained, "report", *solved, "report"]
     knockouts = {f"{arm}/knockout" for arm in ("trained", "random0", "permuted0")}
     assert {name for name in reasons(some) if "knockout" in name} == knockouts
     assert "layer_01" in reasons(some)["trained/knockout"]

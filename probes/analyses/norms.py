@@ -1,0 +1,154 @@
+"""`probes norms`: which patches are artefacts? The norm of each patch by site, in medians of those of its image.
+
+Vision encoders can keep what they know of the picture in patches of its background: their norm is several times that of
+others, and little can be read there of what they show (Darcet et al., Vision Transformers Need Registers, 2309.16588).
+In an LLM, such a patch is an attention sink (sinks.py).
+
+norms.json: "images", "outlier" (multiple of the median), "sites": {SITE: {"median": norm, mean over images; "largest":
+in medians, mean over images; "outliers": share of patches from `outlier` on}}.
+norms.safetensors: "photo" f32[S, h, w], of the first image in medians; "mean" f32[S, h, w], over images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llava_bidir.common.cli import Count
+
+from .analysis import Analysis, Result, RunOptions, Section
+from .sinks import IMAGES, relative_norms
+
+if TYPE_CHECKING:  # this module answers `probes --help`
+    from PIL import Image
+
+    from probes.models.frozen_model import FrozenModel
+    from probes.runs.read import ProbeRun
+    from probes.runs.study import StudyRuns
+
+    from .charts import Chart, Figure
+
+OUTLIER_NORM = 3.0  # medians: DINOv2-g's artefacts are from 150 on, most other patches around 50
+MOST_MAPS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormsOptions(RunOptions):
+    """What to measure.
+
+    Args:
+        limit: Number of images to read.
+    """
+
+    limit: Count = IMAGES
+
+
+def measure(run: "ProbeRun", options: NormsOptions) -> Result:
+    """Return the norms at the run's sites on the first images of its split."""
+    dataset = run.dataset()
+    images = [dataset[i]["image"] for i in range(min(options.limit, len(dataset)))]
+    return measure_norms(run.mllm(), run.sites, images)
+
+
+def measure_norms(
+    mllm: "FrozenModel", sites: Sequence[str], images: Sequence["Image.Image"]
+) -> Result:
+    """Return the content of norms.json, and the maps."""
+    import torch
+
+    norms = []
+    medians = []
+    for image in images:
+        states = mllm.states(mllm.preprocess(image), sites)
+        norms.append(torch.stack([relative_norms(states[site][0]).cpu() for site in sites]))
+        medians.append([states[site][0].float().norm(dim=-1).median().item() for site in sites])
+    relative = torch.stack(norms)  # [images, S, T]
+    largest = relative.amax(2).mean(0).tolist()
+    outliers = (relative >= OUTLIER_NORM).float().mean((0, 2)).tolist()
+    median = torch.tensor(medians).mean(0).tolist()
+    columns = zip(sites, median, largest, outliers, strict=True)
+    by_site = {
+        site: {"median": typical, "largest": most, "outliers": share}
+        for site, typical, most, share in columns
+    }
+    rows = {"images": len(images), "outlier": OUTLIER_NORM, "sites": by_site}
+    maps = relative.unflatten(2, mllm.grid)
+    return Result(rows, {"photo": maps[0].contiguous(), "mean": maps.mean(0)})
+
+
+def section(study: "StudyRuns") -> Section:
+    """Return the maps of a study's runs, and their results by mask; results.json has those of the first mask by site."""
+    by_mask: dict[str, Any] = {}
+    figures = []
+    for mask, main in study.main_runs.items():
+        run = study.solved.get(mask, main)
+        results = run.analysis(ANALYSIS.result)
+        by_mask[mask] = results
+        if results is not None:
+            figures.append(norms_figure(run, results))
+    measured = [results["sites"] for results in by_mask.values() if results is not None]
+    of_first = {}
+    if measured:
+        of_first["norms"] = measured[0]
+    return Section(figures, results=of_first, by_mask={"norms": by_mask})
+
+
+def norms_figure(run: "ProbeRun", results: dict[str, Any]) -> "Figure":
+    """Return the share of outliers by site, and maps of one photo."""
+    from probes.runs.files import read_tensors
+
+    from .charts import Figure, Grid
+
+    sites = results["sites"]
+    maps = read_tensors(run.path / "norms.safetensors")["photo"]
+    grids = []
+    for number in shown_sites(sites):
+        site = list(sites)[number]
+        title = f"{site}, up to {sites[site]['largest']:.3g} medians"
+        span = (0.0, max(OUTLIER_NORM, maps[number].max().item()))
+        grids.append(Grid(maps[number].numpy(), title=title, span=span))
+    rows = [{"site": site} | numbers for site, numbers in sites.items()]
+    caption = (
+        f"Share of patches whose norm is {OUTLIER_NORM:g} times the median of their image or more, in "
+        f"{results['images']} images, and the norms in one of these, in medians: dark patches are outliers. They say "
+        "little of what they show."
+    )
+    return Figure(
+        name=f"norms_{run.mask}",
+        title=f"Norms of patches, {run.mask}",
+        caption=caption,
+        panels=[outlier_chart(sites), *grids],
+        rows=rows,
+    )
+
+
+def shown_sites(sites: dict[str, Any]) -> list[int]:
+    """Return the numbers of sites whose maps are shown: at equal distances, and the one with the largest norm."""
+    last = len(sites) - 1
+    chosen = {round(i * last / (MOST_MAPS - 2)) for i in range(MOST_MAPS - 1)}
+    largest = [numbers["largest"] for numbers in sites.values()]
+    return sorted(chosen | {largest.index(max(largest))})
+
+
+def outlier_chart(sites: dict[str, Any]) -> "Chart":
+    """Return the curve of the share of outliers."""
+    from .charts import Chart, Curve, Point
+
+    points = []
+    for x, (site, numbers) in enumerate(sites.items()):
+        points.append(Point(x, numbers["outliers"], title=f"{site}: {numbers['outliers']:.1%}"))
+    ticks = {x: site.rpartition("_")[2] for x, site in enumerate(sites)}
+    return Chart([Curve(points, mark="circle")], ticks, title="outliers", unit="patches, %")
+
+
+ANALYSIS = Analysis(
+    name="norms",
+    help="measure the norms of patches by site, into RUN/norms.json",
+    question="Which patches are artefacts, with a norm far above that of others?",
+    options=NormsOptions,
+    measure=measure,
+    title="Norms",
+    section=section,
+    default=True,
+    of_encoders=True,
+    of_any_task=True,
+)

@@ -261,6 +261,8 @@ class StudyOptions(RunConfig):
         draws: Draws of random LLMs, and of random adapters; of a bare encoder, of random layers. At most two are also
             permuted.
         arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
+        control_sites: Probe random and permuted models at their first site, every Nth layer and the last one; what is
+            judged beyond random is then of these layers of the trained model, too.
         fit: Also train probes, as the paper does.
         tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
         margin: Points of a class score that count as nothing, chosen before any result.
@@ -278,6 +280,7 @@ class StudyOptions(RunConfig):
     ckpt_path: Literal["last"] | None = "last"
     draws: Index = 3
     arms: tuple[str, ...] = ()
+    control_sites: Count = 1
     fit: bool = False
     tasks: tuple[str, ...] = ()
     margin: Positive = POINTS

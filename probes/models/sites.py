@@ -1,8 +1,10 @@
-"""Names of the sites where states are read; imports nothing, since reports need them without a model.
+"""Names of the sites where states are read; imports nothing of ours, since reports need them without a model.
 
 Sites of the main path follow each other from the pixels to the output: "encoder", "adapter", "layer_07". A part is
 inside a layer: "attn_07".
 """
+
+from collections.abc import Sequence
 
 ENCODER = "encoder"
 ADAPTER = "adapter"
@@ -57,6 +59,17 @@ def layer_around(site: str) -> str:
     if part_of(site) is None:
         return site
     return layer_site(layer_number(site))
+
+
+def every_nth(sites: Sequence[str], step: int) -> list[str]:
+    """Return the first of sites in forward order, every `step`-th layer after it, and the last one with its norm.
+
+    What is inside a layer stays with it.
+    """
+    layers = dict.fromkeys(layer_around(site) for site in sites if site != FINAL_NORM)
+    spaced = [*layers][::step]
+    ends = [*layers][-1:]
+    return [site for site in sites if layer_around(site) in (*spaced, *ends, FINAL_NORM)]
 
 
 def is_encoder_layer(site: str) -> bool:

@@ -200,7 +200,12 @@ def _beyond_random_column(case: Case) -> Entry:
         worst = worst_of(sign, named, margin)
         if reason := why_undecided(case, compared=columns, solved=solved):
             return untested(reason, value=worst["value"], ci95=worst["ci95"], probes=probes)
-        return worst | {"controls": columns, "probes": probes}
+        column = worst | {"controls": columns, "probes": probes}
+        main_run = case.study.main_runs[case.mask]
+        layers = case.study.compared_layers(main_run)
+        if len(layers) < len(main_run.layers) and case.name != "adapter_drop":
+            column["layers"] = layers
+        return column
     reasons = dict.fromkeys(why_no_draws(case, control) for control in case.controls)
     return untested("; ".join(reasons))
 

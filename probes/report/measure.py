@@ -13,7 +13,7 @@ What has no verdict has a reason, and what to run the study again with.
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -27,6 +27,7 @@ from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
 from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, UNTRAINED_ARMS, StudyRuns, by_mask
+from probes.runs.write import summary
 from probes.score.estimate import Estimate
 from probes.score.strengths import ROWS
 from probes.steps.record import Outcome, unfinished_steps
@@ -35,6 +36,10 @@ from .verdicts import compare_to_draws
 
 KNOCKOUT = "knockout"  # the analysis
 GAIN = "recovery_trained"  # the recovery minus that of the untrained model
+COMPARED = (
+    "compared"  # weights of the trained model, where its best layer is one that random models have
+)
+BESIDE_RANDOM = (COMPARED, *CONTROLS["llm"])
 AGAINST_RANDOM = "random"  # after "@" in the name of an effect
 
 
@@ -44,7 +49,7 @@ class EffectKey(NamedTuple):
     Args:
         effect: Name of the effect, which is that of its claim.
         mask: Attention among image tokens; of a difference of masks, that which is compared with the first.
-        weights: "trained", "untrained", or the control whose draws are listed.
+        weights: "trained", "untrained", the control whose draws are listed, or COMPARED.
         solved: Whether its probes are at the optimum.
         strength: Row of regularisation strengths; None for the probes of the run.
         site: The site that it is measured at; None for those that the effect names.
@@ -81,14 +86,18 @@ def effects_of_study(study: StudyRuns) -> Effects:
     first = study.first.mask
     for solved in {True, study.is_solved}:
         trained = by_mask(study.where(arm="trained", solved=solved))
-        # where masks are compared: the best layer of the trained model, for its controls too
-        compared_site = None
-        if first in trained:
-            compared_site = trained[first].peak_layer
         for weights, runs in models_of_study(study, trained, solved=solved):
+            layers = layers_of_weights(study, weights, trained)
+            # where masks are compared: the best layer of the trained model, for its controls too
+            compared_site = None
+            if first in trained:
+                compared_site = best_layer(trained[first], layers)
             estimates: dict[EffectKey, Estimate] = {}
             for mask, run in runs.items():
-                for name, estimate in named_effects[run.path].items():
+                effects_of_run = named_effects[run.path]
+                if layers and run.layers != layers and weights in BESIDE_RANDOM:
+                    effects_of_run = effects_among(run, effects_of_run, layers)
+                for name, estimate in effects_of_run.items():
                     key = read_key(name, mask=mask, weights=weights, solved=solved)
                     estimates[key] = estimate
             compared = {mask: run for mask, run in runs.items() if compared_site in run.sites}
@@ -109,12 +118,42 @@ def models_of_study(
 ) -> Iterator[tuple[str, dict[str, ProbeRun]]]:
     """Yield the weights and the runs by mask of the trained model, the untrained one, and each draw of each control."""
     yield "trained", dict(trained)
+    yield COMPARED, dict(trained)
     untrained = by_mask(study.where(arm=UNTRAINED_ARMS, solved=solved))
     of_same_masks = {mask: run for mask, run in untrained.items() if mask in trained}
     yield "untrained", of_same_masks
     for control in (*CONTROLS["llm"], *CONTROLS["adapter"]):
         for draw in study.draws(control, solved=solved):
             yield control, draw
+
+
+def layers_of_weights(study: StudyRuns, weights: str, trained: Mapping[str, ProbeRun]) -> list[str]:
+    """Return the layers that the best one is chosen of: all, or those that the trained model and random ones have."""
+    for run in trained.values():
+        if weights in BESIDE_RANDOM:
+            return study.compared_layers(run)
+        return run.layers
+    return []
+
+
+def best_layer(run: ProbeRun, layers: Container[str]) -> str | None:
+    """Return the best decoder layer of a run among these, None without one."""
+    entries = [entry for entry in run.metrics["sites"] if entry["site"] in layers]
+    scores = {entry["site"]: entry[run.task.score] for entry in entries}
+    return summary(scores, run.task.sign)["peak_site"]
+
+
+def effects_among(
+    run: ProbeRun, effects: Mapping[str, Estimate], layers: Sequence[str]
+) -> dict[str, Estimate]:
+    """Return effects of a run with the best of these layers only, without those of analyses that read all layers."""
+    kept = {}
+    for name, estimate in effects.items():
+        effect, _, detail = name.partition("@")
+        reads_layers = effect in ANALYSIS_OF and CLAIMS[effect].reads_probes
+        if not reads_layers or detail in run.sites:
+            kept[name] = estimate
+    return kept | run.effects_among(layers)
 
 
 def differences_of_masks(
@@ -137,7 +176,8 @@ def is_of_claim(key: EffectKey, runs: Mapping[str, ProbeRun]) -> bool:
     claim = CLAIMS.get(key.effect)
     if claim is None:
         return False
-    return key.weights != "trained" or claim.applies is None or claim.applies(runs)
+    is_trained = key.weights in ("trained", COMPARED)
+    return not is_trained or claim.applies is None or claim.applies(runs)
 
 
 def is_defined(estimate: Estimate) -> bool:
@@ -245,7 +285,7 @@ class Case:
         masks = dict.fromkeys(run.mask for run in self.study.members)
         for mask, control in product(masks, self.controls):
             case = replace(self, mask=mask)
-            trained = case.judged_number(solved)
+            trained = case.judged_numbers(solved, weights=COMPARED)
             draws = case.numbers(solved, weights=control)
             judged_draws = case.judged_numbers(solved, weights=control)
             # a draw whose knockout has no contrast leaves the claim without this control
@@ -254,7 +294,7 @@ class Case:
             if len(draws) != len(judged_draws):
                 continue
             if not case.other_knockouts(control, solved):
-                differences[mask, control] = compare_to_draws(trained, judged_draws)
+                differences[mask, control] = compare_to_draws(trained[0], judged_draws)
         return differences
 
     def other_knockouts(self, control: str, solved: bool) -> str:
@@ -315,6 +355,9 @@ def why_no_draws(case: Case, control: str) -> str:
     if not case.judged_number(study.is_solved):
         main_run = study.main_runs[case.mask]
         return why_no_number(case, runs=[main_run], kind="the model")
+    if not case.judged_numbers(study.is_solved, weights=COMPARED):
+        reason = f"{ANALYSIS_OF[case.name]} reads all layers, and random models have probes at some"
+        return again(reason, option="--control_sites 1")
     if reason := case.other_knockouts(control, study.is_solved):
         return reason
     draws = case.runs_of_draws(control, study.is_solved)

@@ -14,6 +14,7 @@ from probes.runs.read import ProbeRun
 from probes.tasks import SEGMENTATION, TASKS
 
 from .position import main_rows, position_curves
+from .sites import random_part
 from .tables import Tables, by_claim
 from .words import LINES, SIGNS, number, shown, site_name, site_number, site_tick, zone_of
 
@@ -408,10 +409,13 @@ def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]
         if not values:
             continue
         points = ranges.setdefault(zone_of(site, axis.has_llm), [])
-        before = [reading.row(axis.sites[x - 1]) for reading in drawn]
+        start = x - 1
+        while start > 0 and random_part(drawn[0].own.get(axis.sites[start], "")) == "llm":
+            start -= 1
+        before = [reading.row(axis.sites[start]) for reading in drawn]
         starts = [row.value for row in before if row]
         if x and starts and not points and site != "adapter":
-            points.append(_range(x - 1, starts))
+            points.append(_range(start, starts))
         task = drawn[0].task
         title = f"random models: {number(min(values), task)} to {number(max(values), task)}"
         points.append(_range(x, values)._replace(title=title))

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Any
 
 from llava_bidir.common.errors import UserError
-from probes.models.sites import ADAPTER
+from probes.models.sites import ADAPTER, every_nth
 from probes.runs.read import ProbeRun
 
 KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of the analysis
@@ -97,7 +97,8 @@ def check_study(main: ProbeRun, runs: Sequence[ProbeRun]) -> None:
             advice="make the older one again",
         )
         # random adapters are compared at the adapter
-        if run.arm != "adapter" and _decoder_layers(main) and _decoder_layers(run):
+        is_compared = run.arm != "adapter" and _decoder_layers(main) and _decoder_layers(run)
+        if is_compared and not _is_thinned(run, main):
             _check_same(
                 main,
                 second=run,
@@ -107,6 +108,12 @@ def check_study(main: ProbeRun, runs: Sequence[ProbeRun]) -> None:
     for first, second in combinations(runs, 2):
         if first.is_solved == second.is_solved and first.mask == second.mask:
             _check_weights_differ(first, second)
+
+
+def _is_thinned(run: ProbeRun, main: ProbeRun) -> bool:
+    """Return whether a random model has every Nth layer of the main run: chosen by depth, not by what is read there."""
+    spaced = [every_nth(main.layers, step) for step in range(2, len(main.layers) + 1)]
+    return run.metrics["match"] != "none" and run.layers in spaced
 
 
 def _check_weights_differ(first: ProbeRun, second: ProbeRun) -> None:

@@ -37,7 +37,7 @@ from probes.models.sites import ADAPTER, is_layer
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts
 from probes.runs.files import open_tensors, read_tensors
-from probes.score.effects import EFFECTS_FILE, read_effect_file
+from probes.score.effects import EFFECTS_FILE, EffectSource, read_effect_file
 from probes.score.estimate import Estimate, dataset_scores, resampled_scores
 from probes.score.strengths import CLOSED_FORM, Strengths
 from probes.tasks import SEGMENTATION, TASKS
@@ -199,6 +199,15 @@ class ProbeRun:
             UserError: The file is damaged.
         """
         return read_effect_file(self._written(EFFECTS_FILE))[0]
+
+    def effects_among(self, layers: Sequence[str]) -> dict[str, Estimate]:
+        """Return the effects of the run's scores with the best of these layers only; other sites are as they are."""
+        sites = [site for site in self.sites if site in layers or site not in self.layers]
+        last = None if self.has_llm else self.last_layer
+        source = EffectSource(
+            sites, last_layer=last, task=self.task, weights=self.weights, groups=self.groups
+        )
+        return source.effects(self.sums_at(sites))
 
     @cached_property
     def _counts_file(self) -> Path:

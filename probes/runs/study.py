@@ -132,6 +132,11 @@ class StudyRuns:
                 return [by_mask(by_draw[key]) for key in sorted(by_draw)]
         return []
 
+    def compared_layers(self, run: ProbeRun) -> list[str]:
+        """Return the layers of a run that all random LLMs or encoders have: what is judged beyond these is of them."""
+        draws = self.where(arm=CONTROLS["llm"], solved=run.is_solved)
+        return [site for site in run.layers if all(site in draw.sites for draw in draws)]
+
     @property
     def slug(self) -> str:
         """Folder name of the study."""

@@ -30,7 +30,8 @@ from probes.models.families import family_of, own_image_attention
 from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.families.modules import why_unmatched
 from probes.models.read_config import read_config
-from probes.models.sites import layer_around
+from probes.models.sites import every_nth, layer_around
+from probes.runs.study import CONTROLS
 
 TRAINED = "trained"  # the arm of the checkpoint as it is
 FITTED = "probes"  # the arm of `--fit`: the trained model with probes that AdamW trained
@@ -128,6 +129,8 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
         if weights.parts:
             changed = sites[weights.sites]
             compared = [site for site, place in places.items() if place in changed]
+            if kind_of(name) in CONTROLS["llm"]:
+                compared = every_nth(compared, study.control_sites)
             options = replace(options, model=random_model(model, name, weights, sites=compared))
         if is_fitted(name):
             head = name.removeprefix(FITTED).removeprefix("_") or LINEAR

@@ -2,8 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +20,13 @@ from probes.steps.progress import format_duration
 from probes.steps.record import Outcome, Step
 from probes.steps.runner import find_missing
 
-from .arms import arm_names, kind_of
+from .arms import Arm, arm_names, kind_of, plan_arms
 from .plan import RUNS, Planned, check_folder, plan, trained_first
 
+if TYPE_CHECKING:  # torch, which a study without missing steps needs not
+    from probes.solve.run import RunCost
+
+SPACED = 3  # what sparser controls would cost
 REPORT_S = 5.0  # a page of two models on 60 photos
 PASSES = {
     "knockout": 6,
@@ -71,10 +77,10 @@ def print_estimate(study: StudyOptions) -> None:
     if len(study.models) > 1:
         print(describe_comparison(images, study.margin / 100))
     if runs:
-        print(describe_time(planned, missing))
+        print(describe_time(study, planned, missing))
 
 
-def describe_time(planned: Planned, missing: Sequence[Step]) -> str:
+def describe_time(study: StudyOptions, planned: Planned, missing: Sequence[Step]) -> str:
     """Return how long the missing steps take, measured on a few images with each model, or without weights, why not.
 
     Raises:
@@ -92,7 +98,22 @@ def describe_time(planned: Planned, missing: Sequence[Step]) -> str:
         images = sum(len(dataset) for dataset in open_splits(trained[0].config.data).values())
         costs_of_configs = [describe_config(arm.config.model.mllm, images) for arm in trained]
         return "\n".join([f"the time is not known here: {error}", *costs_of_configs])
-    sites = {arm.run.name: len(arm.run.sites) for arm in planned.arms}
+    by_kind = seconds_by_kind(missing, planned.arms, costs)
+    parts = [f"{kind} {format_duration(seconds)}" for kind, seconds in by_kind.items()]
+    total = by_kind.total()
+    text = f"{len(missing)} steps: about {format_duration(total)} on an idle machine ({', '.join(parts)})"
+    spaced_arms = plan_arms(replace(study, control_sites=SPACED))
+    spaced = seconds_by_kind(missing, spaced_arms, costs).total()
+    if spaced < total:
+        text += f"; with --control_sites {SPACED}: {format_duration(spaced)}"
+    return text
+
+
+def seconds_by_kind(
+    missing: Sequence[Step], arms: Sequence[Arm], costs: Mapping[str, "RunCost"]
+) -> Counter:
+    """Return the seconds of steps by kind, from the sites of the arms and the cost of a run of each model."""
+    sites = {arm.run.name: len(arm.run.sites) for arm in arms}
     by_kind: Counter = Counter()
     for step in missing:
         run = step.name if step.kind in RUNS else step.name.rpartition("/")[0]
@@ -103,9 +124,7 @@ def describe_time(planned: Planned, missing: Sequence[Step]) -> str:
             by_kind[step.kind] += cost.seconds(sites.get(run, max(sites.values())))
         else:
             by_kind[step.kind] += cost.start + PASSES.get(step.kind, 1) * cost.validation
-    parts = [f"{kind} {format_duration(seconds)}" for kind, seconds in by_kind.items()]
-    total = format_duration(sum(by_kind.values()))
-    return f"{len(missing)} steps: about {total} on an idle machine ({', '.join(parts)})"
+    return by_kind
 
 
 def describe_config(path: str, images: int) -> str:

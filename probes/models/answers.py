@@ -38,6 +38,7 @@ from .attention_masks import (
     supports_masks,
 )
 from .attention_weights import capture_attention, weights_of_image
+from .encoder_cut import cut_encoder
 from .families.our_code import SLIDING, layer_kinds
 from .hooks import with_arguments
 from .knockout import ANSWER, TEXT_SETS, Knockout
@@ -278,7 +279,7 @@ def text_states(
         return changed
 
     with ExitStack() as stack:
-        if knockout:
+        if knockout := stack.enter_context(cut_encoder(mllm, knockout, batch)):
             stack.enter_context(
                 _cut_text(mllm, text=text, knockout=knockout, masks=masks, effect=effect)
             )

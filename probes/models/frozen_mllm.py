@@ -24,6 +24,7 @@ from probes.ops.geometry import SQUASH, ResizeRule
 
 from .answers import attend_from_answer, generate_answer, score_answers
 from .attention_masks import Masks, build_decoder_masks, check_masks, decode_under, supports_masks
+from .encoder_cut import cut_encoder
 from .families import Family
 from .families.encoder_layers import EncoderLayers, encoder_layers
 from .families.our_code import LogitHead
@@ -152,6 +153,7 @@ class FrozenMLLM(FrozenModel):
         if not is_before_adapter(last):
             depth = min(self.sites.index(layer_around(last)) - 1, len(self.layers))
         with ExitStack() as stack:
+            knockout = stack.enter_context(cut_encoder(self, knockout, rows))
             if knockout and depth:
                 stack.enter_context(
                     knockout.apply(self.layers, masks=masks, is_image=self.is_image, depth=depth)
@@ -341,7 +343,7 @@ class FrozenMLLM(FrozenModel):
         """
         if (
             self.image_attention == self.own_image_attention
-            and knockout is None
+            and (knockout is None or knockout.in_encoder)
             and not supports_masks(self.text_config)
         ):
             return None

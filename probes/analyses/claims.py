@@ -30,6 +30,9 @@ CLAIMS: dict[str, Claim] = {
     "recovery_trained": Claim(
         +1, "Recovered by training: recovery − that of the untrained model, mIoU"
     ),
+    "recovery_without_context": Claim(
+        +1, "Recovered without the encoder's context: recovery, cut − intact, mIoU"
+    ),
     "layer_gain": Claim(+1, "Built up by the layers: best layer − patch embeddings, mIoU"),
     "over_last": Claim(
         +1,

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 
-from .attention_masks import is_allowed, mask_values
+from .attention_masks import is_allowed, mask_values, supports_masks
 from .attention_weights import softmax_attention
 from .families.encoder_layers import WINDOWS, encoder_layers
-from .families.encoders import ENCODERS, AnyFamily, vision_config
+from .families.encoders import ENCODERS, AnyFamily, count_extra_tokens, vision_config
 from .families.modules import MODULE_TYPE
 from .hooks import at_output, with_arguments
 from .knockout import PREFIX, Knockout
+from .sites import ENCODER
 
 BACKENDS = ("sdpa", "eager")  # that apply masks
 NO_MASK = ("data2vec-vision",)  # whose attention is code of its own
@@ -53,6 +55,55 @@ def check_cut(family: AnyFamily, config: PreTrainedConfig) -> None:
         encoder_layers(
             family, config
         )  # an error if its patches are not on the grid of the image tokens
+
+
+class ModelCut(NamedTuple):
+    """Where patches see only themselves in every forward of a model."""
+
+    encoder: Knockout | None = None
+    llm: bool = False
+
+
+_ENCODER = Knockout(site=ENCODER)
+_ALONE = Knockout(site=ENCODER, keep_extra=False)
+MODEL_CUTS = {
+    "encoder": ModelCut(_ENCODER),
+    "encoder_alone": ModelCut(_ALONE),
+    "llm": ModelCut(llm=True),
+    "both": ModelCut(_ENCODER, llm=True),
+    "both_alone": ModelCut(_ALONE, llm=True),
+}
+
+
+def check_model_cut(cut: str | None, family: AnyFamily, config: PreTrainedConfig) -> None:
+    """Raise a UserError if a model cannot have a cut, None or a key of `MODEL_CUTS`, as far as its config says."""
+    if cut is None:
+        return
+    if cut not in MODEL_CUTS:
+        raise UserError(f"there is no cut {cut!r}; expected one of {', '.join(MODEL_CUTS)}")
+    if MODEL_CUTS[cut].encoder:
+        check_cut(family, config)
+    if not MODEL_CUTS[cut].llm:
+        return
+    if not family.has_llm:
+        raise UserError(f"cut {cut!r}: {config.model_type} has no LLM; expected encoder")
+    if not supports_masks(config.get_text_config()):
+        raise UserError(f"cut {cut!r}: layers of {config.model_type}'s LLM have no mask")
+
+
+def extra_tokens(family: AnyFamily, config: PreTrainedConfig) -> int:
+    """Return the number of tokens before the patches in the encoder of a model."""
+    if family.has_llm:
+        return encoder_layers(family, config).extra_tokens
+    return count_extra_tokens(family, vision_config(config))
+
+
+def set_cut(model: nn.Module, cut: str) -> None:
+    """Cut every forward of a :class:`FrozenModel`; raise a UserError if a layer has no attention that can be cut."""
+    model.encoder_cut, model.cuts_llm = MODEL_CUTS[cut]
+    if model.encoder_cut:
+        for layer in PatchEncoder.of(model).layers:
+            masked_attention(layer, vision_config(model.model.config))
 
 
 @dataclass(frozen=True)
@@ -105,22 +156,27 @@ class PatchEncoder:
 def cut_encoder(
     model: nn.Module, knockout: Knockout | None, images: int
 ) -> Iterator[Knockout | None]:
-    """Cut the encoder of a :class:`FrozenModel` while the context is open, by a knockout at the site "encoder".
+    """Cut the encoder of a :class:`FrozenModel` while the context is open, by its own cut and by a knockout there.
 
     Yield the knockout if it is in the model's layers, else None.
 
     Raises:
         UserError: The encoder cannot be cut, or the knockout does not fit.
     """
-    if knockout is None or not knockout.in_encoder:
+    cuts = [model.encoder_cut]
+    if knockout and knockout.in_encoder:
+        cuts.append(knockout)
+        knockout = None
+    with ExitStack() as stack:
+        for cut in filter(None, cuts):
+            check_cut(model.family, model.model.config)
+            encoder = PatchEncoder.of(model)
+            allowed = encoder.allowed(cut, images)
+            chosen = cut.select_layers(encoder.layers, len(allowed))
+            stack.enter_context(
+                cut_layers(encoder, allowed.to(model.device), chosen.to(model.device))
+            )
         yield knockout
-        return
-    check_cut(model.family, model.model.config)
-    encoder = PatchEncoder.of(model)
-    allowed = encoder.allowed(knockout, images)
-    chosen = knockout.select_layers(encoder.layers, len(allowed))
-    with cut_layers(encoder, allowed.to(model.device), chosen.to(model.device)):
-        yield None
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from probes.tasks import SEGMENTATION
 from .measure import (
     GAIN,
     KNOCKOUT,
+    WITHOUT_CONTEXT,
     Case,
     again,
     effects_of_study,
@@ -71,7 +72,10 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     """
     effects = effects_of_study(study)
     claims = []
-    for name, mask in product(CLAIMS, study.main_runs):
+    names = [*CLAIMS]
+    if study.first.cut:  # there are no random adapters
+        names.remove("adapter_drop")
+    for name, mask in product(names, study.main_runs):
         case = Case(study=study, name=name, mask=mask, effects=effects)
         if number := case.number(study.is_solved):
             claims.append(_judge_claim(case, number=number, run=study.main_runs[case.masks[0]]))
@@ -98,7 +102,10 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
         **conclude(verdicts, claim.unlearned),
     }
     # what is known of a world is about its classes, and about the paper's masks where two are compared
-    if study.task.name == SEGMENTATION and case.masks in ((case.mask,), PAPER_MASKS):
+    is_known = study.task.name == SEGMENTATION and case.masks in ((case.mask,), PAPER_MASKS)
+    if study.first.cut and case.name != WITHOUT_CONTEXT:  # of the model as it is
+        is_known = False
+    if is_known:
         truth = read_truth(run)
         if case.name in truth:
             entry["truth"] = truth[case.name]

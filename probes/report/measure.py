@@ -35,6 +35,7 @@ from .verdicts import compare_to_draws
 
 KNOCKOUT = "knockout"  # the analysis
 GAIN = "recovery_trained"  # the recovery minus that of the untrained model
+WITHOUT_CONTEXT = "recovery_without_context"  # the recovery minus that with the encoder's context
 AGAINST_RANDOM = "random"  # after "@" in the name of an effect
 
 
@@ -101,6 +102,8 @@ def effects_of_study(study: StudyRuns) -> Effects:
                 if is_of_claim(key, pair) and is_defined(estimate):
                     effects.setdefault(key, []).append(estimate)
         effects |= gains_over_untrained(effects, masks=trained, solved=solved)
+    if study.with_context:
+        effects |= without_context(effects, effects_of_study(study.with_context))
     return effects
 
 
@@ -157,12 +160,30 @@ def gains_over_untrained(effects: Effects, masks: Iterable[str], *, solved: bool
         of_untrained = effects.get(key._replace(weights="untrained"))
         if not (of_trained and of_untrained):
             continue
-        gain = of_trained[0] - of_untrained[0]
-        if strength:
-            have_converged = [of[0].about["converged"] for of in (of_trained, of_untrained)]
-            gain = replace(gain, about={"converged": all(have_converged)})
+        gain = subtract(of_trained[0], of_untrained[0], at_strength=strength is not None)
         gains[key._replace(effect=GAIN)] = [gain]
     return gains
+
+
+def without_context(cut: Effects, intact: Effects) -> Effects:
+    """Return the recoveries under a cut of the encoder minus those without it, of each model and draw."""
+    differences: Effects = {}
+    for key, of_cut in cut.items():
+        if key.effect == "recovery" and key in intact:
+            pairs = zip(of_cut, intact[key], strict=False)
+            differences[key._replace(effect=WITHOUT_CONTEXT)] = [
+                subtract(*pair, at_strength=bool(key.strength)) for pair in pairs
+            ]
+    return differences
+
+
+def subtract(first: Estimate, second: Estimate, *, at_strength: bool) -> Estimate:
+    """Return a difference, which has converged at a row of strengths if both have."""
+    difference = first - second
+    if not at_strength:
+        return difference
+    have_converged = [estimate.about["converged"] for estimate in (first, second)]
+    return replace(difference, about={"converged": all(have_converged)})
 
 
 @dataclass(frozen=True)

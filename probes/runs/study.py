@@ -65,6 +65,7 @@ class StudyRuns:
     """
 
     has_other_heads = False  # trained beside its linear probes, in other studies
+    with_context: "StudyRuns | None" = None  # of a study whose encoder is cut: the same without this cut
 
     def __init__(self, name: str, dataset: str, seed: int | None, members: list[ProbeRun]):
         self.name = name
@@ -239,7 +240,21 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
             for linear in studies:
                 linear.has_other_heads |= linear.name == study.name.removesuffix(end)
     _check_studies(studies)
+    _find_context(studies)
     return studies
+
+
+def _find_context(studies: Sequence[StudyRuns]) -> None:
+    """Give each study whose encoder is cut the one in which it is not: both differ in the encoder alone."""
+    by_cut = {}
+    for study in studies:
+        cut = study.first.cut
+        name = study.name.removesuffix(cut_suffix(cut))
+        by_cut[name, study.dataset, study.seed, study.task.name, cut] = study
+    for (*key, cut), study in by_cut.items():
+        if cut and cut != "llm":
+            without = "llm" if cut.startswith("both") else None
+            study.with_context = by_cut.get((*key, without))
 
 
 def _check_runs_differ(runs: Sequence[ProbeRun]) -> None:
@@ -293,7 +308,7 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
 def model_name(run: ProbeRun) -> str:
     """Return the name of a run's model in a report, where another head of its probes is another model.
 
-    It is the name that the run was told, else that of its checkpoint: what this records of itself ("as trained"), its
+    So is one whose attention is cut. It is the name that the run was told, else that of its checkpoint: what this records of itself ("as trained"), its
     encoder and LLM ("clip + vicuna-7b"), or its folder.
     """
     training = run.training
@@ -304,12 +319,20 @@ def model_name(run: ProbeRun) -> str:
         name = training["name"]
     elif "encoder" in training and "llm" in training:
         name = f"{training['encoder']['name']} + {Path(training['llm']).name}"
-    return name + head_suffix(run)
+    return name + head_suffix(run) + cut_suffix(run.cut)
 
 
 def head_suffix(run: ProbeRun) -> str:
     """Return the end of the name of a model whose probes have another head than the paper's, "" with this one."""
     return "" if run.head == LINEAR else f", {run.head}"
+
+
+def cut_suffix(cut: str | None) -> str:
+    """Return the end of the name of a model whose attention is cut, "" of one that is as it is."""
+    if cut is None:
+        return ""
+    where = {"encoder": "encoder", "llm": "LLM", "both": "encoder and LLM"}[cut.removesuffix("_alone")]
+    return f", {where} cut" + " without CLS" * cut.endswith("_alone")
 
 
 def labels_of_models(

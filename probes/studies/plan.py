@@ -150,6 +150,8 @@ def _check(study: StudyOptions) -> None:
             raise UserError(
                 f"model.{key} is given, but the arms of a study say which weights are random (--arms)"
             )
+    if study.model.cut:
+        raise UserError("model.cut is given, but a study has arms with and without it (--cuts)")
     factory_of(study.model.head)
     if study.model.head != LINEAR and not study.fit:
         raise UserError(
@@ -185,7 +187,7 @@ def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> Run
         kind, call = "fit", "probes.fit.cli:run_fit"
     name = arm.run.name
     if task != study.data.task:
-        name = join(arm.label, f"{task}_{arm.name}")
+        name = join(arm.label, f"{task}_{arm.folder}")
     why_left_out = arm.why_left_out
     if not arm.run.sites:
         why_left_out = f"none of the sites that are probed is changed by {name} (model.sites)"
@@ -216,7 +218,7 @@ def _analysis_steps(
     for name, settings in analyses.items():
         analysis = MEASURED[name]
         analysed = [arm for arm in arms if kind_of(arm.name) in analysis.arms]
-        analysed = [arm for arm in analysed if not arm.why_left_out]
+        analysed = [arm for arm in analysed if not (arm.why_left_out or arm.cut)]
         if not (has_llm or analysis.of_encoders):
             if name not in _asked(study):
                 continue

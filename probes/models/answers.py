@@ -29,13 +29,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs, end_tokens, max_positions
 
-from .attention_masks import (
-    Masks,
-    decode_under,
-    last_row,
-    mask_values,
-    supports_masks,
-)
+from .attention_masks import Masks, decode_under, last_row, mask_values, supports_masks
 from .attention_weights import capture_attention, weights_of_image
 from .encoder_cut import cut_encoder
 from .families.our_code import SLIDING, layer_kinds

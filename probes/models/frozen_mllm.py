@@ -360,7 +360,10 @@ class FrozenMLLM(FrozenModel):
     def build_masks(self, block: Tensor) -> Masks:
         """Return the masks [B, 1, N, N] of prefix, image and what follows, in whose block bool[B, N] the image is."""
         masks = build_decoder_masks(
-            self.image_attention, text_config=self.text_config, is_image=block, dtype=self.model.dtype
+            self.image_attention,
+            text_config=self.text_config,
+            is_image=block,
+            dtype=self.model.dtype,
         )
         if not self.cuts_llm:
             return masks

@@ -92,7 +92,7 @@ class LoadOptions(Control):
             :meth:`FrozenMLLM.attention` needs "sdpa". Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
         trust: Whether a mask of the checkpoint's own, in its attention.py, may be run.
-        cut: Where patches see only themselves in every forward: a key of `MODEL_CUTS` (encoder_cut.py), None for nowhere.
+        cut: Where patches see only themselves in every forward: a key of `MODEL_CUTS` (encoder_cut.py), or None.
         preprocess, patch, layers, norm, parts: Of a module, as in :class:`EncoderModule`.
     """
 

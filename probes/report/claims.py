@@ -24,7 +24,7 @@ from llava_bidir.common.bootstrap import simultaneous_band
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
 from llava_bidir.common.imports import HINT
-from probes.analyses.claims import ANALYSIS_OF, CLAIMS
+from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_CONTEXT
 from probes.runs.compare import knockout_difference
 from probes.runs.formatting import Entry
 from probes.runs.read import ProbeRun
@@ -35,7 +35,6 @@ from probes.tasks import SEGMENTATION
 from .measure import (
     GAIN,
     KNOCKOUT,
-    WITHOUT_CONTEXT,
     Case,
     again,
     effects_of_study,
@@ -73,13 +72,18 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     effects = effects_of_study(study)
     claims = []
     names = [*CLAIMS]
-    if study.first.cut:  # there are no random adapters
-        names.remove("adapter_drop")
+    if study.with_context:
+        names = [WITHOUT_CONTEXT[study.first.cut]]
     for name, mask in product(names, study.main_runs):
         case = Case(study=study, name=name, mask=mask, effects=effects)
         if number := case.number(study.is_solved):
             claims.append(_judge_claim(case, number=number, run=study.main_runs[case.masks[0]]))
     correct_for_claims(claims)
+    for (
+        under_cut
+    ) in study.cuts.values():  # beside the claims of the model as it is, which stay as they are
+        if under_cut.with_context:
+            claims += evaluate_claims(under_cut)
     return claims
 
 
@@ -102,10 +106,7 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
         **conclude(verdicts, claim.unlearned),
     }
     # what is known of a world is about its classes, and about the paper's masks where two are compared
-    is_known = study.task.name == SEGMENTATION and case.masks in ((case.mask,), PAPER_MASKS)
-    if study.first.cut and case.name != WITHOUT_CONTEXT:  # of the model as it is
-        is_known = False
-    if is_known:
+    if study.task.name == SEGMENTATION and case.masks in ((case.mask,), PAPER_MASKS):
         truth = read_truth(run)
         if case.name in truth:
             entry["truth"] = truth[case.name]

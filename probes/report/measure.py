@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from probes.analyses import ANALYSES
 from probes.analyses.analysis import Claim
-from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
+from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_CONTEXT, read_effects
 from probes.heads import LINEAR
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
@@ -35,7 +35,6 @@ from .verdicts import compare_to_draws
 
 KNOCKOUT = "knockout"  # the analysis
 GAIN = "recovery_trained"  # the recovery minus that of the untrained model
-WITHOUT_CONTEXT = "recovery_without_context"  # the recovery minus that with the encoder's context
 AGAINST_RANDOM = "random"  # after "@" in the name of an effect
 
 
@@ -103,7 +102,8 @@ def effects_of_study(study: StudyRuns) -> Effects:
                     effects.setdefault(key, []).append(estimate)
         effects |= gains_over_untrained(effects, masks=trained, solved=solved)
     if study.with_context:
-        effects |= without_context(effects, effects_of_study(study.with_context))
+        name = WITHOUT_CONTEXT[study.first.cut]
+        effects |= without_context(name, effects, effects_of_study(study.with_context))
     return effects
 
 
@@ -165,13 +165,13 @@ def gains_over_untrained(effects: Effects, masks: Iterable[str], *, solved: bool
     return gains
 
 
-def without_context(cut: Effects, intact: Effects) -> Effects:
-    """Return the recoveries under a cut of the encoder minus those without it, of each model and draw."""
+def without_context(name: str, cut: Effects, intact: Effects) -> Effects:
+    """Return as effects `name` the recoveries under a cut of the encoder minus those without it, by model and draw."""
     differences: Effects = {}
     for key, of_cut in cut.items():
         if key.effect == "recovery" and key in intact:
             pairs = zip(of_cut, intact[key], strict=False)
-            differences[key._replace(effect=WITHOUT_CONTEXT)] = [
+            differences[key._replace(effect=name)] = [
                 subtract(*pair, at_strength=bool(key.strength)) for pair in pairs
             ]
     return differences

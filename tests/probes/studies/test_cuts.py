@@ -6,13 +6,10 @@ from io import StringIO
 
 import pytest
 import tiny_models
-import torch
 from studies import study_of
 
-from llava_bidir.common.errors import UserError
 from probes.runs.read import ProbeRun
-from probes.studies.plan import plan
-from probes.studies.run import run, run_study
+from probes.studies.run import run_study
 
 OPTIONS = "--data.batch_size 8 --trainer.accelerator cpu --folds 2 --strengths 1e-1".split()
 ARMS = ("trained", "random0", "random1", "permuted0", "permuted1")
@@ -30,21 +27,42 @@ def study(checkpoints, segmentation, tmp_path_factory):
     return out
 
 
-def test_the_claim_is_the_difference_of_recoveries(study):
+def test_the_claims_are_differences_of_recoveries(study):
     """Of the trained model, and beyond the same difference of each draw of a control."""
     results = json.loads((study / "report/results.json").read_text())
-    by_model = {entry["model"]: entry["claims"] for entry in results["studies"]}
-    names = [{claim["claim"]: claim for claim in claims} for claims in by_model.values()]
-    assert [CLAIM in claims for claims in names] == [False, True, True]
-    for prefix, claims in zip(CUTS, names[1:], strict=True):
-        gains = {
-            arm: [ProbeRun(study / f"{folder}{arm}").effects["recovery"] for folder in (prefix, "")]
-            for arm in ARMS
-        }
-        expected = {arm: (cut - intact).value for arm, (cut, intact) in gains.items()}
-        verdicts = claims[CLAIM]["verdicts"]
-        assert claims[CLAIM]["value"] == pytest.approx(expected["trained"])
+    claims = {claim["claim"]: claim for claim in results["claims"]}
+    assert claims.keys() == {"adapter_drop", "recovery", CLAIM, f"{CLAIM}_alone"}
+    for prefix, name in zip(CUTS, (CLAIM, f"{CLAIM}_alone"), strict=True):
+        expected = {}
+        for arm in ARMS:
+            runs = [ProbeRun(study / folder) for folder in (f"{prefix}{arm}", arm)]
+            cut, intact = (run.effects["recovery"] for run in runs)
+            expected[arm] = (cut - intact).value
+            assert [run.cut for run in runs] == [prefix[4:-1], None]
+        verdicts = claims[name]["verdicts"]
+        assert claims[name]["value"] == pytest.approx(expected["trained"])
         for control, column in verdicts["beyond_random"]["controls"].items():
             draws = [expected[f"{control}{i}"] for i in range(2)]
             assert column["value"] == pytest.approx(expected["trained"] - sum(draws) / 2)
-        assert "recovery" in claims and "adapter_drop" not in claims
+
+
+def test_results_say_what_the_context_adds_at_each_site(study):
+    results = json.loads((study / "report/results.json").read_text())
+    assert [*results["cuts"]] == ["encoder", "encoder_alone"]
+    for prefix, by_mask in zip(CUTS, results["cuts"].values(), strict=True):
+        runs = [ProbeRun(study / folder) for folder in ("trained", f"{prefix}trained")]
+        for row in by_mask["causal"]:
+            intact, cut = (run.site_scores[row["site"]].value for run in runs)
+            assert row["added"] == pytest.approx(intact - cut) and row["score"] == cut
+
+
+def test_a_run_is_read_under_its_cut(study):
+    """Its model gives the states that its probes were solved on, also to other images."""
+    mllm, probes_of_run = ProbeRun(study / "cut_encoder_alone_random0").loaded
+    assert mllm.encoder_cut and not mllm.encoder_cut.keep_extra
+    pixels = tiny_models.pixels(1)
+    changed = pixels.clone()
+    changed[..., :4, :4] += 1  # of the first patch
+    before, after = (mllm.states(x, ["encoder"])["encoder"][0] for x in (pixels, changed))
+    assert [*(before != after).any(-1)] == [True, *[False] * (len(before) - 1)]
+    assert "adapter" in probes_of_run

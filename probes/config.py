@@ -20,6 +20,8 @@ from llava_bidir.common.cli import (
     positional,
 )
 
+# Where attention is cut in all forwards of a model (probes/models/encoder_cut.py); "alone": from CLS and registers, too
+Cut = Literal["encoder", "encoder_alone", "llm", "both", "both_alone"]
 Folds = number("Folds", int, ">= 2 < 2147483648")
 Port = number("Port", int, ">= 0 < 65536")
 Scale = number("Scale", float, ">= 0.01 <= 1000")
@@ -71,6 +73,8 @@ class ModelOptions:
             time in it, and mIoU can move by 0.1 points (probes/models/encoders.md). Probes are always float32.
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
         trust: Run the code of a mask of the checkpoint's own, its attention.py; read it first.
+        cut: Let patches see only themselves: in the encoder (with CLS and registers; encoder_alone: without), in the
+            llm, whose image tokens then see only themselves and the text before the image, or in both.
         sites: Sites to probe; None for all outputs of layers but those of the encoder's own layers in an MLLM
             (encoder_00 ...), which are probed by name, or by all. Values, attention and MLP inside the layers
             (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts.
@@ -93,6 +97,7 @@ class ModelOptions:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     prefix: str | None = None
     trust: bool = False
+    cut: Cut | None = None
     sites: list[str] | Literal["all", "all_parts"] | None = None
     head: str = "linear"
     feature_norm: Literal["none", "batchnorm", "layernorm"] = "none"
@@ -263,6 +268,8 @@ class StudyOptions(RunConfig):
         arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
         control_sites: Probe random and permuted models at their first site, every Nth layer and the last one; what is
             judged beyond random is then of these layers of the trained model, too.
+        cuts: Also cut attention in the encoder, in the llm, or in both, with probes and controls under each cut: does
+            the LLM recover what the encoder's context had told?
         fit: Also train probes, as the paper does.
         tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
         margin: Points of a class score that count as nothing, chosen before any result.
@@ -281,6 +288,7 @@ class StudyOptions(RunConfig):
     draws: Index = 3
     arms: tuple[str, ...] = ()
     control_sites: Count = 1
+    cuts: tuple[Literal["encoder", "llm", "both"], ...] = ()
     fit: bool = False
     tasks: tuple[str, ...] = ()
     margin: Positive = POINTS

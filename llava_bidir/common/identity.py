@@ -116,7 +116,8 @@ def _settings(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         elif not key.startswith("_"):
             flat[key] = value
     kept = flat.keys() - {*NOT_COMPARED[section]}
-    return {f"{section}.{key}": plain(value) for key, value in flat.items() if key in kept}
+    given = {key for key in kept if flat[key] is not None}  # an option of a later version is None in earlier runs
+    return {f"{section}.{key}": plain(value) for key, value in flat.items() if key in given}
 
 
 def named_identity(models: dict[str, str | dict[str, str]]) -> dict[str, str]:

@@ -24,12 +24,26 @@ if TYPE_CHECKING:  # this module answers `import probes`
 ARMS_OF_CLAIMS = ("trained", "probes", "random", "permuted")
 # whose names an analysis, which writes NAME.json and NAME.safetensors, cannot have
 FILES_OF_RUN = ("metrics", "manifest", "counts", "effects", "probes", "solve", "fit", "report")
+# of each cut of the encoder, the ends of the name and of the title of its claim
+CUT_ENCODERS = {
+    "encoder": ("", ""),
+    "encoder_alone": ("_alone", " and CLS"),
+    "both": ("_both", ", LLM cut"),
+    "both_alone": ("_both_alone", " and CLS, LLM cut"),
+}
+WITHOUT_CONTEXT = {cut: f"recovery_without_context{end}" for cut, (end, _) in CUT_ENCODERS.items()}
 CLAIMS: dict[str, Claim] = {
     "adapter_drop": Claim(+1, "Lost at the adapter: encoder − adapter, mIoU"),
     "recovery": Claim(+1, "Recovered in the LLM: best LLM layer − adapter, mIoU"),
     "recovery_trained": Claim(
         +1, "Recovered by training: recovery − that of the untrained model, mIoU"
     ),
+    **{
+        f"recovery_without_context{end}": Claim(
+            +1, f"Recovered without the encoder's context{how}: recovery, cut − intact, mIoU"
+        )
+        for end, how in CUT_ENCODERS.values()
+    },
     "layer_gain": Claim(+1, "Built up by the layers: best layer − patch embeddings, mIoU"),
     "over_last": Claim(
         +1,

@@ -29,15 +29,9 @@ from transformers import DynamicCache, PreTrainedConfig
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import check_outputs, end_tokens, max_positions
 
-from .attention_masks import (
-    Masks,
-    build_decoder_masks,
-    decode_under,
-    last_row,
-    mask_values,
-    supports_masks,
-)
+from .attention_masks import Masks, decode_under, last_row, mask_values, supports_masks
 from .attention_weights import capture_attention, weights_of_image
+from .encoder_cut import cut_encoder
 from .families.our_code import SLIDING, layer_kinds
 from .hooks import with_arguments
 from .knockout import ANSWER, TEXT_SETS, Knockout
@@ -278,7 +272,7 @@ def text_states(
         return changed
 
     with ExitStack() as stack:
-        if knockout:
+        if knockout := stack.enter_context(cut_encoder(mllm, knockout, batch)):
             stack.enter_context(
                 _cut_text(mllm, text=text, knockout=knockout, masks=masks, effect=effect)
             )
@@ -318,25 +312,22 @@ def _text_masks(
     masks = mllm.attention_masks(batch, knockout)
     if masks is None:
         return None
-    config = mllm.text_config
     tokens = mllm.ids.shape[1]
     # image tokens of PaliGemma attend to the question under its own mask
     if mllm.family.question_in_prefix and mllm.image_attention == "prefix":
         question = int((~text.sets[ANSWER]).sum())
         block = torch.ones(batch, tokens + question, dtype=torch.bool, device=mllm.device)
-        masks = build_decoder_masks(
-            mllm.image_attention, text_config=config, is_image=block, dtype=mllm.model.dtype
-        )
+        masks = mllm.build_masks(block)
 
     def with_text(kind: str, mask: Tensor) -> Tensor:
         window = None
         if kind == SLIDING:
-            window = config.sliding_window
+            window = mllm.text_config.sliding_window
         return _append_text(mask, tokens=tokens, text=text, window=window)
 
     if isinstance(masks, dict):
         return {kind: with_text(kind, mask) for kind, mask in masks.items()}
-    return with_text(layer_kinds(config)[0], masks)
+    return with_text(layer_kinds(mllm.text_config)[0], masks)
 
 
 def _positions(arguments: dict) -> Tensor:

@@ -4,8 +4,7 @@ Shapes: B images, T patches, N tokens (extra tokens, then patches), d width, L l
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from inspect import signature
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,12 @@ from transformers import PreTrainedModel
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import ResizeRule
 
-from .attention_masks import is_allowed
-from .attention_weights import softmax_attention
+from .encoder_cut import BACKENDS, cut_encoder, cut_patches
 from .families import EncoderFamily
 from .families.encoders import count_extra_tokens, vision_config
-from .families.modules import MODULE_TYPE
 from .frozen_model import FrozenModel
-from .hooks import with_arguments
-from .knockout import PREFIX, Knockout
+from .knockout import Knockout
 from .sites import is_layer
-
-BACKENDS = ("sdpa", "eager")  # that apply the mask of a knockout
 
 
 def check_encoder(
@@ -78,53 +72,10 @@ class FrozenEncoder(FrozenModel):
         """Run the encoder."""
         self.model(**self.family.inputs(self.model.config, pixels))
 
-    def masked(
-        self, knockout: Knockout | None, rows: int, last: str
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def masked(self, knockout: Knockout | None, rows: int, last: str) -> Iterator[None]:
         """Cut the attention among patches by a knockout; CLS and registers attend as before."""
-        if knockout is None:
-            return nullcontext()
-        return cut_attention(self, knockout, rows)
-
-
-@contextmanager
-def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> Iterator[None]:
-    """Cut the attention among patches in the chosen layers while the context is open.
-
-    Raises:
-        UserError: The knockout does not fit, or a layer has no attention of transformers'.
-    """
-    if encoder.model.config.model_type == MODULE_TYPE:
-        raise UserError(
-            "knockouts cut the attention of models of transformers; that of a module of your own is not known"
-        )
-    tokens = len(encoder.is_image)
-    shape = (images, 1, tokens, tokens)
-    if encoder.model.config._attn_implementation == "eager":  # adds its mask to the scores
-        allowed = torch.zeros(shape, dtype=encoder.model.dtype, device=encoder.device)
-    else:
-        allowed = torch.ones(shape, dtype=torch.bool, device=encoder.device)
-    if PREFIX in (*knockout.names("rows"), *knockout.names("columns")):
-        raise UserError(
-            "a vision encoder has no prefix; cut attention between 'image' and 'blocked'"
-        )
-    cut = knockout.cut(allowed, encoder.is_image)
-    chosen = knockout.select_layers(encoder.layers, images).to(encoder.device)
-    knockout.check_effect((cut != allowed).flatten(1).any(1), chosen.any(1))
-    with ExitStack() as stack:
-        for layer, in_rows in zip(encoder.layers, chosen.T, strict=True):
-            if not in_rows.any():
-                continue
-            attention = softmax_attention(layer)
-            if attention is None or "attention_mask" not in signature(attention.forward).parameters:
-                raise UserError(f"{type(layer).__name__} has no attention that a knockout can cut")
-            mask = torch.where(in_rows[:, None, None, None], cut, allowed)
-
-            def cut_mask(arguments: dict, mask: Tensor = mask) -> dict:
-                bias = arguments.get("attention_mask")
-                if bias is not None:  # of relative positions, which BEiT adds to the scores
-                    mask = torch.where(is_allowed(mask), bias, -torch.inf)
-                return {"attention_mask": mask}
-
-            stack.enter_context(with_arguments(attention, cut_mask))
-        yield
+        with ExitStack() as stack:
+            if knockout := stack.enter_context(cut_encoder(self, knockout, rows)):
+                stack.enter_context(cut_patches(self, knockout, rows))
+            yield

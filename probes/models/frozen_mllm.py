@@ -23,7 +23,15 @@ from llava_bidir.common.images import PhotoLike
 from probes.ops.geometry import SQUASH, ResizeRule
 
 from .answers import attend_from_answer, generate_answer, score_answers
-from .attention_masks import Masks, build_decoder_masks, check_masks, decode_under, supports_masks
+from .attention_masks import (
+    Masks,
+    build_decoder_masks,
+    check_masks,
+    cut_image,
+    decode_under,
+    supports_masks,
+)
+from .encoder_cut import cut_encoder
 from .families import Family
 from .families.encoder_layers import EncoderLayers, encoder_layers
 from .families.our_code import LogitHead
@@ -152,6 +160,7 @@ class FrozenMLLM(FrozenModel):
         if not is_before_adapter(last):
             depth = min(self.sites.index(layer_around(last)) - 1, len(self.layers))
         with ExitStack() as stack:
+            knockout = stack.enter_context(cut_encoder(self, knockout, rows))
             if knockout and depth:
                 stack.enter_context(
                     knockout.apply(self.layers, masks=masks, is_image=self.is_image, depth=depth)
@@ -341,16 +350,26 @@ class FrozenMLLM(FrozenModel):
         """
         if (
             self.image_attention == self.own_image_attention
-            and knockout is None
+            and not self.cuts_llm
+            and (knockout is None or knockout.in_encoder)
             and not supports_masks(self.text_config)
         ):
             return None
-        return build_decoder_masks(
+        return self.build_masks(self.is_image.expand(batch, -1))
+
+    def build_masks(self, block: Tensor) -> Masks:
+        """Return the masks [B, 1, N, N] of prefix, image and what follows, in whose block bool[B, N] the image is."""
+        masks = build_decoder_masks(
             self.image_attention,
             text_config=self.text_config,
-            is_image=self.is_image.expand(batch, -1),
+            is_image=block,
             dtype=self.model.dtype,
         )
+        if not self.cuts_llm:
+            return masks
+        if isinstance(masks, dict):
+            return {kind: cut_image(mask, self.is_image) for kind, mask in masks.items()}
+        return cut_image(masks, self.is_image)
 
     def measured_mask(self) -> MeasuredMask:
         """Measure which tokens attend to which in each layer, in the model's own code; see measured_mask.py.

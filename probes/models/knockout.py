@@ -12,6 +12,8 @@ rows and columns of the mask than image tokens. These have names::
     last      last token before the answer, which predicts the answer's first token
     answer    tokens of the answer that predict further ones
 
+At the site "encoder" a knockout is inside the vision encoder instead (encoder_cut.py).
+
 Shapes: B batch, T image tokens, N tokens, the last Q of them as queries, L layers.
 """
 
@@ -28,6 +30,7 @@ from llava_bidir.common.errors import UserError
 
 from .attention_masks import Masks, as_list, is_allowed, mask_values
 from .hooks import with_arguments
+from .sites import ENCODER
 
 IMAGE = "image"
 BLOCKED = "blocked"
@@ -49,17 +52,33 @@ class Knockout:
             None cuts all layers, as the paper does.
         rows: Tokens that do not attend, as the name of a set of tokens (see above) or several names.
         columns: Tokens that they do not attend to, in the same way.
+        site: "encoder" cuts inside the vision encoder, where no patch attends to another one that is blocked: to any
+            other one, if `blocked` is None. `layers` are then the encoder's. None cuts the layers of the model.
+        keep_extra: At the site "encoder", whether patches still attend to CLS and registers, which attend to all.
 
     Raises:
-        UserError: A name is unknown, or `blocked` is given without being named.
+        UserError: A name is unknown, `blocked` is given without being named, or an argument is of the other site.
     """
 
     blocked: Tensor | None = None
     layers: Sequence[int] | Tensor | None = None
     rows: str | Sequence[str] = IMAGE
     columns: str | Sequence[str] = BLOCKED
+    site: str | None = None
+    keep_extra: bool = True
 
     def __post_init__(self):
+        if self.site not in (None, ENCODER):
+            raise UserError(f"site of a knockout is {self.site!r}; expected {ENCODER!r} or None")
+        if self.in_encoder and (self.names("rows"), self.names("columns")) != (
+            (IMAGE,),
+            (BLOCKED,),
+        ):
+            raise UserError(
+                "a knockout in the encoder is among patches; leave out rows and columns"
+            )
+        if not self.in_encoder and not self.keep_extra:
+            raise UserError("keep_extra is about CLS and registers; it needs site='encoder'")
         for axis in ("rows", "columns"):
             names = self.names(axis)
             if not names or not set(names) <= set(TOKEN_SETS):
@@ -71,6 +90,11 @@ class Knockout:
             raise UserError(
                 "a knockout has blocked tokens, but neither rows nor columns name them; expected 'blocked' there"
             )
+
+    @property
+    def in_encoder(self) -> bool:
+        """Whether it cuts the vision encoder, by its site."""
+        return self.site == ENCODER
 
     def names(self, axis: str) -> tuple[str, ...]:
         """Return the names of the sets of "rows" or "columns"."""
@@ -134,7 +158,7 @@ class Knockout:
             elif name == PREFIX:
                 tokens |= is_image.cumsum(0) == 0
             elif name == BLOCKED:
-                blocked = self._check_blocked(batch, int(is_image.sum()))
+                blocked = self.check_blocked(batch, int(is_image.sum()))
                 tokens[:, is_image] |= blocked.to(tokens.device)
             elif text is None:
                 raise UserError(
@@ -145,7 +169,8 @@ class Knockout:
                 tokens |= text[name].to(tokens.device)
         return tokens
 
-    def _check_blocked(self, batch: int, tokens: int) -> Tensor:
+    def check_blocked(self, batch: int, tokens: int) -> Tensor:
+        """Return the blocked tokens bool[B, T]; raise a UserError if these are no such tensor, or none is blocked."""
         given = self.blocked
         if isinstance(given, Tensor) and given.ndim == 3:
             given = given.flatten(1)

@@ -17,6 +17,7 @@ from llava_bidir.common.hf import load_weights
 from probes.ops.geometry import Geometry
 
 from .attention_masks import check_masks, mask_backend
+from .encoder_cut import check_model_cut, set_cut
 from .families import family_of, own_image_attention
 from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
@@ -53,7 +54,7 @@ def load(
         dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
         device: None: the GPU if there is one, else the CPU.
         **options: Fields of :class:`LoadOptions`: image_px, image_resize, revision, device_map, attn_implementation,
-            prefix, trust; of random weights untrained, match, draw, match_images, update_scales, seed; of a module
+            prefix, trust, cut; of random weights untrained, match, draw, match_images, update_scales, seed; of a module
             preprocess, patch, layers, norm, parts.
 
     Raises:
@@ -69,6 +70,8 @@ def load(
         model = load_checkpoint(path, chosen)
     if chosen.device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.cut:
+        set_cut(model, chosen.cut)
     if chosen.untrained:
         chosen.replace_weights(model)
     return model
@@ -90,6 +93,7 @@ class LoadOptions(Control):
             :meth:`FrozenMLLM.attention` needs "sdpa". Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
         trust: Whether a mask of the checkpoint's own, in its attention.py, may be run.
+        cut: Where patches see only themselves in every forward: a key of `MODEL_CUTS` (encoder_cut.py), or None.
         preprocess, patch, layers, norm, parts: Of a module, as in :class:`EncoderModule`.
     """
 
@@ -102,6 +106,7 @@ class LoadOptions(Control):
     attn_implementation: str | None = None
     prefix: str | None = None
     trust: bool = False
+    cut: str | None = None
     preprocess: Preprocess | None = None
     patch: int | None = None
     layers: Sequence[str] | str | None = None
@@ -134,6 +139,7 @@ def load_module(module: nn.Module | EncoderModule | str, options: LoadOptions) -
     rule = encoder.resize_rule.replaced_by(options.image_resize)
     frozen = FrozenEncoder(model, family, image_processors=[processor], resize_rule=rule)
     options.check_control(family, model.config)
+    check_model_cut(options.cut, family, model.config)
     check_encoder(
         "a module",
         trained_with=family.image_attention,
@@ -166,6 +172,7 @@ def load_checkpoint(path: str, options: LoadOptions) -> FrozenMLLM | FrozenEncod
     """Return a checkpoint as a frozen model with its weights, on the CPU or spread over devices."""
     checkpoint = open_checkpoint(path, options)
     options.check_control(checkpoint.family, checkpoint.config)
+    check_model_cut(options.cut, checkpoint.family, checkpoint.config)
     check_numbers(path, checkpoint.family, checkpoint.config)
     if checkpoint.family.has_llm:
         model = _load_mllm(checkpoint, options)

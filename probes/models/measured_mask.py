@@ -15,6 +15,7 @@ Shapes: N tokens, M tokens that are measured, d width, L layers.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -185,6 +186,36 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     generator = torch.Generator().manual_seed(seed)
     measured = _measured_tokens(is_image[0].cpu(), generator)
     along = torch.randn(mllm.text_config.hidden_size, generator=generator)
+    with ExitStack() as stack:
+        if mllm.image_attention != mllm.own_image_attention:
+            stack.enter_context(decode_under(mllm.decoder, masks))
+        run = partial(_run_noise, mllm, ids, is_image, seed)
+        seen = seen_in_layers(mllm.layers, tokens=measured, along=along, run=run)
+    kinds = _kinds_of_layers(mllm.text_config, len(seen))
+    return MeasuredMask(
+        image_attention=mllm.image_attention,
+        kinds=kinds,
+        seen=seen,
+        claimed=_claimed(masks, kinds, tokens=ids.shape[1])[:, measured],
+        tokens=measured,
+        is_image=is_image[0].cpu(),
+    )
+
+
+def seen_in_layers(
+    layers: Sequence[nn.Module], tokens: Tensor, along: Tensor, run: Callable[[], Any]
+) -> Tensor:
+    """Return which inputs of each layer tokens of the first image attend to while a model runs, bool[L, M, N].
+
+    Args:
+        layers: The layers, in forward order.
+        tokens: long[M].
+        along: Direction f[d] of the outputs whose gradient is computed.
+        run: The forward.
+
+    Raises:
+        UserError: A layer has no gradient, or states are NaN or infinite.
+    """
     seen: list[Tensor] = []
 
     def measure(forward: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -199,26 +230,16 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
             if not after.requires_grad:
                 raise UserError(f"the mask of {site} is not measured: the layer has no gradient")
             projected = after[0] @ along.to(after)
-            seen.append(_seen_tokens(states, projected[measured]))
+            seen.append(_seen_tokens(states, projected[tokens]))
         if isinstance(outputs, tuple):
             return (after.detach(), *outputs[1:])
         return after.detach()
 
     with ExitStack() as stack:
-        for layer in mllm.layers:
+        for layer in layers:
             stack.enter_context(around(layer, measure))
-        if mllm.image_attention != mllm.own_image_attention:
-            stack.enter_context(decode_under(mllm.decoder, masks))
-        _run_noise(mllm, ids, is_image, seed)
-    kinds = _kinds_of_layers(mllm.text_config, len(seen))
-    return MeasuredMask(
-        image_attention=mllm.image_attention,
-        kinds=kinds,
-        seen=torch.stack(seen),
-        claimed=_claimed(masks, kinds, tokens=ids.shape[1])[:, measured],
-        tokens=measured,
-        is_image=is_image[0].cpu(),
-    )
+        run()
+    return torch.stack(seen)
 
 
 def _masks(mllm: nn.Module, is_image: Tensor) -> Masks | None:

@@ -45,6 +45,8 @@ def read_states(
     model.check_pixels(pixels)
     rows = _check_rows(rows, len(pixels))
     one_encoder = rows is not None and model.rows_share_encoder
+    if knockout and knockout.in_encoder:
+        one_encoder = False
     count = len(rows or pixels)
     if rows is not None and not one_encoder:
         pixels = pixels[rows]

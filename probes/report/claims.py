@@ -24,7 +24,7 @@ from llava_bidir.common.bootstrap import simultaneous_band
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json
 from llava_bidir.common.imports import HINT
-from probes.analyses.claims import ANALYSIS_OF, CLAIMS
+from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_CONTEXT
 from probes.runs.compare import knockout_difference
 from probes.runs.formatting import Entry
 from probes.runs.read import ProbeRun
@@ -72,11 +72,19 @@ def evaluate_claims(study: StudyRuns) -> list[Entry]:
     """
     effects = effects_of_study(study)
     claims = []
-    for name, mask in product(CLAIMS, study.main_runs):
+    names = [*CLAIMS]
+    if study.with_context:
+        names = [WITHOUT_CONTEXT[study.first.cut]]
+    for name, mask in product(names, study.main_runs):
         case = Case(study=study, name=name, mask=mask, effects=effects)
         if number := case.number(study.is_solved):
             claims.append(_judge_claim(case, number=number, run=study.main_runs[case.masks[0]]))
     correct_for_claims(claims)
+    for (
+        under_cut
+    ) in study.cuts.values():  # beside the claims of the model as it is, which stay as they are
+        if under_cut.with_context:
+            claims += evaluate_claims(under_cut)
     return claims
 
 
@@ -304,9 +312,7 @@ def _join_seeds(members: list[StudyRuns], claims_of: dict[StudyRuns, list[Entry]
     }
 
 
-def _join_claim(
-    by_seed: dict[int, Entry], shared_images: bool, margin: float, units: int
-) -> Entry:
+def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float, units: int) -> Entry:
     """Return the columns, the conclusion and the finding of a claim over seeds, of so many images at least."""
     first = next(iter(by_seed.values()))
     claim = CLAIMS[first["claim"]]
@@ -336,9 +342,7 @@ def _join_claim(
         **conclude(verdicts, claim.unlearned),
         "n": {"seeds": min(counts, default=0), "of": len(by_seed)},
     }
-    joint |= find(
-        claim.sign, verdicts, conclusion=joint["conclusion"], margin=margin, units=units
-    )
+    joint |= find(claim.sign, verdicts, conclusion=joint["conclusion"], margin=margin, units=units)
     truths = {entry.get("truth") for entry in by_seed.values()}
     if len(truths) == 1 and None not in truths:
         joint["truth"] = truths.pop()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from probes.analyses import ANALYSES
 from probes.analyses.analysis import Claim
-from probes.analyses.claims import ANALYSIS_OF, CLAIMS, read_effects
+from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_CONTEXT, read_effects
 from probes.heads import LINEAR
 from probes.models.sites import ADAPTER, ENCODER
 from probes.runs.compare import check_pair, knockout_difference
@@ -110,6 +110,9 @@ def effects_of_study(study: StudyRuns) -> Effects:
                 if is_of_claim(key, pair) and is_defined(estimate):
                     effects.setdefault(key, []).append(estimate)
         effects |= gains_over_untrained(effects, masks=trained, solved=solved)
+    if study.with_context:
+        name = WITHOUT_CONTEXT[study.first.cut]
+        effects |= without_context(name, effects, effects_of_study(study.with_context))
     return effects
 
 
@@ -197,12 +200,30 @@ def gains_over_untrained(effects: Effects, masks: Iterable[str], *, solved: bool
         of_untrained = effects.get(key._replace(weights="untrained"))
         if not (of_trained and of_untrained):
             continue
-        gain = of_trained[0] - of_untrained[0]
-        if strength:
-            have_converged = [of[0].about["converged"] for of in (of_trained, of_untrained)]
-            gain = replace(gain, about={"converged": all(have_converged)})
+        gain = subtract(of_trained[0], of_untrained[0], at_strength=strength is not None)
         gains[key._replace(effect=GAIN)] = [gain]
     return gains
+
+
+def without_context(name: str, cut: Effects, intact: Effects) -> Effects:
+    """Return as effects `name` the recoveries under a cut of the encoder minus those without it, by model and draw."""
+    differences: Effects = {}
+    for key, of_cut in cut.items():
+        if key.effect == "recovery" and key in intact:
+            pairs = zip(of_cut, intact[key], strict=False)
+            differences[key._replace(effect=name)] = [
+                subtract(*pair, at_strength=bool(key.strength)) for pair in pairs
+            ]
+    return differences
+
+
+def subtract(first: Estimate, second: Estimate, *, at_strength: bool) -> Estimate:
+    """Return a difference, which has converged at a row of strengths if both have."""
+    difference = first - second
+    if not at_strength:
+        return difference
+    have_converged = [estimate.about["converged"] for estimate in (first, second)]
+    return replace(difference, about={"converged": all(have_converged)})
 
 
 @dataclass(frozen=True)

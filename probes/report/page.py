@@ -346,9 +346,28 @@ def study_results(study: StudyRuns, label: str, claims: list[Entry], sections: S
         "masks": masks,
         "controls": {"untrained": untrained, "random": random},
         "claims": claims,
+        "cuts": {cut: what_context_adds(study, under) for cut, under in study.cuts.items()},
         "data_notes": notes_of_run(first.metrics.get("classes", []), first.manifest["data"]),
         **added,
     }
+
+
+def what_context_adds(study: StudyRuns, cut: StudyRuns) -> dict[str, Rows]:
+    """Return {mask: rows} of the sites under a cut: the score, and how much more the model reads as it is, in both."""
+    rows: dict[str, Rows] = {}
+    for mask, run in cut.solved.items():
+        rows[mask] = []
+        intact = study.solved.get(mask, run).site_scores
+        for site, score in run.site_scores.items():
+            added = (intact[site] - score).json()
+            row = {
+                "site": site,
+                "score": score.value,
+                "added": added["value"],
+                "ci95": added["ci95"],
+            }
+            rows[mask].append(row)
+    return rows
 
 
 def comparisons(tables: Tables) -> list[Entry]:

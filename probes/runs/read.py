@@ -102,6 +102,7 @@ class ProbeRun:
             )
         self.task = TASKS[self.task_name]
         self.mask: str = metrics["image_attention"]
+        self.cut: str | None = metrics.get("cut")
         self.draw: int = metrics["draw"]
         self.has_llm = metrics["model_kind"] == "mllm"
         self.is_solved = "path" in metrics
@@ -333,7 +334,7 @@ class ProbeRun:
             untrained=config["untrained"] or (),
             update_scales=config["update_scales"],
             trust=self.trust,
-            **{name: config[name] for name in LOADED},
+            **{name: config.get(name) for name in LOADED},
         )
 
     @cached_property

@@ -11,10 +11,10 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llava_bidir.common.errors import UserError
-from probes.config import POINTS, split_label
+from probes.config import POINTS, Cut, split_label
 from probes.heads import LINEAR
 from probes.steps.record import read_record
 from probes.tasks import SEGMENTATION, TASKS
@@ -60,12 +60,16 @@ class StudyRuns:
         first: The first trained run, whose dataset and settings stand for the study.
         is_solved: Whether the probes of the main runs are solved.
         task: Task of all runs.
+        cuts: Its runs under cuts of attention, by cut.
 
     Raises:
         UserError: Two runs are the same arm, or none is of the trained model.
     """
 
     has_other_heads = False  # trained beside its linear probes, in other studies
+    with_context: "StudyRuns | None" = (
+        None  # of a study under a cut of the encoder: the same without this cut
+    )
 
     def __init__(self, name: str, dataset: str, seed: int | None, members: list[ProbeRun]):
         self.name = name
@@ -73,6 +77,7 @@ class StudyRuns:
         self.seed = seed
         self.model = name if seed is None else f"{name}, seed {seed}"
         self.members = members
+        self.cuts: dict[str, StudyRuns] = {}
         task = members[0].task_name
         self.title = f"{self.model}, {dataset}" + f", {task}" * (task != SEGMENTATION)
         self._check_differ()
@@ -269,7 +274,30 @@ def group_runs(runs: Sequence[ProbeRun]) -> list[StudyRuns]:
             for linear in studies:
                 linear.has_other_heads |= linear.name == study.name.removesuffix(end)
     _check_studies(studies)
-    return studies
+    return _join_cuts(studies)
+
+
+def _join_cuts(studies: Sequence[StudyRuns]) -> list[StudyRuns]:
+    """Return the studies of models as they are, each with its runs under cuts, and the cuts that have no such study."""
+    by_cut = {}
+    for study in studies:
+        cut = study.first.cut
+        name = study.name.removesuffix(cut_suffix(cut))
+        by_cut[name, study.dataset, study.seed, study.task.name, cut] = study
+    joined = []
+    for cut in (None, *get_args(Cut)):
+        for (*key, own_cut), study in by_cut.items():
+            if own_cut != cut:
+                continue
+            intact = by_cut.get((*key, None))
+            if cut is None or intact is None:
+                joined.append(study)
+                continue
+            intact.cuts[cut] = study
+            if cut != "llm":
+                only_encoder_differs = "llm" if cut.startswith("both") else None
+                study.with_context = by_cut.get((*key, only_encoder_differs))
+    return joined
 
 
 def _check_runs_differ(runs: Sequence[ProbeRun]) -> None:
@@ -321,7 +349,7 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
 
 
 def model_name(run: ProbeRun) -> str:
-    """Return the name of a run's model in a report, where another head of its probes is another model.
+    """Return the name of a run's model in a report, where another head of its probes, or a cut, is another model.
 
     It is the name that the run was told, else that of its checkpoint: what this records of itself ("as trained"), its
     encoder and LLM ("clip + vicuna-7b"), or its folder.
@@ -334,12 +362,22 @@ def model_name(run: ProbeRun) -> str:
         name = training["name"]
     elif "encoder" in training and "llm" in training:
         name = f"{training['encoder']['name']} + {Path(training['llm']).name}"
-    return name + head_suffix(run)
+    return name + head_suffix(run) + cut_suffix(run.cut)
 
 
 def head_suffix(run: ProbeRun) -> str:
     """Return the end of the name of a model whose probes have another head than the paper's, "" with this one."""
     return "" if run.head == LINEAR else f", {run.head}"
+
+
+def cut_suffix(cut: str | None) -> str:
+    """Return the end of the name of a model whose attention is cut, "" of one that is as it is."""
+    if cut is None:
+        return ""
+    where = {"encoder": "encoder", "llm": "LLM", "both": "encoder and LLM"}[
+        cut.removesuffix("_alone")
+    ]
+    return f", {where} cut" + " without CLS" * cut.endswith("_alone")
 
 
 def labels_of_models(

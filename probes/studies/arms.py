@@ -13,6 +13,9 @@ Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and 
 A claim is compared with `random` and with `permuted` arms, and must hold beyond both: a model that has learned nothing
 can differ from all draws of one kind, e.g. by the scale of its weights (experiments/beyond_random/beyond_random.md).
 
+`--cuts` adds the trained, random and permuted arms again, as `cut_encoder_trained` ..., under each cut; of an encoder
+with CLS or registers also `cut_encoder_alone_trained` ..., whose patches do not see these.
+
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does; with `--model.head mlp` also
 `probes_mlp`, the same with another head. Only linear probes are solved, so heads are compared as trained ones.
 """
@@ -22,12 +25,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from transformers import PreTrainedConfig
+
 from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import PlannedRun
 from probes.config import ModelOptions, RunConfig, StudyOptions
 from probes.heads import LINEAR
+from probes.models.encoder_cut import MODEL_CUTS, check_model_cut, extra_tokens
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.chosen_sites import all_sites, chosen_sites
+from probes.models.families.encoders import AnyFamily
 from probes.models.families.modules import why_unmatched
 from probes.models.read_config import read_config
 from probes.models.sites import every_nth, layer_around
@@ -58,6 +65,8 @@ ENCODER_ARMS = {
     "random": Weights(("encoder",), "update", slice(None)),
     "permuted": Weights(("encoder",), "permuted", slice(None)),
 }
+# what the claim of a cut needs; random adapters come after the encoder
+ARMS_OF_CUTS = (TRAINED, "random", "permuted")
 # Draws of permuted weights in any study: the fewest with an interval. Their spread is pooled with that of other draws.
 PERMUTED_DRAWS = 2
 # The paper's protocol (configs/probes/folder.yaml) for FITTED, unless the options say how long to train.
@@ -76,7 +85,7 @@ class Arm(NamedTuple):
         label: Of the model in the study.
         name: "trained", "random0", ..., "probes", or "probes_HEAD".
         run: Mask and sites.
-        config: Options of the run.
+        config: Options of the run, with the cut of attention.
         why_left_out: Why the model cannot have these weights, "" if it can.
     """
 
@@ -89,7 +98,17 @@ class Arm(NamedTuple):
     @property
     def is_trained(self) -> bool:
         """Whether the model is as it is, and its probes are solved."""
-        return self.name == TRAINED
+        return self.name == TRAINED and not self.cut
+
+    @property
+    def cut(self) -> str | None:
+        """Where attention is cut, None if nowhere."""
+        return self.config.model.cut
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return folder_name(self.name, self.cut)
 
 
 def plan_arms(study: StudyOptions) -> list[Arm]:
@@ -122,16 +141,20 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
         names.append(FITTED)
         if study.model.head != LINEAR:
             names.append(f"{FITTED}_{study.model.head}")
-    for name in names:
+    cuts = [(None, name) for name in names]
+    for cut in cuts_of_model(study, family, config):
+        cuts += [(cut, name) for name in names if kind_of(name) in ARMS_OF_CUTS]
+    for cut, name in cuts:
         weights = weights_of_arm(name, family.has_llm)
-        options = RunConfig.of(study, model=model, overwrite=False)
+        under_cut = replace(model, cut=cut)
+        options = RunConfig.of(study, model=under_cut, overwrite=False)
         compared = [*places]
         if weights.parts:
             changed = sites[weights.sites]
             compared = [site for site, place in places.items() if place in changed]
             if kind_of(name) in CONTROLS["llm"]:
                 compared = every_nth(compared, study.control_sites)
-            options = replace(options, model=random_model(model, name, weights, sites=compared))
+            options = replace(options, model=random_model(under_cut, name, weights, sites=compared))
         if is_fitted(name):
             head = name.removeprefix(FITTED).removeprefix("_") or LINEAR
             options = replace(options, model=replace(options.model, head=head))
@@ -143,13 +166,33 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
         if why_left_out and study.arms:
             raise UserError(f"arm {name} of {path}: {why_left_out} (--arms)")
         run = PlannedRun(
-            name=join(label, name),
+            name=join(label, folder_name(name, cut)),
             mask=mask,
             sites=compared,
             model_sites=sites,
             has_llm=family.has_llm,
         )
         yield Arm(label=label, name=name, run=run, config=options, why_left_out=why_left_out)
+
+
+def cuts_of_model(
+    study: StudyOptions, family: AnyFamily, config: PreTrainedConfig
+) -> Iterator[str]:
+    """Yield the cuts of a model; where its encoder has extra tokens, which tell patches of others, also without these.
+
+    Raises:
+        UserError: The model cannot be cut.
+    """
+    for cut in dict.fromkeys(study.cuts):
+        check_model_cut(cut, family, config)
+        yield cut
+        if MODEL_CUTS[cut].encoder and extra_tokens(family, config):
+            yield f"{cut}_alone"
+
+
+def folder_name(arm: str, cut: str | None) -> str:
+    """Return the name of the folder of an arm under a cut, or without."""
+    return f"cut_{cut}_{arm}" if cut else arm
 
 
 def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:

@@ -152,6 +152,8 @@ def _check(study: StudyOptions) -> None:
             raise UserError(
                 f"model.{key} is given, but the arms of a study say which weights are random (--arms)"
             )
+    if study.model.cut:
+        raise UserError("model.cut is given, but a study has arms with and without it (--cuts)")
     factory_of(study.model.head)
     if study.model.head != LINEAR and not study.fit:
         raise UserError(
@@ -216,7 +218,7 @@ def _analysis_steps(
     for name, settings in analyses.items():
         analysis = MEASURED[name]
         analysed = [arm for arm in arms if kind_of(arm.name) in analysis.arms]
-        analysed = [arm for arm in analysed if not arm.why_left_out]
+        analysed = [arm for arm in analysed if not (arm.why_left_out or arm.cut)]
         if not (has_llm or analysis.of_encoders):
             if name not in _asked(study):
                 continue
@@ -243,7 +245,7 @@ def _name_of_run(study: StudyOptions, arm: Arm, task: str) -> str:
     """Return the name of the run of an arm and a task."""
     if task == study.data.task:
         return arm.run.name
-    return join(arm.label, f"{task}_{arm.name}")
+    return join(arm.label, f"{task}_{arm.folder}")
 
 
 def _analysis_step(study: StudyOptions, arm: Arm, name: str, settings: Settings) -> ArmStep:
@@ -289,7 +291,9 @@ def _report_step(study: StudyOptions, steps: Sequence[Step]) -> ReportStep:
     reads[TRUTH_FILE] = Path(study.data.root) / TRUTH_FILE
     return ReportStep(
         "report",
-        config=ReportOptions(studies=(str(study.out),), out=folder, labels=study.labels, margin=study.margin),
+        config=ReportOptions(
+            studies=(str(study.out),), out=folder, labels=study.labels, margin=study.margin
+        ),
         result=folder / "results.json",
         kind="report",
         call="probes.studies.table:write_report",

@@ -11,7 +11,7 @@ from probes.analyses import MEASURED
 from probes.analyses.analysis import Row, table_row
 from probes.config import ReportOptions
 from probes.runs.read import ProbeRun, finished_runs
-from probes.runs.study import given_labels, head_suffix, labels_of_models, model_name
+from probes.runs.study import cut_suffix, given_labels, head_suffix, labels_of_models, model_name
 
 if TYPE_CHECKING:  # pandas takes a second to import
     from matplotlib.figure import Figure
@@ -122,7 +122,7 @@ def _rows(run: ProbeRun, name: str, model: str | None) -> Iterator[Row]:
     metrics = run.metrics
     of_run = {
         "run": name,
-        "model": model or Path(metrics["mllm"]).name,
+        "model": (model or Path(metrics["mllm"]).name) + cut_suffix(run.cut),
         "mask": run.mask,
         "weights": run.arm,
         "draw": run.draw,

@@ -10,6 +10,7 @@ Shapes: B images, T image tokens on a grid h x w, m x m patches a token, d width
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -105,6 +106,16 @@ class EncoderLayers:
     def modules(self, model: "PreTrainedModel") -> nn.ModuleList:
         """Return the layers."""
         return module_at(model, self.path, "model")
+
+    def token_of_patch(self) -> Tensor:
+        """Return the image token that each patch is of, i64[P], patches in the encoder's order."""
+        tokens = self.grid[0] * self.grid[1]
+        patches = tokens * self.merged**2
+        numbers = torch.arange(-self.extra_tokens, patches)
+        patches_of_token = replace(self, width=self.merged**2).to_tokens(numbers[:, None], images=1)
+        token_of_patch = torch.empty(patches, dtype=torch.long)
+        token_of_patch[patches_of_token[0]] = torch.arange(tokens)[:, None]
+        return token_of_patch
 
     def to_tokens(self, hidden: Tensor, images: int) -> Tensor:
         """Return the states of a layer as f[B, T, m * m * d].

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from encoder_cuts import assert_cut
 from PIL import Image
 
 import probes
@@ -59,3 +60,5 @@ def test_states_and_pixels_are_those_of_timm(name, tmp_path):
     control = {"untrained": ["encoder"], "match": "update", "match_images": [photo]}
     random = probes.load(path, device="cpu", **control)
     assert layer_updates(random, pixels) == pytest.approx(updates, rel=2e-3)
+    for keep_extra in (True, False):
+        assert_cut(encoder, pixels, layers=[2], keep_extra=keep_extra)

@@ -1,0 +1,68 @@
+"""A study whose encoder is cut: its arms, its claim against differences of recoveries, and what it leaves alone."""
+
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+import tiny_models
+from studies import study_of
+
+from probes.runs.read import ProbeRun
+from probes.studies.run import run_study
+
+OPTIONS = "--data.batch_size 8 --trainer.accelerator cpu --folds 2 --strengths 1e-1".split()
+ARMS = ("trained", "random0", "random1", "permuted0", "permuted1")
+CUTS = ("cut_encoder_", "cut_encoder_alone_")
+CLAIM = "recovery_without_context"
+
+
+@pytest.fixture(scope="module")
+def study(checkpoints, segmentation, tmp_path_factory):
+    """Return the folder of a finished study."""
+    out = tmp_path_factory.mktemp("studies") / "study"
+    settings = {"arms": ARMS, "only": ("solve", "report"), "cuts": ("encoder",)}
+    with redirect_stdout(StringIO()):
+        run_study(study_of({"": checkpoints["causal"]}, segmentation, out, OPTIONS, **settings))
+    return out
+
+
+def test_the_claims_are_differences_of_recoveries(study):
+    """Of the trained model, and beyond the same difference of each draw of a control."""
+    results = json.loads((study / "report/results.json").read_text())
+    claims = {claim["claim"]: claim for claim in results["claims"]}
+    assert claims.keys() == {"adapter_drop", "recovery", CLAIM, f"{CLAIM}_alone"}
+    for prefix, name in zip(CUTS, (CLAIM, f"{CLAIM}_alone"), strict=True):
+        expected = {}
+        for arm in ARMS:
+            runs = [ProbeRun(study / folder) for folder in (f"{prefix}{arm}", arm)]
+            cut, intact = (run.effects["recovery"] for run in runs)
+            expected[arm] = (cut - intact).value
+            assert [run.cut for run in runs] == [prefix[4:-1], None]
+        verdicts = claims[name]["verdicts"]
+        assert claims[name]["value"] == pytest.approx(expected["trained"])
+        for control, column in verdicts["beyond_random"]["controls"].items():
+            draws = [expected[f"{control}{i}"] for i in range(2)]
+            assert column["value"] == pytest.approx(expected["trained"] - sum(draws) / 2)
+
+
+def test_results_say_what_the_context_adds_at_each_site(study):
+    results = json.loads((study / "report/results.json").read_text())
+    assert [*results["cuts"]] == ["encoder", "encoder_alone"]
+    for prefix, by_mask in zip(CUTS, results["cuts"].values(), strict=True):
+        runs = [ProbeRun(study / folder) for folder in ("trained", f"{prefix}trained")]
+        for row in by_mask["causal"]:
+            intact, cut = (run.site_scores[row["site"]].value for run in runs)
+            assert row["added"] == pytest.approx(intact - cut) and row["score"] == cut
+
+
+def test_a_run_is_read_under_its_cut(study):
+    """Its model gives the states that its probes were solved on, also to other images."""
+    mllm, probes_of_run = ProbeRun(study / "cut_encoder_alone_random0").loaded
+    assert mllm.encoder_cut and not mllm.encoder_cut.keep_extra
+    pixels = tiny_models.pixels(1)
+    changed = pixels.clone()
+    changed[..., :4, :4] += 1  # of the first patch
+    before, after = (mllm.states(x, ["encoder"])["encoder"][0] for x in (pixels, changed))
+    assert [*(before != after).any(-1)] == [True, *[False] * (len(before) - 1)]
+    assert "adapter" in probes_of_run

@@ -76,7 +76,7 @@ def measure_norms(
 
 
 def section(study: "StudyRuns") -> Section:
-    """Return the maps of a study's runs, and their results by mask; results.json has those of the first mask by site."""
+    """Return the maps and results of a study by mask; results.json["norms"] has those of the first mask by site."""
     by_mask: dict[str, Any] = {}
     figures = []
     for mask, main in study.main_runs.items():

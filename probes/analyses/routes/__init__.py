@@ -13,8 +13,9 @@ source, in all layers, or in each window of K layers, whose first layers are a s
 The outcomes are the log-probability of the right answer, normalised over the class names, and whether the most probable
 name changes and is right. No probe takes part in them.
 
-    routes.json         accuracies and effects, see cuts.py
-    routes.safetensors  "image", "right" long[Q]; "none", "probe:SITE" f[Q, K], log-probabilities without a knockout;
+    routes.json         accuracies and effects, see cuts.py; "regimes", see blank.py
+    routes.safetensors  "image", "right" long[Q]; "none", "blank", "probe:SITE" f[Q, K], log-probabilities without a
+                        knockout, "blank" about a blank picture (blank.py);
                         "right:ROUTE" f[Q, 1 + W], that of the right answer, in all layers and by window;
                         "probability:ROUTE" f[Q, 1 + W], the right answer's probability;
                         "changed:ROUTE", "correct:ROUTE" f[Q, 1 + W], 1 where the answer is another one, and where it
@@ -99,18 +100,21 @@ def measure(run: "ProbeRun", options: RoutesOptions) -> Result:
     Raises:
         UserError: The questions do not fit the run, or its model cannot be asked.
     """
+    from .blank import regimes_of
     from .cuts import Asker, answer_statistics, claimed_routes, route_effects
     from .questions import first_questions, read_questions
 
     classes = run.metrics["classes"]
     file = read_questions(options.questions, classes)
-    asked = range(len(first_questions(options.questions, file, options.limit)))
+    questions = first_questions(options.questions, file, options.limit)
+    asked = range(len(questions))
     asker = Asker(run, options, file)
     tensors = ANALYSIS.in_batches(
         run, options=options, items=asked, size=QUESTIONS_PER_FILE, compute=asker.ask
     )
     rows = {"classes": classes, "questions_file": options.questions.name, "layers": asker.layers}
     rows |= answer_statistics(tensors, run.sites, options.seed)
+    rows["regimes"] = regimes_of(tensors, questions, options.seed)
     rows["effects"] = route_effects(tensors, asker.places, options.seed)
     return Result(rows, tensors, claimed_routes(tensors, options.seed))
 
@@ -127,6 +131,9 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
         accuracy = estimate_text(entry["accuracy"], ".1%")
         agreement = entry["agreement"]["value"]
         yield f"  probe at {entry['site']:<11} {accuracy}, agrees in {agreement:.1%}"
+    for kind, entry in results["regimes"].items():
+        gain = estimate_text(entry, "+.1%")
+        yield f"  {kind} ...: {entry['regime']}, the right answer's probability minus a blank picture's {gain}"
     yield "Change of the right answer's log-probability (nats):"
     for effect in results["effects"]:
         route = f"{effect['source']} to {effect['target']}"

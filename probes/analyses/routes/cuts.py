@@ -22,6 +22,7 @@ from probes.runs.read import ProbeRun
 from probes.score.estimate import Estimate
 
 from . import RoutesOptions
+from .blank import blank_picture
 from .questions import QuestionFile, read_question_image, tokens_in_box
 
 CONTRAST = "object - random"
@@ -112,6 +113,7 @@ class Asker:
             "image": torch.tensor(question.image),
             "right": torch.tensor(question.right),
             "none": none,
+            "blank": self._scores(self.mllm.preprocess([blank_picture(image)]), question.text)[0],
         }
         for site, states in self.mllm.states(pixels, [*self.probes]).items():
             logits = self.probes[site](states.float())[0].cpu()

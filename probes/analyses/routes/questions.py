@@ -6,8 +6,9 @@ r"""Read questions about places: LLaVA's JSON with a region for each question.
       "regions": [{"box": [0, 0, 0.25, 0.25], "class": "sky"}]}, ...]
 
 "regions" has one entry per question: its place as left, top, right and bottom in fractions of the image, and the class
-there, which is one of the probes' classes; or null for a question that is not about a place, which is skipped. Each
-question is asked by itself, without the turns before it.
+there, which is one of the probes' classes; or null for a question that is not about a place, which is skipped. It can
+have a "kind", else the first two words of the question are its kind. Each question is asked by itself, without the
+turns before it.
 """
 
 import os
@@ -24,9 +25,15 @@ from llava_bidir.common.errors import NothingToMeasure, UserError, error_context
 from llava_bidir.common.images import as_stored, orientation, read_image
 from probes.ops.geometry import Geometry
 
+KIND_WORDS = 2  # of a question that is of no other kind
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Region = TypedDict(
-    "Region", {"box": Annotated[list[Fraction], Field(min_length=4, max_length=4)], "class": str}
+    "Region",
+    {
+        "box": Annotated[list[Fraction], Field(min_length=4, max_length=4)],
+        "class": str,
+        "kind": NotRequired[str],
+    },
 )
 Turn = TypedDict("Turn", {"from": str, "value": str})
 
@@ -46,6 +53,7 @@ class Question(NamedTuple):
     text: str
     right: int  # index of the class at the place
     box: tuple[float, float, float, float]  # left, top, right, bottom; fractions of the image
+    kind: str = ""  # questions of a kind are judged together
 
 
 class QuestionFile(NamedTuple):
@@ -79,9 +87,12 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
         for turn, region in zip(asked, regions, strict=True):
             if region is not None:
                 _check_region(region, classes, where=f"{path}, record {number}")
+                text = turn["value"].replace("<image>", "").strip()
+                first_words = " ".join(text.lower().split()[:KIND_WORDS])
                 question = Question(
                     image=images.setdefault(record["image"], len(images)),
-                    text=turn["value"].replace("<image>", "").strip(),
+                    text=text,
+                    kind=region.get("kind", first_words),
                     right=classes.index(region["class"]),
                     box=tuple(region["box"]),
                 )

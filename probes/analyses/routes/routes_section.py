@@ -12,6 +12,7 @@ from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, StudyRuns
 from probes.score.estimate import estimate_text
 
+from .blank import describe_regimes, regime_rows
 from .cuts import TARGETS
 
 KEYS = ("questions", "images", "layers", "accuracy", "sites", "effects")  # of routes.json
@@ -28,10 +29,15 @@ def section(study: StudyRuns) -> Section:
     for mask, of_mask in routes.items():
         figures.append(routes_figure(mask, of_mask))
         sentences += [describe_answers(mask, of_mask), summarize(mask, of_mask)]
+        if of_mask["regimes"]:
+            sentences.append(describe_regimes(mask, of_mask["regimes"]))
         if text := describe_sinks(mask, of_mask["sinks"]):
             sentences.append(f"{text} Grey in the figure.")
-    tables = {"answer_accuracy": accuracy_rows(routes)}
-    return Section(figures, sentences, tables, by_mask=by_mask)
+    tables = {"answer_accuracy": accuracy_rows(routes), "regimes": all_regime_rows(routes)}
+    results = {}
+    if routes:
+        results["routes"] = next(iter(routes.values()))["regimes"]
+    return Section(figures, sentences, tables, results=results, by_mask=by_mask)
 
 
 def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
@@ -79,7 +85,9 @@ def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
 
 def _select(run: ProbeRun) -> dict[str, Any]:
     results = run.analysis("routes.json")
-    return {key: results[key] for key in KEYS} | {"sinks": sinks_of(run)}
+    measured = {key: results[key] for key in KEYS}
+    regimes = results.get("regimes", {})  # earlier results have none
+    return measured | {"regimes": regimes, "sinks": sinks_of(run)}
 
 
 def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -87,6 +95,16 @@ def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"trained": of_mask} | {
         f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]
     }
+
+
+def all_regime_rows(routes: dict[str, dict[str, Any]]) -> Rows:
+    """Return what answers owe to the picture, by mask, model and kind of question."""
+    rows = []
+    for mask, of_mask in routes.items():
+        for model, entry in models_of(of_mask).items():
+            of_model = regime_rows(model, entry["regimes"])
+            rows += [{"image_attention": mask} | row for row in of_model]
+    return rows
 
 
 def accuracy_rows(routes: dict[str, dict[str, Any]]) -> Rows:

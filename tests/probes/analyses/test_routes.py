@@ -116,6 +116,19 @@ def test_windows_have_all_layers_first():
     assert windows(2, 7, stride=3) == [[1, 7], [1, 2], [4, 5]]
 
 
+def test_a_blank_picture_is_asked_as_the_photo_is(measured):
+    run, path, results, tensors = measured
+    mllm = run.mllm()
+    file = read_questions(path, CLASSES)
+    for number, question in list(enumerate(file.questions))[:2]:
+        photo = Image.open(path.parent / file.images[question.image]).convert("RGB")
+        colour = tuple(np.asarray(photo).mean((0, 1)).round().astype(int).tolist())
+        pixels = mllm.preprocess([Image.new("RGB", photo.size, colour)])
+        scores = mllm.answer_log_probs(pixels, question=question.text, answers=CLASSES)
+        torch.testing.assert_close(tensors["blank"][number], scores[0].log_softmax(-1))
+    assert [*results["regimes"]] == ["name the"]
+
+
 def test_accuracies_and_effects_are_means_over_questions(measured):
     _, _, results, tensors = measured
     said = tensors["none"].argmax(-1)
@@ -214,3 +227,5 @@ def test_a_planted_route_is_found_and_none_in_a_model_that_was_not_trained(
     for route in (("random", "text"), ("object", "question")):
         assert abs(effects[route]["all"]["value"]) < 0.1
     assert claimed[0].value < 0.01
+    ((_, grounded),) = results[150]["regimes"].items()
+    assert grounded["regime"] == "grounded" and grounded["questions"] == 60

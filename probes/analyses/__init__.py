@@ -7,7 +7,7 @@ from importlib import import_module
 
 from .analysis import Analysis, RunOptions, run_analysis
 
-NAMES = ("sinks", "starvation", "knockout", "routes", "patching", "maps", "umap")
+NAMES = ("sinks", "starvation", "knockout", "routes", "patching", "maps", "umap", "learning_curve")
 ANALYSES: dict[str, Analysis] = {
     name: import_module(f"{__name__}.{name}").ANALYSIS for name in NAMES
 }

@@ -266,6 +266,8 @@ class StudyOptions(RunConfig):
         draws: Draws of random LLMs, and of random adapters; of a bare encoder, of random layers. At most two are also
             permuted.
         arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
+        training_images: Also solve the trained model's probes on subsets of the training photos: numbers, of which each
+            has three draws, and all.
         control_sites: Probe random and permuted models at their first site, every Nth layer and the last one; what is
             judged beyond random is then of these layers of the trained model, too.
         cuts: Also cut attention in the encoder, in the llm, or in both, with probes and controls under each cut: does
@@ -287,6 +289,7 @@ class StudyOptions(RunConfig):
     ckpt_path: Literal["last"] | None = "last"
     draws: Index = 3
     arms: tuple[str, ...] = ()
+    training_images: tuple[str, ...] = ()
     control_sites: Count = 1
     cuts: tuple[Literal["encoder", "llm", "both"], ...] = ()
     fit: bool = False

@@ -17,6 +17,7 @@ NAMES = (
     "patching",
     "maps",
     "umap",
+    "learning_curve",
 )
 ANALYSES: dict[str, Analysis] = {
     name: import_module(f"{__name__}.{name}").ANALYSIS for name in NAMES

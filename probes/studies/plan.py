@@ -18,6 +18,8 @@ from llava_bidir.common.identity import check_same_identity, describe_digest, na
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.analysis import EFFECTS_SUFFIX
+from probes.analyses.learning_curve import ANALYSIS as CURVE
+from probes.analyses.learning_curve import check_sizes
 from probes.config import DataOptions, ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
@@ -104,6 +106,7 @@ def plan(study: StudyOptions) -> Planned:
     seed = study.seed_everything
     splits = {task: open_splits(replace(study.data, task=task), seed) for task in tasks}
     validation = splits[main]["validation"]
+    check_sizes(study.training_images, len(splits[main]["training"]))
     analyses = choose_analyses(study, validation)
     contents = {
         (label, task): cache(partial(_content, model, splits_of_task))
@@ -154,6 +157,8 @@ def _check(study: StudyOptions) -> None:
             )
     if study.model.cut:
         raise UserError("model.cut is given, but a study has arms with and without it (--cuts)")
+    if study.training_images and study.data.task != SEGMENTATION:
+        raise UserError(f"--training_images is about classes, and data.task is {study.data.task}")
     factory_of(study.model.head)
     if study.model.head != LINEAR and not study.fit:
         raise UserError(
@@ -339,6 +344,8 @@ def choose_analyses(study: StudyOptions, validation: ImageDataset) -> dict[str, 
                 )
             key = key.replace("-", "_")
             settings[key] = _read_value(MEASURED[name].options, key, value)
+    if study.training_images:
+        chosen[CURVE.name] = {"images": study.training_images}
     if "maps" in chosen and chosen["maps"]["image"] == MEASURED["maps"].in_study["image"]:
         chosen["maps"]["image"] = [n for n in chosen["maps"]["image"] if n < len(validation)]
     _add_files_beside_data(study, chosen)

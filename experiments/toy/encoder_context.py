@@ -2,9 +2,9 @@
 
     python -m experiments.toy.encoder_context OUT --seeds 0 1 2 3 4
 
-A picture has an indoor and an outdoor scene, dealt to its 36 patches at random. A patch shows the hue of its scene above
-and its content below: a lamp (indoor), a tree (outdoor), or grey, which is a ceiling indoors and a sky outdoors. Whoever
-attends to patches of the same hue can tell; a mean over all patches cannot, since there are as many lamps as trees.
+A picture has an indoor and an outdoor scene, dealt to its 36 patches at random. A patch shows the hue of its scene, and
+below it a lamp (indoors), a tree (outdoors), or grey, which is a ceiling indoors and a sky outdoors. Whoever attends to
+patches of the same hue can tell; a mean over all patches cannot, since there are as many lamps as trees.
 Weights are set by hand, with noise in all matrices. The truth of `recovery_without_context`:
 
     both       encoder and LLM bind: planted, since the LLM recovers what the cut encoder has not told

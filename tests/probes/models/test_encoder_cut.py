@@ -1,5 +1,7 @@
 """Knockouts inside encoders: which tokens see which, measured by gradients in the layers, against loops over pairs."""
 
+from functools import partial
+
 import pytest
 import tiny_encoders
 import tiny_models
@@ -10,8 +12,10 @@ from tolerances import assert_near
 
 import probes
 from llava_bidir.common.errors import UserError
+from probes.models import load
 from probes.models.encoder_cut import PatchEncoder
 from probes.models.hooks import around
+from probes.models.measured_mask import seen_in_layers
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
@@ -53,11 +57,15 @@ def test_patches_of_the_encoder_of_an_mllm_see_themselves_alone(name, load_famil
 
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items())
-def test_encoders_that_cannot_be_cut_are_refused_by_name(name, reason, load_family):
+def test_encoders_that_cannot_be_cut_are_refused_by_name(
+    name, reason, load_family, checkpoint, monkeypatch
+):
     model = load_family(name)
     with pytest.raises(UserError, match=f"{name}.*{reason}"):
         model.states(model.preprocess(pictures(name)), knockout=probes.Knockout(site="encoder"))
-    assert_near(*(model.states(model.preprocess(pictures(name)))["adapter"] for _ in "ab"), 0)
+    monkeypatch.setattr(load, "load_weights", None)  # before weights are loaded
+    with pytest.raises(UserError, match=f"{name}.*{reason}"):
+        probes.load(checkpoint(name), cut="encoder")
 
 
 def test_blocked_patches_are_those_of_each_row(checkpoints):
@@ -103,3 +111,26 @@ def test_a_layer_that_runs_without_its_cut_attention_is_an_error(checkpoints):
         pytest.raises(RuntimeError, match="layer 1 of the encoder ran without"),
     ):
         mllm.states(tiny_models.pixels(1), knockout=probes.Knockout(site="encoder"))
+
+
+@pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
+def test_image_tokens_of_a_cut_llm_see_themselves_and_the_text_before(mask, checkpoints):
+    """In all forwards, also those of answers, whose question sees all image tokens."""
+    mllm = probes.load(checkpoints[mask], cut="llm")
+    tokens = torch.arange(len(mllm.is_image))
+    along = torch.randn(mllm.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    first = mllm.is_image.tolist().index(True)
+    question = {"question": "name the sky", "answers": ["sky"]}
+    for run in (mllm.states, partial(mllm.answer_log_probs, **question)):
+        seen = seen_in_layers(mllm.layers, tokens, along, partial(run, tiny_models.pixels(1)))
+        for query in range(first, len(tokens)):
+            image = seen[:, query, first : len(tokens)]
+            assert (image == (tokens[first:] == query)).all(), query
+            assert seen[:, query, :first].all()
+        if run != mllm.states:
+            assert seen.shape[2] > len(tokens)
+    both = probes.load(checkpoints[mask], cut="both_alone")
+    changed = tiny_models.pixels(1)
+    changed[..., :4, :4] += 1  # of the first patch
+    before, after = (both.states(x)["layer_03"][0] for x in (tiny_models.pixels(1), changed))
+    assert (before != after).any(-1).tolist() == [True, False, False, False]

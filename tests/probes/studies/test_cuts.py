@@ -27,6 +27,39 @@ def study(checkpoints, segmentation, tmp_path_factory):
     return out
 
 
+def test_arms_are_those_that_the_claim_needs(
+    checkpoints, segmentation, tmp_path, monkeypatch, capsys
+):
+    """Under each cut; of an encoder with CLS also without it. Other studies have none of them."""
+    settings = {"cuts": ("encoder", "llm", "both"), "only": ("solve",), "draws": 2}
+    options = study_of({"": checkpoints["causal"]}, segmentation, tmp_path, **settings)
+    names = [step.name for step in plan(options).steps]
+    as_it_is = ["trained", "random0", "random1", "permuted0", "permuted1", "adapter0", "adapter1"]
+    cuts = ("encoder", "encoder_alone", "llm", "both", "both_alone")
+    expected = [f"cut_{cut}_{arm}" for cut in cuts for arm in ARMS]
+    assert names == [*as_it_is, *expected]
+    plain = plan(study_of({"": checkpoints["causal"]}, segmentation, tmp_path, draws=2))
+    assert not [step.name for step in plain.steps if "cut" in step.name]
+    monkeypatch.setattr(estimate, "describe_time", lambda *_: "")  # which loads the model
+    estimate.print_estimate(options)
+    assert "1 cut_both_alone_trained, 2 cut_both_alone_random, 2" in capsys.readouterr().out
+
+
+def test_a_cut_that_a_model_cannot_have_is_refused_before_any_work(tmp_path, segmentation):
+    models = {"": tiny_encoders.STOCK["dinov2"].write(tmp_path / "dinov2")}
+    for cut, message in (("llm", "has no LLM; expected encoder"), ("both", "has no LLM")):
+        with pytest.raises(UserError, match=message):
+            plan(study_of(models, segmentation, tmp_path / "out", cuts=(cut,)))
+    names = [
+        step.name
+        for step in plan(study_of(models, segmentation, tmp_path / "out", cuts=("encoder",))).steps
+    ]
+    assert "cut_encoder_alone_permuted1" in names
+    with pytest.raises(UserError, match="model.cut is given"):
+        plan(study_of(models, segmentation, tmp_path / "out", ["--model.cut", "encoder"]))
+
+
+@pytest.mark.slow
 def test_the_claims_are_differences_of_recoveries(study):
     """Of the trained model, and beyond the same difference of each draw of a control."""
     results = json.loads((study / "report/results.json").read_text())
@@ -46,6 +79,7 @@ def test_the_claims_are_differences_of_recoveries(study):
             assert column["value"] == pytest.approx(expected["trained"] - sum(draws) / 2)
 
 
+@pytest.mark.slow
 def test_results_say_what_the_context_adds_at_each_site(study):
     results = json.loads((study / "report/results.json").read_text())
     assert [*results["cuts"]] == ["encoder", "encoder_alone"]
@@ -56,6 +90,7 @@ def test_results_say_what_the_context_adds_at_each_site(study):
             assert row["added"] == pytest.approx(intact - cut) and row["score"] == cut
 
 
+@pytest.mark.slow
 def test_a_run_is_read_under_its_cut(study):
     """Its model gives the states that its probes were solved on, also to other images."""
     mllm, probes_of_run = ProbeRun(study / "cut_encoder_alone_random0").loaded

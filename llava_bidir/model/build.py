@@ -1,11 +1,10 @@
-"""Construction of a model from encoder, adapter and LLM; the LLM's vocabulary; selection of trainable parts."""
+"""Construction of a model from encoder, adapter and LLM; the LLM's vocabulary."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlavaConfig,
@@ -31,13 +30,10 @@ from llava_bidir.common.tokenizer import load_tokenizer
 
 from .configuration_llava_bidir import LlavaBidirConfig
 from .encoders import Encoder, resize_stored_positions
-from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, check_mask_reaches_layers
 
 ADAPTER_PREFIX = "multi_modal_projector."
 MODEL_PARTS = ("encoder", "adapter", "llm")
-# Parts that can train, with the name prefixes of their weights. The encoder is always frozen.
-TRAINABLE = {"adapter": (f"model.{ADAPTER_PREFIX}",), "llm": ("model.language_model.", "lm_head.")}
 
 # Source: Hugging Face's conversion of LLaVA-1.5, which extends the vocabulary by <image> and <pad>.
 EXTRA_TOKENS = ("<image>", "<pad>")
@@ -355,16 +351,6 @@ def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
                 f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
                 "stages, or train an adapter for this one"
             )
-
-
-def set_trainable(model: nn.Module, parts: list[str]) -> None:
-    """Freeze all but `parts` ("adapter", "llm"); if the LLM has low-rank updates (lora.py), only the updates train."""
-    updates_only = has_lora(model)
-    for name, parameter in model.named_parameters():
-        trains = any(name.startswith(TRAINABLE[part]) for part in parts)
-        if updates_only and name.startswith(TRAINABLE["llm"]):
-            trains = trains and UPDATES in name
-        parameter.requires_grad_(trains)
 
 
 def _select_strategy(encoder: Encoder) -> str:

@@ -11,8 +11,8 @@ from lightning import Trainer
 from llava_bidir.common.runs import optimizer_steps
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.model.build import TRAINABLE
 from llava_bidir.model.lora import UPDATES
+from llava_bidir.model.trainable import part_of
 
 from .flops import count_flops
 from .module import LlavaTraining
@@ -203,7 +203,7 @@ def count_parameters(module: LlavaTraining) -> list[PartOfModel]:
     """Return the parts of a model; updates of LoRA are one."""
     counts: dict[str, list[int]] = {}
     for name, parameter in module.model.named_parameters():
-        part = next((p for p in TRAINABLE if name.startswith(TRAINABLE[p])), "encoder")
+        part = part_of(name)
         if UPDATES in name:
             part = "lora"
         total = counts.setdefault(part, [0, parameter.requires_grad])

@@ -6,8 +6,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_bidir.data.collate import Collate
-from llava_bidir.model.build import build_model, build_processor, set_trainable
+from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.lora import Lora, add_lora
+from llava_bidir.model.trainable import set_trainable
 from llava_bidir.training.flops import count_flops
 from llava_bidir.training.loss import supervised_loss
 

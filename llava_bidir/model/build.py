@@ -49,6 +49,7 @@ OF_LLAVA = {
     r"^(model\.language_model|language_model\.model)\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
 }
+ENCODER_OF_LLAVA = {r"^(model\.)?vision_tower\.": ""}
 
 # Prompts have the ids of data/conversation.py. The tokenizer adds <s>. LLaVA encodes text after an image separately, so
 # that it begins with a word-start marker. A tokenizer adds none after a special token, so a space replaces it.
@@ -214,7 +215,11 @@ def load_encoder(
     reader = encoder.entry.model_class
     if not with_weights:
         return reader._from_config(config, dtype=dtype)
-    return load_weights("model.encoder.path", reader, encoder.path, dtype=dtype)
+    options = {}
+    stored = read_model_config("model.encoder.path", encoder.path)
+    if isinstance(stored, LlavaConfig):
+        options = {"config": stored.vision_config, "key_mapping": ENCODER_OF_LLAVA}
+    return load_weights("model.encoder.path", reader, encoder.path, dtype=dtype, **options)
 
 
 def load_llm(path: str, tokens: int, *, with_weights: bool = True, **options) -> PreTrainedModel:
@@ -332,18 +337,26 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
         model.model.multi_modal_projector.load_state_dict(weights)
 
 
-def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
+def check_same_parents(adapter: Path, encoder: Path, llm: Path, identity: Identity) -> None:
     """Raise if an adapter was trained with another encoder or LLM than this run has; shapes alone do not tell.
 
     Args:
         adapter: Exported model of stage 1. Trained on data without an identity, it records none.
-        llm: Directory of this run's LLM; that of the adapter's own export was trained with it.
+        encoder, llm: Directories of this run's; those of the adapter's own export were trained with it.
         identity: Of this run.
+
+    Raises:
+        UserError: Names what differs.
     """
-    saved = (read_training(adapter).get("identity") or {}).get("model", {})
-    compared = ["encoder"]
-    if not (llm.is_dir() and llm.samefile(adapter)):
-        compared.append("llm")
+    training = read_training(adapter)
+    saved = (training.get("identity") or {}).get("model", {})
+    parts = {"encoder": encoder, "llm": llm}
+    compared = [part for part in parts if not _is_same(parts[part], adapter)]
+    if "encoder" in compared and "encoder" in training.get("trainable", []):
+        raise UserError(
+            f"adapter checkpoint {adapter} was trained with its encoder, and {encoder} is another one; give "
+            f"--model.encoder.path {adapter}"
+        )
     for key in saved.keys() & identity["model"].keys():
         part = key.partition("/")[0]
         if part in compared and saved[key] != identity["model"][key]:
@@ -351,6 +364,10 @@ def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
                 f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
                 "stages, or train an adapter for this one"
             )
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    return folder.is_dir() and folder.samefile(other)
 
 
 def _select_strategy(encoder: Encoder) -> str:

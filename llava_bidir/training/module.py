@@ -202,7 +202,10 @@ class LlavaTraining(LightningModule):
             )
         if self.hparams.adapter is not None:
             check_same_parents(
-                adapter=Path(self.hparams.adapter), llm=Path(llm), identity=self.identity
+                adapter=Path(self.hparams.adapter),
+                encoder=Path(self.encoder.path),
+                llm=Path(llm),
+                identity=self.identity,
             )
 
     def configure_model(self) -> None:

@@ -87,7 +87,9 @@ def _count_image(model: LlavaBidirForConditionalGeneration, image: Tensor) -> fl
     if trains(tower):  # else its features need no gradient
         first *= 2
     second = 2 * 2 * _size(adapter.linear_2.weight)
-    of_tower = _count_tower_backward(tower, patches=tokens, tokens=output.last_hidden_state.shape[1])
+    of_tower = _count_tower_backward(
+        tower, patches=tokens, tokens=output.last_hidden_state.shape[1]
+    )
     return forward + tokens * (first + second) + of_tower
 
 

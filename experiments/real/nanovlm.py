@@ -28,7 +28,7 @@ from transformers import LlamaConfig, SiglipVisionConfig
 
 from experiments.real import real_step
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
-from llava_bidir.model.build import set_trainable
+from llava_bidir.model.trainable import set_trainable
 from llava_bidir.training.flops import count_flops
 from llava_bidir.training.loss import supervised_loss
 

@@ -14,8 +14,9 @@ from functools import partial
 
 import torch
 
-from llava_bidir.model.build import build_model, build_processor, set_trainable
+from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
+from llava_bidir.model.trainable import set_trainable
 from llava_bidir.training.loss import supervised_loss
 
 SAMPLES = 4  # of a micro-batch

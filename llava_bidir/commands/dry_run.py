@@ -47,10 +47,9 @@ def format_estimate(costs: TrainingCosts, gpu_gb: float) -> str:
     """Return a table for the terminal: what, how much, and of what."""
     rows = []
     for part in costs.parts:
-        state = "frozen"
-        if part.trains:
-            state = "trains"
-        rows.append((part.part, f"{part.parameters / 1e6:,.1f} M", f"parameters, {state}"))
+        rows.append(
+            (part.part, f"{part.parameters / 1e6:,.1f} M", f"parameters, {part.describe()}")
+        )
     rows += [
         ("samples", f"{costs.samples:,}", f"of {costs.tokens / costs.samples:,.0f} tokens"),
         ("tokens", f"{costs.tokens / 1e6:,.1f} M", f"{costs.supervised / 1e6:,.1f} M supervised"),

@@ -7,6 +7,7 @@ import json
 import os
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
@@ -27,6 +28,7 @@ from llava_bidir.data.dataset import Instructions, answers, refers_to_image
 from llava_bidir.model.build import EXTRA_TOKENS
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
+from llava_bidir.training.estimate import GB, PartOfModel, count_parameters
 
 
 def main(argv: list[str]) -> None:
@@ -48,11 +50,14 @@ def main(argv: list[str]) -> None:
     if args.show:
         print_records(records, args.show, data.collate, as_json=args.json)
         return
+    with torch.device("meta"):
+        cli.model.build(with_weights=False)
+    parts = count_parameters(cli.model)
     files = verify(data, records)
     if args.json:
-        print(json.dumps({"files": files}))
+        print(json.dumps({"files": files, "parts": [asdict(part) for part in parts]}))
     else:
-        print("\n".join(map(format_findings, files)))
+        print("\n".join([*map(format_findings, files), *map(format_part, parts)]))
     if any(file["findings"] for file in files):
         raise SystemExit(1)
 
@@ -233,6 +238,14 @@ def find_in_record(
     if index in trained:
         details["in_training"] = record["image"] or "its text"
     return details
+
+
+def format_part(part: PartOfModel) -> str:
+    """Return how much of a part trains, and what the optimizer keeps of it."""
+    line = f"{part.part}: {part.parameters / 1e6:,.1f} M parameters, {part.describe()}"
+    if part.trains:
+        line += f"; AdamW's moments are {part.moments / GB:,.2f} GB, over all GPUs"
+    return line
 
 
 def format_findings(file: dict[str, Any]) -> str:

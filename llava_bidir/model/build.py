@@ -1,11 +1,10 @@
-"""Construction of a model from encoder, adapter and LLM; the LLM's vocabulary; selection of trainable parts."""
+"""Construction of a model from encoder, adapter and LLM; the LLM's vocabulary."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlavaConfig,
@@ -31,13 +30,10 @@ from llava_bidir.common.tokenizer import load_tokenizer
 
 from .configuration_llava_bidir import LlavaBidirConfig
 from .encoders import Encoder, resize_stored_positions
-from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, check_mask_reaches_layers
 
 ADAPTER_PREFIX = "multi_modal_projector."
 MODEL_PARTS = ("encoder", "adapter", "llm")
-# Parts that can train, with the name prefixes of their weights. The encoder is always frozen.
-TRAINABLE = {"adapter": (f"model.{ADAPTER_PREFIX}",), "llm": ("model.language_model.", "lm_head.")}
 
 # Source: Hugging Face's conversion of LLaVA-1.5, which extends the vocabulary by <image> and <pad>.
 EXTRA_TOKENS = ("<image>", "<pad>")
@@ -53,6 +49,7 @@ OF_LLAVA = {
     r"^(model\.language_model|language_model\.model)\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
 }
+ENCODER_OF_LLAVA = {r"^(model\.)?vision_tower\.": ""}
 
 # Prompts have the ids of data/conversation.py. The tokenizer adds <s>. LLaVA encodes text after an image separately, so
 # that it begins with a word-start marker. A tokenizer adds none after a special token, so a space replaces it.
@@ -218,7 +215,11 @@ def load_encoder(
     reader = encoder.entry.model_class
     if not with_weights:
         return reader._from_config(config, dtype=dtype)
-    return load_weights("model.encoder.path", reader, encoder.path, dtype=dtype)
+    options = {}
+    stored = read_model_config("model.encoder.path", encoder.path)
+    if isinstance(stored, LlavaConfig):
+        options = {"config": stored.vision_config, "key_mapping": ENCODER_OF_LLAVA}
+    return load_weights("model.encoder.path", reader, encoder.path, dtype=dtype, **options)
 
 
 def load_llm(path: str, tokens: int, *, with_weights: bool = True, **options) -> PreTrainedModel:
@@ -336,18 +337,26 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
         model.model.multi_modal_projector.load_state_dict(weights)
 
 
-def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
+def check_same_parents(adapter: Path, encoder: Path, llm: Path, identity: Identity) -> None:
     """Raise if an adapter was trained with another encoder or LLM than this run has; shapes alone do not tell.
 
     Args:
         adapter: Exported model of stage 1. Trained on data without an identity, it records none.
-        llm: Directory of this run's LLM; that of the adapter's own export was trained with it.
+        encoder, llm: Directories of this run's; those of the adapter's own export were trained with it.
         identity: Of this run.
+
+    Raises:
+        UserError: Names what differs.
     """
-    saved = (read_training(adapter).get("identity") or {}).get("model", {})
-    compared = ["encoder"]
-    if not (llm.is_dir() and llm.samefile(adapter)):
-        compared.append("llm")
+    training = read_training(adapter)
+    saved = (training.get("identity") or {}).get("model", {})
+    parts = {"encoder": encoder, "llm": llm}
+    compared = [part for part in parts if not _is_same(parts[part], adapter)]
+    if "encoder" in compared and "encoder" in training.get("trainable", []):
+        raise UserError(
+            f"adapter checkpoint {adapter} was trained with its encoder, and {encoder} is another one; give "
+            f"--model.encoder.path {adapter}"
+        )
     for key in saved.keys() & identity["model"].keys():
         part = key.partition("/")[0]
         if part in compared and saved[key] != identity["model"][key]:
@@ -357,14 +366,8 @@ def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
             )
 
 
-def set_trainable(model: nn.Module, parts: list[str]) -> None:
-    """Freeze all but `parts` ("adapter", "llm"); if the LLM has low-rank updates (lora.py), only the updates train."""
-    updates_only = has_lora(model)
-    for name, parameter in model.named_parameters():
-        trains = any(name.startswith(TRAINABLE[part]) for part in parts)
-        if updates_only and name.startswith(TRAINABLE["llm"]):
-            trains = trains and UPDATES in name
-        parameter.requires_grad_(trains)
+def _is_same(folder: Path, other: Path) -> bool:
+    return folder.is_dir() and folder.samefile(other)
 
 
 def _select_strategy(encoder: Encoder) -> str:

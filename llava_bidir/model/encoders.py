@@ -13,6 +13,7 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersModel,
     DINOv3ViTModel,
+    LlavaConfig,
     LlavaImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
@@ -94,7 +95,8 @@ class Encoder:
 
     Args:
         name: Key of ENCODERS.
-        path: Directory or hub id of a vision tower, or of a two-tower checkpoint that includes one.
+        path: Directory or hub id of a vision tower, of a two-tower checkpoint that includes one, or of a llava, whose
+            encoder alone is taken.
         layer: Index of the hidden states that the adapter reads. LLaVA reads the last but one.
         image_px: Side of the square input in pixels, a multiple of the patch, instead of the entry's. The positions of
             the patches are interpolated as the encoder's own model in transformers does it.
@@ -122,14 +124,18 @@ class Encoder:
                 or it lacks the layer.
         """
         config = read_model_config("model.encoder.path", self.path)
-        model_type = getattr(config, "vision_config", config).model_type
+        vision_config = getattr(config, "vision_config", config)
+        model_type = vision_config.model_type
         config_class = self.entry.model_class.config_class
         if model_type != config_class.model_type:
             raise UserError(
                 f"encoder {self.path!r} is a {model_type!r} checkpoint, but name {self.name!r} expects "
                 f"{config_class.model_type!r}; change model.encoder.name or model.encoder.path"
             )
-        config = read_pretrained("model.encoder.path", config_class, self.path)
+        if isinstance(config, LlavaConfig):
+            config = vision_config
+        else:
+            config = read_pretrained("model.encoder.path", config_class, self.path)
         if self.image_px is not None:
             check_image_px(self.image_px, config.patch_size, "model.encoder.image_px")
             if self.entry.image_px is None:  # else the checkpoint's side is that of its positions

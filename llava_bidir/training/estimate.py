@@ -11,8 +11,8 @@ from lightning import Trainer
 from llava_bidir.common.runs import optimizer_steps
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.model.build import TRAINABLE
 from llava_bidir.model.lora import UPDATES
+from llava_bidir.model.trainable import part_of
 
 from .flops import count_flops
 from .module import LlavaTraining
@@ -26,11 +26,25 @@ TOKENS_A_WORD = 1.4  # of English, to tell long micro-batches from short ones
 
 @dataclass(frozen=True)
 class PartOfModel:
-    """A part of the model, its number of parameters, and whether they train."""
+    """A part of the model, its number of parameters, whether any train, and how many."""
 
     part: str
     parameters: int
     trains: bool
+    trained: int
+
+    @property
+    def moments(self) -> int:
+        """Return the bytes of AdamW's two moments, on all devices together."""
+        return 2 * FP32 * self.trained
+
+    def describe(self) -> str:
+        """Return what trains of it."""
+        if not self.trains:
+            return "frozen"
+        if self.trained < self.parameters:
+            return f"{self.trained / 1e6:,.1f} M train"
+        return "trains"
 
 
 @dataclass(frozen=True)
@@ -203,12 +217,16 @@ def count_parameters(module: LlavaTraining) -> list[PartOfModel]:
     """Return the parts of a model; updates of LoRA are one."""
     counts: dict[str, list[int]] = {}
     for name, parameter in module.model.named_parameters():
-        part = next((p for p in TRAINABLE if name.startswith(TRAINABLE[p])), "encoder")
+        part = part_of(name)
         if UPDATES in name:
             part = "lora"
-        total = counts.setdefault(part, [0, parameter.requires_grad])
+        total = counts.setdefault(part, [0, 0])
         total[0] += parameter.numel()
-    return [PartOfModel(part, count, trains) for part, (count, trains) in counts.items()]
+        total[1] += parameter.numel() * parameter.requires_grad
+    return [
+        PartOfModel(part, parameters=count, trains=trained > 0, trained=trained)
+        for part, (count, trained) in counts.items()
+    ]
 
 
 def sampled_flops(module: LlavaTraining, batch: dict[str, Any], sampled: SampledRecords) -> float:

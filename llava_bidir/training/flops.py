@@ -4,8 +4,8 @@ The share of a device's is the model FLOPs utilisation (MFU). Source: Chowdhery 
 products alone, without recomputation and padding; attention counts all pairs of tokens, also those that a causal mask
 hides. A product of n x k and k x m has 2 n k m operations.
 
-Unlike there, the parts of this model differ: frozen weights have no gradient, the encoder no backward pass, and the
-head sees supervised tokens only.
+Unlike there, the parts of this model differ: frozen weights have no gradient, the encoder a backward pass only where
+it trains, and the head sees supervised tokens only.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.model.trainable import encoder_layers, trains
 
 
 class ModelFlops(NamedTuple):
@@ -72,17 +74,42 @@ def count_flops(model: LlavaBidirForConditionalGeneration, image: Tensor) -> Mod
 
 @torch.no_grad()
 def _count_image(model: LlavaBidirForConditionalGeneration, image: Tensor) -> float:
-    """Return the operations of encoder and adapter, and those of the adapter's backward pass."""
+    """Return the operations of encoder and adapter, and those of their backward pass."""
     with FlopCounterMode(display=False) as counter:
-        tokens = len(torch.cat(model.get_image_features(image).pooler_output))
+        output = model.get_image_features(image)
+    tokens = len(torch.cat(output.pooler_output))
     adapter = model.model.multi_modal_projector
     forward = counter.get_total_flops()
     if not adapter.linear_1.weight.requires_grad:
         return forward
-    # the features of a frozen encoder need no gradient
+    tower = model.model.vision_tower
     first = 2 * _size(adapter.linear_1.weight)
+    if trains(tower):  # else its features need no gradient
+        first *= 2
     second = 2 * 2 * _size(adapter.linear_2.weight)
-    return forward + tokens * (first + second)
+    of_tower = _count_tower_backward(
+        tower, patches=tokens, tokens=output.last_hidden_state.shape[1]
+    )
+    return forward + tokens * (first + second) + of_tower
+
+
+def _count_tower_backward(tower: PreTrainedModel, patches: int, tokens: int) -> int:
+    """Return the operations of an image's backward pass in what trains of a vision tower.
+
+    Args:
+        tower: The tower.
+        patches: Of the image.
+        tokens: In the tower's blocks, CLS and registers included.
+    """
+    # pixels need no gradient
+    embeddings = (m for m in tower.modules() if isinstance(m, nn.Conv2d) and trains(m))
+    flops = sum(2 * _size(module.weight) * patches for module in embeddings)
+    for block in filter(trains, encoder_layers(tower)):
+        linear = (layer for layer in block.modules() if isinstance(layer, nn.Linear))
+        flops += sum(2 * 2 * _size(layer.weight) * tokens for layer in linear)
+        # scores and sums of values, each with two gradients
+        flops += 2 * 2 * 2 * tower.config.hidden_size * tokens**2
+    return flops
 
 
 def _count_linear(layer: nn.Linear) -> int:

@@ -34,14 +34,15 @@ from llava_bidir.model.build import (
     build_processor,
     check_same_parents,
     read_llm_config,
-    set_trainable,
 )
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.lora import Lora, add_lora
+from llava_bidir.model.trainable import count_read, set_train_mode, set_trainable
 
 from .flops import ModelFlops, count_flops
 from .loss import supervised_loss
 from .optim import build_optimizer, build_schedule
+from .seen_to_train import SeenToTrain
 from .throughput import TIMING_METRICS
 
 RATE = "lr-AdamW/"  # learning rates in the logger, by parameter group
@@ -61,26 +62,28 @@ class TrainedMicroBatch(NamedTuple):
 
 
 class LlavaTraining(LightningModule):
-    """Training of an adapter (stage 1), or of adapter and LLM (stage 2), on conversations about images.
+    """Training of an adapter (stage 1), or of adapter, LLM and encoder (stage 2), on conversations about images.
 
     Args:
-        encoder: The vision tower; always frozen.
+        encoder: The vision tower.
         llm: Directory or hub id of the language model.
-        trainable: Parts to train: [adapter] in stage 1, [adapter, llm] in stage 2.
+        trainable: Parts to train: [adapter] in stage 1, [adapter, llm] or [encoder, adapter, llm] in stage 2.
+        encoder_blocks: Number of the encoder's blocks that train, the last that are read; by default all of these.
         image_attention: Mask among image tokens: causal, bidirectional (Eq. 2), prefix, or a registered one.
         image_resize: How images become squares: center_crop (LLaVA's stage 1) or pad (stage 2).
         adapter: Checkpoint directory whose adapter stage 2 starts from.
         adapter_init_scale: Factor on the last weight of a new adapter; 1 is LLaVA's initialisation.
         learning_rate: Peak learning rate.
         adapter_learning_rate: Peak learning rate of the adapter, if it differs.
-        betas, weight_decay: Of AdamW. Biases and norms do not decay.
+        encoder_learning_rate: Peak learning rate of the encoder, by default a fifth of `learning_rate`.
+        betas, weight_decay: Of AdamW. Biases and norms do not decay, nor the encoder's CLS, registers and positions.
         warmup_ratio: Share of the steps in which the learning rate rises; a cosine to zero follows.
         loss_average: "llava": over the tokens of each micro-batch, then over micro-batches and devices, as in LLaVA.
             "tokens": over all supervised tokens of the global batch, however it is accumulated and divided.
         lora: Low-rank updates of the LLM, which train instead of its weights.
         frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
             computes in bfloat16 either way.
-        gradient_checkpointing: Recompute the LLM's layers in the backward pass to save memory.
+        gradient_checkpointing: Recompute the layers of LLM and encoder in the backward pass to save memory.
         compile: Compile the LLM's layers with torch.compile. The first steps take minutes; validation is not compiled.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
@@ -91,13 +94,15 @@ class LlavaTraining(LightningModule):
         self,
         encoder: Encoder,
         llm: str,
-        trainable: list[Literal["adapter", "llm"]],
+        trainable: list[Literal["encoder", "adapter", "llm"]],
         image_attention: str = "causal",
         image_resize: Literal["pad", "center_crop"] = "pad",
         adapter: str | None = None,
         adapter_init_scale: NonNegative = 1.0,
         learning_rate: NonNegative = 2e-5,
         adapter_learning_rate: NonNegative | None = None,
+        encoder_blocks: Count | None = None,
+        encoder_learning_rate: NonNegative | None = None,
         betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999),
         weight_decay: NonNegative = 0.0,
         warmup_ratio: Share = 0.03,
@@ -145,8 +150,33 @@ class LlavaTraining(LightningModule):
             raise UserError("model.trainable is empty; expected adapter, llm or both")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
+        self._check_trained_encoder()
         with error_context("model.image_attention"):
             block_ids_of(self.hparams.image_attention)
+
+    def _check_trained_encoder(self) -> None:
+        """Raise a UserError if the encoder trains in stage 1, or what is said of its training does not apply."""
+        args = self.hparams
+        if "encoder" not in args.trainable:
+            for name in ("encoder_blocks", "encoder_learning_rate"):
+                if args[name] is not None:
+                    raise UserError(f"model.{name} needs encoder in model.trainable")
+            return
+        if "llm" not in args.trainable or args.template == PLAIN:
+            raise UserError(
+                "model.trainable: the encoder trains in stage 2, with the LLM on dialogues. In stage 1 the adapter is "
+                "random at first, and its gradients would undo what the encoder knows; take encoder out of the list"
+            )
+        read = count_read(self.encoder.layer, self.encoder.load_config().num_hidden_layers)
+        if args.encoder_blocks is not None and args.encoder_blocks > read:
+            raise UserError(
+                f"model.encoder_blocks {args.encoder_blocks}: expected at most {read}, the blocks before "
+                f"model.encoder.layer {self.encoder.layer}"
+            )
+
+    def configure_callbacks(self) -> list[SeenToTrain]:
+        """Return what sees that each part trains."""
+        return [SeenToTrain()]
 
     def models(self) -> dict[str, str]:
         """Return the paths of the models that the run is made from, by setting."""
@@ -172,7 +202,10 @@ class LlavaTraining(LightningModule):
             )
         if self.hparams.adapter is not None:
             check_same_parents(
-                adapter=Path(self.hparams.adapter), llm=Path(llm), identity=self.identity
+                adapter=Path(self.hparams.adapter),
+                encoder=Path(self.encoder.path),
+                llm=Path(llm),
+                identity=self.identity,
             )
 
     def configure_model(self) -> None:
@@ -199,10 +232,13 @@ class LlavaTraining(LightningModule):
             adapter.linear_2.weight.data *= args.adapter_init_scale
         if self.lora:
             add_lora(self.model, self.lora)
-        set_trainable(self.model, args.trainable)
+        set_trainable(self.model, args.trainable, args.encoder_blocks)
         if args.gradient_checkpointing:
-            llm = self.model.model.language_model
-            llm.activation_checkpointing_enable({"use_reentrant": False})
+            recomputed = [self.model.model.language_model]
+            if "encoder" in args.trainable:
+                recomputed.append(self.model.model.vision_tower)
+            for part in recomputed:
+                part.activation_checkpointing_enable({"use_reentrant": False})
         if args.compile:
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)  # for batches of all lengths at once
@@ -219,9 +255,8 @@ class LlavaTraining(LightningModule):
         return dtypes
 
     def on_fit_start(self) -> None:
-        """Set train mode, except for the frozen encoder."""
-        self.model.train()
-        self.model.model.vision_tower.eval()
+        """Set train mode, except where the encoder is frozen."""
+        set_train_mode(self.model)
 
     def on_validation_start(self) -> None:
         """Run compiled layers as they are: each prompt and each new token would be compiled anew."""
@@ -352,14 +387,11 @@ class LlavaTraining(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and its schedule per step."""
         args = self.hparams
-        rates = {part: args.learning_rate for part in args.trainable}
-        if args.adapter_learning_rate is not None:
-            rates["adapter"] = args.adapter_learning_rate
         # Lightning does not clip gradients for a fused optimizer in mixed precision
         fused = not (self.trainer.gradient_clip_val and "mixed" in self.trainer.precision)
         optimizer = build_optimizer(
             self.model,
-            learning_rates=rates,
+            learning_rates=self.learning_rates(),
             betas=tuple(args.betas),
             weight_decay=args.weight_decay,
             fused=fused,
@@ -367,6 +399,23 @@ class LlavaTraining(LightningModule):
         schedule = build_schedule(optimizer, optimizer_steps(self.trainer), args.warmup_ratio)
         per_step = {"scheduler": schedule, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": per_step}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the peak learning rate of each part that trains.
+
+        Source of the encoder's fifth: LLaVA-NeXT scripts/train/finetune_ov.sh.
+        """
+        args = self.hparams
+        rates = dict.fromkeys(args.trainable, args.learning_rate)
+        if "encoder" in rates:
+            rates["encoder"] /= 5
+        for part, rate in (
+            ("adapter", args.adapter_learning_rate),
+            ("encoder", args.encoder_learning_rate),
+        ):
+            if rate is not None:
+                rates[part] = rate
+        return rates
 
     def settings(self) -> dict[str, Any]:
         """Return the stage and all settings that have a value, for training.json and the model card."""

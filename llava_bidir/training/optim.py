@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from llava_bidir.model.build import TRAINABLE
+from llava_bidir.model.trainable import part_of
 
 
 def build_optimizer(
@@ -17,22 +17,29 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Return AdamW with one parameter group per trainable part, under weight decay two: biases and norms do not decay.
 
-    Source: LLaVA llava_trainer.py create_optimizer.
+    Source: LLaVA llava_trainer.py create_optimizer. Of the encoder, CLS, registers and positions do not decay either.
 
     Args:
-        model: Model whose `requires_grad` was set by :func:`llava_bidir.model.build.set_trainable`.
-        learning_rates: Peak learning rate per part ("adapter", "llm").
+        model: Model whose `requires_grad` was set by :func:`llava_bidir.model.trainable.set_trainable`.
+        learning_rates: Peak learning rate per part ("encoder", "adapter", "llm").
         betas, weight_decay: Of AdamW. LLaVA's scripts use no weight decay.
         fused: Use the fused kernel.
     """
     groups = {}
+    products = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            products.add(f"{name}.weight")
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = next(part for part in learning_rates if name.startswith(TRAINABLE[part]))
+        part = part_of(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens parameters
+        decays = len(shape) > 1
+        if part == "encoder":
+            decays = name in products
         decay = 0.0
-        if len(shape) > 1:
+        if decays:
             decay = weight_decay
         group = {
             "params": [],

@@ -215,7 +215,7 @@ def stored_bytes(weight: nn.Parameter, module: LlavaTraining, spread: Spread) ->
     """Return the bytes of a weight between two steps, and in an export."""
     dtype = spread.stored_in
     if module.hparams.frozen_dtype == "bfloat16" and not weight.requires_grad:
-        dtype = torch.bfloat16
+        dtype = weight.dtype
     return weight.numel() * dtype.itemsize
 
 

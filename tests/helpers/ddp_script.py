@@ -86,11 +86,12 @@ def prepare(
     clip: float | None = None,
     validate_first: bool = False,
     trainable=("adapter", "llm"),
+    layer: int = -1,
     folder: str = "",
     **settings,
 ):
     torch.manual_seed(0)
-    parts = (Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm])
+    parts = (Encoder("clip", SPEC["encoder"], layer=layer), SPEC[llm])
     settings |= {"learning_rate": 1e-2, "adapter_learning_rate": 5e-3, "max_new_tokens": 3}
     module = LlavaTraining(*parts, list(trainable), **settings)
     data = make_data(
@@ -159,6 +160,16 @@ def resume(strategy, precision):
     return fit(strategy, precision, llm="dropout_llm", resume=f"{strategy}-middle-{precision}.ckpt")
 
 
+def encoder_uninterrupted(strategy, precision):
+    save = {MIDDLE: f"{strategy}-encoder-{precision}.ckpt"}
+    return fit(strategy, precision, save=save, callbacks=[Checkpoints()], **TRAINED_ENCODER)
+
+
+def encoder_resume(strategy, precision):
+    middle = f"{strategy}-encoder-{precision}.ckpt"
+    return fit(strategy, precision, resume=middle, **TRAINED_ENCODER)
+
+
 def validate(strategy, precision):
     """Validate in a trainer that never trained."""
     trainer, module, data = prepare(strategy, precision, llm="dropout_llm")
@@ -172,6 +183,14 @@ def without_dropout(strategy, precision):
     return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
 
 
+# of two blocks, the first is read; its attention drops tokens, as that of the LLM
+TRAINED_ENCODER = {
+    "trainable": ["encoder", "adapter", "llm"],
+    "layer": -2,
+    "llm": "dropout_llm",
+    "folder": "encoder-",
+    "gradient_checkpointing": True,
+}
 SETTINGS = {  # other functions: what they train with
     "tokens": {"epochs": 1, "loss_average": "tokens"},  # which the ranks count together
     "twenty_steps": {"epochs": 7},  # 21 of two micro-batches a rank
@@ -182,6 +201,7 @@ SETTINGS = {  # other functions: what they train with
         "gradient_checkpointing": True,
     },
     "stage1": {"trainable": ["adapter"]},
+    "encoder": TRAINED_ENCODER | {"llm": "llm", "weight_decay": 0.1},
     "compiled": {"epochs": 1, "compile": True},
     "tied": {"llm": "tied_llm", "folder": "tied-", "callbacks": [Checkpoints()]},
     "lora": {

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 
-from llava_bidir.model.build import set_trainable
+from llava_bidir.model.trainable import set_trainable
 from llava_bidir.training.optim import build_optimizer
 
 RATES = {"adapter": 0.1, "llm": 0.2}

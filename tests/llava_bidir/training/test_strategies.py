@@ -44,7 +44,22 @@ AS_ONE = {  # run of two processes: run of one process, and tolerance
     "fsdp2:stage1:32-true": ("stage1:32-true", 1e-5),
     "fsdp2:tied:32-true": ("tied:32-true", 1e-5),
     "fsdp2:lora:bf16-mixed": ("lora:bf16-mixed", 2e-2),
+    "ddp:encoder:32-true": ("encoder:32-true", 1e-5),
+    "zero3:encoder:bf16-mixed": ("encoder:32-true", 2e-2),
 }
+TRAINED_ENCODER = {  # the same, too slow for every landing
+    "zero2:encoder:32-true": 1e-5,
+    "zero2:encoder:bf16-mixed": 2e-2,
+    "zero3_offload:encoder:bf16-mixed": 2e-2,
+    "fsdp2:encoder:32-true": 1e-5,
+    "fsdp2:encoder:bf16-mixed": 2e-2,
+}
+RESUMED_ENCODER = [
+    "ddp:encoder_{}:32-true",
+    "zero2:encoder_{}:bf16-mixed",
+    "zero3:encoder_{}:bf16-mixed",
+    "fsdp2:encoder_{}:32-true",
+]
 SAVED = [
     "zero2:{}:32-true",
     "zero2:{}:bf16-mixed",
@@ -115,6 +130,25 @@ def test_two_processes_train_as_one(run, one, two):
     for name in names:
         of_rank, expected = (x["metrics"][name] for x in (ranks[0], single))
         torch.testing.assert_close(of_rank, expected, **near, msg=name)
+
+
+@pytest.mark.nightly
+def test_a_trained_encoder_is_that_of_one_process_and_is_resumed_and_exported(spec, one):
+    """Under each strategy; its last block is not read, and has no gradient that DDP would wait for."""
+    runs = [run.format(kind) for run in RESUMED_ENCODER for kind in ("uninterrupted", "resume")]
+    out = start(spec, "encoder", [*TRAINED_ENCODER, *runs])[0]
+    expected = result(one, "ddp:encoder:32-true")["losses"]
+    for run, tolerance in TRAINED_ENCODER.items():
+        assert_same_losses(together(results(out, run)), expected, tolerance)
+    for run in RESUMED_ENCODER:
+        whole, resumed = (results(out, run.format(kind)) for kind in ("uninterrupted", "resume"))
+        for before, after in zip(whole, resumed, strict=True):
+            assert after["losses"] == before["losses"][4:]
+            assert_same_weights(after["weights"], before["weights"])
+        strategy, _, precision = run.split(":")
+        assert_same_weights(
+            read_export(out / f"encoder-{strategy}-{precision}/hf"), whole[0]["weights"]
+        )
 
 
 @pytest.mark.nightly

@@ -63,8 +63,11 @@ class ModelOptions:
         image_px: Side of the square input of a bare vision encoder, a multiple of its patch; None for the one that it
             is published with. An MLLM has that of its checkpoint.
         image_resize: How images become squares: squash, pad (LLaVA's stage 2), center_crop (its stage 1) or letterbox
-            (DeepSeek-VL). It replaces the checkpoint's way, with its crop, but not its filter.
+            (DeepSeek-VL). It replaces the checkpoint's way, with its crop, but not its filter. Or slide: the shorter
+            side is resized to image_px, bilinearly, and logits are averaged over windows of this side, of which a photo
+            has several.
             Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
+        stride_px: From one window of slide to the next; None for two thirds of the side.
         dtype: Dtype of the model, auto as stored in the checkpoint. A CPU that multiplies in bfloat16 takes 0.6 of the
             time in it, and mIoU can move by 0.1 points (probes/models/encoders.md). Probes are always float32.
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
@@ -88,6 +91,7 @@ class ModelOptions:
     draw: Index = 0
     image_px: Count | None = None
     image_resize: str = "squash"
+    stride_px: Count | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     prefix: str | None = None
     trust: bool = False

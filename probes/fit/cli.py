@@ -9,10 +9,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import run_identity
 from llava_bidir.common.lightning_cli import ConfigParser, RunCLI, check_trainer
 from llava_bidir.common.runs import run_process
 from probes.config import ModelOptions, RunConfig
+from probes.ops.geometry import SLIDE
 from probes.runs.files import format_scores, run_folder, say_finished
 from probes.site_probes import check_names
 
@@ -67,6 +69,11 @@ class ProbeCLI(RunCLI):
         names = [option.name for option in fields(ModelOptions)]
         model = ModelOptions(**{name: config.model[name] for name in names})
         check_names(model, config.data.task)
+        if config.data.cache_features and model.image_resize == SLIDE:
+            raise UserError(
+                f"data.cache_features keeps the states of one square a photo; with model.image_resize {SLIDE}, set it to "
+                "false"
+            )
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Build the trainer, which must have the options of a run that is scored."""

@@ -90,7 +90,8 @@ class ProbeModule(LightningModule):
         self.metric = TaskMetric(probes.task, images, probes.mllm.geometry)
         prepare = None
         if self.task.trained_on == "masks":
-            prepare = MaskPreparer(self.mllm.geometry, probes.channels, NODES)
+            samples = self.trainer.datamodule.training_samples(self.mllm)
+            prepare = MaskPreparer(samples.geometry, probes.channels, NODES)
         self.trainer.datamodule.read_for(self.mllm, probes.sites, prepare)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -102,7 +103,8 @@ class ProbeModule(LightningModule):
             states = {site: x[:0] for site, x in states.items()}
             target = target[:0]
         logits = self.probes.logits(states)
-        total, count = self.task.training_losses(logits, target, self.mllm.geometry)
+        geometry = self.trainer.datamodule.training_samples(self.mllm).geometry
+        total, count = self.task.training_losses(logits, target, geometry)
         # DDP's average over ranks is the mean over labelled pixels, or images with values, of the global batch
         losses = total / all_gather(count).mean().clamp(min=1e-9)
         for site, loss in zip(self.probes.sites, losses.detach(), strict=True):

@@ -323,7 +323,7 @@ class ProbeRun:
             untrained=config["untrained"] or (),
             update_scales=config["update_scales"],
             trust=self.trust,
-            **{name: config[name] for name in LOADED},
+            **{name: config.get(name) for name in LOADED},
         )
 
     def _tensors_of_sites(self) -> dict[str, dict[str, Tensor]]:
@@ -406,9 +406,10 @@ class ProbeRun:
         mllm, probes = self.loaded
         photo = read_photo(image)
         states = mllm.states(mllm.preprocess(photo), sites, knockout)
-        outputs = torch.cat([probes[site](states[site].float()) for site in sites])
-        logits = outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
+        outputs = torch.stack([probes[site](states[site].float()) for site in sites])
         size = (photo.height, photo.width)
+        grids = outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
+        logits = mllm.geometry.join(grids, size)
         return self.task.predict_pixels(logits, size, mllm.geometry.view(size))
 
 

@@ -13,6 +13,7 @@ from llava_bidir.common.cli import (
     NonNegative,
     Positive,
     Seed,
+    Share,
     ShareBelow1,
     Values,
     derived,
@@ -27,10 +28,20 @@ Scale = number("Scale", float, ">= 0.01 <= 1000")
 # Options of `probes fit` that its configs have, without a meaning for solved probes
 OF_FIT = (
     "model.feature_norm",
+    "model.dropout",
+    "model.init_std",
+    "model.schedule",
+    "model.warmup_steps",
+    "model.loss_average",
+    "model.exact_loss",
     "model.learning_rate",
     "model.betas",
     "model.weight_decay",
     "data.cache_features",
+    "data.random_scale",
+    "data.max_class_share",
+    "data.flip_probability",
+    "data.photometric_hue",
     "trainer.max_epochs",
     "trainer.max_steps",
     "trainer.val_check_interval",
@@ -77,11 +88,19 @@ class ModelOptions:
             (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts.
         head: Kind of probe: linear (the paper), or another, see probes/heads.py; only linear ones are solved. A study
             with --fit trains it beside linear ones.
-        feature_norm: Normalisation before the head: none (the paper), batchnorm or layernorm. Solved probes have
-            batchnorm, and neither this nor the options of AdamW below.
-        learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.
+        feature_norm: Normalisation before the head: none (the paper), batchnorm, batchnorm_affine, whose scale and
+            shift are trained, or layernorm. Solved probes have batchnorm, and neither this nor the options below.
+        dropout: Probability that a channel of an image is 0 in training, before the normalisation.
+        init_std: Standard deviation of the weights of a new head, whose biases are 0; None for torch's own.
+        learning_rate: Highest learning rate of AdamW.
         betas: Betas of AdamW.
         weight_decay: Weight decay of AdamW.
+        schedule: Decay of the learning rate to zero: linear or cosine, see probes/fit/schedule.py; None for a
+            polynomial of power 0.9.
+        warmup_steps: Steps in which it rises first.
+        loss_average: What the loss is the mean over: all_pixels, with those that are ignored, whose loss is 0; None for
+            labelled pixels.
+        exact_loss: The loss is that of all pixels, not of a few points in each patch (probes/ops/README.md).
     """
 
     mllm: str
@@ -97,10 +116,16 @@ class ModelOptions:
     trust: bool = False
     sites: list[str] | Literal["all", "all_parts"] | None = None
     head: str = "linear"
-    feature_norm: Literal["none", "batchnorm", "layernorm"] = "none"
+    feature_norm: Literal["none", "batchnorm", "batchnorm_affine", "layernorm"] = "none"
+    dropout: ShareBelow1 | None = None
+    init_std: Positive | None = None
     learning_rate: NonNegative = 1e-3
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
+    schedule: Literal["linear", "cosine"] | None = None
+    warmup_steps: Count | None = None
+    loss_average: Literal["all_pixels"] | None = None
+    exact_loss: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +144,12 @@ class DataOptions:
         groups: Regular expression: photos in whose names it finds the same text stay in one split, e.g. '^.*_' for
             frames CLIP_0001.
         batch_size: Images per batch over all devices; 64 in the paper.
+        random_scale: Train on random crops: the shorter side of a photo is resized to image_px times a number from this
+            range, and a square of image_px is cut out; what it lacks is ignored. None for photos as they are validated.
+        max_class_share: A crop is drawn again, up to ten times, if a class has this share of its labelled pixels.
+        flip_probability: Of a crop, to be mirrored.
+        photometric_hue: Brightness, contrast, saturation and hue of a crop change at random, the hue by up to this share
+            of the circle.
         cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
         num_workers: Processes per device that open images, at most one per core.
     """
@@ -131,6 +162,10 @@ class DataOptions:
     validation: ShareBelow1 | None = None
     groups: str | None = None
     batch_size: Count = 64
+    random_scale: tuple[Positive, Positive] | None = None
+    max_class_share: Positive | None = None
+    flip_probability: Share | None = None
+    photometric_hue: Share | None = None
     cache_features: bool = False
     num_workers: Index = 4
 

@@ -87,7 +87,7 @@ def check_names(model: ModelOptions, task: str) -> None:
 
 
 def load_probes(
-    settings: Mapping[str, Any], data: ProbeData, device: torch.device, head: str, feature_norm: str
+    settings: Mapping[str, Any], data: ProbeData, device: torch.device, **of_probe: Any
 ) -> SiteProbes:
     """Load the MLLM, and build a probe for each site on the CPU.
 
@@ -97,8 +97,7 @@ def load_probes(
         settings: Those that `MODEL_SETTINGS` names.
         data: Images and targets.
         device: Where the model runs.
-        head: Name of the probes' head, see heads.py.
-        feature_norm: Normalisation of the states before the head.
+        **of_probe: Arguments of :class:`.heads.Probe`: head, feature_norm, dropout, init_std.
     """
     matched = settings["match"] == "update"
     images = data.splits["training"]
@@ -128,11 +127,7 @@ def load_probes(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings["seed"] * 1_000_003 + numbered.index(site))
                 heads[site] = Probe(
-                    width=mllm.widths[site],
-                    classes=channels,
-                    grid=mllm.grid,
-                    feature_norm=feature_norm,
-                    head=head,
+                    width=mllm.widths[site], classes=channels, grid=mllm.grid, **of_probe
                 )
     return SiteProbes(mllm=mllm, task=task, heads=heads, channels=channels)
 

@@ -28,7 +28,7 @@ class MaskPreparer(NamedTuple):
 
     geometry: Geometry
     classes: int
-    nodes: int
+    nodes: int | None
 
     def __call__(self, target: Sequence[Tensor] | Tensor) -> PreparedMasks:
         """Return B targets of a data set, prepared."""

@@ -9,6 +9,7 @@ from llava_bidir.common.processes import rank, rank_count
 from probes.config import DataOptions
 from probes.data.batches import CachedFeatures, MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
+from probes.data.random_crops import RandomCrops
 from probes.data.samplers import TrainingBatches
 from probes.data.windows import TrainingSamples, training_samples
 from probes.models.frozen_mllm import FrozenMLLM
@@ -28,7 +29,8 @@ class ProbeDataModule(LightningDataModule):
 
     def __init__(self, root: str, seed: int = 0, **options):
         super().__init__()
-        self.data = ProbeData(DataOptions(root=root, **options), seed)
+        self.options = DataOptions(root=root, **options)
+        self.data = ProbeData(self.options, seed)
         self.save_hyperparameters(self.data.hparams, logger=False)
 
     @property
@@ -68,6 +70,7 @@ class ProbeDataModule(LightningDataModule):
             rank=rank(),
             world_size=rank_count(),
             seed=self.data.seed,
+            are_random=self.options.random_scale is not None,
         )
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
@@ -93,7 +96,11 @@ class ProbeDataModule(LightningDataModule):
     def training_samples(self, mllm: FrozenMLLM) -> TrainingSamples:
         """Return what the model sees of the training photos."""
         if self._samples is None:
-            self._samples = training_samples(self.data.splits["training"], mllm)
+            photos = self.data.splits["training"]
+            if self.options.random_scale is None:
+                self._samples = training_samples(photos, mllm)
+            else:
+                self._samples = RandomCrops(photos, mllm, self.options, self.data.seed)
         return self._samples
 
     def _source(self, split: str) -> PreprocessedDataset | CachedFeatures:

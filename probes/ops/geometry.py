@@ -6,7 +6,7 @@ A model sees a square of `image_px` pixels. `image_resize` says how an image bec
     pad           the image centred on a square of its mean colour, then resized (LLaVA-1.5 stage 2 and evaluation)
     center_crop   the shorter side resized to `image_px`, then the centre square (CLIP's processor; LLaVA-1.5 stage 1)
     letterbox     the longer side resized to `image_px`, then padded to the square (DeepSeek-VL, Janus)
-    slide         the shorter side resized to `window_px`, then squares of it, `windows`, at a stride; a photo has several
+    slide         the shorter side resized to `window_px`, then windows of that side at a stride: several squares
 
 A checkpoint may resize to more than `image_px` and keep the centre: DINOv2 resizes the shorter side to 256 px and keeps
 224. That is its `ResizeRule`, with the filter, which a user's choice of `image_resize` leaves as it is.
@@ -344,8 +344,8 @@ class Geometry:
         """Raise a UserError if a model sees several windows of an image."""
         if self.resize == SLIDE:
             raise UserError(
-                "photos are read in windows (image_resize: slide), and this needs one square of each; load the model, or "
-                f"make the probes, with another image_resize: {', '.join(RESIZES)}"
+                "photos are read in windows (image_resize: slide), and this needs one square of each; load the model, "
+                f"or make the probes, with another image_resize: {', '.join(RESIZES)}"
             )
 
     def _view_of_windows(self, size: tuple[int, int]) -> GridPlacement:

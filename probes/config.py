@@ -13,6 +13,7 @@ from llava_bidir.common.cli import (
     NonNegative,
     Positive,
     Seed,
+    Share,
     ShareBelow1,
     Values,
     derived,
@@ -31,10 +32,20 @@ POINTS = 1.0  # of a class score that count as nothing, unless a study says othe
 # Options of `probes fit` that its configs have, without a meaning for solved probes
 OF_FIT = (
     "model.feature_norm",
+    "model.dropout",
+    "model.init_std",
+    "model.schedule",
+    "model.warmup_steps",
+    "model.loss_average",
+    "model.exact_loss",
     "model.learning_rate",
     "model.betas",
     "model.weight_decay",
     "data.cache_features",
+    "data.random_scale",
+    "data.max_class_share",
+    "data.flip_probability",
+    "data.photometric_hue",
     "trainer.max_epochs",
     "trainer.max_steps",
     "trainer.val_check_interval",
@@ -67,8 +78,11 @@ class ModelOptions:
         image_px: Side of the square input of a bare vision encoder, a multiple of its patch; None for the one that it
             is published with. An MLLM has that of its checkpoint.
         image_resize: How images become squares: squash, pad (LLaVA's stage 2), center_crop (its stage 1) or letterbox
-            (DeepSeek-VL). It replaces the checkpoint's way, with its crop, but not its filter.
+            (DeepSeek-VL). It replaces the checkpoint's way, with its crop, but not its filter. Or slide: the shorter
+            side is resized to image_px, bilinearly, and logits are averaged over windows of this side, of which a photo
+            has several.
             Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
+        stride_px: From one window of slide to the next; None for two thirds of the side.
         dtype: Dtype of the model, auto as stored in the checkpoint. A CPU that multiplies in bfloat16 takes 0.6 of the
             time in it, and mIoU can move by 0.1 points (probes/models/encoders.md). Probes are always float32.
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
@@ -80,11 +94,19 @@ class ModelOptions:
             (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts.
         head: Kind of probe: linear (the paper), or another, see probes/heads.py; only linear ones are solved. A study
             with --fit trains it beside linear ones.
-        feature_norm: Normalisation before the head: none (the paper), batchnorm or layernorm. Solved probes have
-            batchnorm, and neither this nor the options of AdamW below.
-        learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.
+        feature_norm: Normalisation before the head: none (the paper), batchnorm, batchnorm_affine, whose scale and
+            shift are trained, or layernorm. Solved probes have batchnorm, and neither this nor the options below.
+        dropout: Probability that a channel of an image is 0 in training, before the normalisation.
+        init_std: Standard deviation of the weights of a new head, whose biases are 0; None for torch's own.
+        learning_rate: Highest learning rate of AdamW.
         betas: Betas of AdamW.
         weight_decay: Weight decay of AdamW.
+        schedule: Decay of the learning rate to zero: linear or cosine, see probes/fit/schedule.py; None for a
+            polynomial of power 0.9.
+        warmup_steps: Steps in which it rises first.
+        loss_average: What the loss is the mean over: all_pixels, with those that are ignored, whose loss is 0; None for
+            labelled pixels.
+        exact_loss: The loss is that of all pixels, not of a few points in each patch (probes/ops/README.md).
     """
 
     mllm: str
@@ -94,16 +116,23 @@ class ModelOptions:
     draw: Index = 0
     image_px: Count | None = None
     image_resize: str = "squash"
+    stride_px: Count | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     prefix: str | None = None
     trust: bool = False
     cut: Cut | None = None
     sites: list[str] | Literal["all", "all_parts"] | None = None
     head: str = "linear"
-    feature_norm: Literal["none", "batchnorm", "layernorm"] = "none"
+    feature_norm: Literal["none", "batchnorm", "batchnorm_affine", "layernorm"] = "none"
+    dropout: ShareBelow1 | None = None
+    init_std: Positive | None = None
     learning_rate: NonNegative = 1e-3
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
+    schedule: Literal["linear", "cosine"] | None = None
+    warmup_steps: Count | None = None
+    loss_average: Literal["all_pixels"] | None = None
+    exact_loss: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +151,12 @@ class DataOptions:
         groups: Regular expression: photos in whose names it finds the same text stay in one split, e.g. '^.*_' for
             frames CLIP_0001.
         batch_size: Images per batch over all devices; 64 in the paper.
+        random_scale: Train on random crops: the shorter side of a photo is resized to image_px times a number from this
+            range, and a square of image_px is cut out; what it lacks is ignored. None for photos as they are validated.
+        max_class_share: A crop is drawn again, up to ten times, if a class has this share of its labelled pixels.
+        flip_probability: Of a crop, to be mirrored.
+        photometric_hue: Brightness, contrast, saturation and hue of a crop change at random, the hue by up to this share
+            of the circle.
         cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
         num_workers: Processes per device that open images, at most one per core.
     """
@@ -134,6 +169,10 @@ class DataOptions:
     validation: ShareBelow1 | None = None
     groups: str | None = None
     batch_size: Count = 64
+    random_scale: tuple[Positive, Positive] | None = None
+    max_class_share: Positive | None = None
+    flip_probability: Share | None = None
+    photometric_hue: Share | None = None
     cache_features: bool = False
     num_workers: Index = 4
 

@@ -15,6 +15,7 @@ FEATURE_NORMS = {
     "none": lambda width: nn.Identity(),
     # over the batches of all ranks: of several, it needs GPUs
     "batchnorm": lambda width: nn.SyncBatchNorm(width, affine=False),
+    "batchnorm_affine": nn.SyncBatchNorm,  # the exception: with a scale and a shift
     "layernorm": lambda width: nn.LayerNorm(width, elementwise_affine=False),
 }
 
@@ -85,6 +86,8 @@ class Probe(nn.Module):
         feature_norm: "none" (the paper), "batchnorm" or "layernorm" before the head. Without normalisation, the
             progress of AdamW at one learning rate depends on the scale of the site.
         head: A name in HEADS; "linear" is the paper's.
+        dropout: Probability that a channel of an image is 0 in training.
+        init_std: Standard deviation of the head's weights, whose biases are 0; None: as torch draws them.
     """
 
     def __init__(
@@ -94,16 +97,26 @@ class Probe(nn.Module):
         grid: tuple[int, int],
         feature_norm: str = "none",
         head: str = LINEAR,
+        dropout: float | None = None,
+        init_std: float | None = None,
     ):
         super().__init__()
+        self.dropout = nn.Dropout1d(dropout or 0.0)
         self.norm = FEATURE_NORMS[feature_norm](width)
         factory = factory_of(head)
         self.head = check_returned(factory, factory(width, classes, grid), nn.Module)
         self.name = head
         self.classes = classes
+        if init_std is not None:
+            for name, parameter in self.head.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=init_std)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return logits f[B, T, K] of states f[B, T, d]."""
         batch, tokens, width = states.shape
+        states = self.dropout(states.transpose(1, 2)).transpose(1, 2)
         logits = self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
         return check_shape(f"head {self.name!r}", logits, (batch, tokens, self.classes))

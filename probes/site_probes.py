@@ -21,7 +21,7 @@ from llava_bidir.common.files import atomic_write
 from llava_bidir.common.imports import HINT
 from llava_bidir.common.processes import rank_zero_info
 from probes.config import ModelOptions
-from probes.data.batches import group_by_size
+from probes.data.batches import outputs_by_size
 from probes.data.probe_data import ProbeData
 from probes.heads import Probe
 from probes.models.attention_masks import check_masks, mask_backend
@@ -35,7 +35,17 @@ from probes.models.read_config import read_config
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 # options with which the model is loaded as they are
-LOADED = ("dtype", "image_px", "image_resize", "prefix", "cut", "match", "draw", "seed")
+LOADED = (
+    "dtype",
+    "image_px",
+    "image_resize",
+    "stride_px",
+    "prefix",
+    "cut",
+    "match",
+    "draw",
+    "seed",
+)
 # options of the frozen model and its sites; the others of `ModelOptions` say how probes are trained
 MODEL_SETTINGS = ("mllm", "num_classes", "image_attention", "untrained", "trust", "sites", *LOADED)
 
@@ -89,7 +99,7 @@ def check_names(model: ModelOptions, task: str) -> None:
 
 
 def load_probes(
-    settings: Mapping[str, Any], data: ProbeData, device: torch.device, head: str, feature_norm: str
+    settings: Mapping[str, Any], data: ProbeData, device: torch.device, **of_probe: Any
 ) -> SiteProbes:
     """Load the MLLM, and build a probe for each site on the CPU.
 
@@ -99,8 +109,7 @@ def load_probes(
         settings: Those that `MODEL_SETTINGS` names.
         data: Images and targets.
         device: Where the model runs.
-        head: Name of the probes' head, see heads.py.
-        feature_norm: Normalisation of the states before the head.
+        **of_probe: Arguments of :class:`.heads.Probe`: head, feature_norm, dropout, init_std.
     """
     matched = settings["match"] == "update"
     images = data.splits["training"]
@@ -130,11 +139,7 @@ def load_probes(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings["seed"] * 1_000_003 + numbered.index(site))
                 heads[site] = Probe(
-                    width=mllm.widths[site],
-                    classes=channels,
-                    grid=mllm.grid,
-                    feature_norm=feature_norm,
-                    head=head,
+                    width=mllm.widths[site], classes=channels, grid=mllm.grid, **of_probe
                 )
     return SiteProbes(mllm=mllm, task=task, heads=heads, channels=channels)
 
@@ -148,16 +153,16 @@ def save_predictions(
 
     Args:
         probes: The probes.
-        logits: f[S, B, K, h, w] of the batch.
+        logits: f[S, squares, K, h, w] of the batch.
         batch: Targets, and the index of each image.
         names: Names of all images of the split.
         folder: RUN/predictions.
     """
     kind = "png" if probes.task.name == SEGMENTATION else "npy"
-    for images, target in group_by_size(batch["target"]):
+    for images, outputs, target in outputs_by_size(logits, batch["target"], probes.mllm.geometry):
         size = target.shape[1:3]
         view = probes.mllm.geometry.view(size)
-        for site, logits_by_image in zip(probes.sites, logits[:, images], strict=True):
+        for site, logits_by_image in zip(probes.sites, outputs, strict=True):
             for i, of_image in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
                 prediction = probes.task.predict_pixels(of_image, size, view)
                 path = folder / site / f"{names[i]}.{kind}"

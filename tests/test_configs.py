@@ -39,6 +39,8 @@ PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/ade20k.yaml": (dataset_layouts.write_ade20k, 150),
     "probes/voc2012.yaml": (dataset_layouts.write_voc2012, 20),
     "probes/cityscapes.yaml": (dataset_layouts.write_cityscapes, 19),
+    "probes/dinov2-linear.yaml": (dataset_layouts.write_ade20k, 150),
+    "probes/dinov3-linear.yaml": (dataset_layouts.write_ade20k, 150),
     "demo/probes.yaml": (tiny_models.write_segmentation, 3),
 }
 UPON_PROBING = "probes/matched.yaml"

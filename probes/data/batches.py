@@ -28,7 +28,7 @@ class MaskPreparer(NamedTuple):
 
     geometry: Geometry
     classes: int
-    nodes: int
+    nodes: int | None
 
     def __call__(self, target: Sequence[Tensor] | Tensor) -> PreparedMasks:
         """Return B targets of a data set, prepared."""
@@ -50,7 +50,7 @@ class MaskPreparer(NamedTuple):
 
 
 class PreprocessedDataset(Dataset):
-    """A dataset as tensors: {"index", "pixels": f[3, H', W'], "target": uint8[H, W]}.
+    """A dataset as tensors: {"index", "pixels": f[squares, 3, H', W'], "target": uint8[H, W]}.
 
     Targets of other tasks are f32[H, W] (depth) or f32[H, W, 3] (normals). Index `PAD_INDEX` returns an image whose
     pixels are all ignored, or NaN where targets are real numbers.
@@ -71,8 +71,8 @@ class PreprocessedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         sample = self.dataset[index]
-        pixels = self.preprocess([sample["image"]])[0]
-        tensors = {"pixels": pixels} | _numbered(torch.from_numpy(sample["target"]), index)
+        tensors = {"pixels": self.preprocess([sample["image"]])}
+        tensors |= _numbered(torch.from_numpy(sample["target"]), index)
         if self.prepare:
             tensors["masks"] = self.prepare(tensors["target"][None])
         return tensors
@@ -87,7 +87,7 @@ def _numbered(target: Tensor, index: int) -> dict:
 
 
 def collate(samples: list[dict] | dict) -> dict:
-    """Return a batch: index i64[B], pixels f[B, 3, H', W'], and B targets uint8[H, W] of the size of their image.
+    """Return a batch: index i64[B], pixels f[squares, 3, H', W'], and B targets uint8[H, W] of the size of their image.
 
     Targets of depth are f32[H, W], of normals f32[H, W, 3]. "masks" has the masks that the dataset has prepared.
     A batch of cached states is returned as it is.
@@ -95,7 +95,7 @@ def collate(samples: list[dict] | dict) -> dict:
     if isinstance(samples, dict):
         return samples
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
-    join = {"index": torch.tensor, "pixels": torch.stack, "masks": join_masks}
+    join = {"index": torch.tensor, "pixels": torch.cat, "masks": join_masks}
     return {name: join.get(name, list)(column) for name, column in columns.items()}
 
 
@@ -139,7 +139,7 @@ class CachedFeatures(Dataset):
         self.samples: list[dict] = []  # without pixels
         loader = DataLoader(images, batch_size, collate_fn=list, **worker_options(workers))
         for samples in tqdm(loader, desc=f"caching {name}", mininterval=5):
-            pixels = torch.stack([sample.pop("pixels") for sample in samples])
+            pixels = torch.cat([sample.pop("pixels") for sample in samples])
             index = [sample["index"] for sample in samples]
             for site, states in mllm.states(pixels, sites).items():
                 self.states[site][index] = states.cpu()
@@ -161,3 +161,33 @@ def group_by_size(targets: list[Tensor]) -> list[tuple[list[int], Tensor]]:
     for i, target in enumerate(targets):
         sizes.setdefault(target.shape, []).append(i)
     return [(images, torch.stack([targets[i] for i in images])) for images in sizes.values()]
+
+
+def square_rows(targets: Sequence[Tensor], geometry: Geometry) -> list[slice]:
+    """Return the rows of a batch's pixels, or of what is made of them, that are the squares of each image."""
+    rows = []
+    start = 0
+    for target in targets:
+        stop = start + geometry.square_count(target.shape[:2])
+        rows.append(slice(start, stop))
+        start = stop
+    return rows
+
+
+def outputs_by_size(
+    outputs: Tensor, targets: Sequence[Tensor], geometry: Geometry
+) -> list[tuple[list[int], Tensor, Tensor]]:
+    """Group a batch by size of the images: (their indices, outputs f[P, n, K, h, w], targets uint8[n, H, W]) per size.
+
+    Args:
+        outputs: Of probes on the grids of all squares, f[P, squares, K, h, w].
+        targets: B targets.
+        geometry: Which squares are those of an image.
+    """
+    rows = square_rows(targets, geometry)
+    groups = []
+    for images, target in group_by_size(targets):
+        size = target.shape[1:3]
+        joined = [geometry.join(outputs[:, rows[i]], size) for i in images]
+        groups.append((images, torch.stack(joined, 1), target))
+    return groups

@@ -28,16 +28,24 @@ class TrainingBatches:
         rank: Index of this process.
         world_size: R.
         seed: Seed of the order, together with the epoch; the same on every rank.
+        are_random: Image i of epoch e has the index e N + i, because it is drawn anew each time.
     """
 
     def __init__(
-        self, images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0
+        self,
+        images: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        are_random: bool = False,
     ):
         self.images = images
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.are_random = are_random
         self.epoch = 0
         self.start = 0
         self.sampler = self  # Lightning calls set_epoch on a batch sampler's `sampler`
@@ -58,7 +66,10 @@ class TrainingBatches:
         self.start = 0
         # no pass of a seed has the order of a pass of another one
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        order = torch.randperm(self.images, generator=generator).tolist()
+        order = torch.randperm(self.images, generator=generator)
+        if self.are_random:
+            order += self.epoch * self.images
+        order = order.tolist()
         for i in range(start, len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
             yield batch[self.rank :: self.world_size] or [PAD_INDEX]

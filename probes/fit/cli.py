@@ -9,12 +9,15 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import run_identity
 from llava_bidir.common.lightning_cli import ConfigParser, RunCLI, check_trainer
 from llava_bidir.common.runs import run_process
-from probes.config import ModelOptions, RunConfig
+from probes.config import DataOptions, ModelOptions, RunConfig
+from probes.ops.geometry import SLIDE
 from probes.runs.files import format_scores, run_folder, say_finished
 from probes.site_probes import check_names
+from probes.tasks import SEGMENTATION
 
 from .datamodule import ProbeDataModule
 from .module import ProbeModule
@@ -66,7 +69,11 @@ class ProbeCLI(RunCLI):
         config = self.config.get(str(self.subcommand), self.config)
         names = [option.name for option in fields(ModelOptions)]
         model = ModelOptions(**{name: config.model[name] for name in names})
-        check_names(model, config.data.task)
+        data = DataOptions(
+            **{option.name: config.data[option.name] for option in fields(DataOptions)}
+        )
+        check_names(model, data.task)
+        check_training_images(model, data)
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Build the trainer, which must have the options of a run that is scored."""
@@ -93,6 +100,28 @@ class ProbeCLI(RunCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             if self.trainer.is_global_zero:  # others may be here before it has written the files
                 rank_zero_info(format_scores(out, self.model.task))
+
+
+def check_training_images(model: ModelOptions, data: DataOptions) -> None:
+    """Raise a UserError if options of training images and of the schedule do not go together."""
+    if data.cache_features and (model.image_resize == SLIDE or data.random_scale):
+        raise UserError(
+            "data.cache_features keeps the states of one square a photo; set it to false for model.image_resize slide and "
+            "data.random_scale"
+        )
+    of_crops = ("max_class_share", "flip_probability", "photometric_hue")
+    unused = [name for name in of_crops if getattr(data, name) is not None]
+    if unused and data.random_scale is None:
+        raise UserError(f"data.{unused[0]} is of random crops; set data.random_scale, too")
+    if data.random_scale and data.task != SEGMENTATION:
+        raise UserError(f"data.random_scale: crops are of segmentation, not of {data.task}")
+    if data.random_scale and model.image_resize != SLIDE:
+        raise UserError(
+            "data.random_scale: crops keep the aspect of photos; validate as they are trained, with model.image_resize "
+            f"{SLIDE}"
+        )
+    if model.warmup_steps and not model.schedule:
+        raise UserError("model.warmup_steps needs model.schedule: linear or cosine")
 
 
 def build_cli(args: list[str] | dict[str, Any], run: bool = True, prog: str = "probes") -> ProbeCLI:

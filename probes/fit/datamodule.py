@@ -9,7 +9,9 @@ from llava_bidir.common.processes import rank, rank_count
 from probes.config import DataOptions
 from probes.data.batches import CachedFeatures, MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
+from probes.data.random_crops import RandomCrops
 from probes.data.samplers import TrainingBatches
+from probes.data.windows import TrainingSamples, training_samples
 from probes.models.frozen_mllm import FrozenMLLM
 
 
@@ -23,10 +25,12 @@ class ProbeDataModule(LightningDataModule):
     """
 
     trained_batches = 0  # of the epoch, before a resume
+    _samples: TrainingSamples | None = None  # until the model is loaded
 
     def __init__(self, root: str, seed: int = 0, **options):
         super().__init__()
-        self.data = ProbeData(DataOptions(root=root, **options), seed)
+        self.options = DataOptions(root=root, **options)
+        self.data = ProbeData(self.options, seed)
         self.save_hyperparameters(self.data.hparams, logger=False)
 
     @property
@@ -37,7 +41,8 @@ class ProbeDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`, at least one."""
-        batches = math.ceil(len(self.data.splits["training"]) / self.data.batch_size)
+        samples = self._samples or self.data.splits["training"]
+        batches = math.ceil(len(samples) / self.data.batch_size)
         limit = self.trainer.limit_train_batches  # a number, or a share
         limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return max(1, limited)
@@ -65,6 +70,7 @@ class ProbeDataModule(LightningDataModule):
             rank=rank(),
             world_size=rank_count(),
             seed=self.data.seed,
+            are_random=self.options.random_scale is not None,
         )
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
@@ -85,13 +91,27 @@ class ProbeDataModule(LightningDataModule):
             prepare: Prepares training masks for the loss; None to leave them.
         """
         self._reader = (mllm, sites, prepare)
+        self.training_samples(mllm)
+
+    def training_samples(self, mllm: FrozenMLLM) -> TrainingSamples:
+        """Return what the model sees of the training photos."""
+        if self._samples is None:
+            photos = self.data.splits["training"]
+            if self.options.random_scale is None:
+                self._samples = training_samples(photos, mllm)
+            else:
+                self._samples = RandomCrops(photos, mllm, self.options, self.data.seed)
+        return self._samples
 
     def _source(self, split: str) -> PreprocessedDataset | CachedFeatures:
         """Return the images of a split as the model takes them, or their states if these are kept."""
         mllm, sites, prepare = self._reader
-        if split != "training":
-            prepare = None
-        source = PreprocessedDataset(self.data.splits[split], mllm.preprocess, prepare)
+        photos = self.data.splits[split]
+        if split == "training":
+            samples = self.training_samples(mllm)
+            source = PreprocessedDataset(samples, samples.preprocess, prepare)
+        else:
+            source = PreprocessedDataset(photos, mllm.preprocess)
         if not self.data.hparams["cache_features"]:
             return source
         if split not in self._cached:

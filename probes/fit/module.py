@@ -8,6 +8,7 @@ Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from probes.score.image_metrics import TaskMetric
 from probes.site_probes import SiteProbes, load_probes, save_predictions
 from probes.tasks import Task
 
+from .schedule import rate_factor
+
 VALIDATIONS = ("best", "history", "validated_at")  # kept in checkpoints
+OF_PROBE = ("head", "feature_norm", "dropout", "init_std")  # options
 NODES = 3  # per cell and axis of the loss's quadrature, see probes/ops/README.md
 
 
@@ -79,7 +83,7 @@ class ProbeModule(LightningModule):
         device = self.trainer.strategy.root_device
         args = self.hparams
         probes = load_probes(
-            args, data=data, device=device, head=args.head, feature_norm=args.feature_norm
+            args, data=data, device=device, **{name: args[name] for name in OF_PROBE}
         )
         self.probes = probes
         self.task = probes.task
@@ -90,7 +94,9 @@ class ProbeModule(LightningModule):
         self.metric = TaskMetric(probes.task, images, probes.mllm.geometry)
         prepare = None
         if self.task.trained_on == "masks":
-            prepare = MaskPreparer(self.mllm.geometry, probes.channels, NODES)
+            samples = self.trainer.datamodule.training_samples(self.mllm)
+            nodes = None if args.exact_loss else NODES
+            prepare = MaskPreparer(samples.geometry, probes.channels, nodes)
         self.trainer.datamodule.read_for(self.mllm, probes.sites, prepare)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -102,7 +108,10 @@ class ProbeModule(LightningModule):
             states = {site: x[:0] for site, x in states.items()}
             target = target[:0]
         logits = self.probes.logits(states)
-        total, count = self.task.training_losses(logits, target, self.mllm.geometry)
+        geometry = self.trainer.datamodule.training_samples(self.mllm).geometry
+        total, count = self.task.training_losses(logits, target, geometry)
+        if self.hparams.loss_average == "all_pixels":
+            count = count.new_tensor(sum(map(torch.numel, batch["target"][: len(target)])))
         # DDP's average over ranks is the mean over labelled pixels, or images with values, of the global batch
         losses = total / all_gather(count).mean().clamp(min=1e-9)
         for site, loss in zip(self.probes.sites, losses.detach(), strict=True):
@@ -170,8 +179,9 @@ class ProbeModule(LightningModule):
         return counted
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return AdamW with polynomial decay."""
+        """Return AdamW and the decay of its learning rate."""
         args = self.hparams
+        steps = optimizer_steps(self.trainer)
         optimizer = torch.optim.AdamW(
             self.heads.parameters(),
             args.learning_rate,
@@ -179,9 +189,12 @@ class ProbeModule(LightningModule):
             weight_decay=args.weight_decay,
             fused=True,
         )
-        schedule = torch.optim.lr_scheduler.PolynomialLR(
-            optimizer, optimizer_steps(self.trainer), power=0.9
-        )
+        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+        if args.schedule:
+            factor = partial(
+                rate_factor, steps=steps, decay=args.schedule, warmup=args.warmup_steps or 0
+            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def probe_settings(self) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
@@ -109,6 +111,8 @@ class FrozenModel(nn.Module):
     def preprocess(self, images: PhotoLike | Sequence[PhotoLike]) -> Tensor:
         """Return the pixels f[B, 3, H, W] of images, resized by `geometry`; 3 channels for each normalisation.
 
+        Of an image that is read in windows, each is an entry of its own, row by row.
+
         Args:
             images: Path or PIL image, or a list of these. Photos are turned as their EXIF tag says; those of a data
                 set have none (common/images.py).
@@ -116,12 +120,28 @@ class FrozenModel(nn.Module):
         Raises:
             UserError: There is no image, or one cannot be read.
         """
-        squares = [self.geometry.place(image) for image in read_photos(images)]
-        pixels = [
-            processor(squares, return_tensors="pt")["pixel_values"]
-            for processor in self.image_processors
+        squares = [
+            square for image in read_photos(images) for square in self.geometry.squares(image)
         ]
-        return torch.cat(pixels, dim=1)
+        return self.normalise(squares)
+
+    def normalise(self, squares: Sequence[Image.Image]) -> Tensor:
+        """Return the pixels f[B, 3, H, W] of squares as they are; what one lacks of the model's square is 0.
+
+        An image smaller than a window is padded at the right and the bottom, a window on all sides.
+        """
+        geometry = self.geometry
+        before = (geometry.image_px - geometry.window_px) // 2
+        pixels = []
+        for square in squares:
+            of_square = [
+                processor([square], return_tensors="pt")["pixel_values"]
+                for processor in self.image_processors
+            ]
+            right = geometry.image_px - before - square.width
+            bottom = geometry.image_px - before - square.height
+            pixels.append(pad(torch.cat(of_square, dim=1), (before, right, before, bottom)))
+        return torch.cat(pixels)
 
     def to_grid(self, states: Tensor) -> Tensor:
         """Reshape values per image token, f[..., T, d], to the token grid, f[..., h, w, d]."""

@@ -14,11 +14,11 @@ from transformers.utils.hub import resolve_revision
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import load_weights
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_masks import check_masks, mask_backend
 from .encoder_cut import check_model_cut, set_cut
-from .families import family_of, own_image_attention
+from .families import family_of, own_image_attention, sized_family
 from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
 from .module_sources import check_names_function, is_source, open_source
@@ -85,8 +85,10 @@ class LoadOptions(Control):
         image_attention, dtype: As of :func:`load`.
         image_px: Side of the square input in pixels, of a bare encoder; None: the one that it is published with. An
             MLLM has that of its checkpoint.
-        image_resize: How images become squares: "squash", "pad", "center_crop" or "letterbox" (probes/ops/geometry.py).
-            None: the checkpoint's own way. Another one replaces its crop, but not its filter.
+        image_resize: How images become squares: "squash", "pad", "center_crop", "letterbox" or, several of an image,
+            "slide" (probes/ops/geometry.py). None: the checkpoint's own way. Another one replaces its crop, but not its
+            filter.
+        stride_px: From one window of "slide" to the next; None: two thirds of the side.
         revision: Branch, tag or commit of a hub id. The commit is recorded as `FrozenMLLM.revision`.
         device_map: transformers' device map, to spread a model over devices; excludes `device`.
         attn_implementation: transformers' attention backend; None: "sdpa", or "eager" if the LLM does not support it.
@@ -101,6 +103,7 @@ class LoadOptions(Control):
     dtype: torch.dtype | str | None = None
     image_px: int | None = None
     image_resize: str | None = None
+    stride_px: int | None = None
     revision: str | None = None
     device_map: str | dict | None = None
     attn_implementation: str | None = None
@@ -117,6 +120,10 @@ class LoadOptions(Control):
         """Return those of some options that are not None."""
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
+
+    def resize_rule(self, rule: ResizeRule) -> ResizeRule:
+        """Return the rule by which images become squares, from that of a checkpoint or a module."""
+        return rule.replaced_by(self.image_resize, self.image_px, self.stride_px)
 
     def check_absent(self, names: Sequence[str], why: str) -> None:
         """Raise a UserError that ends with `why` if one of these options is given."""
@@ -136,7 +143,7 @@ def load_module(module: nn.Module | EncoderModule | str, options: LoadOptions) -
     if isinstance(dtype, torch.dtype):
         model = model.to(dtype)
     family = family_of(model.config)
-    rule = encoder.resize_rule.replaced_by(options.image_resize)
+    rule = options.resize_rule(encoder.resize_rule)
     frozen = FrozenEncoder(model, family, image_processors=[processor], resize_rule=rule)
     options.check_control(family, model.config)
     check_model_cut(options.cut, family, model.config)
@@ -196,7 +203,7 @@ def open_checkpoint(path: str, options: LoadOptions) -> Checkpoint:
     config = read_config(path, revision, trust=options.trust)
     family = family_of(config)
     if options.image_px is not None:
-        family = family.with_side(options.image_px, config)
+        family = sized_family(family, config, options.image_px, options.image_resize)
     return Checkpoint(path, family=family, config=config, revision=revision)
 
 
@@ -205,7 +212,7 @@ def read_geometry(path: str, **options: Any) -> Geometry:
     chosen = LoadOptions(**options)
     checkpoint = open_checkpoint(path, chosen)
     processors, rule = read_image_processors(checkpoint)
-    rule = rule.replaced_by(chosen.image_resize)
+    rule = chosen.resize_rule(rule)
     return geometry_of(checkpoint.family, checkpoint.config, processors, rule)
 
 
@@ -225,7 +232,7 @@ def _load_mllm(checkpoint: Checkpoint, options: LoadOptions) -> FrozenMLLM:
         image_processors=processors,
         prefix_ids=prefix_ids,
         image_attention=attention,
-        resize_rule=rule.replaced_by(options.image_resize),
+        resize_rule=options.resize_rule(rule),
         separator_id=read_separator_id(checkpoint),
         read_chat=partial(read_dialogue, checkpoint),
     )
@@ -244,8 +251,9 @@ def _load_encoder(checkpoint: Checkpoint, options: LoadOptions) -> FrozenEncoder
     settings = {"attn_implementation": backend, **family.settings}
     model = _load_weights(checkpoint, options, **settings)
     processors, rule = read_image_processors(checkpoint)
-    rule = rule.replaced_by(options.image_resize)
-    return FrozenEncoder(model, family, image_processors=processors, resize_rule=rule)
+    return FrozenEncoder(
+        model, family, image_processors=processors, resize_rule=options.resize_rule(rule)
+    )
 
 
 def _load_weights(checkpoint: Checkpoint, options: LoadOptions, **settings: Any) -> PreTrainedModel:

@@ -17,6 +17,7 @@ A chunk is `f[N, R, K, C]`. The pixels of a row are innermost, so that the maxim
 Legend: N images, K classes, h w grid, H W pixels, R C pixel rows and columns of one chunk.
 """
 
+import math
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import AxisExtent, GridPlacement, axis_nodes
+from .geometry import AxisExtent, AxisWindows, GridPlacement, axis_nodes, linear_weights
 from .kernels import limit_on, use_triton
 
 # Elements per chunk. On a CPU 2 MB, which stay in cache for a few passes and keep the number of calls into torch small.
@@ -54,7 +55,7 @@ class ResamplingPlan(NamedTuple):
 def bilinear_weights(
     n_in: int,
     n_out: int,
-    extent: AxisExtent | None = None,
+    extent: AxisExtent | AxisWindows | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -66,11 +67,10 @@ def bilinear_weights(
     """
     # a tensor cached during validation must be usable in training
     with torch.inference_mode(False):
-        nodes, fractions = axis_nodes(n_in, n_out, extent)
-        weights = torch.zeros(n_out, n_in, dtype=torch.float64)
-        weights.scatter_(1, (nodes + 1).clamp(max=n_in - 1)[:, None], fractions[:, None])
-        # second, since at the edge both are the same node
-        weights.scatter_(1, nodes[:, None], 1 - fractions[:, None])
+        if isinstance(extent, AxisWindows):
+            weights = extent.weights(n_in, n_out)
+        else:
+            weights = linear_weights(n_in, n_out, extent)
         return weights.to(device=device, dtype=dtype)
 
 
@@ -150,6 +150,8 @@ def upsampled_argmax(
     *leading, classes, h, w = logits.shape
     size = tuple(size)
     view = view or GridPlacement.full(size)
+    if view.has_windows:
+        return _argmax_of_windows(logits, size, view)
     dtype = compute_dtype(logits)
     grids = logits.reshape(-1, classes, h, w).transpose(1, 2)  # [N, h, K, w]
     if use_triton(logits):
@@ -184,4 +186,22 @@ def upsampled_argmax(
                     up = torch.lerp(upper, lower, band.fractions)  # [N, R, K, C]
                     highest = up.eq_(up.amax(-2, keepdim=True)).mul_(numbers).amax(-2)
                     out[images, band.start : band.stop, tile] = classes - 1 - highest
+    return out.view(*leading, *size)
+
+
+def _argmax_of_windows(logits: Tensor, size: tuple[int, int], view: GridPlacement) -> Tensor:
+    """Return the class of each pixel as :func:`upsampled_argmax`, of the grids of windows f[..., K, h, w]."""
+    *leading, classes, h, w = logits.shape
+    like = {"dtype": compute_dtype(logits), "device": logits.device}
+    rows = bilinear_weights(h, n_out=size[0], extent=view.rows, **like)
+    cols = bilinear_weights(w, n_out=size[1], extent=view.cols, **like)
+    step = max(1, limit_on(logits.device, CHUNK_NUMEL) // (classes * size[1]))
+    out = logits.new_empty(
+        (math.prod(leading), *size), dtype=torch.uint8 if classes <= 255 else torch.int16
+    )
+    with torch.autocast(logits.device.type, enabled=False):
+        for grid, of_grid in zip(logits.reshape(-1, classes, h, w), out, strict=True):
+            stretched = grid.to(rows.dtype) @ cols.T
+            for part, of_part in zip(rows.split(step), of_grid.split(step), strict=True):
+                of_part.copy_((part @ stretched).argmax(0))
     return out.view(*leading, *size)

@@ -6,6 +6,7 @@ A model sees a square of `image_px` pixels. `image_resize` says how an image bec
     pad           the image centred on a square of its mean colour, then resized (LLaVA-1.5 stage 2 and evaluation)
     center_crop   the shorter side resized to `image_px`, then the centre square (CLIP's processor; LLaVA-1.5 stage 1)
     letterbox     the longer side resized to `image_px`, then padded to the square (DeepSeek-VL, Janus)
+    slide         the shorter side resized to `window_px`, then windows of that side at a stride: several squares
 
 A checkpoint may resize to more than `image_px` and keep the centre: DINOv2 resizes the shorter side to 256 px and keeps
 224. That is its `ResizeRule`, with the filter, which a user's choice of `image_resize` leaves as it is.
@@ -19,10 +20,14 @@ H x W pixels, the size of the image. Logits are upsampled to the mask; masks are
     squash        rows AxisExtent(0, 4), columns AxisExtent(0, 8)
     pad           rows AxisExtent(-2, 8), columns AxisExtent(0, 8)    two rows of padding above
     center_crop   rows AxisExtent(0, 4), columns AxisExtent(2, 4)     two columns cut off on each side
+
+The windows of a photo overlap. Their logits are averaged where they do, and the result is resized to the mask. All of
+that is linear, and windows form a raster, so that each axis has one matrix from the tokens of all windows to pixels,
+`AxisWindows.weights`: the grids of the windows side by side are one grid, whose position is two of these.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
 from typing import NamedTuple
@@ -36,6 +41,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import as_stored
 
 RESIZES = ("squash", "pad", "center_crop", "letterbox")
+SLIDE = "slide"  # several squares of an image
 # Label of a pixel that counts nowhere: in targets of up to 255 classes, uint8, and in those of more, int16
 IGNORE_INDEX = 255
 IGNORE_INDEX_OF_MANY = -1
@@ -60,11 +66,60 @@ class AxisExtent(NamedTuple):
         return torch.where((token >= 0) & (token < nodes), token, -1)
 
 
-class GridPlacement(NamedTuple):
-    """Position of a grid on a mask."""
+class AxisWindows(NamedTuple):
+    """The windows of a side of a photo that was resized to `side_px`; the last one is shifted to its end.
 
-    rows: AxisExtent
-    cols: AxisExtent
+    A side of 1024 px has windows of 512 px at 0, 341 and 512.
+
+    Args:
+        side_px: Length of the side.
+        window_px: Length of a window.
+        stride_px: From the start of a window to that of the next one.
+        covered_px: Part of a window that its tokens cover, from its start.
+    """
+
+    side_px: int
+    window_px: int
+    stride_px: int
+    covered_px: float
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each window begins. Source: slide_inference of DINOv3 (eval/segmentation/inference.py)."""
+        last = self.side_px - self.window_px
+        return [min(start, last) for start in range(0, last + self.stride_px, self.stride_px)]
+
+    def pixels(self, window: int, size: int) -> slice:
+        """Return the pixels of the mask, `size` of them on this side, that a window is nearest to."""
+        start = self.starts[window]
+        scale = size / self.side_px
+        return slice(round(start * scale), round((start + self.window_px) * scale))
+
+    def weights(self, nodes: int, size: int) -> Tensor:
+        """Return the matrix f64[size, nodes] from the tokens of all windows to the pixels of the mask."""
+        extent = AxisExtent(0.0, self.covered_px)
+        of_window = linear_weights(nodes // len(self.starts), self.window_px, extent)
+        shares = torch.zeros(
+            self.side_px, len(self.starts), of_window.shape[1], dtype=torch.float64
+        )
+        windows = torch.zeros(self.side_px, 1, 1, dtype=torch.float64)
+        for number, start in enumerate(self.starts):
+            shares[start : start + self.window_px, number] = of_window
+            windows[start : start + self.window_px] += 1
+        averaged = (shares / windows).flatten(1)
+        return linear_weights(self.side_px, size, None) @ averaged
+
+
+class GridPlacement(NamedTuple):
+    """Position of a grid on a mask, or of the grids of all windows side by side."""
+
+    rows: AxisExtent | AxisWindows
+    cols: AxisExtent | AxisWindows
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether the grid is that of windows."""
+        return isinstance(self.rows, AxisWindows)
 
     @classmethod
     def full(cls, size: tuple[int, int]) -> "GridPlacement":
@@ -83,7 +138,7 @@ class ResizeRule:
     """How a checkpoint's images become squares.
 
     Args:
-        way: One of RESIZES.
+        way: One of RESIZES, or SLIDE.
         resample: The filter, one of PIL's.
         before_crop: Side to which images are resized, in units of the side of its centre that is kept; at least 1.
         before_thumbnail: Longer side to which photos are resized before their thumbnail is made of them, in units of
@@ -91,6 +146,9 @@ class ResizeRule:
         splits: Whether the sides of that larger photo are rounded up to multiples of the thumbnail's.
         padding: RGB colour of the padding; None: the mean colour of the model's normalisation.
         replaces: The checkpoint's rule, if a user asked for another way.
+        window_px: Side of a window, of the way "slide"; None: that of the model's square. Of a square that is larger,
+            because its side is a multiple of the patch, it is the middle; the rest is black after normalisation.
+        stride_px: From one window to the next; None: two thirds of a window.
     """
 
     way: str = "squash"
@@ -100,15 +158,32 @@ class ResizeRule:
     splits: bool = False
     padding: tuple[int, int, int] | None = None
     replaces: "ResizeRule | None" = None
+    window_px: int | None = None
+    stride_px: int | None = None
 
     def __post_init__(self):
-        if self.way not in RESIZES:
+        if self.way not in (*RESIZES, SLIDE):
             raise UserError(
-                f"unknown image_resize {self.way!r}; expected one of {', '.join(RESIZES)}"
+                f"unknown image_resize {self.way!r}; expected one of {', '.join(RESIZES)} or {SLIDE}"
             )
 
-    def replaced_by(self, way: str | None) -> "ResizeRule":
-        """Return the rule of a user who asks for a way, which replaces the checkpoint's, but not its filter."""
+    def replaced_by(
+        self, way: str | None, window_px: int | None = None, stride_px: int | None = None
+    ) -> "ResizeRule":
+        """Return the rule of a user who asks for a way, which replaces the checkpoint's, but not its filter.
+
+        Windows are resized bilinearly, as in published protocols.
+
+        Raises:
+            UserError: A stride is given that no window has, or is longer than these.
+        """
+        if stride_px is not None and (way != SLIDE or stride_px > (window_px or stride_px)):
+            raise UserError(
+                f"stride_px {stride_px}: expected at most the side of a window (image_px), with image_resize {SLIDE}"
+            )
+        if way == SLIDE:
+            windows = {"window_px": window_px, "stride_px": stride_px}
+            return ResizeRule(way, Image.Resampling.BILINEAR, replaces=self, **windows)
         if way in (None, self.way):
             return self
         return ResizeRule(way, self.resample, replaces=self)
@@ -146,11 +221,60 @@ class Geometry:
 
     @property
     def resize(self) -> str:
-        """How images become squares, one of RESIZES."""
+        """How images become squares, one of RESIZES or SLIDE."""
         return self.rule.way
 
+    @property
+    def window_px(self) -> int:
+        """Side of a window, of the way "slide"."""
+        return self.rule.window_px or self.image_px
+
+    @property
+    def of_window(self) -> "Geometry":
+        """How a model sees a window by itself, and the position of its grid on the mask of the window."""
+        return replace(self, rule=ResizeRule())
+
+    def squares(self, image: Image.Image) -> list[Image.Image]:
+        """Return what a model sees of an image: the square, or the windows row by row, [window_px, window_px]."""
+        if self.resize != SLIDE:
+            return [self.place(image)]
+        view = self.view((image.height, image.width))
+        size = (view.cols.side_px, view.rows.side_px)
+        resized = as_stored(image).resize(size, self.rule.resample)
+        px = self.window_px
+        return [
+            resized.crop((left, top, left + px, top + px))
+            for top in view.rows.starts
+            for left in view.cols.starts
+        ]
+
+    def join(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return what probes output of an image as one grid, f[P, K, h, w], at the position `view(size)`.
+
+        Args:
+            outputs: Of the model's squares of the image, f[P, squares, K, h, w].
+            size: [H, W] of the image.
+        """
+        if self.resize != SLIDE:
+            return outputs[:, 0]
+        rows = len(self.view(size).rows.starts)
+        by_row = outputs.unflatten(1, (rows, -1))  # [P, rows, columns, K, h, w]
+        return by_row.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    def square_count(self, size: tuple[int, int]) -> int:
+        """Return how many squares a model sees of an image of `size` [H, W]."""
+        if self.resize != SLIDE:
+            return 1
+        view = self.view(size)
+        return len(view.rows.starts) * len(view.cols.starts)
+
     def place(self, image: Image.Image) -> Image.Image:
-        """Return the image as the model's square, [image_px, image_px]."""
+        """Return the image as the model's square, [image_px, image_px].
+
+        Raises:
+            UserError: The model sees windows of it.
+        """
+        self.check_one_square()
         image = as_stored(image)
         if self.resize == "pad":
             side = max(image.size)
@@ -164,6 +288,8 @@ class Geometry:
 
     def view(self, size: tuple[int, int]) -> GridPlacement:
         """Return the position of the grid on a mask of `size` [H, W], the size of its image."""
+        if self.resize == SLIDE:
+            return self._view_of_windows(size)
         padding = (0, 0)
         if self.resize == "pad":
             padding = _padding(size)
@@ -190,8 +316,9 @@ class Geometry:
             of most of its labelled pixels, i64[h, w], the first of several, -1 if no pixel is labelled.
 
         Raises:
-            UserError: The mask has other than two axes, or numbers that are no integers.
+            UserError: The mask has other than two axes, or numbers that are no integers, or the model sees windows.
         """
+        self.check_one_square()
         is_object = str(mask.dtype).endswith("bool")
         labels = label_tensor(mask).long()
         if labels.ndim != 2:
@@ -212,6 +339,21 @@ class Geometry:
             0
         ]
         return torch.cat([classes, classes.new_tensor([-1])])[majority].view(self.grid)
+
+    def check_one_square(self) -> None:
+        """Raise a UserError if a model sees several windows of an image."""
+        if self.resize == SLIDE:
+            raise UserError(
+                "photos are read in windows (image_resize: slide), and this needs one square of each; load the model, "
+                f"or make the probes, with another image_resize: {', '.join(RESIZES)}"
+            )
+
+    def _view_of_windows(self, size: tuple[int, int]) -> GridPlacement:
+        px = self.window_px
+        stride = self.rule.stride_px or max(1, px * 2 // 3)
+        covered = px * self.covered_px / self.image_px
+        sides = [int(px * length / min(size) + 0.5) for length in size]
+        return GridPlacement(*(AxisWindows(side, px, stride, covered) for side in sides))
 
     def _resized(self, length: int, size: Sequence[int]) -> int:
         """Return the length of a side of an image of `size` after it was resized.
@@ -322,3 +464,13 @@ def axis_nodes(n_in: int, n_out: int, extent: AxisExtent | None) -> tuple[Tensor
     )
     nodes = centres.long()
     return nodes, centres - nodes
+
+
+def linear_weights(n_in: int, n_out: int, extent: AxisExtent | None) -> Tensor:
+    """Return the matrix f64[n_out, n_in] that interpolates an axis linearly; its rows sum to 1."""
+    nodes, fractions = axis_nodes(n_in, n_out, extent)
+    weights = torch.zeros(n_out, n_in, dtype=torch.float64)
+    weights.scatter_(1, (nodes + 1).clamp(max=n_in - 1)[:, None], fractions[:, None])
+    # second, since at the edge both are the same node
+    weights.scatter_(1, nodes[:, None], 1 - fractions[:, None])
+    return weights

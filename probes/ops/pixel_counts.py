@@ -50,7 +50,12 @@ def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None) -> 
     sites, images, classes, h, w = logits.shape
     size = target.shape[1:]
     view = view or GridPlacement.full(size)
-    token = _token_of_pixel(view, grid=(h, w), size=size, device=target.device)
+    placement = view
+    if view.has_windows:  # tokens are parts of the photo, as many as a window has
+        h //= len(view.rows.starts)
+        w //= len(view.cols.starts)
+        placement = GridPlacement.full(size)
+    token = _token_of_pixel(placement, grid=(h, w), size=size, device=target.device)
     new = partial(target.new_zeros, dtype=torch.long)
     counts = Counts(  # before the large tensors, which memory is then free for
         intersection=new(sites, images, classes),
@@ -67,7 +72,7 @@ def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None) -> 
         valid = labels != ignored_label(labels)
         numbers = labels.long().where(valid, classes)
         intersection, predicted, patch_right = _count_predictions(
-            logits[:, part], target=labels, token=token, view=view
+            logits[:, part], target=labels, token=token, tokens=h * w, view=view
         )
         found = Counts(
             intersection=intersection,
@@ -91,12 +96,12 @@ def _token_of_pixel(
 
 
 def _count_predictions(
-    logits: Tensor, target: Tensor, token: Tensor, view: GridPlacement
+    logits: Tensor, target: Tensor, token: Tensor, tokens: int, view: GridPlacement
 ) -> list[Tensor]:
     """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T]."""
     sites, images, classes, h, w = logits.shape
     size = target.shape[1:]
-    if use_triton(logits):
+    if use_triton(logits) and not view.has_windows:
         from .kernels.argmax_counts import count_cells
         from .kernels.grid_cells import cells
 
@@ -106,14 +111,14 @@ def _count_predictions(
     labelled = target != ignored_label(target)
     intersection, predicted, patch_right = (
         target.new_zeros((sites, images, bins), dtype=torch.long)
-        for bins in (classes, classes, h * w)
+        for bins in (classes, classes, tokens)
     )
     for i, of_site in enumerate(logits):
         best = upsampled_argmax(of_site, size, view).long()
         right = (best == target) & labelled
         intersection[i] = _histogram(best, right, classes)
         predicted[i] = _histogram(best, labelled, classes)
-        patch_right[i] = _histogram(token.expand_as(best), right, h * w)
+        patch_right[i] = _histogram(token.expand_as(best), right, tokens)
     return [intersection, predicted, patch_right]
 
 

@@ -97,7 +97,7 @@ def predict_sites(probes: SiteProbes, image: Image, size: tuple[int, int]) -> np
     device = next(probes.heads.parameters()).device
     states = mllm.states(mllm.preprocess([image]), probes.sites)
     on_device = {site: states_of_site.to(device) for site, states_of_site in states.items()}
-    logits = probes.logits(on_device)[:, 0]
+    logits = mllm.geometry.join(probes.logits(on_device), size)
     return probes.task.predict_pixels(logits, size, mllm.geometry.view(size))
 
 

@@ -350,7 +350,7 @@ class ProbeRun:
         config = self.manifest["config"]
         if is_source(config["mllm"]):
             return self.mllm().geometry
-        options = {name: config[name] for name in ("image_px", "image_resize")}
+        options = {name: config.get(name) for name in ("image_px", "image_resize", "stride_px")}
         geometry = read_geometry(config["mllm"], trust=self.trust, **options)
         if list(geometry.grid) != self.metrics["grid"]:
             raise UserError(
@@ -439,9 +439,10 @@ class ProbeRun:
         mllm, probes = self.loaded
         photo = read_photo(image)
         states = mllm.states(mllm.preprocess(photo), sites, knockout)
-        outputs = torch.cat([probes[site](states[site].float()) for site in sites])
-        logits = outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
+        outputs = torch.stack([probes[site](states[site].float()) for site in sites])
         size = (photo.height, photo.width)
+        grids = outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
+        logits = mllm.geometry.join(grids, size)
         return self.task.predict_pixels(logits, size, mllm.geometry.view(size))
 
 

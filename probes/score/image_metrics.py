@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from probes.data.batches import group_by_size
+from probes.data.batches import outputs_by_size
 from probes.ops.geometry import Geometry
 from probes.tasks import Task
 
@@ -49,13 +49,15 @@ class TaskMetric(Metric):
         """Add a batch.
 
         Args:
-            outputs: Of the probes on the token grid, f[P, B, K, h, w].
+            outputs: Of the probes on the token grid of each square, f[P, squares, K, h, w].
             target: [B, H, W, ...], or a list of B targets.
             index: i64[B], of the images in the dataset.
         """
-        for images, target_of_size in group_by_size(target):
+        for images, outputs_of_size, target_of_size in outputs_by_size(
+            outputs, target, self.geometry
+        ):
             counted = self.task.count(
-                outputs[:, images], target=target_of_size, geometry=self.geometry
+                outputs_of_size, target=target_of_size, geometry=self.geometry
             )
             self.index.append(index[images])
             for name, counts in counted.items():

@@ -37,9 +37,10 @@ from llava_bidir.common.runs import begin_run, interrupt_says_how_to_resume, pla
 from probes.compute.machine import build_machine, seed_everything, solver_device
 from probes.config import RunConfig, SolveOptions
 from probes.data.available_memory import available_memory
-from probes.data.batches import PreprocessedDataset
+from probes.data.batches import PreprocessedDataset, square_rows
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import assign_folds
+from probes.data.windows import TrainingSamples, training_samples
 from probes.models.module_sources import source_identity
 from probes.runs.files import format_scores, run_folder, say_finished
 from probes.runs.pictures import save_pictures
@@ -156,12 +157,14 @@ def run_config(config: RunConfig) -> None:
         data.verify(machine.progress == "bar")  # before the model is loaded
         training = data.splits["training"]
         units = training.groups or range(len(training))
-        fold_of = assign_folds(units, config.solver.folds)
+        fold_of_photo = assign_folds(units, config.solver.folds)
         probes = run.load_probes()
+        samples = training_samples(training, probes.mllm)
+        fold_of = fold_of_photo[samples.photo_of]
         if rank() == 0:  # all settings were accepted
             content = yaml.safe_dump(asdict(config), sort_keys=False)
             begin_run(folder.path, content, planned.replaced)
-        solutions = solve_sites(run, probes, fold_of)
+        solutions = solve_sites(run, probes, samples=samples, fold_of=fold_of)
         counted = count_validation_images(run, probes, solutions)
         if rank() == 0:
             write_files_of_run(run, probes=probes, solutions=solutions, counted=counted)
@@ -169,7 +172,9 @@ def run_config(config: RunConfig) -> None:
             rank_zero_info(format_scores(folder.path, probes.task))
 
 
-def solve_sites(run: SolveRun, probes: SiteProbes, fold_of: Tensor) -> dict[str, Solution]:
+def solve_sites(
+    run: SolveRun, probes: SiteProbes, samples: TrainingSamples, fold_of: Tensor
+) -> dict[str, Solution]:
     """Return the probes of all sites, the same in all processes; a run that is resumed has files of some."""
     files = SiteFiles(run.folder.checkpoints, run.identity)
     sites_here = sites_of_process(probes)
@@ -179,7 +184,9 @@ def solve_sites(run: SolveRun, probes: SiteProbes, fold_of: Tensor) -> dict[str,
     missing = [site for site in sites_here if site not in solutions]
     images = len(fold_of)
     memory = memory_for_states(run, images * target_bytes(probes))
-    reader = StateReader(probes, data=run.data, machine=run.machine, fold_of=fold_of)
+    reader = StateReader(
+        probes, data=run.data, samples=samples, machine=run.machine, fold_of=fold_of
+    )
     for sites, size in site_groups(probes, sites=missing, images=images, memory=memory):
         folder = None
         if size > memory:
@@ -245,10 +252,12 @@ def count_validation_images(
         batch = move_batch(batch, device)
         with machine.forward_context():
             states = {site: x.to(device) for site, x in probes.states(batch).items()}
+            rows = square_rows(batch["target"], probes.mllm.geometry)
             for start in range(0, len(batch["index"]), at_once):
                 part = slice(start, start + at_once)
                 images = {name: batch[name][part] for name in ("index", "target")}
-                states_of_part = {site: x[part] for site, x in states.items()}
+                squares = slice(rows[part][0].start, rows[part][-1].stop)
+                states_of_part = {site: x[squares] for site, x in states.items()}
                 logits = logits_of_strengths(probes, solutions, states_of_part)
                 metric.update(logits, images["target"], images["index"])
                 if run.config.save_predictions:
@@ -376,7 +385,7 @@ def dry_run(config: RunConfig) -> RunCost:
         sites = sites_of_process(probes)
         if not sites:
             return RunCost(start_s, 0.0, 0.0, 0.0)
-        images = len(run.data.splits["training"])
+        images = len(training_samples(run.data.splits["training"], probes.mllm))
         bytes_of_targets = images * target_bytes(probes)
         memory = memory_for_states(run, bytes_of_targets)
         groups = site_groups(probes, sites=sites, images=images, memory=memory)
@@ -404,8 +413,11 @@ def measure_cost(run: SolveRun, probes: SiteProbes, ends: list[str]) -> RunCost:
     training, validation = (len(run.data.splits[split]) for split in ("training", "validation"))
     heads = torch.nn.ModuleDict({site: probes.heads[site] for site in ends})
     probes = replace(probes, heads=heads)
-    fold_of = assign_folds(range(training), run.config.solver.folds)
-    reader = StateReader(probes, data=run.data, machine=run.machine, fold_of=fold_of)
+    samples = training_samples(run.data.splits["training"], probes.mllm)
+    fold_of = assign_folds(range(training), run.config.solver.folds)[samples.photo_of]
+    reader = StateReader(
+        probes, data=run.data, samples=samples, machine=run.machine, fold_of=fold_of
+    )
     times = [work_seconds()]
     states = reader.read(ends)
     times.append(work_seconds())

@@ -23,6 +23,7 @@ from llava_bidir.common.imports import check_shape
 from probes.compute.machine import Machine, solver_device
 from probes.data.batches import MaskPreparer, PreprocessedDataset
 from probes.data.probe_data import ProbeData
+from probes.data.windows import TrainingSamples
 from probes.ops.geometry import Geometry
 from probes.ops.normal_equations import NormalEquations, join_equations, normal_equations
 from probes.ops.quadrature import PreparedMasks, join_masks
@@ -92,21 +93,30 @@ class StateReader:
     Args:
         probes: Model and task.
         data: Images and targets.
+        samples: The training images as the model sees them.
         machine: Where the model runs, and how progress is shown.
-        fold_of: i64[N], fold of each image.
+        fold_of: i64[N], fold of each of them.
 
     Attributes:
         targets: Of the images, from the first reading on.
     """
 
-    def __init__(self, probes: SiteProbes, data: ProbeData, machine: Machine, fold_of: Tensor):
+    def __init__(
+        self,
+        probes: SiteProbes,
+        data: ProbeData,
+        samples: TrainingSamples,
+        machine: Machine,
+        fold_of: Tensor,
+    ):
         self.probes = probes
         self.data = data
+        self.samples = samples
         self.machine = machine
         self.fold_of = fold_of
         self.prepare: MaskPreparer | None = None
         if probes.task.loss is not None:
-            self.prepare = MaskPreparer(probes.mllm.geometry, probes.channels, NODES)
+            self.prepare = MaskPreparer(samples.geometry, probes.channels, NODES)
         self.targets: Targets | None = None
 
     def read(self, sites: Sequence[str], folder: Path | None = None) -> dict[str, Tensor]:
@@ -135,8 +145,7 @@ class StateReader:
         prepare = None
         if self.targets is None:
             prepare = self.prepare
-        training = self.data.splits["training"]
-        source = PreprocessedDataset(training, self.probes.mllm.preprocess, prepare)
+        source = PreprocessedDataset(self.samples, self.samples.preprocess, prepare)
         images = len(self.fold_of)
         batches = [part.tolist() for part in torch.arange(images).split(self.data.rank_batch_size)]
         for batch in follow(
@@ -160,7 +169,7 @@ class StateReader:
         if self.prepare is None:
             equations = []
             probes = self.probes
-            geometry = probes.mllm.geometry
+            geometry = self.samples.geometry
             for batch in batches:
                 for target in batch["target"]:
                     values = prepare_values(target, probes.task, probes.channels, geometry)
@@ -169,11 +178,10 @@ class StateReader:
             check_values(joined, self.fold_of)
             return Targets(joined, scored=None, fold_of=self.fold_of)
         masks = join_masks((batch["masks"] for batch in batches), len(self.fold_of))
-        training = self.data.splits["training"]
         scored = scored_masks(
             masks,
             fold_of=self.fold_of,
-            target_of=lambda image: torch.from_numpy(training[image]["target"]),
+            target_of=lambda image: torch.from_numpy(self.samples[image]["target"]),
             prepare=self.prepare,
         )
         return Targets(masks, scored=scored, fold_of=self.fold_of)

@@ -32,7 +32,7 @@ from probes.analyses.analysis import PlannedRun
 from probes.config import ModelOptions, RunConfig, StudyOptions
 from probes.heads import LINEAR
 from probes.models.encoder_cut import MODEL_CUTS, check_model_cut, extra_tokens
-from probes.models.families import family_of, own_image_attention
+from probes.models.families import family_of, own_image_attention, sized_family
 from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.families.encoders import AnyFamily
 from probes.models.families.modules import why_unmatched
@@ -128,7 +128,8 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
     config = read_config(path, trust=model.trust)
     family = family_of(config)
     if model.image_px is not None:
-        family.with_side(model.image_px, config)  # an error if it takes no input of this side
+        # an error if it takes no input of this side
+        sized_family(family, config, model.image_px, model.image_resize)
     mask = model.image_attention or own_image_attention(config)
     sites = family.sites(config)
     chosen = chosen_sites(family, config, model.sites or None)

@@ -162,6 +162,7 @@ def tokens_in_box(
         size: Height and width of the image in pixels.
         box: left, top, right and bottom in fractions of the image.
     """
+    geometry.check_one_square()
     view = geometry.view(size)
     inside = []
     for extent, length, nodes, low, high in (

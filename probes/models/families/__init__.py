@@ -7,11 +7,13 @@ from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
+from probes.ops.geometry import SLIDE
 
 from .base import Family as Family
+from .base import square_side
 from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
-from .encoders import ENCODERS, AnyFamily
+from .encoders import ENCODERS, AnyFamily, vision_config
 from .encoders import EncoderFamily as EncoderFamily
 from .gemma import GEMMA
 from .llava import LLAVA
@@ -89,3 +91,19 @@ def own_image_attention(config: PreTrainedConfig) -> str:
     if not isinstance(attention, str):
         attention = attention(config)
     return getattr(config, "image_attention", None) or attention
+
+
+def sized_family(
+    family: AnyFamily, config: PreTrainedConfig, image_px: int, image_resize: str | None
+) -> AnyFamily:
+    """Return the family of a bare encoder for another side of its square.
+
+    A window of any side is the middle of a square of the next multiple of the patch, as in DINOv2's evaluation.
+
+    Raises:
+        UserError: The model takes no input of this side.
+    """
+    if image_resize == SLIDE and not family.has_llm:
+        patch = square_side(vision_config(config).patch_size)
+        image_px = -(-image_px // patch) * patch
+    return family.with_side(image_px, config)

@@ -189,7 +189,7 @@ def write_mask(
     target, unlabelled, overlapping = rules.compose(annotation, size)
     classes = len(rules.names)
     bits = 8 if classes <= IGNORE_INDEX else 16
-    mask = target.astype(f"uint{bits}")  # of -1, which is ignored, 255 or 65535
+    mask = target.astype(f"uint{bits}", order="C")  # of -1, which is ignored, 255 or 65535
     Image.fromarray(mask).save(file)
     signed = mask if bits == 8 else mask.view(np.int16)
     return Written(count_labels(signed, classes), unlabelled, overlapping)

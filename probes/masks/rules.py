@@ -70,33 +70,38 @@ class MaskRules:
 
     def compose(self, annotation: LabelMap | list[Region], size: Size) -> Composed:
         """Return the classes of a photo from its annotation, and its width and height."""
-        overlapping = np.zeros(size[::-1], bool)
+        overlapping = 0
         if isinstance(annotation, LabelMap):
             classes = [self.class_of.get(name, UNLABELLED) for name in annotation.names]
             target = np.array(classes, np.int32)[annotation.numbers]
         else:
-            target = self._stack(annotation, overlapping)
+            target, overlapping = self._stack(annotation, size)
         is_unlabelled = target == UNLABELLED
-        target[is_unlabelled] = self.unlabelled
-        return Composed(target, int(is_unlabelled.sum()), int(overlapping.sum()))
+        target = np.where(is_unlabelled, self.unlabelled, target)
+        return Composed(target, np.count_nonzero(is_unlabelled), overlapping)
 
-    def _stack(self, regions: list[Region], overlapping: ndarray) -> ndarray:
-        """Return the classes of regions, i32[H, W], and mark the pixels that two classes claim."""
-        target = np.full(overlapping.shape, UNLABELLED, np.int32)
+    def _stack(self, regions: list[Region], size: Size) -> tuple[ndarray, int]:
+        """Return the classes of regions, i32[H, W], and the number of pixels that two classes claim."""
+        target = np.full(
+            size, UNLABELLED, np.int32
+        ).ravel()  # down the columns, as pycocotools' masks
+        is_shared = np.zeros(target.shape, bool)
+        drawn = [(np.flatnonzero(region.mask.T), region) for region in regions]
         if self.overlap == "smaller":  # by pixels: JSON's area can be that of another mask
-            regions = sorted(regions, key=lambda region: -int(region.mask.sum()))
-        for name, mask, is_crowd in regions:
-            if name not in self.class_of:  # dropped
+            drawn.sort(key=lambda pair: -len(pair[0]))
+        for pixels, region in drawn:
+            if region.name not in self.class_of:  # dropped
                 continue
-            number = self.class_of[name]
-            if is_crowd and self.crowd == "ignore":
+            number = self.class_of[region.name]
+            if region.is_crowd and self.crowd == "ignore":
                 number = IGNORED
             else:
-                overlapping |= mask & (target >= 0) & (target != number)
-            target[mask] = number
+                below = target[pixels]
+                is_shared[pixels] |= (below >= 0) & (below != number)
+            target[pixels] = number
         if self.overlap == "ignore":
-            target[overlapping] = IGNORED
-        return target
+            target[is_shared] = IGNORED
+        return target.reshape(size).T, np.count_nonzero(is_shared)
 
 
 def words_of_classes(options: MasksOptions) -> list[str]:

@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from llava_bidir.command_options import StatusOptions
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.files import PROGRESS, is_in_use, read_json
+from llava_bidir.common.files import is_in_use, read_json
+from llava_bidir.common.progress import PROGRESS, StepProgress
 
 STAGES = ("stage1", "stage2")
 STEPS = (*STAGES, "study", "vqa", "report")
@@ -30,33 +31,30 @@ ERROR = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class StepStatus:
+@dataclass(frozen=True, kw_only=True)
+class StepStatus(StepProgress):
     """Where a step of a model stands.
 
     Args:
         model: Name of the model's folder.
         step: stage1, stage2, study, vqa, or report of an encoder's study.
         state: waiting, running, done, or failed, also if it has ended without a result.
-        done: Steps that are done: of the optimizer, of the study, or benchmarks.
-        of: Number of these; None if it is not known.
-        left_s: Seconds left; None if they are not known.
         requeues: How often its job was requeued.
         reason: Why it waits or has failed.
-        loss: Last loss of a stage.
-        samples_per_s: Its speed over all devices.
     """
 
     model: str
     step: str
     state: str
-    done: int | None = None
-    of: int | None = None
-    left_s: float | None = None
-    requeues: int = 0
-    reason: str = ""
-    loss: float | None = None
-    samples_per_s: float | None = None
+    requeues: int
+    reason: str
+
+
+class QueuedJob(NamedTuple):
+    """State of a job in Slurm's queue, and why it waits."""
+
+    state: str
+    reason: str
 
 
 def run(options: StatusOptions) -> None:
@@ -121,7 +119,7 @@ def read_status(runs: Path) -> list[StepStatus]:
     return rows
 
 
-def read_queue(runs: Path) -> dict[str, tuple[str, str]] | None:
+def read_queue(runs: Path) -> dict[str, QueuedJob] | None:
     """Return state and reason of the folder's jobs in Slurm's queue by MODEL/STEP, None without Slurm.
 
     Raises:
@@ -135,44 +133,46 @@ def read_queue(runs: Path) -> dict[str, tuple[str, str]] | None:
     )
     if asked.returncode:
         raise UserError(f"squeue does not answer: {asked.stderr.strip()}")
-    jobs: dict[str, tuple[str, str]] = {}
+    jobs: dict[str, QueuedJob] = {}
     for line in asked.stdout.splitlines():
         state, reason, folder, name = line.split("|", 3)
         path = Path(folder, name).resolve()
         if path.is_relative_to(runs.resolve()):
             name = path.relative_to(runs.resolve()).as_posix()
             if name not in jobs or state != "PENDING":  # of two of a name, one waits for the other
-                jobs[name] = state, reason
+                jobs[name] = QueuedJob(state, reason)
     return jobs
 
 
 def status_of(
-    runs: Path, name: str, log: Path | None, queue: Mapping[str, tuple[str, str]] | None
+    runs: Path, name: str, log: Path | None, queue: Mapping[str, QueuedJob] | None
 ) -> StepStatus:
     """Return the status of a step; see the head of this file for `name`."""
     model, step = name.split("/")
     text, requeues = read_last_try(log)
-    folder = runs / name if (runs / name).is_dir() else runs / model
     progress = read_progress(runs / model, step=step, text=text)
-    state, reason = "waiting", ""
+    has_begun = progress != StepProgress() or (runs / name / "config.yaml").exists()
+    folder = runs / name
+    if not folder.is_dir():
+        folder = runs / model
+    job = (queue or {}).get(name)
+    state = "waiting"
+    reason = ""
     if is_done(runs, model=model, step=step) or text.endswith("\ndone\n"):
         state = "done"
-        if "of" in progress:
-            progress |= {"done": progress["of"], "left_s": 0.0}
-    elif queue and name in queue:
-        queued, why = queue[name]
-        if queued == "PENDING":
-            reason = why
-        else:
-            state = "running"
-    elif is_in_use(folder):
+        if progress.of is not None:
+            progress = replace(progress, done=progress.of, left_s=0.0)
+    elif job and job.state == "PENDING":
+        reason = job.reason
+    elif job or is_in_use(folder):
         state = "running"
-    elif log or progress or (runs / name / "config.yaml").exists():  # written as training starts
-        state, reason = "failed", why_failed(text)
+    elif log or has_begun:
+        state = "failed"
+        reason = why_failed(text)
     elif queue is not None:
         reason = "not in the queue"
     return StepStatus(
-        model=model, step=step, state=state, requeues=requeues, reason=reason, **progress
+        model=model, step=step, state=state, requeues=requeues, reason=reason, **vars(progress)
     )
 
 
@@ -199,22 +199,25 @@ def read_last_try(log: Path | None) -> tuple[str, int]:
     return text[tries[-1].end() :], int(tries[-1][1])
 
 
-def read_progress(folder: Path, step: str, text: str) -> dict[str, Any]:
-    """Return `done`, `of` and what else is known of a step of the model in a folder; `text` is from its log."""
+def read_progress(folder: Path, step: str, text: str) -> StepProgress:
+    """Return how far a step of the model in a folder is; `text` is from its log."""
     if step in STAGES:
         file = folder / step / PROGRESS
-        return read_json(file) if file.is_file() else {}
-    if step == "vqa":
+        if file.is_file():
+            return StepProgress(**read_json(file))
+    elif step == "vqa":
         results = [file for file in (folder / "vqa").glob("*.json") if file.stem != "table1"]
-        return {"done": len(results)} if results else {}
-    if steps := STUDY_STEP.findall(text):
+        return StepProgress(done=len(results) or None)
+    elif steps := STUDY_STEP.findall(text):
         begun, count = steps[-1]
-        progress: dict[str, Any] = {"done": int(begun) - 1, "of": int(count)}
+        left_s = None
         for minutes in MINUTES_LEFT.findall(text)[-1:]:
-            progress["left_s"] = 60.0 * int(minutes)
-        return progress
-    records = [*folder.glob("steps/*.json")]
-    return {"done": len(records)} if records and step == "study" else {}
+            left_s = 60.0 * int(minutes)
+        return StepProgress(done=int(begun) - 1, of=int(count), left_s=left_s)
+    elif step == "study":
+        records = [*folder.glob("steps/*.json")]
+        return StepProgress(done=len(records) or None)
+    return StepProgress()
 
 
 def why_failed(text: str) -> str:

@@ -21,7 +21,6 @@ from .errors import UserError, did_you_mean, error_context
 
 PARTIAL = ".partial"
 REPLACED = ".old"
-PROGRESS = "progress.json"  # of a training, in its folder
 # Reasons of the operating system for which a user's disk or folder takes nothing
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 

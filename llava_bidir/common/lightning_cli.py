@@ -27,8 +27,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from .checkpoints import AtomicCheckpointIO, Checkpoints
 from .cli import Seed, join_values
 from .errors import OneLineErrors, UserError, error_context
-from .files import PROGRESS, exclusive_run_lock, write_files
+from .files import exclusive_run_lock, write_files
 from .known_messages import hide_known_messages
+from .progress import PROGRESS, StepProgress
 from .runs import (
     RunFolder,
     RunPlan,
@@ -237,14 +238,12 @@ class Progress(Callback):
             log.info(f"step {step} of {steps}, loss {loss:.4g}")
         step_s = (time.monotonic() - self.started) / max(step - self.first_step, 1)
         speed = trainer.callback_metrics.get("train/samples_per_s")
-        progress = {
-            "done": step,
-            "of": steps,
-            "left_s": (steps - step) * step_s,
-            "loss": loss,
-            "samples_per_s": None if speed is None else float(speed),
-        }
-        write_files({Path(trainer.default_root_dir) / PROGRESS: progress})
+        if speed is not None:
+            speed = float(speed)
+        progress = StepProgress(
+            done=step, of=steps, left_s=(steps - step) * step_s, loss=loss, samples_per_s=speed
+        )
+        write_files({Path(trainer.default_root_dir) / PROGRESS: vars(progress)})
 
 
 def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:

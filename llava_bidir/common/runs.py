@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import UserError
-from .files import PROGRESS, REPLACED, read_json, write_files
+from .files import REPLACED, read_json, write_files
 from .identity import Identity, check_same_identity
+from .progress import PROGRESS
 
 if TYPE_CHECKING:  # seconds, which a run without a training loop does not need
     from lightning import Trainer

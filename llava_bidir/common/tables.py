@@ -23,7 +23,9 @@ class Score(NamedTuple):
 
     def marked(self, best: str) -> str:
         """Return number and interval, the best number within `best`."""
-        text = best.format(self.text) if self.is_best else self.text
+        text = self.text
+        if self.is_best:
+            text = best.format(text)
         return f"{text} {self.interval}".rstrip()
 
 
@@ -39,24 +41,39 @@ def format_tables(path: Path, rows: Sequence[Row], note: str) -> dict[Path, str]
         note: What the table needs to be understood.
     """
     titles = list(dict.fromkeys(title for row in rows for title in row))
-    cells = [[row.get(title, "") for title in titles] for row in rows]
-    lines = [titles, ["---"] * len(titles), *_as_text(cells, best="**{}**")]
-    markdown = [f"| {' | '.join(line)} |" for line in lines]
+    markdown = [titles, ["---"] * len(titles), *_cells(rows, titles, best="**{}**")]
+    lines = [f"| {' | '.join(line)} |" for line in markdown]
+    columns = "l" * len(titles)
     escape = str.maketrans(LATEX)
     latex = []
-    for line in [titles, *_as_text(cells, best="\0{}\1")]:
-        escaped = [cell.translate(escape) for cell in line]
-        latex.append(" & ".join(escaped).replace("\0", r"\textbf{").replace("\1", "}") + r" \\")
-    latex[1:1] = [r"\midrule"]
-    columns = "l" * len(titles)
-    top = [f"% {note}", r"% \usepackage{booktabs}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    for line in [titles, *_cells(rows, titles, best="\0{}\1")]:
+        text = " & ".join(cell.translate(escape) for cell in line)
+        marked = text.replace("\0", r"\textbf{").replace("\1", "}")
+        latex.append(marked + r" \\")
+    head, *body = latex
+    tabular = [
+        f"% {note}",
+        r"% \usepackage{booktabs}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        "",
+    ]
     return {
-        path.with_suffix(".md"): "\n".join([*markdown, "", note, ""]),
-        path.with_suffix(".tex"): "\n".join([*top, *latex, r"\bottomrule", r"\end{tabular}", ""]),
+        path.with_suffix(".md"): "\n".join([*lines, "", note, ""]),
+        path.with_suffix(".tex"): "\n".join(tabular),
     }
 
 
-def _as_text(cells: Sequence[Sequence[str | Score]], best: str) -> list[list[str]]:
-    return [
-        [cell.marked(best) if isinstance(cell, Score) else cell for cell in line] for line in cells
-    ]
+def _cells(rows: Sequence[Row], titles: list[str], best: str) -> list[list[str]]:
+    """Return the texts of all rows by column."""
+    lines = []
+    for row in rows:
+        cells = [row.get(title, "") for title in titles]
+        texts = [cell.marked(best) if isinstance(cell, Score) else cell for cell in cells]
+        lines.append(texts)
+    return lines

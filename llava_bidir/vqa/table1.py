@@ -18,7 +18,6 @@ from .scores import BENCHMARKS, Item, ScoreTerms, swap_test
 
 SCORED = {title: x for benchmark in BENCHMARKS.values() for title, x in benchmark.columns.items()}
 ASKED = ("item", "unit", "question", "target")
-NUMBER_COLUMNS = ["value", "low", "high", "paper", "p", "p_holm"]
 NOTE = "In %, MME in points; 95% intervals. Bold: shown to be better than each other model, on the same questions."
 PAPER_SCORES = json.loads(Path(__file__).with_name("paper.json").read_text())
 
@@ -35,8 +34,37 @@ class Results(NamedTuple):
 
     def paper_score(self, title: str) -> float:
         """Return the paper's score of this encoder and mask; NaN if it has none."""
-        scores = PAPER_SCORES.get(self.info["encoder"], {}).get(self.info["image_attention"], {})
-        return scores.get(title, math.nan) / (1 if SCORED[title].categories else 100)
+        of_encoder = PAPER_SCORES.get(self.info["encoder"], {})
+        score = of_encoder.get(self.info["image_attention"], {}).get(title, math.nan)
+        if SCORED[title].categories:
+            return score
+        return score / 100
+
+
+class TableRow(NamedTuple):
+    """A row of table1.csv: a score of a model, or a difference of two, and what belongs to it; NaN for what does not.
+
+    Args:
+        encoder: Of the model.
+        image_attention: Its mask, or "bidirectional - causal".
+        column: Title of the score.
+        value: Score or difference.
+        low: Of its 95% interval.
+        high: Of its 95% interval.
+        paper: The paper's.
+        p: p-value of a difference.
+        p_holm: It, adjusted for the number of columns.
+    """
+
+    encoder: str
+    image_attention: str
+    column: str
+    value: float
+    low: float
+    high: float
+    paper: float
+    p: float = math.nan
+    p_holm: float = math.nan
 
 
 def run(options: VQATableOptions) -> None:
@@ -55,7 +83,7 @@ def run(options: VQATableOptions) -> None:
         masks = [model.info["image_attention"] for model in (a, b)]
         if a.info["encoder"] == b.info["encoder"] and masks == ["causal", "bidirectional"]:
             rows += pair_rows(a, b)
-    table = pd.DataFrame(rows, columns=["encoder", "image_attention", "column", *NUMBER_COLUMNS])
+    table = pd.DataFrame(rows, columns=TableRow._fields)
     rounded = format_tables(options.out / "table1", rows=rounded_rows(models, scores), note=NOTE)
     described = {"models": [model.info for model in models], "rows": table.to_dict("records")}
     csv = options.out / "table1.csv"
@@ -65,85 +93,115 @@ def run(options: VQATableOptions) -> None:
 
 def read_results(folder: Path) -> Results:
     """Return the results of the finished tasks in a folder."""
-    files = {name: folder / f"{name}.json" for name in BENCHMARKS}
-    tasks = {name: read_json(file) for name, file in files.items() if file.exists()}
-    if not tasks:
+    results = Results({}, {})
+    for name, benchmark in BENCHMARKS.items():
+        file = folder / f"{name}.json"
+        if file.exists():
+            task = read_json(file)
+            items = task.pop("items")
+            results.items.update(dict.fromkeys(benchmark.columns, items))
+            results.info.update(task, results=str(folder))
+    if not results.items:
         raise UserError(f"{folder} has no results of `llava-bidir vqa`")
-    info = {}
-    items = {}
-    for name, task in tasks.items():
-        items |= dict.fromkeys(BENCHMARKS[name].columns, task.pop("items"))
-        info |= task | {"results": str(folder)}
-    return Results(info, items)
+    return results
 
 
-def score_rows(results: Results) -> list[list]:
+def score_rows(results: Results) -> list[TableRow]:
     """Return a row of the table for each score of a model, with its 95% interval and the paper's."""
-    names = [results.info[key] for key in ("encoder", "image_attention")]
     rows = []
     for title in results.items:
         terms = results.terms(title)
+        highest = 1.0
+        if SCORED[title].categories:
+            highest = math.inf
         value = terms.score()
-        highest = math.inf if SCORED[title].categories else 1.0
-        bounds = interval(value, terms.resampled_scores(), lowest=0.0, highest=highest)
-        rows.append([*names, title, value, *bounds, results.paper_score(title), math.nan, math.nan])
+        low, high = interval(value, terms.resampled_scores(), lowest=0.0, highest=highest)
+        row = TableRow(
+            encoder=results.info["encoder"],
+            image_attention=results.info["image_attention"],
+            column=title,
+            value=value,
+            low=low,
+            high=high,
+            paper=results.paper_score(title),
+        )
+        rows.append(row)
     return rows
 
 
-def pair_rows(a: Results, b: Results) -> list[list]:
+def pair_rows(a: Results, b: Results) -> list[TableRow]:
     """Compare bidirectional (b) with causal (a) on the same questions; p-values are adjusted for the columns."""
     rows = []
     for title in filter(b.items.__contains__, a.items):
         if not are_asked_alike(a, b, title):
             folders = f"{a.info['results']} and {b.info['results']}"
             raise UserError(f"{title}: {folders} differ in more than the mask: questions or dtype")
-        terms = (a.terms(title), b.terms(title))
-        difference = terms[1].score() - terms[0].score()
-        bounds = interval(difference, terms[1].resampled_scores() - terms[0].resampled_scores())
-        paper = b.paper_score(title) - a.paper_score(title)
-        names = (a.info["encoder"], "bidirectional - causal", title)
-        rows.append([*names, difference, *bounds, paper, swap_test(*terms)])
-    adjusted = holm([row[-1] for row in rows])
-    return [[*row, p] for row, p in zip(rows, adjusted, strict=True)]
+        value, low, high = paired_difference(a, b, title)
+        row = TableRow(
+            encoder=a.info["encoder"],
+            image_attention="bidirectional - causal",
+            column=title,
+            value=value,
+            low=low,
+            high=high,
+            paper=b.paper_score(title) - a.paper_score(title),
+            p=swap_test(a.terms(title), b.terms(title)),
+        )
+        rows.append(row)
+    adjusted = holm([row.p for row in rows])
+    return [row._replace(p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
-def rounded_rows(models: list[Results], scores: list[list[list]]) -> list[Row]:
-    """Return a row for people for each model, with its scores by column, and one below it with the paper's."""
-    rows: list[Row] = []
-    for model, of_model in zip(models, scores, strict=True):
-        about = {"model": model.info["encoder"], "mask": model.info["image_attention"]}
-        ours: dict[str, str | Score] = {**about, "source": model.info["results"]}
-        paper: dict[str, str | Score] = {**about, "source": "paper"}
-        for _, _, title, value, low, high, published, *_ in of_model:
-            ends = f"[{_rounded(title, low)}, {_rounded(title, high)}]"
-            ours[title] = Score(_rounded(title, value), ends, is_shown_best(model, models, title))
-            if not math.isnan(published):
-                paper[title] = Score(_rounded(title, published))
-        rows.append(ours)
-        if len(paper) > len(about) + 1:
-            rows.append(paper)
-    return rows
-
-
-def _rounded(title: str, value: float) -> str:
-    return f"{value:.0f}" if SCORED[title].categories else f"{100 * value:.1f}"
-
-
-def is_shown_best(model: Results, models: list[Results], title: str) -> bool:
-    """Return whether a model's score is higher than each other's, by paired intervals on the same questions."""
-    terms = model.terms(title)
-    rivals = [other for other in models if other is not model and title in other.items]
-    for other in rivals:
-        theirs = other.terms(title)
-        difference = terms.score() - theirs.score()
-        if difference <= 0 or not are_asked_alike(model, other, title):
-            return False
-        if interval(difference, terms.resampled_scores() - theirs.resampled_scores())[0] <= 0:
-            return False
-    return bool(rivals)
+def paired_difference(a: Results, b: Results, title: str) -> tuple[float, float, float]:
+    """Return how much higher b's score is, and the ends of the 95% interval, on the same questions."""
+    terms_a = a.terms(title)
+    terms_b = b.terms(title)
+    value = terms_b.score() - terms_a.score()
+    low, high = interval(value, terms_b.resampled_scores() - terms_a.resampled_scores())
+    return value, low, high
 
 
 def are_asked_alike(a: Results, b: Results, title: str) -> bool:
     """Return whether two models of one dtype have answered the same questions."""
     asked = [[[item[key] for key in ASKED] for item in model.items[title]] for model in (a, b)]
     return asked[0] == asked[1] and a.info["dtype"] == b.info["dtype"]
+
+
+def rounded_rows(models: list[Results], scores: list[list[TableRow]]) -> list[Row]:
+    """Return a row for people for each model, with its scores by column, and one below it with the paper's."""
+    rows: list[Row] = []
+    for model, of_model in zip(models, scores, strict=True):
+        about = {"model": model.info["encoder"], "mask": model.info["image_attention"]}
+        ours: dict[str, str | Score] = {**about, "source": model.info["results"]}
+        published: dict[str, str | Score] = {}
+        for row in of_model:
+            title = row.column
+            value, low, high, paper = (
+                _rounded(title, x) for x in (row.value, row.low, row.high, row.paper)
+            )
+            is_best = is_shown_best(model, models, title)
+            ours[title] = Score(value, f"[{low}, {high}]", is_best)
+            if not math.isnan(row.paper):
+                published[title] = Score(paper)
+        rows.append(ours)
+        if published:
+            rows.append({**about, "source": "paper", **published})
+    return rows
+
+
+def _rounded(title: str, value: float) -> str:
+    if SCORED[title].categories:
+        return f"{value:.0f}"
+    return f"{100 * value:.1f}"
+
+
+def is_shown_best(model: Results, models: list[Results], title: str) -> bool:
+    """Return whether a model's score is higher than each other's, by paired intervals on the same questions."""
+    rivals = [other for other in models if other is not model and title in other.items]
+    for other in rivals:
+        if not are_asked_alike(other, model, title):
+            return False
+        _, low, _ = paired_difference(other, model, title)
+        if low <= 0:
+            return False
+    return bool(rivals)

@@ -1,6 +1,7 @@
 """Read every image and target before a model is loaded, to find bad files in seconds instead of after GPU hours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from typing import Any, NamedTuple
@@ -58,56 +59,46 @@ class ReadPair(NamedTuple):
     is_recoloured: bool
 
 
-class _Pairs(Dataset):
-    """What is known of each pair, or wrong with which file of it; pairs are decoded as in training."""
-
-    def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> ReadPair | str:
-        dataset = self.dataset
-        try:
-            pair = dataset[index]
-        except UserError as error:
-            return str(error)
-        image = pair["image"]
-        target = pair["target"]
-        has_classes = isinstance(dataset, SegmentationDataset)
-        return ReadPair(
-            count_labels(target, len(dataset.classes)),
-            f"{image.size} {sha256(image.tobytes()).hexdigest()}",
-            has_classes and dataset.is_recoloured(index, target),
-        )
-
-
 def read_pairs(
     dataset: ImageDataset, name: str, indices: Sequence[int], workers: int, progress: bool = True
 ) -> dict[int, ReadPair | str]:
     """Return what is known of each image and its target, or what is wrong with them, by index.
 
     Args:
-        dataset: A split.
+        dataset: A split, whose pairs are decoded as in training.
         name: Name of the split, for the progress bar.
         indices: The pairs to read.
         workers: Processes; with 0, or for few images, the pairs are read in this process.
         progress: Show a progress bar.
     """
-    pairs = read_all(
-        _Pairs(dataset), f"checking {name}", indices=indices, workers=workers, progress=progress
-    )
+    read = partial(_read_pair, dataset)
+    pairs = call_all(read, f"checking {name}", indices=indices, workers=workers, progress=progress)
     return dict(zip(indices, pairs, strict=True))
 
 
-def read_all(
-    dataset: Dataset, title: str, indices: Sequence[int], workers: int, progress: bool = True
+def _read_pair(dataset: ImageDataset, index: int) -> ReadPair:
+    pair = dataset[index]
+    image = pair["image"]
+    target = pair["target"]
+    has_classes = isinstance(dataset, SegmentationDataset)
+    return ReadPair(
+        count_labels(target, len(dataset.classes)),
+        f"{image.size} {sha256(image.tobytes()).hexdigest()}",
+        has_classes and dataset.is_recoloured(index, target),
+    )
+
+
+def call_all(
+    function: Callable[[int], Any],
+    title: str,
+    indices: Sequence[int],
+    workers: int,
+    progress: bool = True,
 ) -> list[Any]:
-    """Return the items of a dataset with these indices; for the other arguments see :func:`read_pairs`."""
+    """Return what a function returns for each index, or the message of its UserError; see :func:`read_pairs`."""
     few = len(indices) <= 4 * BATCH_SIZE  # reading them takes less time than starting a process
     loader = DataLoader(
-        dataset,
+        _Calls(function),
         batch_size=BATCH_SIZE,
         sampler=indices,
         collate_fn=list,
@@ -117,6 +108,17 @@ def read_all(
     )
     batches = tqdm(loader, title, mininterval=1, disable=not progress)
     return [*chain.from_iterable(batches)]
+
+
+class _Calls(Dataset):
+    def __init__(self, function: Callable[[int], Any]):
+        self.function = function
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.function(index)
+        except UserError as error:
+            return str(error)
 
 
 def count_labels(target: ndarray, classes: int) -> LabelCounts:

@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from traceback import clear_frames
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UsageError, UserError
 from llava_bidir.common.files import atomic_directory, read_json, write_files
@@ -33,22 +33,21 @@ from probes.data.sheet import draw_sheet
 from probes.data.split import split_names
 from probes.data.verify import (
     LabelCounts,
+    call_all,
     check_pairs,
     count_labels,
     data_notes,
     format_labels,
     join_counts,
-    read_all,
 )
-from probes.ops.geometry import IGNORE_INDEX, ignore_index_of
+from probes.ops.geometry import IGNORE_INDEX
 
 from .formats import open_sources
 from .rules import MaskRules, words_of_classes
-from .source import IGNORED, AnnotatedPhoto, MaskSource
+from .source import AnnotatedPhoto, LabelMap, MaskSource
 
 RECORD = "masks.json"
 SPLITS = ("training", "validation")
-SUFFIX_OF = {"MPO": "jpeg"}  # Pillow's name of a JPEG with a second picture
 
 
 class Written(NamedTuple):
@@ -83,13 +82,10 @@ def run(options: MasksOptions) -> None:
             )
         print(*content["said"], f"{options.out} is there already", sep="\n")
         return
-    names = [name for source in sources for _, name in sorted(source.classes.items())]
-    rules = MaskRules.of(options, list(dict.fromkeys(names)))
-    photos = _photos_by_split(sources, options)
+    rules = MaskRules.of(options, [*dict.fromkeys(name for x in sources for name in x.names)])
+    photos = _photos_by_split([photo for source in sources for photo in source.photos], options)
     with atomic_directory(options.out, RECORD) as folder:
-        written = {
-            split: _write_split(folder, split, pairs=photos[split], rules=rules) for split in SPLITS
-        }
+        written = {split: _write_split(folder, split, photos[split], rules) for split in SPLITS}
         results = list(chain.from_iterable(written.values()))
         check_pairs([text for text in results if isinstance(text, str)], len(results))
         # the label that is ignored is its default: 255, or 65535 of more classes
@@ -107,139 +103,110 @@ def _identity(sources: Sequence[MaskSource], options: MasksOptions) -> dict[str,
     del identity["out"]
     for number, source in enumerate(sources):
         digests = checksums("", map(str, source.files))
-        photos = [(photo.name, photo.split, str(photo.image)) for photo in source.photos]
+        photos = [(photo.name, photo.split, photo.image_name) for photo in source.photos]
         identity[f"source_{number}"] = describe_digest([[*digests.values()], photos], len(photos))
     return identity
 
 
 def _photos_by_split(
-    sources: Sequence[MaskSource], options: MasksOptions
-) -> dict[str, list[tuple[MaskSource, AnnotatedPhoto]]]:
-    """Return the photos of each split with their sources, as the sources or --validation say it.
+    photos: list[AnnotatedPhoto], options: MasksOptions
+) -> dict[str, list[AnnotatedPhoto]]:
+    """Return the photos of each split, as the sources or --validation say it.
 
     Raises:
         UsageError: Neither or both do.
         UserError: A split is empty, or two of its photos have one name.
     """
-    pairs = [(source, photo) for source in sources for photo in source.photos]
-    have_splits = {bool(photo.split) for _, photo in pairs}
-    if have_splits - {options.validation is None}:
+    if {bool(photo.split) for photo in photos} - {options.validation is None}:
         raise UsageError(
             "splits come from the source, or from training=A validation=B, or from a share, --validation 0.2, where "
             "--groups REGEX keeps together what belongs together, as frames of a video: from one of these"
         )
+    kept = [photo for photo in photos if photo.split in ("", *SPLITS)]
+    if len(kept) < len(photos):
+        print(f"{len(photos) - len(kept):,} photos of other splits (test) are left out")
+    for (_, name), count in Counter((photo.split, photo.name) for photo in kept).items():
+        if count > 1:
+            files = ", ".join(photo.image_name for photo in kept if photo.name == name)
+            raise UserError(f"{count} images of one name, {name!r}: {files}; rename them")
     if options.validation is not None:
-        _check_names(pairs)
-        names = [photo.name for _, photo in pairs]
-        drawn = split_names(names, options.validation, seed=options.seed, groups=options.groups)
-        split_of_name = {
-            name: split for split, part in zip(SPLITS, drawn, strict=True) for name in part
-        }
-        pairs = [
-            (source, photo._replace(split=split_of_name[photo.name])) for source, photo in pairs
-        ]
-    by_split = {split: [pair for pair in pairs if pair[1].split == split] for split in SPLITS}
+        names = [photo.name for photo in kept]
+        training, _ = split_names(
+            names, options.validation, seed=options.seed, groups=options.groups
+        )
+        split_of_name = dict.fromkeys(names, "validation") | dict.fromkeys(training, "training")
+        kept = [photo._replace(split=split_of_name[photo.name]) for photo in kept]
+    by_split = {split: [photo for photo in kept if photo.split == split] for split in SPLITS}
     for split, part in by_split.items():
         if not part:
             raise UserError(f"{options.sources[0]} has no {split} photos")
-        _check_names(part)
-    left_out = len(pairs) - sum(map(len, by_split.values()))
-    if left_out:
-        print(f"{left_out:,} photos of other splits (test) are left out")
     return by_split
 
 
-def _check_names(pairs: Sequence[tuple[MaskSource, AnnotatedPhoto]]) -> None:
-    names = Counter(photo.name for _, photo in pairs)
-    [(name, count)] = names.most_common(1)
-    if count > 1:
-        files = [str(photo.image) for _, photo in pairs if photo.name == name]
-        raise UserError(f"{count} images of one name, {name!r}: {', '.join(files)}; rename them")
-
-
-class Conversion(Dataset):
-    """Photos that are written when they are read: what is in their masks, or what is wrong with them.
-
-    Args:
-        folder: The folder that is written.
-        split: Of the photos.
-        pairs: Photos with their sources.
-        rules: How annotations become classes.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        pairs: list[tuple[MaskSource, AnnotatedPhoto]],
-        rules: MaskRules,
-    ):
-        self.images = folder / "images" / split
-        self.masks = folder / "annotations" / split
-        self.pairs = pairs
-        self.rules = rules
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Written | str:
-        """Return what was written for a photo, or the message of its error."""
-        source, photo = self.pairs[index]
-        try:
-            return self._write(source, photo)
-        except UserError as error:
-            return str(error)
-
-    def _write(self, source: MaskSource, photo: AnnotatedPhoto) -> Written:
-        image = source.image_of(photo)
-        tag, size, kind = read_image(image, lambda x: (orientation(x), x.size, x.format))
-        if photo.size:  # before regions are drawn
-            check_size(image, tag, size, photo.size, target=f"annotation in {source.path}")
-        annotation = source.read(photo, size)
-        if not isinstance(annotation, list):
-            check_size(image, tag, size, annotation.shape[::-1], target=f"mask of {photo.name}")
-        elif not photo.size:  # shares of the sides of the upright photo, or of the stored one
-            upright = size[::-1] if tag in TURNED else size
-            check_size(image, tag, size, upright, target=f"annotation of {photo.name}")
-        composed = self.rules.compose(annotation, size, source.classes)
-        names = self.rules.names
-        target = np.where(
-            composed.classes == IGNORED, ignore_index_of(len(names)), composed.classes
-        )
-        mask = target.astype(np.uint8 if len(names) <= IGNORE_INDEX else np.uint16)  # -1 is 65535
-        Image.fromarray(mask).save(self.masks / f"{photo.name}.png")
-        self._put_image(image, f"{photo.name}.{SUFFIX_OF.get(kind, kind.lower())}")
-        signed = mask if mask.itemsize == 1 else mask.view(np.int16)
-        return Written(count_labels(signed, len(names)), composed.unlabelled, composed.overlapping)
-
-    def _put_image(self, image: Path | EmbeddedFile, name: str) -> None:
-        """Link an image, which leaves the original as it is, or copy it."""
-        copy = self.images / name
-        if isinstance(image, EmbeddedFile):
-            copy.write_bytes(image.getvalue())
-            return
-        copy = copy.with_suffix(image.suffix.lower())
-        try:
-            os.link(image.resolve(), copy)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(image, copy)
-
-
 def _write_split(
-    folder: Path, split: str, pairs: list[tuple[MaskSource, AnnotatedPhoto]], rules: MaskRules
+    folder: Path, split: str, photos: list[AnnotatedPhoto], rules: MaskRules
 ) -> list[Written | str]:
     """Write the photos of a split, and return what is in their masks, or what is wrong with them."""
-    conversion = Conversion(folder, split, pairs=pairs, rules=rules)
-    for part in (conversion.images, conversion.masks):
+    images = folder / "images" / split
+    masks = folder / "annotations" / split
+    for part in (images, masks):
         part.mkdir(parents=True)
+
+    def write(index: int) -> Written:
+        photo = photos[index]
+        image = photo.open()
+        written = write_mask(photo, image, rules, masks / f"{photo.name}.png")
+        put_image(image, images / photo.name)
+        return written
+
     try:
-        return read_all(
-            conversion, f"writing {split}", indices=range(len(pairs)), workers=usable_cores()
+        return call_all(
+            write, f"writing {split}", indices=range(len(photos)), workers=usable_cores()
         )
     except BaseException as error:
         # processes end with the loader's iterator, before the folder in which they write is deleted
         clear_frames(error.__traceback__)
         raise
+
+
+def write_mask(
+    photo: AnnotatedPhoto, image: Path | EmbeddedFile, rules: MaskRules, file: Path
+) -> Written:
+    """Write the mask of a photo, and return what is in it.
+
+    Raises:
+        UserError: The annotation is of another size than the image, or cannot be read.
+    """
+    tag, size = read_image(image, lambda x: (orientation(x), x.size))
+    check = partial(check_size, image, tag, size, target=f"annotation of {photo.name}")
+    if photo.size:  # before regions are drawn
+        check(photo.size)
+    annotation = photo.read(size)
+    if isinstance(annotation, LabelMap):
+        check(annotation.numbers.shape[::-1])
+    elif not photo.size:  # shares of the sides of the upright photo, or of the stored one
+        check(size[::-1] if tag in TURNED else size)
+    target, unlabelled, overlapping = rules.compose(annotation, size)
+    classes = len(rules.names)
+    bits = 8 if classes <= IGNORE_INDEX else 16
+    mask = target.astype(f"uint{bits}", order="C")  # of -1, which is ignored, 255 or 65535
+    Image.fromarray(mask).save(file)
+    signed = mask if bits == 8 else mask.view(np.int16)
+    return Written(count_labels(signed, classes), unlabelled, overlapping)
+
+
+def put_image(image: Path | EmbeddedFile, copy: Path) -> None:
+    """Link an image, which leaves the original as it is, or copy it; the suffix is added."""
+    if isinstance(image, EmbeddedFile):
+        suffix = read_image(image, lambda x: x.format).lower()
+        suffix = suffix.replace("mpo", "jpeg")  # a JPEG with a second picture
+        Path(f"{copy}.{suffix}").write_bytes(image.getvalue())
+        return
+    copy = Path(f"{copy}{image.suffix.lower()}")
+    try:
+        os.link(image.resolve(), copy)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(image, copy)
 
 
 def _say(names: list[str], written: dict[str, list[Written]]) -> list[str]:

@@ -1,23 +1,24 @@
 """The formats of masks by name, and which one a file or folder has, told from its content."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from llava_bidir.common.errors import UsageError, UserError
-from llava_bidir.common.files import read_json
 from probes.config import MasksOptions
 
-from .label_maps import ColourSource, FullAde20kSource, HubSource, PanopticSource
-from .regions import CocoSource, LabelMeSource, YoloSource
-from .source import MOST_ID, SPLIT_NAMES, MaskSource
+from .label_maps import read_colour_masks, read_data_set, read_full_ade20k, read_panoptic
+from .regions import read_coco, read_labelme, read_objects, read_yolo
+from .source import SPLIT_NAMES, MaskSource
 
-FORMATS: dict[str, type[MaskSource]] = {
-    "coco": CocoSource,
-    "panoptic": PanopticSource,
-    "labelme": LabelMeSource,
-    "yolo": YoloSource,
-    "colour": ColourSource,
-    "ade20k": FullAde20kSource,
-    "datasets": HubSource,
+FORMATS: dict[str, Callable[[Path, MasksOptions], MaskSource]] = {
+    "coco": partial(read_coco, read=read_objects),
+    "panoptic": partial(read_coco, read=read_panoptic, leaves_pixels_unlabelled=False),
+    "labelme": read_labelme,
+    "yolo": read_yolo,
+    "colour": read_colour_masks,
+    "ade20k": read_full_ade20k,
+    "datasets": read_data_set,
 }
 SIGNS = (  # files by which a folder is told
     ("data.yaml", "yolo"),
@@ -27,6 +28,7 @@ SIGNS = (  # files by which a folder is told
     ("*.parquet", "datasets"),
     ("*.arrow", "datasets"),
 )
+KEYS = {"segments_info": "panoptic", "imagePath": "labelme", "categories": "coco"}  # of JSON
 
 
 def open_sources(options: MasksOptions) -> list[MaskSource]:
@@ -38,32 +40,29 @@ def open_sources(options: MasksOptions) -> list[MaskSource]:
     """
     if options.format not in (None, *FORMATS):
         raise UsageError(f"--format {options.format}: expected one of {', '.join(FORMATS)}")
-    named = _named_sources(options.sources)
     sources = []
-    for split, path in named:
-        source = FORMATS[options.format or tell_format(Path(path))](path, split, options)
-        for number, name in source.classes.items():
-            if not 0 <= number <= MOST_ID:
-                raise UserError(
-                    f"{path}: the class {name} has the id {number}; expected 0 to {MOST_ID}"
-                )
+    for split, path in _paths_by_split(options.sources).items():
+        source = FORMATS[options.format or tell_format(path)](path, options)
+        if split:
+            source.photos = [photo._replace(split=split) for photo in source.photos]
         sources.append(source)
     return sources
 
 
-def _named_sources(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return split and path of each source: those of FROM, of its folders train and valid, or of SPLIT=FROM."""
-    named = [word.partition("=") for word in words]
-    if len(words) == 2 and {split for split, *_ in named} == {"training", "validation"}:
-        return [(split, path) for split, _, path in named]
+def _paths_by_split(words: tuple[str, ...]) -> dict[str, Path]:
+    """Return the source of each split, of FROM's folders train and valid or of SPLIT=FROM; else of "" FROM."""
+    path_of = {split: Path(path) for split, _, path in (word.partition("=") for word in words)}
+    if len(words) == 2 and path_of.keys() == {"training", "validation"}:
+        return path_of
     if len(words) != 1:
         raise UsageError("expected one source, or training=A validation=B")
     folder = Path(words[0])
-    parts = [] if (folder / "dataset_dict.json").is_file() else sorted(folder.glob("*/*.json"))
-    splits = {SPLIT_NAMES[x.parent.name]: x.parent for x in parts if x.parent.name in SPLIT_NAMES}
-    if {"training", "validation"} <= splits.keys():
-        return [(split, str(part)) for split, part in splits.items()]
-    return [("", words[0])]
+    if not (folder / "dataset_dict.json").is_file():
+        parts = sorted({file.parent for file in folder.glob("*/*.json")})
+        path_of = {SPLIT_NAMES[x.name]: x for x in parts if x.name in SPLIT_NAMES}
+        if path_of.keys() >= {"training", "validation"}:
+            return path_of
+    return {"": folder}
 
 
 def tell_format(path: Path) -> str:
@@ -74,27 +73,17 @@ def tell_format(path: Path) -> str:
     """
     if path.suffix in (".yaml", ".yml"):
         return "yolo"
-    if path.suffix == ".json" and path.is_file():
-        return _format_of_json(path)
-    if not path.is_dir():
+    files = [path]
+    if path.is_dir():
+        for pattern, name in SIGNS:
+            if any(path.rglob(pattern)):
+                return name
+        files = sorted(path.rglob("*.json"))[:1]
+    elif path.suffix != ".json" or not path.is_file():
         return "datasets"
-    for pattern, name in SIGNS:
-        if next(path.rglob(pattern), None):
-            return name
-    files = sorted(path.rglob("*.json"))
-    if files:
-        return _format_of_json(files[0])
+    for file in files:
+        content = file.read_bytes()
+        for key, name in KEYS.items():
+            if f'"{key}"'.encode() in content:
+                return name
     raise UserError(f"{path} is of no format that is told from its content; --format says which")
-
-
-def _format_of_json(file: Path) -> str:
-    content = read_json(file)
-    if "shapes" in content:
-        return "labelme"
-    annotations = content.get("annotations")
-    if not isinstance(annotations, list) or "categories" not in content:
-        raise UserError(
-            f"{file} is neither COCO's JSON (images, annotations, categories) nor LabelMe's (shapes)"
-        )
-    is_panoptic = any("segments_info" in annotation for annotation in annotations[:1])
-    return "panoptic" if is_panoptic else "coco"

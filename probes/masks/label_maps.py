@@ -1,11 +1,12 @@
 """Sources with one label for each pixel: colour and palette PNG, COCO's panoptic PNG, ADE20K in full, data sets."""
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas
 from numpy import ndarray
 
 from llava_bidir.common.errors import UserError, error_context
@@ -14,8 +15,23 @@ from llava_bidir.common.images import read_image
 from probes.config import MasksOptions
 from probes.data.image_dataset import EmbeddedFile
 
-from .regions import CocoSource
-from .source import IGNORED, MOST_ID, UNLABELLED, AnnotatedPhoto, MaskSource, photo_name, split_of
+from .source import (
+    IGNORED,
+    MOST_ID,
+    UNLABELLED,
+    AnnotatedPhoto,
+    ClassName,
+    ImageFolder,
+    LabelMap,
+    MaskSource,
+    Size,
+    check_ids,
+    photo_name,
+    split_of,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FOLDERS = (("JPEGImages", "SegmentationClass"), ("images", "annotations"), ("images", "masks"))
 LOSSY = (".jpg", ".jpeg")
@@ -34,40 +50,113 @@ def read_colours(file: Path) -> ndarray:
     return colours & 0xFFFFFF  # without transparency
 
 
-def number_values(
+def name_pixels(
     values: ndarray,
-    number_of: dict[int, int],
+    name_of: Mapping[int, ClassName],
     file: Path | EmbeddedFile,
     describe: Callable[[int], str] = str,
-) -> ndarray:
-    """Return the number of each pixel's value, i32[H, W].
+    unlisted: ClassName | None = None,
+) -> LabelMap:
+    """Return the class of each pixel by its value.
 
     Args:
         values: i32[H, W], colours or ids.
-        number_of: Number of each value, e.g. IGNORED.
+        name_of: Class of each value.
         file: Of the values.
         describe: Returns a value in the file's own terms.
+        unlisted: Class of other values; None if there may be none.
 
     Raises:
         UserError: Pixels have another value; names how many, and one pixel.
     """
-    flat = values.ravel()
-    # runs of equal values are few
-    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
-    pixels = np.diff(starts, append=flat.size)
-    run_values = flat[starts]
-    expected = np.array(sorted(number_of), np.int32)
-    places = np.searchsorted(expected, run_values).clip(max=len(expected) - 1)
-    is_wrong = expected[places] != run_values
-    if is_wrong.any():
-        first = starts[is_wrong][0]
-        row, column = divmod(int(first), values.shape[1])
+    numbers, different = pandas.factorize(values.ravel())
+    names = [name_of.get(value, unlisted) for value in different.tolist()]
+    if None in names:
+        is_wrong = np.array([name is None for name in names])[numbers]
+        row, column = divmod(int(is_wrong.argmax()), values.shape[1])
         raise UserError(
-            f"{file}: {pixels[is_wrong].sum():,} pixels are of no class, e.g. {describe(flat[first])} in row {row}, "
+            f"{file}: {is_wrong.sum():,} pixels are of no class, e.g. {describe(values[row, column])} in row {row}, "
             f"column {column}"
         )
-    numbers = np.array([number_of[value] for value in expected.tolist()], np.int32)[places]
-    return numbers.repeat(pixels).reshape(values.shape)
+    return LabelMap(numbers.reshape(values.shape), names)
+
+
+def read_colour_masks(path: Path, options: MasksOptions) -> MaskSource:
+    """Return PNG of colours or a palette, with the colours of the classes in labelmap.txt or classes.json.
+
+    The masks are in FROM, their images in --images; or both are in FROM, in folders as VOC, CVAT or we name them.
+    """
+    label_map = list(_read_label_map(path))
+    name_of = {red + 256 * green + 65_536 * blue: name for name, (red, green, blue) in label_map}
+    if len(name_of) < len(label_map):
+        raise UserError(f"{path}: two classes have one colour")
+    masks = path
+    images = options.images
+    if not images:
+        pairs = [pair for pair in FOLDERS if all((path / name).is_dir() for name in pair)]
+        if not pairs:
+            raise UserError(f"{path}: --images DIR needs to say where the photos are")
+        images, masks = (path / name for name in pairs[0])
+    image_of = _images_by_name(images)
+    listed = _read_lists(path / "ImageSets/Segmentation")
+    source = MaskSource(list(name_of.values()), ImageFolder(masks).files)
+    source.leaves_pixels_unlabelled = False
+    for mask in source.files:
+        if mask.suffix.lower() in LOSSY:
+            raise UserError(
+                f"{mask} is a JPEG, whose compression makes colours that no class has; export masks as PNG"
+            )
+        inside = mask.relative_to(masks)
+        name = photo_name(inside)
+        if name not in image_of:
+            raise UserError(f"{mask} has no image in {images}")
+        read = partial(_read_colour_mask, mask, name_of)
+        split = listed.get(mask.stem) or split_of(inside)
+        source.photos.append(AnnotatedPhoto(name, image_of[name], read, split=split))
+    if len(image_of) > len(source.files):
+        print(f"{len(image_of) - len(source.files):,} photos without a mask are left out")
+    return source
+
+
+def _read_label_map(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield names and colours of classes, from lines `name:r,g,b:parts:actions`, or a palette."""
+    file = folder / "labelmap.txt"
+    if not file.is_file():
+        file = folder / "classes.json"
+        content = read_json(file)
+        with error_context(file):
+            yield from zip(content["classes"], content["palette"], strict=True)
+        return
+    with error_context(file):
+        for line in file.read_text().splitlines():
+            if line.strip() and not line.startswith("#"):
+                name, colour = line.split(":")[:2]
+                red, green, blue = map(int, colour.split(","))
+                yield name, [red, green, blue]
+
+
+def _images_by_name(folder: Path) -> dict[str, Path]:
+    """Return images by the name of their photo."""
+    images: dict[str, Path] = {}
+    for image in ImageFolder(folder).files:
+        name = photo_name(image.relative_to(folder))
+        if name in images:
+            raise UserError(f"{images[name]} and {image} are two images of one name; remove one")
+        images[name] = image
+    return images
+
+
+def _read_lists(folder: Path) -> dict[str, str]:
+    """Return the split of each image that a list of VOC names."""
+    splits = {}
+    for file in sorted(folder.glob("*.txt")):
+        if split := split_of(file.stem):
+            splits |= dict.fromkeys([Path(x).stem for x in file.read_text().split()], split)
+    return splits
+
+
+def _read_colour_mask(mask: Path, name_of: dict[int, ClassName], _: Size) -> LabelMap:
+    return name_pixels(read_colours(mask), name_of, file=mask, describe=describe_colour)
 
 
 def describe_colour(number: int) -> str:
@@ -75,233 +164,125 @@ def describe_colour(number: int) -> str:
     return f"{number % 256},{number // 256 % 256},{number // 65_536}"
 
 
-class ColourSource(MaskSource):
-    """PNG of colours or a palette, with the colours of the classes in labelmap.txt (CVAT, VOC) or classes.json.
-
-    The masks are in FROM, their images in --images; or both are in FROM, in folders as VOC, CVAT or we name them.
-    """
-
-    leaves_pixels_unlabelled = False
-
-    def __init__(self, path: str, split: str, options: MasksOptions):
-        super().__init__(path, split, options)
-        label_map = list(_read_label_map(self.path))
-        self.classes = dict(enumerate(name for name, _ in label_map))
-        self._number_of = {
-            red + 256 * green + 65_536 * blue: number
-            for number, (_, (red, green, blue)) in enumerate(label_map)
-        }
-        if len(self._number_of) < len(label_map):
-            raise UserError(f"{self.path}: two classes have one colour")
-        masks = self.path
-        if not options.images:
-            pairs = [pair for pair in FOLDERS if all((self.path / x).is_dir() for x in pair)]
-            if not pairs:
-                raise UserError(f"{self.path}: --images DIR needs to say where the photos are")
-            self.image_folder, masks = (self.path / name for name in pairs[0])
-        lossy = [file for file in sorted(masks.rglob("*")) if file.suffix.lower() in LOSSY]
-        if lossy:
-            raise UserError(
-                f"{lossy[0]} is a JPEG, whose compression makes colours that no class has; export masks as PNG"
-            )
-        self.files = sorted(masks.rglob("*.png"))
-        images = self._images_without_split()
-        listed = _read_lists(self.path / "ImageSets/Segmentation")
-        for mask in self.files:
-            path = str(mask.relative_to(masks))
-            name = photo_name(path)
-            if name not in images:
-                raise UserError(f"{mask} has no image in {self.image_folder}")
-            named = split or listed.get(mask.stem) or split_of(path)
-            self.photos.append(
-                AnnotatedPhoto(name=name, split=named, image=images[name], annotation=mask)
-            )
-        if len(images) > len(self.files):
-            print(f"{len(images) - len(self.files):,} photos without a mask are left out")
-
-    def _images_without_split(self) -> dict[str, Path]:
-        """Return the images by the name of their files."""
-        images: dict[str, Path] = {}
-        for image in chain.from_iterable(self._images_by_name.values()):
-            name = photo_name(str(image.relative_to(self.image_folder)))
-            if name in images:
-                raise UserError(
-                    f"{images[name]} and {image} are two images of one name; remove one"
-                )
-            images[name] = image
-        return images
-
-    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
-        """Return the class of each pixel's colour."""
-        colours = read_colours(photo.annotation)
-        return number_values(
-            colours, self._number_of, file=photo.annotation, describe=describe_colour
-        )
+def read_panoptic(
+    file: Path, classes: dict[int, str], annotations: list[dict[str, Any]], _: Size
+) -> LabelMap:
+    """Return the classes of COCO's panoptic PNG, in the folder of the JSON's name; what is not listed is ignored."""
+    [annotation] = annotations
+    mask = file.with_suffix("") / annotation["file_name"]
+    name_of = {x["id"]: classes[x["category_id"]] for x in annotation["segments_info"]}
+    return name_pixels(read_colours(mask), name_of, file=mask, unlisted=IGNORED)
 
 
-def _read_label_map(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Yield names and colours of classes, from lines `name:r,g,b:parts:actions`, or a palette."""
-    file = folder / "labelmap.txt"
-    if file.is_file():
-        with error_context(file):
-            for line in file.read_text().splitlines():
-                if line.strip() and not line.startswith("#"):
-                    name, colour = line.split(":")[:2]
-                    red, green, blue = map(int, colour.split(","))
-                    yield name, [red, green, blue]
-        return
-    file = folder / "classes.json"
-    content = read_json(file)
-    with error_context(file):
-        yield from zip(content["classes"], content["palette"], strict=True)
-
-
-def _read_lists(folder: Path) -> dict[str, str]:
-    """Return the split of each image that a list of VOC names."""
-    lists = [(file, split_of(file.stem)) for file in sorted(folder.glob("*.txt"))]
-    return {
-        Path(line).stem: split
-        for file, split in lists
-        for line in file.read_text().split()
-        if split
-    }
-
-
-class PanopticSource(CocoSource):
-    """COCO's panoptic JSON, with its PNG in the folder of the same name; segments that are not listed are ignored."""
-
-    leaves_pixels_unlabelled = False
-
-    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
-        """Return the category of each pixel."""
-        [annotation] = photo.annotation
-        file = self.path.with_suffix("") / annotation["file_name"]
-        segments = read_colours(file)
-        category_of = dict.fromkeys(np.unique(segments).tolist(), IGNORED)
-        for segment in annotation["segments_info"]:
-            category_of[segment["id"]] = segment["category_id"]
-        return number_values(segments, category_of, file)
-
-
-class FullAde20kSource(MaskSource):
-    """ADE20K with all its classes: NAME_seg.png beside NAME.jpg; the class is R // 10 * 256 + G, instances are in B.
+def read_full_ade20k(path: Path, options: MasksOptions) -> MaskSource:
+    """Return ADE20K with all its classes: NAME_seg.png beside NAME.jpg; the class is R // 10 * 256 + G.
 
     NAME.json names the classes of a photo's objects. Source: loadAde20K in utils_ade20k.py of CSAILVision/ADE20K.
     """
-
-    def __init__(self, path: str, split: str, options: MasksOptions):
-        super().__init__(path, split, options)
-        self.files = sorted(self.path.rglob("*_seg.png"))
-        self.classes = {}
-        for mask in self.files:
-            stem = mask.name.removesuffix("_seg.png")
-            names = mask.with_name(f"{stem}.json")
-            content = read_json(names)
-            with error_context(names):
-                for subject in content["annotation"]["object"]:
-                    self.classes[int(subject["name_ndx"])] = subject["name"]
-            image = mask.with_name(f"{stem}.jpg")
-            if not image.is_file():
-                raise UserError(f"{mask} has no image {image.name}")
-            named = split or split_of(str(mask.relative_to(self.path)))
-            self.photos.append(AnnotatedPhoto(name=stem, split=named, image=image, annotation=mask))
-
-    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
-        """Return the class of each pixel; 0 has none."""
-        colours = read_colours(photo.annotation)
-        ids = colours % 256 // 10 * 256 + colours // 256 % 256
-        return number_values(
-            ids, {id_: id_ for id_ in self.classes} | {0: UNLABELLED}, photo.annotation
-        )
+    name_of: dict[int, ClassName] = {}
+    files = sorted(path.rglob("*_seg.png"))
+    photos = []
+    for mask in files:
+        stem = mask.name.removesuffix("_seg.png")
+        names = mask.with_name(f"{stem}.json")
+        content = read_json(names)
+        with error_context(names):
+            for subject in content["annotation"]["object"]:
+                name_of[int(subject["name_ndx"])] = subject["name"]
+        image = mask.with_name(f"{stem}.jpg")
+        if not image.is_file():
+            raise UserError(f"{mask} has no image {image.name}")
+        read = partial(_read_ade20k_mask, mask, name_of)
+        split = split_of(mask.relative_to(path))
+        photos.append(AnnotatedPhoto(stem, image, read, split=split))
+    names_of_classes = check_ids(name_of)
+    name_of[0] = UNLABELLED
+    return MaskSource(names_of_classes, files, photos)
 
 
-class HubSource(MaskSource):
-    """A data set of the library `datasets`: a folder that it saved, parquet or arrow files, or a hub id.
+def _read_ade20k_mask(mask: Path, name_of: dict[int, ClassName], _: Size) -> LabelMap:
+    colours = read_colours(mask)
+    return name_pixels(colours % 256 // 10 * 256 + colours // 256 % 256, name_of, mask)
+
+
+def read_data_set(path: Path, options: MasksOptions) -> MaskSource:
+    """Return a data set of the library `datasets`: a folder that it saved, parquet or arrow files, or a hub id.
 
     Names of classes come from --classes FILE, id2label.json in the folder, or the only ClassLabel among the columns.
     Without a name, 255 of 8-bit masks and 65535 of 16-bit masks are ignored.
     """
+    import datasets
 
-    leaves_pixels_unlabelled = False
+    kind = path.suffix.removeprefix(".")
+    if path.is_dir() and any(path.rglob("state.json")):
+        loaded = datasets.load_from_disk(str(path))
+    elif kind in ("parquet", "arrow"):
+        loaded = datasets.load_dataset(kind, data_files=str(path))
+    else:
+        loaded = datasets.load_dataset(str(path))
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"train": loaded}
+    columns = [options.image_column, options.mask_column]
+    photos = []
+    for name, rows in loaded.items():
+        name_of = _names_of_ids(path, options.classes, features=rows.features)
+        with error_context(f"{path}: --image_column, --mask_column"):
+            rows = rows.select_columns(columns)
+        for column in columns:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        split = split_of(name)
+        if len(loaded) == 1:  # `train` is how the library calls what has no splits
+            split = ""
+        width = len(str(len(rows)))
+        for i in range(len(rows)):
+            image, mask = (partial(_cell, rows, i, column) for column in columns)
+            read = partial(_read_ids, mask, name_of)
+            photos.append(AnnotatedPhoto(f"{i:0{width}}", image, read, split=split))
+    files = [file for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
+    return MaskSource(check_ids(name_of), files, photos, leaves_pixels_unlabelled=False)
 
-    def __init__(self, path: str, split: str, options: MasksOptions):
-        super().__init__(path, split, options)
-        import datasets
 
-        files = [self.path, *sorted(self.path.rglob("*"))]
-        self.files = [file for file in files if file.is_file()]
-        loaded = self._load(datasets)
-        if isinstance(loaded, datasets.Dataset):
-            loaded = {"": loaded}
-        elif len(loaded) == 1:  # `train`, which is how the library calls what has no splits
-            loaded = {"": next(iter(loaded.values()))}
-        self._rows = {}
-        for name, rows in loaded.items():
-            for column in (options.image_column, options.mask_column):
-                if column not in rows.column_names:
-                    raise UserError(
-                        f"{path} has no column {column!r}, but {', '.join(rows.column_names)}; name those of image "
-                        "and mask: --image_column, --mask_column"
-                    )
-            encoded = datasets.Image(decode=False)
-            self._rows[name] = rows.cast_column(options.image_column, encoded).cast_column(
-                options.mask_column, encoded
-            )
-            width = len(str(len(rows)))
-            self.photos += [
-                AnnotatedPhoto(
-                    name=f"{i:0{width}}",
-                    split=split or split_of(name),
-                    image=None,
-                    annotation=(name, i),
-                )
-                for i in range(len(rows))
-            ]
-        self.classes = self._read_names(datasets, rows.features)
+def _names_of_ids(
+    path: Path, words: tuple[str, ...], features: Mapping[str, Any]
+) -> dict[int, ClassName]:
+    """Return the names of a data set's classes by id."""
+    from datasets import ClassLabel
 
-    def _load(self, datasets: Any) -> Any:
-        if self.path.is_dir() and [*self.path.rglob("state.json")]:
-            return datasets.load_from_disk(str(self.path))
-        kind = self.path.suffix.removeprefix(".")
-        if kind in ("parquet", "arrow"):
-            return datasets.load_dataset(kind, data_files=str(self.path))
-        return datasets.load_dataset(str(self.path))
+    folder = path
+    if not path.is_dir():
+        folder = path.parent
+    files = [Path(word) for word in words if word.endswith(".json")]
+    files += [*folder.glob("id2label.json")]
+    if files:
+        names = read_json(files[0])
+        with error_context(files[0]):
+            return {int(number): name for number, name in names.items()}
+    flat = [getattr(feature, "feature", feature) for feature in features.values()]
+    labels = [feature for feature in flat if isinstance(feature, ClassLabel)]
+    if len(labels) != 1:
+        raise UserError(
+            f"{path} does not name the classes of its masks; --classes FILE, a JSON as "
+            '{"0": "wall", "1": "floor"}, does'
+        )
+    return dict(enumerate(labels[0].names))
 
-    def _read_names(self, datasets: Any, features: dict[str, Any]) -> dict[int, str]:
-        """Return the names of the classes."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        files = [Path(x) for x in self.options.classes if x.endswith(".json")]
-        files += [file for file in [folder / "id2label.json"] if file.is_file()]
-        if files:
-            names = read_json(files[0])
-            with error_context(files[0]):
-                return {int(number): name for number, name in names.items()}
-        flat = [getattr(feature, "feature", feature) for feature in features.values()]
-        labels = [feature for feature in flat if isinstance(feature, datasets.ClassLabel)]
-        if len(labels) != 1:
-            raise UserError(
-                f"{self.path} does not name the classes of its masks; --classes FILE, a JSON as "
-                '{"0": "wall", "1": "floor"}, does'
-            )
-        return dict(enumerate(labels[0].names))
 
-    def _encoded(self, photo: AnnotatedPhoto, column: str) -> Path | EmbeddedFile:
-        split, row = photo.annotation
-        content = self._rows[split][row][column]
-        if content["bytes"] is None:
-            return Path(content["path"])
-        return EmbeddedFile(content["bytes"], f"{self.path}, {column} {row} of {split}")
+def _cell(rows: "Dataset", row: int, column: str) -> Path | EmbeddedFile:
+    """Return an image in a data set: a file, or its bytes."""
+    content = rows[row][column]
+    if content["bytes"] is None:
+        return Path(content["path"])
+    return EmbeddedFile(content["bytes"], f"{column} {row} of {rows.split or 'the data set'}")
 
-    def image_of(self, photo: AnnotatedPhoto) -> Path | EmbeddedFile:
-        """Return the file of a photo, or its bytes."""
-        return self._encoded(photo, self.options.image_column)
 
-    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray:
-        """Return the id of each pixel."""
-        file = self._encoded(photo, self.options.mask_column)
-        image = read_image(file, lambda image: image.copy(), ("PNG", "TIFF"))
-        if image.mode not in ("L", "P", "I;16", "I"):
-            raise UserError(f"{file} has mode {image.mode!r}; expected one id for each pixel")
-        void = MOST_ID if image.mode.startswith("I") else 255
-        number_of = {void: IGNORED} | {id_: id_ for id_ in self.classes}
-        return number_values(np.array(image, np.int32), number_of, file)
+def _read_ids(
+    cell: Callable[[], Path | EmbeddedFile], name_of: dict[int, ClassName], _: Size
+) -> LabelMap:
+    file = cell()
+    image = read_image(file, lambda image: image.copy(), ("PNG", "TIFF"))
+    if image.mode not in ("L", "P", "I;16", "I"):
+        raise UserError(f"{file} has mode {image.mode!r}; expected one id for each pixel")
+    void = 255
+    if image.mode.startswith("I"):
+        void = MOST_ID
+    return name_pixels(np.array(image, np.int32), {void: IGNORED} | name_of, file)

@@ -10,7 +10,7 @@ from numpy import ndarray
 from llava_bidir.common.errors import UsageError, UserError, did_you_mean
 from probes.config import MasksOptions
 
-from .source import IGNORED, MOST_ID, UNLABELLED, Region
+from .source import IGNORED, UNLABELLED, ClassName, LabelMap, Region, Size
 
 
 class Composed(NamedTuple):
@@ -40,7 +40,7 @@ class MaskRules:
     """
 
     names: list[str]
-    class_of: dict[str, int]
+    class_of: dict[ClassName, int]
     unlabelled: int
     overlap: str
     crowd: str
@@ -65,52 +65,43 @@ class MaskRules:
                 f"a probe tells classes apart, and there is only {kept}; --unlabelled background makes one of the "
                 "pixels that no annotation has"
             )
-        class_of = {name: kept.index(new) for name, new in renamed.items()}
+        class_of = {name: kept.index(new) for name, new in renamed.items()} | {IGNORED: IGNORED}
         return cls(kept, class_of, unlabelled, overlap=options.overlap, crowd=options.crowd)
 
-    def compose(
-        self, annotation: ndarray | list[Region], size: tuple[int, int], names: dict[int, str]
-    ) -> Composed:
-        """Return the classes of a photo.
-
-        Args:
-            annotation: Ids i32[H, W], or regions.
-            size: Width and height of the photo.
-            names: Names of the source's ids.
-        """
-        number_of = np.full(
-            MOST_ID + 3, UNLABELLED, np.int32
-        )  # by id; UNLABELLED, IGNORED: its end
-        number_of[IGNORED] = IGNORED
-        for number, name in names.items():
-            number_of[number] = self.class_of.get(name, UNLABELLED)
-        overlapping = np.zeros(size[::-1], bool)
-        if isinstance(annotation, list):
-            classes = self._stack(annotation, number_of, overlapping)
+    def compose(self, annotation: LabelMap | list[Region], size: Size) -> Composed:
+        """Return the classes of a photo from its annotation, and its width and height."""
+        overlapping = 0
+        if isinstance(annotation, LabelMap):
+            classes = [self.class_of.get(name, UNLABELLED) for name in annotation.names]
+            target = np.array(classes, np.int32)[annotation.numbers]
         else:
-            classes = number_of[annotation]
-        is_unlabelled = classes == UNLABELLED
-        classes[is_unlabelled] = self.unlabelled
-        return Composed(classes, int(is_unlabelled.sum()), int(overlapping.sum()))
+            target, overlapping = self._stack(annotation, size)
+        is_unlabelled = target == UNLABELLED
+        target = np.where(is_unlabelled, self.unlabelled, target)
+        return Composed(target, np.count_nonzero(is_unlabelled), overlapping)
 
-    def _stack(self, regions: list[Region], number_of: ndarray, overlapping: ndarray) -> ndarray:
-        """Return the classes of regions, i32[H, W], and mark the pixels that two classes claim."""
-        classes = np.full(overlapping.shape, UNLABELLED, np.int32)
+    def _stack(self, regions: list[Region], size: Size) -> tuple[ndarray, int]:
+        """Return the classes of regions, i32[H, W], and the number of pixels that two classes claim."""
+        target = np.full(
+            size, UNLABELLED, np.int32
+        ).ravel()  # down the columns, as pycocotools' masks
+        is_shared = np.zeros(target.shape, bool)
+        drawn = [(np.flatnonzero(region.mask.T), region) for region in regions]
         if self.overlap == "smaller":  # by pixels: JSON's area can be that of another mask
-            regions = sorted(regions, key=lambda region: -int(region.mask.sum()))
-        for region in regions:
-            number = number_of[region.category]
-            if number == UNLABELLED:  # dropped
+            drawn.sort(key=lambda pair: -len(pair[0]))
+        for pixels, region in drawn:
+            if region.name not in self.class_of:  # dropped
                 continue
+            number = self.class_of[region.name]
             if region.is_crowd and self.crowd == "ignore":
                 number = IGNORED
-            below = classes[region.mask]
-            if number >= 0:
-                overlapping[region.mask] |= (below >= 0) & (below != number)
-            classes[region.mask] = number
+            else:
+                below = target[pixels]
+                is_shared[pixels] |= (below >= 0) & (below != number)
+            target[pixels] = number
         if self.overlap == "ignore":
-            classes[overlapping] = IGNORED
-        return classes
+            target[is_shared] = IGNORED
+        return target.reshape(size).T, np.count_nonzero(is_shared)
 
 
 def words_of_classes(options: MasksOptions) -> list[str]:

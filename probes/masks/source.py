@@ -1,21 +1,21 @@
-"""What a source of masks gives: names of classes, photos, and of each photo a map of ids or regions that may overlap.
+"""What a source of masks has: names of classes, photos, and of each photo a map of classes or regions that may overlap.
 
-Legend: H W pixels. An id is a number of the source, whatever it numbers; `UNLABELLED` and `IGNORED` stand for none.
+Legend: H W pixels. A class is its name in the source; `UNLABELLED` and `IGNORED` stand for none.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from numpy import ndarray
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.images import SUFFIXES
-from probes.config import MasksOptions
 from probes.data.image_dataset import EmbeddedFile
 
-UNLABELLED, IGNORED = -1, -2
+IGNORED, UNLABELLED = -1, -2
 MOST_ID = 65_535  # of a 16-bit PNG
 SPLIT_NAMES = {
     "train": "training",
@@ -26,6 +26,29 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+Size = tuple[int, int]  # width and height, px
+ClassName = str | int  # a class, UNLABELLED or IGNORED
+
+
+class Region(NamedTuple):
+    """Pixels of one object.
+
+    Args:
+        name: Its class.
+        mask: bool[H, W].
+        is_crowd: Many objects that nobody separated.
+    """
+
+    name: str
+    mask: ndarray
+    is_crowd: bool = False
+
+
+class LabelMap(NamedTuple):
+    """The class of each pixel: names, and which of them, int[H, W]."""
+
+    numbers: ndarray
+    names: list[ClassName]
 
 
 class AnnotatedPhoto(NamedTuple):
@@ -33,103 +56,93 @@ class AnnotatedPhoto(NamedTuple):
 
     Args:
         name: Of the files that are written for it.
-        split: "training", "validation", "test", which is left out, or "" where the source has none.
-        image: File; None if the source has the bytes.
-        annotation: What the source reads labels from.
+        image: File, or a function that returns it.
+        read: Returns the annotation, regions in the order of the source, from the size of the image; raises a UserError
+            that names what cannot be read.
         size: Width and height that the annotation says, None if it does not.
+        split: "training", "validation", "test", which is left out, or "" where the source has none.
     """
 
     name: str
-    split: str
-    image: Path | None
-    annotation: Any
-    size: tuple[int, int] | None = None
+    image: Path | Callable[[], Path | EmbeddedFile]
+    read: Callable[[Size], LabelMap | list[Region]]
+    size: Size | None = None
+    split: str = ""
+
+    @property
+    def image_name(self) -> str:
+        """Return the path of the image."""
+        return str(self.image) if isinstance(self.image, Path) else self.name
+
+    def open(self) -> Path | EmbeddedFile:
+        """Return the file of the image, or its bytes."""
+        return self.image if isinstance(self.image, Path) else self.image()
 
 
-class Region(NamedTuple):
-    """Pixels of one object.
-
-    Args:
-        category: Its id.
-        mask: bool[H, W].
-        is_crowd: Many objects that nobody separated.
-    """
-
-    category: int
-    mask: ndarray
-    is_crowd: bool = False
-
-
-class MaskSource(ABC):
+@dataclass
+class MaskSource:
     """Annotated photos in one format.
 
     Args:
-        path: File or folder, or the hub id of a data set.
-        split: That of all its photos; "" if the source has splits, or none.
-        options: Of the command.
-
-    Raises:
-        UserError: The source cannot be read; names the file.
+        names: Of the classes.
+        files: Those that hold the annotations.
+        photos: Photos and their annotations.
+        leaves_pixels_unlabelled: Whether some pixels may have no annotation.
     """
 
-    leaves_pixels_unlabelled = True
-    classes: dict[int, str]  # names by id
-    photos: list[AnnotatedPhoto]
-    files: list[Path]  # that hold the annotations
+    names: list[str]
+    files: list[Path]
+    photos: list[AnnotatedPhoto] = field(default_factory=list)
+    leaves_pixels_unlabelled: bool = True
 
-    def __init__(self, path: str, split: str, options: MasksOptions):
-        self.path = Path(path)
-        self.split = split
-        self.options = options
-        self.photos = []
 
-    @abstractmethod
-    def read(self, photo: AnnotatedPhoto, size: tuple[int, int]) -> ndarray | list[Region]:
-        """Return the id of each pixel, i32[H, W], or regions, in the order of the source.
+@dataclass
+class ImageFolder:
+    """Images anywhere in a folder."""
 
-        Args:
-            photo: One of `photos`.
-            size: Width and height of its image.
-
-        Raises:
-            UserError: The annotation cannot be read; names it.
-        """
-
-    def image_of(self, photo: AnnotatedPhoto) -> Path | EmbeddedFile:
-        """Return the file of a photo."""
-        return photo.image
+    root: Path
 
     @cached_property
-    def image_folder(self) -> Path:
-        """Where images are: --images, else beside the annotations."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return self.options.images or folder
+    def files(self) -> list[Path]:
+        """Return the images, in order."""
+        return [file for file in sorted(self.root.rglob("*")) if file.suffix.lower() in SUFFIXES]
 
     @cached_property
-    def _images_by_name(self) -> dict[str, list[Path]]:
-        images: dict[str, list[Path]] = {}
-        for file in sorted(self.image_folder.rglob("*")):
-            if file.suffix.lower() in SUFFIXES:
-                images.setdefault(file.name, []).append(file)
-        return images
+    def _by_name(self) -> dict[str, list[Path]]:
+        files: dict[str, list[Path]] = {}
+        for file in self.files:
+            files.setdefault(file.name, []).append(file)
+        return files
 
-    def find_image(self, name: str) -> Path:
-        """Return the image that an annotation names: at its path in the folder of images, else anywhere in it.
+    def find(self, name: str) -> Path:
+        """Return the image that an annotation names: at its path in the folder, else anywhere in it.
 
         Raises:
             UserError: There is none, or several.
         """
         inside = parts_inside(name)
-        file = self.image_folder.joinpath(*inside)
+        file = self.root.joinpath(*inside)
         if file.is_file():
             return file
-        named = self._images_by_name.get(inside[-1] if inside else "", [])
-        if len(named) != 1:
+        files = self._by_name.get(file.name, [])
+        if len(files) != 1:
             raise UserError(
-                f"names the image {name!r}: {len(named)} files of that name in {self.image_folder}; "
-                "--images DIR says where images are"
+                f"names the image {name!r}: {len(files)} files of that name in {self.root}; --images DIR says where "
+                "images are"
             )
-        return named[0]
+        return files[0]
+
+
+def check_ids(names: dict[int, str]) -> list[str]:
+    """Return the names of classes in the order of their ids.
+
+    Raises:
+        UserError: An id is none of a mask of 16 bits.
+    """
+    for number, name in names.items():
+        if not 0 <= number <= MOST_ID:
+            raise UserError(f"the class {name} has the id {number}; expected 0 to {MOST_ID}")
+    return [name for _, name in sorted(names.items())]
 
 
 def parts_inside(name: str) -> list[str]:
@@ -138,16 +151,14 @@ def parts_inside(name: str) -> list[str]:
     return [part for part in parts if part not in ("/", "..")]
 
 
-def photo_name(name: str) -> str:
+def photo_name(name: str | Path) -> str:
     """Return the name of a photo's files from its path in the source, without the folder of a split."""
-    *folders, file = parts_inside(name)
+    *folders, file = parts_inside(str(name))
     kept = [folder for folder in folders if folder.lower() not in SPLIT_NAMES]
     return "_".join([*kept, PurePosixPath(file).stem])
 
 
-def split_of(name: str) -> str:
+def split_of(name: str | Path) -> str:
     """Return the split that a folder on a path names, "" if none does."""
-    splits = [
-        SPLIT_NAMES[part.lower()] for part in parts_inside(name) if part.lower() in SPLIT_NAMES
-    ]
-    return splits[-1] if splits else ""
+    splits = [SPLIT_NAMES.get(part.lower(), "") for part in parts_inside(str(name))]
+    return next(filter(None, reversed(splits)), "")

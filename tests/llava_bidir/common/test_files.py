@@ -110,8 +110,8 @@ WHOLE = {  # functions that write otherwise: why that is whole
     "probes/worlds/tiny_models.py:train_encoder": "in the folder of assets.run",
     "probes/worlds/tiny_models.py:train_llm": "in the folder of assets.run",
     "probes/worlds/tiny_models.py:train_tokenizer": "in the folder of assets.run",
-    "probes/masks/command.py:_put_image": "in the folder of run",
-    "probes/masks/command.py:_write": "in the folder of run",
+    "probes/masks/command.py:put_image": "in the folder of run",
+    "probes/masks/command.py:write_mask": "in the folder of run",
 }
 
 

@@ -112,7 +112,7 @@ FAULTS = {
     "t1.png: 2 pixels are of no class, e.g. 1,2,3 in row 5, column 7": spoil_colour,
     "t1.jpg is a JPEG, whose compression makes colours": make_jpeg,
     "has no validation photos": empty_split,
-    "mask of t1 is 30 x 40 px, its image .*t1.png 60 x 40": lambda root: mask_formats.save(
+    "annotation of t1 is 30 x 40 px, its image .*t1.png 60 x 40": lambda root: mask_formats.save(
         root / "SegmentationClass/t1.png", np.full((40, 30, 3), COLOURS[0], np.uint8)
     ),
     "t1.png has EXIF orientation 3": turn,

@@ -106,9 +106,8 @@ def test_coco_is_what_pycocotools_draws(tmp_path_factory, annotations, chosen):
     )
     [source] = open_sources(options)
     rules = MaskRules.of(options, CLASSES)
-    composed = rules.compose(
-        source.read(source.photos[0], (COLUMNS, ROWS)), (COLUMNS, ROWS), source.classes
-    )
+    annotation = source.photos[0].read((COLUMNS, ROWS))
+    composed = rules.compose(annotation, (COLUMNS, ROWS))
     assert (composed.classes == reference(annotations, overlap, crowd)).all()
 
 
@@ -150,22 +149,22 @@ FAULTS = {  # what is wrong: of the content of a JSON file
     "annotation 0 has category_id 5, which the file does not define": lambda content: content[
         "annotations"
     ][0].update(category_id=5),
-    "a polygon has 4 numbers; expected x and y of three corners": lambda content: content[
-        "annotations"
-    ][0].update(segmentation=[[1, 1, 5, 5]]),
+    r"a polygon is \[1, 1, 5, 5\]; expected finite x and y of three corners": lambda content: (
+        content["annotations"][0].update(segmentation=[[1, 1, 5, 5]])
+    ),
     "has no polygon; a box alone": lambda content: content["annotations"][0].update(
         segmentation=[]
     ),
-    "coordinates that are not finite": lambda content: content["annotations"][0].update(
-        segmentation=[[1, 1, 5, float("nan"), 9, 9]]
-    ),
+    "a polygon is .*nan.*; expected finite x and y": lambda content: content["annotations"][
+        0
+    ].update(segmentation=[[1, 1, 5, float("nan"), 9, 9]]),
     "names the image 'gone.png': 0 files of that name": lambda content: content["images"][0].update(
         file_name="gone.png"
     ),
     "2 images of one name, 't0'": lambda content: content["images"][1].update(file_name="t0.png"),
-    "all.json is 61 x 40 px, its image .*t0.png 60 x 40 px": lambda content: content["images"][
-        0
-    ].update(width=61),
+    "annotation of t0 is 61 x 40 px, its image .*t0.png 60 x 40 px": lambda content: content[
+        "images"
+    ][0].update(width=61),
     "run lengths count 7 of 2400 pixels": lambda content: content["annotations"][0].update(
         segmentation={"size": [40, 60], "counts": [3, 4]}
     ),

@@ -9,7 +9,7 @@ from llava_bidir.common.errors import UsageError, UserError
 from probes.cli import main
 from probes.config import MasksOptions
 from probes.masks.rules import MaskRules
-from probes.masks.source import IGNORED, UNLABELLED, Region
+from probes.masks.source import IGNORED, UNLABELLED, LabelMap, Region
 
 NAMES = {7: "cat", 20: "dog", 33: "tree, palm"}
 ALL = [*NAMES.values()]
@@ -22,8 +22,8 @@ def compose(spans: list[tuple], **options) -> list[int]:
     for category, first, last, *crowd in spans:
         mask = np.zeros((1, 8), bool)
         mask[0, first : last + 1] = True
-        regions.append(Region(category, mask, *crowd))
-    composed = rules_of(**options).compose(regions, SIZE, NAMES)
+        regions.append(Region(NAMES[category], mask, *crowd))
+    composed = rules_of(**options).compose(regions, SIZE)
     return composed.classes[0].tolist(), composed.unlabelled, composed.overlapping
 
 
@@ -70,10 +70,10 @@ def test_each_pixel_is_of_the_class_that_the_rule_says(spans, options, row, shar
         assert unlabelled == 8 - len(covered)
 
 
-def test_ids_are_classes_by_name_and_what_has_none_is_not_made_up():
+def test_labels_are_classes_by_name_and_what_has_none_is_not_made_up():
     rules = rules_of(unlabelled="sky")
-    ids = np.int32([[33, UNLABELLED, IGNORED, 7]])
-    composed = rules.compose(ids, (4, 1), NAMES)
+    labels = LabelMap(np.int32([[0, 1, 2, 3]]), ["tree, palm", UNLABELLED, IGNORED, "cat"])
+    composed = rules.compose(labels, (4, 1))
     assert rules.names == ["sky", "cat", "dog", "tree, palm"]
     assert composed.classes.tolist() == [[3, 0, IGNORED, 1]]
     assert composed.unlabelled == 1

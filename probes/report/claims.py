@@ -103,7 +103,7 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
         verdicts,
         conclusion=entry["conclusion"],
         margin=study.task.margin,
-        units=case.units,
+        units=case.counts[0],
     )
     # what is known of a world is about its classes, and about the paper's masks where two are compared
     if study.task.name == SEGMENTATION and case.masks in ((case.mask,), PAPER_MASKS):
@@ -161,7 +161,7 @@ def _optimum_column(case: Case) -> Entry:
     if reason := why_no_optimum(case, rows):
         return untested(reason, **measured)
     if not rows:
-        return judge(sign, **measured, margin=margin, ci90=number.ci90(case.units))
+        return judge(sign, **measured, margin=margin, ci90=number.widened(case.counts))
     vectors = torch.stack([effect.vector for effect in rows.values()], 1)
     band = simultaneous_band(vectors[0], vectors[1:])
     bounds = torch.stack(band, 1).tolist()
@@ -172,7 +172,7 @@ def _optimum_column(case: Case) -> Entry:
         if effect.about["converged"]:
             column = judge(sign, value=effect.value, ci95=ci95, margin=margin, row=row)
             columns.append(column)
-            low, high = effect.ci90(case.units)
+            low, high = effect.widened(case.counts)
             lows.append(low)
             highs.append(high)
     counts = {"strengths": len(rows), "converged": len(columns)}
@@ -220,7 +220,7 @@ def _columns_of_controls(case: Case, solved: bool) -> dict[str, Entry]:
             compared=estimate,
             others=others,
             margin=case.study.task.margin,
-            units=case.units,
+            counts=case.counts,
         )
     return columns
 
@@ -299,9 +299,7 @@ def _join_seeds(members: list[StudyRuns], claims_of: dict[StudyRuns, list[Entry]
     }
 
 
-def _join_claim(
-    by_seed: dict[int, Entry], shared_images: bool, margin: float, units: int
-) -> Entry:
+def _join_claim(by_seed: dict[int, Entry], shared_images: bool, margin: float, units: int) -> Entry:
     """Return the columns, the conclusion and the finding of a claim over seeds, of so many images at least."""
     first = next(iter(by_seed.values()))
     claim = CLAIMS[first["claim"]]
@@ -331,9 +329,7 @@ def _join_claim(
         **conclude(verdicts, claim.unlearned),
         "n": {"seeds": min(counts, default=0), "of": len(by_seed)},
     }
-    joint |= find(
-        claim.sign, verdicts, conclusion=joint["conclusion"], margin=margin, units=units
-    )
+    joint |= find(claim.sign, verdicts, conclusion=joint["conclusion"], margin=margin, units=units)
     truths = {entry.get("truth") for entry in by_seed.values()}
     if len(truths) == 1 and None not in truths:
         joint["truth"] = truths.pop()

@@ -268,7 +268,9 @@ def _report_step(study: StudyOptions, steps: Sequence[Step]) -> ReportStep:
     reads[TRUTH_FILE] = Path(study.data.root) / TRUTH_FILE
     return ReportStep(
         "report",
-        config=ReportOptions(studies=(str(study.out),), out=folder, labels=study.labels, margin=study.margin),
+        config=ReportOptions(
+            studies=(str(study.out),), out=folder, labels=study.labels, margin=study.margin
+        ),
         result=folder / "results.json",
         kind="report",
         call="probes.studies.table:write_report",

@@ -398,8 +398,9 @@ def mean_over_seeds(
 ) -> tuple[float, list[float]]:
     """Return the mean of the values and its interval, from values with their 95% intervals over images.
 
-    The level is that of seeds. Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
-    (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer.
+    The level is that of seeds. Without shared images, the interval is Student's t over the values, never shorter
+    than that of the mean over images (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede
+    2015). With them it is longer.
     """
     values = [value for value, _ in estimates]
     halves = [(high - low) / 2 for _, (low, high) in estimates]

@@ -174,7 +174,9 @@ def compare_best_layers(first: ProbeRun, second: ProbeRun) -> Iterator[Entry]:
     for run in (first, second):
         layers = filter(is_layer, run.site_scores)
         scores.append([run.site_scores[layer] for layer in layers])
-    difference = difference_of_best(first.task.sign, *scores, counts=(first.units, first.units_of_class))
+    difference = difference_of_best(
+        first.task.sign, *scores, counts=(first.units, first.units_of_class)
+    )
     sites = {"site": first.peak_layer, "second_site": second.peak_layer}
     named = {"of": BEST_LAYER, "name": BEST_LAYER, **sites}
     yield named | difference.row(first.task, first.units)

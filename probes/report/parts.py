@@ -13,7 +13,7 @@ from probes.models.sites import is_layer, layer_around, layer_number, part_of
 from probes.runs.formatting import Entry
 from probes.score.effects import BEST_LAYER as BEST_LAYER_TERM
 from probes.score.effects import EFFECTS, LAST_LAYER
-from probes.tasks import SEGMENTATION, TASKS
+from probes.tasks import SEGMENTATION
 
 from .charts import chart_span, span_of, ticks
 from .readings import ABOUT, ReportView, SiteAxis, SiteReading, by_site, rows_about

@@ -185,7 +185,9 @@ def test_the_p_value_is_one_minus_the_level_of_the_widest_band_without_zero(
     observed[1] += shift
     drawn[:, 1] += shift
     difference = difference_of_best(
-        sign, *(scores_of(sign * observed[m], sign * drawn[:, m]) for m in (0, 1)), counts=(units, units)
+        sign,
+        *(scores_of(sign * observed[m], sign * drawn[:, m]) for m in (0, 1)),
+        counts=(units, units),
     )
     widening = widening_for(units)
     pairs = observed[1][:, None] - observed[0]

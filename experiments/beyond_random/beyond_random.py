@@ -60,7 +60,7 @@ OF_ENCODERS = ("shuffled", "normal_0.02", "normal_0.04", "normal_0.08", "orthogo
 CLAIMS = {True: ("recovery",), False: ("over_last", "layer_gain")}  # with an LLM, and without
 STARVATION = {"starvation": "patch_0", "starvation_first_row": "first_row"}  # effects at a site
 
-UNITS = 100  # of a 90% interval that nothing here reads
+COUNTS = (100,)  # of an interval that nothing here reads
 Split = tuple[list[Image.Image], Tensor]  # images, and targets uint8[N, H, W]
 
 
@@ -286,10 +286,10 @@ def judge(effect: Estimate, random: list[Estimate], permuted: list[Estimate]) ->
         "two": compare_to_draws(effect, permuted[:2]),
         "mean": compare_to_draws(effect, random + permuted),
     }
-    columns = {name: judge_draws(1, compared, units=UNITS) for name, compared in beyond.items()}
+    columns = {name: judge_draws(1, compared, counts=COUNTS) for name, compared in beyond.items()}
     pooled = {
-        "random": judge_draws(1, beyond["update"], [beyond["two"]], units=UNITS),
-        "permuted": judge_draws(1, beyond["two"], [beyond["update"]], units=UNITS),
+        "random": judge_draws(1, beyond["update"], [beyond["two"]], counts=COUNTS),
+        "permuted": judge_draws(1, beyond["two"], [beyond["update"]], counts=COUNTS),
     }
     columns["both"] = worst_of(1, [columns["update"], columns["permuted"]])
     columns["study"] = worst_of(1, [*pooled.values()])

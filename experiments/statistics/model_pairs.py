@@ -29,6 +29,7 @@ from probe_runs import CLASSES_TASK, random_counts, sums_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.compare import compare_runs
+from probes.runs.read import ProbeRun
 from probes.score.effects import cross_validated_layers, image_folds
 from probes.score.estimate import Estimate, dataset_scores, resampled_scores
 
@@ -52,6 +53,9 @@ SCENES = {
 class Sample(SimpleNamespace):
     """What `compare_runs` reads of a run: some images of a population f[S, N, M]."""
 
+    units_by_class = ProbeRun.units_by_class
+    units_of_class = ProbeRun.units_of_class
+
     def __init__(
         self,
         population: torch.Tensor,
@@ -68,6 +72,7 @@ class Sample(SimpleNamespace):
             last_layer=sites[-1],
             peak_layer=sites[scores.argmax()],
             task=CLASSES_TASK,
+            task_name=CLASSES_TASK.name,
             groups=None,
             is_solved=False,
             effects={},

@@ -71,11 +71,12 @@ def interval(
 ) -> list[float]:
     """Return the interval of an estimate at a level, from its values f[R] under resampling.
 
-    The half width is the quantile at this level of their distance from their mean, as in :func:`simultaneous_band`. So the
-    interval contains its estimate. The mean of resampled mIoU is biased, since rare classes drop out of resamplings.
-    The basic bootstrap subtracts this bias; of differences between sites it then covers 81% instead of 91% where 24
-    images have 23 classes, and the same where classes are frequent (`experiments/statistics/intervals.py`). What is
-    beyond the range of the estimate, `lowest` to `highest`, is cut off.
+    The half width is the quantile at this level of their distance from their mean, as in :func:`simultaneous_band`.
+    So the interval contains its estimate. The mean of resampled mIoU is biased, since rare classes drop out of
+    resamplings. The basic bootstrap subtracts this bias; of differences between sites it then covers 81% instead of
+    91% where 24 images have 23 classes, and the same where classes are frequent
+    (`experiments/statistics/intervals.py`). What is beyond the range of the estimate, `lowest` to `highest`, is cut
+    off.
     """
     defined = resampled[~resampled.isnan()].double()
     if not len(defined):

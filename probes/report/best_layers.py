@@ -12,6 +12,7 @@ are corrected for their number (Holm), and no claim's correction counts them.
 Shapes: R resamplings, A layers of the first run, B of the second.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ def find_difference(
 
 
 def difference_of_best(
-    sign: int, first: Sequence[Estimate], second: Sequence[Estimate], units: int
+    sign: int, first: Sequence[Estimate], second: Sequence[Estimate], counts: Sequence[float]
 ) -> BestDifference:
     """Return the difference of the best of the second scores and the best of the first.
 
@@ -117,7 +118,7 @@ def difference_of_best(
         sign: 1 if a higher score is better, else -1.
         first: Scores of one run's layers, from the same resamplings as those of the other's.
         second: Of the other's.
-        units: Photos, or groups of these.
+        counts: Photos, or groups of these, and those of a class (:meth:`Estimate.widened`).
     """
     scores_of_first = sign * torch.stack([score.vector for score in first], 1)  # [1 + R, A]
     scores_of_second = sign * torch.stack([score.vector for score in second], 1)
@@ -127,8 +128,8 @@ def difference_of_best(
     sd = sd.view_as(observed)
     factor = distances.quantile(0.95)
     interval = _interval_of_maxima(sign, observed, half=factor * sd)
-    widening = widening_for(units)
-    factor_of_equivalence = widening * distances.quantile(1 - 2 * ALPHA)
+    widening = widening_for(counts[0])
+    factor_of_equivalence = math.prod(map(widening_for, counts)) * distances.quantile(1 - 2 * ALPHA)
     return BestDifference(
         first_value=sign * scores_of_first[0].max().item(),
         second_value=sign * scores_of_second[0].max().item(),

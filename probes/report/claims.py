@@ -111,7 +111,7 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
         verdicts,
         conclusion=entry["conclusion"],
         margin=study.task.margin,
-        units=case.units,
+        units=case.counts[0],
     )
     # what is known of a world is about its classes, and about the paper's masks where two are compared
     if study.task.name == SEGMENTATION and case.masks in ((case.mask,), PAPER_MASKS):
@@ -169,7 +169,7 @@ def _optimum_column(case: Case) -> Entry:
     if reason := why_no_optimum(case, rows):
         return untested(reason, **measured)
     if not rows:
-        return judge(sign, **measured, margin=margin, ci90=number.ci90(case.units))
+        return judge(sign, **measured, margin=margin, ci90=number.widened(case.counts))
     vectors = torch.stack([effect.vector for effect in rows.values()], 1)
     band = simultaneous_band(vectors[0], vectors[1:])
     bounds = torch.stack(band, 1).tolist()
@@ -180,7 +180,7 @@ def _optimum_column(case: Case) -> Entry:
         if effect.about["converged"]:
             column = judge(sign, value=effect.value, ci95=ci95, margin=margin, row=row)
             columns.append(column)
-            low, high = effect.ci90(case.units)
+            low, high = effect.widened(case.counts)
             lows.append(low)
             highs.append(high)
     counts = {"strengths": len(rows), "converged": len(columns)}
@@ -233,7 +233,7 @@ def _columns_of_controls(case: Case, solved: bool) -> dict[str, Entry]:
             compared=estimate,
             others=others,
             margin=case.study.task.margin,
-            units=case.units,
+            counts=case.counts,
         )
     return columns
 
@@ -411,8 +411,9 @@ def mean_over_seeds(
 ) -> tuple[float, list[float]]:
     """Return the mean of the values and its interval, from values with their 95% intervals over images.
 
-    The level is that of seeds. Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
-    (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer.
+    The level is that of seeds. Without shared images, the interval is Student's t over the values, never shorter
+    than that of the mean over images (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede
+    2015). With them it is longer.
     """
     values = [value for value, _ in estimates]
     halves = [(high - low) / 2 for _, (low, high) in estimates]

@@ -146,7 +146,10 @@ def compare_runs(
         site, other = pair
         row = _row("site", site, task, ours[site], theirs[other], *pair)
         yield row | tested_columns(
-            task, theirs[other] - ours[site], p=p_of.get(pair), units=first.units
+            task,
+            theirs[other] - ours[site],
+            p=p_of.get(pair),
+            counts=(first.units, first.units_of_class),
         )
     for name in EFFECTS:
         if name in first.effects and name in second.effects:
@@ -171,7 +174,9 @@ def compare_best_layers(first: ProbeRun, second: ProbeRun) -> Iterator[Entry]:
     for run in (first, second):
         layers = filter(is_layer, run.site_scores)
         scores.append([run.site_scores[layer] for layer in layers])
-    difference = difference_of_best(first.task.sign, *scores, units=first.units)
+    difference = difference_of_best(
+        first.task.sign, *scores, counts=(first.units, first.units_of_class)
+    )
     sites = {"site": first.peak_layer, "second_site": second.peak_layer}
     named = {"of": BEST_LAYER, "name": BEST_LAYER, **sites}
     yield named | difference.row(first.task, first.units)
@@ -246,7 +251,7 @@ def compare_classes(
     everything = torch.ones_like(first.weights[:1])
     weights = torch.cat([everything, first.weights]).double()
     drawn = [iou(weights @ of_run).nan_to_num() for of_run in sums]
-    photos = photos_of_classes(first)
+    photos = first.units_by_class
     for k, p in zip(classes, corrected.tolist(), strict=True):
         scores = [Estimate.from_vector(of_run[:, k]) for of_run in drawn]
         name = first.metrics["classes"][k]
@@ -254,33 +259,23 @@ def compare_classes(
         if photos[k] < FEWEST_PHOTOS:
             p = None
         of_first, of_second = scores
-        row |= tested_columns(first.task, of_second - of_first, p=p, units=photos[k])
+        row |= tested_columns(first.task, of_second - of_first, p=p, counts=[photos[k]] * 2)
         yield row | {"photos": photos[k]}
 
 
-def tested_columns(task: Task, difference: Estimate, *, p: float | None, units: int) -> Entry:
-    """Return the columns of a row of a site or class about its test, from so many photos or groups of these."""
+def tested_columns(
+    task: Task, difference: Estimate, *, p: float | None, counts: Sequence[float]
+) -> Entry:
+    """Return the columns of a row of a site or class about its test, from counts of images or groups of these."""
     finding = find_difference(
         task,
         value=difference.value,
         ci95=difference.ci95,
-        ci90=difference.ci90(units),
+        ci90=difference.widened(counts),
         p=p,
-        units=units,
+        units=counts[0],
     )
     return {"p": p, "finding": finding, "detectable": detectable(difference.ci95, task.margin)}
-
-
-def photos_of_classes(run: ProbeRun) -> list[int]:
-    """Return in how many validation images each class is labelled; of images in groups, in how many groups."""
-    sums = run.sums_at(run.sites[:1])[0]
-    labelled = sums.unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
-    if run.groups is not None:
-        of_groups = []
-        for group in run.groups.unique():
-            of_groups.append(labelled[run.groups == group].any(0))
-        labelled = torch.stack(of_groups)
-    return labelled.sum(0).tolist()
 
 
 def _row(

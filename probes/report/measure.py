@@ -261,14 +261,14 @@ class Case:
         return CONTROLS[random_part]
 
     @property
-    def units(self) -> int:
-        """Images, or groups of these, that it is a mean over."""
-        units = self.study.first.units
-        judged = self.judged_number(self.study.is_solved)
-        if judged is None:
-            return units
-        counted = judged.about.get("n", {})
-        return min(units, counted.get("images", units))
+    def counts(self) -> tuple[float, float]:
+        """Images, or groups of these, that it is a mean over, and those of a class on average."""
+        first = self.study.first
+        images = first.units
+        if judged := self.judged_number(self.study.is_solved):
+            counted = judged.about.get("n", {})
+            images = min(images, counted.get("images", images))
+        return images, min(images, first.units_of_class)
 
     def numbers(self, solved: bool, weights: str = "trained") -> list[Estimate]:
         """Return the claim's effect of models of some weights, from probes of one kind."""

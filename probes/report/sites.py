@@ -17,7 +17,6 @@ from probes.score.estimate import Estimate
 from probes.score.strengths import is_at_end
 from probes.tasks import SEGMENTATION
 
-from .compare import photos_of_classes
 from .verdicts import compare_to_draws, interval_over_draws
 
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")  # of Table 2
@@ -172,7 +171,7 @@ def class_rows(study: StudyRuns, key: str) -> Iterator[Entry]:
         return
     for run in shown_runs(study).values():
         columns = run_columns(study, run, key)
-        photos = photos_of_classes(run)
+        photos = run.units_by_class
         for entry in run.metrics["sites"]:
             ious = entry["iou_per_class"]
             for name, iou, count in zip(run.metrics["classes"], ious, photos, strict=True):

@@ -38,12 +38,13 @@ class Tables(NamedTuple):
     Args:
         models: key ("A", "B", ...), name (that tells models apart), label (at most 16 characters), about (what else is
             known of it, or ""), path, has_llm, last_layer.
-        claims: A row for each claim, mask, model, task, data, seed and column: "paper", "optimum", "beyond_random", and
-            "untrained", the number of the model before training. Of the column: value, low, high, verdict, reason (why
-            it is untested), detectable, random (mean of the draws), control (kind of draws beyond which the claim fares
-            worst), below_optimum with below_low and below_high. Of the claim, in each row: title, what (is subtracted
-            from what), conclusion, finding (after correction for all claims), would_show (if undecided), p, p_holm, truth, images, patches, seeds.
-            Claims joint over seeds have no seed, and their number in "seeds"; all others have seeds 1.
+        claims: A row for each claim, mask, model, task, data, seed and column: "paper", "optimum", "beyond_random",
+            and "untrained", the number of the model before training. Of the column: value, low, high, verdict,
+            reason (why it is untested), detectable, random (mean of the draws), control (kind of draws beyond which
+            the claim fares worst), below_optimum with below_low and below_high. Of the claim, in each row: title,
+            what (is subtracted from what), conclusion, finding (after correction for all claims), would_show (if
+            undecided), p, p_holm, truth, images, patches, seeds. Claims joint over seeds have no seed, and their
+            number in "seeds"; all others have seeds 1.
         sites: A row for each run, site and metric: model, mask, task, data, weights ("trained", or the control), draw,
             seed, probes ("solved" or "trained"), main (whether the report is about this run), site, metric, value, low,
             high. Main scores of main runs also have random, draws (their number), minus_random, minus_low and

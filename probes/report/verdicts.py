@@ -23,7 +23,8 @@ missing is "untested", and its "reason" names the command to run.
 Some claims have a word of their own for "not learned", as "also in random layers" (`Claim.unlearned`).
 
 "Does not hold" can be that nothing is there, or that the photos are too few. The page and the terminal print the
-"finding", which tells the two apart by the 90% interval "ci90" of a column, as two one-sided tests at 5% do:
+"finding", which tells the two apart by the 90% interval "ci90" of a column, as two one-sided tests at 5% do; it is
+widened for few photos, and beyond random holds for both kinds together:
 
     supported            as above; "supported by itself" where the correction for all claims about a model, seed and
                          task (Holm) undoes it
@@ -222,11 +223,12 @@ def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
 
 
 def interval_over_draws(
-    compared: Estimate, others: Sequence[Estimate] = (), *, ci90_of: int | None = None
+    compared: Estimate, others: Sequence[Estimate] = (), counts: Sequence[float] = ()
 ) -> tuple[list[float], tuple[float, float]]:
     """Return the 95% interval over images and draws, and the standard error and degrees of freedom of draws.
 
-    It is the 90% interval of two one-sided tests if `ci90_of` is the number of images, or groups of these.
+    With `counts` it is one that can show that nothing is there (:meth:`Estimate.widened`): at 95%, since it is looked
+    for in two kinds of random models.
 
     The own interval of what :func:`compare_to_draws` returns covers images. The draws add Student's t. Their variance
     is pooled with `others`: the same claim under other masks or beyond other random weights, whose degrees of freedom
@@ -235,16 +237,16 @@ def interval_over_draws(
     sides of a right angle; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws
     that differ.
     """
-    level, (low, high) = 0.95, compared.ci95
-    if ci90_of is not None:
-        level, (low, high) = 0.9, compared.ci90(ci90_of)
+    low, high = compared.ci95
+    if counts:
+        low, high = compared.widened(counts, level=0.95)
     value = compared.value
     by_draw = [x.about["by_draw"] for x in (compared, *others)]
     df = sum(len(numbers) - 1 for numbers in by_draw)
     squares = [statistics.variance(numbers) * (len(numbers) - 1) for numbers in by_draw]
     variance = max(statistics.variance(by_draw[0]), sum(squares) / df)
     error = (variance / len(by_draw[0])) ** 0.5
-    half = student_quantile((1 + level) / 2, df) * error
+    half = student_quantile(0.975, df) * error
     bounds = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
     return bounds, (error, df)
 
@@ -255,15 +257,15 @@ def judge_draws(
     others: Sequence[Estimate] = (),
     *,
     margin: float = MARGIN,
-    units: int,
+    counts: Sequence[float],
 ) -> Entry:
-    """Return the column "beyond_random" from so many images or groups of these.
+    """Return the column "beyond_random" beside draws, from `counts` of images (:meth:`Estimate.widened`).
 
     Its "ci95_without_draws" is the interval over images alone.
     """
     over_images = compared.ci95
     ci95, of_draws = interval_over_draws(compared, others)
-    ci90, _ = interval_over_draws(compared, others, ci90_of=units)
+    ci90, _ = interval_over_draws(compared, others, counts)
     errors = [standard_error(over_images), of_draws]
     return judge(
         sign,

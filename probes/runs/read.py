@@ -256,6 +256,26 @@ class ProbeRun:
             return self.metrics["images"]
         return len(self.groups.unique())
 
+    @cached_property
+    def units_by_class(self) -> list[int]:
+        """In how many validation images each class is labelled; of images in groups, in how many groups."""
+        sums = self.sums_at(self.sites[:1])[0]
+        labelled = sums.unflatten(-1, (3, -1))[:, 2] > 0  # [N, K]
+        if self.groups is not None:
+            of_groups = []
+            for group in self.groups.unique():
+                of_groups.append(labelled[self.groups == group].any(0))
+            labelled = torch.stack(of_groups)
+        return labelled.sum(0).tolist()
+
+    @property
+    def units_of_class(self) -> float:
+        """Number of validation images, or of their groups, that have a class that is in any, on average."""
+        if self.task_name != SEGMENTATION:
+            return self.units
+        labelled = [units for units in self.units_by_class if units]
+        return sum(labelled) / max(1, len(labelled))
+
     def sums_at(self, sites: Sequence[str]) -> Tensor:
         """Return the sums per image at some sites, from which scores are computed, [S, N, M]; only these are read."""
         return self.task.sums(self._counted(self.task.summed, sites))

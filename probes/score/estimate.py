@@ -65,10 +65,14 @@ class Estimate:
         """The 95% interval."""
         return interval(self.value, self.resampled)
 
-    def ci90(self, units: int) -> list[float]:
-        """Return the 90% interval, that of two one-sided tests at 5%, widened for few photos or groups of these."""
-        low, high = interval(self.value, self.resampled, level=0.9)
-        half = widening_for(units) * (high - low) / 2
+    def widened(self, counts: Sequence[float], level: float = 0.9) -> list[float]:
+        """Return an interval that can show that nothing is there, as two one-sided tests at 5% do.
+
+        It is widened for each of the `counts` of images that it rests on: all, or groups of these, and those of a
+        class, without which scores shrink (`experiments/statistics/equivalence.py`).
+        """
+        low, high = interval(self.value, self.resampled, level=level)
+        half = math.prod(map(widening_for, counts)) * (high - low) / 2
         return [self.value - half, self.value + half]
 
     def json(self, *, lowest: float = -math.inf, highest: float = math.inf) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> fl
     return float(brentq(excess, SMALLEST_P, 1.0))
 
 
-def widening_for(units: int) -> float:
+def widening_for(units: float) -> float:
     """Return how much wider than a bootstrap's an interval of so many photos has to be: Student's t, and its n - 1.
 
     Without it, of four equal models two are said to differ in 7% of studies of 20 photos

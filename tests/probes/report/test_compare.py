@@ -132,7 +132,7 @@ def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
             observed = torch.tensor(true) + noise(12)
             drawn = observed + noise(300, 12)
             models.append([Estimate(x.item(), y) for x, y in zip(observed, drawn.T, strict=True)])
-        difference = difference_of_best(1, *models, units=MANY)
+        difference = difference_of_best(1, *models, counts=(MANY, MANY))
         low, high = difference.interval
         covered += low <= 0 <= high
         best = [max(scores, key=lambda score: score.value) for scores in models]
@@ -159,7 +159,7 @@ def test_the_interval_of_best_layers_is_that_of_all_pairs_together(sign):
         [Estimate(sign * scores[m, i], torch.tensor(sign * drawn[:, m, i])) for i in range(3)]
         for m in (0, 1)
     ]
-    difference = difference_of_best(sign, *models, units=MANY)
+    difference = difference_of_best(sign, *models, counts=(MANY, MANY))
     assert sorted(sign * end for end in difference.interval) == pytest.approx(expected)
 
 
@@ -185,7 +185,9 @@ def test_the_p_value_is_one_minus_the_level_of_the_widest_band_without_zero(
     observed[1] += shift
     drawn[:, 1] += shift
     difference = difference_of_best(
-        sign, *(scores_of(sign * observed[m], sign * drawn[:, m]) for m in (0, 1)), units=units
+        sign,
+        *(scores_of(sign * observed[m], sign * drawn[:, m]) for m in (0, 1)),
+        counts=(units, units),
     )
     widening = widening_for(units)
     pairs = observed[1][:, None] - observed[0]
@@ -217,7 +219,7 @@ def test_few_photos_widen_as_student_does():
 def test_equal_runs_differ_by_nothing():
     scores = np.full(3, 0.5)
     drawn = np.random.default_rng(0).normal(0.5, 0.02, (200, 3))
-    difference = difference_of_best(1, *[scores_of(scores, drawn)] * 2, units=20)
+    difference = difference_of_best(1, *[scores_of(scores, drawn)] * 2, counts=(20, 20))
     low, high = difference.interval
     assert difference.p == 1 and low <= 0 <= high
 

@@ -35,7 +35,8 @@ def said(scores: dict[str, float], claims: dict) -> str:
         (
             MLLM,
             {"recovery": claim("not learned", 0.13, HOLDS)},
-            "tiny segments best at its encoder: 50.0% mIoU. Its LLM adds 13.0 points to its adapter, as random LLMs do.",
+            "tiny segments best at its encoder: 50.0% mIoU. Its LLM adds 13.0 points to its adapter, as random LLMs "
+            "do.",
         ),
         (
             MLLM,

@@ -62,7 +62,7 @@ def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(
             noise = shared if shared_images else 0.5 * draw(50)
             trained = effect(0.03 * draw(1) + noise + 0.1 * draw(50))
             draws = [effect(spread * draw(1) + 0.2 * noise + 0.1 * draw(50)) for _ in range(2)]
-            columns[seed] = judge_draws(1, compare_to_draws(trained, draws), units=50)
+            columns[seed] = judge_draws(1, compare_to_draws(trained, draws), counts=(50,))
         low, high = join_column(1, columns, shared_images)["ci95"]
         covered += low <= 0 <= high
         of_one = np.mean([np.ptp(entry["ci95"]) for entry in columns.values()])

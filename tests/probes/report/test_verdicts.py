@@ -100,7 +100,7 @@ def test_interval_over_images_and_draws_covers_the_truth(spread, draws, masks):
             compare_to_draws(*simulated(truth, spread=spread, draws=draws, generator=generator))
             for _ in range(masks)
         ]
-        low, high = judge_draws(1, first, others, units=50)["ci95"]
+        low, high = judge_draws(1, first, others, counts=(50,))["ci95"]
         covered += low <= truth <= high
     assert covered >= 0.93 * STUDIES, (
         f"{covered} of {STUDIES}; 95% are expected, 93% are two standard errors below"

@@ -37,7 +37,8 @@ def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):
             cells.append(Estimate(effect + error - by_draw.mean(), resampled, about))
         own = cells[: len(draws)]  # of the first mask
         verdicts = [
-            judge_draws(1, cell, [x for x in cells if x is not cell], units=100)["verdict"] for cell in own
+            judge_draws(1, cell, [x for x in cells if x is not cell], counts=(100,))["verdict"]
+            for cell in own
         ]
         successes += verdicts == ["holds"] * len(draws)
     assert 0.76 <= successes / STUDIES <= 0.84

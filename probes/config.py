@@ -110,6 +110,7 @@ class DataOptions:
         task: Kind of targets, see probes/README.md: segmentation, depth, normals or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None for the name of the folder.
+        blank: Read a blank picture of each photo's size and mean colour in its place.
         validation: Share of the photos that are validation, of a folder without splits (NAME.jpg beside NAME.png, or
             images/ and masks/); drawn by the seed, and nothing is moved.
         groups: Regular expression: photos in whose names it finds the same text stay in one split, e.g. '^.*_' for
@@ -124,6 +125,7 @@ class DataOptions:
     task: str = "segmentation"
     options: Values | None = None
     name: str | None = None
+    blank: bool | None = None
     validation: ShareBelow1 | None = None
     groups: str | None = None
     batch_size: Count = 64
@@ -260,6 +262,7 @@ class StudyOptions(RunConfig):
             permuted.
         arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
         fit: Also train probes, as the paper does.
+        blank: Also solve probes of the trained model on blank pictures.
         tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
         add: Further analyses, by the names of their commands, or options of one: knockout.classes=sky,road.
         only: Only these kinds of steps: solve, fit, report, or an analysis.
@@ -276,6 +279,7 @@ class StudyOptions(RunConfig):
     draws: Index = 3
     arms: tuple[str, ...] = ()
     fit: bool = False
+    blank: bool = False
     tasks: tuple[str, ...] = ()
     add: tuple[str, ...] = ()
     only: tuple[str, ...] = ()

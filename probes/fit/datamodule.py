@@ -91,7 +91,7 @@ class ProbeDataModule(LightningDataModule):
         mllm, sites, prepare = self._reader
         if split != "training":
             prepare = None
-        source = PreprocessedDataset(self.data.splits[split], mllm.preprocess, prepare)
+        source = self.data.read_images(split, mllm.preprocess, prepare)
         if not self.data.hparams["cache_features"]:
             return source
         if split not in self._cached:

@@ -142,6 +142,8 @@ def make_metrics(
         "sites": sites,
         "summary": summary({site["site"]: site[task.score] for site in sites}, task.sign),
     }
+    if data.is_blank:
+        metrics["blank"] = True
     if record.strengths:
         metrics["path"] = {record.probe["solved"]: {"sites": record.strengths.sites}}
     return metrics

@@ -21,7 +21,7 @@ from torch import Tensor
 from llava_bidir.common.files import names_full_disk
 from llava_bidir.common.imports import check_shape
 from probes.compute.machine import Machine, solver_device
-from probes.data.batches import MaskPreparer, PreprocessedDataset
+from probes.data.batches import MaskPreparer
 from probes.data.probe_data import ProbeData
 from probes.ops.geometry import Geometry
 from probes.ops.normal_equations import NormalEquations, join_equations, normal_equations
@@ -135,8 +135,7 @@ class StateReader:
         prepare = None
         if self.targets is None:
             prepare = self.prepare
-        training = self.data.splits["training"]
-        source = PreprocessedDataset(training, self.probes.mllm.preprocess, prepare)
+        source = self.data.read_images("training", self.probes.mllm.preprocess, prepare)
         images = len(self.fold_of)
         batches = [part.tolist() for part in torch.arange(images).split(self.data.rank_batch_size)]
         for batch in follow(

@@ -13,6 +13,8 @@ Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and 
 A claim is compared with `random` and with `permuted` arms, and must hold beyond both: a model that has learned nothing
 can differ from all draws of one kind, e.g. by the scale of its weights (experiments/beyond_random/beyond_random.md).
 
+`--blank` adds `blank`, the trained model on blank pictures: what its prompt and positions tell.
+
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does; with `--model.head mlp` also
 `probes_mlp`, the same with another head. Only linear probes are solved, so heads are compared as trained ones.
 """
@@ -33,6 +35,7 @@ from probes.models.read_config import read_config
 from probes.models.sites import layer_around
 
 TRAINED = "trained"  # the arm of the checkpoint as it is
+BLANK = "blank"  # the arm of `--blank`: the trained model on blank pictures
 FITTED = "probes"  # the arm of `--fit`: the trained model with probes that AdamW trained
 
 
@@ -117,6 +120,8 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
     places = {site: layer_around(site) for site in all_sites(family, config) if site in chosen}
     unmatched = why_unmatched(config)
     names = arm_names(study, family.has_llm)
+    if study.blank:
+        names.append(BLANK)
     if study.fit:
         names.append(FITTED)
         if study.model.head != LINEAR:
@@ -124,6 +129,8 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
     for name in names:
         weights = weights_of_arm(name, family.has_llm)
         options = RunConfig.of(study, model=model, overwrite=False)
+        if name == BLANK:
+            options = replace(options, data=replace(options.data, blank=True))
         compared = [*places]
         if weights.parts:
             changed = sites[weights.sites]
@@ -172,9 +179,9 @@ def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:
 
 
 def weights_of_arm(name: str, has_llm: bool) -> Weights:
-    """Return the weights of an arm; under probes that AdamW trained, they are those of the trained model."""
+    """Return the weights of an arm; of blank pictures, and under probes that AdamW trained, the trained model's."""
     kind = kind_of(name)
-    if is_fitted(name):
+    if is_fitted(name) or name == BLANK:
         kind = TRAINED
     return weights_by_kind(has_llm)[kind]
 

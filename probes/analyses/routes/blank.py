@@ -1,6 +1,6 @@
 """What an answer owes to the picture: the same question about a blank one, of the photo's mean colour.
 
-A blank picture has the photo's size, so that tiles and padding are the photo's. What it changes is the probability of
+What the blank picture (probes/data/blank.py) changes is the probability of
 the right answer, paired over photos, for each kind of question:
 
     grounded    the photo makes the right answer more probable, by a point at least
@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.knockout.knockout_effects import mean_over_cases
@@ -34,12 +32,6 @@ class Regime(StrEnum):
     PRIOR = "prior"
     INVERTED = "inverted"
     UNDECIDED = "undecided"
-
-
-def blank_picture(image: Image.Image) -> Image.Image:
-    """Return a picture of the size and the mean colour of a photo."""
-    colour = np.asarray(image.convert("RGB")).mean((0, 1)).round().astype(int).tolist()
-    return Image.new("RGB", image.size, tuple(colour))
 
 
 def regimes_of(

@@ -1,4 +1,7 @@
-"""Blank pictures: a photo's size and mean colour, so that tiles and padding are the photo's, and nothing is to be seen."""
+"""Blank pictures: of a photo's size and mean colour, so that tiles and padding are the photo's.
+
+The mean colour stays, and can tell by itself: of red objects on grey, which pictures have one.
+"""
 
 from collections.abc import Callable, Sequence
 

@@ -103,15 +103,3 @@ def describe_regimes(mask: str, regimes: dict[str, dict[str, Any]]) -> str:
         f"{mask.capitalize()}, against a blank picture of the photo's mean colour, by the probability of the right "
         f"answer: {'; '.join(parts)}. Grounded: the photo adds; prior: it adds nothing; inverted: it takes."
     )
-
-
-def regime_rows(model: str, regimes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row of the CSV file for each kind of question."""
-    rows = []
-    for kind, entry in regimes.items():
-        row = {"model": model, "kind": kind}
-        for name in ("regime", "questions", "images", "photo", "blank", "value"):
-            row[name] = entry[name]
-        row["low"], row["high"] = entry["ci95"]
-        rows.append(row)
-    return rows

@@ -146,6 +146,7 @@ class DataOptions:
         task: Kind of targets, see probes/README.md: segmentation, depth, normals or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None for the name of the folder.
+        blank: Read a blank picture of each photo's size and mean colour in its place.
         validation: Share of the photos that are validation, of a folder without splits (NAME.jpg beside NAME.png, or
             images/ and masks/); drawn by the seed, and nothing is moved.
         groups: Regular expression: photos in whose names it finds the same text stay in one split, e.g. '^.*_' for
@@ -166,6 +167,7 @@ class DataOptions:
     task: str = "segmentation"
     options: Values | None = None
     name: str | None = None
+    blank: bool | None = None
     validation: ShareBelow1 | None = None
     groups: str | None = None
     batch_size: Count = 64
@@ -312,6 +314,7 @@ class StudyOptions(RunConfig):
         cuts: Also cut attention in the encoder, in the llm, or in both, with probes and controls under each cut: does
             the LLM recover what the encoder's context had told?
         fit: Also train probes, as the paper does.
+        blank: Also solve probes of the trained model on blank pictures.
         tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
         margin: Points of a class score that count as nothing, chosen before any result.
         add: Further analyses, by the names of their commands, or options of one: knockout.classes=sky,road.
@@ -332,6 +335,7 @@ class StudyOptions(RunConfig):
     control_sites: Count = 1
     cuts: tuple[Literal["encoder", "llm", "both"], ...] = ()
     fit: bool = False
+    blank: bool = False
     tasks: tuple[str, ...] = ()
     margin: Positive = POINTS
     add: tuple[str, ...] = ()

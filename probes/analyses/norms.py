@@ -9,6 +9,7 @@ in medians, mean over images; "outliers": share of patches from `outlier` on}}.
 norms.safetensors: "photo" f32[S, h, w], of the first image in medians; "mean" f32[S, h, w], over images.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.runs.read import ProbeRun
     from probes.runs.study import StudyRuns
 
-    from .charts import Chart, Figure
+    from .charts import Figure
 
 OUTLIER_NORM = 3.0  # medians: DINOv2-g's artefacts are from 150 on, most other patches around 50
 MOST_MAPS = 6
@@ -93,7 +94,7 @@ def section(study: "StudyRuns") -> Section:
 
 
 def norms_figure(run: "ProbeRun", results: dict[str, Any]) -> "Figure":
-    """Return the share of outliers by site, and maps of one photo."""
+    """Return maps of one photo, and the share of outliers by site."""
     from probes.runs.files import read_tensors
 
     from .charts import Figure, Grid
@@ -101,43 +102,24 @@ def norms_figure(run: "ProbeRun", results: dict[str, Any]) -> "Figure":
     sites = results["sites"]
     maps = read_tensors(run.path / "norms.safetensors")["photo"]
     grids = []
-    for number in shown_sites(sites):
-        site = list(sites)[number]
+    step = math.ceil(len(sites) / MOST_MAPS)
+    for number, site in list(enumerate(sites))[::-step]:  # the last one is among them
         title = f"{site}, up to {sites[site]['largest']:.3g} medians"
         span = (0.0, max(OUTLIER_NORM, maps[number].max().item()))
         grids.append(Grid(maps[number].numpy(), title=title, span=span))
     rows = [{"site": site} | numbers for site, numbers in sites.items()]
     caption = (
-        f"Share of patches whose norm is {OUTLIER_NORM:g} times the median of their image or more, in "
-        f"{results['images']} images, and the norms in one of these, in medians: dark patches are outliers. They say "
-        "little of what they show."
+        f"Maps: norms in one photo, in medians; dark patches are outliers, which say little of what they show. Table: "
+        f"share of outliers, patches of {OUTLIER_NORM:g} medians or more, in {results['images']} images."
     )
     return Figure(
         name=f"norms_{run.mask}",
         title=f"Norms of patches, {run.mask}",
         caption=caption,
-        panels=[outlier_chart(sites), *grids],
+        panels=grids[::-1],
         rows=rows,
+        shows_rows=True,
     )
-
-
-def shown_sites(sites: dict[str, Any]) -> list[int]:
-    """Return the numbers of sites whose maps are shown: at equal distances, and the one with the largest norm."""
-    last = len(sites) - 1
-    chosen = {round(i * last / (MOST_MAPS - 2)) for i in range(MOST_MAPS - 1)}
-    largest = [numbers["largest"] for numbers in sites.values()]
-    return sorted(chosen | {largest.index(max(largest))})
-
-
-def outlier_chart(sites: dict[str, Any]) -> "Chart":
-    """Return the curve of the share of outliers."""
-    from .charts import Chart, Curve, Point
-
-    points = []
-    for x, (site, numbers) in enumerate(sites.items()):
-        points.append(Point(x, numbers["outliers"], title=f"{site}: {numbers['outliers']:.1%}"))
-    ticks = {x: site.rpartition("_")[2] for x, site in enumerate(sites)}
-    return Chart([Curve(points, mark="circle")], ticks, title="outliers", unit="patches, %")
 
 
 ANALYSIS = Analysis(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
@@ -23,7 +23,8 @@ from llava_bidir.common.processes import (
 )
 from probes.config import DataOptions, VerifyOptions
 
-from .batches import CachedFeatures, PreprocessedDataset, collate
+from .batches import CachedFeatures, MaskPreparer, PreprocessedDataset, collate
+from .blank import Preprocess, blanked
 from .registry import identity_of_splits, open_splits, options_of_layout
 from .samplers import validation_batches
 from .verify import (
@@ -53,6 +54,9 @@ class ProbeData:
 
     def __init__(self, config: DataOptions, seed: int = 0):
         self.hparams: dict[str, Any] = asdict(config) | {"seed": seed}  # see `run_identity`
+        self.is_blank = bool(config.blank)
+        if not self.is_blank:
+            self.hparams["blank"] = None  # as runs before this option
         self.splits = open_splits(config, seed)
         self.root = config.root
         self.dataset = config.dataset
@@ -112,6 +116,14 @@ class ProbeData:
         self.remarks = find_remarks(pairs)
         for note in data_notes(self.classes, self.labels, self.remarks):
             warn(f"{self.root}: {note}")
+
+    def read_images(
+        self, images: Dataset, preprocess: Preprocess, prepare: MaskPreparer | None = None
+    ) -> PreprocessedDataset:
+        """Return images, or blank pictures in their place, as a model takes them."""
+        if self.is_blank:
+            preprocess = blanked(preprocess)
+        return PreprocessedDataset(images, preprocess, prepare)
 
     @property
     def rank_batch_size(self) -> int:

@@ -106,12 +106,11 @@ class ProbeDataModule(LightningDataModule):
     def _source(self, split: str) -> PreprocessedDataset | CachedFeatures:
         """Return the images of a split as the model takes them, or their states if these are kept."""
         mllm, sites, prepare = self._reader
-        photos = self.data.splits[split]
         if split == "training":
-            samples = self.training_samples(mllm)
-            source = PreprocessedDataset(samples, samples.preprocess, prepare)
+            images = self.training_samples(mllm)
+            source = self.data.read_images(images, images.preprocess, prepare)
         else:
-            source = PreprocessedDataset(photos, mllm.preprocess)
+            source = self.data.read_images(self.data.splits[split], mllm.preprocess)
         if not self.data.hparams["cache_features"]:
             return source
         if split not in self._cached:

@@ -334,9 +334,11 @@ def study_results(study: StudyRuns, label: str, claims: list[Entry], sections: S
                 entry[name] = by_mask[mask]
     random: dict[str, list[Entry]] = {}
     for run in study.members:
-        if run.arm != "trained" and run not in study.untrained.values():
+        if run.arm not in ("trained", "blank") and run not in study.untrained.values():
             random.setdefault(run.mask, []).append({"probing": run.metrics})
     untrained = {mask: {"probing": run.metrics} for mask, run in study.untrained.items()}
+    for run in study.where(arm="blank"):
+        masks[run.mask]["blank"] = {"probing": run.metrics}
     return {
         "model": label,
         "dataset": study.dataset,

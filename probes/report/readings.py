@@ -42,6 +42,7 @@ class SiteReading:
         margin: Smallest difference that counts.
         label: What its user calls it, if that names a mask of a model.
         position: Row of position alone, None if it was not solved.
+        blank: Rows of the table of sites of the same model on blank pictures.
     """
 
     model: Any
@@ -58,6 +59,7 @@ class SiteReading:
     margin: float
     label: str | None = None
     position: Any = None
+    blank: Sequence[Any] = ()
 
     @property
     def about(self) -> tuple:
@@ -227,6 +229,8 @@ def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
     positions = {}
     for row in shown(main_rows(tables.position)).itertuples():
         positions[row.task, row.data, row.model, row.mask, row.seed] = row
+    on_main_path = table["site"].map(is_on_main_path)
+    of_blank = table[(table["weights"] == "blank") & is_score & on_main_path]
     readings = []
     for about, rows in main.groupby(ABOUT, sort=False):
         task, data, key, mask, seed = about
@@ -253,9 +257,17 @@ def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
             margin=margins[task],
             label=main_run.run.label,
             position=positions.get(about),
+            blank=_rows_of_blank(of_blank, about, sites),
         )
         readings.append(reading)
     return ReportView(tables, models, readings=readings)
+
+
+def _rows_of_blank(table: pd.DataFrame, about: tuple, sites: Mapping[str, str]) -> list[Any]:
+    """Return the rows of a model on blank pictures, with the page's names of its sites."""
+    rows = table[(table[ABOUT] == list(about)).all(axis=1)]
+    names = {own: name for name, own in sites.items()}
+    return list(rows.assign(site=rows["site"].map(names)).itertuples())
 
 
 def _site_beside_llm(site: str) -> str:
@@ -355,6 +367,7 @@ def by_site(
     task = TASKS[readings[0].task]
     positions = [reading.position for reading in readings if reading.position]
     curves = position_curves(positions, last=len(axis.sites) - 1)
+    curves += [blank_curve(reading, axis) for reading in readings if reading.blank]
     curves += [curve_of(reading, axis, masks, style="thin", mark="") for reading in others]
     for reading in readings:
         curves.append(curve_of(reading, axis, masks, band=reading in banded))
@@ -395,6 +408,15 @@ def curve_of(reading: SiteReading, axis: SiteAxis, masks: Sequence[str], **look:
         if reading.mask not in SIGNS:
             label = f"{label}, {reading.mask}"
     return Curve(points=points, name=label, colour=reading.model.number, **looks | look)
+
+
+def blank_curve(reading: SiteReading, axis: SiteAxis) -> Curve:
+    """Return the curve of a reading's model on blank pictures."""
+    points = []
+    for row in reading.blank:
+        place = axis.place(reading, row.site)
+        points.append(Point(place, row.value, title=f"blank pictures: {row.value_ci}"))
+    return Curve(points, name="blank pictures", colour="grey", style="dotted")
 
 
 def grey_of(readings: Sequence[SiteReading], axis: SiteAxis) -> list[list[Point]]:

@@ -146,7 +146,12 @@ class ProbeRun:
 
     @property
     def arm(self) -> str:
-        """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md)."""
+        """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md).
+
+        It is "blank" of the trained model on blank pictures.
+        """
+        if self.metrics.get("blank"):
+            return "blank"
         untrained = sorted(self.metrics["untrained"])
         match = self.metrics["match"]
         if untrained in (["llm"], ["encoder"]):

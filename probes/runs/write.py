@@ -144,6 +144,8 @@ def make_metrics(
     }
     if settings["cut"]:
         metrics["cut"] = settings["cut"]
+    if data.is_blank:
+        metrics["blank"] = True
     if record.strengths:
         metrics["path"] = {record.probe["solved"]: {"sites": record.strengths.sites}}
     return metrics

@@ -37,7 +37,7 @@ from llava_bidir.common.runs import begin_run, interrupt_says_how_to_resume, pla
 from probes.compute.machine import build_machine, seed_everything, solver_device
 from probes.config import RunConfig, SolveOptions
 from probes.data.available_memory import available_memory
-from probes.data.batches import PreprocessedDataset, square_rows
+from probes.data.batches import square_rows
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import assign_folds
 from probes.data.windows import TrainingSamples, training_samples
@@ -247,7 +247,8 @@ def count_validation_images(
         probes.task, images=len(validation), geometry=probes.mllm.geometry, probes_of_run=chosen
     )
     at_once = images_at_once(probes, solutions)
-    loader = run.data.validation_loader(PreprocessedDataset(validation, probes.mllm.preprocess))
+    images = run.data.read_images(validation, probes.mllm.preprocess)
+    loader = run.data.validation_loader(images)
     for batch in follow(loader, count=len(loader), label="scores", kind=machine.progress):
         batch = move_batch(batch, device)
         with machine.forward_context():
@@ -333,7 +334,7 @@ def write_files_of_run(
     for name in task.summed:
         if counted[name].ndim == 3:
             counted_at_choice[name] = counted[name][chosen]
-    if task.name == SEGMENTATION and not run.hparams["untrained"]:
+    if task.name == SEGMENTATION and not (run.hparams["untrained"] or run.data.is_blank):
         write_pictures(run, probes, counted_at_choice)
     save_run(probes, record=record, data=run.data, counted=counted_at_choice, out=run.folder.path)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from llava_bidir.common.files import names_full_disk
 from llava_bidir.common.imports import check_shape
 from probes.compute.machine import Machine, solver_device
-from probes.data.batches import MaskPreparer, PreprocessedDataset
+from probes.data.batches import MaskPreparer
 from probes.data.probe_data import ProbeData
 from probes.data.windows import TrainingSamples
 from probes.ops.geometry import Geometry
@@ -145,7 +145,7 @@ class StateReader:
         prepare = None
         if self.targets is None:
             prepare = self.prepare
-        source = PreprocessedDataset(self.samples, self.samples.preprocess, prepare)
+        source = self.data.read_images(self.samples, self.samples.preprocess, prepare)
         images = len(self.fold_of)
         batches = [part.tolist() for part in torch.arange(images).split(self.data.rank_batch_size)]
         for batch in follow(

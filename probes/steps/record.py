@@ -231,9 +231,9 @@ def describe_change(step: Step, record: StepRecord, folder: Path) -> str:
 
 
 def compared(config: Any) -> dict[str, Any]:
-    """Return what is compared of a config."""
+    """Return what is compared of a config: of options that are None nothing, as earlier versions lack some."""
     settings = config if isinstance(config, dict) else {"a setting": config}
-    return compared_settings(settings)
+    return {name: value for name, value in compared_settings(settings).items() if value is not None}
 
 
 def first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ can differ from all draws of one kind, e.g. by the scale of its weights (experim
 `--cuts` adds the trained, random and permuted arms again, as `cut_encoder_trained` ..., under each cut; of an encoder
 with CLS or registers also `cut_encoder_alone_trained` ..., whose patches do not see these.
 
+`--blank` adds `blank`, the trained model on blank pictures: what its prompt and positions tell.
+
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does; with `--model.head mlp` also
 `probes_mlp`, the same with another head. Only linear probes are solved, so heads are compared as trained ones.
 """
@@ -41,6 +43,7 @@ from probes.models.sites import every_nth, layer_around
 from probes.runs.study import CONTROLS
 
 TRAINED = "trained"  # the arm of the checkpoint as it is
+BLANK = "blank"  # the arm of `--blank`: the trained model on blank pictures
 FITTED = "probes"  # the arm of `--fit`: the trained model with probes that AdamW trained
 
 
@@ -138,6 +141,8 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
     places = {site: layer_around(site) for site in all_sites(family, config) if site in chosen}
     unmatched = why_unmatched(config)
     names = arm_names(study, family.has_llm)
+    if study.blank:
+        names.append(BLANK)
     if study.fit:
         names.append(FITTED)
         if study.model.head != LINEAR:
@@ -149,6 +154,8 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
         weights = weights_of_arm(name, family.has_llm)
         under_cut = replace(model, cut=cut)
         options = RunConfig.of(study, model=under_cut, overwrite=False)
+        if name == BLANK:
+            options = replace(options, data=replace(options.data, blank=True))
         compared = [*places]
         if weights.parts:
             changed = sites[weights.sites]
@@ -219,9 +226,9 @@ def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:
 
 
 def weights_of_arm(name: str, has_llm: bool) -> Weights:
-    """Return the weights of an arm; under probes that AdamW trained, they are those of the trained model."""
+    """Return the weights of an arm; of blank pictures, and under probes that AdamW trained, the trained model's."""
     kind = kind_of(name)
-    if is_fitted(name):
+    if is_fitted(name) or name == BLANK:
         kind = TRAINED
     return weights_by_kind(has_llm)[kind]
 

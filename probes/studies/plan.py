@@ -24,6 +24,7 @@ from probes.config import DataOptions, ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.heads import LINEAR, factory_of
+from probes.ops.geometry import SLIDE
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
 from probes.site_probes import check_names
@@ -157,6 +158,10 @@ def _check(study: StudyOptions) -> None:
             )
     if study.model.cut:
         raise UserError("model.cut is given, but a study has arms with and without it (--cuts)")
+    if study.blank and study.model.image_resize == SLIDE:
+        raise UserError(
+            "--blank is about whole photos, and model.image_resize slide reads windows of them"
+        )
     if study.training_images and study.data.task != SEGMENTATION:
         raise UserError(f"--training_images is about classes, and data.task is {study.data.task}")
     factory_of(study.model.head)

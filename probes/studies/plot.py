@@ -43,7 +43,7 @@ def plot_table(
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        if run["weights"] != "trained":
+        if run["weights"] not in ("trained", "blank"):
             rows = shown[shown["run"] == run["run"]]
             axes.plot(rows["place"], rows["value"], marker="o", ms=3, color="lightgrey", zorder=1)
     for run in trained:

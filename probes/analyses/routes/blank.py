@@ -1,6 +1,6 @@
 """What an answer owes to the picture: the same question about a blank one, of the photo's mean colour.
 
-A blank picture has the photo's size, so that tiles and padding are the photo's. What it changes is the probability of
+What the blank picture (probes/data/blank.py) changes is the probability of
 the right answer, paired over photos, for each kind of question:
 
     grounded    the photo makes the right answer more probable, by a point at least
@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.knockout.knockout_effects import mean_over_cases
@@ -34,12 +32,6 @@ class Regime(StrEnum):
     PRIOR = "prior"
     INVERTED = "inverted"
     UNDECIDED = "undecided"
-
-
-def blank_picture(image: Image.Image) -> Image.Image:
-    """Return a picture of the size and the mean colour of a photo."""
-    colour = np.asarray(image.convert("RGB")).mean((0, 1)).round().astype(int).tolist()
-    return Image.new("RGB", image.size, tuple(colour))
 
 
 def regimes_of(
@@ -111,15 +103,3 @@ def describe_regimes(mask: str, regimes: dict[str, dict[str, Any]]) -> str:
         f"{mask.capitalize()}, against a blank picture of the photo's mean colour, by the probability of the right "
         f"answer: {'; '.join(parts)}. Grounded: the photo adds; prior: it adds nothing; inverted: it takes."
     )
-
-
-def regime_rows(model: str, regimes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row of the CSV file for each kind of question."""
-    rows = []
-    for kind, entry in regimes.items():
-        row = {"model": model, "kind": kind}
-        for name in ("regime", "questions", "images", "photo", "blank", "value"):
-            row[name] = entry[name]
-        row["low"], row["high"] = entry["ci95"]
-        rows.append(row)
-    return rows

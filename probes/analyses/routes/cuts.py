@@ -17,12 +17,12 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.knockout_effects import mean_over_cases
+from probes.data.blank import blank_picture
 from probes.models.knockout import Knockout
 from probes.runs.read import ProbeRun
 from probes.score.estimate import Estimate
 
 from . import RoutesOptions
-from .blank import blank_picture
 from .questions import QuestionFile, read_question_image, tokens_in_box
 
 CONTRAST = "object - random"

@@ -12,7 +12,7 @@ from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, StudyRuns
 from probes.score.estimate import estimate_text
 
-from .blank import describe_regimes, regime_rows
+from .blank import describe_regimes
 from .cuts import TARGETS
 
 KEYS = ("questions", "images", "layers", "accuracy", "sites", "effects")  # of routes.json
@@ -33,7 +33,7 @@ def section(study: StudyRuns) -> Section:
             sentences.append(describe_regimes(mask, of_mask["regimes"]))
         if text := describe_sinks(mask, of_mask["sinks"]):
             sentences.append(f"{text} Grey in the figure.")
-    tables = {"answer_accuracy": accuracy_rows(routes), "regimes": all_regime_rows(routes)}
+    tables = {"answer_accuracy": accuracy_rows(routes)}
     results = {}
     if routes:
         results["routes"] = next(iter(routes.values()))["regimes"]
@@ -95,16 +95,6 @@ def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"trained": of_mask} | {
         f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]
     }
-
-
-def all_regime_rows(routes: dict[str, dict[str, Any]]) -> Rows:
-    """Return what answers owe to the picture, by mask, model and kind of question."""
-    rows = []
-    for mask, of_mask in routes.items():
-        for model, entry in models_of(of_mask).items():
-            of_model = regime_rows(model, entry["regimes"])
-            rows += [{"image_attention": mask} | row for row in of_model]
-    return rows
 
 
 def accuracy_rows(routes: dict[str, dict[str, Any]]) -> Rows:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from probes.analyses.routes.blank import Regime, blank_picture, regime_of, regimes_of
+from probes.analyses.routes.blank import Regime, regime_of, regimes_of
 from probes.analyses.routes.questions import Question
+from probes.data.blank import blank_picture
 from probes.score.estimate import Estimate
 
 CLASSES = 4

@@ -227,5 +227,3 @@ def test_a_planted_route_is_found_and_none_in_a_model_that_was_not_trained(
     for route in (("random", "text"), ("object", "question")):
         assert abs(effects[route]["all"]["value"]) < 0.1
     assert claimed[0].value < 0.01
-    ((_, grounded),) = results[150]["regimes"].items()
-    assert grounded["regime"] == "grounded" and grounded["questions"] == 60

@@ -52,7 +52,7 @@ def check_sizes(texts: Sequence[str], images: int) -> list[int]:
     for text in texts:
         if text != ALL and not (text.isdecimal() and 1 < int(text) < images):
             raise UserError(
-                f"--training_images {text}: expected numbers from 2 to {images - 1}, less than all training photos, or {ALL}"
+                f"--training_images {text}: expected numbers from 2 to {images - 1}, not all of them, or {ALL}"
             )
     return sorted({int(text) for text in texts if text != ALL})
 

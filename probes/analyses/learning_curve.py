@@ -3,29 +3,33 @@
 Subsets of the training images are nested and made of whole groups. Each is solved as all images were, with a strength
 of its own, and scored on all validation images, over the classes that the run's mIoU is of.
 
-learning_curve.json: "learning_curve": [{"site", "asked": number of images or "all", "images", "draw", "score"}],
-"means": [{"site", "asked", "images", "miou", "ci95"}] over draws, with intervals over validation images,
-"best": [{"asked", "images", "site"}], and "settled": the size from which on the best site is that of the largest one.
+learning_curve.json: "learning_curve": [{"asked": number of images or "all", "images", "draw", "site", "score", "ci95":
+over validation images}].
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.errors import UserError
 
-from .analysis import Analysis, Result, Row, RunOptions, Section, table_row
+from .analysis import Analysis, Result, Row, RunOptions, Section
 
 if TYPE_CHECKING:  # this module answers `probes --help`
+    from pandas import DataFrame
     from torch import Tensor
 
     from probes.runs.read import ProbeRun
     from probes.runs.study import StudyRuns
 
-    from .charts import Curve
+    from .charts import Chart
 
 ALL = "all"
 DRAWS = 3  # of each size but all
+CAPTION = (
+    "Means over draws of the training images, and of their 95% intervals over validation images. In colour: sites that "
+    "are the best at a size."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,179 +43,136 @@ class LearningOptions(RunOptions):
     images: tuple[str, ...] = ("10", "30", "100", ALL)
 
 
-def check_sizes(texts: Sequence[str], images: int) -> None:
-    """Raise a UserError unless texts are numbers below the training images, or "all"."""
+def check_sizes(texts: Sequence[str], images: int) -> list[int]:
+    """Return the numbers among texts, from small to large.
+
+    Raises:
+        UserError: A text is neither "all" nor a number of fewer than all images.
+    """
     for text in texts:
         if text != ALL and not (text.isdecimal() and 1 < int(text) < images):
             raise UserError(
-                f"--training_images {text}: expected numbers from 2 to {images - 1}, of the {images} training images "
-                f"that there are, or {ALL}"
+                f"--training_images {text}: expected numbers from 2 to {images - 1}, not all of them, or {ALL}"
             )
-
-
-def sizes_of(texts: Sequence[str]) -> list[int]:
-    """Return the numbers among texts, from small to large."""
     return sorted({int(text) for text in texts if text != ALL})
 
 
 def measure(run: "ProbeRun", options: LearningOptions) -> Result:
-    """Return the scores of all subsets and sites.
+    """Return the scores of all sizes, draws and sites.
 
     Raises:
         UserError: The probes were not solved, or a size is not one of fewer images than there are.
     """
-    from probes.solve.subsets import count_subsets, read_solve_run
+    from probes.solve.subsets import SubsetRun, draw_subset
 
     if not run.is_solved:
         raise UserError(f"{run.path} has trained probes; expected a run of `probes solve`")
-    solved = read_solve_run(run)
-    images = len(solved.data.splits["training"])
-    check_sizes(options.images, images)
-    sizes = sizes_of(options.images)
-    sums_by_size = {}
-    images_of = {}
-    if sizes:
-        subsets, counted = count_subsets(solved, sizes, DRAWS)
-        sums = run.task.sums(counted).unflatten(0, (len(sizes), DRAWS, -1))
-        for i, size in enumerate(sizes):
-            sums_by_size[size] = sums[i]
-            images_of[size] = [len(subset) for subset in subsets[DRAWS * i : DRAWS * (i + 1)]]
+    solver = SubsetRun(run, options.folder / f"{ANALYSIS.name}.partial")
+    groups = solver.groups
+    seed = DRAWS * run.metrics["seed"]
+    sizes = check_sizes(options.images, len(groups))
+    drawn = [(size, draw) for size in sizes for draw in range(DRAWS)]
+    subsets = [draw_subset(groups, images=size, seed=seed + draw) for size, draw in drawn]
+    rows: list[Row] = []
+    if subsets:
+        sums = run.task.sums(solver.count(subsets)).unflatten(0, (len(subsets), -1))
+        for (size, draw), subset, of_subset in zip(drawn, subsets, sums, strict=True):
+            about = {"asked": str(size), "images": len(subset), "draw": draw}
+            rows += [about | row for row in site_scores(run, of_subset)]
     if ALL in options.images:
-        sums_by_size[ALL] = run.sums_at(run.sites)[None]
-        images_of[ALL] = [images]
-    return Result(curve_rows(run, sums_by_size, images_of))
+        about = {"asked": ALL, "images": len(groups), "draw": 0}
+        rows += [about | row for row in site_scores(run, run.sums_at(run.sites))]
+    return Result({"learning_curve": rows})
 
 
-def curve_rows(
-    run: "ProbeRun",
-    sums_by_size: Mapping[int | str, "Tensor"],
-    images_of: Mapping[int | str, Sequence[int]],
-) -> dict[str, Any]:
-    """Return the rows of learning_curve.json.
+def site_scores(run: "ProbeRun", sums: "Tensor") -> Iterator[Row]:
+    """Yield the mIoU of each site from sums f[S, N, M], over the classes that occur with the run's own probes."""
+    import torch
 
-    Args:
-        run: The run.
-        sums_by_size: Sums per validation image of each draw and site, [D, S, N, M].
-        images_of: Number of training images of each draw.
-    """
     from probes.score.estimate import Estimate
 
-    weights = run.weights.double()
+    images = run.weights.new_ones(1, sums.shape[1])
+    weights = torch.cat([images, run.weights]).double()
     occurs = run.task.iou(run.sums_at(run.sites).sum(1)).isfinite()
-    scores = []
-    means = []
-    best = []
-    for size, sums in sums_by_size.items():
-        counts = images_of[size]
-        mean_count = sum(counts) / len(counts)
-        by_site = {}
-        for i, site in enumerate(run.sites):
-            estimates = []
-            for draw, count in enumerate(counts):
-                of_draw = sums[draw, i].double()
-                value = fixed_mean(run.task.iou(of_draw.sum(0)).nan_to_num(), occurs[i])
-                resampled = fixed_mean(run.task.iou(weights @ of_draw), occurs[i])
-                estimates.append(Estimate(value.item(), resampled))
-                scores.append(
-                    {
-                        "site": site,
-                        "asked": size,
-                        "images": count,
-                        "draw": draw,
-                        "score": value.item(),
-                    }
-                )
-            mean = Estimate.mean(estimates)
-            by_site[site] = mean.value
-            about = {"site": site, "asked": size, "images": mean_count, "miou": mean.value}
-            means.append(about | {"ci95": mean.ci95})
-        best.append({"asked": size, "images": mean_count, "site": max(by_site, key=by_site.get)})
-    return {"learning_curve": scores, "means": means, "best": best, "settled": settled_size(best)}
-
-
-def fixed_mean(iou: "Tensor", occurs: "Tensor") -> "Tensor":
-    """Return the mean f64[...] of IoUs f64[..., K] over the classes bool[K] of the run that have pixels."""
-    return iou[..., occurs].nanmean(-1)
-
-
-def settled_size(best: Sequence[Row]) -> int | str:
-    """Return the size from which on the best site is that of the largest one."""
-    *_, last = best
-    settled = last["asked"]
-    for entry in reversed(best):
-        if entry["site"] != last["site"]:
-            break
-        settled = entry["asked"]
-    return settled
+    for site, of_site, classes in zip(run.sites, sums.double(), occurs, strict=True):
+        ious = run.task.iou(weights @ of_site)[:, classes]
+        ious[0] = ious[
+            0
+        ].nan_to_num()  # a class that is not labelled, and is predicted by the run's probes alone
+        estimate = Estimate.from_vector(ious.nanmean(1))
+        yield {"site": site, "score": estimate.value, "ci95": estimate.ci95}
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
-    """Yield the best site of each size."""
-    for entry in results["best"]:
-        yield f"{entry['images']:.4g} images: best at {entry['site']}"
+    """Yield the best site of each size, and from which size on it no longer moves."""
+    best = list(best_sites(mean_scores(results)).itertuples())
+    for row in best:
+        yield f"{row.images:.4g} images: best at {row.site}, {row.score:.1%}"
+    settled = 0
+    for size, row in enumerate(best):
+        if row.site != best[-1].site:
+            settled = size + 1
+    yield f"The best site no longer moves from {best[settled].images:.4g} images on."
 
 
-def table_rows(results: dict[str, Any]) -> Iterator[Row]:
-    """Yield the mIoU of each site and size."""
-    for row in results["means"]:
-        metric = f"miou_of_{row['asked']}"
-        yield table_row(row["site"], metric=metric, value=row["miou"], interval=row["ci95"])
+def mean_scores(results: dict[str, Any]) -> "DataFrame":
+    """Return a row for each size and site: images, score, low and high, means over draws."""
+    from pandas import DataFrame
+
+    table = DataFrame(results["learning_curve"])
+    table[["low", "high"]] = table["ci95"].tolist()
+    by_size = table.groupby(["asked", "site"], sort=False)
+    return by_size[["images", "score", "low", "high"]].mean().reset_index()
+
+
+def best_sites(means: "DataFrame") -> "DataFrame":
+    """Return the row of the best site of each size."""
+    return means.loc[means.groupby("asked", sort=False)["score"].idxmax()]
+
+
+def chart(results: dict[str, Any]) -> "Chart":
+    """Return mIoU by size, a curve for each site, those that are best at a size in colour."""
+    from .charts import Chart, Curve, Point
+
+    means = mean_scores(results)
+    best_by_size = best_sites(means)
+    best = best_by_size["site"].unique().tolist()
+    curves = []
+    for site in sorted(means["site"].unique(), key=best.__contains__):
+        rows = means[means["site"] == site].itertuples()
+        points = [
+            Point(x, value=row.score, low=row.low, high=row.high) for x, row in enumerate(rows)
+        ]
+        curve = Curve(points, style="thin")
+        if site in best:
+            curve = Curve(points, name=site, colour=best.index(site), band=True, mark="circle")
+        curves.append(curve)
+    ticks = {x: f"{images:.4g}" for x, images in enumerate(best_by_size["images"])}
+    return Chart(curves, ticks, unit="mIoU, %")
 
 
 def section(study: "StudyRuns") -> Section:
-    """Return the curves of a study, of each mask."""
-    from .charts import Chart, Figure
+    """Return the curves of a study under each mask, and their rows."""
+    from .charts import Figure
 
-    results_by_mask = {}
-    for mask, run in study.solved.items():
-        if results := run.analysis(ANALYSIS.result):
-            results_by_mask[mask] = results
-    rows = []
+    rows: list[Row] = []
     figures = []
-    sentences = []
-    for mask, results in results_by_mask.items():
-        rows += [{"image_attention": mask, **row} for row in results["learning_curve"]]
-        sizes = [entry["images"] for entry in results["best"]]
-        chart = Chart(
-            curves=curves_of(results),
-            ticks={place: f"{images:.4g}" for place, images in enumerate(sizes)},
-            unit="mIoU, %",
-        )
-        shown = Figure(
-            name=f"learning_curve_{mask}",
-            title=f"mIoU by training images, {mask}",
-            caption="Each site's mean over draws of the training images, in colour the best ones with 95% intervals "
-            "over validation images.",
-            panels=[chart],
-            rows=results["learning_curve"],
-        )
-        figures.append(shown)
-        by_size = [f"{entry['site']} of {entry['images']:.4g}" for entry in results["best"]]
-        sentences.append(
-            f"Best: {', '.join(by_size)} images; unchanged from {results['settled']} on."
-        )
-    return Section(figures, sentences, results={"learning_curve": rows} if rows else {})
-
-
-def curves_of(results: Mapping[str, Any]) -> list["Curve"]:
-    """Return a curve for each site; those that are best at a size are in colour, on top of the others."""
-    from .charts import Curve, Point
-
-    places = {entry["asked"]: place for place, entry in enumerate(results["best"])}
-    best = list(dict.fromkeys(entry["site"] for entry in results["best"]))
-    points: dict[str, list[Point]] = {}
-    for row in results["means"]:
-        low, high = row["ci95"]
-        point = Point(
-            places[row["asked"]], value=row["miou"], low=low, high=high, title=row["site"]
-        )
-        points.setdefault(row["site"], []).append(point)
-    others = [Curve(points[site], style="thin") for site in points if site not in best]
-    coloured = [
-        Curve(points[site], name=site, colour=number, band=True, mark="circle")
-        for number, site in enumerate(best)
-    ]
-    return others + coloured
+    sentences: list[str] = []
+    for mask, run in study.solved.items():
+        if curve := run.analysis(ANALYSIS.result):
+            of_mask = [{"image_attention": mask, **row} for row in curve["learning_curve"]]
+            rows += of_mask
+            sentences += lines(curve)
+            shown = Figure(
+                name=f"learning_curve_{mask}",
+                title=f"mIoU by training images, {mask}",
+                caption=CAPTION,
+                panels=[chart(curve)],
+                rows=of_mask,
+            )
+            figures.append(shown)
+    results = {"learning_curve": rows} if rows else {}
+    return Section(figures, sentences, results=results)
 
 
 ANALYSIS = Analysis(
@@ -221,7 +182,6 @@ ANALYSIS = Analysis(
     options=LearningOptions,
     measure=measure,
     lines=lines,
-    rows=table_rows,
     title="Training images",
     section=section,
     of_encoders=True,

@@ -127,6 +127,13 @@ class SolveRun:
             feature_norm="batchnorm",
         )
 
+    def solve(self, reader: StateReader, states: dict[str, Tensor], site: str) -> Solution:
+        """Return the probes of a site whose states were read, of all training images."""
+        strengths = self.hparams["strengths"]
+        return solve_site(
+            reader.probes, states, reader.targets, strengths, self.solver_device, site
+        )
+
 
 def run_solve(options: SolveOptions) -> None:
     """Run `probes solve`."""
@@ -223,10 +230,8 @@ def solve_in_workers(
     run: SolveRun, reader: StateReader, states: dict[str, Tensor]
 ) -> Iterable[tuple[str, Solution]]:
     """Return an iterator over the sites whose states were read, with the solution of each."""
-    device = run.solver_device
-    strengths = run.hparams["strengths"]
-    solve = partial(solve_site, reader.probes, states, reader.targets, strengths, device)
-    return in_workers(solve, list(states), device)
+    solve = partial(run.solve, reader, states)
+    return in_workers(solve, list(states), run.solver_device)
 
 
 def count_validation_images(
@@ -366,7 +371,7 @@ class RunCost(NamedTuple):
     validation: float
     site: float
 
-    def seconds(self, sites: int, forwards: int = 1) -> float:
+    def seconds(self, sites: float, forwards: int = 1) -> float:
         """Return the seconds of a run of so many sites, whose states take so many forwards."""
         return self.start + forwards * self.forward + self.validation + sites * self.site
 

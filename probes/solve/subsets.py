@@ -3,103 +3,102 @@
 The states of all training images are read once, and each subset is solved on its part of them. A subset inherits the
 folds of all images and chooses its own strength: that of all images has seen what the subset leaves out.
 
-Legend: P subsets, S sites, N validation images, d width.
+Legend: P subsets, S sites, N validation images.
 """
 
 from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import replace
-from functools import partial
-from itertools import product
+from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
 from llava_bidir.common.cli import Parser
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import run_identity
-from llava_bidir.common.runs import run_process
 from probes.config import RunConfig
 from probes.data.samplers import assign_folds
+from probes.runs.files import run_folder
 from probes.runs.read import ProbeRun
 
 from .held_out import scored_masks
-from .run import SolveRun, count_validation_images, memory_for_states
+from .run import SolveRun, count_validation_images, solve_sites
 from .solution import Solution
-from .states import StateReader, Targets, site_groups, target_bytes
-from .workers import in_workers, solve_site
-
-
-def read_solve_run(run: ProbeRun) -> SolveRun:
-    """Return what a finished run was made from, in one process, with paths that are true in any folder."""
-    values = yaml.safe_load((run.path / "config.yaml").read_text())
-    values["model"] |= {"mllm": run.manifest["config"]["mllm"], "trust": run.trust}
-    values["data"]["root"] = run.manifest["data"]["root"]
-    values["trainer"] |= {"devices": 1, "num_nodes": 1}
-    return SolveRun(Parser(RunConfig).read([], values | {"out": str(run.path)}))
+from .states import StateReader, Targets
 
 
 def draw_subset(groups: Sequence[Hashable], images: int, seed: int) -> list[int]:
-    """Return the indices of about so many images of whole groups; a larger subset of the same seed has them, too."""
-    members: dict[Hashable, list[int]] = {}
-    for image, group in enumerate(groups):
-        members.setdefault(group, []).append(image)
-    in_order = [*members.values()]
-    order = torch.randperm(len(in_order), generator=torch.Generator().manual_seed(seed))
-    drawn = [in_order[i] for i in order.tolist()]
-    totals = torch.tensor([len(group) for group in drawn]).cumsum(0)
-    count = int((totals - images).abs().argmin()) + 1
-    return sorted(sum(drawn[:count], []))
+    """Return the indices of whole groups with about so many images; larger subsets of the same seed have them, too."""
+    names = list(dict.fromkeys(groups))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    rank = {names[number]: place for place, number in enumerate(order)}
+    ranks = torch.tensor([rank[group] for group in groups])
+    distance = (ranks.bincount().cumsum(0) - images).abs()
+    return (ranks <= distance.argmin()).nonzero().flatten().tolist()
 
 
-@torch.no_grad()
-def count_subsets(
-    run: SolveRun, sizes: Sequence[int], draws: int
-) -> tuple[list[list[int]], dict[str, Tensor]]:
-    """Return subsets of each size and draw, and what is counted with their probes, as `count_validation_images`.
+class SubsetRun(SolveRun):
+    """The probes of subsets of the training images, each a row of the solution of a site.
+
+    Args:
+        run: A finished run of all training images.
+        folder: Of the sites that are solved, from which a killed call resumes.
 
     Raises:
-        UserError: Model, data or settings are not those of the finished run, or a subset cannot choose a strength.
+        UserError: Model, data or settings are not those of the run.
     """
-    with run_process(), run.machine.processes():
-        run.data.verify(run.machine.progress == "bar")
-        run.folder.check_finished(run_identity(run.machine, run, run.data, ("precision",)))
-        training = run.data.splits["training"]
-        groups = training.groups or range(len(training))
-        subsets = [
-            draw_subset(groups, size, seed=draws * run.hparams["seed"] + draw)
-            for size, draw in product(sizes, range(draws))
-        ]
-        probes = run.load_probes()
-        fold_of = assign_folds(groups, run.config.solver.folds)
-        reader = StateReader(probes, data=run.data, machine=run.machine, fold_of=fold_of)
-        images = len(training)
-        memory = memory_for_states(run, 2 * images * target_bytes(probes))
-        solutions: dict[str, list[Solution]] = {}
-        targets: list[Targets] = []
-        for sites, size in site_groups(probes, sites=probes.sites, images=images, memory=memory):
-            states = reader.read(sites, run.folder.checkpoints if size > memory else None)
-            targets = targets or [targets_of(reader, subset) for subset in subsets]
-            items = list(product(sites, range(len(subsets))))
-            solve = partial(_solve_item, run, reader, states, targets, subsets)
-            for (site, _), solution in in_workers(solve, items, run.solver_device):
-                solutions.setdefault(site, []).append(solution)
-        joined = {site: join_solutions(of_site) for site, of_site in solutions.items()}
-        return subsets, count_validation_images(run, probes, joined)
 
+    def __init__(self, run: ProbeRun, folder: Path):
+        values = yaml.safe_load((run.path / "config.yaml").read_text())
+        values["model"] |= {"mllm": run.manifest["config"]["mllm"], "trust": run.trust}
+        values["data"]["root"] = run.manifest["data"]["root"]
+        values["trainer"] |= {"devices": 1, "num_nodes": 1}
+        values |= {"out": str(folder), "ckpt_path": "last"}
+        super().__init__(Parser(RunConfig).read([], values))
+        self.data.verify(show_bar=False)
+        self.identity = run_identity(self.machine, self, self.data, ("precision",))
+        run_folder(run.path).check_finished(self.identity)
+        training = self.data.splits["training"]
+        self.groups = training.groups or range(len(training))
+        self.subsets: list[list[int]] = []
+        self.targets: list[Targets] = []
 
-def targets_of(reader: StateReader, subset: list[int]) -> Targets:
-    """Return the targets of a subset of the training images, with the folds that it has of those of all.
+    @torch.no_grad()
+    def count(self, subsets: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Return what the task counts of the validation images by the probes of subsets, [P * S, N, ...]."""
+        self.subsets = [*subsets]
+        self.identity = self.identity | {"subsets": {"images": self.subsets}}
+        probes = self.load_probes()
+        fold_of = assign_folds(self.groups, self.config.solver.folds)
+        solutions = solve_sites(self, probes, fold_of)
+        return count_validation_images(self, probes, solutions)
 
-    Raises:
-        UserError: It is of one fold, or no class is in two.
-    """
-    with error_context(f"{len(subset)} training images"):
+    def solve(self, reader: StateReader, states: dict[str, Tensor], site: str) -> Solution:
+        """Return the probes of a site, a row for each subset."""
+        if not self.targets:
+            self.targets = [self.targets_of(reader, subset) for subset in self.subsets]
+        solutions = []
+        for subset, targets in zip(self.subsets, self.targets, strict=True):
+            of_subset = copy(reader)
+            of_subset.targets = targets
+            solutions.append(super().solve(of_subset, {site: states[site][subset]}, site))
+        return join_solutions(solutions)
+
+    def targets_of(self, reader: StateReader, subset: list[int]) -> Targets:
+        """Return the targets of a subset, with the folds that it has of those of all training images.
+
+        Raises:
+            UserError: It is in one fold, or no class is in two.
+        """
         folds, fold_of = reader.targets.fold_of[subset].unique(return_inverse=True)
         if len(folds) < 2:
-            raise UserError("they are in one fold, and none can choose the strength; expected more")
+            raise UserError(
+                f"{len(subset)} training images are in one fold, and none can choose the strength; expected more"
+            )
         prepared = reader.targets.prepared[subset]
-        training = reader.data.splits["training"]
+        training = self.data.splits["training"]
         scored = scored_masks(
             prepared,
             fold_of=fold_of,
@@ -109,28 +108,21 @@ def targets_of(reader: StateReader, subset: list[int]) -> Targets:
         return Targets(prepared, scored=scored, fold_of=fold_of)
 
 
-def _solve_item(
-    run: SolveRun,
-    reader: StateReader,
-    states: dict[str, Tensor],
-    targets: Sequence[Targets],
-    subsets: Sequence[list[int]],
-    item: tuple[str, int],
-) -> Solution:
-    """Return the probes of a site on a subset."""
-    site, number = item
-    of_subset = {site: states[site][subsets[number]]}
-    strengths = run.hparams["strengths"]
-    return solve_site(reader.probes, of_subset, targets[number], strengths, run.solver_device, site)
-
-
 def join_solutions(solutions: Sequence[Solution]) -> Solution:
-    """Return the chosen probes of subsets as one solution with a row for each: weights are of x minus one mean."""
+    """Return the chosen probes of several as the rows of one, whose weights are of x minus the mean of the first."""
     first = solutions[0]
-    weights = torch.stack([solution.weights[solution.row] for solution in solutions])
+    weights = []
     biases = []
-    for solution, weight in zip(solutions, weights, strict=True):
+    for solution in solutions:
+        weight = solution.weights[solution.row]
         shift = weight.double() @ (first.mean - solution.mean)
+        weights.append(weight)
         biases.append(solution.bias[solution.row] + shift.float())
     rows = torch.arange(len(solutions))
-    return replace(first, weights=weights, bias=torch.stack(biases), chosen=rows[0], solved=rows)
+    return replace(
+        first,
+        weights=torch.stack(weights),
+        bias=torch.stack(biases),
+        chosen=rows[0].clone(),
+        solved=rows,
+    )

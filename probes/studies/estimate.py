@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.learning_curve import ANALYSIS as CURVE
+from probes.analyses.learning_curve import DRAWS, check_sizes
 from probes.config import StudyOptions
 from probes.data.registry import open_splits
 from probes.report.best_layers import detectable_difference
@@ -98,21 +100,22 @@ def describe_time(study: StudyOptions, planned: Planned, missing: Sequence[Step]
         images = sum(len(dataset) for dataset in open_splits(trained[0].config.data).values())
         costs_of_configs = [describe_config(arm.config.model.mllm, images) for arm in trained]
         return "\n".join([f"the time is not known here: {error}", *costs_of_configs])
-    by_kind = seconds_by_kind(missing, planned.arms, costs)
+    images = len(planned.training)
+    by_kind = seconds_by_kind(missing, planned.arms, costs, images)
     parts = [f"{kind} {format_duration(seconds)}" for kind, seconds in by_kind.items()]
     total = by_kind.total()
     text = f"{len(missing)} steps: about {format_duration(total)} on an idle machine ({', '.join(parts)})"
     spaced_arms = plan_arms(replace(study, control_sites=SPACED))
-    spaced = seconds_by_kind(missing, spaced_arms, costs).total()
+    spaced = seconds_by_kind(missing, spaced_arms, costs, images).total()
     if spaced < total:
         text += f"; with --control_sites {SPACED}: {format_duration(spaced)}"
     return text
 
 
 def seconds_by_kind(
-    missing: Sequence[Step], arms: Sequence[Arm], costs: Mapping[str, "RunCost"]
+    missing: Sequence[Step], arms: Sequence[Arm], costs: Mapping[str, "RunCost"], images: int
 ) -> Counter:
-    """Return the seconds of steps by kind, from the sites of the arms and the cost of a run of each model."""
+    """Return the seconds of steps by kind, from the sites of arms, the cost of each model, and the training images."""
     sites = {arm.run.name: len(arm.run.sites) for arm in arms}
     by_kind: Counter = Counter()
     for step in missing:
@@ -122,6 +125,9 @@ def seconds_by_kind(
             by_kind["report"] += REPORT_S
         elif step.kind in RUNS:  # those of other tasks have the sites of the trained arm at most
             by_kind[step.kind] += cost.seconds(sites.get(run, max(sites.values())))
+        elif step.kind == CURVE.name:
+            of_subsets = DRAWS * sum(check_sizes(step.config.images, images)) / images
+            by_kind[step.kind] += cost.seconds(of_subsets * sites[run])
         else:
             by_kind[step.kind] += cost.start + PASSES.get(step.kind, 1) * cost.validation
     return by_kind

@@ -46,12 +46,14 @@ class Planned(NamedTuple):
     Args:
         arms: All arms.
         steps: Each after those whose results it reads, with those that are left out.
+        training: The training images.
         validation: The validation images.
         contents: What runs are made from, by label of the model and task.
     """
 
     arms: list[Arm]
     steps: list[Step]
+    training: ImageDataset
     validation: ImageDataset
     contents: Mapping[tuple[str, str], Content]
 
@@ -106,8 +108,8 @@ def plan(study: StudyOptions) -> Planned:
     tasks = dict.fromkeys((main, *study.tasks))
     seed = study.seed_everything
     splits = {task: open_splits(replace(study.data, task=task), seed) for task in tasks}
-    validation = splits[main]["validation"]
-    check_sizes(study.training_images, len(splits[main]["training"]))
+    training, validation = splits[main]["training"], splits[main]["validation"]
+    check_sizes(study.training_images, len(training))
     analyses = choose_analyses(study, validation)
     contents = {
         (label, task): cache(partial(_content, model, splits_of_task))
@@ -131,7 +133,9 @@ def plan(study: StudyOptions) -> Planned:
             f"the study has no such step: --only {' '.join(study.only)}. fit needs --fit, "
             "routes a file of questions, other analyses --add NAME"
         )
-    return Planned(arms=arms, steps=chosen, validation=validation, contents=contents)
+    return Planned(
+        arms=arms, steps=chosen, training=training, validation=validation, contents=contents
+    )
 
 
 def _check(study: StudyOptions) -> None:

@@ -5,10 +5,14 @@ from contextlib import redirect_stdout
 from io import StringIO
 
 import pytest
+import tiny_encoders
 import tiny_models
 from studies import study_of
 
+from llava_bidir.common.errors import UserError
 from probes.runs.read import ProbeRun
+from probes.studies import estimate
+from probes.studies.plan import plan
 from probes.studies.run import run_study
 
 OPTIONS = "--data.batch_size 8 --trainer.accelerator cpu --folds 2 --strengths 1e-1".split()

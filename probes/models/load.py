@@ -16,7 +16,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf import load_weights
 
 from .attention_masks import check_masks, mask_backend
-from .encoder_cut import check_model_cut, set_cut
+from .encoder_cut import check_cut, cut_encoder
 from .families import family_of, own_image_attention
 from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
@@ -70,7 +70,11 @@ def load(
     if chosen.device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.cut:
-        set_cut(model, chosen.cut)
+        model.cut = chosen.cut
+        with cut_encoder(
+            model, None, images=1
+        ):  # an error if a layer has no attention that can be cut
+            pass
     if chosen.untrained:
         chosen.replace_weights(model)
     return model
@@ -92,7 +96,7 @@ class LoadOptions(Control):
             :meth:`FrozenMLLM.attention` needs "sdpa". Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
         trust: Whether a mask of the checkpoint's own, in its attention.py, may be run.
-        cut: Where patches see only themselves in every forward: a key of `MODEL_CUTS` (encoder_cut.py), or None.
+        cut: Where patches see only themselves in every forward: as `probes.config.Cut` names it, or None.
         preprocess, patch, layers, norm, parts: Of a module, as in :class:`EncoderModule`.
     """
 
@@ -138,7 +142,7 @@ def load_module(module: nn.Module | EncoderModule | str, options: LoadOptions) -
     rule = encoder.resize_rule.replaced_by(options.image_resize)
     frozen = FrozenEncoder(model, family, image_processors=[processor], resize_rule=rule)
     options.check_control(family, model.config)
-    check_model_cut(options.cut, family, model.config)
+    check_cut(options.cut, family, model.config)
     check_encoder(
         "a module",
         trained_with=family.image_attention,
@@ -183,7 +187,7 @@ def load_checkpoint(path: str, options: LoadOptions) -> FrozenMLLM | FrozenEncod
     if options.image_px is not None:
         family = family.with_side(options.image_px, config)
     options.check_control(family, config)
-    check_model_cut(options.cut, family, config)
+    check_cut(options.cut, family, config)
     check_numbers(path, family, config)
     checkpoint = Checkpoint(path, family=family, config=config, revision=revision)
     if family.has_llm:

@@ -187,7 +187,7 @@ def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> Run
         kind, call = "fit", "probes.fit.cli:run_fit"
     name = arm.run.name
     if task != study.data.task:
-        name = join(arm.label, f"{task}_{arm.folder}")
+        name = join(arm.label, f"{task}_{Path(arm.run.name).name}")
     why_left_out = arm.why_left_out
     if not arm.run.sites:
         why_left_out = f"none of the sites that are probed is changed by {name} (model.sites)"

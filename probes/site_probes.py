@@ -25,7 +25,7 @@ from probes.data.batches import outputs_by_size
 from probes.data.probe_data import ProbeData
 from probes.heads import Probe
 from probes.models.attention_masks import check_masks, mask_backend
-from probes.models.encoder_cut import check_model_cut
+from probes.models.encoder_cut import check_cut
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.chosen_sites import chosen_sites
 from probes.models.frozen_mllm import FrozenMLLM
@@ -92,7 +92,7 @@ def check_names(model: ModelOptions, task: str) -> None:
     config = read_config(model.mllm, trust=model.trust)
     family = family_of(config)
     chosen_sites(family, config, model.sites or None)
-    check_model_cut(model.cut, family, config)
+    check_cut(model.cut, family, config)
     if family.has_llm:
         llm = config.get_text_config()
         check_masks(model.image_attention or own_image_attention(config), llm, mask_backend(llm))

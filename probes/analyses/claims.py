@@ -7,11 +7,12 @@ its resamplings, by name; an analysis adds a claim by a :class:`Claim` and the e
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import write_files
 from llava_bidir.common.imports import check_takes
+from probes.config import Cut
 
 from . import ANALYSES, MEASURED
 from .analysis import EFFECTS_SUFFIX, Analysis, Claim, RunOptions, effects_files
@@ -24,14 +25,11 @@ if TYPE_CHECKING:  # this module answers `import probes`
 ARMS_OF_CLAIMS = ("trained", "probes", "random", "permuted")
 # whose names an analysis, which writes NAME.json and NAME.safetensors, cannot have
 FILES_OF_RUN = ("metrics", "manifest", "counts", "effects", "probes", "solve", "fit", "report")
-# of each cut of the encoder, the ends of the name and of the title of its claim
-CUT_ENCODERS = {
-    "encoder": ("", ""),
-    "encoder_alone": ("_alone", " and CLS"),
-    "both": ("_both", ", LLM cut"),
-    "both_alone": ("_both_alone", " and CLS, LLM cut"),
+WITHOUT_CONTEXT = {  # by cut of the encoder: recovery_without_context, ..._alone, ..._both, ..._both_alone
+    cut: "recovery_without_context" + f"_{cut}".removeprefix("_encoder")
+    for cut in get_args(Cut)
+    if cut != "llm"
 }
-WITHOUT_CONTEXT = {cut: f"recovery_without_context{end}" for cut, (end, _) in CUT_ENCODERS.items()}
 CLAIMS: dict[str, Claim] = {
     "adapter_drop": Claim(+1, "Lost at the adapter: encoder − adapter, mIoU"),
     "recovery": Claim(+1, "Recovered in the LLM: best LLM layer − adapter, mIoU"),
@@ -39,10 +37,8 @@ CLAIMS: dict[str, Claim] = {
         +1, "Recovered by training: recovery − that of the untrained model, mIoU"
     ),
     **{
-        f"recovery_without_context{end}": Claim(
-            +1, f"Recovered without the encoder's context{how}: recovery, cut − intact, mIoU"
-        )
-        for end, how in CUT_ENCODERS.values()
+        name: Claim(+1, f"Recovered without context ({cut} cut): recovery, cut − intact, mIoU")
+        for cut, name in WITHOUT_CONTEXT.items()
     },
     "layer_gain": Claim(+1, "Built up by the layers: best layer − patch embeddings, mIoU"),
     "over_last": Claim(

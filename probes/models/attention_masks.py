@@ -96,14 +96,15 @@ def build_decoder_masks(
 
 
 def cut_image(mask: Tensor, is_image: Tensor) -> Tensor:
-    """Return a mask [B, 1, M, M] whose image tokens see only themselves and the text before the image.
+    """Return a mask [B, 1, M, M] whose image tokens see only themselves and the text before, which does not see them.
 
     What stands between and after them, such as ends of rows, has read them. `is_image` bool[N] are the first N tokens.
     """
     tokens = torch.arange(mask.shape[-1], device=mask.device)
     in_image = torch.zeros_like(tokens, dtype=torch.bool)
     in_image[: len(is_image)] = is_image
-    is_cut = in_image[:, None] & (in_image.cumsum(0) > 0) & (tokens[:, None] != tokens)
+    is_later = in_image.cumsum(0) > 0
+    is_cut = (in_image | ~is_later)[:, None] & is_later & (tokens[:, None] != tokens)
     return mask.masked_fill(is_cut, mask_values(mask.dtype)[1])
 
 

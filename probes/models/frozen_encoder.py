@@ -3,8 +3,8 @@
 Shapes: B images, T patches, N tokens (extra tokens, then patches), d width, L layers.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import ResizeRule
 
-from .encoder_cut import BACKENDS, cut_encoder, cut_patches
+from .encoder_cut import cut_encoder
 from .families import EncoderFamily
 from .families.encoders import count_extra_tokens, vision_config
 from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .sites import is_layer
+
+BACKENDS = ("sdpa", "eager")  # that apply the mask of a knockout
 
 
 def check_encoder(
@@ -72,10 +74,8 @@ class FrozenEncoder(FrozenModel):
         """Run the encoder."""
         self.model(**self.family.inputs(self.model.config, pixels))
 
-    @contextmanager
-    def masked(self, knockout: Knockout | None, rows: int, last: str) -> Iterator[None]:
+    def masked(
+        self, knockout: Knockout | None, rows: int, last: str
+    ) -> AbstractContextManager[None]:
         """Cut the attention among patches by a knockout; CLS and registers attend as before."""
-        with ExitStack() as stack:
-            if knockout := stack.enter_context(cut_encoder(self, knockout, rows)):
-                stack.enter_context(cut_patches(self, knockout, rows))
-            yield
+        return cut_encoder(self, knockout, rows)

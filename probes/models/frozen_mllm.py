@@ -31,7 +31,7 @@ from .attention_masks import (
     decode_under,
     supports_masks,
 )
-from .encoder_cut import cut_encoder
+from .encoder_cut import LLM_CUTS, cut_encoder
 from .families import Family
 from .families.encoder_layers import EncoderLayers, encoder_layers
 from .families.our_code import LogitHead
@@ -350,7 +350,7 @@ class FrozenMLLM(FrozenModel):
         """
         if (
             self.image_attention == self.own_image_attention
-            and not self.cuts_llm
+            and self.cut not in LLM_CUTS
             and (knockout is None or knockout.in_encoder)
             and not supports_masks(self.text_config)
         ):
@@ -365,7 +365,7 @@ class FrozenMLLM(FrozenModel):
             is_image=block,
             dtype=self.model.dtype,
         )
-        if not self.cuts_llm:
+        if self.cut not in LLM_CUTS:
             return masks
         if isinstance(masks, dict):
             return {kind: cut_image(mask, self.is_image) for kind, mask in masks.items()}

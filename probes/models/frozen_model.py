@@ -44,7 +44,7 @@ class FrozenModel(nn.Module):
         image_positions: i64[T] of the patches among the tokens that the layers run on.
         revision: Commit hash of a checkpoint from the hub; None for a local directory.
         update_scales: Factor of each layer's update, of a random model that is matched to the trained one; else None.
-        encoder_cut: Knockout of the encoder in every forward, or None; `cuts_llm`: image tokens see only themselves.
+        cut: Where patches see only themselves in every forward (encoder_cut.py); None for nowhere.
         rows_share_encoder: True if rows of an image differ in the states and masks of the layers only.
     """
 
@@ -53,8 +53,7 @@ class FrozenModel(nn.Module):
     is_image: Tensor
     image_positions: Tensor
     rows_share_encoder = False
-    encoder_cut: Knockout | None = None
-    cuts_llm = False
+    cut: str | None = None
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from llava_bidir.common.hf import load_weights
 from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_masks import check_masks, mask_backend
-from .encoder_cut import check_model_cut, set_cut
+from .encoder_cut import check_cut, cut_encoder
 from .families import family_of, own_image_attention, sized_family
 from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
@@ -71,7 +71,11 @@ def load(
     if chosen.device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.cut:
-        set_cut(model, chosen.cut)
+        model.cut = chosen.cut
+        with cut_encoder(
+            model, None, images=1
+        ):  # an error if a layer has no attention that can be cut
+            pass
     if chosen.untrained:
         chosen.replace_weights(model)
     return model
@@ -95,7 +99,7 @@ class LoadOptions(Control):
             :meth:`FrozenMLLM.attention` needs "sdpa". Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
         trust: Whether a mask of the checkpoint's own, in its attention.py, may be run.
-        cut: Where patches see only themselves in every forward: a key of `MODEL_CUTS` (encoder_cut.py), or None.
+        cut: Where patches see only themselves in every forward: as `probes.config.Cut` names it, or None.
         preprocess, patch, layers, norm, parts: Of a module, as in :class:`EncoderModule`.
     """
 
@@ -146,7 +150,7 @@ def load_module(module: nn.Module | EncoderModule | str, options: LoadOptions) -
     rule = options.resize_rule(encoder.resize_rule)
     frozen = FrozenEncoder(model, family, image_processors=[processor], resize_rule=rule)
     options.check_control(family, model.config)
-    check_model_cut(options.cut, family, model.config)
+    check_cut(options.cut, family, model.config)
     check_encoder(
         "a module",
         trained_with=family.image_attention,
@@ -179,7 +183,7 @@ def load_checkpoint(path: str, options: LoadOptions) -> FrozenMLLM | FrozenEncod
     """Return a checkpoint as a frozen model with its weights, on the CPU or spread over devices."""
     checkpoint = open_checkpoint(path, options)
     options.check_control(checkpoint.family, checkpoint.config)
-    check_model_cut(options.cut, checkpoint.family, checkpoint.config)
+    check_cut(options.cut, checkpoint.family, checkpoint.config)
     check_numbers(path, checkpoint.family, checkpoint.config)
     if checkpoint.family.has_llm:
         model = _load_mllm(checkpoint, options)

@@ -11,10 +11,10 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from llava_bidir.common.errors import UserError
-from probes.config import POINTS, Cut, split_label
+from probes.config import POINTS, split_label
 from probes.heads import LINEAR
 from probes.steps.record import read_record
 from probes.tasks import SEGMENTATION, TASKS
@@ -285,18 +285,15 @@ def _join_cuts(studies: Sequence[StudyRuns]) -> list[StudyRuns]:
         name = study.name.removesuffix(cut_suffix(cut))
         by_cut[name, study.dataset, study.seed, study.task.name, cut] = study
     joined = []
-    for cut in (None, *get_args(Cut)):
-        for (*key, own_cut), study in by_cut.items():
-            if own_cut != cut:
-                continue
-            intact = by_cut.get((*key, None))
-            if cut is None or intact is None:
-                joined.append(study)
-                continue
-            intact.cuts[cut] = study
-            if cut != "llm":
-                only_encoder_differs = "llm" if cut.startswith("both") else None
-                study.with_context = by_cut.get((*key, only_encoder_differs))
+    for (*key, cut), study in by_cut.items():
+        intact = by_cut.get((*key, None))
+        if cut is None or intact is None:
+            joined.append(study)
+            continue
+        intact.cuts[cut] = study
+        if cut != "llm":
+            only_encoder_differs = "llm" if cut.startswith("both") else None
+            study.with_context = by_cut.get((*key, only_encoder_differs))
     return joined
 
 
@@ -372,12 +369,7 @@ def head_suffix(run: ProbeRun) -> str:
 
 def cut_suffix(cut: str | None) -> str:
     """Return the end of the name of a model whose attention is cut, "" of one that is as it is."""
-    if cut is None:
-        return ""
-    where = {"encoder": "encoder", "llm": "LLM", "both": "encoder and LLM"}[
-        cut.removesuffix("_alone")
-    ]
-    return f", {where} cut" + " without CLS" * cut.endswith("_alone")
+    return "" if cut is None else f", {cut} cut"
 
 
 def labels_of_models(

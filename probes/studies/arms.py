@@ -33,7 +33,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import PlannedRun
 from probes.config import ModelOptions, RunConfig, StudyOptions
 from probes.heads import LINEAR
-from probes.models.encoder_cut import MODEL_CUTS, check_model_cut, extra_tokens
+from probes.models.encoder_cut import check_cut, extra_tokens
 from probes.models.families import family_of, own_image_attention, sized_family
 from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.families.encoders import AnyFamily
@@ -108,11 +108,6 @@ class Arm(NamedTuple):
         """Where attention is cut, None if nowhere."""
         return self.config.model.cut
 
-    @property
-    def folder(self) -> str:
-        """Name of its folder."""
-        return folder_name(self.name, self.cut)
-
 
 def plan_arms(study: StudyOptions) -> list[Arm]:
     """Return the arms of all models: the trained one first, and the one with trained probes last."""
@@ -174,7 +169,7 @@ def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
         if why_left_out and study.arms:
             raise UserError(f"arm {name} of {path}: {why_left_out} (--arms)")
         run = PlannedRun(
-            name=join(label, folder_name(name, cut)),
+            name=join(label, f"cut_{cut}_{name}" if cut else name),
             mask=mask,
             sites=compared,
             model_sites=sites,
@@ -192,15 +187,10 @@ def cuts_of_model(
         UserError: The model cannot be cut.
     """
     for cut in dict.fromkeys(study.cuts):
-        check_model_cut(cut, family, config)
+        check_cut(cut, family, config)
         yield cut
-        if MODEL_CUTS[cut].encoder and extra_tokens(family, config):
+        if cut != "llm" and extra_tokens(family, config):
             yield f"{cut}_alone"
-
-
-def folder_name(arm: str, cut: str | None) -> str:
-    """Return the name of the folder of an arm under a cut, or without."""
-    return f"cut_{cut}_{arm}" if cut else arm
 
 
 def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:

@@ -259,7 +259,7 @@ def _name_of_run(study: StudyOptions, arm: Arm, task: str) -> str:
     """Return the name of the run of an arm and a task."""
     if task == study.data.task:
         return arm.run.name
-    return join(arm.label, f"{task}_{arm.folder}")
+    return join(arm.label, f"{task}_{Path(arm.run.name).name}")
 
 
 def _analysis_step(study: StudyOptions, arm: Arm, name: str, settings: Settings) -> ArmStep:

@@ -5,23 +5,22 @@ from functools import partial
 import torch
 
 import probes
-from probes.models.encoder_cut import PatchEncoder
+from probes.models.encoder_cut import extra_tokens, layers_of_encoder
+from probes.models.families.encoders import vision_config
 from probes.models.measured_mask import seen_in_layers
-
-
-def measure(model, pixels, knockout) -> tuple[torch.Tensor, int]:
-    """Return which tokens see which in each layer of the encoder, bool[L, N, N], and the number of extra tokens."""
-    encoder = PatchEncoder.of(model)
-    tokens = torch.arange(encoder.extra_tokens + len(encoder.token_of_patch))
-    along = torch.randn(encoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    run = partial(model.states, pixels, model.sites[-1:], knockout)
-    return seen_in_layers(encoder.layers, tokens, along, run), encoder.extra_tokens
 
 
 def assert_cut(model, pixels, layers, keep_extra) -> None:
     """Patches of cut layers see themselves, and extra tokens if they are kept; all else is seen as before."""
     cut = probes.Knockout(site="encoder", layers=layers, keep_extra=keep_extra)
-    seen, extra = measure(model, pixels, cut)
+    config = model.model.config
+    extra = extra_tokens(model.family, config)
+    tokens = torch.arange(extra + model.image_tokens)
+    along = torch.randn(
+        vision_config(config).hidden_size, generator=torch.Generator().manual_seed(0)
+    )
+    run = partial(model.states, pixels, model.sites[-1:], cut)
+    seen = seen_in_layers(layers_of_encoder(model), tokens, along, run)
     for layer, of_layer in enumerate(seen.tolist(), 1):
         for query, row in enumerate(of_layer):
             for key, is_seen in enumerate(row):

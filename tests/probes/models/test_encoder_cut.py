@@ -13,7 +13,7 @@ from tolerances import assert_near
 import probes
 from llava_bidir.common.errors import UserError
 from probes.models import load
-from probes.models.encoder_cut import PatchEncoder
+from probes.models.encoder_cut import layers_of_encoder
 from probes.models.hooks import around
 from probes.models.measured_mask import seen_in_layers
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_an_error(checkpoints):
 
 def test_a_layer_that_runs_without_its_cut_attention_is_an_error(checkpoints):
     mllm = probes.load(checkpoints["causal"])
-    layer = PatchEncoder.of(mllm).layers[0]
+    layer = layers_of_encoder(mllm)[0]
     with (
         around(layer, lambda forward, states, *args, **kwargs: states),
         pytest.raises(RuntimeError, match="layer 1 of the encoder ran without"),

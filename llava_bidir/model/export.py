@@ -148,6 +148,11 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
             f"--as-llava: image_attention is {model.config.image_attention!r}, but stock LLaVA is causal; export "
             "without --as-llava and load with trust_remote_code"
         )
+    if model.config.encoder_norm:
+        raise UserError(
+            "--as-llava: the adapter reads the encoder's layer after its final norm, which stock LLaVA leaves out; "
+            "export without --as-llava and load with trust_remote_code"
+        )
     if model.config.register_tokens:
         raise UserError(
             "--as-llava: the encoder has register tokens, which stock LLaVA would treat as patches"

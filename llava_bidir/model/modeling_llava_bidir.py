@@ -58,12 +58,20 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: LlavaBidirConfig):
         check_mask_reaches_layers(config.image_attention, config.get_text_config())
         super().__init__(config)
+        # LlavaModel drops CLS before these hooks run
         if config.register_tokens:
-            # LlavaModel drops CLS before this hook runs
             patches = slice(config.register_tokens, None)
             self.model.multi_modal_projector.register_forward_pre_hook(
                 lambda module, args: (args[0][:, patches],)
             )
+        if config.encoder_norm:
+            self.model.multi_modal_projector.register_forward_pre_hook(
+                lambda module, args: (self.normed(args[0]),)
+            )
+
+    def normed(self, states: Tensor) -> Tensor:
+        """Return the encoder's states f[B, T, d] after its final norm."""
+        return self.model.vision_tower.get_submodule(self.config.encoder_norm)(states)
 
     def post_init(self):
         """Replace the parent's head and its name of the embeddings by those of the LLM, before weights are tied."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llava_bidir.common.encoders import count_extra_tokens, vision_config
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import ResizeRule
 
 from .attention_masks import is_allowed
 from .attention_weights import softmax_attention
 from .families import EncoderFamily
-from .families.encoders import count_extra_tokens, vision_config
 from .families.modules import MODULE_TYPE
 from .frozen_model import FrozenModel
 from .hooks import with_arguments

@@ -5,13 +5,14 @@ One :class:`.base.Family` per kind of MLLM, one :class:`.encoders.EncoderFamily`
 
 from transformers import PreTrainedConfig
 
+from llava_bidir.common import encoders
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
 
 from .base import Family as Family
 from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
-from .encoders import ENCODERS, AnyFamily
+from .encoders import ENCODERS, AnyFamily, family_of_kind
 from .encoders import EncoderFamily as EncoderFamily
 from .gemma import GEMMA
 from .llava import LLAVA
@@ -61,6 +62,8 @@ def family_of(config: PreTrainedConfig) -> AnyFamily:
         return MODULE_FAMILY
     if kind in FAMILIES:
         return FAMILIES[kind]
+    if kind in encoders.ENCODERS:  # registered since
+        return family_of_kind(encoders.ENCODERS[kind])
     if kind == "timm_wrapper":
         raise UserError("it is a model of timm: read it as timm:local-dir:DIR, or timm:hf-hub:ID")
     if kind in UNSUPPORTED:

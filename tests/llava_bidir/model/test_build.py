@@ -110,7 +110,7 @@ def test_states_at_another_side_are_those_of_the_stock_models_interpolation(name
     assert model.config.image_seq_length == 5**2
     pixels = torch.randn(2, 3, 70, 70)
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-    stock = load_weights("encoder", encoder.entry.model_class, encoder.path).eval()
+    stock = load_weights("encoder", encoder.kind.model_cls, encoder.path).eval()
     interpolate = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
     expected = stock(pixels, output_hidden_states=True, **interpolate).hidden_states[-2]
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)

@@ -11,12 +11,15 @@ Shapes: B batch, N tokens of this call.
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
     Cache,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModel,
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import (
@@ -364,6 +367,8 @@ register_checkpoint_conversion_mapping(
     get_checkpoint_conversion_mapping("llava"),
     overwrite=True,
 )
+# a vision tower that AutoModel of transformers does not know, and LlavaModel builds by it
+AutoModel.register(MetaClip2VisionConfig, MetaClip2VisionModel, exist_ok=True)
 # the second one is for "any-to-any"
 for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)

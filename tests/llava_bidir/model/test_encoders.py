@@ -16,7 +16,7 @@ from llava_bidir.common.encoders import ENCODERS
 from llava_bidir.common.errors import UserError
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
-from llava_bidir.model.export import as_llava
+from llava_bidir.model.export import as_llava, export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.model.trainable import set_trainable
 
@@ -90,6 +90,25 @@ def test_the_adapter_reads_the_patches_of_the_stock_model(name, parts, folders, 
         if norm:
             with pytest.raises(UserError, match="after its final norm, which stock LLaVA leaves"):
                 as_llava(model)
+
+
+@torch.no_grad()
+def test_probes_read_an_export_at_the_side_of_its_training(parts, folders, tmp_path):
+    """Also where the config has the side of the stored positions only; after the final norm, if it is applied."""
+    for name, norm in (("radio", False), ("dinov3_vit", True)):
+        encoder = Encoder(path=folders[name], image_px=32, norm=norm)
+        processor = build_processor(encoder, parts[1])
+        model = build_model(encoder, parts[1], processor).eval()
+        export_hf(model, processor=processor, out=tmp_path / name)
+        mllm = probes.load(str(tmp_path / name), device="cpu")
+        assert mllm.geometry.image_px == 32 and mllm.grid == (8, 8)
+        pixels = torch.randn(1, 3, 32, 32)
+        tower = model.model.vision_tower
+        hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        hidden = hidden[:, tiny_encoders.STOCK[name].extra_tokens :]
+        if norm:
+            hidden = tower.get_submodule(ENCODERS[name].norm)(hidden)
+        assert torch.equal(mllm.states(pixels, ["encoder"])["encoder"], hidden)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODULES`
+    from .common.encoders import EncoderKind as EncoderKind
+    from .common.encoders import register_encoder as register_encoder
     from .model.attention import IMAGE_ATTENTION as IMAGE_ATTENTION
     from .model.attention import register_image_attention as register_image_attention
     from .model.configuration_llava_bidir import LlavaBidirConfig as LlavaBidirConfig
@@ -20,6 +22,8 @@ _MODULES = {
     "LlavaBidirForConditionalGeneration": ".model.modeling_llava_bidir",
     "IMAGE_ATTENTION": ".model.attention",
     "register_image_attention": ".model.attention",
+    "EncoderKind": ".common.encoders",
+    "register_encoder": ".common.encoders",
 }
 __all__ = list(_MODULES)
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import dataset_layouts
 import pytest
+import tiny_encoders
 import tiny_models
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
@@ -21,11 +22,22 @@ from llava_bidir.training.cli import build_cli
 from probes.fit.cli import build_cli as build_probes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+OTHER_ENCODERS = {  # config: kind in the table
+    "aimv2": "aimv2_vision_model",
+    "c_radio": "radio",
+    "dinov2_registers": "dinov2_with_registers",
+    "dinov3": "dinov3_vit",
+    "metaclip_2": "metaclip_2",
+    "mlcd": "mlcd_vision_model",
+    "siglip2": "siglip_vision_model",  # which publishes it
+    "tipsv2": "tipsv2",
+}
 TRAINING = {  # configs that go together: the kind of their encoder
     ("stage1.yaml", "encoder/clip.yaml"): "clip",
     ("stage2.yaml", "encoder/clip.yaml"): "clip",
     ("stage2.yaml", "encoder/dinov2.yaml"): "dinov2",
     ("stage2.yaml", "encoder/siglip.yaml"): "siglip",
+    **{("stage2.yaml", f"encoder/{name}.yaml"): kind for name, kind in OTHER_ENCODERS.items()},
     ("demo/stage1.yaml",): "clip",
     ("demo/stage2.yaml",): "clip",
     ("real/stage1.yaml", "real/photos.yaml"): "dinov2",
@@ -66,6 +78,8 @@ def encoders(tmp_path_factory):
     CLIPVisionModel(tiny_models.vision_config()).save_pretrained(root / "clip")
     Dinov2Model(Dinov2Config(**small)).save_pretrained(root / "dinov2")
     SiglipVisionModel(SiglipVisionConfig(**small)).save_pretrained(root / "siglip")
+    for kind in OTHER_ENCODERS.values():
+        tiny_encoders.STOCK[kind].write(root / kind)
     return root
 
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.integrations import deepspeed as zero3
 
+from llava_bidir.common.encoders import square_side
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf import (
     check_merged,
@@ -96,6 +97,7 @@ def build_processor(
         UserError: The LLM has no chat template to keep.
     """
     vision_config = encoder.load_config()
+    extra = encoder.extra_tokens(vision_config)
     tokenizer = load_tokenizer("model.llm", llm)
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     tokenizer.pad_token = "<pad>"
@@ -108,9 +110,9 @@ def build_processor(
     return LlavaProcessor(
         image_processor=encoder.image_processor(vision_config, image_resize),
         tokenizer=tokenizer,
-        patch_size=vision_config.patch_size,
-        vision_feature_select_strategy=_select_strategy(encoder),
-        num_additional_image_tokens=int(encoder.entry.has_cls),  # which the strategy drops
+        patch_size=square_side(vision_config.patch_size),
+        vision_feature_select_strategy=_select_strategy(extra),
+        num_additional_image_tokens=min(extra, 1),  # which the strategy drops
         chat_template=chat_template,
     )
 
@@ -169,14 +171,16 @@ def build_model(
         attn_implementation=attn_implementation,
     )
     head = language_model.get_output_embeddings()
+    extra = encoder.extra_tokens(vision_config)
     config = LlavaBidirConfig(
         vision_config=vision_config,
         text_config=language_model.config,
         image_token_index=processor.image_token_id,
         image_seq_length=encoder.image_tokens(vision_config),
         vision_feature_layer=encoder.layer,
-        vision_feature_select_strategy=_select_strategy(encoder),
-        register_tokens=getattr(vision_config, "num_register_tokens", 0),
+        vision_feature_select_strategy=_select_strategy(extra),
+        register_tokens=max(extra - 1, 0),
+        encoder_norm=encoder.norm_path,
         image_attention=image_attention,
         image_resize=image_resize,
         lm_head_bias=head.bias is not None,
@@ -185,7 +189,7 @@ def build_model(
         vision_tower = load_encoder(
             encoder, vision_config, dtype=dtypes["encoder"], with_weights=with_weights
         )
-        if encoder.image_px is not None and encoder.entry.image_px is None:
+        if encoder.replaces_positions:
             resize_stored_positions(vision_tower, encoder.image_px)
     with error_context(f"model.llm: {llm}"), no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
@@ -212,7 +216,7 @@ def load_encoder(
     encoder: Encoder, config: PreTrainedConfig, dtype: torch.dtype, with_weights: bool
 ) -> PreTrainedModel:
     """Load the vision tower; without weights, build it of its config."""
-    reader = encoder.entry.model_class
+    reader = encoder.kind.model_cls
     if not with_weights:
         return reader._from_config(config, dtype=dtype)
     options = {}
@@ -319,7 +323,7 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     """
     config = read_pretrained("model.adapter", LlavaBidirConfig, directory)
     check_merged("model.adapter", directory)
-    for name in ("image_attention", "vision_feature_layer", "image_seq_length"):
+    for name in ("image_attention", "vision_feature_layer", "image_seq_length", "encoder_norm"):
         saved = getattr(config, name)
         expected = getattr(model.config, name)
         if saved != expected:
@@ -370,8 +374,8 @@ def _is_same(folder: Path, other: Path) -> bool:
     return folder.is_dir() and folder.samefile(other)
 
 
-def _select_strategy(encoder: Encoder) -> str:
+def _select_strategy(extra_tokens: int) -> str:
     """Return Hugging Face's name for the tokens to drop: "default" is CLS, "full" none; the model drops registers."""
-    if encoder.entry.has_cls:
+    if extra_tokens:
         return "default"
     return "full"

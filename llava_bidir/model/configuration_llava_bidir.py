@@ -17,6 +17,7 @@ class LlavaBidirConfig(LlavaConfig):
             "center_crop" cuts the sides off (LLaVA's stage 1).
         register_tokens: Number of encoder tokens between CLS and patches. They are dropped before the adapter; stock
             LLaVA would treat them as patches.
+        encoder_norm: Path in the encoder of the norm that is applied to the layer that the adapter reads; "" for none.
         lm_head_bias: Whether the LLM's head has a bias (Phi); that of stock LLaVA has none.
     """
 
@@ -25,6 +26,7 @@ class LlavaBidirConfig(LlavaConfig):
     image_attention: str = "causal"
     image_resize: str = "pad"
     register_tokens: int = 0
+    encoder_norm: str = ""
     lm_head_bias: bool = False
 
     def __post_init__(self, **kwargs):

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MetaClip2VisionConfig,
+    PreTrainedModel,
+)
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.files import atomic_directory, to_json
@@ -147,6 +153,17 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
         raise UserError(
             f"--as-llava: image_attention is {model.config.image_attention!r}, but stock LLaVA is causal; export "
             "without --as-llava and load with trust_remote_code"
+        )
+    if model.config.encoder_norm:
+        raise UserError(
+            "--as-llava: the adapter reads the encoder's layer after its final norm, which stock LLaVA leaves out; "
+            "export without --as-llava and load with trust_remote_code"
+        )
+    kind = model.config.vision_config.model_type
+    if kind == MetaClip2VisionConfig.model_type:
+        raise UserError(
+            f"--as-llava: stock LLaVA cannot build the encoder {kind}; export without --as-llava and load with "
+            "trust_remote_code"
         )
     if model.config.register_tokens:
         raise UserError(

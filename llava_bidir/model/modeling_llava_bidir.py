@@ -11,12 +11,15 @@ Shapes: B batch, N tokens of this call.
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
     Cache,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModel,
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import (
@@ -58,12 +61,20 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: LlavaBidirConfig):
         check_mask_reaches_layers(config.image_attention, config.get_text_config())
         super().__init__(config)
+        # LlavaModel drops CLS before these hooks run
         if config.register_tokens:
-            # LlavaModel drops CLS before this hook runs
             patches = slice(config.register_tokens, None)
             self.model.multi_modal_projector.register_forward_pre_hook(
                 lambda module, args: (args[0][:, patches],)
             )
+        if config.encoder_norm:
+            self.model.multi_modal_projector.register_forward_pre_hook(
+                lambda module, args: (self.normed(args[0]),)
+            )
+
+    def normed(self, states: Tensor) -> Tensor:
+        """Return the encoder's states f[B, T, d] after its final norm."""
+        return self.model.vision_tower.get_submodule(self.config.encoder_norm)(states)
 
     def post_init(self):
         """Replace the parent's head and its name of the embeddings by those of the LLM, before weights are tied."""
@@ -356,6 +367,8 @@ register_checkpoint_conversion_mapping(
     get_checkpoint_conversion_mapping("llava"),
     overwrite=True,
 )
+# a vision tower that AutoModel of transformers does not know, and LlavaModel builds by it
+AutoModel.register(MetaClip2VisionConfig, MetaClip2VisionModel, exist_ok=True)
 # the second one is for "any-to-any"
 for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llava_bidir.common.encoders import stored_side
+
 from .build import ADAPTER_PREFIX, no_zero3_partitioning
 from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
@@ -58,8 +60,10 @@ def train_encoder(model: LlavaBidirForConditionalGeneration, blocks: int | None)
         unread.register_forward_pre_hook(_detach)
     (prefix,) = TRAINABLE["encoder"]
     if blocks in (None, read):
-        return {prefix + name for name in weights_read(tower, layer)}
+        return {prefix + name for name in weights_read(tower, layer, model.config.encoder_norm)}
     trained = {p for block in layers[read - blocks : read] for p in block.parameters()}
+    if model.config.encoder_norm:
+        trained.update(tower.get_submodule(model.config.encoder_norm).parameters())
     return {prefix + name for name, parameter in tower.named_parameters() if parameter in trained}
 
 
@@ -74,12 +78,22 @@ def count_read(layer: int, layers: int) -> int:
     return layer % (layers + 1)
 
 
-def weights_read(tower: PreTrainedModel, layer: int) -> set[str]:
-    """Return the names of the weights that the hidden states of a layer depend on, by a pass without values."""
+def weights_read(tower: PreTrainedModel, layer: int, norm: str) -> set[str]:
+    """Return the names of the weights that the adapter's input depends on, by a pass without values.
+
+    Args:
+        tower: The encoder.
+        layer: Index of the hidden states that are read.
+        norm: Path of the norm that is applied to them; "" for none.
+    """
     with no_zero3_partitioning(), torch.device("meta"), torch.enable_grad():
         copy = type(tower)._from_config(tower.config, dtype=torch.float32)
-        pixels = torch.empty(1, 3, tower.config.image_size, tower.config.image_size)
-        copy(pixels, output_hidden_states=True).hidden_states[layer].sum().backward()
+        side = stored_side(tower.config)
+        pixels = torch.empty(1, 3, side, side)
+        states = copy(pixels, output_hidden_states=True).hidden_states[layer]
+        if norm:
+            states = copy.get_submodule(norm)(states)
+        states.sum().backward()
     return {name for name, parameter in copy.named_parameters() if parameter.grad is not None}
 
 

@@ -1,5 +1,6 @@
 """Settings, name and final metrics of a run, and validation answers, in TensorBoard."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class ShowSettings(Callback):
             stage = 1
         settings = {
             "stage": stage,
-            "encoder": model.encoder["name"],
+            "encoder": model.encoder["name"] or Path(model.encoder["path"]).name,
             "mask": model.image_attention,
             "llm": model.llm,
             "learning_rate": model.learning_rate,

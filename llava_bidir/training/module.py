@@ -136,7 +136,10 @@ class LlavaTraining(LightningModule):
 
     def _record_settings(self) -> None:
         """Record settings as plain data, so that checkpoints load with weights_only."""
-        self.hparams["encoder"] = asdict(self.encoder)
+        encoder = asdict(self.encoder)
+        if not self.encoder.norm:  # as runs have it that began before there was one
+            del encoder["norm"]
+        self.hparams["encoder"] = encoder
         if self.lora:
             self.hparams["lora"] = asdict(self.lora)
         if self.hparams.adapter is not None:  # for the control that re-initialises the adapter

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.encoders import ENCODERS, count_extra_tokens, vision_config
 from llava_bidir.common.errors import UserError
 from probes.config import Cut
 
 from .attention_masks import is_allowed, mask_values, supports_masks
 from .attention_weights import softmax_attention
 from .families.encoder_layers import WINDOWS, encoder_layers
-from .families.encoders import ENCODERS, AnyFamily, count_extra_tokens, vision_config
+from .families.encoders import AnyFamily
 from .families.modules import MODULE_TYPE
 from .hooks import at_output, with_arguments
 from .knockout import PREFIX, Knockout

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llava_bidir.common.encoders import count_extra_tokens, vision_config
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import ResizeRule
 
 from .encoder_cut import cut_encoder
 from .families import EncoderFamily
-from .families.encoders import count_extra_tokens, vision_config
 from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .sites import is_layer

@@ -5,6 +5,7 @@ One :class:`.base.Family` per kind of MLLM, one :class:`.encoders.EncoderFamily`
 
 from transformers import PreTrainedConfig
 
+from llava_bidir.common import encoders
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
 from probes.ops.geometry import SLIDE
@@ -13,7 +14,7 @@ from .base import Family as Family
 from .base import square_side
 from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
-from .encoders import ENCODERS, AnyFamily, vision_config
+from .encoders import ENCODERS, AnyFamily, family_of_kind
 from .encoders import EncoderFamily as EncoderFamily
 from .gemma import GEMMA
 from .llava import LLAVA
@@ -63,6 +64,8 @@ def family_of(config: PreTrainedConfig) -> AnyFamily:
         return MODULE_FAMILY
     if kind in FAMILIES:
         return FAMILIES[kind]
+    if kind in encoders.ENCODERS:  # registered since
+        return family_of_kind(encoders.ENCODERS[kind])
     if kind == "timm_wrapper":
         raise UserError("it is a model of timm: read it as timm:local-dir:DIR, or timm:hf-hub:ID")
     if kind in UNSUPPORTED:
@@ -104,6 +107,6 @@ def sized_family(
         UserError: The model takes no input of this side.
     """
     if image_resize == SLIDE and not family.has_llm:
-        patch = square_side(vision_config(config).patch_size)
+        patch = square_side(encoders.vision_config(config).patch_size)
         image_px = -(-image_px // patch) * patch
     return family.with_side(image_px, config)

@@ -3,27 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.encoders import cut_patches as cut_patches
+from llava_bidir.common.encoders import find_model_class
+from llava_bidir.common.encoders import square_side as square_side
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ENCODER, site_names
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel
-
-
-def square_side(size: int | list[int] | tuple[int, ...]) -> int:
-    """Return the side of a square that a config specifies by one number or two."""
-    if isinstance(size, int):
-        return size
-    if len(set(size)) != 1:
-        raise UserError(f"encoder input of {list(size)} px is not supported; expected a square")
-    return size[0]
 
 
 def image_size(config: PreTrainedConfig) -> int:
@@ -34,12 +26,6 @@ def image_size(config: PreTrainedConfig) -> int:
 def patch_size(config: PreTrainedConfig) -> int:
     """Return the patch side of the encoder in pixels."""
     return square_side(config.vision_config.patch_size)
-
-
-def cut_patches(pixels: Tensor, side: int) -> Tensor:
-    """Return the patches of images f[B, C, H, W] in raster order, f[B, h, w, C, side, side]; H and W are multiples."""
-    split = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # B, C, h, side, w, side
-    return split.permute(0, 2, 4, 1, 3, 5)
 
 
 @dataclass(frozen=True)
@@ -171,22 +157,6 @@ class Family:
             llm = llm.layers
         adapter = [module_at(model, path, "model") for path in self.adapter]
         return {"adapter": adapter, "llm": [llm]}
-
-
-def find_model_class(model_class: "str | type[PreTrainedModel]") -> "type[PreTrainedModel]":
-    """Return a class, or the one of a name: of transformers, or MODULE:NAME.
-
-    Raises:
-        UserError: The installed transformers has no such class.
-    """
-    if not isinstance(model_class, str):
-        return model_class
-    module, _, name = model_class.rpartition(":")
-    if module:
-        return getattr(import_module(module), name)
-    if not hasattr(transformers, model_class):
-        raise UserError(f"transformers {transformers.__version__} has no class {model_class!r}")
-    return getattr(transformers, model_class)
 
 
 def module_at(model: nn.Module, path: str, within: str = "") -> nn.Module:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.encoders import ENCODERS, count_extra_tokens
 from llava_bidir.common.errors import UserError
 from probes.models.sites import encoder_site
 
 from .base import Family, module_at, patch_size
-from .encoders import ENCODERS, count_extra_tokens
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel
@@ -48,10 +48,6 @@ class Tower:
 
 _BY_TOKEN = Tower("blocks", by_token=True, count="depth")
 TOWERS: dict[str, Tower] = {
-    kind: Tower(family.layers, family.extra_tokens, family.extra_keys)
-    for kind, family in ENCODERS.items()
-}
-TOWERS |= {
     "internvl_vision": Tower("encoder.layer", extra_tokens=1),
     "qianfan_ocr_vision": Tower("layers", extra_tokens=1),
     "paddleocr_vl_vision": Tower("vision_model.encoder.layers"),
@@ -144,6 +140,14 @@ class EncoderLayers:
         return cells.transpose(2, 3).reshape(images, rows * columns, m * m * width)
 
 
+def tower_of(model_type: str) -> Tower | None:
+    """Return how to read the layers of a vision model; None if that is not known."""
+    kind = ENCODERS.get(model_type)
+    if kind is None:
+        return TOWERS.get(model_type)
+    return Tower(kind.layers, kind.extra_tokens, kind.extra_keys)
+
+
 def encoder_layers(family: Family, config: PreTrainedConfig) -> EncoderLayers:
     """Return how to read the encoder's own layers in an MLLM.
 
@@ -159,11 +163,11 @@ def encoder_layers(family: Family, config: PreTrainedConfig) -> EncoderLayers:
             f"the encoder of {kind} orders its patches by windows of attention, so its layers are not on the grid of "
             f"the image tokens; {ADVICE}"
         )
-    if vision.model_type not in TOWERS:
+    tower = tower_of(vision.model_type)
+    if tower is None:
         raise UserError(
             f"the layers of {kind}'s encoder, {vision.model_type}, cannot be read one by one; {ADVICE}"
         )
-    tower = TOWERS[vision.model_type]
     grid = family.grid(config)
     per_side = family.covered_px(config) // patch_size(config)
     merged = per_side // grid[0]

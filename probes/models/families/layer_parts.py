@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.encoders import vision_config
 from llava_bidir.common.errors import UserError
 from probes.models.sites import (
     LAYER_PARTS,
@@ -24,7 +25,7 @@ from probes.models.sites import (
     part_of,
 )
 
-from .encoders import AnyFamily, vision_config
+from .encoders import AnyFamily
 from .modules import MODULE_TYPE, why_no_parts
 
 # Paths in a layer of the module whose output is the part. A layer's part is that of the first one that it has.

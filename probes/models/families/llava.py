@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.encoders import ENCODERS, plain_inputs, square_side
+
 from .base import Family, image_size
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
@@ -18,14 +20,16 @@ OUR_CLASS = "probes.models.families.our_code:LlavaBidirForConditionalGeneration"
 
 
 def _image_px(config: PreTrainedConfig) -> int:
-    """Return the input side: the encoder's own, or for DINO, which takes any size, that of the image tokens.
+    """Return the input side: the encoder's own, or that of the image tokens where it fits its positions by itself.
 
     `image_seq_length` alone does not tell: checkpoints without it (LLaVA-Interleave) have transformers' default, 576.
     """
     vision = config.vision_config
-    if not vision.model_type.startswith("dino"):
+    kind = ENCODERS.get(vision.model_type)
+    fits_positions = kind is not None and kind.any_side and kind.inputs is plain_inputs
+    if not fits_positions:
         return vision.image_size
-    return round(config.image_seq_length**0.5) * vision.patch_size
+    return round(config.image_seq_length**0.5) * square_side(vision.patch_size)
 
 
 def _encoder_width(config: PreTrainedConfig) -> int:

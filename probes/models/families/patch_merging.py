@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.encoders import patch_inputs, stored_grid_side
+
 from .base import Family, module_at, patch_size
-from .encoders import patch_inputs, stored_grid_side
 
 if TYPE_CHECKING:  # seconds, which reading a config does not need
     from transformers import PreTrainedModel

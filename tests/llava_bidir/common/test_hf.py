@@ -136,7 +136,7 @@ def test_tensors_of_modules_that_the_model_lacks_are_left_out(parts, tmp_path):
         "vision_model.embeddings.position_ids": torch.arange(5),
     }
     save_file(tensors | others, folder / "model.safetensors", {"format": "pt"})
-    assert load_weights("encoder", parts[0].entry.model_class, str(folder))
+    assert load_weights("encoder", parts[0].kind.model_cls, str(folder))
 
 
 def test_updates_of_peft_are_refused_at_every_door(checkpoints, parts, tmp_path):

@@ -203,12 +203,11 @@ def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     return Image.fromarray(noise, "RGBA").convert(mode)
 
 
-def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarray:
+def llava_pixels(image: Image.Image, statistics, side: int, aspect: str) -> np.ndarray:
+    mean, std = statistics
     width, height = image.size
     if aspect == "pad" and width != height:
-        square = Image.new(
-            "RGB", (max(width, height),) * 2, tuple(int(x * 255) for x in entry.mean)
-        )
+        square = Image.new("RGB", (max(width, height),) * 2, tuple(int(x * 255) for x in mean))
         square.paste(image, ((max(width, height) - width) // 2, (max(width, height) - height) // 2))
         image = square
         width, height = image.size
@@ -218,7 +217,7 @@ def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarra
     top = (values.shape[0] - side) // 2
     left = (values.shape[1] - side) // 2
     values = values[top : top + side, left : left + side]
-    return ((values / 255 - np.array(entry.mean)) / np.array(entry.std)).transpose(2, 0, 1)
+    return ((values / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -232,7 +231,7 @@ def test_pixels_equal_llavas(name, aspect, size):
         "pixel_values"
     ][0]
     expected = llava_pixels(
-        picture(size), entry=encoder.entry, side=config.image_size, aspect=aspect
+        picture(size), statistics=encoder.kind.pixels, side=config.image_size, aspect=aspect
     )
     assert ours.shape == (3, config.image_size, config.image_size)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)

@@ -249,6 +249,7 @@ def undisturbed(command, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_tower(command, undisturbed, tmp_path):
     """Killed with -9 inside the second epoch, after the checkpoint of the first."""
 
@@ -271,6 +272,7 @@ def test_a_killed_run_resumes_to_the_same_tower(command, undisturbed, tmp_path):
     assert_same_export(tmp_path / "run/hf", undisturbed / "hf")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_export_has_the_features_of_training_without_the_published_encoder(
     deep, undisturbed, tmp_path, monkeypatch
@@ -300,6 +302,7 @@ def test_an_export_has_the_features_of_training_without_the_published_encoder(
             assert not torch.allclose(one, before, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_trained_tower_wants_that_tower(command, undisturbed, tmp_path):
     folder = str(undisturbed / "hf")
     options = ["--model.adapter", folder, "--model.llm", folder, "--out", str(tmp_path / "run")]
@@ -317,6 +320,7 @@ def test_an_adapter_of_a_trained_tower_wants_that_tower(command, undisturbed, tm
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_probes_see_another_model(deep, undisturbed):
     """The states are those of training; the identity is that of the files."""
     folder = undisturbed / "hf"
@@ -333,6 +337,7 @@ def test_probes_see_another_model(deep, undisturbed):
     )
 
 
+@pytest.mark.slow
 def test_what_trains_is_logged_and_summed_up(deep, undisturbed, command, capsys):
     """The last block and the final norm do not train."""
     (share,) = {value for _, value in points(undisturbed, "trains/encoder_moved")}

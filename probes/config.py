@@ -34,6 +34,7 @@ OF_FIT = (
     "model.warmup_steps",
     "model.loss_average",
     "model.exact_loss",
+    "model.flip",
     "model.learning_rate",
     "model.betas",
     "model.weight_decay",
@@ -101,6 +102,7 @@ class ModelOptions:
         warmup_steps: Steps in which it rises first.
         loss_average: What the loss is the mean over: all_pixels, with those that are ignored, whose loss is 0; None for
             labelled pixels.
+        flip: Average the outputs of probes with those of the mirrored image wherever images are predicted.
         exact_loss: The loss is that of all pixels, not of a few points in each patch (probes/ops/README.md).
     """
 
@@ -127,6 +129,7 @@ class ModelOptions:
     warmup_steps: Count | None = None
     loss_average: Literal["all_pixels"] | None = None
     exact_loss: bool | None = None
+    flip: bool = False
 
 
 @dataclass(frozen=True)

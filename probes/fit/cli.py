@@ -113,6 +113,11 @@ def check_training_images(model: ModelOptions, data: DataOptions) -> None:
             "data.cache_features keeps the states of one square a photo; set it to false for model.image_resize slide "
             "and data.random_scale"
         )
+    if model.flip and (data.cache_features or data.task == "normals"):
+        raise UserError(
+            "model.flip: expected data.cache_features false, and another task than normals, which point elsewhere in a "
+            "mirrored photo"
+        )
     of_crops = ("max_class_share", "flip_probability", "photometric_hue")
     unused = [name for name in of_crops if getattr(data, name) is not None]
     if unused and data.random_scale is None:

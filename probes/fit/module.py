@@ -63,7 +63,8 @@ class ProbeModule(LightningModule):
             self.published = read_published(config.head)
             config = replace(config, **PROBE)
         factory_of(config.head)
-        self.save_hyperparameters(asdict(config) | {"num_classes": num_classes, "seed": seed})
+        settings = {"num_classes": num_classes, "seed": seed, "flip": config.flip or None}
+        self.save_hyperparameters(asdict(config) | settings)
         self.probes: SiteProbes | None = None  # until the model is configured
         self.task: Task | None = None
         self.identity: Identity | None = None
@@ -96,6 +97,12 @@ class ProbeModule(LightningModule):
         probes = load_probes(
             args, data=data, device=device, **{name: args[name] for name in OF_PROBE}
         )
+        geometry = probes.mllm.geometry
+        if args.flip and geometry.covered_px != geometry.image_px:
+            raise UserError(
+                f"model.flip: patches cover {geometry.covered_px} of {geometry.image_px} px, so that those of a mirrored "
+                "image are elsewhere; leave it out"
+            )
         if self.published is not None:
             (probe,) = probes.heads.values()
             self._load_published(probe)
@@ -118,8 +125,8 @@ class ProbeModule(LightningModule):
         shape = self.published["head.weight"].shape
         if shape != expected:
             raise UserError(
-                f"model.head {self.head_file} predicts {shape[0]} classes, but the data have {expected[0]}; expected the "
-                "data set that the head was trained on"
+                f"model.head {self.head_file} predicts {shape[0]} classes, but the data have {expected[0]}; expected "
+                "the data set that the head was trained on"
             )
         probe.load_state_dict(self.published)
 
@@ -145,6 +152,9 @@ class ProbeModule(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Count the images of the batch; return the logits f[S, B, K, h, w]."""
         logits = self.probes.logits(self.probes.states(batch))
+        if self.hparams.flip:
+            mirrored = self.mllm.states(batch["pixels"].flip(-1), self.probes.sites)
+            logits = (logits + self.probes.logits(mirrored).flip(-1)) / 2
         self.metric.update(logits, batch["target"], batch["index"])
         return logits
 

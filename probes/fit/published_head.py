@@ -1,7 +1,7 @@
 """A publisher's own linear head, which `probes fit --head FILE` scores: no training, and so no noise of training.
 
-The files are DINOv2's, *_ade20k_linear_head.pth and the like, and what mmsegmentation saves of the same head: batch norm
-and a 1 x 1 convolution on the states of one site. They are read without running code.
+The files are DINOv2's, *_ade20k_linear_head.pth and the like, and what mmsegmentation saves of the same head: batch
+norm and a 1 x 1 convolution on the states of one site. They are read without running code.
 """
 
 from pathlib import Path
@@ -74,6 +74,6 @@ def check_published(model: ModelOptions) -> None:
     expected = family_of(config).widths(config).get(model.sites[0], width)
     if width != expected:
         raise UserError(
-            f"model.head {model.head} reads {width} channels, but {model.sites[0]} has {expected}; expected a head of one "
-            "layer of this model (+ms and linear4 read four)"
+            f"model.head {model.head} reads {width} channels, but {model.sites[0]} has {expected}; expected a head of "
+            "one layer of this model (+ms and linear4 read four)"
         )

@@ -18,7 +18,7 @@ from probes.runs.formatting import Entry, bounds
 from probes.runs.study import StudyRuns, head_suffix
 
 from .compare import difference_rows
-from .sites import certificates_of, class_rows, draw_rows, run_columns, site_rows
+from .sites import certificates_of, class_rows, draw_rows, run_columns, selection_rows, site_rows
 from .verdicts import VERDICT_COLUMNS
 
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -55,6 +55,9 @@ class Tables(NamedTuple):
         draws: The main score of each draw at the sites that it changes: model, mask, task, data, weights (random,
             permuted or adapter), draw, seed, site, metric, value.
         classes: IoU by class at the sites of main runs: model, mask, data, seed, site, class, iou, photos.
+        selection: Of each trained probe of a model that was validated more than once: model, mask, task, data, weights,
+            draw, seed, site, metric, optimum (of the solved probe beside it), best and last (of its validations), their
+            number, and selection, what choosing the best one adds.
         certificates: Of each solved probe: model, mask, task, data, weights, draw, seed, site, strength, at_end (the
             cross-validated loss is lowest at an end of the path), gradient, converged.
     """
@@ -66,6 +69,7 @@ class Tables(NamedTuple):
     draws: DataFrame
     classes: DataFrame
     certificates: DataFrame
+    selection: DataFrame
 
 
 RUN = "model mask task data weights draw seed probes"
@@ -81,6 +85,7 @@ NAMES = {  # of the columns of each table
         "draws": f"{RUN} site metric value",
         "classes": f"{RUN} site class iou photos",
         "certificates": f"{RUN} site strength at_end gradient converged",
+        "selection": f"{RUN} site metric optimum best last validations selection",
     }.items()
 }
 
@@ -113,6 +118,7 @@ def make_tables(
         for run in study.members:
             about_run = run_columns(study, run, key)
             rows["certificates"] += [about_run | row for row in certificates_of(run)]
+            rows["selection"] += [about_run | row for row in selection_rows(study, run)]
     for entry in joint:
         about = {"model": keys[entry["model"]], "task": entry["task"], "data": entry["dataset"]}
         rows["claims"] += [row for claim in entry["claims"] for row in _claim_rows(about, claim)]

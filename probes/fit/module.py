@@ -100,8 +100,8 @@ class ProbeModule(LightningModule):
         geometry = probes.mllm.geometry
         if args.flip and geometry.covered_px != geometry.image_px:
             raise UserError(
-                f"model.flip: patches cover {geometry.covered_px} of {geometry.image_px} px, so that those of a mirrored "
-                "image are elsewhere; leave it out"
+                f"model.flip: patches cover {geometry.covered_px} of {geometry.image_px} px, so that those of a "
+                "mirrored image are elsewhere; leave it out"
             )
         if self.published is not None:
             (probe,) = probes.heads.values()

@@ -46,7 +46,7 @@ def file(head, tmp_path):
     return tmp_path / "head.pth"
 
 
-def test_a_planted_head_is_scored_to_the_last_count(head, file, places, tmp_path, capsys):
+def test_a_planted_head_is_scored_to_the_last_count(head, file, places, tmp_path, caplog):
     main(["fit", *TINY.split(), *places(tmp_path / "run"), "--head", str(file)])
     run = ProbeRun(tmp_path / "run")
     encoder = run.manifest["config"]["mllm"]
@@ -68,7 +68,7 @@ def test_a_planted_head_is_scored_to_the_last_count(head, file, places, tmp_path
             assert counts["predicted"][0, i, k] == ((classes == k) & (labels != 255)).sum()
     assert run.metrics["probe"]["steps"] == 0
     assert run.metrics["sites"][0]["history"] == []
-    assert "final_norm" in capsys.readouterr().err
+    assert "mIoU final_norm" in caplog.text
     assert run.predict(sample["image"], "final_norm").shape == SIZE
     assert (run.path / "config.yaml").is_file()
 

@@ -38,6 +38,7 @@ OF_FIT = (
     "model.warmup_steps",
     "model.loss_average",
     "model.exact_loss",
+    "model.flip",
     "model.learning_rate",
     "model.betas",
     "model.weight_decay",
@@ -93,7 +94,8 @@ class ModelOptions:
             (encoder_00 ...), which are probed by name, or by all. Values, attention and MLP inside the layers
             (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts.
         head: Kind of probe: linear (the paper), or another, see probes/heads.py; only linear ones are solved. A study
-            with --fit trains it beside linear ones.
+            with --fit trains it beside linear ones. Or the file of a published head, which `fit` scores as it is
+            (probes/fit/README.md).
         feature_norm: Normalisation before the head: none (the paper), batchnorm, batchnorm_affine, whose scale and
             shift are trained, or layernorm. Solved probes have batchnorm, and neither this nor the options below.
         dropout: Probability that a channel of an image is 0 in training, before the normalisation.
@@ -106,6 +108,7 @@ class ModelOptions:
         warmup_steps: Steps in which it rises first.
         loss_average: What the loss is the mean over: all_pixels, with those that are ignored, whose loss is 0; None for
             labelled pixels.
+        flip: Average the outputs of probes with those of the mirrored image wherever images are predicted.
         exact_loss: The loss is that of all pixels, not of a few points in each patch (probes/ops/README.md).
     """
 
@@ -133,6 +136,7 @@ class ModelOptions:
     warmup_steps: Count | None = None
     loss_average: Literal["all_pixels"] | None = None
     exact_loss: bool | None = None
+    flip: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,8 @@ class DataOptions:
             range, and a square of image_px is cut out; what it lacks is ignored. None for photos as they are validated.
         max_class_share: A crop is drawn again, up to ten times, if a class has this share of its labelled pixels.
         flip_probability: Of a crop, to be mirrored.
-        photometric_hue: Brightness, contrast, saturation and hue of a crop change at random, the hue by up to this share
-            of the circle.
+        photometric_hue: Brightness, contrast, saturation and hue of a crop change at random, the hue by up to this
+            share of the circle.
         cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
         num_workers: Processes per device that open images, at most one per core.
     """

@@ -192,6 +192,11 @@ class StartOfRun(SaveConfigCallback):
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: Lightning would write config.yaml before the model is built."""
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a run that trains nothing."""
+        if trainer.global_step == 0:
+            self.on_train_start(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write config.yaml, delete `replaced`, and hide from TensorBoard the steps that a resumed run repeats."""
         if not trainer.is_global_zero:

@@ -21,6 +21,7 @@ from probes.tasks import SEGMENTATION
 
 from .datamodule import ProbeDataModule
 from .module import ProbeModule
+from .published_head import check_published, is_published
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
 REQUIRED = {
@@ -74,6 +75,8 @@ class ProbeCLI(RunCLI):
         )
         check_names(model, data.task)
         check_training_images(model, data)
+        if is_published(model.head):
+            check_published(model)
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Build the trainer, which must have the options of a run that is scored."""
@@ -96,7 +99,8 @@ class ProbeCLI(RunCLI):
                     folder.check_finished(run_identity(self.trainer, self.model, data))
                 say_finished(out, self.model.saves_predictions)
                 return
-            self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
+            if self.model.published is None:
+                self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             if self.trainer.is_global_zero:  # others may be here before it has written the files
                 rank_zero_info(format_scores(out, self.model.task))
@@ -106,8 +110,13 @@ def check_training_images(model: ModelOptions, data: DataOptions) -> None:
     """Raise a UserError if options of training images and of the schedule do not go together."""
     if data.cache_features and (model.image_resize == SLIDE or data.random_scale):
         raise UserError(
-            "data.cache_features keeps the states of one square a photo; set it to false for model.image_resize slide and "
-            "data.random_scale"
+            "data.cache_features keeps the states of one square a photo; set it to false for model.image_resize slide "
+            "and data.random_scale"
+        )
+    if model.flip and (data.cache_features or data.task == "normals"):
+        raise UserError(
+            "model.flip: expected data.cache_features false, and another task than normals, which point elsewhere in a "
+            "mirrored photo"
         )
     of_crops = ("max_class_share", "flip_probability", "photometric_hue")
     unused = [name for name in of_crops if getattr(data, name) is not None]

@@ -24,6 +24,7 @@ class ProbeDataModule(LightningDataModule):
         **options: Other fields of :class:`probes.config.DataOptions`.
     """
 
+    _is_read = False  # every image
     trained_batches = 0  # of the epoch, before a resume
     _samples: TrainingSamples | None = None  # until the model is loaded
 
@@ -54,7 +55,8 @@ class ProbeDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read every image before training."""
-        if stage == "fit":
+        if stage == "fit" or not self._is_read:
+            self._is_read = True
             self._cached: dict[str, CachedFeatures] = {}
             self.trainer.log_every_n_steps = min(
                 self.trainer.log_every_n_steps, self.steps_per_epoch

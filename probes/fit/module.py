@@ -7,7 +7,7 @@ Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.files import sha256
 from llava_bidir.common.identity import Identity, check_same_identity, run_identity
 from llava_bidir.common.processes import all_gather, decide_on_first
 from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
 from probes.config import ModelOptions
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
-from probes.heads import factory_of
+from probes.heads import Probe, factory_of
 from probes.models.module_sources import source_identity
 from probes.runs.write import RunRecord, save_run
 from probes.score.estimate import dataset_scores
@@ -30,6 +32,7 @@ from probes.score.image_metrics import TaskMetric
 from probes.site_probes import SiteProbes, load_probes, save_predictions
 from probes.tasks import Task
 
+from .published_head import PROBE, is_published, read_published
 from .schedule import rate_factor
 
 VALIDATIONS = ("best", "history", "validated_at")  # kept in checkpoints
@@ -53,9 +56,15 @@ class ProbeModule(LightningModule):
 
     def __init__(self, num_classes: int = 150, seed: int = 0, **options):
         config = ModelOptions(**options)
-        factory_of(config.head)
         super().__init__()
-        self.save_hyperparameters(asdict(config) | {"num_classes": num_classes, "seed": seed})
+        self.published: dict[str, Tensor] | None = None  # weights of a head that is scored as it is
+        self.head_file = config.head
+        if is_published(config.head):
+            self.published = read_published(config.head)
+            config = replace(config, **PROBE)
+        factory_of(config.head)
+        settings = {"num_classes": num_classes, "seed": seed, "flip": config.flip or None}
+        self.save_hyperparameters(asdict(config) | settings)
         self.probes: SiteProbes | None = None  # until the model is configured
         self.task: Task | None = None
         self.identity: Identity | None = None
@@ -67,7 +76,10 @@ class ProbeModule(LightningModule):
 
     def models(self) -> dict[str, str | dict[str, str]]:
         """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
-        return {"mllm": source_identity(self.hparams.mllm)}
+        models = {"mllm": source_identity(self.hparams.mllm)}
+        if self.published is not None:
+            models["head"] = {"": sha256(Path(self.head_file))}
+        return models
 
     def setup(self, stage: str) -> None:
         """Compute the identity of a run that is not started by the command line."""
@@ -85,6 +97,15 @@ class ProbeModule(LightningModule):
         probes = load_probes(
             args, data=data, device=device, **{name: args[name] for name in OF_PROBE}
         )
+        geometry = probes.mllm.geometry
+        if args.flip and geometry.covered_px != geometry.image_px:
+            raise UserError(
+                f"model.flip: patches cover {geometry.covered_px} of {geometry.image_px} px, so that those of a "
+                "mirrored image are elsewhere; leave it out"
+            )
+        if self.published is not None:
+            (probe,) = probes.heads.values()
+            self._load_published(probe)
         self.probes = probes
         self.task = probes.task
         # as parts of this module, so that Lightning moves, trains and saves them
@@ -98,6 +119,16 @@ class ProbeModule(LightningModule):
             nodes = None if args.exact_loss else NODES
             prepare = MaskPreparer(samples.geometry, probes.channels, nodes)
         self.trainer.datamodule.read_for(self.mllm, probes.sites, prepare)
+
+    def _load_published(self, probe: Probe) -> None:
+        expected = probe.head.weight.shape
+        shape = self.published["head.weight"].shape
+        if shape != expected:
+            raise UserError(
+                f"model.head {self.head_file} predicts {shape[0]} classes, but the data have {expected[0]}; expected "
+                "the data set that the head was trained on"
+            )
+        probe.load_state_dict(self.published)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
@@ -121,6 +152,9 @@ class ProbeModule(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Count the images of the batch; return the logits f[S, B, K, h, w]."""
         logits = self.probes.logits(self.probes.states(batch))
+        if self.hparams.flip:
+            mirrored = self.mllm.states(batch["pixels"].flip(-1), self.probes.sites)
+            logits = (logits + self.probes.logits(mirrored).flip(-1)) / 2
         self.metric.update(logits, batch["target"], batch["index"])
         return logits
 
@@ -200,7 +234,9 @@ class ProbeModule(LightningModule):
     def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were trained, for metrics.json."""
         datamodule = self.trainer.datamodule
-        steps = optimizer_steps(self.trainer)
+        steps = 0
+        if self.published is None:
+            steps = optimizer_steps(self.trainer)
         kept = ("head", "feature_norm", "learning_rate", "seed")
         return {key: self.hparams[key] for key in kept} | {
             "batch_size": datamodule.data.batch_size,

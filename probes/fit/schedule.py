@@ -11,9 +11,9 @@ def rate_factor(step: int, steps: int, decay: str, warmup: int) -> float:
     While it warms up, it is a line from `WARMUP_RATIO` to 1, times a line from 1 to 0 over all steps. Then it is that
     line ("linear"), or half a cosine over all steps ("cosine").
 
-    Source: mmcv's PolyLrUpdaterHook of power 1 with linear warm-up, which DINOv2's configs name; and WarmupOneCycleLR of
-    DINOv3 (eval/segmentation/schedulers.py), whose training repeats the first rate, so that all later ones are a step
-    late, and whose cosine is a step ahead.
+    Source: mmcv's PolyLrUpdaterHook of power 1 with linear warm-up, which DINOv2's configs name; and WarmupOneCycleLR
+    of DINOv3 (eval/segmentation/schedulers.py), whose training repeats the first rate, so that all later ones are a
+    step late, and whose cosine is a step ahead.
 
     Args:
         step: From 0.

@@ -198,6 +198,27 @@ def certificates_of(run: ProbeRun) -> Iterator[Entry]:
         }
 
 
+def selection_rows(study: StudyRuns, run: ProbeRun) -> Iterator[Entry]:
+    """Yield what choosing the best validation adds to each trained probe of a run, beside the optimum's number."""
+    score = run.task.score
+    optimum: dict[str, float] = {}
+    for other in study.members:
+        same = (other.mask, other.arm, other.draw) == (run.mask, run.arm, run.draw)
+        if same and other.is_solved and other.task_name == run.task_name:
+            optimum = {entry["site"]: entry[score] for entry in other.metrics["sites"]}
+    for entry in run.metrics["sites"]:
+        if "selection" in entry and len(entry["history"]) > 1:
+            yield {
+                "site": entry["site"],
+                "metric": score,
+                "optimum": optimum.get(entry["site"]),
+                "best": entry[score],
+                "last": entry["last"],
+                "validations": len(entry["history"]),
+                "selection": entry["selection"],
+            }
+
+
 def table2(studies: Sequence[StudyRuns]) -> list[Entry]:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper; [] without an LLM."""
     scores = (*SUMMARY, FINAL_NORM)

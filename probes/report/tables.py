@@ -19,7 +19,7 @@ from probes.runs.study import StudyRuns, head_suffix
 
 from .compare import difference_rows
 from .position import position_rows
-from .sites import certificates_of, class_rows, draw_rows, run_columns, site_rows
+from .sites import certificates_of, class_rows, draw_rows, run_columns, selection_rows, site_rows
 from .verdicts import VERDICT_COLUMNS
 
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -61,6 +61,9 @@ class Tables(NamedTuple):
         position: Position alone beside each main run and metric: model, mask, task, data, weights, draw, seed, probes,
             grid, metric, value, low, high, converged; site and best, the best score; share, how much of it position
             alone has, of errors the other way round.
+        selection: Of each trained probe of a model that was validated more than once: model, mask, task, data, weights,
+            draw, seed, site, metric, optimum (of the solved probe beside it), best and last (of its validations), their
+            number, and selection, what choosing the best one adds.
         certificates: Of each solved probe: model, mask, task, data, weights, draw, seed, site, strength, at_end (the
             cross-validated loss is lowest at an end of the path), gradient, converged.
     """
@@ -73,6 +76,7 @@ class Tables(NamedTuple):
     classes: DataFrame
     position: DataFrame
     certificates: DataFrame
+    selection: DataFrame
 
 
 RUN = "model mask task data weights draw seed probes"
@@ -89,6 +93,7 @@ NAMES = {  # of the columns of each table
         "classes": f"{RUN} site class iou photos",
         "position": f"{RUN} grid metric value low high site best share converged",
         "certificates": f"{RUN} site strength at_end gradient converged",
+        "selection": f"{RUN} site metric optimum best last validations selection",
     }.items()
 }
 
@@ -122,6 +127,7 @@ def make_tables(
         for run in study.members:
             about_run = run_columns(study, run, key)
             rows["certificates"] += [about_run | row for row in certificates_of(run)]
+            rows["selection"] += [about_run | row for row in selection_rows(study, run)]
     for entry in joint:
         about = {"model": keys[entry["model"]], "task": entry["task"], "data": entry["dataset"]}
         rows["claims"] += [row for claim in entry["claims"] for row in _claim_rows(about, claim)]

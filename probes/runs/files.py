@@ -67,12 +67,21 @@ def say_finished(out: Path, save_predictions: bool) -> None:
 
 
 def format_scores(out: Path, task: Task) -> str:
-    """Return one line with the main scores of the finished run."""
-    summary = read_json(out / "metrics.json")["summary"]
+    """Return one line with the main scores of the finished run, and what choosing a validation adds to the best."""
+    metrics = read_json(out / "metrics.json")
+    summary = metrics["summary"]
     main = {site: summary[site] for site in ("encoder", "adapter")}
     main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
     number = ".3g"
     if task.name == SEGMENTATION:
         number = ".1%"
     scores = [f"{site} {value:{number}}" for site, value in main.items() if value is not None]
-    return f"{out}: {task.labels[task.score]} {', '.join(scores) or 'in metrics.json'}"
+    text = f"{out}: {task.labels[task.score]} {', '.join(scores) or 'in metrics.json'}"
+    entry = max(metrics["sites"], key=lambda entry: task.sign * entry[task.score])
+    if "selection" not in entry:
+        return text
+    best, last, added = (
+        f"{value:{number}}" for value in (entry[task.score], entry["last"], entry["selection"])
+    )
+    validations = len(entry["history"])
+    return f"{text}; {entry['site']}: best of {validations} validations {best}, last {last}, difference {added}"

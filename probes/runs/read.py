@@ -463,10 +463,17 @@ class ProbeRun:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
         mllm, probes = self.loaded
         photo = read_photo(image)
-        states = mllm.states(mllm.preprocess(photo), sites, knockout)
-        outputs = torch.stack([probes[site](states[site].float()) for site in sites])
+        pixels = mllm.preprocess(photo)
+
+        def read(pixels: Tensor) -> Tensor:
+            states = mllm.states(pixels, sites, knockout)
+            outputs = torch.stack([probes[site](states[site].float()) for site in sites])
+            return outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
+
+        grids = read(pixels)
+        if self.manifest["config"].get("flip"):
+            grids = (grids + read(pixels.flip(-1)).flip(-1)) / 2
         size = (photo.height, photo.width)
-        grids = outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
         logits = mllm.geometry.join(grids, size)
         return self.task.predict_pixels(logits, size, mllm.geometry.view(size))
 

@@ -163,6 +163,9 @@ def site_entries(
 ) -> list[dict[str, Any]]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 
+    Of trained probes also "last", the score of the last validation, and "selection", what choosing the best one on the
+    images that are scored adds.
+
     Args:
         probes: The model and its probes.
         record: How the probes were made.
@@ -186,6 +189,8 @@ def site_entries(
             "best_epoch": best_epoch,
             "history": history,
         }
+        if numbers and not math.isnan(history[-1]):
+            entry |= {"last": history[-1], "selection": task.sign * (best - history[-1])}
         for name, values in scores.items():
             value = values[i].item()
             ci95 = interval(value, resampled[name][:, i], lowest=0.0, highest=task.highest)

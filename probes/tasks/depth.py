@@ -22,7 +22,8 @@ class Depth(Task):
     Scores are computed for each image and averaged over images, as by probe3d (evals/utils/metrics.py) and DINOv2's
     evaluation (Monocular-Depth-Estimation-Toolbox): root mean square error in metres, mean |p - t| / t, mean
     |log10 p - log10 t|, and the shares of pixels with max(p / t, t / p) below 1.25, 1.25^2 and 1.25^3. Of NYUv2 they
-    are those of the pixels that these score, too: the layout `nyuv2` leaves out what is outside Eigen's crop.
+    are those of the pixels that these score, too: the layout `nyuv2` leaves out what is outside Eigen's crop. The last
+    score is the root mean square error over the pixels of all images.
 
     The loss is the scale-invariant log loss of AdaBins, as DINOv2's linear probes use it: with g = log p - log t, the
     root of var(g) + 0.15 mean(g)^2.
@@ -44,6 +45,7 @@ class Depth(Task):
         "delta_1": True,
         "delta_2": True,
         "delta_3": True,
+        "rmse_pixels": False,
     }
     labels = {
         "rmse": "RMSE (m)",
@@ -52,6 +54,7 @@ class Depth(Task):
         "delta_1": "delta < 1.25",
         "delta_2": "delta < 1.25^2",
         "delta_3": "delta < 1.25^3",
+        "rmse_pixels": "RMSE of all pixels (m)",
     }
     margin = 0.01  # metres; the literature gives RMSE with two decimals
 
@@ -72,6 +75,25 @@ class Depth(Task):
         squared = square - (1 - VARIANCE_FOCUS) * mean.square()
         # the root has no gradient at 0
         return torch.where(squared > 0, squared.clamp(min=1e-12).sqrt(), 0)
+
+    def image_sums(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return what an image adds to the sums: 1 and its scores, then its squared errors and pixels, f[P, 9]."""
+        valid = self.valid(target[None])[0]
+        sums = prediction.new_zeros(len(prediction), 2 + len(self.scores))
+        if valid.any():
+            predicted = prediction[:, valid]
+            sums[:, 0] = 1
+            sums[:, 1:-2] = self.image_scores(predicted, target[valid])
+            sums[:, -2] = (predicted - target[valid]).square().sum(1)
+            sums[:, -1] = valid.sum()
+        return sums
+
+    def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return the scores f64[...]: means over images, and the error over all pixels."""
+        images, *scores, squares, pixels = sums.double().unbind(-1)
+        values = [score / images for score in scores]
+        values.append((squares / pixels).sqrt())
+        return dict(zip(self.scores, values, strict=True))
 
     def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return RMSE, AbsRel, log10 and the three shares, f[P, 6]."""

@@ -57,8 +57,9 @@ def write_depth_run(path: Path, rmse: list[float], root: Path, seed: int = 0, **
     sites = site_names(len(rmse) - 3)
     task = TASKS["depth"]
     shape = len(rmse), metrics["images"]
-    noise = torch.rand(*shape, 6, generator=torch.Generator().manual_seed(seed))
-    sums = torch.cat([torch.ones(*shape, 1), 0.1 * noise], -1)
+    noise = torch.rand(*shape, 7, generator=torch.Generator().manual_seed(seed))
+    one = torch.ones(*shape, 1)
+    sums = torch.cat([one, 0.1 * noise, one], -1)
     sums[..., 1] += torch.tensor(rmse)[:, None] - 0.05
     scores = {name: x.tolist() for name, x in task.dataset_scores(sums.double().sum(1)).items()}
     for key in ("classes", "baseline"):

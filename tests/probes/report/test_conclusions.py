@@ -1,5 +1,7 @@
 """What a study concludes about each claim, from its trained, solved and random runs to results.json."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -137,6 +139,30 @@ def test_claims_are_corrected_for_the_number_of_those_that_were_tested():
     assert claims[1]["p_holm"] is None
     for i, finding in ((0, "supported by itself"), (2, "supported"), (3, "not learned")):
         assert claims[i]["finding"] == finding
+
+
+def test_the_margin_is_that_which_the_study_was_given(write, draws, tmp_path):
+    """Of a point, an effect of ten is supported; of twenty nothing is there, and the report says which it was."""
+    write("s", CURVE, 1, solved=True)
+    draws(FLAT, FLAT)
+    study, out = [str(tmp_path)], tmp_path / "report"
+    of_a_point = write_report(study, out)
+    findings = {}
+    for points in (1, 45):
+        steps = tmp_path / "steps"
+        steps.mkdir(exist_ok=True)
+        record = {"step": "report", "kind": "report", "config": {"margin": points}, "inputs": {}}
+        record |= {"result": None, "seconds": 0.0}
+        (steps / "report.json").write_text(json.dumps(record))
+        results = write_report(study, out)
+        assert results["margin"] == points / 100
+        findings[points] = next(
+            claim for claim in results["claims"] if claim["claim"] == "recovery"
+        )
+    assert findings[1] == next(c for c in of_a_point["claims"] if c["claim"] == "recovery")
+    assert (findings[1]["finding"], findings[45]["finding"]) == ("supported", "negligible")
+    assert findings[1]["value"] == findings[45]["value"]
+    assert write_report(study, out, margin=1)["margin"] == 0.01
 
 
 def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(write, draws, tmp_path):

@@ -7,7 +7,16 @@ import scipy.stats
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.verdicts import MARGIN, compare_to_draws, judge, judge_draws, worst_of
+from probes.report.verdicts import (
+    FEWEST_UNITS,
+    MARGIN,
+    compare_to_draws,
+    detectable,
+    find,
+    judge,
+    judge_draws,
+    worst_of,
+)
 from probes.score.estimate import Estimate, p_value
 
 STUDIES = 500
@@ -37,6 +46,70 @@ def test_p_values_are_those_of_t_and_invert_the_interval():
     half = math.hypot(*(se * scipy.stats.t.ppf(0.975, df) for se, df in parts))
     assert p_value(1, half, parts) == pytest.approx(0.05, rel=1e-6)
     assert p_value(1, 1e9, parts[:1]) <= 1e-12
+
+
+def column(low, high):
+    """Of a normal estimate with this 90% interval."""
+    middle, half = (low + high) / 2, (high - low) / 2 * 1.96 / 1.645
+    return judge(
+        1, value=middle, ci95=[middle - half, middle + half], margin=MARGIN, ci90=[low, high]
+    )
+
+
+THERE = column(0.03, 0.05)
+ABSENT = column(-0.005, 0.006)
+WIDE = column(-0.02, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("optimum", "beyond_random", "conclusion", "finding", "decisive"),
+    [
+        (THERE, THERE, "supported", "supported", THERE),
+        (THERE, ABSENT, "not learned", "not learned", ABSENT),
+        (THERE, ABSENT, "also in random layers", "not learned", ABSENT),
+        (THERE, column(-0.05, -0.03), "not learned", "not learned", None),
+        (THERE, WIDE, "not learned", "undecided", WIDE),  # merely wide
+        (ABSENT, WIDE, "does not hold", "no effect", ABSENT),
+        (column(0.002, 0.008), ABSENT, "does not hold", "negligible", None),
+        (column(-0.008, -0.002), ABSENT, "does not hold", "negligible", None),
+        (column(-0.05, -0.011), WIDE, "does not hold", "reversed", None),
+        (column(-0.05, -0.009), WIDE, "does not hold", "undecided", column(-0.05, -0.009)),
+        (column(-0.009, 0.01), WIDE, "does not hold", "undecided", column(-0.009, 0.01)),
+        (WIDE, THERE, "artefact of the instrument", "artefact of the instrument", None),
+        (THERE, {"verdict": "untested"}, "untested", "untested", None),
+        ({"verdict": "untested"}, THERE, "untested", "untested", None),
+    ],
+)
+def test_a_finding_tells_absence_from_too_few_photos(
+    optimum, beyond_random, conclusion, finding, decisive
+):
+    verdicts = {"optimum": optimum, "beyond_random": beyond_random}
+    entry = find(1, verdicts, conclusion, margin=MARGIN, units=FEWEST_UNITS)
+    assert entry["finding"] == finding
+    assert ("detectable" in entry) == (finding == "undecided")
+    few = find(1, verdicts, conclusion, margin=MARGIN, units=FEWEST_UNITS - 1)
+    if finding == "untested":
+        assert few == entry
+        return
+    assert few["finding"] == "undecided"
+    if decisive:
+        assert few["detectable"] == detectable(decisive["ci95"], MARGIN)
+    mirrored = {}
+    for name, of_claim in verdicts.items():
+        ends = {key: [-end for end in of_claim[key]] for key in ("ci90", "ci95")}
+        mirrored[name] = of_claim | ends
+    assert find(-1, mirrored, conclusion, margin=MARGIN, units=FEWEST_UNITS) == entry
+
+
+def test_an_interval_that_shows_absence_is_students_for_each_count_of_photos():
+    """Of photos, and of photos of a class."""
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = Estimate(0.5, values).widened([20, 5])
+    factor = 1.0
+    for count in (20, 5):
+        factor *= scipy.stats.t.ppf(0.975, count - 1) / 1.96 * math.sqrt(count / (count - 1))
+    assert (low + high) / 2 == pytest.approx(0.5)
+    assert (high - low) / 2 == pytest.approx(1.645 * factor, rel=0.05)
 
 
 def beyond(verdict, low, high, p):

@@ -5,7 +5,7 @@ One :class:`.base.Family` per kind of MLLM, one :class:`.encoders.EncoderFamily`
 
 from transformers import PreTrainedConfig
 
-from llava_bidir.common import encoders
+from llava_bidir.common.encoders import ENCODERS as ENCODER_KINDS
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
 from probes.ops.geometry import SLIDE
@@ -64,8 +64,8 @@ def family_of(config: PreTrainedConfig) -> AnyFamily:
         return MODULE_FAMILY
     if kind in FAMILIES:
         return FAMILIES[kind]
-    if kind in encoders.ENCODERS:  # registered since
-        return family_of_kind(encoders.ENCODERS[kind])
+    if kind in ENCODER_KINDS:  # registered since
+        return family_of_kind(ENCODER_KINDS[kind])
     if kind == "timm_wrapper":
         raise UserError("it is a model of timm: read it as timm:local-dir:DIR, or timm:hf-hub:ID")
     if kind in UNSUPPORTED:

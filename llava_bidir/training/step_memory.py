@@ -25,6 +25,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.cli import Count
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.data.collate import Batch
 
 from .fsdp2_strategy import find_layers
 from .module import LlavaTraining
@@ -143,7 +144,7 @@ class StepMemory:
 
 
 def step_memory(
-    module: LlavaTraining, batch: Mapping[str, Any], spread: Spread, accumulates: bool
+    module: LlavaTraining, batch: Batch, spread: Spread, accumulates: bool
 ) -> StepMemory:
     """Return the memory of a step after the first one, which has made the optimizer's states.
 
@@ -249,9 +250,7 @@ def _fake(tensor: Tensor) -> Tensor:
     return fake
 
 
-def run_step(
-    module: LlavaTraining, batch: Mapping[str, Any], spread: Spread, accumulates: bool
-) -> StepMemory:
+def run_step(module: LlavaTraining, batch: Batch, spread: Spread, accumulates: bool) -> StepMemory:
     """Return the memory of forward and backward on a device that holds all weights, and its share of gradients."""
     model = module.model
     trained = [p for p in model.parameters() if p.requires_grad]

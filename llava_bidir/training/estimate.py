@@ -224,7 +224,9 @@ def sampled_flops(module: LlavaTraining, batch: Batch, sampled: SampledRecords) 
 def checkpoint_bytes(module: LlavaTraining, spread: Spread) -> float:
     """Return the bytes of a checkpoint, of all devices: trained weights and the states of their optimizer."""
     weights = spread.stored_in.itemsize
-    states = 3 * FP32 if spread.is_zero else 2 * weights  # ZeRO has masters
+    states = 2 * weights
+    if spread.is_zero:  # which has masters
+        states = 3 * FP32
     return (weights + states) * count_trained(module.model)
 
 

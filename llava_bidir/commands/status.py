@@ -102,21 +102,33 @@ def read_status(runs: Path) -> list[StepStatus]:
     queue = read_queue(runs)
     logs = {"/".join(log.stem.rsplit("-", 1)): log for log in (runs / "logs").glob("*-*.log")}
     names = {*(queue or ()), *logs}
+    names |= steps_of_folders(runs, studies={x for x in names if x.endswith("/study")})
+    by_model = []
+    for name in names:
+        model, *steps = name.split("/")
+        if len(steps) == 1 and steps[0] in STEPS:
+            by_model.append((model, STEPS.index(steps[0]), name))
+    return [
+        status_of(runs, name=name, log=logs.get(name), queue=queue)
+        for _, _, name in sorted(by_model)
+    ]
+
+
+def steps_of_folders(runs: Path, studies: set[str]) -> set[str]:
+    """Return the steps MODEL/STEP that have a folder; a folder of which studies are parts is their report."""
+    encoders = {study.rpartition("-")[0] for study in studies}
+    names = set()
     for folder in runs.glob("*/"):
         if any((folder / stage).is_dir() for stage in STAGES):
             names |= {f"{folder.name}/{stage}" for stage in STAGES}
         if (folder / "vqa").is_dir():
             names.add(f"{folder.name}/vqa")
         if (folder / "steps").is_dir():
-            parts = {name.rpartition("-")[0] for name in names if name.endswith("/study")}
-            names.add(f"{folder.name}/{'report' if folder.name in parts else 'study'}")
-    split = [name.split("/") for name in names if name.count("/") == 1]
-    ordered = sorted((model, STEPS.index(step)) for model, step in split if step in STEPS)
-    rows = []
-    for model, number in ordered:
-        name = f"{model}/{STEPS[number]}"
-        rows.append(status_of(runs, name=name, log=logs.get(name), queue=queue))
-    return rows
+            step = "study"
+            if folder.name in encoders:
+                step = "report"
+            names.add(f"{folder.name}/{step}")
+    return names
 
 
 def read_queue(runs: Path) -> dict[str, QueuedJob] | None:

@@ -7,11 +7,10 @@ import json
 import os
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, groupby
-from operator import itemgetter
-from typing import Any
+from operator import attrgetter, itemgetter
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,7 +23,7 @@ from llava_bidir.common.processes import worker_options
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.data.dataset import Instructions, answers, refers_to_image
+from llava_bidir.data.dataset import Instructions, Record, answers, refers_to_image
 from llava_bidir.model.build import EXTRA_TOKENS
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
@@ -55,11 +54,55 @@ def main(argv: list[str]) -> None:
     parts = count_parameters(cli.model)
     files = verify(data, records)
     if args.json:
-        print(json.dumps({"files": files, "parts": [asdict(part) for part in parts]}))
+        described = {
+            "files": [asdict(file) for file in files],
+            "parts": [asdict(part) for part in parts],
+        }
+        print(json.dumps(described))
     else:
         print("\n".join([*map(format_findings, files), *map(format_part, parts)]))
-    if any(file["findings"] for file in files):
+    if any(file.findings for file in files):
         raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class ShownRecord:
+    """What the model is fed of a record.
+
+    Args:
+        id: Of the record.
+        template: Of its text.
+        input_ids: Tokens [N].
+        labels: Labels [N].
+        image_spans: [start, end] of each image.
+        text: With one token for each image.
+    """
+
+    id: str
+    template: str
+    input_ids: list[int]
+    labels: list[int]
+    image_spans: list[tuple[int, int]]
+    text: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a record; :func:`find` has the kinds."""
+
+    index: int
+    id: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifiedFile:
+    """A file of records, and what is wrong with them."""
+
+    path: str
+    records: int
+    findings: list[Finding]
 
 
 def print_records(
@@ -76,34 +119,35 @@ def print_records(
             raise UserError(f"--show {index}: {records.annotations} has records 0..{last}")
         shown = show_record(records[index], collate)
         if as_json:
-            print(json.dumps(shown))
+            print(json.dumps(asdict(shown)))
         else:
             print(format_record(shown, collate))
 
 
-def show_record(sample: dict, collate: Collate) -> dict[str, Any]:
-    """Return a sample as {"id", "template", "input_ids", "labels", "image_spans": [[start, end]], "text"}."""
+def show_record(sample: Record, collate: Collate) -> ShownRecord:
+    """Return what the model is fed of a sample."""
     ids, labels = collate.truncated(sample)
     image_id = collate.processor.image_token_id
-    starts = [i for i, token in enumerate(ids) if token == image_id][:: collate.image_tokens]
+    places = [i for i, token in enumerate(ids) if token == image_id]
+    starts = places[:: collate.image_tokens]
     kept = [token for i, token in enumerate(ids) if token != image_id or i in starts]
-    return {
-        "id": sample["id"],
-        "template": collate.template,
-        "input_ids": ids,
-        "labels": labels,
-        "image_spans": [[start, start + collate.image_tokens] for start in starts],
-        "text": collate.processor.tokenizer.decode(kept),
-    }
+    return ShownRecord(
+        id=sample["id"],
+        template=collate.template,
+        input_ids=ids,
+        labels=labels,
+        image_spans=[(start, start + collate.image_tokens) for start in starts],
+        text=collate.processor.tokenizer.decode(kept),
+    )
 
 
-def format_record(shown: dict[str, Any], collate: Collate) -> str:
-    r"""Return a record of :func:`show_record` with supervised tokens in brackets, and the mask by segments."""
+def format_record(shown: ShownRecord, collate: Collate) -> str:
+    r"""Return a record with supervised tokens in brackets, and the mask by segments."""
     tokenizer = collate.processor.tokenizer
-    is_image = torch.tensor([shown["input_ids"]]) == collate.processor.image_token_id
-    lines = [f"{shown['id']}  ({shown['template']}, {len(shown['input_ids'])} tokens)"]
-    is_trained = [label != IGNORE_INDEX for label in shown["labels"]]
-    tokens = zip(is_image[0].tolist(), is_trained, shown["input_ids"], strict=True)
+    is_image = torch.tensor([shown.input_ids]) == collate.processor.image_token_id
+    lines = [f"{shown.id}  ({shown.template}, {len(shown.input_ids)} tokens)"]
+    is_trained = [label != IGNORE_INDEX for label in shown.labels]
+    tokens = zip(is_image[0].tolist(), is_trained, shown.input_ids, strict=True)
     for (image, trained), segment in groupby(tokens, key=itemgetter(0, 1)):
         ids = [token for *_, token in segment]
         text = tokenizer.decode(ids)
@@ -118,7 +162,9 @@ def format_record(shown: dict[str, Any], collate: Collate) -> str:
     lines += ["", "  attention: # all, \\ causal, . none, ? some (rows attend to columns)"]
     segments, lengths = is_image[0].unique_consecutive(return_counts=True)
     for image, rows in zip(segments, mask.split(lengths.tolist()), strict=True):
-        name = "image" if image else "text"
+        name = "text"
+        if image:
+            name = "image"
         cells = " ".join(map(_cell, rows.split(lengths.tolist(), dim=1)))
         lines.append(f"  {name:>5} {len(rows):>4}  {cells}")
     return "\n".join(lines)
@@ -135,8 +181,8 @@ def _cell(part: torch.Tensor) -> str:
     return "?"
 
 
-def verify(data: InstructionData, training: Instructions) -> list[dict[str, Any]]:
-    """Return each file of records as {"path", "records", "findings"}."""
+def verify(data: InstructionData, training: Instructions) -> list[VerifiedFile]:
+    """Return the findings of each file of records."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     splits: list[tuple[Instructions, set[int] | None]] = [(training, None)]
     if data.val_annotations:
@@ -151,7 +197,7 @@ def verify(data: InstructionData, training: Instructions) -> list[dict[str, Any]
             **worker_options(data.num_workers),
         )
         findings = list(chain.from_iterable(tqdm(batches)))
-        files.append({"path": str(split.annotations), "records": len(split), "findings": findings})
+        files.append(VerifiedFile(str(split.annotations), len(split), findings))
     return files
 
 
@@ -160,7 +206,7 @@ def also_trained(training: Instructions, validation: Instructions) -> set[int]:
     names = {*training.records.unique("image"), *validation.records.unique("image")} - {""}
     digests = checksums(validation.images, names)
 
-    def content(record: dict[str, Any]) -> str:
+    def content(record: Record) -> str:
         return digests.get(record["image"]) or json.dumps(record["conversations"])
 
     contents = set(map(content, training.records))
@@ -169,8 +215,8 @@ def also_trained(training: Instructions, validation: Instructions) -> set[int]:
 
 def find(
     data: Instructions, collate: Collate, trained: set[int] | None, indices: list[int]
-) -> list[dict[str, Any]]:
-    """Return the findings of records, {"index", "id", "kind", "detail"} each.
+) -> list[Finding]:
+    """Return the findings of records.
 
     The kinds are
 
@@ -197,9 +243,8 @@ def find(
             )
         except UserError as error:
             details = {"broken": str(error.__cause__ or error)}
-        about = {"index": index, "id": data.records[index]["id"]}
-        for kind, detail in details.items():
-            findings.append(about | {"kind": kind, "detail": detail})
+        record_id = data.records[index]["id"]
+        findings += [Finding(index, record_id, kind, text) for kind, text in details.items()]
     return findings
 
 
@@ -248,10 +293,10 @@ def format_part(part: PartOfModel) -> str:
     return line
 
 
-def format_findings(file: dict[str, Any]) -> str:
+def format_findings(file: VerifiedFile) -> str:
     """Return the number of findings in a file, and these by kind."""
-    findings = sorted(file["findings"], key=itemgetter("kind"))
-    lines = [f"{file['path']}: {file['records']:,} records, {len(findings):,} findings"]
-    for finding in findings:
-        lines.append("  {kind}: record {index} ({id!r}): {detail}".format(**finding))
+    lines = [f"{file.path}: {file.records:,} records, {len(file.findings):,} findings"]
+    for finding in sorted(file.findings, key=attrgetter("kind")):
+        record = f"record {finding.index} ({finding.id!r})"
+        lines.append(f"  {finding.kind}: {record}: {finding.detail}")
     return "\n".join(lines)

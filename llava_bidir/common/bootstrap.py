@@ -49,7 +49,8 @@ def random_swaps(
     generator = torch.Generator().manual_seed(seed)
     swaps = torch.randint(2, (permutations, count), generator=generator)
     observed = torch.zeros(1, count)
-    return torch.cat([observed, swaps])[:, group_of]
+    of_groups = torch.cat([observed, swaps])
+    return of_groups[:, group_of]
 
 
 def _group_indices(units: int, groups: Tensor | None) -> tuple[Tensor, int]:
@@ -83,7 +84,9 @@ def interval(
         return [math.nan, math.nan]
     distance = (defined - defined.mean()).abs()
     half = distance.quantile(level).item()
-    return [max(estimate - half, lowest), min(estimate + half, highest)]
+    low = max(estimate - half, lowest)
+    high = min(estimate + half, highest)
+    return [low, high]
 
 
 def simultaneous_band(values: Tensor, resampled: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +109,12 @@ def largest_distances(resampled: Tensor) -> tuple[Tensor, Tensor]:
 
     A distance is one from the mean, in standard deviations. Resamplings with a value that is not defined are left out.
     """
-    resampled = resampled[~resampled.isnan().any(1)].double()
+    is_undefined = resampled.isnan().any(1)
+    resampled = resampled[~is_undefined].double()
     sd = resampled.std(0)
     distance = (resampled - resampled.mean(0)).abs()
-    return sd, torch.where(sd > 0, distance / sd, 0.0).amax(1)
+    in_sds = torch.where(sd > 0, distance / sd, 0.0)
+    return sd, in_sds.amax(1)
 
 
 def p_values(differences: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,15 +133,20 @@ def p_values(differences: Tensor) -> tuple[Tensor, Tensor]:
     size = torch.where(spread > 0, size / spread, 0.0)
     threshold = size[0] * (1 - 1e-9)  # equal sums differ by rounding when added in another order
     is_reached = size >= threshold
-    is_reached_by_largest = size.amax(1, keepdim=True) >= threshold
-    return is_reached.double().mean(0), is_reached_by_largest.double().mean(0)
+    largest = size.amax(1, keepdim=True)
+    is_reached_by_largest = largest >= threshold
+    p = is_reached.double().mean(0)
+    corrected = is_reached_by_largest.double().mean(0)
+    return p, corrected
 
 
 def holm(p: list[float]) -> list[float]:
     """Return p-values of several tests, adjusted to control the family-wise error rate (Holm 1979)."""
-    ordered, rank = torch.tensor(p, dtype=torch.float64).sort()
+    tests = torch.tensor(p, dtype=torch.float64)
+    ordered, rank = tests.sort()
     tests_left = torch.arange(len(p), 0, -1)
-    steps = (ordered * tests_left).cummax(0).values.clamp(max=1)
+    products = ordered * tests_left
+    steps = products.cummax(0).values.clamp(max=1)
     adjusted = torch.empty_like(steps)
     adjusted[rank] = steps
     return adjusted.tolist()

@@ -1,7 +1,7 @@
 """Collate samples into a batch: encode conversations, convert images to pixels, pad on the right."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -24,6 +24,29 @@ def predicting_positions(labels: Tensor) -> Tensor:
     supervised = labels != IGNORE_INDEX
     supervised[:, 0] = False
     return supervised.flatten().nonzero().flatten() - 1
+
+
+class Batch(TypedDict):
+    """A batch for the training step.
+
+    - ids: record ids.
+    - input_ids, labels, attention_mask: long[B, N], padded on the right.
+    - pixel_values: f[images, 3, H, W]; one black image if none is shown.
+    - image_positions: long[images * T], positions of image tokens in the flattened rows.
+    - predicts: long[n], positions in the flattened rows that predict a supervised token; only these need logits.
+    - supervised: number of supervised tokens.
+    - lengths: tokens per sample without padding.
+    """
+
+    ids: list[str]
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor
+    image_positions: Tensor
+    predicts: Tensor
+    supervised: int
+    lengths: list[int]
 
 
 @dataclass
@@ -84,19 +107,8 @@ class Collate:
         ids, labels = self.encode(sample)
         return ids[: self.max_length], labels[: self.max_length]
 
-    def __call__(self, samples: list[dict]) -> dict[str, Any]:
-        """Return a batch for the training step.
-
-        Returns:
-            - ids: record ids.
-            - input_ids, labels, attention_mask: long[B, N], padded on the right.
-            - pixel_values: f[images, 3, H, W]; one black image if none is shown.
-            - image_positions: long[images * T], positions of image tokens in the flattened rows.
-            - predicts: long[n], positions in the flattened rows that predict a supervised token; only these need
-              logits.
-            - supervised: number of supervised tokens.
-            - lengths: tokens per sample without padding.
-        """
+    def __call__(self, samples: list[dict]) -> Batch:
+        """Return a batch for the training step."""
         encoded = [self.truncated(sample) for sample in samples]
         rows = [ids for ids, _ in encoded]
         image_id = self.processor.image_token_id

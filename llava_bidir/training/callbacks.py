@@ -9,6 +9,7 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch.utils.tensorboard import SummaryWriter
 
 from llava_bidir.common.runs import optimizer_steps
+from llava_bidir.data.collate import Batch
 from llava_bidir.data.conversation import IMAGE_PLACEHOLDER
 
 from .module import SHOWN
@@ -71,7 +72,7 @@ class ShowAnswers(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: list[str],
-        batch: dict[str, Any],
+        batch: Batch,
         batch_idx: int,
         *args: Any,
     ) -> None:

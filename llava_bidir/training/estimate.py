@@ -9,6 +9,7 @@ import torch
 from lightning import Trainer
 
 from llava_bidir.common.runs import optimizer_steps
+from llava_bidir.data.collate import Batch
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.lora import UPDATES
@@ -201,7 +202,7 @@ def sample_records(data: InstructionData) -> SampledRecords:
     return SampledRecords(lengths, images, supervised)
 
 
-def longest_micro_batch(data: InstructionData) -> dict[str, Any]:
+def longest_micro_batch(data: InstructionData) -> Batch:
     """Return the micro-batch of the first epoch, on any device, that has most tokens with its padding."""
     micro_batches = np.array([*replace(data.sampler, rank=0, world_size=1)])
     words = data.train.lengths()
@@ -229,7 +230,7 @@ def count_parameters(module: LlavaTraining) -> list[PartOfModel]:
     ]
 
 
-def sampled_flops(module: LlavaTraining, batch: dict[str, Any], sampled: SampledRecords) -> float:
+def sampled_flops(module: LlavaTraining, batch: Batch, sampled: SampledRecords) -> float:
     """Return the operations of a pass over the sampled records."""
     shape = (1, *batch["pixel_values"].shape[1:])
     fake = next(module.model.parameters()).fake_mode
@@ -241,7 +242,9 @@ def sampled_flops(module: LlavaTraining, batch: dict[str, Any], sampled: Sampled
 def checkpoint_bytes(module: LlavaTraining, spread: Spread) -> float:
     """Return the bytes of a checkpoint, of all devices: trained weights and the states of their optimizer."""
     weights = spread.stored_in.itemsize
-    states = 3 * FP32 if spread.is_zero else 2 * weights  # ZeRO has masters
+    states = 2 * weights
+    if spread.is_zero:  # which has masters
+        states = 3 * FP32
     return (weights + states) * count_trained(module.model)
 
 

@@ -3,16 +3,15 @@
 Logits are computed for supervised tokens only. The host knows which they are and where images are.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_bidir.data.collate import Batch
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration, build_masks
 
 
-def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: Batch) -> Tensor:
     """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none.
 
     The parts of the model are called one by one. `LlavaModel.forward` finds image tokens on the device, and waits for

@@ -26,6 +26,7 @@ from llava_bidir.common.hf import (
 from llava_bidir.common.identity import Identity, check_same_identity, named_identity, run_identity
 from llava_bidir.common.processes import decide_on_first, rank_zero_info
 from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
+from llava_bidir.data.collate import Batch
 from llava_bidir.data.conversation import PLAIN
 from llava_bidir.model.attention import block_ids_of
 from llava_bidir.model.build import (
@@ -277,7 +278,7 @@ class LlavaTraining(LightningModule):
         position = micro_batch * self.trainer.world_size + self.global_rank
         torch.manual_seed(self.trainer.datamodule.seed * 1_000_003 + position)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, weighted for `loss_average`."""
         loss = self.loss(batch)
         if self.hparams.loss_average == "tokens":
@@ -288,7 +289,7 @@ class LlavaTraining(LightningModule):
         self.step.append(micro_batch)
         return loss
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
         return supervised_loss(self.model, batch)
 
@@ -296,7 +297,7 @@ class LlavaTraining(LightningModule):
         """Return the operations of a training step, which need a forward pass of encoder and adapter."""
         return count_flops(self.model, image)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[str]:
         """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding.
 
         Captions (stage 1) have no right wording: only those that are shown are written.

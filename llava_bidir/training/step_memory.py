@@ -25,6 +25,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.cli import Count
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.data.collate import Batch
 
 from .fsdp2_strategy import find_layers
 from .module import LlavaTraining
@@ -84,13 +85,16 @@ class Spread:
     @property
     def stored_in(self) -> torch.dtype:
         """Return the dtype of weights between two steps."""
-        return torch.bfloat16 if self.is_half and not self.autocasts else torch.float32
+        if self.is_half and not self.autocasts:
+            return torch.bfloat16
+        return torch.float32
 
     @property
     def gathered_in(self) -> torch.dtype:
         """Return the dtype of weights in a forward, before autocast casts them."""
-        is_cast = self.is_half and self.sharding is Sharding.FSDP2
-        return torch.bfloat16 if is_cast else self.stored_in
+        if self.is_half and self.sharding is Sharding.FSDP2:
+            return torch.bfloat16
+        return self.stored_in
 
 
 def read_spread(trainer: Namespace) -> Spread:
@@ -143,7 +147,7 @@ class StepMemory:
 
 
 def step_memory(
-    module: LlavaTraining, batch: Mapping[str, Any], spread: Spread, accumulates: bool
+    module: LlavaTraining, batch: Batch, spread: Spread, accumulates: bool
 ) -> StepMemory:
     """Return the memory of a step after the first one, which has made the optimizer's states.
 
@@ -249,9 +253,7 @@ def _fake(tensor: Tensor) -> Tensor:
     return fake
 
 
-def run_step(
-    module: LlavaTraining, batch: Mapping[str, Any], spread: Spread, accumulates: bool
-) -> StepMemory:
+def run_step(module: LlavaTraining, batch: Batch, spread: Spread, accumulates: bool) -> StepMemory:
     """Return the memory of forward and backward on a device that holds all weights, and its share of gradients."""
     model = module.model
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -306,8 +308,10 @@ class LiveTensors(TorchDispatchMode):
         output = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.part_of:
-                is_logits = tensor.shape[-1:] == (self.vocabulary,)
-                self.count(tensor, "logits" if is_logits else "activations")
+                part = "activations"
+                if tensor.shape[-1:] == (self.vocabulary,):
+                    part = "logits"
+                self.count(tensor, part)
         if self.live.total() > self.peak.total():
             self.peak = Counter(self.live)
         return output
@@ -341,11 +345,12 @@ class Gradients:
         self.is_sharded = spread.sharding not in (Sharding.NONE, Sharding.DDP)
         self.share = spread.stored_in.itemsize / spread.devices
         self.held: dict[nn.Parameter | str, Tensor] = {}
-        self.layers = find_layers(model) if spread.sharding is Sharding.FSDP2 else []
+        self.layers = []
+        if spread.sharding is Sharding.FSDP2:
+            self.layers = find_layers(model)
         self.in_layers = {p for layer in self.layers for p in layer.parameters()}
-        self.copies = (
-            spread.gathered_in.itemsize + FP32
-        )  # before and after the conversion for a sum
+        # before and after the conversion for a sum
+        self.copies = spread.gathered_in.itemsize + FP32
 
     def settle(self, parameter: nn.Parameter) -> None:
         """Count the gradient of a weight, and drop it where only a share is kept."""

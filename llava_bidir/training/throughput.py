@@ -10,6 +10,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 
 from llava_bidir.common.cli import Positive
+from llava_bidir.data.collate import Batch
 
 from .flops import ModelFlops
 
@@ -48,7 +49,7 @@ class Throughput(Callback):
         self.since = time.perf_counter()
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], *args: Any
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *args: Any
     ) -> None:
         """Count the operations of the model before its first batch, if there is a peak to compare them with."""
         if self.peak is not None and self.flops is None:
@@ -56,12 +57,7 @@ class Throughput(Callback):
                 self.flops = pl_module.count_flops(batch["pixel_values"][:1])
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: dict[str, Any],
-        *args: Any,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
         """Count the batch, and log the rates at a logged step (`trainer.log_every_n_steps`, of which 0 is never)."""
         lengths = batch["lengths"]

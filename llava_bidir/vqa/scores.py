@@ -29,18 +29,22 @@ class ScoreTerms(NamedTuple):
     def resampled_scores(self, resamplings: int = RESAMPLINGS) -> torch.Tensor:
         """Return scores f[R]. Two models with the same units are resampled together."""
         weights = np.empty((len(self.strata), resamplings))
-        for stratum, count in enumerate(np.bincount(self.strata).tolist()):
-            drawn = bootstrap_weights(count, resamplings, seed=stratum)
+        sizes = np.bincount(self.strata)
+        for stratum, size in enumerate(sizes.tolist()):
+            drawn = bootstrap_weights(size, resamplings, seed=stratum)
             weights[self.strata == stratum] = drawn.T
-        return torch.from_numpy(ratio(self.terms @ weights))
+        scores = ratio(self.terms @ weights)
+        return torch.from_numpy(scores)
 
 
 def swap_test(a: ScoreTerms, b: ScoreTerms, swaps: int = 10_000) -> float:
     """Return the two-sided p-value of equal scores: the models' answers are exchanged, unit by unit, at random."""
-    is_swapped = random_swaps(len(a.strata), swaps).double().numpy().T
-    moved = (b.terms - a.terms) @ is_swapped
-    score_a = ratio(a.terms.sum(1, keepdims=True) + moved)
-    score_b = ratio(b.terms.sum(1, keepdims=True) - moved)
+    is_swapped = random_swaps(len(a.strata), swaps)
+    moved = (b.terms - a.terms) @ is_swapped.double().numpy().T
+    sum_a = a.terms.sum(1, keepdims=True)
+    sum_b = b.terms.sum(1, keepdims=True)
+    score_a = ratio(sum_a + moved)
+    score_b = ratio(sum_b - moved)
     differences = torch.from_numpy(score_b - score_a)
     p_value, _ = p_values(differences[:, None])
     return p_value.item()
@@ -49,23 +53,27 @@ def swap_test(a: ScoreTerms, b: ScoreTerms, swaps: int = 10_000) -> float:
 def ratio(terms: np.ndarray) -> np.ndarray:
     """Return numerators / denominators f[...] of f[2, ...]. 0 / 0 counts as 0, as in F1 without any positive."""
     numerators, denominators = terms
-    return numerators / np.where(denominators == 0, np.inf, denominators)
+    never_zero = np.where(denominators == 0, np.inf, denominators)
+    return numerators / never_zero
 
 
 def accuracy(unit: list[Item]) -> tuple[float, float]:
     """Return the number of correct items and of all."""
-    return sum(item["right"] for item in unit), len(unit)
+    right = sum(item["right"] for item in unit)
+    return right, len(unit)
 
 
 def circular(unit: list[Item]) -> tuple[float, float]:
     """Return 1 if all orders of a question's options are answered correctly (MMBench's CircularEval), else 0; and 1."""
-    return all(item["right"] for item in unit), 1
+    is_right = all(item["right"] for item in unit)
+    return is_right, 1
 
 
 def mme_points(unit: list[Item]) -> tuple[float, float]:
     """Return an image's 100 * (accuracy + whether both items are correct), and 1."""
     right, count = accuracy(unit)
-    return 100 * (right / count + (right == count)), 1
+    are_all_right = right == count
+    return 100 * (right / count + are_all_right), 1
 
 
 def f1(unit: list[Item]) -> tuple[float, float]:
@@ -95,12 +103,14 @@ class Column(NamedTuple):
 
     def terms(self, items: list[Item]) -> ScoreTerms:
         """Return the terms of the score of items; each category has the weight of its mean."""
+        categories = self.categories.split()
         units = defaultdict(list)
         for item in items:
             group = str(item["group"])
-            if not self.categories or group in self.categories.split():
+            if not categories or group in categories:
                 units[group, item["unit"]].append(item)
-        _, strata = np.unique([group for group, _ in units], return_inverse=True)
+        groups = [group for group, _ in units]
+        _, strata = np.unique(groups, return_inverse=True)
         counts = [self.count(unit) for unit in units.values()]
         terms = np.array(counts, float).T
         sizes = np.bincount(strata)

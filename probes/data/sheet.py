@@ -38,40 +38,40 @@ def draw_sheet(
         pixels: Pixels of each class in each photo, [N, K], in the order of the splits.
     """
     photos = [(dataset, i) for dataset in splits.values() for i in range(len(dataset))]
-    chosen = choose_photos(np.asarray(pixels))
-    dataset = photos[0][0]
+    dataset, _ = photos[0]
     palette = palette_of(dataset)
-    shown = []
-    for number in chosen:
+    overlays = []
+    targets = []
+    for number in choose_photos(np.asarray(pixels)):
         of_split, index = photos[number]
         sample = of_split[index]
-        shown.append((sample["name"], *_shrink(sample["image"], sample["target"])))
-    rows = -(-len(shown) // COLUMNS)
-    width = COLUMNS * (BOX[0] + GAP) + GAP
-    photo_height = BOX[1] + ROW + GAP
-    top = rows * photo_height + GAP
-    shares = _shares([target for *_, target in shown], len(dataset.classes))
+        photo, target = _shrink(sample["image"], sample["target"])
+        overlay = draw_overlay(photo, target, palette=palette, classes=dataset.classes)
+        overlays.append((sample["name"], overlay))
+        targets.append(target)
+    shares = _shares(targets, len(dataset.classes))
     by_share = np.argsort(-shares, kind="stable").tolist()
     named = [k for k in by_share[:MOST_NAMED] if shares[k]]
-    columns = width // LEGEND_WIDTH
-    legend_rows = -(-len(named) // columns)
-    height = top + legend_rows * ROW + GAP
-    sheet = Image.new("RGB", (width, height), "white")
+    width = COLUMNS * (BOX[0] + GAP) + GAP
+    legend_columns = width // LEGEND_WIDTH
+    legend_rows = -(-len(named) // legend_columns)
+    photo_rows = -(-len(overlays) // COLUMNS)
+    photo_height = BOX[1] + ROW + GAP
+    top = photo_rows * photo_height + GAP
+    sheet = Image.new("RGB", (width, top + legend_rows * ROW + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (name, photo, target) in enumerate(shown):
+    for place, (name, overlay) in enumerate(overlays):
         row, column = divmod(place, COLUMNS)
         left = GAP + column * (BOX[0] + GAP)
         upper = GAP + row * photo_height
-        sheet.paste(
-            draw_overlay(photo, target, palette=palette, classes=dataset.classes),
-            (left, upper + ROW),
-        )
+        sheet.paste(overlay, (left, upper + ROW))
         draw.text((left, upper + 4), name, fill="black")
     for place, k in enumerate(named):
-        row, column = divmod(place, columns)
+        row, column = divmod(place, legend_columns)
         left = GAP + column * LEGEND_WIDTH
         upper = top + row * ROW
-        draw.rectangle((left, upper + 3, left + 14, upper + 16), fill=tuple(palette[k].tolist()))
+        colour = tuple(palette[k].tolist())
+        draw.rectangle((left, upper + 3, left + 14, upper + 16), fill=colour)
         draw.text((left + 20, upper + 4), f"{shares[k]:.1%}  {dataset.classes[k]}", fill="black")
     return sheet
 

@@ -56,13 +56,15 @@ class Session:
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that the page is drawn from."""
-        dataset = self.photos.dataset
+        images = 0
+        if self.photos.dataset is not None:
+            images = len(self.photos.dataset)
         return {
             "models": [model.describe() for model in self.models],
             "grid": self.models[0].mllm.grid,
             "classes": self.models[0].classes,
             "palette": self.palette,
-            "images": 0 if dataset is None else len(dataset),
+            "images": images,
             "no_images": self.no_split,
         }
 
@@ -93,7 +95,9 @@ class Session:
         shown = min(TOP_CLASSES, len(model.classes))
         logits = {site: probe(states[site].float()) for site, probe in model.probes.items()}
         classes, probabilities = most_probable(logits, shown)
-        kind = np.uint8 if len(model.classes) <= 256 else np.uint16
+        kind = np.uint8
+        if len(model.classes) > 256:
+            kind = np.uint16
         return {"classes": _pack(classes, kind), "probabilities": _pack(probabilities)}
 
     def words_of_patch(self, request: PatchView, job: Job) -> dict[str, Any]:
@@ -116,7 +120,8 @@ class Session:
         model = self.models[request.model]
         states = self._read_states(request, job)
         preview = self.photos.get(request.photo).preview
-        logits = model.probes[request.site](states[request.site].float()).mT
+        probe = model.probes[request.site]
+        logits = probe(states[request.site].float()).mT
         size = (preview.height, preview.width)
         maps = logits[0].unflatten(-1, model.mllm.grid)
         view = model.mllm.geometry.view(size)
@@ -208,7 +213,9 @@ class Session:
             pixels = self._pixels(request)
             with job.watched(model.mllm):
                 hooks = self._hooks(request)
-                knockout = None if hooks else self._knockout(request)
+                knockout = None
+                if not hooks:
+                    knockout = self._knockout(request)
                 states = model.mllm.states(pixels, model.sites, knockout, hooks=hooks)
                 self._states[view] = states
         self._states.move_to_end(view)
@@ -227,7 +234,8 @@ class Session:
                 "answers and attention are read under blocked patches only, not under replaced states"
             )
         block = request.intervention
-        return Knockout(_as_mask(self.models[request.model], block.patches)[None], block.layers)
+        blocked = _as_mask(self.models[request.model], block.patches)
+        return Knockout(blocked[None], block.layers)
 
     def _hooks(self, request: View) -> dict[str, Replacement]:
         """Return the hook that replaces states; {} for a request without one."""
@@ -238,7 +246,9 @@ class Session:
         mllm = model.mllm
         if change.by == "other_mask":
             mllm = mllm.with_attention(model.other_mask)
-        other_photo = None if change.by in ("mean", "other_mask") else change.by
+        other_photo = None
+        if change.by not in ("mean", "other_mask"):
+            other_photo = change.by
         pixels = self._pixels(request, other_photo)
         new = mllm.states(pixels, [change.site])[change.site]
         if change.by == "mean":
@@ -257,8 +267,9 @@ def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
 def most_probable(logits: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Return the most probable classes and their probabilities, [count, S, T], of logits f[1, T, K] by site."""
     best = [of_site[0].float().softmax(-1).topk(count) for of_site in logits.values()]
-    ids = torch.stack([top.indices.mT.cpu() for top in best], 1)
-    return ids, torch.stack([top.values.mT.cpu() for top in best], 1)
+    classes = [top.indices.mT.cpu() for top in best]
+    probabilities = [top.values.mT.cpu() for top in best]
+    return torch.stack(classes, 1), torch.stack(probabilities, 1)
 
 
 def words_of_states(model: LabModel, site: str, states: Tensor) -> list[list[tuple[str, float]]]:

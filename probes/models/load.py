@@ -54,8 +54,8 @@ def load(
         dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
         device: None: the GPU if there is one, else the CPU.
         **options: Fields of :class:`LoadOptions`: image_px, image_resize, stride_px, revision, device_map,
-            attn_implementation, prefix, trust, cut; of random weights untrained, match, draw, match_images, update_scales,
-            seed; of a module preprocess, patch, layers, norm, parts.
+            attn_implementation, prefix, trust, cut; of random weights untrained, match, draw, match_images,
+            update_scales, seed; of a module preprocess, patch, layers, norm, parts.
 
     Raises:
         UserError: The checkpoint is not of a registered family or is damaged, an argument is invalid, or a module does

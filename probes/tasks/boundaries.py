@@ -55,23 +55,29 @@ class Boundaries(Task):
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
         """Return the mean over both classes of their mean cross-entropies, f[P, B]; one class if there is one only."""
         interior, boundary = maps.unbind(-3)
-        losses = F.softplus(boundary - interior), F.softplus(interior - boundary)  # by label
-        classes = [target == label for label in (0, 1)]
-        total = sum(map(mean_over_valid, losses, classes))
-        present = sum(of_class.any(-1).any(-1).float() for of_class in classes)
-        return total / present.clamp(min=1)
+        is_interior = target == 0
+        is_boundary = target == 1
+        interior_loss = mean_over_valid(F.softplus(boundary - interior), is_interior)
+        boundary_loss = mean_over_valid(F.softplus(interior - boundary), is_boundary)
+        has_interior = is_interior.any(-1).any(-1).float()
+        has_boundary = is_boundary.any(-1).any(-1).float()
+        classes = has_interior + has_boundary
+        return (interior_loss + boundary_loss) / classes.clamp(min=1)
 
     def image_sums(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return pixels predicted, right, and found by interval between thresholds, and boundaries, f[P, 3 n + 1]."""
         radius = TOLERANCE * math.hypot(*target.shape)
         boundary = target == 1
-        near = dilate(boundary[None].to(prediction), radius)[0] > 0
+        reach = dilate(boundary[None].to(prediction), radius)
+        near = reach[0] > 0
         valid = target != IGNORE_INDEX
-        reached = dilate(prediction.masked_fill(~valid, 0), radius)
+        shown = prediction.masked_fill(~valid, 0)
+        reached = dilate(shown, radius)
         predicted = histogram(prediction[:, valid])
         right = histogram(prediction[:, valid & near])
         found = histogram(reached[:, boundary])
-        boundaries = boundary.sum().to(prediction).expand(len(prediction), 1)
+        pixels = boundary.sum().to(prediction)
+        boundaries = pixels.expand(len(prediction), 1)
         return torch.cat([predicted, right, found, boundaries], 1)
 
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
@@ -80,14 +86,17 @@ class Boundaries(Task):
         predicted, right, found = (x.flip(-1).cumsum(-1) for x in counts)  # at falling thresholds
         precision = right / predicted.clamp(min=1)
         recall = found / boundaries
-        f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-        rise = recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1]))
-        return {"f": f.amax(-1), "ap": (precision * rise).sum(-1)}
+        total = precision + recall
+        f = 2 * precision * recall / total.clamp(min=1e-12)
+        none_found = torch.zeros_like(recall[..., :1])
+        rise = recall.diff(dim=-1, prepend=none_found)
+        average_precision = (precision * rise).sum(-1)
+        return {"f": f.amax(-1), "ap": average_precision}
 
     def colorize(self, prediction: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
         """Return likely boundaries bright."""
-        # 255: ignored
-        grey = (255 * np.where(prediction > 1, 0, prediction)).round().astype(np.uint8)
+        probability = np.where(prediction > 1, 0, prediction)  # 255: ignored
+        grey = (255 * probability).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, -1)
 
 
@@ -99,8 +108,10 @@ def dilate(maps: Tensor, radius: float) -> Tensor:
     result = maps
     for row in range(-reach, reach + 1):
         half = int(math.sqrt(radius**2 - row**2))
-        shifted = padded[:, reach + row : reach + row + height]
-        row_maximum = F.max_pool2d(shifted[:, None], (1, 2 * half + 1), 1, (0, half))
+        first = reach + row
+        shifted = padded[:, first : first + height]
+        window = (1, 2 * half + 1)
+        row_maximum = F.max_pool2d(shifted[:, None], window, stride=1, padding=(0, half))
         result = torch.maximum(result, row_maximum[:, 0])
     return result
 
@@ -111,4 +122,5 @@ def histogram(probability: Tensor) -> Tensor:
     interval = torch.bucketize(probability, thresholds, right=True)
     # float32 would stop counting at 2^24
     counts = interval.new_zeros(len(probability), THRESHOLDS + 1)
-    return counts.scatter_add_(1, interval, torch.ones_like(interval))[:, 1:].to(probability)
+    counts.scatter_add_(1, interval, torch.ones_like(interval))
+    return counts[:, 1:].to(probability)

@@ -6,6 +6,7 @@ One :class:`.base.Family` per kind of MLLM, one :class:`.encoders.EncoderFamily`
 from transformers import PreTrainedConfig
 
 from llava_bidir.common.encoders import ENCODERS as ENCODER_KINDS
+from llava_bidir.common.encoders import vision_config
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import HINT
 from probes.ops.geometry import SLIDE
@@ -107,6 +108,6 @@ def sized_family(
         UserError: The model takes no input of this side.
     """
     if image_resize == SLIDE and not family.has_llm:
-        patch = square_side(encoders.vision_config(config).patch_size)
+        patch = square_side(vision_config(config).patch_size)
         image_px = -(-image_px // patch) * patch
     return family.with_side(image_px, config)

@@ -23,7 +23,7 @@ from llava_bidir.common.processes import worker_options
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.data.dataset import Instructions, Record, answers, refers_to_image
+from llava_bidir.data.dataset import Instructions, Conversation, answers, refers_to_image
 from llava_bidir.model.build import EXTRA_TOKENS
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
@@ -124,7 +124,7 @@ def print_records(
             print(format_record(shown, collate))
 
 
-def show_record(sample: Record, collate: Collate) -> ShownRecord:
+def show_record(sample: Conversation, collate: Collate) -> ShownRecord:
     """Return what the model is fed of a sample."""
     ids, labels = collate.truncated(sample)
     image_id = collate.processor.image_token_id
@@ -206,7 +206,7 @@ def also_trained(training: Instructions, validation: Instructions) -> set[int]:
     names = {*training.records.unique("image"), *validation.records.unique("image")} - {""}
     digests = checksums(validation.images, names)
 
-    def content(record: Record) -> str:
+    def content(record: Conversation) -> str:
         return digests.get(record["image"]) or json.dumps(record["conversations"])
 
     contents = set(map(content, training.records))

@@ -280,7 +280,7 @@ def _format_help(program: str, about: str, groups: Groups) -> str:
     for title, commands in groups.items():
         lines += ["", f"{title}:"]
         for name, command in commands.items():
-            lines.append(fill(f"  {name:<14}{command.help}", 100, subsequent_indent=" " * 16))
+            lines.append(fill(f"  {name:<16}{command.help}", 100, subsequent_indent=" " * 18))
     more = f"{program} COMMAND --help has the options. All take {imports.OPTION} FILE.py, a file that registers"
     lines += ["", f"{more} masks, heads, layouts, tasks, analyses or families."]
     lines.append(

@@ -48,7 +48,7 @@ FEATURES = datasets.Features(
 RULES = 7  # part of the cache key; increase it when the same file would be read differently
 
 
-class Record(TypedDict, total=False):
+class Conversation(TypedDict, total=False):
     """A record: `image` is its path, "" without one, or as a sample the image that is shown, None without one."""
 
     id: str
@@ -101,7 +101,7 @@ def read_records(path: str | Path) -> list[Any]:
         return records
 
 
-def _rows(path: str, **_: str | int) -> Iterator[Record]:
+def _rows(path: str, **_: str | int) -> Iterator[Conversation]:
     """Yield the rows of a file; the other arguments are the key of the cache.
 
     Raises:
@@ -115,7 +115,7 @@ def _rows(path: str, **_: str | int) -> Iterator[Record]:
                 raise UserError(
                     f"'image' must be the path of one image inside data.images, got {image!r}"
                 )
-            row: Record = {
+            row: Conversation = {
                 "id": str(record.get("id", "")),
                 "image": image,
                 "conversations": usable_turns(turns),
@@ -127,13 +127,13 @@ def _rows(path: str, **_: str | int) -> Iterator[Record]:
         yield row
 
 
-def shows_image(record: Record) -> bool:
+def shows_image(record: Conversation) -> bool:
     """Return whether the model is shown the image of a record."""
     texts = (turn["value"] for turn in record["conversations"])
     return bool(record["image"]) and any(IMAGE_PLACEHOLDER in text for text in texts)
 
 
-def refers_to_image(record: Record) -> bool:
+def refers_to_image(record: Conversation) -> bool:
     """Return whether a record has `<image>` in its text, also in another spelling such as `<Image>`."""
     return any(IMAGE_PLACEHOLDER in turn["value"].lower() for turn in record["conversations"])
 
@@ -162,7 +162,7 @@ class Instructions(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Conversation:
         record = self.records[index]
         image = None
         if shows_image(record):
@@ -174,7 +174,7 @@ class Instructions(Dataset):
             "conversations": record["conversations"],
         }
 
-    def without_pixels(self, index: int) -> Record:
+    def without_pixels(self, index: int) -> Conversation:
         """Return a record as a sample with a black image in place of its own, which is not opened."""
         record = self.records[index]
         image = Image.new("RGB", (1, 1)) if shows_image(record) else None
@@ -183,7 +183,7 @@ class Instructions(Dataset):
     def check_trainable(self, collate: Collate) -> None:
         """Raise a UserError if no record trains an answer, or texts refer to images, but no record shows one."""
 
-        def trains(record: Record) -> bool:
+        def trains(record: Conversation) -> bool:
             """Return whether a token of an answer with text is within the sequence."""
             if not any(answers(record)):
                 return False
@@ -206,6 +206,6 @@ class Instructions(Dataset):
         return self.records.data.column("length").to_numpy()
 
 
-def answers(record: Record) -> list[str]:
+def answers(record: Conversation) -> list[str]:
     """Return the answers of a record, without the white space around them."""
     return [turn["value"].strip() for turn in record["conversations"][1::2]]

@@ -33,7 +33,7 @@ def split_names(
     taken = 0
     validation = set()
     for group in order:
-        if taken + sizes[group] / 2 <= wanted:
+        if taken + sizes[group] / 2 <= wanted and taken + sizes[group] < len(names):
             validation.add(group)
             taken += sizes[group]
     if not 0 < taken < len(names):

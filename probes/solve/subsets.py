@@ -20,6 +20,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import run_identity
 from probes.config import RunConfig
 from probes.data.samplers import assign_folds
+from probes.data.windows import training_samples
 from probes.runs.files import run_folder
 from probes.runs.read import ProbeRun
 
@@ -72,7 +73,12 @@ class SubsetRun(SolveRun):
         self.identity = self.identity | {"subsets": {"images": self.subsets}}
         probes = self.load_probes()
         fold_of = assign_folds(self.groups, self.config.solver.folds)
-        solutions = solve_sites(self, probes, fold_of)
+        samples = training_samples(self.data.splits["training"], probes.mllm)
+        if len(samples) != len(fold_of):
+            raise UserError(
+                f"{self.config.out}: a learning curve is of photos that are read whole, and model.image_resize is slide"
+            )
+        solutions = solve_sites(self, probes, samples=samples, fold_of=fold_of)
         return count_validation_images(self, probes, solutions)
 
     def solve(self, reader: StateReader, states: dict[str, Tensor], site: str) -> Solution:

@@ -65,7 +65,9 @@ def test_study_job_runs_a_study_that_can_be_planned(tmp_path, monkeypatch, check
     monkeypatch.chdir(ROOT)
     main(words[words.index("probes") + 1 : -1])
     ade = MagicMock(classes=["sky", "ceiling", "grass"], __len__=lambda _: 8)  # is on the cluster
-    monkeypatch.setattr("probes.studies.plan.open_splits", lambda data, seed: {"validation": ade})
+    monkeypatch.setattr(
+        "probes.studies.plan.open_splits", lambda *_: {"training": ade, "validation": ade}
+    )
     steps = {step.name: step for step in plan(planned[0]).steps}
     knockouts = {f"{mask}/{arm}/knockout" for mask in MASKS for arm in ("trained", "random1")}
     assert knockouts | {"bidirectional/trained/sinks", "causal/probes", "report"} < {*steps}
@@ -181,7 +183,7 @@ def test_help_says_what_the_options_do(study):
 WRONG = {  # a setting and its value: the beginning of what is said of it
     "CAPTIONS=/nowhere/a.json": "CAPTIONS=/nowhere/a.json does not exist",
     "SEGMENTATION=/nowhere": "SEGMENTATION=/nowhere does not exist",
-    "ENCODERS=clip clipp": "ENCODERS=clip clipp: configs/encoder has no clipp.yaml, only ./clip.yaml",
+    "ENCODERS=clip clipp": "ENCODERS=clip clipp: configs/encoder has no clipp.yaml, only ./aimv2.yaml",
     "MASKS=bidirectionl": "MASKS=bidirectionl: bidirectionl is none of causal, bidirectional, prefix",
     "TRAINING_TIME=tomorrow": "TRAINING_TIME=tomorrow: expected HOURS:MINUTES:SECONDS",
     "NODE_TIME=1": "NODE_TIME=1 are 60 s: a job saves and requeues itself before",

@@ -87,6 +87,9 @@ def test_the_adapter_reads_the_patches_of_the_stock_model(name, parts, folders, 
         outputs = (x.get_image_features(pixels).pooler_output for x in (again, model))
         for one, other in zip(*outputs, strict=True):
             assert torch.equal(one, other)
+        if stock.extra_tokens > 1 and not norm:
+            with pytest.raises(UserError, match="register tokens, which stock LLaVA would treat"):
+                as_llava(model)
         if norm:
             with pytest.raises(UserError, match="after its final norm, which stock LLaVA leaves"):
                 as_llava(model)

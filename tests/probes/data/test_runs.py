@@ -47,7 +47,7 @@ def test_cached_states_are_the_models_in_its_dtype(prepared):
     mllm, images = prepared
     cached = CachedFeatures(mllm, images, ["adapter", "layer_02"], batch_size=2)
     batch = cached.__getitems__([3, 0])
-    pixels = torch.stack([images[i]["pixels"] for i in (3, 0)])
+    pixels = torch.cat([images[i]["pixels"] for i in (3, 0)])
     assert batch["index"].tolist() == [3, 0]
     for site, states in mllm.states(pixels, ["adapter", "layer_02"]).items():
         # bf16 in other batches

@@ -20,13 +20,16 @@ def new(head: str = "linear", norm: str = "none") -> Probe:
 def test_linear_probe_is_linear_in_normalised_states(norm):
     probe = new(norm=norm).eval()
     states = torch.randn(2, 6, 5)
+    by_fresh_statistics = states / (1 + 1e-5) ** 0.5
     normalised = {
         "layernorm": F.layer_norm(states, (5,)),
-        "batchnorm": states / (1 + 1e-5) ** 0.5,  # running statistics of a fresh probe
+        "batchnorm": by_fresh_statistics,
+        "batchnorm_affine": by_fresh_statistics,
     }.get(norm, states)
     expected = normalised @ probe.head.weight.T + probe.head.bias
     torch.testing.assert_close(probe(states), expected)
-    assert sum(p.numel() for p in probe.parameters()) == 5 * 3 + 3, "the norm is not trained"
+    of_norm = {"batchnorm_affine": 2 * 5}.get(norm, 0)  # of others nothing is trained
+    assert sum(p.numel() for p in probe.parameters()) == 5 * 3 + 3 + of_norm
 
 
 def test_mlp_is_two_layers_of_one_hidden_width():

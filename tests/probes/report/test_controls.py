@@ -112,7 +112,7 @@ def test_fewer_than_ten_groups_of_photos_are_said(write, tmp_path):
     out = tmp_path / "report"
     write_report([str(tmp_path)], out)
     assert "<b>40 photos in 3 groups tell next to nothing" in (out / "index.html").read_text()
-    assert "fewer than ten photos, or groups" in "".join(read_json(out / "results.json")["summary"])
+    assert "fewer than 10 photos, or groups" in "".join(read_json(out / "results.json")["summary"])
 
 
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):

@@ -71,6 +71,7 @@ def run_of(right: torch.Tensor, labelled: torch.Tensor) -> SimpleNamespace:
         sites=["layer_01"],
         task=probe_runs.CLASSES_TASK,
         groups=None,
+        units_by_class=(labelled > 0).sum(0).tolist(),
         weights=bootstrap_weights(len(right), 300),
         metrics={"classes": [f"class {k}" for k in range(right.shape[1])]},
     )

@@ -19,7 +19,7 @@ def row(claim: str, value: float, **more) -> SimpleNamespace:
     """A verdict about the model A."""
     about = {"task": "segmentation", "data": "toy", "model": "A", "mask": "causal", "seed": 0}
     text = {"value": value, "value_text": f"{100 * value:+.1f}".replace("-", "\u2212")}
-    verdict = {"optimum_verdict": "holds", "detectable": float("nan")}
+    verdict = {"optimum_verdict": "holds", "finding": "supported", "would_show": float("nan")}
     return SimpleNamespace(claim=claim, **about, **text, **verdict | more)
 
 
@@ -52,10 +52,9 @@ def test_a_number_that_its_curve_does_not_show_is_explained(claim, value, text):
 
 
 def test_what_does_not_hold_says_what_would_have_been_shown():
-    fails = row("over_last", 0.04, optimum_verdict="does not hold", detectable=0.028)
-    assert explain(view(), fails) == "would show from 2.8 points"
-    holds = row("over_last", 0.04, detectable=0.028)
-    assert explain(view(), holds) == ""
+    open_row = row("over_last", 0.04, finding="undecided", would_show=0.028)
+    assert explain(view(), open_row) == "too few photos to tell: would show from 2.8 points"
+    assert explain(view(), row("over_last", 0.04)) == ""
 
 
 @pytest.mark.parametrize(

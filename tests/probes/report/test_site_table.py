@@ -8,6 +8,7 @@ from report_parts import CURVE, FLAT, miou, studies_of
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.sites import site_rows
 from probes.report.tables import NAMES
+from probes.report.verdicts import MARGIN
 from probes.report.words import shown
 from probes.runs.study import StudyRuns
 
@@ -25,7 +26,9 @@ def study(write, draws):
 
 def rows_of(study: StudyRuns):
     """Return the rows of the trained model's main score by site."""
-    rows = shown(pd.DataFrame(site_rows(study, "A"), columns=NAMES["sites"]))
+    rows = shown(
+        pd.DataFrame(site_rows(study, "A"), columns=NAMES["sites"]), {"segmentation": MARGIN}
+    )
     rows = rows[rows["main"] & (rows["metric"] == "miou")]
     return {row.site: row for row in rows.itertuples()}
 

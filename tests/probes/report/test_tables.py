@@ -56,7 +56,7 @@ def test_the_summary_says_untested_where_the_page_does(write, draws, tmp_path):
     claims = {claim["claim"]: claim for claim in results["claims"]}
     beyond = claims["recovery"]["verdicts"]["beyond_random"]
     assert beyond["verdict"] == "untested" and beyond["value"] is not None
-    (line,) = (line for line in results["summary"] if line.startswith("○ Recovered in the LLM"))
+    (line,) = (line for line in results["summary"] if line.startswith("◔ Recovered in the LLM"))
     assert line.endswith(" untested")
 
 

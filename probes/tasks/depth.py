@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
+
 from .base import Task, mean_over_valid
 
 # DINOv2's lower limit for NYUv2, and far beyond what depth cameras measure: the exponential of a bad probe stays finite
@@ -90,6 +92,10 @@ class Depth(Task):
 
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
         """Return the scores f64[...]: means over images, and the error over all pixels."""
+        if sums.shape[-1] != 2 + len(self.scores):
+            raise UserError(
+                "the sums of a depth run are of an older version, without the error over all pixels; make the run again"
+            )
         images, *scores, squares, pixels = sums.double().unbind(-1)
         values = [score / images for score in scores]
         values.append((squares / pixels).sqrt())

@@ -51,7 +51,14 @@ def wait_until(condition) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGINT, marks=pytest.mark.nightly),
+        signal.SIGKILL,
+    ],
+)
 def test_steps_of_several_threads_end_with_the_command(number, tmp_path):
     """`kill PID` of `probes demo` left the trainings running; the command waits for them in threads."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

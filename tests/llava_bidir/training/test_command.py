@@ -21,8 +21,8 @@ print([name for name in ("lightning", "transformers", "deepspeed") if name in sy
 @pytest.mark.parametrize(
     "words",
     [
-        "--model.image-attention=rowz",
-        "--image_attention causal --image_attention rowz",
+        pytest.param("--model.image-attention=rowz", marks=pytest.mark.nightly),
+        pytest.param("--image_attention causal --image_attention rowz", marks=pytest.mark.nightly),
         "-c {config}",
     ],
 )

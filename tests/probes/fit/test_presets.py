@@ -182,7 +182,7 @@ def numbers(run: ProbeRun, losses: list[float]) -> tuple:
     return losses, entry["history"], entry["miou"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", OTHER)
 def test_an_option_of_a_preset_moves_a_number(name, fit, base):
     assert numbers(*fit("dinov3-linear", f"--{name}={OTHER[name]}")) != base

@@ -9,8 +9,10 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from task_runs import arguments
 
+from llava_bidir.common.errors import UserError
 from probes import ProbeRun
 from probes.cli import main
+from probes.tasks import TASKS as PROBE_TASKS
 
 pytestmark = pytest.mark.numerics
 
@@ -132,3 +134,8 @@ def test_predict_gives_the_saved_prediction(task, task_runs, task_root):
     saved = np.load(run.path / f"predictions/adapter/{file.stem}.npy")
     np.testing.assert_allclose(ours, saved, atol=1e-3)
     assert run.task.colorize(ours).shape == (24, 20, 3)
+
+
+def test_sums_of_depth_of_an_older_version_are_refused():
+    with pytest.raises(UserError, match="of an older version"):
+        PROBE_TASKS["depth"].dataset_scores(torch.ones(3, 7))

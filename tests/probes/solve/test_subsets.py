@@ -72,6 +72,7 @@ def test_a_subset_has_the_probes_of_a_run_on_it_alone(run, tmp_path):
         assert ours == pytest.approx(right, abs=5)
 
 
+@pytest.mark.nightly
 def test_a_killed_call_resumes_and_other_subsets_do_not(run, tmp_path):
     first = SubsetRun(run, tmp_path)
     subsets = [[0, 1, 2, 3], [0, 1]]
@@ -83,6 +84,7 @@ def test_a_killed_call_resumes_and_other_subsets_do_not(run, tmp_path):
         SubsetRun(run, tmp_path).count([[4, 5]])
 
 
+@pytest.mark.nightly
 def test_the_curve_has_three_draws_of_each_size_and_ends_at_the_run(run, tmp_path):
     main(["learning_curve", str(run.path), "--images", "4", "all", "6", "--out", str(tmp_path)])
     results = read_json(tmp_path / ANALYSIS.result)

@@ -23,7 +23,7 @@ from llava_bidir.common.processes import worker_options
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.data.dataset import Instructions, Conversation, answers, refers_to_image
+from llava_bidir.data.dataset import Conversation, Instructions, answers, refers_to_image
 from llava_bidir.model.build import EXTRA_TOKENS
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli

@@ -94,6 +94,7 @@ def test_a_training_says_its_loss_and_nothing_that_is_known_of_other_libraries(t
         "step .* loss",
         "`Trainer.fit` stopped",
         "The trained model is",
+        "(adapter|llm) trains: 100%",
     )
     assert not [line for line in said if not re.match("|".join(patterns), line)]
 

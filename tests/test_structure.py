@@ -104,9 +104,9 @@ MOST = {
     "probes/worlds": (15_053, 12),
     "probes": (88_252, 101),  # the rest of it
     "experiments": (37_459, 37),
-    "tests": (277_996, 307),
+    "tests": (278_003, 307),
 }
-MOST_WORDS = 31_080  # of all Markdown
+MOST_WORDS = 31_123  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

@@ -63,7 +63,7 @@ def test_a_cut_that_a_model_cannot_have_is_refused_before_any_work(tmp_path, seg
         plan(study_of(models, segmentation, tmp_path / "out", ["--model.cut", "encoder"]))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_claims_are_differences_of_recoveries(study):
     """Of the trained model, and beyond the same difference of each draw of a control."""
     results = json.loads((study / "report/results.json").read_text())
@@ -83,7 +83,7 @@ def test_the_claims_are_differences_of_recoveries(study):
             assert column["value"] == pytest.approx(expected["trained"] - sum(draws) / 2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_results_say_what_the_context_adds_at_each_site(study):
     results = json.loads((study / "report/results.json").read_text())
     assert results["cuts"].keys() == {"encoder", "encoder_alone"}
@@ -95,7 +95,7 @@ def test_results_say_what_the_context_adds_at_each_site(study):
             assert row["added"] == pytest.approx(intact - cut) and row["score"] == cut
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_is_read_under_its_cut(study):
     """Its model gives the states that its probes were solved on, also to other images."""
     mllm, probes_of_run = ProbeRun(study / "cut_encoder_alone_random0").loaded

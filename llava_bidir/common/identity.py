@@ -116,9 +116,8 @@ def _settings(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         elif not key.startswith("_"):
             flat[key] = value
     kept = flat.keys() - {*NOT_COMPARED[section]}
-    given = {
-        key for key in kept if flat[key] is not None
-    }  # an option of a later version is None in earlier runs
+    # an option of a later version is None in earlier runs
+    given = {key for key in kept if flat[key] is not None}
     return {f"{section}.{key}": plain(value) for key, value in flat.items() if key in given}
 
 

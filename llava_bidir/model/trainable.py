@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llava_bidir.common.encoders import stored_side
+from llava_bidir.common.encoders import encoder_kind, stored_side
 
 from .build import ADAPTER_PREFIX, no_zero3_partitioning
 from .lora import UPDATES, has_lora
@@ -69,8 +69,7 @@ def train_encoder(model: LlavaBidirForConditionalGeneration, blocks: int | None)
 
 def encoder_layers(tower: PreTrainedModel) -> nn.ModuleList:
     """Return the blocks of a vision tower."""
-    lists = (module for module in tower.modules() if isinstance(module, nn.ModuleList))
-    return next(blocks for blocks in lists if len(blocks) == tower.config.num_hidden_layers)
+    return tower.get_submodule(encoder_kind(tower.config.model_type).layers)
 
 
 def count_read(layer: int, layers: int) -> int:

@@ -96,9 +96,8 @@ def site_scores(run: "ProbeRun", sums: "Tensor") -> Iterator[Row]:
     occurs = run.task.iou(run.sums_at(run.sites).sum(1)).isfinite()
     for site, of_site, classes in zip(run.sites, sums.double(), occurs, strict=True):
         ious = run.task.iou(weights @ of_site)[:, classes]
-        ious[0] = ious[
-            0
-        ].nan_to_num()  # a class that is not labelled, and is predicted by the run's probes alone
+        # a class that is not labelled, and is predicted by the run's probes alone
+        ious[0] = ious[0].nan_to_num()
         estimate = Estimate.from_vector(ious.nanmean(1))
         yield {"site": site, "score": estimate.value, "ci95": estimate.ci95}
 

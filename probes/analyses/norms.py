@@ -11,13 +11,10 @@ norms.safetensors: "photo" f32[S, h, w], of the first image in medians; "mean" f
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava_bidir.common.cli import Count
-
-from .analysis import Analysis, Result, RunOptions, Section
-from .sinks import IMAGES, relative_norms
+from .analysis import Analysis, Result, Section
+from .sinks import SinksOptions, first_images, relative_norms
 
 if TYPE_CHECKING:  # this module answers `probes --help`
     from PIL import Image
@@ -32,22 +29,13 @@ OUTLIER_NORM = 3.0  # medians: DINOv2-g's artefacts are from 150 on, most other 
 MOST_MAPS = 6
 
 
-@dataclass(frozen=True, kw_only=True)
-class NormsOptions(RunOptions):
-    """What to measure.
-
-    Args:
-        limit: Number of images to read.
-    """
-
-    limit: Count = IMAGES
+class NormsOptions(SinksOptions):
+    """What to measure: on the same images as sinks. A command is told by the class of its options."""
 
 
 def measure(run: "ProbeRun", options: NormsOptions) -> Result:
     """Return the norms at the run's sites on the first images of its split."""
-    dataset = run.dataset()
-    images = [dataset[i]["image"] for i in range(min(options.limit, len(dataset)))]
-    return measure_norms(run.mllm(), run.sites, images)
+    return measure_norms(run.mllm(), run.sites, first_images(run, options.limit))
 
 
 def measure_norms(

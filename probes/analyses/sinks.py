@@ -49,9 +49,13 @@ class SinksOptions(RunOptions):
 
 def measure(run: "ProbeRun", options: SinksOptions) -> Result:
     """Return the norms of the run's model on the first images of its split."""
+    return Result(measure_sinks(run.mllm(), first_images(run, options.limit)))
+
+
+def first_images(run: "ProbeRun", limit: int) -> list["Image.Image"]:
+    """Return the first images of a run's split, `limit` at most."""
     dataset = run.dataset()
-    images = [dataset[i]["image"] for i in range(min(options.limit, len(dataset)))]
-    return Result(measure_sinks(run.mllm(), images))
+    return [dataset[i]["image"] for i in range(min(limit, len(dataset)))]
 
 
 def measure_sinks(mllm: "FrozenMLLM", images: Sequence["Image.Image"]) -> Sinks:

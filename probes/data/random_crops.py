@@ -6,21 +6,19 @@ Source: facebookresearch/dinov3 at 6876159, eval/segmentation/transforms.py, in 
 which DINOv2 uses, has the same but for the colours, see `distort`.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy import ndarray
 from PIL import Image
-from torch import Tensor
 from torch.nn import functional as F
 
 from probes.config import DataOptions
 from probes.ops.geometry import ignored_label
 
 from .image_dataset import ImageDataset
-from .windows import TrainingSamples
+from .windows import PieceSamples
 
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
@@ -31,7 +29,7 @@ CONTRAST = SATURATION = (0.5, 1.5)
 LUMA = np.array([0.2989, 0.587, 0.114], np.float32)
 
 
-class RandomCrops(TrainingSamples):
+class RandomCrops(PieceSamples):
     """Random crops of photos: sample e N + i is that of photo i in epoch e.
 
     Args:
@@ -60,10 +58,6 @@ class RandomCrops(TrainingSamples):
             random=random,
         )
         return sample | {"image": image, "target": np.ascontiguousarray(target)}
-
-    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the pixels f[B, 3, H, W] of crops."""
-        return self.mllm.normalise(images)
 
 
 def draw_crop(

@@ -50,7 +50,15 @@ class TrainingSamples(Dataset):
         return self.mllm.preprocess(images)
 
 
-class WindowSamples(TrainingSamples):
+class PieceSamples(TrainingSamples):
+    """Pieces of photos, cut to the side of a window, which are not resized any more."""
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return the pixels f[B, 3, H, W] of pieces."""
+        return self.mllm.normalise(images)
+
+
+class WindowSamples(PieceSamples):
     """The windows of all photos: each with the pixels of the mask that it is nearest to, in the mask's own size."""
 
     def __init__(self, photos: ImageDataset, mllm: "FrozenMLLM"):
@@ -71,10 +79,6 @@ class WindowSamples(TrainingSamples):
         columns = view.cols.pixels(column, target.shape[1])
         window = self.view_geometry.squares(sample["image"])[self.window_of[index]]
         return sample | {"image": window, "target": target[rows, columns].copy()}
-
-    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the pixels f[B, 3, H, W] of windows."""
-        return self.mllm.normalise(images)
 
 
 def training_samples(photos: ImageDataset, mllm: "FrozenMLLM") -> TrainingSamples:

@@ -61,9 +61,8 @@ def check_cut(cut: str | None, family: AnyFamily, config: PreTrainedConfig) -> N
     if why:
         raise UserError(f"{whole}: {why}")
     if family.has_llm:
-        encoder_layers(
-            family, config
-        )  # an error if its patches are not on the grid of the image tokens
+        # an error if its patches are not on the grid of the image tokens
+        encoder_layers(family, config)
 
 
 def extra_tokens(family: AnyFamily, config: PreTrainedConfig) -> int:

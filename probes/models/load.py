@@ -72,9 +72,8 @@ def load(
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.cut:
         model.cut = chosen.cut
-        with cut_encoder(
-            model, None, images=1
-        ):  # an error if a layer has no attention that can be cut
+        # an error if a layer has no attention that can be cut
+        with cut_encoder(model, None, images=1):
             pass
     if chosen.untrained:
         chosen.replace_weights(model)

@@ -63,7 +63,7 @@ def built(encoder: Encoder, llm: str) -> LlavaBidirForConditionalGeneration:
 
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
-def test_the_adapter_reads_the_patches_of_the_stock_model(name, parts, folders, tmp_path):
+def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, parts, folders, tmp_path):
     """To the last bit: of the layer, of the layer after the final norm, and of what is written and read again."""
     stock = tiny_encoders.STOCK[name]
     pixels = torch.randn(2, 3, tiny_encoders.STORED_PX, tiny_encoders.STORED_PX)

@@ -16,22 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import atomic_write
-from llava_bidir.common.imports import HINT
 from llava_bidir.common.processes import rank_zero_info
-from probes.config import ModelOptions
 from probes.data.batches import outputs_by_size
 from probes.data.probe_data import ProbeData
 from probes.heads import Probe
-from probes.models.attention_masks import check_masks, mask_backend
-from probes.models.encoder_cut import check_cut
-from probes.models.families import family_of, own_image_attention
-from probes.models.families.chosen_sites import chosen_sites
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.load import load
 from probes.models.random_weights import MATCH_IMAGES
-from probes.models.read_config import read_config
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 # options with which the model is loaded as they are
@@ -83,19 +75,6 @@ class SiteProbes:
         """Return the logits of the probes on the token grid, f32[S, B, K, h, w]."""
         logits = torch.stack([self.heads[site](states[site].float()) for site in self.sites])
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
-
-
-def check_names(model: ModelOptions, task: str) -> None:
-    """Raise a UserError if a run names a task, mask or site that there is not: the model's config alone is read."""
-    if task not in TASKS:
-        raise UserError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}; {HINT}")
-    config = read_config(model.mllm, trust=model.trust)
-    family = family_of(config)
-    chosen_sites(family, config, model.sites or None)
-    check_cut(model.cut, family, config)
-    if family.has_llm:
-        llm = config.get_text_config()
-        check_masks(model.image_attention or own_image_attention(config), llm, mask_backend(llm))
 
 
 def load_probes(

@@ -11,7 +11,7 @@ from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.imports import HINT, check_takes, is_ours
 from llava_bidir.common.processes import rank_zero_warn
 from probes.config import DataOptions
-from probes.tasks import SEGMENTATION, TASKS, Task
+from probes.tasks import SEGMENTATION, Task, find_task
 
 from .ade20k import ADE20K
 from .cityscapes import Cityscapes, CityscapesDepth
@@ -69,13 +69,10 @@ def open_splits(data: DataOptions, seed: int = 0) -> dict[str, ImageDataset]:
     Raises:
         UserError: If the task, the layout or an option is unknown, or the files do not match the layout.
     """
-    if data.task not in TASKS:
-        raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}; {HINT}")
+    task = find_task(data.task)
     options = options_of_layout(data, seed)
     splits = {
-        split: open_split(
-            TASKS[data.task], data.dataset, root=data.root, split=split, options=options
-        )
+        split: open_split(task, data.dataset, root=data.root, split=split, options=options)
         for split in ("training", "validation")
     }
     names = [*splits["training"].names, *splits["validation"].names]

@@ -14,10 +14,10 @@ from llava_bidir.common.identity import run_identity
 from llava_bidir.common.lightning_cli import ConfigParser, RunCLI, check_trainer
 from llava_bidir.common.runs import run_process
 from probes.config import DataOptions, ModelOptions, RunConfig
+from probes.models.chosen import choose_model
 from probes.ops.geometry import SLIDE
 from probes.runs.files import format_scores, run_folder, say_finished
-from probes.site_probes import check_names
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, find_task
 
 from .datamodule import ProbeDataModule
 from .module import ProbeModule
@@ -73,7 +73,8 @@ class ProbeCLI(RunCLI):
         data = DataOptions(
             **{option.name: config.data[option.name] for option in fields(DataOptions)}
         )
-        check_names(model, data.task)
+        choose_model(model)
+        find_task(data.task)
         check_training_images(model, data)
         if is_published(model.head):
             check_published(model)

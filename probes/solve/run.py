@@ -41,6 +41,7 @@ from probes.data.batches import square_rows
 from probes.data.probe_data import ProbeData
 from probes.data.samplers import assign_folds
 from probes.data.windows import TrainingSamples, training_samples
+from probes.models.chosen import choose_model
 from probes.models.module_sources import source_identity
 from probes.runs.files import format_scores, run_folder, say_finished
 from probes.runs.pictures import save_pictures
@@ -48,15 +49,9 @@ from probes.runs.write import RunRecord, save_run
 from probes.score.estimate import dataset_scores
 from probes.score.image_metrics import TaskMetric
 from probes.score.strengths import CLOSED_FORM, OPTIMUM, Strengths
-from probes.site_probes import (
-    MODEL_SETTINGS,
-    SiteProbes,
-    check_names,
-    load_probes,
-    save_predictions,
-)
+from probes.site_probes import MODEL_SETTINGS, SiteProbes, load_probes, save_predictions
 from probes.steps.progress import follow, format_duration
-from probes.tasks import SEGMENTATION, TASKS
+from probes.tasks import SEGMENTATION, find_task
 from probes.tasks.losses import CrossEntropy
 
 from .solution import Solution
@@ -93,8 +88,8 @@ class SolveRun:
             raise UserError(
                 f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
             )
-        check_names(config.model, config.data.task)
-        loss = TASKS[config.data.task].loss
+        choose_model(config.model)
+        loss = find_task(config.data.task).loss
         strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
         if loss is None and strengths and strengths[0] > 1:
             raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")

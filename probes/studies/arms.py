@@ -27,18 +27,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from transformers import PreTrainedConfig
-
 from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import PlannedRun
-from probes.config import ModelOptions, RunConfig, StudyOptions
+from probes.config import Cut, ModelOptions, RunConfig, StudyOptions
 from probes.heads import LINEAR
+from probes.models.chosen import ChosenModel
 from probes.models.encoder_cut import check_cut, extra_tokens
-from probes.models.families import family_of, own_image_attention, sized_family
-from probes.models.families.chosen_sites import all_sites, chosen_sites
-from probes.models.families.encoders import AnyFamily
+from probes.models.families.chosen_sites import all_sites
 from probes.models.families.modules import why_unmatched
-from probes.models.read_config import read_config
 from probes.models.sites import every_nth, layer_around
 from probes.runs.study import CONTROLS
 
@@ -109,87 +105,105 @@ class Arm(NamedTuple):
         return self.config.model.cut
 
 
-def plan_arms(study: StudyOptions) -> list[Arm]:
-    """Return the arms of all models: the trained one first, and the one with trained probes last."""
-    return [
-        arm for label, path in study.models.items() for arm in arms_of_model(study, label, path)
-    ]
-
-
-def arms_of_model(study: StudyOptions, label: str, path: str) -> Iterator[Arm]:
-    """Yield the arms of a model.
+def plan_arms(study: StudyOptions, models: Mapping[str, ChosenModel]) -> list[Arm]:
+    """Return the arms of all models by label: the trained one first, and those with trained probes last.
 
     Raises:
-        UserError: The model's config cannot be read, or it cannot have an arm, site or image size that was asked for.
+        UserError: A model cannot have an arm that was asked for.
     """
-    model = replace(study.model, mllm=path, head=LINEAR)
-    config = read_config(path, trust=model.trust)
-    family = family_of(config)
-    if model.image_px is not None:
-        # an error if it takes no input of this side
-        sized_family(family, config, model.image_px, model.image_resize)
-    mask = model.image_attention or own_image_attention(config)
-    sites = family.sites(config)
-    chosen = chosen_sites(family, config, model.sites or None)
-    # in forward order, and where each is complete: a part is with its layer, which random weights from there on
-    # leave as it is
-    places = {site: layer_around(site) for site in all_sites(family, config) if site in chosen}
-    unmatched = why_unmatched(config)
-    names = arm_names(study, family.has_llm)
+    arms = []
+    for label, model in models.items():
+        arms += [make_arm(study, label, model, cut, name) for cut, name in arms_of(study, model)]
+    return arms
+
+
+def arms_of(study: StudyOptions, model: ChosenModel) -> Iterator[tuple[Cut | None, str]]:
+    """Yield cut and name of each arm of a model: all without a cut, then those of each cut.
+
+    Raises:
+        UserError: There is no such arm, or the model cannot be cut.
+    """
+    names = arm_names(study, model.family.has_llm)
+    for name in names:
+        yield None, name
     if study.blank:
-        names.append(BLANK)
+        yield None, BLANK
     if study.fit:
-        names.append(FITTED)
+        yield None, FITTED
         if study.model.head != LINEAR:
-            names.append(f"{FITTED}_{study.model.head}")
-    cuts = [(None, name) for name in names]
-    for cut in cuts_of_model(study, family, config):
-        cuts += [(cut, name) for name in names if kind_of(name) in ARMS_OF_CUTS]
-    for cut, name in cuts:
-        weights = weights_of_arm(name, family.has_llm)
-        under_cut = replace(model, cut=cut)
-        options = RunConfig.of(study, model=under_cut, overwrite=False)
-        if name == BLANK:
-            options = replace(options, data=replace(options.data, blank=True))
-        compared = [*places]
-        if weights.parts:
-            changed = sites[weights.sites]
-            compared = [site for site, place in places.items() if place in changed]
-            if kind_of(name) in CONTROLS["llm"]:
-                compared = every_nth(compared, study.control_sites)
-            options = replace(options, model=random_model(under_cut, name, weights, sites=compared))
-        if is_fitted(name):
-            head = name.removeprefix(FITTED).removeprefix("_") or LINEAR
-            options = replace(options, model=replace(options.model, head=head))
-            if "max_epochs" not in options.trainer:
-                options = replace(options, trainer=RECIPE | options.trainer)
-        why_left_out = ""
-        if weights.match == "update":
-            why_left_out = unmatched
-        if why_left_out and study.arms:
-            raise UserError(f"arm {name} of {path}: {why_left_out} (--arms)")
-        run = PlannedRun(
-            name=join(label, f"cut_{cut}_{name}" if cut else name),
-            mask=mask,
-            sites=compared,
-            model_sites=sites,
-            has_llm=family.has_llm,
-        )
-        yield Arm(label=label, name=name, run=run, config=options, why_left_out=why_left_out)
+            yield None, f"{FITTED}_{study.model.head}"
+    for cut in cuts_of(study, model):
+        for name in names:
+            if kind_of(name) in ARMS_OF_CUTS:
+                yield cut, name
 
 
-def cuts_of_model(
-    study: StudyOptions, family: AnyFamily, config: PreTrainedConfig
-) -> Iterator[str]:
+def make_arm(
+    study: StudyOptions, label: str, model: ChosenModel, cut: Cut | None, name: str
+) -> Arm:
+    """Return an arm of a model.
+
+    Raises:
+        UserError: Its layers cannot be made random in the way that was asked for.
+    """
+    path = study.models[label]
+    family = model.family
+    weights = weights_of_arm(name, family.has_llm)
+    why_left_out = ""
+    if weights.match == "update":
+        why_left_out = why_unmatched(model.config)
+    if why_left_out and study.arms:
+        raise UserError(f"arm {name} of {path}: {why_left_out} (--arms)")
+    sites = compared_sites(study, model, name, weights)
+    options = replace(study.model, mllm=path, head=LINEAR, cut=cut)
+    trainer = study.trainer
+    if weights.parts:
+        options = random_model(options, name, weights, sites)
+    if is_fitted(name):
+        head = name.removeprefix(FITTED).removeprefix("_") or LINEAR
+        options = replace(options, head=head)
+        if "max_epochs" not in trainer:
+            trainer = RECIPE | trainer
+    data = study.data
+    if name == BLANK:
+        data = replace(data, blank=True)
+    run = PlannedRun(
+        name=join(label, f"cut_{cut}_{name}" if cut else name),
+        mask=model.mask,
+        sites=sites,
+        model_sites=family.sites(model.config),
+        has_llm=family.has_llm,
+    )
+    config = RunConfig.of(study, model=options, data=data, trainer=trainer, overwrite=False)
+    return Arm(label=label, name=name, run=run, config=config, why_left_out=why_left_out)
+
+
+def compared_sites(
+    study: StudyOptions, model: ChosenModel, name: str, weights: Weights
+) -> list[str]:
+    """Return the sites of a model in forward order that an arm is compared at: those that its weights change."""
+    in_order = all_sites(model.family, model.config)
+    sites = [site for site in in_order if site in model.sites]
+    if not weights.parts:
+        return sites
+    changed = model.family.sites(model.config)[weights.sites]
+    # a part is with its layer: random weights from there on leave it as it is
+    sites = [site for site in sites if layer_around(site) in changed]
+    if kind_of(name) in CONTROLS["llm"]:
+        sites = every_nth(sites, study.control_sites)
+    return sites
+
+
+def cuts_of(study: StudyOptions, model: ChosenModel) -> Iterator[Cut]:
     """Yield the cuts of a model; where its encoder has extra tokens, which tell patches of others, also without these.
 
     Raises:
         UserError: The model cannot be cut.
     """
     for cut in dict.fromkeys(study.cuts):
-        check_cut(cut, family, config)
+        check_cut(cut, model.family, model.config)
         yield cut
-        if cut != "llm" and extra_tokens(family, config):
+        if cut != "llm" and extra_tokens(model.family, model.config):
             yield f"{cut}_alone"
 
 

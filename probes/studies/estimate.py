@@ -105,7 +105,7 @@ def describe_time(study: StudyOptions, planned: Planned, missing: Sequence[Step]
     parts = [f"{kind} {format_duration(seconds)}" for kind, seconds in by_kind.items()]
     total = by_kind.total()
     text = f"{len(missing)} steps: about {format_duration(total)} on an idle machine ({', '.join(parts)})"
-    spaced_arms = plan_arms(replace(study, control_sites=SPACED))
+    spaced_arms = plan_arms(replace(study, control_sites=SPACED), planned.models)
     spaced = seconds_by_kind(missing, spaced_arms, costs, images).total()
     if spaced < total:
         text += f"; with --control_sites {SPACED}: {format_duration(spaced)}"

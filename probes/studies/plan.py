@@ -24,12 +24,12 @@ from probes.config import DataOptions, ReportOptions, StudyOptions
 from probes.data.image_dataset import ImageDataset
 from probes.data.registry import DATASETS, identity_of_splits, open_splits
 from probes.heads import LINEAR, factory_of
+from probes.models.chosen import ChosenModel, choose_model
 from probes.ops.geometry import SLIDE
 from probes.report.claims import TRUTH_FILE
 from probes.runs.read import finished_runs
-from probes.site_probes import check_names
 from probes.steps.record import OUTSTANDING, Step, digest, read_records, unfinished_steps
-from probes.tasks import SEGMENTATION, TASKS
+from probes.tasks import SEGMENTATION, TASKS, find_task
 
 from .arms import TRAINED, Arm, is_fitted, join, kind_of, plan_arms
 
@@ -44,6 +44,7 @@ class Planned(NamedTuple):
     """A study before it is run.
 
     Args:
+        models: Models by label.
         arms: All arms.
         steps: Each after those whose results it reads, with those that are left out.
         training: The training images.
@@ -51,6 +52,7 @@ class Planned(NamedTuple):
         contents: What runs are made from, by label of the model and task.
     """
 
+    models: Mapping[str, ChosenModel]
     arms: list[Arm]
     steps: list[Step]
     training: ImageDataset
@@ -101,8 +103,9 @@ def plan(study: StudyOptions) -> Planned:
         UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
     _check(study)
-    for path in study.models.values():
-        check_names(replace(study.model, mllm=path), study.data.task)
+    models = {
+        label: choose_model(replace(study.model, mllm=path)) for label, path in study.models.items()
+    }
     _check_folder_of_data(study.data)
     main = study.data.task
     tasks = dict.fromkeys((main, *study.tasks))
@@ -116,7 +119,7 @@ def plan(study: StudyOptions) -> Planned:
         for label, model in study.models.items()
         for task, splits_of_task in splits.items()
     }
-    arms = plan_arms(study)
+    arms = plan_arms(study, models)
     steps: list[Step] = []
     for label in study.models:
         of_model = [arm for arm in arms if arm.label == label]
@@ -134,7 +137,12 @@ def plan(study: StudyOptions) -> Planned:
             "routes a file of questions, other analyses --add NAME"
         )
     return Planned(
-        arms=arms, steps=chosen, training=training, validation=validation, contents=contents
+        models=models,
+        arms=arms,
+        steps=chosen,
+        training=training,
+        validation=validation,
+        contents=contents,
     )
 
 
@@ -168,6 +176,7 @@ def _check(study: StudyOptions) -> None:
         )
     if study.training_images and study.data.task != SEGMENTATION:
         raise UserError(f"--training_images is about classes, and data.task is {study.data.task}")
+    find_task(study.data.task)
     factory_of(study.model.head)
     if study.model.head != LINEAR and not study.fit:
         raise UserError(

@@ -1,7 +1,7 @@
 """What probes predict: one file per task, and the registry of `data.task`."""
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.imports import check_takes
+from llava_bidir.common.imports import HINT, check_takes
 
 from .base import Task as Task
 from .boundaries import Boundaries
@@ -13,6 +13,13 @@ SEGMENTATION = Segmentation.name  # the paper's task, and the default
 TASKS: dict[str, Task] = {
     task.name: task for task in (Segmentation(), Depth(), Normals(), Boundaries())
 }
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name, or raise a UserError."""
+    if name not in TASKS:
+        raise UserError(f"there is no task {name!r}; expected one of {', '.join(TASKS)}; {HINT}")
+    return TASKS[name]
 
 
 def register_task(task: Task) -> None:

@@ -126,7 +126,7 @@ def read(program: str, command: str, words: list[str], monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(RunCLI, "instantiate_classes", stop)
-    monkeypatch.setattr("probes.fit.cli.check_names", lambda *_: None)  # there is no model
+    monkeypatch.setattr("probes.fit.cli.choose_model", lambda *_: None)  # there is no model
     with pytest.raises(Parsed):
         MAIN[program]([command, *words])
     return parsed[0]

@@ -19,7 +19,6 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.steps.record import MadeFrom, StepRecord
-from probes.studies.arms import plan_arms
 from probes.studies.estimate import print_estimate
 from probes.studies.plan import choose_analyses, plan
 
@@ -345,7 +344,7 @@ def test_of_few_photos_those_that_there_are_become_maps(settings):
 )
 def test_options_replace_those_of_the_papers_training(given, expected, settings):
     study = settings(fit=True, options=(f"--trainer.{given}", "4"))
-    trainer = plan_arms(study)[-1].config.trainer
+    trainer = plan(study).arms[-1].config.trainer
     keys = ("max_epochs", "max_steps", "val_check_interval")
     assert tuple(map(trainer.get, keys)) == expected
 
@@ -437,7 +436,7 @@ def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(settings):
     """Random models share the encoder, so these sites would be solved again for the same states."""
     arms = ("trained", "random0", "permuted0", "adapter0", "untrained0")
     study = settings(arms=arms, options=("--model.sites", "all"))
-    planned = {arm.name: arm.run.sites for arm in plan_arms(study)}
+    planned = {arm.name: arm.run.sites for arm in plan(study).arms}
     in_encoder = ["encoder_00", "encoder_01", "encoder_02", "encoder"]
     assert planned["trained"][:4] == in_encoder
     for arm in arms[1:]:

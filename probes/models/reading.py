@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
@@ -68,16 +69,23 @@ def read_states(
             stack.enter_context(place(partial(record, site, read)))
         with suppress(StopForward):
             model.run(pixels.to(model.device, model.model.dtype))
+    if one_encoder:
+        for site in filter(is_before_adapter, states):
+            states[site] = states[site][rows]
+    return _check_states(states, sites, model.device)
+
+
+def _check_states(
+    states: Mapping[str, Tensor], sites: list[str], device: torch.device
+) -> dict[str, Tensor]:
+    """Return the states of the wanted sites on a device; raise a UserError if some were not read or are not finite."""
     if missing := [site for site in sites if site not in states]:
         raise UserError(
             f"no states of {missing[0]}: the forward does not call the module that the family names"
         )
-    if one_encoder:
-        for site in filter(is_before_adapter, sites):
-            states[site] = states[site][rows]
-    states = {site: states[site].to(model.device) for site in sites}
-    check_outputs("states", states)
-    return states
+    wanted = {site: states[site].to(device) for site in sites}
+    check_outputs("states", wanted)
+    return wanted
 
 
 @contextmanager

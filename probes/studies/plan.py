@@ -121,12 +121,9 @@ def plan(study: StudyOptions) -> Planned:
     }
     arms = plan_arms(study, models)
     steps: list[Step] = []
-    for label in study.models:
+    for label in models:
         of_model = [arm for arm in arms if arm.label == label]
-        for task in splits:
-            for arm in of_model:
-                if task == main or not is_fitted(arm.name):
-                    steps.append(_run_step(study, arm, task=task, content=contents[label, task]))
+        steps += _run_steps(study, of_model, contents)
         steps += _analysis_steps(study, of_model, analyses=analyses, photos=len(validation))
         steps += _steps_of_other_tasks(study, of_model, analyses)
     steps.append(_report_step(study, steps))
@@ -205,6 +202,18 @@ def _content(model: str, splits: Mapping[str, ImageDataset]) -> dict[str, str]:
 
 
 # --------------------------------------------------------------------------------------------------------- steps
+def _run_steps(
+    study: StudyOptions, arms: Sequence[Arm], contents: Mapping[tuple[str, str], Content]
+) -> list[RunStep]:
+    """Return the steps that make the probe runs of a model: of its tasks, the main one first, all arms."""
+    steps = []
+    tasks = dict.fromkeys((study.data.task, *study.tasks))
+    for task, arm in product(tasks, arms):
+        if task == study.data.task or not is_fitted(arm.name):
+            steps.append(_run_step(study, arm, task=task, content=contents[arm.label, task]))
+    return steps
+
+
 def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> RunStep:
     """Return the step that makes the probe run of an arm."""
     kind, call = "solve", "probes.solve.run:run_config"

@@ -36,7 +36,7 @@ from probes.steps.runner import find_missing, run_steps
 from .arms import TRAINED
 from .estimate import print_estimate
 from .options import label_models, study_options, with_inputs
-from .plan import RUNS, check_folder, plan, trained_first
+from .plan import RUNS, Planned, check_folder, plan, trained_first
 from .table import Study, write_table
 
 REPORT_WAIT_S = 600
@@ -93,13 +93,7 @@ def run_study(study: StudyOptions) -> None:
     """
     out = study.out
     planned = plan(study)
-    reasons = [step.why_left_out for step in planned.steps if step.kind in RUNS]
-    for reason in dict.fromkeys(filter(None, reasons)):
-        print(f"left out: {reason}")
-    if study.model.head != LINEAR:
-        print(
-            f"{study.model.head} probes are trained and compared with trained linear ones; only linear ones are solved"
-        )
+    _say_what_is_left_out(study, planned)
     part = "+".join([*study.labels, *study.arms]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         check_folder(study, planned)
@@ -123,16 +117,31 @@ def run_study(study: StudyOptions) -> None:
             write_table(out, study.labels)
     if not missing:
         print(f"{out} is complete; nothing to do")
-    report = out / "report"
-    if (report / "results.json").is_file():
-        print()
-        results = read_json(report / "results.json")
-        print_summary(results["summary"], report / "index.html", lab=results.get("lab", ""))
+    _print_report(out / "report")
     if failures:
         raise UserError(
             f"{len(failures)} of the steps failed, and the report is without the result, or has an earlier one: "
             f"{'; '.join(failures)}. The same command tries again"
         )
+
+
+def _say_what_is_left_out(study: StudyOptions, planned: Planned) -> None:
+    """Print why runs are left out, and that only linear probes are solved."""
+    reasons = [step.why_left_out for step in planned.steps if step.kind in RUNS]
+    for reason in dict.fromkeys(filter(None, reasons)):
+        print(f"left out: {reason}")
+    if study.model.head != LINEAR:
+        print(
+            f"{study.model.head} probes are trained and compared with trained linear ones; only linear ones are solved"
+        )
+
+
+def _print_report(report: Path) -> None:
+    """Print the summary of a report, if there is one."""
+    if (report / "results.json").is_file():
+        print()
+        results = read_json(report / "results.json")
+        print_summary(results["summary"], report / "index.html", lab=results.get("lab", ""))
 
 
 # ---------------------------------------------------------------------------------------------------- one step

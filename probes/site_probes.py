@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llava_bidir.common.files import atomic_write
 from llava_bidir.common.processes import rank_zero_info
-from probes.data.batches import outputs_by_size
+from probes.data.batches import ProbeBatch, outputs_by_size
 from probes.data.probe_data import ProbeData
 from probes.heads import Probe
 from probes.models.frozen_mllm import FrozenMLLM
@@ -63,9 +63,7 @@ class SiteProbes:
         """Names of the sites."""
         return list(self.heads)
 
-    def states(
-        self, batch: dict[str, Any], sites: Sequence[str] | None = None
-    ) -> dict[str, Tensor]:
+    def states(self, batch: ProbeBatch, sites: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return the states f[B, T, d] by site, in the dtype of the model; None for all sites."""
         if "states" in batch:
             return batch["states"]
@@ -124,7 +122,7 @@ def load_probes(
 
 
 def save_predictions(
-    probes: SiteProbes, logits: Tensor, batch: dict[str, Any], names: list[str], folder: Path
+    probes: SiteProbes, logits: Tensor, batch: ProbeBatch, names: list[str], folder: Path
 ) -> None:
     """Write the predicted class of every pixel of a batch to FOLDER/SITE/NAME.png.
 

@@ -4,7 +4,7 @@ Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ from .samplers import PAD_INDEX
 
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
+
+
+class ProbeBatch(TypedDict, total=False):
+    """A batch of B images, or a part of one.
+
+    Args:
+        index: Numbers of the images in their split, i64[B].
+        pixels: f[squares, 3, H', W'].
+        target: B targets of the size of their image: uint8[H, W], of depth f32[H, W], of normals f32[H, W, 3].
+        masks: The targets as the loss takes them, if the dataset prepares them.
+        states: {site: f[B, T, d]} in place of pixels, if they are cached.
+    """
+
+    index: Tensor
+    pixels: Tensor
+    target: list[Tensor]
+    masks: PreparedMasks
+    states: dict[str, Tensor]
 
 
 class MaskPreparer(NamedTuple):
@@ -86,12 +104,8 @@ def _numbered(target: Tensor, index: int) -> dict:
     return {"index": index, "target": target}
 
 
-def collate(samples: list[dict] | dict) -> dict:
-    """Return a batch: index i64[B], pixels f[squares, 3, H', W'], and B targets uint8[H, W] of the size of their image.
-
-    Targets of depth are f32[H, W], of normals f32[H, W, 3]. "masks" has the masks that the dataset has prepared.
-    A batch of cached states is returned as it is.
-    """
+def collate(samples: list[dict] | ProbeBatch) -> ProbeBatch:
+    """Return the batch of samples; a batch of cached states is returned as it is."""
     if isinstance(samples, dict):
         return samples
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
@@ -148,8 +162,8 @@ class CachedFeatures(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitems__(self, indices: list[int]) -> dict:
-        """Return a batch as :func:`collate` does, with states {site: f[B, T, d]} in place of pixels."""
+    def __getitems__(self, indices: list[int]) -> ProbeBatch:
+        """Return a batch with states in place of pixels."""
         samples = [self.samples[i] | _numbered(self.samples[i]["target"], i) for i in indices]
         states = {site: states[indices] for site, states in self.states.items()}
         return collate(samples) | {"states": states}

@@ -22,7 +22,7 @@ from llava_bidir.common.identity import Identity, check_same_identity, run_ident
 from llava_bidir.common.processes import all_gather, decide_on_first
 from llava_bidir.common.runs import RESUME_ADVICE, optimizer_steps
 from probes.config import ModelOptions
-from probes.data.batches import MaskPreparer
+from probes.data.batches import MaskPreparer, ProbeBatch
 from probes.data.samplers import PAD_INDEX
 from probes.heads import Probe, factory_of
 from probes.models.module_sources import source_identity
@@ -130,7 +130,7 @@ class ProbeModule(LightningModule):
             )
         probe.load_state_dict(self.published)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: ProbeBatch, batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
         states = self.probes.states(batch)
         target = batch[self.task.trained_on]
@@ -149,7 +149,7 @@ class ProbeModule(LightningModule):
             self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
         return losses.sum()
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def validation_step(self, batch: ProbeBatch, batch_idx: int) -> Tensor:
         """Count the images of the batch; return the logits f[S, B, K, h, w]."""
         logits = self.probes.logits(self.probes.states(batch))
         if self.hparams.flip:
@@ -158,7 +158,7 @@ class ProbeModule(LightningModule):
         self.metric.update(logits, batch["target"], batch["index"])
         return logits
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: ProbeBatch, batch_idx: int) -> None:
         """Count the images of the batch, and write the predictions of each probe of its best epoch, if asked to."""
         logits = self.validation_step(batch, batch_idx)
         if self.saves_predictions:

@@ -21,7 +21,7 @@ from torch import Tensor
 from llava_bidir.common.files import names_full_disk
 from llava_bidir.common.imports import check_shape
 from probes.compute.machine import Machine, solver_device
-from probes.data.batches import MaskPreparer
+from probes.data.batches import MaskPreparer, ProbeBatch
 from probes.data.probe_data import ProbeData
 from probes.data.windows import TrainingSamples
 from probes.ops.geometry import Geometry
@@ -140,7 +140,7 @@ class StateReader:
 
     def _read_batches(
         self, sites: Sequence[str], states: dict[str, Tensor], folder: Path | None
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[ProbeBatch]:
         """Yield batches on the device of the solver, whose states are then in `states`."""
         prepare = None
         if self.targets is None:
@@ -165,7 +165,7 @@ class StateReader:
                 states[site][index] = site_states.cpu()
             yield batch
 
-    def _prepare_targets(self, batches: Iterator[dict[str, Any]]) -> Targets:
+    def _prepare_targets(self, batches: Iterator[ProbeBatch]) -> Targets:
         if self.prepare is None:
             equations = []
             probes = self.probes
@@ -197,7 +197,7 @@ def prepare_values(
     return normal_equations(values, grid=geometry.grid, view=geometry.view((height, width)))
 
 
-def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def move_batch(batch: ProbeBatch, device: torch.device) -> ProbeBatch:
     """Return a batch with its tensors, lists of tensors, and masks on a device."""
 
     def move(value: Any) -> Any:

@@ -137,10 +137,12 @@ def test_commands_read_a_model_of_an_own_mask(
         )
 
 
-def test_segment_reads_probes_of_an_own_head_and_layout(call, checkpoints, segmentation, tmp_path):
+def test_segment_reads_probes_of_an_own_head_and_layout(
+    call, own, checkpoints, segmentation, tmp_path
+):
     run = tmp_path / "run"
-    own = "--model.sites=[layer_02] --model.head cosine --data.dataset own".split()
-    words = probe_runs.arguments(checkpoints["causal"], segmentation, run, *own)
+    options = "--model.sites=[layer_02] --model.head cosine --data.dataset own".split()
+    words = probe_runs.arguments(checkpoints["causal"], segmentation, run, *options)
     with pytest.raises(SystemExit, match="'(cosine|own)'.* expected one of .*--import FILE.py"):
         call("probes", *words, with_file=False)
     call("probes", *words)
@@ -150,3 +152,8 @@ def test_segment_reads_probes_of_an_own_head_and_layout(call, checkpoints, segme
         call("probes", *segment, with_file=False)
     call("probes", *segment)
     assert (tmp_path / "maps/000.png").is_file()
+    own.write_text(OWN.replace("10 *", "20 *"))  # finished, said the run, and segment read it
+    for again in ([*words, "--ckpt_path", "last"], segment):
+        with pytest.raises(SystemExit, match="code of own_parts.py='.*', but this run has"):
+            call("probes", *again)
+    own.write_text(OWN)

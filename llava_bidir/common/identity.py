@@ -8,13 +8,14 @@ compared with another run, or analysed.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import USER_FILES, UserError
 from .exported_masks import has_own_mask
 from .files import read_json, sha256
 from .hf import INDEX, TRAINING_JSON, read_model_config, weight_files
@@ -75,10 +76,11 @@ def run_identity(
 
     Args:
         trainer: Has the values of `trainer_settings` as attributes.
-        module: What is trained or solved.
-        data: Its images and targets.
+        module: What is trained or solved, and the functions that users may have registered for it.
+        data: Its images and targets, likewise.
         trainer_settings: Settings of the trainer that change a result.
     """
+    registered = [*getattr(module, "registered", ()), *getattr(data, "registered", ())]
     of_trainer = {*trainer_settings} - {*getattr(data, "sets_on_trainer", ())}
     config = {
         "model": module.hparams,
@@ -88,8 +90,16 @@ def run_identity(
     return {
         "data": data.identity(),
         "model": named_identity(module.models()),
-        "settings": compared_settings(config),
+        "settings": compared_settings(config) | code_of_user(*registered),
     }
+
+
+def code_of_user(*parts: Any) -> dict[str, str]:
+    """Return the checksums of the files of `--import` that functions and objects are of; of our own nothing."""
+    modules = {sys.modules.get(getattr(part, "__module__", "")) for part in parts}
+    files = {getattr(module, "__file__", None) for module in modules}
+    names = files & {*USER_FILES}
+    return {f"code of {Path(file).name}": sha256(Path(file))[:DIGITS] for file in names}
 
 
 def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class LlavaTraining(LightningModule):
             raise UserError(f"model.lora needs llm in model.trainable, got {trainable}")
         self._check_trained_encoder()
         with error_context("model.image_attention"):
-            block_ids_of(self.hparams.image_attention)
+            self.registered = [block_ids_of(self.hparams.image_attention)]
 
     def _check_trained_encoder(self) -> None:
         """Raise a UserError if the encoder trains in stage 1, or what is said of its training does not apply."""

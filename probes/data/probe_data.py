@@ -22,6 +22,7 @@ from llava_bidir.common.processes import (
     worker_options,
 )
 from probes.config import DataOptions, VerifyOptions
+from probes.tasks import TASKS
 
 from .batches import CachedFeatures, MaskPreparer, PreprocessedDataset, collate
 from .blank import Preprocess, blanked
@@ -61,6 +62,7 @@ class ProbeData:
         self.root = config.root
         self.dataset = config.dataset
         self.task = config.task
+        self.registered = [TASKS[config.task]]
         self.options = options_of_layout(config, seed)
         self.name = config.name or Path(config.root).resolve().name
         self.classes = self.splits["training"].classes

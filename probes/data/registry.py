@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import describe_digest
+from llava_bidir.common.identity import code_of_user, describe_digest
 from llava_bidir.common.imports import HINT, check_takes, is_ours
 from llava_bidir.common.processes import rank_zero_warn
 from probes.config import DataOptions
@@ -157,6 +157,7 @@ def identity_of_splits(splits: Mapping[str, ImageDataset]) -> dict[str, str]:
     identity = {}
     for split, dataset in splits.items():
         identity["classes"] = describe_digest(dataset.classes, len(dataset.classes))
+        identity |= code_of_user(dataset)
         for part, value in dataset.identity().items():
             identity[f"{split}_{part}"] = value
     return identity

@@ -62,7 +62,7 @@ class ProbeModule(LightningModule):
         if is_published(config.head):
             self.published = read_published(config.head)
             config = replace(config, **PROBE)
-        factory_of(config.head)
+        self.registered = [factory_of(config.head)]
         settings = {"num_classes": num_classes, "seed": seed, "flip": config.flip or None}
         self.save_hyperparameters(asdict(config) | settings)
         self.probes: SiteProbes | None = None  # until the model is configured

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf import is_finite
 from probes.config import ModelOptions
 from probes.models.families import family_of
 from probes.models.read_config import read_config
@@ -37,7 +38,7 @@ def read_published(head: str) -> dict[str, Tensor]:
     """Return the weights of a published head by their names in a probe.
 
     Raises:
-        UserError: The file cannot be read, or has other weights than those of a linear head.
+        UserError: The file cannot be read, or has other weights than those of a linear head, or some not finite.
     """
     try:
         content: Any = torch.load(head, map_location="cpu", weights_only=True)
@@ -54,6 +55,8 @@ def read_published(head: str) -> dict[str, Tensor]:
         raise UserError(
             f"model.head {head} is no linear head of DINOv2's format: expected {', '.join(NAMES)}; {differs[0]} differs"
         )
+    if broken := [name for name, tensor in content.items() if not is_finite(tensor)]:
+        raise UserError(f"model.head {head} has values that are not finite in {broken}")
     weights = {NAMES[name]: tensor for name, tensor in content.items()}
     weights["head.weight"] = weights["head.weight"].flatten(1)
     return weights

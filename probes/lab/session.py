@@ -69,7 +69,7 @@ class Session:
         }
 
     def check(self, request: View) -> None:
-        """Raise a UserError if a request names a model, patch or site that there is not."""
+        """Raise a UserError if a request names a model, patch, layer or site that there is not."""
         if request.model >= len(self.models):
             raise UserError(
                 f"there is no model {request.model}; the lab has 0..{len(self.models) - 1}"
@@ -79,6 +79,10 @@ class Session:
         last = max(getattr(request, "patch", 0), *getattr(request.intervention, "patches", (0,)))
         if last >= tokens:
             raise UserError(f"there is no patch {last}; an image has 0..{tokens - 1}")
+        blocked_layers = getattr(request.intervention, "layers", None) or ()
+        layer = max(getattr(request, "layer", 1), *blocked_layers, 1)
+        if layer_site(layer) not in model.mllm.sites:
+            raise UserError(f"there is no layer {layer} in {model.label}")
         for part in (request, request.intervention):
             site = getattr(part, "site", model.sites[0])
             if site not in model.sites:

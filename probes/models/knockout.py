@@ -298,6 +298,8 @@ def _select_layers(chosen: Sequence[int] | Tensor | None, rows: int, count: int)
     layers = range(1, count + 1)
     if chosen is None:
         chosen = layers
+    if not len(chosen):
+        raise UserError("layers of a knockout are none, so that it changes nothing; leave it out")
     for number in chosen:
         is_number = isinstance(number, Integral) and not isinstance(number, bool)
         if not is_number or not 1 <= number <= count:

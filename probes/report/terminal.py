@@ -178,10 +178,8 @@ def _rows_of_claims(view: ReportView, tested: DataFrame, room: int) -> Iterator[
         *_, circle = FINDINGS[row.finding]
         head = " ".join(filter(None, (circle, *whom, title)))
         effect = f"{row.value_text} {row.value_ci}".strip()
-        if row.optimum_verdict == UNTESTED:  # it can have a number
-            effect = UNTESTED
         beyond = f"{row.beyond_value_text} {row.beyond_value_ci}".strip()
-        if row.beyond_random_verdict == UNTESTED:
+        if row.beyond_random_verdict == UNTESTED:  # it can have a number
             beyond = UNTESTED
         rows.append((head, effect, beyond))
     columns = zip(*rows, strict=True)

@@ -28,11 +28,11 @@ from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.files import read_json, sha256
 from llava_bidir.common.hf import DTYPE_ADVICE
-from llava_bidir.common.identity import check_same_identity, named_identity
+from llava_bidir.common.identity import check_same_identity, code_of_user, named_identity
 from llava_bidir.common.images import PhotoLike, read_photo
 from llava_bidir.common.imports import HINT
 from probes.data.registry import identity_of_splits, open_split
-from probes.heads import Probe
+from probes.heads import Probe, factory_of
 from probes.models.sites import ADAPTER, is_layer
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts
@@ -419,6 +419,7 @@ class ProbeRun:
         """
         tensors = self._tensors_of_sites()
         settings = self.metrics["probe"]
+        self._check_unchanged("settings", code_of_user(factory_of(settings["head"])))
         channels = self.task.channels or len(self.metrics["classes"])
         probes = {}
         for entry in self.metrics["sites"]:

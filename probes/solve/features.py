@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, uint8
 
 from llava_bidir.common.errors import UserError, error_context
 from probes.compute.machine import solver_device
@@ -68,7 +68,7 @@ def solve_features(
             than 255 classes -1.
         classes: K.
         strength: Regularisation; None for the best one of held-out images.
-        folds: Folds of images that choose it.
+        folds: Folds of images that choose it; copies of an image share one.
 
     Raises:
         UserError: Features and masks do not fit together, or a label is not a class.
@@ -111,7 +111,8 @@ def _feature_problem(
     prepared = join_masks(parts).to(solver_device(features.device))
     if not prepared.pixels.sum() > 0:
         raise UserError(f"no mask has a labelled pixel: all are {ignored}")
-    fold_of = assign_folds(range(len(masks)), folds)
+    contents = [x.detach().cpu().contiguous().view(uint8).numpy().tobytes() for x in features]
+    fold_of = assign_folds([*map(hash, contents)], folds)  # copies of an image share one
     scored = scored_masks(
         prepared,
         fold_of=fold_of,

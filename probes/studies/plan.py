@@ -14,7 +14,12 @@ import yaml
 
 from llava_bidir.common.cli import Parser
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import check_same_identity, describe_digest, named_identity
+from llava_bidir.common.identity import (
+    check_same_identity,
+    code_of_user,
+    describe_digest,
+    named_identity,
+)
 from llava_bidir.common.imports import HINT
 from probes.analyses import MEASURED
 from probes.analyses.analysis import EFFECTS_SUFFIX
@@ -234,7 +239,7 @@ def _run_step(study: StudyOptions, arm: Arm, task: str, content: Content) -> Run
         takes_overwrite=True,
         why_left_out=why_left_out,
         is_trained=arm.is_trained,
-        content=content,
+        content=lambda: content() | code_of_user(factory_of(arm.config.model.head), TASKS[task]),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple, NotRequired
 
 import torch
 from PIL import Image
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -35,6 +35,7 @@ Region = TypedDict(
         "kind": NotRequired[str],
     },
 )
+Region.__pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt kind would be left out
 Turn = TypedDict("Turn", {"from": str, "value": str})
 
 

@@ -127,5 +127,7 @@ def test_what_is_fed_is_shown(parts, conversations, capsys):
     assert text["image_spans"] == []
     _, text = run(parts, folder=conversations, capsys=capsys, more="--show 0")
     assert "trained [wall</s>]" in text and "<4 image tokens>" in text
+    rows = [line.split()[2:] for line in text.splitlines()[-3:]]
+    assert rows == [["#", "#", "."], ["#", "#", "."], ["#", "#", "\\"]], "a prefix, then causal"
     status, _ = run(parts, folder=conversations, capsys=capsys, more="--show 12")
     assert "--show 12: " in status and " has records 0..11" in status

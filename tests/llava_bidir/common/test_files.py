@@ -239,6 +239,11 @@ def test_a_read_only_folder_is_named(tmp_path):
     with small_disks.mounted(tmp_path / "disk", "size=100k,ro") as disk:
         with pytest.raises(UserError, match="cannot write .*disk/a/b: Read-only file system"):
             write_files({disk / "a/b": "text"})
+        with (
+            pytest.raises(UserError, match="disk/run: Read-only file system; choose another"),
+            exclusive_run_lock(disk / "run"),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("path", [".", "..", "{here}"])

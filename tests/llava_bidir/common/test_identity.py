@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
+from extensions import forgotten
 
-from llava_bidir.common import identity
+from llava_bidir.common import identity, imports
 from llava_bidir.common.errors import UserError
 
 
@@ -42,3 +45,20 @@ def test_identities_are_the_same_if_their_json_is(now):
 def test_a_result_without_identity_is_not_taken_for_the_same():
     with pytest.raises(UserError, match="RUN does not record its data and model"):
         identity.check_same_identity(None, current={"data": {}}, source="RUN", advice="stop")
+
+
+def test_code_that_a_user_has_registered_is_part_of_a_run(tmp_path):
+    """A run whose head was edited was "finished"."""
+    file = tmp_path / "own_head.py"
+    settings = []
+    for scale in (10, 20):
+        file.write_text(f"def head():\n    return {scale}")
+        with forgotten():
+            imports.take_imports(["--import", str(file)])
+            parts = [sys.modules["own_head"].head, identity.plain, None]
+            module = SimpleNamespace(hparams={}, models=dict, registered=parts)
+            data = SimpleNamespace(hparams={}, identity=dict)
+            settings.append(identity.run_identity(None, module, data, ())["settings"])
+    before, now = settings
+    assert before.keys() == now.keys() == {"code of own_head.py"}
+    assert before != now

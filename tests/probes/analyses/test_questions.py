@@ -40,6 +40,7 @@ def test_questions_are_those_with_a_region(tmp_path):
         ([record(BOXES[0], name="sea")], "record 0: class 'sea' is none of the probes': sky, wall"),
         ([record(None)], "has no question with an entry"),
         ([record(None, None) | {"regions": [None]}], "record 0: 1 regions for 2 questions"),
+        ([record() | {"regions": [{"kinds": "what"}]}], "regions.0.kinds Extra inputs are not"),
         ([record([0.5, 0.5, 0.25, 0.25])], "record 0: the box .* ends before it starts"),
     ],
 )

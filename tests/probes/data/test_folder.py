@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.data.folder import FolderDataset
+from probes.data.image_dataset import palette_of
 
 MASK = "annotations/validation/000.png"
 IMAGE = "images/validation/000.png"
@@ -61,6 +62,7 @@ def test_an_ignored_class_has_no_logit(root):
     dataset = FolderDataset(root, "training")
     assert dataset.classes == ["x", "z"]
     assert dataset.palette == palette[::2]
+    assert palette_of(dataset).tolist() == palette[::2]
     target = np.stack([item["target"] for item in dataset])
     assert ((target == 0) == (plain == 0)).all()
     assert ((target == 1) == (plain == 2)).all()

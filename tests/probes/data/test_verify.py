@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import dataset_layouts
 import numpy as np
@@ -19,6 +20,7 @@ from probes.data.verify import (
     LabelCounts,
     count_labels,
     data_notes,
+    group_copies,
     join_counts,
     join_groups,
     notes_of_run,
@@ -209,6 +211,13 @@ def test_groups_that_have_the_same_image_are_one_and_others_as_they_were():
     assert joined_groups == [0, 0, 0, 0, 0, 1, 1]
     alone = join_groups(["b", "a", "b"], ["p", "q", "r"])
     assert alone == [1, 0, 1]
+
+
+def test_copies_join_the_groups_of_the_data_set():
+    """Groups that have no image in common stay as they were."""
+    images = SimpleNamespace(names=["0", "1", "2", "3"], groups=["a", "a", "b", "c"])
+    group_copies(images, ["p", "q", "q", "r"])
+    assert images.groups == [0, 0, 0, 1]
 
 
 def test_a_data_set_without_copies_has_no_groups(root):

@@ -84,6 +84,10 @@ class Planted:
         (lambda state: state.pop("decode_head.bn.bias"), "decode_head.bn.bias differs"),
         (lambda state: state.update({"decode_head.extra": torch.ones(1)}), "extra differs"),
         (
+            lambda state: state.update({"decode_head.bn.bias": torch.full((16,), torch.nan)}),
+            "not finite in .*bn.bias",
+        ),
+        (
             lambda state: state.update({"decode_head.conv_seg.weight": torch.ones(3, 64, 1, 1)}),
             r"reads 64 channels, but final_norm has 16; .* \(\+ms and linear4 read four\)",
         ),

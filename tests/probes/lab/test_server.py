@@ -103,12 +103,15 @@ def test_a_link_on_another_page_opens_the_lab(port):
 
 
 BLOCK = {"kind": "block", "patches": [0, 400]}
+LAYERS = {"kind": "block", "patches": [0], "layers": [1, 99]}
 REPLACE = {"kind": "replace", "patches": [0], "site": "x", "by": "mean"}
 REQUESTS = {
     "unknown model": ("/run/read", json.dumps(VIEW | {"model": 7}), 400),
     "unknown patch": ("/run/similarity", json.dumps(VIEW | {"patch": 400}), 400),
     "unknown patches": ("/run/read", json.dumps(VIEW | {"intervention": BLOCK}), 400),
     "unknown site": ("/run/pixel_map", json.dumps(VIEW | {"site": "layer_99"}), 400),
+    "unknown layer": ("/run/attention", json.dumps(VIEW | {"patch": 0, "layer": 99}), 400),
+    "unknown layers": ("/run/read", json.dumps(VIEW | {"intervention": LAYERS}), 400),
     "unknown site of states": ("/run/read", json.dumps(VIEW | {"intervention": REPLACE}), 400),
     "no JSON": ("/run/read", b"{", 400),
     "deep": ("/run/read", b"[" * 100_000, 400),

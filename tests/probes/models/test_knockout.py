@@ -152,7 +152,10 @@ def test_a_knockout_of_no_token_is_an_error(mllms, rows):
     nothing = Knockout(torch.zeros(2, *mllm.grid, dtype=torch.bool), rows=rows)
     with pytest.raises(UserError, match="blocked has no token"):
         mllm.answer_log_probs(pixels, question=QUESTION, answers=ANSWERS, knockout=nothing)
-    mllm.states(pixels, knockout=Knockout(torch.cat([BLOCKED, BLOCKED & False])))
+    in_one = torch.cat([BLOCKED, BLOCKED & False])
+    mllm.states(pixels, knockout=Knockout(in_one))
+    with pytest.raises(UserError, match="layers of a knockout are none"):
+        mllm.states(pixels, knockout=Knockout(in_one, layers=[]))
 
 
 def test_what_does_not_fit_is_an_error(mllms):

@@ -44,6 +44,15 @@ def test_equals_the_run_of_a_model(solved):
         assert (ours == run.predict(image, SITE)).mean() > 0.999
 
 
+def test_copies_of_an_image_share_a_fold(solved):
+    """Folds that saw their own pixels chose too weak a regularisation."""
+    _, features, masks = solved
+    once = probes.solve_features(features, masks, 3, folds=2)
+    copied = [mask for mask in masks for _ in range(2)]
+    twice = probes.solve_features(features.repeat_interleave(2, 0), copied, 3, folds=2)
+    assert twice.strength == once.strength
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -127,7 +127,9 @@ def test_memory_changes_no_byte(gb, groups, run, solve, forwards):
     assert_same_results(other.path, run.path)
 
 
-def test_masks_count_in_the_memory_and_are_in_it_once(run, solve, forwards, monkeypatch):
+def test_masks_count_in_the_memory_and_are_in_it_once(
+    run, solve, words, tmp_path, forwards, caplog, monkeypatch
+):
     """Of ADE20K they are 8 GB, which a list of batches and their join had twice."""
     masks = (
         6 * 4 * (3 * 4 + (2 + NODES) ** 2)
@@ -147,6 +149,8 @@ def test_masks_count_in_the_memory_and_are_in_it_once(run, solve, forwards, monk
     assert len(batches) == 3
     assert list(forwards) == [("encoder", "adapter"), ("layer_02",)]
     assert_same_results(other.path, run.path)
+    main(words(tmp_path / "out", "--dry-run"))
+    assert "2 forwards at most" in caplog.text
 
 
 def test_bytes_of_values_are_known_before_they_are_read():

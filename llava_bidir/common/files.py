@@ -30,10 +30,11 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
+FREE_SPACE = "free space, or choose another folder"
+
+
 @contextmanager
-def names_full_disk(
-    path: Path, advice: str = "free space, or choose another folder"
-) -> Iterator[None]:
+def names_full_disk(path: Path, advice: str = FREE_SPACE) -> Iterator[None]:
     """Name what the block writes if the disk is full, or the folder cannot be written.
 
     Libraries hide the system's error: torch raises another one, safetensors quotes it.
@@ -53,10 +54,10 @@ def names_full_disk(
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, advice: str = FREE_SPACE) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` when the block ends, and deleted when the block fails."""
     partial = partial_path(path)
-    with names_full_disk(path):
+    with names_full_disk(path, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial

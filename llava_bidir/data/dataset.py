@@ -20,32 +20,34 @@ As in LLaVA, these records are valid:
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.files import names_full_disk, sha256
+from llava_bidir.common.files import atomic_write, names_full_disk, sha256
 from llava_bidir.common.images import read_image
 
 from .collate import Collate
 from .conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, usable_turns
 
-TEXT = datasets.Value("string")
-FEATURES = datasets.Features(
-    id=TEXT,
-    image=TEXT,
-    conversations=datasets.List({"from": TEXT, "value": TEXT}),
-    length=datasets.Value("int32"),
+TEXT = pa.string()
+TURN = pa.struct({"from": TEXT, "value": TEXT})
+SCHEMA = pa.schema(
+    {"id": TEXT, "image": TEXT, "conversations": pa.list_(TURN), "length": pa.int32()}
 )
-RULES = 7  # part of the cache key; increase it when the same file would be read differently
+ROWS = 1000  # of a batch of Arrow
+RULES = 8  # part of the cache's name; increase it when the same file would be read differently
+SET_HF_HOME = "set HF_HOME to a folder that has space and can be written"
 
 
 class Conversation(TypedDict, total=False):
@@ -72,17 +74,30 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
     Raises:
         UserError: A record cannot be trained on, or the file cannot be read.
     """
-    datasets.disable_progress_bars()
     with error_context("data.annotations"):
         digest = sha256(Path(path))
-    # the cache's key has the content: an archive that is unpacked over a file keeps size and modification time
-    source = {"path": os.path.realpath(path), "digest": digest, "rules": RULES}
-    cache = datasets.config.HF_DATASETS_CACHE
-    try:
-        with names_full_disk(cache, "set HF_HOME to a folder that has space and can be written"):
-            return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+    # named by the content: an archive that is unpacked over a file keeps size and modification time
+    cache = Path(datasets.config.HF_DATASETS_CACHE, f"llava_bidir-{RULES}-{digest}.arrow")
+    if not cache.exists():
+        with names_full_disk(cache.parent, SET_HF_HOME):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            # jobs that start together
+            with FileLock(f"{cache}.lock"):
+                _convert(path, cache)
+    return datasets.Dataset.from_file(str(cache))
+
+
+def _convert(path: str | Path, cache: Path) -> None:
+    """Write the rows of a file as Arrow, unless another process has."""
+    if cache.exists():
+        return
+    rows = _rows(path)
+    with (
+        atomic_write(cache, SET_HF_HOME) as partial,
+        pa.RecordBatchStreamWriter(str(partial), SCHEMA) as writer,
+    ):
+        while some := [*islice(rows, ROWS)]:
+            writer.write_table(pa.Table.from_pylist(some, SCHEMA))
 
 
 def read_records(path: str | Path) -> list[Any]:
@@ -101,8 +116,8 @@ def read_records(path: str | Path) -> list[Any]:
         return records
 
 
-def _rows(path: str, **_: str | int) -> Iterator[Conversation]:
-    """Yield the rows of a file; the other arguments are the key of the cache.
+def _rows(path: str | Path) -> Iterator[Conversation]:
+    """Yield the rows of a file.
 
     Raises:
         UserError: A record cannot be trained on.

@@ -136,7 +136,7 @@ def test_two_processes_train_as_one(run, one, two):
 def test_a_trained_encoder_is_that_of_one_process_and_is_resumed_and_exported(spec, one):
     """Under each strategy; its last block is not read, and has no gradient that DDP would wait for."""
     runs = [run.format(kind) for run in RESUMED_ENCODER for kind in ("uninterrupted", "resume")]
-    out = start(spec, "encoder", [*TRAINED_ENCODER, *runs])[0]
+    out = start(spec, "trained_encoder", [*TRAINED_ENCODER, *runs])[0]
     expected = result(one, "ddp:encoder:32-true")["losses"]
     for run, tolerance in TRAINED_ENCODER.items():
         assert_same_losses(together(results(out, run)), expected, tolerance)

@@ -22,7 +22,14 @@ from transformers import AutoModel
 COMMIT = "6876159a11b4df116f30f667f8c9888617df0751"
 FOLDER = "dinov3.eval.segmentation"
 STAND_INS = [
-    *("pandas", "termcolor", "torchvision", "torchvision.transforms", "dinov3.data", "dinov3.eval.utils"),
+    *(
+        "pandas",
+        "termcolor",
+        "torchvision",
+        "torchvision.transforms",
+        "dinov3.data",
+        "dinov3.eval.utils",
+    ),
     *("dinov3.hub", "dinov3.hub.segmentors", f"{FOLDER}.transforms"),
     *(f"{FOLDER}.models.backbone.dinov3_adapter", f"{FOLDER}.models.heads.mask2former_head"),
 ]

@@ -97,7 +97,9 @@ def compare(clone, encoder, photos, out, steps, batch, px, stride):
     ):
         differ = (mine.sum(0) - theirs).abs().sum().item()
         print(f"{name}: {theirs.sum().item():.0f} pixels, {differ:.0f} counted otherwise")
-    print(f"mIoU {(right / union).nanmean().item():.6f}, ours {run.metrics['sites'][0]['miou']:.6f}")
+    print(
+        f"mIoU {(right / union).nanmean().item():.6f}, ours {run.metrics['sites'][0]['miou']:.6f}"
+    )
     assert len(losses) == len(expected) == steps
     assert differences.abs().max() <= LOSSES_DIFFER
     for mine, theirs in zip(ours, (right, predicted, labelled), strict=True):

@@ -1,8 +1,8 @@
 """DINOv2-S by our optimum and by published protocols on the same photos, and what each item of a protocol does.
 
-    python -m experiments.leaderboard.published OUT --dinov2 DIR --data camvid labelmefacade --steps 96
+    python -m experiments.leaderboard.published OUT --dinov2 DIR --data DATA/camvid DATA/labelmefacade
 
-DIR is what `python -m experiments.real.import_dinov2 DIR` writes. Each arm is a run of `probes solve` or `probes fit` in
+DIR is what `python -m experiments.real.import_dinov2 DIR` writes. Each arm is a run of `probes solve` or `fit` in
 OUT/DATA/ARM, which a second call continues, and a row of OUT/published.csv. Arms that see the same pixels read them
 once: states are kept in OUT/states, a gigabyte for 100 steps.
 
@@ -56,7 +56,7 @@ def write_arm(arm: str, data: Path, args: argparse.Namespace) -> list[dict[str, 
     else:
         preset, validations, changed = FITTED.get(arm) or ("dinov3-linear", 8, ITEMS[arm])
         steps = f"""--trainer.max_steps {args.steps} --trainer.val_check_interval {args.steps // validations}
-            --model.warmup_steps {round(args.steps * WARMUP)} --data.batch_size {BATCH} --model.stride_px {STRIDE}
+            --model.warmup_steps {max(round(args.steps * WARMUP), 1)} --data.batch_size {BATCH} --model.stride_px {STRIDE}
             --data.name {data.name} --trainer.enable_progress_bar false"""
         probes(["fit", "-c", preset, *f"{places} {size} {steps} {changed}".split()])
     rows = []

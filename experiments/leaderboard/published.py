@@ -48,7 +48,7 @@ SOLVED = {"optimum": "", "optimum, slide": f"--model.image_resize slide --model.
 def write_arm(arm: str, data: Path, args: argparse.Namespace) -> list[dict[str, str]]:
     """Return the rows of an arm, after its run."""
     out = args.out / data.name / arm.replace(" ", "_").replace(",", "").replace("'", "")
-    places = f"--model.mllm {args.dinov2} --data.root {data} --data.dataset folder --out {out}"
+    places = f"--model.mllm {args.dinov2} --data.root {data} --data.dataset folder --out {out} --ckpt_path last"
     size = f"--model.image_px {PX} --data.num_workers 0 --trainer.accelerator cpu"
     if arm in SOLVED:
         sites = f"--model.sites {str(SITES).replace(' ', '')}"

@@ -55,8 +55,9 @@ def write_arm(arm: str, data: Path, args: argparse.Namespace) -> list[dict[str, 
         probes(["solve", *f"{places} {size} {sites} {SOLVED[arm]}".split()])
     else:
         preset, validations, changed = FITTED.get(arm) or ("dinov3-linear", 8, ITEMS[arm])
+        warmup = max(round(args.steps * WARMUP), 1)
         steps = f"""--trainer.max_steps {args.steps} --trainer.val_check_interval {args.steps // validations}
-            --model.warmup_steps {max(round(args.steps * WARMUP), 1)} --data.batch_size {BATCH} --model.stride_px {STRIDE}
+            --model.warmup_steps {warmup} --model.stride_px {STRIDE} --data.batch_size {BATCH}
             --data.name {data.name} --trainer.enable_progress_bar false"""
         probes(["fit", "-c", preset, *f"{places} {size} {steps} {changed}".split()])
     rows = []
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dinov2", required=True)
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="items: of the first")
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=48)
     args = parser.parse_args()
     jobs = [(arm, data) for data in args.data for arm in (*SOLVED, *FITTED)]
     jobs += [(arm, args.data[0]) for arm in ITEMS]

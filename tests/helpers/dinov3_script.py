@@ -5,6 +5,7 @@ stand-ins, as is the backbone, which is transformers' own.
 """
 
 import importlib
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -42,8 +43,6 @@ SCHEDULE = {
     "use_beta1": False,
     "update_momentum": False,
 }
-MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 class Backbone(nn.Module):
@@ -80,6 +79,10 @@ class DINOv3Script:
             loss = module("loss").MultiSegmentationLoss
         backbone = Backbone(encoder)
         width = backbone.encoder.config.hidden_size
+        settings = json.loads((Path(encoder) / "preprocessor_config.json").read_text())
+        self.mean, self.std = (
+            torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std")
+        )
         self.classes = classes
         # without dropout, whose random numbers differ
         self.head = head([width], classes, dropout=0.0)
@@ -103,6 +106,19 @@ class DINOv3Script:
             constructor_kwargs=settings,
         )
         self.criterion = loss(diceloss_weight=0.0, celoss_weight=1.0)
+
+    def normalised(self, image: Image.Image, px: int = 0) -> Tensor:
+        """Return the pixels f[3, H, W] of an image; 0 is added at the right and the bottom up to px."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        normal = (pixels - 255 * self.mean) / (255 * self.std)
+        missing = [max(px - side, 0) for side in normal.shape[1:]]
+        return nn.functional.pad(normal, (0, missing[1], 0, missing[0]))
+
+    def photos_of(self, run) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the validation photos of a run as the script sees them, and their labels."""
+        for sample in run.dataset("validation"):
+            photo = resized(sample["image"], run.manifest["config"]["image_px"])
+            yield self.normalised(photo), torch.from_numpy(sample["target"])
 
     def step(self, number: int, pixels: Tensor, target: Tensor) -> float:
         """Train on a batch f[B, 3, H, W] with labels [B, H, W], and return its loss."""
@@ -174,14 +190,6 @@ class scripts:
         self.modules.stop()
 
 
-def normalised(image: Image.Image, px: int = 0) -> Tensor:
-    """Return the pixels f[3, H, W] of an image, at least px wide and high: 0 is added at the right and the bottom."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    normal = (pixels - 255 * MEAN) / (255 * STD)
-    missing = [max(px - side, 0) for side in normal.shape[:0:-1]]
-    return nn.functional.pad(normal, (0, missing[0], 0, missing[1]))
-
-
 def resized(image: Image.Image, px: int) -> Image.Image:
     """Return a photo whose shorter side is px, as torchvision resizes PIL images."""
     width, height = image.size
@@ -190,10 +198,3 @@ def resized(image: Image.Image, px: int) -> Image.Image:
     else:
         size = (int(px * width / height + 0.5), px)
     return image.resize(size, Image.Resampling.BILINEAR)
-
-
-def photos_of(run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the validation photos of a run as the script sees them."""
-    px = run.manifest["config"]["image_px"]
-    for sample in run.dataset("validation"):
-        yield normalised(resized(sample["image"], px)), torch.from_numpy(sample["target"])

@@ -12,7 +12,7 @@ import probe_runs
 import pytest
 import tiny_models
 import torch
-from dinov3_script import DINOv3Script, normalised, photos_of
+from dinov3_script import DINOv3Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_encoders import STOCK
 
@@ -82,14 +82,14 @@ def compare(clone, encoder, photos, out, steps, batch, px, stride):
     expected = []
     for number, indices in enumerate(batches_of(len(crops), batch, seed, steps)):
         samples = [crops[i] for i in indices]
-        pixels = torch.stack([normalised(sample["image"], px) for sample in samples])
+        pixels = torch.stack([script.normalised(sample["image"], px) for sample in samples])
         target = torch.stack([torch.from_numpy(sample["target"]) for sample in samples])
         expected.append(script.step(number, pixels, target))
     differences = torch.tensor(losses) - torch.tensor(expected)
     print(f"{steps} steps, losses {losses[0]:.4f} to {losses[-1]:.4f}, differ by at most", end=" ")
     print(f"{differences.abs().max().item():.1e}")
 
-    right, union, predicted, labelled = script.evaluate(photos_of(run), px, stride)
+    right, union, predicted, labelled = script.evaluate(script.photos_of(run), px, stride)
     counts = run.counts
     ours = [counts.intersection[0], counts.predicted[0], counts.labelled]
     for name, mine, theirs in zip(

@@ -95,6 +95,24 @@ class keep_states:
         self.patch.stop()
 
 
+def table_lines(file: Path) -> list[str]:
+    """Return the lines of published.csv as Markdown: scores, what selection adds, and what an item changed."""
+    with file.open(newline="") as content:
+        rows = [*csv.DictReader(content)]
+    whole = {row["data"]: float(row["last"]) for row in rows if row["arm"] == "dinov3-linear"}
+    lines = []
+    for row in rows:
+        last, best = float(row["last"]), float(row["best"])
+        changed, selected = "", ""
+        if row["data"] in whole and row["arm"] != "dinov3-linear":
+            changed = f"{last - whole[row['data']]:+.1f}"
+        if row["arm"] not in SOLVED:
+            selected = f"{best - last:+.1f}"
+        cells = [row["data"], row["arm"], row["site"], f"{last:.1f}", selected, changed]
+        lines.append(f"| {' | '.join(cells)} |".replace("-0.0", "0.0").replace("|  |", "| |"))
+    return lines
+
+
 def main() -> None:
     """Run what is missing, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -113,7 +131,7 @@ def main() -> None:
                 table = csv.DictWriter(file, rows[0].keys())
                 table.writeheader()
                 table.writerows(rows)
-            print(*rows[-1].values(), flush=True)
+            print(*table_lines(args.out / "published.csv"), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ WARMUP = 1500 / 40000  # of the steps
 FITTED = {"dinov3-linear": ("dinov3-linear", 8, ""), "dinov2-linear": ("dinov2-linear", 4, "")}
 CROPS = ("random_scale", "max_class_share", "flip_probability", "photometric_hue")
 ITEMS = {
+    "no warm-up": "--model.warmup_steps null",
+    "no batch norm": "--model.feature_norm none",
+    "torch's first weights": "--model.init_std null",
     "layer 9": "--model.sites [layer_09]",
     "loss over labelled pixels": "--model.loss_average null",
     "no dropout": "--model.dropout 0",
-    "no batch norm": "--model.feature_norm none",
     "no weight decay": "--model.weight_decay 0",
-    "no warm-up": "--model.warmup_steps null",
-    "torch's first weights": "--model.init_std null",
     "windows for crops": " ".join(f"--data.{option} null" for option in CROPS),
     "no photometric distortion": "--data.photometric_hue null",
 }
@@ -108,8 +108,8 @@ def table_lines(file: Path) -> list[str]:
             changed = f"{last - whole[row['data']]:+.1f}"
         if row["arm"] not in SOLVED:
             selected = f"{best - last:+.1f}"
-        cells = [row["data"], row["arm"], row["site"], f"{last:.1f}", selected, changed]
-        lines.append(f"| {' | '.join(cells)} |".replace("-0.0", "0.0").replace("|  |", "| |"))
+        scores = f"{last:.1f} | {selected} | {changed}".replace("-", "−").replace("|  |", "| |")
+        lines.append(f"| {row['data']} | {row['arm']} | {row['site']} | {scores} |")
     return lines
 
 
@@ -121,8 +121,10 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="items: of the first")
     parser.add_argument("--steps", type=int, default=48)
     args = parser.parse_args()
-    jobs = [(arm, data) for data in args.data for arm in (*SOLVED, *FITTED)]
-    jobs += [(arm, args.data[0]) for arm in ITEMS]
+    first, *others = args.data
+    arms = ["optimum", *FITTED]
+    jobs = [(arm, first) for arm in (*arms, *ITEMS, "optimum, slide")]
+    jobs += [(arm, data) for data in others for arm in arms]
     rows: list[dict[str, str]] = []
     with keep_states(args.out / "states"):
         for arm, data in jobs:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import MagicMock, patch
 
 import numpy as np
@@ -43,6 +44,23 @@ SCHEDULE = {
     "use_beta1": False,
     "update_momentum": False,
 }
+
+
+ROUNDING = 1e-6  # of the probability of a class in float32
+
+
+class Evaluation(NamedTuple):
+    """What the script counts of validation photos.
+
+    Args:
+        right, predicted, labelled: i64[K], pixels of each class.
+        ties: Pixels whose two most probable classes are the same but for rounding.
+    """
+
+    right: Tensor
+    predicted: Tensor
+    labelled: Tensor
+    ties: int
 
 
 class Backbone(nn.Module):
@@ -136,8 +154,8 @@ class DINOv3Script:
         )
         return loss.item()
 
-    def evaluate(self, photos: Iterable[tuple[Tensor, Tensor]], px: int, stride: int) -> Tensor:
-        """Return pixels of each class that are right, either, predicted and labelled, f[4, K], of all photos.
+    def evaluate(self, photos: Iterable[tuple[Tensor, Tensor]], px: int, stride: int) -> Evaluation:
+        """Return what the script counts of photos.
 
         Args:
             photos: Pixels f[3, H, W] and labels u8[H', W'].
@@ -149,14 +167,23 @@ class DINOv3Script:
             # the script takes label 0 for none, as ADE20K has it
             shifted = torch.where(labels == 255, 255, labels.long() + 1)
             batches.append(([pixels[None]], (None, shifted[None, None])))
-        counted = []
-        count = self.eval.calculate_intersect_and_union
+        counted, ties = [], []
+        count, infer = self.eval.calculate_intersect_and_union, self.eval.make_inference
 
         def record(*args, **kwargs) -> Tensor:
             counted.append(count(*args, **kwargs))
             return counted[-1]
 
-        with patch.object(self.eval, count.__name__, record):
+        def see_ties(*args, **kwargs) -> Tensor:
+            shares = infer(*args, **kwargs)
+            first, second = shares.topk(2, dim=1).values.unbind(1)
+            ties.append((first - second < ROUNDING).sum())
+            return shares
+
+        with (
+            patch.object(self.eval, count.__name__, record),
+            patch.object(self.eval, infer.__name__, see_ties),
+        ):
             self.eval.evaluate_segmentation_model(
                 self.parallel,
                 batches,
@@ -168,7 +195,8 @@ class DINOv3Script:
                 autocast_dtype=torch.float32,
             )
         self.parallel.train()
-        return torch.stack(counted).double().sum(0)
+        right, _, predicted, labelled = torch.stack(counted).long().sum(0)
+        return Evaluation(right, predicted, labelled, int(sum(ties)))
 
 
 class scripts:

@@ -2,7 +2,7 @@
 
 Set DINOV3 to a clone of facebookresearch/dinov3 (helpers/dinov3_script.py has the commit), whose files are never
 committed here. With LLAVA_BIDIR_TEST_DATA also 200 steps of DINOv2-S at 224 px on CamVid, batches of 4 of the preset's
-16: 15 minutes of one core.
+16, 28 minutes of half a core: losses differ by at most 6e-7 nats, and 2 of 8,657,188 pixels are counted otherwise.
 """
 
 import os
@@ -31,6 +31,8 @@ CLONE = os.environ.get("DINOV3")
 DATA = os.environ.get("LLAVA_BIDIR_TEST_DATA")
 # at most, in nats: ours sums the pixels of a patch together
 LOSSES_DIFFER = 1e-5
+# share of the pixels that rounding may decide, where two classes tie
+COUNTS_DIFFER = 1e-6
 
 
 @pytest.fixture(autouse=True)
@@ -89,21 +91,22 @@ def compare(clone, encoder, photos, out, steps, batch, px, stride):
     print(f"{steps} steps, losses {losses[0]:.4f} to {losses[-1]:.4f}, differ by at most", end=" ")
     print(f"{differences.abs().max().item():.1e}")
 
-    right, union, predicted, labelled = script.evaluate(script.photos_of(run), px, stride)
+    theirs = script.evaluate(script.photos_of(run), px, stride)
     counts = run.counts
-    ours = [counts.intersection[0], counts.predicted[0], counts.labelled]
-    for name, mine, theirs in zip(
-        ("right", "predicted", "labelled"), ours, (right, predicted, labelled), strict=True
-    ):
-        differ = (mine.sum(0) - theirs).abs().sum().item()
-        print(f"{name}: {theirs.sum().item():.0f} pixels, {differ:.0f} counted otherwise")
-    print(
-        f"mIoU {(right / union).nanmean().item():.6f}, ours {run.metrics['sites'][0]['miou']:.6f}"
+    right, predicted = (
+        (mine[0].sum(0) - count).abs().sum().item()
+        for mine, count in (
+            (counts.intersection, theirs.right),
+            (counts.predicted, theirs.predicted),
+        )
     )
+    print(f"{theirs.labelled.sum()} labelled pixels, of {right} only one is right", end="; ")
+    print(f"two classes tie at {theirs.ties}")
     assert len(losses) == len(expected) == steps
     assert differences.abs().max() <= LOSSES_DIFFER
-    for mine, theirs in zip(ours, (right, predicted, labelled), strict=True):
-        assert torch.equal(mine.sum(0).double(), theirs)
+    assert torch.equal(counts.labelled.sum(0), theirs.labelled)
+    assert right <= theirs.ties and predicted <= 2 * theirs.ties
+    assert right <= theirs.labelled.sum() * COUNTS_DIFFER
 
 
 def losses_of(out: Path) -> list[float]:

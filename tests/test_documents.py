@@ -263,3 +263,11 @@ def test_every_fault_of_the_register_names_a_test_that_runs():
         path, _, name = test.partition("::")
         assert did and happened and kind in KINDS, row
         assert (ROOT / path).is_file() and name in running_tests(ROOT / path), row
+
+
+def test_the_table_of_published_protocols_is_that_of_its_csv():
+    from experiments.leaderboard.published import table_lines
+
+    page = TEXTS["experiments/leaderboard/leaderboard.md"].splitlines()
+    expected = table_lines(ROOT / "experiments/leaderboard/published.csv")
+    assert [line for line in page if line in expected] == expected

@@ -56,8 +56,6 @@ class ProbeData:
     def __init__(self, config: DataOptions, seed: int = 0):
         self.hparams: dict[str, Any] = asdict(config) | {"seed": seed}  # see `run_identity`
         self.is_blank = bool(config.blank)
-        if not self.is_blank:
-            self.hparams["blank"] = None  # as runs before this option
         self.splits = open_splits(config, seed)
         self.root = config.root
         self.dataset = config.dataset

@@ -50,14 +50,9 @@ class RandomCrops(PieceSamples):
         epoch, photo = divmod(max(index, 0), len(self.photos))  # -1 only fills a batch
         sample = self.photos[photo]
         random = np.random.default_rng([self.seed, epoch, photo])
-        image, target = draw_crop(
-            sample["image"],
-            target=sample["target"],
-            px=self.px,
-            options=self.options,
-            random=random,
-        )
-        return sample | {"image": image, "target": np.ascontiguousarray(target)}
+        picture = sample["image"], sample["target"]
+        image, target = draw_crop(*picture, self.px, self.options, random)
+        return sample | {"image": image, "target": target}
 
 
 def draw_crop(
@@ -65,11 +60,9 @@ def draw_crop(
 ) -> tuple[Image.Image, ndarray]:
     """Return a crop of a photo, of at most [px, px], and its target [px, px], ignored where the crop ends earlier."""
     low, high = options.random_scale
+    shorter = min(image.size)
     side = int(px * random.uniform(low, high))
-    scale = side / min(image.size)
-    width, height = (
-        side if length == min(image.size) else int(length * scale + 0.5) for length in image.size
-    )
+    width, height = (int(side * length / shorter + 0.5) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     target = resize_labels(target, (height, width))
     top, left = draw_place(target, px=px, most=options.max_class_share, random=random)
@@ -94,22 +87,14 @@ def draw_place(
     target: ndarray, px: int, most: float | None, random: np.random.Generator
 ) -> tuple[int, int]:
     """Return top and left of a crop, in which no class has `most` of the labelled pixels, if ten tries find one."""
-
-    def draw() -> tuple[int, int]:
-        height, width = (max(length - px, 0) + 1 for length in target.shape)
-        return int(random.integers(height)), int(random.integers(width))
-
-    place = draw()
-    if most is None:
-        return place
+    places = [max(length - px, 0) + 1 for length in target.shape]
     for _ in range(TRIES):
-        top, left = place
+        top, left = random.integers(places).tolist()
         labels, counts = np.unique(target[top : top + px, left : left + px], return_counts=True)
         counts = counts[labels != ignored_label(target)]
-        if len(counts) > 1 and counts.max() / counts.sum() < most:
-            break
-        place = draw()
-    return place
+        if most is None or (len(counts) > 1 and counts.max() / counts.sum() < most):
+            return top, left
+    return tuple(random.integers(places).tolist())
 
 
 def distort(pixels: ndarray, hue: float, random: np.random.Generator) -> ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -129,18 +130,15 @@ class FrozenModel(nn.Module):
 
         An image smaller than a window is padded at the right and the bottom, a window on all sides.
         """
-        geometry = self.geometry
-        before = (geometry.image_px - geometry.window_px) // 2
+        side = self.geometry.image_px
+        before = (side - self.geometry.window_px) // 2
+        normal = [processor([*squares])["pixel_values"] for processor in self.image_processors]
         pixels = []
-        for square in squares:
-            of_square = [
-                processor([square], return_tensors="pt")["pixel_values"]
-                for processor in self.image_processors
-            ]
-            right = geometry.image_px - before - square.width
-            bottom = geometry.image_px - before - square.height
-            pixels.append(pad(torch.cat(of_square, dim=1), (before, right, before, bottom)))
-        return torch.cat(pixels)
+        for of_square in zip(*normal, strict=True):
+            square = torch.from_numpy(np.concatenate(of_square))
+            after = [side - before - length for length in square.shape[1:]]
+            pixels.append(pad(square, (before, after[1], before, after[0])))
+        return torch.stack(pixels)
 
     def to_grid(self, states: Tensor) -> Tensor:
         """Reshape values per image token, f[..., T, d], to the token grid, f[..., h, w, d]."""

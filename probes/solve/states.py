@@ -178,13 +178,17 @@ class StateReader:
             check_values(joined, self.fold_of)
             return Targets(joined, scored=None, fold_of=self.fold_of)
         masks = join_masks((batch["masks"] for batch in batches), len(self.fold_of))
+        return self.mask_targets(masks, self.fold_of, range(len(self.fold_of)))
+
+    def mask_targets(self, masks: PreparedMasks, fold_of: Tensor, images: Sequence[int]) -> Targets:
+        """Return the masks of some of the training images, in these folds, with those by which folds are tested."""
         scored = scored_masks(
             masks,
-            fold_of=self.fold_of,
-            target_of=lambda image: torch.from_numpy(self.samples[image]["target"]),
+            fold_of=fold_of,
+            target_of=lambda i: torch.from_numpy(self.samples[images[i]]["target"]),
             prepare=self.prepare,
         )
-        return Targets(masks, scored=scored, fold_of=self.fold_of)
+        return Targets(masks, scored=scored, fold_of=fold_of)
 
 
 def prepare_values(

@@ -24,7 +24,6 @@ from probes.data.windows import training_samples
 from probes.runs.files import run_folder
 from probes.runs.read import ProbeRun
 
-from .held_out import scored_masks
 from .run import SolveRun, count_validation_images, solve_sites
 from .solution import Solution
 from .states import StateReader, Targets
@@ -103,15 +102,7 @@ class SubsetRun(SolveRun):
             raise UserError(
                 f"{len(subset)} training images are in one fold, and none can choose the strength; expected more"
             )
-        prepared = reader.targets.prepared[subset]
-        training = self.data.splits["training"]
-        scored = scored_masks(
-            prepared,
-            fold_of=fold_of,
-            target_of=lambda i: torch.from_numpy(training[subset[i]]["target"]),
-            prepare=reader.prepare,
-        )
-        return Targets(prepared, scored=scored, fold_of=fold_of)
+        return reader.mask_targets(reader.targets.prepared[subset], fold_of, subset)
 
 
 def join_solutions(solutions: Sequence[Solution]) -> Solution:

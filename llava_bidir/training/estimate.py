@@ -143,19 +143,7 @@ def estimate(
     Raises:
         UserError: As a training of this data, or the batch cannot be divided among the devices.
     """
-    planned = SimpleNamespace(
-        global_rank=0,
-        world_size=spread.devices,
-        log_every_n_steps=1,
-        max_epochs=trainer.max_epochs,
-        max_steps=trainer.max_steps,
-        datamodule=data,
-    )
-    data.trainer = planned
-    data.follow_model(
-        image_attention=module.hparams.image_attention, loss_average=module.hparams.loss_average
-    )
-    data.setup("fit")
+    planned = _plan_trainer(trainer, spread.devices, module, data)
     steps = optimizer_steps(planned)
     sampled = sample_records(data)
     batch = longest_micro_batch(data)
@@ -184,6 +172,26 @@ def estimate(
         checkpoint=checkpoint_bytes(module, spread),
         export=export_bytes(module, spread),
     )
+
+
+def _plan_trainer(
+    trainer: Trainer, devices: int, module: LlavaTraining, data: InstructionData
+) -> SimpleNamespace:
+    """Return what the data asks a trainer of so many devices for, and set the data up for it."""
+    planned = SimpleNamespace(
+        global_rank=0,
+        world_size=devices,
+        log_every_n_steps=1,
+        max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        datamodule=data,
+    )
+    data.trainer = planned
+    data.follow_model(
+        image_attention=module.hparams.image_attention, loss_average=module.hparams.loss_average
+    )
+    data.setup("fit")
+    return planned
 
 
 def sample_records(data: InstructionData) -> SampledRecords:

@@ -118,11 +118,7 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
         truth = read_truth(run)
         if case.name in truth:
             entry["truth"] = truth[case.name]
-    text = claim.text
-    if claim.between_masks:
-        text = text.format(first=case.masks[0], second=case.mask)
-    label_of_score = study.task.labels[study.task.score]
-    entry["text"] = text.replace("mIoU", label_of_score)
+    entry["text"] = _text_of(case)
     untrained = case.number(study.is_solved, weights="untrained")
     entry["control"] = untrained and untrained.json()
     images = {"images": run.metrics["images"]}
@@ -131,6 +127,16 @@ def _judge_claim(case: Case, number: Estimate, run: ProbeRun) -> Entry:
     judged = case.judged_number(study.is_solved) or number
     entry["n"] = judged.about.get("n", images)
     return entry
+
+
+def _text_of(case: Case) -> str:
+    """Return the sentence of a claim, with its masks and the name of the task's score."""
+    claim = case.claim
+    text = claim.text
+    if claim.between_masks:
+        text = text.format(first=case.masks[0], second=case.mask)
+    task = case.study.task
+    return text.replace("mIoU", task.labels[task.score])
 
 
 def _paper_column(case: Case, number: Estimate) -> Entry:
@@ -356,25 +362,16 @@ def join_column(
 
     "by_seed" has the values of all seeds; "left_out" says why some are no part of the joint number.
     """
-    tested = {}
-    for seed, column in by_seed.items():
-        if column["verdict"] != UNTESTED:
-            tested[seed] = column
-    judged = _same_probes(tested)
-    left_out = {}
-    for seed, column in by_seed.items():
-        if seed not in judged:
-            left_out[seed] = column.get("reason", "other probes")
+    columns, left_out = _judged_columns(by_seed)
     values = {seed: column["value"] for seed, column in by_seed.items()}
     more: Entry = {"by_seed": values}
     if left_out:
         more["left_out"] = left_out
     reason = ""
-    if len(judged) < 2:
+    if len(columns) < 2:
         seed, why = next(iter(left_out.items()))
         reason = f"fewer than two seeds have a verdict; seed {seed}: {why}"
-        judged = _same_probes(by_seed)
-    columns = [*judged.values()]
+        columns = [*_same_probes(by_seed).values()]
     has_no_value = [column["value"] is None for column in columns]
     if len(columns) < 2 or any(has_no_value):
         return untested(reason, **more)
@@ -395,6 +392,20 @@ def join_column(
     df = len(columns) - 1
     _, more["ci90"] = mean_over_seeds(over_images, shared_images, level=0.9)
     return judge(sign, value=value, ci95=ci95, margin=margin, df=df, **more)
+
+
+def _judged_columns(by_seed: dict[int, Entry]) -> tuple[list[Entry], dict[int, str]]:
+    """Return the columns that have a verdict, of one kind of probes, and why other seeds are left out."""
+    tested = {}
+    for seed, column in by_seed.items():
+        if column["verdict"] != UNTESTED:
+            tested[seed] = column
+    judged = _same_probes(tested)
+    left_out = {}
+    for seed, column in by_seed.items():
+        if seed not in judged:
+            left_out[seed] = column.get("reason", "other probes")
+    return [*judged.values()], left_out
 
 
 def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:

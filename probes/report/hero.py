@@ -6,6 +6,7 @@ In sentences "{A}" stands for the model A. The figure marks the best site, and h
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from probes.analyses.charts import Chart
 from probes.tasks import SEGMENTATION, TASKS
 
 from .charts import Frame, colour_class
@@ -237,28 +238,7 @@ class Mark(NamedTuple):
 
 def large_figure(view: ReportView) -> list[tuple[Frame, list[Mark]]]:
     """Return the figure at both widths, with what stands above its curves."""
-    lead = view.lead
-    of_lead = [reading for reading in view.front if reading.model is lead.model]
-    models = len({reading.model.key for reading in view.front})
-    shown = view.front
-    if models > MOST_COLOURS:
-        shown = of_lead
-    banded = shown
-    if models > 1:
-        banded = [lead]
-    random = of_lead
-    if models <= MOST_BANDS:
-        random = view.front
-    chart = by_site(
-        sorted(shown, key=lambda reading: reading is lead),
-        view.axis,
-        view.masks,
-        others=[reading for reading in view.front if reading not in shown],
-        banded=banded,
-        random=random,
-        title=f"{lead.model.label} is best at {site_name(view.best(lead).site)}:",
-        shaded=[i for i, site in enumerate(view.axis.sites) if site == "adapter"],
-    )
+    shown, chart = _chart_of(view)
     drawn = []
     for size, margins in (WIDE, NARROW):
         is_wide = (size, margins) == WIDE
@@ -282,6 +262,33 @@ def large_figure(view: ReportView) -> list[tuple[Frame, list[Mark]]]:
         ]
         drawn.append((frame, above))
     return drawn
+
+
+def _chart_of(view: ReportView) -> tuple[list[SiteReading], Chart]:
+    """Return the readings that have colours, and the chart of all."""
+    lead = view.lead
+    of_lead = [reading for reading in view.front if reading.model is lead.model]
+    models = len({reading.model.key for reading in view.front})
+    shown = view.front
+    if models > MOST_COLOURS:
+        shown = of_lead
+    banded = shown
+    if models > 1:
+        banded = [lead]
+    random = of_lead
+    if models <= MOST_BANDS:
+        random = view.front
+    chart = by_site(
+        sorted(shown, key=lambda reading: reading is lead),
+        view.axis,
+        view.masks,
+        others=[reading for reading in view.front if reading not in shown],
+        banded=banded,
+        random=random,
+        title=f"{lead.model.label} is best at {site_name(view.best(lead).site)}:",
+        shaded=[i for i, site in enumerate(view.axis.sites) if site == "adapter"],
+    )
+    return shown, chart
 
 
 class TickRow(NamedTuple):

@@ -215,29 +215,22 @@ class MainRun(NamedTuple):
 
 def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
     """Return what is shown of tables and of main runs, by task, data, key of the model, mask and seed."""
-    depths = [site_number(site or "") or 0 for site in tables.models["last_layer"]]
-    numbered = tables.models.assign(number=range(len(depths)), depth=depths)
-    models = {row.key: row for row in numbered.itertuples()}
-    has_llm = numbered["has_llm"].any()
+    models = _numbered_models(tables)
+    has_llm = tables.models["has_llm"].any()
     margins = {about[0]: main_run.run.task.margin for about, main_run in runs.items()}
     table = shown(tables.sites, margins)
     main_scores = table["task"].map(lambda task: TASKS[task].score)
-    is_score = table["metric"] == main_scores
-    main = table[table["main"] & is_score & table["site"].map(is_on_main_path)]
-    groups = tables.draws.groupby([*ABOUT[:4], "site"])
-    draws = groups["value"].agg(list).to_dict()
-    positions = {}
-    for row in shown(main_rows(tables.position)).itertuples():
-        positions[row.task, row.data, row.model, row.mask, row.seed] = row
-    on_main_path = table["site"].map(is_on_main_path)
-    of_blank = table[(table["weights"] == "blank") & is_score & on_main_path]
+    is_shown = (table["metric"] == main_scores) & table["site"].map(is_on_main_path)
+    main = table[table["main"] & is_shown]
+    draws = tables.draws.groupby([*ABOUT[:4], "site"])["value"].agg(list).to_dict()
+    positions = _positions(tables)
+    of_blank = table[(table["weights"] == "blank") & is_shown]
     readings = []
     for about, rows in main.groupby(ABOUT, sort=False):
         task, data, key, mask, seed = about
         main_run = runs[about]
-        sites = {site: site for site in rows["site"]}
-        if has_llm and not models[key].has_llm:
-            sites = {_site_beside_llm(site): site for site in rows["site"]}
+        is_beside_llm = has_llm and not models[key].has_llm
+        sites = _names_of_sites(rows["site"], is_beside_llm)
         of_draws = {}
         for name, site in sites.items():
             if (*about[:4], site) in draws:
@@ -263,11 +256,33 @@ def read_view(tables: Tables, runs: Mapping[tuple, MainRun]) -> ReportView:
     return ReportView(tables, models, readings=readings)
 
 
+def _numbered_models(tables: Tables) -> dict[str, Any]:
+    """Return the rows of models by key, each with its number and the depth of its last layer."""
+    depths = [site_number(site or "") or 0 for site in tables.models["last_layer"]]
+    numbered = tables.models.assign(number=range(len(depths)), depth=depths)
+    return {row.key: row for row in numbered.itertuples()}
+
+
+def _positions(tables: Tables) -> dict[tuple, Any]:
+    """Return the rows of position alone by task, data, key of the model, mask and seed."""
+    positions = {}
+    for row in shown(main_rows(tables.position)).itertuples():
+        positions[row.task, row.data, row.model, row.mask, row.seed] = row
+    return positions
+
+
 def _rows_of_blank(table: pd.DataFrame, about: tuple, sites: Mapping[str, str]) -> list[Any]:
     """Return the rows of a model on blank pictures, with the page's names of its sites."""
     rows = table[(table[ABOUT] == list(about)).all(axis=1)]
     names = {own: name for name, own in sites.items()}
     return list(rows.assign(site=rows["site"].map(names)).itertuples())
+
+
+def _names_of_sites(sites: Iterable[str], is_beside_llm: bool) -> dict[str, str]:
+    """Return a model's sites by the page's names of them; those of a bare encoder may stand beside an MLLM's."""
+    if is_beside_llm:
+        return {_site_beside_llm(site): site for site in sites}
+    return {site: site for site in sites}
 
 
 def _site_beside_llm(site: str) -> str:

@@ -4,7 +4,7 @@ import json
 from argparse import ArgumentParser
 
 from llava_bidir.command_options import DRY_RUN
-from llava_bidir.common.cli import Positive
+from llava_bidir.common.cli import Positive, ShareAbove0
 from llava_bidir.training.cli import build_data_cli
 from llava_bidir.training.estimate import GB, TrainingCosts, estimate
 from llava_bidir.training.step_memory import StepMemory, read_spread
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(*DRY_RUN, action="store_true", help="train nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--mfu", type=Positive, default=0.4, help="share of --throughput.peak_tflops"
+        "--mfu", type=ShareAbove0, default=0.4, help="share of --throughput.peak_tflops"
     )
     parser.add_argument("--gpu_gb", type=Positive, default=80.0, help="memory of a GPU in GB")
     options, config = parser.parse_known_args(argv[1:])

@@ -216,7 +216,10 @@ def read_progress(folder: Path, step: str, text: str) -> StepProgress:
     if step in STAGES:
         file = folder / step / PROGRESS
         if file.is_file():
-            return StepProgress(**read_json(file))
+            # a later version may write more
+            content = read_json(file)
+            names = content.keys() & StepProgress.__dataclass_fields__.keys()
+            return StepProgress(**{key: content[key] for key in names})
     elif step == "vqa":
         results = [file for file in (folder / "vqa").glob("*.json") if file.stem != "table1"]
         return StepProgress(done=len(results) or None)

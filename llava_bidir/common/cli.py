@@ -52,6 +52,7 @@ Positive = number("Positive", float, "> 0 < inf")
 NonNegative = number("NonNegative", float, ">= 0 < inf")
 Share = number("ClosedUnitInterval", float, ">= 0 <= 1")  # as jsonargparse calls it
 ShareBelow1 = number("ShareBelow1", float, ">= 0 < 1")
+ShareAbove0 = number("ShareAbove0", float, "> 0 <= 1")
 Indices = tuple[Index, ...]
 Values = dict[str, bool | int | float | str | list | dict | None]  # what something else checks
 

@@ -66,6 +66,7 @@ def test_hours_follow_from_the_peak_and_memory_from_the_gpu(without_weights, con
         (["--trainer.num_nodes", "0"], "trainer.devices and trainer.num_nodes: 0 does not conform"),
         (["--trainer.devices", "two"], "trainer.devices and trainer.num_nodes: invalid literal"),
         (["--model.attn_implementation", "none"], "is not supported"),
+        (["--mfu", "2"], "--mfu: invalid ShareAbove0 value: '2'"),
         (["--data.annotations", "none.json"], "data.annotations: no file none.json"),
     ],
 )
@@ -74,7 +75,7 @@ def test_what_cannot_be_trained_or_known_is_refused(
 ):
     with pytest.raises(SystemExit) as stop:
         run(without_weights, conversations, capsys, *words)
-    assert expected in str(stop.value)
+    assert expected in f"{stop.value} {capsys.readouterr().err}"
 
 
 @pytest.fixture(scope="module")

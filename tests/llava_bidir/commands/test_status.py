@@ -96,6 +96,14 @@ def test_a_run_without_progress_has_failed_once_it_has_a_config(status, tmp_path
     assert states == {f"{model}/stage1": state for model, state in expected.items()}
 
 
+def test_progress_of_a_later_version_is_read(status, tmp_path):
+    folder = tmp_path / "runs/a-causal/stage1"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text('{"done": 3, "of": 9, "gpu_temperature": 70}')
+    row = status()["a-causal/stage1"]
+    assert (row["done"], row["of"]) == (3, 9)
+
+
 def test_a_study_is_no_report_of_models_whose_names_begin_with_its_own(status, tmp_path):
     for name in ("clip", "clip-v1-big"):
         (tmp_path / "runs" / name / "steps").mkdir(parents=True)

@@ -173,7 +173,10 @@ def _rows_of_claims(view: ReportView, tested: DataFrame, room: int) -> Iterator[
         if row.task != SEGMENTATION:
             title = f"{title}, {row.task}"
         whom = [view.names[row.model].letter]
-        if len(view.masks) > 1:
+        difference = row.what.partition(",")[0]
+        if len(view.masks) > 2 and difference.partition(" − ")[0] in view.masks:
+            whom.append(difference)  # with the sign of the first mask, rows would be alike
+        elif len(view.masks) > 1:
             whom.append(SIGNS.get(row.mask, row.mask))
         *_, circle = FINDINGS[row.finding]
         head = " ".join(filter(None, (circle, *whom, title)))

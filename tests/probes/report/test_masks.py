@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import probe_runs
@@ -13,7 +14,9 @@ from probes.analyses.starvation.starvation_section import section
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.compare import difference_rows
+from probes.report.terminal import _rows_of_claims
 from probes.runs.read import ProbeRun
+from probes.tasks import SEGMENTATION
 
 MASKS = ("causal", "bidirectional", "prefix", "rows")
 
@@ -105,3 +108,15 @@ def test_terminal_has_a_row_for_each_mask(runs, tmp_path, capsys):
     rows = [line.split() for line in lines if line.startswith("some ")]
     assert [row[1] for row in rows if row[1] in MASKS and row[3] == "of"] == [*MASKS]
     assert max(len(line) for line in lines if line.startswith("some ")) <= 80
+
+
+def test_rows_of_claims_between_masks_say_of_which():
+    """Both rows said "causal": the mask that all are compared with."""
+    row = dict.fromkeys(["value_text", "value_ci", "beyond_value_text", "beyond_value_ci"], "")
+    row |= {"title": "First patch starves", "model": "A", "mask": "causal", "task": SEGMENTATION}
+    row |= {"finding": "no effect", "beyond_random_verdict": "untested"}
+    tested = pd.DataFrame([row | {"what": f"{mask} − causal, accuracy"} for mask in MASKS[1:]])
+    view = SimpleNamespace(names={"A": SimpleNamespace(letter="A")}, masks=MASKS)
+    _, *lines = _rows_of_claims(view, tested, room=9)
+    for mask, line in zip(MASKS[1:], lines, strict=True):
+        assert f"A {mask} − causal First patch" in line

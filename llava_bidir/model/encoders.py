@@ -70,9 +70,10 @@ class Encoder:
     norm: bool = False
 
     def __post_init__(self):
-        if not self.path:
+        if not self.path or self.path.startswith("timm:"):
             raise UserError(
-                "model.encoder.path is missing: a directory or hub id of a vision encoder"
+                "model.encoder.path: expected a directory or hub id of a vision encoder of transformers; "
+                "timm's (PE among them) can be probed, not trained with"
             )
         names = [*SHORT_NAMES, *ENCODERS]
         if self.name is not None and self.name not in names:

@@ -17,7 +17,10 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Return AdamW with one parameter group per trainable part, under weight decay two: biases and norms do not decay.
 
-    Source: LLaVA llava_trainer.py create_optimizer. Of the encoder, CLS, registers and positions do not decay either.
+    Source: LLaVA llava_trainer.py create_optimizer.
+
+    Deviates: of the encoder, CLS, registers and positions do not decay either. LLaVA-NeXT's create_optimizer decays
+    them, but its scripts have no decay.
 
     Args:
         model: Model whose `requires_grad` was set by :func:`llava_bidir.model.trainable.set_trainable`.
@@ -26,10 +29,11 @@ def build_optimizer(
         fused: Use the fused kernel.
     """
     groups = {}
-    products = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            products.add(f"{name}.weight")
+    products = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -38,9 +42,7 @@ def build_optimizer(
         decays = len(shape) > 1
         if part == "encoder":
             decays = name in products
-        decay = 0.0
-        if decays:
-            decay = weight_decay
+        decay = weight_decay * decays
         group = {
             "params": [],
             "lr": learning_rates[part],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps
 from llava_bidir.common.errors import UserError
-from probes.models.sites import ADAPTER, ENCODER, is_layer, layer_number
+from probes.models.sites import ADAPTER, ENCODER, is_encoder_layer, is_layer, layer_number
 from probes.runs.compare import check_same_probes
 from probes.runs.formatting import Entry
 from probes.runs.read import ProbeRun
@@ -140,8 +140,10 @@ def compare_runs(
     images = first.metrics["images"]
     swaps = random_swaps(images, permutations, groups=first.groups).double()
     pairs = pair_sites(first, second)
-    tested = [pair for pair in pairs if has_depth(pair[0])]
-    p_of = _test_sites(first, second=second, pairs=tested, swaps=swaps)
+    p_of = {}
+    for is_tested in (has_depth, is_encoder_layer):  # an encoder's own layers are a second family
+        tested = [pair for pair in pairs if is_tested(pair[0])]
+        p_of |= _test_sites(first, second=second, pairs=tested, swaps=swaps)
     for pair in pairs:
         site, other = pair
         row = _row("site", site, task, ours[site], theirs[other], *pair)
@@ -167,18 +169,21 @@ def compare_runs(
 
 
 def compare_best_layers(first: ProbeRun, second: ProbeRun) -> Iterator[Entry]:
-    """Yield the row of the best layers, if both runs have layers."""
-    if not (first.peak_layer and second.peak_layer):
-        return
+    """Yield the row of the best layers, of a run without probed layers of its best site."""
     scores = []
+    best = []
     for run in (first, second):
-        layers = filter(is_layer, run.site_scores)
-        scores.append([run.site_scores[layer] for layer in layers])
+        sites = [*filter(is_layer, run.site_scores)] or [
+            site for site in run.site_scores if has_depth(site) or is_encoder_layer(site)
+        ]
+        if not sites:
+            return
+        scores.append([run.site_scores[site] for site in sites])
+        best.append(max(sites, key=lambda site: run.task.sign * run.site_scores[site].value))
     difference = difference_of_best(
         first.task.sign, *scores, counts=(first.units, first.units_of_class)
     )
-    sites = {"site": first.peak_layer, "second_site": second.peak_layer}
-    named = {"of": BEST_LAYER, "name": BEST_LAYER, **sites}
+    named = {"of": BEST_LAYER, "name": BEST_LAYER, "site": best[0], "second_site": best[1]}
     yield named | difference.row(first.task, first.units)
 
 

@@ -181,7 +181,7 @@ def describe_site(reading: SiteReading, row: Any) -> str:
     """Return the name of a site in a sentence that compares: layer 8, its last; its adapter."""
     site = reading.own[row.site]
     name = its_site(site)
-    if site_number(site) and site_number(site) == reading.model.depth:
+    if reading.is_layer(row.site) and site_number(site) == reading.model.depth:
         return f"{name}, its last"
     return name
 

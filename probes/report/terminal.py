@@ -153,11 +153,11 @@ def _rows_of_readings(view: ReportView) -> Iterator[str]:
 
 
 def _place(reading: SiteReading, site: str) -> str:
-    """Return a site of a reading in a narrow column: 11 of 12."""
+    """Return a site of a reading in a narrow column: 11 of 12, encoder 8."""
     name = reading.own[site]
-    if site_number(name) and reading.model.depth:
+    if site_number(name) and reading.is_layer(site) and reading.model.depth:
         return f"{site_number(name)} of {reading.model.depth}"
-    return site_name(name)
+    return site_name(name).replace("encoder layer", "encoder")
 
 
 def _rows_of_claims(view: ReportView, tested: DataFrame, room: int) -> Iterator[str]:

@@ -161,13 +161,17 @@ def resume(strategy, precision):
 
 
 def encoder_uninterrupted(strategy, precision):
+    return fit(strategy, precision, callbacks=[Checkpoints()], **TRAINED_ENCODER)
+
+
+def encoder_killed(strategy, precision):
+    """As `encoder_uninterrupted`; rank 1 is killed in the last step."""
     save = {MIDDLE: f"{strategy}-encoder-{precision}.ckpt"}
-    return fit(strategy, precision, save=save, callbacks=[Checkpoints()], **TRAINED_ENCODER)
+    return fit(strategy, precision, save=save, callbacks=[Die()], **TRAINED_ENCODER)
 
 
 def encoder_resume(strategy, precision):
-    middle = f"{strategy}-encoder-{precision}.ckpt"
-    return fit(strategy, precision, resume=middle, **TRAINED_ENCODER)
+    return fit(strategy, precision, resume=SPEC["resume"][strategy], **TRAINED_ENCODER)
 
 
 def validate(strategy, precision):

@@ -4,8 +4,10 @@ python -I tests/helpers/without_package.py EXPORT ...     # a line of JSON
 """
 
 import json
+import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 if __name__ == "__main__":
     # An import of either fails, even if it is installed
@@ -35,10 +37,37 @@ WAYS = {
 }
 
 
+def answers_elsewhere(exports: list[str], folder: Path) -> list[dict[str, list]]:
+    """Return the answers of a process without the packages, whose modules go into `folder`."""
+    environment = {
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "",
+    }
+    command = [sys.executable, "-I", __file__, *exports]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def read(export: str, **options):
+    return AutoModelForImageTextToText.from_pretrained(export, **options)
+
+
+@torch.no_grad()
+def features(model, processor) -> list:
+    """Return what the LLM is fed of each image."""
+    pixels = processor.image_processor(IMAGES, return_tensors="pt")["pixel_values"]
+    return [image.tolist() for image in model.get_image_features(pixels).pooler_output]
+
+
 @torch.no_grad()
 def answers(export: str, **options) -> dict[str, list]:
-    """Return what a model says by each way to generate, also when it is saved again, and by a pipeline."""
-    model = AutoModelForImageTextToText.from_pretrained(export, **options)
+    """Return what a model reads of images, and says by each way to generate, when saved again, and by a pipeline."""
+    model = read(export, **options)
     processor = AutoProcessor.from_pretrained(export, **options)
     processor.tokenizer.padding_side = "left"
     inputs = processor.apply_chat_template(
@@ -55,8 +84,9 @@ def answers(export: str, **options) -> dict[str, list]:
     }
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        again = read(folder, **options)
     said = {way: model.generate(**inputs, **fixed, **more).tolist() for way, more in WAYS.items()}
+    said["features"] = features(model, processor)
     said["saved again"] = again.generate(**inputs, **fixed).tolist()
     pipe = pipeline("image-text-to-text", model=export, **options)
     texts = pipe(

@@ -146,8 +146,9 @@ def test_what_an_encoder_lacks_is_refused(folders, tmp_path):
     for name in ("vit", "aimv2_vision_model", "mlcd_vision_model"):
         with pytest.raises(UserError, match="takes 24 px only"):
             Encoder(path=folders[name], image_px=32).load_config()
-    with pytest.raises(UserError, match=r"model.encoder.path is missing"):
-        Encoder(name="clip")
+    for path in ("", "timm:vit_pe_core_large_patch14_336"):
+        with pytest.raises(UserError, match="model.encoder.path: expected a directory or hub id"):
+            Encoder(path=path)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

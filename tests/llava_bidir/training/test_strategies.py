@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 import two_ranks
+import without_package
 from training_runs import (
     assert_same_losses,
     assert_same_weights,
@@ -21,6 +22,8 @@ from training_runs import (
     together,
     write_spec,
 )
+from transformers import AutoProcessor
+from without_package import answers_elsewhere
 
 import llava_bidir.cli
 from llava_bidir.training.deepspeed_strategy import load_zero_weights
@@ -133,22 +136,41 @@ def test_two_processes_train_as_one(run, one, two):
 
 
 @pytest.mark.nightly
-def test_a_trained_encoder_is_that_of_one_process_and_is_resumed_and_exported(spec, one):
+def test_a_trained_encoder_is_that_of_one_process(spec, one):
     """Under each strategy; its last block is not read, and has no gradient that DDP would wait for."""
-    runs = [run.format(kind) for run in RESUMED_ENCODER for kind in ("uninterrupted", "resume")]
-    out = start(spec, "trained_encoder", [*TRAINED_ENCODER, *runs])[0]
+    out = start(spec, "trained_encoder", [*TRAINED_ENCODER])[0]
     expected = result(one, "ddp:encoder:32-true")["losses"]
     for run, tolerance in TRAINED_ENCODER.items():
         assert_same_losses(together(results(out, run)), expected, tolerance)
+
+
+@pytest.mark.nightly
+def test_a_trained_encoder_is_resumed_after_a_kill_and_exported(spec, tmp_path):
+    """By new processes, from what those have left of which kill -9 ended one; exports are read without the package."""
+    resume = {}
+    for run in RESUMED_ENCODER:
+        strategy, _, precision = run.split(":")
+        killed = run.format("killed")
+        out, codes, log = start(spec, f"killed_{strategy}", [killed], must_pass=False)
+        assert codes[0] not in (0, -9) and codes[1] == -9, log
+        resume[strategy] = str(out / f"{strategy}-encoder-{precision}.ckpt")
+    runs = [run.format(kind) for run in RESUMED_ENCODER for kind in ("uninterrupted", "resume")]
+    out = start(spec, "resumed_encoder", runs, resume=resume)[0]
+    exports = {}
     for run in RESUMED_ENCODER:
         whole, resumed = (results(out, run.format(kind)) for kind in ("uninterrupted", "resume"))
         for before, after in zip(whole, resumed, strict=True):
             assert after["losses"] == before["losses"][4:]
             assert_same_weights(after["weights"], before["weights"])
         strategy, _, precision = run.split(":")
-        assert_same_weights(
-            read_export(out / f"encoder-{strategy}-{precision}/hf"), whole[0]["weights"]
-        )
+        folder = str(out / f"encoder-{strategy}-{precision}/hf")
+        exports[folder] = resumed[0]["weights"]
+        assert_same_weights(read_export(folder), exports[folder])
+    for folder, answers in zip(exports, answers_elsewhere([*exports], tmp_path), strict=True):
+        model = without_package.read(folder)
+        model.load_state_dict(exports[folder])
+        features = without_package.features(model, AutoProcessor.from_pretrained(folder))
+        assert answers["features"] == features
 
 
 @pytest.mark.nightly

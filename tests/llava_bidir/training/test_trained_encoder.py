@@ -14,7 +14,7 @@ from processes import run_ranks
 from run_bytes import assert_same_export
 from safetensors.torch import load_file
 from training_runs import make_data, make_trainer, points
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
 import probes
 from llava_bidir.cli import main
@@ -22,6 +22,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.lora import Lora
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.model.trainable import set_train_mode, set_trainable
 from llava_bidir.training import module as training_module
 from llava_bidir.training.module import LlavaTraining
 
@@ -98,12 +99,11 @@ def test_what_is_read_of_the_last_blocks_moves_and_nothing_else(
     assert rates["encoder"] == pytest.approx(2e-3)
 
 
-def saved_bytes(parts, trainable: list[str], **settings) -> int:
-    """Return the bytes that the tower keeps for the backward pass of two images, without its weights."""
-    built = build(parts, trainable=trainable, **settings)
-    built.configure_model()
-    built.on_fit_start()
-    tower = built.model.model.vision_tower
+def saved_bytes(model, pixels: torch.Tensor, blocks: int) -> int:
+    """Return the bytes that the tower keeps for its backward pass without its weights, if its last blocks train."""
+    set_trainable(model, ALL if blocks else ALL[1:], blocks or None)
+    set_train_mode(model)
+    tower = model.model.vision_tower
     sizes = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def saved_bytes(parts, trainable: list[str], **settings) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        tower(tiny_models.pixels(2), output_hidden_states=[-2])
+        tower(pixels, output_hidden_states=[-2])
     weights = {p.untyped_storage().data_ptr() for p in tower.parameters()}
     return sum(sizes[address].nbytes() for address in sizes.keys() - weights)
 
@@ -120,11 +120,34 @@ def saved_bytes(parts, trainable: list[str], **settings) -> int:
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_activations_are_kept_of_the_blocks_that_train_and_no_others(recomputed, deep):
     """With recomputation the input of each, f32[2, 5, 16]."""
-    settings = {"gradient_checkpointing": recomputed}
-    one, two = (saved_bytes(deep, ALL, encoder_blocks=n, **settings) for n in (1, 2))
-    assert saved_bytes(deep, ALL[1:], **settings) == 0
+    built = build(deep, gradient_checkpointing=recomputed)
+    built.configure_model()
+    none, one, two = (saved_bytes(built.model, tiny_models.pixels(2), n) for n in (0, 1, 2))
+    assert none == 0
     assert two == 2 * one
     assert one == 4 * 2 * 5 * 16 if recomputed else one > 0
+
+
+@pytest.mark.nightly
+def test_activations_of_a_clip_l_are_those_of_the_blocks_that_train(deep, tmp_path):
+    """Of 24 blocks 23 are read, the last with the embeddings; f32[1, 257, 1024] of each if it is recomputed."""
+    settings = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    sizes = {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
+    CLIPVisionConfig(**settings | sizes).save_pretrained(tmp_path)
+    built = build((replace(deep[0], path=str(tmp_path)), deep[1]))
+    built.build(with_weights=False)
+    pixels = torch.randn(1, 3, 224, 224)
+    state = 4 * 257 * 1024
+    for recomputed in (False, True):
+        if recomputed:
+            tower = built.model.model.vision_tower
+            tower.activation_checkpointing_enable({"use_reentrant": False})
+        held = {n: saved_bytes(built.model, pixels, n) for n in (0, 1, 2, 6, 12, 23)}
+        print(f"recomputed {recomputed}: {held}")
+        one = held[1]
+        assert [held[n] for n in (0, 2, 6, 12)] == [0, 2 * one, 6 * one, 12 * one]
+        assert 23 * one <= held[23] < 25 * one
+        assert one == state if recomputed else one < 25 * state
 
 
 def test_dropout_is_on_in_the_blocks_that_train_only(deep):

@@ -1,5 +1,6 @@
 """Comparisons of models on the same photos: pairs, intervals, classes, and names."""
 
+import re
 import shutil
 from itertools import combinations
 from pathlib import Path
@@ -14,6 +15,7 @@ from probe_runs import CLASSES_TASK
 from report_parts import CURVE, differs, miou, studies_of
 from safetensors.torch import load_file, save_file
 
+from probes.cli import main
 from probes.report.best_layers import (
     BEST_LAYER,
     BestDifference,
@@ -104,6 +106,28 @@ def test_layers_of_equal_relative_depth_are_compared(write, layers, pairs):
         runs.append(ProbeRun(write(name, [0.4, 0.5, 0.6], options={"sites": sites})))
     expected = [(f"layer_{a:02d}", f"layer_{b:02d}") for a, b in pairs]
     assert pair_sites(*runs) == [("adapter", "adapter"), *expected]
+
+
+def test_layers_of_an_encoder_are_tested_and_the_best_of_them_compared(write, tmp_path, capsys):
+    """As after a training of the encoder; no layer of the LLM was probed, and none counted among its layers."""
+    runs = []
+    for name, scores in (("before", [0.4, 0.8, 0.7]), ("after", [0.4, 0.5, 0.3])):
+        sites = ["encoder_00", "encoder_01", "encoder"]
+        options = {"sites": sites}
+        runs.append(ProbeRun(write(name, scores, options=options, last_layer="layer_09")))
+    rows = {(row["of"], row["name"]): row for row in compare_runs(*runs)}
+    assert rows["site", "encoder_00"]["finding"] not in ("better", "worse")
+    for of, name in (("site", "encoder_01"), ("site", "encoder"), (BEST_LAYER, BEST_LAYER)):
+        assert rows[of, name]["finding"] == "worse"
+    best = rows[BEST_LAYER, BEST_LAYER]
+    assert (best["site"], best["second_site"]) == ("encoder_01", "encoder_01")
+    assert best["difference"] == pytest.approx(rows["site", "encoder_01"]["difference"])
+    named = [f"{name}={run.path}" for name, run in zip(("before", "after"), runs, strict=True)]
+    main(["report", *named, "--out", str(tmp_path / "report")])
+    said = capsys.readouterr().out
+    assert "% mIoU at encoder layer 1" in said and "points less" in said
+    for text in (said, (tmp_path / "report/index.html").read_text()):
+        assert "cannot be compared" not in text and not re.search(r"\d of 9", text)
 
 
 def test_solved_and_trained_probes_are_not_compared(write):

@@ -13,7 +13,7 @@ from .pictures import has_same_photo
 from .ranking import ALIKE, ranking, rivals_of
 from .readings import Name, ReportView, SiteReading, by_site, rows_about
 from .verdicts import HOLDS, NOT_LEARNED, REVERSED, UNDECIDED
-from .words import SIGNS, its_site, number, site_name, site_number, site_tick, zone_of
+from .words import SIGNS, its_site, number, site_name, site_number, zone_of
 
 UNCONTROLLED = "No random models were solved: whether training put it there is not known."
 SUPPORTED = ("supported", "supported by itself")
@@ -304,10 +304,7 @@ def tick_rows(view: ReportView, readings: Sequence[SiteReading]) -> list[TickRow
     for same in by_sites.values():
         first = same[0]
         letters = "".join(dict.fromkeys(reading.model.key for reading in same))
-        names = {}
-        for row in first.rows:
-            names[view.axis.place(first, row.site)] = site_tick(row.site)
-        rows.append(TickRow(letters, number=first.model.number, names=names))
+        rows.append(TickRow(letters, first.model.number, view.axis.ticks(first)))
     return rows
 
 
@@ -428,6 +425,7 @@ def grey_names(
             if band_top < y < band_base:
                 y = band_base + 3
         rows = [reading.row(site) for reading in readings if reading is not lead]
+        rows.append(lead.position)
         heights = [frame.y(row.value) for row in rows if row]
         while any(abs(height + 5 - y) < 12 for height in heights):
             y += 4

@@ -242,7 +242,7 @@ def panels(
         if banded:
             shaded = of_model
         chart = by_site(of_model, axis=axis, masks=masks, others=others, banded=shaded)
-        charts.append(chart)
+        charts.append(chart._replace(ticks=axis.ticks(of_model[0])))
     span = chart_span(charts)
     entries = []
     for of_model, chart in zip(groups, charts, strict=True):

@@ -335,6 +335,10 @@ class SiteAxis:
         depth = self.depths[reading.model.has_llm] * share
         return float(np.interp(depth, depths, places))
 
+    def ticks(self, reading: SiteReading) -> dict[float, str]:
+        """Return what stands at the axis for the sites of a reading, by place."""
+        return {self.place(reading, row.site): site_tick(row.site) for row in reading.rows}
+
     @property
     def zones(self) -> dict[str, list[int]]:
         """The parts of the models, each with the places of its sites."""

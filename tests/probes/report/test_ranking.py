@@ -62,6 +62,10 @@ def said(lead: SiteReading, *rivals: Rival) -> str:
             "B modelB reads best: 49.1% mIoU at layer 1. Then A modelA (46.9, not shown to be less), C modelC (40.0, "
             "9.1 less), D modelD (30.0, no less).",
         ),
+        (
+            [Rival(LAST), Rival(model("C", 0.2, 0.4, 0.1), "better", value=0.091)],
+            "B modelB reads best: 49.1% mIoU at layer 1. Then C modelC (40.0, 9.1 less), and 1 not compared.",
+        ),
     ],
 )
 def test_which_reads_best_is_said_with_what_is_shown(rivals, text):

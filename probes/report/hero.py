@@ -183,17 +183,12 @@ class Strip(NamedTuple):
 def strips(view: ReportView) -> list[Strip]:
     """Return the rows of pictures: of the lead and of the best others, in the order of the command."""
     compared = [view.lead, *(rival.reading for rival in rivals_of(view))]
-    shown = []
-    for reading in compared:
-        if has_same_photo(reading, view.lead):
-            shown.append(reading)
-    shown = shown[:MOST_STRIPS]
+    shown = [reading for reading in compared if has_same_photo(reading, view.lead)]
     rows = []
     for reading in view.front:
-        if reading in shown:
+        if reading in shown[:MOST_STRIPS]:
             best = view.best(reading).site
-            sites = choose_sites(reading, best)
-            rows.append(Strip(reading, best=best, sites=sites))
+            rows.append(Strip(reading, best=best, sites=choose_sites(reading, best)))
     return rows
 
 
@@ -217,11 +212,8 @@ def tile_places(tiles: Sequence[str]) -> list[float]:
     """Return where the middles of tiles are, in per cent of the wide figure's width."""
     (width, _), (left, right, *_) = WIDE
     step = (width - left - right) / len(tiles)
-    places = []
-    for i in range(len(tiles)):
-        middle = left + (i + 0.5) * step
-        places.append(round(100 * middle / width, 2))
-    return places
+    middles = [left + (i + 0.5) * step for i in range(len(tiles))]
+    return [round(100 * middle / width, 2) for middle in middles]
 
 
 class Mark(NamedTuple):

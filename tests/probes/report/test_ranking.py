@@ -6,6 +6,7 @@ import pytest
 from report_parts import reading
 
 from probes.report.hero import plain_text
+from probes.report.parts import panels
 from probes.report.ranking import Rival, ranking, resize_note, would_show
 from probes.report.readings import Name, SiteReading
 
@@ -88,3 +89,17 @@ def test_models_that_see_photos_otherwise_are_said_to():
     padded = SimpleNamespace(resize="pad")
     assert resize_note(Rival(LAST), LEAD) == ""
     assert resize_note(Rival(padded), LEAD) == " Their photos differ: squashed and padded."
+
+
+def test_a_small_figure_has_the_layers_of_its_own_model():
+    """At equal relative depth layer 1 of two stands where layer 2 of four does, and is called 1."""
+    deep = reading({f"layer_0{i}": 0.1 * i for i in range(5)}, has_llm=False)
+    shallow = model("A", 0.1, 0.2, 0.3)
+    for made, key in ((deep, "B"), (shallow, "A")):
+        made.model.key, made.model.label, made.model.number = key, key, 0
+        made.draws.clear()
+        for row in made.rows:
+            row.low, row.high, row.value_ci = row.value, row.value, ""
+    of_deep, of_shallow = panels([deep, shallow], ["causal"], together=True)
+    assert of_deep["chart"].ticks == {i: str(i) for i in range(5)}
+    assert of_shallow["chart"].ticks == {0: "0", 2: "1", 4: "2"}

@@ -23,6 +23,7 @@ WRONG = {  # words: parts of the line
     "probes plant rcovery A B C": ["what", "'recovery', 'drop', 'random'", "rcovery"],
     "probes demo OUT": ["unrecognized arguments: OUT"],
     "llava-bidir generate MODEL": ["required: words"],
+    "llava-bidir fit -c stage1 -c clip --out R": ["required: data.annotations, data.images "],
     "llava-bidir export RUN DIR --as-lava": ["--as_lava", "did you mean 'as_llava'?"],
 }
 

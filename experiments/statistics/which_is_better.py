@@ -3,8 +3,8 @@
     python -m experiments.statistics.which_is_better --studies 500 [--runs RUN OTHER]
 
 Populations are those of `model_pairs.py`: equal models whose layers differ ("peaked") or not ("flat"). A line for each
-and each number of photos: how often two models are said to differ, and how often any of four is. With two runs, whose
-photos change places at random, the models are equal by exchange.
+and each number of photos: how often two models are said to differ, and how often any of four is. With two runs, of
+whose photos some are drawn and change places at random, the models are equal by exchange.
 
 Shapes: S sites, N images, M sums per image.
 """
@@ -37,12 +37,12 @@ def any_differs(samples: Sequence[Sample]) -> bool:
     return any(row["finding"] in (BETTER, WORSE) for row in rows)
 
 
-def exchanged(runs: Sequence[ProbeRun], rng: np.random.Generator) -> list[Sample]:
-    """Return two models whose photos have changed places at random."""
+def exchanged(runs: Sequence[ProbeRun], photos: int, rng: np.random.Generator) -> list[Sample]:
+    """Return two models on some photos, which have changed places at random."""
     sites = [site for site in runs[0].layers if site in runs[1].layers]
     first, second = (run.sums_at(sites) for run in runs)
     swapped = torch.tensor(rng.random(first.shape[1]) < 0.5)[None, :, None]
-    images = np.arange(first.shape[1])
+    images = rng.choice(first.shape[1], photos, replace=False)
     classes = len(runs[0].metrics["classes"])
     return [
         Sample(torch.where(swapped, second, first), images, classes, sites=sites),
@@ -59,10 +59,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     if args.runs:
         runs = [ProbeRun(path) for path in args.runs]
-        said = sum(any_differs(exchanged(runs, rng)) for _ in range(args.studies))
-        print(
-            f"exchanged photos of two runs; {runs[0].metrics['images']} photos; {said}", flush=True
-        )
+        for photos in PHOTOS:
+            if photos <= runs[0].metrics["images"]:
+                said = sum(any_differs(exchanged(runs, photos, rng)) for _ in range(args.studies))
+                print(f"exchanged photos of two runs; {photos} photos; {said}", flush=True)
     for scene in EQUAL:
         kind, _, _ = scene.partition(",")
         quality = SCENES[scene][0]

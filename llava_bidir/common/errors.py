@@ -103,6 +103,8 @@ class OneLineErrors:
         if not self.exit_on_error:  # jsonargparse's parser of a class; its caller adds the key
             raise argparse.ArgumentError(None, message) from ex
         line = " ".join(message.split()).removeprefix('Parser key "config": ')
+        if "are required" in line:  # LightningCLI puts its command before the name
+            line = re.sub(r" (fit|validate|test)\.", " ", line)
         line = OPTIONAL.sub(r"\1.", line)
         if union := UNION.search(line):
             accepted = [ACCEPTED.match(reason) for reason in union[1].split(" - ")]

@@ -92,17 +92,20 @@ def norms_figure(run: "ProbeRun", results: dict[str, Any]) -> "Figure":
     grids = []
     step = math.ceil(len(sites) / MOST_MAPS)
     for number, site in list(enumerate(sites))[::-step]:  # the last one is among them
-        title = f"{site}, up to {sites[site]['largest']:.3g} medians"
+        unit = f"up to {sites[site]['largest']:.3g} medians"
         span = (0.0, max(OUTLIER_NORM, maps[number].max().item()))
-        grids.append(Grid(maps[number].numpy(), title=title, span=span))
+        grids.append(Grid(maps[number].numpy(), title=site, unit=unit, span=span))
     rows = [{"site": site} | numbers for site, numbers in sites.items()]
+    title = "Norms of patches"
+    if run.has_llm:
+        title += f", {run.mask}"
     caption = (
         f"Maps: norms in one photo, in medians; dark patches are outliers, which say little of what they show. Table: "
         f"share of outliers, patches of {OUTLIER_NORM:g} medians or more, in {results['images']} images."
     )
     return Figure(
         name=f"norms_{run.mask}",
-        title=f"Norms of patches, {run.mask}",
+        title=title,
         caption=caption,
         panels=grids[::-1],
         rows=rows,

@@ -150,11 +150,7 @@ class Frame:
 
 def defined_points(curve: Curve) -> list[Point]:
     """Return the points of a curve that have a value."""
-    points = []
-    for point in curve.points:
-        if _is_number(point.value):
-            points.append(point)
-    return points
+    return [point for point in curve.points if _is_number(point.value)]
 
 
 def _is_number(value: float | None) -> bool:
@@ -210,9 +206,7 @@ def _draw_chart(ax: Axes, chart: Chart) -> None:
     for points in chart.grey:
         if len(points) == 1:
             (point,) = points
-            left = point._replace(x=point.x - 0.2)
-            right = point._replace(x=point.x + 0.2)
-            points = [left, right]
+            points = [point._replace(x=point.x + shift) for shift in (-0.2, 0.2)]
         x = [point.x for point in points]
         low, high = _ends(points, chart.scale)
         ax.fill_between(x, low, high, color=RANDOM, lw=0)
@@ -229,9 +223,7 @@ def _draw_chart(ax: Axes, chart: Chart) -> None:
 
 def _ends(points: Sequence[Point], scale: float) -> tuple[list[float], list[float]]:
     """Return the lower and the upper ends of the intervals of points."""
-    low = [scale * point.low for point in points]
-    high = [scale * point.high for point in points]
-    return low, high
+    return [scale * point.low for point in points], [scale * point.high for point in points]
 
 
 def _draw_curve(ax: Axes, curve: Curve, scale: float) -> None:

@@ -14,7 +14,7 @@ from .pictures import has_same_photo
 from .ranking import ALIKE, ranking, rivals_of
 from .readings import Name, ReportView, SiteReading, by_site, rows_about
 from .verdicts import HOLDS, NOT_LEARNED, REVERSED, UNDECIDED
-from .words import SIGNS, its_site, number, site_name, site_number, site_tick, zone_of
+from .words import SIGNS, its_site, number, site_name, site_number, zone_of
 
 UNCONTROLLED = "No random models were solved: whether training put it there is not known."
 SUPPORTED = ("supported", "supported by itself")
@@ -184,17 +184,12 @@ class Strip(NamedTuple):
 def strips(view: ReportView) -> list[Strip]:
     """Return the rows of pictures: of the lead and of the best others, in the order of the command."""
     compared = [view.lead, *(rival.reading for rival in rivals_of(view))]
-    shown = []
-    for reading in compared:
-        if has_same_photo(reading, view.lead):
-            shown.append(reading)
-    shown = shown[:MOST_STRIPS]
+    shown = [reading for reading in compared if has_same_photo(reading, view.lead)]
     rows = []
     for reading in view.front:
-        if reading in shown:
+        if reading in shown[:MOST_STRIPS]:
             best = view.best(reading).site
-            sites = choose_sites(reading, best)
-            rows.append(Strip(reading, best=best, sites=sites))
+            rows.append(Strip(reading, best=best, sites=choose_sites(reading, best)))
     return rows
 
 
@@ -218,11 +213,8 @@ def tile_places(tiles: Sequence[str]) -> list[float]:
     """Return where the middles of tiles are, in per cent of the wide figure's width."""
     (width, _), (left, right, *_) = WIDE
     step = (width - left - right) / len(tiles)
-    places = []
-    for i in range(len(tiles)):
-        middle = left + (i + 0.5) * step
-        places.append(round(100 * middle / width, 2))
-    return places
+    middles = [left + (i + 0.5) * step for i in range(len(tiles))]
+    return [round(100 * middle / width, 2) for middle in middles]
 
 
 class Mark(NamedTuple):
@@ -311,10 +303,7 @@ def tick_rows(view: ReportView, readings: Sequence[SiteReading]) -> list[TickRow
     for same in by_sites.values():
         first = same[0]
         letters = "".join(dict.fromkeys(reading.model.key for reading in same))
-        names = {}
-        for row in first.rows:
-            names[view.axis.place(first, row.site)] = site_tick(row.site)
-        rows.append(TickRow(letters, number=first.model.number, names=names))
+        rows.append(TickRow(letters, first.model.number, view.axis.ticks(first)))
     return rows
 
 
@@ -435,6 +424,7 @@ def grey_names(
             if band_top < y < band_base:
                 y = band_base + 3
         rows = [reading.row(site) for reading in readings if reading is not lead]
+        rows.append(lead.position)
         heights = [frame.y(row.value) for row in rows if row]
         while any(abs(height + 5 - y) < 12 for height in heights):
             y += 4

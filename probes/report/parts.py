@@ -46,6 +46,7 @@ MEANINGS = {
 # Classes that the page shows: all, or of more than these those at both ends, which gain and lose most
 MOST_CLASS_ROWS = 255
 END_ROWS = 20
+ROUNDS_TO_0 = 0.0005  # as a share, in points 0.0
 MOST_WORDS = 20  # of a reason
 ABOUT_CLAIM = ["claim", "model", "mask", "data"]
 INSIDE = {
@@ -121,8 +122,8 @@ def verdicts(view: ReportView, task: str) -> Entry:
 
 
 def is_about_nothing(claims: DataFrame) -> Series:
-    """Return which claims are of an effect that is 0 in all resamplings, as of a best layer that is the last one."""
-    return (claims["low"] == 0) & (claims["high"] == 0)
+    """Return which claims are of an effect that reads 0.0 in all resamplings, as of a best layer that is the last."""
+    return claims[["low", "high"]].abs().max(axis=1, skipna=False) < ROUNDS_TO_0
 
 
 def is_right(row: Any) -> bool:
@@ -242,17 +243,16 @@ def panels(
         if banded:
             shaded = of_model
         chart = by_site(of_model, axis=axis, masks=masks, others=others, banded=shaded)
-        charts.append(chart)
+        charts.append(chart._replace(ticks=axis.ticks(of_model[0])))
     span = chart_span(charts)
-    entries = []
-    for of_model, chart in zip(groups, charts, strict=True):
-        entry = {
+    return [
+        {
             "best": max(of_model, key=SiteReading.rank),
             "readings": of_model,
             "chart": chart._replace(span=span),
         }
-        entries.append(entry)
-    return entries
+        for of_model, chart in zip(groups, charts, strict=True)
+    ]
 
 
 def grouped(rows: Iterable[Any], name: str) -> dict[Any, list[Any]]:

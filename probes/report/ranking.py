@@ -122,9 +122,12 @@ def ranking(view: ReportView, rivals: Sequence[Rival]) -> list[str]:
     nearest = rivals[0]
     if len(rivals) > 1:
         answer = f"{lead.token} reads best: {best}% mIoU at {where}."
-        others = [_in_list(view, rival) for rival in rivals[:MOST_RIVALS]]
-        if len(rivals) > MOST_RIVALS:
+        compared = [rival for rival in rivals if rival.finding] or rivals
+        others = [_in_list(view, rival) for rival in compared[:MOST_RIVALS]]
+        if len(compared) > MOST_RIVALS:
             others.append(f"and {len(rivals) - MOST_RIVALS} more")
+        elif len(rivals) > len(compared):
+            others.append(f"and {len(rivals) - len(compared)} not compared")
         return [answer, f"Then {', '.join(others)}."]
     if nearest.finding in ALIKE:
         return _alike(view, nearest)

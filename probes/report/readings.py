@@ -129,12 +129,8 @@ class ReportView:
     def lead(self) -> SiteReading:
         """What reads best of the first task and data, at its best layer if several are compared: the first sentence."""
         first = self.readings[0]
-        same = []
-        for reading in self.readings:
-            if (reading.task, reading.data) == (first.task, first.data):
-                same.append(reading)
-        if len(same) == 1:
-            return first
+        about = (first.task, first.data)
+        same = [reading for reading in self.readings if (reading.task, reading.data) == about]
         return max(same, key=SiteReading.rank)
 
     @property
@@ -349,6 +345,10 @@ class SiteAxis:
         share = int(number) / reading.model.depth
         depth = self.depths[reading.model.has_llm] * share
         return float(np.interp(depth, depths, places))
+
+    def ticks(self, reading: SiteReading) -> dict[float, str]:
+        """Return what stands at the axis for the sites of a reading, by place."""
+        return {self.place(reading, row.site): site_tick(row.site) for row in reading.rows}
 
     @property
     def zones(self) -> dict[str, list[int]]:

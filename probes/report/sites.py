@@ -112,9 +112,8 @@ def _beyond_draws(
     highs = []
     for key in of_mask:
         others = []
-        for other, estimate in drawn.items():
-            if is_pooled and other != key:
-                others.append(estimate)
+        if is_pooled:
+            others = [estimate for other, estimate in drawn.items() if other != key]
         freedom = 0
         if key in drawn:
             (low, high), (_, freedom) = interval_over_draws(drawn[key], others)

@@ -198,8 +198,7 @@ def name_models(studies: Sequence[StudyRuns]) -> DataFrame:
     for (name, study), path in zip(first.items(), paths, strict=True):
         name = name.removesuffix(head_suffix(study.first))
         # a checkpoint that records no name of itself is called by its path
-        is_of_path = name == Path(path).name
-        if is_of_path:
+        if name == Path(path).name:
             name = path
         telling_names.append(name)
     labels = shorten_labels(telling_names)
@@ -233,10 +232,7 @@ def shorten_labels(names: Sequence[str]) -> list[str]:
 
     Two may be equal: keys tell models apart.
     """
-    words = []
-    for name in names:
-        last = _last_part(name).replace("_", " ")
-        words.append(last.split())
+    words = [_last_part(name).replace("_", " ").split() for name in names]
     for _ in ("starts", "ends"):
         shared = 0
         if len(words) > 1:

@@ -59,4 +59,5 @@ def test_results_and_page_have_them_by_site(runs, tmp_path):
     assert list(results["norms"]) == runs["causal"].sites
     assert results["masks"]["causal"]["norms"]["images"] == 2
     assert (tmp_path / "report/norms_causal.csv").is_file()
-    assert 'id="norms"' in (tmp_path / "report/index.html").read_text()
+    page = (tmp_path / "report/index.html").read_text()
+    assert 'id="norms"' in page and "<td>layer 1</td>" in page

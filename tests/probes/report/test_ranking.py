@@ -6,6 +6,7 @@ import pytest
 from report_parts import reading
 
 from probes.report.hero import plain_text
+from probes.report.parts import panels
 from probes.report.ranking import Rival, ranking, resize_note, would_show
 from probes.report.readings import Name, SiteReading
 
@@ -62,6 +63,10 @@ def said(lead: SiteReading, *rivals: Rival) -> str:
             "B modelB reads best: 49.1% mIoU at layer 1. Then A modelA (46.9, not shown to be less), C modelC (40.0, "
             "9.1 less), D modelD (30.0, no less).",
         ),
+        (
+            [Rival(LAST), Rival(model("C", 0.2, 0.4, 0.1), "better", value=0.091)],
+            "B modelB reads best: 49.1% mIoU at layer 1. Then C modelC (40.0, 9.1 less), and 1 not compared.",
+        ),
     ],
 )
 def test_which_reads_best_is_said_with_what_is_shown(rivals, text):
@@ -84,3 +89,17 @@ def test_models_that_see_photos_otherwise_are_said_to():
     padded = SimpleNamespace(resize="pad")
     assert resize_note(Rival(LAST), LEAD) == ""
     assert resize_note(Rival(padded), LEAD) == " Their photos differ: squashed and padded."
+
+
+def test_a_small_figure_has_the_layers_of_its_own_model():
+    """At equal relative depth layer 1 of two stands where layer 2 of four does, and is called 1."""
+    deep = reading({f"layer_0{i}": 0.1 * i for i in range(5)}, has_llm=False)
+    shallow = model("A", 0.1, 0.2, 0.3)
+    for made, key in ((deep, "B"), (shallow, "A")):
+        made.model.key, made.model.label, made.model.number = key, key, 0
+        made.draws.clear()
+        for row in made.rows:
+            row.low, row.high, row.value_ci = row.value, row.value, ""
+    of_deep, of_shallow = panels([deep, shallow], ["causal"], together=True)
+    assert of_deep["chart"].ticks == {i: str(i) for i in range(5)}
+    assert of_shallow["chart"].ticks == {0: "0", 2: "1", 4: "2"}

@@ -85,6 +85,7 @@ class MaskRules:
         target = np.full(
             size, UNLABELLED, np.int32
         ).ravel()  # down the columns, as pycocotools' masks
+        claimed = target.copy()  # by objects, also below a crowd
         is_shared = np.zeros(target.shape, bool)
         drawn = [(np.flatnonzero(region.mask.T), region) for region in regions]
         if self.overlap == "smaller":  # by pixels: JSON's area can be that of another mask
@@ -94,11 +95,11 @@ class MaskRules:
                 continue
             number = self.class_of[region.name]
             if region.is_crowd and self.crowd == "ignore":
-                number = IGNORED
-            else:
-                below = target[pixels]
-                is_shared[pixels] |= (below >= 0) & (below != number)
-            target[pixels] = number
+                target[pixels] = IGNORED
+                continue
+            below = claimed[pixels]
+            is_shared[pixels] |= (below != UNLABELLED) & (below != number)
+            claimed[pixels] = target[pixels] = number
         if self.overlap == "ignore":
             target[is_shared] = IGNORED
         return target.reshape(size).T, np.count_nonzero(is_shared)

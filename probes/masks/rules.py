@@ -82,9 +82,8 @@ class MaskRules:
 
     def _stack(self, regions: list[Region], size: Size) -> tuple[ndarray, int]:
         """Return the classes of regions, i32[H, W], and the number of pixels that two classes claim."""
-        target = np.full(
-            size, UNLABELLED, np.int32
-        ).ravel()  # down the columns, as pycocotools' masks
+        # down the columns, as pycocotools' masks
+        target = np.full(size[0] * size[1], UNLABELLED, np.int32)
         claimed = target.copy()  # by objects, also below a crowd
         is_shared = np.zeros(target.shape, bool)
         drawn = [(np.flatnonzero(region.mask.T), region) for region in regions]

@@ -131,8 +131,11 @@ def draw_overlay(
     for k in np.unique(target[~is_ignored]).tolist():
         place = _middle(target == k)
         if place is not None:
+            column, row = place
+            half = font.getlength(classes[k]) / 2 + 2
+            column = max(half, min(column, photo.width - half))  # the whole name, also at an edge
             options = {"anchor": "mm", "stroke_width": 2, "stroke_fill": "black"}
-            draw.text(place, classes[k], fill="white", font=font, **options)
+            draw.text((column, row), classes[k], fill="white", font=font, **options)
     return overlay
 
 

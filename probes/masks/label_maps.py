@@ -256,7 +256,9 @@ def _names_of_ids(
     if files:
         names = read_json(files[0])
         with error_context(files[0]):
-            return {int(number): name for number, name in names.items()}
+            name_of = {int(number): name for number, name in names.items()}
+            check_ids(name_of)
+        return name_of
     flat = [getattr(feature, "feature", feature) for feature in features.values()]
     labels = [feature for feature in flat if isinstance(feature, ClassLabel)]
     if len(labels) != 1:

@@ -82,9 +82,9 @@ class MaskRules:
 
     def _stack(self, regions: list[Region], size: Size) -> tuple[ndarray, int]:
         """Return the classes of regions, i32[H, W], and the number of pixels that two classes claim."""
-        target = np.full(
-            size, UNLABELLED, np.int32
-        ).ravel()  # down the columns, as pycocotools' masks
+        # down the columns, as pycocotools' masks
+        target = np.full(size[0] * size[1], UNLABELLED, np.int32)
+        claimed = target.copy()  # by objects, also below a crowd
         is_shared = np.zeros(target.shape, bool)
         drawn = [(np.flatnonzero(region.mask.T), region) for region in regions]
         if self.overlap == "smaller":  # by pixels: JSON's area can be that of another mask
@@ -94,11 +94,11 @@ class MaskRules:
                 continue
             number = self.class_of[region.name]
             if region.is_crowd and self.crowd == "ignore":
-                number = IGNORED
-            else:
-                below = target[pixels]
-                is_shared[pixels] |= (below >= 0) & (below != number)
-            target[pixels] = number
+                target[pixels] = IGNORED
+                continue
+            below = claimed[pixels]
+            is_shared[pixels] |= (below != UNLABELLED) & (below != number)
+            claimed[pixels] = target[pixels] = number
         if self.overlap == "ignore":
             target[is_shared] = IGNORED
         return target.reshape(size).T, np.count_nonzero(is_shared)

@@ -6,7 +6,7 @@ import tiny_models
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, ImageFont
 
 from probes.cli import main
 from probes.data.sheet import PHOTOS, choose_photos, draw_overlay
@@ -39,6 +39,23 @@ def test_a_mask_lies_on_the_photo_where_it_is_and_what_is_ignored_is_hatched():
     assert (
         not shown[35:55, 25:55].any(-1).all()
     )  # the name's black rim, in the middle of the region
+
+
+@pytest.mark.parametrize("edge", ["left", "right"])
+def test_the_name_of_a_narrow_region_at_an_edge_is_whole(edge):
+    target = np.zeros((60, 160), np.uint8)
+    side = np.s_[:16] if edge == "left" else np.s_[-16:]
+    target[:, side] = 1
+    photo = Image.new("RGB", (160, 60))
+    drawn = [
+        np.asarray(draw_overlay(photo, target, np.zeros((2, 3)), ["", name]))
+        for name in ("", "vegetation")
+    ]
+    columns = np.flatnonzero((drawn[0] != drawn[1]).any((0, 2)))
+    length = ImageFont.load_default().getlength("vegetation")
+    assert np.ptp(columns) > length - 3
+    assert columns.min() > 0
+    assert columns.max() < 159
 
 
 def test_verify_data_makes_the_sheet(tmp_path, capsys):

@@ -48,6 +48,8 @@ LARGE, SMALL, EQUAL = (7, 0, 4), (20, 3, 5), (33, 4, 6)
         ([LARGE, (7, 3, 5)], {"overlap": "ignore"}, [0, 0, 0, 0, 0, 0, X, X], 0),
         # a crowd below an object, and above another
         ([LARGE, (20, 3, 5, True)], {"unlabelled": "cat"}, [0, 0, 0, X, X, X, 0, 0], 0),
+        # two classes claim pixels that a crowd lies between
+        ([LARGE, (33, 3, 7, True), SMALL], {"overlap": "ignore"}, [0, 0, 0, X, X, 1, X, X], 2),
         ([LARGE, (20, 3, 5, True)], {"crowd": "class"}, [0, 0, 0, 1, 1, 1, X, X], 2),
         ([LARGE], {"unlabelled": "ground"}, [1, 1, 1, 1, 1, 0, 0, 0], 0),
         # dropped: what is below it is seen

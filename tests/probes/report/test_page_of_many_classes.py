@@ -10,7 +10,7 @@ from report_parts import CURVE
 
 from probes.cli import main
 
-CLASSES = 300
+CLASSES = 1000
 ENDS = 20
 
 
@@ -29,7 +29,12 @@ def test_the_classes_of_both_ends_are_shown_and_the_csv_has_all(tmp_path):
     assert len(table["class"].unique()) == CLASSES
     iou = table.pivot(index="class", columns="site", values="iou")
     best, compared = re.search(r"at (.*?), the best site, and at (.*?):", section).groups()
-    site = {"layer 4": "layer_04", "the adapter": "adapter", "layer 3": "layer_03"}
+    site = {
+        "the encoder": "encoder",
+        "layer 4": "layer_04",
+        "the adapter": "adapter",
+        "layer 3": "layer_03",
+    }
     gain = iou[site[best]] - iou[site[compared]]
     assert len(shown) == 2 * ENDS
     assert gain[shown[:ENDS]].min() >= gain.drop(shown[:ENDS]).max()

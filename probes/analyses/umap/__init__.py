@@ -13,7 +13,7 @@ Shapes: T patches, d width of a site.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from llava_bidir.common.cli import Indices, Seed
 from llava_bidir.common.errors import UserError
@@ -104,7 +104,37 @@ def measure(run: "ProbeRun", options: UmapOptions) -> Result:
     return Result({"grid": list(mllm.grid), "images": images})
 
 
-def embed(states: "Tensor", labels: "Tensor", seed: int) -> dict[str, Any]:
+class Embedding(TypedDict):
+    """The patches of an image at a site."""
+
+    xy: list[list[float]]
+    knn_purity: float | None
+    silhouette: float | None
+
+
+class SiteEmbedding(Embedding):
+    """The same, and the site."""
+
+    site: str
+
+
+class ImageEmbedding(TypedDict):
+    """The patches of an image at all sites."""
+
+    image: int
+    name: str
+    labels: list[int]
+    sites: list[SiteEmbedding]
+
+
+class UmapResults(TypedDict):
+    """Content of umap.json."""
+
+    grid: list[int]
+    images: list[ImageEmbedding]
+
+
+def embed(states: "Tensor", labels: "Tensor", seed: int) -> Embedding:
     """Return the UMAP of states f[T, d], and purity and silhouette of labels long[T] (-1 unknown) by cosine."""
     import torch
     from sklearn.metrics import silhouette_score
@@ -145,7 +175,7 @@ def knn_purity(states: "Tensor", labels: "Tensor") -> float | None:
     return (labels[nearest] == labels[:, None]).double().mean().item()
 
 
-def lines(results: dict[str, Any]) -> Iterator[str]:
+def lines(results: UmapResults) -> Iterator[str]:
     """Yield both numbers of each image and site."""
     for image in results["images"]:
         for site in image["sites"]:

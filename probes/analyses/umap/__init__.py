@@ -96,7 +96,7 @@ def measure(run: "ProbeRun", options: UmapOptions) -> Result:
             "name": sample["name"],
             "labels": labels.tolist(),
             "sites": [
-                {"site": site} | embed(x[0].float().cpu(), labels, options.seed)
+                embed(site, states=x[0].float().cpu(), labels=labels, seed=options.seed)
                 for site, x in states.items()
             ],
         }
@@ -104,18 +104,13 @@ def measure(run: "ProbeRun", options: UmapOptions) -> Result:
     return Result({"grid": list(mllm.grid), "images": images})
 
 
-class Embedding(TypedDict):
+class SiteEmbedding(TypedDict):
     """The patches of an image at a site."""
 
+    site: str
     xy: list[list[float]]
     knn_purity: float | None
     silhouette: float | None
-
-
-class SiteEmbedding(Embedding):
-    """The same, and the site."""
-
-    site: str
 
 
 class ImageEmbedding(TypedDict):
@@ -134,7 +129,7 @@ class UmapResults(TypedDict):
     images: list[ImageEmbedding]
 
 
-def embed(states: "Tensor", labels: "Tensor", seed: int) -> Embedding:
+def embed(site: str, states: "Tensor", labels: "Tensor", seed: int) -> SiteEmbedding:
     """Return the UMAP of states f[T, d], and purity and silhouette of labels long[T] (-1 unknown) by cosine."""
     import torch
     from sklearn.metrics import silhouette_score
@@ -152,6 +147,7 @@ def embed(states: "Tensor", labels: "Tensor", seed: int) -> Embedding:
     if 1 < len(labels[labelled].unique()) < labelled.sum():
         silhouette = float(silhouette_score(x[labelled], labels[labelled], metric="cosine"))
     return {
+        "site": site,
         "xy": xy.round(4).tolist(),
         "knn_purity": knn_purity(states[labelled], labels[labelled]),
         "silhouette": silhouette,

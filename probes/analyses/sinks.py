@@ -12,9 +12,9 @@ sinks.json: "images", "layers": [{"site", "first_norm": norm of the first image 
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from llava_bidir.common.cli import Count
 from probes.models.sites import layer_number, layer_site
@@ -32,7 +32,23 @@ if TYPE_CHECKING:  # this module answers `probes --help`
 # largest of other tokens 3 to 5 times.
 SINK_NORM = 10.0
 IMAGES = 8
-Sinks = Mapping[str, Any]  # content of sinks.json
+
+
+class LayerSinks(TypedDict):
+    """Image tokens with large norms at a layer, in medians of all."""
+
+    site: str
+    first_norm: float  # of the first token
+    sinks: float  # how many tokens
+
+
+class Sinks(TypedDict):
+    """Content of sinks.json."""
+
+    images: int
+    layers: list[LayerSinks]
+
+
 NOT_MEASURED: Sinks = {"images": 0, "layers": []}
 
 
@@ -59,7 +75,7 @@ def first_images(run: "ProbeRun", limit: int) -> list["Image.Image"]:
 
 
 def measure_sinks(mllm: "FrozenMLLM", images: Sequence["Image.Image"]) -> Sinks:
-    """Return "images" and "layers" of sinks.json: how the first image token differs from others in each layer."""
+    """Return how the first image token differs from others in each layer."""
     sites = [layer_site(i) for i in range(1, len(mllm.layers) + 1)]
     norms = {site: [] for site in sites}
     for image in images:
@@ -90,7 +106,7 @@ def sinks_of(run: "ProbeRun") -> Sinks:
     return run.analysis(ANALYSIS.result) or NOT_MEASURED
 
 
-def starts_with_sink(layer: Mapping[str, Any]) -> bool:
+def starts_with_sink(layer: LayerSinks) -> bool:
     """Return whether the first image token is a sink at a layer that was measured."""
     return layer["first_norm"] >= SINK_NORM
 

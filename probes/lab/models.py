@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,23 @@ from probes.report.words import site_name
 from probes.runs.compare import check_one_lab
 from probes.runs.read import ProbeRun
 from probes.runs.study import given_labels
+
+
+class ModelFacts(TypedDict):
+    """What the page knows of a model."""
+
+    label: str
+    name: str
+    sites: list[str]
+    titles: list[str]
+    scores: list[float]
+    word_sites: list[str]
+    first_site: int
+    change_sites: list[str]
+    has_llm: bool
+    layers: int
+    other_mask: str | None
+    cannot_answer: str | None
 
 
 @dataclass
@@ -105,7 +122,7 @@ class LabModel:
             return None
         return "bidirectional" if self.mllm.image_attention == "causal" else "causal"
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ModelFacts:
         """Return the facts that the page needs."""
         return {
             "label": self.label,

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from PIL import Image
 
@@ -20,6 +20,15 @@ from probes.ops.geometry import Geometry, GridPlacement
 
 KEPT = 64  # photos; each has a preview of up to 2.4 MB and a square per model of about 0.5 MB
 PREVIEW_PX = 896  # longer side of a preview: a panel of 448 px on a screen with two pixels per px
+
+
+class PhotoFacts(TypedDict):
+    """What the page knows of a photo."""
+
+    name: str
+    ratio: float
+    box: tuple[float, float, float, float]
+    truth: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Photo:
         squares = tuple(geometry.place(image) for geometry in geometries)
         return cls(name, size=image.size, preview=preview, squares=squares, **more)
 
-    def describe(self, geometry: Geometry) -> dict[str, Any]:
+    def describe(self, geometry: Geometry) -> PhotoFacts:
         """Return name, proportions, labels and the place of the grid, for the page."""
         width, height = self.size
         return {

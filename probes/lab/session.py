@@ -7,7 +7,7 @@ Shapes: S sites, T image tokens, K classes, k most probable ones, d width.
 
 import base64
 from collections import OrderedDict
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from probes.models.knockout import Knockout
 from probes.models.reading import Replacement
 from probes.models.sites import layer_site
 
-from .models import LabModel, open_split
+from .models import LabModel, ModelFacts, open_split
 from .photos import Photos, encode_image
 from .requests import (
     MAX_ANSWER_TOKENS,
@@ -38,7 +38,27 @@ from .worker import Job
 # per patch
 TOP_CLASSES = 3
 TOP_WORDS = 3
+Words = list[tuple[str, float]]  # with their probabilities, the most probable first
 STATE_BYTES = 1 << 30  # states kept: about six views of a 7B model at 16 bits
+
+
+class LabFacts(TypedDict):
+    """What the page is drawn from."""
+
+    models: list[ModelFacts]
+    grid: tuple[int, int]
+    classes: list[str]
+    palette: list[list[int]]
+    images: int  # of the data set
+    no_images: str  # why there are none
+
+
+class Answers(TypedDict):
+    """What the model answers."""
+
+    answer: str
+    blocked: NotRequired[str]  # under the intervention
+    log_probability: NotRequired[list[float]]  # of the answer, without and under it
 
 
 class Session:
@@ -54,7 +74,7 @@ class Session:
         self.photos = Photos([model.mllm.geometry for model in models], dataset)
         self._states: OrderedDict[View, dict[str, Tensor]] = OrderedDict()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> LabFacts:
         """Return the facts that the page is drawn from."""
         images = 0
         if self.photos.dataset is not None:
@@ -90,7 +110,7 @@ class Session:
                 raise UserError(f"there is no site {site!r}; expected one of {expected}")
 
     # ----------------------------------------------------------------------------------------------- operations
-    def read(self, request: View, job: Job) -> dict[str, Any]:
+    def read(self, request: View, job: Job) -> dict[str, str | None]:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""
         states = self._read_states(request, job)
         model = self.models[request.model]
@@ -104,7 +124,7 @@ class Session:
             kind = np.uint16
         return {"classes": _pack(classes, kind), "probabilities": _pack(probabilities)}
 
-    def words_of_patch(self, request: PatchView, job: Job) -> dict[str, Any]:
+    def words_of_patch(self, request: PatchView, job: Job) -> dict[str, list[Words]]:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
         model = self.models[request.model]
         states = self._read_states(request, job)
@@ -113,13 +133,13 @@ class Session:
             words += words_of_states(model, site, states[site][:, [request.patch]])
         return {"words": words}
 
-    def words_of_site(self, request: SiteView, job: Job) -> dict[str, Any]:
+    def words_of_site(self, request: SiteView, job: Job) -> dict[str, list[Words]]:
         """Return the most probable words of each patch at a site."""
         states = self._read_states(request, job)
         model = self.models[request.model]
         return {"words": words_of_states(model, request.site, states[request.site])}
 
-    def pixel_map(self, request: SiteView, job: Job) -> dict[str, Any]:
+    def pixel_map(self, request: SiteView, job: Job) -> dict[str, str]:
         """Return the classes predicted for each pixel, from upsampled logits, as a coloured PNG of the size shown."""
         model = self.models[request.model]
         states = self._read_states(request, job)
@@ -135,19 +155,19 @@ class Session:
         png = encode_image(Image.fromarray(coloured), "PNG")
         return {"png": base64.b64encode(png).decode()}
 
-    def similarity(self, request: PatchView, job: Job) -> dict[str, Any]:
+    def similarity(self, request: PatchView, job: Job) -> dict[str, str]:
         """Return the cosine of each patch with one at all sites, f32[S, T]."""
         mllm = self.models[request.model].mllm
         states = self._read_states(request, job)
         cosines = mllm.similarity(states, divmod(request.patch, mllm.grid[1]))
         return {"similarity": _pack(torch.stack([*cosines.values()]))}
 
-    def norms(self, request: View, job: Job) -> dict[str, Any]:
+    def norms(self, request: View, job: Job) -> dict[str, str]:
         """Return the norm of each patch at all sites, in medians of the site, f32[S, T]."""
         states = self._read_states(request, job)
         return {"norms": _pack(torch.stack([relative_norms(x[0]) for x in states.values()]))}
 
-    def pca(self, request: ShownViews, job: Job) -> dict[str, Any]:
+    def pca(self, request: ShownViews, job: Job) -> dict[str, list[str]]:
         """Return PCA colours u8[S, T, 3] of each view shown of a model, fitted over all of them together."""
         plain = request.model_copy(update={"intervention": None})
         views = [plain]
@@ -163,7 +183,7 @@ class Session:
         colours = torch.stack([*pca_colours(states).values()], 1)
         return {"colours": [_pack((255 * x).round(), np.uint8) for x in colours]}
 
-    def ask(self, request: PhotoQuestion, job: Job) -> dict[str, Any]:
+    def ask(self, request: PhotoQuestion, job: Job) -> Answers:
         """Return the answer without the intervention and with it, and the first one's log-probability under both.
 
         Answers are reported while they grow.
@@ -186,14 +206,14 @@ class Session:
 
         with job.watched(mllm):
             text = answer(None)
-            result: dict[str, Any] = {"answer": text}
+            result: Answers = {"answer": text}
             if knockout is not None:
                 result["blocked"] = answer(knockout)
                 if text:
                     result["log_probability"] = [log_probability(None), log_probability(knockout)]
         return result
 
-    def attention(self, request: Attention, job: Job) -> dict[str, Any]:
+    def attention(self, request: Attention, job: Job) -> dict[str, str]:
         """Return the attention of a patch to all patches and of all patches to it in a layer, f32[T] each."""
         mllm = self.models[request.model].mllm
         site = layer_site(request.layer)
@@ -276,7 +296,7 @@ def most_probable(logits: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor
     return torch.stack(classes, 1), torch.stack(probabilities, 1)
 
 
-def words_of_states(model: LabModel, site: str, states: Tensor) -> list[list[tuple[str, float]]]:
+def words_of_states(model: LabModel, site: str, states: Tensor) -> list[Words]:
     """Return the most probable words of each patch and their probabilities, from states f[1, T, d] of a site."""
     logits = model.mllm.word_head(site)(states)
     best = logits[0].float().softmax(-1).topk(TOP_WORDS)

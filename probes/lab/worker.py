@@ -6,9 +6,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import TypedDict
 
 from llava_bidir.common.errors import UserError
 from probes.models.frozen_model import FrozenModel
@@ -22,17 +22,29 @@ class Cancelled(Exception):
     """Raised in a job whose client has left."""
 
 
-class Job:
-    """A request on its way through the worker; its events are dicts, the last one has "result" or "error"."""
+class Event(TypedDict, total=False):
+    """What the client is told of its request; the last event has "result" or "error"."""
 
-    def __init__(self, work: Callable[["Job"], dict[str, Any]]):
+    waiting: int  # requests before it
+    layer: int
+    layers: int
+    text: str  # an answer while it grows
+    blocked: bool  # it is the one under the intervention
+    result: Mapping[str, object]  # of an operation of the session
+    error: str
+
+
+class Job:
+    """A request on its way through the worker."""
+
+    def __init__(self, work: Callable[["Job"], Mapping[str, object]]):
         self.work = work
         self.cancelled = threading.Event()
-        self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._reported = time.monotonic()
 
-    def report(self, event: dict[str, Any]) -> None:
+    def report(self, event: Event) -> None:
         """Send an event to the client, from any thread."""
         with suppress(RuntimeError):  # the server has ended
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
@@ -68,7 +80,7 @@ class Worker:
         # A daemon, so that Ctrl-C does not wait for a forward.
         threading.Thread(target=self._run, name="lab-model", daemon=True).start()
 
-    def submit(self, work: Callable[[Job], dict[str, Any]]) -> Job | None:
+    def submit(self, work: Callable[[Job], Mapping[str, object]]) -> Job | None:
         """Queue a job; return None if too many wait."""
         with self._queue.mutex:  # jobs whose clients have left wait for nothing
             waiting = [job for job in self._queue.queue if not job.cancelled.is_set()]

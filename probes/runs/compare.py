@@ -14,7 +14,7 @@ KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # 
 def _check_same(
     first: ProbeRun,
     second: ProbeRun,
-    read: Callable[[ProbeRun], Mapping[str, Any]],
+    read: Callable[[ProbeRun], Mapping[str, object]],
     advice: str = "make both with the same settings",
 ) -> None:
     """Raise a UserError that ends with `advice` if a setting, which `read` returns by name, differs."""
@@ -48,7 +48,7 @@ def check_one_lab(first: ProbeRun, second: ProbeRun) -> None:
     advice = "open them in two labs"
     check_same_images(first, second, advice)
 
-    def read(run: ProbeRun) -> dict[str, Any]:
+    def read(run: ProbeRun) -> dict[str, list[str] | list[int]]:
         return {"sites": run.sites, "grid": run.metrics["grid"]}
 
     _check_same(first, second=second, read=read, advice=advice)
@@ -150,10 +150,11 @@ def knockout_difference(first: ProbeRun, second: ProbeRun) -> str | None:
 
     Other classes, layers, sites or images are other effects.
     """
-    found = [run.analysis("knockout.json") for run in (first, second)]
-    if None in found:
+    knockouts = [run.analysis("knockout.json") for run in (first, second)]
+    if None in knockouts:
         return None
-    ours, theirs = (x["options"] | {"classes": sorted(x["options"]["classes"])} for x in found)
+    options = [knockout["options"] for knockout in knockouts]
+    ours, theirs = (made_with | {"classes": sorted(made_with["classes"])} for made_with in options)
     for key in KNOCKOUT_OPTIONS:
         if ours[key] != theirs[key]:
             return (

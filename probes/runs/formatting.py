@@ -28,7 +28,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "_", text)
 
 
-def bounds(ci95: Sequence[float] | None, prefix: str = "") -> dict[str, Any]:
+def bounds(ci95: Sequence[float] | None, prefix: str = "") -> dict[str, float | None]:
     """Return the columns of an interval: low and high, both None without one."""
     low, high = ci95 or (None, None)
     return {f"{prefix}low": low, f"{prefix}high": high}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +29,45 @@ from probes.site_probes import SiteProbes
 from probes.tasks import SEGMENTATION, Task
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
+
+
+class SiteEntry(TypedDict):
+    """A site in metrics.json; each score of the task is a further number, and its interval NAME_ci95."""
+
+    site: str
+    dim: int
+    best_epoch: int | float | None
+    history: list[float]  # main score of each validation
+    last: NotRequired[float]  # of trained probes: score of the last validation
+    selection: NotRequired[float]  # what choosing the best one on the images that are scored adds
+    iou_per_class: NotRequired[list[float | None]]  # of segmentation
+
+
+Baseline = TypedDict("Baseline", {"class": str, "miou": float, "pacc": float})
+
+
+class Summary(TypedDict):
+    """Table 2: the main score; None if not probed. Differences are positive where the best layer is better."""
+
+    encoder: float | None
+    adapter: float | None
+    peak_llm: float | None
+    peak_site: str | None
+    final_norm: float | None
+    delta_enc: float | None  # to the encoder
+    recovery: float | None  # to the adapter
+
+
+class Manifest(TypedDict):
+    """Content of manifest.json, beside the hashes of the files."""
+
+    versions: dict[str, str]
+    git_commit: str | None
+    config: dict[str, Any]
+    data: dict[str, Any]
+    identity: Identity
+    mllm_training: dict[str, Any] | None
+    hardware: dict[str, str | int | None]
 
 
 @dataclass
@@ -160,11 +199,8 @@ def _metrics_of_task(task: Task, data: ProbeData, counted: dict[str, Tensor]) ->
 
 def site_entries(
     probes: SiteProbes, record: RunRecord, sums: Tensor, weights: Tensor
-) -> list[dict[str, Any]]:
+) -> list[SiteEntry]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
-
-    Of trained probes also "last", the score of the last validation, and "selection", what choosing the best one on the
-    images that are scored adds.
 
     Args:
         probes: The model and its probes.
@@ -202,7 +238,7 @@ def site_entries(
     return entries
 
 
-def baseline(labelled: Tensor, classes: list[str]) -> dict[str, Any]:
+def baseline(labelled: Tensor, classes: list[str]) -> Baseline:
     """Return the scores of predicting the most frequent class everywhere; `labelled` i64[N, K] are pixels."""
     pixels = labelled.sum(0).double()
     share = (pixels.max() / pixels.sum()).item()
@@ -213,7 +249,7 @@ def baseline(labelled: Tensor, classes: list[str]) -> dict[str, Any]:
     }
 
 
-def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> dict[str, Any]:
+def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest:
     """Return the versions, commit, configuration, data and hardware of a run."""
     model = record.settings["mllm"]
     config = {"mllm": _absolute(model), "update_scales": probes.mllm.update_scales}
@@ -266,10 +302,10 @@ def _git_commit() -> str | None:
     return None
 
 
-def summary(scores: dict[str, float], sign: int = 1) -> dict[str, Any]:
-    """Return the score of encoder, adapter and best layer with their differences (Table 2); None if not probed.
+def summary(scores: dict[str, float], sign: int = 1) -> Summary:
+    """Return the score of encoder, adapter and best layer with their differences.
 
-    Differences are positive where the layer is better. `final_norm` is reported beside the best layer: the paper does
+    `final_norm` is reported beside the best layer: the paper does
     not say whether its last layer is normalised.
 
     Args:

@@ -6,7 +6,7 @@ Shapes: R resamplings, N images, S sites, M sums per image of a task.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from scipy import special
@@ -16,6 +16,13 @@ from llava_bidir.common.bootstrap import interval
 from probes.tasks import Task
 
 SMALLEST_P = 1e-12
+
+
+class EstimateEntry(TypedDict):
+    """A number in a file."""
+
+    value: float
+    ci95: list[float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +82,8 @@ class Estimate:
         half = math.prod(map(widening_for, counts)) * (high - low) / 2
         return [self.value - half, self.value + half]
 
-    def json(self, *, lowest: float = -math.inf, highest: float = math.inf) -> dict[str, Any]:
-        """Return {"value", "ci95"}; the interval is cut off at the range of the number."""
+    def json(self, *, lowest: float = -math.inf, highest: float = math.inf) -> EstimateEntry:
+        """Return its entry; the interval is cut off at the range of the number."""
         bounds = interval(self.value, self.resampled, lowest=lowest, highest=highest)
         return {"value": self.value, "ci95": bounds}
 
@@ -92,8 +99,8 @@ def resampled_scores(task: Task, sums: Tensor, weights: Tensor) -> dict[str, Ten
     return task.dataset_scores(resampled_sums)
 
 
-def estimate_text(estimate: Mapping[str, Any], number: str = "+.3g") -> str:
-    """Return the text of {"value", "ci95"} in a format of numbers: "+0.12 [+0.1, +0.14]"."""
+def estimate_text(estimate: EstimateEntry, number: str = "+.3g") -> str:
+    """Return the text of an entry in a format of numbers: "+0.12 [+0.1, +0.14]"."""
     value = estimate["value"]
     low, high = estimate["ci95"]
     return f"{value:{number}} [{low:{number}}, {high:{number}}]"

@@ -1,7 +1,7 @@
 """The strengths of regularisation at which `probes solve` has solved the probes of each site, strong to weak."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +17,29 @@ GRADIENT = 1e-3  # the gradient's norm relative to that at w = 0
 ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}
 
 
+class CertificateEntry(TypedDict):
+    """How far the probes of a strength can be from the optimum (probes/solve/solution.py)."""
+
+    gradient: float
+    decrease: float
+    converged: bool
+
+
+class SiteStrengths(TypedDict, total=False):
+    """A site in metrics.json["path"]: its lists have a value for each strength, None where it was not solved.
+
+    The scores of the task are further lists.
+    """
+
+    site: str
+    strengths: list[float]
+    cv_cross_entropy: list[float]  # of segmentation
+    cv_loss: list[float]  # of other tasks
+    chosen: float
+    lowest: float  # the strength of the lowest loss
+    certificates: list[CertificateEntry | None]
+
+
 @dataclass(frozen=True)
 class Strengths:
     """The strengths of a solved run, strong to weak.
@@ -29,7 +52,7 @@ class Strengths:
         exact: The probes are the closed form of least squares, which needs no certificates.
     """
 
-    sites: list[dict[str, Any]]
+    sites: list[SiteStrengths]
     score: str
     exact: bool = False
 
@@ -62,7 +85,7 @@ class Strengths:
             indices.append([i for i, score in enumerate(scores) if score is not None])
         return indices
 
-    def unconverged(self, row: Tensor, sites: list[int]) -> dict[str, dict[str, Any] | None]:
+    def unconverged(self, row: Tensor, sites: list[int]) -> dict[str, CertificateEntry | None]:
         """Return the certificates of a row i64[S] that do not hold at these sites, by name: None if nothing is known.
 
         There are none of least squares, which needs no certificates.

@@ -108,7 +108,7 @@ class SolveRun:
         if loss is not None and type(loss) is not CrossEntropy:
             self.hparams["loss"] = loss.describe()
 
-    def models(self) -> dict[str, Any]:
+    def models(self) -> dict[str, str | dict[str, str]]:
         """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
         return {"mllm": source_identity(self.hparams["mllm"])}
 

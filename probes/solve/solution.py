@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probes.heads import Probe
-from probes.score.strengths import CONVERGED, GRADIENT
+from probes.score.strengths import CONVERGED, GRADIENT, SiteStrengths
 from probes.tasks import SEGMENTATION, Task
 
 from .space import full_precision
@@ -77,8 +77,8 @@ class Solution:
         logits = torch.einsum("btd,rkd->rbkt", x, weights) + bias
         return logits.unflatten(-1, grid)
 
-    def entry(self, site: str, scores: dict[str, list[float]], task: Task) -> dict[str, Any]:
-        """Return the site's entry of metrics.json["path"]; each list has a value, or null, for each strength.
+    def entry(self, site: str, scores: dict[str, list[float]], task: Task) -> SiteStrengths:
+        """Return the site's entry of metrics.json["path"].
 
         Args:
             site: Name of the site.

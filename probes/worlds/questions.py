@@ -21,7 +21,7 @@ Shapes: H W pixels, G cells per row and column, K classes.
 import json
 from collections import Counter, defaultdict
 from itertools import pairwise, product
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy import ndarray
@@ -59,16 +59,28 @@ class Fact(NamedTuple):
 Facts = dict[Key, Fact]  # of a photo
 
 
+AnswerRegion = TypedDict("AnswerRegion", {"box": list[float], "class": str})
+
+
+class PictureRecord(TypedDict):
+    """LLaVA's record of a photo; `probes routes` reads the regions."""
+
+    id: str
+    image: str
+    conversations: list[Turn]
+    regions: NotRequired[list[AnswerRegion | None]]  # of each question; None: no single place
+
+
 class MaskQuestion(NamedTuple):
     """A question about a photo.
 
     Args:
         turns: The question and its answer.
-        region: {"box", "class"}, as `probes routes` reads it; None: no single place.
+        region: Where its answer is; None: no single place.
     """
 
     turns: list[Turn]
-    region: dict[str, Any] | None
+    region: AnswerRegion | None
 
 
 def run(options: QuestionsOptions) -> None:
@@ -89,7 +101,7 @@ def run(options: QuestionsOptions) -> None:
     print(f"{options.out}: {counts}; train with --data.images {options.data}")
 
 
-def build_records(options: QuestionsOptions, prefix: str = "") -> dict[str, list[dict[str, Any]]]:
+def build_records(options: QuestionsOptions, prefix: str = "") -> dict[str, list[PictureRecord]]:
     """Return LLaVA's records by file name, without suffix; `prefix` is put before the paths of images.
 
     Raises:
@@ -142,7 +154,7 @@ def _read_facts(options: QuestionsOptions, split: str, prefix: str) -> dict[str,
     return facts
 
 
-def _record(photo: str, turns: list[Turn]) -> dict[str, Any]:
+def _record(photo: str, turns: list[Turn]) -> PictureRecord:
     return {"id": photo, "image": photo, "conversations": prepend_picture(turns)}
 
 

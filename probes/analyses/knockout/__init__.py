@@ -34,6 +34,8 @@ from probes.models.sites import ADAPTER, layer_number, layer_site
 if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.runs.read import ProbeRun
 
+    from .knockout_effects import KnockoutRows
+
 
 @dataclass(frozen=True, kw_only=True)
 class KnockoutOptions(RunOptions):
@@ -158,7 +160,7 @@ def measure(run: "ProbeRun", options: KnockoutOptions) -> Result:
     )
 
 
-def lines(results: dict[str, Any]) -> Iterator[str]:
+def lines(results: "KnockoutRows") -> Iterator[str]:
     """Yield the rates at the last layer, and the effects, of knockout.json."""
     from probes.score.estimate import estimate_text
 
@@ -172,7 +174,7 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<30} {estimate_text(effect, '+.1%')}"
 
 
-def table_rows(results: dict[str, Any]) -> Iterator[Row]:
+def table_rows(results: "KnockoutRows") -> Iterator[Row]:
     """Yield the share of wrong patches left, by class, condition and site."""
     for entry in results["classes"]:
         for condition, values in entry["remaining"].items():

@@ -18,13 +18,13 @@ Shapes: C cases, E effects, L layers, R resamplings, N images.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from probes.runs.read import ProbeRun
-from probes.score.estimate import Estimate, normal_quantile, student_quantile
+from probes.score.estimate import Estimate, EstimateEntry, normal_quantile, student_quantile
 
 from . import KnockoutOptions
 from .cases import CONDITIONS, outcome_key
@@ -68,9 +68,29 @@ def mean_over_cases(values: Tensor, images: Tensor, weights: Tensor) -> tuple[Te
     return values.mean(0), resampled
 
 
+Rates = TypedDict(
+    "Rates",
+    {
+        "class": str,
+        "images": int,
+        "remaining": dict[str, list[float]],  # by condition, at each layer
+        "ci95": dict[str, list[list[float]]],
+    },
+)
+
+
+class KnockoutRows(TypedDict):
+    """Content of knockout.json."""
+
+    layers: tuple[int, ...] | str
+    classes: list[Rates]
+    all: Rates
+    effects: dict[str, EstimateEntry]
+
+
 def knockout_rows(
     run: ProbeRun, options: KnockoutOptions, tensors: Tensors, effects: Mapping[str, Estimate]
-) -> dict[str, Any]:
+) -> KnockoutRows:
     """Return the rows of knockout.json."""
     return {
         "layers": options.layers or "all",
@@ -80,13 +100,13 @@ def knockout_rows(
     }
 
 
-def _rates(run: ProbeRun, tensors: Tensors, classes: Sequence[str]) -> dict[str, Any]:
+def _rates(run: ProbeRun, tensors: Tensors, classes: Sequence[str]) -> Rates:
     """Return n_c(l) / n_c(0) over the cases of some classes, with intervals over images, by condition."""
     cases = select_cases(tensors, classes)
     name = "all"
     if len(classes) == 1:
         (name,) = classes
-    entry: dict[str, Any] = {
+    entry: Rates = {
         "class": name,
         "images": len(cases.get("image", ())),
         "remaining": {},

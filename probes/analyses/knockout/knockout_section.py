@@ -1,13 +1,13 @@
 """What the report shows of knockouts: rates by layer. The claims have its effects."""
 
-from typing import Any
-
 from probes.analyses.analysis import Section
 from probes.analyses.charts import Chart, Curve, Figure, curves_by_layer
 from probes.analyses.sinks import describe_sinks, sinks_of
 from probes.runs.formatting import Rows, bounds
 from probes.runs.read import ProbeRun
 from probes.runs.study import StudyRuns
+
+from .knockout_effects import Rates
 
 ABOUT_CLAIMS = (
     "Claims about knockouts are of the later half of the layers: as the paper measures them, the rate of wrong patches "
@@ -54,7 +54,7 @@ def rate_chart(rows: Rows) -> Chart:
     )
 
 
-def _rate_rows(run: ProbeRun, entry: dict[str, Any]) -> Rows:
+def _rate_rows(run: ProbeRun, entry: Rates) -> Rows:
     """Return n_c(l) / n_c(0) of an entry of knockout.json, by condition and layer."""
     rows = []
     for condition, rates in entry["remaining"].items():

@@ -10,7 +10,7 @@ Shapes: S sites, L layers, H W pixels.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from llava_bidir.common.cli import Indices
 from llava_bidir.common.errors import UserError
@@ -58,9 +58,9 @@ def measure(run: "ProbeRun", options: MapsOptions) -> Result:
         tensors[f"image/{i}"] = torch.from_numpy(predicted)
     knockouts = []
     for name in options.classes:
-        entry, maps = knockout_maps(run, name)
-        if entry:
-            knockouts.append(entry)
+        case, maps = knockout_maps(run, name)
+        if case:
+            knockouts.append(case)
             tensors[f"knockout/{name}"] = maps
     rows = {
         "sites": run.sites,
@@ -72,11 +72,24 @@ def measure(run: "ProbeRun", options: MapsOptions) -> Result:
     return Result(rows, tensors)
 
 
-def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor | None"]:
+KnockoutCase = TypedDict(
+    "KnockoutCase",
+    {
+        "class": str,  # the wrong one, which is blocked
+        "correct_class": str,
+        "image": int,
+        "name": str,
+        "layers": list[int] | None,
+        "block_by": str,
+    },
+)
+
+
+def knockout_maps(run: "ProbeRun", name: str) -> tuple[KnockoutCase | None, "Tensor | None"]:
     """Return image and classes, and maps by condition and layer, uint8[3, L + 1, H, W], for a wrong class `name`.
 
-    The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. ({},
-    None) if no image has such patches.
+    The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. Both
+    are None if no image has such patches.
 
     Raises:
         UserError: `probes knockout` has not been run for this class.
@@ -93,7 +106,7 @@ def knockout_maps(run: "ProbeRun", name: str) -> tuple[dict[str, Any], "Tensor |
     options = results["options"]
     cases = read_tensors(run.path / "knockout.safetensors")
     if f"{name}/patches" not in cases:
-        return {}, None
+        return None, None
     usable = torch.minimum(cases[f"{name}/patches"], cases[f"{name}/anchors"])
     case = usable.argmax()
     image = cases[f"{name}/image"][case].item()

@@ -28,6 +28,8 @@ from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_number, lay
 if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.runs.read import ProbeRun
 
+    from .patch import PatchingResults
+
 GROUPS = ("patched", "others", "random", "difference")
 
 
@@ -109,7 +111,7 @@ def measure(run: "ProbeRun", options: PatchingOptions) -> Result:
     return Result(rows | patching_effects(tensors, options, run.groups), tensors)
 
 
-def lines(results: dict[str, Any]) -> Iterator[str]:
+def lines(results: "PatchingResults") -> Iterator[str]:
     """Yield the effects at other tokens than the patched ones, by layer."""
     from probes.score.estimate import estimate_text
 

@@ -5,7 +5,7 @@ Shapes: N images, B of a batch, T image tokens, L layers, D draws, R resamplings
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.analyses.routes.cuts import band_entries, random_patches
+from probes.analyses.routes.cuts import BandEntry, band_entries, random_patches
 from probes.heads import Probe
 from probes.models.frozen_mllm import FrozenMLLM
-from probes.score.estimate import Estimate
+from probes.score.estimate import Estimate, EstimateEntry
 
 from . import GROUPS, PatchingOptions
 
@@ -122,9 +122,22 @@ def mean_over(values: Tensor, patches: Tensor) -> Tensor:
     return torch.where(patches, values, 0).sum(1) / patches.sum(1)
 
 
+class PatchingResults(TypedDict, total=False):
+    """Content of patching.json: changes in nats, by group of patches and layer."""
+
+    site: str
+    layers: tuple[int, ...]
+    images: int
+    total: EstimateEntry
+    patched: list[BandEntry]
+    others: list[BandEntry]
+    random: list[BandEntry]
+    difference: list[BandEntry]
+
+
 def patching_effects(
     tensors: dict[str, Tensor], options: PatchingOptions, groups: Tensor | None = None
-) -> dict[str, Any]:
+) -> PatchingResults:
     """Return the means of patching.safetensors, with intervals; a group without patches in any image is left out.
 
     Args:
@@ -137,7 +150,7 @@ def patching_effects(
         groups = groups[: len(total)]
     weights = bootstrap_weights(len(total), seed=options.seed, groups=groups)
     mean, resampled = nan_mean(total[:, None], weights)
-    results: dict[str, Any] = {
+    results: PatchingResults = {
         "images": len(total),
         "total": Estimate(mean.item(), resampled[:, 0]).json(),
     }

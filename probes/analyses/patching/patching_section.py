@@ -1,13 +1,12 @@
 """Figure of activation patching: what replaced states change at other tokens, by layer."""
 
-from typing import Any
-
 from probes.analyses.analysis import Section
 from probes.analyses.charts import Chart, Curve, Figure, Point, curves_by_layer
 from probes.runs.formatting import Rows, bounds
 from probes.runs.study import StudyRuns
 
 from . import GROUPS
+from .patch import PatchingResults
 
 LOOKS = {  # of the groups of patches that are drawn
     "random": Curve(points=(), name="random tokens", colour="grey", style="dotted"),
@@ -15,7 +14,7 @@ LOOKS = {  # of the groups of patches that are drawn
 }
 
 
-def patching_chart(results: dict[str, Any], rows: Rows) -> Chart:
+def patching_chart(results: PatchingResults, rows: Rows) -> Chart:
     """Return the panel of patching.json; the CSV file has all groups of patches."""
     curves = curves_by_layer(rows, looks=LOOKS, name="patches", value="value")
     layers = sorted({row["layer"] for row in rows})
@@ -30,7 +29,7 @@ def patching_chart(results: dict[str, Any], rows: Rows) -> Chart:
     )
 
 
-def effect_rows(results: dict[str, Any]) -> Rows:
+def effect_rows(results: PatchingResults) -> Rows:
     """Return the effects of patching.json in nats, one row per group of patches and layer."""
     return [
         {"patches": group, "layer": place["layer"], "value": place["value"]} | bounds(place["ci95"])

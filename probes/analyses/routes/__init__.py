@@ -38,6 +38,8 @@ from probes.models.sites import layer_number
 if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.runs.read import ProbeRun
 
+    from .cuts import RouteResults
+
 QUESTIONS_PER_FILE = 8
 
 
@@ -119,7 +121,7 @@ def measure(run: "ProbeRun", options: RoutesOptions) -> Result:
     return Result(rows, tensors, claimed_routes(tensors, options.seed))
 
 
-def lines(results: dict[str, Any]) -> Iterator[str]:
+def lines(results: "RouteResults") -> Iterator[str]:
     """Yield how many answers are right, the effects of cuts in all layers, and the window with the largest one."""
     from probes.score.estimate import estimate_text
 
@@ -143,7 +145,7 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
         yield f"  {route:<27} {estimate_text(effect['all'], '+.3f')}; {window}"
 
 
-def table_rows(results: dict[str, Any]) -> Iterator[Row]:
+def table_rows(results: "RouteResults") -> Iterator[Row]:
     """Yield the accuracy of the answers, and the effect of each route, cut in all layers, in nats."""
     accuracy = results["accuracy"]
     yield table_row(

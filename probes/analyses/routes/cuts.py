@@ -8,7 +8,7 @@ Shapes: Q questions, K classes, T image tokens, W windows, L layers, R rows of a
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from probes.analyses.knockout.knockout_effects import mean_over_cases
 from probes.data.blank import blank_picture
 from probes.models.knockout import Knockout
 from probes.runs.read import ProbeRun
-from probes.score.estimate import Estimate
+from probes.score.estimate import Estimate, EstimateEntry
 
 from . import RoutesOptions
 from .questions import QuestionFile, read_question_image, tokens_in_box
@@ -38,6 +38,52 @@ OUTCOMES = {  # of a cut: their names for all layers, and by window
 }
 
 Tensors = dict[str, Tensor]  # content of routes.safetensors
+
+
+class BandEntry(EstimateEntry, total=False):
+    """A number at a place, with an interval that holds for all places together."""
+
+    layer: int  # of patching
+    layers: list[int]  # of routes: the first and the last one
+
+
+class SiteAnswers(TypedDict):
+    """How often the probe at a site is right."""
+
+    site: str
+    accuracy: EstimateEntry
+    difference: EstimateEntry  # answer minus probe
+    agreement: EstimateEntry  # share of questions on which both say the same
+
+
+class AnswerStatistics(TypedDict):
+    """How often answers are right."""
+
+    images: int
+    questions: int
+    accuracy: EstimateEntry
+    sites: list[SiteAnswers]
+
+
+class RouteEffect(TypedDict):
+    """What a cut changes: in all layers, and by window."""
+
+    source: str  # "object - random" is the difference of the two
+    target: str
+    all: EstimateEntry  # nats
+    windows: list[BandEntry]
+    changed: EstimateEntry  # share of answers
+    changed_windows: list[BandEntry]
+    right: EstimateEntry  # share of answers under the cut in all layers
+
+
+class RouteResults(AnswerStatistics):
+    """Content of routes.json."""
+
+    classes: list[str]
+    layers: int
+    regimes: dict[str, dict]  # by kind of question (blank.py)
+    effects: list[RouteEffect]
 
 
 # ------------------------------------------------------------------------------------------ cuts
@@ -196,20 +242,16 @@ def mean_over_questions(tensors: Tensors, values: Tensor, seed: int) -> tuple[Te
     return mean_over_cases(values, images, weights)
 
 
-def answer_statistics(tensors: Tensors, sites: Sequence[str], seed: int) -> dict[str, Any]:
+def answer_statistics(tensors: Tensors, sites: Sequence[str], seed: int) -> AnswerStatistics:
     """Return how many answers are right, beside the probes at the same places.
 
     Args:
         tensors: Content of routes.safetensors.
         sites: Sites of the probes.
         seed: Seed of the bootstrap.
-
-    Returns:
-        {"questions", "images": numbers, "accuracy", "sites": [{"site", "accuracy", "difference": answer minus probe,
-        "agreement": share of questions on which both say the same}]}; values with intervals are {"value", "ci95"}.
     """
 
-    def entry(values: Tensor, lowest: float = 0.0) -> dict[str, Any]:
+    def entry(values: Tensor, lowest: float = 0.0) -> EstimateEntry:
         mean, resampled = mean_over_questions(tensors, values, seed)
         return Estimate(mean.item(), resampled).json(lowest=lowest, highest=1.0)
 
@@ -237,24 +279,18 @@ def _counts(tensors: Tensors) -> dict[str, int]:
 
 def route_effects(
     tensors: Tensors, places: Sequence[Sequence[int]], seed: int
-) -> list[dict[str, Any]]:
+) -> list[RouteEffect]:
     """Return the effects of all routes.
 
     Args:
         tensors: Content of routes.safetensors.
         places: First and last layer of each cut, all layers first.
         seed: Seed of the bootstrap.
-
-    Returns:
-        [{"source", "target", "all", "windows", "changed", "changed_windows", "right"}]. "all", "changed" and "right"
-        are {"value", "ci95"} of a cut in all layers: in nats, and as the shares of answers that change and that are
-        right; the lists have one of these with "layers" for each window. The source "object - random" is the
-        difference of the two.
     """
     effects = []
     windows_cut = [{"layers": list(place)} for place in places[1:]]
     for target, source in product(TARGETS, SOURCES):
-        effect: dict[str, Any] = {"source": source, "target": target}
+        effect: RouteEffect = {"source": source, "target": target}
         for outcome, (of_all, by_window) in OUTCOMES.items():
             values = change(tensors, outcome=outcome, source=source, target=target)
             mean, resampled = mean_over_questions(tensors, values, seed)
@@ -281,8 +317,8 @@ def change(tensors: Tensors, outcome: str, source: str, target: str) -> Tensor:
 
 
 def band_entries(
-    places: Sequence[dict[str, Any]], values: Tensor, resampled: Tensor
-) -> list[dict[str, Any]]:
+    places: Sequence[dict[str, int | list[int]]], values: Tensor, resampled: Tensor
+) -> list[BandEntry]:
     """Return each place with its value f[P], and an interval from f[R, P] that holds for all places together."""
     low, high = simultaneous_band(values, resampled)
     ends = torch.stack([low, high], 1)

@@ -1,23 +1,44 @@
 """What the report shows of answers: right ones beside probes, and effects of cut routes, also of random LLMs."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.analysis import Section
 from probes.analyses.charts import Chart, Curve, Figure, Point
-from probes.analyses.sinks import describe_sinks, layers_with_sinks, meets_sink, sinks_of
+from probes.analyses.sinks import Sinks, describe_sinks, layers_with_sinks, meets_sink, sinks_of
 from probes.runs.formatting import Rows, bounds
 from probes.runs.read import ProbeRun
 from probes.runs.study import CONTROLS, StudyRuns
-from probes.score.estimate import estimate_text
+from probes.score.estimate import EstimateEntry, estimate_text
 
 from .blank import describe_regimes
-from .cuts import TARGETS
+from .cuts import TARGETS, RouteEffect, SiteAnswers
 
 KEYS = ("questions", "images", "layers", "accuracy", "sites", "effects")  # of routes.json
 # sources with their colours; the last one is on top
 DRAWN = {"random": "grey", "image": 1, "object": 0}
+
+
+class ModelRoutes(TypedDict, total=False):
+    """What was measured of a model: `KEYS` of routes.json, and its sinks."""
+
+    draw: int  # of a random LLM
+    questions: int
+    images: int
+    layers: int
+    accuracy: EstimateEntry
+    sites: list[SiteAnswers]
+    effects: list[RouteEffect]
+    regimes: dict[str, dict]
+    sinks: Sinks
+
+
+class MaskRoutes(ModelRoutes):
+    """What was measured of the trained model under a mask, and of random LLMs."""
+
+    peak_site: str  # best decoder layer by mIoU
+    random: list[ModelRoutes]
 
 
 def section(study: StudyRuns) -> Section:
@@ -40,12 +61,8 @@ def section(study: StudyRuns) -> Section:
     return Section(figures, sentences, tables, results=results, by_mask=by_mask)
 
 
-def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
+def study_routes(study: StudyRuns) -> dict[str, MaskRoutes]:
     """Return the results by mask, of the solved run if it has some, else of the main one; masks without are missing.
-
-    Returns:
-        {mask: `KEYS` of routes.json, "sinks", "peak_site": best decoder layer by mIoU, "random": [{"draw", `KEYS` and
-        "sinks"}]}.
 
     Raises:
         UserError: A random LLM was asked other questions than the trained one.
@@ -83,21 +100,21 @@ def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
         )
 
 
-def _select(run: ProbeRun) -> dict[str, Any]:
+def _select(run: ProbeRun) -> ModelRoutes:
     results = run.analysis("routes.json")
     measured = {key: results[key] for key in KEYS}
     regimes = results.get("regimes", {})  # earlier results have none
     return measured | {"regimes": regimes, "sinks": sinks_of(run)}
 
 
-def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def models_of(of_mask: MaskRoutes) -> dict[str, ModelRoutes]:
     """Return what was measured of the trained model and of each random LLM, by name."""
     return {"trained": of_mask} | {
         f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]
     }
 
 
-def accuracy_rows(routes: dict[str, dict[str, Any]]) -> Rows:
+def accuracy_rows(routes: dict[str, MaskRoutes]) -> Rows:
     """Return the accuracy of answers, then of the probe at each site, at the same places."""
     rows = []
     for mask, of_mask in routes.items():
@@ -115,11 +132,11 @@ def accuracy_rows(routes: dict[str, dict[str, Any]]) -> Rows:
     return rows
 
 
-def _numbers(entry: dict[str, Any], name: str) -> dict[str, Any]:
+def _numbers(entry: EstimateEntry, name: str) -> dict[str, float | None]:
     return {name: entry["value"]} | bounds(entry["ci95"], f"{name}_")
 
 
-def routes_figure(mask: str, of_mask: dict[str, Any]) -> Figure:
+def routes_figure(mask: str, of_mask: MaskRoutes) -> Figure:
     """Return a panel per target; the CSV file has all routes, windows and models."""
     sinks = layers_with_sinks(of_mask["sinks"])
     caption = (
@@ -139,7 +156,7 @@ def routes_figure(mask: str, of_mask: dict[str, Any]) -> Figure:
     )
 
 
-def target_chart(of_mask: dict[str, Any], target: str, sinks: list[int]) -> Chart:
+def target_chart(of_mask: MaskRoutes, target: str, sinks: list[int]) -> Chart:
     """Return the panel of a target."""
     random = [curve for entry in of_mask["random"] for curve in route_curves(entry, target)]
     curves = [Curve(curve.points, style="thin") for curve in random]
@@ -169,7 +186,7 @@ def target_chart(of_mask: dict[str, Any], target: str, sinks: list[int]) -> Char
     )
 
 
-def of_target(entry: dict[str, Any], target: str) -> list[dict[str, Any]]:
+def of_target(entry: ModelRoutes, target: str) -> list[RouteEffect]:
     """Return the effects of the sources that are drawn, in their order."""
     by_source = {}
     for effect in entry["effects"]:
@@ -178,7 +195,7 @@ def of_target(entry: dict[str, Any], target: str) -> list[dict[str, Any]]:
     return [by_source[source] for source in DRAWN if source in by_source]
 
 
-def route_curves(entry: dict[str, Any], target: str) -> list[Curve]:
+def route_curves(entry: ModelRoutes, target: str) -> list[Curve]:
     """Return a curve over the windows for each source of a target."""
     curves = []
     for effect in of_target(entry, target):
@@ -191,7 +208,7 @@ def route_curves(entry: dict[str, Any], target: str) -> list[Curve]:
     return curves
 
 
-def route_rows(of_mask: dict[str, Any]) -> Rows:
+def route_rows(of_mask: MaskRoutes) -> Rows:
     """Return the changes in nats and of answers, by model, route and layers."""
     rows = []
     for model, entry in models_of(of_mask).items():
@@ -213,7 +230,7 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
     return rows
 
 
-def describe_answers(mask: str, of_mask: dict[str, Any]) -> str:
+def describe_answers(mask: str, of_mask: MaskRoutes) -> str:
     """Return one sentence per mask: how many answers are right, beside the probe at the same places."""
     sites = {site["site"]: site for site in of_mask["sites"]}
     site = sites.get(of_mask["peak_site"], of_mask["sites"][-1])
@@ -228,11 +245,11 @@ def describe_answers(mask: str, of_mask: dict[str, Any]) -> str:
     return f"{text}."
 
 
-def _percent(entry: dict[str, Any]) -> str:
+def _percent(entry: EstimateEntry) -> str:
     return estimate_text(entry, ".1%")
 
 
-def summarize(mask: str, of_mask: dict[str, Any]) -> str:
+def summarize(mask: str, of_mask: MaskRoutes) -> str:
     """Return one sentence per mask: what text reads from the object's patches."""
     effects = {(effect["source"], effect["target"]): effect for effect in of_mask["effects"]}
     without_object = _nats(effects["object", "text"])
@@ -245,5 +262,5 @@ def summarize(mask: str, of_mask: dict[str, Any]) -> str:
     )
 
 
-def _nats(effect: dict[str, Any]) -> str:
+def _nats(effect: RouteEffect) -> str:
     return f"{estimate_text(effect['all'], '+.3f')} nats"

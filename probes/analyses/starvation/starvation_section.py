@@ -11,7 +11,7 @@ Shapes: N images, T patches, K classes, R resamplings.
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -27,6 +27,24 @@ from probes.runs.study import PAPER_MASKS, StudyRuns
 from probes.score.estimate import Estimate
 
 GAP = "gap"
+
+
+class Gaps(TypedDict):
+    """Accuracies by patch under two masks, under their names, and the gap; NaN without labelled pixels."""
+
+    gap: list[float]
+    gap_ci95: list[list[float]]
+    first_row: dict[str, float | list[float]]  # the same of the first row's patches together
+
+
+class Starvation(Gaps):
+    """The gaps at the first run's best layer."""
+
+    site: str
+    grid: list[int]
+    images: int
+    untrained: list[str]
+    by_class: Gaps  # standardised, of the first 50 patches
 
 
 def section(study: StudyRuns) -> Section:
@@ -56,7 +74,7 @@ def section(study: StudyRuns) -> Section:
     )
 
 
-def table3(starvation: dict[str, Any]) -> Rows:
+def table3(starvation: Starvation) -> Rows:
     """Return Table 3 (accuracy at the first three patches): rows of the runs, then of the paper."""
     of_run = []
     of_paper = []
@@ -72,9 +90,8 @@ def table3(starvation: dict[str, Any]) -> Rows:
     return of_run + of_paper
 
 
-def gap_chart(result: dict[str, Any], title: str) -> Chart:
+def gap_chart(result: Gaps, columns: int, title: str) -> Chart:
     """Return the differences of the first row, with intervals."""
-    columns = result["grid"][1]
     gaps = zip(result["gap"][:columns], result["gap_ci95"], strict=False)
     points = [Point(i + 1, gap, *ci95) for i, (gap, ci95) in enumerate(gaps)]
     ticks = {i + 1: str(i + 1) for i in range(columns)}
@@ -87,7 +104,7 @@ def gap_chart(result: dict[str, Any], title: str) -> Chart:
     )
 
 
-def accuracy_grids(result: dict[str, Any], masks: tuple[str, str]) -> list[Grid]:
+def accuracy_grids(result: Starvation, masks: tuple[str, str]) -> list[Grid]:
     """Return accuracy by patch under both masks with one range of colours, and their difference."""
     shown = {}
     for name in (*masks, GAP):
@@ -110,9 +127,11 @@ def accuracy_grids(result: dict[str, Any], masks: tuple[str, str]) -> list[Grid]
 
 
 def starvation_figures(
-    result: dict[str, Any], masks: tuple[str, str], suffix: str = ""
+    result: Starvation, masks: tuple[str, str], suffix: str = ""
 ) -> Iterator[Figure]:
     """Yield the figures of context starvation between two masks; names of their files end with `suffix`."""
+    columns = result["grid"][1]
+    standardised = result["by_class"]
     at = f"at {result['site'].replace('_', ' ')}"
     yield Figure(
         name=f"starvation{suffix}",
@@ -120,25 +139,27 @@ def starvation_figures(
         caption="Under causal attention the first image tokens see few others (Fig. 7). Look for a gap at the first "
         f"ones. The darker, the higher; of differences, blue is higher under {masks[1]} attention. Lines: 95% "
         "intervals.",
-        panels=[*accuracy_grids(result, masks), gap_chart(result, "first row")],
+        panels=[*accuracy_grids(result, masks), gap_chart(result, columns, "first row")],
         rows=gap_rows(result, masks),
     )
-    fixed = result["by_class"] | {"grid": result["grid"]}
-    gaps = zip(result["gap"], fixed["gap"], strict=False)
+    gaps = zip(result["gap"], standardised["gap"], strict=False)
     yield Figure(
         name=f"starvation_by_class{suffix}",
         title="Accuracy gap with equal class frequencies",
         caption=f"The gap of the first row {at} as measured, and reweighted so that every patch has the class "
         "frequencies of the full split. Early patches often show only a few classes.",
-        panels=[gap_chart(result, "as measured"), gap_chart(fixed, "same class frequencies")],
+        panels=[
+            gap_chart(result, columns, "as measured"),
+            gap_chart(standardised, columns, "same class frequencies"),
+        ],
         rows=[
-            {"patch": i, "gap": gap, "standardised": standardised}
-            for i, (gap, standardised) in enumerate(gaps)
+            {"patch": i, "gap": gap, "standardised": gap_by_class}
+            for i, (gap, gap_by_class) in enumerate(gaps)
         ],
     )
 
 
-def gap_rows(result: dict[str, Any], masks: tuple[str, str]) -> Rows:
+def gap_rows(result: Starvation, masks: tuple[str, str]) -> Rows:
     """Return the rows of the CSV file: a row per patch."""
     return [
         {"patch": i} | {name: result[name][i] for name in (*masks, GAP)} | bounds(ci95, "gap_")
@@ -149,13 +170,8 @@ def gap_rows(result: dict[str, Any], masks: tuple[str, str]) -> Rows:
 FIRST_PATCHES = 50  # as in Fig. 7; standardisation takes K products of R x N and N x T
 
 
-def starvation(first: ProbeRun, second: ProbeRun) -> dict[str, Any] | None:
+def starvation(first: ProbeRun, second: ProbeRun) -> Starvation | None:
     """Return the gap at the first run's best layer; None if it has no layers, or the second run lacks this one.
-
-    Returns:
-        {"site", "grid", "images", "untrained", MASK, MASK, "gap": [T], "gap_ci95": [[low, high]], "first_row": the same
-        of the first row's patches together, "by_class": all of these, standardised, of the first 50 patches}. A patch
-        without labelled pixels has NaN.
 
     Raises:
         UserError: The runs differ in images, control or how probes were made.
@@ -230,7 +246,7 @@ def standardised_accuracy(
     return {mask: values / mix for mask, values in total.items()}
 
 
-def gaps(accuracy: dict[str, Tensor]) -> dict[str, Any]:
+def gaps(accuracy: dict[str, Tensor]) -> Gaps:
     """Return both accuracies and the gap by patch, and of the last column as "first_row", from f64[1 + R, T + 1]."""
     of_first, of_second = accuracy.values()
     gap = of_second - of_first

@@ -13,7 +13,7 @@ Shapes: T patches, d width of a site.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from llava_bidir.common.cli import Indices, Seed
 from llava_bidir.common.errors import UserError
@@ -96,7 +96,7 @@ def measure(run: "ProbeRun", options: UmapOptions) -> Result:
             "name": sample["name"],
             "labels": labels.tolist(),
             "sites": [
-                {"site": site} | embed(x[0].float().cpu(), labels, options.seed)
+                embed(site, states=x[0].float().cpu(), labels=labels, seed=options.seed)
                 for site, x in states.items()
             ],
         }
@@ -104,7 +104,32 @@ def measure(run: "ProbeRun", options: UmapOptions) -> Result:
     return Result({"grid": list(mllm.grid), "images": images})
 
 
-def embed(states: "Tensor", labels: "Tensor", seed: int) -> dict[str, Any]:
+class SiteEmbedding(TypedDict):
+    """The patches of an image at a site."""
+
+    site: str
+    xy: list[list[float]]
+    knn_purity: float | None
+    silhouette: float | None
+
+
+class ImageEmbedding(TypedDict):
+    """The patches of an image at all sites."""
+
+    image: int
+    name: str
+    labels: list[int]
+    sites: list[SiteEmbedding]
+
+
+class UmapResults(TypedDict):
+    """Content of umap.json."""
+
+    grid: list[int]
+    images: list[ImageEmbedding]
+
+
+def embed(site: str, states: "Tensor", labels: "Tensor", seed: int) -> SiteEmbedding:
     """Return the UMAP of states f[T, d], and purity and silhouette of labels long[T] (-1 unknown) by cosine."""
     import torch
     from sklearn.metrics import silhouette_score
@@ -122,6 +147,7 @@ def embed(states: "Tensor", labels: "Tensor", seed: int) -> dict[str, Any]:
     if 1 < len(labels[labelled].unique()) < labelled.sum():
         silhouette = float(silhouette_score(x[labelled], labels[labelled], metric="cosine"))
     return {
+        "site": site,
         "xy": xy.round(4).tolist(),
         "knn_purity": knn_purity(states[labelled], labels[labelled]),
         "silhouette": silhouette,
@@ -145,7 +171,7 @@ def knn_purity(states: "Tensor", labels: "Tensor") -> float | None:
     return (labels[nearest] == labels[:, None]).double().mean().item()
 
 
-def lines(results: dict[str, Any]) -> Iterator[str]:
+def lines(results: UmapResults) -> Iterator[str]:
     """Yield both numbers of each image and site."""
     for image in results["images"]:
         for site in image["sites"]:

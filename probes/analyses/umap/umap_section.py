@@ -1,7 +1,5 @@
 """What the report shows of UMAP projections (Fig. 5)."""
 
-from typing import Any
-
 import numpy as np
 
 from probes.analyses.analysis import Section
@@ -9,6 +7,8 @@ from probes.analyses.charts import Chart, Curve, Figure, Point
 from probes.data.image_dataset import palette_of
 from probes.runs.formatting import Rows
 from probes.runs.study import StudyRuns
+
+from . import ImageEmbedding, SiteEmbedding
 
 NAMED_CLASSES = 4  # all others are grey
 
@@ -42,7 +42,7 @@ def section(study: StudyRuns) -> Section:
 
 
 def umap_chart(
-    entry: dict[str, Any], labels: list[int], classes: list[str], palette: np.ndarray
+    entry: SiteEmbedding, labels: list[int], classes: list[str], palette: np.ndarray
 ) -> Chart:
     """Return the patches of one image in two dimensions at a site; all but the commonest classes are grey (Fig. 5)."""
     labelled = np.array([label for label in labels if label >= 0], int)
@@ -70,7 +70,7 @@ def umap_chart(
     )
 
 
-def umap_rows(image: dict[str, Any]) -> Rows:
+def umap_rows(image: ImageEmbedding) -> Rows:
     """Return the rows of the CSV file: a row per site and patch."""
     return [
         {"site": entry["site"], "patch": i, "label": int(image["labels"][i]), "x": x, "y": y}

@@ -174,10 +174,13 @@ def test_budget_accumulates_to_the_recipes_batch(budget, instantiate):
 @pytest.mark.parametrize(
     ("file", "more"), [*((file, []) for file in PROBING), ("demo/probes.yaml", [UPON_PROBING])]
 )
-def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
+def test_probing_config_is_instantiated(file, more, checkpoints, encoders, tmp_path):
     write, classes = PROBING[file]
+    model = checkpoints["causal"]
+    if "image_px:" in (CONFIGS / file).read_text():  # a bare encoder's protocol
+        model = encoders / "dinov2"
     argv = [x for name in [file, *more] for x in ("-c", str(CONFIGS / name))]
-    argv += f"--model.mllm {checkpoints['causal']} --data.root {write(tmp_path)}".split()
+    argv += f"--model.mllm {model} --data.root {write(tmp_path)}".split()
     cli = build_probes([*argv, "--trainer.accelerator", "cpu"], run=False)
     assert cli.model.hparams.num_classes == classes
     assert bool(cli.model.hparams.untrained) == bool(more)

@@ -4,7 +4,7 @@
 
 OUT/taught/NAME                     half of the training photos, whose masks make questions of stage 2
 OUT/probed/NAME                     the other half, which probes train on, and the validation photos, which score them
-OUT/MASK_SEED/stage1, frozen, trained   trainings; causal_0/llm_rate trains the tower at the LLM's rate
+OUT/MASK_SEED/stage1, frozen, trained   trainings; causal_0/llm_rate and published_rate: at other rates
 OUT/towers/MASK_SEED                trained towers as encoders of their own, beside OUT/encoder
 OUT/NAME/encoders, MASK_SEED, cuts  studies
 OUT/{losses,differences,claims,learning_curve}.csv
@@ -29,7 +29,7 @@ from probes.worlds.steps import MASKS, make_step, run_in_child_process, to_words
 
 IMAGE_PX = 112  # 8 x 8 image tokens
 SEEDS = (0, 1)
-LLM_RATE = "llm_rate"
+RATES = {"llm_rate": "3.0e-4", "published_rate": "2.0e-6"}  # of the tower: causal, seed 0
 LAST_READ = 11  # of twelve layers
 LAYERS = [f"layer_{number:02}" for number in range(1, LAST_READ + 1)]
 LLM_LAYERS = [f"layer_{number:02}" for number in (1, 5, 10, 15, 20, 25, 30)]
@@ -114,7 +114,8 @@ def stages_of(args: argparse.Namespace, mask: str, seed: int, data: Data) -> dic
     trained = frozen | {"--model.trainable": "[encoder,adapter,llm]"}
     stages = {"stage1": stages["stage1"], "frozen": frozen, "trained": trained}
     if (mask, seed) == (MASKS[0], SEEDS[0]):
-        stages[LLM_RATE] = trained | {"--model.encoder_learning_rate": "3.0e-4"}
+        for stage, rate in RATES.items():
+            stages[stage] = trained | {"--model.encoder_learning_rate": rate}
     return stages
 
 
@@ -136,8 +137,8 @@ def train(args: argparse.Namespace, data: Data) -> list[str]:
     for name in names:
         for folder in folders[name]:
             runs[f"{name} {folder.name}"] = folder
-            if folder.name == LLM_RATE:
-                write_tower(args.out, export=folder / "hf", name=f"{name}_{LLM_RATE}")
+            if folder.name in RATES:
+                write_tower(args.out, export=folder / "hf", name=f"{name}_{folder.name}")
             elif folder.name == "trained":
                 write_tower(args.out, export=folder / "hf", name=name)
     write_loss_curves(args.out / "losses.csv", runs)
@@ -170,7 +171,8 @@ def study_step(study: Path, models: dict[str, Path], data: Path, options: dict) 
 def studies(out: Path, data: Data, names: Sequence[str]) -> Iterator[Step]:
     """Yield the steps of all studies; those that are dropped first come last."""
     towers = {"published": out / "encoder"}
-    towers |= {name: out / "towers" / name for name in (*names, f"{names[0]}_{LLM_RATE}")}
+    towers |= {name: out / "towers" / name for name in names}
+    towers |= {stage: out / "towers" / f"{names[0]}_{stage}" for stage in RATES}
     of_encoders = {
         "--model.sites": ",".join(LAYERS),
         "--model.image_px": IMAGE_PX,

@@ -104,9 +104,9 @@ MOST = {
     "probes/worlds": (15_088, 12),
     "probes": (88_611, 101),  # the rest of it
     "experiments": (38_853, 38),
-    "tests": (284_976, 311),
+    "tests": (285_063, 311),
 }
-MOST_WORDS = 32_503  # of all Markdown
+MOST_WORDS = 32_520  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

@@ -1,5 +1,6 @@
 """Photos that a solved run keeps for the report."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,19 @@ def test_damaged_photos_are_left_out_and_named(runs, tmp_path):
     with pytest.warns(UserWarning, match="a/trained/pictures.npz: .*; its photos are left out"):
         shown = shown_photos(tmp_path / "c/trained", str(whole["data"]))
     assert shown == {name: int(whole[f"{name}/index"]) for name in names_of(whole)}
+
+
+def test_photos_that_cannot_be_written_whole_are_not_there(
+    checkpoints, segmentation, tmp_path, monkeypatch
+):
+    def fill_the_disk(file, **_) -> None:
+        file.write(b"PK")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", fill_the_disk)
+    with pytest.raises(SystemExit, match="pictures.npz.*No space left on device"):
+        main(arguments(checkpoints["causal"], segmentation, tmp_path / "run"))
+    assert not list(tmp_path.rglob("pictures.npz*"))
 
 
 @pytest.mark.parametrize("images", [1, 2, 40])

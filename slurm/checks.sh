@@ -92,7 +92,7 @@ check_python() { # status 1 if further checks cannot run
 }
 
 check_options() { # of the three commands, which refuse what is wrong; stages are estimated
-  local stage encoder told status nowhere=/nowhere/hf
+  local stage encoder told status hours gb image nowhere=/nowhere/hf
   [[ $NODES$TASKS_PER_NODE =~ ^[0-9]+$ ]] || return 0
   for encoder in $ENCODERS; do
     [[ -f $ENCODER_CONFIGS/$encoder.yaml ]] || continue
@@ -104,7 +104,9 @@ check_options() { # of the three commands, which refuse what is wrong; stages ar
       if [[ $status != 0 ]]; then
         refused "STAGE$stage, $encoder" "$told"
       else
-        estimates[$stage $encoder]=$(estimate <<<"$told")
+        read -r hours gb image < <(estimate <<<"$told")
+        estimates[$stage $encoder]="$hours $gb"
+        if [[ -n $image ]]; then wrong+=("STAGE$stage, $encoder: there is no image $image"); fi
       fi
     done
   done
@@ -128,13 +130,13 @@ refused() { # SETTING OUTPUT: note the last line of an output, unless it is abou
   wrong+=("$1: $line")
 }
 
-estimate() { # JSON of `fit --dry-run` -> hours and GB on a GPU, "-" for what is not known
+estimate() { # JSON of `fit --dry-run` -> hours and GB on a GPU, "-" for what is not known, and a missing image
   "$PYTHON" -c '
 import json, sys
 nodes, gpus_a_node = map(int, sys.argv[1:])
 text = sys.stdin.read()
 costs = json.loads(text[text.index("{") :])
 hours = costs.get("gpu_hours")
-print("-" if hours is None else f"{hours / nodes / gpus_a_node:.1f}", round(costs["memory_gb"]["total"]))
+print("-" if hours is None else f"{hours / nodes / gpus_a_node:.1f}", round(costs["memory_gb"]["total"]), *costs["missing_images"][:1])
 ' "$NODES" "$TASKS_PER_NODE"
 }

@@ -71,6 +71,9 @@ def format_estimate(costs: TrainingCosts, gpu_gb: float) -> str:
     rows.append(
         ("disk", _gb(costs.disk), f"two checkpoints of {_gb(costs.checkpoint)}, and an export")
     )
+    if costs.missing_images:
+        missing = f"of some that were looked up, e.g. {costs.missing_images[0]}"
+        rows.append(("missing", f"{len(costs.missing_images):,} images", missing))
     return "\n".join(f"{name:<12}{value:>12}  {note}".rstrip() for name, value, note in rows)
 
 

@@ -56,11 +56,13 @@ class SampledRecords:
         lengths: Tokens of each record, image tokens included.
         images: Images of all of them.
         supervised: Supervised tokens of all of them.
+        missing_images: Their images that are not there.
     """
 
     lengths: list[int]
     images: int
     supervised: int
+    missing_images: list[str]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class TrainingCosts:
         devices: Number of GPUs.
         tflops: 10^12 operations per second that a GPU is supposed to do.
         checkpoint, export: Bytes on disk.
+        missing_images: Images of sampled records that are not there.
     """
 
     steps: int
@@ -95,6 +98,7 @@ class TrainingCosts:
     tflops: float
     checkpoint: float
     export: float
+    missing_images: list[str]
 
     @property
     def gpu_hours(self) -> float:
@@ -125,13 +129,14 @@ class TrainingCosts:
             "hours": self.hours,
             "gpu_hours": self.gpu_hours,
             "disk_gb": self.disk / GB,
+            "missing_images": self.missing_images,
         }
 
 
 def estimate(
     module: LlavaTraining, data: InstructionData, trainer: Trainer, spread: Spread, tflops: float
 ) -> TrainingCosts:
-    """Return what a training costs. Annotations are read, weights and images are not.
+    """Return what a training costs. Annotations are read, weights and images are not; some images are looked up.
 
     Args:
         module: The training, without a model.
@@ -171,6 +176,7 @@ def estimate(
         tflops=tflops,
         checkpoint=checkpoint_bytes(module, spread),
         export=export_bytes(module, spread),
+        missing_images=sampled.missing_images,
     )
 
 
@@ -202,12 +208,19 @@ def sample_records(data: InstructionData) -> SampledRecords:
     lengths = []
     images = 0
     supervised = 0
+    missing_images = []
     for index in order[middles.astype(int)]:
-        ids, labels = data.collate.truncated(data.train.without_pixels(int(index)))
+        sample = data.train.without_pixels(int(index))
+        ids, labels = data.collate.truncated(sample)
+        file = data.train.images / data.train.records[int(index)]["image"]
+        if sample["image"] and not file.exists():
+            missing_images.append(str(file))
         lengths.append(len(ids))
         images += ids.count(data.collate.processor.image_token_id) // data.collate.image_tokens
         supervised += len(labels) - labels.count(IGNORE_INDEX)
-    return SampledRecords(lengths, images, supervised)
+    return SampledRecords(
+        lengths=lengths, images=images, supervised=supervised, missing_images=missing_images
+    )
 
 
 def longest_micro_batch(data: InstructionData) -> Batch:

@@ -108,9 +108,6 @@ def plan(study: StudyOptions) -> Planned:
         UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
     _check(study)
-    models = {
-        label: choose_model(replace(study.model, mllm=path)) for label, path in study.models.items()
-    }
     _check_folder_of_data(study.data)
     main = study.data.task
     tasks = dict.fromkeys((main, *study.tasks))
@@ -119,6 +116,10 @@ def plan(study: StudyOptions) -> Planned:
     training, validation = splits[main]["training"], splits[main]["validation"]
     check_sizes(study.training_images, len(training))
     analyses = choose_analyses(study, validation)
+    # after the images, since slurm/submit.sh checks a study whose model is not trained yet
+    models = {
+        label: choose_model(replace(study.model, mllm=path)) for label, path in study.models.items()
+    }
     contents = {
         (label, task): cache(partial(_content, model, splits_of_task))
         for label, model in study.models.items()

@@ -27,7 +27,8 @@ esac"""
 PYTHON = """case "$*" in
 *"fit "*"annotations /nowhere"*) echo "data.annotations: no file /nowhere"; exit 1 ;;
 *"fit "*"_rte"*) echo "unrecognized arguments: --model.learning_rte"; exit 2 ;;
-*"fit "*) echo '{{"gpu_hours": 52.04, "memory_gb": {{"total": 39.4}}}}' ;;
+*"fit "*"images /lost"*) echo '{{"gpu_hours": 1, "memory_gb": {{"total": 1}}, "missing_images": ["/lost/1 a.jpg", "2"]}}' ;;
+*"fit "*) echo '{{"gpu_hours": 52.04, "memory_gb": {{"total": 39.4}}, "missing_images": []}}' ;;
 *"-m "*) echo "no model /nowhere/hf"; exit 1 ;;
 *lmms_eval*) ;;
 *) exec {1} "$@" ;;
@@ -207,6 +208,18 @@ def test_a_mistake_submits_nothing_and_all_that_is_missing_is_named_at_once(stud
     assert len(told) == len(WRONG)
     for text in WRONG.values():
         (line,) = [line for line in told if line.startswith(f"slurm/env.sh: {text}")]
+
+
+def test_images_that_are_not_where_the_annotations_say_are_named_before_a_stage_is_submitted(
+    study, tmp_path
+):
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    python = tmp_path / "python"
+    python.write_text(python.read_text().replace("/lost", str(lost)))
+    done, calls = study(check=False, ENCODERS="clip", INSTRUCTION_IMAGES=str(lost))
+    assert done.stderr == f"slurm/env.sh: STAGE2, clip: there is no image {lost}/1 a.jpg\n"
+    assert calls == []
 
 
 def test_options_that_a_command_refuses_are_named_with_their_setting(study):

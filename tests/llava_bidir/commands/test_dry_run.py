@@ -42,7 +42,7 @@ def test_costs_are_those_of_the_contract(without_weights, conversations, capsys)
     memory = costs["memory_gb"]
     parts = [memory[x] for x in ("weights", "gradients", "optimizer", "activations", "logits")]
     assert memory["total"] == pytest.approx(sum(parts)) and min(parts[:4]) > 0
-    assert costs["disk_gb"] > 0
+    assert costs["disk_gb"] > 0 and costs["missing_images"] == []
     seconds = costs["steps"] * costs["flops_per_step"] / (0.4 * 312e12)
     assert costs["gpu_hours"] == pytest.approx(seconds / 3600)
 
@@ -55,6 +55,12 @@ def test_hours_follow_from_the_peak_and_memory_from_the_gpu(without_weights, con
     assert "4 GPUs" in rows["time"]
     hours = [float(rows[name][12:24].replace(",", "").split()[0]) for name in ("time", "GPU time")]
     assert hours[1] == pytest.approx(4 * hours[0], rel=1e-3) and hours[0] > 1
+
+
+def test_images_that_are_not_there_are_named(without_weights, conversations, capsys, tmp_path):
+    out = run(without_weights, conversations, capsys, "--data.images", str(tmp_path))
+    missing = out.splitlines()[-1]
+    assert missing.split()[:3] == ["missing", "10", "images"] and str(tmp_path) in missing
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,9 @@ BAD = {
     "MODEL DATA --add knockouts": "no analysis 'knockouts'",
     "MODEL DATA --add knockout.classes": "knockout.classes",
     "MODEL DATA --add knockout.classes=wall,unicorn": "no class 'unicorn'",
+    # the model is not trained yet when slurm/submit.sh checks a study
+    "nowhere DATA --add knockout.classes=unicorn": "no class 'unicorn'",
+    "nowhere voc2012 --data.root DATA": "lacks JPEGImages",
     "MODEL EMPTY": "validation",
     "MODEL DATA --tasks dept": "no task 'dept'",
     "report=MODEL a=MODEL DATA": "'report' cannot be",

@@ -27,7 +27,7 @@ esac"""
 PYTHON = """case "$*" in
 *"fit "*"annotations /nowhere"*) echo "data.annotations: no file /nowhere"; exit 1 ;;
 *"fit "*"_rte"*) echo "unrecognized arguments: --model.learning_rte"; exit 2 ;;
-*"fit "*"images /lost"*) echo '{{"gpu_hours": 1, "memory_gb": {{"total": 1}}, "missing_images": ["/lost/1 a.jpg", "2"]}}' ;;
+*"fit "*"images /lost"*) echo '{{"gpu_hours": 1, "memory_gb": {{"total": 1}}, "missing_images": ["/lost/1 a.jpg"]}}' ;;
 *"fit "*) echo '{{"gpu_hours": 52.04, "memory_gb": {{"total": 39.4}}, "missing_images": []}}' ;;
 *"-m "*) echo "no model /nowhere/hf"; exit 1 ;;
 *lmms_eval*) ;;

@@ -24,6 +24,7 @@ NARROW = ((358, 270), (34, 46, 26, 46))
 TILES = 6
 GREY_NAMES = {"LLM layers": "random LLMs", "adapter": "random adapters"}
 MOST_BANDS = 4  # models whose random models are drawn
+COMPARISON = 70  # px, of the verdict on several models, above the figure: the maps below are on the first screen still
 TICK_ROW = 15  # px
 LABEL_WIDTH, LABEL_HEIGHT = 52, 14  # px, of a score at a ring
 MOST_STRIPS = 3
@@ -237,6 +238,8 @@ def large_figure(view: ReportView) -> list[tuple[Frame, list[Mark]]]:
         rows = tick_rows(view, shown)
         more = TICK_ROW * max(0, len(rows) - 1)
         width, height = size
+        if is_wide and len(shown) in (2, 3):  # of more, the list of models is as high as the figure
+            height -= COMPARISON
         *above_and_beside, below = margins
         frame = Frame(chart, (width, height + more), (*above_and_beside, below + more))
         if rows:

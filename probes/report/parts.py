@@ -41,7 +41,7 @@ MEANINGS = {
     "reversed": "the other way, by more than {margin}",
     "negligible": "there, but less than {margin}",
     "no effect": "less than {margin} either way",
-    "undecided": "too few {noun}s to tell: would show from {would_show}",
+    "undecided": "too few {noun}s to tell: {would_show}",
 }
 # Classes that the page shows: all, or of more than these those at both ends, which gain and lose most
 MOST_CLASS_ROWS = 255
@@ -137,9 +137,14 @@ def explain(view: ReportView, row: Any) -> str:
     meaning = MEANINGS.get(row.finding, "").format(
         margin=points(margins[row.task], row.task),
         noun=noun_of(row.data),
-        would_show=points(row.would_show, row.task),
+        would_show=shows_from(row),
     )
     return "; ".join(filter(None, (meaning, as_read(view, row))))
+
+
+def shows_from(row: Any) -> str:
+    """Return the smallest effect that would have been shown of what a row is about."""
+    return f"would show from {points(row.would_show, row.task)}"
 
 
 def as_read(view: ReportView, row: Any) -> str:

@@ -73,6 +73,27 @@ def test_claims_compare_layers_and_random_encoders(study):
         }
 
 
+def test_the_first_screen_says_how_large_an_effect_would_have_shown(study):
+    out, _ = study
+    claims = json.loads((out / "report/results.json").read_text())["claims"]
+    undecided = sum(claim["finding"] == "undecided" for claim in claims)
+    first_screen = (out / "report/index.html").read_text().partition('<section id="verdicts">')[0]
+    assert first_screen.count(": would show from ") == undecided > 0
+
+
+@pytest.mark.slow
+def test_a_long_list_of_models_is_not_hidden_by_the_choice_of_the_photo(study, chromium):
+    out, _ = study
+    tab = chromium.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto((out / "report/index.html").as_uri())
+    entries = "document.querySelector('.hero aside').lastElementChild"
+    more = f"{entries}.append({entries}.lastElementChild.cloneNode(true))"
+    tab.evaluate(f"for (let i = 0; i < 12; i++) {more}")
+    last = tab.locator(".hero aside li").last.bounding_box()
+    assert last["y"] + last["height"] <= tab.locator(".picker").bounding_box()["y"]
+    tab.close()
+
+
 @pytest.mark.parametrize(
     ("arms", "side", "message"),
     [

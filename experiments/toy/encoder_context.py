@@ -51,6 +51,7 @@ CUE, BLUE, COSINE, SINE, CONTEXT, HIGH, LOW = range(7)  # channels
 CONSTANT = 3.0  # in HIGH and -LOW: norms then hardly depend on the rest
 SHARPNESS = 5.0  # of attention to the own hue
 NOISE = 0.02  # of weights
+LINEAR = 10.0  # added before GELU, which is linear there
 ARMS = ["trained", "random0", "random1", "permuted0", "permuted1"]
 
 
@@ -107,9 +108,15 @@ def write_model(folder: Path, kind: str, seed: int) -> Path:
             if hasattr(layer, "self_attn") and kind != "llm":
                 bind(layer.self_attn, out=layer.self_attn.out_proj)
         adapter = net.model.multi_modal_projector
-        for linear, bias in ((adapter.linear_1, 10.0), (adapter.linear_2, -10.0)):
+        for linear in (adapter.linear_1, adapter.linear_2):
             linear.weight += torch.eye(WIDTH)
-            linear.bias.fill_(bias)  # GELU is linear there
+        adapter.linear_1.bias.fill_(LINEAR)
+        # takes all of it back, the noise's share, too, which would turn the hues that patches attend by
+        adapter.linear_2.bias.copy_(-LINEAR * adapter.linear_2.weight.sum(1))
+        # tokens of the prompt have no hue; with their random ones they would draw all attention
+        words = net.model.language_model.embed_tokens.weight
+        words[:, [CUE, COSINE, SINE, CONTEXT]] = 0
+        words[:, [HIGH, LOW]] = torch.tensor([CONSTANT, -CONSTANT])
         for layer in net.model.language_model.layers:
             bind(layer.self_attn, out=layer.self_attn.o_proj)
         if kind == "encoder":

@@ -7,7 +7,7 @@ OUT/probed/NAME                     the other half, which probes train on, and t
 OUT/MASK_SEED/stage1, frozen, trained   trainings; causal_0/llm_rate and published_rate: at other rates
 OUT/towers/MASK_SEED                trained towers as encoders of their own, beside OUT/encoder
 OUT/NAME/encoders, MASK_SEED, cuts  studies
-OUT/{losses,differences,claims,learning_curve}.csv
+OUT/{losses,differences,claims,sites,models,learning_curve}.csv
 
 A second call continues what was stopped. Everything is compared with what was there before: a training or study of
 other options is refused.
@@ -34,7 +34,7 @@ LAST_READ = 11  # of twelve layers
 LAYERS = [f"layer_{number:02}" for number in range(1, LAST_READ + 1)]
 LLM_LAYERS = [f"layer_{number:02}" for number in (1, 5, 10, 15, 20, 25, 30)]
 STEPS = "solve,position,norms,report"
-TABLES = ("differences", "claims", "learning_curve")
+TABLES = ("differences", "claims", "sites", "models", "learning_curve")
 
 
 # ------------------------------------------------------------------------------------------------------------- photos
@@ -191,8 +191,9 @@ def studies(out: Path, data: Data, names: Sequence[str]) -> Iterator[Step]:
     }
     for label, half in data.studied.items():
         for name in names:
-            models = {"before": out / name / "stage1/hf"}
-            models |= {stage: out / name / stage / "hf" for stage in ("frozen", "trained")}
+            # the first is compared with each other one at every site
+            stages = {"frozen": "frozen", "before": "stage1", "trained": "trained"}
+            models = {label: out / name / stage / "hf" for label, stage in stages.items()}
             yield study_step(out / label / name, models, half, of_llms)
     models = {stage: out / names[0] / stage / "hf" for stage in ("frozen", "trained")}
     cuts = of_llms | {"--cuts": "encoder,llm,both"}
@@ -200,23 +201,26 @@ def studies(out: Path, data: Data, names: Sequence[str]) -> Iterator[Step]:
 
 
 def run_studies(args: argparse.Namespace, steps: Sequence[Step]) -> None:
-    """Run studies, two at a time, and gather the tables of their reports as OUT/TABLE.csv."""
+    """Run studies, two at a time."""
 
     def run(step: Step) -> None:
         run_in_child_process(args.out, step.name.replace("/", "_"), [step])
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, steps))
+
+
+def gather(out: Path, steps: Sequence[Step]) -> None:
+    """Write the tables of all reports that are there as OUT/TABLE.csv."""
     for table in TABLES:
         rows: list[dict[str, str]] = []
         for step in steps:
-            file = step.result.with_name(f"{table}.csv")
-            if file.is_file():
-                study = str(file.parents[1].relative_to(args.out))
+            study = str(step.result.parents[1].relative_to(out))
+            for file in sorted(step.result.parent.glob(f"{table}*.csv")):
                 with file.open() as lines:
                     rows += [{"study": study} | row for row in csv.DictReader(lines)]
         names = dict.fromkeys(name for row in rows for name in row)
-        with (args.out / f"{table}.csv").open("w", newline="") as target:
+        with (out / f"{table}.csv").open("w", newline="") as target:
             writer = csv.DictWriter(target, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -238,7 +242,9 @@ def main() -> None:
     write_models(args.out)
     data = make_data(args)
     names = train(args, data)
-    run_studies(args, [*studies(args.out, data, names)])
+    steps = [*studies(args.out, data, names)]
+    run_studies(args, steps)
+    gather(args.out, steps)
 
 
 if __name__ == "__main__":

@@ -99,14 +99,14 @@ MOST = {
     "llava_bidir": (49_419, 66),
     "probes/models": (31_200, 36),
     "probes/analyses": (27_843, 29),
-    "probes/report": (33_446, 20),
+    "probes/report": (33_472, 20),
     "probes/lab": (7_186, 8),
     "probes/worlds": (15_088, 12),
     "probes": (88_611, 101),  # the rest of it
-    "experiments": (38_853, 38),
-    "tests": (285_213, 311),
+    "experiments": (40_263, 39),
+    "tests": (285_763, 312),
 }
-MOST_WORDS = 32_592  # of all Markdown
+MOST_WORDS = 32_756  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

@@ -20,10 +20,12 @@ import llava_bidir.cli
 RECORDS = 1_024
 MFU = 0.4
 GPUS = {"A100": 312, "H100": 989}  # TFLOP/s in bfloat16, by NVIDIA's data sheets
-STAGES = {  # steps of LLaVA's records, and config of the strategy
-    "stage1": (2_181, "zero2"),  # 558,128 / 256
-    "stage2": (5_198, "zero3"),  # 665,298 / 128
-}
+STEPS = {"stage1": 2_181, "stage2": 5_198}  # of LLaVA's records: 558,128 / 256 and 665,298 / 128
+TRAININGS = (  # the stage, and the rest of the command
+    "stage1 -c zero2",
+    "stage2 -c zero3",
+    "stage2 -c zero3 --model.trainable [encoder,adapter,llm]",
+)
 LARGE = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -62,14 +64,15 @@ def write_shapes(root: Path) -> None:
     (root / "captions.json").write_text(json.dumps(captions))
 
 
-def gpu_hours(root: Path, encoder: str, stage: str) -> dict[str, float]:
-    """Return the GPU-hours of a stage by GPU."""
-    steps, strategy = STAGES[stage]
+def gpu_hours(root: Path, encoder: str, training: str) -> dict[str, float]:
+    """Return the GPU-hours of a training by GPU."""
+    stage, *rest = training.split()
     annotations = {"stage1": "captions.json", "stage2": "data.json"}[stage]
-    words = f"fit --dry-run --json --mfu {MFU} -c {stage} -c {encoder} -c {strategy}".split()
+    words = f"fit --dry-run --json --mfu {MFU} -c {stage} -c {encoder}".split() + rest
     words += f"--model.encoder.path {root / encoder} --model.llm {root / 'llm'}".split()
     words += f"--data.annotations {root / annotations} --data.images {root}".split()
-    words += f"--model.adapter null --trainer.max_epochs -1 --trainer.max_steps {steps}".split()
+    words += "--model.adapter null --trainer.max_epochs -1".split()
+    words += ["--trainer.max_steps", str(STEPS[stage])]
     words += ["--throughput.peak_tflops", str(GPUS["A100"])]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         llava_bidir.cli.main(words)
@@ -78,13 +81,13 @@ def gpu_hours(root: Path, encoder: str, stage: str) -> dict[str, float]:
 
 
 def table() -> str:
-    """Return the rows of the table: hours on eight GPUs, stage 1 and stage 2 on each kind."""
+    """Return the rows of the table: hours on eight GPUs of each kind, by training."""
     rows = []
     with TemporaryDirectory() as folder:
         write_shapes(Path(folder))
         for encoder in ENCODERS:
-            by_stage = [gpu_hours(Path(folder), encoder, stage) for stage in STAGES]
-            hours = [f"{by_gpu[gpu] / 8:.1f}" for gpu in GPUS for by_gpu in by_stage]
+            of_trainings = [gpu_hours(Path(folder), encoder, training) for training in TRAININGS]
+            hours = [f"{by_gpu[gpu] / 8:.1f}" for gpu in GPUS for by_gpu in of_trainings]
             rows.append(f"| {encoder} | {' | '.join(hours)} |")
     return "\n".join(rows)
 

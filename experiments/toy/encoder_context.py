@@ -11,7 +11,7 @@ Weights are set by hand, with noise in all matrices. The truth of `recovery_with
     llm        the LLM binds, the encoder does not: absent, since there is no context to cut
     encoder    the encoder binds, the LLM's weights are permuted: absent, since the LLM recovers nothing
 
-Prints what the reports conclude. On five seeds, all five planted ones are supported (+18.1 to +22.7 points), and none of
+Prints what the reports conclude. On five seeds, planted ones are all supported (+18.1 to +22.7 points), and none of
 the ten absent ones (−2.9 to +0.4); twelve minutes of a core of an AMD EPYC that others shared.
 """
 

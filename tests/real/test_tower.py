@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+
 from experiments.real.tower.page import conclude, tower_lines
 
 COLUMNS = "study of first second site difference low high finding".split()

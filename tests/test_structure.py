@@ -102,11 +102,11 @@ MOST = {
     "probes/report": (33_472, 20),
     "probes/lab": (7_186, 8),
     "probes/worlds": (15_088, 12),
-    "probes": (88_611, 101),  # the rest of it
+    "probes": (88_699, 101),  # the rest of it
     "experiments": (40_263, 39),
-    "tests": (285_763, 312),
+    "tests": (285_796, 312),
 }
-MOST_WORDS = 32_756  # of all Markdown
+MOST_WORDS = 32_763  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

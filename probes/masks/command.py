@@ -89,7 +89,11 @@ def run(options: MasksOptions) -> None:
         results = list(chain.from_iterable(written.values()))
         check_pairs([text for text in results if isinstance(text, str)], len(results))
         # the label that is ignored is its default: 255, or 65535 of more classes
-        write_files({folder / "classes.json": {"classes": rules.names}})
+        content: dict[str, list] = {"classes": rules.names}
+        colour_of = {name: rgb for source in sources for name, rgb in source.colour_of.items()}
+        if all(name in colour_of for name in rules.names):
+            content["palette"] = [colour_of[name] for name in rules.names]
+        write_files({folder / "classes.json": content})
         said = _say(rules.names, written)
         datasets = {split: FolderDataset(folder, split) for split in SPLITS}
         draw_sheet(datasets, [x.labels.pixels for x in results]).save(folder / "preview.png")

@@ -101,6 +101,7 @@ def read_colour_masks(path: Path, options: MasksOptions) -> MaskSource:
     listed = _read_lists(path / "ImageSets/Segmentation")
     source = MaskSource(list(name_of.values()), ImageFolder(masks).files)
     source.leaves_pixels_unlabelled = False
+    source.colour_of = dict(label_map)
     for mask in source.files:
         if mask.suffix.lower() in LOSSY:
             raise UserError(

@@ -88,12 +88,14 @@ class MaskSource:
         files: Those that hold the annotations.
         photos: Photos and their annotations.
         leaves_pixels_unlabelled: Whether some pixels may have no annotation.
+        colour_of: Red, green and blue of each class, if it has one.
     """
 
     names: list[str]
     files: list[Path]
     photos: list[AnnotatedPhoto] = field(default_factory=list)
     leaves_pixels_unlabelled: bool = True
+    colour_of: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass

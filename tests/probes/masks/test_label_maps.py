@@ -34,6 +34,8 @@ def test_masks_come_back_as_they_were(name, tmp_path):
     made = convert(WRITERS[name](tmp_path / "from", splits), tmp_path / "out")
     assert made["training"].classes == CLASSES
     check_equal(made, splits)
+    expected = [list(colour) for colour in COLOURS] if name in ("colour", "palette") else None
+    assert made["training"].palette == expected, "maps of the report have the colours of the masks"
     assert (tmp_path / "out/preview.png").is_file()
 
 

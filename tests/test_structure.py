@@ -104,9 +104,9 @@ MOST = {
     "probes/worlds": (15_088, 12),
     "probes": (88_699, 101),  # the rest of it
     "experiments": (40_263, 39),
-    "tests": (285_796, 312),
+    "tests": (285_883, 312),
 }
-MOST_WORDS = 32_763  # of all Markdown
+MOST_WORDS = 32_789  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

@@ -22,11 +22,13 @@ from probes.report.best_layers import (
     correct_for_pairs,
     detectable_difference,
     difference_of_best,
+    find_difference,
 )
 from probes.report.compare import FEWEST_PHOTOS, LEFT_OUT, compare_runs, difference_rows, pair_sites
 from probes.runs.read import ProbeRun
 from probes.runs.study import read_studies
 from probes.score.estimate import Estimate, widening_for
+from probes.tasks import TASKS
 
 WORSE = [x - 0.1 for x in CURVE]
 MASKS = ("causal", "bidirectional")
@@ -277,6 +279,12 @@ def test_what_intervals_say_of_two_runs(interval, narrow, p, units, finding):
         half_width=0.02,
     )
     assert difference.finding(CLASSES_TASK, units) == finding
+
+
+@pytest.mark.parametrize(("task", "finding"), [("segmentation", "better"), ("depth", "worse")])
+def test_a_higher_score_is_better_only_if_the_task_says_so(task, finding):
+    about = {"value": 0.3, "ci95": (0.2, 0.4), "ci90": (0.22, 0.38), "p": 0.001, "units": 20}
+    assert find_difference(TASKS[task], **about) == finding
 
 
 def test_the_detectable_difference_is_found_in_four_of_five_studies():

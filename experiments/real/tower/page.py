@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 MASKS = ("causal", "bidirectional")
 SEEDS = (0, 1)
 DECIDES, SECOND = "msrc", "labelmefacade"
-RATES = {"causal_0_llm_rate": "causal, 0, at 3e-4", "causal_0_published_rate": "causal, 0, at 2e-6"}
+RATES = {"llm_rate": "causal, 0, at 3e-4", "published_rate": "causal, 0, at 2e-6"}
 BETTER, WORSE = ("better",), ("worse",)
 KEPT = ("no effect", "negligible")
 COLOURS = {"causal": "tab:blue", "bidirectional": "tab:orange"}
@@ -143,14 +143,13 @@ def draw(folder: Path) -> Figure:
         rows = table[is_shown & (table["study"] == f"{data}/encoders")]
         for model, of_model in rows.groupby("model", sort=False):
             layers = of_model["site"].str.removeprefix("layer_").astype(int)
-            mask, _, which = model.partition("_")
-            seed, _, rate = which.partition("_")
+            mask = model.partition("_")[0]
             axis.plot(
                 layers,
                 100 * of_model["value"],
-                color=COLOURS.get(mask, "black"),
-                linestyle="-" if seed in ("", "0") else "--",
-                marker={"": ".", "llm_rate": "x", "published_rate": "+"}[rate],
+                color=COLOURS.get(mask, "tab:green" if model in RATES else "black"),
+                linestyle="--" if model.endswith("_1") or model == "published_rate" else "-",
+                marker=".",
                 label=RATES.get(model, model.replace("_", ", ")),
             )
         axis.set(title=data, xlabel="encoder layer", ylabel="mIoU, %")

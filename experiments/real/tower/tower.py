@@ -183,7 +183,7 @@ def studies(out: Path, data: Data, names: Sequence[str]) -> Iterator[Step]:
     for label, half in data.studied.items():
         more = {}
         if label == decides:
-            more = {"--training_images": "30,60,all"}
+            more = {"--training_images": "30,60,all", "--only": f"{STEPS},learning_curve"}
         yield study_step(out / label / "encoders", towers, half, of_encoders | more)
     of_llms = {
         "--model.sites": ",".join(["encoder", "adapter", *LLM_LAYERS]),

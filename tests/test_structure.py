@@ -103,8 +103,8 @@ MOST = {
     "probes/lab": (7_186, 8),
     "probes/worlds": (15_088, 12),
     "probes": (88_699, 101),  # the rest of it
-    "experiments": (40_263, 39),
-    "tests": (285_883, 312),
+    "experiments": (40_248, 39),
+    "tests": (286_086, 312),
 }
 MOST_WORDS = 32_789  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,

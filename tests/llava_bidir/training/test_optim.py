@@ -1,5 +1,7 @@
 """Weight decay by parameter; the nightly peers/llava compares complete trainings with LLaVA's own."""
 
+import re
+
 import pytest
 import tiny_models
 import torch
@@ -34,3 +36,23 @@ def test_matrices_decay_and_biases_and_norms_do_not(is_partitioned):
         )
         for name in trained
     }
+
+
+def test_of_the_encoder_only_weights_of_products_decay():
+    """LLaVA-NeXT's code decays CLS and positions, which are matrices; its scripts have no decay."""
+    model = tiny_models.model()
+    set_trainable(model, ["encoder", "adapter", "llm"])
+    rates = RATES | {"encoder": 0.3}
+    names = {id(p): name for name, p in model.named_parameters()}
+    adamw = build_optimizer(model, rates, (0.9, 0.999), 0.5, fused=False)
+    of_encoder = [group for group in adamw.param_groups if group["name"].startswith("encoder")]
+    assert {group["lr"] for group in of_encoder} == {0.3}
+    decays = {
+        names[id(p)].partition("vision_tower.")[2]: group["weight_decay"] > 0
+        for group in of_encoder
+        for p in group["params"]
+    }
+    products = r"(patch_embedding|[qkv]_proj|out_proj|fc[12])\.weight$"
+    assert decays == {name: bool(re.search(products, name)) for name in decays}
+    kinds = ("class_embedding", "position_embedding.weight", "layer_norm1.weight", "q_proj.weight")
+    assert all(any(name.endswith(kind) for name in decays) for kind in kinds)

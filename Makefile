@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo real calibrate test test-slow test-isa equal bench lint licences lock clean
+.PHONY: help venv vqa-venv demo real tower calibrate test test-slow test-isa equal bench lint licences lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -59,6 +59,11 @@ real: OUT := runs/real
 real: venv ## a real language model on the toy world in English, into runs/real (MINUTES=45, CONTROLS=yes, SEED=1, OUT=DIR)
 	@$(PY) -m experiments.real.run --out $(OUT) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(CONTROLS),--controls --draws 3)
+
+tower: OUT := runs/tower
+tower: venv ## what becomes of a trained vision tower, into runs/tower (DATA=DIR with msrc, labelmefacade and flickr8k)
+	$(PY) -m experiments.real.tower.tower --out $(OUT) --photos $(DATA)/msrc $(DATA)/labelmefacade \
+	  --captions $(DATA)/flickr8k/captions_training.json
 
 calibrate: venv ## worlds with known truth: how often each verdict says yes, into runs/calibrate (SEEDS="0 1 2"; default: ten)
 	$(PY) -m experiments.toy.calibrate $(if $(SEEDS),--seeds $(SEEDS))

@@ -8,6 +8,7 @@ import tiny_models
 from processes import inside
 
 import llava_bidir.cli
+from llava_bidir.commands.status import StepStatus, describe
 from llava_bidir.common.files import exclusive_run_lock
 
 KILLED = """job 7, restart 0
@@ -141,6 +142,13 @@ def test_a_training_says_how_far_it_is(parts, conversations, status, tmp_path, m
     states = [(row["state"], row["done"], row["of"]) for row in rows]
     assert states == [*(("running", step, 3) for step in (1, 2, 3)), ("done", 3, 3)]
     assert rows[-1]["left_s"] == 0 and rows[-1]["loss"] > 0
+
+
+def test_people_read_all_that_is_known_of_a_step():
+    known = {"done": 3120, "of": 5197, "loss": 0.9123, "samples_per_s": 310.4, "left_s": 13_680}
+    row = StepStatus(**known, model="m", step="stage2", state="running", requeues=1, reason="why")
+    told = ["3,120 of 5,197", "loss 0.912", "310 samples/s", "3.8 h left", "requeues: 1", "why"]
+    assert [*describe(row)] == told
 
 
 def test_rows_are_printed_and_a_folder_without_runs_is_refused(tmp_path, capsys):

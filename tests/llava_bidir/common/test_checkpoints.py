@@ -41,6 +41,14 @@ def test_sigkill_during_the_renames_of_a_folder_leaves_the_one_before(
     assert (last / "share").read_text() == "old"
 
 
+def test_a_kill_before_the_old_folder_is_deleted_leaves_the_new_one(tmp_path):
+    save_folder(tmp_path / "last.ckpt.old", "old")
+    path = save_folder(tmp_path / "last.ckpt", "new")
+    assert last_checkpoint(tmp_path) == path
+    save_folder(tmp_path / "last.ckpt.old", "old")  # which the save has deleted
+    assert last_checkpoint(tmp_path) == path
+
+
 def test_a_folder_is_replaced(tmp_path):
     save_folder(tmp_path / "last.ckpt", "old")
     save_folder(tmp_path / "last.ckpt", "new")

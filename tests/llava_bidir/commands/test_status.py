@@ -145,8 +145,10 @@ def test_a_training_says_how_far_it_is(parts, conversations, status, tmp_path, m
 
 
 def test_people_read_all_that_is_known_of_a_step():
-    known = {"done": 3120, "of": 5197, "loss": 0.9123, "samples_per_s": 310.4, "left_s": 13_680}
-    row = StepStatus(**known, model="m", step="stage2", state="running", requeues=1, reason="why")
+    progress = {"done": 3120, "of": 5197, "loss": 0.9123, "samples_per_s": 310.4, "left_s": 13_680}
+    row = StepStatus(
+        **progress, model="m", step="stage2", state="running", requeues=1, reason="why"
+    )
     told = ["3,120 of 5,197", "loss 0.912", "310 samples/s", "3.8 h left", "requeues: 1", "why"]
     assert [*describe(row)] == told
 

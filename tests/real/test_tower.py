@@ -32,7 +32,7 @@ def test_a_row_has_the_difference_from_the_published_tower(tmp_path):
     ]
     models = [["msrc/encoders", "A", "published"], ["msrc/encoders", "B", "causal_0"]]
     models += [["msrc/encoders", "C", "bidirectional_0"]]
-    tables = {"differences": (COLUMNS, rows), "models": (["study", "key", "label"], models)}
+    tables = {"differences": (COLUMNS, rows), "models": (["study", "key", "name"], models)}
     for name, (columns, content) in tables.items():
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([columns, *content])

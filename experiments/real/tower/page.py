@@ -25,9 +25,9 @@ COLOURS = {"causal": "tab:blue", "bidirectional": "tab:orange"}
 
 
 def read_table(folder: Path, name: str) -> pd.DataFrame:
-    """Return a gathered table with the labels of models in place of their letters."""
+    """Return a gathered table with the names of models in place of their letters."""
     table = pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""])
-    models = pd.read_csv(folder / "models.csv").set_index(["study", "key"])["label"]
+    models = pd.read_csv(folder / "models.csv").set_index(["study", "key"])["name"]
     for column in ("first", "second", "model"):
         if column in table:
             keys = pd.MultiIndex.from_arrays([table["study"], table[column]])

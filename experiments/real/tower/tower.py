@@ -216,9 +216,11 @@ def gather(out: Path, steps: Sequence[Step]) -> None:
         rows: list[dict[str, str]] = []
         for step in steps:
             study = str(step.result.parents[1].relative_to(out))
-            for file in sorted(step.result.parent.glob(f"{table}*.csv")):
+            # a figure's table is in a folder of its model
+            for file in sorted(step.result.parent.rglob(f"{table}*.csv")):
+                about = {"study": study, "part": file.parent.name}
                 with file.open() as lines:
-                    rows += [{"study": study} | row for row in csv.DictReader(lines)]
+                    rows += [about | row for row in csv.DictReader(lines)]
         names = dict.fromkeys(name for row in rows for name in row)
         with (out / f"{table}.csv").open("w", newline="") as target:
             writer = csv.DictWriter(target, names, lineterminator="\n")

@@ -21,6 +21,7 @@ DECIDES, SECOND = "msrc", "labelmefacade"
 RATES = {"llm_rate": "causal, 0, at 3e-4", "published_rate": "causal, 0, at 2e-6"}
 BETTER, WORSE = ("better",), ("worse",)
 KEPT = ("no effect", "negligible")
+LAYERS = (1, 2, 3, 4, 5, 7, 9, 11)
 COLOURS = {"causal": "tab:blue", "bidirectional": "tab:orange"}
 
 
@@ -42,6 +43,8 @@ def conclude(decides: Sequence[str], second: Sequence[str]) -> str:
         decides: Findings of the seeds on MSRC, of trained minus untrained.
         second: Those on LabelMeFacade; none if it was not measured.
     """
+    if len(decides) < len(SEEDS):
+        return "not measured"
     for word, shown, opposite in (("gains", BETTER, WORSE), ("loses", WORSE, BETTER)):
         if all(finding in shown for finding in decides):
             if not any(finding in opposite for finding in second):
@@ -85,6 +88,21 @@ def tower_lines(folder: Path) -> Iterator[str]:
                 describe(difference(table, f"{data}/encoders", ("published", tower), site))
                 for site in ("best layer", "layer_11")
             ]
+            yield f"| {data} | {text} | {' | '.join(cells)} |"
+
+
+def layer_lines(folder: Path, layers: Sequence[int]) -> Iterator[str]:
+    """Yield the rows by encoder layer: trained minus published in points, bold where it is shown to be worse."""
+    table = read_table(folder, "differences")
+    towers = {f"{mask}_{seed}": f"{mask}, {seed}" for seed in SEEDS for mask in MASKS}
+    for data in (DECIDES, SECOND):
+        for tower, text in (towers | RATES).items():
+            cells = []
+            for layer in layers:
+                pair = ("published", tower)
+                row = difference(table, f"{data}/encoders", pair, f"layer_{layer:02}")
+                cell = number(row["difference"], has_sign=True)
+                cells.append(f"**{cell}**" if row["finding"] in WORSE else cell)
             yield f"| {data} | {text} | {' | '.join(cells)} |"
 
 
@@ -160,8 +178,7 @@ def draw(folder: Path) -> Figure:
 def page_lines(folder: Path) -> list[str]:
     """Return all rows of the page's tables."""
     lines = [*conclusion_lines(folder), *tower_lines(folder)]
-    encoders = [f"{data}/encoders" for data in (DECIDES, SECOND)]
-    lines += claim_lines(folder, "over_last", encoders)
+    lines += layer_lines(folder, LAYERS)
     lines += llm_lines(folder, ("best layer", "adapter", "layer_30"))
     lines += claim_lines(folder, "recovery_without_context", [f"{DECIDES}/cuts"])
     return lines

@@ -171,7 +171,8 @@ def draw(folder: Path) -> Figure:
                 label=RATES.get(model, model.replace("_", ", ")),
             )
         axis.set(title=data, xlabel="encoder layer", ylabel="mIoU, %")
-    axis.legend(fontsize=7, frameon=False)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
     return figure
 
 

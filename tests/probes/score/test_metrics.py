@@ -125,6 +125,23 @@ def test_resampled_scores_equal_a_loop_over_drawn_images():
             torch.testing.assert_close(ours[name][r], score)
 
 
+def test_counts_are_those_of_each_image_whatever_batch_it_was_in():
+    """Sums over images do not see an order; paired differences and intervals do."""
+    batches = [random_batch(0, images=3), random_batch(1, images=2, size=(7, 5))]
+    of_images = [(logits[:, i], masks[i]) for logits, masks in batches for i in range(len(masks))]
+    metric = TaskMetric(TASK, 5, GEOMETRY)
+    for part in ([3, 0, 4], [2, 1]):
+        logits = torch.stack([of_images[i][0] for i in part], 1)
+        metric.update(logits, [of_images[i][1] for i in part], torch.tensor(part))
+    counts = metric.compute()
+    for i, (logits, mask) in enumerate(of_images):
+        alone = TaskMetric(TASK, 1, GEOMETRY)
+        alone.update(logits[:, None], mask[None], torch.tensor([0]))
+        for name, expected in alone.compute().items():
+            image = counts[name].select(-2, i)
+            assert torch.equal(image, expected.select(-2, 0)), (name, i)
+
+
 @pytest.mark.parametrize("order", [[2, 0, 1, 2], [0, 2]])
 def test_an_image_that_is_seen_twice_or_never_is_an_error(order):
     logits, target = random_batch(2)

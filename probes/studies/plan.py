@@ -108,6 +108,16 @@ def plan(study: StudyOptions) -> Planned:
         UserError: A setting is invalid, or a model's config or a split cannot be read.
     """
     _check(study)
+    models = {}
+    not_there = None
+    for label, path in study.models.items():
+        try:
+            models[label] = choose_model(replace(study.model, mllm=path))
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            # said last: slurm/submit.sh checks a study whose model is not trained yet
+            not_there = not_there or error
     _check_folder_of_data(study.data)
     main = study.data.task
     tasks = dict.fromkeys((main, *study.tasks))
@@ -116,10 +126,8 @@ def plan(study: StudyOptions) -> Planned:
     training, validation = splits[main]["training"], splits[main]["validation"]
     check_sizes(study.training_images, len(training))
     analyses = choose_analyses(study, validation)
-    # after the images, since slurm/submit.sh checks a study whose model is not trained yet
-    models = {
-        label: choose_model(replace(study.model, mllm=path)) for label, path in study.models.items()
-    }
+    if not_there:
+        raise not_there
     contents = {
         (label, task): cache(partial(_content, model, splits_of_task))
         for label, model in study.models.items()

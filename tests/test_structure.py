@@ -103,10 +103,10 @@ MOST = {
     "probes/lab": (7_186, 8),
     "probes/worlds": (15_088, 12),
     "probes": (88_735, 101),  # the rest of it
-    "experiments": (40_414, 39),
+    "experiments": (40_392, 39),
     "tests": (286_629, 312),
 }
-MOST_WORDS = 34_158  # of all Markdown
+MOST_WORDS = 34_186  # of all Markdown
 # Tokens a line, per cent of calls with four arguments or more that name none, conditional expressions in 1,000 lines,
 # variables called own, found or known: at most.
 READING = {

@@ -13,12 +13,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from probes.report.words import interval, number
+from probes.worlds.steps import MASKS
+
+from .tower import SEEDS
 
 HERE = Path(__file__).parent
-MASKS = ("causal", "bidirectional")
-SEEDS = (0, 1)
 DECIDES, SECOND = "msrc", "labelmefacade"
 RATES = {"llm_rate": "causal, 0, at 3e-4", "published_rate": "causal, 0, at 2e-6"}
+TOWERS = {f"{mask}_{seed}": f"{mask}, {seed}" for seed in SEEDS for mask in MASKS} | RATES
 BETTER, WORSE = ("better",), ("worse",)
 KEPT = ("no effect", "negligible")
 LAYERS = (1, 2, 3, 4, 5, 7, 9, 11)
@@ -81,9 +83,8 @@ def describe(row: pd.Series | None) -> str:
 def tower_lines(folder: Path) -> Iterator[str]:
     """Yield the rows of the first question: a trained tower minus the published one."""
     table = read_table(folder, "differences")
-    towers = {f"{mask}_{seed}": f"{mask}, {seed}" for seed in SEEDS for mask in MASKS}
     for data in (DECIDES, SECOND):
-        for tower, text in (towers | RATES).items():
+        for tower, text in TOWERS.items():
             cells = [
                 describe(difference(table, f"{data}/encoders", ("published", tower), site))
                 for site in ("best layer", "layer_11")
@@ -94,9 +95,8 @@ def tower_lines(folder: Path) -> Iterator[str]:
 def layer_lines(folder: Path, layers: Sequence[int]) -> Iterator[str]:
     """Yield the rows by encoder layer: trained minus published in points, bold where it is shown to be worse."""
     table = read_table(folder, "differences")
-    towers = {f"{mask}_{seed}": f"{mask}, {seed}" for seed in SEEDS for mask in MASKS}
     for data in (DECIDES, SECOND):
-        for tower, text in (towers | RATES).items():
+        for tower, text in TOWERS.items():
             cells = []
             for layer in layers:
                 pair = ("published", tower)
